@@ -1,0 +1,129 @@
+"""Random Qwen3-shaped checkpoints for the benchmarks: the right shapes and sizes, no tokenizer, no download.
+
+May import torch and safetensors; never imports Manta, so that a peer can be measured on a checkpoint alone.
+Weights are written one layer at a time, so a checkpoint never has to fit in memory beside an engine.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that decide a Qwen3 model's cost. tied: the embedding is also the head."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    max_positions: int = 4096
+
+    def config(self) -> dict[str, object]:
+        """The `config.json` of the checkpoint, in the keys of a published Qwen3 checkpoint."""
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": self.max_positions,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1_000_000,
+            "torch_dtype": "bfloat16",
+            "use_cache": True,
+        }
+
+
+SHAPES = {
+    "tiny": Shape(64, 2, 4, 2, 32, 128, 512, tied=False),
+    "0.1B": Shape(768, 12, 12, 4, 64, 2048, 32_768, tied=False),
+    "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151_936, tied=True),
+}
+
+
+def ensure_checkpoint(name: str, cache: Path, seed: int = 0) -> Path:
+    """Return the folder of the named checkpoint under `cache`, creating it unless a complete one is there.
+
+    Invariant: a folder under its final name is complete, since it is renamed into place as the last step.
+    Raises KeyError for a name that is not in `SHAPES`.
+    """
+    shape = SHAPES[name]
+    folder = cache / f"qwen3-{name}-bf16-seed{seed}"
+    if folder.is_dir():
+        if json.loads((folder / "config.json").read_text()) == shape.config():
+            return folder
+        shutil.rmtree(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+    draft.chmod(0o755)
+    _write(shape, draft, torch.Generator().manual_seed(seed))
+    draft.rename(folder)
+    return folder
+
+
+def _write(shape: Shape, folder: Path, generator: torch.Generator) -> None:
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    parts = list(_parts(shape))
+    for number, names in enumerate(parts, start=1):
+        file_name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = {name: _tensor(size, generator) for name, size in names.items()}
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file_name)
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(shape.config(), indent=1))
+
+
+def _tensor(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    if len(size) == 1:  # a norm's scale
+        return torch.ones(size, dtype=torch.bfloat16)
+    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+
+
+def _parts(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield the tensors of each file, name -> size: the embeddings, then one file a layer."""
+    outer: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocabulary, shape.hidden),
+        "model.norm.weight": (shape.hidden,),
+    }
+    if not shape.tied:
+        outer["lm_head.weight"] = (shape.vocabulary, shape.hidden)
+    yield outer
+    q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (shape.hidden,),
+        "self_attn.q_proj.weight": (q_size, shape.hidden),
+        "self_attn.k_proj.weight": (kv_size, shape.hidden),
+        "self_attn.v_proj.weight": (kv_size, shape.hidden),
+        "self_attn.o_proj.weight": (shape.hidden, q_size),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+        "post_attention_layernorm.weight": (shape.hidden,),
+        "mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
+        "mlp.up_proj.weight": (shape.intermediate, shape.hidden),
+        "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
+    }
+    for number in range(shape.layers):
+        yield {f"model.layers.{number}.{name}": size for name, size in layer.items()}

@@ -1,0 +1,99 @@
+"""What a cluster is asked to be: one frozen record, valid from its birth, sent to every actor as it is.
+
+Imports nothing of Manta and reads no file and no environment; `deploy.config` fills it. Each field carries the sentence
+that the command line shows for it, so an option is named, typed, defaulted and described in this one place.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
+MIN_BLOCK_SIZE = 16
+MAX_ROWS = 1 << 16
+"""A lease id keeps 16 bits for the row (`scheduler.messages.ROW_BITS`)."""
+
+T = TypeVar("T")
+
+
+def option(default: T, help: str, *, shown: str = "", size: bool = False) -> T:
+    """A field with its help. shown: the default in words, where the value says too little. size: bytes, "4GiB" also
+    read."""
+    metadata: dict[str, Any] = {"help": help, "shown": shown or str(default), "size": size}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One cluster: `groups` groups of `tensor_parallel_size` ranks, each group a whole copy of one model.
+
+    Errors: ValueError that names the field, the value given and what is legal.
+    """
+
+    model: str
+    tensor_parallel_size: int = option(1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.")
+    groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.")
+    dtype: str = option("auto", f"Type of weights and KV: {', '.join(DTYPES)}. auto: as the checkpoint says.")
+    block_size: int = option(256, "Tokens in a KV page: a power of two from 16 up.")
+    kv_memory: int | None = option(
+        None, 'KV cache of each rank, in bytes or as "4GiB".', shown="measured from free memory", size=True
+    )
+    gpu_memory_fraction: float = option(
+        0.9, "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1."
+    )
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", shown="the model's own")
+    max_num_seqs: int = option(256, "Sequences that one group runs at once.")
+    max_num_batched_tokens: int = option(2048, "Tokens that one step of a group computes; longer prompts go in chunks.")
+    enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
+    attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.")
+    seed: int | None = option(
+        None, "Draws the seeds of requests that bring none: an integer.", shown="drawn anew each time"
+    )
+    threads: int | None = option(
+        None, "CPU threads of each rank.", shown="all cores for a single local rank, otherwise 1"
+    )
+    report_steps: int = option(1, "Steps that one report of a group to the scheduler covers.")
+    local: bool = option(False, "Everything in this one process, without Ray; ranks are threads.")
+    ray_address: str | None = option(
+        None, "Ray cluster to join: an address or auto.", shown="a new one on this machine"
+    )
+    max_group_restarts: int = option(2, "Times a group whose worker died is started again.")
+    start_timeout_s: float = option(300.0, "Longest wait for the cluster to be ready, in seconds.")
+    check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in ("tensor_parallel_size", "groups", "max_num_batched_tokens", "report_steps"):
+            self._at_least(name, 1)
+        self._at_least("max_group_restarts", 0)
+        self._at_least("max_num_seqs", 1)
+        if self.max_num_seqs > MAX_ROWS:
+            raise ValueError(f"max_num_seqs={self.max_num_seqs} is above {MAX_ROWS}: lower it")
+        if self.block_size < MIN_BLOCK_SIZE or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size} is not a power of two from {MIN_BLOCK_SIZE} up: try 256")
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise ValueError(f"gpu_memory_fraction={self.gpu_memory_fraction} is outside (0, 1]: try 0.9")
+        if not self.start_timeout_s > 0.0:
+            raise ValueError(f"start_timeout_s={self.start_timeout_s} is not above 0: give it seconds to start in")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is outside [0, 2^63): choose a value inside")
+        for name in ("kv_memory", "max_model_len", "threads"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        if self.local and self.ray_address is not None:
+            raise ValueError("local and ray_address exclude each other: leave one of them out")
+
+    def _check_choices(self) -> None:
+        choices: Iterable[tuple[str, str, tuple[str, ...]]] = (
+            ("dtype", self.dtype, DTYPES),
+            ("attention", self.attention, ATTENTION_BACKENDS),
+        )
+        for name, value, legal in choices:
+            if value not in legal:
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(legal)}")
+
+    def _at_least(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if value < low:
+            raise ValueError(f"{name}={value} is below {low}: raise it")

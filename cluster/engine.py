@@ -1,0 +1,89 @@
+"""A running cluster as a front end sees it: prompts in, streams of tokens out, everything by number.
+
+`cluster.local` and `cluster.launch` each build one. Imports the scheduler's wire types only.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from cluster.config import EngineConfig
+from scheduler.messages import Deltas, Request
+
+OnDeltas = Callable[[Deltas], None]
+"""Called from one thread of the engine, in commit order. Must return at once and must not call the engine."""
+
+OnFailure = Callable[[str], None]
+"""The engine as a whole is lost, and why. Called at most once, after the last deltas; every live stream has ended with
+it."""
+
+Progress = Callable[[str], None]
+"""What the start is doing at this moment, in words for the user."""
+
+
+class EngineError(RuntimeError):
+    """The engine could not start or was lost, for a reason that the user can read and act upon."""
+
+
+class GroupStats(msgspec.Struct, frozen=True):
+    """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a
+    lease."""
+
+    group: int
+    up: bool
+    total_blocks: int
+    free_blocks: int
+    held_blocks: int
+    cached_blocks: int
+    running: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The cluster at one moment, and its counters since the start.
+
+    waiting: sequences without a group. requests, *_tokens: of everything submitted so far. cached_tokens: prompt tokens
+    found in the cache at a sequence's first start.
+    """
+
+    groups: tuple[GroupStats, ...]
+    waiting: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+
+
+class Engine(Protocol):
+    """A running cluster. Every method may be called from any thread; once it is lost, `submit` raises EngineError and
+    the others do nothing."""
+
+    page_size: int
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests. Each stream ends with exactly one `Finished`, refusals included, unless the engine is
+        lost."""
+
+    def abort(self, streams: Sequence[int]) -> None:
+        """The clients of these streams went away; streams that have ended are ignored."""
+
+    def stop(self, stream: int, keep_tokens: int) -> None:
+        """A stop string was found: the output ends after `keep_tokens` tokens, unless the stream has ended already."""
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Ends every worker and process of the cluster, within seconds. A second call does nothing."""
+
+
+class StartEngine(Protocol):
+    """How an engine comes up: returns when every group is ready.
+
+    Errors: ValueError or OSError for what the user asked for (checkpoint, sizes, resources), EngineError for the rest.
+    Nothing is left running when it raises, KeyboardInterrupt included.
+    """
+
+    def __call__(
+        self, config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress
+    ) -> Engine: ...

@@ -1,0 +1,5 @@
+"""`python -m deploy` is `manta`."""
+
+from deploy.cli import main
+
+main()

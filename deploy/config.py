@@ -1,0 +1,147 @@
+"""One frozen tree of settings from a YAML file and flags: flags over file over defaults.
+
+The only place that reads the environment: MANTA_CONFIG names the file where no flag does. Imports no torch, no ray.
+
+    engine:                     # cluster.config.EngineConfig
+      model: /models/Qwen3-8B
+      tensor_parallel_size: 2
+      kv_memory: 40GiB
+    sampling:                   # scheduler.sampling.SamplingParams, for requests that do not say
+      temperature: 0.7
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from cluster.config import EngineConfig
+from scheduler.sampling import SamplingParams
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
+CONFIG_VARIABLE = "MANTA_CONFIG"
+DEFAULT_MAX_TOKENS = 128
+SECTIONS = ("engine", "sampling")
+ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
+SAMPLING_KEYS = SamplingParams.__struct_fields__
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that a process of Manta is told at its start."""
+
+    engine: EngineConfig
+    sampling: SamplingParams
+
+
+def load_config(
+    file: Path | None = None,
+    engine: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Reads the tree. engine, sampling: values given as flags, by field name; None means that a flag was not given."""
+    if file is None and (named := environ.get(CONFIG_VARIABLE)):
+        file = Path(named)
+    tree = {} if file is None else _read_yaml(file)
+    try:
+        reject_unknown(tree, SECTIONS)
+        sections = {name: _section(tree, name) for name in SECTIONS}
+        reject_unknown(sections["engine"], ENGINE_KEYS, "engine.")
+        reject_unknown(sections["sampling"], SAMPLING_KEYS, "sampling.")
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    return Config(
+        engine_config(sections["engine"] | _given(engine)),
+        sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
+    )
+
+
+def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """Builds the engine's settings by field name; `model` left out means the checkpoint that comes with Manta."""
+    reject_unknown(values, ENGINE_KEYS)
+    ready = dict(values)
+    ready["model"] = str(ready.get("model") or EMBEDDED_MODEL)
+    for f in fields(EngineConfig):
+        if f.metadata.get("size") and ready.get(f.name) is not None:
+            ready[f.name] = parse_size(f.name, ready[f.name])
+    return _convert(ready, EngineConfig)
+
+
+def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    """Builds sampling parameters by field name. `stop` may be one string; the keys of `logit_bias` may be strings
+    (JSON)."""
+    reject_unknown(values, SAMPLING_KEYS)
+    ready = dict(values)
+    if isinstance(ready.get("stop"), str):
+        ready["stop"] = (ready["stop"],)
+    return _convert(ready, SamplingParams)
+
+
+def parse_size(name: str, value: int | str) -> int:
+    """Bytes from 4294967296, "4GiB", "512 MiB", "4g" (binary) or "4GB" (decimal)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(
+            f'{name}={value!r} is not a size: write bytes, or a number with a unit such as "4GiB" or "512MiB"'
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def reject_unknown(given: Iterable[Any], known: Iterable[str], prefix: str = "") -> None:
+    """Refuses keys that nothing reads, naming the nearest one that exists."""
+    legal = tuple(known)
+    for key in given:
+        if key not in legal:
+            near = difflib.get_close_matches(str(key), legal, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known are {', '.join(legal)}"
+            raise ConfigError(f"unknown key {prefix + str(key)!r}: {hint}")
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    try:
+        tree = msgspec.yaml.decode(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{file} holds a {type(tree).__name__}: write the sections {' and '.join(SECTIONS)}")
+    return tree or {}
+
+
+def _section(tree: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+    section = tree.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} holds a {type(section).__name__}: write one `key: value` a line below it")
+    return section
+
+
+def _given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (flags or {}).items() if value is not None}
+
+
+def _convert(values: Mapping[str, Any], target: type[T]) -> T:
+    try:
+        return msgspec.convert(values, target, str_keys=True)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at ")
+        where = path.strip("`").removeprefix("$").removeprefix(".")
+        raise ConfigError(f"{where}: {message[:1].lower()}{message[1:]}" if where else message) from None

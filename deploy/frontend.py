@@ -1,0 +1,312 @@
+"""The front end's half of a request: submits prompts, turns deltas of token ids into outputs, wakes whoever waits.
+
+One thread of its own detokenises and looks for stop strings, so that the engine's thread and the callers never do.
+Imports no torch, no ray; used by `llm` (and whatever serves requests next).
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
+from deploy.outputs import FINISH_WORDS, CompletionOutput, FinishWord, Logprob, RequestOutput, read_logprobs
+from deploy.prompts import ModelLimits, Prompt
+from deploy.text import Detokenizer, StopStrings, Tokenizer
+from kvcache.hashing import hash_pages
+from scheduler.messages import NO_TOKEN, Deltas, Finished, FinishReason, Request
+from scheduler.sampling import SamplingParams
+
+INBOX_DELTAS = 10_000
+"""Deltas that may wait for this thread; beyond that the engine waits, so memory stays bounded."""
+
+logger = logging.getLogger(__name__)
+
+
+class Choice:
+    """One stream: the tokens of one choice and their text so far. Guarded by its generation's lock."""
+
+    def __init__(
+        self, index: int, prompt: Prompt, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Tokenizer | None,
+        each_token: bool,
+    ) -> None:  # fmt: skip
+        """each_token: False where only the whole output matters; its text is then decoded once, at the end."""
+        self.index = index
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishWord | None = None
+        self.stop_reason: int | str | None = None
+        self.finished: Finished | None = None
+        self._params = params
+        self._stop_ids = stop_ids
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.decode, prompt.token_ids) if tokenizer else None
+        self._stops = StopStrings(params.stop) if params.stop else None
+        self._at_once = not each_token and not params.stop
+        self._shown_text = 0
+        self._shown_tokens = 0
+
+    def extend(self, tokens: Sequence[int], logprobs: Iterable[bytes]) -> int | None:
+        """Takes the next tokens. Returns how many tokens the output keeps if a stop string was found just now."""
+        payloads = iter(logprobs)
+        for token in tokens:
+            if self.finish_reason is not None:
+                return None  # a stop string was found before these tokens
+            self.token_ids.append(token)
+            if self.logprobs is not None and (payload := next(payloads, None)) is not None:
+                self.logprobs.append(read_logprobs(payload, token, self._tokenizer))
+            if self._detokenizer is not None and not self._at_once and token not in self._stop_ids:
+                self._show(self._detokenizer.push((token,)))
+                if self.stop_reason is not None:
+                    self.finish_reason = "stop"
+                    return len(self.token_ids)
+        return None
+
+    def end(self, finished: Finished) -> None:
+        """The stream's one end. A stop string that was found here counts, even if another end was committed first."""
+        self.finished = finished
+        if self.finish_reason is not None:
+            return
+        if self._detokenizer is not None:
+            if self._at_once:
+                self._show(self._detokenizer.push([token for token in self.token_ids if token not in self._stop_ids]))
+            self._show(self._detokenizer.flush())
+            if self._stops is not None and self.stop_reason is None:
+                self.text += self._stops.flush()
+        self.finish_reason = "stop" if self.stop_reason is not None else FINISH_WORDS[finished.reason]
+        last = self.token_ids[-1] if self.token_ids else None
+        if finished.reason is FinishReason.STOP and self.stop_reason is None and last in self._params.stop_token_ids:
+            self.stop_reason = last
+
+    @property
+    def error(self) -> str | None:
+        """Why the choice failed, if it did."""
+        failed = self.finish_reason == "error" and self.finished is not None
+        return (self.finished.message or "no reason given") if failed and self.finished else None
+
+    def take(self) -> CompletionOutput:
+        """This choice as it stands; what is new counts from the previous call."""
+        delta, new_tokens = self.text[self._shown_text :], len(self.token_ids) - self._shown_tokens
+        self._shown_text, self._shown_tokens = len(self.text), len(self.token_ids)
+        ended = self.finished is not None
+        return CompletionOutput(
+            self.index, self.text, self.token_ids.copy(), None if self.logprobs is None else self.logprobs.copy(),
+            self.finish_reason if ended else None, self.stop_reason if ended else None, delta, new_tokens,
+        )  # fmt: skip
+
+    def _show(self, text: str) -> None:
+        if self._stops is None:
+            self.text += text
+            return
+        self.text += self._stops.push(text, armed=len(self.token_ids) > self._params.min_tokens)
+        self.stop_reason = self._stops.found
+
+
+class Generation:
+    """A request under way, as its caller holds it."""
+
+    def __init__(
+        self, stream: int, prompt: Prompt, choices: Sequence[Choice], notify: "Notify", each_token: bool
+    ) -> None:
+        self.stream = stream
+        self.prompt = prompt
+        self.lock = threading.Lock()
+        self.choices = choices
+        self.each_token = each_token
+        self._notify = notify
+        self._notified = False  # and not taken since
+        self._done = False  # the last output was taken
+
+    @property
+    def streams(self) -> range:
+        """One stream number for each choice."""
+        return range(self.stream, self.stream + len(self.choices))
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended."""
+        return all(choice.finished is not None for choice in self.choices)
+
+    def take(self) -> RequestOutput:
+        """The request as it stands."""
+        with self.lock:
+            self._notified = False
+            ends = [choice.finished for choice in self.choices if choice.finished is not None]
+            errors = [choice.error for choice in self.choices if choice.error is not None]
+            self._done = len(ends) == len(self.choices)
+            return RequestOutput(
+                request_id=str(self.stream),
+                prompt=self.prompt.text,
+                prompt_token_ids=self.prompt.token_ids,
+                num_cached_tokens=ends[0].cached_tokens if ends else None,
+                outputs=[choice.take() for choice in self.choices],
+                finished=self._done,
+                error=errors[0] if errors else None,
+            )
+
+    def wake(self) -> None:
+        """Tells the caller once until it takes: progress if it wants each token, else the end."""
+        with self.lock:
+            if self._notified or self._done or not (self.each_token or self.finished):
+                return
+            self._notified = True
+        self._notify(self)
+
+
+Notify = Callable[[Generation], object]
+
+
+class FrontEnd:
+    """The requests of this process on one engine. Every method may be called from any thread."""
+
+    def __init__(
+        self, start: Callable[[OnDeltas, OnFailure], Engine], limits: ModelLimits, tokenizer: Tokenizer | None
+    ) -> None:
+        """start: brings the engine up, given the two callbacks."""
+        self._limits = limits
+        self._tokenizer = tokenizer
+        # Guards the four below. Reentrant: a garbage collection may call `close` in the midst of anything.
+        self._lock = threading.RLock()
+        self._live: dict[int, tuple[Generation, Choice]] = {}
+        self._next_stream = 0
+        self._lost: str | None = None
+        self._closed = False
+        self._inbox: queue.Queue[Deltas | str | None] = queue.Queue(INBOX_DELTAS)
+        self.engine = start(self._inbox.put, self._inbox.put)
+        self._thread = threading.Thread(target=self._pump, name="manta-frontend", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], notify: Notify, each_token: bool = True
+    ) -> list[Generation]:
+        """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
+        only at the end. Errors: EngineError once the engine is lost or closed."""
+        with self._lock:
+            stream = self._next_stream
+            self._next_stream += sum(params.n for _, params in prompts)
+        generations, requests = [], []
+        for prompt, params in prompts:
+            generation, request = self._prepare(stream, prompt, params, notify, each_token)
+            generations.append(generation)
+            requests.append(request)
+            stream += params.n
+        with self._lock:
+            if self._lost is not None:
+                raise EngineError(self._lost)
+            for generation in generations:
+                choices = ((generation, choice) for choice in generation.choices)
+                self._live.update(zip(generation.streams, choices, strict=True))
+        try:
+            self.engine.submit(requests)
+        except BaseException:
+            self._forget(generations)
+            raise
+        return generations
+
+    def abort(self, generations: Iterable[Generation]) -> None:
+        """Nobody waits for these any more; those that have ended are ignored."""
+        streams = self._forget(generations)
+        if streams and self._lost is None:
+            self.engine.abort(streams)
+
+    def close(self) -> None:
+        """Ends the engine; what is under way fails. A second call does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._lost = self._lost or "the engine was shut down"
+        try:
+            self.engine.close()
+        finally:
+            self._inbox.put(None)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(timeout=5.0)
+
+    def _prepare(
+        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool
+    ) -> tuple[Generation, Request]:
+        stop_ids = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._limits.eos_ids)
+        ends = frozenset(stop_ids)
+        choices = [Choice(index, prompt, params, ends, self._tokenizer, each_token) for index in range(params.n)]
+        tokens = np.array(prompt.token_ids, dtype="<i4")
+        hashes = np.array(hash_pages(tokens, self.engine.page_size, prompt.salt), dtype="<u8")
+        request = Request(
+            stream=stream,
+            tokens=tokens.tobytes(),
+            hashes=hashes.tobytes(),
+            params=params,
+            stop_ids=tuple(dict.fromkeys(stop_ids)),
+            salt=prompt.salt,
+        )
+        return Generation(stream, prompt, choices, notify, each_token), request
+
+    def _forget(self, generations: Iterable[Generation]) -> list[int]:
+        with self._lock:
+            streams = [stream for generation in generations for stream in generation.streams if stream in self._live]
+            for stream in streams:
+                del self._live[stream]
+        return streams
+
+    # ---- the thread ----
+
+    def _pump(self) -> None:
+        while (event := self._inbox.get()) is not None:
+            try:
+                if isinstance(event, str):
+                    self._fail(event)
+                else:
+                    self._apply(event)
+            except Exception as error:
+                logger.exception("the front end failed")
+                self._fail(f"the front end failed: {error}")
+        self._fail("the engine was shut down")
+
+    def _apply(self, deltas: Deltas) -> None:
+        """Extends every stream that got tokens, ends those that finished, then wakes each caller once."""
+        touched: dict[int, Generation] = {}
+        payloads: dict[int, list[bytes]] = {}
+        for stream, payload in deltas.logprobs:
+            payloads.setdefault(stream, []).append(payload)
+        streams = np.frombuffer(deltas.streams, dtype="<i8").tolist()
+        columns = np.frombuffer(deltas.tokens, dtype="<i4").reshape(-1, len(streams)).T.tolist() if streams else []
+        for stream, column in zip(streams, columns, strict=True):
+            tokens = [token for token in column if token != NO_TOKEN]
+            if tokens and (live := self._live.get(stream)) is not None:
+                generation, choice = live
+                with generation.lock:
+                    keep_tokens = choice.extend(tokens, payloads.get(stream, ()))
+                if keep_tokens is not None:
+                    self.engine.stop(stream, keep_tokens)
+                touched[generation.stream] = generation
+        for finished in deltas.finished:
+            generation_ended = self._end(finished)
+            if generation_ended is not None:
+                touched[generation_ended.stream] = generation_ended
+        self._wake(touched.values())
+
+    def _end(self, finished: Finished) -> Generation | None:
+        with self._lock:
+            live = self._live.pop(finished.stream, None)
+        if live is None:
+            return None
+        generation, choice = live
+        with generation.lock:
+            choice.end(finished)
+        return generation
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            self._lost = self._lost or reason
+            streams = list(self._live)
+        ended = (self._end(Finished(stream, FinishReason.FAILED, 0, 0, self._lost)) for stream in streams)
+        self._wake({generation.stream: generation for generation in ended if generation is not None}.values())
+
+    def _wake(self, generations: Iterable[Generation]) -> None:
+        for generation in generations:
+            with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody waits
+                generation.wake()

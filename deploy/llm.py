@@ -1,0 +1,241 @@
+"""The Python API: a model on a cluster, and text or tokens out of it.
+
+    with LLM("/models/Qwen3-8B", tensor_parallel_size=2, groups=4) as llm:
+        for output in llm.generate(["def add(", "def sub("], SamplingParams(max_tokens=64)):
+            print(output.outputs[0].text)
+
+Imports no torch and no ray by itself: the engine comes in with the first LLM, and with `local=True` Ray never does.
+"""
+
+import asyncio
+import atexit
+import logging
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from cluster.config import EngineConfig
+from cluster.engine import EngineStats, Progress, StartEngine
+from deploy.config import engine_config
+from deploy.frontend import FrontEnd
+from deploy.outputs import GenerationError, RequestOutput
+from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_model_limits
+from deploy.text import Message, Tokenizer
+from scheduler.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+Params = SamplingParams | Sequence[SamplingParams] | None
+"""One for all prompts, one for each, or the defaults."""
+
+
+class LLM:
+    """One model, served by `groups` tensor-parallel groups under one scheduler. Usable from any thread, and from
+    asyncio.
+
+    model: folder of a Hugging Face checkpoint; left out, the tiny one that comes with Manta. kv_memory: of each rank,
+    in bytes or as "4GiB". local: everything in this process, without Ray. options: the other fields of
+    `cluster.config.EngineConfig`.
+    Errors: ValueError or OSError for what was asked (unknown options name the nearest one), EngineError for what went
+    wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        tensor_parallel_size: int = 1,
+        groups: int = 1,
+        dtype: str = "auto",
+        block_size: int = 256,
+        kv_memory: int | str | None = None,
+        max_num_batched_tokens: int = 2048,
+        local: bool = False,
+        progress: Progress = logger.info,
+        **options: Any,
+    ) -> None:
+        named = {
+            "model": None if model is None else str(model),
+            "tensor_parallel_size": tensor_parallel_size,
+            "groups": groups,
+            "dtype": dtype,
+            "block_size": block_size,
+            "kv_memory": kv_memory,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "local": local,
+        }
+        self._open(engine_config(named | options), progress)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress = logger.info) -> "LLM":
+        """The same from a ready configuration. progress: told in words what the start is doing."""
+        llm = cls.__new__(cls)
+        llm._open(config, progress)
+        return llm
+
+    def _open(self, config: EngineConfig, progress: Progress) -> None:
+        checkpoint = Path(config.model)
+        limits = read_model_limits(checkpoint, config.max_model_len)
+        tokenizer = Tokenizer.load(checkpoint)
+        self.config = config
+        self._parser = PromptParser(limits, tokenizer)
+        start = engine_starter(config)
+        self._frontend = FrontEnd(
+            lambda on_deltas, on_failure: start(config, on_deltas, on_failure, progress), limits, tokenizer
+        )
+        # By atexit itself, not by the finalizer's own: registered after Ray's, hence run before it.
+        self._close = weakref.finalize(self, self._frontend.close)
+        self._close.atexit = False
+        atexit.register(self._close)
+
+    # ---- blocking ----
+
+    def generate(
+        self, prompts: Source | Sequence[Source], sampling_params: Params = None, *, progress: bool = True
+    ) -> list[RequestOutput]:
+        """Completes every prompt; outputs in the order of the prompts. progress: show a bar on a terminal.
+
+        Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
+        """
+        return self._complete(self._parse(_as_list(prompts), self._parser.parse, sampling_params), progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, through the checkpoint's chat template. Otherwise as `generate`."""
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
+        return self._complete(self._parse(conversations, self._parser.chat, sampling_params), progress)
+
+    def iterate(
+        self, prompts: Source | Sequence[Source], sampling_params: Params = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Yields (position of the prompt, its output so far) whenever one has grown, until all have ended.
+
+        A failed request ends with `error` set. Leaving the loop early aborts what is under way. Errors: PromptError.
+        """
+        return self._run(self._parse(_as_list(prompts), self._parser.parse, sampling_params), each_token=True)
+
+    # ---- asyncio ----
+
+    async def stream(
+        self, prompt: Source, sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the output so far whenever it has grown, whole each time; `.outputs[i].delta` is the text that is new.
+
+        Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
+        aborts the request. Errors: PromptError; GenerationError if the request fails.
+        """
+        request = self._parse([prompt], self._parser.parse, sampling_params)
+        loop, grown = asyncio.get_running_loop(), asyncio.Event()
+        generations = self._frontend.submit(request, lambda _: loop.call_soon_threadsafe(grown.set))
+        try:
+            while True:
+                await grown.wait()
+                grown.clear()
+                output = generations[0].take()
+                if output.error:
+                    raise GenerationError.of([output])
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._frontend.abort(generations)
+
+    # ---- the cluster ----
+
+    def stats(self) -> EngineStats:
+        """Blocks and sequences of each group, and counters since the start."""
+        return self._frontend.engine.stats()
+
+    def shutdown(self) -> None:
+        """Ends the cluster that this object started; requests under way fail. A second call does nothing."""
+        self._close()
+        atexit.unregister(self._close)
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    # ---- common ----
+
+    def _parse(
+        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params
+    ) -> list[tuple[Prompt, SamplingParams]]:
+        """All or none: the first source that is not valid is named by its position."""
+        if params is None or isinstance(params, SamplingParams):
+            every = [self._parser.params(params or SamplingParams())] * len(sources)
+        else:
+            every = [self._parser.params(each) for each in params]
+        if len(every) != len(sources):
+            raise PromptError(
+                f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all"
+            )
+        requests = []
+        for position, (source, each) in enumerate(zip(sources, every, strict=True)):
+            try:
+                requests.append((parse(source), each))
+            except PromptError as error:
+                raise PromptError(f"prompt {position}: {error}") if len(sources) > 1 else error from None
+        return requests
+
+    def _complete(self, requests: list[tuple[Prompt, SamplingParams]], progress: bool) -> list[RequestOutput]:
+        from deploy.display import request_bar
+
+        outputs: dict[int, RequestOutput] = {}
+        with request_bar(len(requests), shown=progress) as advance:
+            for position, output in self._run(requests, each_token=False):
+                outputs[position] = output
+                advance(output)
+        ordered = [outputs[position] for position in range(len(requests))]
+        if any(output.error for output in ordered):
+            raise GenerationError.of(ordered)
+        return ordered
+
+    def _run(
+        self, requests: list[tuple[Prompt, SamplingParams]], each_token: bool
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        grown: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        generations = self._frontend.submit(requests, grown.put, each_token) if requests else []
+        positions = {generation.stream: position for position, generation in enumerate(generations)}
+        try:
+            left = len(generations)
+            while left:
+                generation = grown.get()
+                output = generation.take()
+                left -= output.finished
+                yield positions[generation.stream], output
+        finally:  # also when the caller leaves the loop, or Ctrl-C interrupts the wait
+            self._frontend.abort(generations)
+
+
+def engine_starter(config: EngineConfig) -> StartEngine:
+    """The one place where Ray comes in, or does not."""
+    if config.local:
+        from cluster.local import start_local
+
+        return start_local
+    from cluster.launch import start_on_ray
+
+    return start_on_ray
+
+
+def _as_list(prompts: Source | Sequence[Source]) -> Sequence[Source]:
+    """One prompt or several: a list of integers is one prompt."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if len(prompts) and not hasattr(prompts[0], "__len__"):
+        return [cast(Sequence[int], prompts)]
+    return cast(Sequence[Source], prompts)

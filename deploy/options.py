@@ -1,0 +1,101 @@
+"""Every engine and sampling setting as a command-line option, made from the records that define them.
+
+A command declares only what is its own; `with_options` adds the rest. Flags that are not given stay None, so that the
+configuration file and the defaults below it can speak. Imports typer; nothing of the engine but its settings.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+import typer
+
+from cluster.config import EngineConfig
+from deploy.config import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, SAMPLING_KEYS, ConfigError
+from scheduler.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+
+SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
+    "n": (int, f"Choices for each prompt, 1 to {MAX_CHOICES}. Default: 1."),
+    "temperature": (float, "Divides the logits; 0 always takes the likeliest token. Default: 1.0."),
+    "top_k": (int, "Sample among this many likeliest tokens; 0 among all. Default: 0."),
+    "top_p": (float, "Sample among the likeliest tokens of this total probability, 0 to 1. Default: 1.0."),
+    "min_p": (float, "Leave out tokens below this share of the likeliest one's probability, 0 to 1. Default: 0.0."),
+    "seed": (int, "Integer that makes sampling repeatable. Default: drawn for each request."),
+    "repetition_penalty": (float, "Factor against tokens of prompt and output, above 0. Default: 1.0 (none)."),
+    "presence_penalty": (float, "Subtracted from logits of tokens in the output, -2 to 2. Default: 0.0."),
+    "frequency_penalty": (float, "Subtracted once for each time in the output, -2 to 2. Default: 0.0."),
+    "logit_bias": (list[str], "ID=BIAS: added to that token's logit, -100 to 100; repeatable. Default: none."),
+    "stop": (list[str], "Text that ends the output and is cut from it; repeatable. Default: none."),
+    "stop_token_ids": (list[int], "Token id that ends the output; repeatable. Default: the model's own."),
+    "min_tokens": (int, "Tokens of output before anything may end it. Default: 0."),
+    "max_tokens": (int, f"Tokens of output at most, for each choice. Default: {DEFAULT_MAX_TOKENS}."),
+    "ignore_eos": (bool, "Do not stop at the model's end-of-sequence tokens. Default: no."),
+    "logprobs": (int, f"Log-probabilities per token of output, in --output: 0 to {MAX_LOGPROBS}. Default: none."),
+}
+ENGINE_FLAGS = {"seed": "engine_seed"}
+"""Fields of the engine whose flag has another name, since a sampling option has theirs."""
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options to a command, which takes those given as keyword arguments `engine` and `sampling`, by field
+    name."""
+    engine_flags = {ENGINE_FLAGS.get(f.name, f.name): f.name for f in fields(EngineConfig)}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        engine = {field: given.pop(flag) for flag, field in engine_flags.items()}
+        sampling = {field: _sampling_value(field, given.pop(field)) for field in SAMPLING_KEYS}
+        command(engine=engine, sampling=sampling, **given)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
+    every = [*own, *_sampling_options(), *_engine_options()]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    return run
+
+
+def _sampling_options() -> Iterator[inspect.Parameter]:
+    assert set(SAMPLING_HELP) == set(SamplingParams.__struct_fields__), "every sampling field has its help"
+    for name, (kind, help_text) in SAMPLING_HELP.items():
+        yield _option(name, kind, help_text, "Sampling")
+
+
+def _engine_options() -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(EngineConfig)
+    for f in fields(EngineConfig):
+        flag = ENGINE_FLAGS.get(f.name, f.name)
+        if f.name == "model":
+            embedded = "/".join(EMBEDDED_MODEL.parts[-2:])
+            help_text = f"Folder of a Hugging Face checkpoint. Default: {embedded}, which comes with Manta."
+            yield _option(flag, str, help_text, "Engine")
+            continue
+        kind = str if f.metadata["size"] else hints[f.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in get_args(kind) if part is not types.NoneType)
+        shown = {"True": "yes", "False": "no"}.get(f.metadata["shown"], f.metadata["shown"])
+        yield _option(flag, kind, f"{f.metadata['help']} Default: {shown}.", "Engine")
+
+
+def _option(name: str, kind: Any, help_text: str, panel: str) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    default = typer.Option(None, declared, help=help_text, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind | None)
+
+
+def _sampling_value(name: str, value: Any) -> Any:
+    """What a flag gave, as the field wants it; an option that may be repeated and was not given at all is None."""
+    if name == "logit_bias" and value:
+        return dict(_bias(pair) for pair in value)
+    return value if value != [] else None
+
+
+def _bias(pair: str) -> tuple[int, float]:
+    token, _, bias = pair.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise ConfigError(f"--logit-bias {pair!r} is not ID=BIAS: write for example 42=-1.5") from None

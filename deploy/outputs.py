@@ -1,0 +1,102 @@
+"""What a caller gets back. Field names and meanings are vLLM's, so that code written for it reads these.
+
+Imports wire types only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from deploy.text import Tokenizer
+from scheduler.messages import FinishReason, TokenLogprobs
+
+FinishWord = Literal["stop", "length", "abort", "error"]
+
+FINISH_WORDS: dict[FinishReason, FinishWord] = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORTED: "abort",
+    FinishReason.FAILED: "error",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability. rank: 1 is the most likely; None where it is below the ranks that were asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One choice, whole from its beginning in every output of a stream.
+
+    text: without the stop string, special tokens and any part of a character still under way. token_ids: all sampled
+    tokens up to and including the one that ended the output. logprobs: one mapping a token, the chosen token first;
+    None if not asked for.
+    finish_reason: None while under way. stop_reason: the stop string, or the id out of stop_token_ids, that ended it.
+    delta: the text that is new since the previous output of the same stream. new_tokens: so many of the last token_ids
+    (and logprobs) are new.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishWord | None = None
+    stop_reason: int | str | None = None
+    delta: str = ""
+    new_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One prompt and its `n` choices. num_cached_tokens: prompt tokens found in the cache; None until a choice has
+    ended.
+
+    finished: every choice has ended. error: why, where a choice ended with finish_reason "error".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    num_cached_tokens: int | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    error: str | None = None
+
+
+class GenerationError(RuntimeError):
+    """Requests that could not be completed. outputs: every output of the call, what the failed ones had produced
+    included."""
+
+    def __init__(self, message: str, outputs: Iterable[RequestOutput] = ()) -> None:
+        super().__init__(message)
+        self.outputs = list(outputs)
+
+    @classmethod
+    def of(cls, outputs: Iterable[RequestOutput]) -> "GenerationError":
+        """Names how many failed, and each different reason once."""
+        every = list(outputs)
+        failed = [output for output in every if output.error]
+        reasons = "; ".join(dict.fromkeys(output.error or "" for output in failed))
+        count = f"{len(failed)} of {len(every)} requests failed: " if len(every) > 1 else ""
+        return cls(f"{count}{reasons}", every)
+
+
+def read_logprobs(payload: bytes, chosen: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """One token's payload from the sampler: the chosen token first, then the most likely ones in order."""
+    entry = _decoder.decode(payload)
+    ranks = {token: rank for rank, token in enumerate(entry.top_ids, start=1)}
+    values = {chosen: entry.logprob} | dict(zip(entry.top_ids, entry.top_logprobs, strict=True))
+    return {
+        token: Logprob(value, ranks.get(token), tokenizer.token_text(token) if tokenizer else None)
+        for token, value in values.items()
+    }
+
+
+_decoder = msgspec.msgpack.Decoder(TokenLogprobs)

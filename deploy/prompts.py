@@ -1,0 +1,206 @@
+"""From what a user gives to prompts that can only be valid: token ids within the vocabulary and the model's length.
+
+Parsed once, here, at the door; nothing behind checks again. Imports no torch, no ray.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
+from deploy.text import Message, Tokenizer
+from scheduler.sampling import SamplingParams
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+LINE_KEYS = (*PROMPT_KEYS, "cache_salt", *SAMPLING_KEYS)
+
+Source = str | Sequence[int] | Mapping[str, Any]
+"""A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
+with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt."""
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be served; the message says why and what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the model sets for a request. eos_ids end an output unless ignore_eos. max_tokens: prompt and output
+    together."""
+
+    vocab_size: int
+    max_tokens: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output."""
+
+    token_ids: list[int]
+    text: str | None = None
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptParser:
+    """Turns sources into prompts for one model. tokenizer: None where the checkpoint has none; then only ids will
+    do."""
+
+    limits: ModelLimits
+    tokenizer: Tokenizer | None
+
+    def parse(self, source: Source) -> Prompt:
+        """Errors: PromptError."""
+        if isinstance(source, Mapping):
+            return self._parse_mapping(source)
+        if isinstance(source, str):
+            return self._valid(self._need_tokenizer().encode(source), source)
+        return self._valid(source, None)
+
+    def chat(self, messages: Sequence[Message], salt: str = "") -> Prompt:
+        """A conversation through the checkpoint's chat template. Errors: PromptError."""
+        if not isinstance(messages, list | tuple) or not messages:
+            raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+                raise PromptError(f'not a chat message: {message!r}; write {{"role": "user", "content": "..."}}')
+        try:
+            return self._valid(self._need_tokenizer().encode_chat(messages), None, salt)
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
+        try:
+            valid = sampling_params(msgspec.structs.asdict(params))
+        except ConfigError as error:
+            raise PromptError(f"sampling parameters: {error}") from error
+        if valid.stop and self.tokenizer is None:
+            raise PromptError("stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids")
+        for name, ids in (("stop_token_ids", valid.stop_token_ids), ("logit_bias", valid.logit_bias)):
+            for token in ids:
+                if not 0 <= token < self.limits.vocab_size:
+                    raise PromptError(f"{name}: {self._outside(token)}")
+        return valid
+
+    def _parse_mapping(self, source: Mapping[str, Any]) -> Prompt:
+        kinds = [key for key in PROMPT_KEYS if key in source]
+        if len(kinds) != 1:
+            raise PromptError(f"give exactly one of {', '.join(PROMPT_KEYS)}; found {' and '.join(kinds) or 'none'}")
+        kind, value, salt = kinds[0], source[kinds[0]], source.get("cache_salt", "")
+        if not isinstance(salt, str):
+            raise PromptError(f"cache_salt must be a string, not {type(salt).__name__}")
+        if kind == "messages":
+            return self.chat(value, salt)
+        if kind == "prompt":
+            if not isinstance(value, str):
+                raise PromptError(f"prompt must be a string, not {type(value).__name__}: ids go into prompt_token_ids")
+            return self._valid(self._need_tokenizer().encode(value), value, salt)
+        return self._valid(value, None, salt)
+
+    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+        try:
+            tokens = [index(token) for token in ids]
+        except TypeError as error:
+            raise PromptError("prompt_token_ids must be a list of integers") from error
+        if not tokens:
+            raise PromptError("the prompt is empty: give at least one token")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self.limits.vocab_size:
+            raise PromptError(self._outside(low if low < 0 else high))
+        if len(tokens) >= self.limits.max_tokens:
+            raise PromptError(
+                f"the prompt has {len(tokens)} tokens and the model takes {self.limits.max_tokens}, output included: "
+                f"shorten it to {self.limits.max_tokens - 1} or fewer"
+            )
+        return Prompt(tokens, text, salt)
+
+    def _outside(self, token: int) -> str:
+        size = self.limits.vocab_size
+        return f"token id {token} is outside the vocabulary of {size} entries: use ids from 0 to {size - 1}"
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
+        return self.tokenizer
+
+
+def read_model_limits(checkpoint: Path, max_model_len: int | None) -> ModelLimits:
+    """Reads config.json and generation_config.json. Errors: OSError, or ValueError that names the file and the
+    entry."""
+    config = _read_json(checkpoint / "config.json")
+    generation = checkpoint / "generation_config.json"
+    eos: Any = _read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = config.get("eos_token_id") if eos is None else eos
+    for key in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(key), int):
+            raise ValueError(
+                f"{checkpoint / 'config.json'} has no integer {key!r}: is it a checkpoint of a language model?"
+            )
+    longest = int(config["max_position_embeddings"])
+    if max_model_len is not None and max_model_len > longest:
+        raise ValueError(f"max_model_len={max_model_len} is above the {longest} tokens that the model takes: lower it")
+    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return ModelLimits(int(config["vocab_size"]), max_model_len or longest, ids)
+
+
+def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:
+    """Prompts from JSON lines: one of the prompt keys and any sampling fields, which override the defaults for that
+    line.
+
+    Blank lines are skipped. name: of the file, for messages. Errors: PromptError that names the line and what is wrong.
+    """
+    base = msgspec.structs.asdict(defaults)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise PromptError(f'expected an object such as {{"prompt": "..."}}, found {type(entry).__name__}')
+            reject_unknown(entry, LINE_KEYS)
+            fields = {key: entry.pop(key) for key in SAMPLING_KEYS if key in entry}
+            yield entry, sampling_params(base | fields) if fields else defaults
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{name}, line {number}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except ValueError as error:
+            raise PromptError(f"{name}, line {number}: {error}") from error
+
+
+def as_chat(source: Source) -> Source:
+    """A text prompt as a user's message; conversations as they are. Errors: PromptError."""
+    text = source.get("prompt") if isinstance(source, Mapping) else source
+    if isinstance(text, str):
+        extra = {key: value for key, value in source.items() if key != "prompt"} if isinstance(source, Mapping) else {}
+        return extra | {"messages": [{"role": "user", "content": text}]}
+    if isinstance(source, Mapping) and "messages" in source:
+        return source
+    raise PromptError("token ids cannot be put through a chat template: give text or messages")
+
+
+def as_token_ids(source: Source) -> Source:
+    """Token ids written as text, apart by spaces or commas. Errors: PromptError."""
+    if not isinstance(source, str):
+        return source
+    try:
+        return [int(piece) for piece in source.replace(",", " ").split()]
+    except ValueError as error:
+        raise PromptError(f"not token ids: {source[:60]!r}; write integers apart by spaces or commas") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} does not exist: --model must name the folder of a checkpoint") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content

@@ -1,0 +1,178 @@
+"""Between text and token ids: the checkpoint's tokenizer, text that grows with its tokens, stop strings.
+
+Imports transformers only when a checkpoint is opened; nothing of the engine.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REPLACEMENT = "\ufffd"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+PROMPT_TAIL_TOKENS = 4
+"""Tokens of the prompt that the detokenizer sees, so that the first word of the output keeps its leading space."""
+
+WINDOW_TOKENS = 16
+"""Tokens decoded again at each step at most; bounds the cost per token."""
+
+CHARACTER_TOKENS = 4
+"""A character is at most four bytes, hence at most four tokens; what stays broken for longer is not UTF-8."""
+
+Message = Mapping[str, Any]
+"""A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint."""
+
+    def __init__(self, implementation: Any) -> None:
+        """implementation: a transformers tokenizer."""
+        self._implementation = implementation
+        self._backend = getattr(implementation, "backend_tokenizer", None)
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "Tokenizer | None":
+        """Opens the tokenizer in the checkpoint's folder, without network; None where there is none.
+
+        Errors: ValueError if it is there and cannot be read.
+        """
+        if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True))
+        except Exception as error:  # the library raises whatever its parsers raise
+            raise ValueError(f"cannot read the tokenizer in {checkpoint}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the checkpoint puts around a prompt."""
+        return list(self._implementation.encode(text))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins. Errors: ValueError."""
+        if not getattr(self._implementation, "chat_template", None):
+            raise ValueError("this checkpoint has no chat template: give the prompt as text or as token ids")
+        try:
+            text = self._implementation.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates raise what they please, jinja's errors among it
+            raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+        return list(self._implementation.encode(text, add_special_tokens=False))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
+        if self._backend is not None:
+            return str(self._backend.decode(list(tokens), skip_special_tokens=True))
+        text = self._implementation.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def token_text(self, token: int) -> str:
+        """One token by itself, special tokens included, as log-probabilities show it."""
+        return str(self._implementation.decode([token]))
+
+
+class Detokenizer:
+    """Text of a sequence as its tokens arrive, never ending inside a character.
+
+    It decodes a window of the last tokens and returns what was not there before, O(1) per token. A window begins where
+    a character begins, with at least one token whose text is known already, since some tokenizers drop a leading space.
+    While the window's text ends in U+FFFD the character may still be under way, so nothing is returned until it is
+    whole or until more tokens came than a character has. (The idea of a read offset and a prefix offset is that of
+    text-generation-inference.)
+
+    Invariant: what `push` and `flush` returned is, put together, the decoded tokens less the decoded prompt, wherever
+    the tokens are valid UTF-8.
+    """
+
+    __slots__ = ("_boundary", "_decode", "_pending", "_shown", "_window")
+
+    def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = _tail(decode, prompt)
+        self._shown = len(decode(self._window))  # characters of the window's text that are out already
+        self._boundary = 0  # tokens of the window before the last character border but one
+        self._pending = 0  # tokens since the last character border
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Takes the next tokens; returns the text that is certain now."""
+        self._window.extend(tokens)
+        self._pending += len(tokens)
+        text = self._decode(self._window)
+        if not text.endswith(REPLACEMENT):
+            self._pending = 0
+            return self._advance(text, len(text), self._boundary)
+        if self._pending <= CHARACTER_TOKENS:
+            return ""
+        return self._advance(text, len(text) - 1, max(0, len(self._window) - CHARACTER_TOKENS))
+
+    def flush(self) -> str:
+        """The output has ended: returns whatever was held back."""
+        text = self._decode(self._window)
+        rest = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return rest
+
+    def _advance(self, text: str, sure: int, cut: int) -> str:
+        """Shows the window's text up to `sure`; a window grown too long then begins at token `cut`."""
+        fresh = text[self._shown : sure]
+        self._shown = max(self._shown, sure)
+        held = sure < len(text)
+        if len(self._window) > WINDOW_TOKENS:
+            window = self._window[cut:]
+            after = self._decode(window)
+            if not held or after.endswith(REPLACEMENT):  # else what is held back would fall out of the window
+                self._window, self._shown, self._boundary = window, len(after) - held, 0
+        if not held:
+            self._boundary = len(self._window)
+        return fresh
+
+
+class StopStrings:
+    """Finds the first stop string in text that arrives in pieces, whichever token borders it crosses.
+
+    Text that may be the beginning of a stop string is held back until it is decided.
+    """
+
+    __slots__ = ("_held", "_stops", "found")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+        """The stop string that ended the text."""
+
+    def push(self, text: str, armed: bool = True) -> str:
+        """Takes the next text; returns what may be shown. armed: False at first, while min_tokens forbids an end: such
+        text is shown unsearched."""
+        if not armed:
+            return text
+        held = self._held + text
+        hits = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if hits:
+            at, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
+            self._held = ""
+            return held[:at]
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """The output has ended without a stop string: returns whatever was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _tail(decode: Decode, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of the prompt, from a character border on."""
+    for length in range(PROMPT_TAIL_TOKENS, 2 * PROMPT_TAIL_TOKENS):
+        tail = list(prompt[-length:])
+        if not decode(tail).startswith(REPLACEMENT):
+            return tail
+    return list(prompt[-PROMPT_TAIL_TOKENS:])
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

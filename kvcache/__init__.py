@@ -1,0 +1,22 @@
+"""The KV cache's bookkeeping: hashes, blocks, the prefix index and the global block table.
+
+The tensors themselves are in `kvcache.pool`, which needs torch and so is imported by its own name.
+"""
+
+from kvcache.audit import audit
+from kvcache.hashing import hash_pages
+from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.index import Match
+from kvcache.table import BlockTable, GroupUsage, SequenceBlocks
+
+__all__ = [
+    "BlockId",
+    "BlockTable",
+    "GroupId",
+    "GroupUsage",
+    "Match",
+    "NodeId",
+    "SequenceBlocks",
+    "audit",
+    "hash_pages",
+]

@@ -1,0 +1,171 @@
+"""Verifies every invariant of a block table from scratch: for tests, the simulator and an idle scheduler's self-check.
+
+Reads the internals of `table`, `blocks` and `index`, shares no code with them and changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import xxhash
+
+from kvcache.blocks import BlockPool
+from kvcache.hashing import salt_seed
+from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.index import PrefixIndex
+from kvcache.table import BlockTable, SequenceBlocks
+
+
+def audit(table: BlockTable, sequences: Iterable[SequenceBlocks]) -> None:
+    """Raises AssertionError, naming group, block or node, if `table` is not exactly what `sequences` account for.
+
+    sequences: every one that was reserved and neither released nor made void by `remove_group`.
+    Time linear in all blocks and tokens of the table.
+    """
+    by_group: dict[GroupId, list[SequenceBlocks]] = {group: [] for group in table.pools}
+    for seq in sequences:
+        _check(seq.group in by_group, f"a sequence is left of group {seq.group}, which is not in the table")
+        by_group[seq.group].append(seq)
+    _check(table.index.blocks.keys() == table.pools.keys(), "the index and the pools disagree on the groups")
+    _audit_index(table.index)
+    for group, pool in table.pools.items():
+        for seq in by_group[group]:
+            _audit_sequence(table.index, pool, seq)
+        _audit_holders(group, pool, by_group[group])
+        _audit_states(group, pool)
+        _audit_names(group, pool, table.index)
+
+
+def _check(condition: bool, message: str) -> None:
+    """Not an assert statement: the audit must audit under `python -O` too."""
+    if not condition:
+        raise AssertionError(message)
+
+
+def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) -> None:
+    """One row of the table: a published prefix that is a chain of the index, then private blocks."""
+    name = f"a sequence of group {seq.group} with blocks {seq.blocks}"
+    _check(len(seq.nodes) <= len(seq.blocks), f"{name} has {len(seq.nodes)} nodes, more than blocks")
+    _check(len(set(seq.blocks)) == len(seq.blocks), f"{name} has a block twice")
+    parent = index.roots.get(seq.salt)
+    held = index.blocks[seq.group]
+    for block, node in zip(seq.blocks, seq.nodes, strict=False):
+        _check(index.parents[node] == parent, f"{name}: node {node} is not a child of node {parent}")
+        _check(held.get(node) == block, f"{name}: node {node} is in block {held.get(node)}, the sequence has {block}")
+        parent = node
+    for block in seq.blocks[len(seq.nodes) :]:
+        _check(not pool.nodes[block], f"{name}: block {block} is published, but not by this sequence")
+
+
+def _audit_holders(group: GroupId, pool: BlockPool, sequences: list[SequenceBlocks]) -> None:
+    """Reference counts are numbers of holders, and only published blocks have several."""
+    holders = Counter(block for seq in sequences for block in seq.blocks)
+    for block, ref in enumerate(pool.refs):
+        count = holders.pop(BlockId(block), 0)
+        _check(ref == count, f"group {group}: block {block} has ref {ref} but {count} holders")
+        _check(ref < 2 or bool(pool.nodes[block]), f"group {group}: private block {block} has {ref} holders")
+    _check(not holders, f"group {group}: sequences hold blocks {sorted(holders)}, which are not in the pool")
+    shared = sum(ref > 1 for ref in pool.refs)
+    _check(pool.shared == shared, f"group {group}: {shared} blocks are shared, the pool counts {pool.shared}")
+
+
+def _audit_states(group: GroupId, pool: BlockPool) -> None:
+    """Each block is free, held or cached, and found where its state says."""
+    unheld = [BlockId(block) for block, ref in enumerate(pool.refs) if not ref]
+    free = {block for block in unheld if not pool.nodes[block]}
+    cached = {block for block in unheld if pool.nodes[block]}
+    stack, lru = pool.free_stack, lru_order(pool)
+    _check(len(set(stack)) == len(stack), f"group {group}: the free stack has a block twice: {stack}")
+    _check(set(stack) == free, f"group {group}: free stack {sorted(stack)} but blocks {sorted(free)} are free")
+    _check(set(lru) == cached, f"group {group}: LRU list {lru} but blocks {sorted(cached)} are cached")
+    _check(pool.cached == len(lru), f"group {group}: {len(lru)} blocks are cached, the pool counts {pool.cached}")
+    _check(
+        pool.free + pool.held + pool.cached == pool.total and pool.held == pool.total - len(unheld),
+        f"group {group}: {pool.free} free + {pool.held} held + {pool.cached} cached is not {pool.total}",
+    )
+
+
+def lru_order(pool: BlockPool) -> list[BlockId]:
+    """The cached blocks, the next to be evicted first."""
+    order: list[BlockId] = []
+    at, end = pool.after[pool.total], pool.total
+    previous = end
+    while at != end:
+        _check(pool.before[at] == previous, f"block {at} follows {previous} in the LRU list, not {pool.before[at]}")
+        _check(len(order) < pool.total, f"the LRU list does not end: {order}")
+        order.append(BlockId(at))
+        previous, at = at, pool.after[at]
+    _check(pool.before[end] == previous, f"the LRU list ends with {previous}, the sentinel says {pool.before[end]}")
+    return order
+
+
+def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
+    """Blocks and nodes name each other; parents are held wherever children are, and evicted after them."""
+    held = index.blocks[group]
+    published = {NodeId(node): BlockId(block) for block, node in enumerate(pool.nodes) if node}
+    _check(len(published) == sum(map(bool, pool.nodes)), f"group {group}: two blocks are published as the same node")
+    _check(held == published, f"group {group}: the index has {held}, the blocks have {published}")
+    age = {block: at for at, block in enumerate(lru_order(pool))}
+    for node, block in held.items():
+        _check(bool(index.holders[node] >> group & 1), f"group {group} holds node {node} but is not in its holder mask")
+        parent = index.parents[node]
+        if not index.parents[parent]:  # a root, which no group holds
+            continue
+        _check(parent in held, f"group {group} holds node {node} but not its parent {parent}")
+        above = held[parent]
+        _check(pool.refs[above] >= pool.refs[block], f"group {group}: block {block} has more holders than its parent")
+        if above in age:
+            _check(age[block] < age[above], f"group {group}: block {above} would be evicted before its child {block}")
+
+
+def _audit_index(index: PrefixIndex) -> None:
+    """Exactly the held nodes and the roots above them are alive, counted, hashed and found."""
+    live = _live_nodes(index)
+    masks: Counter[NodeId] = Counter()
+    for group, held in index.blocks.items():
+        for node in held:
+            masks[node] += 1 << group
+    for node in masks:
+        _check(node in live, f"node {node} is held by groups {masks[node]:b} but cannot be found")
+    children = Counter(index.parents[node] for node in live)
+    for node in live:
+        parent = index.parents[node]
+        _check(parent in live or parent in index.salts, f"node {node} is under node {parent}, which is dead")
+        _check(masks[node] != 0, f"node {node} is alive but no group holds it")
+        _check(index.holders[node] == masks[node], f"node {node} has not the holder mask {masks[node]:b}")
+        _check(index.children[node] == children[node], f"node {node} has not a count of {children[node]} children")
+        digest = xxhash.xxh3_64_intdigest(index.contents[node], index.hashes[parent])
+        _check(index.hashes[node] == digest, f"node {node} has not the hash of its tokens and parent, {digest:x}")
+    _check({root: salt for salt, root in index.roots.items()} == index.salts, "roots and salts are not inverse")
+    for root, salt in index.salts.items():
+        _check(not index.parents[root] and not index.holders[root], f"root {root} has a parent or a holder")
+        _check(index.children[root] == children[root] > 0, f"root {root} has not a count of {children[root]} children")
+        _check(index.hashes[root] == salt_seed(salt), f"root {root} has not the hash of its salt")
+    _audit_dead(index, live | index.salts.keys())
+
+
+def _live_nodes(index: PrefixIndex) -> set[NodeId]:
+    """The nodes that a lookup can reach; no two of them are the same page."""
+    live: set[NodeId] = set()
+    pages: set[tuple[NodeId, bytes]] = set()
+    for hash_, head in index.by_hash.items():
+        node = head
+        while node:
+            _check(index.hashes[node] == hash_, f"node {node} of hash {index.hashes[node]:x} is found under {hash_:x}")
+            _check(node not in live, f"node {node} is twice in the chain of its hash")
+            page = (index.parents[node], index.contents[node])
+            _check(page not in pages, f"node {node} is the second with its parent {page[0]} and its tokens")
+            live.add(node)
+            pages.add(page)
+            node = index.twins[node]
+    return live
+
+
+def _audit_dead(index: PrefixIndex, alive: set[NodeId]) -> None:
+    """Every id but NO_NODE is alive or free to be reused, not both, and the free ones are blank."""
+    dead = index.free_ids
+    ids = set(range(1, len(index.parents)))
+    _check(len(set(dead)) == len(dead), f"a node id is free twice: {dead}")
+    _check(set(dead) == ids - alive, f"free node ids {sorted(dead)}, but {sorted(ids - alive)} are dead")
+    for node in (NodeId(0), *dead):
+        blank = not (index.parents[node] or index.contents[node] or index.holders[node] or index.children[node])
+        _check(blank and not index.twins[node], f"dead node {node} still has a parent, tokens, holder, child or twin")

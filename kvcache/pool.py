@@ -1,0 +1,66 @@
+"""One rank's KV pages as one tensor: per-layer views for attention, copies and whole-page bytes for everything else.
+
+The only file of `kvcache` that imports torch. It never decides which page holds what; `table` and the scheduler do.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcache.layout import PageLayout
+
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class KVPool:
+    """`pages` pages of `layout` on one device, page-first (drawn in `layout`).
+
+    The memory is allocated, never touched: on a CPU the system commits it as pages are first written, and what an unwritten
+    slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero.
+
+    Raises ValueError for fewer than one page, torch's out-of-memory error where the device cannot hold them.
+    """
+
+    def __init__(self, layout: PageLayout, pages: int, device: torch.device | str) -> None:
+        if pages < 1:
+            raise ValueError(
+                f"a KV pool of {pages} pages can serve nothing; one page takes {layout.page_bytes:,} bytes on this rank: "
+                "give the KV cache more memory or choose a smaller page_size"
+            )
+        self.layout = layout
+        self.pages = pages
+        self.dtype = TORCH_DTYPES[layout.dtype]
+        self.data = torch.empty((pages, *layout.shape), dtype=self.dtype, device=device)
+        """[page, layer, k|v, slot, kv_head, head_dim], contiguous"""
+        self.device = self.data.device
+
+    def keys(self, layer: int) -> Tensor:
+        """[page, slot, kv_head, head_dim], a view; contiguous within a page, one whole page apart between pages."""
+        return self.data[:, layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        """[page, slot, kv_head, head_dim], a view like `keys`."""
+        return self.data[:, layer, 1]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` slots of page `source` to page `target`, all layers: the copy of copy-on-write."""
+        if not 0 <= tokens <= self.layout.page_size:
+            raise ValueError(f"cannot copy {tokens} tokens of a page of {self.layout.page_size}")
+        self.data[target, :, :, :tokens].copy_(self.data[source, :, :, :tokens])
+
+    def export_page(self, page: int) -> Tensor:
+        """[page_bytes] uint8, the page's own memory: valid until the page is written again, so copy it or hold the page."""
+        return self.data[page].view(-1).view(torch.uint8)
+
+    def import_page(self, page: int, content: Tensor) -> None:
+        """Overwrite a page with what `export_page` gave, of this pool or of one with an equal layout, on any device."""
+        if content.dtype != torch.uint8 or content.numel() != self.layout.page_bytes:
+            raise ValueError(
+                f"a page of this pool is {self.layout.page_bytes:,} bytes of uint8, got {content.numel():,} of {content.dtype}: "
+                "both pools must have the same page_size, layers, KV heads per rank, head_dim and dtype"
+            )
+        self.export_page(page).copy_(content.view(-1))

@@ -1,0 +1,198 @@
+"""The global block table: every group's blocks and the prefix index behind one transactional API.
+
+Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.blocks import BlockPool
+from kvcache.hashing import page_bytes
+from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.index import Match, PrefixIndex
+
+
+@dataclass(slots=True)
+class SequenceBlocks:
+    """One running sequence's row in the global block table. Only `BlockTable` changes it.
+
+    blocks: in block-table order; each is pinned once by this sequence.
+    nodes: the published prefix, its own pages or shared ones: nodes[i] is the node of blocks[i].
+    Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private.
+    """
+
+    group: GroupId
+    blocks: list[BlockId]
+    nodes: list[NodeId]
+    salt: str
+
+
+@dataclass(slots=True, frozen=True)
+class GroupUsage:
+    """One group's blocks by state; free + held + cached == total."""
+
+    total: int
+    free: int
+    held: int
+    cached: int
+
+
+class BlockTable:
+    """Who holds which block of which group, and which prefix each block contains.
+
+    Every mutating call is a transaction: where it returns None or raises, nothing has changed. `None` means that there
+    is no room now. No call depends on the number of blocks or groups, but for `add_group` and `remove_group`.
+
+    One invariant carries the rest: *whoever holds a published page holds the published block of each of its ancestors*.
+    A reservation pins from the first page on, and a page is published only under the sequence's own last node. What
+    could break it is a twin, a page that two sequences of a group compute at the same time. If the second kept a
+    private copy, as elsewhere, it could publish children of a page whose published block it does not hold; that block
+    might be evicted above them, and the copy would occupy memory until the sequence ends. So the second *adopts* the
+    published block in place of its own (`publish`). From the invariant follow, without counting children: leaves are
+    evicted before their parents by release order alone (argument in `BlockPool`); reference counts and holder masks
+    never grow on the way down a chain; a pinned page's ancestors are pinned, so `available` is true headroom.
+    """
+
+    __slots__ = ("index", "page_size", "pools")
+
+    def __init__(self, page_size: int) -> None:
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1 token, not {page_size}")
+        self.page_size = page_size
+        self.index = PrefixIndex(page_size)
+        self.pools: dict[GroupId, BlockPool] = {}
+
+    def add_group(self, group: GroupId, blocks: int) -> None:
+        """An empty pool of `blocks` blocks. Raises ValueError if there is such a group."""
+        if group < 0 or group in self.pools:
+            raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
+        self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
+        self.index.add_group(group)
+
+    def remove_group(self, group: GroupId) -> None:
+        """Forgets the group's every block, in time linear in the cached and shared ones.
+
+        Its `SequenceBlocks` become void: drop them, never release them, as the id may name a new group by then.
+        """
+        del self.pools[group]
+        self.index.remove_group(group)
+
+    def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
+        """The longest chain of full pages of `tokens` [tokens] held anywhere, at most `limit` pages of it.
+
+        hashes: `hash_pages(tokens, page_size, salt)`. They only find candidates: parents and tokens are compared.
+        """
+        return self.index.match(tokens, hashes, salt, limit)
+
+    def available(self, group: GroupId) -> int:
+        """Blocks that could be allocated now: the free and the cached."""
+        return self.pools[group].available
+
+    def usage(self, group: GroupId) -> GroupUsage:
+        pool = self.pools[group]
+        return GroupUsage(total=pool.total, free=pool.free, held=pool.held, cached=pool.cached)
+
+    def shared(self, group: GroupId) -> int:
+        """Blocks of the group that more than one sequence holds."""
+        return self.pools[group].shared
+
+    def cached_in_match(self, group: GroupId, match: Match, depth: int) -> int:
+        """How many of the first `depth` matched blocks of `group` nobody holds.
+
+        They count as available, but pinning them takes them out: `reserve` needs new_blocks + this many available.
+        Unheld pages are the end of the chain (reference counts never grow on the way down), so this counts back to the
+        first held one.
+        """
+        self._require(match, group, depth)
+        held, refs, nodes = self.index.blocks[group], self.pools[group].refs, match.nodes
+        at = depth
+        while at and not refs[held[nodes[at - 1]]]:
+            at -= 1
+        return depth - at
+
+    def reserve(
+        self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str
+    ) -> SequenceBlocks | None:
+        """Starts a sequence on the first `depth` matched pages, pinned, and `new_blocks` private ones; None if no room.
+
+        Pinning comes before allocating, so that a reservation never evicts its own hit.
+        """
+        pool = self.pools[group]
+        if new_blocks + self.cached_in_match(group, match, depth) > pool.available:
+            return None
+        held, pin = self.index.blocks[group], pool.pin
+        nodes = match.nodes[:depth]
+        blocks = [held[node] for node in nodes]
+        for block in blocks:
+            pin(block)
+        seq = SequenceBlocks(group, blocks, nodes, salt)
+        self._extend(pool, blocks, new_blocks)
+        return seq
+
+    def grow(self, seq: SequenceBlocks, blocks: int) -> list[BlockId] | None:
+        """Appends `blocks` private blocks to the sequence and returns them; None if there are not so many."""
+        pool = self.pools[seq.group]
+        if blocks > pool.available:
+            return None
+        start = len(seq.blocks)
+        self._extend(pool, seq.blocks, blocks)
+        return seq.blocks[start:]
+
+    def publish(self, seq: SequenceBlocks, tokens: npt.NDArray[np.int32], hash_: int) -> BlockId | None:
+        """Publishes the sequence's next private block as the full page `tokens` [page_size] under its last node.
+
+        hash_: of that page, chained from the page before. Call it once the step that wrote the page is committed.
+
+        If another sequence of the group has published the same page in the meantime, this one adopts that block: it
+        takes the private copy's place in `seq.blocks`, pinned, and the copy is free again. Returns the adopted block,
+        else None. The worker must see the change of its block table before the copy is granted to anyone else; one
+        ordered command log gives that. The contents are equal up to rounding, as with any hit.
+
+        Raises ValueError if all blocks are published or `tokens` is not one page.
+        """
+        at = len(seq.nodes)
+        page = page_bytes(tokens).tobytes()
+        if at >= len(seq.blocks) or len(tokens) != self.page_size:
+            raise ValueError(
+                f"cannot publish page {at} with {len(tokens)} tokens: the sequence has {len(seq.blocks)} blocks "
+                f"and a page has {self.page_size} tokens"
+            )
+        index, group = self.index, seq.group
+        pool, held = self.pools[group], index.blocks[group]
+        parent = seq.nodes[-1] if at else index.root(seq.salt)
+        node = index.child(parent, hash_, page) or index.add(parent, hash_, page)
+        adopted = held.get(node)
+        if adopted is None:
+            pool.publish(seq.blocks[at], node)
+            index.hold(group, node, seq.blocks[at])
+        else:
+            pool.pin(adopted)
+            pool.unpin(seq.blocks[at])
+            seq.blocks[at] = adopted
+        seq.nodes.append(node)
+        return adopted
+
+    def release(self, seq: SequenceBlocks) -> None:
+        """Unpins the sequence's blocks, deepest first, and empties it. Published pages stay cached."""
+        unpin = self.pools[seq.group].unpin
+        for block in reversed(seq.blocks):
+            unpin(block)
+        seq.blocks.clear()
+        seq.nodes.clear()
+
+    def _extend(self, pool: BlockPool, blocks: list[BlockId], count: int) -> None:
+        """Appends `count` private blocks, which the caller knows to be available."""
+        allocate = pool.allocate
+        for _ in range(count):
+            block = allocate()
+            assert block is not None, "the pool promised more blocks than it has"
+            blocks.append(block)
+
+    def _require(self, match: Match, group: GroupId, depth: int) -> None:
+        """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""
+        assert match.generation == self.index.generation, "a page was evicted since this match; match again"
+        assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched pages, not {depth}"

@@ -1,0 +1,458 @@
+"""The one owner: every block and every sequence of the cluster, and each decision about them.
+
+Plain Python and NumPy; no Ray, no torch, no clock. Every call is synchronous, hence atomic: the shell around it (an actor,
+a lock, a simulator) calls in, then delivers what `drain_commands` and `drain_deltas` hand out, in that order.
+
+    submit ──▶ waiting ──admit: route, pin, reserve──▶ running ──report: commit, publish, grant──▶ ended
+                  ▲                                        │
+                  └─────────── preempt, group_down ────────┘
+"""
+
+import heapq
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcache.hashing import hash_pages
+from kvcache.ids import GroupId
+from kvcache.index import Match
+from kvcache.table import BlockTable
+from scheduler import policy
+from scheduler.limits import output_limit, pages_for
+from scheduler.messages import (
+    ROW_BITS,
+    ROW_MASK,
+    Drop,
+    FinishReason,
+    Grant,
+    LeaseId,
+    Remap,
+    Report,
+    Request,
+    Start,
+)
+from scheduler.outbox import Outbox
+from scheduler.prefixes import PendingPrefixes
+from scheduler.resident import ProtocolError, ResidentGroup
+from scheduler.sequence import Sequence, State
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """page_size in tokens, a power of two from 16 up. max_model_len: prompt and output tokens of one sequence at most.
+
+    grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
+    prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
+    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none.
+    """
+
+    page_size: int = 256
+    max_model_len: int = 1 << 20
+    grant_ahead: int = 4
+    prefix_caching: bool = True
+    wait_for_prefix: bool = True
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start. Tokens and events, never decreasing."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    finished: int = 0
+
+
+class SchedulerCore:
+    """Sequences, groups and the global block table; see the module's picture.
+
+    Invariants are written out and checked in `scheduler.invariants`.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.table = BlockTable(config.page_size)
+        self.groups: dict[GroupId, ResidentGroup] = {}
+        self.expected: dict[GroupId, int] = {}
+        self.sequences: dict[tuple[int, int], Sequence] = {}
+        self.counters = Counters()
+        self.outbox = Outbox()  # drained by the shell after each call, after the groups' logs
+        self._epochs: dict[GroupId, int] = {}
+        self.queue: list[Sequence] = []
+        self.pending = PendingPrefixes()
+        self._random = random.Random(config.seed)
+        self._numbers = 0
+        self._serials = 0
+
+    # ---- groups -------------------------------------------------------------------------------------------------------
+
+    def expect(self, group: GroupId, blocks: int = 0) -> None:
+        """A group is coming up (or back): requests wait for it instead of failing. blocks: its pages, if known."""
+        self.expected[group] = blocks
+
+    def group_up(self, group: GroupId, epoch: int, blocks: int, rows: int) -> None:
+        """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
+
+        Errors: ProtocolError for an epoch that is not newer than the last one.
+        """
+        if epoch <= self._epochs.get(group, -1):
+            raise ProtocolError(f"group {group} came up with epoch {epoch}, but {self._epochs[group]} was seen: a stale worker")
+        if group in self.groups:
+            self.group_down(group, "replaced by a newer epoch", returning=True)
+        self._epochs[group] = epoch
+        self.expected.pop(group, None)
+        self.table.add_group(group, blocks)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size)
+        self._fail_unplaceable("the pools of the groups that are up are too small")
+        self._admit()
+
+    def group_down(self, group: GroupId, reason: str, *, returning: bool = False) -> None:
+        """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
+
+        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`.
+        Also called for a group that was only expected and will not come.
+        """
+        lost = self.groups.pop(group, None)
+        if returning:
+            self.expected[group] = lost.blocks if lost else 0
+        else:
+            self.expected.pop(group, None)
+        if lost is not None:
+            for sequence in sorted(lost.running):
+                self._leave(lost, sequence, release=False)
+                self._wait([sequence])
+            self.table.remove_group(group)
+        self._fail_unplaceable(reason)
+        self._admit()
+
+    # ---- front ends ---------------------------------------------------------------------------------------------------
+
+    def submit(self, front_end: int, request: Request) -> None:
+        """Takes a request in; it starts at once if there is room.
+
+        Errors: RequestRefused if it can never fit; nothing has changed then.
+        """
+        prompt = np.frombuffer(request.tokens, np.int32)
+        page_size = self.config.page_size
+        max_tokens = output_limit(
+            len(prompt), request.params.max_tokens, self.config.max_model_len, page_size, self._largest_pool()
+        )
+        pages = pages_for(len(prompt) + max_tokens - 1, page_size)
+        hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
+        if len(hashes) != len(prompt) // page_size:
+            hashes = hash_pages(prompt, page_size, request.salt)
+        seed = request.params.seed
+        if seed is None:
+            seed = self._random.getrandbits(63)
+        for choice in range(request.params.n):
+            sequence = Sequence(
+                number=self._numbers, front_end=front_end, stream=request.stream + choice, choice=choice,
+                params=request.params, seed=seed, stop_ids=request.stop_ids, salt=request.salt,
+                prompt_tokens=len(prompt), max_tokens=max_tokens, pages_at_most=pages,
+                hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
+            )  # fmt: skip
+            self._numbers += 1
+            self.sequences[front_end, sequence.stream] = sequence
+            heapq.heappush(self.queue, sequence)
+        self.counters.requests += 1
+        self.counters.prompt_tokens += len(prompt)
+        self._admit()
+
+    def abort(self, front_end: int, stream: int) -> None:
+        """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
+        self._finish_early(front_end, stream, FinishReason.ABORTED)
+
+    def end(self, front_end: int, stream: int, keep_tokens: int) -> None:
+        """The front end found a stop string after `keep_tokens` output tokens. The first end to be committed wins."""
+        self._finish_early(front_end, stream, FinishReason.STOP, keep_tokens)
+
+    def front_end_down(self, front_end: int) -> None:
+        """A front end is gone: all its requests are aborted."""
+        for owner, stream in [key for key in self.sequences if key[0] == front_end]:
+            self.abort(owner, stream)
+        self.outbox.forget(front_end)
+
+    # ---- reports ------------------------------------------------------------------------------------------------------
+
+    def report(self, group_id: GroupId, report: Report) -> None:
+        """Commits what a group's steps did: tokens, published pages, ends; then grants, and admits who fits now.
+
+        A report of a stale epoch is discarded whole, tokens of ended leases one by one: the cut is what this call commits.
+        Errors: ProtocolError for a gap in the stream.
+        """
+        group = self.groups.get(group_id)
+        if group is None or report.epoch != group.epoch:
+            return
+        if report.number != group.reports:
+            raise ProtocolError(f"group {group_id} sent report {report.number}, expected {group.reports}: fence it")
+        group.reports += 1
+        group.applied = report.applied
+        roster = group.roster(report.leases)
+        tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
+        if roster.live is not None:
+            tokens = tokens[:, roster.live]
+        if not report.computed:
+            due = group.commit_decodes(roster, tokens)
+            self.counters.output_tokens += tokens.size
+        else:
+            computed = np.frombuffer(report.computed, np.int32)
+            due = group.commit_mixed(roster, tokens, computed if roster.live is None else computed[roster.live])
+            self.counters.output_tokens += int(np.count_nonzero(tokens >= 0))
+        self.outbox.tokens(roster.audience, tokens)
+        for lease, payload in report.logprobs:
+            if (sequence := self._holder(group, lease)) is not None:
+                self.outbox.logprobs(sequence, payload)
+        advanced = [sequence for row in due if (sequence := group.sequences[row]) is not None]
+        for sequence in advanced:
+            self._publish(group, sequence)
+        for lease, reason in report.finished:
+            if (sequence := self._holder(group, lease)) is not None:
+                self._leave(group, sequence)
+                self._finish(sequence, FinishReason(reason))
+        self._extend(group, advanced)
+        self._admit()
+
+    # ---- admission ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Starts waiting sequences, oldest first, until one finds no room. Route = allocate: one transaction on one table."""
+        while self.queue and self.groups:
+            sequence = self.queue[0]
+            if sequence.state is not State.WAITING:
+                heapq.heappop(self.queue)
+                continue
+            match = self._match(sequence)
+            if self._defer(sequence, match):
+                heapq.heappop(self.queue)
+                continue
+            if not self._place(sequence, match):
+                return
+            heapq.heappop(self.queue)
+
+    def _match(self, sequence: Sequence) -> Match:
+        """The cached prefix, in full pages. The last token is always computed, so it is never part of it."""
+        limit = (sequence.committed - 1) // self.config.page_size if self.config.prefix_caching else 0
+        sequence.hash_up_to(limit, self.config.page_size)
+        return self.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
+
+    def _defer(self, sequence: Sequence, match: Match) -> bool:
+        """Waits if what follows the cached prefix is about to be computed by a running sequence; see `prefixes`."""
+        if not (self.config.wait_for_prefix and self.config.prefix_caching):
+            return False
+        last = (sequence.committed - 1) // self.config.page_size
+        shared = self.pending.shared(sequence.hashes[len(match.nodes) : last])
+        if shared is None:
+            return False
+        self.pending.wait(sequence, shared)
+        sequence.state = State.DEFERRED
+        return True
+
+    def _place(self, sequence: Sequence, match: Match) -> bool:
+        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
+        groups = [group for group in self.groups.values() if group.blocks >= sequence.pages_at_most]
+        if not groups:
+            return False
+        loads = self._loads(groups, sequence, match)
+        choice = policy.route(loads, sequence.committed, self.config.page_size)
+        if choice is None:
+            return False
+        group, depth = groups[choice], int(loads.hit_pages[choice])
+        blocks = self.table.reserve(group.group, match, depth, self._first_pages(sequence) - depth, sequence.salt)
+        assert blocks is not None, "policy admitted a sequence that the table has no room for"
+        sequence.blocks = blocks
+        self._start(group, sequence, depth * self.config.page_size)
+        return True
+
+    def _loads(self, groups: list[ResidentGroup], sequence: Sequence, match: Match) -> policy.GroupLoads:
+        hits, needs, free, available = [], [], [], []
+        pages = self._first_pages(sequence)
+        for group in groups:
+            depth = match.depth(group.group)
+            usage = self.table.usage(group.group)
+            hits.append(depth)
+            needs.append(pages - depth + self.table.cached_in_match(group.group, match, depth))
+            free.append(usage.free)
+            available.append(usage.free + usage.cached)
+        return policy.GroupLoads(
+            hit_pages=np.array(hits),
+            new_pages=np.array(needs),
+            free=np.array(free),
+            available=np.array(available),
+            total=np.array([group.blocks for group in groups]),
+            free_rows=np.array([len(group.free_rows) for group in groups]),
+            running=np.array([len(group.running) for group in groups]),
+            backlog=np.array([group.backlog for group in groups]),
+            starving=np.array([bool(group.starved) for group in groups]),
+        )
+
+    def _start(self, group: ResidentGroup, sequence: Sequence, cached_tokens: int) -> None:
+        assert sequence.blocks is not None
+        row = group.free_rows.pop()
+        self._serials += 1
+        sequence.state = State.RUNNING
+        sequence.row = row
+        sequence.lease = LeaseId(self._serials << ROW_BITS | row)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(cached_tokens, sequence.prompt_tokens)
+            self.counters.cached_tokens += sequence.cached_tokens
+        group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
+        self._set_due(group, sequence)
+        if self.config.prefix_caching and self.config.wait_for_prefix:
+            page_size = self.config.page_size
+            full = (sequence.committed - 1) // page_size
+            self.pending.announce(sequence, sequence.hashes[cached_tokens // page_size : full])
+        group.issue(
+            Start(
+                lease=sequence.lease, tokens=sequence.tokens.tobytes(), prompt_tokens=sequence.prompt_tokens,
+                cached_tokens=cached_tokens, blocks=np.array(sequence.blocks.blocks, np.int32).tobytes(),
+                params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
+                max_tokens=sequence.max_tokens,
+            )
+        )  # fmt: skip
+
+    # ---- pages: publish, grant, preempt -------------------------------------------------------------------------------
+
+    def _publish(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """Publishes the pages that the committed computation has filled; a twin published first is adopted instead."""
+        page_size = self.config.page_size
+        pages = group.computed(sequence.row) // page_size
+        group.write_back(sequence, pages * page_size)
+        blocks = sequence.blocks
+        assert blocks is not None
+        assert sequence.lease is not None
+        if self.config.prefix_caching:
+            sequence.hash_up_to(pages, page_size)
+            for index in range(len(blocks.nodes), pages):
+                page = sequence.buffer[index * page_size : (index + 1) * page_size]
+                adopted = self.table.publish(blocks, page, sequence.hashes[index])
+                if adopted is not None:
+                    group.issue(Remap(sequence.lease, index, adopted))
+                self._wait(self.pending.published(sequence, sequence.hashes[index]))
+        self._set_due(group, sequence)
+
+    def _extend(self, group: ResidentGroup, advanced: list[Sequence]) -> None:
+        """Grants pages to the leases that run low, the starved first; oldest first among those, so that victims are younger."""
+        needy = [sequence for sequence in advanced if sequence.state is State.RUNNING and self._runs_low(group, sequence)]
+        if group.starved:
+            needy = sorted({*group.starved, *needy})
+            group.starved.clear()
+        for sequence in needy:
+            if sequence.state is State.RUNNING:
+                self._grant(group, sequence)
+
+    def _runs_low(self, group: ResidentGroup, sequence: Sequence) -> bool:
+        assert sequence.blocks is not None
+        pages = len(sequence.blocks.blocks)
+        slots = pages * self.config.page_size - int(group.length[sequence.row])
+        return pages < sequence.pages_at_most and slots < self.config.grant_ahead
+
+    def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """Extends a lease; without a free page a younger sequence gives its pages up, in this same call."""
+        assert sequence.blocks is not None
+        assert sequence.lease is not None
+        wanted = self._pages_for(sequence, int(group.length[sequence.row])) - len(sequence.blocks.blocks)
+        while (pages := self.table.grow(sequence.blocks, wanted)) is None:
+            victim = policy.choose_victim(sequence, group.running)
+            if victim is None:
+                group.starved.append(sequence)
+                return
+            self._preempt(group, victim)
+        group.issue(Grant(sequence.lease, tuple(pages)))
+        self._set_due(group, sequence)
+
+    def _preempt(self, group: ResidentGroup, victim: Sequence) -> None:
+        assert victim.lease is not None
+        group.issue(Drop(victim.lease))
+        self.counters.preemptions += 1
+        self.counters.recomputed_tokens += group.computed(victim.row)
+        victim.preemptions += 1
+        self._leave(group, victim)
+        self._wait([victim])
+
+    # ---- ends ---------------------------------------------------------------------------------------------------------
+
+    def _finish_early(self, front_end: int, stream: int, reason: FinishReason, keep_tokens: int | None = None) -> None:
+        sequence = self.sequences.get((front_end, stream))
+        if sequence is None:
+            return
+        group = self._group_of(sequence)
+        if group is not None and sequence.lease is not None:
+            group.issue(Drop(sequence.lease))
+            self._leave(group, sequence)
+        output = sequence.committed - sequence.prompt_tokens
+        self._finish(sequence, reason, output if keep_tokens is None else min(keep_tokens, output))
+        if group is not None:
+            self._extend(group, [])
+        self._admit()
+
+    def _leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
+        """The lease is over: tokens are written back, the row and the pages given back."""
+        assert sequence.blocks is not None
+        group.unseat(sequence)
+        if release:
+            self.table.release(sequence.blocks)
+        sequence.lease, sequence.row, sequence.blocks = None, -1, None
+        self._wait(self.pending.withdraw(sequence))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, output: int | None = None, message: str = "") -> None:
+        """The one end of a sequence that holds nothing any more."""
+        sequence.state = State.ENDED
+        del self.sequences[sequence.front_end, sequence.stream]
+        self.counters.finished += 1
+        tokens = sequence.committed - sequence.prompt_tokens if output is None else output
+        self.outbox.finished(sequence, reason, tokens, message)
+
+    def _fail_unplaceable(self, reason: str) -> None:
+        """Fails the sequences that fit no group that is up or expected."""
+        largest = self._largest_pool()
+        if largest is None:
+            return
+        for sequence in [s for s in self.sequences.values() if s.pages_at_most > largest]:
+            group = self._group_of(sequence)
+            if group is None:
+                self._finish(sequence, FinishReason.FAILED, message=f"no group can serve the request any more: {reason}")
+
+    # ---- small things -------------------------------------------------------------------------------------------------
+
+    def _largest_pool(self) -> int | None:
+        """Pages of the largest pool; 0 without any group; None while a group of unknown size is expected."""
+        if any(blocks == 0 for blocks in self.expected.values()):
+            return None
+        return max([*self.expected.values(), *(group.blocks for group in self.groups.values())], default=0)
+
+    def _pages_for(self, sequence: Sequence, length: int) -> int:
+        """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
+        return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
+
+    def _first_pages(self, sequence: Sequence) -> int:
+        return self._pages_for(sequence, sequence.committed)
+
+    def _set_due(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """The length at which this row next fills a page or runs low (while it decodes)."""
+        assert sequence.blocks is not None
+        page_size = self.config.page_size
+        filled = (group.computed(sequence.row) // page_size + 1) * page_size + 1
+        pages = len(sequence.blocks.blocks)
+        low = pages * page_size - self.config.grant_ahead + 1 if pages < sequence.pages_at_most else filled
+        group.due[sequence.row] = min(filled, low)
+
+    def _wait(self, sequences: list[Sequence]) -> None:
+        """Back into the queue, at the place of their age. An aborted one stays ended."""
+        for sequence in sequences:
+            if sequence.state is not State.ENDED:
+                sequence.state = State.WAITING
+                heapq.heappush(self.queue, sequence)
+
+    def _group_of(self, sequence: Sequence) -> ResidentGroup | None:
+        return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None
+
+    def _holder(self, group: ResidentGroup, lease: int) -> Sequence | None:
+        """The sequence that still holds `lease`, None if it has ended."""
+        sequence = group.sequences[lease & ROW_MASK]
+        return sequence if sequence is not None and sequence.lease == lease else None
+

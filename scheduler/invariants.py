@@ -1,0 +1,78 @@
+"""The rules that must hold between any two calls of the core, checked from scratch. Costs time linear in the whole state.
+
+Runs after every step in tests and on demand in production. Imports the core and the table's own audit.
+"""
+
+import numpy as np
+
+from kvcache.audit import audit
+from scheduler.core import SchedulerCore
+from scheduler.limits import pages_for
+from scheduler.resident import ResidentGroup
+from scheduler.sequence import Sequence, State
+
+
+def check(core: SchedulerCore) -> None:
+    """Errors: AssertionError that names the rule, the group and the sequence."""
+    running: list[Sequence] = []
+    for group in core.groups.values():
+        _check_rows(core, group)
+        running += group.running
+    audit(core.table, [sequence.blocks for sequence in running if sequence.blocks is not None])
+    _check_membership(core, running)
+    for sequence in core.sequences.values():
+        _check_sequence(core, sequence)
+
+
+def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
+    """Each live sequence is in exactly one place; nothing ended is in any."""
+    queued = [sequence for sequence in core.queue if sequence.state is State.WAITING]
+    deferred = [sequence for sequence in core.pending.waiters() if sequence.state is State.DEFERRED]
+    places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
+    live = sorted(sequence.number for sequence in core.sequences.values())
+    assert places == live, f"each live sequence in exactly one of running, waiting, deferred: {places} against {live}"
+    authors = core.pending.authors()
+    assert authors <= set(running), "only a running sequence may announce a prefix"
+    assert not deferred or authors, "a sequence waits for a prefix that nobody computes"
+
+
+def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
+    name = f"sequence {sequence.number}"
+    assert sequence.state is not State.ENDED, f"{name} has ended but is still listed"
+    assert (sequence.state is State.RUNNING) == (sequence.lease is not None) == (sequence.blocks is not None), (
+        f"{name} is {sequence.state} with lease {sequence.lease}"
+    )
+    assert sequence.committed - sequence.prompt_tokens < sequence.max_tokens, f"{name} should have ended by length"
+    assert len(sequence.hashes) <= sequence.committed // core.config.page_size, f"{name} hashed tokens that it has not"
+
+
+def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
+    page_size = core.config.page_size
+    seated = {row for row, sequence in enumerate(group.sequences) if sequence is not None}
+    assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
+    assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
+    assert group.running == {s for s in group.sequences if s is not None}, f"group {group.group}: running set"
+    assert set(group.starved) <= group.running, f"group {group.group}: a starved sequence does not run"
+    backlog = sum(int(group.pending[row]) - 1 for row in seated)
+    assert group.backlog == backlog, f"group {group.group}: backlog {group.backlog}, rows say {backlog}"
+    assert not np.any(group.lease[group.free_rows] != -1), f"group {group.group}: a free row has a lease"
+    for sequence in group.running:
+        _check_row(group, sequence, page_size)
+    if group.running and group.starved:
+        assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
+
+
+def _check_row(group: ResidentGroup, sequence: Sequence, page_size: int) -> None:
+    name = f"group {group.group}, sequence {sequence.number}"
+    row, blocks = sequence.row, sequence.blocks
+    assert blocks is not None, f"{name}: runs without blocks"
+    assert blocks.group == group.group, f"{name}: holds blocks of another group"
+    assert group.lease[row] == sequence.lease, f"{name}: its row has another lease"
+    length, pending = int(group.length[row]), int(group.pending[row])
+    assert pending >= 1, f"{name}: the last token cannot have KV yet"
+    assert length - sequence.committed < group.ring_size, f"{name}: the ring has overrun tokens not written back"
+    capacity = len(blocks.blocks) * page_size
+    assert length - pending <= capacity, f"{name}: computed {length - pending} tokens in {capacity} slots"
+    assert len(blocks.blocks) <= sequence.pages_at_most, f"{name}: holds more pages than it can ever need"
+    assert len(blocks.nodes) <= (length - pending) // page_size, f"{name}: published what is not computed"
+    assert pages_for(sequence.committed, page_size) <= len(blocks.blocks) + 1, f"{name}: tokens without pages"

@@ -1,0 +1,55 @@
+"""What the front ends are to be told about one event, gathered by front end. Filled by the core, drained by its shell.
+
+Imports `messages`, `resident` and `sequence`.
+"""
+
+from collections.abc import Sequence as Listing
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.messages import Deltas, Finished, FinishReason
+from scheduler.resident import Ints
+from scheduler.sequence import Sequence
+
+
+class Outbox:
+    """One `Deltas` for each front end and event; the ends of streams come after their tokens."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, list[tuple[bytes, bytes]]] = {}
+        self._finished: dict[int, list[Finished]] = {}
+        self._logprobs: dict[int, list[tuple[int, bytes]]] = {}
+
+    def tokens(self, audience: Listing[tuple[int, Ints | None, bytes]], tokens: npt.NDArray[np.int32]) -> None:
+        """tokens: [steps, n] as committed; audience as in `Roster`."""
+        for front_end, columns, streams in audience:
+            chosen = tokens if columns is None else tokens[:, columns]
+            self._tokens.setdefault(front_end, []).append((streams, chosen.tobytes()))
+
+    def logprobs(self, sequence: Sequence, payload: bytes) -> None:
+        self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
+
+    def finished(self, sequence: Sequence, reason: FinishReason, tokens: int, message: str) -> None:
+        end = Finished(sequence.stream, reason, sequence.cached_tokens or 0, tokens, message)
+        self._finished.setdefault(sequence.front_end, []).append(end)
+
+    def forget(self, front_end: int) -> None:
+        """The front end has gone; nobody is left to tell."""
+        for queue in (self._tokens, self._finished, self._logprobs):
+            queue.pop(front_end, None)
+
+    def drain(self) -> list[tuple[int, Deltas]]:
+        """(front end, what it must be told), in commit order for each."""
+        if not (self._tokens or self._finished):
+            return []
+        deltas: list[tuple[int, Deltas]] = []
+        for front_end in self._tokens.keys() | self._finished.keys():
+            *earlier, (streams, tokens) = self._tokens.get(front_end) or [(b"", b"")]
+            deltas.extend((front_end, Deltas(*part)) for part in earlier)
+            ends = tuple(self._finished.get(front_end, ()))
+            deltas.append((front_end, Deltas(streams, tokens, ends, tuple(self._logprobs.get(front_end, ())))))
+        self._tokens.clear()
+        self._finished.clear()
+        self._logprobs.clear()
+        return deltas

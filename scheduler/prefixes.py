@@ -1,0 +1,68 @@
+"""Prefixes that running sequences are about to compute, and who waits for them.
+
+Requests that share a new prefix and arrive together would each compute it, as would the choices of one request. Instead the
+first computes it and the others wait for the page that ends what they share; when it is published they start, with a hit.
+Keyed by chained hash alone: a collision costs a useless wait, never a wrong token, since `BlockTable.match` decides the hit.
+
+Imports `sequence`.
+"""
+
+from collections.abc import Sequence as Listing
+
+from scheduler.sequence import Sequence
+
+
+class PendingPrefixes:
+    """page hash -> the running sequence that announced it, and the sequences that wait for it.
+
+    No cycle: only running sequences are waited for, and a sequence that stops running withdraws what it announced.
+    """
+
+    def __init__(self) -> None:
+        self._author: dict[int, Sequence] = {}
+        self._announced: dict[Sequence, list[int]] = {}
+        self._waiters: dict[int, list[Sequence]] = {}
+
+    def announce(self, author: Sequence, hashes: Listing[int]) -> None:
+        """`author` starts and will compute these pages, in this order."""
+        new = [hash_ for hash_ in hashes if self._author.setdefault(hash_, author) is author]
+        if new:
+            self._announced[author] = new[::-1]
+
+    def shared(self, hashes: Listing[int]) -> int | None:
+        """The hash of the deepest page, of those that continue a cached prefix, that is being computed; None for none."""
+        deepest = None
+        for hash_ in hashes:
+            if hash_ not in self._author:
+                break
+            deepest = hash_
+        return deepest
+
+    def wait(self, sequence: Sequence, hash_: int) -> None:
+        self._waiters.setdefault(hash_, []).append(sequence)
+
+    def published(self, author: Sequence, hash_: int) -> list[Sequence]:
+        """`author` has published a page. Returns who waited for it; empty if it had not announced it."""
+        announced = self._announced.get(author)
+        if not announced or announced[-1] != hash_:
+            return []
+        announced.pop()
+        if not announced:
+            del self._announced[author]
+        return self._settle(hash_)
+
+    def withdraw(self, author: Sequence) -> list[Sequence]:
+        """`author` runs no more. Returns who waited for pages that it has not published."""
+        return [waiter for hash_ in self._announced.pop(author, ()) for waiter in self._settle(hash_)]
+
+    def waiters(self) -> list[Sequence]:
+        """All that wait, for the invariants."""
+        return [waiter for waiters in self._waiters.values() for waiter in waiters]
+
+    def authors(self) -> set[Sequence]:
+        """All that have announced pages, for the invariants."""
+        return set(self._announced)
+
+    def _settle(self, hash_: int) -> list[Sequence]:
+        del self._author[hash_]
+        return self._waiters.pop(hash_, [])

@@ -1,0 +1,72 @@
+"""What a request asks of the sampler. Parsed once, valid from then on; travels to the workers as it is.
+
+Imports nothing of Manta.
+"""
+
+import math
+
+import msgspec
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the next token, and when to stop. Field names and meanings are OpenAI's and vLLM's.
+
+    temperature: 0 is greedy. top_k: 0 keeps all. top_p, min_p: probabilities.
+    seed: noise depends on (seed, choice, position, token id) alone; a request without a seed draws one at submit.
+    repetition_penalty: multiplicative over prompt and output; presence_penalty, frequency_penalty: additive over output.
+    logit_bias: token id -> added to the logit. stop: strings, found by the front end and cut from the text.
+    stop_token_ids: ids that end the output besides the model's own end-of-sequence ids.
+    min_tokens, max_tokens: output tokens; max_tokens None means as many as model and pool allow.
+    ignore_eos: the model's end-of-sequence ids do not stop. logprobs: how many top log-probabilities per token (the chosen
+    token's comes with any value, 0 included); None for none.
+    Errors: ValueError that names the field, the value given and the legal range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("n", self.n, 1, MAX_CHOICES)
+        _check("temperature", self.temperature, 0.0, math.inf)
+        _check("top_k", self.top_k, 0, math.inf)
+        _check("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check("min_p", self.min_p, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check("min_tokens", self.min_tokens, 0, math.inf)
+        if self.max_tokens is not None:
+            _check("max_tokens", self.max_tokens, 1, math.inf)
+            if self.min_tokens > self.max_tokens:
+                raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _check("seed", self.seed, 0, 2**63 - 1)
+        for token, bias in self.logit_bias.items():
+            _check(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if any(not text for text in self.stop):
+            raise ValueError("stop: an empty string would stop at once; leave it out")
+
+
+def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{name}={value} is outside {bracket}{low}, {high}]: choose a value inside")

@@ -1,0 +1,86 @@
+"""One choice of one request, from submit to its one end. Mutated by the core alone.
+
+Imports `kvcache`, `messages` and `SamplingParams`.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.hashing import hash_pages
+from kvcache.table import SequenceBlocks
+from scheduler.messages import LeaseId
+from scheduler.sampling import SamplingParams
+
+Tokens = npt.NDArray[np.int32]
+
+
+class State(Enum):
+    """WAITING → RUNNING → ENDED; a preemption or a lost group leads back to WAITING.
+
+    DEFERRED: the prefix that it shares is being computed by a running sequence; back to WAITING when that is published.
+    """
+
+    WAITING = "waiting"
+    DEFERRED = "deferred"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Identity and settings never change; the rest follows the state.
+
+    number: arrival order, the age by which sequences are served; a restart keeps it.
+    pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
+    hashes: chained hashes of the full pages of `committed`, as far as they are known.
+    cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
+    """
+
+    number: int
+    front_end: int
+    stream: int
+    choice: int
+    params: SamplingParams
+    seed: int
+    stop_ids: tuple[int, ...]
+    salt: str
+    prompt_tokens: int
+    max_tokens: int
+    pages_at_most: int
+    hashes: list[int]
+    buffer: Tokens
+    committed: int
+    state: State = State.WAITING
+    cached_tokens: int | None = None
+    preemptions: int = 0
+    lease: LeaseId | None = None
+    row: int = -1
+    blocks: SequenceBlocks | None = None
+
+    def __lt__(self, other: "Sequence") -> bool:
+        return self.number < other.number
+
+    @property
+    def tokens(self) -> Tokens:
+        """[committed] prompt and the output written back so far; while RUNNING the newest ones are in the group's ring."""
+        return self.buffer[: self.committed]
+
+    def append(self, tokens: Tokens) -> None:
+        """Writes committed tokens back. Amortised O(1) a token."""
+        end = self.committed + len(tokens)
+        if end > len(self.buffer):
+            grown = np.empty(max(end, 2 * len(self.buffer)), np.int32)
+            grown[: self.committed] = self.tokens
+            self.buffer = grown
+        self.buffer[self.committed : end] = tokens
+        self.committed = end
+
+    def hash_up_to(self, pages: int, page_size: int) -> None:
+        """Hashes the first `pages` full pages, each once in the sequence's life."""
+        known = len(self.hashes)
+        if known < pages:
+            new = self.buffer[known * page_size : pages * page_size]
+            self.hashes += hash_pages(new, page_size, self.salt, parent=self.hashes[-1] if known else None)

@@ -1,0 +1,115 @@
+"""Settings: one tree, flags over file over defaults; whatever cannot be used is named with what to write instead."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from cluster.config import EngineConfig
+from deploy.config import EMBEDDED_MODEL, ConfigError, engine_config, load_config, parse_size, sampling_params
+from deploy.llm import LLM
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "manta.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
+    file = written(
+        tmp_path, "engine:\n  groups: 2\n  kv_memory: 1GiB\n  dtype: float32\nsampling: {temperature: 0.5, stop: END}\n"
+    )
+    config = load_config(file, {"groups": 3, "dtype": None}, {"top_k": 4}, environ={})
+    assert (config.engine.groups, config.engine.kv_memory, config.engine.dtype) == (3, 2**30, "float32")
+    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.stop) == (0.5, 4, ("END",))
+    assert config.sampling.max_tokens == 128
+    assert config.engine.model == str(EMBEDDED_MODEL)
+
+
+def test_environment_names_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, "engine: {groups: 5}\n")
+    assert load_config(environ={"MANTA_CONFIG": str(file)}).engine.groups == 5
+    assert load_config(environ={}).engine.groups == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("engin: {}", "unknown key 'engin': did you mean 'engine'?"),
+        (
+            "engine: {tensor_parallel: 2}",
+            "unknown key 'engine.tensor_parallel': did you mean 'engine.tensor_parallel_size'?",
+        ),
+        ("sampling: {temprature: 2}", "did you mean 'sampling.temperature'?"),
+        ("engine: {zzz: 2}", "known are model, tensor_parallel_size"),
+        ("engine: {groups: two}", "groups: expected `int`, got `str`"),
+        ("engine: {groups: 0}", "groups=0 is below 1: raise it"),
+        ("engine: {block_size: 48}", "block_size=48 is not a power of two from 16 up"),
+        ("engine: {dtype: int8}", "dtype='int8' is unknown: choose one of auto, bfloat16"),
+        ("engine: {kv_memory: 4 gigs}", "write bytes, or a number with a unit"),
+        ("engine: {gpu_memory_fraction: 90}", "outside (0, 1]"),
+        ("engine: {max_num_seqs: 100000}", "is above 65536"),
+        ("engine: {local: true, ray_address: auto}", "exclude each other"),
+        ("sampling: {temperature: -1}", "temperature=-1.0 is outside"),
+        ("engine: [1]", "engine holds a list"),
+        ("just words", "holds a str: write the sections engine and sampling"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, text), environ={})
+    assert message in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration file .*nowhere"):
+        load_config(tmp_path / "nowhere.yaml", environ={})
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (7, 7),
+        ("4GiB", 2**32),
+        ("512 MiB", 2**29),
+        ("1.5g", 3 * 2**29),
+        ("2GB", 2 * 10**9),
+        ("4096", 4096),
+        ("1k", 1024),
+    ],
+)
+def test_sizes(given: int | str, size: int) -> None:
+    assert parse_size("kv_memory", given) == size
+
+
+@pytest.mark.parametrize("given", ["", "GiB", "4 XiB", "-1GiB", "4GiB extra"])
+def test_bad_sizes(given: str) -> None:
+    with pytest.raises(ConfigError, match="kv_memory="):
+        parse_size("kv_memory", given)
+
+
+def test_sampling_from_json() -> None:
+    params = sampling_params({"logit_bias": {"5": 1.0}, "stop": ["a", "b"], "temperature": 0})
+    assert (params.logit_bias, params.stop, params.temperature) == ({5: 1.0}, ("a", "b"), 0)
+
+
+def test_llm_has_the_defaults_of_the_engine() -> None:
+    defaults = {f.name: f.default for f in fields(EngineConfig)}
+    for name, parameter in signature(LLM.__init__).parameters.items():
+        if name in defaults and name != "model":
+            assert parameter.default == defaults[name], name
+
+
+def test_llm_names_the_nearest_option() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'tensor_parallel': did you mean 'tensor_parallel_size'"):
+        engine_config({"tensor_parallel": 2})
+
+
+def test_front_door_imports_nothing_heavy() -> None:
+    check = "import sys, deploy.cli; sys.exit(bool({'torch', 'ray', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

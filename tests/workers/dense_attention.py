@@ -1,0 +1,51 @@
+"""The reference that attention backends and the model are tested with: gathers each sequence's KV, one plain softmax.
+
+Any float dtype; computes in float64 for float64 and in float32 otherwise.
+"""
+
+import torch
+from torch import Tensor
+
+from workers.architectures import RankShape
+from workers.step import StepInput
+
+
+class DenseAttention:
+    """Keeps KV in a plain tensor [layers, k|v, slots, kv_heads, head_dim]."""
+
+    name = "dense"
+
+    def __init__(self, shape: RankShape, dtype: torch.dtype, pages: int = 32, page_size: int = 16) -> None:
+        self._page_size = page_size
+        self._group = shape.heads // shape.kv_heads
+        self.cache = torch.zeros(shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim, dtype=dtype)
+
+    def plan(self, step: StepInput) -> list[Tensor]:
+        """The slots of each sequence's context, in order."""
+        slots = []
+        for table, context in zip(step.host_block_tables, step.host_context_lens.tolist(), strict=True):
+            rows = torch.from_numpy(table).long()[:, None] * self._page_size + torch.arange(self._page_size)
+            slots.append(rows.flatten()[:context])
+        return slots
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: list[Tensor]
+    ) -> Tensor:
+        self.cache[layer, 0, step.slots] = key
+        self.cache[layer, 1, step.slots] = value
+        outputs, start = [], 0
+        for slots, length in zip(plan, step.host_query_lens.tolist(), strict=True):
+            keys, values = (self.cache[layer, which, slots] for which in (0, 1))
+            outputs.append(self._attend_one(query[start : start + length], keys, values))
+            start += length
+        return torch.cat(outputs)
+
+    def _attend_one(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """query [queries, heads, dim]; keys, values [context, kv_heads, dim] -> [queries, heads, dim]"""
+        exact = torch.promote_types(query.dtype, torch.float32)
+        q = query.to(exact).transpose(0, 1)
+        k, v = (x.to(exact).repeat_interleave(self._group, 1).transpose(0, 1) for x in (keys, values))
+        scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(0, 1).to(query.dtype)

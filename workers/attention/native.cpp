@@ -1,0 +1,290 @@
+// Paged attention on the CPU: writes a step's KV and attends over ragged block tables, one call a layer.
+//
+// Decodes: a task is one sequence and one run of RUN keys, all heads, so that memory is read in the order in which it
+// lies. Partial results are merged by a log-sum-exp pass (flash-decoding). Runs begin at multiples of RUN, so a sequence's
+// bits depend neither on the batch nor on the number of threads.
+// Chunks: a task is one KV head and a tile of its query rows (tokens x heads of the group). Rows lie in vector lanes, keys
+// are broadcast, softmax never reduces across lanes (online softmax as in FlashAttention).
+//
+// Built by native.py with -fopenmp but linked to no OpenMP library: the symbols resolve to the one torch has loaded.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+struct Geometry {  // mirrored by native.py, field by field
+    int64_t threads, heads, kv_heads, head_dim, page_size, page_stride, max_pages;
+    int64_t tokens, sequences, decodes, decode_tasks, chunk_tasks;
+    const int32_t *block_tables;   // [sequences, max_pages]
+    const int32_t *context_lens;   // [sequences]
+    const int32_t *query_starts;   // [sequences + 1]
+    const int32_t *task_starts;    // [decodes + 1], the first decode task of each sequence
+    const int32_t *task_sequence;  // [decode_tasks]
+    const int32_t *tiles;          // [chunk_tasks, 2], sequence and first token of each tile
+    const int64_t *slots;          // [tokens]
+    void *partials;                // [decode_tasks, heads, head_dim + 2]: weighted sum, its maximum score, its weight
+};
+
+constexpr int64_t RUN = 64;     // keys of a decode task and of a chunk's inner block; native.py knows it too
+constexpr int64_t WIDTH = 4;    // vectors in a chunk tile's row dimension
+constexpr int64_t MAX_DIM = 256;
+
+struct bf16 { uint16_t bits; };
+
+template <class A> struct Lanes;  // vectors of the accumulator type, 64 bytes
+template <> struct Lanes<float> {
+    typedef float vec __attribute__((vector_size(64)));
+    typedef int32_t ints __attribute__((vector_size(64)));
+};
+template <> struct Lanes<double> {
+    typedef double vec __attribute__((vector_size(64)));
+    typedef int64_t ints __attribute__((vector_size(64)));
+};
+template <class A> using Vec = typename Lanes<A>::vec;
+template <class A> constexpr int64_t N = 64 / sizeof(A);
+template <class A> constexpr int64_t ROWS = WIDTH * N<A>;  // query rows of a chunk tile
+
+template <class A> inline Vec<A> load(const A *p) { Vec<A> v; std::memcpy(&v, p, sizeof v); return v; }
+template <class A> inline void store(A *p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
+inline Vec<float> load(const bf16 *p) {
+    typedef uint16_t half __attribute__((vector_size(32)));
+    typedef uint32_t full __attribute__((vector_size(64)));
+    half h;
+    std::memcpy(&h, p, sizeof h);
+    return (Vec<float>)(__builtin_convertvector(h, full) << 16);
+}
+template <class A> inline void narrow(A *to, A x) { *to = x; }
+inline void narrow(bf16 *to, float x) {  // round to nearest even
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    to->bits = std::isnan(x) ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+template <class A, int64_t n = N<A>> inline A sum(const A *p) {  // a tree of adds, which compiles to shuffles
+    if constexpr (n == 1) return p[0];
+    else {
+        A halves[n / 2];
+        for (int64_t i = 0; i < n / 2; i++) halves[i] = p[i] + p[i + n / 2];
+        return sum<A, n / 2>(halves);
+    }
+}
+template <class A> inline A sum(Vec<A> v) { A lanes[N<A>]; store(lanes, v); return sum<A>(lanes); }
+
+template <class A> A *workspace(int64_t size) {  // this thread's scratch memory, kept from call to call
+    thread_local std::vector<A> memory;
+    if (int64_t(memory.size()) < size + N<A>) memory.resize(size + N<A>);
+    return (A *)((uintptr_t(memory.data()) + 63) & ~uintptr_t(63));
+}
+
+inline Vec<double> exp(Vec<double> x) { for (int i = 0; i < 8; i++) x[i] = std::exp(x[i]); return x; }
+inline Vec<float> exp(Vec<float> x) {  // for x <= 0, exactly 0 below -87; Cephes' polynomial, relative error about 1e-7
+    typedef Lanes<float>::ints ints;
+    ints dead = x < -87.0f;
+    x = dead ? (Vec<float>){} : x;
+    Vec<float> n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // round to an integer
+    Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec<float> y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    y = (Vec<float>)((ints)y + (__builtin_convertvector(n, ints) << 23));
+    return dead ? (Vec<float>){} : y;
+}
+
+// ---- decode: one query token against one run of keys ---------------------------------------------------------------
+
+template <class T, class A, int G>  // scores of G heads that share a key
+inline void dots(const A *q, const T *k, int64_t dim, A *scores) {
+    Vec<A> acc[G] = {};
+    for (int64_t d = 0; d < dim; d += N<A>) {
+        Vec<A> key = load(k + d);
+        for (int h = 0; h < G; h++) acc[h] += load(q + h * dim + d) * key;
+    }
+    for (int h = 0; h < G; h++) scores[h * RUN] = sum<A>(acc[h]);
+}
+
+template <class T, class A>
+void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const T *keys, const T *values, A *partial) {
+    const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim;
+    const int64_t first = run * RUN, count = std::min(RUN, g.context_lens[seq] - first);
+    const int32_t *table = g.block_tables + seq * g.max_pages;
+    auto offset = [&](int64_t j) {
+        return table[(first + j) / g.page_size] * g.page_stride + (first + j) % g.page_size * row;
+    };
+    const A scale = 1 / std::sqrt(A(dim));
+    A *scores = workspace<A>(g.heads * (RUN + dim)), *q = scores + g.heads * RUN;
+    for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
+
+    for (int64_t j = 0; j < count; j++) {
+        const T *k = keys + offset(j);
+        for (int64_t kv = 0; kv < g.kv_heads; kv++, k += dim) {
+            int64_t h = kv * group, end = h + group;
+            for (; h + 4 <= end; h += 4) dots<T, A, 4>(q + h * dim, k, dim, scores + h * RUN + j);
+            for (; h + 2 <= end; h += 2) dots<T, A, 2>(q + h * dim, k, dim, scores + h * RUN + j);
+            for (; h < end; h++) dots<T, A, 1>(q + h * dim, k, dim, scores + h * RUN + j);
+        }
+    }
+    for (int64_t h = 0; h < g.heads; h++) {
+        A *s = scores + h * RUN, *out = partial + h * (dim + 2), top = s[0];
+        for (int64_t j = 1; j < count; j++) top = std::max(top, s[j]);
+        for (int64_t j = count; j < RUN; j++) s[j] = -std::numeric_limits<A>::infinity();
+        Vec<A> weight = {};
+        for (int64_t j = 0; j < RUN; j += N<A>) {
+            Vec<A> p = exp(load(s + j) - top);
+            store(s + j, p);
+            weight += p;
+        }
+        std::fill(out, out + dim, A(0));
+        out[dim] = top;
+        out[dim + 1] = sum<A>(weight);
+    }
+    for (int64_t j = 0; j < count; j += 4) {
+        const T *v[4];
+        for (int i = 0; i < 4; i++) v[i] = values + offset(std::min(j + i, count - 1));  // past the end: weight 0
+        for (int64_t h = 0; h < g.heads; h++) {
+            const A *p = scores + h * RUN + j;
+            A *out = partial + h * (dim + 2);
+            for (int64_t d = 0, c = h / group * dim; d < dim; d += N<A>, c += N<A>)
+                store(out + d, load(out + d) + p[0] * load(v[0] + c) + p[1] * load(v[1] + c)
+                                             + p[2] * load(v[2] + c) + p[3] * load(v[3] + c));
+        }
+    }
+}
+
+template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, T *out) {
+    const int64_t dim = g.head_dim, size = g.heads * (dim + 2);
+    for (int64_t h = 0; h < g.heads; h++, out += dim) {
+        const A *runs = (const A *)g.partials + g.task_starts[seq] * size + h * (dim + 2);
+        const int64_t count = g.task_starts[seq + 1] - g.task_starts[seq];
+        A top = runs[dim], weight = 0, acc[MAX_DIM] = {};
+        for (int64_t r = 1; r < count; r++) top = std::max(top, runs[r * size + dim]);
+        for (int64_t r = 0; r < count; r++) {
+            const A *run = runs + r * size, factor = std::exp(run[dim] - top);
+            weight += factor * run[dim + 1];
+            for (int64_t d = 0; d < dim; d++) acc[d] += factor * run[d];
+        }
+        for (int64_t d = 0; d < dim; d++) narrow(out + d, acc[d] / weight);
+    }
+}
+
+// ---- chunk: a tile of query rows in lanes against all keys that they see -------------------------------------------
+
+// c[m][ROWS] += a(m, k) * b[k][ROWS] for four m, where a(m, k) = a[m * step_m + k * step_k]
+template <class A> inline void multiply(A *c, const A *a, int64_t step_m, int64_t step_k, const A *b, int64_t depth) {
+    Vec<A> acc[4][WIDTH];
+    for (int m = 0; m < 4; m++) for (int w = 0; w < WIDTH; w++) acc[m][w] = load(c + m * ROWS<A> + w * N<A>);
+    for (int64_t k = 0; k < depth; k++) {
+        Vec<A> row[WIDTH];
+        for (int w = 0; w < WIDTH; w++) row[w] = load(b + k * ROWS<A> + w * N<A>);
+        for (int m = 0; m < 4; m++)
+            for (int w = 0; w < WIDTH; w++) acc[m][w] += a[m * step_m + k * step_k] * row[w];
+    }
+    for (int m = 0; m < 4; m++) for (int w = 0; w < WIDTH; w++) store(c + m * ROWS<A> + w * N<A>, acc[m][w]);
+}
+
+template <class T, class A>
+void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *query, int64_t query_stride, const T *keys,
+                const T *values, T *out) {
+    constexpr int64_t R = ROWS<A>;
+    const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim, seq = tile[0];
+    const int64_t first = g.query_starts[seq] + tile[1], tokens = std::min(R / group, g.query_starts[seq + 1] - first);
+    const int64_t seen = g.context_lens[seq] - (g.query_starts[seq + 1] - first) + 1;  // keys that the first token sees
+    const int64_t context = seen + tokens - 1;                                         // and the last one
+    const int32_t *table = g.block_tables + seq * g.max_pages;
+    const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    A *q = workspace<A>(2 * dim * R + RUN * (R + dim)), *acc = q + dim * R, *p = acc + dim * R, *kv_block = p + RUN * R;
+    A top[R], weight[R] = {}, limit[R];
+
+    std::fill(q, q + dim * R, A(0));
+    std::fill(acc, acc + dim * R, A(0));
+    std::fill(top, top + R, -infinity);
+    std::fill(limit, limit + R, A(context));
+    for (int64_t r = 0; r < tokens * group; r++) {
+        const T *from = query + (first + r / group) * query_stride + (kv * group + r % group) * dim;
+        for (int64_t d = 0; d < dim; d += N<A>) {
+            Vec<A> x = load(from + d) * scale;
+            for (int64_t i = 0; i < N<A>; i++) q[(d + i) * R + r] = x[i];
+        }
+        limit[r] = A(seen + r / group);
+    }
+    auto gather = [&](const T *cache, int64_t block, int64_t count) {  // keys or values of one block, the rest zero
+        for (int64_t j = 0; j < RUN; j++) {
+            const int64_t at = block + std::min(j, count - 1);
+            const T *from = cache + table[at / g.page_size] * g.page_stride + at % g.page_size * row + kv * dim;
+            for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, j < count ? load(from + d) : Vec<A>{});
+        }
+    };
+    for (int64_t block = 0; block < context; block += RUN) {
+        const int64_t count = std::min(RUN, context - block);
+        gather(keys, block, count);
+        std::fill(p, p + RUN * R, A(0));
+        for (int64_t j = 0; j < count; j += 4) multiply<A>(p + j * R, kv_block + j * dim, dim, 1, q, dim);
+        gather(values, block, count);
+        for (int64_t r = 0; r < R; r += N<A>) {
+            const Vec<A> old = load(top + r), bound = load(limit + r);
+            Vec<A> peak = old, total = {};
+            for (int64_t j = 0; j < RUN; j++) {
+                Vec<A> s = load(p + j * R + r), position = A(block + j) + Vec<A>{};
+                s = position < bound ? s : -infinity + Vec<A>{};
+                store(p + j * R + r, s);
+                peak = s > peak ? s : peak;
+            }
+            for (int64_t j = 0; j < RUN; j++) {
+                Vec<A> e = exp(load(p + j * R + r) - peak);
+                store(p + j * R + r, e);
+                total += e;
+            }
+            const Vec<A> factor = exp(old - peak);  // 0 at first, when `old` is -infinity
+            store(top + r, peak);
+            store(weight + r, load(weight + r) * factor + total);
+            for (int64_t d = 0; d < dim; d++) store(acc + d * R + r, load(acc + d * R + r) * factor);
+        }
+        for (int64_t d = 0; d < dim; d += 4) multiply<A>(acc + d * R, kv_block + d, 1, dim, p, count);
+    }
+    for (int64_t r = 0; r < tokens * group; r++) {
+        T *to = out + ((first + r / group) * g.heads + kv * group + r % group) * dim;
+        for (int64_t d = 0; d < dim; d++) narrow(to + d, acc[d * R + r] / weight[r]);
+    }
+}
+
+// ---- one layer of one step -----------------------------------------------------------------------------------------
+
+template <class T, class A>
+void attend(const Geometry &g, const T *query, int64_t query_stride, const T *key, int64_t key_stride, const T *value,
+            int64_t value_stride, T *keys, T *values, T *out) {
+    const int64_t row = g.kv_heads * g.head_dim, partial = g.heads * (g.head_dim + 2);
+#pragma omp parallel num_threads(g.threads) if (g.decode_tasks + g.chunk_tasks > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < g.tokens; t++) {
+            const int64_t at = g.slots[t] / g.page_size * g.page_stride + g.slots[t] % g.page_size * row;
+            std::memcpy(keys + at, key + t * key_stride, row * sizeof(T));
+            std::memcpy(values + at, value + t * value_stride, row * sizeof(T));
+        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < g.chunk_tasks * g.kv_heads; i++)
+            chunk_tile<T, A>(g, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values, out);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < g.decode_tasks; i++) {
+            const int64_t seq = g.task_sequence[i];
+            decode_run<T, A>(g, seq, i - g.task_starts[seq], query + seq * query_stride, keys, values,
+                             (A *)g.partials + i * partial);
+        }
+#pragma omp for schedule(static)
+        for (int64_t seq = 0; seq < g.decodes; seq++) merge_runs<T, A>(g, seq, out + seq * g.heads * g.head_dim);
+    }
+}
+
+#define EXPORT(NAME, T, A)                                                                                           \
+    extern "C" void NAME(const Geometry *g, const T *query, int64_t query_stride, const T *key, int64_t key_stride,  \
+                         const T *value, int64_t value_stride, T *keys, T *values, T *out) {                         \
+        attend<T, A>(*g, query, query_stride, key, key_stride, value, value_stride, keys, values, out);              \
+    }
+EXPORT(attend_bfloat16, bf16, float)
+EXPORT(attend_float32, float, float)
+EXPORT(attend_float64, double, double)

@@ -1,0 +1,138 @@
+"""The resident batch of one rank: what the scheduler's log says, and how far the steps have come. NumPy only.
+
+Every rank of a group keeps the same batch: it applies the same commands before the same steps and sees the same sampled
+tokens, so each plans each step by itself and nothing but the commands has to travel. A decode step needs no message at all.
+
+    row            0      1      2  ...      the row is part of the lease, chosen by the scheduler
+    known        [ 301    77     0 ...]      tokens, sampled ones included (also those still on the device)
+    computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
+    block_table  [rows, pages] int32         page ids; past a row's pages: 0, never read
+
+Imports `scheduler.messages` and `scheduler.batching`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.batching import Ints, StepPlan, plan_step
+from scheduler.messages import NO_TOKEN, ROW_MASK, Command, End, FinishReason, Grant, Remap, Start
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way: who was in it, under which lease, from which token on; `samples` marks who gets a new token."""
+
+    plan: StepPlan
+    leases: Ints  # [n]
+    first: Ints  # [n] position of the first computed token
+    samples: npt.NDArray[np.bool_]  # [n]
+
+
+class ResidentBatch:
+    """Mutated by `apply`, `launch` and `collect`, in the order of the log and the steps.
+
+    Safety: a step's rows write only to slots of pages granted to their lease. A lease may end while a step with it is under
+    way; that step still writes to its pages, but any later holder's writes come after it on the same stream.
+    """
+
+    def __init__(self, rows: int, page_size: int, budget: int, model_len: int) -> None:
+        self.page_size = page_size
+        self.budget = budget
+        self.applied = 0
+        self.ended: str | None = None
+        self.lease = np.full(rows, -1, np.int64)
+        self.known = np.zeros(rows, np.int64)
+        self.computed = np.zeros(rows, np.int64)
+        self.slots = np.zeros(rows, np.int64)
+        self.limit = np.zeros(rows, np.int64)
+        self.pages = np.zeros(rows, np.int64)
+        self.block_table = np.zeros((rows, -(-model_len // page_size)), np.int32)
+        self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * rows
+        self._least = np.zeros(rows, np.int64)  # length from which a stop id ends the sequence
+        self._stop_ids = np.full((rows, 1), NO_TOKEN, np.int64)  # [rows, width], padded
+
+    # ---- the log
+
+    def apply(self, command: Command) -> None:
+        """Applies the next command of the log."""
+        self.applied += 1
+        if isinstance(command, Start):
+            self._start(command)
+        elif isinstance(command, End):
+            self.ended = command.reason
+        elif self.lease[row := command.lease & ROW_MASK] != command.lease:
+            pass  # the lease has ended on this side already
+        elif isinstance(command, Grant):
+            self._append(row, np.array(command.blocks, np.int32))
+        elif isinstance(command, Remap):
+            self.block_table[row, command.index] = command.block
+        else:
+            self._clear(row)
+
+    def _start(self, start: Start) -> None:
+        row = start.lease & ROW_MASK
+        self._clear(row)
+        tokens = np.frombuffer(start.tokens, np.int32)
+        self.lease[row] = start.lease
+        self.known[row] = len(tokens)
+        self.computed[row] = start.cached_tokens
+        self.limit[row] = start.prompt_tokens + start.max_tokens
+        self.tokens[row] = tokens
+        self._least[row] = start.prompt_tokens + start.params.min_tokens
+        self._set_stop_ids(row, start.stop_ids)
+        self._append(row, np.frombuffer(start.blocks, np.int32))
+
+    def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
+        width = self._stop_ids.shape[1]
+        if len(ids) > width:
+            self._stop_ids = np.pad(self._stop_ids, ((0, 0), (0, len(ids) - width)), constant_values=NO_TOKEN)
+        self._stop_ids[row] = NO_TOKEN
+        self._stop_ids[row, : len(ids)] = ids
+
+    def _append(self, row: int, blocks: npt.NDArray[np.int32]) -> None:
+        pages = int(self.pages[row])
+        self.block_table[row, pages : pages + len(blocks)] = blocks
+        self.pages[row] += len(blocks)
+        self.slots[row] = self.pages[row] * self.page_size
+
+    def _clear(self, row: int) -> None:
+        self.lease[row] = -1
+        self.known[row] = self.computed[row] = self.slots[row] = self.pages[row] = 0
+
+    # ---- steps
+
+    def plan(self) -> StepPlan:
+        return plan_step(self.known, self.computed, self.slots, self.lease, self.budget)
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Accounts for a step that is about to run: its KV counts as written, its sampled tokens as known."""
+        rows = plan.rows
+        first = self.computed[rows]
+        self.computed[rows] += plan.counts
+        samples = self.computed[rows] == self.known[rows]
+        sampled = rows[samples]
+        self.known[sampled] += 1
+        full = sampled[self.known[sampled] >= self.limit[sampled]]
+        self.computed[full] = self.known[full]  # nothing is left to compute: max_tokens is reached
+        return Launched(plan, self.lease[rows], first, samples)
+
+    def collect(self, step: Launched, tokens: npt.NDArray[np.int64]) -> list[tuple[int, FinishReason]]:
+        """Takes a step's sampled tokens [n] (ignored where `samples` is false); ends sequences by stop id and length.
+
+        Returns (index in the step, reason) of those that ended. Rows whose lease ended meanwhile are passed over.
+        """
+        rows = step.plan.rows
+        length = step.first + step.plan.counts + 1
+        live = step.samples & (self.lease[rows] == step.leases)
+        stop = (self._stop_ids[rows] == tokens[:, None]).any(axis=1) & (length >= self._least[rows])
+        ended = []
+        for index in np.flatnonzero(live & (stop | (length >= self.limit[rows]))).tolist():
+            ended.append((index, FinishReason.STOP if stop[index] else FinishReason.LENGTH))
+            self._clear(int(rows[index]))
+        return ended
+
+    def live(self, step: Launched) -> npt.NDArray[np.bool_]:
+        """[n] whose lease has not ended since the step was launched."""
+        return self.lease[step.plan.rows] == step.leases

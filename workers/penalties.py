@@ -1,0 +1,159 @@
+"""What changes logits before temperature: logit bias, min_tokens, and the penalties on tokens seen. By resident row.
+
+A row that uses none of them costs nothing. Token counts live on the device, where the next step needs them; all else
+is host bookkeeping. Imports torch, NumPy and the request's parameters only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scheduler.sampling import SamplingParams
+
+Ints = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, slots=True)
+class _RowEdits:
+    """One resident row. Columns: indices into this rank's shard. slot: its place in the count tables, if it has one."""
+
+    bias_columns: npt.NDArray[np.int64]
+    bias: npt.NDArray[np.float64]
+    stop_columns: npt.NDArray[np.int64]
+    stop_from: int  # the first position at which a stop id may be sampled
+    slot: int | None
+    params: SamplingParams
+
+
+class LogitEdits:
+    """Applies each row's bias, min_tokens and penalties to its logits, in that order, and counts what is sampled.
+
+    Ids that this rank does not own are ignored. Order of calls: admit, then (apply, count) for each step, then release.
+    """
+
+    def __init__(self, *, first_id: int, local_vocab: int, device: torch.device) -> None:
+        self._first_id = first_id
+        self._width = local_vocab
+        self._device = device
+        self._rows: dict[int, _RowEdits] = {}
+        self._free_slots: list[int] = []
+        # [slots, local_vocab]: how often an id was emitted, and whether it is in the prompt
+        self._output = torch.zeros(0, local_vocab, dtype=torch.int32, device=device)
+        self._prompt = torch.zeros(0, local_vocab, dtype=torch.bool, device=device)
+
+    def admit(self, row: int, params: SamplingParams, stop_ids: tuple[int, ...], prompt: Ints, output: Ints) -> bool:
+        """Takes over `row`. Returns whether its logits will ever be changed."""
+        self.release(row)
+        slot = self._take_slot(prompt, output) if _penalises(params) else None
+        stops = stop_ids if params.min_tokens > 0 else ()
+        if slot is None and not params.logit_bias and not stops:
+            return False
+        bias_ids = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
+        bias = np.fromiter(params.logit_bias.values(), np.float64, len(params.logit_bias))
+        owned = self._owned(bias_ids)
+        self._rows[row] = _RowEdits(
+            bias_columns=bias_ids[owned] - self._first_id,
+            bias=bias[owned],
+            stop_columns=self._columns(np.unique(np.array(stops, np.int64))),
+            stop_from=len(prompt) + params.min_tokens,
+            slot=slot,
+            params=params,
+        )
+        return True
+
+    def release(self, row: int) -> None:
+        edits = self._rows.pop(row, None)
+        if edits is not None and edits.slot is not None:
+            self._free_slots.append(edits.slot)
+
+    def apply(self, logits: Tensor, rows: Ints, positions: Ints) -> Tensor:
+        """Returns edited logits [samples, local_vocab]; the argument is left as it was."""
+        edits = [(sample, self._rows[row]) for sample, row in enumerate(rows.tolist()) if row in self._rows]
+        if not edits:
+            return logits
+        logits = logits.clone()
+        biased = [(sample * self._width + row.bias_columns, row.bias) for sample, row in edits if len(row.bias)]
+        if biased:
+            bias = self._put(np.concatenate([bias for _, bias in biased])).to(logits.dtype)
+            logits.view(-1).index_add_(0, self._put(np.concatenate([at for at, _ in biased])), bias)
+        barred = [
+            sample * self._width + row.stop_columns
+            for sample, row in edits
+            if len(row.stop_columns) and positions[sample] < row.stop_from
+        ]
+        if barred:
+            logits.view(-1).index_fill_(0, self._put(np.concatenate(barred)), -torch.inf)
+        self._penalise(logits, edits)
+        return logits
+
+    def count(self, tokens: Tensor, rows: Ints) -> None:
+        """Counts the sampled `tokens` [samples] as output of their rows."""
+        counted = [(i, slot) for i, row in enumerate(rows.tolist()) if (slot := self._slot(row)) is not None]
+        if not counted:
+            return
+        samples, slots = self._put(np.array(counted, np.int64).T)
+        columns = tokens[samples] - self._first_id
+        owned = (columns >= 0) & (columns < self._width)
+        at = slots * self._width + columns.clamp(0, self._width - 1)
+        self._output.view(-1).index_add_(0, at, owned.int())
+
+    def _penalise(self, logits: Tensor, edits: Iterable[tuple[int, _RowEdits]]) -> None:
+        penalised = [(sample, row.slot, row.params) for sample, row in edits if row.slot is not None]
+        together = 1 if logits.is_cpu else max(1, len(penalised))  # on the CPU one row at a time stays in the cache
+        for start in range(0, len(penalised), together):
+            self._penalise_rows(logits, penalised[start : start + together])
+
+    def _penalise_rows(self, logits: Tensor, penalised: list[tuple[int, int, SamplingParams]]) -> None:
+        samples, slots = self._put(np.array([(sample, slot) for sample, slot, _ in penalised], np.int64).T)
+        factors = np.array(
+            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, _, p in penalised], np.float64
+        )
+        repetition, frequency, presence = self._put(factors.T[:, :, None]).to(logits.dtype)  # each [penalised, 1]
+        counts = self._output.index_select(0, slots).to(logits.dtype)
+        emitted = counts > 0
+        values = logits.index_select(0, samples)
+        repeated = torch.where(values > 0, values / repetition, values * repetition)
+        values = torch.where(emitted | self._prompt.index_select(0, slots), repeated, values)
+        values -= frequency * counts
+        values -= presence * emitted
+        logits.index_copy_(0, samples, values)
+
+    def _slot(self, row: int) -> int | None:
+        edits = self._rows.get(row)
+        return None if edits is None else edits.slot
+
+    def _take_slot(self, prompt: Ints, output: Ints) -> int:
+        if not self._free_slots:
+            self._grow()
+        slot = self._free_slots.pop()
+        emitted = self._put(self._columns(output))
+        self._output[slot] = 0
+        self._output[slot].index_add_(0, emitted, torch.ones_like(emitted, dtype=torch.int32))
+        self._prompt[slot] = False
+        self._prompt[slot].index_fill_(0, self._put(self._columns(prompt)), True)
+        return slot
+
+    def _grow(self) -> None:
+        slots = len(self._output)
+        more = max(4, slots)
+        self._free_slots = list(range(slots + more - 1, slots - 1, -1))
+        with torch.inference_mode(False):  # else a table grown inside inference mode could not be updated outside it
+            self._output = torch.cat([self._output, self._output.new_zeros(more, self._width)])
+            self._prompt = torch.cat([self._prompt, self._prompt.new_zeros(more, self._width)])
+
+    def _owned(self, ids: Ints) -> npt.NDArray[np.bool_]:
+        return (ids >= self._first_id) & (ids < self._first_id + self._width)
+
+    def _columns(self, ids: Ints) -> npt.NDArray[np.int64]:
+        return ids[self._owned(ids)].astype(np.int64) - self._first_id
+
+    def _put(self, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

@@ -1,0 +1,98 @@
+"""One rank's part in its group: the resident batch, what executes it, and the verbs plan, execute, commit.
+
+The same object runs in the leader, in its peers and in simulations; only the executor differs.
+Imports `batch` and `scheduler.messages`; no torch, no ray.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.messages import ROW_MASK, Command, FinishReason, Start
+from workers.batch import Launched, ResidentBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a step sampled. ids: [n] int64, any value where the step took no sample. logprobs: index -> opaque payload."""
+
+    ids: npt.NDArray[np.int64]
+    logprobs: dict[int, bytes]
+
+
+class Pending(Protocol):
+    """A step whose tokens may still be on the device."""
+
+    def wait(self) -> Tokens: ...
+
+
+class Executor(Protocol):
+    """Computes steps: the model on this rank's device, or a model of its time."""
+
+    def admit(self, start: Start) -> None:
+        """A sequence enters the batch at the lease's row."""
+        ...
+
+    def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
+        """Launches a step; must not wait for its result on the host."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A committed step. live: [n] leases that had not ended when its tokens came in."""
+
+    step: Launched
+    tokens: Tokens
+    live: npt.NDArray[np.bool_]
+    finished: list[tuple[int, FinishReason]]
+
+
+class Rank:
+    """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
+
+    Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
+    """
+
+    def __init__(self, batch: ResidentBatch, executor: Executor, depth: int = 0) -> None:
+        self.batch = batch
+        self.executor = executor
+        self._depth = depth
+        self._under_way: deque[tuple[Launched, Pending]] = deque()
+        self._idle = True
+
+    @property
+    def idle(self) -> bool:
+        """No step is under way and none can be planned: only a command can change that."""
+        return self._idle
+
+    def turn(self, commands: Iterable[Command]) -> StepResult | None:
+        """Applies commands, launches one step if there is work, and commits the oldest if enough are under way."""
+        for command in commands:
+            self.batch.apply(command)
+            if isinstance(command, Start):
+                self.executor.admit(command)
+        plan = self.batch.plan()
+        if len(plan.rows):
+            step = self.batch.launch(plan)
+            self._under_way.append((step, self.executor.execute(self.batch, step)))
+        result = None
+        if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
+            result = self._commit(*self._under_way.popleft())
+        self._idle = not self._under_way and not len(plan.rows)
+        return result
+
+    def _commit(self, step: Launched, pending: Pending) -> StepResult:
+        tokens = pending.wait()
+        live = self.batch.live(step)
+        return StepResult(step, tokens, live, self.batch.collect(step, tokens.ids))
+
+
+def row_of(start: Start) -> int:
+    return start.lease & ROW_MASK

@@ -1,0 +1,127 @@
+"""Rotary position embedding: the frequencies of every supported scaling, and the rotation of query and key heads.
+
+Imports torch only. Frequencies follow transformers' `modeling_rope_utils` operation by operation, so that float32
+tables are equal to the bit; a float64 model gets float64 tables.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """RoPE's parameters. kind: which of `KINDS`; the fields that a kind does not read are ignored.
+
+    Sources: RoPE (arXiv 2104.09864), YaRN (arXiv 2309.00071), llama3 (Llama 3.1's release).
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("default", "linear", "llama3", "yarn")
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+    def frequencies(self, head_dim: int, dtype: torch.dtype) -> Tensor:
+        """Radians per position of each rotated pair, [head_dim / 2]."""
+        powers: Tensor = self.theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
+        plain = 1.0 / powers
+        match self.kind:
+            case "linear":
+                return plain / self.factor
+            case "llama3":
+                return self._llama3(plain)
+            case "yarn":
+                return self._yarn(powers, head_dim)
+            case _:
+                return plain
+
+    def magnitude(self) -> float:
+        """What the cosines and sines are multiplied with: 1 but for YaRN."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+    def _llama3(self, plain: Tensor) -> Tensor:
+        """Long wavelengths are slowed by `factor`, short ones left alone, those between blended."""
+        long = self.original_max_position / self.low_freq_factor
+        short = self.original_max_position / self.high_freq_factor
+        wavelength = 2 * math.pi / plain
+        scaled = torch.where(wavelength > long, plain / self.factor, plain)
+        span = self.high_freq_factor - self.low_freq_factor
+        smooth = (self.original_max_position / wavelength - self.low_freq_factor) / span
+        blended = (1 - smooth) * scaled / self.factor + smooth * scaled
+        between = ~(wavelength < short) * ~(wavelength > long)
+        return torch.where(between, blended, scaled)
+
+    def _yarn(self, powers: Tensor, head_dim: int) -> Tensor:
+        """Pairs that turn often within the original context keep their speed, slow ones are interpolated."""
+
+        def pair_turning(rotations: float) -> float:
+            span = math.log(self.original_max_position / (rotations * 2 * math.pi))
+            return head_dim * span / (2 * math.log(self.theta))
+
+        low, high = pair_turning(self.beta_fast), pair_turning(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        if low == high:
+            high += 0.001
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1).to(powers.dtype)
+        keep = 1 - ramp
+        return 1.0 / (self.factor * powers) * (1 - keep) + 1.0 / powers * keep
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """The rotation of one step's tokens, shared by all layers. cos, sin: [tokens, 1, head_dim], the sine signed."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Rotary:
+    """A table of cosines and sines for every position, in the model's dtype.
+
+    The first half of each sine row is negated, so a rotation is `x * cos + swap_halves(x) * sin`: three operations.
+    """
+
+    __slots__ = ("_half", "_table")
+
+    def __init__(self, rope: Rope, head_dim: int, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        positions = torch.arange(max_position, dtype=exact)
+        angles = positions[:, None] * rope.frequencies(head_dim, exact)
+        cos, sin = angles.cos() * rope.magnitude(), angles.sin() * rope.magnitude()
+        rows = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
+        self._table = rows.to(device=device, dtype=dtype)  # [max_position, cos|sin, head_dim]
+        self._half = head_dim // 2
+
+    def at(self, positions: Tensor) -> Turns:
+        """positions [tokens] -> their rotation. Once a step."""
+        cos, sin = self._table.index_select(0, positions).split_with_sizes((1, 1), 1)
+        return Turns(cos, sin)
+
+    def turn(self, heads: Tensor, turns: Turns) -> Tensor:
+        """Rotate heads [tokens, heads, head_dim] (a new tensor)."""
+        return (heads * turns.cos).addcmul_(heads.roll(self._half, -1), turns.sin)

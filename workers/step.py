@@ -1,0 +1,31 @@
+"""What one step computes: the ragged batch as tensors. Built by `batch`, read by `model`, `attention` and `sampler`.
+
+Imports torch only.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One step's batch: `seqs` sequences, decodes (query length 1) first, then prefill chunks, concatenated without padding.
+
+    A sequence's new tokens are the last `query_len` of its `context_len` tokens; their KV is written before anything attends.
+    Device tensors are what kernels read; the host arrays are the same numbers for launch geometry and for the CPU backend.
+    """
+
+    tokens: Tensor  # [tokens] int64, ids to embed
+    positions: Tensor  # [tokens] int64, 0-based position in the sequence
+    slots: Tensor  # [tokens] int64, where the token's KV goes: page id * page_size + offset in the page
+    query_starts: Tensor  # [seqs + 1] int32, prefix sums of the query lengths
+    context_lens: Tensor  # [seqs] int32, tokens in the cache once this step's are written
+    block_tables: Tensor  # [seqs, max_pages] int32, page ids; entries past a sequence's pages are 0 and never read
+    sample_at: Tensor  # [samples] int64, indices into `tokens` whose logits are wanted
+    decodes: int  # the first so many sequences have query length 1
+    host_query_lens: npt.NDArray[np.int32]  # [seqs]
+    host_context_lens: npt.NDArray[np.int32]  # [seqs]
+    host_block_tables: npt.NDArray[np.int32]  # [seqs, max_pages]
