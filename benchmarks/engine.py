@@ -233,7 +233,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vllm-python", type=Path, metavar="PATH", help="interpreter of an environment with vLLM for CPU"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times that each engine has its turn")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each engine (%(default)s)")
     add_engine_options(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ray", action="store_true", help="Manta on Ray")
@@ -246,9 +246,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     cache = Path(tempfile.gettempdir()) / "manta-benchmarks"
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=cores, help="CPU threads of each engine (%(default)s)")
-    parser.add_argument("--kv-gib", type=int, default=2, help="memory of the KV cache, GiB (%(default)s)")
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1)
+    parser.add_argument(
+        "--threads", type=positive, default=cores, help="CPU threads of each engine (%(default)s)"
+    )
+    parser.add_argument(
+        "--kv-gib", type=positive, default=2, help="memory of the KV cache, GiB (%(default)s)"
+    )
     parser.add_argument("--block-size", type=int, help="Manta's tokens per block; its default if not given")
     parser.add_argument(
         "--max-num-batched-tokens", type=int, help="Manta's step budget; its default if not given"
@@ -257,6 +261,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--cache", type=Path, default=cache, help="folder of checkpoints and logs (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
 
 
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -149,15 +149,15 @@ ENGINES: dict[str, type[Manta] | type[Vllm] | type[Transformers]] = {
 
 
 def serve(engine: Engine, requests: TextIO, answers: TextIO) -> None:
-    """Answer one request a line until the requests end; a failed request is answered with its traceback."""
+    """Answer one request a line until the requests end; a failed request is answered with its error."""
     for line in requests:
         request = json.loads(line)
         try:
             start_s = time.perf_counter()
             output_tokens, cached_tokens = engine.generate(request["prompts"], request["max_tokens"])
             seconds = time.perf_counter() - start_s
-        except Exception:
-            _answer(answers, {"error": traceback.format_exc()})
+        except Exception as error:
+            _answer_failure(answers, error)
             continue
         _answer(answers, {"seconds": seconds, "output_tokens": output_tokens, "cached_tokens": cached_tokens})
 
@@ -173,8 +173,8 @@ def main() -> None:
     start_s = time.perf_counter()
     try:
         engine: Engine = ENGINES[options.engine](options)
-    except Exception:
-        _answer(answers, {"error": traceback.format_exc()})
+    except Exception as error:
+        _answer_failure(answers, error)
         sys.exit(1)
     try:
         _answer(answers, {"version": engine.version, "load_s": time.perf_counter() - start_s})
@@ -186,6 +186,12 @@ def main() -> None:
 def _answer(answers: TextIO, value: dict[str, object]) -> None:
     answers.write(json.dumps(value) + "\n")
     answers.flush()
+
+
+def _answer_failure(answers: TextIO, error: Exception) -> None:
+    """One line to the parent; the traceback goes to the log."""
+    traceback.print_exception(error)
+    _answer(answers, {"error": f"{type(error).__name__}: {error}"})
 
 
 def _options() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.engine import PAUSE_S, WARM_UP_SEED, add_engine_options
+from benchmarks.engine import PAUSE_S, WARM_UP_SEED, add_engine_options, positive
 from benchmarks.report import Spread, table
 from benchmarks.worker_process import EngineSpec, Worker, WorkerError, started
 from benchmarks.workloads import PromptSource
@@ -77,9 +77,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(SHAPES), default="0.1B")
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="times that each side has its turn (%(default)s)"
-    )
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each side (%(default)s)")
     add_engine_options(parser)
     options = parser.parse_args()
     try:

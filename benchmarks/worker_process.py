@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.workloads import Batch
 
 LOAD_TIMEOUT_S = 900.0  # a peer may compile
-BATCH_TIMEOUT_S = 900.0
+BATCH_TIMEOUT_S = 1800.0
 CLOSE_TIMEOUT_S = 30.0
 
 
@@ -83,17 +83,11 @@ class Measurement:
     cached_tokens: int
 
 
-class Worker:
-    """One engine in a process group of its own, which ends with the `with` block.
-
-    The engine's own output goes to `log`. Raises WorkerError, with the end of that log, when it fails.
-    """
-
-    def __init__(self, spec: EngineSpec, model: Path, log: Path) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log
-        with log.open("w") as stderr:
-            self._process = subprocess.Popen(
+def _spawn(spec: EngineSpec, model: Path, log: Path) -> subprocess.Popen[str]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stderr:
+        try:
+            return subprocess.Popen(
                 spec.command(model),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -102,6 +96,19 @@ class Worker:
                 env={**os.environ, **spec.environment()},
                 start_new_session=True,
             )
+        except OSError as error:
+            raise WorkerError(f"{spec.python} does not run: {error}") from error
+
+
+class Worker:
+    """One engine in a process group of its own, which ends with the `with` block.
+
+    The engine's own output goes to `log`. Raises WorkerError, with the end of that log, when it fails.
+    """
+
+    def __init__(self, spec: EngineSpec, model: Path, log: Path) -> None:
+        self._log = log
+        self._process = _spawn(spec, model, log)
         try:
             loaded = self._answer(LOAD_TIMEOUT_S)
         except BaseException:
@@ -144,7 +151,7 @@ class Worker:
             raise WorkerError(self._failure(f"no answer (the limit is {timeout_s:.0f} s)"))
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(self._failure(answer["error"].strip().splitlines()[-1]))
+            raise WorkerError(self._failure(answer["error"]))
         return answer
 
     def _failure(self, reason: str) -> str:
@@ -183,6 +190,8 @@ def started(
                 continue
             workers[name] = stack.enter_context(worker)
             print(f"{name} {worker.version}: loaded in {worker.load_s:.1f} s", file=sys.stderr, flush=True)
+        if not workers:
+            raise WorkerError("no engine is left to measure")
         yield workers
 
 

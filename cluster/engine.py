@@ -6,10 +6,11 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import msgspec
-
 from cluster.config import EngineConfig
 from scheduler.messages import Deltas, Request
+from scheduler.stats import EngineStats, GroupStats
+
+__all__ = ["Engine", "EngineError", "EngineStats", "GroupStats", "OnDeltas", "OnFailure", "Progress", "StartEngine"]
 
 OnDeltas = Callable[[Deltas], None]
 """Called from one thread of the engine, in commit order. Must return at once and must not call the engine."""
@@ -24,35 +25,6 @@ Progress = Callable[[str], None]
 
 class EngineError(RuntimeError):
     """The engine could not start or was lost, for a reason that the user can read and act upon."""
-
-
-class GroupStats(msgspec.Struct, frozen=True):
-    """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a
-    lease."""
-
-    group: int
-    up: bool
-    total_blocks: int
-    free_blocks: int
-    held_blocks: int
-    cached_blocks: int
-    running: int
-
-
-class EngineStats(msgspec.Struct, frozen=True):
-    """The cluster at one moment, and its counters since the start.
-
-    waiting: sequences without a group. requests, *_tokens: of everything submitted so far. cached_tokens: prompt tokens
-    found in the cache at a sequence's first start.
-    """
-
-    groups: tuple[GroupStats, ...]
-    waiting: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
 
 
 class Engine(Protocol):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from deploy.config import Config, load_config
-from deploy.options import with_options
+from deploy.options import sampling_values, with_options
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
 from deploy.records import RecordWriter
@@ -118,7 +118,7 @@ def generate(
     manta generate --input prompts.jsonl --output results.jsonl --groups 2 --tensor-parallel-size 2
     """
     with reported_errors(debug):
-        settings = load_config(config, engine, sampling)
+        settings = load_config(config, engine, sampling_values(sampling))
         requests = read_requests(prompts or [], input, format, chat, token_ids, settings.sampling)
         with RecordWriter.open(output) as records:
             shown = stream if stream is not None else output is None

@@ -79,7 +79,7 @@ class LLM:
 
     def _open(self, config: EngineConfig, progress: Progress) -> None:
         checkpoint = Path(config.model)
-        limits = read_model_limits(checkpoint, config.max_model_len)
+        limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
         tokenizer = Tokenizer.load(checkpoint)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)

@@ -7,7 +7,7 @@ configuration file and the defaults below it can speak. Imports typer; nothing o
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -41,13 +41,13 @@ ENGINE_FLAGS = {"seed": "engine_seed"}
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options to a command, which takes those given as keyword arguments `engine` and `sampling`, by field
-    name."""
+    name; the latter are for `sampling_values`."""
     engine_flags = {ENGINE_FLAGS.get(f.name, f.name): f.name for f in fields(EngineConfig)}
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         engine = {field: given.pop(flag) for flag, field in engine_flags.items()}
-        sampling = {field: _sampling_value(field, given.pop(field)) for field in SAMPLING_KEYS}
+        sampling = {field: given.pop(field) for field in SAMPLING_KEYS}
         command(engine=engine, sampling=sampling, **given)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
@@ -55,6 +55,14 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in every}
     return run
+
+
+def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags gave, as the fields want it. Errors: ConfigError."""
+    values = {name: value for name, value in given.items() if value not in (None, [])}
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(_bias(pair) for pair in values["logit_bias"])
+    return values
 
 
 def _sampling_options() -> Iterator[inspect.Parameter]:
@@ -84,13 +92,6 @@ def _option(name: str, kind: Any, help_text: str, panel: str) -> inspect.Paramet
     declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     default = typer.Option(None, declared, help=help_text, rich_help_panel=panel, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind | None)
-
-
-def _sampling_value(name: str, value: Any) -> Any:
-    """What a flag gave, as the field wants it; an option that may be repeated and was not given at all is None."""
-    if name == "logit_bias" and value:
-        return dict(_bias(pair) for pair in value)
-    return value if value != [] else None
 
 
 def _bias(pair: str) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """From what a user gives to prompts that can only be valid: token ids within the vocabulary and the model's length.
 
-Parsed once, here, at the door; nothing behind checks again. Imports no torch, no ray.
+Parsed once, here, at the door; nothing behind checks again. torch comes in only to read
+a checkpoint's settings.
 """
 
 import json
@@ -131,23 +132,16 @@ class PromptParser:
         return self.tokenizer
 
 
-def read_model_limits(checkpoint: Path, max_model_len: int | None) -> ModelLimits:
-    """Reads config.json and generation_config.json. Errors: OSError, or ValueError that names the file and the
-    entry."""
-    config = _read_json(checkpoint / "config.json")
-    generation = checkpoint / "generation_config.json"
-    eos: Any = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    eos = config.get("eos_token_id") if eos is None else eos
-    for key in ("vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(key), int):
-            raise ValueError(
-                f"{checkpoint / 'config.json'} has no integer {key!r}: is it a checkpoint of a language model?"
-            )
-    longest = int(config["max_position_embeddings"])
+def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
+    """Reads the checkpoint's settings, and refuses what could not run before anything is started. Errors: ValueError."""
+    from workers.architectures import read_config  # brings torch
+
+    model = read_config(checkpoint)
+    model.shard(0, tensor_parallel_size)
+    longest = model.max_position
     if max_model_len is not None and max_model_len > longest:
         raise ValueError(f"max_model_len={max_model_len} is above the {longest} tokens that the model takes: lower it")
-    ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    return ModelLimits(int(config["vocab_size"]), max_model_len or longest, ids)
+    return ModelLimits(model.vocab_size, max_model_len or longest, model.eos_ids)
 
 
 def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:
@@ -192,15 +186,3 @@ def as_token_ids(source: Source) -> Source:
         return [int(piece) for piece in source.replace(",", " ").split()]
     except ValueError as error:
         raise PromptError(f"not token ids: {source[:60]!r}; write integers apart by spaces or commas") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} does not exist: --model must name the folder of a checkpoint") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content

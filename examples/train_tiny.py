@@ -1,7 +1,7 @@
 """Trains `examples/tiny`, a Qwen3 of 3.4 M parameters that writes plausible Python.
 
-The data are the sources and docstrings of this interpreter's standard library: nothing is downloaded, and
-one CPU core is enough. Imports torch, transformers, tokenizers and tqdm; never the engine, which loads the result.
+The data are the sources and docstrings of this interpreter's standard library: nothing is downloaded, and one
+CPU core is enough. Imports torch, transformers, tokenizers and tqdm; the engine only loads what it makes.
 
     python examples/train_tiny.py --minutes 45 --out examples/tiny
 """

@@ -44,7 +44,7 @@ class CoreConfig:
 
     grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
-    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none.
+    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: differently each time.
     """
 
     page_size: int = 256
@@ -52,7 +52,7 @@ class CoreConfig:
     grant_ahead: int = 4
     prefix_caching: bool = True
     wait_for_prefix: bool = True
-    seed: int = 0
+    seed: int | None = 0
 
 
 @dataclass(slots=True)

@@ -135,4 +135,5 @@ class ResidentBatch:
 
     def live(self, step: Launched) -> npt.NDArray[np.bool_]:
         """[n] whose lease has not ended since the step was launched."""
-        return self.lease[step.plan.rows] == step.leases
+        same: npt.NDArray[np.bool_] = self.lease[step.plan.rows] == step.leases
+        return same

@@ -28,7 +28,8 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
     width = int(-(-context.max() // batch.page_size))
     tables = batch.block_table[rows, :width]
     decodes = step.plan.decodes
-    chunks = [batch.tokens[row][a : a + n] for row, a, n in zip(rows[decodes:], step.first[decodes:], counts[decodes:], strict=True)]
+    spans = zip(rows[decodes:], step.first[decodes:], context[decodes:], strict=True)
+    chunks = [batch.tokens[row][start:end] for row, start, end in spans]
     decoded = last_tokens[_tensor(rows[:decodes], device)]
     tokens = torch.cat([decoded, _tensor(np.concatenate(chunks).astype(np.int64), device)]) if chunks else decoded
     return StepInput(

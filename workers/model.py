@@ -158,7 +158,7 @@ class Decoder:
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
         self.dtype, self.device = dtype, device
-        self._attention = attention
+        self.attention = attention
         self._rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
         self._outer = Outer(config, self.shape, comm, dtype, device)
         self._layers = [
@@ -173,11 +173,11 @@ class Decoder:
         """
         hidden = self._outer.embedding(step.tokens)
         turns = self._rotary.at(step.positions)
-        plan = self._attention.plan(step)
+        plan = self.attention.plan(step)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             rows = step.sample_at if number == last else None
-            hidden = layer.forward(hidden, turns, self._attention, step, plan, rows)
+            hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
         return self._outer.head(self._outer.norm(hidden))
 
     def parts(self) -> list[Part]:

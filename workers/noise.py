@@ -16,7 +16,7 @@ _GOLDEN32 = 0x9E3779B1 - 2**32
 _MIX1 = 0x7FEB352D
 _MIX2 = 0x846CA68B - 2**32
 _BITS = {torch.float32: 23, torch.float64: 32}
-_CACHED_ELEMENTS = 1 << 17  # on the CPU, work in pieces whose temporaries stay in the second-level cache
+_PIECE = 1 << 14  # elements at a time on the CPU: temporaries stay in the cache and are not mapped afresh each time
 
 
 def stream(seed: int, choice: int) -> int:
@@ -40,13 +40,15 @@ def gumbel(keys: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
     Invariant: an element depends on its key and id alone. `dtype` is float32 (23-bit uniforms) or float64 (32-bit).
     """
-    step = max(1, _CACHED_ELEMENTS // max(1, ids.shape[1]))
-    if not ids.is_cpu or step >= len(ids):
+    if not ids.is_cpu or ids.numel() <= _PIECE:
         return _gumbel(keys, ids, dtype)
     noise = torch.empty(ids.shape, dtype=dtype)
-    for start in range(0, len(ids), step):
-        piece = slice(start, start + step)
-        noise[piece] = _gumbel(keys[piece], ids[piece], dtype)
+    rows = max(1, _PIECE // ids.shape[1])
+    for row in range(0, len(ids), rows):
+        some = slice(row, row + rows)
+        for column in range(0, ids.shape[1], _PIECE):
+            piece = slice(column, column + _PIECE)
+            noise[some, piece] = _gumbel(keys[some], ids[some, piece], dtype)
     return noise
 
 

@@ -103,24 +103,18 @@ class LogitEdits:
 
     def _penalise(self, logits: Tensor, edits: Iterable[tuple[int, _RowEdits]]) -> None:
         penalised = [(sample, row.slot, row.params) for sample, row in edits if row.slot is not None]
-        together = 1 if logits.is_cpu else max(1, len(penalised))  # on the CPU one row at a time stays in the cache
-        for start in range(0, len(penalised), together):
-            self._penalise_rows(logits, penalised[start : start + together])
-
-    def _penalise_rows(self, logits: Tensor, penalised: list[tuple[int, int, SamplingParams]]) -> None:
-        samples, slots = self._put(np.array([(sample, slot) for sample, slot, _ in penalised], np.int64).T)
-        factors = np.array(
-            [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, _, p in penalised], np.float64
-        )
-        repetition, frequency, presence = self._put(factors.T[:, :, None]).to(logits.dtype)  # each [penalised, 1]
-        counts = self._output.index_select(0, slots).to(logits.dtype)
-        emitted = counts > 0
-        values = logits.index_select(0, samples)
-        repeated = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where(emitted | self._prompt.index_select(0, slots), repeated, values)
-        values -= frequency * counts
-        values -= presence * emitted
-        logits.index_copy_(0, samples, values)
+        if not penalised:
+            return
+        factors = self._put(np.array([_factors(params) for _, _, params in penalised], np.float64)).to(logits.dtype)
+        if not logits.is_cpu:
+            samples, slots = self._put(np.array([(sample, slot) for sample, slot, _ in penalised], np.int64).T)
+            output, prompt = self._output[slots], self._prompt[slots]
+            logits[samples] = _penalise(logits[samples], output, prompt, factors.T[:, :, None])
+            return
+        for (sample, slot, _), factor in zip(penalised, factors, strict=True):  # only the ids seen, without waiting
+            output, prompt = self._output[slot], self._prompt[slot]
+            seen = torch.from_numpy(np.flatnonzero(((output > 0) | prompt).numpy()))
+            logits[sample, seen] = _penalise(logits[sample, seen], output[seen], prompt[seen], factor)
 
     def _slot(self, row: int) -> int | None:
         edits = self._rows.get(row)
@@ -155,5 +149,18 @@ class LogitEdits:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
 
+def _factors(params: SamplingParams) -> tuple[float, float, float]:
+    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+
+
 def _penalises(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+    return _factors(params) != (1.0, 0.0, 0.0)
+
+
+def _penalise(logits: Tensor, output: Tensor, prompt: Tensor, factors: Tensor) -> Tensor:
+    """Some logits after their penalties. output: how often each id was emitted; prompt: whether it is in the prompt."""
+    repetition, frequency, presence = factors.unbind()
+    emitted = output > 0
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    penalised = torch.where(emitted | prompt, repeated, logits)
+    return penalised - frequency * output - presence * emitted

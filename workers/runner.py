@@ -65,7 +65,7 @@ class DeviceTokens:
             on_gpu = sampled.tokens.is_cuda
             self._host = sampled.tokens.to("cpu", non_blocking=on_gpu)
             if on_gpu:
-                self._copied = torch.cuda.Event()
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._copied.record()
 
     def wait(self) -> Tokens:

@@ -147,7 +147,7 @@ class Sampler:
         host = self._settings[rows]
         keys = noise.keys(self._streams[rows], positions)
         settings = _Settings(self._put(np.concatenate([host, keys], axis=1)))
-        scaled = logits / settings.temperature.to(self._dtype)
+        scaled = logits if (host[:, 0] == 1).all() else logits / settings.temperature.to(self._dtype)
         bounded = host[:, 1] > 0
         if bounded.all():
             return self._draw_bounded(scaled, settings, host)

@@ -110,7 +110,6 @@ class Checkpoint:
                 raise CheckpointError(f"{where} in {self._folder}: only safetensors are read, download them")
             try:
                 handle = safe_open(str(path), framework="pt")
-                handle.__enter__()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is truncated or damaged ({error}): download it again") from error
             self._open_files[name] = handle

@@ -1,7 +1,7 @@
 """A checkpoint folder without weights: the settings and a tokenizer trained here and now."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,9 +76,9 @@ def open_llm(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> Iterator[Open
     """Opens an LLM on a fake engine with the given script and behaviour."""
     opened: list[LLM] = []
 
-    def open_(reply: Reply, model: Path = checkpoint, **behaviour: object) -> tuple[LLM, FakeEngine]:
+    def open_(reply: Reply | Sequence[int], model: Path = checkpoint, **behaviour: object) -> tuple[LLM, FakeEngine]:
         engine = FakeEngine(reply, **behaviour)  # type: ignore[arg-type]
-        monkeypatch.setattr(deploy.llm, "engine_starter", lambda config: engine.start)
+        monkeypatch.setattr(deploy.llm, "engine_starter", lambda _: engine.start)
         llm = LLM(model)
         opened.append(llm)
         return llm, engine

@@ -32,7 +32,7 @@ class FakeEngine:
     """hold_after: steps after which nothing more comes until `released`. refuse: message for prompts of this first token.
     lose_after: steps after which the whole engine is lost. steps_per_delta: steps that one `Deltas` covers."""
 
-    reply: Reply
+    reply: Reply | Sequence[int]
     hold_after: int | None = None
     refuse: Mapping[int, str] = field(default_factory=dict)
     lose_after: int | None = None
@@ -78,7 +78,7 @@ class FakeEngine:
                     refused += [Finished(s, FinishReason.FAILED, 0, 0, self.refuse[prompt[0]]) for s in streams]
                     continue
                 for choice in range(request.params.n):
-                    self._streams[request.stream + choice] = Stream(request, list(self.reply(prompt, choice)))
+                    self._streams[request.stream + choice] = Stream(request, self._script(prompt, choice))
         if refused:
             self._on_deltas(Deltas(b"", b"", tuple(refused)))
         self._wake.set()
@@ -107,6 +107,9 @@ class FakeEngine:
         self.closed = True
         self._wake.set()
         self.released.set()
+
+    def _script(self, prompt: list[int], choice: int) -> list[int]:
+        return list(self.reply(prompt, choice) if callable(self.reply) else self.reply)
 
     def _run(self) -> None:
         step = 0

@@ -1,7 +1,7 @@
 """The command line over a scripted engine: what it reads, shows, writes, and how it ends."""
 
-import _thread
 import json
+import signal
 import threading
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Manta:
 
     def __init__(self, checkpoint: Path, tokenizer: Tokenizer) -> None:
         self.checkpoint = checkpoint
-        self.engine = FakeEngine(lambda prompt, choice: [*tokenizer.encode(ANSWER), EOS])
+        self.engine = FakeEngine([*tokenizer.encode(ANSWER), EOS])
 
     def __call__(self, *arguments: str, stdin: str = "") -> Result:
         return CliRunner().invoke(app, ["generate", "--model", str(self.checkpoint), *arguments], input=stdin)
@@ -33,7 +33,7 @@ class Manta:
 def manta(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tokenizer: Tokenizer) -> Manta:
     monkeypatch.delenv("MANTA_CONFIG", raising=False)
     runner = Manta(checkpoint, tokenizer)
-    monkeypatch.setattr(deploy.llm, "engine_starter", lambda config: runner.engine.start)
+    monkeypatch.setattr(deploy.llm, "engine_starter", lambda _: runner.engine.start)
     return runner
 
 
@@ -202,7 +202,7 @@ def test_interrupt_is_tidy_and_exit_130(manta: Manta) -> None:
 
     def interrupt() -> None:
         manta.engine.holding.wait()
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     result = manta("a", "b")

@@ -67,7 +67,7 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the configuration file .*nowhere"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration file .*nowhere"):
         load_config(tmp_path / "nowhere.yaml", environ={})
 
 

@@ -1,11 +1,10 @@
 """The Python API over a scripted engine."""
 
-import _thread
 import asyncio
 import gc
+import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,8 @@ TEXT = " return a + b 你好 🙂 and so on"
 
 
 @pytest.fixture
-def script(tokenizer: Tokenizer) -> Iterator[list[int]]:
-    yield [*tokenizer.encode(TEXT), EOS]
+def script(tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.encode(TEXT), EOS]
 
 
 def until(condition: object, timeout_s: float = 5.0) -> None:
@@ -39,7 +38,7 @@ def until(condition: object, timeout_s: float = 5.0) -> None:
 
 
 def test_generate(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script)
+    llm, engine = open_llm(script)
     prompts = ["def add(a, b):\n   ", "hello"]
     first, second = llm.generate(prompts, LONG)
     assert (first.prompt, first.prompt_token_ids) == (prompts[0], tokenizer.encode(prompts[0]))
@@ -57,7 +56,7 @@ def test_generate(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> No
 
 
 def test_shapes_of_prompts(open_llm: Open) -> None:
-    llm, _ = open_llm(lambda prompt, choice: [prompt[0]])
+    llm, _ = open_llm(lambda prompt, _: [prompt[0]])
     assert [len(llm.generate(p)) for p in ("a", [5, 6], ["a", "b"], [[5], [6]], {"prompt_token_ids": [5]}, [])] == [
         1, 1, 2, 2, 1, 0,
     ]  # fmt: skip
@@ -68,7 +67,7 @@ def test_shapes_of_prompts(open_llm: Open) -> None:
 
 
 def test_length_and_ids_without_text(open_llm: Open, bare_checkpoint: Path) -> None:
-    llm, _ = open_llm(lambda prompt, choice: [9] * 50, bare_checkpoint)
+    llm, _ = open_llm([9] * 50, bare_checkpoint)
     [output] = llm.generate([5, 6], SamplingParams(max_tokens=4))
     assert (output.outputs[0].token_ids, output.outputs[0].text) == ([9] * 4, "")
     assert output.outputs[0].finish_reason == "length"
@@ -76,7 +75,7 @@ def test_length_and_ids_without_text(open_llm: Open, bare_checkpoint: Path) -> N
 
 def test_choices(open_llm: Open, tokenizer: Tokenizer) -> None:
     words = ["one", "two two", "three three three"]
-    llm, engine = open_llm(lambda prompt, choice: tokenizer.encode(words[choice]))
+    llm, engine = open_llm(lambda _, choice: tokenizer.encode(words[choice]))
     first, second = llm.generate(["hello", "hello"], SamplingParams(n=3, max_tokens=None))
     assert [o.text for o in first.outputs] == [o.text for o in second.outputs] == words
     assert [o.index for o in first.outputs] == [0, 1, 2]
@@ -88,7 +87,7 @@ def test_choices(open_llm: Open, tokenizer: Tokenizer) -> None:
 def test_stop_strings_across_tokens(
     open_llm: Open, script: list[int], tokenizer: Tokenizer, stop: str, steps: int
 ) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script, steps_per_delta=steps)
+    llm, engine = open_llm(script, steps_per_delta=steps)
     [output] = llm.generate("x", SamplingParams(stop=("nowhere", stop), max_tokens=None))
     [choice] = output.outputs
     assert (choice.text, choice.finish_reason, choice.stop_reason) == (TEXT[: TEXT.index(stop)], "stop", stop)
@@ -99,7 +98,7 @@ def test_stop_strings_across_tokens(
 
 def test_stop_string_waits_for_min_tokens(open_llm: Open, tokenizer: Tokenizer) -> None:
     script = tokenizer.encode("hello hello hello hello")
-    llm, _ = open_llm(lambda prompt, choice: script)
+    llm, _ = open_llm(script)
     [output] = llm.generate("x", SamplingParams(stop=("hello",), min_tokens=len(script) - 1, max_tokens=None))
     assert output.outputs[0].text.count("hello") >= 2
 
@@ -107,7 +106,7 @@ def test_stop_string_waits_for_min_tokens(open_llm: Open, tokenizer: Tokenizer) 
 def test_stop_ids(open_llm: Open, tokenizer: Tokenizer) -> None:
     [comma] = tokenizer.encode(",")
     script = [*tokenizer.encode("hello"), comma, EOS, *tokenizer.encode("world")]
-    llm, engine = open_llm(lambda prompt, choice: script)
+    llm, engine = open_llm(script)
     params = SamplingParams(stop_token_ids=(comma,), max_tokens=None)
     [by_id] = llm.generate("x", params)[0].outputs
     assert (by_id.text, by_id.token_ids[-1], by_id.finish_reason, by_id.stop_reason) == ("hello", comma, "stop", comma)
@@ -120,7 +119,7 @@ def test_stop_ids(open_llm: Open, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_logprobs(open_llm: Open, script: list[int], tokenizer: Tokenizer, steps: int) -> None:
-    llm, _ = open_llm(lambda prompt, choice: script, steps_per_delta=steps)
+    llm, _ = open_llm(script, steps_per_delta=steps)
     [choice] = llm.generate("x", SamplingParams(logprobs=2, max_tokens=None, stop=("你",)))[0].outputs
     assert choice.logprobs is not None
     assert [next(iter(entry)) for entry in choice.logprobs] == choice.token_ids
@@ -131,8 +130,8 @@ def test_logprobs(open_llm: Open, script: list[int], tokenizer: Tokenizer, steps
     }
 
 
-def test_failed_requests_raise_after_all_ended(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> None:
-    llm, _ = open_llm(lambda prompt, choice: script, refuse={9: "needs 7 blocks and the pool has 4: raise kv_memory"})
+def test_failed_requests_raise_after_all_ended(open_llm: Open, script: list[int]) -> None:
+    llm, _ = open_llm(script, refuse={9: "needs 7 blocks and the pool has 4: raise kv_memory"})
     with pytest.raises(GenerationError, match="1 of 2 requests failed: needs 7 blocks and the pool has 4") as caught:
         llm.generate([[9, 9], [5]], LONG)
     refused, fine = caught.value.outputs
@@ -141,7 +140,7 @@ def test_failed_requests_raise_after_all_ended(open_llm: Open, script: list[int]
 
 
 def test_bad_prompts_are_named_and_nothing_is_submitted(open_llm: Open) -> None:
-    llm, engine = open_llm(lambda prompt, choice: [5])
+    llm, engine = open_llm([5])
     with pytest.raises(PromptError, match="prompt 1: token id 4000 is outside"):
         llm.generate([[5], [4000]])
     with pytest.raises(PromptError, match="2 prompts and 3 sampling parameters"):
@@ -150,7 +149,7 @@ def test_bad_prompts_are_named_and_nothing_is_submitted(open_llm: Open) -> None:
 
 
 def test_lost_engine_fails_what_is_under_way_and_what_comes(open_llm: Open, script: list[int]) -> None:
-    llm, _ = open_llm(lambda prompt, choice: script, lose_after=3)
+    llm, _ = open_llm(script, lose_after=3)
     with pytest.raises(GenerationError, match="the fake engine burnt down") as caught:
         llm.generate("x", LONG)
     assert caught.value.outputs[0].outputs[0].token_ids == script[:3]
@@ -159,11 +158,11 @@ def test_lost_engine_fails_what_is_under_way_and_what_comes(open_llm: Open, scri
 
 
 def test_interrupt_aborts_and_is_raised_again(open_llm: Open, script: list[int]) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script, hold_after=2)
+    llm, engine = open_llm(script, hold_after=2)
 
     def interrupt() -> None:
         engine.holding.wait()
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +174,7 @@ def test_interrupt_aborts_and_is_raised_again(open_llm: Open, script: list[int])
 
 
 def test_iterate_shows_growth_and_aborts_when_left(open_llm: Open, script: list[int]) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script)
+    llm, engine = open_llm(script)
     texts = ["", ""]
     for position, output in llm.iterate(["x", "y"], LONG):
         texts[position] += output.outputs[0].delta
@@ -187,7 +186,7 @@ def test_iterate_shows_growth_and_aborts_when_left(open_llm: Open, script: list[
 
 
 def test_async_stream(open_llm: Open, script: list[int]) -> None:
-    llm, _ = open_llm(lambda prompt, choice: script)
+    llm, _ = open_llm(script)
 
     async def collect() -> list[str]:
         texts, tokens = [""], 0
@@ -201,7 +200,7 @@ def test_async_stream(open_llm: Open, script: list[int]) -> None:
         return texts
 
     async def both() -> list[list[str]]:
-        return await asyncio.gather(collect(), collect())
+        return list(await asyncio.gather(collect(), collect()))
 
     for texts in asyncio.run(both()):
         assert texts[-1] == TEXT
@@ -209,7 +208,7 @@ def test_async_stream(open_llm: Open, script: list[int]) -> None:
 
 
 def test_async_cancel_aborts(open_llm: Open, script: list[int]) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script, hold_after=2)
+    llm, engine = open_llm(script, hold_after=2)
 
     async def cancelled() -> None:
         async def consume() -> None:
@@ -227,18 +226,18 @@ def test_async_cancel_aborts(open_llm: Open, script: list[int]) -> None:
 
 
 def test_async_failure_raises(open_llm: Open) -> None:
-    llm, _ = open_llm(lambda prompt, choice: [5], refuse={9: "does not fit"})
+    llm, _ = open_llm([5], refuse={9: "does not fit"})
 
     async def consume() -> None:
         async for _ in llm.stream([9]):
             pass
 
-    with pytest.raises(GenerationError, match="^does not fit$"):
+    with pytest.raises(GenerationError, match=r"^does not fit$"):
         asyncio.run(consume())
 
 
 def test_stats_and_shutdown(open_llm: Open, script: list[int]) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script)
+    llm, engine = open_llm(script)
     with llm:
         llm.generate("x", LONG)
         assert llm.stats().requests == 1
@@ -250,15 +249,20 @@ def test_stats_and_shutdown(open_llm: Open, script: list[int]) -> None:
 
 
 def test_shutdown_fails_what_is_under_way(open_llm: Open, script: list[int]) -> None:
-    llm, engine = open_llm(lambda prompt, choice: script, hold_after=2)
-    threading.Thread(target=lambda: (engine.holding.wait(), llm.shutdown())).start()
+    llm, engine = open_llm(script, hold_after=2)
+
+    def shut_down() -> None:
+        engine.holding.wait()
+        llm.shutdown()
+
+    threading.Thread(target=shut_down).start()
     with pytest.raises(GenerationError, match="the engine was shut down"):
         llm.generate("x", LONG)
 
 
 def test_a_forgotten_llm_closes_its_engine(monkeypatch: pytest.MonkeyPatch, checkpoint: Path) -> None:
-    engine = FakeEngine(lambda prompt, choice: [5])
-    monkeypatch.setattr("deploy.llm.engine_starter", lambda config: engine.start)
+    engine = FakeEngine([5])
+    monkeypatch.setattr("deploy.llm.engine_starter", lambda _: engine.start)
     LLM(checkpoint)
     gc.collect()
     until(lambda: engine.closed)

@@ -48,4 +48,5 @@ class DenseAttention:
         scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
         mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        return (weights @ v).transpose(0, 1).to(query.dtype)
+        out: Tensor = (weights @ v).transpose(0, 1).to(query.dtype)
+        return out

@@ -14,6 +14,9 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 struct Geometry {  // mirrored by native.py, field by field
     int64_t threads, heads, kv_heads, head_dim, page_size, page_stride, max_pages;
@@ -31,6 +34,7 @@ struct Geometry {  // mirrored by native.py, field by field
 constexpr int64_t RUN = 64;     // keys of a decode task and of a chunk's inner block; native.py knows it too
 constexpr int64_t WIDTH = 4;    // vectors in a chunk tile's row dimension
 constexpr int64_t MAX_DIM = 256;
+constexpr int64_t AHEAD = 4;    // keys to prefetch
 
 struct bf16 { uint16_t bits; };
 
@@ -50,11 +54,15 @@ template <class A> constexpr int64_t ROWS = WIDTH * N<A>;  // query rows of a ch
 template <class A> inline Vec<A> load(const A *p) { Vec<A> v; std::memcpy(&v, p, sizeof v); return v; }
 template <class A> inline void store(A *p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 inline Vec<float> load(const bf16 *p) {
+#ifdef __AVX512F__  // gcc 12 makes this of two halves otherwise
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+#else
     typedef uint16_t half __attribute__((vector_size(32)));
     typedef uint32_t full __attribute__((vector_size(64)));
     half h;
     std::memcpy(&h, p, sizeof h);
     return (Vec<float>)(__builtin_convertvector(h, full) << 16);
+#endif
 }
 template <class A> inline void narrow(A *to, A x) { *to = x; }
 inline void narrow(bf16 *to, float x) {  // round to nearest even
@@ -63,15 +71,15 @@ inline void narrow(bf16 *to, float x) {  // round to nearest even
     to->bits = std::isnan(x) ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-template <class A, int64_t n = N<A>> inline A sum(const A *p) {  // a tree of adds, which compiles to shuffles
-    if constexpr (n == 1) return p[0];
-    else {
-        A halves[n / 2];
-        for (int64_t i = 0; i < n / 2; i++) halves[i] = p[i] + p[i + n / 2];
-        return sum<A, n / 2>(halves);
-    }
-}
-template <class A> inline A sum(Vec<A> v) { A lanes[N<A>]; store(lanes, v); return sum<A>(lanes); }
+template <class A, int64_t n> struct Sum {  // halves added to halves: shuffles, where a loop over lanes would be scalar
+    typedef A whole __attribute__((vector_size(n * sizeof(A)))), half __attribute__((vector_size(n / 2 * sizeof(A))));
+    static A of(whole v) { half h[2]; std::memcpy(h, &v, sizeof v); return Sum<A, n / 2>::of(h[0] + h[1]); }
+};
+template <class A> struct Sum<A, 2> {
+    typedef A pair __attribute__((vector_size(2 * sizeof(A))));
+    static A of(pair v) { return v[0] + v[1]; }
+};
+template <class A> inline A sum(Vec<A> v) { return Sum<A, N<A>>::of(v); }
 
 template <class A> A *workspace(int64_t size) {  // this thread's scratch memory, kept from call to call
     thread_local std::vector<A> memory;
@@ -94,6 +102,10 @@ inline Vec<float> exp(Vec<float> x) {  // for x <= 0, exactly 0 below -87; Cephe
     y = y * r * r + r + 1.0f;
     y = (Vec<float>)((ints)y + (__builtin_convertvector(n, ints) << 23));
     return dead ? (Vec<float>){} : y;
+}
+
+template <class T> inline void fetch(const T *p, int64_t count) {  // hardware prefetchers stop at each 4 KiB
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
 
 // ---- decode: one query token against one run of keys ---------------------------------------------------------------
@@ -121,8 +133,9 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
 
     for (int64_t j = 0; j < count; j++) {
-        const T *k = keys + offset(j);
-        for (int64_t kv = 0; kv < g.kv_heads; kv++, k += dim) {
+        const T *k = keys + offset(j), *ahead = keys + offset(std::min(j + AHEAD, count - 1));
+        for (int64_t kv = 0; kv < g.kv_heads; kv++, k += dim, ahead += dim) {
+            fetch(ahead, dim);
             int64_t h = kv * group, end = h + group;
             for (; h + 4 <= end; h += 4) dots<T, A, 4>(q + h * dim, k, dim, scores + h * RUN + j);
             for (; h + 2 <= end; h += 2) dots<T, A, 2>(q + h * dim, k, dim, scores + h * RUN + j);
@@ -145,7 +158,10 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     }
     for (int64_t j = 0; j < count; j += 4) {
         const T *v[4];
-        for (int i = 0; i < 4; i++) v[i] = values + offset(std::min(j + i, count - 1));  // past the end: weight 0
+        for (int i = 0; i < 4; i++) {
+            v[i] = values + offset(std::min(j + i, count - 1));  // past the end: weight 0
+            fetch(values + offset(std::min(j + i + AHEAD, count - 1)), row);
+        }
         for (int64_t h = 0; h < g.heads; h++) {
             const A *p = scores + h * RUN + j;
             A *out = partial + h * (dim + 2);

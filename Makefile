@@ -1,0 +1,34 @@
+# The two commands. Both make `.venv` first and reuse it until a pin changes.
+#   make run    generate from the example checkpoint on a local Ray cluster
+#   make test   ruff, mypy --strict, import contracts, pytest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_OFFLINE := 1
+
+.PHONY: run test lint install clean
+
+run: $(STAMP)
+	$(BIN)/manta generate --groups 2 --tensor-parallel-size 2 --input examples/prompts.jsonl --stream
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

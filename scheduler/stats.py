@@ -1,0 +1,67 @@
+"""The cluster at one moment, for people and for metrics. Read from the core, sent as it is.
+
+Imports the core.
+"""
+
+import msgspec
+
+from scheduler.core import SchedulerCore
+
+
+class GroupStats(msgspec.Struct, frozen=True):
+    """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a lease."""
+
+    group: int
+    up: bool
+    total_blocks: int
+    free_blocks: int
+    held_blocks: int
+    cached_blocks: int
+    running: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The cluster at one moment, and its counters since the start.
+
+    waiting: sequences without a group. requests, *_tokens: of everything submitted so far. cached_tokens: prompt tokens found
+    in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away.
+    """
+
+    groups: tuple[GroupStats, ...]
+    waiting: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+
+def snapshot(core: SchedulerCore) -> EngineStats:
+    """Costs time linear in the number of groups and live sequences."""
+    groups = []
+    for name, group in core.groups.items():
+        usage = core.table.usage(name)
+        groups.append(
+            GroupStats(
+                group=name,
+                up=True,
+                total_blocks=usage.total,
+                free_blocks=usage.free,
+                held_blocks=usage.held,
+                cached_blocks=usage.cached,
+                running=len(group.running),
+            )
+        )
+    groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in core.expected.items()]
+    counters = core.counters
+    return EngineStats(
+        groups=tuple(sorted(groups, key=lambda group: group.group)),
+        waiting=len(core.sequences) - sum(group.running for group in groups),
+        requests=counters.requests,
+        prompt_tokens=counters.prompt_tokens,
+        cached_tokens=counters.cached_tokens,
+        output_tokens=counters.output_tokens,
+        preemptions=counters.preemptions,
+        recomputed_tokens=counters.recomputed_tokens,
+    )

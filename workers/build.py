@@ -1,0 +1,143 @@
+"""Makes one rank ready to step: weights, KV pool, attention, sampler, batch. What a worker does between birth and its loop.
+
+Imports every part of the tensor side; nothing imports it but actors and the in-process cluster.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from workers.architectures import DTYPES, ModelConfig, RankShape, read_config
+from workers.attention import select_backend
+from workers.batch import Launched, ResidentBatch
+from workers.communicator import Communicator
+from workers.model import load_model
+from workers.rank import Rank
+from workers.runner import ModelRunner
+from workers.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+CPU_KV_FRACTION = 0.4
+"""Share of a host's available memory that its ranks' KV pools may take together, when nobody says."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
+
+    ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda".
+    """
+
+    model: str
+    device: str
+    dtype: str
+    page_size: int
+    kv_memory: int | None
+    gpu_memory_fraction: float
+    max_model_len: int
+    rows: int
+    step_tokens: int
+    report_steps: int
+    attention: str
+    threads: int
+    ranks_on_host: int
+
+    @property
+    def depth(self) -> int:
+        """Steps under way while the host plans the next: on a CPU the host is the device."""
+        return 1 if self.device == "cuda" else 0
+
+
+def build_rank(config: WorkerConfig, comm: Communicator, progress: Progress | None = None) -> tuple[Rank, int]:
+    """Loads this rank's shard and returns (rank, pages of its pool). All ranks of the group call it together.
+
+    Errors: CheckpointError, ValueError (memory, attention backend), torch's out-of-memory error.
+    """
+    torch.set_num_threads(config.threads)
+    device = torch.device(config.device)
+    model_config = read_config(Path(config.model))
+    shape = model_config.shard(comm.rank, comm.size)
+    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+    first_pages = layout.pages_for(config.step_tokens)
+    attention = select_backend(config.attention, pool=KVPool(layout, first_pages, device), heads=shape.heads)
+    model = load_model(config.model, model_config, comm, dtype, device, attention, progress)
+    sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
+    runner = ModelRunner(model, sampler, config.rows, device)
+    memory = _kv_memory(config, runner, layout)
+    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
+    model.attention = attention = select_backend(config.attention, pool=KVPool(layout, pages, device), heads=shape.heads)
+    if comm.rank == 0:
+        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank, attention %s", pages, config.page_size,
+                    f"{pages * layout.page_bytes:,}", attention.name)  # fmt: skip
+    batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
+    return Rank(batch, runner, config.depth), pages
+
+
+def _make_sampler(
+    config: WorkerConfig,
+    model: ModelConfig,
+    shape: RankShape,
+    comm: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Sampler:
+    return Sampler(
+        vocab_size=model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
+    )
+
+
+def _kv_memory(config: WorkerConfig, runner: ModelRunner, layout: PageLayout) -> int:
+    """Bytes for this rank's pool: as told, or what is left: on a GPU after the largest step has been run."""
+    if config.kv_memory is not None:
+        return config.kv_memory
+    if config.device == "cpu":
+        return int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
+    torch.cuda.reset_peak_memory_stats()
+    _run_largest_step(config, runner)
+    torch.cuda.synchronize()
+    probe = layout.pages_for(config.step_tokens) * layout.page_bytes
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    return int(total * config.gpu_memory_fraction) - others - (torch.cuda.max_memory_allocated() - probe)
+
+
+def _run_largest_step(config: WorkerConfig, runner: ModelRunner) -> None:
+    """One prefill of as many tokens as a step may have, in the first pages, so that peak memory is known."""
+    batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
+    length = min(config.step_tokens, config.max_model_len - 1)
+    batch.block_table[0, : -(-length // config.page_size)] = np.arange(-(-length // config.page_size))
+    batch.known[0], batch.slots[0], batch.lease[0] = length + 1, length, 0
+    batch.tokens[0] = np.zeros(length + 1, np.int32)
+    step: Launched = batch.launch(batch.plan())
+    runner.execute(batch, step).wait()
+
+
+def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:
+    """Whole pages in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
+    return min(layout.pages_in(memory), config.rows * layout.pages_for(config.max_model_len))
+
+
+def _agree_on_pages(comm: Communicator, pages: int, device: torch.device) -> int:
+    """The smallest pool of the group: a page id must be valid on every rank."""
+    return int(comm.all_gather(torch.tensor([pages], dtype=torch.int64, device=device)).min())
+
+
+def _available_memory() -> int:
+    """Bytes that the host can give without swapping (Linux; elsewhere the free pages)."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
