@@ -44,7 +44,7 @@ class CoreConfig:
 
     grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
-    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: differently each time.
+    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
     """
 
     page_size: int = 256

@@ -136,12 +136,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     elapsed_s: float = 0.0
 
 
-FromLeader = Hello | Report
-
 # ---- front end -> scheduler ------------------------------------------------------------------------------------------------
 
 
-class Connect(msgspec.Struct, frozen=True, array_like=True, tag=0):
+class Connect(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """A front end opens its stream; answered by `Welcome`."""
 
     token: str
@@ -162,26 +160,27 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     salt: str = ""
 
 
-class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
     """All that a front end has to submit at this moment."""
 
     requests: tuple[Request, ...]
 
 
-class Abort(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=12, gc=False):
     """The clients of these streams went away."""
 
     streams: tuple[int, ...]
 
 
-class Stop(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag=13, gc=False):
     """The front end found a stop string: the output ends after `keep_tokens` tokens."""
 
     stream: int
     keep_tokens: int
 
 
-FromFrontEnd = Connect | Submit | Abort | Stop
+FromFrontEnd = Submit | Abort | Stop
+Opening = Hello | Connect
 
 # ---- scheduler -> front end ------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,6 @@ struct Geometry {  // mirrored by native.py, field by field
 constexpr int64_t RUN = 64;     // keys of a decode task and of a chunk's inner block; native.py knows it too
 constexpr int64_t WIDTH = 4;    // vectors in a chunk tile's row dimension
 constexpr int64_t MAX_DIM = 256;
-constexpr int64_t AHEAD = 4;    // keys to prefetch
 
 struct bf16 { uint16_t bits; };
 
@@ -104,72 +103,85 @@ inline Vec<float> exp(Vec<float> x) {  // for x <= 0, exactly 0 below -87; Cephe
     return dead ? (Vec<float>){} : y;
 }
 
-template <class T> inline void fetch(const T *p, int64_t count) {  // hardware prefetchers stop at each 4 KiB
-    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
-}
-
 // ---- decode: one query token against one run of keys ---------------------------------------------------------------
 
-template <class T, class A, int G>  // scores of G heads that share a key
-inline void dots(const A *q, const T *k, int64_t dim, A *scores) {
-    Vec<A> acc[G] = {};
+template <int G> struct Heads {};  // so many heads that share a KV head
+
+// scores[head][key] of four keys, heads RUN apart.
+template <int G, class T, class A> inline void dot(Heads<G>, const A *q, const T *const k[4], int64_t dim, A *scores) {
+    Vec<A> acc[G][4] = {};
+    for (int64_t d = 0; d < dim; d += N<A>)
+        for (int i = 0; i < 4; i++) {
+            const Vec<A> key = load(k[i] + d);
+            for (int h = 0; h < G; h++) acc[h][i] += load(q + h * dim + d) * key;
+        }
+    for (int h = 0; h < G; h++)
+        for (int i = 0; i < 4; i++) scores[h * RUN + i] = sum<A>(acc[h][i]);
+}
+
+// out[head] += the four keys' values, each times p[head][key]; heads of `out` lie dim + 2 apart.
+template <int G, class T, class A> inline void add(Heads<G>, const A *p, const T *const v[4], int64_t dim, A *out) {
     for (int64_t d = 0; d < dim; d += N<A>) {
-        Vec<A> key = load(k + d);
-        for (int h = 0; h < G; h++) acc[h] += load(q + h * dim + d) * key;
+        const Vec<A> v0 = load(v[0] + d), v1 = load(v[1] + d), v2 = load(v[2] + d), v3 = load(v[3] + d);
+        for (int h = 0; h < G; h++) {
+            A *o = out + h * (dim + 2) + d;
+            const A *w = p + h * RUN;
+            store(o, load(o) + w[0] * v0 + w[1] * v1 + w[2] * v2 + w[3] * v3);
+        }
     }
-    for (int h = 0; h < G; h++) scores[h * RUN] = sum<A>(acc[h]);
 }
 
 template <class T, class A>
-void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const T *keys, const T *values, A *partial) {
+void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const T *keys, const T *values, A *out) {
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim;
     const int64_t first = run * RUN, count = std::min(RUN, g.context_lens[seq] - first);
     const int32_t *table = g.block_tables + seq * g.max_pages;
-    auto offset = [&](int64_t j) {
-        return table[(first + j) / g.page_size] * g.page_stride + (first + j) % g.page_size * row;
-    };
-    const A scale = 1 / std::sqrt(A(dim));
-    A *scores = workspace<A>(g.heads * (RUN + dim)), *q = scores + g.heads * RUN;
-    for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
+    A *p = workspace<A>(g.heads * (RUN + dim)), *q = p + g.heads * RUN;
 
-    for (int64_t j = 0; j < count; j++) {
-        const T *k = keys + offset(j), *ahead = keys + offset(std::min(j + AHEAD, count - 1));
-        for (int64_t kv = 0; kv < g.kv_heads; kv++, k += dim, ahead += dim) {
-            fetch(ahead, dim);
-            int64_t h = kv * group, end = h + group;
-            for (; h + 4 <= end; h += 4) dots<T, A, 4>(q + h * dim, k, dim, scores + h * RUN + j);
-            for (; h + 2 <= end; h += 2) dots<T, A, 2>(q + h * dim, k, dim, scores + h * RUN + j);
-            for (; h < end; h++) dots<T, A, 1>(q + h * dim, k, dim, scores + h * RUN + j);
+    // step(heads, first of them, key j, rows of keys j to j + 3) in the order of memory; rows past the end repeat the last
+    auto for_all = [&](const T *cache, auto step) {
+        auto at = [&](int64_t j) {
+            const int64_t key = first + std::min(j, count - 1);
+            return cache + table[key / g.page_size] * g.page_stride + key % g.page_size * row;
+        };
+        const T *rows[4] = {at(0), at(1), at(2), at(3)};
+        for (int64_t j = 0; j < count; j += 4) {
+            const T *next[4] = {at(j + 4), at(j + 5), at(j + 6), at(j + 7)};
+            for (int64_t kv = 0; kv < g.kv_heads; kv++) {
+                const T *now[4];
+                for (int i = 0; i < 4; i++) {
+                    now[i] = rows[i] + kv * dim;
+                    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(next[i] + kv * dim + d);
+                }
+                int64_t h = kv * group, end = h + group;
+                for (; h + 4 <= end; h += 4) step(Heads<4>{}, h, j, now);
+                if (h + 3 == end) step(Heads<3>{}, h, j, now);
+                if (h + 2 == end) step(Heads<2>{}, h, j, now);
+                if (h + 1 == end) step(Heads<1>{}, h, j, now);
+            }
+            std::copy(next, next + 4, rows);
         }
-    }
-    for (int64_t h = 0; h < g.heads; h++) {
-        A *s = scores + h * RUN, *out = partial + h * (dim + 2), top = s[0];
-        for (int64_t j = 1; j < count; j++) top = std::max(top, s[j]);
-        for (int64_t j = count; j < RUN; j++) s[j] = -std::numeric_limits<A>::infinity();
-        Vec<A> weight = {};
+    };
+    const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
+    for_all(keys, [&](auto heads, int64_t h, int64_t j, auto rows) { dot(heads, q + h * dim, rows, dim, p + h * RUN + j); });
+    for (int64_t h = 0; h < g.heads; h++) {  // weights in place of scores
+        A *s = p + h * RUN, *o = out + h * (dim + 2);
+        std::fill(s + count, s + RUN, -infinity);
+        Vec<A> peaks = load(s), total = {};
+        for (int64_t j = N<A>; j < RUN; j += N<A>) peaks = load(s + j) > peaks ? load(s + j) : peaks;
+        A top = peaks[0];
+        for (int64_t i = 1; i < N<A>; i++) top = std::max(top, A(peaks[i]));
         for (int64_t j = 0; j < RUN; j += N<A>) {
-            Vec<A> p = exp(load(s + j) - top);
-            store(s + j, p);
-            weight += p;
+            const Vec<A> weight = exp(load(s + j) - top);
+            store(s + j, weight);
+            total += weight;
         }
-        std::fill(out, out + dim, A(0));
-        out[dim] = top;
-        out[dim + 1] = sum<A>(weight);
+        std::fill(o, o + dim, A(0));
+        o[dim] = top;
+        o[dim + 1] = sum<A>(total);
     }
-    for (int64_t j = 0; j < count; j += 4) {
-        const T *v[4];
-        for (int i = 0; i < 4; i++) {
-            v[i] = values + offset(std::min(j + i, count - 1));  // past the end: weight 0
-            fetch(values + offset(std::min(j + i + AHEAD, count - 1)), row);
-        }
-        for (int64_t h = 0; h < g.heads; h++) {
-            const A *p = scores + h * RUN + j;
-            A *out = partial + h * (dim + 2);
-            for (int64_t d = 0, c = h / group * dim; d < dim; d += N<A>, c += N<A>)
-                store(out + d, load(out + d) + p[0] * load(v[0] + c) + p[1] * load(v[1] + c)
-                                             + p[2] * load(v[2] + c) + p[3] * load(v[3] + c));
-        }
-    }
+    for_all(values, [&](auto heads, int64_t h, int64_t j, auto rows) { add(heads, p + h * RUN + j, rows, dim, out + h * (dim + 2)); });
 }
 
 template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, T *out) {

@@ -1,0 +1,213 @@
+"""What the scheduler costs: one decode step's bookkeeping, and taking in one prompt. Neither sockets nor workers take part.
+
+A step is the whole central path of one report: tokens committed, filled pages published, grants issued, ends committed, the
+commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups, reserving and
+the start command. The garbage collector runs as it does in the scheduler actor.
+
+    python benchmarks/scheduler.py --json
+
+May import `kvcache` and `scheduler`; no torch, no ray.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import figure, table
+from kvcache.ids import GroupId
+from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.messages import ROW_MASK, FinishReason, Grant, Remap, Report, Request, Start
+from scheduler.sampling import SamplingParams
+
+SIZES = (64, 256, 1024)
+HITS = (0, 50, 100)
+FRONT_ENDS = 4
+GROUPS = 4
+PROMPT_TOKENS = 4096
+VOCABULARY = 32_768
+OUTPUT_TOKENS = (128, 1024)
+FEWEST_STEPS = 256
+
+
+class DecodingGroup:
+    """One group that keeps `size` sequences decoding: whoever ends is replaced, by a prompt of one token, off the clock.
+
+    Lengths are staggered: prompts of up to two pages, outputs of 128 to 1,024 tokens, a part of which the first sequences
+    have behind them. The pool is about as large as what runs, so that published pages are also evicted.
+    """
+
+    def __init__(self, size: int, page_size: int, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
+        pages = -(-(sum(OUTPUT_TOKENS) // 2 + page_size) // page_size)
+        self.group = GroupId(0)
+        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16))
+        self.core.group_up(self.group, 0, size * (pages + 2), size)
+        self._streams = itertools.count()
+        self._report = itertools.count()
+        self._leases = np.zeros(size, np.int64)
+        self._left = np.zeros(size, np.int64)
+        for _ in range(size):
+            self._submit(int(self._random.integers(1, 2 * page_size)), int(self._random.integers(2, OUTPUT_TOKENS[1])))
+        lengths = self._take_starts()
+        self.core.report(self.group, self._next_report(np.array(lengths, np.int32).tobytes()))
+        self._left -= 1
+        self.core.outbox.drain()
+
+    def step(self) -> int:
+        """Commits one token of each sequence. Returns the nanoseconds that this took."""
+        self._left -= 1
+        report = self._next_report(b"")
+        core, group = self.core, self.core.groups[self.group]
+        begin = time.perf_counter_ns()
+        core.report(self.group, report)
+        commands = group.drain()
+        deltas = core.outbox.drain()
+        elapsed = time.perf_counter_ns() - begin
+        assert len(deltas) == FRONT_ENDS or len(self._leases) < FRONT_ENDS
+        assert commands is None or all(isinstance(command, Grant | Remap) for command in commands.commands)
+        for _ in report.finished:
+            self._submit(1, int(self._random.integers(*OUTPUT_TOKENS)))
+        self._take_starts()
+        return elapsed
+
+    def _submit(self, prompt: int, output: int) -> None:
+        stream = next(self._streams)
+        tokens = self._random.integers(0, VOCABULARY, prompt).astype(np.int32).tobytes()
+        self.core.submit(stream % FRONT_ENDS, Request(stream, tokens, b"", SamplingParams(max_tokens=output)))
+
+    def _take_starts(self) -> list[int]:
+        batch = self.core.groups[self.group].drain()
+        starts = [command for command in batch.commands if isinstance(command, Start)] if batch else []
+        for start in starts:
+            row = start.lease & ROW_MASK
+            self._leases[row], self._left[row] = start.lease, start.max_tokens
+        return [len(start.tokens) // 4 for start in starts]
+
+    def _next_report(self, computed: bytes) -> Report:
+        ended = np.flatnonzero(self._left == 0)
+        return Report(
+            epoch=0, number=next(self._report), applied=0, steps=1, leases=self._leases.tobytes(), computed=computed,
+            tokens=self._random.integers(0, VOCABULARY, len(self._leases)).astype(np.int32).tobytes(),
+            finished=tuple((lease, int(FinishReason.LENGTH)) for lease in self._leases[ended].tolist()),
+        )  # fmt: skip
+
+
+def time_steps(size: int, page_size: int, steps: int, rounds: int) -> list[list[int]]:
+    """[rounds][steps] nanoseconds."""
+    group = DecodingGroup(size, page_size, seed=size)
+    for _ in range(FEWEST_STEPS):
+        group.step()
+    return [[group.step() for _ in range(steps)] for _ in range(rounds)]
+
+
+class Intake:
+    """Four idle groups, of which the first holds in its cache what `hit` percent of each prompt need."""
+
+    def __init__(self, hit: int, page_size: int) -> None:
+        self._random = np.random.default_rng(hit)
+        self._stream = itertools.count()
+        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16))
+        for group in range(GROUPS):
+            self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // page_size, 256)
+        self._common = self._draw(PROMPT_TOKENS * hit // 100)
+        if hit:
+            self._compute(np.append(self._common, np.int32(0)))
+
+    def submit(self) -> int:
+        """Takes one prompt in; it is aborted afterwards, off the clock. Returns the nanoseconds of the submit."""
+        prompt = np.append(self._common, self._draw(PROMPT_TOKENS - len(self._common)))
+        stream = next(self._stream)
+        request = Request(stream, prompt.tobytes(), b"", SamplingParams())
+        groups = list(self.core.groups.values())
+        begin = time.perf_counter_ns()
+        self.core.submit(0, request)
+        for group in groups:
+            group.drain()
+        elapsed = time.perf_counter_ns() - begin
+        self.core.abort(0, stream)
+        for group in groups:
+            group.drain()
+        self.core.outbox.drain()
+        return elapsed
+
+    def _draw(self, tokens: int) -> npt.NDArray[np.int32]:
+        return self._random.integers(0, VOCABULARY, tokens).astype(np.int32)
+
+    def _compute(self, prompt: npt.NDArray[np.int32]) -> None:
+        """Has the first group compute a prompt, so that its pages are cached there."""
+        self.core.submit(0, Request(next(self._stream), prompt.tobytes(), b"", SamplingParams(max_tokens=1)))
+        log = self.core.groups[GroupId(0)].drain()
+        assert log is not None
+        start = log.commands[0]
+        assert isinstance(start, Start)
+        leases, computed = np.array([start.lease], np.int64), np.array([len(prompt)], np.int32)
+        finished = ((int(start.lease), int(FinishReason.LENGTH)),)
+        token = np.zeros(1, np.int32).tobytes()
+        self.core.report(GroupId(0), Report(0, 0, 1, 1, leases.tobytes(), computed.tobytes(), token, finished))
+        self.core.outbox.drain()
+
+
+def time_submits(hit: int, page_size: int, submits: int, rounds: int) -> list[list[int]]:
+    """[rounds][submits] nanoseconds."""
+    intake = Intake(hit, page_size)
+    for _ in range(submits):
+        intake.submit()
+    return [[intake.submit() for _ in range(submits)] for _ in range(rounds)]
+
+
+def summary(rounds: list[list[int]]) -> tuple[float, float]:
+    """(median of the rounds' means, 99th percentile of all), in microseconds."""
+    every = [elapsed for each in rounds for elapsed in each]
+    return statistics.median(statistics.fmean(each) for each in rounds) / 1000, float(np.percentile(every, 99)) / 1000
+
+
+def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Prints both tables for one page size and returns their figures."""
+    steps = {str(size): summary(time_steps(size, page_size, options.steps, options.rounds)) for size in SIZES}
+    submits = {str(hit): summary(time_submits(hit, page_size, options.steps, options.rounds)) for hit in HITS}
+    print(f"\npages of {page_size} tokens")
+    rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in steps.items()]
+    print(table(["decode step", "mean us", "p99 us"], rows))
+    rows = [[f"{hit}% cached", figure(mean), figure(p99)] for hit, (mean, p99) in submits.items()]
+    print(table([f"submit of {PROMPT_TOKENS} tokens", "mean us", "p99 us"], rows))
+    return {
+        "step_us": {size: round(mean, 1) for size, (mean, _) in steps.items()},
+        "step_p99_us": {size: round(p99, 1) for size, (_, p99) in steps.items()},
+        "submit_us": {hit: round(mean, 1) for hit, (mean, _) in submits.items()},
+        "submit_p99_us": {hit: round(p99, 1) for hit, (_, p99) in submits.items()},
+    }
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the scheduler's bookkeeping: a decode step, and a submit.")
+    parser.add_argument("--steps", type=int, default=512, help="steps, and submits, in a round; at least 256 (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median mean counts (default: 5)")
+    parser.add_argument("--page-size", type=int, default=256, help="tokens in a page (default: 256)")
+    parser.add_argument("--small-page-size", type=int, default=16, help="tokens in a page of the variant (default: 16)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    if options.steps < FEWEST_STEPS or options.rounds < 1:
+        parser.error(f"--steps must be at least {FEWEST_STEPS} and --rounds at least 1")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    result: dict[str, object] = dict(measure(options.page_size, options))
+    small = options.small_page_size
+    result[f"page_{small}"] = measure(small, options)
+    if options.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

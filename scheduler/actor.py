@@ -1,0 +1,46 @@
+"""The Ray shell of the scheduler: an asyncio actor that runs one `SchedulerServer`. Ray places, names and watches it.
+
+Imports ray and `server`. Tokens and commands go over the server's socket; actor calls are for set-up, fencing and questions.
+"""
+
+import logging
+
+import ray
+
+from kvcache.ids import GroupId
+from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.invariants import check
+from scheduler.server import SchedulerServer
+from scheduler.stats import EngineStats, snapshot
+
+
+class SchedulerActor:
+    """Wrapped by `ray.remote` where it is placed (`cluster.launch`). Every method runs on the actor's one event loop."""
+
+    def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._core = SchedulerCore(config)
+        self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
+
+    async def listen(self) -> tuple[str, int]:
+        """Opens the socket; returns where leaders and front ends connect."""
+        host = ray.util.get_node_ip_address()
+        return host, await self._server.listen(host)
+
+    async def expect(self, group: int) -> None:
+        """A group is being started: requests wait for it."""
+        self._server.call(lambda core: core.expect(GroupId(group)))
+
+    async def group_lost(self, group: int, reason: str) -> None:
+        """The group will not come back: what only it could serve fails with `reason`."""
+        self._server.call(lambda core: core.group_down(GroupId(group), reason))
+
+    async def stats(self) -> EngineStats:
+        return snapshot(self._core)
+
+    async def check(self) -> None:
+        """Checks every invariant now. Errors: AssertionError that names the rule."""
+        check(self._core)
+
+    async def close(self) -> None:
+        await self._server.close()

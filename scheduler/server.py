@@ -1,0 +1,152 @@
+"""The core behind a socket: leaders and front ends connect, calls go in, what the core decides goes out. One event loop.
+
+Every call into the core is synchronous, so the loop makes it atomic. Imports the core, `wire` and asyncio; no Ray.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from kvcache.ids import GroupId
+from scheduler.core import SchedulerCore
+from scheduler.delivery import refuse
+from scheduler.invariants import check
+from scheduler.limits import RequestRefused
+from scheduler.messages import (
+    Abort,
+    Connect,
+    End,
+    FromFrontEnd,
+    Hello,
+    Opening,
+    Report,
+    Submit,
+    Welcome,
+)
+from scheduler.resident import ProtocolError
+from scheduler.wire import frame, read_frame
+
+logger = logging.getLogger(__name__)
+
+MAX_UNSENT_BYTES = 64 << 20
+"""A front end that leaves so much unread is cut off: its requests end, and the others go on."""
+
+
+class SchedulerServer:
+    """token: the secret that every connection must open with. check_invariants: after every event."""
+
+    def __init__(self, core: SchedulerCore, token: str, *, check_invariants: bool = False) -> None:
+        self.core = core
+        self._token = token
+        self._check = check_invariants
+        self._server: asyncio.Server | None = None
+        self._leaders: dict[GroupId, asyncio.StreamWriter] = {}
+        self._front_ends: dict[int, asyncio.StreamWriter] = {}
+        self._front_end_count = 0
+        self._openings = msgspec.msgpack.Decoder(Opening)
+        self._reports = msgspec.msgpack.Decoder(Report)
+        self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
+
+    async def listen(self, host: str) -> int:
+        """Returns the port."""
+        self._server = await asyncio.start_server(self._serve, host, 0, limit=1 << 20)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    def call(self, change: Callable[[SchedulerCore], None]) -> None:
+        """Runs one call into the core and delivers what follows from it."""
+        change(self.core)
+        self._deliver()
+
+    async def close(self) -> None:
+        """Closes every group's log, then every connection."""
+        for group in self.core.groups.values():
+            group.issue(End("the scheduler was shut down"))
+        self._deliver()
+        if self._server is not None:
+            self._server.close()
+        for writer in [*self._leaders.values(), *self._front_ends.values()]:
+            writer.close()
+
+    # ---- connections
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            payload = await read_frame(reader)
+            opening = self._openings.decode(payload) if payload is not None else None
+            if opening is None or not hmac.compare_digest(opening.token, self._token):
+                logger.warning("refused a connection from %s without the cluster's token", writer.get_extra_info("peername"))
+            elif isinstance(opening, Hello):
+                await self._serve_leader(opening, reader, writer)
+            elif isinstance(opening, Connect):
+                await self._serve_front_end(reader, writer)
+        except msgspec.DecodeError as error:
+            logger.error("a connection sent what is not the protocol: %s", error)
+        finally:
+            writer.close()
+
+    async def _serve_leader(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
+        group, why = GroupId(hello.group), "its leader has gone"
+        try:
+            self._leaders[group] = writer
+            self.call(lambda core: core.group_up(group, hello.epoch, hello.blocks, hello.rows))
+            while (payload := await read_frame(reader)) is not None:
+                report = self._reports.decode(payload)
+                self.core.report(group, report)
+                self._deliver()
+        except (ProtocolError, msgspec.DecodeError) as error:
+            why = str(error)
+            logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
+        finally:
+            if self._leaders.get(group) is writer:  # else a newer epoch has taken over
+                del self._leaders[group]
+                self.call(lambda core: core.group_down(group, why, returning=True))
+
+    async def _serve_front_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        front_end = self._front_end_count
+        self._front_end_count += 1
+        self._front_ends[front_end] = writer
+        writer.write(frame(Welcome(self.core.config.page_size)))
+        try:
+            while (payload := await read_frame(reader)) is not None:
+                self._take(front_end, self._requests.decode(payload))
+                self._deliver()
+        finally:
+            del self._front_ends[front_end]
+            self.call(lambda core: core.front_end_down(front_end))
+
+    def _take(self, front_end: int, message: FromFrontEnd) -> None:
+        if isinstance(message, Submit):
+            for request in message.requests:
+                try:
+                    self.core.submit(front_end, request)
+                except RequestRefused as refusal:
+                    self._front_ends[front_end].write(frame(refuse(request, str(refusal))))
+        elif isinstance(message, Abort):
+            for stream in message.streams:
+                self.core.abort(front_end, stream)
+        else:
+            self.core.end(front_end, message.stream, message.keep_tokens)
+
+    # ---- what goes out
+
+    def _deliver(self) -> None:
+        """Logs before deltas: a page is never promised to a client before its group was told."""
+        if self._check:
+            check(self.core)
+        for name, group in self.core.groups.items():
+            commands = group.drain()
+            if commands is not None and (leader := self._leaders.get(name)) is not None:
+                leader.write(frame(commands))
+        for front_end, deltas in self.core.outbox.drain():
+            writer = self._front_ends.get(front_end)
+            if writer is None:
+                continue
+            writer.write(frame(deltas))
+            if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+                logger.error("front end %d does not read its tokens: cut off", front_end)
+                writer.transport.abort()

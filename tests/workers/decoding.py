@@ -1,0 +1,85 @@
+"""Drives `Decoder` without the engine: all ranks as threads of this process, KV in the dense reference."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.workers.dense_attention import DenseAttention
+from workers.architectures import read_config
+from workers.communicator import Communicator
+from workers.model import Decoder, load_model
+from workers.parallel import Solo, ThreadGroup
+from workers.step import StepInput
+
+PAGE_SIZE, PAGES_EACH = 16, 8
+CPU = torch.device("cpu")
+
+
+def make_step(chunks: Sequence[tuple[int, int, Sequence[int]]]) -> StepInput:
+    """chunks: (sequence number, first position, tokens), decodes first. Every chunk's last token is sampled.
+
+    Sequence i holds the pages [i * PAGES_EACH, (i + 1) * PAGES_EACH).
+    """
+    tables = np.stack([np.arange(PAGES_EACH, dtype=np.int32) + seq * PAGES_EACH for seq, _, _ in chunks])
+    lengths = np.array([len(tokens) for _, _, tokens in chunks], np.int32)
+    contexts = np.array([first + len(tokens) for _, first, tokens in chunks], np.int32)
+    positions = np.concatenate([np.arange(first, first + len(tokens)) for _, first, tokens in chunks])
+    bases = np.repeat([seq * PAGES_EACH * PAGE_SIZE for seq, _, _ in chunks], lengths)
+    starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32))).astype(np.int32)
+    return StepInput(
+        tokens=torch.tensor([token for _, _, tokens in chunks for token in tokens]),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(positions + bases),
+        query_starts=torch.from_numpy(starts),
+        context_lens=torch.from_numpy(contexts),
+        block_tables=torch.from_numpy(tables),
+        sample_at=torch.from_numpy(starts[1:].astype(np.int64) - 1),
+        decodes=int((lengths == 1).sum()),
+        host_query_lens=lengths,
+        host_context_lens=contexts,
+        host_block_tables=tables,
+    )
+
+
+class Ranks:
+    """A tensor-parallel group of decoders over one checkpoint. Close it to end its threads."""
+
+    def __init__(self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, sequences: int = 4) -> None:
+        self.config = read_config(path)
+        self._threads = ThreadPoolExecutor(size)
+        comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
+
+        def load(comm: Communicator) -> Decoder:
+            shape = self.config.shard(comm.rank, comm.size)
+            attention = DenseAttention(shape, dtype, sequences * PAGES_EACH, PAGE_SIZE)
+            return load_model(path, self.config, comm, dtype, CPU, attention)
+
+        self.decoders = list(self._threads.map(load, comms))
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown()
+
+    def local_logits(self, step: StepInput) -> list[Tensor]:
+        return list(self._threads.map(lambda decoder: decoder.forward(step), self.decoders))
+
+    def logits(self, step: StepInput) -> Tensor:
+        """[samples, vocab_size]"""
+        return torch.cat(self.local_logits(step), 1)[:, : self.config.vocab_size]
+
+    def generate(self, prompt: Sequence[int], new_tokens: int) -> list[int]:
+        """Greedy, the prompt in one chunk."""
+        chunk, position = list(prompt), 0
+        out: list[int] = []
+        while len(out) < new_tokens:
+            logits = self.logits(make_step([(0, position, chunk)]))
+            position += len(chunk)
+            out.append(int(logits.argmax()))
+            chunk = out[-1:]
+        return out

@@ -1,0 +1,235 @@
+"""Checkpoints are read in slices, from one file or several, and refused with what to change."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import generate_reference, make_checkpoint
+from tests.workers.decoding import CPU, Ranks
+from workers.architectures import CheckpointError, read_config
+from workers.model import load_model
+from workers.weights import Checkpoint, Piece
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "checkpoint", "Qwen3ForCausalLM")
+
+
+def edit(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in raw.items() if value != "absent"}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_several_files(tmp_path: Path, size: int) -> None:
+    folder = make_checkpoint(tmp_path / "sharded", "LlamaForCausalLM", max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    with Ranks(folder, size) as ranks:
+        assert ranks.generate(PROMPT, 10) == generate_reference(folder, PROMPT, 10)
+
+
+def test_a_rank_reads_only_its_share(folder: Path) -> None:
+    config, totals = read_config(folder), []
+    for size in (1, 2):
+        reports: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int, to: list[tuple[int, int]] = reports) -> None:
+            to.append((done, total))
+
+        load_model(folder, config, _RankOf(size), torch.float32, CPU, _NoAttention(), progress)
+        assert [done for done, _ in reports] == sorted({done for done, _ in reports})
+        assert reports[-1][0] == reports[-1][1]
+        totals.append(reports[-1][1])
+    assert 0.5 * totals[0] < totals[1] < 0.51 * totals[0]
+
+
+class _RankOf:
+    """Rank 0 of a group that is never asked to talk."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(tensor)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(tensor)
+
+    def abort(self, reason: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _NoAttention:
+    name = "none"
+
+    def plan(self, step: object) -> None: ...
+
+    def attend(self, *_: object) -> torch.Tensor:
+        raise AssertionError
+
+
+def test_slices_of_rows_and_columns(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    rows, columns = torch.empty(2, 6, dtype=torch.float64), torch.empty(4, 2, dtype=torch.bfloat16)
+
+    class Both:
+        def pieces(self) -> list[Piece]:
+            return [Piece(rows, "w", (4, 6), 1), Piece(columns, "w", (4, 6), 3, dim=1)]
+
+        def filled(self) -> None: ...
+
+    with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.load([Both()])
+    assert torch.equal(rows, whole[1:3].double())
+    assert torch.equal(columns, whole[:, 3:5].bfloat16())
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder: give the path of a checkpoint folder"):
+        read_config(tmp_path / "nowhere")
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "match"), [("{", "cannot be read"), ("[]", "holds no JSON object")])
+def test_malformed_config(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=match):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.* is not supported: .*LlamaForCausalLM, Mistral"),
+        ({"architectures": None}, "architectures=.* is not supported"),
+        ({"hidden_size": "absent"}, "hidden_size must be a positive integer, found None"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive integer, found 'many'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling 'linear' has no factor"),
+        ({"rope_parameters": 5}, "rope_parameters must be an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
+        ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"eos_token_id": "end"}, "eos_token_id must be an integer"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+    ],
+)
+def test_refused_config(folder: Path, fields: dict[str, object], match: str) -> None:
+    edit(folder, **fields)
+    with pytest.raises(CheckpointError, match=match):
+        read_config(folder)
+
+
+def test_kv_heads_that_do_not_divide(folder: Path) -> None:
+    edit(folder, num_attention_heads=12)
+    match = r"size 3 neither divides the model's 2 KV heads nor is a multiple .*: choose one of \[1, 2, 4, 6, 12\]"
+    with pytest.raises(CheckpointError, match=match):
+        read_config(folder).shard(0, 3)
+
+
+def test_sizes_that_do_not_divide(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"size 8 does not divide the model's 4 attention heads.*\[1, 2, 4\]"):
+        read_config(folder).shard(0, 8)
+    edit(folder, intermediate_size=97)
+    with pytest.raises(CheckpointError, match=r"size 2 does not divide the intermediate size 97: choose one of \[1\]"):
+        read_config(folder).shard(0, 2)
+
+
+def test_old_and_new_spellings(folder: Path) -> None:
+    scaling = {"type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    edit(folder, rope_parameters={"rope_theta": 5e5, "rope_type": "llama3", **scaling}, dtype="bfloat16")
+    modern = read_config(folder)
+    edit(folder, rope_parameters="absent", rope_theta=5e5, rope_scaling=scaling, dtype="absent", torch_dtype="bfloat16")
+    assert read_config(folder) == modern
+    assert (modern.rope.theta, modern.rope.kind, modern.dtype) == (5e5, "llama3", torch.bfloat16)
+
+
+def test_stop_ids_of_both_files(folder: Path) -> None:
+    edit(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert read_config(folder).eos_ids == (7, 9)
+
+
+def test_sliding_windows_cap_the_context(tmp_path: Path, folder: Path) -> None:
+    mistral = make_checkpoint(tmp_path / "mistral", "MistralForCausalLM", sliding_window=100)
+    assert read_config(mistral).max_position == 100
+    edit(mistral, sliding_window=None)
+    assert read_config(mistral).max_position == 512
+    edit(folder, sliding_window=100, max_window_layers=0, layer_types=None)
+    assert read_config(folder).max_position == 512
+    edit(folder, use_sliding_window=True)
+    assert read_config(folder).max_position == 100
+    edit(folder, max_window_layers=2)
+    assert read_config(folder).max_position == 512
+
+
+def test_no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor model.safetensors.index.json is in"):
+        Ranks(folder)
+
+
+def test_truncated_safetensors(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or damaged .*: download it again"):
+        Ranks(folder)
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "sharded", max_shard_size="60KB")
+    min(folder.glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001-of-.*safetensors is not in"):
+        Ranks(folder)
+
+
+def test_malformed_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"index.json cannot be read .*: download the file again"):
+        Ranks(folder)
+
+
+def test_index_that_lies(folder: Path) -> None:
+    names = dict.fromkeys([*load_file(folder / "model.safetensors"), "made.up"], "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is not in .*, where .*index.json places it"):
+        Ranks(folder)
+
+
+def test_missing_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight is missing"):
+        Ranks(folder)
+
+
+def test_wrong_shape(folder: Path) -> None:
+    edit(folder, intermediate_size=104)
+    match = r"gate_proj.weight in .* has shape \[96, 64\] but config.json asks for \[104, 64\]"
+    with pytest.raises(CheckpointError, match=match):
+        Ranks(folder)

@@ -1,0 +1,105 @@
+"""The Ray shell of one rank: opens, builds, runs. Rank 0 leads its group, the others follow.
+
+Imports ray, `build`, `leader`, `link` and `parallel`. An error ends the actor's call, which is how the cluster hears of it.
+"""
+
+import logging
+import socket
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from scheduler.messages import Hello
+from scheduler.wire import listen
+from workers.build import WorkerConfig, build_rank
+from workers.communicator import Communicator
+from workers.leader import follow, lead
+from workers.link import SocketFeed, SocketInbox, SocketLink
+from workers.parallel import connect
+from workers.rank import Rank
+from workers.reports import Reporter
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where a group's ranks meet: rank 0's host, the port of its store, and the port of its turns."""
+
+    host: str
+    store_port: int
+    feed_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerAddress:
+    """Where the scheduler listens, and the secret to open with."""
+
+    host: str
+    port: int
+    token: str
+
+
+class WorkerActor:
+    """Wrapped by `ray.remote` where it is placed (`cluster.group`), with the group's resources, never restarted or retried:
+    a rank that dies takes its group's epoch with it."""
+
+    def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
+        logging.basicConfig(level=logging.INFO)
+        self._config = config
+        self._group, self._epoch = group, epoch
+        self._rank, self._size = rank, size
+        self._timeout_s = timeout_s
+        self._listener: socket.socket | None = None
+        self._comm: Communicator | None = None
+        self._built: Rank | None = None
+        self._pages = 0
+        self._rendezvous: Rendezvous | None = None
+
+    def open(self) -> Rendezvous:
+        """Rank 0 only: opens the ports at which its peers meet it."""
+        host = ray.util.get_node_ip_address()
+        self._listener = listen(host)
+        with listen(host) as probe:
+            store_port = probe.getsockname()[1]
+        return Rendezvous(host, store_port, self._listener.getsockname()[1])
+
+    def build(self, rendezvous: Rendezvous) -> int:
+        """Joins the group, loads the weights and allocates the pool; returns its pages. All ranks at the same time."""
+        address = f"{rendezvous.host}:{rendezvous.store_port}"
+        device = torch.device(self._config.device)
+        self._rendezvous = rendezvous
+        self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
+        self._built, self._pages = build_rank(self._config, self._comm)
+        return self._pages
+
+    def run(self, scheduler: SchedulerAddress) -> str:
+        """The step loop, until the scheduler closes the group's log; returns its reason."""
+        assert self._comm is not None, "run before build"
+        assert self._built is not None, "run before build"
+        try:
+            return self._lead(scheduler) if self._rank == 0 else self._follow(scheduler)
+        finally:
+            self._comm.abort("this rank has left its loop")
+
+    def _lead(self, scheduler: SchedulerAddress) -> str:
+        assert self._built is not None
+        assert self._comm is not None
+        assert self._listener is not None
+        feed = SocketFeed(self._listener, self._size - 1, scheduler.token, self._comm.abort, self._timeout_s)
+        hello = Hello(scheduler.token, self._group, self._epoch, self._pages, self._config.rows)
+        link = SocketLink(scheduler.host, scheduler.port, hello)
+        try:
+            return lead(self._built, link, feed, Reporter(self._epoch, self._config.report_steps))
+        finally:
+            link.close()
+            feed.close()
+
+    def _follow(self, scheduler: SchedulerAddress) -> str:
+        assert self._built is not None
+        assert self._comm is not None
+        assert self._rendezvous is not None
+        inbox = SocketInbox(self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, self._comm.abort)
+        try:
+            return follow(self._built, inbox)
+        finally:
+            inbox.close()

@@ -1,0 +1,34 @@
+"""Writing a step's new keys and values into the pool with torch's index operations, on any device.
+
+Imports torch and the pool. Backends with a fused kernel of their own do not need it.
+"""
+
+from torch import Tensor
+
+from kvcache.pool import KVPool
+
+
+class RowWriter:
+    """The pool seen as rows [kv_heads, head_dim]: one slot of one layer's keys or values each.
+
+    A slot's row differs between layers and k|v by a constant only. So the rows of a step are computed once, and each
+    layer's view of the pool begins at its own constant.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        layout = pool.layout
+        self._page_size = layout.page_size
+        self._page_rows = layout.layers * 2 * layout.page_size
+        rows = pool.data.view(-1, layout.kv_heads, layout.head_dim)
+        starts = range(0, self._page_rows, 2 * layout.page_size)
+        self._keys = [rows[start:] for start in starts]
+        self._values = [rows[start + layout.page_size :] for start in starts]
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """slots [tokens] int64 -> [tokens] int64, for `write`."""
+        return slots + slots.div(self._page_size, rounding_mode="floor") * (self._page_rows - self._page_size)
+
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
+        """key, value [tokens, kv_heads, head_dim]."""
+        self._keys[layer].index_copy_(0, rows, key)
+        self._values[layer].index_copy_(0, rows, value)

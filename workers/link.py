@@ -1,0 +1,120 @@
+"""The sockets of one group: its leader's stream to the scheduler, and the leader's turns to its peers.
+
+Each socket has a thread that reads it, so that a lost connection is noticed while the step loop computes or waits in a
+collective. Imports `leader`, `scheduler.wire` and `scheduler.messages`.
+"""
+
+import queue
+import socket
+import threading
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from scheduler.messages import Command, Commands, Hello, Report
+from scheduler.wire import FrameSocket
+from workers.leader import LinkClosed
+
+OnLost = Callable[[str], None]
+
+
+class SocketLink:
+    """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
+
+    def __init__(self, host: str, port: int, hello: Hello) -> None:
+        self._socket = FrameSocket.connect(host, port)
+        self._received: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
+        self._expected = 0
+        self._socket.send(hello)
+        threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
+
+    def receive(self, *, wait: bool) -> Sequence[Command]:
+        commands: list[Command] = []
+        while wait or not self._received.empty():
+            batch = self._received.get()
+            if batch is None:
+                raise LinkClosed("the scheduler has gone")
+            commands += batch
+            wait = False
+        return commands
+
+    def send(self, report: Report) -> None:
+        try:
+            self._socket.send(report)
+        except OSError as error:
+            raise LinkClosed(f"the scheduler has gone: {error}") from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(Commands)
+        while (payload := self._socket.receive()) is not None:
+            batch = decoder.decode(payload)
+            if batch.first != self._expected:
+                break
+            self._expected += len(batch.commands)
+            self._received.put(batch.commands)
+        self._received.put(None)
+
+
+class SocketFeed:
+    """The leader's `PeerFeed`: one connection for each other rank. on_lost: called from a thread when a peer has gone."""
+
+    def __init__(self, listener: socket.socket, peers: int, token: str, on_lost: OnLost, timeout_s: float) -> None:
+        """Waits until all peers have connected. Errors: TimeoutError."""
+        self._peers: list[FrameSocket] = []
+        listener.settimeout(timeout_s)
+        while len(self._peers) < peers:
+            connection, _ = listener.accept()
+            peer = FrameSocket(connection)
+            if peer.receive() != msgspec.msgpack.encode(token):
+                peer.close()
+                continue
+            self._peers.append(peer)
+            threading.Thread(target=_watch, args=(peer, on_lost), name="manta-peer-watch", daemon=True).start()
+
+    def send(self, commands: Sequence[Command]) -> None:
+        message = Commands(0, tuple(commands))
+        try:
+            for peer in self._peers:
+                peer.send(message)
+        except OSError as error:
+            raise LinkClosed(f"a peer has gone: {error}") from error
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+
+class SocketInbox:
+    """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone."""
+
+    def __init__(self, host: str, port: int, token: str, on_lost: OnLost) -> None:
+        self._socket = FrameSocket.connect(host, port)
+        self._turns: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
+        self._on_lost = on_lost
+        self._socket.send(token)
+        threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
+
+    def receive(self) -> Sequence[Command]:
+        commands = self._turns.get()
+        if commands is None:
+            raise LinkClosed("the leader has gone")
+        return commands
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(Commands)
+        while (payload := self._socket.receive()) is not None:
+            self._turns.put(decoder.decode(payload).commands)
+        self._turns.put(None)
+        self._on_lost("the leader has gone")
+
+
+def _watch(peer: FrameSocket, on_lost: OnLost) -> None:
+    """A peer never speaks after its greeting, so the end of its stream is all there is to read."""
+    peer.receive()
+    on_lost("a peer has gone")
