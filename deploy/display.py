@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -194,7 +195,7 @@ def start_progress(shown: bool) -> Iterator[Callable[[str], None]]:
 def print_summary(stats: EngineStats, elapsed_s: float) -> None:
     """The closing table, on stderr: counters of the run, then the blocks of each group."""
     console = Console(stderr=True)
-    run = Table(show_edge=False, pad_edge=False)
+    run = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     rate = stats.output_tokens / elapsed_s if elapsed_s > 0 else 0.0
     columns = {
         "requests": f"{stats.requests:,}",
@@ -207,7 +208,7 @@ def print_summary(stats: EngineStats, elapsed_s: float) -> None:
     for name in columns:
         run.add_column(name, justify="right")
     run.add_row(*columns.values())
-    groups = Table(show_edge=False, pad_edge=False)
+    groups = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("group", "state", "blocks held", "cached", "free", "total"):
         groups.add_column(name, justify="right")
     for group in stats.groups:

@@ -9,6 +9,7 @@ Imports no torch and no ray by itself: the engine comes in with the first LLM, a
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import queue
 import weakref
@@ -20,13 +21,16 @@ from typing import Any, TypeVar, cast
 from cluster.config import EngineConfig
 from cluster.engine import EngineStats, Progress, StartEngine
 from deploy.config import engine_config
-from deploy.frontend import FrontEnd
+from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_model_limits
 from deploy.text import Message, Tokenizer
 from scheduler.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+CTRL_C_POLL_S = 0.2
+"""A signal that comes just before a wait begins does not end it; so no wait is longer than this."""
 
 S = TypeVar("S")
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -207,13 +211,13 @@ class LLM:
     def _run(
         self, requests: list[tuple[Prompt, SamplingParams]], each_token: bool
     ) -> Iterator[tuple[int, RequestOutput]]:
-        grown: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        grown: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         generations = self._frontend.submit(requests, grown.put, each_token) if requests else []
         positions = {generation.stream: position for position, generation in enumerate(generations)}
         try:
             left = len(generations)
             while left:
-                generation = grown.get()
+                generation = _next(grown)
                 output = generation.take()
                 left -= output.finished
                 yield positions[generation.stream], output
@@ -230,6 +234,12 @@ def engine_starter(config: EngineConfig) -> StartEngine:
     from cluster.launch import start_on_ray
 
     return start_on_ray
+
+
+def _next(grown: "queue.SimpleQueue[Generation]") -> Generation:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return grown.get(timeout=CTRL_C_POLL_S)
 
 
 def _as_list(prompts: Source | Sequence[Source]) -> Sequence[Source]:

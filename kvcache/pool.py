@@ -60,7 +60,7 @@ class KVPool:
         """Overwrite a page with what `export_page` gave, of this pool or of one with an equal layout, on any device."""
         if content.dtype != torch.uint8 or content.numel() != self.layout.page_bytes:
             raise ValueError(
-                f"a page of this pool is {self.layout.page_bytes:,} bytes of uint8, got {content.numel():,} of {content.dtype}: "
-                "both pools must have the same page_size, layers, KV heads per rank, head_dim and dtype"
+                f"a page of this pool is {self.layout.page_bytes:,} bytes of uint8, not {content.numel():,} of "
+                f"{content.dtype}: both pools must have the same page_size, layers, KV heads per rank, head_dim and dtype"
             )
         self.export_page(page).copy_(content.view(-1))

@@ -21,6 +21,7 @@ from kvcache.table import BlockTable
 from scheduler import policy
 from scheduler.limits import output_limit, pages_for
 from scheduler.messages import (
+    NO_TOKEN,
     ROW_BITS,
     ROW_MASK,
     Drop,
@@ -190,23 +191,16 @@ class SchedulerCore:
             return
         if report.number != group.reports:
             raise ProtocolError(f"group {group_id} sent report {report.number}, expected {group.reports}: fence it")
+        if not 1 <= report.steps <= self.config.page_size:  # the ring holds a page and one report
+            raise ProtocolError(f"group {group_id} reported {report.steps} steps at once, not 1 to {self.config.page_size}")
         group.reports += 1
         group.applied = report.applied
-        roster = group.roster(report.leases)
-        tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
-        if roster.live is not None:
-            tokens = tokens[:, roster.live]
-        if not report.computed:
-            due = group.commit_decodes(roster, tokens)
-            self.counters.output_tokens += tokens.size
-        else:
-            computed = np.frombuffer(report.computed, np.int32)
-            due = group.commit_mixed(roster, tokens, computed if roster.live is None else computed[roster.live])
-            self.counters.output_tokens += int(np.count_nonzero(tokens >= 0))
-        self.outbox.tokens(roster.audience, tokens)
+        due = self._commit(group, report)
         for lease, payload in report.logprobs:
             if (sequence := self._holder(group, lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
+        if not (due or report.finished):
+            return  # nothing that could let anyone publish, grow or start
         advanced = [sequence for row in due if (sequence := group.sequences[row]) is not None]
         for sequence in advanced:
             self._publish(group, sequence)
@@ -216,6 +210,23 @@ class SchedulerCore:
                 self._finish(sequence, FinishReason(reason))
         self._extend(group, advanced)
         self._admit()
+
+    def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
+        """The report's tokens become true, and are on their way to the front ends. Returns the rows that are due."""
+        roster = group.roster(report.leases)
+        columns = roster.columns
+        tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
+        if columns is not None:
+            tokens = tokens.take(columns, axis=1)
+        if not report.computed:
+            due = group.commit_decodes(roster, tokens)
+            self.counters.output_tokens += tokens.size
+        else:
+            computed = np.frombuffer(report.computed, np.int32)
+            due = group.commit_mixed(roster, tokens, computed if columns is None else computed.take(columns))
+            self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
+        self.outbox.tokens(roster.audience, tokens)
+        return due
 
     # ---- admission ----------------------------------------------------------------------------------------------------
 
@@ -257,37 +268,32 @@ class SchedulerCore:
         groups = [group for group in self.groups.values() if group.blocks >= sequence.pages_at_most]
         if not groups:
             return False
-        loads = self._loads(groups, sequence, match)
+        pages = self._pages_for(sequence, sequence.committed)
+        loads = [self._load(group, match, pages) for group in groups]
         choice = policy.route(loads, sequence.committed, self.config.page_size)
         if choice is None:
             return False
-        group, depth = groups[choice], int(loads.hit_pages[choice])
-        blocks = self.table.reserve(group.group, match, depth, self._first_pages(sequence) - depth, sequence.salt)
+        group, depth = groups[choice], loads[choice].hit_pages
+        blocks = self.table.reserve(group.group, match, depth, pages - depth, sequence.salt)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         self._start(group, sequence, depth * self.config.page_size)
         return True
 
-    def _loads(self, groups: list[ResidentGroup], sequence: Sequence, match: Match) -> policy.GroupLoads:
-        hits, needs, free, available = [], [], [], []
-        pages = self._first_pages(sequence)
-        for group in groups:
-            depth = match.depth(group.group)
-            usage = self.table.usage(group.group)
-            hits.append(depth)
-            needs.append(pages - depth + self.table.cached_in_match(group.group, match, depth))
-            free.append(usage.free)
-            available.append(usage.free + usage.cached)
-        return policy.GroupLoads(
-            hit_pages=np.array(hits),
-            new_pages=np.array(needs),
-            free=np.array(free),
-            available=np.array(available),
-            total=np.array([group.blocks for group in groups]),
-            free_rows=np.array([len(group.free_rows) for group in groups]),
-            running=np.array([len(group.running) for group in groups]),
-            backlog=np.array([group.backlog for group in groups]),
-            starving=np.array([bool(group.starved) for group in groups]),
+    def _load(self, group: ResidentGroup, match: Match, pages: int) -> policy.GroupLoad:
+        """What the group would have to spend on a sequence of `pages` pages now."""
+        depth = match.depth(group.group)
+        pool = self.table.pools[group.group]
+        return policy.GroupLoad(
+            hit_pages=depth,
+            new_pages=pages - depth + (self.table.cached_in_match(group.group, match, depth) if depth else 0),
+            free=pool.free,
+            available=pool.available,
+            total=group.blocks,
+            free_rows=len(group.free_rows),
+            running=len(group.running),
+            backlog=group.backlog,
+            starving=bool(group.starved),
         )
 
     def _start(self, group: ResidentGroup, sequence: Sequence, cached_tokens: int) -> None:
@@ -321,27 +327,34 @@ class SchedulerCore:
         """Publishes the pages that the committed computation has filled; a twin published first is adopted instead."""
         page_size = self.config.page_size
         pages = group.computed(sequence.row) // page_size
-        group.write_back(sequence, pages * page_size)
         blocks = sequence.blocks
         assert blocks is not None
         assert sequence.lease is not None
-        if self.config.prefix_caching:
-            sequence.hash_up_to(pages, page_size)
-            for index in range(len(blocks.nodes), pages):
-                page = sequence.buffer[index * page_size : (index + 1) * page_size]
-                adopted = self.table.publish(blocks, page, sequence.hashes[index])
-                if adopted is not None:
-                    group.issue(Remap(sequence.lease, index, adopted))
-                self._wait(self.pending.published(sequence, sequence.hashes[index]))
-        self._set_due(group, sequence)
+        if pages == len(blocks.nodes):
+            return
+        group.write_back(sequence, pages * page_size)
+        if not self.config.prefix_caching:
+            return
+        sequence.hash_up_to(pages, page_size)
+        for index in range(len(blocks.nodes), pages):
+            page = sequence.buffer[index * page_size : (index + 1) * page_size]
+            adopted = self.table.publish(blocks, page, sequence.hashes[index])
+            if adopted is not None:
+                group.issue(Remap(sequence.lease, index, adopted))
+            self._wait(self.pending.published(sequence, sequence.hashes[index]))
 
     def _extend(self, group: ResidentGroup, advanced: list[Sequence]) -> None:
-        """Grants pages to the leases that run low, the starved first; oldest first among those, so that victims are younger."""
-        needy = [sequence for sequence in advanced if sequence.state is State.RUNNING and self._runs_low(group, sequence)]
-        if group.starved:
-            needy = sorted({*group.starved, *needy})
-            group.starved.clear()
-        for sequence in needy:
+        """Grants pages to the leases that run low and to the starved, the oldest first: it never takes from one just served."""
+        needy = set(group.starved)
+        group.starved.clear()
+        for sequence in advanced:
+            if sequence.state is not State.RUNNING:
+                continue
+            if self._runs_low(group, sequence):
+                needy.add(sequence)
+            else:
+                self._set_due(group, sequence)
+        for sequence in sorted(needy):
             if sequence.state is State.RUNNING:
                 self._grant(group, sequence)
 
@@ -359,7 +372,7 @@ class SchedulerCore:
         while (pages := self.table.grow(sequence.blocks, wanted)) is None:
             victim = policy.choose_victim(sequence, group.running)
             if victim is None:
-                group.starved.append(sequence)
+                group.starved.append(sequence)  # its row stays due: the next report tries again
                 return
             self._preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))
@@ -428,9 +441,6 @@ class SchedulerCore:
     def _pages_for(self, sequence: Sequence, length: int) -> int:
         """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
         return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
-
-    def _first_pages(self, sequence: Sequence) -> int:
-        return self._pages_for(sequence, sequence.committed)
 
     def _set_due(self, group: ResidentGroup, sequence: Sequence) -> None:
         """The length at which this row next fills a page or runs low (while it decodes)."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.messages import Deltas, Finished, FinishReason
-from scheduler.resident import Ints
+from scheduler.resident import Listener
 from scheduler.sequence import Sequence
 
 
@@ -21,11 +21,10 @@ class Outbox:
         self._finished: dict[int, list[Finished]] = {}
         self._logprobs: dict[int, list[tuple[int, bytes]]] = {}
 
-    def tokens(self, audience: Listing[tuple[int, Ints | None, bytes]], tokens: npt.NDArray[np.int32]) -> None:
+    def tokens(self, audience: Listing[Listener], tokens: npt.NDArray[np.int32]) -> None:
         """tokens: [steps, n] as committed; audience as in `Roster`."""
-        for front_end, columns, streams in audience:
-            chosen = tokens if columns is None else tokens[:, columns]
-            self._tokens.setdefault(front_end, []).append((streams, chosen.tobytes()))
+        for front_end, first, end, streams in audience:
+            self._tokens.setdefault(front_end, []).append((streams, tokens[:, first:end].tobytes()))
 
     def logprobs(self, sequence: Sequence, payload: bytes) -> None:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))

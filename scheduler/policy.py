@@ -1,13 +1,10 @@
 """Where a sequence goes, whether it may start, and who makes room. Pure functions over snapshots; no state, no clock.
 
-Imports NumPy and `Sequence`. To try another policy, replace a function here; the core asks nothing else.
+Imports `Sequence`. To try another policy, replace a function here; the core asks nothing else.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from scheduler.sequence import Sequence
 
@@ -21,52 +18,49 @@ WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupLoads:
-    """All groups that could take one sequence, side by side; every array is [groups]."""
+class GroupLoad(NamedTuple):
+    """One group that could take one sequence, at this moment. Plain numbers: a cluster has few groups, so arrays cost more."""
 
-    hit_pages: npt.NDArray[np.int64]  # pages of its prefix that the group holds
-    new_pages: npt.NDArray[np.int64]  # pages that it needs from free or cached ones, revived hits included
-    free: npt.NDArray[np.int64]  # pages that hold nothing
-    available: npt.NDArray[np.int64]  # free or cached
-    total: npt.NDArray[np.int64]
-    free_rows: npt.NDArray[np.int64]
-    running: npt.NDArray[np.int64]
-    backlog: npt.NDArray[np.int64]  # prefill tokens granted but not yet computed
-    starving: npt.NDArray[np.bool_]  # a running sequence there waits for a page
+    hit_pages: int  # pages of its prefix that the group holds
+    new_pages: int  # pages that it needs from free or cached ones, revived hits included
+    free: int  # pages that hold nothing
+    available: int  # free or cached
+    total: int
+    free_rows: int
+    running: int
+    backlog: int  # prefill tokens granted but not yet computed
+    starving: bool  # a running sequence there waits for a page
 
 
-def admissible(loads: GroupLoads) -> npt.NDArray[np.bool_]:
-    """[groups] where the sequence may start now: a row, its pages, and head room for those who run.
+def admissible(load: GroupLoad) -> bool:
+    """Whether the sequence may start there now: a row, its pages, and head room for those who run.
 
     An empty group needs no head room, so a sequence that fits a pool alone always starts in the end.
     """
-    head_room = np.where(loads.running > 0, np.maximum(1, (loads.total * WATERMARK).astype(np.int64)), 0)
-    return (loads.free_rows > 0) & ~loads.starving & (loads.available - loads.new_pages >= head_room)
+    head_room = max(1, int(load.total * WATERMARK)) if load.running else 0
+    return load.free_rows > 0 and not load.starving and load.available - load.new_pages >= head_room
 
 
-def time_to_first_token(loads: GroupLoads, tokens: int, page_size: int) -> npt.NDArray[np.float64]:
-    """[groups] estimated work before the first token, in prefill-token equivalents.
+def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
+    """Estimated work before the first token, in prefill-token equivalents.
 
     Uncached prompt, prefill queued before it, decode load, and cached pages that would be lost. Taking the longest prefix
     first and the load second collapses on real traces, where all requests share a first page: costs must be added up.
     """
-    uncached = tokens - loads.hit_pages * page_size
-    evicted = np.maximum(0, loads.new_pages - loads.free)
-    cost: npt.NDArray[np.float64] = (
-        uncached + loads.backlog + DECODE_WEIGHT * loads.running + EVICTION_WEIGHT * page_size * evicted
-    )
-    return cost
+    uncached = tokens - load.hit_pages * page_size
+    evicted = max(0, load.new_pages - load.free)
+    return uncached + load.backlog + DECODE_WEIGHT * load.running + EVICTION_WEIGHT * page_size * evicted
 
 
-def route(loads: GroupLoads, tokens: int, page_size: int) -> int | None:
+def route(loads: Iterable[GroupLoad], tokens: int, page_size: int) -> int | None:
     """Index of the cheapest admissible group; ties go to the one with more available pages, then to the first. None: wait."""
-    allowed = admissible(loads)
-    if not allowed.any():
-        return None
-    cost = np.where(allowed, time_to_first_token(loads, tokens, page_size), np.inf)
-    best = np.flatnonzero(cost == cost.min())
-    return int(best[np.argmax(loads.available[best])])
+    costs = (
+        (time_to_first_token(load, tokens, page_size), -load.available, index)
+        for index, load in enumerate(loads)
+        if admissible(load)
+    )
+    best = min(costs, default=None)
+    return None if best is None else best[2]
 
 
 def choose_victim(needy: Sequence, running: Iterable[Sequence]) -> Sequence | None:

@@ -10,7 +10,9 @@
 Imports NumPy, `messages`, `sequence` and `kvcache` ids.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +23,36 @@ from scheduler.sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
 
+NOBODY = -1
+"""No front end has this number."""
+
 
 class ProtocolError(RuntimeError):
     """A leader broke the lease protocol (a gap in its reports); its group must be fenced."""
+
+
+class Listener(NamedTuple):
+    """A front end's part of a roster: rows[first:end]. streams: their numbers, an int64 buffer."""
+
+    front_end: int
+    first: int
+    end: int
+    streams: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
     """Who takes part in a report, and which front end wants to know. Kept while reports name the same leases.
 
-    rows: [n] of the leases still alive. live: their columns in the report's arrays, None for all.
-    audience: (front end, its columns among `rows` or None for all, their streams as an int64 buffer).
+    rows: [n] of the leases still alive, grouped by front end. columns: theirs in the report's arrays; None: all, in order.
+    ring_base: [n] where each row's ring begins in the flat one. audience: who wants which part of `rows`.
     """
 
     key: bytes
     rows: Ints
+    columns: Ints | None
     ring_base: Ints
-    live: Ints | None
-    audience: tuple[tuple[int, Ints | None, bytes], ...]
+    audience: tuple[Listener, ...]
 
 
 class ResidentGroup:
@@ -68,6 +82,7 @@ class ResidentGroup:
         self.reports = 0
         self.applied = 0
         self._flat_ring = self.ring.reshape(-1)
+        self._front_ends: Counter[int] = Counter()  # how many sequences each has here
         self._issued = 0
         self._log: list[Command] = []
         self._roster: Roster | None = None
@@ -96,6 +111,7 @@ class ResidentGroup:
         self.front_end[row] = sequence.front_end
         self.stream[row] = sequence.stream
         self.sequences[row] = sequence
+        self._front_ends[sequence.front_end] += 1
         self.running.add(sequence)
         self.backlog += uncached - 1
 
@@ -107,6 +123,9 @@ class ResidentGroup:
         self.backlog -= int(self.pending[row]) - 1
         self.sequences[row] = None
         self.running.discard(sequence)
+        self._front_ends[sequence.front_end] -= 1
+        if not self._front_ends[sequence.front_end]:
+            del self._front_ends[sequence.front_end]
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
@@ -120,7 +139,8 @@ class ResidentGroup:
         """Moves the tokens at positions committed..end from the ring into the sequence."""
         start = sequence.committed
         if end > start:
-            sequence.append(self.ring[sequence.row].take(np.arange(start, end), mode="wrap"))
+            ring, first, last = self.ring[sequence.row], start & self._ring_mask, end & self._ring_mask
+            sequence.append(ring[first:last] if first < last else np.concatenate([ring[first:], ring[:last]]))
 
     # ---- reports
 
@@ -133,28 +153,32 @@ class ResidentGroup:
     def _read_roster(self, key: bytes) -> Roster:
         leases = np.frombuffer(key, np.int64)
         rows = leases & ROW_MASK
-        alive = self.lease[rows] == leases
-        live = None if alive.all() else np.flatnonzero(alive)
-        if live is not None:
-            rows = rows[live]
-        front_ends = self.front_end[rows]
-        streams = self.stream[rows]
-        names = np.unique(front_ends)
-        if len(names) == 1:
-            audience: tuple[tuple[int, Ints | None, bytes], ...] = ((int(names[0]), None, streams.tobytes()),)
+        alive = self.lease.take(rows) == leases
+        columns = None
+        if len(self._front_ends) > 1 or not alive.all():
+            owner = np.where(alive, self.front_end.take(rows), NOBODY)
+            parts = [np.flatnonzero(owner == front_end) for front_end in self._front_ends]
+            sizes = [len(part) for part in parts]
+            columns = np.concatenate(parts) if parts else np.empty(0, np.int64)
+            rows = rows.take(columns)
         else:
-            columns = [(int(name), np.flatnonzero(front_ends == name)) for name in names]
-            audience = tuple((name, at, streams[at].tobytes()) for name, at in columns)
-        return Roster(key, rows, rows * self.ring_size, live, audience)
+            sizes = [len(rows)]
+        streams = self.stream.take(rows)
+        audience, first = [], 0
+        for front_end, size in zip(self._front_ends, sizes, strict=False):
+            if size:
+                audience.append(Listener(front_end, first, first + size, streams[first : first + size].tobytes()))
+            first += size
+        return Roster(key, rows, columns, rows * self.ring_size, tuple(audience))
 
     def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
-        length = self.length[roster.rows]
+        length = self.length.take(roster.rows)
         for sampled in tokens:
             self._flat_ring[roster.ring_base + (length & self._ring_mask)] = sampled
             length += 1
         self.length[roster.rows] = length
-        due: list[int] = roster.rows[length >= self.due[roster.rows]].tolist()
+        due: list[int] = roster.rows[length >= self.due.take(roster.rows)].tolist()
         return due
 
     def commit_mixed(self, roster: Roster, tokens: npt.NDArray[np.int32], computed: npt.NDArray[np.int32]) -> list[int]:

@@ -44,7 +44,18 @@ def train_backend() -> Backend:
 def bare_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """No tokenizer."""
     folder = tmp_path_factory.mktemp("bare")
-    config = {"model_type": "qwen3", "vocab_size": 400, "max_position_embeddings": MAX_TOKENS, "eos_token_id": 7}
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": 400,
+        "max_position_embeddings": MAX_TOKENS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "eos_token_id": EOS,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS]}))
     return folder

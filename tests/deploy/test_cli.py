@@ -145,7 +145,7 @@ def test_token_ids(manta: Manta) -> None:
         (["a", "--block-size", "100"], "block_size=100 is not a power of two"),
         (
             ["a", "--model", "nowhere"],
-            "nowhere/config.json does not exist: --model must name the folder of a checkpoint",
+            "nowhere is not a folder: give the path of a checkpoint folder",
         ),
         ([], "stdin holds no prompt"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from cluster.engine import EngineError
 from deploy.llm import LLM
 from deploy.outputs import GenerationError, Logprob
-from deploy.prompts import PromptError
+from deploy.prompts import PromptError, Source
 from deploy.text import Tokenizer
 from kvcache.hashing import hash_pages
 from scheduler.sampling import SamplingParams
@@ -57,10 +57,11 @@ def test_generate(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> No
 
 def test_shapes_of_prompts(open_llm: Open) -> None:
     llm, _ = open_llm(lambda prompt, _: [prompt[0]])
-    assert [len(llm.generate(p)) for p in ("a", [5, 6], ["a", "b"], [[5], [6]], {"prompt_token_ids": [5]}, [])] == [
-        1, 1, 2, 2, 1, 0,
-    ]  # fmt: skip
-    assert [o.outputs[0].token_ids for o in llm.generate([[5], {"prompt_token_ids": [6]}])] == [[5], [6]]
+    assert len(llm.generate("a")) == len(llm.generate([5, 6])) == len(llm.generate({"prompt_token_ids": [5]})) == 1
+    assert len(llm.generate(["a", "b"])) == len(llm.generate([[5], [6]])) == 2
+    assert llm.generate([]) == []
+    mixed: list[Source] = [[5], {"prompt_token_ids": [6]}]
+    assert [o.outputs[0].token_ids for o in llm.generate(mixed)] == [[5], [6]]
     chat = llm.chat([{"role": "user", "content": "x"}])
     assert len(chat) == 1
     assert len(llm.chat([[{"role": "user", "content": "x"}]] * 2)) == 2

@@ -58,7 +58,13 @@ class CpuAttention:
         return CpuPlan(self._writer.rows(step.slots), sequences)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, _step: StepInput, plan: CpuPlan
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: StepInput,  # noqa: ARG002
+        plan: CpuPlan,
     ) -> Tensor:
         self._writer.write(layer, key, value, plan.rows)
         keys, values = self._pool.keys(layer), self._pool.values(layer)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
+from workers.attention.write import dense_rows
 from workers.step import StepInput
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -72,7 +72,7 @@ class NativeAttention:
             raise NativeUnavailable(f"head_dim {layout.head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}")
         if heads // layout.kv_heads > ROWS[pool.dtype]:
             raise NativeUnavailable(f"they serve at most {ROWS[pool.dtype]} heads per KV head")
-        function = getattr(load_library(cache_folder), f"attend_{layout.dtype}")
+        function = load_library(cache_folder)[f"attend_{layout.dtype}"]
         pointer, stride = ctypes.c_void_p, ctypes.c_int64
         function.argtypes = [pointer, pointer, stride, pointer, stride, pointer, stride, pointer, pointer, pointer]
         function.restype = None
@@ -119,9 +119,15 @@ class NativeAttention:
         return NativePlan(geometry, (tables, contexts, query_starts, task_starts, task_sequence, tiles, slots, partials))
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: NativePlan
-    ) -> Tensor:  # noqa: ARG002
-        query, key, value = _rows(query), _rows(key), _rows(value)
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        step: StepInput,  # noqa: ARG002
+        plan: NativePlan,
+    ) -> Tensor:
+        query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         self._function(
             ctypes.byref(plan.geometry),
@@ -195,9 +201,3 @@ def _processor() -> bytes:
 
 def _prefix_sums(counts: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[tokens, heads, head_dim] with each token's numbers in one run; tokens may lie apart, as in a fused projection."""
-    heads, dim = tensor.shape[1:]
-    return tensor if tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim) else tensor.contiguous()

@@ -2,6 +2,7 @@
 
 The only file that imports triton. Runs on CUDA, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
+from workers.attention.write import dense_rows
 from workers.step import StepInput
 
 CHUNK_ROWS = 64  # query rows (tokens x heads of the group) of a chunk's tile
@@ -188,7 +189,7 @@ class TritonAttention:
     def _launch(
         self, layer: int, query: Tensor, out: Tensor, lse: Tensor, step: StepInput, tiles: Tensor, rows: int, splits: int
     ) -> None:
-        layout: PageLayout = self._pool.layout
+        layout = self._pool.layout
         keys = self._pool.keys(layer)
         _attend[(len(tiles), layout.kv_heads, splits)](
             query, keys, self._pool.values(layer), out, lse, tiles, step.query_starts, step.context_lens,
@@ -205,9 +206,3 @@ class TritonAttention:
         wanted = 2 * self._processors // programs
         widest = step.block_tables.shape[1] * self._pool.layout.page_size // MIN_SPLIT_KEYS
         return 1 << (max(1, min(wanted, widest, MAX_SPLITS)).bit_length() - 1)
-
-
-def dense_rows(tensor: Tensor) -> Tensor:
-    """[tokens, heads, head_dim] with each token's numbers in one run; tokens may lie apart, as in a fused projection."""
-    heads, dim = tensor.shape[1:]
-    return tensor if tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim) else tensor.contiguous()

@@ -3,9 +3,21 @@
 Imports torch and the pool. Backends with a fused kernel of their own do not need it.
 """
 
+from typing import Protocol
+
 from torch import Tensor
 
 from kvcache.pool import KVPool
+
+
+class KvWriter(Protocol):
+    """Writes a step's KV. `rows` turns the step's slots into what `write` wants, once for all layers."""
+
+    def rows(self, slots: Tensor) -> Tensor: ...
+
+    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
+        """key, value [tokens, kv_heads, head_dim]; rows [tokens] int64."""
+        ...
 
 
 class RowWriter:
@@ -32,3 +44,8 @@ class RowWriter:
         """key, value [tokens, kv_heads, head_dim]."""
         self._keys[layer].index_copy_(0, rows, key)
         self._values[layer].index_copy_(0, rows, value)
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """[tokens, heads, head_dim] with each token's numbers in one run; tokens may lie apart, as in a fused projection."""
+    heads, dim = tensor.shape[1:]
+    return tensor if tensor.stride(2) == 1 and (heads == 1 or tensor.stride(1) == dim) else tensor.contiguous()
