@@ -195,7 +195,7 @@ def start_progress(shown: bool) -> Iterator[Callable[[str], None]]:
 def print_summary(stats: EngineStats, elapsed_s: float) -> None:
     """The closing table, on stderr: counters of the run, then the blocks of each group."""
     console = Console(stderr=True)
-    run = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    run = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     rate = stats.output_tokens / elapsed_s if elapsed_s > 0 else 0.0
     columns = {
         "requests": f"{stats.requests:,}",
@@ -208,7 +208,7 @@ def print_summary(stats: EngineStats, elapsed_s: float) -> None:
     for name in columns:
         run.add_column(name, justify="right")
     run.add_row(*columns.values())
-    groups = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    groups = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("group", "state", "blocks held", "cached", "free", "total"):
         groups.add_column(name, justify="right")
     for group in stats.groups:

@@ -133,7 +133,7 @@ class PromptParser:
 
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
-    """Reads the checkpoint's settings, and refuses what could not run before anything is started. Errors: ValueError."""
+    """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
     from workers.architectures import read_config  # brings torch
 
     model = read_config(checkpoint)

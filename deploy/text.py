@@ -49,7 +49,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the checkpoint puts around a prompt."""
-        return list(self._implementation.encode(text))
+        return list(self._implementation.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins. Errors: ValueError."""
@@ -59,7 +59,7 @@ class Tokenizer:
             text = self._implementation.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they please, jinja's errors among it
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
-        return list(self._implementation.encode(text, add_special_tokens=False))
+        return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""

@@ -14,7 +14,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """rows: [n] decodes (one token) first, then chunks, each part oldest first. counts: [n] tokens to compute for each.
+    """rows: [n] decodes (one token) first, then chunks, oldest first. counts: [n] tokens to compute for each.
 
     Invariant: every count is at least 1, their sum is within the budget, and no row computes past its granted slots.
     """

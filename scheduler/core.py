@@ -85,6 +85,7 @@ class SchedulerCore:
         self.outbox = Outbox()  # drained by the shell after each call, after the groups' logs
         self._epochs: dict[GroupId, int] = {}
         self.queue: list[Sequence] = []
+        self.parked: list[Sequence] = []  # they fit no group that is up, only one that is expected
         self.pending = PendingPrefixes()
         self._random = random.Random(config.seed)
         self._numbers = 0
@@ -109,7 +110,7 @@ class SchedulerCore:
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
         self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size)
-        self._fail_unplaceable("the pools of the groups that are up are too small")
+        self._reconsider("the pools of the groups that are up are too small")
         self._admit()
 
     def group_down(self, group: GroupId, reason: str, *, returning: bool = False) -> None:
@@ -125,10 +126,11 @@ class SchedulerCore:
             self.expected.pop(group, None)
         if lost is not None:
             for sequence in sorted(lost.running):
+                lost.write_back(sequence)
                 self._leave(lost, sequence, release=False)
                 self._wait([sequence])
             self.table.remove_group(group)
-        self._fail_unplaceable(reason)
+        self._reconsider(reason)
         self._admit()
 
     # ---- front ends ---------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class SchedulerCore:
     def submit(self, front_end: int, request: Request) -> None:
         """Takes a request in; it starts at once if there is room.
 
-        Errors: RequestRefused if it can never fit; nothing has changed then.
+        Errors: RequestRefused if it can never fit, ProtocolError if a stream of it is in use; nothing has changed then.
         """
         prompt = np.frombuffer(request.tokens, np.int32)
         page_size = self.config.page_size
@@ -147,6 +149,8 @@ class SchedulerCore:
         hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
         if len(hashes) != len(prompt) // page_size:
             hashes = hash_pages(prompt, page_size, request.salt)
+        if any((front_end, request.stream + choice) in self.sequences for choice in range(request.params.n)):
+            raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended yet")
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
@@ -173,8 +177,8 @@ class SchedulerCore:
         self._finish_early(front_end, stream, FinishReason.STOP, keep_tokens)
 
     def front_end_down(self, front_end: int) -> None:
-        """A front end is gone: all its requests are aborted."""
-        for owner, stream in [key for key in self.sequences if key[0] == front_end]:
+        """A front end is gone: all its requests are aborted, the youngest first, so that none starts only to be aborted."""
+        for owner, stream in [key for key in reversed(self.sequences) if key[0] == front_end]:
             self.abort(owner, stream)
         self.outbox.forget(front_end)
 
@@ -206,8 +210,9 @@ class SchedulerCore:
             self._publish(group, sequence)
         for lease, reason in report.finished:
             if (sequence := self._holder(group, lease)) is not None:
+                output = group.output_tokens(sequence)
                 self._leave(group, sequence)
-                self._finish(sequence, FinishReason(reason))
+                self._finish(sequence, FinishReason(reason), output)
         self._extend(group, advanced)
         self._admit()
 
@@ -232,10 +237,14 @@ class SchedulerCore:
 
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, until one finds no room. Route = allocate: one transaction on one table."""
+        largest = max((group.blocks for group in self.groups.values()), default=0)
         while self.queue and self.groups:
             sequence = self.queue[0]
             if sequence.state is not State.WAITING:
                 heapq.heappop(self.queue)
+                continue
+            if sequence.pages_at_most > largest:
+                self.parked.append(heapq.heappop(self.queue))
                 continue
             match = self._match(sequence)
             if self._defer(sequence, match):
@@ -266,8 +275,6 @@ class SchedulerCore:
     def _place(self, sequence: Sequence, match: Match) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
         groups = [group for group in self.groups.values() if group.blocks >= sequence.pages_at_most]
-        if not groups:
-            return False
         pages = self._pages_for(sequence, sequence.committed)
         loads = [self._load(group, match, pages) for group in groups]
         choice = policy.route(loads, sequence.committed, self.config.page_size)
@@ -307,7 +314,7 @@ class SchedulerCore:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_tokens)
             self.counters.cached_tokens += sequence.cached_tokens
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
-        self._set_due(group, sequence)
+        self._runs_low(group, sequence)
         if self.config.prefix_caching and self.config.wait_for_prefix:
             page_size = self.config.page_size
             full = (sequence.committed - 1) // page_size
@@ -348,21 +355,23 @@ class SchedulerCore:
         needy = set(group.starved)
         group.starved.clear()
         for sequence in advanced:
-            if sequence.state is not State.RUNNING:
-                continue
-            if self._runs_low(group, sequence):
+            if sequence.state is State.RUNNING and self._runs_low(group, sequence):
                 needy.add(sequence)
-            else:
-                self._set_due(group, sequence)
         for sequence in sorted(needy):
             if sequence.state is State.RUNNING:
                 self._grant(group, sequence)
 
     def _runs_low(self, group: ResidentGroup, sequence: Sequence) -> bool:
+        """Whether the lease wants a grant now. Sets the length at which its row next does, or fills a page, while it decodes."""
         assert sequence.blocks is not None
-        pages = len(sequence.blocks.blocks)
-        slots = pages * self.config.page_size - int(group.length[sequence.row])
-        return pages < sequence.pages_at_most and slots < self.config.grant_ahead
+        row, page_size, pages = sequence.row, self.config.page_size, len(sequence.blocks.blocks)
+        filled = (group.computed(row) // page_size + 1) * page_size + 1
+        low = pages * page_size - self.config.grant_ahead + 1
+        if pages == sequence.pages_at_most or filled < low:
+            group.due[row] = filled
+        else:
+            group.due[row] = low
+        return pages < sequence.pages_at_most and int(group.length[row]) >= low
 
     def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
         """Extends a lease; without a free page a younger sequence gives its pages up, in this same call."""
@@ -376,7 +385,7 @@ class SchedulerCore:
                 return
             self._preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))
-        self._set_due(group, sequence)
+        self._runs_low(group, sequence)
 
     def _preempt(self, group: ResidentGroup, victim: Sequence) -> None:
         assert victim.lease is not None
@@ -384,6 +393,7 @@ class SchedulerCore:
         self.counters.preemptions += 1
         self.counters.recomputed_tokens += group.computed(victim.row)
         victim.preemptions += 1
+        group.write_back(victim)
         self._leave(group, victim)
         self._wait([victim])
 
@@ -393,18 +403,19 @@ class SchedulerCore:
         sequence = self.sequences.get((front_end, stream))
         if sequence is None:
             return
+        output = sequence.committed - sequence.prompt_tokens
         group = self._group_of(sequence)
         if group is not None and sequence.lease is not None:
+            output = group.output_tokens(sequence)
             group.issue(Drop(sequence.lease))
             self._leave(group, sequence)
-        output = sequence.committed - sequence.prompt_tokens
         self._finish(sequence, reason, output if keep_tokens is None else min(keep_tokens, output))
         if group is not None:
             self._extend(group, [])
         self._admit()
 
     def _leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
-        """The lease is over: tokens are written back, the row and the pages given back."""
+        """The lease is over: the row and the pages are given back. Tokens that are still needed have been written back."""
         assert sequence.blocks is not None
         group.unseat(sequence)
         if release:
@@ -412,23 +423,30 @@ class SchedulerCore:
         sequence.lease, sequence.row, sequence.blocks = None, -1, None
         self._wait(self.pending.withdraw(sequence))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, output: int | None = None, message: str = "") -> None:
-        """The one end of a sequence that holds nothing any more."""
+    def _finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
+        """The one end of a sequence that holds nothing any more. output: its tokens."""
         sequence.state = State.ENDED
         del self.sequences[sequence.front_end, sequence.stream]
         self.counters.finished += 1
-        tokens = sequence.committed - sequence.prompt_tokens if output is None else output
-        self.outbox.finished(sequence, reason, tokens, message)
+        self.outbox.finished(sequence, reason, output, message)
 
-    def _fail_unplaceable(self, reason: str) -> None:
-        """Fails the sequences that fit no group that is up or expected."""
+    def _reconsider(self, reason: str) -> None:
+        """The groups have changed. Ends what fits none that is up or expected; an output without a limit is shortened instead."""
+        parked, self.parked = self.parked, []
+        self._wait(parked)
         largest = self._largest_pool()
         if largest is None:
             return
         for sequence in [s for s in self.sequences.values() if s.pages_at_most > largest]:
-            group = self._group_of(sequence)
-            if group is None:
-                self._finish(sequence, FinishReason.FAILED, message=f"no group can serve the request any more: {reason}")
+            assert sequence.blocks is None, "a running sequence has a group that is large enough"
+            output = sequence.committed - sequence.prompt_tokens
+            room = largest * self.config.page_size + 1 - sequence.prompt_tokens
+            if sequence.params.max_tokens is not None or room < 1:
+                self._finish(sequence, FinishReason.FAILED, output, f"no group can serve the request any more: {reason}")
+            elif output >= room:
+                self._finish(sequence, FinishReason.LENGTH, output)
+            else:
+                sequence.max_tokens, sequence.pages_at_most = room, largest
 
     # ---- small things -------------------------------------------------------------------------------------------------
 
@@ -441,15 +459,6 @@ class SchedulerCore:
     def _pages_for(self, sequence: Sequence, length: int) -> int:
         """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
         return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
-
-    def _set_due(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """The length at which this row next fills a page or runs low (while it decodes)."""
-        assert sequence.blocks is not None
-        page_size = self.config.page_size
-        filled = (group.computed(sequence.row) // page_size + 1) * page_size + 1
-        pages = len(sequence.blocks.blocks)
-        low = pages * page_size - self.config.grant_ahead + 1 if pages < sequence.pages_at_most else filled
-        group.due[sequence.row] = min(filled, low)
 
     def _wait(self, sequences: list[Sequence]) -> None:
         """Back into the queue, at the place of their age. An aborted one stays ended."""

@@ -26,14 +26,14 @@ def check(core: SchedulerCore) -> None:
 
 def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     """Each live sequence is in exactly one place; nothing ended is in any."""
-    queued = [sequence for sequence in core.queue if sequence.state is State.WAITING]
+    queued = [sequence for sequence in [*core.queue, *core.parked] if sequence.state is State.WAITING]
     deferred = [sequence for sequence in core.pending.waiters() if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, waiting, deferred: {places} against {live}"
     authors = core.pending.authors()
     assert authors <= set(running), "only a running sequence may announce a prefix"
-    assert not deferred or authors, "a sequence waits for a prefix that nobody computes"
+    assert not core.pending.orphans(), "a sequence waits for a prefix that nobody computes"
 
 
 def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
@@ -58,8 +58,24 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     assert not np.any(group.lease[group.free_rows] != -1), f"group {group.group}: a free row has a lease"
     for sequence in group.running:
         _check_row(group, sequence, page_size)
+        _check_grant(core, group, sequence)
     if group.running and group.starved:
         assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
+
+
+def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
+    """A lease that runs low has been extended or is known to starve, and its row will be looked at in time."""
+    name = f"group {group.group}, sequence {sequence.number}"
+    page_size, row, blocks = core.config.page_size, sequence.row, sequence.blocks
+    assert blocks is not None, f"{name}: runs without blocks"
+    length, pages = int(group.length[row]), len(blocks.blocks)
+    low = pages < sequence.pages_at_most and pages * page_size - length < core.config.grant_ahead
+    assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {pages} pages"
+    assert low or group.due[row] > group.computed(row), f"{name}: due at {group.due[row]} already, with {length} tokens"
+    filled = (group.computed(row) // page_size + 1) * page_size + 1
+    assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a page is full at {filled}"
+    full = group.computed(row) // page_size if core.config.prefix_caching else 0
+    assert len(blocks.nodes) == full, f"{name}: {full} pages are full, {len(blocks.nodes)} are published"
 
 
 def _check_row(group: ResidentGroup, sequence: Sequence, page_size: int) -> None:

@@ -21,6 +21,8 @@ def output_limit(
     The KV of the last token is never written, so prompt + max_tokens - 1 slots are enough.
     Errors: RequestRefused.
     """
+    if prompt < 1:
+        raise RequestRefused("the prompt is empty: give it at least one token")
     if largest_pool == 0:
         raise RequestRefused("no group of workers is up or expected: start one")
     least = max_tokens or 1

@@ -25,7 +25,7 @@ class PendingPrefixes:
 
     def announce(self, author: Sequence, hashes: Listing[int]) -> None:
         """`author` starts and will compute these pages, in this order."""
-        new = [hash_ for hash_ in hashes if self._author.setdefault(hash_, author) is author]
+        new = [hash_ for hash_ in dict.fromkeys(hashes) if self._author.setdefault(hash_, author) is author]
         if new:
             self._announced[author] = new[::-1]
 
@@ -58,6 +58,10 @@ class PendingPrefixes:
     def waiters(self) -> list[Sequence]:
         """All that wait, for the invariants."""
         return [waiter for waiters in self._waiters.values() for waiter in waiters]
+
+    def orphans(self) -> list[Sequence]:
+        """Who waits for a page that nobody computes: none, say the invariants."""
+        return [waiter for hash_, waiters in self._waiters.items() if hash_ not in self._author for waiter in waiters]
 
     def authors(self) -> set[Sequence]:
         """All that have announced pages, for the invariants."""

@@ -10,7 +10,6 @@
 Imports NumPy, `messages`, `sequence` and `kvcache` ids.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ from scheduler.sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
 
-NOBODY = -1
-"""No front end has this number."""
+RING_PADDING = 16
+"""Keeps rows of equal length out of one set of the CPU's cache, where rings a power of two apart would all fall."""
 
 
 class ProtocolError(RuntimeError):
@@ -71,9 +70,9 @@ class ResidentGroup:
         self.length = np.zeros(rows, np.int64)
         self.pending = np.zeros(rows, np.int64)
         self.due = np.zeros(rows, np.int64)
-        self.front_end = np.zeros(rows, np.int64)
+        self.slot = np.zeros(rows, np.uint16)  # small, since NumPy sorts 16 bits by radix
         self.stream = np.zeros(rows, np.int64)
-        self.ring = np.zeros((rows, self.ring_size), np.int32)
+        self.ring = np.zeros((rows, self.ring_size + RING_PADDING), np.int32)
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: set[Sequence] = set()
         self.starved: list[Sequence] = []
@@ -82,7 +81,8 @@ class ResidentGroup:
         self.reports = 0
         self.applied = 0
         self._flat_ring = self.ring.reshape(-1)
-        self._front_ends: Counter[int] = Counter()  # how many sequences each has here
+        self._ring_starts = np.arange(rows) * self.ring.shape[1]
+        self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it
         self._issued = 0
         self._log: list[Command] = []
         self._roster: Roster | None = None
@@ -108,24 +108,21 @@ class ResidentGroup:
         self.lease[row] = lease
         self.length[row] = sequence.committed
         self.pending[row] = uncached
-        self.front_end[row] = sequence.front_end
+        self.slot[row] = self._slots.setdefault(sequence.front_end, len(self._slots))
         self.stream[row] = sequence.stream
         self.sequences[row] = sequence
-        self._front_ends[sequence.front_end] += 1
         self.running.add(sequence)
         self.backlog += uncached - 1
 
     def unseat(self, sequence: Sequence) -> None:
-        """Takes it out, its committed tokens written back. Its lease is over: what is still reported of it is discarded."""
+        """Takes it out. Its lease is over: what is still reported of it is discarded."""
         row = sequence.row
-        self.write_back(sequence, int(self.length[row]))
         self.lease[row] = -1
         self.backlog -= int(self.pending[row]) - 1
         self.sequences[row] = None
         self.running.discard(sequence)
-        self._front_ends[sequence.front_end] -= 1
-        if not self._front_ends[sequence.front_end]:
-            del self._front_ends[sequence.front_end]
+        if not self.running:
+            self._slots.clear()
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
@@ -135,12 +132,17 @@ class ResidentGroup:
         """Tokens of the row whose KV stands in its pages."""
         return int(self.length[row]) - int(self.pending[row])
 
-    def write_back(self, sequence: Sequence, end: int) -> None:
-        """Moves the tokens at positions committed..end from the ring into the sequence."""
+    def output_tokens(self, sequence: Sequence) -> int:
+        """Committed output, that in the ring included."""
+        return int(self.length[sequence.row]) - sequence.prompt_tokens
+
+    def write_back(self, sequence: Sequence, end: int | None = None) -> None:
+        """Moves the tokens at positions committed..end, None: all of them, from the ring into the sequence."""
         start = sequence.committed
+        end = int(self.length[sequence.row]) if end is None else end
         if end > start:
-            ring, first, last = self.ring[sequence.row], start & self._ring_mask, end & self._ring_mask
-            sequence.append(ring[first:last] if first < last else np.concatenate([ring[first:], ring[:last]]))
+            ring, first, last = self.ring[sequence.row], start & self._ring_mask, (end - 1 & self._ring_mask) + 1
+            sequence.append(ring[first:last] if first < last else np.concatenate([ring[first : self.ring_size], ring[:last]]))
 
     # ---- reports
 
@@ -153,23 +155,22 @@ class ResidentGroup:
     def _read_roster(self, key: bytes) -> Roster:
         leases = np.frombuffer(key, np.int64)
         rows = leases & ROW_MASK
-        alive = self.lease.take(rows) == leases
-        columns = None
-        if len(self._front_ends) > 1 or not alive.all():
-            owner = np.where(alive, self.front_end.take(rows), NOBODY)
-            parts = [np.flatnonzero(owner == front_end) for front_end in self._front_ends]
-            sizes = [len(part) for part in parts]
-            columns = np.concatenate(parts) if parts else np.empty(0, np.int64)
-            rows = rows.take(columns)
+        dead = len(self._slots)  # sorts last
+        slots = np.where(self.lease.take(rows) == leases, self.slot.take(rows), np.uint16(dead))
+        columns = slots.argsort(kind="stable")
+        ends = np.bincount(slots, minlength=dead + 1)[:dead].cumsum().tolist()
+        if len(ends) == 1 and ends[0] == len(rows):
+            columns = None
         else:
-            sizes = [len(rows)]
+            columns = columns[: ends[-1]] if ends else columns[:0]
+            rows = rows.take(columns)
         streams = self.stream.take(rows)
-        audience, first = [], 0
-        for front_end, size in zip(self._front_ends, sizes, strict=False):
-            if size:
-                audience.append(Listener(front_end, first, first + size, streams[first : first + size].tobytes()))
-            first += size
-        return Roster(key, rows, columns, rows * self.ring_size, tuple(audience))
+        audience = tuple(
+            Listener(front_end, first, end, streams[first:end].tobytes())
+            for front_end, first, end in zip(self._slots, [0, *ends], ends, strict=False)
+            if end > first
+        )
+        return Roster(key, rows, columns, self._ring_starts.take(rows), audience)
 
     def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""

@@ -31,7 +31,7 @@ class State(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Identity and settings never change; the rest follows the state.
+    """Identity and settings never change (but an open max_tokens, when pools get smaller); the rest follows the state.
 
     number: arrival order, the age by which sequences are served; a restart keeps it.
     pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
@@ -72,7 +72,7 @@ class Sequence:
         """Writes committed tokens back. Amortised O(1) a token."""
         end = self.committed + len(tokens)
         if end > len(self.buffer):
-            grown = np.empty(max(end, 2 * len(self.buffer)), np.int32)
+            grown = np.empty(2 * end, np.int32)
             grown[: self.committed] = self.tokens
             self.buffer = grown
         self.buffer[self.committed : end] = tokens

@@ -92,8 +92,9 @@ class SchedulerServer:
         """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
         group, why = GroupId(hello.group), "its leader has gone"
         try:
-            self._leaders[group] = writer
-            self.call(lambda core: core.group_up(group, hello.epoch, hello.blocks, hello.rows))
+            self.core.group_up(group, hello.epoch, hello.blocks, hello.rows)
+            self._leaders[group] = writer  # from here on: a stale epoch has been refused above
+            self._deliver()
             while (payload := await read_frame(reader)) is not None:
                 report = self._reports.decode(payload)
                 self.core.report(group, report)

@@ -42,6 +42,7 @@ class ResidentBatch:
         self.budget = budget
         self.applied = 0
         self.ended: str | None = None
+        self.vacated: list[int] = []  # rows whose lease has ended, for the executor; emptied by `Rank`
         self.lease = np.full(rows, -1, np.int64)
         self.known = np.zeros(rows, np.int64)
         self.computed = np.zeros(rows, np.int64)
@@ -98,6 +99,8 @@ class ResidentBatch:
         self.slots[row] = self.pages[row] * self.page_size
 
     def _clear(self, row: int) -> None:
+        if self.lease[row] != -1:
+            self.vacated.append(row)
         self.lease[row] = -1
         self.known[row] = self.computed[row] = self.slots[row] = self.pages[row] = 0
 

@@ -37,11 +37,13 @@ class Executor(Protocol):
         """A sequence enters the batch at the lease's row."""
         ...
 
+    def release(self, row: int) -> None:
+        """The sequence at `row` has left; a step with it may still be under way."""
+        ...
+
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
         """Launches a step; must not wait for its result on the host."""
         ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Rank:
         """Applies commands, launches one step if there is work, and commits the oldest if enough are under way."""
         for command in commands:
             self.batch.apply(command)
+            self._release()
             if isinstance(command, Start):
                 self.executor.admit(command)
         plan = self.batch.plan()
@@ -91,7 +94,13 @@ class Rank:
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()
         live = self.batch.live(step)
-        return StepResult(step, tokens, live, self.batch.collect(step, tokens.ids))
+        finished = self.batch.collect(step, tokens.ids)
+        self._release()
+        return StepResult(step, tokens, live, finished)
+
+    def _release(self) -> None:
+        while self.batch.vacated:
+            self.executor.release(self.batch.vacated.pop())
 
 
 def row_of(start: Start) -> int:

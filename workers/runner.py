@@ -36,6 +36,9 @@ class ModelRunner:
             output=tokens[start.prompt_tokens :],
         )
 
+    def release(self, row: int) -> None:
+        self._sampler.release(row)
+
     @torch.inference_mode()
     def execute(self, batch: ResidentBatch, step: Launched) -> "DeviceTokens":
         """Launches the step. Every rank of the group must call it with the same step: the model talks to its peers."""
@@ -47,9 +50,6 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, rows, step.first[samples] + step.plan.counts[samples])
         self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens
         return DeviceTokens(step, samples, sampled)
-
-    def close(self) -> None:
-        """Nothing to release: the pool and the weights go with the process."""
 
 
 class DeviceTokens:

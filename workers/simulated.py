@@ -63,6 +63,9 @@ class SimulatedExecutor:
     def admit(self, start: Start) -> None:
         self._last[row_of(start)] = int(np.frombuffer(start.tokens, np.int32)[-1])
 
+    def release(self, row: int) -> None:
+        """Nothing is kept of a row."""
+
     def execute(self, batch: ResidentBatch, step: Launched) -> Ready:
         ids = np.zeros(len(step.plan.rows), np.int64)
         for index, row in enumerate(step.plan.rows.tolist()):
@@ -82,6 +85,3 @@ class SimulatedExecutor:
             state = digest(state, token)
             self.cache[table[position // page_size], position % page_size] = state
         return state
-
-    def close(self) -> None:
-        """Nothing to release."""

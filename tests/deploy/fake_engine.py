@@ -29,7 +29,7 @@ class Stream:
 
 @dataclass
 class FakeEngine:
-    """hold_after: steps after which nothing more comes until `released`. refuse: message for prompts of this first token.
+    """hold_after: steps after which nothing more comes until `released`. refuse: first token -> message of refusal.
     lose_after: steps after which the whole engine is lost. steps_per_delta: steps that one `Deltas` covers."""
 
     reply: Reply | Sequence[int]

@@ -127,7 +127,8 @@ def test_bad_jsonl_names_the_line(line: str, message: str) -> None:
 
 def test_texts_as_messages_and_ids() -> None:
     assert as_chat("hi") == {"messages": [{"role": "user", "content": "hi"}]}
-    assert as_chat({"prompt": "hi", "cache_salt": "s"}) == {"cache_salt": "s", **as_chat("hi")}  # type: ignore[dict-item]
+    salted = as_chat({"prompt": "hi", "cache_salt": "s"})
+    assert salted == {"cache_salt": "s", "messages": [{"role": "user", "content": "hi"}]}
     assert as_token_ids("1, 2 3\n") == [1, 2, 3]
     with pytest.raises(PromptError, match="not token ids: '1 x'"):
         as_token_ids("1 x")

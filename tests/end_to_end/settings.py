@@ -3,7 +3,7 @@
 Imports the Python API and the layout of a page, so that a pool can be asked for in pages.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from kvcache.layout import PageLayout
 from workers.architectures import read_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-LARGE_POOL_TOKENS = 16_384
-SMALL_POOL_TOKENS = {16: 28 * 16, 256: 4 * 256}
+LARGE_POOL_TOKENS = 10_240
+SMALL_POOL_TOKENS = {16: 35 * 16, 256: 4 * 256}
 """By page size: room for one prompt of 300 tokens with its output, and not for two of the longer ones as they grow."""
 
 
@@ -40,22 +40,22 @@ class Setting:
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = ARCHITECTURES
 COVERING = (
-    Setting(LLAMA, 7, size=1, groups=1, page=16, caching=False, small=False),
-    Setting(LLAMA, 16, size=2, groups=1, page=16, caching=True, small=True),
-    Setting(LLAMA, 33, size=1, groups=2, page=256, caching=True, small=True),
-    Setting(LLAMA, 2048, size=2, groups=2, page=256, caching=False, small=False),
-    Setting(MISTRAL, 7, size=2, groups=1, page=256, caching=False, small=True),
-    Setting(MISTRAL, 16, size=1, groups=1, page=256, caching=True, small=False),
-    Setting(MISTRAL, 33, size=2, groups=2, page=16, caching=True, small=False),
-    Setting(MISTRAL, 2048, size=1, groups=2, page=16, caching=False, small=True),
-    Setting(QWEN2, 7, size=1, groups=2, page=16, caching=True, small=False),
-    Setting(QWEN2, 16, size=2, groups=2, page=16, caching=False, small=True),
-    Setting(QWEN2, 33, size=1, groups=1, page=256, caching=False, small=True),
-    Setting(QWEN2, 2048, size=2, groups=1, page=256, caching=True, small=False),
-    Setting(QWEN3, 7, size=2, groups=2, page=256, caching=True, small=True),
-    Setting(QWEN3, 16, size=1, groups=2, page=256, caching=False, small=False),
-    Setting(QWEN3, 33, size=2, groups=1, page=16, caching=False, small=False),
-    Setting(QWEN3, 2048, size=1, groups=1, page=16, caching=True, small=True),
+    Setting(LLAMA, 33, size=1, groups=1, page=16, caching=False, small=False),
+    Setting(LLAMA, 7, size=2, groups=1, page=16, caching=True, small=True),
+    Setting(LLAMA, 2048, size=1, groups=2, page=256, caching=True, small=True),
+    Setting(LLAMA, 16, size=2, groups=2, page=256, caching=False, small=False),
+    Setting(MISTRAL, 33, size=2, groups=1, page=256, caching=False, small=True),
+    Setting(MISTRAL, 7, size=1, groups=1, page=256, caching=True, small=False),
+    Setting(MISTRAL, 2048, size=2, groups=2, page=16, caching=True, small=False),
+    Setting(MISTRAL, 16, size=1, groups=2, page=16, caching=False, small=True),
+    Setting(QWEN2, 33, size=1, groups=2, page=16, caching=True, small=False),
+    Setting(QWEN2, 7, size=2, groups=2, page=16, caching=False, small=True),
+    Setting(QWEN2, 2048, size=1, groups=1, page=256, caching=False, small=True),
+    Setting(QWEN2, 16, size=2, groups=1, page=256, caching=True, small=False),
+    Setting(QWEN3, 33, size=2, groups=2, page=256, caching=True, small=True),
+    Setting(QWEN3, 7, size=1, groups=2, page=256, caching=False, small=False),
+    Setting(QWEN3, 2048, size=2, groups=1, page=16, caching=False, small=False),
+    Setting(QWEN3, 16, size=1, groups=1, page=16, caching=True, small=True),
 )
 
 
@@ -108,4 +108,4 @@ def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
 
 
 def greedy(max_tokens: int, **fields: Any) -> SamplingParams:
-    return replace_params(SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **fields)

@@ -86,12 +86,13 @@ def _attend(query, keys, values, out, lse, tiles, query_starts, context_lens, ta
         v = tl.load(values + at[:, None] + dims[None, :], mask=written[:, None] & inside[None, :], other=0.0)
         acc = acc * factor[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = peak
-    acc = acc / tl.where(weight > 0, weight, 1.0)[:, None]
+    some = tl.where(weight > 0, weight, 1.0)
+    acc = acc / some[:, None]
     place = (index * HEADS + head) * SPLITS + split
     tl.store(out + place[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty),
              mask=valid[:, None] & inside[None, :])  # fmt: skip
     if SPLITS > 1:  # a split without keys weighs nothing
-        tl.store(lse + place, tl.where(weight > 0, top + tl.log2(weight), float("-inf")), mask=valid)
+        tl.store(lse + place, top + tl.log2(some), mask=valid)
 
 
 @triton.jit

@@ -1,0 +1,69 @@
+"""One rank's pages: the views that attention gets, copies of part of a page, pages as bytes."""
+
+import resource
+
+import pytest
+import torch
+
+from kvcache.layout import DTYPE_BYTES, PageLayout
+from kvcache.pool import KVPool
+
+LAYOUT = PageLayout(page_size=16, layers=3, kv_heads=2, head_dim=8, dtype="float32")
+
+
+def filled(pages: int = 4, layout: PageLayout = LAYOUT) -> KVPool:
+    pool = KVPool(layout, pages, "cpu")
+    pool.data.copy_(torch.arange(pool.data.numel()).view(pool.data.shape))
+    return pool
+
+
+def test_views_are_strided_and_share_the_memory() -> None:
+    pool = filled()
+    for layer in range(LAYOUT.layers):
+        for which, view in enumerate((pool.keys(layer), pool.values(layer))):
+            assert view.shape == (4, 16, 2, 8)
+            assert view.stride() == (LAYOUT.page_bytes // 4, 16, 8, 1)
+            view[3, 5, 1] = -1
+            assert (pool.data[3, layer, which, 5, 1] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", list(DTYPE_BYTES))
+def test_a_page_is_one_run_of_bytes(dtype: str) -> None:
+    layout = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=8, dtype=dtype)
+    pool, other = filled(layout=layout), KVPool(layout, 2, "cpu")
+    content = pool.export_page(3)
+    assert content.shape == (layout.page_bytes,)
+    assert content.data_ptr() == pool.data.data_ptr() + 3 * layout.page_bytes
+    other.import_page(1, content)
+    assert torch.equal(other.data[1], pool.data[3])
+
+
+def test_copy_takes_the_first_tokens_of_every_layer_and_nothing_else() -> None:
+    for tokens in (0, 1, 7, 16):
+        pool = filled()
+        expected = pool.data.clone()
+        expected[2, :, :, :tokens] = expected[0, :, :, :tokens]
+        pool.copy(0, 2, tokens)
+        assert torch.equal(pool.data, expected)
+    with pytest.raises(ValueError, match="17 tokens of a page of 16"):
+        filled().copy(0, 1, 17)
+
+
+def test_a_foreign_page_is_refused() -> None:
+    with pytest.raises(ValueError, match="same page_size"):
+        filled().import_page(0, torch.zeros(LAYOUT.page_bytes - 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="same page_size"):
+        filled().import_page(0, torch.zeros(LAYOUT.page_bytes // 4))
+
+
+def test_no_page_is_no_pool() -> None:
+    with pytest.raises(ValueError, match=f"one page takes {LAYOUT.page_bytes:,} bytes"):
+        KVPool(LAYOUT, 0, "cpu")
+
+
+def test_memory_is_committed_only_where_it_is_written() -> None:
+    layout = PageLayout(page_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pool = KVPool(layout, layout.pages_in(4 << 30), "cpu")
+    pool.data[0].zero_()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < (1 << 20)

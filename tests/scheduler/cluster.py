@@ -1,0 +1,297 @@
+"""A cluster in a test: the production core, simulated groups, and front ends that check every token as it comes in.
+
+Commands travel down and reports travel up only when the test says so, in order, through the wire encoding. The simulated
+pages hold digests of what was written to them, so a stale page, a wrong hit or a lost write shows as a wrong token.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from kvcache.ids import GroupId
+from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.invariants import check
+from scheduler.messages import Command, Commands, Deltas, Finished, FinishReason, Report, Request
+from scheduler.sampling import SamplingParams
+from scheduler.sequence import Sequence
+from workers.batch import ResidentBatch
+from workers.rank import Rank
+from workers.reports import Reporter
+from workers.simulated import SimulatedExecutor, continuation
+
+VOCABULARY = 2
+LOST = "its workers have gone"
+
+
+@dataclass
+class Stream:
+    """One choice as its front end sees it. expected: the undisturbed output, as long as it may get without a stop."""
+
+    front_end: int
+    number: int
+    prompt: list[int]
+    params: SamplingParams
+    stop_ids: tuple[int, ...]
+    expected: list[int]
+    tokens: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+    stop_after: int | None = None
+    aborted: bool = False
+
+    def receive(self, tokens: list[int]) -> None:
+        assert self.finished is None, f"stream {self.number} got tokens after its end"
+        self.tokens += tokens
+        assert self.tokens == self.expected[: len(self.tokens)], f"stream {self.number} is not the undisturbed output"
+
+    def end(self, finished: Finished) -> None:
+        """The end must be the one that the output calls for."""
+        assert self.finished is None, f"stream {self.number} ended twice"
+        self.finished = finished
+        if finished.reason is FinishReason.LENGTH:
+            limit = self.params.max_tokens
+            assert limit is None or len(self.tokens) == limit
+        elif finished.reason is FinishReason.STOP and self.stop_after is None:
+            assert self.tokens[-1] in self.stop_ids
+            assert len(self.tokens) >= self.params.min_tokens
+        elif finished.reason is FinishReason.ABORTED:
+            assert self.aborted
+        shown = len(self.tokens) if self.stop_after is None else min(self.stop_after, len(self.tokens))
+        assert finished.tokens in (shown, len(self.tokens))
+        early = range(max(0, self.params.min_tokens - 1), len(self.tokens) - 1)
+        assert not any(self.tokens[at] in self.stop_ids for at in early), f"stream {self.number} ran past a stop id"
+
+
+class SimulatedGroup:
+    """One epoch of a group: its leader, and what is on its way to and from it."""
+
+    def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter) -> None:
+        self.group = group
+        self.epoch = epoch
+        self.rank = rank
+        self.reporter = reporter
+        self.issued = 0
+        self.down: deque[Command] = deque()
+        self.inbox: deque[Command] = deque()
+        self.up: deque[Report] = deque()
+
+    def take(self, batch: Commands) -> None:
+        """Puts newly issued commands on their way; their numbers have no gap."""
+        assert batch.first == self.issued
+        self.issued += len(batch.commands)
+        self.down += msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=Commands).commands
+
+    def deliver(self, count: int | None = None) -> None:
+        """The next commands arrive at the leader; None: all."""
+        for _ in range(len(self.down) if count is None else min(count, len(self.down))):
+            self.inbox.append(self.down.popleft())
+
+    def turn(self) -> None:
+        """One turn of the leader's loop, with the commands that have arrived. Checks that no step leaves its lease."""
+        commands = list(self.inbox)
+        self.inbox.clear()
+        result = self.rank.turn(commands)
+        batch = self.rank.batch
+        assert (batch.computed <= np.maximum(batch.slots, 0) + (batch.known >= batch.limit)).all()
+        if result is not None:
+            self.reporter.add(result, batch.applied)
+        for report in self.reporter.take(flush=self.rank.idle):
+            self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=Report))
+
+
+class Cluster:
+    """page_size and pools (pages of each group) are small, so that everything happens soon. See `Rank` and `Reporter` for
+    depth and steps."""
+
+    def __init__(
+        self,
+        pools: tuple[int, ...] = (8,),
+        *,
+        page_size: int = 4,
+        rows: int = 4,
+        budget: int = 64,
+        depth: int = 0,
+        steps: int = 1,
+        grant_ahead: int | None = None,
+        prefix_caching: bool = True,
+        wait_for_prefix: bool = True,
+        model_len: int = 256,
+    ) -> None:
+        ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
+        self.core = SchedulerCore(
+            CoreConfig(
+                page_size=page_size,
+                max_model_len=model_len,
+                grant_ahead=ahead,
+                prefix_caching=prefix_caching,
+                wait_for_prefix=wait_for_prefix,
+            )
+        )
+        self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
+        self.depth, self.steps, self.model_len = depth, steps, model_len
+        self.groups: dict[GroupId, SimulatedGroup] = {}
+        self.ghosts: list[SimulatedGroup] = []
+        self.streams: dict[tuple[int, int], Stream] = {}
+        self.epochs = [0] * len(pools)
+        for group in range(len(pools)):
+            self.bring_up(group)
+
+    # ---- groups
+
+    def bring_up(self, group: int) -> None:
+        """A new epoch of the group, with empty pages. The one before, if it still runs, is a ghost from now on."""
+        name, epoch, pages = GroupId(group), self.epochs[group], self.pools[group]
+        self.epochs[group] += 1
+        if name in self.groups:
+            self.ghosts.append(self.groups.pop(name))
+        batch = ResidentBatch(self.rows, self.page_size, self.budget, self.model_len)
+        executor = SimulatedExecutor(pages, self.page_size, self.rows, VOCABULARY)
+        rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
+        self.groups[name] = SimulatedGroup(name, epoch, rank, reporter)
+        self.core.group_up(name, epoch, pages, self.rows)
+        self.settle()
+
+    def lose(self, group: int, *, returning: bool = False) -> None:
+        if GroupId(group) in self.groups:
+            self.ghosts.append(self.groups.pop(GroupId(group)))
+        self.core.group_down(GroupId(group), LOST, returning=returning)
+        self.settle()
+
+    def haunt(self, ghost: SimulatedGroup) -> None:
+        """A stopped worker goes on: it steps, and its reports arrive, under its old epoch."""
+        ghost.deliver()
+        ghost.turn()
+        while ghost.up:
+            self.core.report(ghost.group, ghost.up.popleft())
+            self.settle()
+
+    # ---- front ends
+
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        front_end: int = 0,
+        stop_ids: tuple[int, ...] = (),
+        salt: str = "",
+        n: int = 1,
+        max_tokens: int | None = 8,
+        min_tokens: int = 0,
+    ) -> list[Stream]:
+        """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
+        params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
+        first = len(self.streams)
+        room = max_tokens or max(self.pools) * self.page_size + 1 - len(prompt)
+        expected = continuation(prompt, max(0, room), VOCABULARY)
+        request = Request(first, np.array(prompt, np.int32).tobytes(), b"", params, stop_ids, salt)
+        try:
+            self.core.submit(front_end, request)
+        finally:
+            check(self.core)
+        streams = [Stream(front_end, first + choice, prompt, params, stop_ids, expected) for choice in range(n)]
+        self.streams |= {(front_end, stream.number): stream for stream in streams}
+        self.settle()
+        return streams
+
+    def abort(self, stream: Stream) -> None:
+        stream.aborted = stream.aborted or stream.finished is None
+        self.core.abort(stream.front_end, stream.number)
+        self.settle()
+
+    def end(self, stream: Stream, keep_tokens: int) -> None:
+        if stream.finished is None:
+            stream.stop_after = keep_tokens
+        self.core.end(stream.front_end, stream.number, keep_tokens)
+        self.settle()
+
+    def front_end_down(self, front_end: int) -> None:
+        self.core.front_end_down(front_end)
+        for key in [key for key in self.streams if key[0] == front_end and self.streams[key].finished is None]:
+            del self.streams[key]
+        self.settle()
+
+    # ---- events
+
+    def deliver(self, group: int = 0, count: int | None = None) -> None:
+        self.groups[GroupId(group)].deliver(count)
+
+    def turn(self, group: int = 0) -> None:
+        self.groups[GroupId(group)].turn()
+
+    def arrive(self, group: int = 0, count: int | None = None) -> None:
+        """The next reports of the group arrive at the scheduler; None: all."""
+        reports = self.groups[GroupId(group)].up
+        for _ in range(len(reports) if count is None else min(count, len(reports))):
+            self.core.report(GroupId(group), reports.popleft())
+            self.settle()
+
+    def step(self, *groups: int, times: int = 1) -> None:
+        """Commands down, a turn, reports up, in each of the groups; none named: in all."""
+        for _ in range(times):
+            for group in groups or tuple(self.groups):
+                self.deliver(group)
+                self.turn(group)
+                self.arrive(group)
+
+    def settle(self) -> None:
+        """What follows from every event: the invariants hold, the logs travel, the front ends are told."""
+        check(self.core)
+        for name, group in self.core.groups.items():
+            if (batch := group.drain()) is not None:
+                self.groups[name].take(batch)
+        for front_end, deltas in self.core.outbox.drain():
+            self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
+
+    def _hear(self, front_end: int, deltas: Deltas) -> None:
+        numbers = np.frombuffer(deltas.streams, np.int64).tolist()
+        if numbers:
+            columns = np.frombuffer(deltas.tokens, np.int32).reshape(-1, len(numbers)).T.tolist()
+            for number, column in zip(numbers, columns, strict=True):
+                sampled = [token for token in column if token >= 0]
+                if sampled:
+                    self.streams[front_end, number].receive(sampled)
+        for finished in deltas.finished:
+            self.streams[front_end, finished.stream].end(finished)
+
+    # ---- the end
+
+    def run(self, limit: int = 2_000) -> None:
+        """Steps until every sequence has ended, which must not take more than `limit` rounds; then nothing is held."""
+        rounds = 0
+        while self.core.sequences:
+            self.step()
+            rounds += 1
+            assert rounds < limit, f"no end in sight: {list(self.core.sequences.values())}"
+        self.step(times=2 + self.depth)
+        assert all(stream.finished is not None for stream in self.streams.values())
+        assert not self.core.pending.authors()
+        for name, group in self.core.groups.items():
+            usage = self.core.table.usage(name)
+            assert usage.held == 0
+            assert usage.free + usage.cached == usage.total == self.pools[name]
+            assert not group.running
+            assert group.backlog == 0
+            assert (self.groups[name].rank.batch.lease == -1).all()
+
+    # ---- what tests ask
+
+    def sequence(self, stream: Stream) -> Sequence:
+        """The live sequence behind a stream."""
+        return self.core.sequences[stream.front_end, stream.number]
+
+    def held(self, group: int = 0) -> int:
+        return self.core.table.usage(GroupId(group)).held
+
+    def cached_tokens(self, stream: Stream) -> int:
+        assert stream.finished is not None
+        return stream.finished.cached_tokens
+
+    def reason(self, stream: Stream) -> FinishReason:
+        assert stream.finished is not None
+        return stream.finished.reason
+
+
+def pages(*values: int, page_size: int = 4) -> list[int]:
+    """A prompt of full pages, each of one repeated token: few distinct ones, hence many hits."""
+    return [value for value in values for _ in range(page_size)]

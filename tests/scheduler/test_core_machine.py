@@ -1,0 +1,255 @@
+"""Random walks over the core with simulated groups: every rule of the design after every event, every token right.
+
+Two tokens, pages of four, groups of five to eight blocks and four rows: hits, twins, preemptions, starving and losses happen
+all the time; `test_the_walks_go_where_the_bugs_are` counts them.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from scheduler.limits import RequestRefused
+from scheduler.messages import FinishReason
+from scheduler.sequence import State
+from tests.scheduler.cluster import LOST, Cluster, Stream, pages
+
+which = st.integers(0, 99)
+counts = st.integers(1, 3)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = Cluster()
+        self.front_ends = 3
+        self.events: Counter[str] = Counter()
+
+    @initialize(
+        pools=st.sampled_from([(8, 8), (8, 5), (8, 8, 8), (8, 8, 6)]),
+        budget=st.sampled_from([3, 7, 16, 64]),
+        depth=st.integers(0, 1),
+        steps=st.sampled_from([1, 1, 2, 4]),
+        wait_for_prefix=st.booleans(),
+        grant_ahead=st.sampled_from([None, None, 1]),
+    )
+    def start(
+        self,
+        pools: tuple[int, ...],
+        budget: int,
+        depth: int,
+        steps: int,
+        wait_for_prefix: bool,
+        grant_ahead: int | None,
+    ) -> None:
+        self.cluster = Cluster(
+            pools,
+            budget=budget,
+            depth=depth,
+            steps=steps,
+            wait_for_prefix=wait_for_prefix,
+            grant_ahead=grant_ahead,
+            model_len=64,
+        )
+
+    # ---- clients
+
+    @rule(
+        values=st.lists(st.integers(0, 1), max_size=4),
+        tail=st.lists(st.integers(0, 1), max_size=4),
+        front_end=st.integers(0, 2),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        max_tokens=st.sampled_from([1, 2, 5, 8, 12, None]),
+        min_tokens=st.sampled_from([0, 0, 1]),
+        stop_ids=st.sampled_from([(), (), (), (1,), (0, 1)]),
+        salt=st.sampled_from(["", "", "", "tenant"]),
+    )
+    def submit(
+        self,
+        values: list[int],
+        tail: list[int],
+        front_end: int,
+        n: int,
+        max_tokens: int | None,
+        min_tokens: int,
+        stop_ids: tuple[int, ...],
+        salt: str,
+    ) -> None:
+        prompt = pages(*values) + tail
+        core = self.cluster.core
+        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
+        fits = 0 < len(prompt) and -(-(len(prompt) + (max_tokens or 1) - 1) // 4) <= largest
+        try:
+            self.cluster.submit(
+                prompt,
+                front_end=front_end,
+                n=n,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                stop_ids=stop_ids,
+                salt=salt,
+            )
+        except RequestRefused:
+            assert not fits
+            self.events["refused"] += 1
+        else:
+            assert fits
+            self.events["submitted"] += n
+
+    def pick(self, at: int) -> Stream | None:
+        live = [stream for stream in self.cluster.streams.values() if stream.finished is None]
+        return live[at % len(live)] if live else None
+
+    def state(self, stream: Stream) -> str:
+        sequence = self.cluster.sequence(stream)
+        if sequence.state is not State.RUNNING:
+            return sequence.state.value + (" again" if sequence.preemptions else "")
+        return "decoding" if stream.tokens else "prefilling"
+
+    @rule(at=which)
+    def abort(self, at: int) -> None:
+        if (stream := self.pick(at)) is not None:
+            self.events["aborted while " + self.state(stream)] += 1
+            self.cluster.abort(stream)
+            assert stream.finished is not None
+
+    @rule(at=which, keep=st.integers(0, 5))
+    def end(self, at: int, keep: int) -> None:
+        if (stream := self.pick(at)) is not None:
+            self.cluster.end(stream, min(keep, len(stream.tokens)))
+            assert self.cluster.reason(stream) is FinishReason.STOP
+            self.events["stopped"] += 1
+
+    @rule(front_end=st.integers(0, 2), sure=st.integers(0, 4))
+    def front_end_down(self, front_end: int, sure: int) -> None:
+        if sure == 0:
+            self.cluster.front_end_down(front_end)
+            self.events["front end gone"] += 1
+
+    # ---- groups
+
+    def group(self, at: int) -> int | None:
+        up = list(self.cluster.groups)
+        return up[at % len(up)] if up else None
+
+    @rule(at=which, times=st.integers(1, 6))
+    def step(self, at: int, times: int) -> None:
+        if (group := self.group(at)) is not None:
+            self.cluster.step(group, times=times)
+
+    @rule(at=which, count=counts)
+    def deliver(self, at: int, count: int) -> None:
+        if (group := self.group(at)) is not None:
+            self.cluster.deliver(group, count)
+
+    @rule(at=which)
+    def turn(self, at: int) -> None:
+        if (group := self.group(at)) is not None:
+            self.cluster.turn(group)
+
+    @rule(at=which, count=counts)
+    def arrive(self, at: int, count: int) -> None:
+        if (group := self.group(at)) is not None:
+            self.cluster.arrive(group, count)
+
+    @rule(at=which, returning=st.booleans(), sure=st.integers(0, 3))
+    def lose(self, at: int, returning: bool, sure: int) -> None:
+        if sure == 0 and (group := self.group(at)) is not None:
+            self.events["lost sequences"] += len(self.cluster.core.groups[self.cluster.groups[group].group].running)
+            self.cluster.lose(group, returning=returning)
+            self.events["lost a group"] += 1
+
+    @rule(at=which, sure=st.integers(0, 2))
+    def bring_up(self, at: int, sure: int) -> None:
+        """Mostly one that is down; now and then a new epoch replaces one that is up."""
+        down = [group for group in range(len(self.cluster.pools)) if group not in self.cluster.groups]
+        if down:
+            self.cluster.bring_up(down[at % len(down)])
+        elif sure == 0:
+            self.cluster.bring_up(at % len(self.cluster.pools))
+            self.events["replaced a group"] += 1
+
+    @precondition(lambda self: self.cluster.ghosts)
+    @rule(at=which)
+    def haunt(self, at: int) -> None:
+        """A report of a stale epoch changes nothing."""
+        core = self.cluster.core
+        before = (core.counters.output_tokens, core.counters.finished)
+        ghost = self.cluster.ghosts[at % len(self.cluster.ghosts)]
+        self.events["stale reports"] += len(ghost.up)
+        self.cluster.haunt(ghost)
+        assert before == (core.counters.output_tokens, core.counters.finished)
+
+    # ---- the end
+
+    def teardown(self) -> None:
+        """Whatever happened: everything ends, once, and all blocks come back."""
+        for group in range(len(self.cluster.pools)):
+            if group not in self.cluster.groups:
+                self.cluster.bring_up(group)
+        self.cluster.run()
+        for stream in self.cluster.streams.values():
+            assert stream.finished is not None
+            if stream.finished.reason is FinishReason.FAILED:
+                assert LOST in stream.finished.message
+        self.events["preempted"] += self.cluster.core.counters.preemptions
+        self.events["cached tokens"] += self.cluster.core.counters.cached_tokens
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_walks_go_where_the_bugs_are(seed: int) -> None:
+    """Long walks with a fixed seed, which hypothesis' short ones cannot be relied on to be: everything happens."""
+    events = walk(seed, 400)
+    rare = {name: count for name, count in events.items() if count < 3}
+    assert not rare
+    assert events.keys() >= {
+        "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
+        "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while waiting again",
+        "aborted while prefilling", "aborted while decoding",
+    }  # fmt: skip
+
+
+def walk(seed: int, events: int) -> Counter[str]:
+    draw = random.Random(seed)
+    machine = CoreMachine()
+    machine.start(
+        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None
+    )
+    for _ in range(events):
+        machine.submit(
+            [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+            [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+            draw.randrange(3),
+            draw.choice([1, 1, 2]),
+            draw.choice([1, 5, 8, 12, None]),
+            0,
+            draw.choice([(), (), (), (1,)]),
+            draw.choice(["", "", "", "tenant"]),
+        )
+        for step in draw.choices(["step", "deliver", "turn", "arrive", "abort", "end", "rare"], [6, 2, 2, 2, 1, 0.3, 0.2], k=6):
+            at = draw.randrange(100)
+            if step == "step":
+                machine.step(at, draw.randint(1, 6))
+            elif step in ("deliver", "arrive"):
+                (machine.deliver if step == "deliver" else machine.arrive)(at, draw.randint(1, 3))
+            elif step == "turn":
+                machine.turn(at)
+            elif step == "abort":
+                machine.abort(at)
+            elif step == "end":
+                machine.end(at, draw.randint(0, 5))
+            else:
+                machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
+                machine.lose(at, draw.random() < 0.5, draw.randint(0, 1))
+                machine.bring_up(at, draw.randint(0, 1))
+                if machine.cluster.ghosts:
+                    machine.haunt(at)
+    machine.teardown()
+    return machine.events
