@@ -1,6 +1,7 @@
 """Prompts whose lengths lie around page borders, many of them with a common beginning, and what to sample for each."""
 
 import random
+from typing import Any
 
 from deploy import SamplingParams
 
@@ -35,17 +36,21 @@ PROMPTS = [prompt for prompt, _ in WORK]
 OUTPUTS = [count for _, count in WORK]
 
 STOPS = tuple(range(0, VOCAB, 9))
-SAMPLING = [
-    SamplingParams(temperature=0.0, max_tokens=24),
-    SamplingParams(temperature=0.8, seed=11, max_tokens=33),
-    SamplingParams(temperature=1.5, seed=12, top_k=7, max_tokens=17),
-    SamplingParams(temperature=2.0, seed=13, top_p=0.6, n=2, max_tokens=18),
-    SamplingParams(temperature=1.7, seed=14, min_p=0.1, max_tokens=24, logprobs=3),
-    SamplingParams(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, max_tokens=40),
-    SamplingParams(temperature=3.0, seed=15, frequency_penalty=1.0, top_k=50, max_tokens=30, stop_token_ids=STOPS),
-    SamplingParams(temperature=2.0, seed=16, logit_bias={5: 4.0, 77: -50.0}, max_tokens=17, logprobs=0),
-    SamplingParams(temperature=2.0, seed=17, stop_token_ids=STOPS, min_tokens=20, max_tokens=33),
-    SamplingParams(temperature=1.0, seed=18, top_k=20, top_p=0.9, min_p=0.02, presence_penalty=-1.0, max_tokens=20),
-    SamplingParams(temperature=4.0, n=2, seed=19, repetition_penalty=0.8, logprobs=5, max_tokens=32),
-    SamplingParams(temperature=0.0, stop_token_ids=STOPS, min_tokens=3, max_tokens=25),
+HOW: list[dict[str, Any]] = [  # one for each prompt
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 11},
+    {"temperature": 1.5, "seed": 12, "top_k": 7},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"temperature": 1.7, "seed": 13, "min_p": 0.1, "logprobs": 3},
+    {"temperature": 2.0, "seed": 14, "logit_bias": {5: 4.0, 77: -50.0}, "logprobs": 0},
+    {"temperature": 2.0, "seed": 15, "top_p": 0.6, "n": 2},
+    {"temperature": 3.0, "seed": 16, "frequency_penalty": 1.0, "top_k": 50, "stop_token_ids": STOPS},
+    {"temperature": 0.0, "stop_token_ids": STOPS, "min_tokens": 3},
+    {"temperature": 2.0, "seed": 17, "stop_token_ids": STOPS, "min_tokens": 15},
+    {"temperature": 1.0, "seed": 18, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "presence_penalty": -1.0},
+    {"temperature": 4.0, "seed": 19, "n": 2, "repetition_penalty": 0.8, "logprobs": 5},
+    {"temperature": 1.0, "seed": 20, "n": 3, "stop_token_ids": STOPS},
+    {"temperature": 1.0, "seed": 20, "logit_bias": {token: 3.0 for token in range(20)}},
+    {"temperature": 0.0, "logprobs": 20, "logit_bias": {3: -100.0}},
 ]
+SAMPLING = [SamplingParams(max_tokens=count, **how) for count, how in zip(OUTPUTS, HOW, strict=True)]
