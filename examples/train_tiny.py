@@ -261,7 +261,7 @@ def learning_rate(progress: float) -> float:
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the bfloat16 checkpoint beside `out`, then moves it in by file: no reader meets half a file."""
+    """Writes the bfloat16 checkpoint beside `out`, then moves its files in: no reader meets half a file."""
     fresh = out.with_name(f".{out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     deepcopy(model).to(torch.bfloat16).save_pretrained(fresh)

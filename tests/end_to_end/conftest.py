@@ -1,21 +1,15 @@
 """Checkpoints of every architecture, their references, and the account of near ties that pytest's summary prints."""
 
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deploy import LLM
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.end_to_end.reference import Ledger, Reference
 from tests.end_to_end.settings import ARCHITECTURES, LLAMA, QWEN2
-
-PATIENCE_S = 60.0
-"""For what must happen soon; generous, since nobody measures here."""
 
 _LEDGER = Ledger()
 
@@ -48,7 +42,7 @@ def one_thread() -> Iterator[None]:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """By architecture: Llama with its own RoPE scaling, Qwen2 with tied weights, each from another seed."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    extra: dict[str, dict[str, object]] = {LLAMA: {"rope_parameters": LLAMA3_ROPE}}
+    extra: dict[str, dict[str, Any]] = {LLAMA: {"rope_parameters": LLAMA3_ROPE}}
     return {
         name: make_checkpoint(folder / name, name, seed=seed, tied=name == QWEN2, **extra.get(name, {}))
         for seed, name in enumerate(ARCHITECTURES)
@@ -58,28 +52,3 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
     return {name: Reference(path) for name, path in checkpoints.items()}
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s: {what}"
-        time.sleep(0.005)
-
-
-def wait_idle(llm: LLM) -> None:
-    """Every block comes back: nothing held, nothing running, nothing waiting."""
-
-    def idle() -> bool:
-        stats = llm.stats()
-        return not stats.waiting and not any(group.held_blocks or group.running for group in stats.groups)
-
-    wait_until(idle, f"all blocks are given back: {llm.stats()}")
-
-
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """Every thread that was started inside has ended soon after."""
-    before = set(threading.enumerate())
-    yield
-    wait_until(lambda: set(threading.enumerate()) <= before, f"threads end: {set(threading.enumerate()) - before}")

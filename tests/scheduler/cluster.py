@@ -57,8 +57,7 @@ class Stream:
             assert len(self.tokens) >= self.params.min_tokens
         elif finished.reason is FinishReason.ABORTED:
             assert self.aborted
-        shown = len(self.tokens) if self.stop_after is None else min(self.stop_after, len(self.tokens))
-        assert finished.tokens in (shown, len(self.tokens))
+        assert finished.tokens == (len(self.tokens) if self.stop_after is None else self.stop_after)
         early = range(max(0, self.params.min_tokens - 1), len(self.tokens) - 1)
         assert not any(self.tokens[at] in self.stop_ids for at in early), f"stream {self.number} ran past a stop id"
 
@@ -201,7 +200,7 @@ class Cluster:
 
     def end(self, stream: Stream, keep_tokens: int) -> None:
         if stream.finished is None:
-            stream.stop_after = keep_tokens
+            stream.stop_after = min(keep_tokens, len(stream.tokens))
         self.core.end(stream.front_end, stream.number, keep_tokens)
         self.settle()
 

@@ -7,7 +7,6 @@ all the time; `test_the_walks_go_where_the_bugs_are` counts them.
 import random
 from collections import Counter
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -203,17 +202,17 @@ TestCore = CoreMachine.TestCase
 TestCore.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_walks_go_where_the_bugs_are(seed: int) -> None:
-    """Long walks with a fixed seed, which hypothesis' short ones cannot be relied on to be: everything happens."""
-    events = walk(seed, 400)
-    rare = {name: count for name, count in events.items() if count < 3}
-    assert not rare
+def test_the_walks_go_where_the_bugs_are() -> None:
+    """Long walks with fixed seeds, which hypothesis' short ones cannot be relied on to be: everything happens."""
+    events: Counter[str] = Counter()
+    for seed in range(4):
+        events += walk(seed, 250)
     assert events.keys() >= {
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
         "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while waiting again",
-        "aborted while prefilling", "aborted while decoding",
+        "aborted while deferred", "aborted while prefilling", "aborted while decoding",
     }  # fmt: skip
+    assert not {name: count for name, count in events.items() if count < 5}
 
 
 def walk(seed: int, events: int) -> Counter[str]:

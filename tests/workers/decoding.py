@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from workers.model import Decoder, load_model
 from workers.parallel import Solo, ThreadGroup
 from workers.step import StepInput
 
-PAGE_SIZE, PAGES_EACH = 16, 8
+PAGE_SIZE, PAGES_EACH, SEQUENCES = 16, 8, 4
 CPU = torch.device("cpu")
 
 
@@ -48,15 +49,18 @@ def make_step(chunks: Sequence[tuple[int, int, Sequence[int]]]) -> StepInput:
 class Ranks:
     """A tensor-parallel group of decoders over one checkpoint. Close it to end its threads."""
 
-    def __init__(self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, sequences: int = 4) -> None:
+    def __init__(
+        self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
         self.config = read_config(path)
+        self._device = device
         self._threads = ThreadPoolExecutor(size)
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
 
         def load(comm: Communicator) -> Decoder:
             shape = self.config.shard(comm.rank, comm.size)
-            attention = DenseAttention(shape, dtype, sequences * PAGES_EACH, PAGE_SIZE)
-            return load_model(path, self.config, comm, dtype, CPU, attention)
+            attention = DenseAttention(shape, dtype, SEQUENCES * PAGES_EACH, PAGE_SIZE, device)
+            return load_model(path, self.config, comm, dtype, device, attention)
 
         self.decoders = list(self._threads.map(load, comms))
 
@@ -67,6 +71,8 @@ class Ranks:
         self._threads.shutdown()
 
     def local_logits(self, step: StepInput) -> list[Tensor]:
+        names = ("tokens", "positions", "slots", "query_starts", "context_lens", "block_tables", "sample_at")
+        step = replace(step, **{name: getattr(step, name).to(self._device) for name in names})
         return list(self._threads.map(lambda decoder: decoder.forward(step), self.decoders))
 
     def logits(self, step: StepInput) -> Tensor:

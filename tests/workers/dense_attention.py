@@ -15,17 +15,25 @@ class DenseAttention:
 
     name = "dense"
 
-    def __init__(self, shape: RankShape, dtype: torch.dtype, pages: int = 32, page_size: int = 16) -> None:
+    def __init__(
+        self,
+        shape: RankShape,
+        dtype: torch.dtype,
+        pages: int = 32,
+        page_size: int = 16,
+        device: torch.device | None = None,
+    ) -> None:
         self._page_size = page_size
         self._group = shape.heads // shape.kv_heads
-        self.cache = torch.zeros(shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim, dtype=dtype)
+        sizes = (shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim)
+        self.cache = torch.zeros(sizes, dtype=dtype, device=device)
 
     def plan(self, step: StepInput) -> list[Tensor]:
         """The slots of each sequence's context, in order."""
         slots = []
         for table, context in zip(step.host_block_tables, step.host_context_lens.tolist(), strict=True):
             rows = torch.from_numpy(table).long()[:, None] * self._page_size + torch.arange(self._page_size)
-            slots.append(rows.flatten()[:context])
+            slots.append(rows.flatten()[:context].to(self.cache.device))
         return slots
 
     def attend(
@@ -46,7 +54,7 @@ class DenseAttention:
         q = query.to(exact).transpose(0, 1)
         k, v = (x.to(exact).repeat_interleave(self._group, 1).transpose(0, 1) for x in (keys, values))
         scores = q @ k.transpose(1, 2) * query.shape[-1] ** -0.5
-        mask = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        mask = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril(scores.shape[2] - scores.shape[1])
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
         out: Tensor = (weights @ v).transpose(0, 1).to(query.dtype)
         return out

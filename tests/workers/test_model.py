@@ -114,3 +114,16 @@ def test_narrow_dtypes(qwen3: Path, dtype: torch.dtype, size: int) -> None:
         assert logits.dtype == dtype
         expected = exact.logits(step)
         torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.15 * float(expected.std()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gpu_equals_cpu(checkpoint: Path, dtype: torch.dtype, size: int) -> None:
+    step = make_step([(0, 0, PROMPT)])
+    with Ranks(checkpoint) as exact, Ranks(checkpoint, size, dtype, torch.device("cuda", 0)) as on_gpu:
+        logits, expected = on_gpu.logits(step), exact.logits(step)
+    assert logits.dtype == dtype
+    share = 0.25 if dtype in (torch.bfloat16, torch.float16) else 1e-3
+    torch.testing.assert_close(logits.float().cpu(), expected, rtol=0, atol=share * float(expected.std()))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from workers.communicator import Communicator
 from workers.parallel import PeerLost, SharedMemoryGroup, Solo, ThreadGroup, TorchGroup, connect, sum_in_rank_order
@@ -298,3 +299,24 @@ def test_two_groups_in_one_process() -> None:
         jobs = [threads.submit(rank_of, group, rank, addresses[group]) for group in (0, 1) for rank in (0, 1)]
         assert [job.result()[1] for job in jobs] == [1.0, 1.0, 21.0, 21.0]
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nccl_alone() -> None:
+    """One GPU is a group of one, but every call of the real backend is made, also under capture in a CUDA graph."""
+    device = torch.device("cuda", 0)
+    comm = TorchGroup(0, 1, HashStore(), device, 60.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = part(0, (3, 7), dtype).to(device)
+        assert torch.equal(comm.all_gather(x), x[None])
+        assert torch.equal(comm.all_reduce(x.clone()), x)
+    graph, x = torch.cuda.CUDAGraph(), torch.zeros(4, device=device)
+    with torch.cuda.graph(graph):
+        y = comm.all_reduce(x) + 1
+    x.fill_(2.0)
+    graph.replay()
+    assert y.tolist() == [3.0] * 4
+    comm.abort("enough")
+    with pytest.raises(PeerLost, match="enough"):
+        comm.all_reduce(x)

@@ -1,0 +1,50 @@
+"""Steps launched before the last one's tokens are read (as on a GPU), and reports of several steps: the same outputs."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.outputs import RequestOutput
+from tests.end_to_end.prompts import PROMPTS, SAMPLING
+from tests.end_to_end.same import require_equal
+from tests.end_to_end.settings import QWEN3, Setting, open_setting, run
+from tests.end_to_end.turns import turns
+from workers.build import WorkerConfig
+
+PLAIN = Setting(QWEN3, budget=8192)
+TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, page=16, caching=True, small=True)
+ONE_RANK = Setting(QWEN3, budget=2048, page=16, caching=True, small=True)
+LARGE_PAGES = Setting(QWEN3, budget=2048, page=256, caching=True, small=True)
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints: dict[str, Path]) -> list[RequestOutput]:
+    with open_setting(checkpoints[QWEN3], PLAIN, "float64") as llm:
+        return run(llm, PROMPTS, SAMPLING)
+
+
+@pytest.mark.parametrize(
+    ("setting", "depth", "report_steps"),
+    [
+        (TWO_GROUPS, 1, 1),
+        (TWO_GROUPS, 0, 4),
+        (ONE_RANK, 1, 4),
+        (ONE_RANK, 1, 1),
+        (ONE_RANK, 0, 16),
+        (LARGE_PAGES, 2, 7),
+    ],
+    ids=lambda value: str(value),
+)
+def test_same_outputs(
+    setting: Setting,
+    depth: int,
+    report_steps: int,
+    checkpoints: dict[str, Path],
+    plain: list[RequestOutput],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
+    with open_setting(checkpoints[QWEN3], setting, "float64", report_steps=report_steps) as llm:
+        for turn, outputs in enumerate(turns(llm, setting, SAMPLING)):
+            for position, (output, expected) in enumerate(zip(outputs, plain, strict=True)):
+                require_equal(output, expected, f"turn {turn}, prompt {position}: {SAMPLING[position]}")
