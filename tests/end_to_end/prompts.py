@@ -50,7 +50,7 @@ HOW: list[dict[str, Any]] = [  # one for each prompt
     {"temperature": 1.0, "seed": 18, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "presence_penalty": -1.0},
     {"temperature": 4.0, "seed": 19, "n": 2, "repetition_penalty": 0.8, "logprobs": 5},
     {"temperature": 1.0, "seed": 20, "n": 3, "stop_token_ids": STOPS},
-    {"temperature": 1.0, "seed": 20, "logit_bias": {token: 3.0 for token in range(20)}},
+    {"temperature": 1.0, "seed": 20, "logit_bias": dict.fromkeys(range(20), 3.0)},
     {"temperature": 0.0, "logprobs": 20, "logit_bias": {3: -100.0}},
 ]
 SAMPLING = [SamplingParams(max_tokens=count, **how) for count, how in zip(OUTPUTS, HOW, strict=True)]

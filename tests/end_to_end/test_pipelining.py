@@ -14,7 +14,8 @@ from workers.build import WorkerConfig
 PLAIN = Setting(QWEN3, budget=8192)
 TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, page=16, caching=True, small=True)
 ONE_RANK = Setting(QWEN3, budget=2048, page=16, caching=True, small=True)
-LARGE_PAGES = Setting(QWEN3, budget=2048, page=256, caching=True, small=True)
+ROOMY = Setting(QWEN3, budget=33, page=16, caching=True)
+LARGE_PAGES = Setting(QWEN3, budget=2048, page=256, caching=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def plain(checkpoints: dict[str, Path]) -> list[RequestOutput]:
         (TWO_GROUPS, 0, 4),
         (ONE_RANK, 1, 4),
         (ONE_RANK, 1, 1),
-        (ONE_RANK, 0, 16),
+        (ROOMY, 0, 16),
         (LARGE_PAGES, 2, 7),
     ],
     ids=lambda value: str(value),

@@ -8,8 +8,8 @@ import pytest
 
 from deploy.outputs import RequestOutput
 from tests.end_to_end.prompts import PROMPTS, SAMPLING
-from tests.end_to_end.settings import ARCHITECTURES, COVERING, Setting, open_setting, run
 from tests.end_to_end.same import require_equal
+from tests.end_to_end.settings import ARCHITECTURES, COVERING, Setting, open_setting, run
 from tests.end_to_end.turns import turns
 
 Plain = Callable[[str], list[RequestOutput]]

@@ -133,6 +133,7 @@ class Cluster:
         self.ghosts: list[SimulatedGroup] = []
         self.streams: dict[tuple[int, int], Stream] = {}
         self.epochs = [0] * len(pools)
+        self._numbers = 0
         for group in range(len(pools)):
             self.bring_up(group)
 
@@ -180,7 +181,7 @@ class Cluster:
     ) -> list[Stream]:
         """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
-        first = len(self.streams)
+        first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.pools) * self.page_size + 1 - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY)
         request = Request(first, np.array(prompt, np.int32).tobytes(), b"", params, stop_ids, salt)

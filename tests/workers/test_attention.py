@@ -193,15 +193,18 @@ def test_wide_scores_stay_finite() -> None:
 @pytest.mark.parametrize("dtype", DTYPES["native"])
 def test_a_sequence_keeps_its_bits_in_any_batch_and_on_any_threads(dtype: str) -> None:
     layout = PageLayout(page_size=16, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
-    problem = make_problem(make_step([1, 1, 1, 50], [300, 17, 64, 130], 16), layout, heads=4)
+    problem = make_problem(make_step([1] * 5 + [50], [300, 170, 64, 290, 210, 130], 16), layout, heads=4)
+    backend = _native(problem.pool, 4)
+    torch.set_num_threads(3)
+    assert not backend.plan(problem.step).geometry.by_sequence
     together = run(_native, problem)
     torch.set_num_threads(1)
+    assert backend.plan(problem.step).geometry.by_sequence
     assert torch.equal(run(_native, problem), together)
     alone = make_step([1], [300], 16)
     table = problem.step.host_block_tables[:1]
     alone.host_block_tables[:, :] = table[:, : alone.host_block_tables.shape[1]]
     alone.slots[:] = problem.step.slots[:1]
-    backend = _native(problem.pool, 4)
     out = backend.attend(0, problem.query[:1], problem.key[:1], problem.value[:1], alone, backend.plan(alone))
     assert torch.equal(out, together[:1])
 

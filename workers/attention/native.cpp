@@ -20,7 +20,7 @@
 
 struct Geometry {  // mirrored by native.py, field by field
     int64_t threads, heads, kv_heads, head_dim, page_size, page_stride, max_pages;
-    int64_t tokens, sequences, decodes, decode_tasks, chunk_tasks;
+    int64_t tokens, decodes, by_sequence, decode_tasks, chunk_tasks;
     const int32_t *block_tables;   // [sequences, max_pages]
     const int32_t *context_lens;   // [sequences]
     const int32_t *query_starts;   // [sequences + 1]
@@ -31,9 +31,9 @@ struct Geometry {  // mirrored by native.py, field by field
     void *partials;                // [decode_tasks, heads, head_dim + 2]: weighted sum, its maximum score, its weight
 };
 
-constexpr int64_t RUN = 64;     // keys of a decode task and of a chunk's inner block; native.py knows it too
-constexpr int64_t WIDTH = 4;    // vectors in a chunk tile's row dimension
-constexpr int64_t MAX_DIM = 256;
+constexpr int64_t RUN = 64;       // keys of a decode task and of a chunk's inner block; native.py knows it too
+constexpr int64_t WIDTH = 4;      // vectors in a chunk tile's row dimension
+constexpr int64_t MAX_DIM = 256;  // as in native.py
 
 struct bf16 { uint16_t bits; };
 
@@ -53,7 +53,7 @@ template <class A> constexpr int64_t ROWS = WIDTH * N<A>;  // query rows of a ch
 template <class A> inline Vec<A> load(const A *p) { Vec<A> v; std::memcpy(&v, p, sizeof v); return v; }
 template <class A> inline void store(A *p, Vec<A> v) { std::memcpy(p, &v, sizeof v); }
 inline Vec<float> load(const bf16 *p) {
-#ifdef __AVX512F__  // gcc 12 makes this of two halves otherwise
+#ifdef __AVX512F__  // what gcc 12 makes of the other form is three times as long
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 #else
     typedef uint16_t half __attribute__((vector_size(32)));
@@ -138,7 +138,8 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     const int32_t *table = g.block_tables + seq * g.max_pages;
     A *p = workspace<A>(g.heads * (RUN + dim)), *q = p + g.heads * RUN;
 
-    // step(heads, first of them, key j, rows of keys j to j + 3) in the order of memory; rows past the end repeat the last
+    // step(heads, first of them, key j, rows of keys j to j + 3) in the order of memory, and four keys ahead are fetched,
+    // since hardware prefetchers stop at every 4 KiB. Past the end the last row is repeated.
     auto for_all = [&](const T *cache, auto step) {
         auto at = [&](int64_t j) {
             const int64_t key = first + std::min(j, count - 1);
@@ -164,7 +165,9 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     };
     const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
-    for_all(keys, [&](auto heads, int64_t h, int64_t j, auto rows) { dot(heads, q + h * dim, rows, dim, p + h * RUN + j); });
+    for_all(keys, [&](auto heads, int64_t h, int64_t j, auto rows) {
+        dot(heads, q + h * dim, rows, dim, p + h * RUN + j);
+    });
     for (int64_t h = 0; h < g.heads; h++) {  // weights in place of scores
         A *s = p + h * RUN, *o = out + h * (dim + 2);
         std::fill(s + count, s + RUN, -infinity);
@@ -181,7 +184,9 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
         o[dim] = top;
         o[dim + 1] = sum<A>(total);
     }
-    for_all(values, [&](auto heads, int64_t h, int64_t j, auto rows) { add(heads, p + h * RUN + j, rows, dim, out + h * (dim + 2)); });
+    for_all(values, [&](auto heads, int64_t h, int64_t j, auto rows) {
+        add(heads, p + h * RUN + j, rows, dim, out + h * (dim + 2));
+    });
 }
 
 template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, T *out) {
@@ -286,25 +291,39 @@ template <class T, class A>
 void attend(const Geometry &g, const T *query, int64_t query_stride, const T *key, int64_t key_stride, const T *value,
             int64_t value_stride, T *keys, T *values, T *out) {
     const int64_t row = g.kv_heads * g.head_dim, partial = g.heads * (g.head_dim + 2);
+    auto write = [&](int64_t t) {
+        const int64_t at = g.slots[t] / g.page_size * g.page_stride + g.slots[t] % g.page_size * row;
+        std::memcpy(keys + at, key + t * key_stride, row * sizeof(T));
+        std::memcpy(values + at, value + t * value_stride, row * sizeof(T));
+    };
+    auto decode = [&](int64_t seq, int64_t task) {
+        decode_run<T, A>(g, seq, task - g.task_starts[seq], query + seq * query_stride, keys, values,
+                         (A *)g.partials + task * partial);
+    };
+    auto merge = [&](int64_t seq) { merge_runs<T, A>(g, seq, out + seq * g.heads * g.head_dim); };
+    const int64_t shared = g.by_sequence ? g.decodes : 0;  // tokens from here on may be read by any thread
 #pragma omp parallel num_threads(g.threads) if (g.decode_tasks + g.chunk_tasks > 1)
     {
+        if (shared < g.tokens) {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < g.tokens; t++) {
-            const int64_t at = g.slots[t] / g.page_size * g.page_stride + g.slots[t] % g.page_size * row;
-            std::memcpy(keys + at, key + t * key_stride, row * sizeof(T));
-            std::memcpy(values + at, value + t * value_stride, row * sizeof(T));
+            for (int64_t t = shared; t < g.tokens; t++) write(t);
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < g.chunk_tasks * g.kv_heads; i++)
             chunk_tile<T, A>(g, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values, out);
+        if (g.by_sequence) {  // the same arithmetic, without a barrier
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t seq = 0; seq < g.decodes; seq++) {
+                write(seq);
+                for (int64_t task = g.task_starts[seq]; task < g.task_starts[seq + 1]; task++) decode(seq, task);
+                merge(seq);
+            }
+        } else if (g.decodes) {
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < g.decode_tasks; i++) {
-            const int64_t seq = g.task_sequence[i];
-            decode_run<T, A>(g, seq, i - g.task_starts[seq], query + seq * query_stride, keys, values,
-                             (A *)g.partials + i * partial);
+            for (int64_t task = 0; task < g.decode_tasks; task++) decode(g.task_sequence[task], task);
+#pragma omp for schedule(static) nowait
+            for (int64_t seq = 0; seq < g.decodes; seq++) merge(seq);
         }
-#pragma omp for schedule(static)
-        for (int64_t seq = 0; seq < g.decodes; seq++) merge_runs<T, A>(g, seq, out + seq * g.heads * g.head_dim);
     }
 }
 

@@ -1,4 +1,4 @@
-"""Attention on the CPU by compiled kernels: builds `native.cpp` at first use, keeps the library, calls it through ctypes.
+"""Attention on the CPU by compiled kernels: builds `native.cpp` at first use, keeps the library, calls it by ctypes.
 
 Imports torch, numpy, the pool and the step. Raises `NativeUnavailable` where no library can be built; never crashes.
 """
@@ -39,7 +39,8 @@ class Geometry(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("threads", "heads", "kv_heads", "head_dim", "page_size", "page_stride")),
-        *((name, ctypes.c_int64) for name in ("max_pages", "tokens", "sequences", "decodes", "decode_tasks", "chunk_tasks")),
+        *((name, ctypes.c_int64) for name in ("max_pages", "tokens", "decodes", "by_sequence", "decode_tasks")),
+        ("chunk_tasks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "query_starts", "task_starts")),
         *((name, ctypes.c_void_p) for name in ("task_sequence", "tiles", "slots", "partials")),
     ]
@@ -81,7 +82,7 @@ class NativeAttention:
         self._values = [pool.values(layer).data_ptr() for layer in range(layout.layers)]
 
     def plan(self, step: StepInput) -> NativePlan:
-        layout, decodes = self._pool.layout, step.decodes
+        layout, decodes, threads = self._pool.layout, step.decodes, torch.get_num_threads()
         tables = np.ascontiguousarray(step.host_block_tables, np.int32)
         contexts = np.ascontiguousarray(step.host_context_lens, np.int32)
         queries = step.host_query_lens
@@ -95,7 +96,7 @@ class NativeAttention:
         partials = torch.empty(len(task_sequence) * partial, dtype=accumulator)
         slots = step.slots.contiguous()
         geometry = Geometry(
-            threads=torch.get_num_threads(),
+            threads=threads,
             heads=self._heads,
             kv_heads=layout.kv_heads,
             head_dim=layout.head_dim,
@@ -103,8 +104,8 @@ class NativeAttention:
             page_stride=self._pool.data.stride(0),
             max_pages=tables.shape[1],
             tokens=len(slots),
-            sequences=len(queries),
             decodes=decodes,
+            by_sequence=bool(decodes) and int(runs.max()) * 2 * threads <= len(task_sequence),  # none is a long tail
             decode_tasks=len(task_sequence),
             chunk_tasks=len(tiles),
             block_tables=tables.ctypes.data,
