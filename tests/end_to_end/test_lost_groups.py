@@ -1,4 +1,4 @@
-"""A group whose executor fails in mid-generation: its requests go on elsewhere with the same tokens, or fail with the reason."""
+"""A group whose executor fails in mid-generation: its requests go on elsewhere with the same tokens, or fail saying why."""
 
 import threading
 from collections.abc import Callable
@@ -55,7 +55,7 @@ def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
         return tokens(run(llm, PROMPTS, PARAMS))
 
 
-@pytest.mark.parametrize("steps", [0, 3, 45, 70], ids=lambda steps: f"after{steps}steps")
+@pytest.mark.parametrize("steps", [0, 3, 25, 40], ids=lambda steps: f"after{steps}steps")
 @pytest.mark.parametrize("broken", ["manta-group1-rank0", "manta-group0-rank1"])
 def test_the_surviving_group_goes_on_with_the_same_tokens(
     broken: str, steps: int, checkpoints: dict[str, Path], expected: list[list[list[int]]], break_rank: Break
@@ -87,7 +87,7 @@ def test_with_no_group_left_requests_fail_with_the_reason(checkpoints: dict[str,
 def test_tokens_before_the_failure_are_kept(
     checkpoints: dict[str, Path], expected: list[list[list[int]]], break_rank: Break
 ) -> None:
-    break_rank("manta-group0", 60)
+    break_rank("manta-group0", 40)
     with open_groups(checkpoints[QWEN3], 1, 1) as llm, pytest.raises(GenerationError) as failure:
         run(llm, PROMPTS, PARAMS)
     kept = [output.outputs[0].token_ids for output in failure.value.outputs]

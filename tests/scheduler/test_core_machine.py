@@ -115,6 +115,14 @@ class CoreMachine(RuleBasedStateMachine):
             self.cluster.abort(stream)
             assert stream.finished is not None
 
+    @rule()
+    def abort_preempted(self) -> None:
+        for stream in list(self.cluster.streams.values()):
+            if stream.finished is None and self.state(stream) == "waiting again":
+                self.cluster.abort(stream)
+                self.events["aborted while preempted"] += 1
+                return
+
     @rule(at=which, keep=st.integers(0, 5))
     def end(self, at: int, keep: int) -> None:
         if (stream := self.pick(at)) is not None:
@@ -209,7 +217,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         events += walk(seed, 250)
     assert events.keys() >= {
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
-        "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while waiting again",
+        "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while preempted",
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
     }  # fmt: skip
     assert not {name: count for name, count in events.items() if count < 5}
@@ -227,13 +235,15 @@ def walk(seed: int, events: int) -> Counter[str]:
             [draw.randrange(2) for _ in range(draw.randint(0, 4))],
             draw.randrange(3),
             draw.choice([1, 1, 2]),
-            draw.choice([1, 5, 8, 12, None]),
+            draw.choice([1, 8, 12, 20, None]),
             0,
             draw.choice([(), (), (), (1,)]),
             draw.choice(["", "", "", "tenant"]),
         )
         for step in draw.choices(["step", "deliver", "turn", "arrive", "abort", "end", "rare"], [6, 2, 2, 2, 1, 0.3, 0.2], k=6):
             at = draw.randrange(100)
+            if draw.random() < 0.1:
+                machine.abort_preempted()
             if step == "step":
                 machine.step(at, draw.randint(1, 6))
             elif step in ("deliver", "arrive"):

@@ -16,7 +16,7 @@ def test_a_stale_hash_entry_is_not_hit_after_its_block_was_reused() -> None:
     cluster = Cluster((4,))
     cluster.submit([*pages(0, 1), 0], max_tokens=2)
     cluster.run()
-    other = cluster.submit([*pages(1, 1), 1], max_tokens=4)[0]  # takes all blocks, those of the first prompt too
+    other = cluster.submit([*pages(1, 1), 1], max_tokens=8)[0]  # takes all blocks, those of the first prompt too
     cluster.run()
     again = cluster.submit([*pages(0, 1), 0], max_tokens=2)[0]
     cluster.run()
@@ -134,20 +134,17 @@ def test_whoever_waits_for_an_author_goes_on_when_it_leaves(how: str) -> None:
 
 
 def test_whoever_waits_for_an_author_goes_on_when_it_is_preempted() -> None:
-    cluster = Cluster((6,), budget=8)
-    old = cluster.submit([0], max_tokens=24)[0]
+    cluster = Cluster((7,), budget=2)
+    cluster.submit([0], max_tokens=28)
     cluster.step(times=6)
     author = cluster.submit([*pages(1, 1), 1], max_tokens=3)[0]
     waiter = cluster.submit([*pages(1, 1), 0], max_tokens=3)[0]
-    assert cluster.sequence(waiter).state is State.DEFERRED
     while not cluster.sequence(author).preemptions:
-        cluster.groups[GroupId(0)].deliver()
-        cluster.turn()
-        cluster.arrive()
-        if cluster.sequence(waiter).state is not State.DEFERRED:
-            break
+        assert cluster.sequence(waiter).state is State.DEFERRED
+        cluster.step()
+    assert cluster.core.table.usage(GroupId(0)).cached == 1, "it had not got to the page that was waited for"
+    assert cluster.sequence(waiter).state is State.WAITING
     cluster.run()
-    assert old.finished is not None
 
 
 def test_a_waiter_that_was_aborted_stays_ended_when_the_page_comes() -> None:

@@ -67,8 +67,8 @@ class Paged:
         return self._attend(q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, causal)
 
     def varlen_4(
-        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, max_seqlen_q: int, seqused_k: Tensor, page_table: Tensor,
-        causal: bool = False,
+        self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, max_seqlen_q: int, seqused_k: Tensor,
+        page_table: Tensor, causal: bool = False,
     ) -> tuple[Tensor, None]:  # fmt: skip
         return self._attend(q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, page_table, causal), None
 
