@@ -1,8 +1,8 @@
-"""What the scheduler costs: one decode step's bookkeeping, and taking in one prompt. Neither sockets nor workers take part.
+"""What the scheduler costs: one decode step's bookkeeping, and taking in one prompt. No sockets, no workers.
 
-A step is the whole central path of one report: tokens committed, filled pages published, grants issued, ends committed, the
-commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups, reserving and
-the start command. The garbage collector runs as it does in the scheduler actor.
+A step is the whole central path of one report: tokens committed, filled pages published, grants issued, ends committed,
+the commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups,
+reserving and the start command. The garbage collector runs as it does in the scheduler actor.
 
     python benchmarks/scheduler.py --json
 
@@ -39,10 +39,10 @@ FEWEST_STEPS = 256
 
 
 class DecodingGroup:
-    """One group that keeps `size` sequences decoding: whoever ends is replaced, by a prompt of one token, off the clock.
+    """One group that keeps `size` sequences decoding: whoever ends is replaced off the clock, by a prompt of one token.
 
-    Lengths are staggered: prompts of up to two pages, outputs of 128 to 1,024 tokens, a part of which the first sequences
-    have behind them. The pool is about as large as what runs, so that published pages are also evicted.
+    Lengths are staggered: prompts of up to two pages, outputs of 128 to 1,024 tokens, a part of which the first
+    sequences have behind them. The pool is about as large as what runs, so that published pages are also evicted.
     """
 
     def __init__(self, size: int, page_size: int, seed: int) -> None:
@@ -189,7 +189,7 @@ def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the scheduler's bookkeeping: a decode step, and a submit.")
-    parser.add_argument("--steps", type=int, default=512, help="steps, and submits, in a round; at least 256 (default: 512)")
+    parser.add_argument("--steps", type=int, default=512, help="steps, and submits, in a round, 256 at least (512)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median mean counts (default: 5)")
     parser.add_argument("--page-size", type=int, default=256, help="tokens in a page (default: 256)")
     parser.add_argument("--small-page-size", type=int, default=16, help="tokens in a page of the variant (default: 16)")

@@ -74,7 +74,7 @@ class EngineConfig:
             raise ValueError(f"block_size={self.block_size} is not a power of two from {MIN_BLOCK_SIZE} up: try 256")
         if self.report_steps > self.block_size:
             raise ValueError(
-                f"report_steps={self.report_steps} is above block_size={self.block_size}: lower it, or take larger blocks"
+                f"report_steps={self.report_steps} is above block_size={self.block_size}: lower it or raise block_size"
             )
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ValueError(f"gpu_memory_fraction={self.gpu_memory_fraction} is outside (0, 1]: try 0.9")

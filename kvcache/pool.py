@@ -19,8 +19,9 @@ TORCH_DTYPES = {
 class KVPool:
     """`pages` pages of `layout` on one device, page-first (drawn in `layout`).
 
-    The memory is allocated, never touched: on a CPU the system commits it as pages are first written, and what an unwritten
-    slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero.
+    On a CPU the memory is allocated, never touched: the system commits it as pages are first written, and what an unwritten
+    slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero. On a GPU the pool
+    starts as zeros, because flash-attn 3 multiplies the unwritten slots of a page by a zero probability.
 
     Raises ValueError for fewer than one page, torch's out-of-memory error where the device cannot hold them.
     """
@@ -34,7 +35,8 @@ class KVPool:
         self.layout = layout
         self.pages = pages
         self.dtype = TORCH_DTYPES[layout.dtype]
-        self.data = torch.empty((pages, *layout.shape), dtype=self.dtype, device=device)
+        allocate = torch.zeros if torch.device(device).type == "cuda" else torch.empty
+        self.data = allocate((pages, *layout.shape), dtype=self.dtype, device=device)
         """[page, layer, k|v, slot, kv_head, head_dim], contiguous"""
         self.device = self.data.device
 

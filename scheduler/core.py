@@ -17,7 +17,7 @@ import numpy as np
 from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId
 from kvcache.index import Match
-from kvcache.table import BlockTable
+from kvcache.table import BlockTable, SequenceBlocks
 from scheduler import policy
 from scheduler.limits import output_limit, pages_for
 from scheduler.messages import (
@@ -150,7 +150,7 @@ class SchedulerCore:
         if len(hashes) != len(prompt) // page_size:
             hashes = hash_pages(prompt, page_size, request.salt)
         if any((front_end, request.stream + choice) in self.sequences for choice in range(request.params.n)):
-            raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended yet")
+            raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
@@ -196,7 +196,8 @@ class SchedulerCore:
         if report.number != group.reports:
             raise ProtocolError(f"group {group_id} sent report {report.number}, expected {group.reports}: fence it")
         if not 1 <= report.steps <= self.config.page_size:  # the ring holds a page and one report
-            raise ProtocolError(f"group {group_id} reported {report.steps} steps at once, not 1 to {self.config.page_size}")
+            at_most = self.config.page_size
+            raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
         group.reports += 1
         group.applied = report.applied
         due = self._commit(group, report)
@@ -205,15 +206,17 @@ class SchedulerCore:
                 self.outbox.logprobs(sequence, payload)
         if not (due or report.finished):
             return  # nothing that could let anyone publish, grow or start
-        advanced = [sequence for row in due if (sequence := group.sequences[row]) is not None]
-        for sequence in advanced:
-            self._publish(group, sequence)
+        needy = [
+            sequence
+            for row in due
+            if (sequence := group.sequences[row]) is not None and self._advance(group, sequence, row)
+        ]
         for lease, reason in report.finished:
             if (sequence := self._holder(group, lease)) is not None:
                 output = group.output_tokens(sequence)
                 self._leave(group, sequence)
                 self._finish(sequence, FinishReason(reason), output)
-        self._extend(group, advanced)
+        self._extend(group, needy)
         self._admit()
 
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
@@ -237,8 +240,10 @@ class SchedulerCore:
 
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, until one finds no room. Route = allocate: one transaction on one table."""
-        largest = max((group.blocks for group in self.groups.values()), default=0)
-        while self.queue and self.groups:
+        if not (self.queue and self.groups):
+            return
+        largest = max(group.blocks for group in self.groups.values())
+        while self.queue:
             sequence = self.queue[0]
             if sequence.state is not State.WAITING:
                 heapq.heappop(self.queue)
@@ -314,7 +319,7 @@ class SchedulerCore:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_tokens)
             self.counters.cached_tokens += sequence.cached_tokens
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
-        self._runs_low(group, sequence)
+        self._advance(group, sequence, row)
         if self.config.prefix_caching and self.config.wait_for_prefix:
             page_size = self.config.page_size
             full = (sequence.committed - 1) // page_size
@@ -330,15 +335,30 @@ class SchedulerCore:
 
     # ---- pages: publish, grant, preempt -------------------------------------------------------------------------------
 
-    def _publish(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """Publishes the pages that the committed computation has filled; a twin published first is adopted instead."""
-        page_size = self.config.page_size
-        pages = group.computed(sequence.row) // page_size
-        blocks = sequence.blocks
+    def _advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
+        """Looks after a row that is due: publishes what it has filled, and says when it is due next.
+
+        That is the length at which it fills a page or runs low, while it decodes. Returns whether it runs low already.
+        """
+        blocks, page_size = sequence.blocks, self.config.page_size
         assert blocks is not None
+        length = int(group.length[row])
+        full = (length - int(group.pending[row])) // page_size
+        if full > len(blocks.nodes):
+            self._publish(group, sequence, blocks, full)
+        filled = (full + 1) * page_size + 1
+        pages = len(blocks.blocks)
+        low = pages * page_size - self.config.grant_ahead + 1
+        if pages == sequence.pages_at_most or filled < low:
+            group.due[row] = filled
+        else:
+            group.due[row] = low
+        return length >= low and pages < sequence.pages_at_most
+
+    def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
+        """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
+        page_size = self.config.page_size
         assert sequence.lease is not None
-        if pages == len(blocks.nodes):
-            return
         group.write_back(sequence, pages * page_size)
         if not self.config.prefix_caching:
             return
@@ -350,28 +370,14 @@ class SchedulerCore:
                 group.issue(Remap(sequence.lease, index, adopted))
             self._wait(self.pending.published(sequence, sequence.hashes[index]))
 
-    def _extend(self, group: ResidentGroup, advanced: list[Sequence]) -> None:
-        """Grants pages to the leases that run low and to the starved, the oldest first: it never takes from one just served."""
-        needy = set(group.starved)
-        group.starved.clear()
-        for sequence in advanced:
-            if sequence.state is State.RUNNING and self._runs_low(group, sequence):
-                needy.add(sequence)
+    def _extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
+        """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
+        if group.starved:
+            needy = list({*group.starved, *needy})
+            group.starved.clear()
         for sequence in sorted(needy):
-            if sequence.state is State.RUNNING:
+            if sequence.state is State.RUNNING:  # neither ended in this report nor the victim of an older one
                 self._grant(group, sequence)
-
-    def _runs_low(self, group: ResidentGroup, sequence: Sequence) -> bool:
-        """Whether the lease wants a grant now. Sets the length at which its row next does, or fills a page, while it decodes."""
-        assert sequence.blocks is not None
-        row, page_size, pages = sequence.row, self.config.page_size, len(sequence.blocks.blocks)
-        filled = (group.computed(row) // page_size + 1) * page_size + 1
-        low = pages * page_size - self.config.grant_ahead + 1
-        if pages == sequence.pages_at_most or filled < low:
-            group.due[row] = filled
-        else:
-            group.due[row] = low
-        return pages < sequence.pages_at_most and int(group.length[row]) >= low
 
     def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
         """Extends a lease; without a free page a younger sequence gives its pages up, in this same call."""
@@ -385,7 +391,7 @@ class SchedulerCore:
                 return
             self._preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))
-        self._runs_low(group, sequence)
+        self._advance(group, sequence, sequence.row)
 
     def _preempt(self, group: ResidentGroup, victim: Sequence) -> None:
         assert victim.lease is not None
@@ -431,7 +437,7 @@ class SchedulerCore:
         self.outbox.finished(sequence, reason, output, message)
 
     def _reconsider(self, reason: str) -> None:
-        """The groups have changed. Ends what fits none that is up or expected; an output without a limit is shortened instead."""
+        """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
         parked, self.parked = self.parked, []
         self._wait(parked)
         largest = self._largest_pool()
@@ -442,7 +448,8 @@ class SchedulerCore:
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.page_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or room < 1:
-                self._finish(sequence, FinishReason.FAILED, output, f"no group can serve the request any more: {reason}")
+                message = f"no group can serve the request any more: {reason}"
+                self._finish(sequence, FinishReason.FAILED, output, message)
             elif output >= room:
                 self._finish(sequence, FinishReason.LENGTH, output)
             else:

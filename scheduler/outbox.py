@@ -17,14 +17,14 @@ class Outbox:
     """One `Deltas` for each front end and event; the ends of streams come after their tokens."""
 
     def __init__(self) -> None:
-        self._tokens: dict[int, list[tuple[bytes, bytes]]] = {}
+        self._tokens: list[tuple[int, bytes, bytes]] = []
         self._finished: dict[int, list[Finished]] = {}
         self._logprobs: dict[int, list[tuple[int, bytes]]] = {}
 
     def tokens(self, audience: Listing[Listener], tokens: npt.NDArray[np.int32]) -> None:
         """tokens: [steps, n] as committed; audience as in `Roster`."""
         for front_end, first, end, streams in audience:
-            self._tokens.setdefault(front_end, []).append((streams, tokens[:, first:end].tobytes()))
+            self._tokens.append((front_end, streams, tokens[:, first:end].tobytes()))
 
     def logprobs(self, sequence: Sequence, payload: bytes) -> None:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
@@ -35,19 +35,23 @@ class Outbox:
 
     def forget(self, front_end: int) -> None:
         """The front end has gone; nobody is left to tell."""
-        for queue in (self._tokens, self._finished, self._logprobs):
-            queue.pop(front_end, None)
+        self._tokens = [part for part in self._tokens if part[0] != front_end]
+        self._finished.pop(front_end, None)
+        self._logprobs.pop(front_end, None)
 
     def drain(self) -> list[tuple[int, Deltas]]:
-        """(front end, what it must be told), in commit order for each."""
-        if not (self._tokens or self._finished):
-            return []
-        deltas: list[tuple[int, Deltas]] = []
-        for front_end in self._tokens.keys() | self._finished.keys():
-            *earlier, (streams, tokens) = self._tokens.get(front_end) or [(b"", b"")]
-            deltas.extend((front_end, Deltas(*part)) for part in earlier)
-            ends = tuple(self._finished.get(front_end, ()))
-            deltas.append((front_end, Deltas(streams, tokens, ends, tuple(self._logprobs.get(front_end, ())))))
+        """(front end, what it must be told), in commit order for each; ends and logprobs come with its last tokens."""
+        if not (self._finished or self._logprobs):
+            deltas = [(front_end, Deltas(streams, tokens)) for front_end, streams, tokens in self._tokens]
+            self._tokens.clear()
+            return deltas
+        last = {part[0]: part for part in self._tokens}
+        parts = [part for part in self._tokens if part is not last[part[0]]]
+        deltas = [(front_end, Deltas(streams, tokens)) for front_end, streams, tokens in parts]
+        for front_end in last.keys() | self._finished.keys():
+            _, streams, tokens = last.get(front_end, (front_end, b"", b""))
+            ends, logprobs = self._finished.get(front_end, ()), self._logprobs.get(front_end, ())
+            deltas.append((front_end, Deltas(streams, tokens, tuple(ends), tuple(logprobs))))
         self._tokens.clear()
         self._finished.clear()
         self._logprobs.clear()

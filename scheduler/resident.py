@@ -43,7 +43,7 @@ class Listener(NamedTuple):
 class Roster:
     """Who takes part in a report, and which front end wants to know. Kept while reports name the same leases.
 
-    rows: [n] of the leases still alive, grouped by front end. columns: theirs in the report's arrays; None: all, in order.
+    rows: [n] of the leases still alive, grouped by front end. columns: theirs in the report; None: all, in order.
     ring_base: [n] where each row's ring begins in the flat one. audience: who wants which part of `rows`.
     """
 
@@ -142,7 +142,10 @@ class ResidentGroup:
         end = int(self.length[sequence.row]) if end is None else end
         if end > start:
             ring, first, last = self.ring[sequence.row], start & self._ring_mask, (end - 1 & self._ring_mask) + 1
-            sequence.append(ring[first:last] if first < last else np.concatenate([ring[first : self.ring_size], ring[:last]]))
+            if first >= last:  # it wraps around
+                sequence.append(ring[first : self.ring_size])
+                first = 0
+            sequence.append(ring[first:last])
 
     # ---- reports
 
@@ -157,12 +160,11 @@ class ResidentGroup:
         rows = leases & ROW_MASK
         dead = len(self._slots)  # sorts last
         slots = np.where(self.lease.take(rows) == leases, self.slot.take(rows), np.uint16(dead))
-        columns = slots.argsort(kind="stable")
-        ends = np.bincount(slots, minlength=dead + 1)[:dead].cumsum().tolist()
-        if len(ends) == 1 and ends[0] == len(rows):
-            columns = None
-        else:
-            columns = columns[: ends[-1]] if ends else columns[:0]
+        order = slots.argsort(kind="stable")
+        ends = slots.take(order).searchsorted(np.arange(1, dead + 1, dtype=np.uint16)).tolist()
+        columns = None
+        if ends != [len(rows)]:  # several front ends, or a lease that has ended
+            columns = order[: ends[-1] if ends else 0]
             rows = rows.take(columns)
         streams = self.stream.take(rows)
         audience = tuple(
@@ -176,11 +178,14 @@ class ResidentGroup:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
         length = self.length.take(roster.rows)
         for sampled in tokens:
-            self._flat_ring[roster.ring_base + (length & self._ring_mask)] = sampled
+            at = length & self._ring_mask
+            at += roster.ring_base
+            self._flat_ring[at] = sampled
             length += 1
         self.length[roster.rows] = length
-        due: list[int] = roster.rows[length >= self.due.take(roster.rows)].tolist()
-        return due
+        due = (length >= self.due.take(roster.rows)).nonzero()[0]
+        rows: list[int] = roster.rows.take(due).tolist()
+        return rows
 
     def commit_mixed(self, roster: Roster, tokens: npt.NDArray[np.int32], computed: npt.NDArray[np.int32]) -> list[int]:
         """The general case: prefill chunks, leases that ended early. computed: [n]. Returns the rows that are due."""

@@ -67,6 +67,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
-    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+    try:
+        finite = math.isfinite(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} is not a number: give one from {low} to {high}") from None
+    if not finite or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["
         raise ValueError(f"{name}={value} is outside {bracket}{low}, {high}]: choose a value inside")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
+from tests.end_to_end.faults import BreakRanks, breaker
 from tests.end_to_end.reference import Ledger, Reference
 from tests.end_to_end.settings import ARCHITECTURES, LLAMA, QWEN2
 
@@ -52,3 +53,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
     return {name: Reference(path) for name, path in checkpoints.items()}
+
+
+@pytest.fixture
+def break_ranks(monkeypatch: pytest.MonkeyPatch) -> BreakRanks:
+    return breaker(monkeypatch)

@@ -27,7 +27,7 @@ class Ledger:
 
     def require_rare(self) -> None:
         allowed = max(1, int(MOST_EXEMPT * self.compared))
-        assert len(self.exempt) <= allowed, f"{len(self.exempt)} of {self.compared} sequences were near ties: {self.exempt}"
+        assert len(self.exempt) <= allowed, f"{len(self.exempt)} of {self.compared} were near ties: {self.exempt}"
 
 
 class Reference:

@@ -183,7 +183,8 @@ def test_what_was_generated_is_cached_too(llm: LLM) -> None:
     follow_up = [*prompt, *output, 1, 2, 3]
     again = run(llm, [follow_up], greedy(10))[0]
     assert again.num_cached_tokens == 64, "64 of the 65 tokens so far have KV"
-    salted = llm.generate({"prompt_token_ids": follow_up, "cache_salt": "another tenant"}, greedy(10), progress=False)[0]
+    elsewhere = {"prompt_token_ids": follow_up, "cache_salt": "another tenant"}
+    salted = llm.generate(elsewhere, greedy(10), progress=False)[0]
     assert salted.num_cached_tokens == 0
     assert salted.outputs[0].token_ids == again.outputs[0].token_ids
 
@@ -194,7 +195,8 @@ def test_one_new_prefix_in_one_batch_is_computed_once(llm: LLM) -> None:
     together = run(llm, prompts, greedy(12))
     assert [output.num_cached_tokens for output in together] == [0, *[64] * 5]
     for prompt, output in zip(prompts, together, strict=True):
-        alone = llm.generate({"prompt_token_ids": prompt, "cache_salt": f"{prompt[-1]} alone"}, greedy(12), progress=False)[0]
+        salted = {"prompt_token_ids": prompt, "cache_salt": f"{prompt[-1]} alone"}
+        alone = llm.generate(salted, greedy(12), progress=False)[0]
         assert (alone.num_cached_tokens, alone.outputs[0].token_ids) == (0, output.outputs[0].token_ids)
 
 

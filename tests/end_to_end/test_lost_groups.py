@@ -1,7 +1,5 @@
-"""A group whose executor fails in mid-generation: its requests go on elsewhere with the same tokens, or fail saying why."""
+"""A group whose executor fails in mid-generation: its requests go on elsewhere with the same tokens, or say why not."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,40 +7,15 @@ import pytest
 from cluster.engine import EngineError
 from deploy import LLM, SamplingParams
 from deploy.outputs import GenerationError
+from tests.end_to_end.faults import BreakRanks
 from tests.end_to_end.prompts import PROMPTS, draw
 from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
-from workers.batch import Launched, ResidentBatch
-from workers.rank import Pending
-from workers.runner import ModelRunner
 
 PARAMS = [
     SamplingParams(max_tokens=40, seed=position, temperature=1.0 if position % 2 else 0.0, presence_penalty=0.5)
     for position in range(len(PROMPTS))
 ]
-Break = Callable[[str, int], None]
-
-
-class Injected(RuntimeError):
-    """The fault of these tests."""
-
-
-@pytest.fixture
-def break_rank(monkeypatch: pytest.MonkeyPatch) -> Break:
-    """Call it with (prefix of the ranks' thread names, steps): each of those ranks fails after so many steps."""
-    execute = ModelRunner.execute
-    after: dict[str, int] = {}
-    steps: dict[str, int] = {}
-
-    def failing(self: ModelRunner, batch: ResidentBatch, step: Launched) -> Pending:
-        name = threading.current_thread().name
-        steps[name] = steps.get(name, 0) + 1
-        if any(name.startswith(prefix) and steps[name] > limit for prefix, limit in after.items()):
-            raise Injected(f"{name} has burnt down")
-        return execute(self, batch, step)
-
-    monkeypatch.setattr(ModelRunner, "execute", failing)
-    return after.__setitem__
 
 
 def open_groups(path: Path, groups: int, size: int) -> LLM:
@@ -58,9 +31,9 @@ def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
 @pytest.mark.parametrize("steps", [0, 3, 25, 40], ids=lambda steps: f"after{steps}steps")
 @pytest.mark.parametrize("broken", ["manta-group1-rank0", "manta-group0-rank1"])
 def test_the_surviving_group_goes_on_with_the_same_tokens(
-    broken: str, steps: int, checkpoints: dict[str, Path], expected: list[list[list[int]]], break_rank: Break
+    broken: str, steps: int, checkpoints: dict[str, Path], expected: list[list[list[int]]], break_ranks: BreakRanks
 ) -> None:
-    break_rank(broken, steps)
+    break_ranks(broken, steps)
     with nothing_left_behind(), open_groups(checkpoints[QWEN3], 2, 2) as llm:
         assert tokens(run(llm, PROMPTS, PARAMS)) == expected
         stats = llm.stats()
@@ -70,9 +43,9 @@ def test_the_surviving_group_goes_on_with_the_same_tokens(
         wait_idle(llm)
 
 
-def test_with_no_group_left_requests_fail_with_the_reason(checkpoints: dict[str, Path], break_rank: Break) -> None:
-    break_rank("manta-group0", 30)
-    break_rank("manta-group1", 40)
+def test_with_no_group_left_requests_fail_saying_why(checkpoints: dict[str, Path], break_ranks: BreakRanks) -> None:
+    break_ranks("manta-group0", 30)
+    break_ranks("manta-group1", 40)
     with nothing_left_behind(), open_groups(checkpoints[QWEN3], 2, 1) as llm:
         with pytest.raises(GenerationError, match=r"rank 0: manta-group\d-rank0 has burnt down") as failure:
             run(llm, PROMPTS, PARAMS)
@@ -85,9 +58,9 @@ def test_with_no_group_left_requests_fail_with_the_reason(checkpoints: dict[str,
 
 
 def test_tokens_before_the_failure_are_kept(
-    checkpoints: dict[str, Path], expected: list[list[list[int]]], break_rank: Break
+    checkpoints: dict[str, Path], expected: list[list[list[int]]], break_ranks: BreakRanks
 ) -> None:
-    break_rank("manta-group0", 40)
+    break_ranks("manta-group0", 40)
     with open_groups(checkpoints[QWEN3], 1, 1) as llm, pytest.raises(GenerationError) as failure:
         run(llm, PROMPTS, PARAMS)
     kept = [output.outputs[0].token_ids for output in failure.value.outputs]
@@ -96,11 +69,11 @@ def test_tokens_before_the_failure_are_kept(
         assert got == whole[: len(got)]
 
 
-def test_another_engine_in_the_process_is_not_touched(checkpoints: dict[str, Path], break_rank: Break) -> None:
+def test_another_engine_in_the_process_is_not_touched(checkpoints: dict[str, Path], break_ranks: BreakRanks) -> None:
     prompt = draw(20, seed=50)
     with open_groups(checkpoints[QWEN3], 1, 1) as first:
         before = tokens(run(first, [prompt], greedy(10)))
-        break_rank("manta-group1", 0)
+        break_ranks("manta-group1", 0)
         with open_groups(checkpoints[QWEN3], 2, 1) as second:
             assert tokens(run(second, [prompt] * 4, greedy(10))) == before * 4
         assert tokens(run(first, [prompt], greedy(10))) == before

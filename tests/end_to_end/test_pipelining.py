@@ -1,4 +1,4 @@
-"""Steps launched before the last one's tokens are read (as on a GPU), and reports of several steps: the same outputs."""
+"""Steps launched before the last one's tokens are read (as on a GPU), reports of several steps: the same outputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""In float64 every setting says exactly the same, greedy and sampled: same tokens, same ends, same log-probabilities."""
+"""In float64 every setting says exactly the same, greedy and sampled: tokens, ends and log-probabilities."""
 
 from collections.abc import Callable
 from functools import cache

@@ -1,4 +1,4 @@
-"""Greedy float32 output against transformers' `generate`, token for token, over a table that covers every pair of settings."""
+"""Greedy float32 output against transformers' `generate`, token for token, over every pair of settings."""
 
 from pathlib import Path
 

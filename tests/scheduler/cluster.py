@@ -1,7 +1,8 @@
 """A cluster in a test: the production core, simulated groups, and front ends that check every token as it comes in.
 
-Commands travel down and reports travel up only when the test says so, in order, through the wire encoding. The simulated
-pages hold digests of what was written to them, so a stale page, a wrong hit or a lost write shows as a wrong token.
+Commands travel down and reports travel up only when the test says so, in order, through the wire encoding. The
+simulated pages hold digests of what was written to them, so a stale page, a wrong hit or a lost write shows as a wrong
+token.
 """
 
 from collections import deque
@@ -100,8 +101,10 @@ class SimulatedGroup:
 
 
 class Cluster:
-    """page_size and pools (pages of each group) are small, so that everything happens soon. See `Rank` and `Reporter` for
-    depth and steps."""
+    """page_size and pools (pages of each group) are small, so that everything happens soon.
+
+    depth and steps are those of `Rank` and `Reporter`.
+    """
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from tests.scheduler.cluster import Cluster, Stream, pages
 @pytest.mark.parametrize("output", [1, 4, 5, 8, 9])
 @pytest.mark.parametrize(("depth", "steps"), [(0, 1), (1, 1), (1, 4)])
 def test_lengths_around_the_page_border(prompt: int, output: int, depth: int, steps: int) -> None:
-    """A prompt that exactly fills a page; an output that ends exactly with one. No page more than needed is ever held."""
+    """A prompt that exactly fills a page; an output that ends with one. Never is a page more held than needed."""
     cluster = Cluster((8,), depth=depth, steps=steps)
     stream = cluster.submit([1] * prompt, max_tokens=output)[0]
     needed = pages_for(prompt + output - 1, 4)

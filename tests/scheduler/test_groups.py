@@ -1,0 +1,129 @@
+"""Groups come and go: their sequences start again elsewhere, wait, or fail with a reason."""
+
+import pytest
+
+from kvcache.ids import GroupId
+from scheduler.limits import RequestRefused
+from scheduler.messages import FinishReason, Start
+from scheduler.sequence import State
+from tests.scheduler.cluster import LOST, Cluster, pages
+
+
+def test_the_sequences_of_a_lost_group_start_again_in_another_with_the_same_tokens() -> None:
+    cluster = Cluster((8, 8))
+    streams = [cluster.submit([token] * 5, max_tokens=12)[0] for token in (0, 1)]
+    cluster.step(times=4)
+    lost = cluster.sequence(streams[0]).blocks
+    assert lost is not None
+    told = len(streams[0].tokens)
+    assert told > 1
+    cluster.lose(lost.group)
+    survivor = cluster.groups[GroupId(1 - lost.group)]
+    start = next(command for command in survivor.down if isinstance(command, Start))
+    assert (start.prompt_tokens, len(start.tokens) // 4, start.max_tokens) == (5, 5 + told, 12)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_with_no_group_left_all_fail_with_the_reason() -> None:
+    cluster = Cluster((8,))
+    streams = [cluster.submit([token], max_tokens=20)[0] for token in (0, 1, 0, 1, 0, 1)]
+    cluster.step(times=2)
+    cluster.lose(0)
+    for stream in streams:
+        assert stream.finished is not None
+        assert stream.finished.reason is FinishReason.FAILED
+        assert LOST in stream.finished.message
+        assert stream.finished.tokens == len(stream.tokens)
+    with pytest.raises(RequestRefused, match="no group"):
+        cluster.submit([1])
+
+
+def test_with_a_replacement_on_its_way_all_wait() -> None:
+    cluster = Cluster((8,))
+    streams = [cluster.submit([token], max_tokens=6)[0] for token in (0, 1)]
+    cluster.step(times=2)
+    cluster.lose(0, returning=True)
+    late = cluster.submit([0, 1], max_tokens=3)[0]
+    assert {cluster.sequence(stream).state for stream in [*streams, late]} == {State.WAITING}
+    cluster.bring_up(0)
+    cluster.run()
+    assert cluster.reason(late) is FinishReason.LENGTH
+
+
+def test_a_replacement_that_will_not_come_after_all_fails_who_waited_for_it() -> None:
+    cluster = Cluster((8,))
+    stream = cluster.submit([1], max_tokens=6)[0]
+    cluster.lose(0, returning=True)
+    assert stream.finished is None
+    cluster.lose(0)
+    assert cluster.reason(stream) is FinishReason.FAILED
+
+
+def test_what_fits_no_surviving_group_fails_and_the_rest_goes_on() -> None:
+    cluster = Cluster((8, 4))
+    large = cluster.submit(pages(0, 1, 0), max_tokens=12)[0]
+    small = cluster.submit([1], max_tokens=6)[0]
+    cluster.step()
+    cluster.lose(0)
+    assert cluster.reason(large) is FinishReason.FAILED
+    cluster.run()
+    assert cluster.reason(small) is FinishReason.LENGTH
+
+
+def test_an_output_without_a_limit_is_shortened_when_only_a_smaller_pool_is_left() -> None:
+    cluster = Cluster((8, 4))
+    stream = cluster.submit([1, 0, 1], max_tokens=None)[0]
+    cluster.step(times=3)
+    cluster.lose(0)
+    cluster.run()
+    assert cluster.reason(stream) is FinishReason.LENGTH
+    assert len(stream.tokens) == 4 * 4 + 1 - 3
+
+
+def test_an_output_without_a_limit_that_is_longer_already_ends_there() -> None:
+    cluster = Cluster((8, 2))
+    stream = cluster.submit([1, 0, 1], max_tokens=None)[0]
+    cluster.step(times=12)
+    cluster.lose(0)
+    assert cluster.reason(stream) is FinishReason.LENGTH
+    cluster.run()
+
+
+def test_one_that_waits_for_a_larger_group_to_come_back_does_not_hold_up_the_others() -> None:
+    cluster = Cluster((8, 4))
+    cluster.lose(0, returning=True)
+    large = cluster.submit(pages(0, 1, 0, 1), max_tokens=8)[0]
+    small = cluster.submit([1], max_tokens=6)[0]
+    assert cluster.sequence(small).state is State.RUNNING
+    cluster.step(times=8)
+    assert small.finished is not None
+    assert cluster.sequence(large).state is State.WAITING
+    cluster.bring_up(0)
+    assert cluster.sequence(large).state is State.RUNNING
+    cluster.run()
+
+
+def test_nothing_of_a_lost_group_s_cache_is_hit_in_its_next_epoch() -> None:
+    cluster = Cluster((8,))
+    cluster.submit(pages(0, 1, 0), max_tokens=2)
+    cluster.run()
+    cluster.lose(0, returning=True)
+    cluster.bring_up(0)
+    stream = cluster.submit(pages(0, 1, 0), max_tokens=2)[0]
+    cluster.run()
+    assert cluster.cached_tokens(stream) == 0
+
+
+def test_requests_wait_for_a_group_of_unknown_size() -> None:
+    cluster = Cluster((4,))
+    cluster.lose(0)
+    cluster.core.expect(GroupId(0))
+    fits = cluster.submit([1], max_tokens=4)[0]
+    too_large = cluster.submit(pages(0, 0, 0, 0), max_tokens=4)[0]
+    open_ended = cluster.submit([0], max_tokens=None)[0]
+    cluster.bring_up(0)
+    assert cluster.reason(too_large) is FinishReason.FAILED
+    cluster.run()
+    assert len(fits.tokens) == 4
+    assert len(open_ended.tokens) == 16
