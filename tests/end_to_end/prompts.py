@@ -38,8 +38,8 @@ OUTPUTS = [count for _, count in WORK]
 STOPS = tuple(range(0, VOCAB, 9))
 HOW: list[dict[str, Any]] = [  # one for each prompt
     {"temperature": 0.0},
-    {"temperature": 0.8, "seed": 11},
-    {"temperature": 1.5, "seed": 12, "top_k": 7},
+    {"temperature": 0.8, "seed": 11, "stop_token_ids": STOPS, "min_tokens": 25},  # a victim where pools are small
+    {"temperature": 1.5, "seed": 12, "top_k": 7, "stop_token_ids": STOPS, "min_tokens": 25},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
     {"temperature": 1.7, "seed": 13, "min_p": 0.1, "logprobs": 3},
     {"temperature": 2.0, "seed": 14, "logit_bias": {5: 4.0, 77: -50.0}, "logprobs": 0},

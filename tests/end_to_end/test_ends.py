@@ -200,6 +200,19 @@ def test_one_new_prefix_in_one_batch_is_computed_once(llm: LLM) -> None:
         assert (alone.num_cached_tokens, alone.outputs[0].token_ids) == (0, output.outputs[0].token_ids)
 
 
+def test_twins_share_the_pages_that_they_generate(checkpoints: dict[str, Path]) -> None:
+    """Equal sequences in step: each adopts the page published first, and its own copy is soon another's."""
+    twin, counts = draw(20, seed=34), [100, 70, 90, 40, 100, 80]
+    others = [draw(9, seed=35 + i) for i in range(6)]
+    with open_llm(checkpoints[QWEN3], page=PAGE) as roomy:
+        expected = [tokens(run(roomy, [prompt], greedy(100)))[0][0] for prompt in (twin, *others)]
+    with open_llm(checkpoints[QWEN3], page=PAGE, pages=20) as tight:
+        for _ in range(2):
+            outputs = tokens(run(tight, [twin] * 6 + others, [*map(greedy, counts), *[greedy(100)] * 6]))
+            assert [output[0] for output in outputs] == [*(expected[0][:count] for count in counts), *expected[1:]]
+            wait_idle(tight)
+
+
 def test_nothing_is_cached_where_it_is_switched_off(checkpoints: dict[str, Path]) -> None:
     prompt = draw(64, seed=33)
     with open_llm(checkpoints[QWEN3], page=PAGE, enable_prefix_caching=False) as plain:
