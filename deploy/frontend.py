@@ -20,9 +20,6 @@ from kvcache.hashing import hash_pages
 from scheduler.messages import NO_TOKEN, Deltas, Finished, FinishReason, Request
 from scheduler.sampling import SamplingParams
 
-INBOX_DELTAS = 10_000
-"""Deltas that may wait for this thread; beyond that the engine waits, so memory stays bounded."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -175,7 +172,9 @@ class FrontEnd:
         self._next_stream = 0
         self._lost: str | None = None
         self._closed = False
-        self._inbox: queue.Queue[Deltas | str | None] = queue.Queue(INBOX_DELTAS)
+        # Never full: the engine must not wait for this thread, which calls the engine. What waits here is bounded all the
+        # same, by the tokens that live requests may still bring.
+        self._inbox: queue.SimpleQueue[Deltas | str | None] = queue.SimpleQueue()
         self.engine = start(self._inbox.put, self._inbox.put)
         self._thread = threading.Thread(target=self._pump, name="manta-frontend", daemon=True)
         self._thread.start()
