@@ -3,6 +3,8 @@
 Imports the core.
 """
 
+from dataclasses import asdict
+
 import msgspec
 
 from scheduler.core import SchedulerCore
@@ -24,7 +26,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     """The cluster at one moment, and its counters since the start.
 
     waiting: sequences without a group. requests, *_tokens: of everything submitted so far. cached_tokens: prompt tokens found
-    in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away.
+    in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences
+    that have ended, for whatever reason.
     """
 
     groups: tuple[GroupStats, ...]
@@ -35,6 +38,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    finished: int = 0
 
 
 def snapshot(core: SchedulerCore) -> EngineStats:
@@ -54,14 +58,8 @@ def snapshot(core: SchedulerCore) -> EngineStats:
             )
         )
     groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in core.expected.items()]
-    counters = core.counters
     return EngineStats(
         groups=tuple(sorted(groups, key=lambda group: group.group)),
         waiting=len(core.sequences) - sum(group.running for group in groups),
-        requests=counters.requests,
-        prompt_tokens=counters.prompt_tokens,
-        cached_tokens=counters.cached_tokens,
-        output_tokens=counters.output_tokens,
-        preemptions=counters.preemptions,
-        recomputed_tokens=counters.recomputed_tokens,
+        **asdict(core.counters),
     )

@@ -4,6 +4,7 @@ Each socket has a thread that reads it, so that a lost connection is noticed whi
 collective. Imports `leader`, `scheduler.wire` and `scheduler.messages`.
 """
 
+import hmac
 import queue
 import socket
 import threading
@@ -68,7 +69,7 @@ class SocketFeed:
         while len(self._peers) < peers:
             connection, _ = listener.accept()
             peer = FrameSocket(connection)
-            if peer.receive() != msgspec.msgpack.encode(token):
+            if not hmac.compare_digest(peer.receive() or b"", msgspec.msgpack.encode(token)):
                 peer.close()
                 continue
             self._peers.append(peer)
