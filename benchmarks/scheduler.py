@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import figure, table
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.messages import ROW_MASK, FinishReason, Grant, Remap, Report, Request, Start
 from scheduler.sampling import SamplingParams
 

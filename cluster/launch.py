@@ -22,7 +22,7 @@ from cluster.health import GroupKeeper
 from cluster.remote import SchedulerStream
 from cluster.worker_config import resolve
 from scheduler.actor import SchedulerActor
-from scheduler.core import CoreConfig
+from scheduler.config import CoreConfig
 from scheduler.messages import Request
 from workers.actor import SchedulerAddress
 from workers.build import WorkerConfig

@@ -15,7 +15,8 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.worker_config import resolve
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.delivery import refuse
 from scheduler.invariants import check
 from scheduler.limits import RequestRefused

@@ -6,7 +6,7 @@ Imports torch through `workers.architectures`.
 from pathlib import Path
 
 from cluster.config import EngineConfig
-from scheduler.core import CoreConfig
+from scheduler.config import CoreConfig
 from workers.architectures import CheckpointError, ModelConfig, read_config
 from workers.build import WorkerConfig
 

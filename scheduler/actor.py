@@ -8,7 +8,8 @@ import logging
 import ray
 
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.server import SchedulerServer
 from scheduler.stats import EngineStats, snapshot

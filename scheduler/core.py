@@ -8,9 +8,7 @@ a lock, a simulator) calls in, then delivers what `drain_commands` and `drain_de
                   └─────────── preempt, group_down ────────┘
 """
 
-import heapq
 import random
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from kvcache.ids import GroupId
 from kvcache.index import Match
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler import policy
+from scheduler.config import CoreConfig, Counters
 from scheduler.limits import output_limit, pages_for
 from scheduler.messages import (
     NO_TOKEN,
@@ -34,39 +33,9 @@ from scheduler.messages import (
     Start,
 )
 from scheduler.outbox import Outbox
-from scheduler.prefixes import PendingPrefixes
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence, State
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """page_size in tokens, a power of two from 16 up. max_model_len: prompt and output tokens of one sequence at most.
-
-    grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
-    prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
-    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
-    """
-
-    page_size: int = 256
-    max_model_len: int = 1 << 20
-    grant_ahead: int = 4
-    prefix_caching: bool = True
-    wait_for_prefix: bool = True
-    seed: int | None = 0
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start. Tokens and events, never decreasing."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    finished: int = 0
+from scheduler.waiting import WaitingRoom
 
 
 class SchedulerCore:
@@ -84,9 +53,7 @@ class SchedulerCore:
         self.counters = Counters()
         self.outbox = Outbox()  # drained by the shell after each call, after the groups' logs
         self._epochs: dict[GroupId, int] = {}
-        self.queue: list[Sequence] = []
-        self.parked: list[Sequence] = []  # they fit no group that is up, only one that is expected
-        self.pending = PendingPrefixes()
+        self.waiting = WaitingRoom()
         self._random = random.Random(config.seed)
         self._numbers = 0
         self._serials = 0
@@ -128,7 +95,7 @@ class SchedulerCore:
             for sequence in sorted(lost.running):
                 lost.write_back(sequence)
                 self._leave(lost, sequence, release=False)
-                self._wait([sequence])
+                self.waiting.join([sequence])
             self.table.remove_group(group)
         self._reconsider(reason)
         self._admit()
@@ -163,7 +130,7 @@ class SchedulerCore:
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence
-            heapq.heappush(self.queue, sequence)
+            self.waiting.join([sequence])
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         self._admit()
@@ -240,24 +207,16 @@ class SchedulerCore:
 
     def _admit(self) -> None:
         """Starts waiting sequences, oldest first, until one finds no room. Route = allocate: one transaction on one table."""
-        if not (self.queue and self.groups):
+        if not (self.waiting.queue and self.groups):
             return
         largest = max(group.blocks for group in self.groups.values())
-        while self.queue:
-            sequence = self.queue[0]
-            if sequence.state is not State.WAITING:
-                heapq.heappop(self.queue)
-                continue
-            if sequence.pages_at_most > largest:
-                self.parked.append(heapq.heappop(self.queue))
-                continue
+        while (sequence := self.waiting.oldest(largest)) is not None:
             match = self._match(sequence)
             if self._defer(sequence, match):
-                heapq.heappop(self.queue)
                 continue
             if not self._place(sequence, match):
                 return
-            heapq.heappop(self.queue)
+            self.waiting.leave()
 
     def _match(self, sequence: Sequence) -> Match:
         """The cached prefix, in full pages. The last token is always computed, so it is never part of it."""
@@ -270,12 +229,7 @@ class SchedulerCore:
         if not (self.config.wait_for_prefix and self.config.prefix_caching):
             return False
         last = (sequence.committed - 1) // self.config.page_size
-        shared = self.pending.shared(sequence.hashes[len(match.nodes) : last])
-        if shared is None:
-            return False
-        self.pending.wait(sequence, shared)
-        sequence.state = State.DEFERRED
-        return True
+        return self.waiting.defer(sequence.hashes[len(match.nodes) : last])
 
     def _place(self, sequence: Sequence, match: Match) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
@@ -323,7 +277,7 @@ class SchedulerCore:
         if self.config.prefix_caching and self.config.wait_for_prefix:
             page_size = self.config.page_size
             full = (sequence.committed - 1) // page_size
-            self.pending.announce(sequence, sequence.hashes[cached_tokens // page_size : full])
+            self.waiting.prefixes.announce(sequence, sequence.hashes[cached_tokens // page_size : full])
         group.issue(
             Start(
                 lease=sequence.lease, tokens=sequence.tokens.tobytes(), prompt_tokens=sequence.prompt_tokens,
@@ -368,7 +322,7 @@ class SchedulerCore:
             adopted = self.table.publish(blocks, page, sequence.hashes[index])
             if adopted is not None:
                 group.issue(Remap(sequence.lease, index, adopted))
-            self._wait(self.pending.published(sequence, sequence.hashes[index]))
+            self.waiting.published(sequence, sequence.hashes[index])
 
     def _extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
         """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
@@ -401,7 +355,7 @@ class SchedulerCore:
         victim.preemptions += 1
         group.write_back(victim)
         self._leave(group, victim)
-        self._wait([victim])
+        self.waiting.join([victim])
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 
@@ -427,7 +381,7 @@ class SchedulerCore:
         if release:
             self.table.release(sequence.blocks)
         sequence.lease, sequence.row, sequence.blocks = None, -1, None
-        self._wait(self.pending.withdraw(sequence))
+        self.waiting.withdraw(sequence)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
         """The one end of a sequence that holds nothing any more. output: its tokens."""
@@ -438,8 +392,7 @@ class SchedulerCore:
 
     def _reconsider(self, reason: str) -> None:
         """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
-        parked, self.parked = self.parked, []
-        self._wait(parked)
+        self.waiting.unpark()
         largest = self._largest_pool()
         if largest is None:
             return
@@ -466,13 +419,6 @@ class SchedulerCore:
     def _pages_for(self, sequence: Sequence, length: int) -> int:
         """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
         return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
-
-    def _wait(self, sequences: list[Sequence]) -> None:
-        """Back into the queue, at the place of their age. An aborted one stays ended."""
-        for sequence in sequences:
-            if sequence.state is not State.ENDED:
-                sequence.state = State.WAITING
-                heapq.heappush(self.queue, sequence)
 
     def _group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None

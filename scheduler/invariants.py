@@ -26,14 +26,14 @@ def check(core: SchedulerCore) -> None:
 
 def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     """Each live sequence is in exactly one place; nothing ended is in any."""
-    queued = [sequence for sequence in [*core.queue, *core.parked] if sequence.state is State.WAITING]
-    deferred = [sequence for sequence in core.pending.waiters() if sequence.state is State.DEFERRED]
+    queued = [sequence for sequence in [*core.waiting.queue, *core.waiting.parked] if sequence.state is State.WAITING]
+    deferred = [sequence for sequence in core.waiting.prefixes.waiters() if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, waiting, deferred: {places} against {live}"
-    authors = core.pending.authors()
+    authors = core.waiting.prefixes.authors()
     assert authors <= set(running), "only a running sequence may announce a prefix"
-    assert not core.pending.orphans(), "a sequence waits for a prefix that nobody computes"
+    assert not core.waiting.prefixes.orphans(), "a sequence waits for a prefix that nobody computes"
 
 
 def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:

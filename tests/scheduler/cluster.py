@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.messages import Command, Commands, Deltas, Finished, FinishReason, Report, Request
 from scheduler.sampling import SamplingParams
@@ -268,7 +269,7 @@ class Cluster:
             assert rounds < limit, f"no end in sight: {list(self.core.sequences.values())}"
         self.step(times=2 + self.depth)
         assert all(stream.finished is not None for stream in self.streams.values())
-        assert not self.core.pending.authors()
+        assert not self.core.waiting.prefixes.authors()
         for name, group in self.core.groups.items():
             usage = self.core.table.usage(name)
             assert usage.held == 0

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.messages import NO_TOKEN, Drop, FinishReason, Grant, Report, Request, Start
 from scheduler.resident import ProtocolError

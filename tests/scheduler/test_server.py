@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.core import CoreConfig, SchedulerCore
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.messages import (
     Commands,
     Connect,
