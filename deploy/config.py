@@ -1,6 +1,7 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
-The only place that reads the environment: MANTA_CONFIG names the file where no flag does. Imports no torch, no ray.
+The only place that touches the environment: MANTA_CONFIG names the file where no flag does, and `bound_openmp_spin` sets
+how OpenMP waits. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B
@@ -13,7 +14,7 @@ The only place that reads the environment: MANTA_CONFIG names the file where no 
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from scheduler.sampling import SamplingParams
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 CONFIG_VARIABLE = "MANTA_CONFIG"
 DEFAULT_MAX_TOKENS = 128
+OPENMP_SPIN = "2000"
 SECTIONS = ("engine", "sampling")
 ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
 SAMPLING_KEYS = SamplingParams.__struct_fields__
@@ -145,3 +147,14 @@ def _convert(values: Mapping[str, Any], target: type[T]) -> T:
         message, _, path = str(error).partition(" - at ")
         where = path.strip("`").removeprefix("$").removeprefix(".")
         raise ConfigError(f"{where}: {message[:1].lower()}{message[1:]}" if where else message) from None
+
+
+def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets OpenMP's idle threads spin for some microseconds, then sleep, unless the user has said how they shall wait.
+
+    GNU OpenMP spins for milliseconds by default. On cores that anybody else uses too, two threads then wait for each other
+    at every operation: `docs/performance.md` has the figures. Works if called before torch is first imported; Ray workers on
+    this machine inherit it.
+    """
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN)

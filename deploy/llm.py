@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineStats, Progress, StartEngine
-from deploy.config import engine_config
+from deploy.config import bound_openmp_spin, engine_config
 from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_model_limits
@@ -82,6 +82,7 @@ class LLM:
         return llm
 
     def _open(self, config: EngineConfig, progress: Progress) -> None:
+        bound_openmp_spin()
         checkpoint = Path(config.model)
         limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
         tokenizer = Tokenizer.load(checkpoint)

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from deploy.config import EMBEDDED_MODEL, ConfigError, engine_config, load_config, parse_size, sampling_params
+from deploy.config import (
+    EMBEDDED_MODEL,
+    OPENMP_SPIN,
+    ConfigError,
+    bound_openmp_spin,
+    engine_config,
+    load_config,
+    parse_size,
+    sampling_params,
+)
 from deploy.llm import LLM
 
 
@@ -113,3 +122,16 @@ def test_llm_names_the_nearest_option() -> None:
 def test_front_door_imports_nothing_heavy() -> None:
     check = "import sys, deploy.cli; sys.exit(bool({'torch', 'ray', 'transformers', 'tokenizers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"GOMP_SPINCOUNT": OPENMP_SPIN}),
+        ({"GOMP_SPINCOUNT": "5"}, {"GOMP_SPINCOUNT": "5"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_openmp_spins_briefly_unless_the_user_has_said(before: dict[str, str], after: dict[str, str]) -> None:
+    bound_openmp_spin(before)
+    assert before == after
