@@ -1,7 +1,7 @@
 """The one owner: every block and every sequence of the cluster, and each decision about them.
 
 Plain Python and NumPy; no Ray, no torch, no clock. Every call is synchronous, hence atomic: the shell around it (an actor,
-a lock, a simulator) calls in, then delivers what `drain_commands` and `drain_deltas` hand out, in that order.
+a lock, a simulator) calls in, then delivers what each group's `drain` and then `outbox.drain` hand out.
 
     submit ──▶ waiting ──admit: route, pin, reserve──▶ running ──report: commit, publish, grant──▶ ended
                   ▲                                        │
