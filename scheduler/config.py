@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
@@ -20,9 +22,13 @@ class CoreConfig:
     seed: int | None = 0
 
 
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start. Tokens and events, never decreasing."""
+class Counters(msgspec.Struct, kw_only=True):
+    """What happened since the start. Tokens and events, never decreasing.
+
+    requests, prompt_tokens, output_tokens: of everything submitted so far. cached_tokens: prompt tokens found in the cache at a
+    sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
+    whatever reason.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0

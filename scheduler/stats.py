@@ -3,10 +3,9 @@
 Imports the core.
 """
 
-from dataclasses import asdict
-
 import msgspec
 
+from scheduler.config import Counters
 from scheduler.core import SchedulerCore
 
 
@@ -22,23 +21,11 @@ class GroupStats(msgspec.Struct, frozen=True):
     running: int
 
 
-class EngineStats(msgspec.Struct, frozen=True):
-    """The cluster at one moment, and its counters since the start.
-
-    waiting: sequences without a group. requests, *_tokens: of everything submitted so far. cached_tokens: prompt tokens found
-    in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences
-    that have ended, for whatever reason.
-    """
+class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
+    """The cluster at one moment, and its counters since the start, frozen as it is sent. waiting: sequences without a group."""
 
     groups: tuple[GroupStats, ...]
     waiting: int = 0
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    finished: int = 0
 
 
 def snapshot(core: SchedulerCore) -> EngineStats:
@@ -61,5 +48,5 @@ def snapshot(core: SchedulerCore) -> EngineStats:
     return EngineStats(
         groups=tuple(sorted(groups, key=lambda group: group.group)),
         waiting=len(core.sequences) - sum(group.running for group in groups),
-        **asdict(core.counters),
+        **msgspec.structs.asdict(core.counters),
     )

@@ -101,7 +101,14 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         prompt_tokens = sum(len(request.tokens) // 4 for request in self.requests)
         groups = (GroupStats(0, True, 10, 6, 1, 3, 0),)
-        return EngineStats(groups, 0, len(self.requests), prompt_tokens, CACHED_TOKENS, self.output_tokens, 7)
+        return EngineStats(
+            groups=groups,
+            requests=len(self.requests),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=CACHED_TOKENS,
+            output_tokens=self.output_tokens,
+            preemptions=7,
+        )
 
     def close(self) -> None:
         self.closed = True

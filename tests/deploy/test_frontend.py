@@ -39,7 +39,7 @@ class BusyEngine:
         assert self.delivered.wait(60), "the engine could not deliver while the front end waited for it"
 
     def stats(self) -> EngineStats:
-        return EngineStats(())
+        return EngineStats(groups=())
 
     def close(self) -> None:
         self.delivered.set()
