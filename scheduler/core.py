@@ -57,6 +57,7 @@ class SchedulerCore:
         self._random = random.Random(config.seed)
         self._numbers = 0
         self._serials = 0
+        self._lost = ""  # why the last group went for good
 
     # ---- groups -------------------------------------------------------------------------------------------------------
 
@@ -91,6 +92,7 @@ class SchedulerCore:
             self.expected[group] = lost.blocks if lost else 0
         else:
             self.expected.pop(group, None)
+            self._lost = reason
         if lost is not None:
             for sequence in sorted(lost.running):
                 lost.write_back(sequence)
@@ -110,7 +112,7 @@ class SchedulerCore:
         prompt = np.frombuffer(request.tokens, np.int32)
         page_size = self.config.page_size
         max_tokens = output_limit(
-            len(prompt), request.params.max_tokens, self.config.max_model_len, page_size, self._largest_pool()
+            len(prompt), request.params.max_tokens, self.config.max_model_len, page_size, self._largest_pool(), self._lost
         )
         pages = pages_for(len(prompt) + max_tokens - 1, page_size)
         hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()

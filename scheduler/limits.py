@@ -13,18 +13,19 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 
 def output_limit(
-    prompt: int, max_tokens: int | None, max_model_len: int, page_size: int, largest_pool: int | None
+    prompt: int, max_tokens: int | None, max_model_len: int, page_size: int, largest_pool: int | None, lost: str = ""
 ) -> int:
     """Output tokens that the request may have: max_tokens, or all that model and pools leave if it names none.
 
-    largest_pool: pages of the largest pool; 0 if there is none, None if it is not known yet.
+    largest_pool: pages of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
     The KV of the last token is never written, so prompt + max_tokens - 1 slots are enough.
     Errors: RequestRefused.
     """
     if prompt < 1:
         raise RequestRefused("the prompt is empty: give it at least one token")
     if largest_pool == 0:
-        raise RequestRefused("no group of workers is up or expected: start one")
+        because = f" ({lost})" if lost else ""
+        raise RequestRefused(f"no group of workers is up or expected{because}: start one")
     least = max_tokens or 1
     if prompt + least > max_model_len:
         raise RequestRefused(

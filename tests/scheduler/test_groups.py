@@ -1,10 +1,14 @@
 """Groups come and go: their sequences start again elsewhere, wait, or fail with a reason."""
 
+import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
 from scheduler.limits import RequestRefused
-from scheduler.messages import FinishReason, Start
+from scheduler.messages import FinishReason, Request, Start
+from scheduler.sampling import SamplingParams
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, pages
 
@@ -127,3 +131,11 @@ def test_requests_wait_for_a_group_of_unknown_size() -> None:
     cluster.run()
     assert len(fits.tokens) == 4
     assert len(open_ended.tokens) == 16
+
+
+def test_a_request_after_the_last_loss_is_refused_with_its_reason() -> None:
+    core = SchedulerCore(CoreConfig(page_size=16))
+    core.group_up(GroupId(0), 0, 8, 4)
+    core.group_down(GroupId(0), "its worker process died")
+    with pytest.raises(RequestRefused, match="its worker process died"):
+        core.submit(0, Request(0, np.zeros(3, np.int32).tobytes(), b"", SamplingParams()))
