@@ -13,11 +13,21 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
-from deploy.outputs import FINISH_WORDS, CompletionOutput, FinishWord, Logprob, RequestOutput, read_logprobs
+from deploy.outputs import (
+    FINISH_WORDS,
+    ChoiceDelta,
+    CompletionOutput,
+    FinishWord,
+    Logprob,
+    OutputDelta,
+    RequestOutput,
+    read_logprobs,
+    read_payload,
+)
 from deploy.prompts import ModelLimits, Prompt
 from deploy.text import Detokenizer, StopStrings, Tokenizer
 from kvcache.hashing import hash_pages
-from scheduler.messages import NO_TOKEN, Deltas, Finished, FinishReason, Request
+from scheduler.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
 from scheduler.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -46,16 +56,17 @@ class Choice:
         self._at_once = not each_token and not params.stop
         self._shown_text = 0
         self._shown_tokens = 0
+        self._told_end = False
 
-    def extend(self, tokens: Sequence[int], logprobs: Iterable[bytes]) -> int | None:
+    def extend(self, tokens: Sequence[int], logprobs: Iterable[TokenLogprobs]) -> int | None:
         """Takes the next tokens. Returns how many tokens the output keeps if a stop string was found just now."""
-        payloads = iter(logprobs)
+        entries = iter(logprobs)
         for token in tokens:
             if self.finish_reason is not None:
                 return None  # a stop string was found before these tokens
             self.token_ids.append(token)
-            if self.logprobs is not None and (payload := next(payloads, None)) is not None:
-                self.logprobs.append(read_logprobs(payload, token, self._tokenizer))
+            if self.logprobs is not None and (entry := next(entries, None)) is not None:
+                self.logprobs.append(read_logprobs(entry, token, self._tokenizer))
             if self._detokenizer is not None and not self._at_once and token not in self._stop_ids:
                 self._show(self._detokenizer.push((token,)))
                 if self.stop_reason is not None:
@@ -95,12 +106,47 @@ class Choice:
             self.finish_reason if ended else None, self.stop_reason if ended else None, delta, new_tokens,
         )  # fmt: skip
 
+    def take_delta(self) -> ChoiceDelta | None:
+        """What is new since the previous call; None if nothing is."""
+        ended = self.finished is not None
+        shown_text, shown_tokens = self._shown_text, self._shown_tokens
+        if len(self.text) == shown_text and len(self.token_ids) == shown_tokens and (self._told_end or not ended):
+            return None
+        self._shown_text, self._shown_tokens, self._told_end = len(self.text), len(self.token_ids), ended
+        return ChoiceDelta(
+            self.index, self.text[shown_text:], self.token_ids[shown_tokens:],
+            None if self.logprobs is None else self.logprobs[shown_tokens:],
+            self.finish_reason if ended else None, self.stop_reason if ended else None,
+        )  # fmt: skip
+
     def _show(self, text: str) -> None:
         if self._stops is None:
             self.text += text
             return
         self.text += self._stops.push(text, armed=len(self.token_ids) > self._params.min_tokens)
         self.stop_reason = self._stops.found
+
+
+PromptEntries = list[dict[int, Logprob] | None]
+
+
+class PromptTable:
+    """Log-probabilities of one prompt, filled as its chunks are computed; chunks may come twice."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None) -> None:
+        self.entries: PromptEntries = [None] * len(prompt.token_ids)
+        self._tokens = prompt.token_ids
+        self._tokenizer = tokenizer
+        self._known = 1  # nothing predicts the first token
+
+    def fill(self, part: PromptLogprobs) -> None:
+        for position, entry in enumerate(part.tokens, start=part.first):
+            self.entries[position] = read_logprobs(entry, self._tokens[position], self._tokenizer)
+        self._known = max(self._known, part.first + len(part.tokens))
+
+    @property
+    def complete(self) -> bool:
+        return self._known == len(self.entries)
 
 
 class Generation:
@@ -114,9 +160,11 @@ class Generation:
         self.lock = threading.Lock()
         self.choices = choices
         self.each_token = each_token
+        self.prompt_logprobs: PromptTable | None = None
         self._notify = notify
         self._notified = False  # and not taken since
         self._done = False  # the last output was taken
+        self._told_prompt = False
 
     @property
     def streams(self) -> range:
@@ -143,7 +191,28 @@ class Generation:
                 outputs=[choice.take() for choice in self.choices],
                 finished=self._done,
                 error=errors[0] if errors else None,
+                prompt_logprobs=table.entries if (table := self.prompt_logprobs) and table.complete else None,
             )
+
+    def take_delta(self) -> OutputDelta | None:
+        """What is new since the previous call; None if nothing is. Costs what is new, not what has come so far."""
+        with self.lock:
+            self._notified = False
+            choices = [delta for choice in self.choices if (delta := choice.take_delta()) is not None]
+            prompt = self._new_prompt_logprobs()
+            if not choices and prompt is None:
+                return None
+            ended = [choice.finished for choice in self.choices if choice.finished is not None]
+            told = {delta.index for delta in choices if delta.finish_reason is not None}
+            ends = [choice.finished for choice in self.choices if choice.index in told and choice.finished is not None]
+            self._done = len(ended) == len(self.choices)
+            return OutputDelta(choices, self._done, ended[0].cached_tokens if ended else None, prompt, ends)
+
+    def _new_prompt_logprobs(self) -> PromptEntries | None:
+        if self._told_prompt or self.prompt_logprobs is None or not self.prompt_logprobs.complete:
+            return None
+        self._told_prompt = True
+        return self.prompt_logprobs.entries
 
     def wake(self) -> None:
         """Tells the caller once until it takes: progress if it wants each token, else the end."""
@@ -180,16 +249,20 @@ class FrontEnd:
         self._thread.start()
 
     def submit(
-        self, prompts: Sequence[tuple[Prompt, SamplingParams]], notify: Notify, each_token: bool = True
+        self,
+        prompts: Sequence[tuple[Prompt, SamplingParams]],
+        notify: Notify,
+        each_token: bool = True,
+        priority: int = 0,
     ) -> list[Generation]:
         """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
-        only at the end. Errors: EngineError once the engine is lost or closed."""
+        only at the end. priority: lower goes first. Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(params.n for _, params in prompts)
         generations, requests = [], []
         for prompt, params in prompts:
-            generation, request = self._prepare(stream, prompt, params, notify, each_token)
+            generation, request = self._prepare(stream, prompt, params, notify, each_token, priority)
             generations.append(generation)
             requests.append(request)
             stream += params.n
@@ -227,9 +300,11 @@ class FrontEnd:
                 self._thread.join(timeout=5.0)
 
     def _prepare(
-        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool
+        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool, priority: int
     ) -> tuple[Generation, Request]:
-        stop_ids = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *self._limits.eos_ids)
+        """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
+        bare = params.ignore_eos and params.grammar is None
+        stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *self._limits.eos_ids)
         ends = frozenset(stop_ids)
         choices = [Choice(index, prompt, params, ends, self._tokenizer, each_token) for index in range(params.n)]
         tokens = np.array(prompt.token_ids, dtype="<i4")
@@ -241,8 +316,12 @@ class FrontEnd:
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
             salt=prompt.salt,
+            priority=priority,
         )
-        return Generation(stream, prompt, choices, notify, each_token), request
+        generation = Generation(stream, prompt, choices, notify, each_token)
+        if params.prompt_logprobs is not None:
+            generation.prompt_logprobs = PromptTable(prompt, self._tokenizer)
+        return generation, request
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:
         with self._lock:
@@ -268,9 +347,13 @@ class FrontEnd:
     def _apply(self, deltas: Deltas) -> None:
         """Extends every stream that got tokens, ends those that finished, then wakes each caller once."""
         touched: dict[int, Generation] = {}
-        payloads: dict[int, list[bytes]] = {}
+        entries: dict[int, list[TokenLogprobs]] = {}
         for stream, payload in deltas.logprobs:
-            payloads.setdefault(stream, []).append(payload)
+            entry = read_payload(payload)
+            if isinstance(entry, TokenLogprobs):
+                entries.setdefault(stream, []).append(entry)
+            elif (generation := self._fill_prompt(stream, entry)) is not None:
+                touched[generation.stream] = generation
         streams = np.frombuffer(deltas.streams, dtype="<i8").tolist()
         columns = np.frombuffer(deltas.tokens, dtype="<i4").reshape(-1, len(streams)).T.tolist() if streams else []
         for stream, column in zip(streams, columns, strict=True):
@@ -278,7 +361,7 @@ class FrontEnd:
             if tokens and (live := self._live.get(stream)) is not None:
                 generation, choice = live
                 with generation.lock:
-                    keep_tokens = choice.extend(tokens, payloads.get(stream, ()))
+                    keep_tokens = choice.extend(tokens, entries.get(stream, ()))
                 if keep_tokens is not None:
                     self.engine.stop(stream, keep_tokens)
                 touched[generation.stream] = generation
@@ -287,6 +370,14 @@ class FrontEnd:
             if generation_ended is not None:
                 touched[generation_ended.stream] = generation_ended
         self._wake(touched.values())
+
+    def _fill_prompt(self, stream: int, part: PromptLogprobs) -> Generation | None:
+        live = self._live.get(stream)
+        if live is None or live[0].prompt_logprobs is None:
+            return None
+        with live[0].lock:
+            live[0].prompt_logprobs.fill(part)
+        return live[0]
 
     def _end(self, finished: Finished) -> Generation | None:
         with self._lock:
@@ -302,7 +393,7 @@ class FrontEnd:
         with self._lock:
             self._lost = self._lost or reason
             streams = list(self._live)
-        ended = (self._end(Finished(stream, FinishReason.FAILED, 0, 0, self._lost)) for stream in streams)
+        ended = (self._end(Finished(stream, FinishReason.FAILED, 0, 0, self._lost, Failure.UNAVAILABLE)) for stream in streams)
         self._wake({generation.stream: generation for generation in ended if generation is not None}.values())
 
     def _wake(self, generations: Iterable[Generation]) -> None:

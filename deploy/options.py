@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 
 from cluster.config import EngineConfig
-from deploy.config import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, SAMPLING_KEYS, ConfigError
+from deploy.config import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, ConfigError
 from scheduler.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
@@ -34,7 +34,10 @@ SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
     "max_tokens": (int, f"Tokens of output at most, for each choice. Default: {DEFAULT_MAX_TOKENS}."),
     "ignore_eos": (bool, "Do not stop at the model's end-of-sequence tokens. Default: no."),
     "logprobs": (int, f"Log-probabilities per token of output, in --output: 0 to {MAX_LOGPROBS}. Default: none."),
+    "prompt_logprobs": (int, f"The same for the prompt, which is then computed whole: 0 to {MAX_LOGPROBS}. Default: none."),
 }
+FILE_ONLY = {"grammar"}
+"""Sampling fields that are too large for a flag: input lines and the endpoint take them."""
 ENGINE_FLAGS = {"seed": "engine_seed"}
 """Fields of the engine whose flag has another name, since a sampling option has theirs."""
 
@@ -47,7 +50,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         engine = {field: given.pop(flag) for flag, field in engine_flags.items()}
-        sampling = {field: given.pop(field) for field in SAMPLING_KEYS}
+        sampling = {field: given.pop(field) for field in SAMPLING_HELP}
         command(engine=engine, sampling=sampling, **given)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
@@ -66,7 +69,7 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampling_options() -> Iterator[inspect.Parameter]:
-    assert set(SAMPLING_HELP) == set(SamplingParams.__struct_fields__), "every sampling field has its help"
+    assert SAMPLING_HELP.keys() | FILE_ONLY == set(SamplingParams.__struct_fields__), "every sampling field has its help"
     for name, (kind, help_text) in SAMPLING_HELP.items():
         yield _option(name, kind, help_text, "Sampling")
 

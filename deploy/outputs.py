@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from deploy.text import Tokenizer
-from scheduler.messages import FinishReason, TokenLogprobs
+from scheduler.messages import Finished, FinishReason, Payload, PromptLogprobs, TokenLogprobs
 
 FinishWord = Literal["stop", "length", "abort", "error"]
 
@@ -54,11 +54,47 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What is new of one choice since the last delta. Fields as in `CompletionOutput`; text and token ids may be empty.
+
+    Text may lag behind its tokens: characters under way and beginnings of stop strings are held back.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishWord | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What is new of one prompt. choices: those that have grown or ended, each once.
+
+    finished: every choice has ended. cached_tokens: prompt tokens found in the cache; None until a choice has ended.
+    prompt_logprobs: complete, once, with or before the first token; an entry for each prompt token, None for the first.
+    ends: the ends of the choices that ended with this delta. failed: the first of them that failed.
+    """
+
+    choices: list[ChoiceDelta]
+    finished: bool
+    cached_tokens: int | None
+    prompt_logprobs: "list[dict[int, Logprob] | None] | None"
+    ends: list[Finished]
+
+    @property
+    def failed(self) -> Finished | None:
+        return next((end for end in self.ends if end.reason is FinishReason.FAILED), None)
+
+
+@dataclass(frozen=True, slots=True)
 class RequestOutput:
     """One prompt and its `n` choices. num_cached_tokens: prompt tokens found in the cache; None until a choice has
     ended.
 
     finished: every choice has ended. error: why, where a choice ended with finish_reason "error".
+    prompt_logprobs: an entry for each prompt token, None for the first; None if not asked for or not there yet.
     """
 
     request_id: str
@@ -68,6 +104,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
+    prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None
 
 
 class GenerationError(RuntimeError):
@@ -88,9 +125,13 @@ class GenerationError(RuntimeError):
         return cls(f"{count}{reasons}", every)
 
 
-def read_logprobs(payload: bytes, chosen: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """One token's payload from the sampler: the chosen token first, then the most likely ones in order."""
-    entry = _decoder.decode(payload)
+def read_payload(payload: bytes) -> TokenLogprobs | PromptLogprobs:
+    """What a worker sent along with its tokens."""
+    return _decoder.decode(payload)
+
+
+def read_logprobs(entry: TokenLogprobs, chosen: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
+    """One token's entry: the chosen token first, then the most likely ones in order."""
     ranks = {token: rank for rank, token in enumerate(entry.top_ids, start=1)}
     values = {chosen: entry.logprob} | dict(zip(entry.top_ids, entry.top_logprobs, strict=True))
     return {
@@ -99,4 +140,4 @@ def read_logprobs(payload: bytes, chosen: int, tokenizer: Tokenizer | None) -> d
     }
 
 
-_decoder = msgspec.msgpack.Decoder(TokenLogprobs)
+_decoder: "msgspec.msgpack.Decoder[TokenLogprobs | PromptLogprobs]" = msgspec.msgpack.Decoder(Payload)

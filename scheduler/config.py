@@ -12,6 +12,7 @@ class CoreConfig:
     grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
     compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
+    max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
     """
 
     page_size: int = 256
@@ -20,6 +21,8 @@ class CoreConfig:
     prefix_caching: bool = True
     wait_for_prefix: bool = True
     seed: int | None = 0
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
 
 
 class Counters(msgspec.Struct, kw_only=True):
@@ -27,7 +30,11 @@ class Counters(msgspec.Struct, kw_only=True):
 
     requests, prompt_tokens, output_tokens: of everything submitted so far. cached_tokens: prompt tokens found in the cache at a
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
-    whatever reason.
+    whatever reason. refused: requests that the full queue turned away.
+    Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
+    prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last full page that could be reused;
+    miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
+    routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
     requests: int = 0
@@ -37,3 +44,11 @@ class Counters(msgspec.Struct, kw_only=True):
     preemptions: int = 0
     recomputed_tokens: int = 0
     finished: int = 0
+    refused: int = 0
+    started_tokens: int = 0
+    miss_inside_page: int = 0
+    miss_routed: int = 0
+    miss_evicted: int = 0
+    miss_cold: int = 0
+    routed_by_prefix: int = 0
+    routed_by_load: int = 0

@@ -24,6 +24,15 @@ NO_TOKEN = -1
 """In a report's token matrix: this lease sampled nothing in this step (a prefill chunk, or it had finished)."""
 
 
+class Failure(IntEnum):
+    """Whose fault a FAILED end is, so that each door can say it in its own words."""
+
+    FAULT = 0  # Manta's: a lost group that was not replaced, a bug
+    IMPOSSIBLE = 1  # the request can never be served as it is
+    OVERLOADED = 2  # not now: the queue is full; try again after `retry_after_s`
+    UNAVAILABLE = 3  # no group is up or expected
+
+
 class FinishReason(IntEnum):
     """Why a sequence ended. Each ends exactly once."""
 
@@ -150,6 +159,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     tokens: int32 buffer [prompt_tokens]. hashes: uint64 buffer [full pages of the prompt], `kvcache.hashing.hash_pages`.
     stop_ids: ids that end the output, the model's own included unless ignored. salt: isolates tenants in the prefix index.
+    priority: lower goes first; equal ones by age.
     """
 
     stream: int
@@ -158,6 +168,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     params: SamplingParams
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
+    priority: int = 0
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -179,7 +190,26 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag=13, gc=False):
     keep_tokens: int
 
 
-FromFrontEnd = Submit | Abort | Stop
+class TalliedMetric(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A counter or a histogram, or an increment of one. labels: (name, value) pairs, sorted.
+
+    buckets: how many observations fell into each of the metric's buckets, the one beyond the last bound included; empty for
+    a counter. total: sum of the observations, or the counter's value.
+    """
+
+    name: str
+    labels: tuple[tuple[str, str], ...]
+    buckets: tuple[int, ...]
+    total: float
+
+
+class Tally(msgspec.Struct, frozen=True, array_like=True, tag=14, gc=False):
+    """What a front end has observed since its last tally; the scheduler adds it up, so metrics outlive their front end."""
+
+    metrics: tuple[TalliedMetric, ...]
+
+
+FromFrontEnd = Submit | Abort | Stop | Tally
 Opening = Hello | Connect
 
 # ---- scheduler -> front end ------------------------------------------------------------------------------------------------
@@ -192,13 +222,21 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache. tokens: output tokens."""
+    """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache. tokens: output tokens.
+
+    message, failure: why, if it FAILED. queued_s: from submit to the first start, by the scheduler's clock.
+    preemptions: how often it had to begin again.
+    """
 
     stream: int
     reason: FinishReason
     cached_tokens: int
     tokens: int
     message: str = ""
+    failure: Failure = Failure.FAULT
+    retry_after_s: float = 0.0
+    queued_s: float = 0.0
+    preemptions: int = 0
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -218,8 +256,8 @@ ToFrontEnd = Welcome | Deltas
 # ---- leader -> front end, inside `logprobs` --------------------------------------------------------------------------------
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Log-probabilities of one sampled token: what the opaque payloads in `Report` and `Deltas` decode to.
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
+    """Log-probabilities of one sampled token.
 
     logprob: the sampled token's. top_ids, top_logprobs: as many as were asked for, most likely first, ties by lowest id.
     """
@@ -227,3 +265,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprob: float
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """Log-probabilities of the prompt's tokens from position `first` on (at least 1: nothing predicts the first token).
+
+    They come with the chunks that computed them, in order; after a restart they may come again, with the same positions.
+    """
+
+    first: int
+    tokens: tuple[TokenLogprobs, ...]
+
+
+Payload = TokenLogprobs | PromptLogprobs
+"""What the opaque payloads in `Report` and `Deltas` decode to."""

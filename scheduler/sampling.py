@@ -4,11 +4,22 @@ Imports nothing of Manta.
 """
 
 import math
+from typing import Literal
 
 import msgspec
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must match, from its first token to its last.
+
+    kind: "json_schema" (text is the schema as JSON), "regex" (Rust syntax, matched whole) or "lark" (llguidance's).
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -21,7 +32,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: ids that end the output besides the model's own end-of-sequence ids.
     min_tokens, max_tokens: output tokens; max_tokens None means as many as model and pool allow.
     ignore_eos: the model's end-of-sequence ids do not stop. logprobs: how many top log-probabilities per token (the chosen
-    token's comes with any value, 0 included); None for none.
+    token's comes with any value, 0 included); None for none. prompt_logprobs: the same for the prompt's tokens; such a
+    request computes its whole prompt and takes no prefix hit. grammar: what the output must match; it ends where nothing
+    more may follow.
     Errors: ValueError that names the field, the value given and the legal range.
     """
 
@@ -41,6 +54,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: int | None = 16
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check("n", self.n, 1, MAX_CHOICES)
@@ -58,6 +73,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.grammar is not None and self.min_tokens:
+            raise ValueError("min_tokens and a grammar exclude each other: the grammar says where the output may end")
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**63 - 1)
         for token, bias in self.logit_bias.items():

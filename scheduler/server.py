@@ -24,6 +24,7 @@ from scheduler.messages import (
     Opening,
     Report,
     Submit,
+    Tally,
     Welcome,
 )
 from scheduler.resident import ProtocolError
@@ -130,6 +131,8 @@ class SchedulerServer:
         elif isinstance(message, Abort):
             for stream in message.streams:
                 self.core.abort(front_end, stream)
+        elif isinstance(message, Tally):
+            raise NotImplementedError
         else:
             self.core.end(front_end, message.stream, message.keep_tokens)
 

@@ -1,4 +1,4 @@
-"""The cluster at one moment, for people and for metrics. Read from the core, sent as it is.
+"""The cluster at one moment, for people, for metrics and for the autoscaler. Read from the core, sent as it is.
 
 Imports the core.
 """
@@ -7,10 +7,16 @@ import msgspec
 
 from scheduler.config import Counters
 from scheduler.core import SchedulerCore
+from scheduler.messages import TalliedMetric
 
 
 class GroupStats(msgspec.Struct, frozen=True):
-    """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a lease."""
+    """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a lease.
+
+    shared_blocks: held by more than one sequence. starved: running sequences that wait for a page. draining: takes no new
+    sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
+    their time and the tokens that they computed and sampled; lease_waits: times a sequence found no page to grow into.
+    """
 
     group: int
     up: bool
@@ -19,13 +25,65 @@ class GroupStats(msgspec.Struct, frozen=True):
     held_blocks: int
     cached_blocks: int
     running: int
+    epoch: int = -1
+    shared_blocks: int = 0
+    starved: int = 0
+    draining: bool = False
+    backlog_tokens: int = 0
+    evictions: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+    step_tokens: int = 0
+    lease_waits: int = 0
+    starts: int = 0
 
 
 class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
-    """The cluster at one moment, and its counters since the start, frozen as it is sent. waiting: sequences without a group."""
+    """The cluster at one moment, and its counters since the start, frozen as it is sent.
+
+    waiting: sequences without a lease; preempted: those of them that had one before. waiting_tokens: their prompt and output
+    so far. oldest_wait_s: how long the longest-waiting newcomer has waited. tokens_per_s: recently computed, cluster-wide.
+    """
 
     groups: tuple[GroupStats, ...]
     waiting: int = 0
+    preempted: int = 0
+    waiting_tokens: int = 0
+    oldest_wait_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+
+class PoolMap(msgspec.Struct, frozen=True):
+    """Every block of one group's pool: states[i] is 0 free, 1 held, 2 shared, 3 cached."""
+
+    group: int
+    states: bytes
+
+
+class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What the endpoint knows of its cluster. phase: "starting", "ready", "degraded" (no group is up) or "stopped".
+
+    progress: what the start is doing, in words, the newest last. epoch: counts schedulers; a restart begins anew.
+    uptime_s, busy_s: of the scheduler, and how much of it was spent inside the core. front_ends: connected ones.
+    tallies: metrics that the front ends have observed, summed up.
+    """
+
+    phase: str
+    model: str = ""
+    page_size: int = 0
+    epoch: int = 0
+    progress: tuple[str, ...] = ()
+    engine: EngineStats | None = None
+    maps: tuple[PoolMap, ...] = ()
+    tallies: tuple[TalliedMetric, ...] = ()
+    uptime_s: float = 0.0
+    busy_s: float = 0.0
+    front_ends: int = 0
+    target_groups: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.engine is not None and any(group.up for group in self.engine.groups)
 
 
 def snapshot(core: SchedulerCore) -> EngineStats:

@@ -1,0 +1,64 @@
+"""What an endpoint is asked to be: who may use it, how much one request may ask for. One frozen record, valid from its birth.
+
+Like `cluster.config.EngineConfig`, each field carries the sentence that the command line shows. Imports nothing but `option`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import option
+
+LOOPBACK = ("127.", "localhost", "::1")
+LOG_FORMATS = ("text", "json")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """The endpoint of one model. Errors: ValueError that names the field, the value given and what is legal."""
+
+    host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs API keys, or --no-auth.")
+    port: int = option(8000, "Port of the HTTP endpoint.")
+    grpc_port: int | None = option(None, "Port of the gRPC endpoint.", shown="no gRPC")
+    served_model_name: str | None = option(None, "Name that clients ask for.", shown="the checkpoint folder's name")
+    replicas: int = option(1, "Front-end processes that tokenise, stream and detokenise.")
+    api_key_file: str | None = option(
+        None, "File of API keys, one a line; MANTA_API_KEYS holds more, apart by commas.", shown="none"
+    )
+    auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
+    cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
+    request_timeout_s: float = option(600.0, "Deadline of a request, in seconds; a request may ask for an earlier one.")
+    max_request_bytes: int = option(8 << 20, "Largest request body.", shown="8MiB", size=True)
+    max_choices: int = option(16, "Choices (n, best_of) of one request at most.")
+    max_prompts: int = option(64, "Prompts of one completion request at most.")
+    max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
+    max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
+    max_queued_requests: int = option(4096, "Requests that may wait for a group; further ones get 429.")
+    max_queued_tokens: int = option(4 << 20, "Prompt tokens that may wait for a group; further requests get 429.")
+    log_format: str = option("text", "Lines of the log: text or json.")
+    request_log: str | None = option(
+        None, "File that gets lengths and hashes of every request, never content.", shown="none"
+    )
+    otlp_endpoint: str | None = option(None, "OpenTelemetry collector (OTLP over HTTP) for traces.", shown="no traces")
+
+    def __post_init__(self) -> None:
+        limits = ("max_request_bytes", "max_choices", "max_prompts", "max_queued_requests", "max_queued_tokens")
+        for name in ("replicas", *limits):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
+        for name in ("port", "grpc_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port < 1 << 16:
+                raise ValueError(f"{name}={port} is outside [0, 65535]: choose a port")
+        if not self.request_timeout_s > 0:
+            raise ValueError(f"request_timeout_s={self.request_timeout_s} is not above 0: give requests seconds to end in")
+        if self.log_format not in LOG_FORMATS:
+            raise ValueError(f"log_format={self.log_format!r} is unknown: choose one of {', '.join(LOG_FORMATS)}")
+
+    @property
+    def on_loopback(self) -> bool:
+        return self.host.startswith(LOOPBACK)
+
+
+def model_name(served: str | None, checkpoint: str) -> str:
+    """What clients call the model: as told, else the name of the checkpoint's folder."""
+    return served or Path(checkpoint).resolve().name
