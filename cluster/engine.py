@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.config import EngineConfig
-from scheduler.messages import Deltas, Request
+from scheduler.messages import Deltas, Request, TalliedMetric
 from scheduler.stats import EngineStats, GroupStats
 
 __all__ = ["Engine", "EngineError", "EngineStats", "GroupStats", "OnDeltas", "OnFailure", "Progress", "StartEngine"]
@@ -28,8 +28,8 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """A running cluster. Every method may be called from any thread; once it is lost, `submit` raises EngineError and
-    the others do nothing."""
+    """A running cluster. Every method may be called from any thread; once it is lost, `submit` and `tally` raise
+    EngineError and the others do nothing."""
 
     page_size: int
 
@@ -42,6 +42,10 @@ class Engine(Protocol):
 
     def stop(self, stream: int, keep_tokens: int) -> None:
         """A stop string was found: the output ends after `keep_tokens` tokens, unless the stream has ended already."""
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        """Adds what a front end has observed to the cluster's sums. Errors: EngineError once the engine is lost: keep them
+        for the next one."""
 
     def stats(self) -> EngineStats: ...
 

@@ -23,7 +23,7 @@ from cluster.remote import SchedulerStream
 from cluster.worker_config import resolve
 from scheduler.actor import SchedulerActor
 from scheduler.config import CoreConfig
-from scheduler.messages import Request
+from scheduler.messages import Request, TalliedMetric
 from workers.actor import SchedulerAddress
 from workers.build import WorkerConfig
 
@@ -150,6 +150,11 @@ class RayEngine:
     def stop(self, stream: int, keep_tokens: int) -> None:
         if self._stream is not None:
             self._stream.stop(stream, keep_tokens)
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        if self._stream is None or self._closed:
+            raise EngineError("the engine was shut down")
+        self._stream.tally(metrics)
 
     def stats(self) -> EngineStats:
         """Errors: EngineError when the scheduler has gone."""

@@ -20,8 +20,9 @@ from scheduler.core import SchedulerCore
 from scheduler.delivery import refuse
 from scheduler.invariants import check
 from scheduler.limits import RequestRefused
-from scheduler.messages import Command, End, Report, Request
+from scheduler.messages import Command, End, Report, Request, TalliedMetric
 from scheduler.stats import snapshot
+from scheduler.tallies import Tallies
 from workers.build import WorkerConfig, build_rank
 from workers.in_process import ThreadGroup
 from workers.leader import LinkClosed, follow, lead
@@ -63,6 +64,7 @@ class LocalEngine:
         check_invariants: bool = False,
     ) -> None:
         self.page_size = core.page_size
+        self.tallies = Tallies()
         self._core = SchedulerCore(core)
         self._worker = worker
         self._on_deltas = on_deltas
@@ -97,6 +99,12 @@ class LocalEngine:
         with self._lock:
             self._core.end(FRONT_END, stream, keep_tokens)
             self._deliver()
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        if self._failure is not None or self._closed:
+            raise EngineError(self._failure or "the engine was shut down")
+        with self._lock:
+            self.tallies.add(metrics)
 
     def stats(self) -> EngineStats:
         with self._lock:

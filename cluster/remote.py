@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.messages import Abort, Connect, Deltas, Request, Stop, Submit, Welcome
+from scheduler.messages import Abort, Connect, Deltas, FromFrontEnd, Request, Stop, Submit, TalliedMetric, Tally, Welcome
 from scheduler.wire import FrameSocket
 
 
@@ -42,6 +42,10 @@ class SchedulerStream:
     def stop(self, stream: int, keep_tokens: int) -> None:
         self._tell(Stop(stream, keep_tokens))
 
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        """Errors: EngineError when the scheduler has gone."""
+        self._send(Tally(tuple(metrics)))
+
     def fail(self, reason: str) -> None:
         """Ends the stream for a reason that others have found. The first reason is the one that is told."""
         self._failure = self._failure or reason
@@ -53,7 +57,7 @@ class SchedulerStream:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
 
-    def _send(self, message: Submit | Abort | Stop) -> None:
+    def _send(self, message: FromFrontEnd) -> None:
         try:
             self._socket.send(message)
         except OSError as error:

@@ -28,6 +28,7 @@ from scheduler.messages import (
     Welcome,
 )
 from scheduler.resident import ProtocolError
+from scheduler.tallies import Tallies
 from scheduler.wire import frame, read_frame
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class SchedulerServer:
 
     def __init__(self, core: SchedulerCore, token: str, *, check_invariants: bool = False) -> None:
         self.core = core
+        self.tallies = Tallies()
         self._token = token
         self._check = check_invariants
         self._server: asyncio.Server | None = None
@@ -132,7 +134,7 @@ class SchedulerServer:
             for stream in message.streams:
                 self.core.abort(front_end, stream)
         elif isinstance(message, Tally):
-            raise NotImplementedError
+            self.tallies.add(message.metrics)
         else:
             self.core.end(front_end, message.stream, message.keep_tokens)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
-from scheduler.messages import Deltas, Finished, FinishReason, Request, TokenLogprobs
+from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
 
 CACHED_TOKENS = 3
 
@@ -43,6 +43,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     stopped: list[tuple[int, int]] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
+    tallied: list[TalliedMetric] = field(default_factory=list)
     output_tokens: int = 0
     closed: bool = False
     fail_start: Exception | None = None
@@ -97,6 +98,11 @@ class FakeEngine:
             self._streams[stream].sent = keep_tokens
             finished = self._finish(stream, FinishReason.STOP)
         self._on_deltas(Deltas(b"", b"", (finished,)))
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        if self.closed:
+            raise EngineError("closed")
+        self.tallied += metrics
 
     def stats(self) -> EngineStats:
         prompt_tokens = sum(len(request.tokens) // 4 for request in self.requests)

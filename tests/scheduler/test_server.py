@@ -25,6 +25,8 @@ from scheduler.messages import (
     Start,
     Stop,
     Submit,
+    TalliedMetric,
+    Tally,
     Welcome,
 )
 from scheduler.sampling import SamplingParams
@@ -106,6 +108,16 @@ def test_without_the_token_nobody_is_heard(served: Served) -> None:
     for opening in (Hello("guess", 0, 0, 8, 4), Connect("guess")):
         assert served.connect(opening).receive() is None
     assert served.ask(lambda core: list(core.groups)) == []
+
+
+def test_tallies_outlive_the_front_ends_that_sent_them(served: Served) -> None:
+    for total in (2.0, 3.0):
+        front_end = served.front_end()
+        front_end.send(Tally((TalliedMetric("ttft", (), (1, 0), total),)))
+        front_end.send(Submit((request(1, prompt=0),)))
+        assert read(front_end, Deltas).finished, "messages are heard in order, so the tally was heard before the refusal"
+        front_end.close()
+    assert served.server.tallies.snapshot() == (TalliedMetric("ttft", (), (2, 0), 5.0),)
 
 
 def test_what_is_not_the_protocol_closes_the_connection(served: Served) -> None:
