@@ -24,6 +24,7 @@ from cluster.worker_config import resolve
 from scheduler.actor import SchedulerActor
 from scheduler.config import CoreConfig
 from scheduler.messages import Request, TalliedMetric
+from scheduler.stats import ClusterStatus
 from workers.actor import SchedulerAddress
 from workers.build import WorkerConfig
 
@@ -159,10 +160,11 @@ class RayEngine:
     def stats(self) -> EngineStats:
         """Errors: EngineError when the scheduler has gone."""
         try:
-            stats: EngineStats = ray.get(self._scheduler.stats.remote(), timeout=CALL_TIMEOUT_S)
+            status: ClusterStatus = ray.get(self._scheduler.status.remote(), timeout=CALL_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise EngineError(f"the scheduler does not answer: {error}") from error
-        return stats
+        assert status.engine is not None, "a scheduler always knows its engine"
+        return status.engine
 
     def close(self) -> None:
         with self._closing:

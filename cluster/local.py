@@ -3,11 +3,13 @@
 A lock stands in for the scheduler actor's event loop, queues for its sockets.
 """
 
+import contextlib
 import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -21,7 +23,7 @@ from scheduler.delivery import refuse
 from scheduler.invariants import check
 from scheduler.limits import RequestRefused
 from scheduler.messages import Command, End, Report, Request, TalliedMetric
-from scheduler.stats import snapshot
+from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
 from workers.build import WorkerConfig, build_rank
 from workers.in_process import ThreadGroup
@@ -81,24 +83,21 @@ class LocalEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         if self._failure is not None or self._closed:
             raise EngineError(self._failure or "the engine was shut down")
-        with self._lock:
+        with self._event() as core:
             for request in requests:
                 try:
-                    self._core.submit(FRONT_END, request)
+                    core.submit(FRONT_END, request)
                 except RequestRefused as refusal:
-                    self._on_deltas(refuse(request, str(refusal)))
-            self._deliver()
+                    self._on_deltas(refuse(request, refusal))
 
     def abort(self, streams: Sequence[int]) -> None:
-        with self._lock:
+        with self._event() as core:
             for stream in streams:
-                self._core.abort(FRONT_END, stream)
-            self._deliver()
+                core.abort(FRONT_END, stream)
 
     def stop(self, stream: int, keep_tokens: int) -> None:
-        with self._lock:
-            self._core.end(FRONT_END, stream, keep_tokens)
-            self._deliver()
+        with self._event() as core:
+            core.end(FRONT_END, stream, keep_tokens)
 
     def tally(self, metrics: Sequence[TalliedMetric]) -> None:
         if self._failure is not None or self._closed:
@@ -107,8 +106,13 @@ class LocalEngine:
             self.tallies.add(metrics)
 
     def stats(self) -> EngineStats:
-        with self._lock:
-            return snapshot(self._core)
+        with self._event() as core:
+            return snapshot(core)
+
+    def maps(self) -> tuple[PoolMap, ...]:
+        """The state of every block."""
+        with self._event() as core:
+            return pool_maps(core)
 
     def close(self) -> None:
         with self._lock:
@@ -139,29 +143,33 @@ class LocalEngine:
         progress(f"{groups} group(s) of {size} rank(s) are ready")
 
     def group_up(self, group: GroupId, pages: int) -> None:
-        with self._lock:
-            self._core.group_up(group, EPOCH, pages, self._worker.rows)
-            self._deliver()
+        with self._event() as core:
+            core.group_up(group, EPOCH, pages, self._worker.rows)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
-        with self._lock:
+        with self._event() as core:
             if self._closed:
                 return
-            self._core.group_down(group, reason)
-            self._deliver()
-            lost = not self._core.groups
+            core.group_down(group, reason)
+            lost = not core.groups
             if lost:
                 self._failure = reason
         if lost:
             self._on_failure(reason)
 
     def report(self, group: GroupId, report: Report) -> None:
+        with self._event() as core:
+            core.report(group, report)
+
+    @contextlib.contextmanager
+    def _event(self) -> Iterator[SchedulerCore]:
+        """One call into the core; what follows from it is delivered before the lock is released, so orders are kept."""
         with self._lock:
-            self._core.report(group, report)
+            self._core.now_s = time.monotonic()
+            yield self._core
             self._deliver()
 
     def _deliver(self) -> None:
-        """Hands out what the last call decided. The lock is held, so orders are kept."""
         if self._check:
             check(self._core)
         for name, group in self._core.groups.items():

@@ -42,7 +42,7 @@ class BlockPool:
     would cost ten times the memory and be walked by the garbage collector.
     """
 
-    __slots__ = ("_forget", "after", "before", "cached", "free_stack", "nodes", "refs", "shared", "total")
+    __slots__ = ("_forget", "after", "before", "cached", "evictions", "free_stack", "nodes", "refs", "shared", "total")
 
     def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
         """forget: called with the node of a published block at the moment it is evicted."""
@@ -52,6 +52,8 @@ class BlockPool:
         self.cached = 0
         self.shared = 0
         """Blocks with more than one holder."""
+        self.evictions = 0
+        """Cached blocks that allocations have taken since the pool was made."""
         self.refs = [0] * total
         self.nodes = [UNPUBLISHED] * total
         self.before = [total] * (total + 1)
@@ -86,6 +88,7 @@ class BlockPool:
         self.after[total] = first
         self.before[first] = total
         self.cached -= 1
+        self.evictions += 1
         node = self.nodes[block]
         self.nodes[block] = UNPUBLISHED
         self.refs[block] = 1

@@ -3,6 +3,7 @@
 Imports NumPy for types. Never counts references and never picks a block to evict; `blocks` does.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,9 @@ from kvcache.hashing import TOKEN_DTYPE, page_bytes, salt_seed
 from kvcache.ids import BlockId, GroupId, NodeId
 
 NO_NODE = NodeId(0)
+
+MAX_EVICTED = 1 << 18
+"""Hashes of pages that nobody holds any more which are remembered, so that a miss can be told from a page never seen."""
 
 
 @lru_cache(maxsize=1024)
@@ -67,6 +71,7 @@ class PrefixIndex:
         "by_hash",
         "children",
         "contents",
+        "evicted",
         "free_ids",
         "generation",
         "hashes",
@@ -83,6 +88,7 @@ class PrefixIndex:
         """Grows whenever some group forgets a page."""
         self.blocks: dict[GroupId, dict[NodeId, BlockId]] = {}
         self.by_hash: dict[int, NodeId] = {}
+        self.evicted: OrderedDict[int, None] = OrderedDict()
         self.roots: dict[str, NodeId] = {}
         self.salts: dict[NodeId, str] = {}
         self.parents = [NO_NODE]
@@ -133,6 +139,7 @@ class PrefixIndex:
     def add(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
         """A new node that `child` did not find. The caller makes some group hold it at once."""
         node = self._new(parent, hash_, page)
+        self.evicted.pop(hash_, None)
         self.twins[node] = self.by_hash.get(hash_, NO_NODE)
         self.by_hash[hash_] = node
         self.children[parent] += 1
@@ -225,3 +232,6 @@ class PrefixIndex:
             self.by_hash[hash_] = after
         else:
             del self.by_hash[hash_]
+            self.evicted[hash_] = None
+            if len(self.evicted) > MAX_EVICTED:
+                self.evicted.popitem(last=False)

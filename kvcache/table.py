@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.blocks import BlockPool
+from kvcache.blocks import UNPUBLISHED, BlockPool
 from kvcache.hashing import page_bytes
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import Match, PrefixIndex
@@ -99,6 +99,18 @@ class BlockTable:
     def shared(self, group: GroupId) -> int:
         """Blocks of the group that more than one sequence holds."""
         return self.pools[group].shared
+
+    def evicted(self, hashes: Sequence[int]) -> int:
+        """How many of these pages, from the first on, some group held once and none does now. Only as far as remembered."""
+        known = self.index.evicted
+        return next((count for count, hash_ in enumerate(hashes) if hash_ not in known), len(hashes))
+
+    def states(self, group: GroupId) -> bytes:
+        """A byte a block, for people to look at: 0 free, 1 held, 2 shared, 3 cached. Linear in the blocks."""
+        pool = self.pools[group]
+        states = np.minimum(np.array(pool.refs, np.uint32), 2).astype(np.uint8)
+        states[(states == 0) & (np.array(pool.nodes, np.int64) != UNPUBLISHED)] = 3
+        return states.tobytes()
 
     def cached_in_match(self, group: GroupId, match: Match, depth: int) -> int:
         """How many of the first `depth` matched blocks of `group` nobody holds.

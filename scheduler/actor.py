@@ -12,7 +12,7 @@ from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.server import SchedulerServer
-from scheduler.stats import EngineStats, snapshot
+from scheduler.stats import ClusterStatus
 
 
 class SchedulerActor:
@@ -36,8 +36,16 @@ class SchedulerActor:
         """The group will not come back: what only it could serve fails with `reason`."""
         self._server.call(lambda core: core.group_down(GroupId(group), reason))
 
-    async def stats(self) -> EngineStats:
-        return snapshot(self._core)
+    async def drain(self, group: int) -> bool:
+        """The group takes no more sequences; False if it is needed."""
+        return self._server.call(lambda core: core.drain(GroupId(group)))
+
+    async def vacate(self, group: int) -> None:
+        """What still runs in a draining group starts again elsewhere."""
+        self._server.call(lambda core: core.vacate(GroupId(group)))
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        return self._server.status(maps=maps)
 
     async def check(self) -> None:
         """Checks every invariant now. Errors: AssertionError that names the rule."""

@@ -13,6 +13,7 @@ class CoreConfig:
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
     compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
+    wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
     """
 
     page_size: int = 256
@@ -23,6 +24,7 @@ class CoreConfig:
     seed: int | None = 0
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
+    wait_for_groups: bool = True
 
 
 class Counters(msgspec.Struct, kw_only=True):
@@ -32,7 +34,7 @@ class Counters(msgspec.Struct, kw_only=True):
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
     whatever reason. refused: requests that the full queue turned away.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
-    prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last full page that could be reused;
+    prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
@@ -52,3 +54,24 @@ class Counters(msgspec.Struct, kw_only=True):
     miss_cold: int = 0
     routed_by_prefix: int = 0
     routed_by_load: int = 0
+
+
+def count_start(
+    counters: Counters, *, page_size: int, prompt_tokens: int, hit_pages: int, known_pages: int, evicted_pages: int,
+    candidate_pages: int,
+) -> None:  # fmt: skip
+    """A sequence's first start: where each token of its prompt comes from, or why it has to be computed.
+
+    candidate_pages: full pages that a hit could have covered. Of them, from the first on, known_pages are held somewhere,
+    hit_pages of those by its group, and evicted_pages after them were once.
+    """
+    counters.started_tokens += prompt_tokens
+    counters.cached_tokens += hit_pages * page_size
+    counters.miss_routed += (known_pages - hit_pages) * page_size
+    counters.miss_evicted += evicted_pages * page_size
+    counters.miss_cold += (candidate_pages - known_pages - evicted_pages) * page_size
+    counters.miss_inside_page += prompt_tokens - candidate_pages * page_size
+    if hit_pages and hit_pages == known_pages:
+        counters.routed_by_prefix += 1
+    else:
+        counters.routed_by_load += 1

@@ -1,7 +1,7 @@
 """The one owner: every block and every sequence of the cluster, and each decision about them.
 
 Plain Python and NumPy; no Ray, no torch, no clock. Every call is synchronous, hence atomic: the shell around it (an actor,
-a lock, a simulator) calls in, then delivers what each group's `drain` and then `outbox.drain` hand out.
+a lock, a simulator) sets `now_s`, calls in, then delivers what each group's `drain` and then `outbox.drain` hand out.
 
     submit ──▶ waiting ──admit: route, pin, reserve──▶ running ──report: commit, publish, grant──▶ ended
                   ▲                                        │
@@ -10,6 +10,7 @@ a lock, a simulator) calls in, then delivers what each group's `drain` and then 
 
 import random
 
+import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_pages
@@ -17,13 +18,14 @@ from kvcache.ids import GroupId
 from kvcache.index import Match
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler import policy
-from scheduler.config import CoreConfig, Counters
-from scheduler.limits import output_limit, pages_for
+from scheduler.config import CoreConfig, Counters, count_start
+from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
 from scheduler.messages import (
     NO_TOKEN,
     ROW_BITS,
     ROW_MASK,
     Drop,
+    Failure,
     FinishReason,
     Grant,
     LeaseId,
@@ -33,6 +35,7 @@ from scheduler.messages import (
     Start,
 )
 from scheduler.outbox import Outbox
+from scheduler.pace import Pace
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.waiting import WaitingRoom
@@ -46,6 +49,7 @@ class SchedulerCore:
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
+        self.now_s = 0.0  # when the event that is being handled happened, by the shell's clock
         self.table = BlockTable(config.page_size)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
@@ -54,6 +58,8 @@ class SchedulerCore:
         self.outbox = Outbox()  # drained by the shell after each call, after the groups' logs
         self._epochs: dict[GroupId, int] = {}
         self.waiting = WaitingRoom()
+        self.computed = Pace()  # tokens, prefilled and decoded, in all groups
+        self.admitted = Pace()  # tokens that waited and wait no more
         self._random = random.Random(config.seed)
         self._numbers = 0
         self._serials = 0
@@ -97,9 +103,27 @@ class SchedulerCore:
             for sequence in sorted(lost.running):
                 lost.write_back(sequence)
                 self._leave(lost, sequence, release=False)
-                self.waiting.join([sequence])
+                self.waiting.enter(sequence)
             self.table.remove_group(group)
         self._reconsider(reason)
+        self._admit()
+
+    def drain(self, group: GroupId) -> bool:
+        """The group takes no more sequences, so that it can be removed once nobody runs there.
+
+        False, and nothing has changed, if it is the last one that takes any, or the only one large enough for some sequence.
+        """
+        rest = [other.blocks for name, other in self.groups.items() if name != group and not other.draining]
+        needed = max((sequence.pages_at_most for sequence in self.sequences.values()), default=0)
+        if group not in self.groups or not rest or max(rest) < needed:
+            return False
+        self.groups[group].draining = True
+        return True
+
+    def vacate(self, group: GroupId) -> None:
+        """Those that still run in a draining group start again elsewhere, from their committed tokens on."""
+        for sequence in sorted(self.groups[group].running, reverse=True):
+            self._preempt(self.groups[group], sequence)
         self._admit()
 
     # ---- front ends ---------------------------------------------------------------------------------------------------
@@ -107,13 +131,17 @@ class SchedulerCore:
     def submit(self, front_end: int, request: Request) -> None:
         """Takes a request in; it starts at once if there is room.
 
-        Errors: RequestRefused if it can never fit, ProtocolError if a stream of it is in use; nothing has changed then.
+        Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
+        changed then.
         """
         prompt = np.frombuffer(request.tokens, np.int32)
         page_size = self.config.page_size
         max_tokens = output_limit(
             len(prompt), request.params.max_tokens, self.config.max_model_len, page_size, self._largest_pool(), self._lost
         )
+        if not (self.groups or self.config.wait_for_groups):
+            raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
+        self._require_room(request.params.n, len(prompt))
         pages = pages_for(len(prompt) + max_tokens - 1, page_size)
         hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
         if len(hashes) != len(prompt) // page_size:
@@ -124,18 +152,29 @@ class SchedulerCore:
         if seed is None:
             seed = self._random.getrandbits(63)
         for choice in range(request.params.n):
+            params = request.params
+            if choice and params.prompt_logprobs is not None:  # the first choice measures the prompt for all
+                params = msgspec.structs.replace(params, prompt_logprobs=None)
             sequence = Sequence(
-                number=self._numbers, front_end=front_end, stream=request.stream + choice, choice=choice,
-                params=request.params, seed=seed, stop_ids=request.stop_ids, salt=request.salt,
-                prompt_tokens=len(prompt), max_tokens=max_tokens, pages_at_most=pages,
+                priority=request.priority, number=self._numbers, arrived_s=self.now_s, front_end=front_end,
+                stream=request.stream + choice, choice=choice, params=params, seed=seed, stop_ids=request.stop_ids,
+                salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens, pages_at_most=pages,
                 hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence
-            self.waiting.join([sequence])
+            self.waiting.enter(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         self._admit()
+
+    def _require_room(self, choices: int, tokens: int) -> None:
+        """Errors: RequestRefused if so many more may not wait."""
+        try:
+            queue_room(self.config, self.waiting, choices, choices * tokens, self.admitted.per_s(self.now_s))
+        except RequestRefused:
+            self.counters.refused += 1
+            raise
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
@@ -169,6 +208,8 @@ class SchedulerCore:
             raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
         group.reports += 1
         group.applied = report.applied
+        group.steps += report.steps
+        group.step_s += report.elapsed_s
         due = self._commit(group, report)
         for lease, payload in report.logprobs:
             if (sequence := self._holder(group, lease)) is not None:
@@ -198,10 +239,15 @@ class SchedulerCore:
         if not report.computed:
             due = group.commit_decodes(roster, tokens)
             self.counters.output_tokens += tokens.size
+            size = tokens.size
         else:
             computed = np.frombuffer(report.computed, np.int32)
-            due = group.commit_mixed(roster, tokens, computed if columns is None else computed.take(columns))
+            computed = computed if columns is None else computed.take(columns)
+            due = group.commit_mixed(roster, tokens, computed)
             self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
+            size = int(computed.sum())
+        group.step_tokens += size
+        self.computed.count(size, self.now_s)
         self.outbox.tokens(roster.audience, tokens)
         return due
 
@@ -218,24 +264,32 @@ class SchedulerCore:
                 continue
             if not self._place(sequence, match):
                 return
-            self.waiting.leave()
+            self.waiting.leave(sequence)
+            self.admitted.count(sequence.committed, self.now_s)
 
     def _match(self, sequence: Sequence) -> Match:
         """The cached prefix, in full pages. The last token is always computed, so it is never part of it."""
-        limit = (sequence.committed - 1) // self.config.page_size if self.config.prefix_caching else 0
+        limit = self._reusable_pages(sequence)
         sequence.hash_up_to(limit, self.config.page_size)
         return self.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
 
+    def _reusable_pages(self, sequence: Sequence) -> int:
+        """Full pages that a hit may cover; none where the prompt's own log-probabilities are wanted."""
+        if not self.config.prefix_caching or sequence.params.prompt_logprobs is not None:
+            return 0
+        return (sequence.committed - 1) // self.config.page_size
+
     def _defer(self, sequence: Sequence, match: Match) -> bool:
         """Waits if what follows the cached prefix is about to be computed by a running sequence; see `prefixes`."""
-        if not (self.config.wait_for_prefix and self.config.prefix_caching):
-            return False
-        last = (sequence.committed - 1) // self.config.page_size
-        return self.waiting.defer(sequence.hashes[len(match.nodes) : last])
+        return self.config.wait_for_prefix and self.waiting.defer(
+            sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
+        )
 
     def _place(self, sequence: Sequence, match: Match) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
-        groups = [group for group in self.groups.values() if group.blocks >= sequence.pages_at_most]
+        groups = [
+            group for group in self.groups.values() if group.blocks >= sequence.pages_at_most and not group.draining
+        ]
         pages = self._pages_for(sequence, sequence.committed)
         loads = [self._load(group, match, pages) for group in groups]
         choice = policy.route(loads, sequence.committed, self.config.page_size)
@@ -245,6 +299,15 @@ class SchedulerCore:
         blocks = self.table.reserve(group.group, match, depth, pages - depth, sequence.salt)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = depth * self.config.page_size
+            sequence.started_s = self.now_s
+            candidates = sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
+            count_start(
+                self.counters, page_size=self.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
+                known_pages=len(match.nodes), evicted_pages=self.table.evicted(candidates),
+                candidate_pages=len(match.nodes) + len(candidates),
+            )  # fmt: skip
         self._start(group, sequence, depth * self.config.page_size)
         return True
 
@@ -271,9 +334,7 @@ class SchedulerCore:
         sequence.state = State.RUNNING
         sequence.row = row
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = min(cached_tokens, sequence.prompt_tokens)
-            self.counters.cached_tokens += sequence.cached_tokens
+        group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
         self._advance(group, sequence, row)
         if self.config.prefix_caching and self.config.wait_for_prefix:
@@ -343,6 +404,7 @@ class SchedulerCore:
         while (pages := self.table.grow(sequence.blocks, wanted)) is None:
             victim = policy.choose_victim(sequence, group.running)
             if victim is None:
+                group.lease_waits += 1
                 group.starved.append(sequence)  # its row stays due: the next report tries again
                 return
             self._preempt(group, victim)
@@ -357,7 +419,7 @@ class SchedulerCore:
         victim.preemptions += 1
         group.write_back(victim)
         self._leave(group, victim)
-        self.waiting.join([victim])
+        self.waiting.enter(victim)
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 
@@ -387,6 +449,8 @@ class SchedulerCore:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
         """The one end of a sequence that holds nothing any more. output: its tokens."""
+        if sequence.state is not State.RUNNING:
+            self.waiting.leave(sequence)
         sequence.state = State.ENDED
         del self.sequences[sequence.front_end, sequence.stream]
         self.counters.finished += 1

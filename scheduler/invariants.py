@@ -31,6 +31,12 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, waiting, deferred: {places} against {live}"
+    assert core.waiting.count == len(queued) + len(deferred), f"{core.waiting.count} are counted as waiting"
+    tokens = sum(sequence.committed for sequence in [*queued, *deferred])
+    assert core.waiting.tokens == tokens, f"{core.waiting.tokens} tokens are counted as waiting, not {tokens}"
+    parts = core.counters
+    misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_page
+    assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
     authors = core.waiting.prefixes.authors()
     assert authors <= set(running), "only a running sequence may announce a prefix"
     assert not core.waiting.prefixes.orphans(), "a sequence waits for a prefix that nobody computes"

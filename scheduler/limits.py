@@ -1,11 +1,25 @@
 """What can be served at all. Pure arithmetic on lengths and pages.
 
-Imports nothing of Manta.
+Imports `config`, `messages` and `waiting`.
 """
+
+from scheduler.config import CoreConfig
+from scheduler.messages import Failure
+from scheduler.waiting import WaitingRoom
+
+LONGEST_RETRY_S = 60.0
 
 
 class RequestRefused(ValueError):
-    """The request can never be served; the message names the numbers and what to change."""
+    """The request is not taken in; the message names the numbers and what to change.
+
+    failure: whether it never can be, or not now; then retry_after_s says when to try again.
+    """
+
+    def __init__(self, message: str, failure: Failure = Failure.IMPOSSIBLE, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.retry_after_s = retry_after_s
 
 
 def pages_for(tokens: int, page_size: int) -> int:
@@ -25,7 +39,7 @@ def output_limit(
         raise RequestRefused("the prompt is empty: give it at least one token")
     if largest_pool == 0:
         because = f" ({lost})" if lost else ""
-        raise RequestRefused(f"no group of workers is up or expected{because}: start one")
+        raise RequestRefused(f"no group of workers is up or expected{because}: start one", Failure.UNAVAILABLE)
     least = max_tokens or 1
     if prompt + least > max_model_len:
         raise RequestRefused(
@@ -42,3 +56,24 @@ def output_limit(
             )
         room = min(room, largest_pool * page_size + 1 - prompt)
     return room if max_tokens is None else max_tokens
+
+
+def queue_room(config: CoreConfig, waiting: WaitingRoom, requests: int, tokens: int, admitted_per_s: float) -> None:
+    """May so many more choices, with so many tokens in all, wait? An empty queue takes anything.
+
+    admitted_per_s: tokens that lately left the queue; the wait until it is empty at that pace is when to try again.
+    Errors: RequestRefused.
+    """
+    most_requests, most_tokens = config.max_queued_requests, config.max_queued_tokens
+    crowded = most_requests is not None and waiting.count + requests > most_requests
+    heavy = most_tokens is not None and waiting.tokens + tokens > most_tokens
+    if not waiting.count or not (crowded or heavy):
+        return
+    retry_after_s = min(max(waiting.tokens / admitted_per_s, 1.0), LONGEST_RETRY_S) if admitted_per_s else 1.0
+    bound = f"{most_requests} requests" if crowded else f"{most_tokens} tokens"
+    raise RequestRefused(
+        f"{waiting.count} requests with {waiting.tokens} tokens are waiting and {bound} may: try again in "
+        f"{retry_after_s:.0f} s",
+        Failure.OVERLOADED,
+        retry_after_s,
+    )

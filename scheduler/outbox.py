@@ -30,7 +30,11 @@ class Outbox:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
 
     def finished(self, sequence: Sequence, reason: FinishReason, tokens: int, message: str) -> None:
-        end = Finished(sequence.stream, reason, sequence.cached_tokens or 0, tokens, message)
+        queued_s = max(0.0, sequence.started_s - sequence.arrived_s) if sequence.cached_tokens is not None else 0.0
+        end = Finished(
+            sequence.stream, reason, sequence.cached_tokens or 0, tokens, message,
+            queued_s=queued_s, preemptions=sequence.preemptions,
+        )  # fmt: skip
         self._finished.setdefault(sequence.front_end, []).append(end)
 
     def forget(self, front_end: int) -> None:

@@ -64,9 +64,9 @@ def route(loads: Iterable[GroupLoad], tokens: int, page_size: int) -> int | None
 
 
 def choose_victim(needy: Sequence, running: Iterable[Sequence]) -> Sequence | None:
-    """Who gives its pages to `needy`: the youngest in the group, always younger than `needy`; None if it is the youngest.
+    """Who gives its pages to `needy`: the last in the order of service; None if that is `needy` itself.
 
-    So the oldest sequence of a group always progresses, and nothing waits for nothing.
+    So the first sequence of a group always progresses, and nothing waits for nothing.
     """
     victim = max(running, default=needy)
-    return victim if victim.number > needy.number else None
+    return victim if needy < victim else None

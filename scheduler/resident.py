@@ -80,6 +80,9 @@ class ResidentGroup:
         self.free_rows = list(range(rows - 1, -1, -1))
         self.reports = 0
         self.applied = 0
+        self.draining = False  # takes no new sequences
+        self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
+        self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
         self._ring_starts = np.arange(rows) * self.ring.shape[1]
         self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it

@@ -33,13 +33,16 @@ class State(Enum):
 class Sequence:
     """Identity and settings never change (but an open max_tokens, when pools get smaller); the rest follows the state.
 
-    number: arrival order, the age by which sequences are served; a restart keeps it.
+    priority, number: sequences are served by priority (lower first), then by arrival; a restart keeps both.
+    arrived_s, started_s: by the shell's clock; the first start counts.
     pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
     hashes: chained hashes of the full pages of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     """
 
+    priority: int
     number: int
+    arrived_s: float
     front_end: int
     stream: int
     choice: int
@@ -55,13 +58,15 @@ class Sequence:
     committed: int
     state: State = State.WAITING
     cached_tokens: int | None = None
+    started_s: float = 0.0
     preemptions: int = 0
     lease: LeaseId | None = None
     row: int = -1
     blocks: SequenceBlocks | None = None
 
     def __lt__(self, other: "Sequence") -> bool:
-        return self.number < other.number
+        """Who is served first: a total order that never changes, so that somebody always is the first."""
+        return self.number < other.number if self.priority == other.priority else self.priority < other.priority
 
     @property
     def tokens(self) -> Tokens:

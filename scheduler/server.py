@@ -6,7 +6,10 @@ Every call into the core is synchronous, so the loop makes it atomic. Imports th
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
@@ -29,9 +32,12 @@ from scheduler.messages import (
 )
 from scheduler.resident import ProtocolError
 from scheduler.tallies import Tallies
+from scheduler.stats import ClusterStatus, pool_maps, snapshot
 from scheduler.wire import frame, read_frame
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_UNSENT_BYTES = 64 << 20
 """A front end that leaves so much unread is cut off: its requests end, and the others go on."""
@@ -49,6 +55,8 @@ class SchedulerServer:
         self._leaders: dict[GroupId, asyncio.StreamWriter] = {}
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
+        self._started_s = time.monotonic()
+        self._busy_s = 0.0
         self._openings = msgspec.msgpack.Decoder(Opening)
         self._reports = msgspec.msgpack.Decoder(Report)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
@@ -59,10 +67,26 @@ class SchedulerServer:
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
-    def call(self, change: Callable[[SchedulerCore], None]) -> None:
+    def call(self, change: Callable[[SchedulerCore], T]) -> T:
         """Runs one call into the core and delivers what follows from it."""
-        change(self.core)
+        began_s = self.core.now_s = time.monotonic()
+        answer = change(self.core)
         self._deliver()
+        self._busy_s += time.monotonic() - began_s
+        return answer
+
+    def status(self, *, maps: bool) -> ClusterStatus:
+        """What the scheduler knows of the cluster. maps: with the state of every block."""
+        self.core.now_s = time.monotonic()
+        return ClusterStatus(
+            phase="ready" if self.core.groups else "degraded",
+            page_size=self.core.config.page_size,
+            engine=snapshot(self.core),
+            maps=pool_maps(self.core) if maps else (),
+            uptime_s=self.core.now_s - self._started_s,
+            busy_s=self._busy_s,
+            front_ends=len(self._front_ends),
+        )
 
     async def close(self) -> None:
         """Closes every group's log, then every connection."""
@@ -95,13 +119,10 @@ class SchedulerServer:
         """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
         group, why = GroupId(hello.group), "its leader has gone"
         try:
-            self.core.group_up(group, hello.epoch, hello.blocks, hello.rows)
-            self._leaders[group] = writer  # from here on: a stale epoch has been refused above
-            self._deliver()
+            self.call(lambda core: self._greet(core, hello, writer))
             while (payload := await read_frame(reader)) is not None:
                 report = self._reports.decode(payload)
-                self.core.report(group, report)
-                self._deliver()
+                self.call(partial(SchedulerCore.report, group_id=group, report=report))
         except (ProtocolError, msgspec.DecodeError) as error:
             why = str(error)
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
@@ -110,6 +131,11 @@ class SchedulerServer:
                 del self._leaders[group]
                 self.call(lambda core: core.group_down(group, why, returning=True))
 
+    def _greet(self, core: SchedulerCore, hello: Hello, writer: asyncio.StreamWriter) -> None:
+        """Only an epoch that the core accepts gets the group's log."""
+        core.group_up(GroupId(hello.group), hello.epoch, hello.blocks, hello.rows)
+        self._leaders[GroupId(hello.group)] = writer
+
     async def _serve_front_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         front_end = self._front_end_count
         self._front_end_count += 1
@@ -117,26 +143,26 @@ class SchedulerServer:
         writer.write(frame(Welcome(self.core.config.page_size)))
         try:
             while (payload := await read_frame(reader)) is not None:
-                self._take(front_end, self._requests.decode(payload))
-                self._deliver()
+                message = self._requests.decode(payload)
+                self.call(partial(self._take, front_end=front_end, message=message))
         finally:
             del self._front_ends[front_end]
             self.call(lambda core: core.front_end_down(front_end))
 
-    def _take(self, front_end: int, message: FromFrontEnd) -> None:
+    def _take(self, core: SchedulerCore, front_end: int, message: FromFrontEnd) -> None:
         if isinstance(message, Submit):
             for request in message.requests:
                 try:
-                    self.core.submit(front_end, request)
+                    core.submit(front_end, request)
                 except RequestRefused as refusal:
-                    self._front_ends[front_end].write(frame(refuse(request, str(refusal))))
+                    self._front_ends[front_end].write(frame(refuse(request, refusal)))
         elif isinstance(message, Abort):
             for stream in message.streams:
-                self.core.abort(front_end, stream)
+                core.abort(front_end, stream)
         elif isinstance(message, Tally):
             self.tallies.add(message.metrics)
         else:
-            self.core.end(front_end, message.stream, message.keep_tokens)
+            core.end(front_end, message.stream, message.keep_tokens)
 
     # ---- what goes out
 

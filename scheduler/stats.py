@@ -8,6 +8,8 @@ import msgspec
 from scheduler.config import Counters
 from scheduler.core import SchedulerCore
 from scheduler.messages import TalliedMetric
+from scheduler.resident import ResidentGroup
+from scheduler.sequence import State
 
 
 class GroupStats(msgspec.Struct, frozen=True):
@@ -88,23 +90,45 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def snapshot(core: SchedulerCore) -> EngineStats:
     """Costs time linear in the number of groups and live sequences."""
-    groups = []
-    for name, group in core.groups.items():
-        usage = core.table.usage(name)
-        groups.append(
-            GroupStats(
-                group=name,
-                up=True,
-                total_blocks=usage.total,
-                free_blocks=usage.free,
-                held_blocks=usage.held,
-                cached_blocks=usage.cached,
-                running=len(group.running),
-            )
-        )
+    groups = [_group_stats(core, group) for group in core.groups.values()]
     groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in core.expected.items()]
+    waiting = [sequence for sequence in core.sequences.values() if sequence.state is not State.RUNNING]
+    newcomers = [sequence.arrived_s for sequence in waiting if sequence.cached_tokens is None]
     return EngineStats(
         groups=tuple(sorted(groups, key=lambda group: group.group)),
-        waiting=len(core.sequences) - sum(group.running for group in groups),
+        waiting=core.waiting.count,
+        preempted=len(waiting) - len(newcomers),
+        waiting_tokens=core.waiting.tokens,
+        oldest_wait_s=core.now_s - min(newcomers, default=core.now_s),
+        tokens_per_s=core.computed.per_s(core.now_s),
         **msgspec.structs.asdict(core.counters),
+    )
+
+
+def pool_maps(core: SchedulerCore) -> tuple[PoolMap, ...]:
+    """The state of every block of the groups that are up. Linear in the blocks: some milliseconds for a large pool."""
+    return tuple(PoolMap(group, core.table.states(group)) for group in sorted(core.groups))
+
+
+def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
+    usage, pool = core.table.usage(group.group), core.table.pools[group.group]
+    return GroupStats(
+        group=group.group,
+        up=True,
+        total_blocks=usage.total,
+        free_blocks=usage.free,
+        held_blocks=usage.held,
+        cached_blocks=usage.cached,
+        running=len(group.running),
+        epoch=group.epoch,
+        shared_blocks=pool.shared,
+        starved=len(group.starved),
+        draining=group.draining,
+        backlog_tokens=group.backlog,
+        evictions=pool.evictions,
+        steps=group.steps,
+        step_s=group.step_s,
+        step_tokens=group.step_tokens,
+        lease_waits=group.lease_waits,
+        starts=group.starts,
     )

@@ -16,12 +16,28 @@ class WaitingRoom:
 
     queue: a heap; sequences that ended while they waited stay in it until they come up. parked: they fit no group that is up,
     only one that is expected. Invariant: a WAITING sequence is in `queue` or `parked`, once; a DEFERRED one in `prefixes`.
+    count, tokens: all of them, and their tokens; `enter` and `leave` are called once for each stay.
     """
 
     def __init__(self) -> None:
         self.queue: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.prefixes = PendingPrefixes()
+        self.count = 0
+        self.tokens = 0
+
+    def enter(self, sequence: Sequence) -> None:
+        """A newcomer, or one that has lost its lease."""
+        self.count += 1
+        self.tokens += sequence.committed
+        self.join([sequence])
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has ended while it waited, or got its lease: then it is the oldest, and the queue moves up."""
+        self.count -= 1
+        self.tokens -= sequence.committed
+        if sequence.state is State.RUNNING:
+            heapq.heappop(self.queue)
 
     def join(self, sequences: Iterable[Sequence]) -> None:
         """Into the queue. One that has ended stays ended."""
@@ -40,10 +56,6 @@ class WaitingRoom:
             if sequence.state is State.WAITING:
                 self.parked.append(sequence)
         return None
-
-    def leave(self) -> None:
-        """The oldest has got its lease."""
-        heapq.heappop(self.queue)
 
     def defer(self, hashes: Listing[int]) -> bool:
         """Lets the oldest wait if a running sequence is about to compute the pages that continue its cached prefix."""
