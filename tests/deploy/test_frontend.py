@@ -9,7 +9,7 @@ from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure
 from deploy.frontend import FrontEnd
 from deploy.prompts import ModelLimits, Prompt
 from deploy.text import Tokenizer
-from scheduler.messages import Deltas, Finished, FinishReason, Request
+from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
 from scheduler.sampling import SamplingParams
 
 DELTAS = 20_000
@@ -37,6 +37,9 @@ class BusyEngine:
         assert (stream, keep_tokens) == (0, 1)
         self.stopping.set()
         assert self.delivered.wait(60), "the engine could not deliver while the front end waited for it"
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        raise AssertionError(f"nobody tallied {metrics}")
 
     def stats(self) -> EngineStats:
         return EngineStats(groups=())
