@@ -160,6 +160,8 @@ class Generation:
         self.lock = threading.Lock()
         self.choices = choices
         self.each_token = each_token
+        self.hashes = b""
+        """Of the prompt's full pages, as in `Request.hashes`."""
         self.prompt_logprobs: PromptTable | None = None
         self._notify = notify
         self._notified = False  # and not taken since
@@ -319,6 +321,7 @@ class FrontEnd:
             priority=priority,
         )
         generation = Generation(stream, prompt, choices, notify, each_token)
+        generation.hashes = request.hashes
         if params.prompt_logprobs is not None:
             generation.prompt_logprobs = PromptTable(prompt, self._tokenizer)
         return generation, request

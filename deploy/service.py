@@ -23,6 +23,7 @@ from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import OutputDelta
 from deploy.prompts import ModelLimits, Prompt, PromptError, PromptParser, Source, read_model_limits
 from deploy.text import Tokenizer
+from scheduler.messages import TalliedMetric
 from scheduler.sampling import SamplingParams
 from scheduler.stats import ClusterStatus
 
@@ -49,11 +50,24 @@ class Cluster(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptUse:
+    """One prompt of a request, without its content. hashes: of its full pages, a uint64 buffer, as in `messages.Request`.
+
+    output_tokens: of each choice.
+    """
+
+    prompt_tokens: int
+    hashes: bytes
+    output_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """One request that has ended, for metrics, logs and traces. Seconds by this process's monotonic clock.
 
     outcome: "stop", "length", "abort", or the name of a `Fault` in lower case. ttft_s: None if no token came.
-    queued_s: until its first start, by the scheduler's clock. output_tokens: of all choices.
+    queued_s: until its first start, by the scheduler's clock; None if no choice has ended. output_tokens: of all choices.
+    page_size: tokens of a hashed page. traceparent: the caller's span, as in W3C's trace context.
     """
 
     request_id: str
@@ -62,19 +76,23 @@ class Observation:
     cached_tokens: int
     output_tokens: int
     started_unix_s: float
-    queued_s: float
+    queued_s: float | None
     ttft_s: float | None
     e2e_s: float
     preemptions: int
     priority: int
     message: str = ""
+    prompts: tuple[PromptUse, ...] = ()
+    page_size: int = 0
+    traceparent: str | None = None
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds a token after the first; None below two tokens."""
-        if self.ttft_s is None or self.output_tokens < 2:
+        """Seconds a token after the first, of the longest choice, since choices grow side by side; None below two tokens."""
+        longest = max((tokens for use in self.prompts for tokens in use.output_tokens), default=self.output_tokens)
+        if self.ttft_s is None or longest < 2:
             return None
-        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1)
+        return (self.e2e_s - self.ttft_s) / (longest - 1)
 
 
 Observe = Callable[[Observation], None]
@@ -132,6 +150,16 @@ class Service:
         finally:
             await self._disconnect()
 
+    def tally(self, metrics: Sequence[TalliedMetric]) -> bool:
+        """Hands metrics to the scheduler; False, and they are still the caller's, while it cannot be reached."""
+        if self._frontend is None:
+            return False
+        try:
+            self._frontend.engine.tally(metrics)
+        except EngineError:
+            return False
+        return True
+
     @property
     def connected(self) -> bool:
         return self._frontend is not None
@@ -175,6 +203,7 @@ class Service:
         request_id: str,
         priority: int = 0,
         timeout_s: float | None = None,
+        traceparent: str | None = None,
     ) -> AsyncIterator[tuple[int, OutputDelta]]:
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
@@ -182,13 +211,14 @@ class Service:
         Errors: RequestError, once and for the whole request, the first fault of any choice; PromptError for sampling
         parameters that do not fit the model.
         """
+        valid = [(prompt, self.parser.params(params)) for prompt, params in prompts]
+        log = _RequestLog(request_id, priority, traceparent, [(len(prompt.token_ids), params.n) for prompt, params in valid])
         frontend = self._frontend
         if frontend is None:
-            raise RequestError(
-                Fault.UNAVAILABLE, "no scheduler can be reached yet: the cluster is starting", retry_after_s=1.0
-            )
-        valid = [(prompt, self.parser.params(params)) for prompt, params in prompts]
-        log = _RequestLog(request_id, priority, [prompt for prompt, _ in valid])
+            starting = "no scheduler can be reached yet: the cluster is starting"
+            error = log.fail(RequestError(Fault.UNAVAILABLE, starting, retry_after_s=1.0))
+            self._observe(log.end([], 0))
+            raise error
         grown = asyncio.Event()
         self.under_way += 1
         generations: list[Generation] = []
@@ -196,7 +226,7 @@ class Service:
             generations = self._submit(frontend, valid, priority, grown)
             async with asyncio.timeout(timeout_s):
                 async for position, delta in self._follow(generations, grown):
-                    log.take(delta)
+                    log.take(position, delta)
                     yield position, delta
         except TimeoutError:
             raise log.fail(
@@ -211,7 +241,7 @@ class Service:
             for generation in generations:
                 self._waiters.pop(id(generation), None)
             frontend.abort(generations)
-            self._observe(log.end())
+            self._observe(log.end(generations, frontend.engine.page_size))
 
     def _submit(
         self, frontend: FrontEnd, prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int, grown: asyncio.Event
@@ -264,25 +294,30 @@ class Service:
 class _RequestLog:
     """Gathers the one `Observation` of a request."""
 
-    def __init__(self, request_id: str, priority: int, prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, request_id: str, priority: int, traceparent: str | None, prompts: Sequence[tuple[int, int]]
+    ) -> None:
+        """prompts: the tokens and the choices of each."""
         self._id = request_id
         self._priority = priority
-        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._traceparent = traceparent
+        self._prompt_tokens = [tokens for tokens, _ in prompts]
+        self._output_tokens = [[0] * choices for _, choices in prompts]
         self._started_unix_s = time.time()
         self._started_s = time.monotonic()
         self._first_s: float | None = None
-        self._tokens = self._cached = self._preemptions = 0
-        self._queued_s = 0.0
+        self._cached = self._preemptions = 0
+        self._queued_s: float | None = None
         self._outcome, self._message = "abort", ""
 
-    def take(self, delta: OutputDelta) -> None:
+    def take(self, position: int, delta: OutputDelta) -> None:
         if self._first_s is None and any(choice.token_ids for choice in delta.choices):
             self._first_s = time.monotonic()
         for choice in delta.choices:
-            self._tokens += len(choice.token_ids)
+            self._output_tokens[position][choice.index] += len(choice.token_ids)
         for finished in delta.ends:
             self._preemptions += finished.preemptions
-            self._queued_s = max(self._queued_s, finished.queued_s)
+            self._queued_s = max(self._queued_s or 0.0, finished.queued_s)
         if delta.finished:
             self._cached += delta.cached_tokens or 0
             self._outcome = next((c.finish_reason for c in reversed(delta.choices) if c.finish_reason), "stop")
@@ -291,9 +326,24 @@ class _RequestLog:
         self._outcome, self._message = error.fault.name.lower(), error.message
         return error
 
-    def end(self) -> Observation:
-        first_s = None if self._first_s is None else self._first_s - self._started_s
+    def end(self, generations: Sequence[Generation], page_size: int) -> Observation:
+        """generations: of all prompts, or none if they could not be submitted."""
+        hashes = [generation.hashes for generation in generations] or [b""] * len(self._prompt_tokens)
+        outputs = [tuple(tokens) for tokens in self._output_tokens]
         return Observation(
-            self._id, self._outcome, self._prompt_tokens, self._cached, self._tokens, self._started_unix_s, self._queued_s,
-            first_s, time.monotonic() - self._started_s, self._preemptions, self._priority, self._message,
-        )  # fmt: skip
+            request_id=self._id,
+            outcome=self._outcome,
+            prompt_tokens=sum(self._prompt_tokens),
+            cached_tokens=self._cached,
+            output_tokens=sum(sum(tokens) for tokens in outputs),
+            started_unix_s=self._started_unix_s,
+            queued_s=self._queued_s,
+            ttft_s=None if self._first_s is None else self._first_s - self._started_s,
+            e2e_s=time.monotonic() - self._started_s,
+            preemptions=self._preemptions,
+            priority=self._priority,
+            message=self._message,
+            prompts=tuple(map(PromptUse, self._prompt_tokens, hashes, outputs)),
+            page_size=page_size,
+            traceparent=self._traceparent,
+        )
