@@ -59,6 +59,13 @@ class EngineConfig:
         None, "Ray cluster to join: an address or auto.", shown="a new one on this machine"
     )
     max_group_restarts: int = option(2, "Times a group whose worker died is started again.")
+    max_groups: int | None = option(None, "Groups at most; load adds them, idleness removes them.", shown="as many as groups")
+    scale_wait_s: float = option(2.0, "Wait of a newcomer, in seconds, beyond which another group is asked for.")
+    scale_idle_s: float = option(300.0, "Seconds without work after which a group beyond `groups` goes.")
+    scale_cooldown_s: float = option(60.0, "Seconds between two changes of the number of groups.")
+    scale_dry_run: bool = option(False, "Log what the autoscaler would do, and why, without doing it.")
+    node_timeout_s: float = option(1800.0, "Longest wait of an added group for its node and its start, in seconds.")
+    drain_timeout_s: float = option(120.0, "Seconds that a group may take to run empty; then the rest moves.")
     start_timeout_s: float = option(300.0, "Longest wait for the cluster to be ready, in seconds.")
     check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
 
@@ -78,8 +85,13 @@ class EngineConfig:
             )
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ValueError(f"gpu_memory_fraction={self.gpu_memory_fraction} is outside (0, 1]: try 0.9")
-        if not self.start_timeout_s > 0.0:
-            raise ValueError(f"start_timeout_s={self.start_timeout_s} is not above 0: give it seconds to start in")
+        for name in ("start_timeout_s", "node_timeout_s"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give it seconds to start in")
+        for name in ("scale_wait_s", "scale_idle_s", "scale_cooldown_s", "drain_timeout_s"):
+            self._at_least(name, 0)
+        if self.max_groups is not None and self.max_groups < self.groups:
+            raise ValueError(f"max_groups={self.max_groups} is below groups={self.groups}: raise it or lower groups")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is outside [0, 2^63): choose a value inside")
         for name in ("kv_memory", "max_model_len", "threads"):

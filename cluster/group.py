@@ -12,10 +12,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
+from scheduler.stats import GroupStart
 from workers.actor import SchedulerAddress, WorkerActor
 from workers.build import WorkerConfig
 
 logger = logging.getLogger(__name__)
+
+PHASE_POLL_S = 0.25
+PLACEMENT_POLL_S = 1.0
 
 
 class GroupHandle:
@@ -31,7 +35,9 @@ class GroupHandle:
         self._config = config
         self._placement: PlacementGroup | None = None
         self._ranks: list[Any] = []
+        self._killed = False
         self.runs: list[Any] = []
+        self.phase = GroupStart(group, "placing")
 
     @property
     def resources(self) -> dict[str, float]:
@@ -55,7 +61,8 @@ class GroupHandle:
         return self._reason(done[0]) if done else None
 
     def kill(self) -> None:
-        """Fences the epoch: every rank is gone for good, its resources are free."""
+        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for."""
+        self._killed = True
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         self._ranks = []
@@ -65,7 +72,11 @@ class GroupHandle:
 
     def _place(self, deadline: float) -> None:
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")
-        if not self._placement.wait(timeout_seconds=_left(deadline)):
+        while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
+            if self._killed:
+                raise EngineError(f"group {self.group} is not wanted any more")
+            if time.monotonic() < deadline:
+                continue
             raise EngineError(
                 f"group {self.group} found no node with {self.size} x {self.resources} free in time: free some, add a node, "
                 "lower tensor_parallel_size or groups, or raise start_timeout_s"
@@ -77,6 +88,7 @@ class GroupHandle:
                 num_cpus=self.resources.get("CPU", 0),
                 num_gpus=self.resources.get("GPU", 0),
                 max_restarts=0,
+                max_concurrency=2,
                 max_task_retries=0,
                 scheduling_strategy=strategy,
             )
@@ -86,10 +98,13 @@ class GroupHandle:
         """All or the first error, without waiting for ranks that wait for the one that failed."""
         pending = references
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=_left(deadline))
-            if not done:
+            done, pending = ray.wait(pending, num_returns=1, timeout=PHASE_POLL_S)
+            if done:
+                _get(done[0], deadline)
+            elif time.monotonic() > deadline:
                 raise EngineError(f"group {self.group} was not ready in time: raise start_timeout_s")
-            _get(done[0], deadline)
+            else:
+                self.phase = GroupStart(self.group, *_get(self._ranks[0].phase.remote(), deadline))
 
     def _reason(self, run: Any) -> str:
         rank = self.runs.index(run)

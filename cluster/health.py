@@ -1,56 +1,77 @@
-"""Keeps one group up: detect, fence, replace. One thread for each group, in the process that launched the cluster.
+"""Keeps one group up: start, detect, fence, replace. One thread for each group, in the process that owns the cluster.
 
-Imports `group` and ray. The scheduler notices a lost leader by itself, at its socket; what is decided here is whether the
-group comes back.
+Imports `group`, `scheduler_keeper` and ray. The scheduler notices a lost leader by itself, at its socket; what is decided here
+is whether the group comes back.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
-import ray
-
+from cluster.engine import EngineError
 from cluster.group import GroupHandle
-from workers.actor import SchedulerAddress
+from cluster.scheduler_keeper import SchedulerKeeper
+from scheduler.stats import GroupStart
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 1.0
-CALL_TIMEOUT_S = 30.0
+JOIN_TIMEOUT_S = 30.0
 
 NewHandle = Callable[[int], GroupHandle]
+"""Epoch -> the group's next life, not started yet."""
 
 
 class GroupKeeper:
-    """Watches a started group and starts it again, with the next epoch, at most `restarts` times.
+    """Starts a group and, when it dies, starts it again with the next epoch, at most `restarts` times. A group that ended
+    because the scheduler did starts again for free.
 
-    on_gone: called once, from the keeper's thread, when the group will not come back.
+    on_gone: called once, from the keeper's thread, when a group that was up will not come back.
     """
 
     def __init__(
         self,
-        handle: GroupHandle,
+        group: int,
+        epoch: int,
         new_handle: NewHandle,
-        scheduler: Any,
-        address: SchedulerAddress,
+        scheduler: SchedulerKeeper,
+        *,
         restarts: int,
         start_timeout_s: float,
         on_gone: Callable[[int, str], None],
     ) -> None:
-        self._handle = handle
+        self.group = group
         self._new_handle = new_handle
         self._scheduler = scheduler
-        self._address = address
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
         self._on_gone = on_gone
+        self._handle = new_handle(epoch)
+        self._scheduler_epoch = -1  # of the scheduler that this life serves
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"manta-keeper-{handle.group}", daemon=True)
+        self._decided = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._keep, name=f"manta-keeper-{group}", daemon=True)
+
+    @property
+    def epoch(self) -> int:
+        return self._handle.epoch
+
+    @property
+    def starting(self) -> GroupStart | None:
+        """What the group is doing while it comes up for the first time; None afterwards."""
+        return None if self._decided.is_set() else self._handle.phase
 
     def start(self) -> None:
         self._thread.start()
+
+    def up(self, timeout_s: float) -> bool:
+        """Waits for the first start. False while it goes on. Errors: what a rank raised, EngineError."""
+        decided = self._decided.wait(timeout_s)
+        if self._error is not None:
+            raise self._error
+        return decided
 
     def stop(self) -> None:
         """From now on the group's end is no failure."""
@@ -61,19 +82,28 @@ class GroupKeeper:
         self.stop()
         self._handle.kill()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=CALL_TIMEOUT_S)
+            self._thread.join(timeout=JOIN_TIMEOUT_S)
         self._handle.kill()  # one that came up between the two
 
+    # ---- the thread
+
     def _keep(self) -> None:
-        reason = self._watch()
+        try:
+            self._bring_up()
+        except BaseException as error:
+            self._error = error
+            self._handle.kill()
+        self._decided.set()
+        reason = self._watch() if self._error is None else None
         while reason is not None:
             self._handle.kill()
-            logger.error("%s; %d restarts left", reason, self._restarts)
-            if not self._restarts:
-                self._give_up(reason)
-                return
-            self._restarts -= 1
-            reason = self._restart() or self._watch()
+            reason = self._again(reason)
+
+    def _bring_up(self) -> None:
+        live = self._scheduler.current()
+        self._scheduler_epoch = live.epoch
+        self._scheduler.call("expect", self.group)
+        self._handle.start(live.address, time.monotonic() + self._start_timeout_s)
 
     def _watch(self) -> str | None:
         """Waits for the group's end; None when the keeper itself is closed."""
@@ -83,22 +113,28 @@ class GroupKeeper:
                 return reason
         return None
 
-    def _restart(self) -> str | None:
-        """The next epoch; why it could not start, or None if it did."""
+    def _again(self, reason: str) -> str | None:
+        """The next epoch, if there is one left; why that one ended, or None when all is over."""
+        try:
+            replaced = self._scheduler.current().epoch != self._scheduler_epoch
+        except EngineError:
+            return None  # the cluster is closing
+        logger.error("%s; %s", reason, "the scheduler was replaced" if replaced else f"{self._restarts} restarts left")
+        if not replaced and not self._restarts:
+            self._give_up(reason)
+            return None
+        self._restarts -= not replaced
         self._handle = self._new_handle(self._handle.epoch + 1)
         try:
-            ray.get(self._scheduler.expect.remote(self._handle.group), timeout=CALL_TIMEOUT_S)
-            self._handle.start(self._address, time.monotonic() + self._start_timeout_s)
+            self._bring_up()
         except Exception as error:
-            return f"group {self._handle.group} could not be started again: {error}"
-        logger.warning("group %d is up again, epoch %d", self._handle.group, self._handle.epoch)
-        return None
+            return None if self._closing.is_set() else f"group {self.group} could not be started again: {error}"
+        logger.warning("group %d is up again, epoch %d", self.group, self._handle.epoch)
+        return self._watch()
 
     def _give_up(self, reason: str) -> None:
-        if self._closing.is_set():
-            return
         try:
-            ray.get(self._scheduler.group_lost.remote(self._handle.group, reason), timeout=CALL_TIMEOUT_S)
-        except ray.exceptions.RayError:
-            logger.exception("the scheduler could not be told that group %d is lost", self._handle.group)
-        self._on_gone(self._handle.group, reason)
+            self._scheduler.call("group_lost", self.group, reason)
+        except EngineError:
+            logger.exception("the scheduler could not be told that group %d is lost", self.group)
+        self._on_gone(self.group, reason)

@@ -3,6 +3,7 @@
 Imports ray and `server`. Tokens and commands go over the server's socket; actor calls are for set-up, fencing and questions.
 """
 
+import asyncio
 import logging
 
 import ray
@@ -22,6 +23,7 @@ class SchedulerActor:
         logging.basicConfig(level=logging.INFO)
         self._core = SchedulerCore(config)
         self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
+        self._closed = asyncio.Event()
 
     async def listen(self) -> tuple[str, int]:
         """Opens the socket; returns where leaders and front ends connect."""
@@ -51,5 +53,10 @@ class SchedulerActor:
         """Checks every invariant now. Errors: AssertionError that names the rule."""
         check(self._core)
 
+    async def closed(self) -> None:
+        """Returns when `close` was called, so that whoever waits for it hears of an unexpected end as an error."""
+        await self._closed.wait()
+
     async def close(self) -> None:
+        self._closed.set()
         await self._server.close()

@@ -62,10 +62,20 @@ class PoolMap(msgspec.Struct, frozen=True):
     states: bytes
 
 
+class GroupStart(msgspec.Struct, frozen=True):
+    """A group that is coming up. phase: "placing", "loading weights", "measuring memory". done of total; 0 of 0: unknown."""
+
+    group: int
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the endpoint knows of its cluster. phase: "starting", "ready", "degraded" (no group is up) or "stopped".
 
-    progress: what the start is doing, in words, the newest last. epoch: counts schedulers; a restart begins anew.
+    progress: what the start has said, in words, the newest last. starting: groups that are coming up. epoch: counts
+    schedulers; a restart begins anew.
     uptime_s, busy_s: of the scheduler, and how much of it was spent inside the core. front_ends: connected ones.
     tallies: metrics that the front ends have observed, summed up.
     """
@@ -75,6 +85,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 0
     epoch: int = 0
     progress: tuple[str, ...] = ()
+    starting: tuple[GroupStart, ...] = ()
     engine: EngineStats | None = None
     maps: tuple[PoolMap, ...] = ()
     tallies: tuple[TalliedMetric, ...] = ()

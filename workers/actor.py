@@ -41,7 +41,7 @@ class SchedulerAddress:
 
 class WorkerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.group`), with the group's resources, never restarted or retried:
-    a rank that dies takes its group's epoch with it."""
+    a rank that dies takes its group's epoch with it. Two calls may run at once: the long one, and `phase`."""
 
     def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
         logging.basicConfig(level=logging.INFO)
@@ -53,6 +53,7 @@ class WorkerActor:
         self._comm: Communicator | None = None
         self._built: Rank | None = None
         self._pages = 0
+        self._phase = ("placing", 0, 0)
         self._rendezvous: Rendezvous | None = None
 
     def open(self) -> Rendezvous:
@@ -69,8 +70,15 @@ class WorkerActor:
         device = torch.device(self._config.device)
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
-        self._built, self._pages = build_rank(self._config, self._comm)
+        self._built, self._pages = build_rank(self._config, self._comm, self._enter)
         return self._pages
+
+    def phase(self) -> tuple[str, int, int]:
+        """What `build` is doing: its name, how much is done, how much there is. May be asked while it works."""
+        return self._phase
+
+    def _enter(self, phase: str, done: int, total: int) -> None:
+        self._phase = (phase, done, total)
 
     def run(self, scheduler: SchedulerAddress) -> str:
         """The step loop, until the scheduler closes the group's log; returns its reason."""

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ from workers.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+Phase = Callable[[str, int, int], None]
+"""What the build is doing, how much of it is done, and how much there is; 0 of 0 where nobody can say."""
+
+LOADING, MEASURING = "loading weights", "measuring memory"
 
 CPU_KV_FRACTION = 0.4
 """Share of a host's available memory that its ranks' KV pools may take together, when nobody says."""
@@ -58,7 +62,7 @@ class WorkerConfig:
         return 1 if self.device == "cuda" else 0
 
 
-def build_rank(config: WorkerConfig, comm: Communicator, progress: Progress | None = None) -> tuple[Rank, int]:
+def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None) -> tuple[Rank, int]:
     """Loads this rank's shard and returns (rank, pages of its pool). All ranks of the group call it together.
 
     Errors: CheckpointError, ValueError (memory, attention backend), torch's out-of-memory error.
@@ -71,9 +75,10 @@ def build_rank(config: WorkerConfig, comm: Communicator, progress: Progress | No
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     first_pages = layout.pages_for(config.step_tokens)
     attention = select_backend(config.attention, pool=KVPool(layout, first_pages, device), heads=shape.heads)
-    model = load_model(config.model, model_config, comm, dtype, device, attention, progress)
+    model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
     sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
     runner = ModelRunner(model, sampler, config.rows, device)
+    phase(MEASURING, 0, 0)
     memory = _kv_memory(config, runner, layout)
     pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
     model.attention = attention = select_backend(config.attention, pool=KVPool(layout, pages, device), heads=shape.heads)
