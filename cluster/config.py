@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
 MIN_BLOCK_SIZE = 16
 MAX_ROWS = 1 << 16
@@ -34,6 +35,7 @@ class EngineConfig:
     model: str
     tensor_parallel_size: int = option(1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.")
     groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.")
+    device: str = option("auto", f"Where ranks compute: {', '.join(DEVICES)}. auto: on GPUs where the cluster has any.")
     dtype: str = option("auto", f"Type of weights and KV: {', '.join(DTYPES)}. auto: as the checkpoint says.")
     block_size: int = option(256, "Tokens in a KV page: a power of two from 16 up.")
     kv_memory: int | None = option(
@@ -102,6 +104,7 @@ class EngineConfig:
 
     def _check_choices(self) -> None:
         choices: Iterable[tuple[str, str, tuple[str, ...]]] = (
+            ("device", self.device, DEVICES),
             ("dtype", self.dtype, DTYPES),
             ("attention", self.attention, ATTENTION_BACKENDS),
         )

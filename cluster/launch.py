@@ -35,15 +35,25 @@ def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailur
     owns_ray = _connect(config, config.groups * config.tensor_parallel_size * threads, progress)
     engine = RayEngine(config, on_failure, owns_ray=owns_ray)
     try:
-        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-        ranks = config.groups * config.tensor_parallel_size
-        core, worker = resolve(config, device, ranks, threads if owns_ray else 1)
-        _check_resources(config, worker)
+        core, worker = plan(config, threads if owns_ray else 1)
         engine.start(core, worker, on_deltas, progress)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def plan(config: EngineConfig, threads: int = 1) -> tuple[CoreConfig, WorkerConfig]:
+    """What scheduler and workers are told on the Ray cluster that this process has joined. threads: of a CPU rank.
+
+    Errors: CheckpointError, ValueError; EngineError if the cluster has no room.
+    """
+    device = config.device
+    if device == "auto":
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+    core, worker = resolve(config, device, config.groups * config.tensor_parallel_size, threads)
+    _check_resources(config, worker)
+    return core, worker
 
 
 def _own_threads(config: EngineConfig) -> int:

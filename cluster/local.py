@@ -41,7 +41,7 @@ CLOSE_TIMEOUT_S = 30.0
 
 def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "LocalEngine":
     """See `cluster.engine.StartEngine`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     ranks = config.groups * config.tensor_parallel_size
     core, worker = resolve(config, device, ranks, max(1, (os.cpu_count() or 1) // ranks))
     engine = LocalEngine(core, worker, on_deltas, on_failure, check_invariants=config.check_invariants)

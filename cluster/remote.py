@@ -3,8 +3,10 @@
 Imports `scheduler.wire` and `scheduler.messages`; no Ray.
 """
 
+import queue
 import threading
 from collections.abc import Sequence
+from itertools import groupby
 
 import msgspec
 
@@ -12,9 +14,12 @@ from cluster.engine import EngineError, OnDeltas, OnFailure
 from scheduler.messages import Abort, Connect, Deltas, FromFrontEnd, Request, Stop, Submit, TalliedMetric, Tally, Welcome
 from scheduler.wire import FrameSocket
 
+JOIN_TIMEOUT_S = 5.0
+
 
 class SchedulerStream:
-    """Connected from its birth. on_deltas and on_failure are called from its own reading thread.
+    """Connected from its birth. on_deltas and on_failure are called from its own reading thread; a
+    thread of its own writes, so that no caller waits for the socket.
 
     Errors: OSError if the scheduler cannot be reached, EngineError if it refuses the token.
     """
@@ -29,8 +34,13 @@ class SchedulerStream:
         self._on_deltas = on_deltas
         self._on_failure = on_failure
         self._failure: str | None = None
-        self._thread = threading.Thread(target=self._read, name="manta-front-end-stream", daemon=True)
-        self._thread.start()
+        self._outgoing: queue.SimpleQueue[FromFrontEnd | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._read, name="manta-front-end-reader", daemon=True),
+            threading.Thread(target=self._write, name="manta-front-end-writer", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Errors: EngineError when the scheduler has gone."""
@@ -50,25 +60,38 @@ class SchedulerStream:
         """Ends the stream for a reason that others have found. The first reason is the one that is told."""
         self._failure = self._failure or reason
         self._socket.close()
+        self._outgoing.put(None)
 
     def close(self) -> None:
         """Ends the stream; nobody is told."""
         self.fail("")
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5.0)
+        for thread in self._threads:
+            if threading.current_thread() is not thread:
+                thread.join(timeout=JOIN_TIMEOUT_S)
 
     def _send(self, message: FromFrontEnd) -> None:
-        try:
-            self._socket.send(message)
-        except OSError as error:
-            raise EngineError(self._failure or f"the scheduler has gone: {error}") from error
+        if self._failure is not None:
+            raise EngineError(self._failure or "the stream to the scheduler was closed")
+        self._outgoing.put(message)
 
     def _tell(self, message: Abort | Stop) -> None:
         """What concerns streams that end anyway if the scheduler has gone."""
-        try:
-            self._send(message)
-        except EngineError:
-            return
+        if self._failure is None:
+            self._outgoing.put(message)
+
+    def _write(self) -> None:
+        """One batch under way: what is asked for while it is being written goes with the next. No window, no waiting."""
+        while (message := self._outgoing.get()) is not None:
+            waiting = [message]
+            while not self._outgoing.empty() and (message := self._outgoing.get()) is not None:
+                waiting.append(message)
+            try:
+                for batch in merged(waiting):
+                    self._socket.send(batch)
+            except OSError:
+                return  # the reading thread hears of it too, and tells
+            if message is None:
+                return
 
     def _read(self) -> None:
         decoder = msgspec.msgpack.Decoder(Deltas)
@@ -76,5 +99,18 @@ class SchedulerStream:
             self._on_deltas(decoder.decode(payload))
         reason = "the scheduler has gone" if self._failure is None else self._failure
         self._failure = reason
+        self._outgoing.put(None)
         if reason:
             self._on_failure(reason)
+
+
+def merged(messages: Sequence[FromFrontEnd]) -> list[FromFrontEnd]:
+    """The same messages in the same order; submissions that follow each other travel as one."""
+    batches: list[FromFrontEnd] = []
+    for submits, run in groupby(messages, key=lambda message: isinstance(message, Submit)):
+        if submits:
+            submissions = (message for message in run if isinstance(message, Submit))
+            batches.append(Submit(tuple(request for message in submissions for request in message.requests)))
+        else:
+            batches += run
+    return batches
