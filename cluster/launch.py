@@ -75,6 +75,7 @@ def _connect(config: EngineConfig, cpus: int, progress: Progress) -> bool:
         return False
     progress("starting Ray on this machine")
     ray.init(
+        address="local",  # whatever else runs on this machine
         num_cpus=max(cpus, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,

@@ -98,7 +98,7 @@ def test_without_a_group_left_requests_fail_with_the_reason() -> None:
 
 
 def test_more_ranks_than_the_cluster_has_is_said_at_once() -> None:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(EngineError, match=r"room for 1 group"):
             open_llm(local=False, groups=3, size=2)
