@@ -120,6 +120,9 @@ class Cluster:
         prefix_caching: bool = True,
         wait_for_prefix: bool = True,
         model_len: int = 256,
+        max_queued_requests: int | None = None,
+        max_queued_tokens: int | None = None,
+        wait_for_groups: bool = True,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -129,6 +132,9 @@ class Cluster:
                 grant_ahead=ahead,
                 prefix_caching=prefix_caching,
                 wait_for_prefix=wait_for_prefix,
+                max_queued_requests=max_queued_requests,
+                max_queued_tokens=max_queued_tokens,
+                wait_for_groups=wait_for_groups,
             )
         )
         self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
@@ -162,6 +168,15 @@ class Cluster:
         self.core.group_down(GroupId(group), LOST, returning=returning)
         self.settle()
 
+    def drain(self, group: int) -> bool:
+        drained = self.core.drain(GroupId(group))
+        self.settle()
+        return drained
+
+    def vacate(self, group: int) -> None:
+        self.core.vacate(GroupId(group))
+        self.settle()
+
     def haunt(self, ghost: SimulatedGroup) -> None:
         """A stopped worker goes on: it steps, and its reports arrive, under its old epoch."""
         ghost.deliver()
@@ -182,13 +197,15 @@ class Cluster:
         n: int = 1,
         max_tokens: int | None = 8,
         min_tokens: int = 0,
+        priority: int = 0,
+        prompt_logprobs: int | None = None,
     ) -> list[Stream]:
         """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
-        params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens)
+        params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.pools) * self.page_size + 1 - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY)
-        request = Request(first, np.array(prompt, np.int32).tobytes(), b"", params, stop_ids, salt)
+        request = Request(first, np.array(prompt, np.int32).tobytes(), b"", params, stop_ids, salt, priority)
         try:
             self.core.submit(front_end, request)
         finally:

@@ -66,6 +66,8 @@ class CoreMachine(RuleBasedStateMachine):
         min_tokens=st.sampled_from([0, 0, 1]),
         stop_ids=st.sampled_from([(), (), (), (1,), (0, 1)]),
         salt=st.sampled_from(["", "", "", "tenant"]),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        prompt_logprobs=st.sampled_from([None, None, None, 0]),
     )
     def submit(
         self,
@@ -77,6 +79,8 @@ class CoreMachine(RuleBasedStateMachine):
         min_tokens: int,
         stop_ids: tuple[int, ...],
         salt: str,
+        priority: int = 0,
+        prompt_logprobs: int | None = None,
     ) -> None:
         prompt = pages(*values) + tail
         core = self.cluster.core
@@ -91,6 +95,8 @@ class CoreMachine(RuleBasedStateMachine):
                 min_tokens=min_tokens,
                 stop_ids=stop_ids,
                 salt=salt,
+                priority=priority,
+                prompt_logprobs=prompt_logprobs,
             )
         except RequestRefused:
             assert not fits
@@ -180,6 +186,24 @@ class CoreMachine(RuleBasedStateMachine):
             self.cluster.bring_up(at % len(self.cluster.pools))
             self.events["replaced a group"] += 1
 
+    @rule(at=which, patient=st.booleans(), sure=st.integers(0, 2))
+    def drain(self, at: int, patient: bool, sure: int) -> None:
+        """A group runs empty, or is emptied; then it goes, as the autoscaler has it."""
+        if sure or (group := self.group(at)) is None or not self.cluster.drain(group):
+            return
+        running = len(self.cluster.core.groups[group].running)
+        if patient:
+            for _ in range(500):
+                if not self.cluster.core.groups[group].running:
+                    break
+                self.cluster.step()
+            self.events["drained"] += 1
+        else:
+            self.cluster.vacate(group)
+            self.events["moved"] += running
+        assert not self.cluster.core.groups[group].running
+        self.cluster.lose(group)
+
     @precondition(lambda self: self.cluster.ghosts)
     @rule(at=which)
     def haunt(self, at: int) -> None:
@@ -220,6 +244,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
         "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while preempted",
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
+        "drained", "moved",
     }  # fmt: skip
     assert not {name: count for name, count in events.items() if count < 3}
 
@@ -243,6 +268,8 @@ def walk(seed: int, events: int) -> Counter[str]:
             0,
             draw.choice([(), (), (), (1,)]),
             draw.choice(["", "", "", "tenant"]),
+            draw.choice([0, 0, -1, 1]),
+            draw.choice([None, None, 0]),
         )
         for step in draw.choices(list(FREQUENCIES), list(FREQUENCIES.values()), k=6):
             at = draw.randrange(100)
@@ -262,6 +289,7 @@ def walk(seed: int, events: int) -> Counter[str]:
                 machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
                 machine.lose(at, draw.random() < 0.5, draw.randint(0, 1))
                 machine.bring_up(at, draw.randint(0, 1))
+                machine.drain(at, draw.random() < 0.3, draw.randint(0, 2))
                 if machine.cluster.ghosts:
                     machine.haunt(at)
     machine.teardown()
