@@ -1,13 +1,15 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
-The only place that touches the environment: MANTA_CONFIG names the file where no flag does, and `bound_openmp_spin` sets
-how OpenMP waits. Imports no torch, no ray.
+The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys, and
+`bound_openmp_spin` sets how OpenMP waits. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B
       tensor_parallel_size: 2
       kv_memory: 40GiB
-    sampling:                   # scheduler.sampling.SamplingParams, for requests that do not say
+    serve:                      # deploy.serve_config.ServeConfig, for an endpoint
+      port: 8000
+    sampling:                   # scheduler.sampling.SamplingParams, for prompts of `manta generate` that do not say
       temperature: 0.7
 """
 
@@ -22,14 +24,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from cluster.config import EngineConfig
+from deploy.serve_config import ServeConfig
 from scheduler.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 CONFIG_VARIABLE = "MANTA_CONFIG"
+KEYS_VARIABLE = "MANTA_API_KEYS"
 DEFAULT_MAX_TOKENS = 128
 OPENMP_SPIN = "2000"
-SECTIONS = ("engine", "sampling")
+SECTIONS = ("engine", "serve", "sampling")
 ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
+SERVE_KEYS = tuple(f.name for f in fields(ServeConfig))
 SAMPLING_KEYS = SamplingParams.__struct_fields__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -37,6 +42,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 T = TypeVar("T")
+S = TypeVar("S", EngineConfig, ServeConfig)
 
 
 class ConfigError(ValueError):
@@ -49,6 +55,7 @@ class Config:
 
     engine: EngineConfig
     sampling: SamplingParams
+    serve: ServeConfig
 
 
 def load_config(
@@ -56,33 +63,32 @@ def load_config(
     engine: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
+    serve: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Reads the tree. engine, sampling: values given as flags, by field name; None means that a flag was not given."""
+    """Reads the tree. engine, sampling, serve: values given as flags, by field name; None means that a flag was not given."""
     if file is None and (named := environ.get(CONFIG_VARIABLE)):
         file = Path(named)
     tree = {} if file is None else _read_yaml(file)
     try:
-        reject_unknown(tree, SECTIONS)
-        sections = {name: _section(tree, name) for name in SECTIONS}
-        reject_unknown(sections["engine"], ENGINE_KEYS, "engine.")
-        reject_unknown(sections["sampling"], SAMPLING_KEYS, "sampling.")
+        sections = _sections(tree)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return Config(
-        engine_config(sections["engine"] | _given(engine)),
-        sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
-    )
+    return _config(sections, engine, sampling, serve)
+
+
+def endpoint_config(tree: Mapping[Any, Any]) -> Config:
+    """The tree as it is in memory, such as the arguments of a Ray Serve application. Errors: ConfigError."""
+    return _config(_sections(tree))
 
 
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """Builds the engine's settings by field name; `model` left out means the checkpoint that comes with Manta."""
-    reject_unknown(values, ENGINE_KEYS)
-    ready = dict(values)
-    ready["model"] = str(ready.get("model") or EMBEDDED_MODEL)
-    for f in fields(EngineConfig):
-        if f.metadata.get("size") and ready.get(f.name) is not None:
-            ready[f.name] = parse_size(f.name, ready[f.name])
-    return _convert(ready, EngineConfig)
+    return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
+
+
+def serve_config(values: Mapping[str, Any]) -> ServeConfig:
+    """Builds the endpoint's settings by field name."""
+    return _settings(values, ServeConfig)
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
@@ -93,6 +99,24 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     if isinstance(ready.get("stop"), str):
         ready["stop"] = (ready["stop"],)
     return _convert(ready, SamplingParams)
+
+
+def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Keys of the file, then those of the environment. Errors: ConfigError, also where an endpoint without keys would be
+    reached from other machines."""
+    keys = [key for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    if serve.api_key_file is not None:
+        try:
+            keys += Path(serve.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
+    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip() and not key.strip().startswith("#")))
+    if not found and serve.auth and not serve.on_loopback:
+        raise ConfigError(
+            f"host={serve.host} can be reached from other machines and there is no API key: name a file with api_key_file, set "
+            f"{KEYS_VARIABLE}, or say --no-auth (auth: false) to let everybody in"
+        )
+    return found
 
 
 def parse_size(name: str, value: int | str) -> int:
@@ -125,8 +149,29 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
     except msgspec.DecodeError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"{file} holds a {type(tree).__name__}: write the sections {' and '.join(SECTIONS)}")
+        raise ConfigError(f"{file} holds a {type(tree).__name__}: write the sections {', '.join(SECTIONS)}")
     return tree or {}
+
+
+def _sections(tree: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
+    reject_unknown(tree, SECTIONS)
+    sections = {name: _section(tree, name) for name in SECTIONS}
+    for name, known in (("engine", ENGINE_KEYS), ("serve", SERVE_KEYS), ("sampling", SAMPLING_KEYS)):
+        reject_unknown(sections[name], known, f"{name}.")
+    return sections
+
+
+def _config(
+    sections: Mapping[str, dict[Any, Any]],
+    engine: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    serve: Mapping[str, Any] | None = None,
+) -> Config:
+    return Config(
+        engine_config(sections["engine"] | _given(engine)),
+        sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
+        serve_config(sections["serve"] | _given(serve)),
+    )
 
 
 def _section(tree: Mapping[Any, Any], name: str) -> dict[Any, Any]:
@@ -138,6 +183,13 @@ def _section(tree: Mapping[Any, Any], name: str) -> dict[Any, Any]:
 
 def _given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (flags or {}).items() if value is not None}
+
+
+def _settings(values: Mapping[str, Any], target: type[S]) -> S:
+    """A record of settings from values by field name; sizes may have units."""
+    reject_unknown(values, [f.name for f in fields(target)])
+    sizes = [f.name for f in fields(target) if f.metadata.get("size") and values.get(f.name) is not None]
+    return _convert({**values, **{name: parse_size(name, values[name]) for name in sizes}}, target)
 
 
 def _convert(values: Mapping[str, Any], target: type[T]) -> T:

@@ -14,12 +14,15 @@ from deploy.config import (
     OPENMP_SPIN,
     ConfigError,
     bound_openmp_spin,
+    endpoint_config,
     engine_config,
     load_config,
     parse_size,
+    read_api_keys,
     sampling_params,
 )
 from deploy.llm import LLM
+from deploy.serve_config import ServeConfig
 
 
 def written(folder: Path, text: str) -> Path:
@@ -37,6 +40,35 @@ def test_flags_over_file_over_defaults(tmp_path: Path) -> None:
     assert (config.sampling.temperature, config.sampling.top_k, config.sampling.stop) == (0.5, 4, ("END",))
     assert config.sampling.max_tokens == 128
     assert config.engine.model == str(EMBEDDED_MODEL)
+
+
+def test_an_endpoint_has_a_section(tmp_path: Path) -> None:
+    file = written(tmp_path, "serve: {port: 9000, max_request_bytes: 1MiB, cors_origins: [http://a.example]}\n")
+    serve = load_config(file, environ={}, serve={"port": 9001, "host": None}).serve
+    assert (serve.port, serve.host, serve.max_request_bytes) == (9001, "127.0.0.1", 2**20)
+    assert serve.cors_origins == ("http://a.example",)
+    assert endpoint_config({"serve": {"port": 9002}, "engine": {"groups": 2}}).serve.port == 9002
+    assert load_config(environ={}).serve == ServeConfig()
+
+
+def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# for the notebook\nfirst\n\n second \n")
+    config = ServeConfig(host="0.0.0.0", api_key_file=str(file))
+    assert read_api_keys(config, {"MANTA_API_KEYS": "third, first,"}) == ("third", "first", "second")
+    assert read_api_keys(ServeConfig(), {}) == ()
+    with pytest.raises(ConfigError, match=r"cannot read the API keys in .*nowhere"):
+        read_api_keys(ServeConfig(api_key_file=str(tmp_path / "nowhere")), {})
+
+
+def test_an_endpoint_that_others_reach_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.5"):
+        with pytest.raises(ConfigError, match=r"there is no API key: .*--no-auth"):
+            read_api_keys(ServeConfig(host=host), {})
+        assert read_api_keys(ServeConfig(host=host, auth=False), {}) == ()
+        assert read_api_keys(ServeConfig(host=host), {"MANTA_API_KEYS": "k"}) == ("k",)
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert read_api_keys(ServeConfig(host=host), {}) == ()
 
 
 def test_environment_names_the_file(tmp_path: Path) -> None:
@@ -65,7 +97,10 @@ def test_environment_names_the_file(tmp_path: Path) -> None:
         ("engine: {local: true, ray_address: auto}", "exclude each other"),
         ("sampling: {temperature: -1}", "temperature=-1.0 is outside"),
         ("engine: [1]", "engine holds a list"),
-        ("just words", "holds a str: write the sections engine and sampling"),
+        ("serve: {prot: 80}", "unknown key 'serve.prot': did you mean 'serve.port'?"),
+        ("serve: {port: 70000}", "port=70000 is outside [0, 65535]"),
+        ("serve: {max_request_bytes: 8 apples}", "max_request_bytes='8 apples' is not a size"),
+        ("just words", "holds a str: write the sections engine, serve, sampling"),
         ("a: [", "is not valid YAML"),
     ],
 )
