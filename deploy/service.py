@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -204,7 +204,7 @@ class Service:
         priority: int = 0,
         timeout_s: float | None = None,
         traceparent: str | None = None,
-    ) -> AsyncIterator[tuple[int, OutputDelta]]:
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.

@@ -3,6 +3,7 @@
 Imports transformers only when a checkpoint is opened; nothing of the engine.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,15 @@ WINDOW_TOKENS = 16
 
 CHARACTER_TOKENS = 4
 """A character is at most four bytes, hence at most four tokens; what stays broken for longer is not UTF-8."""
+
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+"""How SentencePiece writes a byte that is no token."""
+
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
+"""The characters with which byte-level BPE, since GPT-2, writes bytes."""
 
 Message = Mapping[str, Any]
 """A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
@@ -71,6 +81,15 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token by itself, special tokens included, as log-probabilities show it."""
         return str(self._implementation.decode([token]))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for: less than a character where `token_text` shows U+FFFD."""
+        piece = str(self._implementation.convert_ids_to_tokens(token))
+        if (byte := BYTE_TOKEN.fullmatch(piece)) is not None:
+            return bytes((int(byte[1], 16),))
+        if all(character in BYTE_CHARACTERS for character in piece):
+            return bytes(BYTE_CHARACTERS[character] for character in piece)
+        return self.token_text(token).encode()
 
 
 class Detokenizer:
@@ -154,7 +173,7 @@ class StopStrings:
             at, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
             self._held = ""
             return held[:at]
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -173,6 +192,6 @@ def _tail(decode: Decode, prompt: Sequence[int]) -> list[int]:
     return list(prompt[-PROMPT_TAIL_TOKENS:])
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

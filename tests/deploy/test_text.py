@@ -10,6 +10,7 @@ from tokenizers import decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from deploy.text import CHARACTER_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, StopStrings, Tokenizer
+from tests.deploy.conftest import EOS
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",
@@ -157,3 +158,10 @@ def test_unarmed_text_is_not_searched() -> None:
     assert finder.push("b") == "b"
     assert finder.push("ab") == ""
     assert finder.found == "ab"
+
+
+def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)).decode() == text
+        assert b"".join(tokenizer.token_bytes(token) for token in byte_ids(tokenizer, text)).decode() == text
+    assert tokenizer.token_bytes(EOS) == b"<|end|>"
