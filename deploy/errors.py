@@ -5,8 +5,12 @@ Imports the wire types only.
 
 from enum import Enum
 
-from deploy.prompts import PromptError
+from deploy.prompts import PromptError, PromptTooLong
 from scheduler.messages import Failure, Finished
+
+
+CONTEXT_EXCEEDED = "context_length_exceeded"
+"""The code that clients of OpenAI's API know for a prompt that is too long."""
 
 
 class Fault(Enum):
@@ -54,13 +58,14 @@ class RequestError(Exception):
 
     @classmethod
     def of_prompt(cls, error: PromptError, param: str | None) -> "RequestError":
-        return cls(Fault.INVALID, str(error), param=param)
+        code = CONTEXT_EXCEEDED if isinstance(error, PromptTooLong) else None
+        return cls(Fault.INVALID, str(error), param=param, code=code)
 
     @classmethod
     def of_end(cls, finished: Finished) -> "RequestError":
         """What a stream that ended as FAILED means to its client."""
         fault = _FAULTS[finished.failure]
-        code = "context_length_exceeded" if finished.failure is Failure.IMPOSSIBLE else None
+        code = CONTEXT_EXCEEDED if finished.failure is Failure.IMPOSSIBLE else None
         return cls(fault, finished.message or "no reason given", code=code, retry_after_s=finished.retry_after_s)
 
 

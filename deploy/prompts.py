@@ -29,6 +29,10 @@ class PromptError(ValueError):
     """A prompt that cannot be served; the message says why and what to change."""
 
 
+class PromptTooLong(PromptError):
+    """It leaves the model no room for output."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
     """What the model sets for a request. eos_ids end an output unless ignore_eos. max_tokens: prompt and output
@@ -71,10 +75,12 @@ class PromptParser:
         for message in messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
                 raise PromptError(f'not a chat message: {message!r}; write {{"role": "user", "content": "..."}}')
+        tokenizer = self._need_tokenizer()
         try:
-            return self._valid(self._need_tokenizer().encode_chat(messages), None, salt)
+            tokens = tokenizer.encode_chat(messages)
         except ValueError as error:
             raise PromptError(str(error)) from error
+        return self._valid(tokens, None, salt)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
@@ -116,7 +122,7 @@ class PromptParser:
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
         if len(tokens) >= self.limits.max_tokens:
-            raise PromptError(
+            raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens and the model takes {self.limits.max_tokens}, output included: "
                 f"shorten it to {self.limits.max_tokens - 1} or fewer"
             )
