@@ -37,7 +37,9 @@ class Fleet:
     ) -> None:
         self.config = config
         self.worker = worker
-        self.scheduler = SchedulerKeeper(core, check_invariants=config.check_invariants)
+        self.scheduler = SchedulerKeeper(
+            core, check_invariants=config.check_invariants, log_format=worker.log_format
+        )
         self._on_lost = on_lost
         self._keepers: dict[int, GroupKeeper] = {}
         self._epochs: dict[int, int] = {}

@@ -42,9 +42,10 @@ class SchedulerKeeper:
     Errors: EngineError from every call once `close` was called, or if there is no scheduler for `CALL_TIMEOUT_S`.
     """
 
-    def __init__(self, config: CoreConfig, *, check_invariants: bool) -> None:
+    def __init__(self, config: CoreConfig, *, check_invariants: bool, log_format: str) -> None:
         self._config = config
         self._check = check_invariants
+        self._log_format = log_format
         self._token = secrets.token_hex(16)
         self._changed = threading.Condition()
         self._live: LiveScheduler | None = None
@@ -107,7 +108,7 @@ class SchedulerKeeper:
 
     def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
         options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0)
-        actor = options.remote(self._config, self._token, self._check)
+        actor = options.remote(self._config, self._token, self._check, self._log_format)
         host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
 

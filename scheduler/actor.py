@@ -4,7 +4,6 @@ Imports ray and `server`. Tokens and commands go over the server's socket; actor
 """
 
 import asyncio
-import logging
 
 import ray
 
@@ -12,6 +11,7 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
+from scheduler.logs import configure
 from scheduler.server import SchedulerServer
 from scheduler.stats import ClusterStatus
 
@@ -19,8 +19,8 @@ from scheduler.stats import ClusterStatus
 class SchedulerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.launch`). Every method runs on the actor's one event loop."""
 
-    def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False) -> None:
-        logging.basicConfig(level=logging.INFO)
+    def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False, log_format: str = "text") -> None:
+        configure(log_format, role="scheduler")
         self._core = SchedulerCore(config)
         self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
         self._closed = asyncio.Event()

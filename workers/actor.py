@@ -3,13 +3,13 @@
 Imports ray, `build`, `leader`, `link` and `parallel`. An error ends the actor's call, which is how the cluster hears of it.
 """
 
-import logging
 import socket
 from dataclasses import dataclass
 
 import ray
 import torch
 
+from scheduler.logs import configure
 from scheduler.messages import Hello
 from scheduler.wire import listen
 from workers.build import WorkerConfig, build_rank
@@ -44,7 +44,7 @@ class WorkerActor:
     a rank that dies takes its group's epoch with it. Two calls may run at once: the long one, and `phase`."""
 
     def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
-        logging.basicConfig(level=logging.INFO)
+        configure(config.log_format, group=group, epoch=epoch, rank=rank)
         self._config = config
         self._group, self._epoch = group, epoch
         self._rank, self._size = rank, size

@@ -39,7 +39,7 @@ CPU_KV_FRACTION = 0.4
 class WorkerConfig:
     """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
 
-    ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda".
+    ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format: "text" or "json".
     """
 
     model: str
@@ -55,6 +55,7 @@ class WorkerConfig:
     attention: str
     threads: int
     ranks_on_host: int
+    log_format: str = "text"
 
     @property
     def depth(self) -> int:
