@@ -12,6 +12,8 @@ PURE = [
     "scheduler.invariants",
     "scheduler.server",
     "scheduler.stats",
+    "workers.constraints",
+    "workers.grammar",
     "workers.leader",
     "workers.link",
     "workers.reports",

@@ -19,6 +19,21 @@ import numpy.typing as npt
 from scheduler.batching import Ints, StepPlan, plan_step
 from scheduler.messages import NO_TOKEN, ROW_MASK, Command, End, FinishReason, Grant, Remap, Start
 
+MEASURED_TOKENS = 256
+"""Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A part of a prompt whose log-probabilities a step must bring: those of the token after each of its positions.
+
+    index: in the step. count: the first so many of the positions computed there. most: top entries wanted of each.
+    """
+
+    index: int
+    count: int
+    most: int
+
 
 @dataclass(frozen=True, slots=True)
 class Launched:
@@ -28,6 +43,7 @@ class Launched:
     leases: Ints  # [n]
     first: Ints  # [n] position of the first computed token
     samples: npt.NDArray[np.bool_]  # [n]
+    measured: tuple[Measured, ...] = ()
 
 
 class ResidentBatch:
@@ -53,6 +69,9 @@ class ResidentBatch:
         self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * rows
         self._least = np.zeros(rows, np.int64)  # length from which a stop id ends the sequence
         self._stop_ids = np.full((rows, 1), NO_TOKEN, np.int64)  # [rows, width], padded
+        self._constrained = np.zeros(rows, np.bool_)  # has a grammar
+        self._unread: set[int] = set()  # constrained rows whose newest token is still on the device
+        self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
 
     # ---- the log
 
@@ -83,6 +102,9 @@ class ResidentBatch:
         self.tokens[row] = tokens
         self._least[row] = start.prompt_tokens + start.params.min_tokens
         self._set_stop_ids(row, start.stop_ids)
+        self._constrained[row] = start.params.grammar is not None
+        if start.params.prompt_logprobs is not None and len(tokens) == start.prompt_tokens:  # else it was measured before
+            self._measured[row] = (start.prompt_tokens, start.params.prompt_logprobs)
         self._append(row, np.frombuffer(start.blocks, np.int32))
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
@@ -103,11 +125,29 @@ class ResidentBatch:
             self.vacated.append(row)
         self.lease[row] = -1
         self.known[row] = self.computed[row] = self.slots[row] = self.pages[row] = 0
+        self._unread.discard(row)
+        self._measured.pop(row, None)
 
     # ---- steps
 
     def plan(self) -> StepPlan:
-        return plan_step(self.known, self.computed, self.slots, self.lease, self.budget)
+        slots = self._usable_slots() if self._unread or self._measured else self.slots
+        return plan_step(self.known, self.computed, slots, self.lease, self.budget)
+
+    def _usable_slots(self) -> Ints:
+        """Fewer than were granted where a row must wait or go in smaller chunks; decided by the log and the steps alone.
+
+        A constrained row waits for its newest token, which says what may follow. Measured prompts share `MEASURED_TOKENS`,
+        oldest first.
+        """
+        slots = self.slots.copy()
+        unread = list(self._unread)
+        slots[unread] = self.computed[unread]
+        left = MEASURED_TOKENS
+        for row in sorted(self._measured, key=lambda row: int(self.lease[row])):
+            slots[row] = min(slots[row], self.computed[row] + left)
+            left -= max(0, min(int(slots[row]), int(self.known[row])) - int(self.computed[row]))
+        return slots
 
     def launch(self, plan: StepPlan) -> Launched:
         """Accounts for a step that is about to run: its KV counts as written, its sampled tokens as known."""
@@ -117,22 +157,41 @@ class ResidentBatch:
         samples = self.computed[rows] == self.known[rows]
         sampled = rows[samples]
         self.known[sampled] += 1
+        self._unread.update(sampled[self._constrained[sampled]].tolist())
         full = sampled[self.known[sampled] >= self.limit[sampled]]
         self.computed[full] = self.known[full]  # nothing is left to compute: max_tokens is reached
-        return Launched(plan, self.lease[rows], first, samples)
+        return Launched(plan, self.lease[rows], first, samples, self._measure(rows, first) if self._measured else ())
+
+    def _measure(self, rows: Ints, first: Ints) -> tuple[Measured, ...]:
+        """The parts of prompts measured in a step that has been launched; a prompt's last token predicts no prompt token."""
+        parts = []
+        for index in np.flatnonzero(np.isin(rows, list(self._measured))).tolist():
+            row = int(rows[index])
+            prompt, most = self._measured[row]
+            end = min(int(self.computed[row]), prompt - 1)
+            if end > first[index]:
+                parts.append(Measured(index, end - int(first[index]), most))
+            if self.computed[row] >= prompt:
+                del self._measured[row]
+        return tuple(parts)
 
     def collect(self, step: Launched, tokens: npt.NDArray[np.int64]) -> list[tuple[int, FinishReason]]:
-        """Takes a step's sampled tokens [n] (ignored where `samples` is false); ends sequences by stop id and length.
+        """Takes a step's sampled tokens [n] (ignored where `samples` is false, NO_TOKEN where sampling failed); ends
+        sequences by failure, stop id and length.
 
         Returns (index in the step, reason) of those that ended. Rows whose lease ended meanwhile are passed over.
         """
         rows = step.plan.rows
         length = step.first + step.plan.counts + 1
         live = step.samples & (self.lease[rows] == step.leases)
+        if self._unread:
+            self._unread.difference_update(rows[live].tolist())
+        failed = tokens == NO_TOKEN
         stop = (self._stop_ids[rows] == tokens[:, None]).any(axis=1) & (length >= self._least[rows])
         ended = []
-        for index in np.flatnonzero(live & (stop | (length >= self.limit[rows]))).tolist():
-            ended.append((index, FinishReason.STOP if stop[index] else FinishReason.LENGTH))
+        for index in np.flatnonzero(live & (failed | stop | (length >= self.limit[rows]))).tolist():
+            reason = FinishReason.STOP if stop[index] else FinishReason.LENGTH
+            ended.append((index, FinishReason.FAILED if failed[index] else reason))
             self._clear(int(rows[index]))
         return ended
 

@@ -19,6 +19,8 @@ from workers.architectures import DTYPES, ModelConfig, RankShape, read_config
 from workers.attention import select_backend
 from workers.batch import Launched, ResidentBatch
 from workers.communicator import Communicator
+from workers.constraints import Constraints
+from workers.grammar import load_tokenizer
 from workers.model import load_model
 from workers.rank import Rank
 from workers.runner import ModelRunner
@@ -78,7 +80,9 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     attention = select_backend(config.attention, pool=KVPool(layout, first_pages, device), heads=shape.heads)
     model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
     sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
-    runner = ModelRunner(model, sampler, config.rows, device)
+    vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
+    read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
+    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, config.threads), config.rows, device)
     phase(MEASURING, 0, 0)
     memory = _kv_memory(config, runner, layout)
     pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)

@@ -11,6 +11,11 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from scheduler.sampling import Grammar
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,32}"
+"""Between the parts of a JSON text: one blank, or a new line and its indent. Without a bound a model that has lost its way
+writes blanks until max_tokens."""
+
 _LIMITS = LLParserLimits(verbose_errors=False)  # a message says what is wrong, it does not repeat the whole grammar
 
 
@@ -25,6 +30,8 @@ def load_tokenizer(checkpoint: Path, vocab_size: int, eos_ids: tuple[int, ...]) 
     vocab_size: of the model; ids beyond the tokenizer's own match nothing. eos_ids: what may follow a complete output.
     Errors: GrammarError where there is no tokenizer, or one that it cannot read, or no end-of-sequence id.
     """
+    if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):
+        raise GrammarError(f"there is no tokenizer in {checkpoint}, and a grammar is matched against the tokens' text")
     if not eos_ids:
         raise GrammarError("the checkpoint names no end-of-sequence id, so no output could end: set its eos_token_id")
     try:
@@ -48,7 +55,7 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 def _source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text)
+            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITE_SPACE})
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":

@@ -39,12 +39,20 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
         query_starts=_tensor(starts.astype(np.int32), device),
         context_lens=_tensor(context.astype(np.int32), device),
         block_tables=_tensor(tables, device),
-        sample_at=_tensor(starts[1:][step.samples] - 1, device),
+        sample_at=_tensor(_wanted(step, starts), device),
         decodes=decodes,
         host_query_lens=counts.astype(np.int32),
         host_context_lens=context.astype(np.int32),
         host_block_tables=tables,
     )
+
+
+def _wanted(step: Launched, starts: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
+    """Where logits are wanted: of the last token of each sequence that samples, then of the prompts that are measured."""
+    sampled = starts[1:][step.samples] - 1
+    if not step.measured:
+        return sampled
+    return np.concatenate([sampled, *(starts[part.index] + np.arange(part.count) for part in step.measured)])
 
 
 def _tensor(array: "np.typing.NDArray[np.int64] | np.typing.NDArray[np.int32]", device: torch.device) -> Tensor:

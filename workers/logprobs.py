@@ -1,6 +1,6 @@
 """Log-probabilities of the model's own distribution, before bias, penalties and temperature, for the rows that asked.
 
-Imports torch, NumPy, msgspec, the wire type and `candidates`.
+Imports torch, msgspec, the wire types and `candidates`.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from scheduler.messages import TokenLogprobs
+from scheduler.messages import PromptLogprobs, TokenLogprobs
 from workers import candidates
 from workers.communicator import Communicator
+
+MEASURED_AT_ONCE = 64
+"""Positions of a prompt whose logits are widened for the sums at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +30,34 @@ class Logprobs:
     counts: tuple[int, ...]
     numbers: Tensor
 
-    def payloads(self) -> dict[int, bytes]:
-        """{sample index: msgpack of `TokenLogprobs`}."""
-        most = self.numbers.shape[1] // 2
-        encoded = {}
-        for index, count, numbers in zip(self.indices, self.counts, self.numbers.tolist(), strict=True):
-            ids = tuple(int(token) for token in numbers[1 : 1 + min(count, most)])
-            logprobs = tuple(numbers[1 + most : 1 + most + len(ids)])
-            encoded[index] = msgspec.msgpack.encode(TokenLogprobs(numbers[0], ids, logprobs))
-        return encoded
+    def payloads(self) -> list[tuple[int, bytes]]:
+        """(sample index, msgpack of `TokenLogprobs`)."""
+        asked = zip(self.indices, self.counts, self.numbers.tolist(), strict=True)
+        return [(index, msgspec.msgpack.encode(_entry(numbers, count))) for index, count, numbers in asked]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """Log-probabilities of a part of one prompt on their way to the host.
+
+    index: of the sequence in the step. first: position of the first token measured. count, numbers: as in `Logprobs`.
+    """
+
+    index: int
+    first: int
+    count: int
+    numbers: Tensor
+
+    def payload(self) -> bytes:
+        """msgpack of `PromptLogprobs`."""
+        entries = tuple(_entry(numbers, self.count) for numbers in self.numbers.tolist())
+        return msgspec.msgpack.encode(PromptLogprobs(self.first, entries))
+
+
+def _entry(numbers: list[float], count: int) -> TokenLogprobs:
+    most = len(numbers) // 2
+    ids = tuple(int(token) for token in numbers[1 : 1 + min(count, most)])
+    return TokenLogprobs(numbers[0], ids, tuple(numbers[1 + most : 1 + most + len(ids)]))
 
 
 def measure(comm: Communicator, logits: Tensor, tokens: Tensor, most: int, vocab_size: int) -> Tensor:
@@ -58,3 +80,14 @@ def measure(comm: Communicator, logits: Tensor, tokens: Tensor, most: int, vocab
     values, ids = candidates.merge(comm, values, columns + comm.rank * width)
     shown = min(most, vocab_size)  # padded ids come last
     return torch.cat([logprob, ids[:, :shown].double(), values[:, :shown].double() - total], 1)
+
+
+def measure_prompt(
+    comm: Communicator, logits: Tensor, tokens: Tensor, most: int, vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """As `measure`, for many positions: logits [positions, local_vocab], the tokens that follow them [positions].
+
+    dtype: of the arithmetic.
+    """
+    parts = zip(torch.split(logits, MEASURED_AT_ONCE), torch.split(tokens, MEASURED_AT_ONCE), strict=True)
+    return torch.cat([measure(comm, part.to(dtype), follow, most, vocab_size) for part, follow in parts])

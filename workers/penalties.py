@@ -1,7 +1,7 @@
-"""What changes logits before temperature: logit bias, min_tokens, and the penalties on tokens seen. By resident row.
+"""What changes logits before temperature: logit bias, min_tokens, the penalties on tokens seen, and grammars. By row.
 
 A row that uses none of them costs nothing. Token counts live on the device, where the next step needs them; all else
-is host bookkeeping. Imports torch, NumPy and the request's parameters only.
+is host bookkeeping. Imports torch, NumPy, the request's parameters and what a grammar allows.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scheduler.sampling import SamplingParams
+from workers.constraints import Allowed
 
 Ints = npt.NDArray[np.integer]
 
@@ -30,7 +31,7 @@ class _RowEdits:
 
 
 class LogitEdits:
-    """Applies each row's bias, min_tokens and penalties to its logits, in that order, and counts what is sampled.
+    """Applies each row's bias, min_tokens, penalties and grammar to its logits, in that order, and counts what is sampled.
 
     Ids that this rank does not own are ignored. Order of calls: admit, then (apply, count) for each step, then release.
     """
@@ -70,12 +71,14 @@ class LogitEdits:
         if edits is not None and edits.slot is not None:
             self._free_slots.append(edits.slot)
 
-    def apply(self, logits: Tensor, rows: Ints, positions: Ints) -> Tensor:
+    def apply(self, logits: Tensor, rows: Ints, positions: Ints, allowed: Allowed | None = None) -> Tensor:
         """Returns edited logits [samples, local_vocab]; the argument is left as it was."""
         edits = [(sample, self._rows[row]) for sample, row in enumerate(rows.tolist()) if row in self._rows]
-        if not edits:
-            return logits
-        logits = logits.clone()
+        if edits:
+            logits = self._edit(logits.clone(), edits, positions)
+        return logits if allowed is None else self._bar(logits, allowed)
+
+    def _edit(self, logits: Tensor, edits: list[tuple[int, _RowEdits]], positions: Ints) -> Tensor:
         biased = [(sample * self._width + row.bias_columns, row.bias) for sample, row in edits if len(row.bias)]
         if biased:
             bias = self._put(np.concatenate([bias for _, bias in biased])).to(logits.dtype)
@@ -89,6 +92,17 @@ class LogitEdits:
             logits.view(-1).index_fill_(0, self._put(np.concatenate(barred)), -torch.inf)
         self._penalise(logits, edits)
         return logits
+
+    def _bar(self, logits: Tensor, allowed: Allowed) -> Tensor:
+        """-inf for what the grammars forbid. Masks travel as bits: a device spreads its own slice of them."""
+        first, last = self._first_id // 8, -(-(self._first_id + self._width) // 8)
+        octets = self._put(allowed.bits.view(np.uint8)[:, first:last])
+        bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self._device) & 1
+        barred = bits.flatten(1)[:, self._first_id % 8 :][:, : self._width] == 0
+        if len(allowed.samples) == len(logits):
+            return logits.masked_fill(barred, -torch.inf)
+        samples = self._put(allowed.samples)
+        return logits.index_copy(0, samples, logits[samples].masked_fill_(barred, -torch.inf))
 
     def count(self, tokens: Tensor, rows: Ints) -> None:
         """Counts the sampled `tokens` [samples] as output of their rows."""
@@ -145,8 +159,9 @@ class LogitEdits:
     def _columns(self, ids: Ints) -> npt.NDArray[np.int64]:
         return ids[self._owned(ids)].astype(np.int64) - self._first_id
 
-    def _put(self, array: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+    def _put(self, array: npt.NDArray[np.int64] | npt.NDArray[np.float64] | npt.NDArray[np.uint8]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 
 def _factors(params: SamplingParams) -> tuple[float, float, float]:

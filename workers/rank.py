@@ -5,7 +5,7 @@ Imports `batch` and `scheduler.messages`; no torch, no ray.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,10 +18,13 @@ from workers.batch import Launched, ResidentBatch
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a step sampled. ids: [n] int64, any value where the step took no sample. logprobs: index -> opaque payload."""
+    """What a step sampled. ids: [n] int64, any value where the step took no sample, NO_TOKEN where sampling failed.
+
+    logprobs: (index, opaque payload) in the order in which the front end is to read them.
+    """
 
     ids: npt.NDArray[np.int64]
-    logprobs: dict[int, bytes]
+    logprobs: Sequence[tuple[int, bytes]] = ()
 
 
 class Pending(Protocol):
@@ -88,7 +91,7 @@ class Rank:
         result = None
         if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
             result = self._commit(*self._under_way.popleft())
-        self._idle = not self._under_way and not len(plan.rows)
+        self._idle = not len(plan.rows) and result is None  # what was committed may be what a row has waited for
         return result
 
     def _commit(self, step: Launched, pending: Pending) -> StepResult:

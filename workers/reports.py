@@ -42,7 +42,7 @@ class Reporter:
             return  # nobody of this step is left
         self._leases = key
         self._rows.append(tokens.tobytes())
-        self._logprobs += [(int(step.leases[at]), payload) for at, payload in result.tokens.logprobs.items() if live[at]]
+        self._logprobs += [(int(step.leases[at]), payload) for at, payload in result.tokens.logprobs if live[at]]
         if not plain or result.finished or len(self._rows) == self._steps:
             finished = tuple((int(step.leases[at]), int(reason)) for at, reason in result.finished)
             self._close(b"" if plain else counts.astype(np.int32).tobytes(), finished)

@@ -1,8 +1,9 @@
 """The next token of every sampled position, decided alike by all ranks that each hold a slice of the vocabulary.
 
 A token is argmax(logits / temperature + gumbel(seed, choice, position, id)) over the ids that the filters keep, after
-bias, min_tokens and penalties. Everything stays on the device; parameters come from host tables in one small copy. The
-one wait: rows with top_p and no top_k (`_nucleus`). Imports torch, NumPy and the sampler's parts; knows no model.
+bias, min_tokens, penalties and grammar. Everything stays on the device; parameters come from host tables in one small
+copy. The one wait: rows with top_p and no top_k (`_nucleus`). Imports torch, NumPy and the sampler's parts; knows no
+model.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from scheduler.sampling import SamplingParams
 from workers import candidates, logprobs, noise
 from workers.communicator import Communicator
+from workers.constraints import Allowed
 from workers.logprobs import Logprobs
 from workers.penalties import LogitEdits
 
@@ -33,9 +35,9 @@ class Sampled:
     tokens: Tensor
     logprobs: Logprobs | None = None
 
-    def payloads(self) -> dict[int, bytes]:
-        """{sample index: msgpack of `TokenLogprobs`}. Only once the device has been synchronised past the step."""
-        return {} if self.logprobs is None else self.logprobs.payloads()
+    def payloads(self) -> list[tuple[int, bytes]]:
+        """(sample index, msgpack of `TokenLogprobs`). Only once the device has been synchronised past the step."""
+        return [] if self.logprobs is None else self.logprobs.payloads()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,26 +116,35 @@ class Sampler:
         self._streams[row] = noise.stream(seed, choice)
         self._logprobs[row] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
         edited = self._edits.admit(row, params, stop_ids, prompt, output)
-        self._plain[row] = greedy and not edited and params.logprobs is None
+        self._plain[row] = greedy and not edited and params.logprobs is None and params.grammar is None
 
     def release(self, row: int) -> None:
         """The sequence at `row` has left; its place may be admitted to again."""
         self._edits.release(row)
 
     @torch.no_grad()
-    def sample(self, logits: Tensor, rows: Ints, positions: Ints) -> Sampled:
+    def sample(self, logits: Tensor, rows: Ints, positions: Ints, allowed: Allowed | None = None) -> Sampled:
         """Draws one token for each of `rows` from `logits` [samples, local_vocab], which are left as they were.
 
         positions: [samples] index that the new token will have in its sequence, from 0, the prompt included.
+        allowed: what those samples may be whose rows have a grammar.
         """
         if not len(rows):
             return Sampled(torch.zeros(0, dtype=torch.int64, device=self._device))
         if self._plain[rows].all():
             return Sampled(self._greedy(logits))
         raw = logits.to(self._dtype)
-        tokens = self._draw(self._edits.apply(raw, rows, positions), rows, positions)
+        tokens = self._draw(self._edits.apply(raw, rows, positions, allowed), rows, positions)
         self._edits.count(tokens, rows)
         return Sampled(tokens, self._measure(raw, tokens, rows))
+
+    @torch.no_grad()
+    def measure_prompt(self, logits: Tensor, tokens: npt.NDArray[np.int32], most: int) -> Tensor:
+        """`logprobs.measure_prompt` of logits [positions, local_vocab] and the tokens that follow them; on the host once
+        the device has been synchronised past it."""
+        follow = self._put(tokens.astype(np.int64))
+        numbers = logprobs.measure_prompt(self._comm, logits, follow, most, self._vocab_size, self._dtype)
+        return numbers.to("cpu", non_blocking=True)
 
     def _greedy(self, logits: Tensor) -> Tensor:
         column = candidates.argmax(logits)

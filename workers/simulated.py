@@ -75,7 +75,7 @@ class SimulatedExecutor:
             state = self._write(batch.block_table[row], first, tokens)
             if step.samples[index]:
                 self._last[row] = ids[index] = next_token(state, self._vocabulary)
-        return Ready(Tokens(ids, {}))
+        return Ready(Tokens(ids))
 
     def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""

@@ -33,7 +33,7 @@ class Recorder:
 
     def wait(self) -> Tokens:
         self._next += 1
-        return Tokens(np.full(self._rows, self._next - 1), {})
+        return Tokens(np.full(self._rows, self._next - 1))
 
 
 def rank(depth: int) -> tuple[Rank, Recorder]:

@@ -16,7 +16,7 @@ def result(
     counts: list[int] | None = None,
     live: list[bool] | None = None,
     finished: tuple[tuple[int, FinishReason], ...] = (),
-    logprobs: dict[int, bytes] | None = None,
+    logprobs: tuple[tuple[int, bytes], ...] = (),
 ) -> StepResult:
     """tokens: NO_TOKEN where the step took no sample."""
     n = len(leases)
@@ -25,7 +25,7 @@ def result(
     ids = np.where(samples, tokens, 12345)  # any value where none was sampled
     step = Launched(plan, np.array(leases, np.int64), np.zeros(n, np.int64), samples)
     alive = np.array([True] * n if live is None else live, bool)
-    return StepResult(step, Tokens(ids, logprobs or {}), alive, list(finished))
+    return StepResult(step, Tokens(ids, logprobs), alive, list(finished))
 
 
 def ints(buffer: bytes, dtype: type = np.int32) -> list[int]:
@@ -107,9 +107,9 @@ def test_a_step_of_which_nobody_is_left_closes_what_was_gathered() -> None:
 
 def test_log_probabilities_name_their_lease_and_those_of_the_dead_are_left_out() -> None:
     steps = (
-        result([7, 8, 9], [1, 2, 3], logprobs={0: b"a", 2: b"b"}),
-        result([7, 8, 9], [4, 5, 6], logprobs={0: b"c"}),
-        result([7, 8, 9], [7, 8, 9], live=[False, True, True], logprobs={0: b"d", 1: b"e"}),
+        result([7, 8, 9], [1, 2, 3], logprobs=((0, b"a"), (2, b"b"))),
+        result([7, 8, 9], [4, 5, 6], logprobs=((0, b"c"),)),
+        result([7, 8, 9], [7, 8, 9], live=[False, True, True], logprobs=((0, b"d"), (1, b"e"))),
     )
     reports = gather(Reporter(0, 2), *steps, flush=True)
     assert [report.logprobs for report in reports] == [((7, b"a"), (9, b"b"), (7, b"c")), ((8, b"e"),)]

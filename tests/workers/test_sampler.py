@@ -362,7 +362,7 @@ def test_a_row_forgets_its_former_sequence() -> None:
     admit(sampler, 0, later)
     sampled = sampler.sample(logits, np.array([0]), np.array([1]))
     assert sampled.tokens.tolist() == [int(logits.argmax())]
-    assert sampled.payloads() == {}
+    assert sampled.payloads() == []
 
 
 def test_more_penalised_rows_than_the_tables_first_hold() -> None:
@@ -507,7 +507,7 @@ def test_no_sample_in_a_step_of_prefill_chunks() -> None:
     nothing = np.zeros(0, np.int64)
     sampled = build(ALONE, [], VOCAB).sample(torch.zeros(0, VOCAB), nothing, nothing)
     assert sampled.tokens.shape == (0,)
-    assert sampled.payloads() == {}
+    assert sampled.payloads() == []
 
 
 def test_a_broken_model_cannot_break_the_step() -> None:
@@ -532,7 +532,7 @@ def test_admitting_and_sampling_inside_and_outside_inference_mode() -> None:
 
 
 def decode(sampled: Sampled) -> dict[int, TokenLogprobs]:
-    payloads = sampled.payloads()
+    payloads = dict(sampled.payloads())
     return {index: msgspec.msgpack.decode(payload, type=TokenLogprobs) for index, payload in payloads.items()}
 
 
