@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -129,6 +129,7 @@ class Service:
         self._observe = observe
         self._frontend: FrontEnd | None = None
         self._lost = asyncio.Event()
+        self._calls: dict[str, list[_Call]] = {}  # by request id
         self._waiters: dict[int, asyncio.Event] = {}
         self._grown: deque[Generation] = deque()
         self._waking = False
@@ -219,33 +220,35 @@ class Service:
             error = log.fail(RequestError(Fault.UNAVAILABLE, starting, retry_after_s=1.0))
             self._observe(log.end([], 0))
             raise error
-        grown = asyncio.Event()
+        call = _Call(frontend)
+        deadline = call.end_after(timeout_s)
         self.under_way += 1
-        generations: list[Generation] = []
+        self._calls.setdefault(request_id, []).append(call)
         try:
-            generations = self._submit(frontend, valid, priority, grown)
-            async with asyncio.timeout(timeout_s):
-                async for position, delta in self._follow(generations, grown):
-                    log.take(position, delta)
-                    yield position, delta
-        except TimeoutError:
-            raise log.fail(
-                RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code="deadline_exceeded")
-            ) from None
+            call.generations = self._submit(call, valid, priority)
+            async for position, delta in self._follow(call):
+                log.take(position, delta)
+                yield position, delta
         except RequestError as error:
             raise log.fail(error) from None
         except EngineError as error:
             raise log.fail(RequestError(Fault.UNAVAILABLE, str(error), retry_after_s=1.0)) from error
         finally:
             self.under_way -= 1
-            for generation in generations:
-                self._waiters.pop(id(generation), None)
-            frontend.abort(generations)
-            self._observe(log.end(generations, frontend.engine.page_size))
+            if deadline is not None:
+                deadline.cancel()
+            self._forget(request_id, call)
+            frontend.abort(call.generations)
+            self._observe(log.end(call.generations, frontend.engine.page_size))
 
-    def _submit(
-        self, frontend: FrontEnd, prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int, grown: asyncio.Event
-    ) -> list[Generation]:
+    def abort(self, request_id: str) -> int:
+        """Ends the requests of this id as CANCELLED, at once. Returns how many there were in this process."""
+        calls = self._calls.get(request_id, [])
+        for call in calls:
+            call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
+        return len(calls)
+
+    def _submit(self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int) -> list[Generation]:
         loop = asyncio.get_running_loop()
 
         def notify(generation: Generation) -> None:
@@ -255,10 +258,18 @@ class Service:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        generations = frontend.submit(prompts, notify, priority=priority)
+        generations = call.frontend.submit(prompts, notify, priority=priority)
         for generation in generations:
-            self._waiters[id(generation)] = grown
+            self._waiters[id(generation)] = call.grown
         return generations
+
+    def _forget(self, request_id: str, call: "_Call") -> None:
+        for generation in call.generations:
+            self._waiters.pop(id(generation), None)
+        calls = self._calls[request_id]
+        calls.remove(call)
+        if not calls:
+            del self._calls[request_id]
 
     def _wake(self) -> None:
         self._waking = False
@@ -267,13 +278,13 @@ class Service:
             if waiter is not None:
                 waiter.set()
 
-    async def _follow(
-        self, generations: Sequence[Generation], grown: asyncio.Event
-    ) -> AsyncIterator[tuple[int, OutputDelta]]:
-        live = dict(enumerate(generations))
+    async def _follow(self, call: "_Call") -> AsyncIterator[tuple[int, OutputDelta]]:
+        live = dict(enumerate(call.generations))
         while live:
-            await grown.wait()
-            grown.clear()
+            await call.grown.wait()
+            call.grown.clear()
+            if call.error is not None:
+                raise call.error
             for position, generation in list(live.items()):
                 delta = generation.take_delta()
                 if delta is None:
@@ -289,6 +300,31 @@ class Service:
         if self.model.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer")
         return self.model.tokenizer.decode(tokens)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A request under way. It can be ended from outside while its caller is busy with something else: no task is
+    cancelled, since a task that is in the midst of a caller's write would take that for a client that went away."""
+
+    frontend: FrontEnd
+    generations: Sequence[Generation] = ()
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    error: RequestError | None = None
+
+    def end(self, error: RequestError) -> None:
+        """The caller learns of it when it next asks; the cluster at once."""
+        if self.error is None:
+            self.error = error
+            self.grown.set()
+            self.frontend.abort(self.generations)
+
+    def end_after(self, timeout_s: float | None) -> asyncio.TimerHandle | None:
+        """None: no deadline."""
+        if timeout_s is None:
+            return None
+        error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code="deadline_exceeded")
+        return asyncio.get_running_loop().call_later(timeout_s, self.end, error)
 
 
 class _RequestLog:
