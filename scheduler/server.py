@@ -31,8 +31,8 @@ from scheduler.messages import (
     Welcome,
 )
 from scheduler.resident import ProtocolError
-from scheduler.tallies import Tallies
 from scheduler.stats import ClusterStatus, pool_maps, snapshot
+from scheduler.tallies import Tallies
 from scheduler.wire import frame, read_frame
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class SchedulerServer:
             page_size=self.core.config.page_size,
             engine=snapshot(self.core),
             maps=pool_maps(self.core) if maps else (),
+            tallies=self.tallies.snapshot(),
             uptime_s=self.core.now_s - self._started_s,
             busy_s=self._busy_s,
             front_ends=len(self._front_ends),
