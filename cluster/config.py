@@ -4,6 +4,7 @@ Imports nothing of Manta and reads no file and no environment; `deploy.config` f
 that the command line shows for it, so an option is named, typed, defaulted and described in this one place.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -116,3 +117,9 @@ class EngineConfig:
         value = getattr(self, name)
         if value < low:
             raise ValueError(f"{name}={value} is below {low}: raise it")
+
+
+def own_threads(config: EngineConfig) -> int:
+    """CPU threads of a rank where the whole machine is ours: the cores, shared out."""
+    ranks = config.groups * config.tensor_parallel_size
+    return config.threads or max(1, (os.cpu_count() or 1) // ranks)

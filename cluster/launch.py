@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import ray
 
 from cluster.autoscale import Autoscaler
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.fleet import Fleet
 from cluster.group import rank_resources
@@ -30,9 +30,9 @@ _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
 def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "RayEngine":
     """See `cluster.engine.StartEngine`. Joins the Ray that is running or named, else starts one on this machine."""
-    threads = _own_threads(config)
+    threads = own_threads(config)
     resolve(config, "cpu", 1, threads)  # the user's mistakes, before anything is started
-    owns_ray = _connect(config, config.groups * config.tensor_parallel_size * threads, progress)
+    owns_ray = connect_ray(config, config.groups * config.tensor_parallel_size * threads, progress)
     engine = RayEngine(config, on_failure, owns_ray=owns_ray)
     try:
         core, worker = plan(config, threads if owns_ray else 1)
@@ -56,13 +56,7 @@ def plan(config: EngineConfig, threads: int = 1) -> tuple[CoreConfig, WorkerConf
     return core, worker
 
 
-def _own_threads(config: EngineConfig) -> int:
-    """CPU threads of a rank on a Ray of our own: the cores, shared out."""
-    ranks = config.groups * config.tensor_parallel_size
-    return config.threads or max(1, (os.cpu_count() or 1) // ranks)
-
-
-def _connect(config: EngineConfig, cpus: int, progress: Progress) -> bool:
+def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
     """True if the cluster is ours, to be shut down with the engine.
 
     A cluster of our own counts logical CPUs, as many as the ranks want: they share the cores of this machine.

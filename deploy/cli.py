@@ -122,6 +122,26 @@ def generate(
             raise GenerationError.of(outputs)
 
 
+@app.command()
+@with_options
+def serve(
+    config: ConfigOption = None,
+    debug: DebugOption = False,
+    *,
+    serve: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    """Serve a model over HTTP with OpenAI's API, and over gRPC, until Ctrl-C.
+
+    manta serve --model /models/Qwen3-8B --tensor-parallel-size 2 --groups 4
+    """
+    with reported_errors(debug):
+        settings = load_config(config, engine, serve=serve)
+        from deploy import display, serving
+
+        serving.serve(settings, display.StartView())
+
+
 def run(
     settings: Config, requests: list[tuple[Source, SamplingParams]], records: RecordWriter, stream: bool, quiet: bool
 ) -> list[RequestOutput]:

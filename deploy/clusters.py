@@ -3,15 +3,19 @@
 Imports the rest only when one is made.
 """
 
+import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure
+from cluster.engine import Engine, EngineError, EngineStats, OnDeltas, OnFailure
 from scheduler.stats import ClusterStatus
 
 if TYPE_CHECKING:
     from cluster.local import LocalEngine
+
+ADDRESS_TIMEOUT_S = 30.0
+STATUS_TIMEOUT_S = 5.0
 
 
 class LocalCluster:
@@ -45,3 +49,39 @@ class LocalCluster:
             front_ends=1,
             target_groups=self._config.groups,
         )
+
+
+class ServeCluster:
+    """A `Cluster` behind the `Engine` deployment: it is asked where the scheduler is; requests then go there directly.
+
+    engine: a Serve deployment handle.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._asking: dict[bool, asyncio.Task[ClusterStatus]] = {}
+
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        from cluster.remote import SchedulerStream
+
+        try:
+            address = self._engine.address.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
+        except Exception as error:  # Serve raises what the engine raised, and errors of its own
+            raise EngineError(f"the engine does not say where its scheduler is: {error}") from error
+        return SchedulerStream(address.host, address.port, address.token, on_deltas, on_failure)
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        """Askers at the same time share one answer."""
+        task = self._asking.get(maps)
+        if task is None:
+            task = self._asking[maps] = asyncio.create_task(self._ask(maps))
+            task.add_done_callback(lambda _: self._asking.pop(maps, None))
+        return await asyncio.shield(task)
+
+    async def _ask(self, maps: bool) -> ClusterStatus:
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                status: ClusterStatus = await self._engine.status.remote(maps)
+        except Exception as error:  # a dead replica, a timeout: either way nobody knows more
+            return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {error}",))
+        return status

@@ -210,3 +210,11 @@ def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN)
+
+
+def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise. Works if called before
+    `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    if serve.haproxy:
+        environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+        environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # no load balancer has to notice first

@@ -1,6 +1,7 @@
 """What the terminal shows: progress, text as it streams, and the closing table. Imports rich; nothing of the engine but
 its stats."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from cluster.engine import EngineStats
 from deploy.outputs import RequestOutput
 from deploy.prompts import PROMPT_KEYS, Source
+from deploy.serve_config import ServeConfig
+from scheduler.stats import ClusterStatus
 
 LABEL_CHARACTERS = 60
 LIVE_LINES = 4
@@ -190,6 +193,58 @@ def start_progress(shown: bool) -> Iterator[Callable[[str], None]]:
             yield lambda words: status.update(Text(words))
     else:
         yield lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+class StartView:
+    """What an endpoint's start is doing, on stderr: a bar for each group on a terminal, one line a phase elsewhere; then where
+    it listens, on stdout."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=self._console, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[int, TaskID] = {}
+        self._phases: dict[int, str] = {}
+        self._said = 0
+
+    def say(self, words: str) -> None:
+        self._console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, status: ClusterStatus) -> None:
+        """The cluster as it stands; what was shown before is not said again."""
+        for words in status.progress[self._said :]:
+            self.say(words)
+        self._said = len(status.progress)
+        for start in status.starting:
+            if self._console.is_terminal:
+                self._bars.start()
+                task = self._tasks.get(start.group)
+                if task is None:
+                    task = self._tasks[start.group] = self._bars.add_task("")
+                words = f"group {start.group}: {start.phase}"
+                self._bars.update(task, description=words, completed=start.done, total=start.total or None)
+            elif self._phases.get(start.group) != start.phase:
+                self._phases[start.group] = start.phase
+                self.say(f"group {start.group}: {start.phase}")
+
+    def ready(self, model: str, serve: ServeConfig) -> None:
+        """Where it listens, and a request to paste."""
+        self.close()
+        url = f"http://{serve.host}:{serve.port}"
+        body = json.dumps({"model": model, "prompt": "def add(a, b):", "max_tokens": 32})
+        grpc = f", gRPC on {serve.host}:{serve.grpc_port}" if serve.grpc_port is not None else ""
+        lines = (
+            f"{model} is ready at {url}{grpc}", "",
+            f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'", "",
+            f"The cluster at a glance: {url}/ or `manta top {url}`. Ctrl-C ends it.",
+        )  # fmt: skip
+        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bars.stop()
 
 
 def print_summary(stats: EngineStats, elapsed_s: float) -> None:

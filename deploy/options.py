@@ -9,12 +9,13 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from cluster.config import EngineConfig
 from deploy.config import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, ConfigError
+from deploy.serve_config import ServeConfig
 from scheduler.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
@@ -43,18 +44,25 @@ ENGINE_FLAGS = {"seed": "engine_seed"}
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options to a command, which takes those given as keyword arguments `engine` and `sampling`, by field
-    name; the latter are for `sampling_values`."""
-    engine_flags = {ENGINE_FLAGS.get(f.name, f.name): f.name for f in fields(EngineConfig)}
+    """Adds the options that a command takes as keyword arguments `engine`, `serve` or `sampling`, each those given by field
+    name; the last are for `sampling_values`."""
+    groups: dict[str, dict[str, inspect.Parameter]] = {
+        "sampling": dict(zip(SAMPLING_HELP, _sampling_options(), strict=True)),
+        "serve": {f.name: option for f, option in zip(fields(ServeConfig), _options(ServeConfig, "Endpoint"), strict=True)},
+        "engine": {f.name: option for f, option in zip(fields(EngineConfig), _options(EngineConfig, "Engine"), strict=True)},
+    }
+    signature = inspect.signature(command)
+    taken = {name: options for name, options in groups.items() if name in signature.parameters}
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        engine = {field: given.pop(flag) for flag, field in engine_flags.items()}
-        sampling = {field: given.pop(field) for field in SAMPLING_HELP}
-        command(engine=engine, sampling=sampling, **given)
+        values = {
+            name: {field: given.pop(option.name) for field, option in options.items()} for name, options in taken.items()
+        }
+        command(**values, **given)
 
-    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("engine", "sampling")]
-    every = [*own, *_sampling_options(), *_engine_options()]
+    own = [p for p in signature.parameters.values() if p.name not in taken]
+    every = [*own, *(option for options in taken.values() for option in options.values())]
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in every}
     return run
@@ -74,20 +82,22 @@ def _sampling_options() -> Iterator[inspect.Parameter]:
         yield _option(name, kind, help_text, "Sampling")
 
 
-def _engine_options() -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(EngineConfig)
-    for f in fields(EngineConfig):
+def _options(record: type[EngineConfig | ServeConfig], panel: str) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(record)
+    for f in fields(record):
         flag = ENGINE_FLAGS.get(f.name, f.name)
         if f.name == "model":
             embedded = "/".join(EMBEDDED_MODEL.parts[-2:])
             help_text = f"Folder of a Hugging Face checkpoint. Default: {embedded}, which comes with Manta."
-            yield _option(flag, str, help_text, "Engine")
+            yield _option(flag, str, help_text, panel)
             continue
         kind = str if f.metadata["size"] else hints[f.name]
+        if get_origin(kind) is tuple:
+            kind = list[str]
         if isinstance(kind, types.UnionType):
             kind = next(part for part in get_args(kind) if part is not types.NoneType)
         shown = {"True": "yes", "False": "no"}.get(f.metadata["shown"], f.metadata["shown"])
-        yield _option(flag, kind, f"{f.metadata['help']} Default: {shown}.", "Engine")
+        yield _option(flag, kind, f"{f.metadata['help']} Default: {shown}.", panel)
 
 
 def _option(name: str, kind: Any, help_text: str, panel: str) -> inspect.Parameter:

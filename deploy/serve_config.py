@@ -20,6 +20,7 @@ class ServeConfig:
     port: int = option(8000, "Port of the HTTP endpoint.")
     grpc_port: int | None = option(None, "Port of the gRPC endpoint.", shown="no gRPC")
     served_model_name: str | None = option(None, "Name that clients ask for.", shown="the checkpoint folder's name")
+    haproxy: bool = option(True, "HAProxy before the front ends, instead of Ray Serve's own proxy in Python.")
     replicas: int = option(1, "Front-end processes that tokenise, stream and detokenise.")
     api_key_file: str | None = option(
         None, "File of API keys, one a line; MANTA_API_KEYS holds more, apart by commas.", shown="none"
