@@ -52,7 +52,7 @@ class Outbox:
         last = {part[0]: part for part in self._tokens}
         parts = [part for part in self._tokens if part is not last[part[0]]]
         deltas = [(front_end, Deltas(streams, tokens)) for front_end, streams, tokens in parts]
-        for front_end in last.keys() | self._finished.keys():
+        for front_end in last.keys() | self._finished.keys() | self._logprobs.keys():
             _, streams, tokens = last.get(front_end, (front_end, b"", b""))
             ends, logprobs = self._finished.get(front_end, ()), self._logprobs.get(front_end, ())
             deltas.append((front_end, Deltas(streams, tokens, tuple(ends), tuple(logprobs))))

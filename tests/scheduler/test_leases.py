@@ -182,3 +182,43 @@ def test_log_probabilities_go_to_the_stream_of_their_lease_and_no_further_than_t
     assert told[1].logprobs == ()
     assert np.frombuffer(told[1].tokens, np.int32).tolist() == [NO_TOKEN]
     assert core.outbox.drain() == []
+
+
+def test_log_probabilities_of_a_prompt_come_with_the_chunk_that_sampled_nothing() -> None:
+    core = SchedulerCore(CoreConfig(page_size=16))
+    core.group_up(HERE, 0, 8, 4)
+    core.submit(0, Request(7, np.ones(9, np.int32).tobytes(), b"", SamplingParams(max_tokens=2, prompt_logprobs=0)))
+    lease = core.groups[HERE].lease[:1].tobytes()
+    core.outbox.drain()
+    for number, (computed, token) in enumerate([(4, NO_TOKEN), (5, 6)]):
+        payloads = ((int(np.frombuffer(lease, np.int64)[0]), b"part %d" % number),)
+        counts, tokens = np.array([computed], np.int32).tobytes(), np.array([token], np.int32).tobytes()
+        core.report(HERE, Report(0, number, 1, 1, lease, counts, tokens, logprobs=payloads))
+        check(core)
+        ((front_end, told),) = core.outbox.drain()
+        assert (front_end, told.logprobs, told.tokens) == (0, ((7, b"part %d" % number),), tokens)
+
+
+def test_log_probabilities_alone_are_told_too() -> None:
+    cluster = Cluster((8,))
+    sequence = cluster.sequence(cluster.submit([1], max_tokens=2)[0])
+    cluster.core.outbox.logprobs(sequence, b"part")
+    ((front_end, told),) = cluster.core.outbox.drain()
+    assert (front_end, told.streams, told.logprobs) == (sequence.front_end, b"", ((sequence.stream, b"part"),))
+    cluster.run()
+
+
+def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_pages() -> None:
+    """No token came with the step that failed, but its KV was computed."""
+    core = SchedulerCore(CoreConfig(page_size=16))
+    core.group_up(HERE, 0, 8, 4)
+    core.submit(0, Request(7, np.ones(16, np.int32).tobytes(), b"", SamplingParams(max_tokens=9)))
+    lease = core.groups[HERE].lease[:1]
+    counts, tokens = np.array([16], np.int32).tobytes(), np.array([NO_TOKEN], np.int32).tobytes()
+    finished = ((int(lease[0]), int(FinishReason.FAILED)),)
+    core.report(HERE, Report(0, 0, 1, 1, lease.tobytes(), counts, tokens, finished=finished))
+    check(core)
+    ((_, told),) = core.outbox.drain()
+    assert [(end.stream, end.reason, end.tokens) for end in told.finished] == [(7, FinishReason.FAILED, 0)]
+    usage = core.table.usage(HERE)
+    assert (usage.held, usage.free + usage.cached) == (0, 8)
