@@ -20,6 +20,7 @@ from deploy.exits import interrupts_held
 from deploy.observer import Observer
 from deploy.serve_config import model_name
 from deploy.service import ServedModel, Service
+from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
 
 POLL_S = 0.25
@@ -58,6 +59,7 @@ async def _serve_here(config: Config, keys: ApiKeys, view: StartView) -> None:
             view.show(await service.cluster.status())
             await _first_failure(tasks, POLL_S)
         tasks.append(asyncio.create_task(observer.run(service)))
+        configure(limits.log_format)  # from here on: lines of the start would run through its view
         view.ready(model.name, limits)
         await server.serve()
     finally:
