@@ -1,0 +1,78 @@
+"""The Serve configurations: Serve's own schema, with nothing that it would ignore, and Manta's own parser for the arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray._common.utils import import_attr
+from ray.serve._private.build_app import build_app
+from ray.serve.config import gRPCOptions
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.config import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
+from tests.deploy.configs.files import SERVE_FILES, SERVICE_FILES, serve_tree
+
+FILES = (*SERVE_FILES, *SERVICE_FILES)
+
+
+def application(name: str) -> dict[str, Any]:
+    (found,) = serve_tree(name)["applications"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_serve_takes_all_of_it(name: str) -> None:
+    """Serve ignores what it does not know: so what it kept must be what was given."""
+    tree = serve_tree(name)
+    assert ServeDeploySchema.model_validate(tree).model_dump(mode="json", exclude_unset=True) == tree
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_doors_are_those_that_manta_is_told(name: str) -> None:
+    tree, serve = serve_tree(name), endpoint_config(application(name)["args"]).serve
+    http, grpc = tree["http_options"], tree["grpc_options"]
+    assert (serve.host, serve.port) == (http["host"], http["port"])
+    assert serve.grpc_port == (grpc["port"] if grpc["grpc_servicer_functions"] else None)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_loopback_goes_without_keys(name: str) -> None:
+    tree, serve = serve_tree(name), endpoint_config(application(name)["args"]).serve
+    if serve.on_loopback:
+        assert read_api_keys(serve, {}) == ()
+        assert not tree["grpc_options"]["grpc_servicer_functions"], "Serve binds gRPC to every interface"
+    else:
+        with pytest.raises(ConfigError, match="MANTA_API_KEYS"):
+            read_api_keys(serve, {})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_application_builds_and_has_the_deployments_that_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEYS_VARIABLE, "a-key")
+    build: Callable[..., Any] = import_attr(application(name)["import_path"])
+    built = build_app(build(application(name)["args"]), name="manta")
+    named = {deployment["name"] for deployment in application(name).get("deployments", ())}
+    assert named in (set(), {deployment.name for deployment in built.deployments})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_serve_can_import_the_grpc_services(name: str) -> None:
+    grpc = gRPCOptions(**serve_tree(name)["grpc_options"])
+    assert len(grpc.grpc_servicer_func_callable) == len(grpc.grpc_servicer_functions)
+
+
+def test_the_service_on_gpus_is_the_cluster_configuration() -> None:
+    assert serve_tree("rayservice-gpu.yaml") == serve_tree("serve-cluster.yaml")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_all_have_one_structure(name: str) -> None:
+    """What may differ: addresses, the engine and where deployments are placed."""
+    model, found = serve_tree("serve.yaml"), serve_tree(name)
+    assert found.keys() == model.keys()
+    for section in ("http_options", "grpc_options"):
+        assert found[section].keys() == model[section].keys()
+    same = ("name", "route_prefix", "import_path")
+    assert [application(name)[key] for key in same] == [application("serve.yaml")[key] for key in same]
+    assert application(name)["args"].keys() == application("serve.yaml")["args"].keys()
