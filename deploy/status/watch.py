@@ -1,0 +1,131 @@
+"""One look at the cluster a second, shared by everyone who watches.
+
+The history is always kept, watched or not: a page is opened when something has just happened, and should show it. That costs
+one small status call a second. The maps, which grow with the pools, are only asked for while somebody watches.
+"""
+
+import asyncio
+import gzip
+import logging
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from deploy.service import Service
+from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
+from deploy.status.history import History
+from deploy.status.maps import blocks_per_cell, pack, thin
+from scheduler.stats import ClusterStatus, GroupStats, PoolMap
+
+logger = logging.getLogger(__name__)
+
+PERIOD_S = 1.0
+WATCHED_S = 5.0
+"""How long after the last viewer the maps are still asked for."""
+
+STATUS_TIMEOUT_S = 5.0
+
+
+class Answer:
+    """One status, as JSON. Each form is made once, when the first viewer asks for it."""
+
+    def __init__(self, document: StatusDocument, taken_s: float, has_maps: bool) -> None:
+        self.taken_s = taken_s
+        self.has_maps = has_maps
+        self._document = document
+        self._bodies: dict[tuple[bool, bool], bytes] = {}
+
+    def body(self, *, history: bool, compressed: bool) -> bytes:
+        if (body := self._bodies.get((history, compressed))) is None:
+            if compressed:
+                body = gzip.compress(self.body(history=history, compressed=False), compresslevel=1, mtime=0)
+            else:
+                body = msgspec.json.encode(self._document if history else msgspec.structs.replace(self._document, history=()))
+            self._bodies[history, compressed] = body
+        return body
+
+
+class Watch:
+    """Samples the cluster of one service; its methods belong to the service's event loop."""
+
+    def __init__(self, service: Service, history: History) -> None:
+        self._service = service
+        self._history = history
+        self._answer: Answer | None = None
+        self._wanted_s = -WATCHED_S
+        self._looking = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Takes a sample a second until cancelled."""
+        while True:
+            began_s = time.monotonic()
+            async with self._looking:
+                await self._look()
+            await asyncio.sleep(max(0.0, began_s + PERIOD_S - time.monotonic()))
+
+    async def latest(self) -> Answer:
+        """The newest answer with maps; taken now if there is none, or if `run` is not running."""
+        self._wanted_s = time.monotonic()
+        async with self._looking:
+            if self._answer is None or not self._answer.has_maps or time.monotonic() - self._answer.taken_s > 2 * PERIOD_S:
+                return await self._look()
+            return self._answer
+
+    async def _look(self) -> Answer:
+        maps = time.monotonic() - self._wanted_s < WATCHED_S
+        status, now_s = await self._status(maps), time.monotonic()
+        self._history.observe(status, time.time(), now_s)
+        self._answer = Answer(self._describe(status), now_s, maps)
+        return self._answer
+
+    async def _status(self, maps: bool) -> ClusterStatus:
+        """A status call that fails is itself a status: the page must outlive whatever it watches."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                return await self._service.cluster.status(maps=maps)
+        except Exception as error:
+            logger.debug("no status", exc_info=True)
+            return ClusterStatus(phase="unreachable", progress=(f"no status: {error or type(error).__name__}",))
+
+    def _describe(self, status: ClusterStatus) -> StatusDocument:
+        engine, samples = status.engine, tuple(self._history.samples)
+        blocks = blocks_per_cell(status.maps)
+        return StatusDocument(
+            phase=status.phase,
+            connected=self._service.connected,
+            model=self._service.model.name,
+            page_size=status.page_size,
+            progress=status.progress,
+            starting=status.starting,
+            uptime_s=round(status.uptime_s, 1),
+            front_ends=status.front_ends,
+            target_groups=status.target_groups,
+            oldest_wait_s=round(engine.oldest_wait_s, 2) if engine is not None else 0.0,
+            waiting_tokens=engine.waiting_tokens if engine is not None else 0,
+            totals=msgspec.convert(engine, Totals, from_attributes=True) if engine is not None else Totals(),
+            blocks_per_cell=blocks,
+            groups=tuple(self._line(g, status.maps, blocks) for g in engine.groups) if engine is not None else (),
+            now=samples[-1] if samples else Sample(t=time.time()),
+            history=samples[:-1],
+        )
+
+    def _line(self, group: GroupStats, maps: Sequence[PoolMap], blocks: int) -> GroupLine:
+        states = next((pool.states for pool in maps if pool.group == group.group), None)
+        step_ms, step_tokens = self._history.step(group)
+        return GroupLine(
+            group=group.group,
+            state="down" if not group.up else "draining" if group.draining else "up",
+            total=group.total_blocks,
+            free=group.free_blocks,
+            held=group.held_blocks - group.shared_blocks,
+            shared=group.shared_blocks,
+            cached=group.cached_blocks,
+            running=group.running,
+            starved=group.starved,
+            backlog_tokens=group.backlog_tokens,
+            evictions=group.evictions,
+            step_ms=None if step_ms is None else round(step_ms, 3),
+            step_tokens=None if step_tokens is None else round(step_tokens, 1),
+            map=None if states is None else pack(thin(states, blocks)),
+        )
