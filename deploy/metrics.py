@@ -1,7 +1,7 @@
 """The cluster in Prometheus' text format. What each metric means, in its unit, stands here and in `deploy.tally`.
 
 Any replica renders the whole cluster: the engine's facts as the scheduler knows them, and the requests of all replicas as it
-has summed them up. So scrape one address, not every replica. Imports the stats, `tally` and prometheus_client.
+has summed them up. So of several scraped replicas, take the maximum. Imports the stats, `tally` and prometheus_client.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -14,8 +14,9 @@ from deploy.service import Observation
 from scheduler.messages import TalliedMetric
 
 SERVED = ("stop", "length")
-OUTCOMES = (*SERVED, "abort", *(fault.name.lower() for fault in Fault))
-"""Every value of `Observation.outcome`."""
+FAULTS = (Fault.INVALID, Fault.OVERLOADED, Fault.CANCELLED, Fault.INTERNAL, Fault.UNAVAILABLE, Fault.TIMED_OUT)
+OUTCOMES = (*SERVED, "abort", *(fault.name.lower() for fault in FAULTS))
+"""Every way in which a request that its door let in can end."""
 
 _SIX_A_DECADE = ("1", "1.5", "2", "3", "5", "7")
 
@@ -67,8 +68,9 @@ E2E = RequestMetric("manta_request_duration_seconds", "From arrival to the last 
 PROMPT_TOKENS = RequestMetric("manta_request_prompt_tokens", "Prompt tokens of a served request.", TOKENS)
 OUTPUT_TOKENS = RequestMetric("manta_request_output_tokens", "Output tokens of a served request, all choices.", TOKENS)
 REQUESTS = RequestMetric(
-    "manta_requests_total", "Requests that have ended, by finish reason or fault.", label="outcome", values=OUTCOMES
-)
+    "manta_requests_total", "Requests that have ended, by finish reason or fault; not those that the door refused.",
+    label="outcome", values=OUTCOMES,
+)  # fmt: skip
 REQUEST_LOG_DROPPED = RequestMetric(
     "manta_request_log_dropped_total", "Requests missing from the request log: its disk did not keep up or failed."
 )
