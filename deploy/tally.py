@@ -40,7 +40,7 @@ TOKENS = tuple(float(2**power) for power in range(18))
 class RequestMetric:
     """One that front ends observe. bounds: upper ones of a histogram's buckets, the last bucket has none; empty: a counter.
 
-    labels: names and all their values; each combination is shown from the start, with 0.
+    label, values: a counter's label, if it has one, and all its values; each is shown from the start, with 0.
     """
 
     name: str

@@ -1,11 +1,13 @@
 """`/metrics` as Prometheus reads it: every fact is there, the parts sum up, and the names follow its rules."""
 
 import re
+from pathlib import Path
 
 import msgspec
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
+import deploy
 from deploy.metrics import CONTENT_TYPE, render
 from deploy.tally import OUTCOMES, REQUEST_METRICS, TTFT, increments
 from scheduler.stats import ClusterStatus, EngineStats, GroupStats
@@ -115,3 +117,9 @@ def test_each_metric_has_its_help_and_type_once_and_ahead_of_its_samples() -> No
     assert helps == types
     assert len(set(helps)) == len(helps)
     assert "0.0.4" in CONTENT_TYPE
+
+
+def test_the_documentation_names_every_metric_and_no_other() -> None:
+    text = (Path(deploy.__file__).parent.parent / "docs" / "observability.md").read_text()
+    named = set(re.findall(r"`(manta_\w+)", text))
+    assert named == {family.name + ("_total" if family.type == "counter" else "") for family in families(READY).values()}
