@@ -28,13 +28,10 @@ Bits = npt.NDArray[np.int32]
 MOST_COMPILED = 64
 """Grammars kept compiled; a new sequence copies one in microseconds."""
 
-BACKGROUND_THREADS = 2
-"""So that a grammar that takes long to compile does not hold up the masks of others."""
-
 
 @dataclass(slots=True, eq=False)
 class Constraint:
-    """One lease's place in its grammar. The background owns it until `job` is done.
+    """One lease's place in its grammar. A thread in the background owns it until `job` is done.
 
     bits: [words] what the next token may be; everything once it has failed, when the token no longer matters.
     """
@@ -64,17 +61,19 @@ class Allowed:
 
 
 class Constraints:
-    """load: reads the tokenizer; called once, in the background. vocab_size: ids in a mask. threads: for a step's masks.
+    """load: reads the tokenizer; called at once, in the background. vocab_size: ids in a mask. threads: for a step's masks.
 
     Order of calls: admit, then (allowed, advance) for each sampled token, then release.
     """
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int, threads: int) -> None:
         self._everything: Bits = np.full(-(-vocab_size // 32), -1, np.int32)
-        self._background = ThreadPoolExecutor(BACKGROUND_THREADS, thread_name_prefix="manta-grammar")
+        # Two threads, so that a grammar that takes long to compile does not hold up the masks of the others.
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix="manta-grammar-opening")
+        self._following = ThreadPoolExecutor(1, thread_name_prefix="manta-grammar-following")
         self._executor = LLExecutor(threads)
-        self._tokenizer = self._background.submit(load)
-        self._compiled: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._tokenizer = self._opening.submit(load)
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # of the opening thread alone
         self._rows: dict[int, Constraint] = {}
 
     def admit(self, row: int, grammar: Grammar | None, output: Ints) -> None:
@@ -82,7 +81,7 @@ class Constraints:
         if grammar is None:
             return
         constraint = self._rows[row] = Constraint(row, self._everything)
-        constraint.job = self._background.submit(self._begin, constraint, self._compile(grammar), output.tolist())
+        constraint.job = self._opening.submit(self._open, constraint, grammar, output.tolist())
 
     def release(self, row: int) -> None:
         self._rows.pop(row, None)
@@ -108,32 +107,32 @@ class Constraints:
             if self._rows.get(constraint.row) is constraint and not constraint.failed
         ]
         if alive:
-            job = self._background.submit(self._consume, alive)
+            job = self._following.submit(self._follow, alive)
             for constraint, _ in alive:
                 constraint.job = job
 
     # ---- in the background
 
-    def _compile(self, grammar: Grammar) -> Future[LLMatcher]:
-        """The grammar at its beginning, compiled once. Submitted before whatever waits for it, so that it also runs before."""
-        compiled = self._compiled.pop(grammar, None)
-        if compiled is None:
-            compiled = self._background.submit(lambda: compile_grammar(grammar, self._tokenizer.result()))
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > MOST_COMPILED:
-            self._compiled.popitem(last=False)
-        return compiled
-
-    def _begin(self, constraint: Constraint, compiled: Future[LLMatcher], output: list[int]) -> None:
+    def _open(self, constraint: Constraint, grammar: Grammar, output: list[int]) -> None:
         try:
-            constraint.matcher = compiled.result().deep_copy()
+            matcher = constraint.matcher = self._compile(grammar)
         except GrammarError as error:
             self._fail(constraint, str(error))
             return
-        constraint.matcher.consume_tokens(output)
-        self._fill([(constraint, constraint.matcher)])
+        matcher.consume_tokens(output)
+        self._fill([(constraint, matcher)])
 
-    def _consume(self, sampled: list[tuple[Constraint, int]]) -> None:
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        """A matcher at the beginning, independent of all others. Errors: GrammarError."""
+        compiled = self._compiled.pop(grammar, None)
+        if compiled is None:
+            compiled = compile_grammar(grammar, self._tokenizer.result())
+        self._compiled[grammar] = compiled
+        if len(self._compiled) > MOST_COMPILED:
+            self._compiled.popitem(last=False)
+        return compiled.deep_copy()
+
+    def _follow(self, sampled: list[tuple[Constraint, int]]) -> None:
         followed = [(constraint, constraint.matcher) for constraint, _ in sampled if constraint.matcher is not None]
         tokens = [token for _, token in sampled]
         consume_token_par(self._executor, [(matcher, token) for (_, matcher), token in zip(followed, tokens, strict=True)])

@@ -48,14 +48,18 @@ def check(grammar: Grammar, tokenizer: LLTokenizer) -> None:
 
 
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
-    """A matcher at the beginning of an output. What `check` refuses compiles into a matcher that is in error."""
+    """A matcher at the beginning of an output. What `check` refuses compiles into a matcher that is in error, or raises
+    GrammarError if it is no schema at all."""
     return LLMatcher(tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
 
 
 def _source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITE_SPACE})
+            try:
+                return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITE_SPACE})
+            except ValueError as error:
+                raise GrammarError(f"json_schema: not an object in JSON: {error}") from None
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":

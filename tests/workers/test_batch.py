@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from scheduler.messages import ROW_BITS, Drop, End, FinishReason, Grant, LeaseId, Remap, Start
-from scheduler.sampling import SamplingParams
-from workers.batch import Launched, ResidentBatch
+from scheduler.messages import NO_TOKEN, ROW_BITS, Drop, End, FinishReason, Grant, LeaseId, Remap, Start
+from scheduler.sampling import Grammar, SamplingParams
+from workers.batch import MEASURED_TOKENS, Launched, Measured, ResidentBatch
 
 
 def lease(serial: int, row: int) -> LeaseId:
@@ -22,6 +22,8 @@ def start(
     max_tokens: int = 8,
     min_tokens: int = 0,
     stop_ids: tuple[int, ...] = (),
+    grammar: Grammar | None = None,
+    prompt_logprobs: int | None = None,
 ) -> Start:
     return Start(
         lease=name,
@@ -29,7 +31,7 @@ def start(
         prompt_tokens=tokens - output,
         cached_tokens=cached,
         blocks=np.array(blocks, np.int32).tobytes(),
-        params=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens),
+        params=SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, grammar=grammar, prompt_logprobs=prompt_logprobs),
         seed=1,
         choice=0,
         stop_ids=stop_ids,
@@ -168,3 +170,116 @@ def test_a_sequence_out_of_slots_waits_for_its_grant() -> None:
     assert resident.plan().rows.tolist() == []
     resident.apply(Grant(lease(1, 0), (1,)))
     assert resident.plan().rows.tolist() == [0]
+
+
+# ---- grammars
+
+DIGITS = Grammar("regex", "[0-9]+")
+
+
+def test_a_constrained_row_waits_for_its_newest_token_and_the_others_go_on() -> None:
+    resident = batch()
+    resident.apply(start(lease(1, 0), grammar=DIGITS))
+    resident.apply(start(lease(2, 1)))
+    launched = step(resident)
+    assert launched.plan.rows.tolist() == [0, 1]
+    assert resident.plan().rows.tolist() == [1]
+    collect(resident, launched, 3, 3)
+    assert resident.plan().rows.tolist() == [0, 1]
+
+
+def test_a_constrained_prompt_is_computed_in_chunks_without_waiting() -> None:
+    resident = batch(budget=4)
+    resident.apply(start(lease(1, 0), grammar=DIGITS))
+    assert [step(resident).samples.tolist() for _ in range(2)] == [[False], [True]]
+    assert resident.plan().rows.tolist() == []
+
+
+def test_a_token_of_a_dropped_lease_is_not_what_its_row_waits_for() -> None:
+    resident = batch()
+    resident.apply(start(lease(1, 0), grammar=DIGITS))
+    before = step(resident)
+    resident.apply(Drop(lease(1, 0)))
+    resident.apply(start(lease(2, 0), grammar=DIGITS))
+    now = step(resident)
+    collect(resident, before, 3)
+    assert resident.plan().rows.tolist() == []
+    collect(resident, now, 3)
+    assert resident.plan().rows.tolist() == [0]
+
+
+def test_a_row_is_not_held_back_by_a_grammar_it_had_before() -> None:
+    resident = batch()
+    resident.apply(start(lease(1, 0), grammar=DIGITS))
+    step(resident)
+    resident.apply(Drop(lease(1, 0)))
+    resident.apply(start(lease(2, 0)))
+    step(resident)
+    assert resident.plan().rows.tolist() == [0]
+
+
+@pytest.mark.parametrize("stop_ids", [(), (7,)])
+def test_no_token_ends_a_sequence_as_failed(stop_ids: tuple[int, ...]) -> None:
+    resident = batch()
+    resident.apply(start(lease(1, 0), grammar=DIGITS, stop_ids=stop_ids))
+    assert collect(resident, step(resident), NO_TOKEN) == [(0, FinishReason.FAILED)]
+    assert resident.lease[0] == -1
+
+
+# ---- log-probabilities of prompts
+
+
+def measured(rows: int = 3, budget: int = 1024) -> ResidentBatch:
+    return ResidentBatch(rows, 256, budget, 2048)
+
+
+def test_a_measured_prompt_is_cut_into_bounded_chunks() -> None:
+    resident = measured()
+    resident.apply(start(lease(1, 0), 600, blocks=(0, 1, 2), prompt_logprobs=3))
+    steps = [step(resident) for _ in range(4)]
+    assert [launched.plan.counts.tolist() for launched in steps] == [[256], [256], [88], [1]]
+    assert [launched.measured for launched in steps] == [
+        (Measured(0, 256, 3),),
+        (Measured(0, 256, 3),),
+        (Measured(0, 87, 3),),  # the last token of the prompt predicts no prompt token
+        (),
+    ]
+
+
+def test_measured_prompts_share_the_bound_oldest_first_and_the_others_fill_the_step() -> None:
+    resident = measured()
+    resident.apply(start(lease(3, 0), 200, prompt_logprobs=0))
+    resident.apply(start(lease(2, 1), 100, prompt_logprobs=1))
+    resident.apply(start(lease(1, 2), 500))
+    launched = step(resident)
+    assert dict(zip(launched.plan.rows.tolist(), launched.plan.counts.tolist(), strict=True)) == {2: 500, 1: 100, 0: 156}
+    assert sum(part.count for part in launched.measured) <= MEASURED_TOKENS
+    assert {int(launched.plan.rows[part.index]): (part.count, part.most) for part in launched.measured} == {
+        1: (99, 1),
+        0: (156, 0),
+    }
+    assert [part.count for part in step(resident).measured] == [43]
+
+
+def test_a_prompt_of_one_token_has_nothing_to_measure() -> None:
+    resident = measured()
+    resident.apply(start(lease(1, 0), 1, prompt_logprobs=3))
+    assert step(resident).measured == ()
+
+
+def test_a_prompt_is_not_measured_again_once_it_has_output() -> None:
+    """What was measured came to the scheduler before the first token of the output."""
+    resident = measured()
+    resident.apply(start(lease(1, 0), 500, output=1, prompt_logprobs=3))
+    launched = step(resident)
+    assert (launched.plan.counts.tolist(), launched.measured) == ([500], ())
+
+
+def test_a_row_is_not_measured_for_the_lease_before() -> None:
+    resident = measured()
+    resident.apply(start(lease(1, 0), 500, prompt_logprobs=3))
+    step(resident)
+    resident.apply(Drop(lease(1, 0)))
+    resident.apply(start(lease(2, 0), 500))
+    launched = step(resident)
+    assert (launched.plan.counts.tolist(), launched.measured) == ([500], ())

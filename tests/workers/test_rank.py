@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from scheduler.messages import Command, Drop, End, FinishReason, Start
-from tests.workers.test_batch import lease, start
+from tests.workers.test_batch import DIGITS, lease, start
 from workers.batch import Launched, ResidentBatch
 from workers.leader import follow, lead
 from workers.rank import Rank, StepResult, Tokens
@@ -67,6 +67,17 @@ def test_it_is_idle_when_only_a_command_can_go_on(depth: int) -> None:
     assert len(taken) == 2
     assert taken[-1].finished == [(0, FinishReason.LENGTH)]
     assert one.idle
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_constrained_row_goes_on_by_itself_once_its_token_is_read(depth: int) -> None:
+    """No command comes in between: were the rank idle then, its group would sleep for ever."""
+    one, recorder = rank(depth)
+    one.turn([start(lease(1, 0), tokens=2, max_tokens=3, grammar=DIGITS)])
+    while not one.idle:
+        one.turn([])
+    assert recorder.calls.count("execute [0]") == 3
+    assert recorder.calls[-1] == "release 0"
 
 
 def test_a_row_is_released_before_its_next_sequence_is_admitted() -> None:

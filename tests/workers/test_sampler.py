@@ -101,8 +101,10 @@ class Request(msgspec.Struct, frozen=True):
     output: tuple[int, ...] = ()
 
 
-def reference(logits: Floats, request: Request, output: list[int]) -> int:
-    """The definition, one row at a time: [vocabulary] raw logits -> the next token."""
+def reference(
+    logits: Floats, request: Request, output: list[int], allowed: npt.NDArray[np.bool_] | None = None
+) -> int:
+    """The definition, one row at a time: [vocabulary] raw logits -> the next token. allowed: [vocabulary] by a grammar."""
     params = request.params
     x = logits.copy()
     for token, bias in params.logit_bias.items():
@@ -114,6 +116,8 @@ def reference(logits: Floats, request: Request, output: list[int]) -> int:
     for token in set(output):
         x[token] -= params.frequency_penalty * output.count(token)
         x[token] -= params.presence_penalty
+    if allowed is not None:
+        x[~allowed] = -np.inf
     if params.temperature == 0:
         return int(x.argmax())
     x /= params.temperature
