@@ -10,6 +10,7 @@ from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.config import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
+from deploy.grpc_server import SERVICER_FUNCTIONS
 from tests.deploy.configs.files import SERVE_FILES, SERVICE_FILES, serve_tree
 
 FILES = (*SERVE_FILES, *SERVICE_FILES)
@@ -60,6 +61,7 @@ def test_the_application_builds_and_has_the_deployments_that_are_named(name: str
 def test_serve_can_import_the_grpc_services(name: str) -> None:
     grpc = gRPCOptions(**serve_tree(name)["grpc_options"])
     assert len(grpc.grpc_servicer_func_callable) == len(grpc.grpc_servicer_functions)
+    assert tuple(grpc.grpc_servicer_functions) in ((), SERVICER_FUNCTIONS)
 
 
 def test_the_service_on_gpus_is_the_cluster_configuration() -> None:
