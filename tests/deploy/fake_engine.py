@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
-from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
+from scheduler.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
 
 CACHED_TOKENS = 3
 
@@ -29,12 +29,14 @@ class Stream:
 
 @dataclass
 class FakeEngine:
-    """hold_after: steps after which nothing more comes until `released`. refuse: first token -> message of refusal.
-    lose_after: steps after which the whole engine is lost. steps_per_delta: steps that one `Deltas` covers."""
+    """hold_after: steps after which nothing more comes until `released`. refuse: first token -> message of refusal, and
+    failure, retry_after_s: of what kind it is. lose_after: steps after which the whole engine is lost. steps_per_delta: steps that one `Deltas` covers."""
 
     reply: Reply | Sequence[int]
     hold_after: int | None = None
     refuse: Mapping[int, str] = field(default_factory=dict)
+    failure: Failure = Failure.FAULT
+    retry_after_s: float = 0.0
     lose_after: int | None = None
     steps_per_delta: int = 1
     page_size: int = 16
@@ -76,7 +78,8 @@ class FakeEngine:
                 self.requests.append(request)
                 if prompt[0] in self.refuse:
                     streams = range(request.stream, request.stream + request.params.n)
-                    refused += [Finished(s, FinishReason.FAILED, 0, 0, self.refuse[prompt[0]]) for s in streams]
+                    why = (self.refuse[prompt[0]], self.failure, self.retry_after_s)
+                    refused += [Finished(s, FinishReason.FAILED, 0, 0, *why) for s in streams]
                     continue
                 for choice in range(request.params.n):
                     self._streams[request.stream + choice] = Stream(request, self._script(prompt, choice))

@@ -1,0 +1,149 @@
+"""Who may come in, and with how much: API keys, request ids, the size of a body. Pure ASGI, no state between requests.
+
+Imports starlette and the door's errors.
+"""
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deploy.errors import Fault, RequestError
+from deploy.openai.errors import error_body, error_headers
+
+REQUEST_ID_HEADER = "x-request-id"
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_FOLDERS = ("/status/",)
+"""What needs no key: whether the server is up, and the status page without its figures."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class ApiKeys:
+    """Keys that open the endpoint; without any, it is open. Only their digests are kept."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = tuple(_digest(key) for key in keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def open(self, key: str) -> bool:
+        """Whether the key is one of them. Takes the same time whichever it is, and however much of it is right."""
+        given = _digest(key)
+        return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
+
+    def check(self, authorization: str | None) -> None:
+        """authorization: the header's value. Errors: RequestError UNAUTHENTICATED."""
+        if not self:
+            return
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not self.open(key.strip()):
+            said = "this API key is not known here" if key else "no API key was given"
+            raise RequestError(
+                Fault.UNAUTHENTICATED, f"{said}: send one as `Authorization: Bearer KEY`", code="invalid_api_key"
+            )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class RequestIds:
+    """Gives each request the id that its client chose, if it is a sane one, or a new one; the response names it.
+
+    Handlers find it with `request_id_of`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        name = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = name
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
+            await send(message)
+
+        await self._app(scope, receive, send_named)
+
+
+def request_id_of(scope: MutableMapping[str, Any]) -> str:
+    """The id of the request under way."""
+    return str(scope["state"]["request_id"])
+
+
+class KeyCheck:
+    """Refuses requests without a key, before anything reads their body."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_open(scope):
+            try:
+                self._keys.check(Headers(scope=scope).get("authorization"))
+            except RequestError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large: by their declared length at once, otherwise as soon as they have grown too large."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> RequestError:
+        said = f"the body is larger than {self._max_bytes} bytes: send less, or let the server take more (max_request_bytes)"
+        return RequestError(Fault.TOO_LARGE, said)
+
+
+def error_response(error: RequestError) -> Response:
+    """OpenAI's form, with what a client needs to do better next time."""
+    headers = error_headers(error)
+    if error.fault is Fault.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
+    if error.fault is Fault.TOO_LARGE:
+        headers["connection"] = "close"  # the rest of the body is not read
+    return Response(error_body(error), error.fault.status, headers, "application/json")

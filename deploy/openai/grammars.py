@@ -1,0 +1,43 @@
+"""Grammars are compiled once at the door, so that no worker meets one that it cannot follow. Imports `formats`; no HTTP."""
+
+import asyncio
+
+from llguidance import LLTokenizer
+
+from deploy.errors import Fault, RequestError
+from deploy.openai.formats import validate
+from deploy.service import ServedModel
+from scheduler.sampling import Grammar
+from workers.grammar import GrammarError, load_tokenizer
+
+REMEMBERED = 256
+"""Grammars known to be valid: clients send the same schema again and again."""
+
+
+class Grammars:
+    """The grammars of one model. Belongs to one event loop."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._tokenizer: asyncio.Task[LLTokenizer] | None = None
+        self._valid: dict[Grammar, None] = {}
+
+    async def check(self, grammar: Grammar | None, param: str) -> None:
+        """param: the field that the grammar is made of. Errors: RequestError UNPROCESSABLE."""
+        if grammar is None or grammar in self._valid:
+            return
+        await asyncio.to_thread(validate, grammar, await self._loaded(), param)
+        self._valid[grammar] = None
+        if len(self._valid) > REMEMBERED:
+            del self._valid[next(iter(self._valid))]
+
+    async def _loaded(self) -> LLTokenizer:
+        """Read with the first grammar, which takes up to a second."""
+        if self._tokenizer is None:
+            limits = self._model.limits
+            loading = asyncio.to_thread(load_tokenizer, self._model.checkpoint, limits.vocab_size, limits.eos_ids)
+            self._tokenizer = asyncio.create_task(loading)
+        try:
+            return await asyncio.shield(self._tokenizer)
+        except GrammarError as error:
+            raise RequestError(Fault.UNPROCESSABLE, str(error), code="invalid_grammar") from None

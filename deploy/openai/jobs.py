@@ -1,0 +1,63 @@
+"""One valid request on its way to the service, whichever endpoint made it. Imports the service; no HTTP."""
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from deploy.openai.schemas import GenerationRequest
+from deploy.openai.tools import Tools
+from deploy.outputs import OutputDelta
+from deploy.prompts import Prompt
+from deploy.serve_config import ServeConfig
+from deploy.service import Service
+from scheduler.sampling import SamplingParams
+
+Deltas = AsyncGenerator[tuple[int, OutputDelta], None]
+"""(position of the prompt, what is new of it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if the client sent one."""
+
+    request_id: str
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What `Service.generate` takes. id: of the response. created: seconds since 1970. model: as clients call it.
+
+    tools: what the model may call, to find its calls in the output.
+    """
+
+    caller: Caller
+    id: str
+    created: int
+    model: str
+    prompts: list[tuple[Prompt, SamplingParams]]
+    priority: int
+    timeout_s: float
+    tools: Tools | None
+
+    @classmethod
+    def of(
+        cls, caller: Caller, kind: str, request: GenerationRequest, prompts: list[tuple[Prompt, SamplingParams]],
+        service: Service, config: ServeConfig, tools: Tools | None = None,
+    ) -> "Job":  # fmt: skip
+        """kind: what the response's id begins with. The request may ask for an earlier deadline than the server's."""
+        timeout_s = min(config.request_timeout_s, request.timeout or config.request_timeout_s)
+        identity = f"{kind}-{caller.request_id}"
+        model, priority = service.model.name, request.priority or 0
+        return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt, _ in self.prompts)
+
+    def deltas(self, service: Service) -> Deltas:
+        """Closing it aborts the request. Errors: RequestError."""
+        return service.generate(
+            self.prompts, request_id=self.caller.request_id, priority=self.priority, timeout_s=self.timeout_s,
+            traceparent=self.caller.traceparent,
+        )  # fmt: skip

@@ -1,0 +1,152 @@
+"""A real endpoint: uvicorn in a thread over the checkpoint that ships with Manta, one engine for all tests of this folder."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from cluster.config import EngineConfig
+from cluster.engine import Engine, OnDeltas, OnFailure
+from deploy.access import ApiKeys
+from deploy.clusters import LocalCluster
+from deploy.config import EMBEDDED_MODEL, bound_openmp_spin
+from deploy.http import create_app
+from deploy.serve_config import ServeConfig
+from deploy.service import Cluster, ServedModel, Service
+from scheduler.stats import ClusterStatus, EngineStats
+from tests.deploy.fake_engine import FakeEngine
+
+MODEL = "tiny"
+PATIENCE_S = 60.0
+KV_MEMORY_BYTES = 64 << 20
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for something that must come true."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.002)
+
+
+class Host:
+    """An event loop in a thread of its own, and the services and servers that run on it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self._services: list[asyncio.Task[None]] = []
+        self._servers: list[tuple[uvicorn.Server, asyncio.Task[None]]] = []
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
+
+    def service(self, cluster: Cluster, connected: bool = True) -> Service:
+        """A service that runs until the host closes."""
+
+        async def start() -> Service:
+            service = Service(ServedModel.read(MODEL, EMBEDDED_MODEL, None), cluster)
+            self._services.append(asyncio.create_task(service.run()))
+            return service
+
+        service = self.run(start())
+        if connected:
+            until(lambda: service.connected)
+        return service
+
+    def serve(self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None) -> str:
+        """The address of a server that runs until the host closes."""
+        listener = socket.create_server(("127.0.0.1", 0))
+
+        async def start() -> None:
+            app = create_app(service, config or ServeConfig(), keys or ApiKeys())
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
+
+        self.run(start())
+        server = self._servers[-1][0]
+        until(lambda: server.started)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def close(self) -> None:
+        async def stop() -> None:
+            for server, running in self._servers:
+                server.should_exit = True
+                await running
+            for service in self._services:
+                service.cancel()
+            await asyncio.gather(*self._services, return_exceptions=True)
+
+        self.run(stop())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(PATIENCE_S)
+        self.loop.close()
+
+
+class ScriptedCluster:
+    """A cluster on a `FakeEngine`: does what the test says, when it says so."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        return self._engine.start(EngineConfig(model=str(EMBEDDED_MODEL)), on_deltas, on_failure, lambda _: None)
+
+    async def status(self, maps: bool = False) -> ClusterStatus:  # noqa: ARG002
+        return ClusterStatus(phase="ready", engine=self._engine.stats())
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[Host]:
+    with contextlib.closing(Host()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def service(host: Host) -> Service:
+    bound_openmp_spin()
+    return host.service(LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES)))
+
+
+@pytest.fixture(scope="session")
+def address(host: Host, service: Service) -> str:
+    """Of an open endpoint with the default limits."""
+    return host.serve(service)
+
+
+@pytest.fixture
+def http(address: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=PATIENCE_S) as client:
+        yield client
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as opened:
+        yield opened
+
+
+Stats = Callable[[], EngineStats]
+
+
+@pytest.fixture
+def stats(host: Host, service: Service) -> Stats:
+    """The engine at this moment."""
+
+    def now() -> EngineStats:
+        engine = host.run(service.cluster.status()).engine
+        assert engine is not None
+        return engine
+
+    return now
