@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from cluster.config import own_threads
@@ -18,13 +18,14 @@ from deploy.config import Config, bound_openmp_spin, choose_proxy, read_api_keys
 from deploy.display import StartView
 from deploy.exits import interrupts_held
 from deploy.observer import Observer
-from deploy.serve_config import model_name
+from deploy.serve_config import ServeConfig, model_name
 from deploy.service import ServedModel, Service
 from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
 
 POLL_S = 0.25
 CALL_TIMEOUT_S = 10.0
+GRPC_GRACE_S = 5.0
 SPARE_CPUS = 2
 """Logical ones, for what Serve itself places."""
 
@@ -60,14 +61,30 @@ async def _serve_here(config: Config, keys: ApiKeys, view: StartView) -> None:
             await _first_failure(tasks, POLL_S)
         tasks.append(asyncio.create_task(observer.run(service)))
         configure(limits.log_format)  # from here on: lines of the start would run through its view
-        view.ready(model.name, limits)
-        await server.serve()
+        async with _grpc(service, limits, keys):
+            view.ready(model.name, limits)
+            await server.serve()
     finally:
         for task in reversed(tasks):  # the observer first: what it has goes out through the service
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(observer.close)
+
+
+@contextlib.asynccontextmanager
+async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIterator[None]:
+    """A gRPC server beside the HTTP one, if it was asked for."""
+    if limits.grpc_port is None:
+        yield
+        return
+    from deploy.grpc_server import GrpcDoor, start_server
+
+    server, _ = await start_server(GrpcDoor(service, limits, keys), limits)
+    try:
+        yield
+    finally:
+        await server.stop(GRPC_GRACE_S)
 
 
 async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -> None:

@@ -1,0 +1,169 @@
+"""The endpoint on Ray Serve: one `Engine` that owns the cluster, and stateless `Ingress` replicas before it.
+
+    client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
+                              └──────────address, status──────▶ Engine (owns scheduler and groups)
+
+`build` is what `serve run deploy/configs/serve.yaml` and `manta serve` call. Imports ray.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.handle import DeploymentHandle
+
+from cluster.autoscale import Autoscaler
+from cluster.config import EngineConfig
+from cluster.fleet import Fleet
+from cluster.launch import plan
+from deploy.access import ApiKeys
+from deploy.clusters import ServeCluster
+from deploy.config import endpoint_config, read_api_keys
+from deploy.grpc_ingress import GrpcIngress
+from deploy.grpc_server import SERVICER_FUNCTIONS, GrpcDoor
+from deploy.http import create_app
+from deploy.observer import Observer
+from deploy.serve_config import ServeConfig, model_name
+from deploy.service import ServedModel, Service
+from scheduler.logs import configure
+from scheduler.stats import ClusterStatus
+from workers.actor import SchedulerAddress
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "manta"
+CALL_TIMEOUT_S = 10.0
+MAX_ONGOING_REQUESTS = 8192
+"""Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
+
+
+@serve.deployment(
+    name="Engine", num_replicas=1, max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0}, health_check_period_s=5,
+    graceful_shutdown_timeout_s=30,
+)  # fmt: skip
+class Engine:
+    """Owns the fleet: scheduler and groups end with this replica. Serve starts another if it dies or is lost for good.
+
+    It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
+    """
+
+    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int) -> None:
+        configure(limits.log_format, role="engine")
+        core, worker = plan(engine, threads)
+        worker = replace(worker, log_format=limits.log_format)
+        core = replace(
+            core,
+            max_queued_requests=limits.max_queued_requests,
+            max_queued_tokens=limits.max_queued_tokens,
+            wait_for_groups=False,
+        )
+        self._failure: str | None = None
+        self._autoscaler: Autoscaler | None = None
+        self._fleet = Fleet(engine, core, worker, self._fail)
+        self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
+        self._starter.start()
+
+    async def address(self) -> SchedulerAddress:
+        """Where front ends connect. Errors: EngineError while there is no scheduler."""
+        return (await asyncio.to_thread(self._fleet.current)).address
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        status = await asyncio.to_thread(self._fleet.status, maps)
+        if self._failure is None:
+            return status
+        return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
+
+    async def check_health(self) -> None:
+        """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    def __del__(self) -> None:
+        if self._autoscaler is not None:
+            self._autoscaler.close()
+        self._fleet.close()
+
+    def _start(self) -> None:
+        try:
+            self._fleet.start(logger.info)
+            self._autoscaler = Autoscaler.of(self._fleet)
+        except Exception as error:
+            logger.exception("the cluster could not be started")
+            self._fail(f"the cluster could not be started: {error}")
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+
+
+@serve.deployment(
+    name="Ingress", max_ongoing_requests=MAX_ONGOING_REQUESTS, ray_actor_options={"num_cpus": 1}, health_check_period_s=5,
+    graceful_shutdown_timeout_s=10,
+)  # fmt: skip
+@serve.ingress()
+class Ingress(GrpcIngress):
+    """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
+
+    async def __init__(self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys) -> None:
+        configure(limits.log_format, role="ingress")
+        name = model_name(limits.served_model_name, config.model)
+        model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
+        self._limits = limits
+        self._keys = keys
+        self._observer = Observer.open(limits, model.name)
+        self._service = Service(model, ServeCluster(engine), self._observer)
+        self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
+        self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service, self._limits, self._keys)
+
+    async def abort_here(self, request_id: str) -> int:
+        """Ends what this replica has under way by that id; how many requests that were."""
+        return self._service.abort(request_id)
+
+    async def _abort_everywhere(self, request_id: str) -> int:
+        replicas = serve.get_deployment_handle("Ingress", app_name=serve.get_replica_context().app_name)
+        return sum(await replicas.broadcast("abort_here", request_id).results_async(timeout_s=CALL_TIMEOUT_S))
+
+    async def check_health(self) -> None:
+        """Errors: whatever ended a task that never should."""
+        for task in self._tasks:
+            if task.done():
+                await task
+
+    async def __del__(self) -> None:
+        for task in reversed(self._tasks):  # the observer first: what it has goes out through the service
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(self._observer.close)
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
+    config = endpoint_config(args)
+    return application(config.engine, config.serve, ApiKeys(read_api_keys(config.serve)), config.engine.threads or 1)
+
+
+def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
+    """threads: of each CPU rank."""
+    owner = Engine.bind(engine, limits, threads)
+    return Ingress.options(num_replicas=limits.replicas).bind(owner, engine, limits, keys)
+
+
+def start_proxies(limits: ServeConfig) -> None:
+    """Starts Serve on the Ray cluster that this process has joined; does nothing where it runs already."""
+    grpc = None
+    if limits.grpc_port is not None:
+        grpc = gRPCOptions(port=limits.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS))
+    serve.start(http_options=HTTPOptions(host=limits.host, port=limits.port), grpc_options=grpc)
