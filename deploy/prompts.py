@@ -4,6 +4,7 @@ Parsed once, here, at the door; nothing behind checks again. torch comes in only
 a checkpoint's settings.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from deploy.text import Message, Tokenizer
 from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-LINE_KEYS = (*PROMPT_KEYS, "cache_salt", *SAMPLING_KEYS)
+CHAT_KEYS = ("tools", "chat_template_kwargs")
+LINE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, "cache_salt", *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
-with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt."""
+with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt. Beside messages
+may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
 
 
 class PromptError(ValueError):
@@ -68,16 +71,25 @@ class PromptParser:
             return self._valid(self._need_tokenizer().encode(source), source)
         return self._valid(source, None)
 
-    def chat(self, messages: Sequence[Message], salt: str = "") -> Prompt:
-        """A conversation through the checkpoint's chat template. Errors: PromptError."""
+    def chat(
+        self,
+        messages: Sequence[Message],
+        salt: str = "",
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """A conversation through the checkpoint's chat template. tools: what the model may call, in OpenAI's form.
+
+        Errors: PromptError.
+        """
         if not isinstance(messages, list | tuple) or not messages:
             raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
-        for message in messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise PromptError(f'not a chat message: {message!r}; write {{"role": "user", "content": "..."}}')
         tokenizer = self._need_tokenizer()
         try:
-            tokens = tokenizer.encode_chat(messages)
+            tokens = tokenizer.encode_chat([_for_template(message) for message in messages], tools, template_kwargs)
+        except PromptError:
+            raise
         except ValueError as error:
             raise PromptError(str(error)) from error
         return self._valid(tokens, None, salt)
@@ -104,7 +116,10 @@ class PromptParser:
         if not isinstance(salt, str):
             raise PromptError(f"cache_salt must be a string, not {type(salt).__name__}")
         if kind == "messages":
-            return self.chat(value, salt)
+            tools, template_kwargs = source.get("tools"), source.get("chat_template_kwargs")
+            if not isinstance(tools, list | None) or not isinstance(template_kwargs, Mapping | None):
+                raise PromptError("tools must be a list of functions, and chat_template_kwargs an object")
+            return self.chat(value, salt, tools=tools, template_kwargs=template_kwargs)
         if kind == "prompt":
             if not isinstance(value, str):
                 raise PromptError(f"prompt must be a string, not {type(value).__name__}: ids go into prompt_token_ids")
@@ -136,6 +151,28 @@ class PromptParser:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates read it: content is text, and a call's arguments are an object, which templates print
+    themselves. Clients send both as OpenAI has them. Errors: PromptError."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not (calls or "content" in message):
+        raise PromptError(f'not a chat message: {message!r}; write {{"role": "user", "content": "..."}}')
+    shown = {**message, "content": message.get("content") or ""}
+    return shown | {"tool_calls": [_call_for_template(call) for call in calls]} if calls else shown
+
+
+def _call_for_template(call: Any) -> dict[str, Any]:
+    match call:
+        case {"function": {"name": str(), "arguments": arguments} as function}:
+            pass
+        case _:
+            raise PromptError(f'not a tool call: {call!r}; write {{"function": {{"name": ..., "arguments": "..."}}}}')
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # what a model wrote need not be JSON: shown as it is
+            arguments = json.loads(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:

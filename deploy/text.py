@@ -3,6 +3,8 @@
 Imports transformers only when a checkpoint is opened; nothing of the engine.
 """
 
+import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,9 @@ BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 """The characters with which byte-level BPE, since GPT-2, writes bytes."""
 
+TOOL_MARKS = ("<tool_call>", "</tool_call>")
+"""Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
+
 Message = Mapping[str, Any]
 """A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
 
@@ -40,7 +45,8 @@ class Tokenizer:
     def __init__(self, implementation: Any) -> None:
         """implementation: a transformers tokenizer."""
         self._implementation = implementation
-        self._backend = getattr(implementation, "backend_tokenizer", None)
+        backend = getattr(implementation, "backend_tokenizer", None)
+        self._backend = None if backend is None else _showing_tool_marks(backend)
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Tokenizer | None":
@@ -61,15 +67,54 @@ class Tokenizer:
         """Token ids, with the special tokens that the checkpoint puts around a prompt."""
         return list(self._implementation.encode(text, verbose=False))
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins. Errors: ValueError."""
+    @property
+    def chat_template(self) -> str:
+        """The template of conversations with tools, as it is written; empty if there is none."""
+        try:
+            return str(self._implementation.get_chat_template(tools=[]))
+        except ValueError:
+            return ""
+
+    def has_token(self, text: str) -> bool:
+        """The text is one token of the vocabulary, by itself."""
+        return text in self._implementation.get_added_vocab()
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins.
+
+        tools: in OpenAI's form, for the template to show. template_kwargs: what else this template can be told.
+        Errors: ValueError, also where the template does not show the tools.
+        """
         if not getattr(self._implementation, "chat_template", None):
             raise ValueError("this checkpoint has no chat template: give the prompt as text or as token ids")
+        taken = inspect.signature(self._implementation.apply_chat_template).parameters.keys() & (template_kwargs or {}).keys()
+        if taken:
+            raise ValueError(f"chat_template_kwargs: {min(taken)} is no variable of a template: leave it out")
+        text = self._render(messages, tools, template_kwargs or {})
+        if tools and text == self._render(messages, None, template_kwargs or {}):
+            raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
+        return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]
+    ) -> str:
         try:
-            text = self._implementation.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return str(
+                self._implementation.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **template_kwargs,
+                )
+            )
         except Exception as error:  # templates raise what they please, jinja's errors among it
             raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
-        return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
@@ -181,6 +226,16 @@ class StopStrings:
         """The output has ended without a stop string: returns whatever was held back."""
         held, self._held = self._held, ""
         return held
+
+
+def _showing_tool_marks(backend: Any) -> Any:
+    """The tokenizer, or a copy to which `TOOL_MARKS` are not special. Takes as long as reading it from its file."""
+    if not any(token.special and token.content in TOOL_MARKS for token in backend.get_added_tokens_decoder().values()):
+        return backend
+    settings = json.loads(backend.to_str())
+    for token in settings["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in TOOL_MARKS
+    return type(backend).from_str(json.dumps(settings))
 
 
 def _tail(decode: Decode, prompt: Sequence[int]) -> list[int]:
