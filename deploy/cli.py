@@ -15,9 +15,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from deploy.batch.command import batch
 from deploy.config import Config, load_config
 from deploy.exits import TERMINATED, interrupts_held, reported_errors
-from deploy.options import sampling_values, with_options
+from deploy.options import ConfigOption, DebugOption, sampling_values, with_options
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
 from deploy.records import RecordWriter
@@ -69,10 +70,8 @@ StreamOption = Annotated[
     _option("--stream/--no-stream", help="Show text while it grows. Default: yes, unless --output is given."),
 ]
 QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no closing table on stderr. Default: no.")]
-ConfigOption = Annotated[
-    Path | None, _option("--config", "-c", help="YAML file of settings; flags win over it. Default: $MANTA_CONFIG.")
-]
-DebugOption = Annotated[bool, _option("--debug", help="Show the traceback of an error. Default: no.")]
+
+app.command()(batch)
 
 
 @app.callback()

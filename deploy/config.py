@@ -1,7 +1,7 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
-The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys, and
-`bound_openmp_spin` sets how OpenMP waits. Imports no torch, no ray.
+The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys,
+RAY_ADDRESS names the cluster that a Ray job runs on, and `bound_openmp_spin` sets how OpenMP waits. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B
@@ -17,7 +17,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from scheduler.sampling import SamplingParams
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 CONFIG_VARIABLE = "MANTA_CONFIG"
 KEYS_VARIABLE = "MANTA_API_KEYS"
+RAY_VARIABLE = "RAY_ADDRESS"
 DEFAULT_MAX_TOKENS = 128
 OPENMP_SPIN = "2000"
 SECTIONS = ("engine", "serve", "sampling")
@@ -73,7 +74,10 @@ def load_config(
         sections = _sections(tree)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    return _config(sections, engine, sampling, serve)
+    config = _config(sections, engine, sampling, serve)
+    if (address := environ.get(RAY_VARIABLE)) and config.engine.ray_address is None and not config.engine.local:
+        config = replace(config, engine=replace(config.engine, ray_address=address))
+    return config
 
 
 def endpoint_config(tree: Mapping[Any, Any]) -> Config:

@@ -9,7 +9,8 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -41,6 +42,16 @@ FILE_ONLY = {"grammar"}
 """Sampling fields that are too large for a flag: input lines and the endpoint take them."""
 ENGINE_FLAGS = {"seed": "engine_seed"}
 """Fields of the engine whose flag has another name, since a sampling option has theirs."""
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="YAML file of settings; flags win over it. Default: $MANTA_CONFIG.", show_default=False
+    ),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error. Default: no.", show_default=False)
+]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,8 @@
+"""`python -m deploy.batch` is `manta batch`."""
+
+import sys
+
+from deploy.cli import main
+
+sys.argv.insert(1, "batch")
+main()

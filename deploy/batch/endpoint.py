@@ -1,0 +1,100 @@
+"""A running deployment, or any server with OpenAI's API, reached by HTTP. Imports httpx, once there is one to reach."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from deploy.batch.backend import Answer
+from deploy.batch.lines import BatchRequest
+from deploy.config import ConfigError
+from deploy.errors import Fault, RequestError
+from deploy.openai.errors import error_body
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_TIMEOUT_S = 30.0
+TRY_AGAIN = {429: Fault.OVERLOADED, 502: Fault.UNAVAILABLE, 503: Fault.UNAVAILABLE}
+REFUSED_KEY = (401, 403)
+
+
+class EndpointBackend:
+    """Bodies go there as they are. client: knows the address and the key."""
+
+    def __init__(self, client: "httpx.AsyncClient") -> None:
+        self._client = client
+
+    async def answer(self, request: BatchRequest) -> Answer:
+        from httpx import TransportError
+
+        headers = {"content-type": "application/json", "x-request-id": request.id}
+        try:
+            response = await self._client.post(request.url, content=request.body, headers=headers)
+        except TransportError as error:
+            said = str(error) or type(error).__name__
+            raise RequestError(Fault.UNAVAILABLE, f"{self._client.base_url} cannot be reached: {said}") from error
+        if response.status_code in REFUSED_KEY:
+            raise ConfigError(
+                f"{self._client.base_url} refuses the API key ({_message(response)}): give one by --api-key-file"
+            )
+        if response.status_code in TRY_AGAIN:
+            fault = TRY_AGAIN[response.status_code]
+            raise RequestError(fault, _message(response), retry_after_s=_retry_after_s(response))
+        return _answer(response)
+
+
+@asynccontextmanager
+async def open_endpoint(url: str, api_key: str | None, concurrency: int) -> AsyncIterator[EndpointBackend]:
+    """url: with or without the `/v1` at its end."""
+    import httpx
+
+    async with httpx.AsyncClient(
+        base_url=url.rstrip("/").removesuffix("/v1"),
+        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+        limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+    ) as client:
+        yield EndpointBackend(client)
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int = 0
+
+
+class _Body(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+class _Detail(msgspec.Struct):
+    message: str
+
+
+class _Failure(msgspec.Struct):
+    error: _Detail
+
+
+def _answer(response: "httpx.Response") -> Answer:
+    """What is not JSON comes from something in between, and is told as an error."""
+    try:
+        usage = msgspec.json.decode(response.content, type=_Body).usage
+    except ValueError:
+        error = RequestError(Fault.INTERNAL, f"the answer is not a JSON object: {response.text[:200]!r}")
+        return Answer(response.status_code, error_body(error))
+    return Answer(response.status_code, response.content, usage.completion_tokens if usage else 0)
+
+
+def _message(response: "httpx.Response") -> str:
+    try:
+        return msgspec.json.decode(response.content, type=_Failure).error.message
+    except ValueError:
+        return f"status {response.status_code}"
+
+
+def _retry_after_s(response: "httpx.Response") -> float:
+    """Dates, which the header may hold too, count as nothing said."""
+    try:
+        return max(0.0, float(response.headers.get("retry-after", "0")))
+    except ValueError:
+        return 0.0
