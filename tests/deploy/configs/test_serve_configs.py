@@ -11,7 +11,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deploy.config import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
 from deploy.grpc_server import SERVICER_FUNCTIONS
-from tests.deploy.configs.files import SERVE_FILES, SERVICE_FILES, serve_tree
+from tests.deploy.configs.files import CONFIGS, REPOSITORY, SERVE_FILES, SERVICE_FILES, serve_tree
 
 FILES = (*SERVE_FILES, *SERVICE_FILES)
 
@@ -78,3 +78,9 @@ def test_all_have_one_structure(name: str) -> None:
     same = ("name", "route_prefix", "import_path")
     assert [application(name)[key] for key in same] == [application("serve.yaml")[key] for key in same]
     assert application(name)["args"].keys() == application("serve.yaml")["args"].keys()
+
+
+def test_every_file_is_documented() -> None:
+    text = "".join(page.read_text() for page in (REPOSITORY / "docs").glob("*.md"))
+    for file in CONFIGS.iterdir():
+        assert f"deploy/configs/{file.name}" in text, file.name
