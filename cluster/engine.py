@@ -10,7 +10,9 @@ from cluster.config import EngineConfig
 from scheduler.messages import Deltas, Request, TalliedMetric
 from scheduler.stats import EngineStats, GroupStats
 
-__all__ = ["Engine", "EngineError", "EngineStats", "GroupStats", "OnDeltas", "OnFailure", "Progress", "StartEngine"]
+__all__ = [
+    "Engine", "EngineError", "EngineStats", "GroupStats", "OnDeltas", "OnFailure", "Progress", "RequestStream", "StartEngine",
+]  # fmt: skip
 
 OnDeltas = Callable[[Deltas], None]
 """Called from one thread of the engine, in commit order. Must return at once and must not call the engine."""
@@ -27,9 +29,9 @@ class EngineError(RuntimeError):
     """The engine could not start or was lost, for a reason that the user can read and act upon."""
 
 
-class Engine(Protocol):
-    """A running cluster. Every method may be called from any thread; once it is lost, `submit` and `tally` raise
-    EngineError and the others do nothing."""
+class RequestStream(Protocol):
+    """A front end's way into a cluster. Every method may be called from any thread; once it is lost, `submit` and
+    `tally` raise EngineError and the others do nothing."""
 
     page_size: int
 
@@ -47,10 +49,14 @@ class Engine(Protocol):
         """Adds what a front end has observed to the cluster's sums. Errors: EngineError once the engine is lost: keep them
         for the next one."""
 
-    def stats(self) -> EngineStats: ...
-
     def close(self) -> None:
-        """Ends every worker and process of the cluster, within seconds. A second call does nothing."""
+        """Ends the stream, and the cluster if it is one's own, within seconds. A second call does nothing."""
+
+
+class Engine(RequestStream, Protocol):
+    """A cluster of one's own, running: its end is the end of every worker and process of it."""
+
+    def stats(self) -> EngineStats: ...
 
 
 class StartEngine(Protocol):

@@ -42,15 +42,13 @@ from workers.actor import SchedulerAddress
 logger = logging.getLogger(__name__)
 
 APP_NAME = "manta"
+MAX_ASKING = 1024
+HEALTH_CHECK_S = 5.0
 CALL_TIMEOUT_S = 10.0
 MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
 
-@serve.deployment(
-    name="Engine", num_replicas=1, max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0}, health_check_period_s=5,
-    graceful_shutdown_timeout_s=30,
-)  # fmt: skip
 class Engine:
     """Owns the fleet: scheduler and groups end with this replica. Serve starts another if it dies or is lost for good.
 
@@ -105,15 +103,13 @@ class Engine:
         self._failure = reason
 
 
-@serve.deployment(
-    name="Ingress", max_ongoing_requests=MAX_ONGOING_REQUESTS, ray_actor_options={"num_cpus": 1}, health_check_period_s=5,
-    graceful_shutdown_timeout_s=10,
-)  # fmt: skip
 @serve.ingress()
 class Ingress(GrpcIngress):
     """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
 
-    async def __init__(self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys
+    ) -> None:
         configure(limits.log_format, role="ingress")
         name = model_name(limits.served_model_name, config.model)
         model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
@@ -157,8 +153,15 @@ def build(args: Mapping[str, Any]) -> Application:
 
 def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
     """threads: of each CPU rank."""
-    owner = Engine.bind(engine, limits, threads)
-    return Ingress.options(num_replicas=limits.replicas).bind(owner, engine, limits, keys)
+    owner = serve.deployment(
+        name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30,
+    )(Engine)  # fmt: skip
+    front = serve.deployment(
+        name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=10,
+    )(Ingress)  # fmt: skip
+    return front.bind(owner.bind(engine, limits, threads), engine, limits, keys)
 
 
 def start_proxies(limits: ServeConfig) -> None:

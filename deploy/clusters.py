@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineError, EngineStats, OnDeltas, OnFailure
+from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, RequestStream
 from scheduler.stats import ClusterStatus
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class LocalCluster:
         self._progress: list[str] = []
         self._started_s = time.monotonic()
 
-    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         from cluster.local import start_local
 
         self._engine = start_local(self._config, on_deltas, on_failure, self._progress.append)
@@ -61,7 +61,7 @@ class ServeCluster:
         self._engine = engine
         self._asking: dict[bool, asyncio.Task[ClusterStatus]] = {}
 
-    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         from cluster.remote import SchedulerStream
 
         try:

@@ -8,7 +8,6 @@ from enum import Enum
 from deploy.prompts import PromptError, PromptTooLong
 from scheduler.messages import Failure, Finished
 
-
 CONTEXT_EXCEEDED = "context_length_exceeded"
 """The code that clients of OpenAI's API know for a prompt that is too long."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
+from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.outputs import (
     FINISH_WORDS,
     ChoiceDelta,
@@ -232,7 +232,7 @@ class FrontEnd:
     """The requests of this process on one engine. Every method may be called from any thread."""
 
     def __init__(
-        self, start: Callable[[OnDeltas, OnFailure], Engine], limits: ModelLimits, tokenizer: Tokenizer | None
+        self, start: Callable[[OnDeltas, OnFailure], RequestStream], limits: ModelLimits, tokenizer: Tokenizer | None
     ) -> None:
         """start: brings the engine up, given the two callbacks."""
         self._limits = limits

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 from cluster.config import EngineConfig
-from cluster.engine import EngineStats, Progress, StartEngine
+from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config import bound_openmp_spin, engine_config
 from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import GenerationError, RequestOutput
@@ -89,9 +89,14 @@ class LLM:
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
         start = engine_starter(config)
-        self._frontend = FrontEnd(
-            lambda on_deltas, on_failure: start(config, on_deltas, on_failure, progress), limits, tokenizer
-        )
+        engines: list[Engine] = []
+
+        def open_engine(on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+            engines.append(start(config, on_deltas, on_failure, progress))
+            return engines[0]
+
+        self._frontend = FrontEnd(open_engine, limits, tokenizer)
+        self._engine = engines[0]
         # By atexit itself, not by the finalizer's own: registered after Ray's, hence run before it.
         self._close = weakref.finalize(self, self._frontend.close)
         self._close.atexit = False
@@ -159,7 +164,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Blocks and sequences of each group, and counters since the start."""
-        return self._frontend.engine.stats()
+        return self._engine.stats()
 
     def shutdown(self) -> None:
         """Ends the cluster that this object started; requests under way fail. A second call does nothing."""

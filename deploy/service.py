@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
+from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.errors import Fault, RequestError
 from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import OutputDelta
@@ -38,7 +38,7 @@ RECONNECT_S = 0.5
 class Cluster(Protocol):
     """The scheduler as a replica reaches it."""
 
-    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         """A new stream to the scheduler that is up now; called from a thread. Errors: EngineError, OSError while there
         is none."""
         ...
@@ -173,7 +173,7 @@ class Service:
         loop = asyncio.get_running_loop()
         self._lost.clear()
 
-        def start(on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        def start(on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
             def failed(reason: str) -> None:
                 on_failure(reason)
                 with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody connects anew
