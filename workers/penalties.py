@@ -94,15 +94,19 @@ class LogitEdits:
         return logits
 
     def _bar(self, logits: Tensor, allowed: Allowed) -> Tensor:
-        """-inf for what the grammars forbid. Masks travel as bits: a device spreads its own slice of them."""
+        """-inf for what the grammars forbid. An accelerator is sent bits, an eighth of the bytes, and spreads them itself."""
         first, last = self._first_id // 8, -(-(self._first_id + self._width) // 8)
-        octets = self._put(allowed.bits.view(np.uint8)[:, first:last])
-        bits = octets[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=self._device) & 1
-        barred = bits.flatten(1)[:, self._first_id % 8 :][:, : self._width] == 0
+        octets = allowed.bits.view(np.uint8)[:, first:last]
+        if logits.is_cpu:
+            bits = torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little").view(np.bool_))
+        else:
+            shifts = torch.arange(8, dtype=torch.uint8, device=self._device)
+            bits = (self._put(octets)[:, :, None] >> shifts & 1).flatten(1).bool()
+        kept = bits[:, self._first_id % 8 :][:, : self._width]
         if len(allowed.samples) == len(logits):
-            return logits.masked_fill(barred, -torch.inf)
+            return torch.where(kept, logits, -torch.inf)
         samples = self._put(allowed.samples)
-        return logits.index_copy(0, samples, logits[samples].masked_fill_(barred, -torch.inf))
+        return logits.index_copy(0, samples, torch.where(kept, logits[samples], -torch.inf))
 
     def count(self, tokens: Tensor, rows: Ints) -> None:
         """Counts the sampled `tokens` [samples] as output of their rows."""
