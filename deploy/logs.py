@@ -3,7 +3,7 @@
 import logging
 
 from deploy.errors import Fault
-from deploy.service import Observation
+from deploy.observation import Observation
 from scheduler.logs import fields
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from deploy.config import ConfigError
 from deploy.logs import log_request
+from deploy.observation import Observation
 from deploy.request_log import RequestLog
 from deploy.serve_config import ServeConfig
-from deploy.service import Observation, Service
+from deploy.service import Service
 from deploy.tally import REQUEST_LOG_DROPPED, increments
 from scheduler.tallies import Tallies
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 
-from deploy.service import Observation
+from deploy.observation import Observation
 
 logger = logging.getLogger(__name__)
 

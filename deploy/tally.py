@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from deploy.errors import Fault
-from deploy.service import Observation
+from deploy.observation import Observation
 from scheduler.messages import TalliedMetric
 
 SERVED = ("stop", "length")

@@ -15,7 +15,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from deploy.logs import OUR_FAULTS
-from deploy.service import Observation
+from deploy.observation import Observation
 from deploy.tally import SERVED
 
 OPERATION = "text_completion"

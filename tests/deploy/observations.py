@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.service import Observation, PromptUse
+from deploy.observation import Observation, PromptUse
 
 SERVED = Observation(
     request_id="cmpl-1",

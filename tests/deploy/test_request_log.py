@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy.observation import PromptUse
 from deploy.request_log import RequestLog
-from deploy.service import PromptUse
 from kvcache.hashing import hash_pages
 from tests.deploy.observations import observation
 

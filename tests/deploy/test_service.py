@@ -10,8 +10,9 @@ from cluster.config import EngineConfig
 from deploy.clusters import LocalCluster
 from deploy.config import EMBEDDED_MODEL
 from deploy.errors import Fault, RequestError
+from deploy.observation import Observation
 from deploy.prompts import Prompt
-from deploy.service import Observation, ServedModel, Service
+from deploy.service import ServedModel, Service
 from scheduler.sampling import SamplingParams
 
 PATIENCE_S = 60.0

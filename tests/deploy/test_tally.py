@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from deploy.service import PromptUse
+from deploy.observation import PromptUse
 from deploy.tally import E2E, OUTCOMES, QUEUE, REQUEST_METRICS, REQUESTS, TPOT, TTFT, Histogram, increments
 from scheduler.messages import TalliedMetric
 from scheduler.tallies import Tallies

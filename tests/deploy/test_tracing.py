@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from deploy.service import Observation
+from deploy.observation import Observation
 from deploy.tracing import Tracer, phases
 from tests.deploy.observations import SERVED, observation
 
