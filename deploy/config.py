@@ -115,6 +115,8 @@ def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
     found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip() and not key.strip().startswith("#")))
+    if not all(key.isascii() for key in found):
+        raise ConfigError("an API key holds characters that HTTP headers cannot: use ASCII ones")
     if not found and serve.auth and not serve.on_loopback:
         raise ConfigError(
             f"host={serve.host} can be reached from other machines and there is no API key: name a file with api_key_file, set "

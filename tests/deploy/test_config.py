@@ -57,6 +57,8 @@ def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None
     config = ServeConfig(host="0.0.0.0", api_key_file=str(file))
     assert read_api_keys(config, {"MANTA_API_KEYS": "third, first,"}) == ("third", "first", "second")
     assert read_api_keys(ServeConfig(), {}) == ()
+    with pytest.raises(ConfigError, match="use ASCII ones"):
+        read_api_keys(ServeConfig(), {"MANTA_API_KEYS": "Schlüssel"})
     with pytest.raises(ConfigError, match=r"cannot read the API keys in .*nowhere"):
         read_api_keys(ServeConfig(api_key_file=str(tmp_path / "nowhere")), {})
 

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -23,6 +24,7 @@ from deploy.serve_config import ServeConfig
 from deploy.service import Cluster, ServedModel, Service
 from scheduler.stats import ClusterStatus, EngineStats
 from tests.deploy.fake_engine import FakeEngine
+from tests.deploy.openai.conftest import QWEN_TEMPLATE
 
 MODEL = "tiny"
 PATIENCE_S = 60.0
@@ -52,17 +54,16 @@ class Host:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
-    def service(self, cluster: Cluster, connected: bool = True) -> Service:
-        """A service that runs until the host closes."""
+    def service(self, cluster: Cluster, checkpoint: Path = EMBEDDED_MODEL) -> Service:
+        """A connected service that runs until the host closes."""
 
         async def start() -> Service:
-            service = Service(ServedModel.read(MODEL, EMBEDDED_MODEL, None), cluster)
+            service = Service(ServedModel.read(MODEL, checkpoint, None), cluster)
             self._services.append(asyncio.create_task(service.run()))
             return service
 
         service = self.run(start())
-        if connected:
-            until(lambda: service.connected)
+        until(lambda: service.connected)
         return service
 
     def serve(self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None) -> str:
@@ -81,9 +82,9 @@ class Host:
 
     def close(self) -> None:
         async def stop() -> None:
-            for server, running in self._servers:
+            for server, _ in self._servers:
                 server.should_exit = True
-                await running
+            await asyncio.gather(*(running for _, running in self._servers))
             for service in self._services:
                 service.cancel()
             await asyncio.gather(*self._services, return_exceptions=True)
@@ -114,9 +115,22 @@ def host() -> Iterator[Host]:
 
 
 @pytest.fixture(scope="session")
-def service(host: Host) -> Service:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that ships with Manta, with a chat template that says the same, and shows tools too."""
+    folder = tmp_path_factory.mktemp("endpoint") / MODEL
+    folder.mkdir()
+    for file in EMBEDDED_MODEL.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def service(host: Host, checkpoint: Path) -> Service:
     bound_openmp_spin()
-    return host.service(LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES)))
+    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES)
+    return host.service(LocalCluster(engine), checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +149,23 @@ def http(address: str) -> Iterator[httpx.Client]:
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as opened:
         yield opened
+
+
+Scripted = Callable[..., str]
+
+
+@pytest.fixture
+def scripted(host: Host) -> Iterator[Scripted]:
+    """Serves an engine that does what the test says; in the end it lets go of what it holds."""
+    engines: list[FakeEngine] = []
+
+    def serve(engine: FakeEngine, checkpoint: Path = EMBEDDED_MODEL) -> str:
+        engines.append(engine)
+        return host.serve(host.service(ScriptedCluster(engine), checkpoint))
+
+    yield serve
+    for engine in engines:
+        engine.released.set()
 
 
 Stats = Callable[[], EngineStats]

@@ -113,9 +113,7 @@ def test_echo(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
     assert text_of(client, tokenizer.encode(PROMPT), echo=True) == PROMPT + plain
     pieces = [
         chunk.choices[0].text
-        for chunk in client.completions.create(
-            model=MODEL, prompt=PROMPT, temperature=0, max_tokens=8, echo=True, stream=True
-        )
+        for chunk in client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=8, echo=True, stream=True)
     ]
     assert "".join(pieces) == PROMPT + plain
 
