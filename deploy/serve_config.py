@@ -10,6 +10,7 @@ from cluster.config import option
 
 LOOPBACK = ("127.", "localhost", "::1")
 LOG_FORMATS = ("text", "json")
+TOOL_FORMATS = ("hermes", "llama")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,9 @@ class ServeConfig:
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
     max_queued_requests: int = option(4096, "Requests that may wait for a group; further ones get 429.")
     max_queued_tokens: int = option(4 << 20, "Prompt tokens that may wait for a group; further requests get 429.")
+    tool_format: str | None = option(
+        None, "How the model writes calls of tools: hermes or llama.", shown="told by the chat template"
+    )
     log_format: str = option("text", "Lines of the log: text or json.")
     request_log: str | None = option(
         None, "File that gets lengths and hashes of every request, never content.", shown="none"
@@ -54,6 +58,8 @@ class ServeConfig:
             raise ValueError(f"request_timeout_s={self.request_timeout_s} is not above 0: give requests seconds to end in")
         if self.log_format not in LOG_FORMATS:
             raise ValueError(f"log_format={self.log_format!r} is unknown: choose one of {', '.join(LOG_FORMATS)}")
+        if self.tool_format not in (None, *TOOL_FORMATS):
+            raise ValueError(f"tool_format={self.tool_format!r} is unknown: choose one of {', '.join(TOOL_FORMATS)}")
 
     @property
     def on_loopback(self) -> bool:

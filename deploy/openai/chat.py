@@ -45,7 +45,7 @@ class Chat:
         self._config = config
         self._grammars = grammars
         self._names = TokenNames(service.model.tokenizer)
-        self._dialect = ToolDialect.of(service.model.tokenizer)
+        self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_format)
 
     async def job(self, request: ChatRequest, caller: Caller) -> Job:
         """Errors: RequestError."""

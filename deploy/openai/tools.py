@@ -131,7 +131,7 @@ def read_tools(tools: Any, tool_choice: Any, parallel_tool_calls: bool | None, d
     if dialect is None:
         raise RequestError.invalid(
             "the chat template of this checkpoint shows no format of tool calls that is known here "
-            f"({', '.join(TOOL_FORMATS)}): leave tools out",
+            f"({', '.join(TOOL_FORMATS)}): leave tools out, or name its format to the server (tool_format)",
             "tools",
         )
     return Tools(dialect, tools, schemas, forced, parallel_tool_calls is not False)

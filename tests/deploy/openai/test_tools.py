@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from deploy import serve_config
 from deploy.errors import Fault, RequestError
 from deploy.openai.formats import grammar_of, validate
 from deploy.openai.tool_calls import HERMES, LLAMA, CallArguments, CallBegin
-from deploy.openai.tools import ToolDialect, Tools, read_tools
+from deploy.openai.tools import TOOL_FORMATS, ToolDialect, Tools, read_tools
+from deploy.serve_config import ServeConfig
 from deploy.text import Tokenizer
 from scheduler.sampling import Grammar
 from tests.deploy.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened, vocabulary
@@ -184,6 +186,12 @@ def test_a_large_set_of_tools_is_refused_only_where_it_makes_a_grammar() -> None
     with pytest.raises(RequestError, match="tools makes a grammar of") as caught:
         read("required", tools=many).grammar()
     assert caught.value.fault is Fault.TOO_LARGE
+
+
+def test_the_server_knows_every_format() -> None:
+    assert tuple(TOOL_FORMATS) == serve_config.TOOL_FORMATS
+    with pytest.raises(ValueError, match="tool_format='xml' is unknown: choose one of hermes, llama"):
+        ServeConfig(tool_format="xml")
 
 
 def test_dialects(make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, llama: Tokenizer) -> None:
