@@ -1,12 +1,21 @@
-"""What the tests of `deploy/configs/` share: reading the files, strict parsing, and how many groups a node has room for."""
+"""What the tests of `deploy/configs/` share: reading the files, strict parsing, and which nodes groups bring."""
 
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import (
+    _default_utilization_scorer,
+    get_nodes_for,
+    placement_groups_to_resource_demands,
+)
+from ray.core.generated.common_pb2 import Bundle, PlacementStrategy
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
 from cluster.config import EngineConfig
 from cluster.group import rank_resources
@@ -59,10 +68,30 @@ def _given(value: Any) -> Any:
     return [_given(each) for each in value] if isinstance(value, list) else value
 
 
-def groups_on(resources: Mapping[str, float], engine: EngineConfig) -> int:
-    """How many groups find room on a node: all ranks of one, side by side, as `cluster.group` places them."""
-    device = engine.device
-    assert device in ("cpu", "cuda"), "a cluster's file says where ranks compute: while no GPU node is up, auto means the CPU"
-    _, worker = resolve(replace(engine, model=str(EMBEDDED_MODEL)), device, engine.tensor_parallel_size, threads=1)
-    per_rank = rank_resources(worker)
-    return min(int(resources.get(name, 0) // (each * engine.tensor_parallel_size)) for name, each in per_rank.items())
+def rank_of(engine: EngineConfig) -> dict[str, float]:
+    """What one rank asks of its node, as `cluster.group` says."""
+    assert engine.device in ("cpu", "cuda"), "while no GPU node is up, auto would mean the CPU"
+    placed = replace(engine, model=str(EMBEDDED_MODEL))  # the file's own is on the cluster
+    return rank_resources(resolve(placed, engine.device, engine.tensor_parallel_size, threads=1)[1])
+
+
+def nodes_for_all_groups(types: dict[str, Any], head: str, engine: EngineConfig) -> dict[str, int]:
+    """The nodes that Ray's autoscaler adds to a head for the pending placement groups of `max_groups` groups.
+
+    types: node types, as the autoscaler reads them.
+    """
+    bundles = [Bundle(unit_resources=rank_of(engine)) for _ in range(engine.tensor_parallel_size)]
+    pending = [PlacementGroupTableData(strategy=PlacementStrategy.STRICT_PACK, bundles=bundles)] * (engine.max_groups or 0)
+    demands, spread = placement_groups_to_resource_demands(pending)
+    scorer = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    most = sum(node["max_workers"] for node in types.values())
+    added, unmet = get_nodes_for(types, {head: 1}, head, most, demands, scorer)
+    assert demands
+    assert not spread
+    assert not unmet, "not every group finds room"
+    return dict(added)
+
+
+def holds_a_group(resources: Mapping[str, float], engine: EngineConfig) -> bool:
+    """Whether a node has room for all ranks of a group."""
+    return all(resources.get(name, 0) >= each * engine.tensor_parallel_size for name, each in rank_of(engine).items())

@@ -13,7 +13,8 @@ from tests.deploy.configs.files import (
     SERVICE_FILES,
     documents,
     engine_of,
-    groups_on,
+    holds_a_group,
+    nodes_for_all_groups,
     serve_tree,
     strictly,
     tree,
@@ -71,15 +72,11 @@ def test_an_unknown_field_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize(("name", "serves"), FILES.items())
-def test_a_group_fits_on_a_worker_and_nowhere_else(name: str, serves: str) -> None:
+def test_pending_groups_bring_worker_nodes_and_fit_nowhere_else(name: str, serves: str) -> None:
     engine, types = engine_of(serves), node_types(name)
-    workers = {"gpu", "cpu"} & types.keys()
-    assert len(workers) == 1
-    for kind, node in types.items():
-        assert (groups_on(node["resources"], engine) > 0) == (kind in workers), kind
-    worker = types[workers.pop()]
-    most = engine.max_groups or engine.groups
-    assert worker["max_workers"] * groups_on(worker["resources"], engine) >= most
+    (worker,) = {"gpu", "cpu"} & types.keys()
+    assert nodes_for_all_groups(types, "headgroup", engine).keys() == {worker}
+    assert [kind for kind, node in types.items() if holds_a_group(node["resources"], engine)] == [worker]
 
 
 @pytest.mark.parametrize(("name", "serves"), FILES.items())

@@ -6,7 +6,16 @@ import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from deploy.config import KEYS_VARIABLE
-from tests.deploy.configs.files import CONFIGS, PROJECT, REPOSITORY, engine_of, groups_on, serve_tree, tree
+from tests.deploy.configs.files import (
+    CONFIGS,
+    PROJECT,
+    REPOSITORY,
+    engine_of,
+    holds_a_group,
+    nodes_for_all_groups,
+    serve_tree,
+    tree,
+)
 
 FILES = ("cluster-aws.yaml", "cluster-onprem.yaml")
 SERVES = "serve-cluster.yaml"
@@ -27,12 +36,13 @@ def test_ray_takes_it(name: str) -> None:
     assert config["head_setup_commands"] == tree(name).get("head_setup_commands", [])
 
 
-def test_groups_fit_on_gpu_machines_and_the_rest_on_the_head() -> None:
-    engine, types = engine_of(SERVES), prepared("cluster-aws.yaml")["available_node_types"]
+def test_pending_groups_bring_gpu_machines_and_the_rest_fits_on_the_head() -> None:
+    engine, config = engine_of(SERVES), prepared("cluster-aws.yaml")
+    types = config["available_node_types"]
     head, gpu = types["head"]["resources"], types["gpu"]["resources"]
-    assert groups_on(head, engine) == 0
-    assert types["gpu"]["max_workers"] * groups_on(gpu, engine) >= (engine.max_groups or engine.groups)
-    assert prepared("cluster-aws.yaml")["max_workers"] == types["gpu"]["max_workers"]
+    assert nodes_for_all_groups(types, "head", engine).keys() == {"gpu"}
+    assert config["max_workers"] == types["gpu"]["max_workers"]
+    assert not holds_a_group(head, engine)
     assert head["front"] >= 1 + serve_tree(SERVES)["applications"][0]["args"]["serve"]["replicas"]
     assert "front" not in gpu
 
