@@ -26,6 +26,11 @@ def endless(request_id: str = "", **sampling: Any) -> pb.GenerateRequest:
     return text(request_id=request_id, max_tokens=1900, ignore_eos=True, **sampling)
 
 
+async def consumed(stream: Any) -> list[pb.GenerateResponse]:
+    """Every message; the status of a call comes after them, so a test that waits for an end must read."""
+    return [part async for part in stream]
+
+
 async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while True:

@@ -16,7 +16,7 @@ from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from deploy.serve_config import ServeConfig
 from deploy.service import ServedModel, Service
-from tests.deploy.grpc.calls import PAGE_SIZE, until
+from tests.deploy.grpc.calls import PAGE_SIZE, consumed, until
 
 Connect = Callable[[GrpcDoor], tuple[Any, grpc.aio.Channel]]
 
@@ -102,9 +102,6 @@ def generate(runner: asyncio.Runner, stub: Any) -> Callable[..., list[pb.Generat
     """All responses to one request."""
 
     def generate_(request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
-        async def all_() -> list[pb.GenerateResponse]:
-            return [response async for response in stub.Generate(request)]
-
-        return runner.run(all_())
+        return runner.run(consumed(stub.Generate(request)))
 
     return generate_

@@ -14,7 +14,7 @@ from deploy.grpc_server import STATUS, GrpcDoor, start_server
 from deploy.proto import manta_pb2 as pb
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
-from tests.deploy.grpc.calls import PROMPT, ids, text
+from tests.deploy.grpc.calls import PROMPT, consumed, ids, text
 from tests.deploy.grpc.conftest import Connect
 
 Answer = Callable[[Awaitable[Any]], Any]
@@ -24,12 +24,8 @@ Code: TypeAlias = grpc.StatusCode
 def refusal(answer: Answer, call: Any) -> grpc.aio.AioRpcError:
     """The status of a call that must fail."""
 
-    async def all_of(stream: Any) -> None:
-        async for _ in stream:
-            pass
-
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        answer(all_of(call) if isinstance(call, grpc.aio.UnaryStreamCall) else call)
+        answer(consumed(call) if isinstance(call, grpc.aio.UnaryStreamCall) else call)
     return refused.value
 
 
