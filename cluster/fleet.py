@@ -110,10 +110,12 @@ class Fleet:
                 self.scheduler.call("vacate", group)
             time.sleep(DRAIN_POLL_S)
         with self._lock:
-            keeper = self._keepers.pop(group)
-            self._epochs[group] = keeper.epoch + 1
-        keeper.close()
-        self.scheduler.call("group_lost", group, "it was not needed any more")
+            keeper = self._keepers.pop(group, None)
+            if keeper is not None:
+                self._epochs[group] = keeper.epoch + 1
+        if keeper is not None:  # else it was lost for good meanwhile
+            keeper.close()
+            self.scheduler.call("group_lost", group, "it was not needed any more")
         return True
 
     def stop(self) -> None:

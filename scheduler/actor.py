@@ -36,7 +36,7 @@ class SchedulerActor:
 
     async def group_lost(self, group: int, reason: str) -> None:
         """The group will not come back: what only it could serve fails with `reason`."""
-        self._server.call(lambda core: core.group_down(GroupId(group), reason))
+        self._server.group_lost(GroupId(group), reason)
 
     async def drain(self, group: int) -> bool:
         """The group takes no more sequences; False if it is needed."""

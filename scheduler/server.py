@@ -75,6 +75,13 @@ class SchedulerServer:
         self._busy_s += time.monotonic() - began_s
         return answer
 
+    def group_lost(self, group: GroupId, reason: str) -> None:
+        """The group will not come back. Its leader may not have heard yet that it ended: what it says counts no more."""
+        leader = self._leaders.pop(group, None)
+        if leader is not None:
+            leader.close()
+        self.call(lambda core: core.group_down(group, reason))
+
     def status(self, *, maps: bool) -> ClusterStatus:
         """What the scheduler knows of the cluster. maps: with the state of every block."""
         self.core.now_s = time.monotonic()
@@ -128,7 +135,7 @@ class SchedulerServer:
             why = str(error)
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
         finally:
-            if self._leaders.get(group) is writer:  # else a newer epoch has taken over
+            if self._leaders.get(group) is writer:  # else a newer epoch has taken over, or it is lost
                 del self._leaders[group]
                 self.call(lambda core: core.group_down(group, why, returning=True))
 

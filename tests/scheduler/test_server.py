@@ -168,6 +168,15 @@ def test_a_lost_leader_sends_its_requests_to_another_group_with_their_tokens(ser
     assert again.lease != start.lease
 
 
+def test_a_group_that_is_lost_for_good_is_not_waited_for_when_its_leader_hears_of_it(served: Served) -> None:
+    leader = served.leader()
+    served.front_end()  # answered after the leader was heard
+    served.loop.call_soon_threadsafe(served.server.group_lost, GroupId(0), "it was not needed any more")
+    assert leader.receive() is None
+    served.front_end()  # answered after the leader's end was heard
+    assert served.ask(lambda core: (list(core.groups), core.expected)) == ([], {})
+
+
 def test_a_gap_in_the_reports_fences_the_group(served: Served) -> None:
     leader, front_end = served.leader(), served.front_end()
     front_end.send(Submit((request(1),)))
