@@ -41,6 +41,9 @@ from scheduler.sequence import Sequence, State
 from scheduler.waiting import WaitingRoom
 
 
+GAVE_UP = "its worker could not go on with it: the worker's log says why"
+
+
 class SchedulerCore:
     """Sequences, groups and the global block table; see the module's picture.
 
@@ -225,7 +228,7 @@ class SchedulerCore:
             if (sequence := self._holder(group, lease)) is not None:
                 output = group.output_tokens(sequence)
                 self._leave(group, sequence)
-                self._finish(sequence, FinishReason(reason), output)
+                self._finish(sequence, FinishReason(reason), output, GAVE_UP if reason == FinishReason.FAILED else "")
         self._extend(group, needy)
         self._admit()
 

@@ -35,7 +35,8 @@ def load_tokenizer(checkpoint: Path, vocab_size: int, eos_ids: tuple[int, ...]) 
     if not eos_ids:
         raise GrammarError("the checkpoint names no end-of-sequence id, so no output could end: set its eos_token_id")
     try:
-        return LLTokenizer(_tokenizer_json(checkpoint), n_vocab=vocab_size, eos_token=list(eos_ids))
+        ends = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]  # older releases of the library take one id only
+        return LLTokenizer(_tokenizer_json(checkpoint), n_vocab=vocab_size, eos_token=ends)
     except Exception as error:  # transformers and llguidance raise whatever their parsers raise
         raise GrammarError(f"no grammar can be matched with the tokenizer in {checkpoint}: {error}") from error
 
