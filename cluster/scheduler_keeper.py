@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
 from scheduler.actor import SchedulerActor
@@ -107,7 +108,9 @@ class SchedulerKeeper:
             self._thread.join(timeout=CALL_TIMEOUT_S)
 
     def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
-        options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+        # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
         actor = options.remote(self._config, self._token, self._check, self._log_format)
         host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
