@@ -1,0 +1,166 @@
+"""Groups by load on a Ray cluster that autoscales: work brings a node and a group, idleness takes both away, and a group that
+goes takes no request with it."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import ray
+
+from cluster.autoscale import Autoscaler
+from cluster.config import EngineConfig
+from cluster.fleet import Fleet
+from cluster.launch import plan
+from cluster.remote import SchedulerStream
+from deploy import LLM, SamplingParams
+from deploy.frontend import FrontEnd, Generation
+from deploy.prompts import Prompt, read_model_limits
+from scheduler.scaling import ScalingConfig
+from scheduler.stats import EngineStats
+from tests.autoscaling_ray import autoscaling_ray
+from tests.processes import workers
+
+pytestmark = pytest.mark.ray
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+PATIENCE_S = 60.0
+TOKENS, MANY_TOKENS = 200, 400
+LONG = SamplingParams(temperature=0.8, seed=3, max_tokens=TOKENS, ignore_eos=True)
+OPTIONS: dict[str, Any] = {"max_num_seqs": 2, "kv_memory": 32 << 20, "dtype": "float32", "block_size": 16}
+
+
+def until(what: str, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+# ---- a cluster that autoscales ----
+
+
+def alive_nodes() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def test_load_brings_a_node_and_a_group_and_idleness_takes_them_away(tmp_path: Path) -> None:
+    with autoscaling_ray(tmp_path, head_cpus=1, worker_cpus=1, max_workers=1) as address:
+        try:
+            with LLM(
+                TINY, ray_address=address, groups=1, max_groups=2, threads=1, scale_wait_s=0.5, scale_idle_s=2.0,
+                scale_cooldown_s=1.0, check_invariants=True, **OPTIONS,
+            ) as llm:  # fmt: skip
+                assert alive_nodes() == 1
+                answer_until_second_group_works(llm)
+                assert alive_nodes() == 2
+                until("the idle group did not go", lambda: [group.group for group in llm.stats().groups] == [0])
+                until("the idle node did not go", lambda: alive_nodes() == 1)
+                assert_whole(llm, [[300, 301, 302]])
+        finally:
+            ray.shutdown()
+
+
+def answer_until_second_group_works(llm: LLM) -> None:
+    """Keeps a queue until the second group has taken some of it."""
+    round_ = 0
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(group.starts for group in llm.stats().groups if group.group == 1):
+        assert time.monotonic() < deadline, "no second group came to help"
+        assert_whole(llm, [[300 + round_, 400 + i] for i in range(16)])
+        round_ += 1
+
+
+def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
+    """Every request is answered, to its last token."""
+    outputs = llm.generate(prompts, LONG, progress=False)
+    assert [(output.error, len(output.outputs[0].token_ids)) for output in outputs] == [(None, TOKENS)] * len(prompts)
+
+
+# ---- a fleet of two groups ----
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
+    config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
+    core, worker = plan(config)
+    opened = Fleet(config, core, worker)
+    try:
+        opened.start(lambda _: None)
+        yield opened
+    finally:
+        opened.close()
+        ray.shutdown()
+
+
+@pytest.fixture
+def frontend(fleet: Fleet) -> Iterator[FrontEnd]:
+    address = fleet.current().address
+    limits = read_model_limits(TINY, None)
+    opened = FrontEnd(lambda *told: SchedulerStream(address.host, address.port, address.token, *told), limits, None)
+    yield opened
+    opened.close()
+
+
+def both_are_up(fleet: Fleet) -> bool:
+    return [group.up and not group.draining for group in engine(fleet).groups] == [True, True]
+
+
+def test_a_dry_run_says_what_it_would_do_and_why(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    config = ScalingConfig(min_groups=1, max_groups=2, idle_s=1.0, up_cooldown_s=0.0, down_cooldown_s=0.0, dry_run=True)
+    autoscaler = Autoscaler(fleet, config)
+    try:
+        until("nothing was decided twice", lambda: caplog.text.count("autoscaler: drain (dry run): group 1 has been idle") > 1)
+    finally:
+        autoscaler.close()
+    assert "(idle_s=1); 0 cached blocks are lost, 2 groups become 1" in caplog.text
+    assert fleet.target == 2
+    assert both_are_up(fleet)
+
+
+@pytest.mark.parametrize("moves", [False, True], ids=["they finish where they are", "they move when time is over"])
+def test_a_group_is_removed_while_its_requests_run(fleet: Fleet, frontend: FrontEnd, moves: bool) -> None:
+    expected = ended(submit(frontend))
+    fleet.config = replace(fleet.config, drain_timeout_s=0.0 if moves else PATIENCE_S)
+    preempted = engine(fleet).preemptions
+    generations = submit(frontend)
+    until("not all were started", lambda: all(tokens(generation) for generation in generations))
+    assert [group.running for group in engine(fleet).groups] == [2, 2]
+
+    assert fleet.remove_group(1)
+    assert [group.group for group in engine(fleet).groups] == [0]
+    until("its process is still there", lambda: len(workers()) == 1)
+    assert ended(generations) == expected
+    assert (engine(fleet).preemptions > preempted) == moves
+
+    assert fleet.add_group() == 1
+    until("no group came in its place", lambda: both_are_up(fleet))
+
+
+def engine(fleet: Fleet) -> EngineStats:
+    stats = fleet.status().engine
+    assert stats is not None
+    return stats
+
+
+def submit(frontend: FrontEnd) -> list[Generation]:
+    """As many as the two groups run at once."""
+    params = msgspec.structs.replace(LONG, max_tokens=MANY_TOKENS)
+    return frontend.submit([(Prompt([500 + i, 7]), params) for i in range(4)], lambda _: None)
+
+
+def tokens(generation: Generation) -> list[int]:
+    output = generation.take()
+    assert output.error is None
+    return list(output.outputs[0].token_ids)
+
+
+def ended(generations: list[Generation]) -> list[list[int]]:
+    until("not all have ended", lambda: all(generation.finished for generation in generations))
+    answers = [tokens(generation) for generation in generations]
+    assert {len(answer) for answer in answers} == {MANY_TOKENS}
+    return answers
