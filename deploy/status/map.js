@@ -6,11 +6,12 @@ import { count, joined, percent, startWords } from "./words.js";
 const WORDS = ["free", "held by one sequence", "shared by several sequences", "cached"];
 const GOLDEN = (Math.sqrt(5) - 1) / 2;
 const LARGEST_CELL = 18;
+const GAP = 20; // between tiles, at most
 
 /** The least width of a tile, and its height as a part of its width, for so many groups on so much room. */
 function tileShape(groups, room) {
   const [least, height] =
-    groups <= 1 ? [room, 0.24] : groups <= 4 ? [400, 0.5] : groups <= 12 ? [250, 0.8] : groups <= 24 ? [180, 0.8] : [112, 0.9];
+    groups <= 1 ? [room, 0.24] : groups <= 4 ? [340, 0.55] : groups <= 12 ? [250, 0.8] : groups <= 24 ? [180, 0.8] : [112, 0.9];
   return room < 600 ? [Math.min(least, groups <= 2 ? room : groups <= 24 ? 140 : 96), 0.9] : [least, height];
 }
 
@@ -197,7 +198,8 @@ export class PoolMaps {
     if (!tiles.length) return;
     const ratio = window.devicePixelRatio || 1;
     const [least, shape] = tileShape(tiles.length, this.root.clientWidth);
-    this.root.style.setProperty("--tile", `${least}px`);
+    const rows = Math.ceil(tiles.length / Math.max(1, Math.floor((this.root.clientWidth + GAP) / (least + GAP))));
+    this.root.style.setProperty("--columns", String(Math.ceil(tiles.length / rows))); // as few rows, evenly filled
     const width = Math.floor(tiles[0].root.clientWidth * ratio);
     const most = Math.max(1, ...tiles.map((tile) => tile.states.length));
     const fitting = Math.round(width * Math.sqrt(shape / most));

@@ -30,7 +30,14 @@ READ_CELLS = r"""([group, size]) => {
 }"""
 """The states that a map shows, by the colours of the legend; size: pixels of a cell."""
 
+COUNT_FETCHES = """() => {
+    const fetch = window.fetch;
+    window.asked = 0;
+    window.fetch = (...request) => { window.asked++; return fetch(...request); };
+}"""
+
 HIDE = """hidden => {
+    window.asked = 0;
     Object.defineProperty(document, "hidden", {value: hidden, configurable: true});
     document.dispatchEvent(new Event("visibilitychange"));
 }"""
@@ -163,13 +170,15 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(cluster: FakeCluster, open_page:
 def test_a_hidden_page_asks_nothing(server: Server, open_page: Open) -> None:
     page = open_page(server.url)
     wait_phase(page, "Ready")
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate(COUNT_FETCHES)
+    page.clock.install()
+    for _ in range(2):  # from the second on, it is timed by the clock that this test turns
+        with page.expect_request("**/status.json*"):
+            page.clock.fast_forward(1000)
     page.evaluate(HIDE, True)
-    page.wait_for_timeout(100)  # an answer that was on its way
-    asked.clear()
-    page.wait_for_timeout(2500)
-    assert asked == []
+    for _ in range(3):
+        page.clock.fast_forward(10_000)
+    assert page.evaluate("asked") == 0
     with page.expect_request("**/status.json*"):
         page.evaluate(HIDE, False)
 
