@@ -33,6 +33,9 @@ Phase = Callable[[str, int, int], None]
 
 LOADING, MEASURING = "loading weights", "measuring memory"
 
+MASK_THREADS = 8
+"""Threads of a rank for the masks of grammars, at most: half a millisecond of work for a row whose text is free."""
+
 CPU_KV_FRACTION = 0.4
 """Share of a host's available memory that its ranks' KV pools may take together, when nobody says."""
 
@@ -82,7 +85,8 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
-    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, config.threads), config.rows, device)
+    threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
+    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, device)
     phase(MEASURING, 0, 0)
     memory = _kv_memory(config, runner, layout)
     pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
