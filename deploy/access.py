@@ -22,7 +22,7 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_FOLDERS = ("/status/",)
 """What needs no key: whether the server is up, and the status page without its figures."""
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class ApiKeys:
@@ -69,7 +69,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         asked = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        name = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = name
 
         async def send_named(message: Message) -> None:

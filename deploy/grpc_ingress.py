@@ -1,17 +1,17 @@
-"""The gRPC endpoint behind Ray Serve's proxy: the same door, inside an ingress replica.
+"""The gRPC endpoint behind Ray Serve: the same door, inside an ingress replica.
 
-What Serve does to a call, as of Ray 2.60, and what follows:
-- The proxy finds the ingress by the application that the metadata names; with a single application it needs no name. It
-  calls the method of the RPC's name, with the message and, since it has that parameter, `grpc_context`.
+What Serve does to a call, as of Ray 2.60, and what follows. Its own proxy:
+- It finds the ingress by the application that the metadata names; with a single application it needs no name. It calls the
+  method of the RPC's name, with the message and, since it has that parameter, `grpc_context`.
 - It passes no deadline on. When the client's passes, the client says DEADLINE_EXCEEDED, the proxy cancels the call, and the
   replica's generator is closed: the request is aborted all the same.
 - Code, details and trailing metadata reach the client along with a message, or, for an exception, without the metadata. So a
   stream that failed ends with one empty message that carries its status.
-- Health is asked of a replica, so it tells whether *this application* can serve: NOT_FOUND or UNAVAILABLE from the proxy means
-  that it cannot. The proxy's own state is `/ray.serve.RayServeAPIService/Healthz`. Reflection is answered by the proxy.
-- The proxy listens on all interfaces, without TLS: it has no option for either. Without API keys, the door therefore refuses
-  clients of other machines by their address (unless the settings say `auth: false`); with keys, keep the port behind a
-  firewall or a terminating load balancer.
+- It listens on all interfaces, without TLS; there is no option for either. Without API keys the door therefore answers only
+  clients whose address is this machine's (unless the settings say `auth: false`).
+Behind HAProxy, replicas serve gRPC themselves, on all interfaces too; HAProxy listens where HTTP does, and its address is the
+one that the door sees. Health is asked of a replica in both cases, so it tells whether the *application* can serve; no answer,
+NOT_FOUND or UNAVAILABLE mean that it cannot. `/ray.serve.RayServeAPIService/Healthz` is the proxy's own state.
 
 Imports ray.
 """

@@ -3,12 +3,12 @@
 Imports the generated messages and what HTTP checks by too; no gRPC.
 """
 
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.access import REQUEST_ID
 from deploy.errors import Fault, RequestError
 from deploy.openai.formats import grammar_of
 from deploy.openai.grammars import Grammars
@@ -18,8 +18,6 @@ from deploy.proto import manta_pb2 as pb
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
 from scheduler.sampling import Grammar, SamplingParams
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ class Reader:
 
 def named(request_id: str) -> str:
     """The id that the client chose, or a new one. Errors: RequestError."""
-    if request_id and not _REQUEST_ID.fullmatch(request_id):
+    if request_id and not REQUEST_ID.fullmatch(request_id):
         said = "request_id takes up to 128 letters, digits and any of . _ : / + = -; or leave it to the server"
         raise RequestError.invalid(said, "request_id")
     return request_id or uuid.uuid4().hex
