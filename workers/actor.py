@@ -67,7 +67,7 @@ class WorkerActor:
     def build(self, rendezvous: Rendezvous) -> int:
         """Joins the group, loads the weights and allocates the pool; returns its pages. All ranks at the same time."""
         address = f"{rendezvous.host}:{rendezvous.store_port}"
-        device = torch.device(self._config.device)
+        device = torch.device(self._config.device, 0) if self._config.device == "cuda" else torch.device(self._config.device)
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
         self._built, self._pages = build_rank(self._config, self._comm, self._enter)
