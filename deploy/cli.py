@@ -16,12 +16,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from deploy.batch.command import batch
-from deploy.config import Config, load_config
+from deploy.config import Config, load_config, read_api_keys
 from deploy.exits import TERMINATED, interrupts_held, reported_errors
 from deploy.options import ConfigOption, DebugOption, sampling_values, with_options
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
 from deploy.records import RecordWriter
+from deploy.serve_config import ServeConfig
 from scheduler.sampling import SamplingParams
 
 app = typer.Typer(
@@ -31,6 +32,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class InputFormat(StrEnum):
@@ -139,6 +143,24 @@ def serve(
         from deploy import display, serving
 
         serving.serve(settings, display.StartView())
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Address of an endpoint.", show_default=False)] = DEFAULT_URL,
+    api_key_file: Annotated[
+        str | None, _option("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
+    ] = None,
+    interval: Annotated[float, _option("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
+    once: Annotated[bool, _option("--once", help="Look once and end. Default: only into a pipe.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Watch an endpoint: its pools block by block, what runs and waits, rates and latencies. q ends it."""
+    with reported_errors(debug):
+        keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
+        from deploy.top import top as watch
+
+        watch(url, keys[0] if keys else None, interval, once)
 
 
 def run(
