@@ -396,7 +396,7 @@ class FrontEnd:
         with self._lock:
             self._lost = self._lost or reason
             streams = list(self._live)
-        ended = (self._end(Finished(stream, FinishReason.FAILED, 0, 0, self._lost, Failure.UNAVAILABLE)) for stream in streams)
+        ended = (self._end(Finished(stream, FinishReason.FAILED, 0, 0, reason, Failure.UNAVAILABLE)) for stream in streams)
         self._wake({generation.stream: generation for generation in ended if generation is not None}.values())
 
     def _wake(self, generations: Iterable[Generation]) -> None:

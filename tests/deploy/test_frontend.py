@@ -23,8 +23,8 @@ class BusyEngine:
     def __init__(self) -> None:
         self.delivered, self.stopping = threading.Event(), threading.Event()
 
-    def start(self, on_deltas: OnDeltas, _on_failure: OnFailure) -> Engine:
-        self.on_deltas = on_deltas
+    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        self.on_deltas, self.on_failure = on_deltas, on_failure
         return self
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -70,3 +70,14 @@ def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokeni
     assert ended.wait(60)
     assert generation.take().outputs[0].finish_reason == "stop"
     front_end.close()
+
+
+def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
+    engine = BusyEngine()
+    front_end = FrontEnd(engine.start, ModelLimits(vocab_size=400, max_tokens=512, eos_ids=()), None)
+    wait_for_close = engine.delivered.wait
+    [generation] = front_end.submit([(Prompt([5]), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
+    engine.on_deltas(Deltas(np.array([0], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
+    engine.on_failure("the scheduler has gone")
+    front_end.close()
+    assert generation.take().error == "the scheduler has gone"
