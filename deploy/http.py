@@ -9,7 +9,7 @@ from importlib.metadata import version as installed_version
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -80,7 +80,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
         error = RequestError(Fault.UNAVAILABLE, f"no group takes requests: {phase}", retry_after_s=READY_RETRY_S)
         return error_response(error)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """The whole cluster in Prometheus' text format, whichever replica is asked."""
         return Response(metrics.render(await service.cluster.status()), media_type=metrics.CONTENT_TYPE)

@@ -13,6 +13,7 @@ ERRORS = {
     401: "No API key, or an unknown one.",
     404: "No such model.",
     413: "The body is too large.",
+    415: "The body is not called JSON.",
     422: "A grammar or a schema that cannot be compiled.",
     429: "The queue is full; `Retry-After` says when to come again.",
     503: "No group is up; `Retry-After` says when to come again.",
@@ -27,7 +28,7 @@ def body_of(request: type[msgspec.Struct]) -> dict[str, Any]:
 
 def answers(response: type[msgspec.Struct], streamed: bool = False) -> dict[int | str, dict[str, Any]]:
     """A route's `responses`. streamed: also as server-sent events."""
-    content = _json(response) | ({"text/event-stream": {"schema": {"type": "string"}}} if streamed else {})
+    content = _json(response) | ({"text/event-stream": {}} if streamed else {})
     success: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": content}}
     return success | {status: {"description": words, "content": _json(ErrorBody)} for status, words in ERRORS.items()}
 

@@ -38,7 +38,7 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
 
     model: str | None = None
     n: Count | None = None
-    max_tokens: AtLeastZero | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0.0)] | None = None
     top_p: Share | None = None
     presence_penalty: Penalty | None = None
@@ -144,7 +144,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     }
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: AtLeastZero | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
     modalities: list[Literal["text"]] | None = None

@@ -8,6 +8,8 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from deploy.config import EMBEDDED_MODEL
+from deploy.openai.messages import for_template
+from deploy.openai.schemas import Message
 from deploy.text import Tokenizer
 from tests.deploy.http.conftest import MODEL
 from tests.deploy.http.test_completions import UNUSUAL, forced
@@ -73,6 +75,12 @@ def test_an_answer_may_be_sent_again_as_it_came(client: openai.OpenAI, http: htt
     again = [*HELLO, message.model_dump(), {"role": "user", "content": "Again."}]
     plain = [*HELLO, {"role": "assistant", "content": message.content}, {"role": "user", "content": "Again."}]
     assert prompt_of(http, again) == prompt_of(http, plain)
+
+
+def test_what_a_template_may_read() -> None:
+    message = Message(role="assistant", content="x", name="Ada", reasoning_content="hm", refusal="no", annotations=[1])
+    shown = {"role": "assistant", "content": "x", "name": "Ada", "reasoning_content": "hm"}
+    assert for_template([message]) == [shown]
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
