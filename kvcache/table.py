@@ -102,8 +102,12 @@ class BlockTable:
 
     def evicted(self, hashes: Sequence[int]) -> int:
         """How many of these pages, from the first on, some group held once and none does now. Only as far as remembered."""
-        known = self.index.evicted
-        return next((count for count, hash_ in enumerate(hashes) if hash_ not in known), len(hashes))
+        known, count = self.index.evicted, 0
+        for hash_ in hashes:
+            if hash_ not in known:
+                break
+            count += 1
+        return count
 
     def states(self, group: GroupId) -> bytes:
         """A byte a block, for people to look at: 0 free, 1 held, 2 shared, 3 cached. Linear in the blocks."""

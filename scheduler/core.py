@@ -40,6 +40,8 @@ from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.waiting import WaitingRoom
 
+PRIORITY_SHIFT = 48
+"""Arrivals that fit between two priorities."""
 
 GAVE_UP = "its worker could not go on with it: the worker's log says why"
 
@@ -159,10 +161,10 @@ class SchedulerCore:
             if choice and params.prompt_logprobs is not None:  # the first choice measures the prompt for all
                 params = msgspec.structs.replace(params, prompt_logprobs=None)
             sequence = Sequence(
-                priority=request.priority, number=self._numbers, arrived_s=self.now_s, front_end=front_end,
-                stream=request.stream + choice, choice=choice, params=params, seed=seed, stop_ids=request.stop_ids,
-                salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens, pages_at_most=pages,
-                hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
+                number=self._numbers, place=(request.priority << PRIORITY_SHIFT) + self._numbers, arrived_s=self.now_s,
+                front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
+                stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
+                pages_at_most=pages, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence

@@ -33,15 +33,15 @@ class State(Enum):
 class Sequence:
     """Identity and settings never change (but an open max_tokens, when pools get smaller); the rest follows the state.
 
-    priority, number: sequences are served by priority (lower first), then by arrival; a restart keeps both.
+    number: counts arrivals. place: in the order of service, by priority (lower first), then by arrival; a restart keeps it.
     arrived_s, started_s: by the shell's clock; the first start counts.
     pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
     hashes: chained hashes of the full pages of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     """
 
-    priority: int
     number: int
+    place: int
     arrived_s: float
     front_end: int
     stream: int
@@ -66,7 +66,7 @@ class Sequence:
 
     def __lt__(self, other: "Sequence") -> bool:
         """Who is served first: a total order that never changes, so that somebody always is the first."""
-        return self.number < other.number if self.priority == other.priority else self.priority < other.priority
+        return self.place < other.place
 
     @property
     def tokens(self) -> Tokens:
