@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Protocol
 
 import msgspec
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 SYNC_S = 5.0
 """What a crash of the machine may cost; a crash of the job costs nothing that was appended."""
 
+PART_END = ".jsonl"
 PART_BYTES = 16 << 20
 PART_S = 30.0
 """What a crash of the job may cost where results go to a store."""
@@ -128,7 +129,7 @@ class PartJournal:
 
     def keep(self) -> None:
         if self._pending:
-            self._output.fs.pipe_file(f"{self._folder}/{self._number:06d}-{self._run}.jsonl", b"".join(self._pending))
+            self._output.fs.pipe_file(f"{self._folder}/{self._number:06d}-{self._run}{PART_END}", b"".join(self._pending))
             self._pending, self._pending_bytes = [], 0
             self._number += 1
         self._stored_s = time.monotonic()
@@ -136,24 +137,18 @@ class PartJournal:
     def finish(self) -> None:
         self.keep()
         parts = self._parts()
-        if parts or not self._exists():
-            self._compose(self._results(parts))
-        if parts:
-            self._output.fs.rm(self._folder, recursive=True)
+        if not parts and self._exists():
+            return
+        whole = f"{self._folder}/{self._run}.whole"
+        with self._output.fs.open(whole, "wb") as file:
+            for _, line in self._results(parts):
+                file.write(line)
+        self._output.fs.cp_file(whole, self._output.path)
+        for path in self._output.fs.find(self._folder):
+            self._output.fs.rm_file(path)
 
     def close(self) -> None:
         """Nothing is held open."""
-
-    def _compose(self, results: Iterable[tuple[bytes, bytes]]) -> None:
-        file = self._output.fs.open(self._output.path, "wb", autocommit=False)
-        try:
-            for _, line in results:
-                file.write(line)
-            file.close()
-        except BaseException:
-            file.discard()
-            raise
-        file.commit()
 
     def _results(self, parts: Sequence[str]) -> Iterator[tuple[bytes, bytes]]:
         """Each once, of the output as it was and of all parts."""
@@ -167,7 +162,7 @@ class PartJournal:
 
     def _parts(self) -> list[str]:
         self._output.fs.invalidate_cache()
-        return sorted(self._output.fs.find(self._folder))
+        return sorted(path for path in self._output.fs.find(self._folder) if path.endswith(PART_END))
 
     def _exists(self) -> bool:
         return bool(self._output.fs.exists(self._output.path))

@@ -1,26 +1,22 @@
-"""A service in this process, which answers by the very code that is behind the endpoint: on groups that are started for the
-job, or on those of a Manta application that runs on the same Ray cluster.
+"""A service in this process, which answers by the very code that is behind the endpoint.
 
-Imports the service; the engine, and ray, once one is opened.
+Imports the service and what stands behind the paths of the endpoint; no ray: the cluster comes from outside.
 """
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from cluster.config import EngineConfig
-from cluster.engine import Engine, EngineError, OnDeltas, OnFailure, Progress
+from cluster.engine import EngineError
 from deploy.batch.backend import Answer
 from deploy.batch.lines import BatchRequest
-from deploy.clusters import ServeCluster
-from deploy.config import Config, ConfigError
+from deploy.config import Config
 from deploy.errors import Fault, RequestError
-from deploy.llm import engine_starter
 from deploy.openai.chat import Chat
 from deploy.openai.completions import Completions
 from deploy.openai.grammars import Grammars
@@ -30,7 +26,6 @@ from deploy.openai.responses import ChatCompletion, Completion
 from deploy.openai.schemas import ChatRequest, CompletionRequest
 from deploy.serve_config import ServeConfig, model_name
 from deploy.service import Cluster, ServedModel, Service
-from scheduler.messages import Deltas
 from scheduler.stats import ClusterStatus
 
 POLL_S = 0.1
@@ -62,74 +57,6 @@ class ServiceBackend:
     async def _converse(self, request: BatchRequest) -> ChatCompletion:
         asked = read(request.body, ChatRequest)
         return await self._chat.whole(asked, await self._chat.job(asked, Caller(request.id)))
-
-
-class JobCluster:
-    """A `Cluster` whose groups live as long as the job.
-
-    It starts when it is made, in the caller's thread, so that the start can be interrupted and its errors are the caller's; the
-    service connects to it afterwards. If it is lost it stays so: the job ends, and another goes on. Errors: as `StartEngine`.
-    """
-
-    def __init__(self, config: EngineConfig, progress: Progress) -> None:
-        self._config = config
-        self._on_deltas: OnDeltas = _nobody_asked
-        self._on_failure: OnFailure = lambda _: None
-        self.lost: str | None = None
-        self._engine = engine_starter(config)(config, lambda deltas: self._on_deltas(deltas), self._fail, progress)
-
-    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
-        self._on_deltas, self._on_failure = on_deltas, on_failure
-        if self.lost is not None:
-            raise EngineError(self.lost)
-        return self._engine
-
-    async def status(self, maps: bool = False) -> ClusterStatus:  # noqa: ARG002
-        if self.lost is not None:
-            return ClusterStatus(phase="stopped", model=self._config.model, progress=(self.lost,))
-        stats = await asyncio.to_thread(self._engine.stats)
-        return ClusterStatus(phase="ready", model=self._config.model, page_size=self._engine.page_size, engine=stats)
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def _fail(self, reason: str) -> None:
-        self.lost = reason
-        self._on_failure(reason)
-
-
-def _nobody_asked(deltas: Deltas) -> None:
-    raise AssertionError(f"deltas before the first request: {deltas}")
-
-
-@contextmanager
-def open_cluster(config: EngineConfig, app: str | None, progress: Progress) -> Iterator[Cluster]:
-    """app: the Serve application whose groups the job shall use; None starts groups of its own, and ends them.
-
-    Errors: ConfigError, ValueError, OSError for what was asked; EngineError for the rest.
-    """
-    if app is not None:
-        yield _serve_cluster(config, app, progress)
-        return
-    cluster = JobCluster(config, progress)
-    try:
-        yield cluster
-    finally:
-        cluster.close()
-
-
-def _serve_cluster(config: EngineConfig, app: str, progress: Progress) -> ServeCluster:
-    import ray
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    address = config.ray_address or "auto"
-    progress(f"joining the Ray cluster at {address}")
-    try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-        return ServeCluster(serve.get_deployment_handle("Engine", app))
-    except (RayServeException, ConnectionError) as error:
-        raise ConfigError(f"no Manta application {app!r} on the Ray cluster at {address}: {error}") from error
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
 """One run of the job: opens the files, finds who answers, goes on until the end of the input or a signal.
 
-Imports `own`, and with it the service, or `endpoint`, whichever is to answer.
+Imports `clusters` and `own`, or `endpoint`, whichever is to answer.
 """
 
 import asyncio
@@ -77,7 +77,8 @@ def _find_backend(task: Task, config: Config, progress: Progress) -> Iterator[Op
         yield lambda: open_endpoint(url, key, task.limits.requests)
         return
     bound_openmp_spin()
-    from deploy.batch.own import open_backend, open_cluster
+    from deploy.batch.clusters import open_cluster
+    from deploy.batch.own import open_backend
 
     with open_cluster(config.engine, task.app, progress) as cluster:
         yield lambda: open_backend(cluster, config)

@@ -1,0 +1,127 @@
+"""`ray job submit` for real: the working directory travels, the groups are the job's own or those of a running application."""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import serve
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from deploy.access import ApiKeys
+from deploy.app import application, start_proxies
+from deploy.batch.job import Limits
+from deploy.batch.run import Task, run
+from deploy.batch.storage import Location
+from deploy.config import ConfigError, load_config
+from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
+from tests.processes import descendants
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[3]
+PATIENCE_S = 120.0
+ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number in range(100)]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[JobSubmissionClient]:
+    """Jobs need the dashboard."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(
+        address="local", num_cpus=8, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
+        _node_ip_address="127.0.0.2", log_to_driver=False,
+    )  # fmt: skip
+    yield JobSubmissionClient(f"http://127.0.0.1:{port}")
+    ray.shutdown()
+
+
+def submit(client: JobSubmissionClient, *arguments: str) -> str:
+    command = " ".join([sys.executable, "-m", "deploy.batch", *arguments])
+    deadline_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            job: str = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT)})
+        except RuntimeError as error:  # the agent that takes jobs comes up after the dashboard
+            if "No available agent" not in str(error) or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.5)
+        else:
+            return job
+
+
+def said(client: JobSubmissionClient, job: str) -> str:
+    return f"{client.get_job_info(job).message}\n{client.get_job_logs(job)}"
+
+
+def wait_until_ended(client: JobSubmissionClient, job: str) -> JobStatus:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (status := client.get_job_status(job)).is_terminal():
+        assert time.monotonic() < deadline_s, said(client, job)
+        time.sleep(0.1)
+    return status
+
+
+def wait_for_results(client: JobSubmissionClient, job: str, output: Path) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not output.exists() or not output.read_bytes():
+        assert not client.get_job_status(job).is_terminal(), said(client, job)
+        assert time.monotonic() < deadline_s, said(client, job)
+        time.sleep(0.02)
+
+
+def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: JobSubmissionClient, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(as_lines(ENTRIES))
+    arguments = ["--input", str(source), "--output", str(output), "--kv-memory", "64MiB", "--max-num-seqs", "4"]
+
+    first = submit(client, *arguments)
+    wait_for_results(client, first, output)
+    client.stop_job(first)
+    assert wait_until_ended(client, first) is JobStatus.STOPPED
+    before = len(read(output))
+    assert 0 < before < len(ENTRIES)
+
+    second = submit(client, *arguments)
+    while len(read(output)) == before:  # a line is written at once, so no part of one is ever seen
+        assert not client.get_job_status(second).is_terminal(), said(client, second)
+        time.sleep(0.02)
+    (scheduler,) = [pid for pid, line in descendants(os.getpid()).items() if "ray::SchedulerActor" in line]
+    os.kill(scheduler, signal.SIGKILL)
+    assert wait_until_ended(client, second) is JobStatus.SUCCEEDED, said(client, second)
+    assert custom_ids(read(output)) == custom_ids(ENTRIES)
+    assert {each["response"]["status_code"] for each in read(output)} == {200}
+    assert f"and {before} before, 0 failed" in client.get_job_logs(second)
+
+
+def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tmp_path: Path) -> None:  # noqa: ARG001
+    """Through Serve's handle, and through its endpoint."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(as_lines([*ENTRIES[:10], entry("chat", CHAT, model="tiny")]))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = load_config(engine={"kv_memory": "64MiB"}, serve={"port": port}, environ={})
+
+    def answered(name: str, **ways: str) -> list[dict[str, Any]]:
+        output = tmp_path / name
+        task = Task(Location.parse(str(source)), Location.parse(str(output)), Limits(), ways.get("url"), ways.get("app"))
+        assert run(task, config, shown=False) == 0
+        return read(output)
+
+    start_proxies(config.serve)
+    serve.run(application(config.engine, config.serve, ApiKeys(), 1), name="shared")
+    try:
+        for answers in (answered("app.jsonl", app="shared"), answered("url.jsonl", url=f"http://127.0.0.1:{port}")):
+            assert len(answers) == 11
+            assert {each["response"]["status_code"] for each in answers} == {200}
+        with pytest.raises(ConfigError, match="no Manta application 'nosuch'"):
+            answered("none.jsonl", app="nosuch")
+    finally:
+        serve.shutdown()
