@@ -1,9 +1,9 @@
 """Server-sent events: framing, and a response that streams them. Imports starlette and msgspec; nothing of the engine."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,13 +45,14 @@ class EventStream(Response):
         self.init_headers(HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        await unless_gone(receive, self._send(send))
+        with contextlib.suppress(ClientGone):
+            await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async def body(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
-        async with aclosing(self._events) as events:
+        async with contextlib.aclosing(self._events) as events:
             first = await anext(events)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await body(first)
@@ -71,8 +72,11 @@ def failure(error: RequestError) -> bytes:
     return b"data: " + error_body(error) + b"\n\n"
 
 
-class ClientGone(Exception):
+class ClientGone(RequestError):
     """Nobody waits for the response any more."""
+
+    def __init__(self) -> None:
+        super().__init__(Fault.CANCELLED, "the client went away")
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
