@@ -51,5 +51,5 @@ def _text(content: str | list[ContentPart], path: str) -> str:
     for position, part in enumerate(content):
         if part.type != "text" or part.text is None:
             where = f"{path}.content[{position}]"
-            raise RequestError.invalid(f"{where} is of type {part.type!r}: models served here read text parts only", where)
+            raise RequestError.invalid(f"{where} is of type {part.type[:80]!r}: models served here read text parts only", where)
     return "".join(part.text or "" for part in content)

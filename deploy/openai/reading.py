@@ -26,6 +26,7 @@ AS_THEY_ARE = (
 FORMAT_FIELDS = ("response_format", "guided_regex", "guided_choice", "guided_json", "guided_grammar")
 
 SEEDS = 2**63
+SHOWN_CHARACTERS = 80
 
 _PLACE = re.compile(r" - at (?:`key` in )?`\$\.?(.*)`$")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`$")
@@ -68,7 +69,7 @@ def check_model(asked: str | None, model: ServedModel) -> None:
     """A request may leave the model out. Errors: RequestError NOT_FOUND."""
     if asked is not None and asked != model.name:
         raise RequestError(
-            Fault.NOT_FOUND, f"the model {asked!r} does not exist here: ask for {model.name!r}", param="model",
+            Fault.NOT_FOUND, f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}", param="model",
             code="model_not_found",
         )  # fmt: skip
 
@@ -134,12 +135,17 @@ def field_named_by(message: str) -> str | None:
     return word[0] if word and word[0] in SamplingParams.__struct_fields__ else None
 
 
+def shortened(name: str) -> str:
+    """What a client made up, short enough to be looked at and told again."""
+    return name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
+
+
 def _refusal(message: str, kind: type[Any]) -> RequestError:
     place = _PLACE.search(message)
     path = place[1] if place else ""
     what = message[: place.start()] if place else message
     if unknown := _UNKNOWN.match(what):
-        path = f"{path}.{unknown[1]}".lstrip(".")
+        path = shortened(f"{path}.{unknown[1]}".lstrip("."))
         near = difflib.get_close_matches(path, kind.__struct_fields__, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out"
         return RequestError(Fault.INVALID, f"unknown field {path!r}: {hint}", param=path, code="unknown_parameter")

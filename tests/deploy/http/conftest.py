@@ -68,7 +68,9 @@ class Host:
 
     def serve(self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None) -> str:
         """The address of a server that runs until the host closes."""
-        listener = socket.create_server(("127.0.0.1", 0))
+        # Named as TCP, or asyncio leaves Nagle's algorithm on, and each event of a stream waits for the last one's receipt.
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.bind(("127.0.0.1", 0))
 
         async def start() -> None:
             app = create_app(service, config or ServeConfig(), keys or ApiKeys())

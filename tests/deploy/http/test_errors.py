@@ -93,6 +93,17 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes, words: str)
     assert words in error["message"]
 
 
+def test_what_a_client_made_up_is_not_told_at_length(http: httpx.Client) -> None:
+    for body, status in (({"x" * 1_000_000: 1}, 400), ({"prompt": "a", "model": "y" * 1_000_000}, 404)):
+        answer = http.post("/v1/completions", json=body)
+        assert "..." in error_of(answer, status)["message"]
+        assert len(answer.content) < 500
+
+
+def test_a_bad_query_is_named(http: httpx.Client) -> None:
+    assert error_of(http.get("/status.json", params={"history": "perhaps"}), 400)["param"] == "history"
+
+
 def test_unprocessable_grammar(http: httpx.Client) -> None:
     error = error_of(http.post("/v1/completions", json={"prompt": "a", "guided_regex": "("}), 422)
     assert (error["param"], error["code"]) == ("guided_regex", "invalid_grammar")

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -15,7 +16,7 @@ import pytest
 from deploy.service import Service
 from scheduler.messages import Failure
 from tests.deploy.fake_engine import FakeEngine
-from tests.deploy.http.conftest import MODEL, PATIENCE_S, Scripted, Stats, until
+from tests.deploy.http.conftest import MODEL, PATIENCE_S, Host, Scripted, Stats, until
 
 PROMPT = "def add(a, b):\n"
 HELLO = [{"role": "user", "content": "Say hello."}]
@@ -157,6 +158,21 @@ def test_a_client_that_goes_away_before_its_answer_gives_the_blocks_back(address
         until(lambda: stats().groups[0].running == 4)
     until(lambda: idle(service, stats))
     assert stats().finished == finished + 4
+
+
+def test_a_request_that_is_aborted_by_its_id(host: Host, address: str, service: Service, stats: Stats) -> None:
+    async def abort() -> int:
+        return service.abort("mine")
+
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as threads:
+        url, headers = f"{address}/v1/completions", {"x-request-id": "mine"}
+        waiting = threads.submit(httpx.post, url, json=body, headers=headers, timeout=PATIENCE_S)
+        until(lambda: service.under_way)
+        assert host.run(abort()) == 1
+        answer = waiting.result(PATIENCE_S)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (499, "aborted")
+    until(lambda: idle(service, stats))
 
 
 # ---- what the engine does is scripted from here on ----
