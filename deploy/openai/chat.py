@@ -180,6 +180,4 @@ def _call(index: int, begin: CallBegin | None, arguments: str, in_parts: bool) -
     number = index if in_parts else UNSET
     if begin is None:
         return CalledTool(index=number, function=CalledFunction(arguments=arguments))
-    return CalledTool(
-        index=number, id=begin.id, type="function", function=CalledFunction(name=begin.name, arguments=arguments)
-    )
+    return CalledTool(index=number, id=begin.id, type="function", function=CalledFunction(name=begin.name, arguments=arguments))
