@@ -3,7 +3,7 @@
     input ──read_lines──▶ parse ──Window──▶ backend.answer ──▶ journal
              (a thread)     └──── BadLine, as an error line ──────┘ (a thread)
 
-Memory is bounded by the window, whatever the size of the files, but for 16 bytes of each id (about 100 in Python's set).
+Memory is bounded by the window, whatever the size of the files, but for a digest of each id (about 100 bytes in a set).
 Imports no ray and no HTTP: who answers comes from outside.
 """
 

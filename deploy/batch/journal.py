@@ -103,21 +103,28 @@ class PartJournal:
     """An object of a store, and `OUTPUT.parts/` beside it until it is whole.
 
     Parts appear at once or not at all. Their names carry the run, so that two runs never write the same one; a result that both
-    have computed is taken once. The output is replaced last, and the parts go after that: a run that ends in between leaves
-    what the next one can put together again.
+    have computed is taken once. The output is replaced at once too, and the parts go after that: a run that ends in between
+    leaves what the next one can put together again. A store has no locks: two runs must not finish at the same moment.
     """
 
     def __init__(self, location: Location) -> None:
+        """Errors: ConfigError if nothing can be written there, before anything has been computed."""
         self._output = location
         self._folder = f"{location.path}.parts"
         self._run = secrets.token_hex(4)
+        probe = f"{self._folder}/{self._run}.probe"
+        try:
+            location.fs.pipe_file(probe, b"")
+            location.fs.rm_file(probe)
+        except Exception as error:  # each store has errors of its own
+            raise ConfigError(f"cannot write to {location}: {error}") from error
         self._number = 0
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._stored_s = time.monotonic()
 
     def done(self) -> set[bytes]:
-        parts = self._parts()
+        parts = _parts(self._left())
         self._number = len(parts)
         return {key for key, _ in self._results(parts)}
 
@@ -136,7 +143,8 @@ class PartJournal:
 
     def finish(self) -> None:
         self.keep()
-        parts = self._parts()
+        left = self._left()
+        parts = _parts(left)
         if not parts and self._exists():
             return
         whole = f"{self._folder}/{self._run}.whole"
@@ -144,7 +152,7 @@ class PartJournal:
             for _, line in self._results(parts):
                 file.write(line)
         self._output.fs.cp_file(whole, self._output.path)
-        for path in self._output.fs.find(self._folder):
+        for path in (whole, *left):  # not what another run has stored since
             self._output.fs.rm_file(path)
 
     def close(self) -> None:
@@ -160,12 +168,17 @@ class PartJournal:
                         seen.add(key)
                         yield key, line
 
-    def _parts(self) -> list[str]:
+    def _left(self) -> list[str]:
+        """Parts, and what runs that were killed while they put them together have left."""
         self._output.fs.invalidate_cache()
-        return sorted(path for path in self._output.fs.find(self._folder) if path.endswith(PART_END))
+        return sorted(self._output.fs.find(self._folder))
 
     def _exists(self) -> bool:
         return bool(self._output.fs.exists(self._output.path))
+
+
+def _parts(left: Sequence[str]) -> list[str]:
+    return [path for path in left if path.endswith(PART_END)]
 
 
 class _Done(msgspec.Struct):

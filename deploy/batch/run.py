@@ -59,12 +59,16 @@ def run(task: Task, config: Config, shown: bool) -> int:
         if task.output.in_job_folder:
             progress(f"{task.output} lies where Ray unpacked this job, and goes with it: a path beyond it, or a store, lasts")
         door = stack.enter_context(_find_backend(task, config, progress))
-        return asyncio.run(_until_signal(_work(Job(file, journal, task.limits, tally), tally, door, progress)))
+        terminate = signal.getsignal(signal.SIGTERM)
+        try:
+            return asyncio.run(_until_signal(_work(Job(file, journal, task.limits, tally), tally, door, progress)))
+        finally:
+            signal.signal(signal.SIGTERM, terminate)  # the loop had it, and leaves the default behind
 
 
 def _tell_end(tally: Tally, task: Task, shown: bool) -> None:
     if shown:
-        typer.echo(f"{tally.summary(time.monotonic())}; results are in {task.output}", err=True)
+        typer.echo(f"{tally.summary(time.monotonic())}; results go to {task.output}", err=True)
 
 
 @contextmanager

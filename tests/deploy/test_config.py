@@ -73,6 +73,13 @@ def test_an_endpoint_that_others_reach_needs_a_key() -> None:
         assert read_api_keys(ServeConfig(host=host), {}) == ()
 
 
+def test_a_ray_job_joins_the_cluster_that_it_runs_on() -> None:
+    inside = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert load_config(environ=inside).engine.ray_address == "10.0.0.1:6379"
+    assert load_config(engine={"ray_address": "auto"}, environ=inside).engine.ray_address == "auto"
+    assert load_config(engine={"local": True}, environ=inside).engine.ray_address is None
+
+
 def test_environment_names_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, "engine: {groups: 5}\n")
     assert load_config(environ={"MANTA_CONFIG": str(file)}).engine.groups == 5

@@ -86,7 +86,7 @@ def test_a_signal_ends_it_with_whole_lines(source: Path, tmp_path: Path, number:
     assert process.returncode == code, said
     assert "Traceback" not in said
     assert 1 <= len(read(output)) <= len(ENTRIES)
-    assert "results are in" in said
+    assert "results go to" in said
 
 
 # ---- used wrongly ----

@@ -1,6 +1,5 @@
 """The output as a journal: what runs leave behind, wherever they end, and what the next one makes of it."""
 
-import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +156,9 @@ def test_two_runs_at_once_lose_nothing_and_repeat_nothing(url: str) -> None:
         journal.keep()
     first.finish()
     assert sorted(content(url).splitlines(keepends=True)) == sorted(result(name) for name in "abc")
+    second.append(result("d"))
+    second.finish()
+    assert sorted(content(url).splitlines(keepends=True)) == sorted(result(name) for name in "abcd")
 
 
 def test_a_run_that_ends_before_its_parts_are_removed_is_mended_by_the_next(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +200,15 @@ def failing_reader(*_: object) -> Iterator[tuple[bytes, bytes]]:
     raise OSError("the store is gone")
 
 
+def test_a_store_that_cannot_be_written_to_is_said_before_the_work(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(type(Location.parse(url).fs), "pipe_file", refuse)
+    with pytest.raises(ConfigError, match=r"cannot write to memory://.*: The specified bucket does not exist"):
+        journal_at(url)
+
+
 def test_an_object_that_is_no_output_is_left_alone(url: str) -> None:
     fsspec.filesystem("memory").pipe_file(url, b"precious\n")
     with pytest.raises(ConfigError, match="line 1, is not a result"):
@@ -230,7 +241,3 @@ def test_relative_paths_are_told_in_full(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(Location.parse("in.jsonl")) == str(tmp_path / "in.jsonl")
     assert not Location.parse("in.jsonl").in_job_folder
     assert Location.parse("/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_0/out.jsonl").in_job_folder
-
-
-def test_results_are_json() -> None:
-    assert json.loads(result("a"))["custom_id"] == "a"
