@@ -31,7 +31,7 @@ from deploy.service import ServedModel, Service
 from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
 from scheduler.stats import ClusterStatus
 
-WAYS = {
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": "def add(a, b):\n"}),
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "add"}]}),
 }

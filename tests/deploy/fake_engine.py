@@ -30,7 +30,8 @@ class Stream:
 @dataclass
 class FakeEngine:
     """hold_after: steps after which nothing more comes until `released`. refuse: first token -> message of refusal, and
-    failure, retry_after_s: of what kind it is. lose_after: steps after which the whole engine is lost. steps_per_delta: steps that one `Deltas` covers."""
+    failure, retry_after_s: of what kind it is. lose_after: steps after which the whole engine is lost. steps_per_delta:
+    steps that one `Deltas` covers."""
 
     reply: Reply | Sequence[int]
     hold_after: int | None = None

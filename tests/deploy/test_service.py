@@ -70,11 +70,11 @@ def test_a_deadline_ends_a_request_whose_caller_is_busy_and_spares_the_caller() 
     async def scenario() -> None:
         async with (
             connected_service() as service,
-            aclosing(service.generate([(PROMPT, ENDLESS)], request_id="late", timeout_s=0.2)) as deltas,
+            aclosing(service.generate([(PROMPT, ENDLESS)], request_id="late", timeout_s=1.0)) as deltas,
         ):
             await anext(deltas)
             await blocks_are_back(service)  # a task that was cancelled here would not come out of this wait
-            with pytest.raises(RequestError, match=r"within 0\.2 s") as ended:
+            with pytest.raises(RequestError, match="within 1 s") as ended:
                 async for _ in deltas:
                     pass
             assert ended.value.fault is Fault.TIMED_OUT
