@@ -22,6 +22,7 @@ from deploy.options import ConfigOption, DebugOption, sampling_values, with_opti
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
 from deploy.records import RecordWriter
+from deploy.replay import command as replay
 from deploy.serve_config import ServeConfig
 from scheduler.sampling import SamplingParams
 
@@ -76,6 +77,7 @@ StreamOption = Annotated[
 QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no closing table on stderr. Default: no.")]
 
 app.command()(batch)
+app.command("replay")(replay)
 
 
 @app.callback()
