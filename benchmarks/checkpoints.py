@@ -127,3 +127,27 @@ def _parts(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
     }
     for number in range(shape.layers):
         yield {f"model.layers.{number}.{name}": size for name, size in layer.items()}
+
+
+def with_words(checkpoint: Path, vocabulary: int) -> Path:
+    """The same checkpoint, by links, with a tokenizer: a word for each token id. What serves text needs one.
+
+    Returns the folder, beside the other; complete once it is there.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    folder = checkpoint.with_name(f"{checkpoint.name}-words")
+    if folder.is_dir():
+        return folder
+    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=checkpoint.parent))
+    for file in checkpoint.iterdir():
+        (draft / file.name).symlink_to(file)
+    tokenizer = Tokenizer(WordLevel({f"w{token}": token for token in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(draft / "tokenizer.json"))
+    (draft / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    draft.chmod(0o755)
+    draft.rename(folder)
+    return folder
