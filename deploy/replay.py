@@ -24,6 +24,8 @@ from deploy.exits import reported_errors
 from deploy.options import DebugOption
 
 FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
+WIDTH = 120
+
 SHAPE, TIMES, TARGET = ClusterShape(), TimeModel(), Target()
 
 
@@ -111,7 +113,9 @@ def command(
         scenario = Scenario(shape, speed_up, seed, outages, lag, Target(ttft, tpot))
         requests = read_trace(trace, seed, limit)
         outcomes = [_replay(requests, name, scenario, quiet) for name in dict.fromkeys(policy or POLICIES)]
-        Console().print(summary(outcomes))
+        console = Console()
+        console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
+        console.print(summary(outcomes))
         if json:
             sys.stdout.write(msgspec.json.encode({each.policy: each for each in outcomes}).decode() + "\n")
 

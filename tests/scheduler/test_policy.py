@@ -16,10 +16,10 @@ def test_a_prefix_attracts() -> None:
 
 def test_the_longest_prefix_loses_to_an_idle_group_when_its_own_is_loaded() -> None:
     hit = IDLE._replace(hit_pages=3, new_pages=1)
-    assert route([IDLE, hit._replace(backlog=700)], TOKENS, PAGE) == 1
-    assert route([IDLE, hit._replace(backlog=800)], TOKENS, PAGE) == 0
-    assert route([IDLE, hit._replace(running=40)], TOKENS, PAGE) == 1
-    assert route([IDLE, hit._replace(running=60)], TOKENS, PAGE) == 0
+    assert route([IDLE, hit._replace(backlog=3000)], TOKENS, PAGE) == 1
+    assert route([IDLE, hit._replace(backlog=3200)], TOKENS, PAGE) == 0
+    assert route([IDLE, hit._replace(running=180)], TOKENS, PAGE) == 1
+    assert route([IDLE, hit._replace(running=200)], TOKENS, PAGE) == 0
 
 
 def test_pages_that_would_be_evicted_cost() -> None:

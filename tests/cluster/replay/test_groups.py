@@ -108,7 +108,6 @@ def test_time_is_the_model_s() -> None:
 
 
 def test_a_command_cuts_a_run_at_the_end_of_the_step_under_way() -> None:
-    group = Pair().group
     pair = Pair()
     pair.submit(0, 2, 6)  # far from a page's end, which would cut the run too
     pair.now_s = pair.group.run.end_s if pair.group.run else 0.0
@@ -123,4 +122,4 @@ def test_a_command_cuts_a_run_at_the_end_of_the_step_under_way() -> None:
     report = pair.group.interrupt(middle_s)
     assert report is not None
     assert report.steps == 2, "the third step was not over when the group died"
-    assert group.interrupt(1.0) is None
+    assert pair.group.interrupt(1.0) is None

@@ -1,6 +1,5 @@
 """Whole replays of a small trace: reproducible, complete, and in the order that the policies' knowledge explains."""
 
-
 import msgspec
 import pytest
 
