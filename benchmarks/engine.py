@@ -225,11 +225,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=_names(SHAPES), default="0.1B,0.6B", help=", ".join(SHAPES))
+    parser.add_argument("--models", type=names_of(SHAPES), default="0.1B,0.6B", help=", ".join(SHAPES))
     parser.add_argument(
-        "--engines", type=_names(ENGINES), default=",".join(ENGINES), help="Manta and its peers"
+        "--engines", type=names_of(ENGINES), default=",".join(ENGINES), help="Manta and its peers"
     )
-    parser.add_argument("--workloads", type=_names(WORKLOADS), default=",".join(WORKLOADS))
+    parser.add_argument("--workloads", type=names_of(WORKLOADS), default=",".join(WORKLOADS))
     parser.add_argument(
         "--vllm-python", type=Path, metavar="PATH", help="interpreter of an environment with vLLM for CPU"
     )
@@ -271,7 +271,9 @@ def positive(text: str) -> int:
     return value
 
 
-def _names(known: Collection[str]) -> Callable[[str], list[str]]:
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Names apart by commas, each one of those that are known, for argparse."""
+
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in names if name not in known]
