@@ -52,7 +52,8 @@ class Engine:
     """schedule: called with (engine, group, when) for every run of steps that begins or is cut short.
     hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one step.
 
-    core_s: CPU time inside the core, as in the scheduler actor: the call, the groups' logs and the outbox.
+    core_s: time inside the core, as in the scheduler actor: the call, the groups' logs and the outbox. By the wall clock, which
+    is CPU time where the replay has a core to itself; a thread's own clock costs too much to be read around every call.
     """
 
     def __init__(
@@ -129,13 +130,13 @@ class Engine:
         """One call into the core, and delivery of what follows, as `SchedulerServer` does it."""
         core = self.core
         core.now_s = now_s
-        began_s = time.thread_time()
+        began_s = time.perf_counter()
         try:
             change()
         finally:
             logs = [(name, log) for name, group in core.groups.items() if (log := group.drain()) is not None]
             told = core.outbox.drain()
-            self.core_s += time.thread_time() - began_s
+            self.core_s += time.perf_counter() - began_s
         for name, log in logs:
             simulated = self.groups[name]
             simulated.take(log.commands, now_s)
