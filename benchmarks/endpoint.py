@@ -6,6 +6,7 @@ May import the standard library and the benchmarks' own modules; never imports a
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks.load import Outcome
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+BLOCKS = re.compile(r'^manta_kv_blocks\{[^}]*state="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,15 +56,12 @@ class Endpoint:
         with urllib.request.urlopen(f"http://{self.host}:{self.port}{path}", timeout=30.0) as answer:
             return str(answer.read().decode())
 
-    def metrics(self) -> dict[str, float]:
-        """By name, summed up over labels."""
-        sums: dict[str, float] = {}
-        for line in self.get("/metrics").splitlines():
-            if not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
+    def blocks(self) -> dict[str, int]:
+        """KV blocks of all groups, by state: free, held, cached."""
+        counts: dict[str, int] = {}
+        for state, count in BLOCKS.findall(self.get("/metrics")):
+            counts[state] = counts.get(state, 0) + int(float(count))
+        return counts
 
 
 @contextlib.contextmanager
