@@ -257,10 +257,11 @@ class _GroupStart:
         loop: Callable[[Rank], str] = self._lead if number == 0 else lambda rank: follow(rank, self._feed.inboxes[number - 1])
         try:
             rank, pages = build_rank(self._engine.worker, self._comms[number])
-            if number == 0:
-                self._engine.group_up(self.group, pages)
-            self._ready[number].set()
-            loop(rank)
+            with contextlib.closing(rank):
+                if number == 0:
+                    self._engine.group_up(self.group, pages)
+                self._ready[number].set()
+                loop(rank)
         except BaseException as error:
             self._fail(number, error)
 

@@ -88,6 +88,7 @@ class WorkerActor:
             return self._lead(scheduler) if self._rank == 0 else self._follow(scheduler)
         finally:
             self._comm.abort("this rank has left its loop")
+            self._built.close()
 
     def _lead(self, scheduler: SchedulerAddress) -> str:
         assert self._built is not None

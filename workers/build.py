@@ -88,9 +88,14 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
     runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, device)
     phase(MEASURING, 0, 0)
-    memory = _kv_memory(config, runner, layout)
-    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
-    model.attention = attention = select_backend(config.attention, pool=KVPool(layout, pages, device), heads=shape.heads)
+    try:
+        memory = _kv_memory(config, runner, layout)
+        pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
+        pool = KVPool(layout, pages, device)
+        model.attention = attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+    except BaseException:
+        runner.close()
+        raise
     if comm.rank == 0:
         logger.info("KV pool: %d pages of %d tokens, %s bytes a rank, attention %s", pages, config.page_size,
                     f"{pages * layout.page_bytes:,}", attention.name)  # fmt: skip

@@ -111,6 +111,11 @@ class Constraints:
             for constraint, _ in alive:
                 constraint.job = job
 
+    def close(self) -> None:
+        """Nobody waits for a mask any more."""
+        for pool in (self._opening, self._following):
+            pool.shutdown(wait=False, cancel_futures=True)
+
     # ---- in the background
 
     def _open(self, constraint: Constraint, grammar: Grammar, output: list[int]) -> None:

@@ -48,6 +48,10 @@ class Executor(Protocol):
         """Launches a step; must not wait for its result on the host."""
         ...
 
+    def close(self) -> None:
+        """No step follows: ends whatever threads it has, without waiting for them."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -93,6 +97,10 @@ class Rank:
             result = self._commit(*self._under_way.popleft())
         self._idle = not len(plan.rows) and result is None  # what was committed may be what a row has waited for
         return result
+
+    def close(self) -> None:
+        """The loop has ended, for whatever reason."""
+        self.executor.close()
 
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()

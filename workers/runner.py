@@ -49,6 +49,9 @@ class ModelRunner:
         self._sampler.release(row)
         self._constraints.release(row)
 
+    def close(self) -> None:
+        self._constraints.close()
+
     @torch.inference_mode()
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
         """Launches the step. Every rank of the group must call it with the same step: the model talks to its peers."""

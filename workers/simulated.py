@@ -66,6 +66,9 @@ class SimulatedExecutor:
     def release(self, row: int) -> None:
         """Nothing is kept of a row."""
 
+    def close(self) -> None:
+        """There are no threads."""
+
     def execute(self, batch: ResidentBatch, step: Launched) -> Ready:
         ids = np.zeros(len(step.plan.rows), np.int64)
         for index, row in enumerate(step.plan.rows.tolist()):

@@ -25,6 +25,9 @@ class Recorder:
     def release(self, row: int) -> None:
         self.calls.append(f"release {row}")
 
+    def close(self) -> None:
+        self.calls.append("close")
+
     def execute(self, batch: ResidentBatch, step: Launched) -> "Recorder":
         del batch
         self.calls.append(f"execute {step.plan.rows.tolist()}")
