@@ -4,8 +4,8 @@ Both sides have the same options, are loaded at once, and take turns in one run:
 (`engine_worker.py`), and `manta serve` with clients in a third process (`load.py`), each request streamed over a connection of
 its own. Transports: local (uvicorn and the engine in one process), serve (Ray Serve's own proxy), haproxy (Manta's default).
 
-GuideLLM drives the endpoint too (docs/performance.md), but needs most of a core for itself, draws more arrivals than it was told,
-and cannot take turns with an engine; so the arrivals here are our own, Poisson by a seed.
+GuideLLM drives the endpoint too (docs/performance.md), but it needs most of a core for itself, draws more arrivals than it was
+told, and cannot take turns with an engine; so the arrivals here are our own, Poisson by a seed.
 
     python benchmarks/serving.py --model 0.1B --transports local,haproxy,serve --rounds 5 --json
 """
