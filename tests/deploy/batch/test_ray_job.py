@@ -32,7 +32,7 @@ ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number i
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[JobSubmissionClient]:
-    """Jobs need the dashboard."""
+    """Jobs need the dashboard, and its agent listens on a fixed port: no other Ray may run on this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(
