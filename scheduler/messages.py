@@ -3,8 +3,8 @@
 Token ids travel as little-endian int32 buffers, lease and stream numbers as int64 buffers, so that either side reads
 them as one NumPy array without a loop. Imports `kvcache` ids and `SamplingParams` only.
 
-    front end ──Submit, Abort, Stop──▶ scheduler ──Start, Grant, Remap, Drop, End──▶ leader of a group
-    front end ◀────────Deltas───────── scheduler ◀──────────────Report────────────── leader of a group
+    front end ──Submit, Abort, Stop──▶ scheduler ──Start, Grant, Copy, Send, Receive, ...──▶ leader of a group
+    front end ◀────────Deltas───────── scheduler ◀──────────────Report, Moved────────────── leader of a group
 """
 
 from enum import IntEnum
@@ -100,7 +100,73 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     reason: str
 
 
-Command = Start | Grant | Remap | Drop | End
+class Copy(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """The first `tokens` slots of page `target`, which `lease` holds, get the KV of those of page `source`: copy on write.
+
+    On the stream of the steps, in the order of the log: after every step launched before it and before every later one, so
+    `source` may be granted again at once. A no-op if the lease has ended.
+    """
+
+    lease: LeaseId
+    source: int
+    target: int
+    tokens: int
+
+
+class Send(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """Whole pages go to the same ranks of another group; each rank sends its shard, off the stream of the steps.
+
+    transfer: the same number as in the other group's `Receive`; never reused. pages: int32 buffer of page ids, in the order in
+    which they are received. group, epoch: who receives. Each side answers with one `Moved`; until the scheduler has it, the
+    pages are held there: nobody overwrites them.
+    """
+
+    transfer: int
+    pages: bytes
+    group: int
+    epoch: int
+
+
+class Receive(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
+    """The other end of `Send`. pages: int32 buffer, to be overwritten once the steps launched before this command are done.
+
+    group, epoch: who sends. ports: "host:port" of each of its ranks, where this group's rank of the same number fetches.
+    """
+
+    transfer: int
+    pages: bytes
+    group: int
+    epoch: int
+    ports: tuple[str, ...]
+
+
+class Offload(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
+    """Pages are copied to slots of each rank's host memory, off the stream of the steps. pages, slots: int32 buffers."""
+
+    transfer: int
+    pages: bytes
+    slots: bytes
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
+    """Slots of each rank's host memory are copied to pages, once the steps launched before this command are done."""
+
+    transfer: int
+    slots: bytes
+    pages: bytes
+
+
+class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
+    """That epoch of another group is gone: transfers with it that are under way fail now, each with its `Moved`."""
+
+    group: int
+    epoch: int
+
+
+Movement = Send | Receive | Offload | Load | Cut
+"""What runs beside the steps."""
+
+Command = Start | Grant | Remap | Drop | End | Copy | Movement
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -114,13 +180,19 @@ class Commands(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """A group's leader opens its stream. blocks: pages in the pool. rows: sequences that it can hold at once."""
+    """A group's leader opens its stream. blocks: pages in the pool. rows: sequences that it can hold at once.
+
+    slots: pages of host memory that each rank keeps for its group; 0: no host tier. ports: "host:port" of each rank, where
+    others fetch pages; empty: it takes no part in transfers. Only groups with equally many ranks exchange pages.
+    """
 
     token: str
     group: int
     epoch: int
     blocks: int
     rows: int
+    slots: int = 0
+    ports: tuple[str, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -144,6 +216,23 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     logprobs: tuple[tuple[int, bytes], ...] = ()
     elapsed_s: float = 0.0
 
+
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """A `Send`, `Receive`, `Offload` or `Load` is over on every rank of the group. Sent when it is, between reports.
+
+    ok: all pages have arrived; otherwise what stands in them is arbitrary, and `message` says why. elapsed_s: from the first
+    byte to the last on the slowest rank. bytes: of all ranks.
+    """
+
+    epoch: int
+    transfer: int
+    ok: bool
+    elapsed_s: float = 0.0
+    bytes: int = 0
+    message: str = ""
+
+
+FromLeader = Report | Moved
 
 # ---- front end -> scheduler ------------------------------------------------------------------------------------------------
 
