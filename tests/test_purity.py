@@ -8,6 +8,7 @@ import pytest
 PURE = [
     "kvcache",
     "kvcache.layout",
+    "scheduler.admission",
     "scheduler.core",
     "scheduler.invariants",
     "scheduler.server",

@@ -1,0 +1,96 @@
+"""The pages of those who run: what they fill is published, those who run low get more, somebody may have to give way.
+
+Imports `state`, `policy` and the table.
+"""
+
+from kvcache.table import SequenceBlocks
+from scheduler import policy
+from scheduler.messages import Drop, Grant, Remap
+from scheduler.resident import ResidentGroup
+from scheduler.sequence import Sequence, State
+from scheduler.state import ClusterState
+
+
+class Paging:
+    """Works on the shared state; has none of its own."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    def advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
+        """Looks after a row that is due: publishes what it has filled, and says when it is due next.
+
+        That is the length at which it fills a page or runs low, while it decodes. Returns whether it runs low already.
+        """
+        blocks, page_size = sequence.blocks, self._state.config.page_size
+        assert blocks is not None
+        length = int(group.length[row])
+        full = (length - int(group.pending[row])) // page_size
+        if full > len(blocks.nodes):
+            self._publish(group, sequence, blocks, full)
+        filled = (full + 1) * page_size + 1
+        pages = len(blocks.blocks)
+        low = pages * page_size - self._state.config.grant_ahead + 1
+        if pages == sequence.pages_at_most or filled < low:
+            group.due[row] = filled
+        else:
+            group.due[row] = low
+        return length >= low and pages < sequence.pages_at_most
+
+    def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
+        """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
+        page_size = self._state.config.page_size
+        assert sequence.lease is not None
+        group.write_back(sequence, pages * page_size)
+        if not self._state.config.prefix_caching:
+            return
+        sequence.hash_up_to(pages, page_size)
+        for index in range(len(blocks.nodes), pages):
+            page = sequence.buffer[index * page_size : (index + 1) * page_size]
+            adopted = self._state.table.publish(blocks, page, sequence.hashes[index])
+            if adopted is not None:
+                group.issue(Remap(sequence.lease, index, adopted))
+            self._state.waiting.published(sequence, sequence.hashes[index])
+
+    def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
+        """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
+        if group.starved:
+            needy = list({*group.starved, *needy})
+            group.starved.clear()
+        for sequence in sorted(needy):
+            if sequence.state is State.RUNNING:  # neither ended in this report nor the victim of an older one
+                self._grant(group, sequence)
+
+    def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """Extends a lease; without a free page a younger sequence gives its pages up, in this same call."""
+        assert sequence.blocks is not None
+        assert sequence.lease is not None
+        wanted = self._state.pages_for(sequence, int(group.length[sequence.row])) - len(sequence.blocks.blocks)
+        while (pages := self._state.table.grow(sequence.blocks, wanted)) is None:
+            victim = policy.choose_victim(sequence, group.running)
+            if victim is None:
+                group.lease_waits += 1
+                group.starved.append(sequence)  # its row stays due: the next report tries again
+                return
+            self.preempt(group, victim)
+        group.issue(Grant(sequence.lease, tuple(pages)))
+        self.advance(group, sequence, sequence.row)
+
+    def preempt(self, group: ResidentGroup, victim: Sequence) -> None:
+        assert victim.lease is not None
+        group.issue(Drop(victim.lease))
+        self._state.counters.preemptions += 1
+        self._state.counters.recomputed_tokens += group.computed(victim.row)
+        victim.preemptions += 1
+        group.write_back(victim)
+        self.leave(group, victim)
+        self._state.waiting.enter(victim)
+
+    def leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
+        """The lease is over: the row and the pages are given back. Tokens that are still needed have been written back."""
+        assert sequence.blocks is not None
+        group.unseat(sequence)
+        if release:
+            self._state.table.release(sequence.blocks)
+        sequence.lease, sequence.row, sequence.blocks = None, -1, None
+        self._state.waiting.withdraw(sequence)

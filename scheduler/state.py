@@ -1,0 +1,67 @@
+"""What the scheduler knows: every group, every sequence, the global block table. Shared by the parts that decide.
+
+    core       the calls that come from outside: groups, front ends, reports
+    admission  a waiting sequence starts: match, route, pin, reserve
+    paging     a running one fills pages, publishes them, gets more, or gives them up
+
+Imports the data that it holds; decides nothing.
+"""
+
+from kvcache.ids import GroupId
+from kvcache.table import BlockTable
+from scheduler.config import CoreConfig, Counters
+from scheduler.limits import pages_for
+from scheduler.messages import ROW_MASK, FinishReason
+from scheduler.outbox import Outbox
+from scheduler.pace import Pace
+from scheduler.resident import ResidentGroup
+from scheduler.sequence import Sequence, State
+from scheduler.waiting import WaitingRoom
+
+
+class ClusterState:
+    """Mutated by the core and its parts alone, one call at a time.
+
+    now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
+    their pages, 0 if unknown. computed, admitted: tokens that were computed, and that waited and wait no more, lately.
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        self.config = config
+        self.now_s = 0.0
+        self.table = BlockTable(config.page_size)
+        self.groups: dict[GroupId, ResidentGroup] = {}
+        self.expected: dict[GroupId, int] = {}
+        self.sequences: dict[tuple[int, int], Sequence] = {}
+        self.waiting = WaitingRoom()
+        self.counters = Counters()
+        self.outbox = Outbox()
+        self.computed = Pace()
+        self.admitted = Pace()
+
+    def finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
+        """The one end of a sequence that holds nothing any more. output: its tokens."""
+        if sequence.state is not State.RUNNING:
+            self.waiting.leave(sequence)
+        sequence.state = State.ENDED
+        del self.sequences[sequence.front_end, sequence.stream]
+        self.counters.finished += 1
+        self.outbox.finished(sequence, reason, output, message)
+
+    def largest_pool(self) -> int | None:
+        """Pages of the largest pool; 0 without any group; None while a group of unknown size is expected."""
+        if any(blocks == 0 for blocks in self.expected.values()):
+            return None
+        return max([*self.expected.values(), *(group.blocks for group in self.groups.values())], default=0)
+
+    def pages_for(self, sequence: Sequence, length: int) -> int:
+        """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
+        return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
+
+    def group_of(self, sequence: Sequence) -> ResidentGroup | None:
+        return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None
+
+    def holder(self, group: ResidentGroup, lease: int) -> Sequence | None:
+        """The sequence that still holds `lease`, None if it has ended."""
+        sequence = group.sequences[lease & ROW_MASK]
+        return sequence if sequence is not None and sequence.lease == lease else None
