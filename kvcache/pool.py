@@ -49,7 +49,11 @@ class KVPool:
         return self.data[:, layer, 1]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` slots of page `source` to page `target`, all layers: the copy of copy-on-write."""
+        """Copy the first `tokens` slots of page `source` to page `target`, all layers: the copy of copy-on-write.
+
+        On the current stream, without a wait. Of part of a page that is 2 x layers runs, one kernel on a GPU all the same,
+        since they lie at one distance; of a whole page it is one copy.
+        """
         if not 0 <= tokens <= self.layout.page_size:
             raise ValueError(f"cannot copy {tokens} tokens of a page of {self.layout.page_size}")
         self.data[target, :, :, :tokens].copy_(self.data[source, :, :, :tokens])

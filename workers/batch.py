@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.messages import NO_TOKEN, ROW_MASK, Command, End, FinishReason, Grant, Remap, Start
+from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Drop, End, FinishReason, Grant, LeaseId, Movement, Remap, Start
 
 MEASURED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""
@@ -76,20 +76,24 @@ class ResidentBatch:
     # ---- the log
 
     def apply(self, command: Command) -> None:
-        """Applies the next command of the log."""
+        """Applies the next command of the log. What touches pages and no row is counted here and done by the rank."""
         self.applied += 1
         if isinstance(command, Start):
             self._start(command)
         elif isinstance(command, End):
             self.ended = command.reason
-        elif self.lease[row := command.lease & ROW_MASK] != command.lease:
-            pass  # the lease has ended on this side already
+        elif isinstance(command, Movement) or not self.holds(command.lease):
+            pass  # or the lease has ended on this side already
         elif isinstance(command, Grant):
-            self._append(row, np.array(command.blocks, np.int32))
+            self._append(command.lease & ROW_MASK, np.array(command.blocks, np.int32))
         elif isinstance(command, Remap):
-            self.block_table[row, command.index] = command.block
-        else:
-            self._clear(row)
+            self.block_table[command.lease & ROW_MASK, command.index] = command.block
+        elif isinstance(command, Drop):
+            self._clear(command.lease & ROW_MASK)
+
+    def holds(self, lease: LeaseId) -> bool:
+        """The lease has not ended on this side."""
+        return bool(self.lease[lease & ROW_MASK] == lease)
 
     def _start(self, start: Start) -> None:
         row = start.lease & ROW_MASK

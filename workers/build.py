@@ -80,18 +80,19 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     first_pages = layout.pages_for(config.step_tokens)
-    attention = select_backend(config.attention, pool=KVPool(layout, first_pages, device), heads=shape.heads)
+    pool = KVPool(layout, first_pages, device)
+    attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
     sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
     threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
-    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, device)
+    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, pool)
     phase(MEASURING, 0, 0)
     try:
         memory = _kv_memory(config, runner, layout)
         pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
-        pool = KVPool(layout, pages, device)
+        pool = runner.pool = KVPool(layout, pages, device)
         model.attention = attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     except BaseException:
         runner.close()

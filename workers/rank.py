@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.messages import ROW_MASK, Command, FinishReason, Start
+from scheduler.messages import ROW_MASK, Command, Copy, FinishReason, Start
 from workers.batch import Launched, ResidentBatch
 
 
@@ -42,6 +42,11 @@ class Executor(Protocol):
 
     def release(self, row: int) -> None:
         """The sequence at `row` has left; a step with it may still be under way."""
+        ...
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` slots of page `target` get what page `source` holds: after the steps launched so far, before
+        every later one, without a wait on the host."""
         ...
 
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
@@ -88,6 +93,8 @@ class Rank:
             self._release()
             if isinstance(command, Start):
                 self.executor.admit(command)
+            elif isinstance(command, Copy) and self.batch.holds(command.lease):
+                self.executor.copy(command.source, command.target, command.tokens)
         plan = self.batch.plan()
         if len(plan.rows):
             step = self.batch.launch(plan)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcache.pool import KVPool
 from scheduler.messages import NO_TOKEN, Start
 from workers.batch import Launched, ResidentBatch
 from workers.constraints import Allowed, Constraints
@@ -23,13 +24,14 @@ Ints = npt.NDArray[np.int64]
 
 
 class ModelRunner:
-    """The `Executor` that computes. rows: size of the resident batch."""
+    """The `Executor` that computes. pool: the pages that the model's attention is bound to. rows: of the resident batch."""
 
-    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, rows: int, device: torch.device) -> None:
+    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, rows: int, pool: KVPool) -> None:
+        self.pool = pool
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
-        self._last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
 
     def admit(self, start: Start) -> None:
         row, tokens = row_of(start), np.frombuffer(start.tokens, np.int32)
@@ -51,6 +53,9 @@ class ModelRunner:
 
     def close(self) -> None:
         self._constraints.close()
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.pool.copy(source, target, tokens)
 
     @torch.inference_mode()
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:

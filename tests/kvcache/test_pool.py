@@ -49,6 +49,25 @@ def test_copy_takes_the_first_tokens_of_every_layer_and_nothing_else() -> None:
         filled().copy(0, 1, 17)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 100, 256])
+def test_a_copy_is_one_launch_and_no_wait_cuda(tokens: int) -> None:
+    layout = PageLayout(page_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
+    pool = KVPool(layout, 4, "cuda")
+    pool.data[0].normal_()
+    pool.copy(0, 1, tokens)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        pool.copy(0, 2, tokens)
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    done = [event.name for event in profile.events() if str(event.device_type).endswith("CUDA")]
+    assert len(done) == 1, done
+    assert torch.equal(pool.data[2, :, :, :tokens], pool.data[0, :, :, :tokens])
+    assert not pool.data[2, :, :, tokens:].any()
+
+
 def test_a_foreign_page_is_refused() -> None:
     with pytest.raises(ValueError, match="same page_size"):
         filled().import_page(0, torch.zeros(LAYOUT.page_bytes - 1, dtype=torch.uint8))

@@ -3,7 +3,24 @@
 import numpy as np
 import pytest
 
-from scheduler.messages import NO_TOKEN, ROW_BITS, Drop, End, FinishReason, Grant, LeaseId, Remap, Start
+from scheduler.messages import (
+    NO_TOKEN,
+    ROW_BITS,
+    Command,
+    Copy,
+    Cut,
+    Drop,
+    End,
+    FinishReason,
+    Grant,
+    LeaseId,
+    Load,
+    Offload,
+    Receive,
+    Remap,
+    Send,
+    Start,
+)
 from scheduler.sampling import Grammar, SamplingParams
 from workers.batch import MEASURED_TOKENS, Launched, Measured, ResidentBatch
 
@@ -59,6 +76,31 @@ def test_a_start_fills_its_row() -> None:
     assert resident.block_table[2, :2].tolist() == [7, 5]
     launched = step(resident)
     assert (launched.plan.rows.tolist(), launched.plan.counts.tolist(), launched.first.tolist()) == ([2], [2], [4])
+
+
+PAGES = np.arange(2, dtype=np.int32).tobytes()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Copy(lease(1, 0), 1, 0, 3),
+        Send(1, PAGES, 1, 0),
+        Receive(1, PAGES, 1, 0, ("host:1",)),
+        Offload(1, PAGES, PAGES),
+        Load(1, PAGES, PAGES),
+        Cut(1, 0),
+    ],
+    ids=lambda command: type(command).__name__,
+)
+def test_what_moves_pages_counts_as_applied_and_changes_no_row(command: Command) -> None:
+    resident, untouched = batch(), batch()
+    resident.apply(start(lease(1, 0)))
+    untouched.apply(start(lease(1, 0)))
+    resident.apply(command)
+    assert (resident.applied, resident.vacated) == (2, [])
+    for name in ("lease", "known", "computed", "slots", "pages", "block_table"):
+        assert (getattr(resident, name) == getattr(untouched, name)).all()
 
 
 def test_grants_and_remaps_change_the_block_table_of_their_lease_only() -> None:
