@@ -52,7 +52,14 @@ def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) ->
         _check(index.parents[node] == parent, f"{name}: node {node} is not a child of node {parent}")
         _check(held.get(node) == block, f"{name}: node {node} is in block {held.get(node)}, the sequence has {block}")
         parent = node
-    for block in seq.blocks[len(seq.nodes) :]:
+    private = seq.blocks[len(seq.nodes) :]
+    if seq.tail:
+        _check(bool(private), f"{name} has the tail {seq.tail} but no page for it")
+        tail = private.pop(0)
+        _check(index.is_tail(seq.tail), f"{name}: its tail, node {seq.tail}, is a full page")
+        _check(index.parents[seq.tail] == parent or not seq.nodes, f"{name}: its tail is not a child of node {parent}")
+        _check(held.get(seq.tail) == tail, f"{name}: its tail is in block {held.get(seq.tail)}, the sequence has {tail}")
+    for block in private:
         _check(not pool.nodes[block], f"{name}: block {block} is published, but not by this sequence")
 
 
@@ -133,6 +140,9 @@ def _audit_index(index: PrefixIndex) -> None:
         _check(masks[node] != 0, f"node {node} is alive but no group holds it")
         _check(index.holders[node] == masks[node], f"node {node} has not the holder mask {masks[node]:b}")
         _check(index.children[node] == children[node], f"node {node} has not a count of {children[node]} children")
+        if index.is_tail(node):
+            _check(masks[node].bit_count() == 1 and not children[node], f"tail {node} has a child, or is not in one group")
+            continue
         digest = xxhash.xxh3_64_intdigest(index.contents[node], index.hashes[parent])
         _check(index.hashes[node] == digest, f"node {node} has not the hash of its tokens and parent, {digest:x}")
     _check({root: salt for salt, root in index.roots.items()} == index.salts, "roots and salts are not inverse")
@@ -154,10 +164,31 @@ def _live_nodes(index: PrefixIndex) -> set[NodeId]:
             _check(node not in live, f"node {node} is twice in the chain of its hash")
             page = (index.parents[node], index.contents[node])
             _check(page not in pages, f"node {node} is the second with its parent {page[0]} and its tokens")
+            _check(not index.is_tail(node), f"node {node} is only partly filled but found by the hash of a page")
             live.add(node)
             pages.add(page)
             node = index.twins[node]
-    return live
+    return live | _alike(index, live)
+
+
+def _alike(index: PrefixIndex, full: set[NodeId]) -> set[NodeId]:
+    """The nodes of pages listed by how they begin: all full ones and all tails, each once."""
+    listed: set[NodeId] = set()
+    width = 4 * index.stride
+    for head, newest in index.by_head.items():
+        node, newer = newest, NodeId(0)
+        while node:
+            _check(node not in listed, f"node {node} is twice in the lists of pages that begin alike")
+            _check(index.newer[node] == newer, f"node {node} follows {newer} in its list, not {index.newer[node]}")
+            content, seed = index.contents[node], index.hashes[index.parents[node]]
+            _check(len(content) >= width, f"node {node} is listed with less than {index.stride} tokens")
+            digest = xxhash.xxh3_64_intdigest(content[:width], seed)
+            _check(digest == head == index.heads[node], f"node {node} is listed under {head:x}, it begins with {digest:x}")
+            _check(index.is_tail(node) or node in full, f"node {node} is full but not found by its hash")
+            listed.add(node)
+            node, newer = index.older[node], node
+    _check(listed >= full or not index.stride, f"nodes {sorted(full - listed)} are not listed by how they begin")
+    return listed
 
 
 def _audit_dead(index: PrefixIndex, alive: set[NodeId]) -> None:
@@ -168,4 +199,5 @@ def _audit_dead(index: PrefixIndex, alive: set[NodeId]) -> None:
     _check(set(dead) == ids - alive, f"free node ids {sorted(dead)}, but {sorted(ids - alive)} are dead")
     for node in (NodeId(0), *dead):
         blank = not (index.parents[node] or index.contents[node] or index.holders[node] or index.children[node])
-        _check(blank and not index.twins[node], f"dead node {node} still has a parent, tokens, holder, child or twin")
+        blank = blank and not (index.twins[node] or index.older[node] or index.newer[node])
+        _check(blank, f"dead node {node} still has a parent, tokens, holder, child, twin or neighbour")

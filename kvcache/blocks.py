@@ -132,3 +132,8 @@ class BlockPool:
         assert self.refs[block] == 1, f"block {block} has {self.refs[block]} holders; one must publish it"
         assert not self.nodes[block], f"block {block} is published already, as node {self.nodes[block]}"
         self.nodes[block] = node
+
+    def unpublish(self, block: BlockId) -> None:
+        """The content of a held block loses its name; its one holder may overwrite it. The caller tells the index."""
+        assert self.refs[block] == 1, f"block {block} has {self.refs[block]} holders and cannot be taken over"
+        self.nodes[block] = UNPUBLISHED

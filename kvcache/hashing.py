@@ -18,6 +18,11 @@ def salt_seed(salt: str) -> int:
     return _digest(salt.encode("utf-8", "surrogatepass"))
 
 
+def hash_run(run: bytes | memoryview, seed: int) -> int:
+    """The hash of the bytes of some tokens, chained to `seed`, the hash of what precedes them."""
+    return _digest(run, seed)
+
+
 def page_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
     """The bytes of `tokens` [tokens], without a copy.
 

@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import TOKEN_DTYPE, page_bytes, salt_seed
+from kvcache.hashing import TOKEN_DTYPE, hash_run, page_bytes, salt_seed
 from kvcache.ids import BlockId, GroupId, NodeId
 
 NO_NODE = NodeId(0)
@@ -20,10 +21,19 @@ MAX_EVICTED = 1 << 18
 """Hashes of pages that nobody holds any more which are remembered, so that a miss can be told from a page never seen."""
 
 
+MAX_CANDIDATES = 16
+"""Pages with the same parent and the same first tokens that are compared with a prompt, the newest first."""
+
+
 @lru_cache(maxsize=1024)
 def groups_of(mask: int) -> tuple[GroupId, ...]:
     """The groups of a holder mask, ascending. Remembered: a cluster has few distinct masks at a time."""
-    return tuple(GroupId(group) for group, bit in enumerate(reversed(f"{mask:b}")) if bit == "1")
+    groups = []
+    while mask:
+        lowest = mask & -mask
+        groups.append(GroupId(lowest.bit_length() - 1))
+        mask ^= lowest
+    return tuple(groups)
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,6 +56,13 @@ class Match:
         return self.depths.get(group, 0)
 
 
+class Part(NamedTuple):
+    """Where a match ends inside a page: the first `tokens` of the page `node` are what the prompt goes on with."""
+
+    node: NodeId
+    tokens: int
+
+
 class PrefixIndex:
     """A forest of pages: one root per salt, and a node for each (parent node, hash, tokens) that some group holds.
 
@@ -54,6 +71,12 @@ class PrefixIndex:
     chain that is one long unless xxhash collides). `by_hash` finds a node from the chained hash, `blocks[g]` group g's
     block of a node: at most one. A page matches only if its hash, its parent and its tokens are equal, so a collision
     can cost a comparison but never a wrong hit, and salts are isolated even if their hashes were not.
+
+    A *tail* is a node of a page that is only partly filled: the end of a sequence, as far as it is computed. It has one
+    holder and no child, grows with its sequence, and becomes a full node in place. Full nodes are found by `by_hash`;
+    both kinds also by `by_head`, from the hash of their first `stride` tokens chained to their parent's, through `older`
+    and `newer`: a list of all pages that begin alike, the newest first. There the tokens decide how far a page matches, so
+    reuse is exact to the token (the radix trees of SGLang, arXiv 2312.07104, reach the same by splitting their edges).
 
     A node without a holder has no child. In each group whoever holds a page's block also holds its ancestors', and
     cached pages are evicted leaves first (see `BlockPool`), so a group that has a node has its parent too: `holders`
@@ -69,21 +92,28 @@ class PrefixIndex:
         "_page_bytes",
         "blocks",
         "by_hash",
+        "by_head",
         "children",
         "contents",
         "evicted",
         "free_ids",
         "generation",
         "hashes",
+        "heads",
         "holders",
+        "newer",
+        "older",
         "parents",
         "roots",
         "salts",
+        "stride",
         "twins",
     )
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, stride: int = 0) -> None:
+        """stride: tokens of a page by which those that begin alike are found, below page_size; 0: only whole pages match."""
         self._page_bytes = page_size * TOKEN_DTYPE.itemsize
+        self.stride = stride
         self.generation = 0
         """Grows whenever some group forgets a page."""
         self.blocks: dict[GroupId, dict[NodeId, BlockId]] = {}
@@ -97,6 +127,10 @@ class PrefixIndex:
         self.holders = [0]
         self.children = [0]
         self.twins = [NO_NODE]
+        self.by_head: dict[int, NodeId] = {}
+        self.heads = [0]
+        self.older = [NO_NODE]
+        self.newer = [NO_NODE]
         self.free_ids: list[NodeId] = []
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
@@ -129,6 +163,41 @@ class PrefixIndex:
         depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
         return match
 
+    def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
+        """By group, how far the page after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
+
+        A group without such a page, or with fewer than `stride` tokens of it in common, is absent.
+        """
+        found: dict[GroupId, Part] = {}
+        root = self.roots.get(salt) if self.stride else None
+        if root is None:
+            return found
+        page = self._page_bytes // TOKEN_DTYPE.itemsize
+        for depth in {0, *match.depths.values()}:
+            rest = tokens[depth * page : min((depth + 1) * page, limit)]
+            if len(rest) < self.stride:
+                continue
+            parent = match.nodes[depth - 1] if depth else root
+            node = self.by_head.get(self._head(page_bytes(rest), self.hashes[parent]), NO_NODE)
+            for _ in range(MAX_CANDIDATES):
+                if not node:
+                    break
+                if self.parents[node] == parent:
+                    self._compare(node, rest, match, depth, found)
+                node = self.older[node]
+        return found
+
+    def _compare(
+        self, node: NodeId, tokens: npt.NDArray[np.int32], match: Match, depth: int, found: dict[GroupId, Part]
+    ) -> None:
+        """Enters what `node` has in common with `tokens` for each holder that has matched `depth` pages."""
+        common = common_prefix(self.contents[node], tokens)
+        if common < self.stride:
+            return  # their heads' hashes collide
+        for group in groups_of(self.holders[node]):
+            if match.depths.get(group, 0) == depth and (group not in found or found[group].tokens < common):
+                found[group] = Part(node, common)
+
     def child(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
         """The node of exactly this page under exactly this parent, or NO_NODE."""
         node = self.by_hash.get(hash_, NO_NODE)
@@ -138,18 +207,53 @@ class PrefixIndex:
 
     def add(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
         """A new node that `child` did not find. The caller makes some group hold it at once."""
-        node = self._new(parent, hash_, page)
+        node = self._new(parent, hash_, page, self._head(page, self.hashes[parent]) if self.stride else 0)
         self.evicted.pop(hash_, None)
-        self.twins[node] = self.by_hash.get(hash_, NO_NODE)
-        self.by_hash[hash_] = node
+        self._list_by_hash(node, hash_)
         self.children[parent] += 1
         return node
+
+    def add_tail(self, group: GroupId, parent: NodeId, content: bytes) -> NodeId:
+        """A new node for a page that is filled by `content` only so far, `stride` tokens at least; `group` holds it at once.
+
+        NO_NODE, and nothing has changed, if a recent page of the group begins with the same tokens.
+        """
+        head = self._head(content, self.hashes[parent])
+        node = self.by_head.get(head, NO_NODE)
+        for _ in range(MAX_CANDIDATES):
+            if not node:
+                break
+            if self.parents[node] == parent and self.holders[node] >> group & 1 and self.contents[node].startswith(content):
+                return NO_NODE
+            node = self.older[node]
+        node = self._new(parent, 0, content, head)
+        self.children[parent] += 1
+        return node
+
+    def is_tail(self, node: NodeId) -> bool:
+        return len(self.contents[node]) < self._page_bytes
+
+    def grow_tail(self, node: NodeId, content: bytes) -> None:
+        """The page has been filled further: `content` begins with what it had."""
+        self.contents[node] = content
+
+    def cut_tail(self, node: NodeId, tokens: int) -> None:
+        """What follows the first `tokens`, `stride` at least, is about to be overwritten."""
+        self.generation += 1
+        self.contents[node] = self.contents[node][: tokens * TOKEN_DTYPE.itemsize]
+
+    def fill_tail(self, node: NodeId, hash_: int, page: bytes) -> None:
+        """The page is full: `child` has not found another like it."""
+        self.contents[node] = page
+        self.hashes[node] = hash_
+        self.evicted.pop(hash_, None)
+        self._list_by_hash(node, hash_)
 
     def root(self, salt: str) -> NodeId:
         """The root of `salt`, new if there is none. The caller adds a child to it at once."""
         root = self.roots.get(salt)
         if root is None:
-            root = self.roots[salt] = self._new(NO_NODE, salt_seed(salt), b"")
+            root = self.roots[salt] = self._new(NO_NODE, salt_seed(salt), b"", 0)
             self.salts[root] = salt
         return root
 
@@ -188,27 +292,45 @@ class PrefixIndex:
             node = self.twins[node]
         return node
 
-    def _new(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
+    def _head(self, content: bytes | memoryview, seed: int) -> int:
+        """The key of `by_head`: the hash of the first `stride` tokens, chained to the page before."""
+        return hash_run(content[: self.stride * TOKEN_DTYPE.itemsize], seed)
+
+    def _new(self, parent: NodeId, hash_: int, page: bytes, head: int) -> NodeId:
+        """head: of a page that is to be found by how it begins."""
         if self.free_ids:
             node = self.free_ids.pop()
             self.parents[node] = parent
             self.hashes[node] = hash_
             self.contents[node] = page
-            return node
-        self.parents.append(parent)
-        self.hashes.append(hash_)
-        self.contents.append(page)
-        self.holders.append(0)
-        self.children.append(0)
-        self.twins.append(NO_NODE)
-        return NodeId(len(self.parents) - 1)
+        else:
+            node = NodeId(len(self.parents))
+            self.parents.append(parent)
+            self.hashes.append(hash_)
+            self.contents.append(page)
+            self.holders.append(0)
+            self.children.append(0)
+            for links in (self.twins, self.older, self.newer):
+                links.append(NO_NODE)
+            self.heads.append(0)
+        if self.stride and parent:
+            self.heads[node] = head
+            older = self.by_head.get(head, NO_NODE)
+            if older:
+                self.older[node] = older
+                self.newer[older] = node
+            self.by_head[head] = node
+        return node
 
     def _bury(self, node: NodeId) -> None:
         """Ends `node` if nothing holds it, then each ancestor that only waited for it."""
         while not (self.holders[node] or self.children[node]):
             parent = self.parents[node]
             if parent:
-                self._unlink(node)
+                if not self.is_tail(node):
+                    self._unlist_by_hash(node)
+                if self.stride:
+                    self._unlist_by_head(node)
                 self.children[parent] -= 1
             else:
                 del self.roots[self.salts.pop(node)]
@@ -219,8 +341,11 @@ class PrefixIndex:
                 return
             node = parent
 
-    def _unlink(self, node: NodeId) -> None:
-        """Takes `node` out of the chain of its hash."""
+    def _list_by_hash(self, node: NodeId, hash_: int) -> None:
+        self.twins[node] = self.by_hash.get(hash_, NO_NODE)
+        self.by_hash[hash_] = node
+
+    def _unlist_by_hash(self, node: NodeId) -> None:
         hash_, after = self.hashes[node], self.twins[node]
         self.twins[node] = NO_NODE
         head = self.by_hash[hash_]
@@ -235,3 +360,24 @@ class PrefixIndex:
             self.evicted[hash_] = None
             if len(self.evicted) > MAX_EVICTED:
                 self.evicted.popitem(last=False)
+
+    def _unlist_by_head(self, node: NodeId) -> None:
+        older, newer = self.older[node], self.newer[node]
+        if older or newer:
+            self.older[node] = self.newer[node] = NO_NODE
+        if older:
+            self.newer[older] = newer
+        if newer:
+            self.older[newer] = older
+        elif older:
+            self.by_head[self.heads[node]] = older
+        else:
+            del self.by_head[self.heads[node]]
+
+
+def common_prefix(content: bytes, tokens: npt.NDArray[np.int32]) -> int:
+    """How many leading tokens of `content` are those of `tokens` [tokens], compared one by one."""
+    length = min(len(content) // TOKEN_DTYPE.itemsize, len(tokens))
+    differ = np.frombuffer(content, TOKEN_DTYPE, length) != tokens[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length

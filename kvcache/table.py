@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
-from kvcache.hashing import page_bytes
+from kvcache.hashing import TOKEN_DTYPE, page_bytes
 from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.index import Match, PrefixIndex
+from kvcache.index import NO_NODE, Match, Part, PrefixIndex
 
 
 @dataclass(slots=True)
@@ -22,13 +22,19 @@ class SequenceBlocks:
 
     blocks: in block-table order; each is pinned once by this sequence.
     nodes: the published prefix, its own pages or shared ones: nodes[i] is the node of blocks[i].
-    Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private.
+    tail: of blocks[len(nodes)], the page that it fills at the moment, once a part of it is published; never shared.
+    inherited: tokens that the first page after the hit begins with, found in the cache at the reservation. source: the page
+    from which they must be copied before the first step; None if they stand there already: the page was taken over.
+    Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 
     group: GroupId
     blocks: list[BlockId]
     nodes: list[NodeId]
     salt: str
+    tail: NodeId = NO_NODE
+    inherited: int = 0
+    source: BlockId | None = None
 
 
 @dataclass(slots=True, frozen=True)
@@ -59,11 +65,14 @@ class BlockTable:
 
     __slots__ = ("index", "page_size", "pools")
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, stride: int = 0) -> None:
+        """stride: tokens in common from which a part of a page is reused; 0: only whole pages are."""
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1 token, not {page_size}")
+        if not 0 <= stride < page_size:
+            raise ValueError(f"a stride of {stride} tokens is not inside a page of {page_size}")
         self.page_size = page_size
-        self.index = PrefixIndex(page_size)
+        self.index = PrefixIndex(page_size, stride)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
@@ -87,6 +96,10 @@ class BlockTable:
         hashes: `hash_pages(tokens, page_size, salt)`. They only find candidates: parents and tokens are compared.
         """
         return self.index.match(tokens, hashes, salt, limit)
+
+    def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
+        """By group, the page that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
+        return self.index.parts(match, tokens, salt, limit)
 
     def available(self, group: GroupId) -> int:
         """Blocks that could be allocated now: the free and the cached."""
@@ -131,23 +144,68 @@ class BlockTable:
         return depth - at
 
     def reserve(
-        self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str
+        self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None
     ) -> SequenceBlocks | None:
-        """Starts a sequence on the first `depth` matched pages, pinned, and `new_blocks` private ones; None if no room.
+        """Starts a sequence on the first `depth` matched pages, pinned, and `new_blocks` others; None if no room.
 
-        Pinning comes before allocating, so that a reservation never evicts its own hit.
+        part: what the group has of the page after them; it is given up where there is no room to use it, so `inherited` says
+        what became of it. Pinning comes before allocating, so that a reservation never evicts its own hit.
         """
         pool = self.pools[group]
-        if new_blocks + self.cached_in_match(group, match, depth) > pool.available:
+        spare = pool.available - new_blocks - self.cached_in_match(group, match, depth)
+        if spare < 0:
             return None
         held, pin = self.index.blocks[group], pool.pin
         nodes = match.nodes[:depth]
         blocks = [held[node] for node in nodes]
+        seq = SequenceBlocks(group, blocks, nodes, salt)
         for block in blocks:
             pin(block)
-        seq = SequenceBlocks(group, blocks, nodes, salt)
-        self._extend(pool, blocks, new_blocks)
+        if part is None or not new_blocks:
+            self._extend(pool, blocks, new_blocks)
+        elif self._may_take(group, part, new_blocks):
+            self._take(pool, seq, part)
+            self._extend(pool, blocks, new_blocks - 1)
+        elif spare or pool.refs[held[part.node]]:
+            self._copy(pool, seq, part, new_blocks)
+        else:
+            self._extend(pool, blocks, new_blocks)
         return seq
+
+    def _may_take(self, group: GroupId, part: Part, new_blocks: int) -> bool:
+        """Whether a part's page is taken over instead of copied: nobody uses it or what follows it, and it loses nothing.
+
+        Or it loses the rest of its page where a copy would lose a whole one, as no page is free.
+        """
+        index, pool = self.index, self.pools[group]
+        if pool.refs[index.blocks[group][part.node]] or index.children[part.node]:
+            return False
+        return len(index.contents[part.node]) == part.tokens * TOKEN_DTYPE.itemsize or pool.free < new_blocks
+
+    def _take(self, pool: BlockPool, seq: SequenceBlocks, part: Part) -> None:
+        """The sequence goes on in the page itself; what lies deeper in it is unpublished."""
+        index = self.index
+        block = index.blocks[seq.group][part.node]
+        pool.pin(block)
+        seq.blocks.append(block)
+        seq.inherited = part.tokens
+        if index.is_tail(part.node):
+            index.cut_tail(part.node, part.tokens)
+            seq.tail = part.node
+        else:
+            pool.unpublish(block)
+            index.forget(seq.group, part.node)
+
+    def _copy(self, pool: BlockPool, seq: SequenceBlocks, part: Part, new_blocks: int) -> None:
+        """The first of the new pages begins as a copy. Once the command is in the group's log, the source may go."""
+        seq.source = self.index.blocks[seq.group][part.node]
+        seq.inherited = part.tokens
+        cached = not pool.refs[seq.source]
+        if cached:
+            pool.pin(seq.source)
+        self._extend(pool, seq.blocks, new_blocks)
+        if cached:
+            pool.unpin(seq.source)
 
     def grow(self, seq: SequenceBlocks, blocks: int) -> list[BlockId] | None:
         """Appends `blocks` private blocks to the sequence and returns them; None if there are not so many."""
@@ -177,20 +235,50 @@ class BlockTable:
                 f"cannot publish page {at} with {len(tokens)} tokens: the sequence has {len(seq.blocks)} blocks "
                 f"and a page has {self.page_size} tokens"
             )
-        index, group = self.index, seq.group
+        index, group, block = self.index, seq.group, seq.blocks[at]
         pool, held = self.pools[group], index.blocks[group]
         parent = seq.nodes[-1] if at else index.root(seq.salt)
-        node = index.child(parent, hash_, page) or index.add(parent, hash_, page)
+        node = index.child(parent, hash_, page)
+        if seq.tail:
+            if node:
+                pool.unpublish(block)
+                index.forget(group, seq.tail)
+            else:
+                index.fill_tail(seq.tail, hash_, page)
+            tail, seq.tail = seq.tail, NO_NODE
+            if not node:
+                seq.nodes.append(tail)
+                return None
+        node = node or index.add(parent, hash_, page)
         adopted = held.get(node)
         if adopted is None:
-            pool.publish(seq.blocks[at], node)
-            index.hold(group, node, seq.blocks[at])
+            pool.publish(block, node)
+            index.hold(group, node, block)
         else:
             pool.pin(adopted)
-            pool.unpin(seq.blocks[at])
+            pool.unpin(block)
             seq.blocks[at] = adopted
         seq.nodes.append(node)
         return adopted
+
+    def publish_tail(self, seq: SequenceBlocks, tokens: npt.NDArray[np.int32]) -> None:
+        """Publishes what the sequence has filled of its next page: `tokens`, at least a stride and less than a page.
+
+        Call it when the page is computed so far and committed; again when it has grown. Where another page of the group
+        begins with the same tokens nothing happens: that one serves as well.
+        """
+        index, at = self.index, len(seq.nodes)
+        content = page_bytes(tokens).tobytes()
+        if not index.stride <= len(tokens) < self.page_size or at >= len(seq.blocks):
+            raise ValueError(f"{len(tokens)} tokens of page {at} cannot be published as a part of {self.page_size}")
+        if seq.tail:
+            index.grow_tail(seq.tail, content)
+            return
+        parent = seq.nodes[-1] if at else index.root(seq.salt)
+        seq.tail = index.add_tail(seq.group, parent, content)
+        if seq.tail:
+            self.pools[seq.group].publish(seq.blocks[at], seq.tail)
+            index.hold(seq.group, seq.tail, seq.blocks[at])
 
     def release(self, seq: SequenceBlocks) -> None:
         """Unpins the sequence's blocks, deepest first, and empties it. Published pages stay cached."""
@@ -199,6 +287,7 @@ class BlockTable:
             unpin(block)
         seq.blocks.clear()
         seq.nodes.clear()
+        seq.tail = NO_NODE
 
     def _extend(self, pool: BlockPool, blocks: list[BlockId], count: int) -> None:
         """Appends `count` private blocks, which the caller knows to be available."""

@@ -5,10 +5,10 @@ Imports `state`, `paging`, `policy` and the table.
 
 import numpy as np
 
-from kvcache.index import Match
+from kvcache.index import Match, Part
 from scheduler import policy
 from scheduler.config import count_start
-from scheduler.messages import ROW_BITS, LeaseId, Start
+from scheduler.messages import ROW_BITS, Copy, LeaseId, Start
 from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
@@ -38,16 +38,20 @@ class Admission:
             self._state.admitted.count(sequence.committed, self._state.now_s)
 
     def _match(self, sequence: Sequence) -> Match:
-        """The cached prefix, in full pages. The last token is always computed, so it is never part of it."""
+        """The cached prefix, in full pages."""
         limit = self._reusable_pages(sequence)
         sequence.hash_up_to(limit, self._state.config.page_size)
         return self._state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
 
-    def _reusable_pages(self, sequence: Sequence) -> int:
-        """Full pages that a hit may cover; none where the prompt's own log-probabilities are wanted."""
+    def _reusable_tokens(self, sequence: Sequence) -> int:
+        """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
+        log-probabilities are wanted."""
         if not self._state.config.prefix_caching or sequence.params.prompt_logprobs is not None:
             return 0
-        return (sequence.committed - 1) // self._state.config.page_size
+        return sequence.committed - 1
+
+    def _reusable_pages(self, sequence: Sequence) -> int:
+        return self._reusable_tokens(sequence) // self._state.config.page_size
 
     def _defer(self, sequence: Sequence, match: Match) -> bool:
         """Waits if what follows the cached prefix is about to be computed by a running sequence; see `prefixes`."""
@@ -57,36 +61,44 @@ class Admission:
 
     def _place(self, sequence: Sequence, match: Match) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
+        state = self._state
         groups = [
-            group for group in self._state.groups.values() if group.blocks >= sequence.pages_at_most and not group.draining
+            group for group in state.groups.values() if group.blocks >= sequence.pages_at_most and not group.draining
         ]
-        pages = self._state.pages_for(sequence, sequence.committed)
-        loads = [self._load(group, match, pages) for group in groups]
-        choice = policy.route(loads, sequence.committed, self._state.config.page_size)
+        parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
+        pages = state.pages_for(sequence, sequence.committed)
+        loads = [self._load(group, match, parts.get(group.group), pages) for group in groups]
+        choice = policy.route(loads, sequence.committed, state.config.page_size)
         if choice is None:
             return False
-        group, depth = groups[choice], loads[choice].hit_pages
-        blocks = self._state.table.reserve(group.group, match, depth, pages - depth, sequence.salt)
+        group, depth = groups[choice], match.depth(groups[choice].group)
+        part = parts.get(group.group)
+        blocks = state.table.reserve(group.group, match, depth, pages - depth, sequence.salt, part)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = depth * self._state.config.page_size
-            sequence.started_s = self._state.now_s
-            candidates = sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
-            count_start(
-                self._state.counters, page_size=self._state.config.page_size, prompt_tokens=sequence.prompt_tokens,
-                hit_pages=depth, known_pages=len(match.nodes), evicted_pages=self._state.table.evicted(candidates),
-                candidate_pages=len(match.nodes) + len(candidates),
-            )  # fmt: skip
-        self._start(group, sequence, depth * self._state.config.page_size)
+            self._count_start(sequence, match, depth, blocks.inherited)
+        self._start(group, sequence, depth * state.config.page_size + blocks.inherited)
         return True
 
-    def _load(self, group: ResidentGroup, match: Match, pages: int) -> policy.GroupLoad:
+    def _count_start(self, sequence: Sequence, match: Match, depth: int, part_tokens: int) -> None:
+        """Its first start."""
+        state, known = self._state, len(match.nodes)
+        sequence.cached_tokens = depth * state.config.page_size + part_tokens
+        sequence.started_s = state.now_s
+        candidates = sequence.hashes[known : self._reusable_pages(sequence)]
+        count_start(
+            state.counters, page_size=state.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
+            known_pages=known, evicted_pages=state.table.evicted(candidates), candidate_pages=known + len(candidates),
+            part_tokens=part_tokens,
+        )  # fmt: skip
+
+    def _load(self, group: ResidentGroup, match: Match, part: Part | None, pages: int) -> policy.GroupLoad:
         """What the group would have to spend on a sequence of `pages` pages now."""
         depth = match.depth(group.group)
         pool = self._state.table.pools[group.group]
         return policy.GroupLoad(
-            hit_pages=depth,
+            hit_tokens=depth * self._state.config.page_size + (part.tokens if part else 0),
             new_pages=pages - depth + (self._state.table.cached_in_match(group.group, match, depth) if depth else 0),
             free=pool.free,
             available=pool.available,
@@ -106,7 +118,7 @@ class Admission:
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)
         group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
-        self._paging.advance(group, sequence, row)
+        self._paging.schedule(group, sequence, row)
         if self._state.config.prefix_caching and self._state.config.wait_for_prefix:
             page_size = self._state.config.page_size
             full = (sequence.committed - 1) // page_size
@@ -119,3 +131,15 @@ class Admission:
                 max_tokens=sequence.max_tokens,
             )
         )  # fmt: skip
+        self._inherit(group, sequence, sequence.lease)
+
+    def _inherit(self, group: ResidentGroup, sequence: Sequence, lease: LeaseId) -> None:
+        """Where the hit ends inside a page: the copy that begins the sequence's own, unless it goes on in the page itself."""
+        blocks, counters = sequence.blocks, self._state.counters
+        assert blocks is not None
+        if blocks.source is not None:
+            group.issue(Copy(lease, blocks.source, blocks.blocks[len(blocks.nodes)], blocks.inherited))
+            blocks.source = None
+            counters.parts_copied += 1
+        elif blocks.inherited:
+            counters.parts_taken += 1

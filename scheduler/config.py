@@ -10,6 +10,7 @@ class CoreConfig:
     """page_size in tokens, a power of two from 16 up. max_model_len: prompt and output tokens of one sequence at most.
 
     grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
+    hash_stride: tokens in common from which a part of a page is reused, at most half a page; 0: only whole pages are.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
     compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
@@ -19,12 +20,18 @@ class CoreConfig:
     page_size: int = 256
     max_model_len: int = 1 << 20
     grant_ahead: int = 4
+    hash_stride: int = 32
     prefix_caching: bool = True
     wait_for_prefix: bool = True
     seed: int | None = 0
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
     wait_for_groups: bool = True
+
+    @property
+    def stride(self) -> int:
+        """The hash stride that pages of this size allow; 0 without prefix caching."""
+        return min(self.hash_stride, self.page_size // 2) if self.prefix_caching else 0
 
 
 class Counters(msgspec.Struct, kw_only=True):
@@ -34,8 +41,10 @@ class Counters(msgspec.Struct, kw_only=True):
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
     whatever reason. refused: requests that the full queue turned away.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
-    prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover;
+    prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
+    part_tokens: of cached_tokens, those that were found inside a page. parts_copied, parts_taken: how often such a page was
+    copied, and taken over from nobody; restarts count too.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
@@ -54,23 +63,30 @@ class Counters(msgspec.Struct, kw_only=True):
     miss_cold: int = 0
     routed_by_prefix: int = 0
     routed_by_load: int = 0
+    part_tokens: int = 0
+    parts_copied: int = 0
+    parts_taken: int = 0
 
 
 def count_start(
     counters: Counters, *, page_size: int, prompt_tokens: int, hit_pages: int, known_pages: int, evicted_pages: int,
-    candidate_pages: int,
+    candidate_pages: int, part_tokens: int,
 ) -> None:  # fmt: skip
     """A sequence's first start: where each token of its prompt comes from, or why it has to be computed.
 
     candidate_pages: full pages that a hit could have covered. Of them, from the first on, known_pages are held somewhere,
-    hit_pages of those by its group, and evicted_pages after them were once.
+    hit_pages of those by its group, and evicted_pages after them were once. part_tokens: found of the page after the hit.
     """
+    routed, evicted = known_pages - hit_pages, evicted_pages
+    cold = candidate_pages - known_pages - evicted_pages
+    inside_page = prompt_tokens - candidate_pages * page_size
     counters.started_tokens += prompt_tokens
-    counters.cached_tokens += hit_pages * page_size
-    counters.miss_routed += (known_pages - hit_pages) * page_size
-    counters.miss_evicted += evicted_pages * page_size
-    counters.miss_cold += (candidate_pages - known_pages - evicted_pages) * page_size
-    counters.miss_inside_page += prompt_tokens - candidate_pages * page_size
+    counters.cached_tokens += hit_pages * page_size + part_tokens
+    counters.part_tokens += part_tokens
+    counters.miss_routed += routed * page_size - (part_tokens if routed else 0)
+    counters.miss_evicted += evicted * page_size - (part_tokens if evicted and not routed else 0)
+    counters.miss_cold += cold * page_size - (part_tokens if cold and not (routed or evicted) else 0)
+    counters.miss_inside_page += inside_page - (0 if routed or evicted or cold else part_tokens)
     if hit_pages and hit_pages == known_pages:
         counters.routed_by_prefix += 1
     else:

@@ -65,6 +65,7 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     for sequence in group.running:
         _check_row(group, sequence, page_size)
         _check_grant(core, group, sequence)
+        _check_tail(core, group, sequence)
     if group.running and group.starved:
         assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
 
@@ -82,6 +83,19 @@ def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) 
     assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a page is full at {filled}"
     full = group.computed(row) // page_size if core.config.prefix_caching else 0
     assert len(blocks.nodes) == full, f"{name}: {full} pages are full, {len(blocks.nodes)} are published"
+
+
+def _check_tail(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
+    """What is published of the page that a sequence fills is its own tokens, computed and committed."""
+    name, blocks = f"group {group.group}, sequence {sequence.number}", sequence.blocks
+    assert blocks is not None, f"{name}: runs without blocks"
+    assert blocks.source is None, f"{name}: runs without the copy that its first page begins with"
+    if blocks.tail:
+        shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
+        start = len(blocks.nodes) * core.config.page_size
+        end = start + len(shown)
+        assert end <= min(group.computed(sequence.row), sequence.committed), f"{name}: its tail shows what is not computed"
+        assert np.array_equal(sequence.buffer[start:end], shown), f"{name}: its tail shows other tokens than its own"
 
 
 def _check_row(group: ResidentGroup, sequence: Sequence, page_size: int) -> None:

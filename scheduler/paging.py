@@ -18,24 +18,28 @@ class Paging:
         self._state = state
 
     def advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
-        """Looks after a row that is due: publishes what it has filled, and says when it is due next.
-
-        That is the length at which it fills a page or runs low, while it decodes. Returns whether it runs low already.
-        """
+        """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
         blocks, page_size = sequence.blocks, self._state.config.page_size
         assert blocks is not None
-        length = int(group.length[row])
-        full = (length - int(group.pending[row])) // page_size
+        computed = group.computed(row)
+        full = computed // page_size
         if full > len(blocks.nodes):
             self._publish(group, sequence, blocks, full)
-        filled = (full + 1) * page_size + 1
-        pages = len(blocks.blocks)
+        if not blocks.tail and group.pending[row] == 1:
+            self._publish_tail(sequence, blocks, min(computed, sequence.committed))
+        return self.schedule(group, sequence, row)
+
+    def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
+        """Says when a row is due next: the length at which it fills a page or runs low, while it decodes.
+
+        Returns whether it runs low already.
+        """
+        assert sequence.blocks is not None
+        page_size, pages = self._state.config.page_size, len(sequence.blocks.blocks)
+        filled = (group.computed(row) // page_size + 1) * page_size + 1
         low = pages * page_size - self._state.config.grant_ahead + 1
-        if pages == sequence.pages_at_most or filled < low:
-            group.due[row] = filled
-        else:
-            group.due[row] = low
-        return length >= low and pages < sequence.pages_at_most
+        group.due[row] = filled if pages == sequence.pages_at_most or filled < low else low
+        return int(group.length[row]) >= low and pages < sequence.pages_at_most
 
     def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
         """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
@@ -51,6 +55,12 @@ class Paging:
             if adopted is not None:
                 group.issue(Remap(sequence.lease, index, adopted))
             self._state.waiting.published(sequence, sequence.hashes[index])
+
+    def _publish_tail(self, sequence: Sequence, blocks: SequenceBlocks, end: int) -> None:
+        """Publishes the page that the sequence fills at the moment up to the position `end`, if that is worth a look."""
+        start, stride = len(blocks.nodes) * self._state.config.page_size, self._state.config.stride
+        if stride and end - start >= stride:
+            self._state.table.publish_tail(blocks, sequence.buffer[start:end])
 
     def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
         """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
@@ -74,7 +84,7 @@ class Paging:
                 return
             self.preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))
-        self.advance(group, sequence, sequence.row)
+        self.schedule(group, sequence, sequence.row)
 
     def preempt(self, group: ResidentGroup, victim: Sequence) -> None:
         assert victim.lease is not None
@@ -87,10 +97,17 @@ class Paging:
         self._state.waiting.enter(victim)
 
     def leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
-        """The lease is over: the row and the pages are given back. Tokens that are still needed have been written back."""
+        """The lease is over: the row and the pages are given back, what they hold stays cached as long as it can.
+
+        release: not if the group is lost. Tokens that are still needed have been written back.
+        """
         assert sequence.blocks is not None
-        group.unseat(sequence)
         if release:
+            computed = group.computed(sequence.row)
+            if self._state.config.stride and computed % self._state.config.page_size >= self._state.config.stride:
+                group.write_back(sequence, computed)
+                self._publish_tail(sequence, sequence.blocks, computed)
             self._state.table.release(sequence.blocks)
+        group.unseat(sequence)
         sequence.lease, sequence.row, sequence.blocks = None, -1, None
         self._state.waiting.withdraw(sequence)

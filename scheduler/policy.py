@@ -26,7 +26,7 @@ WATERMARK = 0.01
 class GroupLoad(NamedTuple):
     """One group that could take one sequence, at this moment. Plain numbers: a cluster has few groups, so arrays cost more."""
 
-    hit_pages: int  # pages of its prefix that the group holds
+    hit_tokens: int  # of its prefix, that the group holds
     new_pages: int  # pages that it needs from free or cached ones, revived hits included
     free: int  # pages that hold nothing
     available: int  # free or cached
@@ -52,7 +52,7 @@ def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
     Uncached prompt, prefill queued before it, decode load, and cached pages that would be lost. Taking the longest prefix
     first and the load second collapses on real traces, where all requests share a first page: costs must be added up.
     """
-    uncached = tokens - load.hit_pages * page_size
+    uncached = tokens - load.hit_tokens
     evicted = max(0, load.new_pages - load.free)
     return UNCACHED_WEIGHT * uncached + load.backlog + DECODE_WEIGHT * load.running + EVICTION_WEIGHT * page_size * evicted
 

@@ -29,7 +29,7 @@ class ClusterState:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self.now_s = 0.0
-        self.table = BlockTable(config.page_size)
+        self.table = BlockTable(config.page_size, config.stride)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}

@@ -90,7 +90,7 @@ DAMAGES: list[tuple[str, Damage]] = [
     ("published as the same node", lambda t, _: rename(t, 4, t.pools[ZERO].nodes[5])),
     ("the index has", lambda t, _: rename(t, 4, 99)),
     ("has not the holder mask", lambda t, s: t.index.holders.__setitem__(s[0].nodes[0], 0b11)),
-    ("has not the hash of its tokens", lambda t, s: t.index.contents.__setitem__(s[0].nodes[1], b"x")),
+    ("has not the hash of its tokens", lambda t, s: t.index.contents.__setitem__(s[0].nodes[1], b"x" * 64)),
     ("has not a count of 1 children", lambda t, s: t.index.children.__setitem__(s[0].nodes[0], 2)),
     ("cannot be found", lambda t, s: t.index.by_hash.pop(t.index.hashes[s[0].nodes[1]])),
     ("is found under", lambda t, s: t.index.by_hash.__setitem__(3, s[0].nodes[1])),

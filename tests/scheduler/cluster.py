@@ -104,7 +104,7 @@ class SimulatedGroup:
 class Cluster:
     """page_size and pools (pages of each group) are small, so that everything happens soon.
 
-    depth and steps are those of `Rank` and `Reporter`.
+    depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole pages only, unless a test is about parts of them.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class Cluster:
         depth: int = 0,
         steps: int = 1,
         grant_ahead: int | None = None,
+        hash_stride: int = 0,
         prefix_caching: bool = True,
         wait_for_prefix: bool = True,
         model_len: int = 256,
@@ -130,6 +131,7 @@ class Cluster:
                 page_size=page_size,
                 max_model_len=model_len,
                 grant_ahead=ahead,
+                hash_stride=hash_stride,
                 prefix_caching=prefix_caching,
                 wait_for_prefix=wait_for_prefix,
                 max_queued_requests=max_queued_requests,

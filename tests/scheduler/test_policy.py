@@ -5,17 +5,17 @@ import pytest
 from scheduler.policy import GroupLoad, admissible, route, time_to_first_token
 
 IDLE = GroupLoad(
-    hit_pages=0, new_pages=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
+    hit_tokens=0, new_pages=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
 )
 TOKENS, PAGE = 1024, 256
 
 
 def test_a_prefix_attracts() -> None:
-    assert route([IDLE, IDLE._replace(hit_pages=3, new_pages=1)], TOKENS, PAGE) == 1
+    assert route([IDLE, IDLE._replace(hit_tokens=3 * PAGE, new_pages=1)], TOKENS, PAGE) == 1
 
 
 def test_the_longest_prefix_loses_to_an_idle_group_when_its_own_is_loaded() -> None:
-    hit = IDLE._replace(hit_pages=3, new_pages=1)
+    hit = IDLE._replace(hit_tokens=3 * PAGE, new_pages=1)
     assert route([IDLE, hit._replace(backlog=3000)], TOKENS, PAGE) == 1
     assert route([IDLE, hit._replace(backlog=3200)], TOKENS, PAGE) == 0
     assert route([IDLE, hit._replace(running=180)], TOKENS, PAGE) == 1

@@ -1,0 +1,260 @@
+"""Reuse inside a page: which part matches, who copies, who takes over, and what the index forgets and keeps."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvcache import BlockTable, GroupId, SequenceBlocks, audit, hash_pages
+from kvcache.index import MAX_CANDIDATES, Part, common_prefix
+
+PAGE, STRIDE = 16, 4
+ZERO, ONE = GroupId(0), GroupId(1)
+
+Tokens = npt.NDArray[np.int32]
+
+
+def ids(*runs: tuple[int, int]) -> Tokens:
+    """(token, how many of it) one after another."""
+    return np.array([token for token, count in runs for _ in range(count)], np.int32)
+
+
+def make_table(*sizes: int) -> BlockTable:
+    table = BlockTable(PAGE, STRIDE)
+    for group, blocks in enumerate(sizes):
+        table.add_group(GroupId(group), blocks)
+    return table
+
+
+def find(table: BlockTable, tokens: Tokens, salt: str = "", limit: int | None = None) -> dict[GroupId, Part]:
+    limit = len(tokens) if limit is None else limit
+    match = table.match(tokens, hash_pages(tokens, PAGE, salt), salt, limit // PAGE)
+    return table.parts(match, tokens, salt, limit)
+
+
+def start(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "", blocks: int = 0) -> SequenceBlocks:
+    """A sequence on all that the group has of `tokens`, with pages for them, or `blocks` in all."""
+    match = table.match(tokens, hash_pages(tokens, PAGE, salt), salt, len(tokens) // PAGE)
+    parts = table.parts(match, tokens, salt, len(tokens))
+    depth = match.depth(group)
+    total = blocks or -(-len(tokens) // PAGE)
+    seq = table.reserve(group, match, depth, total - depth, salt, parts.get(group))
+    assert seq is not None
+    return seq
+
+
+def compute(table: BlockTable, seq: SequenceBlocks, tokens: Tokens) -> SequenceBlocks:
+    """The sequence has computed `tokens`, all that it has: full pages and the tail are published."""
+    hashes = hash_pages(tokens, PAGE, seq.salt)
+    for at in range(len(seq.nodes), len(hashes)):
+        table.publish(seq, tokens[at * PAGE : (at + 1) * PAGE], hashes[at])
+    if len(tokens) % PAGE >= STRIDE:
+        table.publish_tail(seq, tokens[len(hashes) * PAGE :])
+    return seq
+
+
+def cache(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "") -> None:
+    table.release(compute(table, start(table, tokens, group, salt), tokens))
+    audit(table, [])
+
+
+def common(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "") -> int:
+    part = find(table, tokens, salt).get(group)
+    return part.tokens if part else 0
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "expected"),
+    [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([1], [2], 0), ([], [1], 0), ([1], [], 0)],
+)
+def test_common_prefix(content: list[int], tokens: list[int], expected: int) -> None:
+    assert common_prefix(np.array(content, np.int32).tobytes(), np.array(tokens, np.int32)) == expected
+
+
+def test_a_match_inside_a_full_page_is_exact_to_the_token() -> None:
+    table = make_table(4)
+    cache(table, ids((7, 10), (8, 6)))
+    for same in range(STRIDE, 11):
+        assert common(table, ids((7, same), (9, 6))) == same
+    assert common(table, ids((7, STRIDE - 1), (9, 6))) == 0, "fewer than a stride is not looked for"
+    assert common(table, ids((7, 10), (8, 4))) == 14, "the page goes on beyond the prompt"
+
+
+def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_its_page() -> None:
+    table = make_table(4)
+    cache(table, ids((1, 16), (2, 7)))
+    turn = ids((1, 16), (2, 7), (3, 20))
+    used = table.usage(ZERO)
+    seq = start(table, turn)
+    assert (seq.inherited, seq.source) == (7, None)
+    assert table.usage(ZERO).free == used.free - 1, "43 tokens need three pages, of which two were there"
+    compute(table, seq, turn)
+    audit(table, [seq])
+    table.release(seq)
+    assert common(table, turn) == 11
+    audit(table, [])
+
+
+def test_what_a_running_sequence_has_computed_of_its_page_is_copied_while_it_goes_on() -> None:
+    table = make_table(4)
+    author = compute(table, start(table, ids((1, 9)), blocks=2), ids((1, 9)))
+    second = start(table, ids((1, 7), (2, 2)))
+    assert (second.inherited, second.source) == (7, author.blocks[0])
+    compute(table, author, ids((1, 16)))
+    compute(table, second, ids((1, 7), (2, 9)))
+    audit(table, [author, second])
+    assert common(table, ids((1, 12))) == 12
+    assert common(table, ids((1, 7), (2, 4))) == 11
+
+
+def test_a_page_that_others_use_is_copied_whole_or_in_part() -> None:
+    table = make_table(6)
+    reader = compute(table, start(table, ids((1, 16))), ids((1, 16)))
+    other = start(table, ids((1, 12), (2, 4)))
+    assert (other.inherited, other.source) == (12, reader.blocks[0])
+    table.release(reader)
+    audit(table, [other])
+    assert common(table, ids((1, 16), (3, 4))[:15]) == 15, "it is still there"
+
+
+def test_a_cached_page_with_free_pages_beside_it_is_copied_so_that_both_ends_stay() -> None:
+    table = make_table(3)
+    cache(table, ids((1, 10), (2, 4)))
+    seq = start(table, ids((1, 10), (3, 4)))
+    assert (seq.inherited, seq.source is None) == (10, False)
+    compute(table, seq, ids((1, 10), (3, 4)))
+    audit(table, [seq])
+    assert common(table, ids((1, 10), (2, 4))) == 14
+    assert common(table, ids((1, 10), (3, 4))) == 14
+
+
+@pytest.mark.parametrize("rest", [4, 6], ids=["a tail", "a full page"])
+def test_without_a_free_page_a_cached_one_is_taken_over_and_its_rest_unpublished(rest: int) -> None:
+    table = make_table(1)
+    cache(table, ids((1, 10), (2, rest)))
+    seq = start(table, ids((1, 10), (3, 4)))
+    assert (seq.inherited, seq.source) == (10, None)
+    audit(table, [seq])
+    assert common(table, ids((1, 10), (2, rest))) == (10 if seq.tail else 0), "what is overwritten is not found any more"
+    compute(table, seq, ids((1, 10), (3, 4)))
+    audit(table, [seq])
+    assert common(table, ids((1, 10), (3, 4))) == 14
+
+
+def test_a_page_with_something_behind_it_is_never_taken_over() -> None:
+    table = make_table(3)
+    cache(table, ids((1, 16), (2, 16), (3, 16)))
+    seq = start(table, ids((1, 16), (2, 9), (4, 7)))
+    assert seq.inherited == 9
+    assert seq.source is not None
+    audit(table, [seq])
+    assert common(table, ids((1, 16), (2, 12))) == 12
+
+
+def test_a_part_is_given_up_where_there_is_no_room_for_it() -> None:
+    table = make_table(2)
+    cache(table, ids((1, 16), (2, 16)))
+    seq = start(table, ids((1, 9), (3, 7), (4, 16)))
+    assert (seq.inherited, seq.source, len(seq.blocks)) == (0, None, 2), "both pages are needed: nothing is left to copy from"
+    audit(table, [seq])
+
+
+def test_a_tail_gives_way_to_a_twin_that_was_full_first() -> None:
+    table = make_table(4)
+    slow = compute(table, start(table, ids((1, 16)), blocks=2), ids((1, 6)))
+    fast = compute(table, start(table, ids((2, 16)), blocks=1), ids((2, 4)))
+    table.release(fast)
+    fast = start(table, ids((1, 16)))
+    assert fast.source == slow.blocks[0]
+    compute(table, fast, ids((1, 16)))
+    private = slow.blocks[0]
+    compute(table, slow, ids((1, 16)))
+    assert slow.blocks[0] == fast.blocks[0] != private
+    assert not slow.tail
+    audit(table, [slow, fast])
+
+
+def test_a_twin_in_another_group_does_not_matter_to_a_tail() -> None:
+    table = make_table(2, 2)
+    first = compute(table, start(table, ids((1, 16)), ZERO), ids((1, 6)))
+    compute(table, first, ids((1, 16)))
+    second = compute(table, start(table, ids((1, 16)), ONE, blocks=1), ids((1, 6)))
+    compute(table, second, ids((1, 16)))
+    audit(table, [first, second])
+    assert first.nodes == second.nodes
+
+
+def test_a_second_tail_that_begins_like_another_is_not_published_and_its_page_is_free_afterwards() -> None:
+    table = make_table(3)
+    first = compute(table, start(table, ids((1, 9)), blocks=1), ids((1, 9)))
+    second = table.reserve(ZERO, table.match(ids(), [], "", 0), 0, 1, "")
+    assert second is not None
+    compute(table, second, ids((1, 9)))
+    assert not second.tail
+    table.release(second)
+    assert table.usage(ZERO).free == 2
+    table.release(first)
+    assert table.usage(ZERO).cached == 1
+    audit(table, [])
+
+
+def test_each_group_matches_what_it_has_at_the_depth_that_it_has() -> None:
+    table = make_table(4, 4)
+    cache(table, ids((1, 16), (2, 10)), ZERO)
+    cache(table, ids((1, 9)), ONE)
+    parts = find(table, ids((1, 16), (2, 16)))
+    assert {group: part.tokens for group, part in parts.items()} == {ZERO: 10, ONE: 9}
+
+
+def test_tenants_do_not_see_each_other() -> None:
+    table = make_table(4)
+    cache(table, ids((1, 12)), salt="one")
+    assert common(table, ids((1, 12)), salt="other") == 0
+    assert common(table, ids((1, 12)), salt="one") == 12
+
+
+def test_the_last_token_of_a_prompt_is_never_part_of_it() -> None:
+    table = make_table(4)
+    cache(table, ids((1, 12)))
+    assert find(table, ids((1, 12)), limit=11)[ZERO].tokens == 11
+
+
+def test_an_evicted_tail_is_forgotten() -> None:
+    table = make_table(2)
+    cache(table, ids((1, 12)))
+    held = start(table, ids((2, 32)))
+    assert common(table, ids((1, 12))) == 0
+    audit(table, [held])
+
+
+def test_the_newest_of_many_pages_that_begin_alike_are_compared() -> None:
+    table = make_table(2 * MAX_CANDIDATES + 2)
+    for last in range(2 * MAX_CANDIDATES):
+        cache(table, ids((1, 8), (100 + last, 4)))
+    newest, oldest = 100 + 2 * MAX_CANDIDATES - 1, 100
+    assert common(table, ids((1, 8), (newest, 4))) == 12
+    assert common(table, ids((1, 8), (oldest, 4))) == 8
+
+
+def test_without_a_stride_only_whole_pages_match() -> None:
+    table = BlockTable(PAGE)
+    table.add_group(ZERO, 4)
+    seq = table.reserve(ZERO, table.match(ids((1, 16)), [], "", 1), 0, 1, "")
+    assert seq is not None
+    table.publish(seq, ids((1, 16)), hash_pages(ids((1, 16)), PAGE)[0])
+    assert find(table, ids((1, 12))) == {}
+    assert not table.index.by_head
+    audit(table, [seq])
+
+
+@pytest.mark.parametrize("tokens", [STRIDE - 1, PAGE])
+def test_what_is_no_part_cannot_be_published_as_one(tokens: int) -> None:
+    table = make_table(2)
+    seq = start(table, ids((1, 20)))
+    with pytest.raises(ValueError, match="cannot be published as a part"):
+        table.publish_tail(seq, ids((1, tokens)))
+
+
+@pytest.mark.parametrize("stride", [-1, PAGE])
+def test_a_stride_is_inside_a_page(stride: int) -> None:
+    with pytest.raises(ValueError, match="is not inside a page"):
+        BlockTable(PAGE, stride)
