@@ -1,6 +1,7 @@
 """The endpoint as a user starts it, `manta serve` on a Ray cluster of its own: what clients see while its processes die.
 
-One start for all tests, which run in order; the last one ends it with Ctrl-C.
+One start for all tests, which run in order; the last one ends it with Ctrl-C. What must happen in mid-stream happens while the
+workers are stopped: however slow this machine is, no stream ends before it.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,6 +102,44 @@ class Endpoint:
         status = self.status()
         return [group["held"] + group["running"] for group in status["groups"]] == [0, 0]
 
+    def running(self) -> int:
+        """Sequences that hold a lease, at this moment; -1 if no replica or no scheduler tells."""
+        try:
+            lines = self.http.get("/metrics").text.splitlines()
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            return -1
+        told = [float(line.split()[-1]) for line in lines if line.startswith("manta_sequences_running{")]
+        return int(sum(told)) if told else -1
+
+    @contextlib.contextmanager
+    def stopped_once_begun(self, begin: Callable[[], list[T]]) -> Iterator[list[T]]:
+        """Requests that have all begun and of which none has ended: the workers are stopped until the block is left."""
+        held = self.processes(WORKER)
+
+        def begun() -> list[T] | None:
+            signal_all(held, signal.SIGCONT)
+            until("those before have not ended", lambda: self.running() == 0)
+            requests = begin()
+            signal_all(held, signal.SIGSTOP)
+            return requests if self.running() == len(requests) else None
+
+        try:
+            yield until("they always end before the workers are stopped", begun)
+        finally:
+            signal_all(held, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def streams(self, prompts: Sequence[str], max_tokens: int) -> Iterator[list["Stream"]]:
+        """All under way until the block is left."""
+
+        def begin() -> list["Stream"]:
+            streams = [Stream(self, prompt, max_tokens) for prompt in prompts]
+            until("not all have begun", lambda: all(stream.text for stream in streams))
+            return streams
+
+        with self.stopped_once_begun(begin) as begun:
+            yield begun
+
     def is_whole(self) -> bool:
         """Both groups are up, both replicas reach the scheduler."""
         status = self.status()
@@ -145,7 +184,22 @@ class Stream(threading.Thread):
     def ended(self) -> "Stream":
         self.join(PATIENCE_S)
         assert not self.is_alive(), "the stream did not end"
+        assert (self.reason is None) == (self.error is not None), "a stream ends with a finish reason, or else with an error"
         return self
+
+
+def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
+    """A call that has answered once."""
+    sampling = pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True)
+    call = stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
+    next(call)
+    return call
+
+
+def signal_all(processes: Sequence[int], number: signal.Signals) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def free_ports(count: int) -> list[int]:
@@ -177,13 +231,11 @@ def expected(endpoint: Endpoint) -> list[str]:
 
 def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) -> None:
     held = until("no worker was started", lambda: endpoint.processes(WORKER))
-    for pid in held:
-        os.kill(pid, signal.SIGSTOP)  # so that it stays in the midst of its start
+    signal_all(held, signal.SIGSTOP)  # so that it stays in the midst of its start
     try:
         refused = until("requests are not refused", lambda: endpoint.refusal())
     finally:
-        for pid in held:
-            os.kill(pid, signal.SIGCONT)
+        signal_all(held, signal.SIGCONT)
     assert refused.headers["Retry-After"] == "1"
     assert "is ready at" not in endpoint.said
     until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said)
@@ -215,15 +267,9 @@ def test_it_answers_over_grpc(whole: Endpoint, expected: list[str]) -> None:
 
 def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoint) -> None:
     stub = manta_pb2_grpc.MantaStub(whole.grpc)
-    sampling = pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True)
     names = [f"request-{i}" for i in range(4)]  # of two replicas: some are asked for what the other one has
-    calls = [
-        stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
-        for name in names
-    ]
-    for call in calls:
-        next(call)
-    answers = [stub.Abort(pb.AbortRequest(request_id=name), timeout=PATIENCE_S) for name in names]
+    with whole.stopped_once_begun(lambda: [begin(stub, name) for name in names]) as calls:
+        answers = [stub.Abort(pb.AbortRequest(request_id=name), timeout=PATIENCE_S) for name in names]
     assert [answer.aborted for answer in answers] == [1, 1, 1, 1]
     for call in calls:
         with pytest.raises(grpc.RpcError) as ended:
@@ -235,15 +281,12 @@ def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoi
 def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) -> None:
     before = whole.processes(INGRESS)
     assert len(before) == 2
-    streams = [Stream(whole, prompt, ENDLESS) for prompt in [*PROMPTS, *PROMPTS]]
-    until("not all have begun", lambda: all(stream.text for stream in streams))
-    os.kill(before[0], signal.SIGKILL)
-
-    until("its requests still run", lambda: whole.now("running") < len(streams))
-    assert not any(stream.reason for stream in streams), "requests are aborted because their replica died, not at their end"
+    with whole.streams([*PROMPTS, *PROMPTS], ENDLESS) as streams:
+        os.kill(before[0], signal.SIGKILL)
+        until("its requests still run", lambda: 0 <= whole.running() < len(streams))
+        until("nobody was told", lambda: any(stream.error is not None for stream in streams))
     ends = [stream.ended() for stream in streams]
     assert {stream.reason for stream in ends if stream.error is None} == {"length"}, "those of the other replica go on"
-    assert any(stream.error is not None for stream in ends)
     until("blocks are still held", whole.is_idle)
     until("there is no other replica", lambda: len(whole.processes(INGRESS)) == 2 and whole.is_whole())
     assert before[1] in whole.processes(INGRESS)
@@ -251,9 +294,8 @@ def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) 
 
 def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
     before = whole.processes(WORKER)
-    streams = [Stream(whole, prompt) for prompt in PROMPTS]
-    until("not all have begun", lambda: all(stream.text for stream in streams))
-    os.kill(before[0], signal.SIGKILL)
+    with whole.streams(PROMPTS, LONG) as streams:
+        os.kill(before[0], signal.SIGKILL)
     ends = [stream.ended() for stream in streams]
     assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
     until("the group did not come back", whole.is_whole)
@@ -264,10 +306,9 @@ def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
 
 def test_a_scheduler_that_dies_is_replaced(whole: Endpoint, expected: list[str]) -> None:
     assert whole.now("epoch") == 0
-    streams = [Stream(whole, prompt, ENDLESS) for prompt in PROMPTS]
-    until("not all have begun", lambda: all(stream.text for stream in streams))
     (victim,) = whole.processes(SCHEDULER)
-    os.kill(victim, signal.SIGKILL)
+    with whole.streams(PROMPTS, ENDLESS) as streams:
+        os.kill(victim, signal.SIGKILL)
     for stream in streams:
         error = stream.ended().error
         assert isinstance(error, openai.APIError), "a stream ends with an error event"
