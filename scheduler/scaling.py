@@ -73,6 +73,7 @@ class Scaler:
     def __init__(self, config: ScalingConfig) -> None:
         self.config = config
         self._low_since_s: float | None = None
+        self._up_since_s: dict[int, float] = {}
         self._idle_since_s: dict[int, float] = {}
         self._added_s = float("-inf")
         self._drained_s = float("-inf")
@@ -89,6 +90,7 @@ class Scaler:
         return self._shrink(moment) if need is None else self._grow(moment, need)
 
     def _watch(self, at: _Moment) -> None:
+        self._up_since_s = {group.group: self._up_since_s.get(group.group, at.now_s) for group in at.active}
         idle = (group.group for group in at.active if group.running == 0 and group.backlog_tokens == 0)
         self._idle_since_s = {name: self._idle_since_s.get(name, at.now_s) for name in idle}
         if not at.active or _headroom(at.active) >= self.config.low_headroom:
@@ -134,12 +136,14 @@ class Scaler:
         return Decision("add", f"{need}; {at.target} groups become {at.target + 1}")
 
     def _shrink(self, at: _Moment) -> Decision:
-        idle_s = {name: at.now_s - since_s for name, since_s in self._idle_since_s.items()}
-        ready = [group for group in at.active if idle_s.get(group.group, -1.0) >= self.config.idle_s]
-        if not ready:
+        """The newest of those that are idle, if it has been idle for long: it is what a node was brought for, so that a node
+        gets empty. An older one goes only while every newer one works: all that stand idle leave in turn, the newest first."""
+        idle = [group for group in at.active if group.group in self._idle_since_s]
+        leaving = max(idle, key=lambda group: (self._up_since_s[group.group], group.group), default=None)
+        idle_s = at.now_s - self._idle_since_s[leaving.group] if leaving is not None else 0.0
+        if leaving is None or idle_s < self.config.idle_s:
             return Decision("none", f"{at.target} groups suffice, none has been idle for idle_s={self.config.idle_s:g}")
-        leaving = min(ready, key=lambda group: (group.cached_blocks, -group.group))
-        why = f"group {leaving.group} has been idle for {idle_s[leaving.group]:.0f} s (idle_s={self.config.idle_s:g})"
+        why = f"group {leaving.group} has been idle for {idle_s:.0f} s (idle_s={self.config.idle_s:g})"
         if (obstacle := self._obstacle(at, leaving)) is not None:
             return Decision("none", f"{why}; but {obstacle}")
         self._drained_s = at.now_s

@@ -48,17 +48,18 @@ def alive_nodes() -> int:
 
 
 def test_load_brings_a_node_and_a_group_and_idleness_takes_them_away(tmp_path: Path) -> None:
-    with autoscaling_ray(tmp_path, head_cpus=1, worker_cpus=1, max_workers=1) as address:
+    """The head has no room for groups: each has a node of its own, so that whichever goes leaves one empty."""
+    with autoscaling_ray(tmp_path, head_cpus=0, worker_cpus=1, max_workers=2) as address:
         try:
             with LLM(
                 TINY, ray_address=address, groups=1, max_groups=2, threads=1, scale_wait_s=0.5, scale_idle_s=2.0,
                 scale_cooldown_s=1.0, check_invariants=True, **OPTIONS,
             ) as llm:  # fmt: skip
-                assert alive_nodes() == 1
-                answer_until_second_group_works(llm)
                 assert alive_nodes() == 2
-                until("the idle group did not go", lambda: [group.group for group in llm.stats().groups] == [0])
-                until("the idle node did not go", lambda: alive_nodes() == 1)
+                answer_until_second_group_works(llm)
+                assert len(ray.nodes()) == 3, "it is on a node that was not there before"
+                until("the idle group did not go", lambda: len(llm.stats().groups) == 1)
+                until("its node did not go", lambda: alive_nodes() == 2)
                 assert_whole(llm, [[300, 301, 302]])
         finally:
             ray.shutdown()

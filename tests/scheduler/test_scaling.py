@@ -90,14 +90,30 @@ def test_a_step_of_work_starts_the_idle_time_anew() -> None:
 @pytest.mark.parametrize(
     ("groups", "leaves"),
     [
-        ((group(0, cached=5), group(1, cached=4), group(2, cached=9)), 1),
-        ((group(0), group(1), group(2)), 2),
-        ((group(0, cached=1), group(1, 1), group(2, cached=1)), 2),
+        ((group(0), group(1), group(2, cached=90)), 2),
+        ((group(0), group(1), group(2, 1)), 1),
     ],
-    ids=["fewest cached blocks", "the highest number among equals", "never a busy one"],
+    ids=["the highest number of those that came together", "never a busy one"],
 )
 def test_which_group_leaves(groups: tuple[GroupStats, ...], leaves: int) -> None:
     assert last(Scaler(CONFIG), 300, stats(*groups), 3).group == leaves
+
+
+def test_the_newest_leaves_whatever_its_number() -> None:
+    """Group 0 was lost or drained, and came anew."""
+    scaler = Scaler(CONFIG)
+    scaler.decide(0, stats(group(0, 3), group(1, 3)), 2, 0)
+    scaler.decide(1, stats(group(1, 3)), 1, 0)
+    assert last(scaler, 300, stats(group(0), group(1)), 2, start_s=2).group == 0
+
+
+def test_the_newest_is_waited_for_unless_it_works() -> None:
+    """When the load ends, groups run empty one by one: the first to do so is not the one to go."""
+    scaler = Scaler(CONFIG)
+    scaler.decide(0, stats(group(0), group(1, 1)), 2, 0)
+    assert last(scaler, 300, stats(group(0), group(1)), 2, start_s=9).group == 1
+    scaler = Scaler(CONFIG)
+    assert last(scaler, 300, stats(group(0), group(1, 1)), 2).group == 0
 
 
 @pytest.mark.parametrize(
