@@ -67,14 +67,14 @@ class DecodingGroup:
         """Commits one token of each sequence. Returns the nanoseconds that this took."""
         self._left -= 1
         report = self._next_report(b"")
-        core, group = self.core, self.core.groups[self.group]
+        core = self.core
         begin = time.perf_counter_ns()
         core.report(self.group, report)
-        commands = group.drain()
+        logs = core.take_logs()
         deltas = core.outbox.drain()
         elapsed = time.perf_counter_ns() - begin
         assert len(deltas) == FRONT_ENDS or len(self._leases) < FRONT_ENDS
-        assert commands is None or all(isinstance(command, Grant | Remap) for command in commands.commands)
+        assert all(isinstance(command, Grant | Remap) for _, log in logs for command in log.commands)
         for _ in report.finished:
             self._submit(1, int(self._random.integers(*OUTPUT_TOKENS)))
         self._take_starts()
@@ -86,8 +86,7 @@ class DecodingGroup:
         self.core.submit(stream % FRONT_ENDS, Request(stream, tokens, b"", SamplingParams(max_tokens=output)))
 
     def _take_starts(self) -> list[int]:
-        batch = self.core.groups[self.group].drain()
-        starts = [command for command in batch.commands if isinstance(command, Start)] if batch else []
+        starts = [command for _, log in self.core.take_logs() for command in log.commands if isinstance(command, Start)]
         for start in starts:
             row = start.lease & ROW_MASK
             self._leases[row], self._left[row] = start.lease, start.max_tokens
@@ -128,15 +127,12 @@ class Intake:
         prompt = np.append(self._common, self._draw(PROMPT_TOKENS - len(self._common)))
         stream = next(self._stream)
         request = Request(stream, prompt.tobytes(), b"", SamplingParams())
-        groups = list(self.core.groups.values())
         begin = time.perf_counter_ns()
         self.core.submit(0, request)
-        for group in groups:
-            group.drain()
+        self.core.take_logs()
         elapsed = time.perf_counter_ns() - begin
         self.core.abort(0, stream)
-        for group in groups:
-            group.drain()
+        self.core.take_logs()
         self.core.outbox.drain()
         return elapsed
 
@@ -146,8 +142,7 @@ class Intake:
     def _compute(self, prompt: npt.NDArray[np.int32]) -> None:
         """Has the first group compute a prompt, so that its pages are cached there."""
         self.core.submit(0, Request(next(self._stream), prompt.tobytes(), b"", SamplingParams(max_tokens=1)))
-        log = self.core.groups[GroupId(0)].drain()
-        assert log is not None
+        ((_, log),) = self.core.take_logs()
         start = log.commands[0]
         assert isinstance(start, Start)
         leases, computed = np.array([start.lease], np.int64), np.array([len(prompt)], np.int32)

@@ -172,9 +172,8 @@ class LocalEngine:
     def _deliver(self) -> None:
         if self._check:
             check(self._core)
-        for name, group in self._core.groups.items():
-            if (batch := group.drain()) is not None:
-                self._inboxes[name].commands.put(list(batch.commands))
+        for name, batch in self._core.take_logs():
+            self._inboxes[name].commands.put(list(batch.commands))
         for _, deltas in self._core.outbox.drain():
             self._on_deltas(deltas)
 

@@ -1,7 +1,7 @@
 """The one owner: every block and every sequence of the cluster, and each decision about them.
 
 Plain Python and NumPy; no Ray, no torch, no clock. Every call is synchronous, hence atomic: the shell around it (an actor,
-a lock, a simulator) sets `now_s`, calls in, then delivers what each group's `drain` and then `outbox.drain` hand out.
+a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and then `outbox.drain` hand out.
 
     submit ──▶ waiting ──admit: route, pin, reserve──▶ running ──report: commit, publish, grant──▶ ended
                   ▲                                        │
@@ -18,7 +18,7 @@ from kvcache.ids import GroupId
 from scheduler.admission import Admission
 from scheduler.config import CoreConfig
 from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
-from scheduler.messages import NO_TOKEN, Drop, Failure, FinishReason, Report, Request
+from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Report, Request
 from scheduler.paging import Paging
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence
@@ -43,7 +43,7 @@ class SchedulerCore:
         self._admission = Admission(state, self._paging)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
-        self.outbox = state.outbox  # drained by the shell after each call, after the groups' logs
+        self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
         self._random = random.Random(config.seed)
         self._numbers = 0
@@ -57,6 +57,18 @@ class SchedulerCore:
     @now_s.setter
     def now_s(self, now_s: float) -> None:
         self._state.now_s = now_s
+
+    def take_logs(self) -> list[tuple[GroupId, Commands]]:
+        """What has been issued since the last call, by group, in the order in which they were first told something.
+
+        Costs nothing for the groups that were told nothing. A group that went down meanwhile hears nothing more.
+        """
+        told = self._state.told
+        logs = [
+            (group.group, log) for group in told if self.groups.get(group.group) is group and (log := group.drain()) is not None
+        ]
+        told.clear()
+        return logs
 
     # ---- groups -------------------------------------------------------------------------------------------------------
 
@@ -76,7 +88,7 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.told)
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
 

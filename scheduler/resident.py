@@ -60,7 +60,8 @@ class ResidentGroup:
     Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
     """
 
-    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int) -> None:
+    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int, told: list["ResidentGroup"]) -> None:
+        """told: where it puts itself when its log is no longer empty, so that the shell need not ask every group."""
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
@@ -88,11 +89,14 @@ class ResidentGroup:
         self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it
         self._issued = 0
         self._log: list[Command] = []
+        self._told = told
         self._roster: Roster | None = None
 
     # ---- the log down
 
     def issue(self, command: Command) -> None:
+        if not self._log:
+            self._told.append(self)
         self._log.append(command)
 
     def drain(self) -> Commands | None:

@@ -178,9 +178,8 @@ class SchedulerServer:
         """Logs before deltas: a page is never promised to a client before its group was told."""
         if self._check:
             check(self.core)
-        for name, group in self.core.groups.items():
-            commands = group.drain()
-            if commands is not None and (leader := self._leaders.get(name)) is not None:
+        for name, commands in self.core.take_logs():
+            if (leader := self._leaders.get(name)) is not None:
                 leader.write(frame(commands))
         for front_end, deltas in self.core.outbox.drain():
             writer = self._front_ends.get(front_end)

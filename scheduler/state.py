@@ -23,7 +23,8 @@ class ClusterState:
     """Mutated by the core and its parts alone, one call at a time.
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
-    their pages, 0 if unknown. computed, admitted: tokens that were computed, and that waited and wait no more, lately.
+    their pages, 0 if unknown. told: groups whose logs are not empty, or were not when something was issued; also such as have
+    gone down since. computed, admitted: tokens that were computed, and that waited and wait no more, lately.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -36,6 +37,7 @@ class ClusterState:
         self.waiting = WaitingRoom()
         self.counters = Counters()
         self.outbox = Outbox()
+        self.told: list[ResidentGroup] = []
         self.computed = Pace()
         self.admitted = Pace()
 

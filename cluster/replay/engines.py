@@ -134,7 +134,7 @@ class Engine:
         try:
             change()
         finally:
-            logs = [(name, log) for name, group in core.groups.items() if (log := group.drain()) is not None]
+            logs = core.take_logs()
             told = core.outbox.drain()
             self.core_s += time.perf_counter() - began_s
         for name, log in logs:

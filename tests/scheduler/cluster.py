@@ -260,9 +260,9 @@ class Cluster:
     def settle(self) -> None:
         """What follows from every event: the invariants hold, the logs travel, the front ends are told."""
         check(self.core)
-        for name, group in self.core.groups.items():
-            if (batch := group.drain()) is not None:
-                self.groups[name].take(batch)
+        for name, batch in self.core.take_logs():
+            self.groups[name].take(batch)
+        assert all(group.drain() is None for group in self.core.groups.values()), "a log was not handed out"
         for front_end, deltas in self.core.outbox.drain():
             self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
 

@@ -35,6 +35,24 @@ def test_commands_are_numbered_without_a_gap_from_0_in_each_epoch() -> None:
     cluster.run()
 
 
+def test_only_those_who_were_told_something_are_handed_out_and_no_former_epoch_is() -> None:
+    core = SchedulerCore(CoreConfig(page_size=4, max_model_len=64))
+    for group in range(3):
+        core.group_up(GroupId(group), 0, 8, 4)
+    tokens = np.zeros(3, np.int32).tobytes()
+    for stream in range(2):
+        core.submit(0, Request(stream, tokens, b"", SamplingParams(max_tokens=2)))
+    core.group_down(GroupId(0), "gone", returning=True)  # what it had been told goes with it
+    logs = core.take_logs()
+    assert [name for name, _ in logs] == [1, 2]
+    assert [type(command) for _, log in logs for command in log.commands] == [Start, Start]
+    core.group_up(GroupId(0), 1, 8, 4)
+    assert core.take_logs() == []
+    core.abort(0, 0)
+    ((_, log),) = core.take_logs()
+    assert (log.first, [type(command) for command in log.commands]) == (1, [Drop])
+
+
 def test_a_gap_in_the_reports_is_an_error_that_names_both_numbers() -> None:
     cluster = Cluster((8,))
     cluster.submit([1], max_tokens=20)

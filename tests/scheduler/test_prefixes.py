@@ -167,7 +167,7 @@ def test_equal_hashes_of_different_pages_cost_a_wait_and_nothing_else() -> None:
         core.submit(0, Request(stream, tokens, hashes, SamplingParams(max_tokens=1)))
         assert core.sequences[0, stream].hashes == [7, 7, 7]
     for _ in range(20):
-        if (batch := core.groups[GroupId(0)].drain()) is not None:
+        for _, batch in core.take_logs():
             group.take(batch)
         group.deliver()
         group.turn()

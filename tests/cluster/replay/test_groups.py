@@ -50,7 +50,7 @@ class Pair:
 
     def _settle(self) -> None:
         check(self.core)
-        if (log := self.core.groups[GROUP].drain()) is not None:
+        for _, log in self.core.take_logs():
             self.group.take(log.commands, self.now_s)
         if self.group.run is None:
             self.group.begin(self.now_s)
