@@ -17,6 +17,7 @@ from rich.table import Table
 from cluster.replay.engines import ClusterShape
 from cluster.replay.report import Outcome, Target
 from cluster.replay.run import POLICIES, Outage, Scenario, replay
+from cluster.replay.synthetic import SCHEME, make_trace, parse_synthetic
 from cluster.replay.time_model import TimeModel, calibrated
 from cluster.replay.traces import TraceRequest, read_trace
 from deploy.config import ConfigError
@@ -34,8 +35,12 @@ def _option(name: str, help: str) -> Any:
 
 
 TraceArgument = Annotated[
-    Path,
-    typer.Argument(help="Mooncake JSONL, a request log of manta serve, or CSV of Azure or BurstGPT.", show_default=False),
+    str,
+    typer.Argument(
+        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
+        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
+        show_default=False,
+    ),
 ]
 PolicyOption = Annotated[
     list[str], _option("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
@@ -111,13 +116,20 @@ def command(
         shape = ClusterShape(groups, pages, page_size, max_num_seqs, max_num_batched_tokens, times)
         outages = tuple(_outage(text) for text in fail)
         scenario = Scenario(shape, speed_up, seed, outages, lag, Target(ttft, tpot))
-        requests = read_trace(trace, seed, limit)
+        requests = _requests(trace, seed, limit)
         outcomes = [_replay(requests, name, scenario, quiet) for name in dict.fromkeys(policy or POLICIES)]
         console = Console()
         console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
         console.print(summary(outcomes))
         if json:
             sys.stdout.write(msgspec.json.encode({each.policy: each for each in outcomes}).decode() + "\n")
+
+
+def _requests(trace: str, seed: int, limit: int | None) -> list[TraceRequest]:
+    """Errors: TraceError, OSError."""
+    if trace.startswith(SCHEME):
+        return make_trace(parse_synthetic(trace), seed, limit)
+    return read_trace(Path(trace), seed, limit)
 
 
 def _times(

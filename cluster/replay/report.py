@@ -22,7 +22,8 @@ class Target:
 
 
 class Record:
-    """What the clients saw, by request: virtual seconds, NaN for what did not happen."""
+    """What the clients saw, by request: virtual seconds, NaN for what did not happen. marks: when half of the requests have
+    come, and all: the virtual time, the time inside the cores so far, and the sequences that live."""
 
     def __init__(self, requests: int) -> None:
         self.arrived_s = np.full(requests, np.nan)
@@ -31,6 +32,7 @@ class Record:
         self.refused = np.zeros(requests, np.bool_)
         self.preemptions = 0
         self.ended = 0
+        self.marks: list[tuple[float, float, int]] = []
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -54,7 +56,8 @@ class Outcome(msgspec.Struct, frozen=True):
     token_hit_rate: prompt tokens found in the cache at the first start / all prompt tokens. busiest_over_mean: prompt tokens
     that the busiest group computed / the mean over groups. ttft_s: from arrival to the first token. tpot_s: seconds a token
     after it, of requests with more than one. goodput: requests per second that met the target. core_cpu_s: inside the cores;
-    by request and by second of each group below it. virtual_s: until the last request ended. index_bytes: of the block
+    by request and by second of each group below it. core_share: of one core, and live_per_group: sequences that had not ended,
+    while the second half of the requests came, that is under full load. virtual_s: until the last request ended. index_bytes: of the block
     tables and prefix indexes at the end, the pages' tokens included.
     """
 
@@ -70,6 +73,8 @@ class Outcome(msgspec.Struct, frozen=True):
     core_cpu_s: float
     core_us_per_request: float
     core_us_per_group_s: float
+    core_share: float
+    live_per_group: float
     virtual_s: float
     index_bytes: int
 
@@ -88,6 +93,7 @@ def outcome(
     counters = [engine.core.counters for engine in engines]
     uncached = [tokens for engine in engines for tokens in engine.uncached()]
     core_s = sum(engine.core_s for engine in engines)
+    (half_s, half_core_s, half_live), (all_s, all_core_s, all_live) = record.marks[0], record.marks[-1]
     virtual_s = float(np.nanmax(record.ended_s)) if served.any() else 0.0
     return Outcome(
         policy=policy,
@@ -102,6 +108,8 @@ def outcome(
         core_cpu_s=round(core_s, 3),
         core_us_per_request=round(core_s * 1e6 / max(1, len(trace)), 1),
         core_us_per_group_s=round(core_s * 1e6 / (virtual_s * len(uncached)), 2) if virtual_s else 0.0,
+        core_share=round((all_core_s - half_core_s) / (all_s - half_s), 4) if all_s > half_s else 0.0,
+        live_per_group=round((half_live + all_live) / 2 / len(uncached), 1),
         virtual_s=round(virtual_s, 3),
         index_bytes=sum(table_bytes(engine) for engine in engines),
     )

@@ -144,6 +144,10 @@ class Replay:
     def _arrive(self, request: TraceRequest) -> None:
         self._record.arrived_s[request.number] = self._now_s
         self._submit(request)
+        if request.number in (len(self._trace) // 2, len(self._trace) - 1):
+            cores = [engine.core for engine in self._engines]
+            core_s = sum(engine.core_s for engine in self._engines)
+            self._record.marks.append((self._now_s, core_s, sum(len(core.sequences) for core in cores)))
 
     def _submit(self, request: TraceRequest) -> None:
         tokens = request.tokens()

@@ -37,6 +37,21 @@ def test_failures_and_limits(trace: str) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["manta"]["requests"] == 9
 
 
+def test_a_synthetic_trace() -> None:
+    trace = "synthetic:requests=40,rate=20,prompt=2000,output=20,users=5"
+    result = CliRunner().invoke(app, ["replay", trace, *POOLS, "--policy", "manta", "--json"])
+    assert result.exit_code == 0, result.output
+    outcome = json.loads(result.stdout.splitlines()[-1])["manta"]
+    assert outcome["requests"] == 40
+    assert 0 < outcome["token_hit_rate"] < 0.6
+
+
+def test_a_synthetic_trace_that_cannot_be_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["replay", "synthetic:user=5", *POOLS])
+    assert result.exit_code == 2
+    assert "did you mean users?" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
