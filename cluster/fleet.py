@@ -154,7 +154,7 @@ class Fleet:
         return GroupHandle(group, epoch, self.config.tensor_parallel_size, self.worker)
 
     def _running(self, group: int) -> int:
-        return sum(stats.running for stats in self.groups() if stats.group == group)
+        return sum(stats.running + stats.fetching for stats in self.groups() if stats.group == group)
 
     def _gone(self, group: int, reason: str) -> None:
         with self._lock:

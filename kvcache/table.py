@@ -172,6 +172,25 @@ class BlockTable:
             self._extend(pool, blocks, new_blocks)
         return seq
 
+    def hold(self, group: GroupId, match: Match, depth: int, salt: str, part: Part | None = None) -> SequenceBlocks:
+        """Pins what the group has of a match, to be read beside the steps: its first `depth` pages and the page of `part`.
+
+        Needs no room. `release` it like a sequence. part: of a page for which `may_hold` is true.
+        """
+        seq = self.reserve(group, match, depth, 0, salt)
+        assert seq is not None, "a hold takes no pages"
+        if part is not None:
+            block = self.index.blocks[group][part.node]
+            self.pools[group].pin(block)
+            seq.blocks.append(block)
+            seq.tail = part.node
+        return seq
+
+    def may_hold(self, group: GroupId, part: Part) -> bool:
+        """Whether a part's page stays as it is while it is pinned: the end of a sequence that runs no more."""
+        index = self.index
+        return index.is_tail(part.node) and not self.pools[group].refs[index.blocks[group][part.node]]
+
     def _may_take(self, group: GroupId, part: Part, new_blocks: int) -> bool:
         """Whether a part's page is taken over instead of copied: nobody uses it or what follows it, and it loses nothing.
 

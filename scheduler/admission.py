@@ -1,11 +1,15 @@
 """How a waiting sequence starts: match, route, pin and reserve in one step. Route = allocate.
 
-Imports `state`, `paging`, `policy` and the table.
+Imports `state`, `paging`, `transfers`, `policy` and the table.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
+from kvcache.ids import GroupId
 from kvcache.index import Match, Part
+from kvcache.table import SequenceBlocks
 from scheduler import policy
 from scheduler.config import count_start
 from scheduler.messages import ROW_BITS, Copy, LeaseId, Start
@@ -13,14 +17,37 @@ from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.state import ClusterState
+from scheduler.transfers import Transfer, Transfers
+
+
+class Source(NamedTuple):
+    """A group that could send what it has of a prefix: whole pages, and perhaps a page that ends inside. tokens: all of it."""
+
+    group: ResidentGroup
+    depth: int
+    part: Part | None
+    tokens: int
+
+    @property
+    def pages(self) -> int:
+        return self.depth + (self.part is not None)
+
+
+class Offer(NamedTuple):
+    """A way to serve a sequence: in this group, as it is or with the prefix of another. load: what policy sees of it."""
+
+    group: ResidentGroup
+    load: policy.GroupLoad
+    source: Source | None = None
 
 
 class Admission:
     """Works on the shared state; its own are the serials of leases."""
 
-    def __init__(self, state: ClusterState, paging: Paging) -> None:
+    def __init__(self, state: ClusterState, paging: Paging, transfers: Transfers) -> None:
         self._state = state
         self._paging = paging
+        self._transfers = transfers
         self._serials = 0
 
     def admit(self) -> None:
@@ -61,37 +88,65 @@ class Admission:
 
     def _place(self, sequence: Sequence, match: Match) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
-        state = self._state
-        groups = [
-            group for group in state.groups.values() if group.blocks >= sequence.pages_at_most and not group.draining
-        ]
+        state, page_size = self._state, self._state.config.page_size
         parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
-        pages = state.pages_for(sequence, sequence.committed)
-        loads = [self._load(group, match, parts.get(group.group), pages) for group in groups]
-        choice = policy.route(loads, sequence.committed, state.config.page_size)
+        offers = self._offers(sequence, match, parts)
+        choice = policy.route([offer.load for offer in offers], sequence.committed, page_size)
         if choice is None:
             return False
-        group, depth = groups[choice], match.depth(groups[choice].group)
-        part = parts.get(group.group)
+        group, _, source = offers[choice]
+        depth, pages = match.depth(group.group), state.pages_for(sequence, sequence.committed)
+        held = part = None
+        if source is None:
+            part = parts.get(group.group)
+        else:  # pinned first: the reservation evicts, and a match is good until then
+            held = state.table.hold(source.group.group, match, source.depth, sequence.salt, source.part)
         blocks = state.table.reserve(group.group, match, depth, pages - depth, sequence.salt, part)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
+        if source is not None and held is not None:
+            self._fetch(group, sequence, source, held, len(match.nodes))
+            return True
         if sequence.cached_tokens is None:
-            self._count_start(sequence, match, depth, blocks.inherited)
-        self._start(group, sequence, depth * state.config.page_size + blocks.inherited)
+            self._count_start(sequence, len(match.nodes), depth, blocks.inherited)
+        self._start(group, sequence, depth * page_size + blocks.inherited)
         return True
 
-    def _count_start(self, sequence: Sequence, match: Match, depth: int, part_tokens: int) -> None:
-        """Its first start."""
-        state, known = self._state, len(match.nodes)
-        sequence.cached_tokens = depth * state.config.page_size + part_tokens
-        sequence.started_s = state.now_s
-        candidates = sequence.hashes[known : self._reusable_pages(sequence)]
-        count_start(
-            state.counters, page_size=state.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
-            known_pages=known, evicted_pages=state.table.evicted(candidates), candidate_pages=known + len(candidates),
-            part_tokens=part_tokens,
-        )  # fmt: skip
+    # ---- where it could go
+
+    def _offers(self, sequence: Sequence, match: Match, parts: dict[GroupId, Part]) -> list[Offer]:
+        """Each group that is large enough, as it is; and once more with a fetch where another has more of the prefix."""
+        state, offers = self._state, []
+        pages = state.pages_for(sequence, sequence.committed)
+        source = self._best_source(match, parts)
+        for group in state.groups.values():
+            if group.blocks < sequence.pages_at_most or group.draining:
+                continue
+            load = self._load(group, match, parts.get(group.group), pages)
+            offers.append(Offer(group, load))
+            if source is None or source.group is group or len(source.group.ports) != len(group.ports):
+                continue
+            if source.tokens - load.hit_tokens >= state.config.page_size:
+                moving = source.pages - match.depth(group.group) + group.receiving + source.group.sending
+                work = state.rates.fetch_cost * moving * state.config.page_size
+                offers.append(Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source))
+        return offers
+
+    def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
+        """The group that could send the most of the prefix."""
+        state, best = self._state, None
+        if not state.config.prefix_fetch or len(state.groups) < 2:
+            return None
+        for name, depth in match.depths.items():
+            group, part = state.groups[name], parts.get(name)
+            if not group.ports:
+                continue
+            if part is not None and not state.table.may_hold(name, part):
+                part = None
+            tokens = depth * state.config.page_size + (part.tokens if part else 0)
+            if best is None or tokens > best.tokens:
+                best = Source(group, depth, part, tokens)
+        return best
 
     def _load(self, group: ResidentGroup, match: Match, part: Part | None, pages: int) -> policy.GroupLoad:
         """What the group would have to spend on a sequence of `pages` pages now."""
@@ -103,11 +158,74 @@ class Admission:
             free=pool.free,
             available=pool.available,
             total=group.blocks,
-            free_rows=len(group.free_rows),
+            free_rows=group.rows_left,
             running=len(group.running),
             backlog=group.backlog,
             starving=bool(group.starved),
         )
+
+    # ---- a prefix that is fetched first
+
+    def _fetch(self, group: ResidentGroup, sequence: Sequence, source: Source, held: SequenceBlocks, known: int) -> None:
+        """The sequence has its pages; what `source` has of its prefix, `held`, is sent to them before it starts."""
+        assert sequence.blocks is not None
+        sequence.state = State.FETCHING
+        group.fetching.add(sequence)
+        self._announce(sequence, source.depth)
+        part = source.part.tokens if source.part else 0
+        self._transfers.begin(sequence, held, sequence.blocks, len(sequence.blocks.nodes), part, known)
+
+    def arrive(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
+        """A fetch is over. The sequence that waits for it starts, and computes itself what has not arrived."""
+        state, page_size = self._state, self._state.config.page_size
+        blocks, sequence, awaited = transfer.blocks, transfer.author, transfer.awaited
+        assert blocks is not None
+        self._transfers.arrived(transfer)
+        state.counters.failed_fetches += not ok
+        if ok:
+            state.counters.fetches += 1
+            state.counters.fetched_tokens += (transfer.tokens_end - transfer.first) * page_size + transfer.part
+            for index in range(transfer.first, transfer.tokens_end):
+                page = sequence.buffer[index * page_size : (index + 1) * page_size]
+                state.table.publish(blocks, page, sequence.hashes[index])
+        if not awaited:
+            state.table.release(blocks)
+        elif group.draining:
+            self.give_up_fetch(group, sequence)
+            state.table.release(blocks)
+            state.waiting.enter(sequence)
+        else:
+            group.fetching.discard(sequence)
+            part = transfer.part if ok else 0
+            if sequence.cached_tokens is None:
+                self._count_start(sequence, transfer.known_pages, len(blocks.nodes), part)
+            self._start(group, sequence, len(blocks.nodes) * page_size + part)
+
+    def give_up_fetch(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """The sequence does not wait for its prefix any more; its pages stay with the transfer until that is over."""
+        group.fetching.discard(sequence)
+        sequence.blocks = None
+        self._state.waiting.withdraw(sequence)
+
+    # ---- the start
+
+    def _count_start(self, sequence: Sequence, known: int, depth: int, part_tokens: int) -> None:
+        """Its first start. known: pages of its prefix that some group has."""
+        state = self._state
+        sequence.cached_tokens = depth * state.config.page_size + part_tokens
+        sequence.started_s = state.now_s
+        candidates = sequence.hashes[known : self._reusable_pages(sequence)]
+        count_start(
+            state.counters, page_size=state.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
+            known_pages=known, evicted_pages=state.table.evicted(candidates), candidate_pages=known + len(candidates),
+            part_tokens=part_tokens,
+        )  # fmt: skip
+
+    def _announce(self, sequence: Sequence, page: int) -> None:
+        """From `page` on the sequence will compute its prompt itself."""
+        if self._state.config.prefix_caching and self._state.config.wait_for_prefix:
+            full = (sequence.committed - 1) // self._state.config.page_size
+            self._state.waiting.prefixes.announce(sequence, sequence.hashes[page:full])
 
     def _start(self, group: ResidentGroup, sequence: Sequence, cached_tokens: int) -> None:
         assert sequence.blocks is not None
@@ -119,10 +237,7 @@ class Admission:
         group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
         self._paging.schedule(group, sequence, row)
-        if self._state.config.prefix_caching and self._state.config.wait_for_prefix:
-            page_size = self._state.config.page_size
-            full = (sequence.committed - 1) // page_size
-            self._state.waiting.prefixes.announce(sequence, sequence.hashes[cached_tokens // page_size : full])
+        self._announce(sequence, cached_tokens // self._state.config.page_size)
         group.issue(
             Start(
                 lease=sequence.lease, tokens=sequence.tokens.tobytes(), prompt_tokens=sequence.prompt_tokens,

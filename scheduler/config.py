@@ -12,7 +12,8 @@ class CoreConfig:
     grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
     hash_stride: tokens in common from which a part of a page is reused, at most half a page; 0: only whole pages are.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
-    compute waits for it instead of computing it too. seed: draws the seeds of requests that bring none; None: anew each time.
+    compute waits for it instead of computing it too. prefix_fetch: a prefix that another group has may be moved instead of
+    computed, where the workers can. seed: draws the seeds of requests that bring none; None: anew each time.
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
     wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
     """
@@ -23,6 +24,7 @@ class CoreConfig:
     hash_stride: int = 32
     prefix_caching: bool = True
     wait_for_prefix: bool = True
+    prefix_fetch: bool = True
     seed: int | None = 0
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
@@ -44,7 +46,8 @@ class Counters(msgspec.Struct, kw_only=True):
     prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
     part_tokens: of cached_tokens, those that were found inside a page. parts_copied, parts_taken: how often such a page was
-    copied, and taken over from nobody; restarts count too.
+    copied, and taken over from nobody; restarts count too. fetches, fetched_tokens: transfers that brought a prefix from
+    another group, and its tokens; failed_fetches: those that did not arrive.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
@@ -66,6 +69,9 @@ class Counters(msgspec.Struct, kw_only=True):
     part_tokens: int = 0
     parts_copied: int = 0
     parts_taken: int = 0
+    fetches: int = 0
+    fetched_tokens: int = 0
+    failed_fetches: int = 0
 
 
 def count_start(

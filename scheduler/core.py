@@ -18,11 +18,12 @@ from kvcache.ids import GroupId
 from scheduler.admission import Admission
 from scheduler.config import CoreConfig
 from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
-from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Report, Request
+from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Moved, Report, Request
 from scheduler.paging import Paging
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
+from scheduler.transfers import Transfers
 
 PRIORITY_SHIFT = 48
 """Arrivals that fit between two priorities."""
@@ -40,7 +41,8 @@ class SchedulerCore:
         self.config = config
         self._state = state = ClusterState(config)
         self._paging = Paging(state)
-        self._admission = Admission(state, self._paging)
+        self.transfers = Transfers(state)
+        self._admission = Admission(state, self._paging, self.transfers)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
@@ -76,9 +78,12 @@ class SchedulerCore:
         """A group is coming up (or back): requests wait for it instead of failing. blocks: its pages, if known."""
         self.expected[group] = blocks
 
-    def group_up(self, group: GroupId, epoch: int, blocks: int, rows: int) -> None:
+    def group_up(
+        self, group: GroupId, epoch: int, blocks: int, rows: int, *, slots: int = 0, ports: tuple[str, ...] = ()
+    ) -> None:
         """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
 
+        slots: pages of host memory. ports: of its ranks, where others fetch pages; none: it takes no part in transfers.
         Errors: ProtocolError for an epoch that is not newer than the last one.
         """
         if epoch <= self._epochs.get(group, -1):
@@ -89,6 +94,7 @@ class SchedulerCore:
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
         self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.told)
+        self.groups[group].ports, self.groups[group].slots = ports, slots
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
 
@@ -105,6 +111,10 @@ class SchedulerCore:
             self.expected.pop(group, None)
             self._lost = reason
         if lost is not None:
+            self.transfers.group_down(lost)
+            for sequence in sorted(lost.fetching):
+                self._admission.give_up_fetch(lost, sequence)
+                self.waiting.enter(sequence)
             for sequence in sorted(lost.running):
                 lost.write_back(sequence)
                 self._paging.leave(lost, sequence, release=False)
@@ -234,6 +244,17 @@ class SchedulerCore:
         self._paging.extend(group, needy)
         self._admission.admit()
 
+    def moved(self, group_id: GroupId, moved: Moved) -> None:
+        """A group has done its part of a transfer, or could not. Who waited for the pages starts."""
+        group = self.groups.get(group_id)
+        if group is None or moved.epoch != group.epoch:
+            return
+        transfer = self.transfers.answered(group, moved)
+        if transfer is not None:
+            self._admission.arrive(group, transfer, ok=moved.ok)
+        self._paging.extend(group, [])  # pages may have become free, and its rows may wait for nothing else
+        self._admission.admit()
+
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
         """The report's tokens become true, and are on their way to the front ends. Returns the rows that are due."""
         roster = group.roster(report.leases)
@@ -251,6 +272,7 @@ class SchedulerCore:
             due = group.commit_mixed(roster, tokens, computed)
             self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
             size = int(computed.sum())
+            self._state.rates.computed(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self.now_s)
         self.outbox.tokens(roster.audience, tokens)
@@ -268,6 +290,8 @@ class SchedulerCore:
             output = group.output_tokens(sequence)
             group.issue(Drop(sequence.lease))
             self._paging.leave(group, sequence)
+        elif group is not None:
+            self._admission.give_up_fetch(group, sequence)
         self._state.finish(sequence, reason, output if keep_tokens is None else min(keep_tokens, output))
         if group is not None:
             self._paging.extend(group, [])

@@ -17,8 +17,10 @@ def check(core: SchedulerCore) -> None:
     running: list[Sequence] = []
     for group in core.groups.values():
         _check_rows(core, group)
-        running += group.running
-    audit(core.table, [sequence.blocks for sequence in running if sequence.blocks is not None])
+        _check_transfers(core, group)
+        running += [*group.running, *group.fetching]
+    held = [sequence.blocks for sequence in running if sequence.blocks is not None]
+    audit(core.table, [*held, *core.transfers.holders()])
     _check_membership(core, running)
     for sequence in core.sequences.values():
         _check_sequence(core, sequence)
@@ -30,7 +32,7 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     deferred = [sequence for sequence in core.waiting.prefixes.waiters() if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
-    assert places == live, f"each live sequence in exactly one of running, waiting, deferred: {places} against {live}"
+    assert places == live, f"each live sequence in exactly one of running, fetching, waiting, deferred: {places} against {live}"
     assert core.waiting.count == len(queued) + len(deferred), f"{core.waiting.count} are counted as waiting"
     tokens = sum(sequence.committed for sequence in [*queued, *deferred])
     assert core.waiting.tokens == tokens, f"{core.waiting.tokens} tokens are counted as waiting, not {tokens}"
@@ -38,16 +40,16 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_page
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
     authors = core.waiting.prefixes.authors()
-    assert authors <= set(running), "only a running sequence may announce a prefix"
+    assert authors <= set(running), "only a sequence with pages may announce a prefix"
     assert not core.waiting.prefixes.orphans(), "a sequence waits for a prefix that nobody computes"
 
 
 def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
     name = f"sequence {sequence.number}"
     assert sequence.state is not State.ENDED, f"{name} has ended but is still listed"
-    assert (sequence.state is State.RUNNING) == (sequence.lease is not None) == (sequence.blocks is not None), (
-        f"{name} is {sequence.state} with lease {sequence.lease}"
-    )
+    assert (sequence.state is State.RUNNING) == (sequence.lease is not None), f"{name}: {sequence.state}, {sequence.lease}"
+    placed = sequence.state in (State.RUNNING, State.FETCHING)
+    assert placed == (sequence.blocks is not None), f"{name}: {sequence.state} with blocks {sequence.blocks}"
     assert sequence.committed - sequence.prompt_tokens < sequence.max_tokens, f"{name} should have ended by length"
     assert len(sequence.hashes) <= sequence.committed // core.config.page_size, f"{name} hashed tokens that it has not"
 
@@ -66,8 +68,34 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
         _check_row(group, sequence, page_size)
         _check_grant(core, group, sequence)
         _check_tail(core, group, sequence)
-    if group.running and group.starved:
+    if group.running and group.starved and not (group.sending or group.receiving):  # a transfer ends, and its pins with it
         assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
+
+
+def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
+    """Who waits for pages has them reserved and is waited for; nothing on its way is published where it goes."""
+    name, page_size = f"group {group.group}", core.config.page_size
+    under_way = core.transfers.under_way()
+    awaited = [transfer.author for transfer in under_way if transfer.target == group.group and transfer.awaited]
+    assert len(awaited) == len(set(awaited)), f"{name}: a sequence waits for two transfers"
+    assert set(awaited) == group.fetching, f"{name}: its transfers and those who wait for one are not the same"
+    assert group.rows_left >= 0, f"{name}: a sequence waits for its prefix and will find no row"
+    for sequence in group.fetching:
+        assert sequence.state is State.FETCHING, f"{name}: sequence {sequence.number} is {sequence.state}"
+        assert sequence.blocks is not None, f"{name}: sequence {sequence.number} waits without blocks"
+        assert sequence.blocks.group == group.group, f"{name}: sequence {sequence.number} holds blocks of another group"
+    sending = receiving = 0
+    for transfer in under_way:
+        pages = transfer.end - transfer.first
+        if transfer.source == group.group and transfer.held is not None:
+            sending += pages
+            assert len(transfer.held.blocks) == transfer.end, f"{name}: transfer {transfer.number} sends what is not held"
+        if transfer.target == group.group and transfer.blocks is not None:
+            receiving += pages
+            assert len(transfer.blocks.nodes) == transfer.first, f"{name}: transfer {transfer.number} is half published"
+            assert transfer.end <= len(transfer.blocks.blocks), f"{name}: transfer {transfer.number} brings more than it may"
+            assert transfer.part < page_size, f"{name}: transfer {transfer.number} has a full page as its part"
+    assert (group.sending, group.receiving) == (sending, receiving), f"{name}: counts {group.sending}, {group.receiving}"
 
 
 def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:

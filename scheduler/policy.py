@@ -16,6 +16,9 @@ rate is 83% of a single pool's with 1, 96% with 4 and 98% with 8, while 8 waits 
 DECODE_WEIGHT = 16.0
 """Prefill tokens whose work one running sequence stands for while a newcomer waits for its first token."""
 
+FETCH_WEIGHT = 1.0
+"""How much a fetch counts beside the wait for it: it takes bandwidth from others, and room for a second copy."""
+
 EVICTION_WEIGHT = 0.25
 """Share of an evicted page's tokens that is expected to be asked for again, hence computed again."""
 
@@ -24,9 +27,12 @@ WATERMARK = 0.01
 
 
 class GroupLoad(NamedTuple):
-    """One group that could take one sequence, at this moment. Plain numbers: a cluster has few groups, so arrays cost more."""
+    """One group that could take one sequence, at this moment. Plain numbers: a cluster has few groups, so arrays cost more.
 
-    hit_tokens: int  # of its prefix, that the group holds
+    The same group stands in the list twice where another one has more of the prefix: as it is, and with the fetch.
+    """
+
+    hit_tokens: int  # of its prefix, that the group holds, or will once they are fetched
     new_pages: int  # pages that it needs from free or cached ones, revived hits included
     free: int  # pages that hold nothing
     available: int  # free or cached
@@ -35,6 +41,7 @@ class GroupLoad(NamedTuple):
     running: int
     backlog: int  # prefill tokens granted but not yet computed
     starving: bool  # a running sequence there waits for a page
+    fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile
 
 
 def admissible(load: GroupLoad) -> bool:
@@ -54,7 +61,8 @@ def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
     """
     uncached = tokens - load.hit_tokens
     evicted = max(0, load.new_pages - load.free)
-    return UNCACHED_WEIGHT * uncached + load.backlog + DECODE_WEIGHT * load.running + EVICTION_WEIGHT * page_size * evicted
+    wait = max(float(load.backlog), load.fetch_work) + FETCH_WEIGHT * load.fetch_work
+    return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * load.running + EVICTION_WEIGHT * page_size * evicted
 
 
 def route(loads: Iterable[GroupLoad], tokens: int, page_size: int) -> int | None:

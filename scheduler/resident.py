@@ -77,6 +77,10 @@ class ResidentGroup:
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: set[Sequence] = set()
         self.starved: list[Sequence] = []
+        self.fetching: set[Sequence] = set()  # have pages here, and wait for what is to be in them; a row is kept for each
+        self.ports: tuple[str, ...] = ()  # of each rank, where others fetch pages; empty: no transfers
+        self.slots = 0  # pages of host memory of each rank
+        self.sending = self.receiving = 0  # pages on their way
         self.backlog = 0
         self.free_rows = list(range(rows - 1, -1, -1))
         self.reports = 0
@@ -91,6 +95,10 @@ class ResidentGroup:
         self._log: list[Command] = []
         self._told = told
         self._roster: Roster | None = None
+
+    @property
+    def rows_left(self) -> int:
+        return len(self.free_rows) - len(self.fetching)
 
     # ---- the log down
 

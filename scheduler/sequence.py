@@ -21,10 +21,12 @@ class State(Enum):
     """WAITING → RUNNING → ENDED; a preemption or a lost group leads back to WAITING.
 
     DEFERRED: the prefix that it shares is being computed by a running sequence; back to WAITING when that is published.
+    FETCHING: between WAITING and RUNNING; its pages are reserved, and a part of its prefix is on its way to them.
     """
 
     WAITING = "waiting"
     DEFERRED = "deferred"
+    FETCHING = "fetching"
     RUNNING = "running"
     ENDED = "ended"
 
@@ -38,6 +40,7 @@ class Sequence:
     pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
     hashes: chained hashes of the full pages of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
+    blocks: None unless RUNNING or FETCHING.
     """
 
     number: int

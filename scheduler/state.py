@@ -14,6 +14,7 @@ from scheduler.limits import pages_for
 from scheduler.messages import ROW_MASK, FinishReason
 from scheduler.outbox import Outbox
 from scheduler.pace import Pace
+from scheduler.rates import Rates
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.waiting import WaitingRoom
@@ -40,10 +41,11 @@ class ClusterState:
         self.told: list[ResidentGroup] = []
         self.computed = Pace()
         self.admitted = Pace()
+        self.rates = Rates()
 
     def finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
         """The one end of a sequence that holds nothing any more. output: its tokens."""
-        if sequence.state is not State.RUNNING:
+        if sequence.state in (State.WAITING, State.DEFERRED):
             self.waiting.leave(sequence)
         sequence.state = State.ENDED
         del self.sequences[sequence.front_end, sequence.stream]

@@ -9,11 +9,11 @@ from scheduler.config import Counters
 from scheduler.core import SchedulerCore
 from scheduler.messages import TalliedMetric
 from scheduler.resident import ResidentGroup
-from scheduler.sequence import State
 
 
 class GroupStats(msgspec.Struct, frozen=True):
     """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a lease.
+    fetching: those whose prefix is on its way there.
 
     shared_blocks: held by more than one sequence. starved: running sequences that wait for a page. draining: takes no new
     sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
@@ -38,12 +38,13 @@ class GroupStats(msgspec.Struct, frozen=True):
     step_tokens: int = 0
     lease_waits: int = 0
     starts: int = 0
+    fetching: int = 0
 
 
 class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
     """The cluster at one moment, and its counters since the start, frozen as it is sent.
 
-    waiting: sequences without a lease; preempted: those of them that had one before. waiting_tokens: their prompt and output
+    waiting: sequences without pages; preempted: those of them that had one before. waiting_tokens: their prompt and output
     so far. oldest_wait_s: how long the longest-waiting newcomer has waited. tokens_per_s: recently computed, cluster-wide.
     """
 
@@ -103,7 +104,7 @@ def snapshot(core: SchedulerCore) -> EngineStats:
     """Costs time linear in the number of groups and live sequences."""
     groups = [_group_stats(core, group) for group in core.groups.values()]
     groups += [GroupStats(name, False, blocks, 0, 0, 0, 0) for name, blocks in core.expected.items()]
-    waiting = [sequence for sequence in core.sequences.values() if sequence.state is not State.RUNNING]
+    waiting = [sequence for sequence in core.sequences.values() if sequence.blocks is None]
     newcomers = [sequence.arrived_s for sequence in waiting if sequence.cached_tokens is None]
     return EngineStats(
         groups=tuple(sorted(groups, key=lambda group: group.group)),
@@ -142,4 +143,5 @@ def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
         step_tokens=group.step_tokens,
         lease_waits=group.lease_waits,
         starts=group.starts,
+        fetching=len(group.fetching),
     )

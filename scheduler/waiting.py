@@ -33,10 +33,10 @@ class WaitingRoom:
         self.join([sequence])
 
     def leave(self, sequence: Sequence) -> None:
-        """It has ended while it waited, or got its lease: then it is the oldest, and the queue moves up."""
+        """It has ended while it waited, or got its pages: then it is the oldest, and the queue moves up."""
         self.count -= 1
         self.tokens -= sequence.committed
-        if sequence.state is State.RUNNING:
+        if sequence.blocks is not None:
             heapq.heappop(self.queue)
 
     def join(self, sequences: Iterable[Sequence]) -> None:

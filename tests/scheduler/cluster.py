@@ -10,18 +10,32 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.messages import Command, Commands, Deltas, Finished, FinishReason, Report, Request
+from scheduler.messages import (
+    Command,
+    Commands,
+    Cut,
+    Deltas,
+    Finished,
+    FinishReason,
+    FromLeader,
+    Moved,
+    Receive,
+    Report,
+    Request,
+    Send,
+)
 from scheduler.sampling import SamplingParams
 from scheduler.sequence import Sequence
 from workers.batch import ResidentBatch
 from workers.rank import Rank
 from workers.reports import Reporter
-from workers.simulated import SimulatedExecutor, continuation
+from workers.simulated import UNWRITTEN, SimulatedExecutor, continuation
 
 VOCABULARY = 2
 LOST = "its workers have gone"
@@ -75,7 +89,9 @@ class SimulatedGroup:
         self.issued = 0
         self.down: deque[Command] = deque()
         self.inbox: deque[Command] = deque()
-        self.up: deque[Report] = deque()
+        self.up: deque[FromLeader] = deque()
+        self.sends: dict[int, Send] = {}
+        self.receives: dict[int, Receive] = {}
 
     def take(self, batch: Commands) -> None:
         """Puts newly issued commands on their way; their numbers have no gap."""
@@ -93,12 +109,41 @@ class SimulatedGroup:
         commands = list(self.inbox)
         self.inbox.clear()
         result = self.rank.turn(commands)
+        for command in commands:
+            self._take_movement(command)
         batch = self.rank.batch
         assert (batch.computed <= np.maximum(batch.slots, 0) + (batch.known >= batch.limit)).all()
         if result is not None:
             self.reporter.add(result, batch.applied)
         for report in self.reporter.take(flush=self.rank.idle):
             self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=Report))
+
+    @property
+    def cache(self) -> npt.NDArray[np.uint64]:
+        executor = self.rank.executor
+        assert isinstance(executor, SimulatedExecutor)
+        return executor.cache
+
+    def answer(self, transfer: int, *, ok: bool) -> None:
+        """This side of a transfer is over."""
+        self.sends.pop(transfer, None)
+        receive = self.receives.pop(transfer, None)
+        if receive is not None and not ok:
+            self.cache[np.frombuffer(receive.pages, np.int32)] = UNWRITTEN  # arbitrary
+        moved = Moved(self.epoch, transfer, ok, 0.001, 1)
+        self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(moved), type=Moved))
+
+    def _take_movement(self, command: Command) -> None:
+        if isinstance(command, Send):
+            self.sends[command.transfer] = command
+        elif isinstance(command, Receive):
+            self.receives[command.transfer] = command
+        elif isinstance(command, Cut):
+            gone = (command.group, command.epoch)
+            under_way: list[Send | Receive] = [*self.sends.values(), *self.receives.values()]
+            for movement in under_way:
+                if (movement.group, movement.epoch) == gone:
+                    self.answer(movement.transfer, ok=False)
 
 
 class Cluster:
@@ -124,6 +169,7 @@ class Cluster:
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
         wait_for_groups: bool = True,
+        fetch: bool = False,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -141,6 +187,7 @@ class Cluster:
         )
         self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
         self.depth, self.steps, self.model_len = depth, steps, model_len
+        self._ports = ("here:1",) if fetch else ()
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.ghosts: list[SimulatedGroup] = []
         self.streams: dict[tuple[int, int], Stream] = {}
@@ -161,7 +208,7 @@ class Cluster:
         executor = SimulatedExecutor(pages, self.page_size, self.rows, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter)
-        self.core.group_up(name, epoch, pages, self.rows)
+        self.core.group_up(name, epoch, pages, self.rows, ports=self._ports)
         self.settle()
 
     def lose(self, group: int, *, returning: bool = False) -> None:
@@ -184,8 +231,7 @@ class Cluster:
         ghost.deliver()
         ghost.turn()
         while ghost.up:
-            self.core.report(ghost.group, ghost.up.popleft())
-            self.settle()
+            self._hear_from(ghost.group, ghost.up.popleft())
 
     # ---- front ends
 
@@ -246,12 +292,35 @@ class Cluster:
         """The next reports of the group arrive at the scheduler; None: all."""
         reports = self.groups[GroupId(group)].up
         for _ in range(len(reports) if count is None else min(count, len(reports))):
-            self.core.report(GroupId(group), reports.popleft())
-            self.settle()
+            self._hear_from(GroupId(group), reports.popleft())
+
+    def _hear_from(self, group: GroupId, said: FromLeader) -> None:
+        if isinstance(said, Moved):
+            self.core.moved(group, said)
+        else:
+            self.core.report(group, said)
+        self.settle()
+
+    def moves(self) -> list[int]:
+        """Transfers that both sides have begun."""
+        sent = {number for group in self.groups.values() for number in group.sends}
+        return sorted(number for group in self.groups.values() for number in group.receives if number in sent)
+
+    def move(self, transfer: int, *, ok: bool = True) -> None:
+        """The pages of a transfer cross, at this moment; or they do not. Both sides know of it and have not said so yet."""
+        source = next(group for group in self.groups.values() if transfer in group.sends)
+        target = next(group for group in self.groups.values() if transfer in group.receives)
+        pages = np.frombuffer(source.sends[transfer].pages, np.int32)
+        if ok:
+            target.cache[np.frombuffer(target.receives[transfer].pages, np.int32)] = source.cache[pages]
+        source.answer(transfer, ok=ok)
+        target.answer(transfer, ok=ok)
 
     def step(self, *groups: int, times: int = 1) -> None:
-        """Commands down, a turn, reports up, in each of the groups; none named: in all."""
+        """Commands down, a turn, reports up, in each of the groups; none named: in all, and what can move moves."""
         for _ in range(times):
+            for transfer in () if groups else self.moves():
+                self.move(transfer)
             for group in groups or tuple(self.groups):
                 self.deliver(group)
                 self.turn(group)
@@ -296,6 +365,7 @@ class Cluster:
             assert not group.running
             assert group.backlog == 0
             assert (self.groups[name].rank.batch.lease == -1).all()
+        assert not self.core.transfers.under_way()
 
     # ---- what tests ask
 

@@ -36,6 +36,7 @@ class CoreMachine(RuleBasedStateMachine):
         wait_for_prefix=st.booleans(),
         grant_ahead=st.sampled_from([None, None, 1]),
         hash_stride=st.sampled_from([0, 1, 2, 2]),
+        fetch=st.booleans(),
     )
     def start(
         self,
@@ -46,6 +47,7 @@ class CoreMachine(RuleBasedStateMachine):
         wait_for_prefix: bool,
         grant_ahead: int | None,
         hash_stride: int,
+        fetch: bool,
     ) -> None:
         self.cluster = Cluster(
             pools,
@@ -55,6 +57,7 @@ class CoreMachine(RuleBasedStateMachine):
             wait_for_prefix=wait_for_prefix,
             grant_ahead=grant_ahead,
             hash_stride=hash_stride,
+            fetch=fetch,
             model_len=64,
         )
 
@@ -115,6 +118,8 @@ class CoreMachine(RuleBasedStateMachine):
     def state(self, stream: Stream) -> str:
         sequence = self.cluster.sequence(stream)
         if sequence.state is not State.RUNNING:
+            if sequence.state is State.FETCHING:
+                return "fetching"
             return f"{sequence.state.value} again" if sequence.preemptions else f"{sequence.state.value}"
         return "decoding" if stream.tokens else "prefilling"
 
@@ -172,10 +177,27 @@ class CoreMachine(RuleBasedStateMachine):
         if (group := self.group(at)) is not None:
             self.cluster.arrive(group, count)
 
+    @rule(at=which, ok=st.integers(0, 4))
+    def move(self, at: int, ok: int) -> None:
+        """The pages of one of the transfers under way arrive, or do not."""
+        if transfers := self.cluster.moves():
+            self.events["transfers" if ok else "failed transfers"] += 1
+            self.cluster.move(transfers[at % len(transfers)], ok=ok > 0)
+
+    @rule()
+    def abort_fetching(self) -> None:
+        for stream in list(self.cluster.streams.values()):
+            if stream.finished is None and self.state(stream) == "fetching":
+                self.events["aborted while fetching"] += 1
+                self.cluster.abort(stream)
+                return
+
     @rule(at=which, returning=st.booleans(), sure=st.integers(0, 3))
     def lose(self, at: int, returning: bool, sure: int) -> None:
         if sure == 0 and (group := self.group(at)) is not None:
             self.events["lost sequences"] += len(self.cluster.core.groups[group].running)
+            self.events["lost a source"] += self.cluster.core.groups[group].sending > 0
+            self.events["lost a target"] += self.cluster.core.groups[group].receiving > 0
             self.cluster.lose(group, returning=returning)
             self.events["lost a group"] += 1
 
@@ -197,7 +219,7 @@ class CoreMachine(RuleBasedStateMachine):
         running = len(self.cluster.core.groups[group].running)
         if patient:
             for _ in range(500):
-                if not self.cluster.core.groups[group].running:
+                if not (resident := self.cluster.core.groups[group]).running and not resident.fetching:
                     break
                 self.cluster.step()
             self.events["drained"] += 1
@@ -232,6 +254,7 @@ class CoreMachine(RuleBasedStateMachine):
                 assert LOST in stream.finished.message
         self.events["preempted"] += self.cluster.core.counters.preemptions
         self.events["cached tokens"] += self.cluster.core.counters.cached_tokens
+        self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
         self.events["parts copied"] += self.cluster.core.counters.parts_copied
         self.events["parts taken over"] += self.cluster.core.counters.parts_taken
 
@@ -249,19 +272,20 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
         "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while preempted",
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
-        "drained", "moved", "parts copied", "parts taken over",
+        "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
+        "fetched tokens", "parts copied", "parts taken over",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
 
-FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "end": 0.3, "rare": 0.2}
+FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "move": 3, "end": 0.3, "rare": 0.2}
 
 
 def walk(seed: int, events: int) -> Counter[str]:
     draw = random.Random(seed)
     machine = CoreMachine()
     machine.start(
-        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2
+        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True
     )
     for _ in range(events):
         machine.submit(
@@ -288,6 +312,10 @@ def walk(seed: int, events: int) -> Counter[str]:
                 machine.turn(at)
             elif step == "abort":
                 machine.abort(at)
+                if draw.random() < 0.2:
+                    machine.abort_fetching()
+            elif step == "move":
+                machine.move(at, draw.randint(0, 4))
             elif step == "end":
                 machine.end(at, draw.randint(0, 5))
             else:

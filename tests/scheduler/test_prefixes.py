@@ -7,7 +7,7 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.messages import Remap, Request
+from scheduler.messages import Remap, Report, Request
 from scheduler.sampling import SamplingParams
 from scheduler.sequence import State
 from tests.scheduler.cluster import Cluster, pages
@@ -172,7 +172,9 @@ def test_equal_hashes_of_different_pages_cost_a_wait_and_nothing_else() -> None:
         group.deliver()
         group.turn()
         while group.up:
-            core.report(GroupId(0), group.up.popleft())
+            report = group.up.popleft()
+            assert isinstance(report, Report)
+            core.report(GroupId(0), report)
     assert not core.sequences
     finished = [end for _, deltas in core.outbox.drain() for end in deltas.finished]
     assert sorted(end.cached_tokens for end in finished)[:2] == [0, 0]
