@@ -18,7 +18,7 @@ from typing import Any
 from tests.processes import descendants, wait_gone
 
 HOST = "127.0.0.2"  # loopback, which Ray keeps only if it is not 127.0.0.1
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from tests.processes import workers
 pytestmark = pytest.mark.ray
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 TOKENS, MANY_TOKENS = 200, 400
 LONG = SamplingParams(temperature=0.8, seed=3, max_tokens=TOKENS, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"max_num_seqs": 2, "kv_memory": 32 << 20, "dtype": "float32", "block_size": 16}

@@ -28,7 +28,7 @@ from tests.processes import alive, descendants, wait_gone
 
 pytestmark = pytest.mark.ray
 
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 INGRESS, WORKER, SCHEDULER = "ray::ServeReplica:manta:Ingress", "ray::WorkerActor", "ray::SchedulerActor"
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
 LONG, ENDLESS = 500, 1900
