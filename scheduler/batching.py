@@ -11,6 +11,13 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
+OTHERS_SHARE = 4
+"""One part in so many of a step's prefill goes to whoever has least left, if that is not the oldest.
+
+So those behind a long prompt delay it by a third at most, and one of them waits no longer than four times what it and those
+with less left would take alone. With 2 instead short ones wait less and, under overload, the longest ones much longer.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -39,8 +46,25 @@ def plan_step(known: Ints, computed: Ints, slots: Ints, age: Ints, budget: int) 
     if not len(more) or len(one) >= budget:
         return StepPlan(one, np.ones(len(one), np.int64), len(one))
     more = more[np.argsort(age[more], kind="stable")]
-    before = np.cumsum(wanted[more]) - wanted[more]
-    left = budget - len(one) - before
-    counts = np.minimum(wanted[more], left)[left > 0]
-    rows = np.concatenate([one, more[: len(counts)]])
-    return StepPlan(rows, np.concatenate([np.ones(len(one), np.int64), counts]), len(one))
+    counts = _share(wanted[more], (known - computed)[more], budget - len(one))
+    taken = counts > 0
+    rows = np.concatenate([one, more[taken]])
+    return StepPlan(rows, np.concatenate([np.ones(len(one), np.int64), counts[taken]]), len(one))
+
+
+def _share(wanted: Ints, left: Ints, budget: int) -> Ints:
+    """[n] tokens for each prefill, oldest first: most for the oldest, the rest by what is left.
+
+    wanted: [n] tokens that each could compute now. left: [n] tokens until its first one is sampled.
+    """
+    if len(wanted) == 1:
+        return np.minimum(wanted, budget)
+    sure = min(int(wanted[0]), budget - budget // OTHERS_SHARE)
+    more = wanted.copy()
+    more[0] -= sure
+    order = np.argsort(left, kind="stable")
+    before = np.cumsum(more[order]) - more[order]
+    counts = np.empty_like(wanted)
+    counts[order] = np.clip(budget - sure - before, 0, more[order])
+    counts[0] += sure
+    return counts

@@ -1,12 +1,13 @@
 """One step's token budget."""
 
 from dataclasses import dataclass
+from random import Random
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.batching import StepPlan, plan_step
+from scheduler.batching import OTHERS_SHARE, StepPlan, plan_step
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ def test_every_plan_keeps_its_promises(made: list[Row], budget: int) -> None:
     left_out = [row for row, it in enumerate(made) if it.computed < min(it.known, it.slots) and row not in chosen]
     if left_out:
         assert sum(counts) == budget, "budget is left while somebody could have used it"
-    for row, count in zip(chunks[:-1], counts[step.decodes :], strict=False):
-        assert count == min(made[row].known, made[row].slots) - made[row].computed, "only the last chunk is cut"
+    if len(chunks) > 1:
+        left, wanted = budget - step.decodes, [min(it.known, it.slots) - it.computed for it in made]
+        assert counts[step.decodes] >= min(wanted[chunks[0]], left - left // OTHERS_SHARE), "the oldest is sure of most"
+        cut = [row for row, count in zip(chunks, counts[step.decodes :], strict=True) if count < wanted[row]]
+        assert len(set(cut) - {chunks[0]}) <= 1, "besides the oldest, one at most is cut"
 
 
 def test_decodes_come_first_and_prefill_takes_the_rest() -> None:
@@ -64,6 +68,32 @@ def test_decodes_come_first_and_prefill_takes_the_rest() -> None:
 def test_the_oldest_prompt_is_prefilled_first() -> None:
     step = plan([Row(30, 0, 32, 7), Row(6, 0, 32, 3)], 10)
     assert list(zip(step.rows.tolist(), step.counts.tolist(), strict=True)) == [(1, 6), (0, 4)]
+
+
+def test_a_long_prompt_shares_with_the_short_ones_behind_it() -> None:
+    step = plan([Row(300, 100, 320, 0), Row(30, 0, 32, 1), Row(6, 2, 32, 2), Row(40, 0, 64, 3)], 40)
+    assert list(zip(step.rows.tolist(), step.counts.tolist(), strict=True)) == [(0, 30), (1, 6), (2, 4)]
+
+
+@given(st.lists(st.integers(2, 200), min_size=1, max_size=12), st.integers(2, 16), st.randoms(use_true_random=False))
+def test_every_prefill_ends_within_a_bound(prompts: list[int], budget: int, random: Random) -> None:
+    """Whoever comes later delays a prompt by no more than a third of what it and those before it take."""
+    size = len(prompts)
+    known, computed = np.array(prompts, np.int64), np.zeros(size, np.int64)
+    started = np.zeros(size, np.int64)
+    arrivals = sorted(random.choices(range(40), k=size))
+    sure, step = budget - budget // OTHERS_SHARE, 0
+    while (computed < known).any():
+        here = np.array(arrivals) <= step
+        chosen = plan_step(np.where(here, known, 0), np.where(here, computed, 0), known, np.arange(size), budget)
+        computed[chosen.rows] += chosen.counts
+        done = computed == known - 1  # the last one is a decode from then on, which is not of this matter
+        computed[done] += 1
+        started[(computed == known) & (started == 0)] = step + 1
+        step += 1
+    for row in range(size):
+        older = sum(-(-prompt // sure) for prompt in prompts[: row + 1])
+        assert started[row] - arrivals[row] <= older
 
 
 def test_with_more_decodes_than_budget_the_oldest_decode() -> None:
