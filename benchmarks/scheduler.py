@@ -1,4 +1,4 @@
-"""What the scheduler costs: one decode step's bookkeeping, and taking in one prompt. No sockets, no workers.
+"""What the scheduler costs: one decode step's bookkeeping, taking in one prompt, choosing a victim. No sockets, no workers.
 
 A step is the whole central path of one report: tokens committed, filled pages published, grants issued, ends committed,
 the commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups,
@@ -28,6 +28,7 @@ from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.messages import ROW_MASK, FinishReason, Grant, Remap, Report, Request, Start
 from scheduler.sampling import SamplingParams
+from scheduler.victims import find_victim
 
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)
@@ -152,6 +153,66 @@ class Intake:
         self.core.outbox.drain()
 
 
+class Crowd:
+    """A group in need of a page: who runs there shares a prefix with the others, and with another group, and has pages of its
+    own. That is the dearest case: how many pages are shared is looked up for each."""
+
+    def __init__(self, size: int, page_size: int) -> None:
+        self._random = np.random.default_rng(size)
+        self._streams = itertools.count()
+        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16, wait_for_prefix=False))
+        self.home, self.other = GroupId(0), GroupId(1)
+        for group in (self.home, self.other):
+            self.core.group_up(group, 0, (size + 2) * (PROMPT_TOKENS // page_size + 4), size)
+        common = self._draw(PROMPT_TOKENS // 2)
+        for group, draining in ((self.other, self.home), (self.home, self.other)):
+            self.core.groups[draining].draining = True
+            self._submit(np.append(common, self._draw(1)))
+            self._compute(group, ends=True)
+            self.core.groups[draining].draining = False
+        self.core.groups[self.other].draining = True
+        for _ in range(size):
+            self._submit(np.append(common, self._draw(int(self._random.integers(1, PROMPT_TOKENS // 2)))))
+        self._compute(self.home, ends=False)
+
+    def choose(self) -> int:
+        """The first in the order of service needs a page. Returns the nanoseconds of finding who gives way."""
+        group = self.core.groups[self.home]
+        needy = min(group.running)
+        begin = time.perf_counter_ns()
+        victim = find_victim(self.core.table, group, needy)
+        elapsed = time.perf_counter_ns() - begin
+        assert victim is not None
+        return elapsed
+
+    def _draw(self, tokens: int) -> npt.NDArray[np.int32]:
+        return self._random.integers(0, VOCABULARY, tokens).astype(np.int32)
+
+    def _submit(self, prompt: npt.NDArray[np.int32]) -> None:
+        params = SamplingParams(max_tokens=OUTPUT_TOKENS[1])
+        self.core.submit(0, Request(next(self._streams), prompt.tobytes(), b"", params))
+
+    def _compute(self, name: GroupId, *, ends: bool) -> None:
+        """All that has started there is computed, in one step."""
+        group = self.core.groups[name]
+        log = group.drain()
+        assert log is not None
+        starts = [command for command in log.commands if isinstance(command, Start)]
+        leases = np.array([start.lease for start in starts], np.int64)
+        computed = np.array([len(start.tokens) // 4 - start.cached_tokens for start in starts], np.int32)
+        finished = tuple((int(start.lease), int(FinishReason.LENGTH)) for start in starts) if ends else ()
+        tokens = self._draw(len(starts)).tobytes()
+        number = group.reports
+        self.core.report(name, Report(0, number, number, 1, leases.tobytes(), computed.tobytes(), tokens, finished))
+        self.core.outbox.drain()
+
+
+def time_victims(size: int, page_size: int, choices: int, rounds: int) -> list[list[int]]:
+    """[rounds][choices] nanoseconds."""
+    crowd = Crowd(size, page_size)
+    return [[crowd.choose() for _ in range(choices)] for _ in range(rounds)]
+
+
 def time_submits(hit: int, page_size: int, submits: int, rounds: int) -> list[list[int]]:
     """[rounds][submits] nanoseconds."""
     intake = Intake(hit, page_size)
@@ -167,24 +228,29 @@ def summary(rounds: list[list[int]]) -> tuple[float, float]:
 
 
 def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Prints both tables for one page size and returns their figures."""
+    """Prints the tables for one page size and returns their figures."""
     steps = {str(size): summary(time_steps(size, page_size, options.steps, options.rounds)) for size in SIZES}
     submits = {str(hit): summary(time_submits(hit, page_size, options.steps, options.rounds)) for hit in HITS}
+    victims = {str(size): summary(time_victims(size, page_size, options.steps, options.rounds)) for size in SIZES}
     print(f"\npages of {page_size} tokens")
     rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in steps.items()]
     print(table(["decode step", "mean us", "p99 us"], rows))
     rows = [[f"{hit}% cached", figure(mean), figure(p99)] for hit, (mean, p99) in submits.items()]
     print(table([f"submit of {PROMPT_TOKENS} tokens", "mean us", "p99 us"], rows))
+    rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in victims.items()]
+    print(table(["choice of a victim", "mean us", "p99 us"], rows))
     return {
         "step_us": {size: round(mean, 1) for size, (mean, _) in steps.items()},
         "step_p99_us": {size: round(p99, 1) for size, (_, p99) in steps.items()},
         "submit_us": {hit: round(mean, 1) for hit, (mean, _) in submits.items()},
         "submit_p99_us": {hit: round(p99, 1) for hit, (_, p99) in submits.items()},
+        "victim_us": {size: round(mean, 1) for size, (mean, _) in victims.items()},
+        "victim_p99_us": {size: round(p99, 1) for size, (_, p99) in victims.items()},
     }
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the scheduler's bookkeeping: a decode step, and a submit.")
+    parser = argparse.ArgumentParser(description="Time the scheduler: a decode step, a submit, a victim.")
     parser.add_argument("--steps", type=int, default=512, help="steps, and submits, in a round, 256 at least (512)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median mean counts (default: 5)")
     parser.add_argument("--page-size", type=int, default=256, help="tokens in a page (default: 256)")

@@ -1,14 +1,14 @@
 """The pages of those who run: what they fill is published, those who run low get more, somebody may have to give way.
 
-Imports `state`, `policy` and the table.
+Imports `state`, `victims` and the table.
 """
 
 from kvcache.table import SequenceBlocks
-from scheduler import policy
 from scheduler.messages import Drop, Grant, Remap
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.state import ClusterState
+from scheduler.victims import find_victim
 
 
 class Paging:
@@ -72,12 +72,12 @@ class Paging:
                 self._grant(group, sequence)
 
     def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """Extends a lease; without a free page a younger sequence gives its pages up, in this same call."""
+        """Extends a lease; without a free page a later sequence gives its pages up, in this same call."""
         assert sequence.blocks is not None
         assert sequence.lease is not None
         wanted = self._state.pages_for(sequence, int(group.length[sequence.row])) - len(sequence.blocks.blocks)
         while (pages := self._state.table.grow(sequence.blocks, wanted)) is None:
-            victim = policy.choose_victim(sequence, group.running)
+            victim = find_victim(self._state.table, group, sequence)
             if victim is None:
                 group.lease_waits += 1
                 group.starved.append(sequence)  # its row stays due: the next report tries again

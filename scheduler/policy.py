@@ -1,12 +1,10 @@
 """Where a sequence goes, whether it may start, and who makes room. Pure functions over snapshots; no state, no clock.
 
-Imports `Sequence`. To try another policy, replace a function here; the core asks nothing else.
+Imports nothing of Manta. To try another policy, replace a function here; the core asks nothing else.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
-
-from scheduler.sequence import Sequence
 
 UNCACHED_WEIGHT = 4.0
 """How much more a prompt token to compute counts than one that is queued already. The queue delays this sequence alone, once;
@@ -76,10 +74,30 @@ def route(loads: Iterable[GroupLoad], tokens: int, page_size: int) -> int | None
     return None if best is None else best[2]
 
 
-def choose_victim(needy: Sequence, running: Iterable[Sequence]) -> Sequence | None:
-    """Who gives its pages to `needy`: the last in the order of service; None if that is `needy` itself.
+class VictimCost(NamedTuple):
+    """A running sequence that could give its pages up."""
 
-    So the first sequence of a group always progresses, and nothing waits for nothing.
+    lost_tokens: int  # KV that nobody else has, to be computed again
+    freed_pages: int  # that nobody else holds
+    output_tokens: int  # sampled so far
+    place: int  # in the order of service: by priority, then by arrival
+
+
+def choose_victim(candidates: Iterable[VictimCost], page_size: int) -> int | None:
+    """Index of the one whose pages are cheapest to rebuild, None if there is no candidate.
+
+    By tokens to compute again for each page freed, in eighths of a page: less is how full the last page happens to be. Then by
+    progress, in pages of output; then the less urgent; then the younger. Where all share every page with each other nobody
+    frees any at first; then it is the last in the order of service, and the next call finds more.
     """
-    victim = max(running, default=needy)
-    return victim if needy < victim else None
+    costs = (
+        (not each.freed_pages, *_rebuilding(each, page_size), -each.place, index) for index, each in enumerate(candidates)
+    )
+    best = min(costs, default=None)
+    return None if best is None else best[-1]
+
+
+def _rebuilding(victim: VictimCost, page_size: int) -> tuple[int, int]:
+    if not victim.freed_pages:
+        return 0, 0
+    return 8 * victim.lost_tokens // (victim.freed_pages * page_size), victim.output_tokens // page_size

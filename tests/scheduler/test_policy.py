@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.policy import GroupLoad, admissible, route, time_to_first_token
+from scheduler.policy import GroupLoad, VictimCost, admissible, choose_victim, route, time_to_first_token
 
 IDLE = GroupLoad(
     hit_tokens=0, new_pages=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
@@ -63,3 +63,36 @@ def test_the_admission_watermark(load: GroupLoad, may_start: bool) -> None:
 
 def test_no_group_at_all() -> None:
     assert route([], TOKENS, PAGE) is None
+
+
+# ---- victims
+
+FULL = VictimCost(lost_tokens=1024, freed_pages=4, output_tokens=300, place=7)
+
+
+def test_the_cheapest_to_rebuild_for_each_page_freed_gives_way() -> None:
+    half = FULL._replace(lost_tokens=512)
+    assert choose_victim([FULL, half], PAGE) == 1
+    assert choose_victim([FULL, half._replace(freed_pages=2)], PAGE) == 0, "equal cost a page: the first has as much output"
+    assert choose_victim([FULL, half._replace(freed_pages=1)], PAGE) == 0
+    assert choose_victim([FULL, FULL._replace(lost_tokens=0)], PAGE) == 1, "it has computed nothing, or others have it all"
+
+
+def test_how_full_the_last_page_is_does_not_decide() -> None:
+    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=1000, place=6)], PAGE) == 0
+    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=800, place=6)], PAGE) == 1
+
+
+def test_equal_costs_go_by_progress_then_priority_then_age() -> None:
+    assert choose_victim([FULL, FULL._replace(output_tokens=20, place=1)], PAGE) == 1
+    assert choose_victim([FULL, FULL._replace(output_tokens=290, place=8)], PAGE) == 1, "in the same page of output"
+    urgent = FULL._replace(place=(-1 << 48) + 900)
+    assert choose_victim([urgent, FULL], PAGE) == 1
+    assert choose_victim([FULL, FULL._replace(place=6)], PAGE) == 0
+
+
+def test_who_frees_nothing_gives_way_last_but_does() -> None:
+    shared = FULL._replace(lost_tokens=0, freed_pages=0, place=9)
+    assert choose_victim([shared, FULL], PAGE) == 1
+    assert choose_victim([shared._replace(place=8), shared], PAGE) == 1, "all share with each other: the last"
+    assert choose_victim([], PAGE) is None

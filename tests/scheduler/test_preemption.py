@@ -3,9 +3,12 @@
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler import policy
+from kvcache.table import BlockTable
+from scheduler import paging
 from scheduler.messages import Start
+from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
+from scheduler.victims import find_victim
 from tests.scheduler.cluster import Cluster, pages
 
 HERE = GroupId(0)
@@ -13,15 +16,14 @@ HERE = GroupId(0)
 
 def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[tuple[int, int]] = []
-    choose = policy.choose_victim
 
-    def watch(needy: Sequence, running: set[Sequence]) -> Sequence | None:
-        victim = choose(needy, running)
+    def watch(table: BlockTable, group: ResidentGroup, needy: Sequence) -> Sequence | None:
+        victim = find_victim(table, group, needy)
         if victim is not None:
             chosen.append((needy.number, victim.number))
         return victim
 
-    monkeypatch.setattr(policy, "choose_victim", watch)
+    monkeypatch.setattr(paging, "find_victim", watch)
     cluster = Cluster((6,))
     streams = [cluster.submit([token, token], max_tokens=20)[0] for token in (0, 1, 0, 1)]
     done = 0
@@ -34,6 +36,44 @@ def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypat
     assert chosen
     assert all(victim > needy for needy, victim in chosen)
     assert done <= 4 * 20 + 4
+    cluster.run()
+
+
+def test_whoever_others_keep_the_pages_of_gives_way_first() -> None:
+    cluster = Cluster((24, 24), rows=8)
+    core = cluster.core
+    for group in (0, 1):  # both get the same two pages
+        core.groups[GroupId(1 - group)].draining = True
+        cluster.submit([*pages(0, 1), 1], max_tokens=1)
+        cluster.run()
+        core.groups[GroupId(1 - group)].draining = False
+    core.groups[GroupId(1)].draining = True
+    needy = cluster.submit([1], max_tokens=8)[0]
+    known = cluster.submit([*pages(0, 1), 0], max_tokens=8)[0]
+    alone = [cluster.submit([*pages(1, 0), 0], max_tokens=8, salt=salt)[0] for salt in ("one", "other")]
+    cluster.step(times=2)
+    group = core.groups[HERE]
+    assert find_victim(core.table, group, cluster.sequence(needy)) is cluster.sequence(known), "the other group has its pages"
+    cluster.lose(1)
+    assert find_victim(core.table, group, cluster.sequence(needy)) is cluster.sequence(alone[1]), "now equal: the youngest"
+    assert find_victim(core.table, group, cluster.sequence(alone[0])) is cluster.sequence(alone[1])
+    assert find_victim(core.table, group, cluster.sequence(alone[1])) is None
+    cluster.run()
+
+
+def test_pages_shared_with_the_others_of_the_group_are_neither_lost_nor_freed() -> None:
+    cluster = Cluster((24,), rows=8)
+    cluster.submit([*pages(0, 1), 1], max_tokens=1)
+    cluster.run()
+    needy = cluster.submit([*pages(0, 1), 1], max_tokens=8)[0]
+    sharing = cluster.submit([*pages(0, 1), 0], max_tokens=8)[0]  # one private page
+    cluster.step()
+    alone = cluster.submit([*pages(1, 1), 0], max_tokens=8)[0]  # three
+    group, core = cluster.core.groups[HERE], cluster.core
+    first = cluster.sequence(needy)
+    assert find_victim(core.table, group, first) is cluster.sequence(alone), "it has computed nothing yet"
+    cluster.step(times=2)
+    assert find_victim(core.table, group, first) is cluster.sequence(sharing), "its one page is less full than those three"
     cluster.run()
 
 
