@@ -42,11 +42,11 @@ def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypat
 def test_whoever_others_keep_the_pages_of_gives_way_first() -> None:
     cluster = Cluster((24, 24), rows=8)
     core = cluster.core
-    for group in (0, 1):  # both get the same two pages
-        core.groups[GroupId(1 - group)].draining = True
+    for other in (GroupId(1), HERE):  # both get the same two pages
+        core.groups[other].draining = True
         cluster.submit([*pages(0, 1), 1], max_tokens=1)
         cluster.run()
-        core.groups[GroupId(1 - group)].draining = False
+        core.groups[other].draining = False
     core.groups[GroupId(1)].draining = True
     needy = cluster.submit([1], max_tokens=8)[0]
     known = cluster.submit([*pages(0, 1), 0], max_tokens=8)[0]
