@@ -23,7 +23,8 @@ class SequenceBlocks:
     blocks: in block-table order; each is pinned once by this sequence.
     nodes: the published prefix, its own pages or shared ones: nodes[i] is the node of blocks[i].
     tail: of blocks[len(nodes)], the page that it fills at the moment, once a part of it is published; never shared.
-    inherited: tokens that the first page after the hit begins with, found in the cache at the reservation. source: the page
+    inherited: tokens that the first page after the hit begins with, found in the cache at the reservation; 0 once it is full.
+    source: the page
     from which they must be copied before the first step; None if they stand there already: the page was taken over.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
@@ -255,6 +256,7 @@ class BlockTable:
                 f"and a page has {self.page_size} tokens"
             )
         index, group, block = self.index, seq.group, seq.blocks[at]
+        seq.inherited = 0
         pool, held = self.pools[group], index.blocks[group]
         parent = seq.nodes[-1] if at else index.root(seq.salt)
         node = index.child(parent, hash_, page)

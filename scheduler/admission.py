@@ -12,7 +12,7 @@ from kvcache.index import Match, Part
 from kvcache.table import SequenceBlocks
 from scheduler import policy
 from scheduler.config import count_start
-from scheduler.messages import ROW_BITS, Copy, LeaseId, Start
+from scheduler.messages import ROW_BITS, Copy, Drop, Failure, FinishReason, LeaseId, Start
 from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
@@ -41,6 +41,13 @@ class Offer(NamedTuple):
     source: Source | None = None
 
 
+MOST_TRIES = 4
+"""Sequences that find no room in one event: each costs a match and a look at every group."""
+
+MOST_PASSED = 16
+"""Sequences that are passed over in one event, those included that need not be tried."""
+
+
 class Admission:
     """Works on the shared state; its own are the serials of leases."""
 
@@ -51,18 +58,63 @@ class Admission:
         self._serials = 0
 
     def admit(self) -> None:
-        """Starts waiting sequences, oldest first, until one finds no room. Route = allocate: one transaction on one table."""
-        if not (self._state.waiting.queue and self._state.groups):
+        """Starts waiting sequences in the order of `WaitingRoom`. Route = allocate: one transaction on one table.
+
+        Those that find no room are passed over, within bounds: `MOST_TRIES` and `MOST_PASSED` in one event, and `skip_s` for
+        the first. What a try has found out is remembered: nobody is tried twice while no room has come up, nor before as many
+        pages are available as it cannot do without.
+        """
+        self._expire()
+        state, waiting = self._state, self._state.waiting
+        if not (waiting.count and state.groups) or waiting.settled():
             return
-        largest = max(group.blocks for group in self._state.groups.values())
-        while (sequence := self._state.waiting.oldest(largest)) is not None:
-            match = self._match(sequence)
-            if self._defer(sequence, match):
-                continue
-            if not self._place(sequence, match):
-                return
-            self._state.waiting.leave(sequence)
-            self._state.admitted.count(sequence.committed, self._state.now_s)
+        largest, room = max(group.blocks for group in state.groups.values()), self._room()
+        passed: list[Sequence] = []
+        tries = MOST_TRIES
+        waiting.begin(state.now_s)
+        while tries and len(passed) < MOST_PASSED and (sequence := waiting.take(largest)) is not None:
+            if sequence.needs <= room and sequence.tried != waiting.changes:
+                match = self._match(sequence)
+                if self._defer(sequence, match):
+                    continue
+                if self._place(sequence, match):
+                    waiting.leave(sequence, state.now_s)
+                    state.counters.skipped += bool(passed)
+                    room = self._room()
+                    continue
+                tries -= 1
+                sequence.tried = waiting.changes
+                sequence.needs = state.pages_for(sequence, sequence.committed) - len(match.nodes)
+            passed.append(sequence)
+            if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
+                break
+        waiting.put_back(passed, settled=tries > 0)
+
+    def _room(self) -> int:
+        """Pages that a newcomer could have at most, in the group that has most; -1 if none takes any."""
+        pools = self._state.table.pools
+        groups = self._state.groups.values()
+        open_groups = (group for group in groups if group.rows_left > 0 and not (group.starved or group.draining))
+        return max((pools[group.group].available for group in open_groups), default=-1)
+
+    def _expire(self) -> None:
+        """Ends those whose deadline has passed, whether they wait or run."""
+        state = self._state
+        while (sequence := state.deadlines.passed(state.now_s)) is not None:
+            state.counters.expired += 1
+            group, output = state.group_of(sequence), sequence.committed - sequence.prompt_tokens
+            if group is not None and sequence.lease is not None:
+                output = group.output_tokens(sequence)
+                group.issue(Drop(sequence.lease))
+                self._paging.leave(group, sequence)
+            elif group is not None:
+                self.give_up_fetch(group, sequence)
+            given_s = sequence.deadline_s - sequence.arrived_s
+            where = f"it has {output} tokens of output" if sequence.cached_tokens is not None else "it has not begun"
+            message = f"the request did not end within {given_s:g} s: {where}"
+            state.finish(sequence, FinishReason.FAILED, output, message, Failure.TIMED_OUT)
+            if group is not None:
+                self._paging.extend(group, [])
 
     def _match(self, sequence: Sequence) -> Match:
         """The cached prefix, in full pages."""
@@ -83,7 +135,7 @@ class Admission:
     def _defer(self, sequence: Sequence, match: Match) -> bool:
         """Waits if what follows the cached prefix is about to be computed by a running sequence; see `prefixes`."""
         return self._state.config.wait_for_prefix and self._state.waiting.defer(
-            sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
+            sequence, sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
         )
 
     def _place(self, sequence: Sequence, match: Match) -> bool:
@@ -193,7 +245,7 @@ class Admission:
         elif group.draining:
             self.give_up_fetch(group, sequence)
             state.table.release(blocks)
-            state.waiting.enter(sequence)
+            state.waiting.enter(sequence, state.now_s)
         else:
             group.fetching.discard(sequence)
             part = transfer.part if ok else 0
@@ -231,6 +283,7 @@ class Admission:
         assert sequence.blocks is not None
         row = group.free_rows.pop()
         self._serials += 1
+        self._state.waiting.charge_start(sequence, cached_tokens)
         sequence.state = State.RUNNING
         sequence.row = row
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)
@@ -238,6 +291,7 @@ class Admission:
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
         self._paging.schedule(group, sequence, row)
         self._announce(sequence, cached_tokens // self._state.config.page_size)
+        self._inherit(group, sequence.blocks)
         group.issue(
             Start(
                 lease=sequence.lease, tokens=sequence.tokens.tobytes(), prompt_tokens=sequence.prompt_tokens,
@@ -246,15 +300,12 @@ class Admission:
                 max_tokens=sequence.max_tokens,
             )
         )  # fmt: skip
-        self._inherit(group, sequence, sequence.lease)
 
-    def _inherit(self, group: ResidentGroup, sequence: Sequence, lease: LeaseId) -> None:
+    def _inherit(self, group: ResidentGroup, blocks: SequenceBlocks) -> None:
         """Where the hit ends inside a page: the copy that begins the sequence's own, unless it goes on in the page itself."""
-        blocks, counters = sequence.blocks, self._state.counters
-        assert blocks is not None
         if blocks.source is not None:
-            group.issue(Copy(lease, blocks.source, blocks.blocks[len(blocks.nodes)], blocks.inherited))
+            group.issue(Copy(blocks.source, blocks.blocks[len(blocks.nodes)], blocks.inherited))
             blocks.source = None
-            counters.parts_copied += 1
+            self._state.counters.parts_copied += 1
         elif blocks.inherited:
-            counters.parts_taken += 1
+            self._state.counters.parts_taken += 1

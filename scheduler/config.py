@@ -16,6 +16,8 @@ class CoreConfig:
     computed, where the workers can. seed: draws the seeds of requests that bring none; None: anew each time.
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
     wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
+    skip_s: so long may others start before the first in the queue, from when it found no room on; 0: never. age_s: whoever has
+    waited so long goes before priorities and fairness.
     """
 
     page_size: int = 256
@@ -29,6 +31,8 @@ class CoreConfig:
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
     wait_for_groups: bool = True
+    skip_s: float = 2.0
+    age_s: float = 30.0
 
     @property
     def stride(self) -> int:
@@ -41,7 +45,8 @@ class Counters(msgspec.Struct, kw_only=True):
 
     requests, prompt_tokens, output_tokens: of everything submitted so far. cached_tokens: prompt tokens found in the cache at a
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
-    whatever reason. refused: requests that the full queue turned away.
+    whatever reason. refused: requests that were turned away because of the queue. expired: sequences whose deadline passed
+    before they ended. skipped: starts before one that had found no room. aged: sequences that waited for `age_s`.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
     prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
@@ -72,6 +77,9 @@ class Counters(msgspec.Struct, kw_only=True):
     fetches: int = 0
     fetched_tokens: int = 0
     failed_fetches: int = 0
+    expired: int = 0
+    skipped: int = 0
+    aged: int = 0
 
 
 def count_start(

@@ -8,6 +8,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
+import math
 import random
 
 import msgspec
@@ -21,12 +22,9 @@ from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
 from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Moved, Report, Request
 from scheduler.paging import Paging
 from scheduler.resident import ProtocolError, ResidentGroup
-from scheduler.sequence import Sequence
+from scheduler.sequence import PRIORITY_SHIFT, Sequence
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfers
-
-PRIORITY_SHIFT = 48
-"""Arrivals that fit between two priorities."""
 
 GAVE_UP = "its worker could not go on with it: the worker's log says why"
 
@@ -114,11 +112,11 @@ class SchedulerCore:
             self.transfers.group_down(lost)
             for sequence in sorted(lost.fetching):
                 self._admission.give_up_fetch(lost, sequence)
-                self.waiting.enter(sequence)
+                self.waiting.enter(sequence, self.now_s)
             for sequence in sorted(lost.running):
                 lost.write_back(sequence)
                 self._paging.leave(lost, sequence, release=False)
-                self.waiting.enter(sequence)
+                self.waiting.enter(sequence, self.now_s)
             self.table.remove_group(group)
         self._reconsider(reason)
         self._admission.admit()
@@ -156,13 +154,14 @@ class SchedulerCore:
         )
         if not (self.groups or self.config.wait_for_groups):
             raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
-        self._require_room(request.params.n, len(prompt))
+        self._require_room(request, len(prompt))
         pages = pages_for(len(prompt) + max_tokens - 1, page_size)
         hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
         if len(hashes) != len(prompt) // page_size:
             hashes = hash_pages(prompt, page_size, request.salt)
         if any((front_end, request.stream + choice) in self.sequences for choice in range(request.params.n)):
             raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
+        deadline_s = math.inf if request.deadline_s is None else self.now_s + request.deadline_s
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
@@ -175,18 +174,20 @@ class SchedulerCore:
                 front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
                 stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
                 pages_at_most=pages, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
+                tenant=request.tenant, deadline_s=deadline_s,
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence
-            self.waiting.enter(sequence)
+            self._state.deadlines.add(sequence)
+            self.waiting.enter(sequence, self.now_s)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         self._admission.admit()
 
-    def _require_room(self, choices: int, tokens: int) -> None:
-        """Errors: RequestRefused if so many more may not wait."""
+    def _require_room(self, request: Request, tokens: int) -> None:
+        """Errors: RequestRefused if it may not wait, or would wait longer than it can."""
         try:
-            queue_room(self.config, self.waiting, choices, choices * tokens, self._state.admitted.per_s(self.now_s))
+            queue_room(self.config, self.waiting, request, tokens, self.now_s)
         except RequestRefused:
             self.counters.refused += 1
             raise
@@ -252,7 +253,8 @@ class SchedulerCore:
         transfer = self.transfers.answered(group, moved)
         if transfer is not None:
             self._admission.arrive(group, transfer, ok=moved.ok)
-        self._paging.extend(group, [])  # pages may have become free, and its rows may wait for nothing else
+        self.waiting.changes += 1  # pages may have become free,
+        self._paging.extend(group, [])  # and rows that starve may wait for nothing else
         self._admission.admit()
 
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:

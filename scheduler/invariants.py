@@ -28,7 +28,9 @@ def check(core: SchedulerCore) -> None:
 
 def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     """Each live sequence is in exactly one place; nothing ended is in any."""
-    queued = [sequence for sequence in [*core.waiting.queue, *core.waiting.parked] if sequence.state is State.WAITING]
+    in_line = core.waiting.queued()
+    assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
+    queued = [*in_line, *(sequence for sequence in core.waiting.parked if sequence.state is State.WAITING)]
     deferred = [sequence for sequence in core.waiting.prefixes.waiters() if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
@@ -36,6 +38,12 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     assert core.waiting.count == len(queued) + len(deferred), f"{core.waiting.count} are counted as waiting"
     tokens = sum(sequence.committed for sequence in [*queued, *deferred])
     assert core.waiting.tokens == tokens, f"{core.waiting.tokens} tokens are counted as waiting, not {tokens}"
+    fair = core.waiting.fair
+    tenants = {sequence.tenant for sequence in core.sequences.values() if sequence.blocks is None}
+    assert fair.tenants == len(tenants), f"{fair.tenants} tenants are counted as waiting, not {sorted(tenants)}"
+    assert sum(fair.waiting(tenant)[0] for tenant in tenants) == core.waiting.count, "each waits on one tenant's account"
+    assert sum(fair.waiting(tenant)[1] for tenant in tenants) == tokens, "with its tokens"
+    assert all(fair.served(tenant) >= fair.floor() for tenant in tenants), "nobody who waits is below the smallest counter"
     parts = core.counters
     misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_page
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"

@@ -3,8 +3,10 @@
 Imports `config`, `messages` and `waiting`.
 """
 
+import math
+
 from scheduler.config import CoreConfig
-from scheduler.messages import Failure
+from scheduler.messages import Failure, Request
 from scheduler.waiting import WaitingRoom
 
 LONGEST_RETRY_S = 60.0
@@ -58,22 +60,40 @@ def output_limit(
     return room if max_tokens is None else max_tokens
 
 
-def queue_room(config: CoreConfig, waiting: WaitingRoom, requests: int, tokens: int, admitted_per_s: float) -> None:
-    """May so many more choices, with so many tokens in all, wait? An empty queue takes anything.
+def queue_room(config: CoreConfig, waiting: WaitingRoom, request: Request, tokens: int, now_s: float) -> None:
+    """May the request, with a prompt of so many tokens, wait? An empty queue takes anything.
 
-    admitted_per_s: tokens that lately left the queue; the wait until it is empty at that pace is when to try again.
-    Errors: RequestRefused.
+    A full queue still takes a tenant that has less than an equal share of it waiting, up to twice its bounds, so that nobody
+    can fill it for all. And none takes a request that its deadline would meet in the queue, as far as one can tell.
+    Errors: RequestRefused; when to try again is when the tenant's turn would come, at the pace of lately.
     """
-    most_requests, most_tokens = config.max_queued_requests, config.max_queued_tokens
-    crowded = most_requests is not None and waiting.count + requests > most_requests
-    heavy = most_tokens is not None and waiting.tokens + tokens > most_tokens
-    if not waiting.count or not (crowded or heavy):
+    if not waiting.count:
         return
-    retry_after_s = min(max(waiting.tokens / admitted_per_s, 1.0), LONGEST_RETRY_S) if admitted_per_s else 1.0
-    bound = f"{most_requests} requests" if crowded else f"{most_tokens} tokens"
-    raise RequestRefused(
-        f"{waiting.count} requests with {waiting.tokens} tokens are waiting and {bound} may: try again in "
-        f"{retry_after_s:.0f} s",
-        Failure.OVERLOADED,
-        retry_after_s,
+    wait_s = expected_wait_s(waiting, request, now_s)
+    if request.deadline_s is not None and wait_s is not None and wait_s > request.deadline_s:
+        raise _refusal(f"its turn would come in about {wait_s:.0f} s, after its deadline of {request.deadline_s:g} s", wait_s)
+    choices = request.params.n
+    requests_own, tokens_own = waiting.fair.waiting(request.tenant)
+    bounds = (
+        ("requests", config.max_queued_requests, waiting.count, requests_own, choices),
+        ("tokens", config.max_queued_tokens, waiting.tokens, tokens_own, choices * tokens),
     )
+    tenants = waiting.fair.tenants + (requests_own == 0)
+    for name, most, others, own, more in bounds:
+        if most is not None and others + more > most and (others + more > 2 * most or own + more > most / tenants):
+            raise _refusal(
+                f"{waiting.count} requests with {waiting.tokens} tokens are waiting and {most} {name} may", wait_s or 0.0
+            )
+
+
+def expected_wait_s(waiting: WaitingRoom, request: Request, now_s: float) -> float | None:
+    """Until another request like this one would start, at the pace of lately; None if nothing is known."""
+    per_s = waiting.pace.per_s(now_s)
+    if per_s is None:
+        return None
+    return waiting.fair.ahead(request.tenant, request.priority) / per_s if per_s else math.inf
+
+
+def _refusal(why: str, wait_s: float) -> RequestRefused:
+    retry_after_s = min(max(wait_s, 1.0), LONGEST_RETRY_S)
+    return RequestRefused(f"{why}: try again in {retry_after_s:.0f} s", Failure.OVERLOADED, retry_after_s)

@@ -31,6 +31,7 @@ class Failure(IntEnum):
     IMPOSSIBLE = 1  # the request can never be served as it is
     OVERLOADED = 2  # not now: the queue is full; try again after `retry_after_s`
     UNAVAILABLE = 3  # no group is up or expected
+    TIMED_OUT = 4  # its deadline has passed
 
 
 class FinishReason(IntEnum):
@@ -101,13 +102,12 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
-    """The first `tokens` slots of page `target`, which `lease` holds, get the KV of those of page `source`: copy on write.
+    """The first `tokens` slots of page `target` get the KV of those of page `source`: copy on write.
 
     On the stream of the steps, in the order of the log: after every step launched before it and before every later one, so
-    `source` may be granted again at once. A no-op if the lease has ended.
+    `source` may be granted again at once. It comes before the `Start` of the lease whose page `target` is.
     """
 
-    lease: LeaseId
     source: int
     target: int
     tokens: int
@@ -248,7 +248,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     tokens: int32 buffer [prompt_tokens]. hashes: uint64 buffer [full pages of the prompt], `kvcache.hashing.hash_pages`.
     stop_ids: ids that end the output, the model's own included unless ignored. salt: isolates tenants in the prefix index.
-    priority: lower goes first; equal ones by age.
+    priority: lower goes first; equal ones by what their tenants were served, then by age. tenant: on whose account.
+    deadline_s: seconds from now within which it must have ended; None: it has the time that it needs.
     """
 
     stream: int
@@ -258,6 +259,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
     priority: int = 0
+    tenant: str = ""
+    deadline_s: float | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):

@@ -8,7 +8,7 @@ from collections.abc import Sequence as Listing
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.messages import Deltas, Finished, FinishReason
+from scheduler.messages import Deltas, Failure, Finished, FinishReason
 from scheduler.resident import Listener
 from scheduler.sequence import Sequence
 
@@ -29,10 +29,12 @@ class Outbox:
     def logprobs(self, sequence: Sequence, payload: bytes) -> None:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
 
-    def finished(self, sequence: Sequence, reason: FinishReason, tokens: int, message: str) -> None:
+    def finished(
+        self, sequence: Sequence, reason: FinishReason, tokens: int, message: str, failure: Failure = Failure.FAULT
+    ) -> None:
         queued_s = max(0.0, sequence.started_s - sequence.arrived_s) if sequence.cached_tokens is not None else 0.0
         end = Finished(
-            sequence.stream, reason, sequence.cached_tokens or 0, tokens, message,
+            sequence.stream, reason, sequence.cached_tokens or 0, tokens, message, failure,
             queued_s=queued_s, preemptions=sequence.preemptions,
         )  # fmt: skip
         self._finished.setdefault(sequence.front_end, []).append(end)

@@ -21,6 +21,7 @@ class Paging:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
         blocks, page_size = sequence.blocks, self._state.config.page_size
         assert blocks is not None
+        self._state.waiting.charge(sequence, int(group.length[row]))
         computed = group.computed(row)
         full = computed // page_size
         if full > len(blocks.nodes):
@@ -57,9 +58,12 @@ class Paging:
             self._state.waiting.published(sequence, sequence.hashes[index])
 
     def _publish_tail(self, sequence: Sequence, blocks: SequenceBlocks, end: int) -> None:
-        """Publishes the page that the sequence fills at the moment up to the position `end`, if that is worth a look."""
+        """Publishes the page that the sequence fills at the moment up to the position `end`, if that is worth a look.
+
+        What it begins with, if that was copied, is known by the page that it was copied from, until a step has added to it.
+        """
         start, stride = len(blocks.nodes) * self._state.config.page_size, self._state.config.stride
-        if stride and end - start >= stride:
+        if stride and end - start >= max(stride, blocks.inherited + 1):
             self._state.table.publish_tail(blocks, sequence.buffer[start:end])
 
     def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
@@ -94,7 +98,7 @@ class Paging:
         victim.preemptions += 1
         group.write_back(victim)
         self.leave(group, victim)
-        self._state.waiting.enter(victim)
+        self._state.waiting.enter(victim, self._state.now_s)
 
     def leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
         """The lease is over: the row and the pages are given back, what they hold stays cached as long as it can.

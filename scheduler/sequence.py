@@ -3,6 +3,7 @@
 Imports `kvcache`, `messages` and `SamplingParams`.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,6 +16,9 @@ from scheduler.messages import LeaseId
 from scheduler.sampling import SamplingParams
 
 Tokens = npt.NDArray[np.int32]
+
+PRIORITY_SHIFT = 48
+"""Arrivals that fit between two priorities."""
 
 
 class State(Enum):
@@ -41,6 +45,11 @@ class Sequence:
     hashes: chained hashes of the full pages of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
+    tenant: whose it is, for fairness; charged: tokens that its tenant's counter has had of it. deadline_s: by the same clock.
+
+    Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
+    has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
+    needs: pages that it cannot do without, as of the last try; tried: the state of the cluster in which that was.
     """
 
     number: int
@@ -66,10 +75,23 @@ class Sequence:
     lease: LeaseId | None = None
     row: int = -1
     blocks: SequenceBlocks | None = None
+    tenant: str = ""
+    charged: int = 0
+    deadline_s: float = math.inf
+    entered_s: float = 0.0
+    ticket: int = 0
+    aged: bool = False
+    passed_s: float | None = None
+    needs: int = 0
+    tried: int = -1
 
     def __lt__(self, other: "Sequence") -> bool:
         """Who is served first: a total order that never changes, so that somebody always is the first."""
         return self.place < other.place
+
+    @property
+    def priority(self) -> int:
+        return self.place >> PRIORITY_SHIFT
 
     @property
     def tokens(self) -> Tokens:

@@ -10,8 +10,9 @@ Imports the data that it holds; decides nothing.
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig, Counters
+from scheduler.deadlines import Deadlines
 from scheduler.limits import pages_for
-from scheduler.messages import ROW_MASK, FinishReason
+from scheduler.messages import ROW_MASK, Failure, FinishReason
 from scheduler.outbox import Outbox
 from scheduler.pace import Pace
 from scheduler.rates import Rates
@@ -25,7 +26,7 @@ class ClusterState:
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their pages, 0 if unknown. told: groups whose logs are not empty, or were not when something was issued; also such as have
-    gone down since. computed, admitted: tokens that were computed, and that waited and wait no more, lately.
+    gone down since. computed: tokens that were computed lately.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -35,22 +36,25 @@ class ClusterState:
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}
-        self.waiting = WaitingRoom()
+        self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
+        self.waiting = WaitingRoom(config, self.counters)
         self.outbox = Outbox()
         self.told: list[ResidentGroup] = []
         self.computed = Pace()
-        self.admitted = Pace()
         self.rates = Rates()
 
-    def finish(self, sequence: Sequence, reason: FinishReason, output: int, message: str = "") -> None:
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, output: int, message: str = "", failure: Failure = Failure.FAULT
+    ) -> None:
         """The one end of a sequence that holds nothing any more. output: its tokens."""
         if sequence.state in (State.WAITING, State.DEFERRED):
-            self.waiting.leave(sequence)
+            self.waiting.leave(sequence, self.now_s)
+        self.waiting.charge(sequence, sequence.prompt_tokens + output)
         sequence.state = State.ENDED
         del self.sequences[sequence.front_end, sequence.stream]
         self.counters.finished += 1
-        self.outbox.finished(sequence, reason, output, message)
+        self.outbox.finished(sequence, reason, output, message, failure)
 
     def largest_pool(self) -> int | None:
         """Pages of the largest pool; 0 without any group; None while a group of unknown size is expected."""

@@ -45,7 +45,8 @@ class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  #
     """The cluster at one moment, and its counters since the start, frozen as it is sent.
 
     waiting: sequences without pages; preempted: those of them that had one before. waiting_tokens: their prompt and output
-    so far. oldest_wait_s: how long the longest-waiting newcomer has waited. tokens_per_s: recently computed, cluster-wide.
+    so far; waiting_tenants: whose they are. oldest_wait_s: how long the longest-waiting newcomer has waited. tokens_per_s:
+    recently computed, cluster-wide.
     """
 
     groups: tuple[GroupStats, ...]
@@ -54,6 +55,7 @@ class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  #
     waiting_tokens: int = 0
     oldest_wait_s: float = 0.0
     tokens_per_s: float = 0.0
+    waiting_tenants: int = 0
 
 
 class PoolMap(msgspec.Struct, frozen=True):
@@ -111,6 +113,7 @@ def snapshot(core: SchedulerCore) -> EngineStats:
         waiting=core.waiting.count,
         preempted=len(waiting) - len(newcomers),
         waiting_tokens=core.waiting.tokens,
+        waiting_tenants=core.waiting.fair.tenants,
         oldest_wait_s=core.now_s - min(newcomers, default=core.now_s),
         tokens_per_s=core.computed.per_s(core.now_s),
         **msgspec.structs.asdict(core.counters),

@@ -1,81 +1,191 @@
-"""Who has no lease: the queue by age, those behind a prefix that is being computed, those too large for the groups that are up.
+"""Who has no lease: the queue, those behind a prefix that is being computed, those too large for the groups that are up.
 
-Imports `prefixes` and `sequence`. Decides nothing: the core asks for the oldest and says what became of it.
+Imports `config`, `fairness`, `pace`, `prefixes` and `sequence`. Says whose turn it is; whether there is room, others know.
 """
 
 import heapq
 from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 
+from scheduler.config import CoreConfig, Counters
+from scheduler.fairness import OUTPUT_WEIGHT, FairQueue
+from scheduler.pace import QueuePace
 from scheduler.prefixes import PendingPrefixes
 from scheduler.sequence import Sequence, State
 
+ByAge = tuple[float, int, int, Sequence]
+"""entered_s, place, ticket: two waits of one sequence differ in their tickets."""
+
 
 class WaitingRoom:
-    """Strictly by age: a sequence that comes back takes the place that its number gives it.
+    """The order: every second start belongs to whoever has waited `age_s` or longer, the longest first; all others go by
+    priority, tenant and age (`FairQueue`). Every second, because a tenant that floods the queue has the longest waits too.
 
-    queue: a heap; sequences that ended while they waited stay in it until they come up. parked: they fit no group that is up,
-    only one that is expected. Invariant: a WAITING sequence is in `queue` or `parked`, once; a DEFERRED one in `prefixes`.
-    count, tokens: all of them, and their tokens; `enter` and `leave` are called once for each stay.
+    Nobody starves: a sequence that fits some group starts within
+
+        age_s + 2 * (older + 1) * (skip_s + longest)
+
+    seconds, where `older` counts those that have waited longer, and `longest` is the longest that anyone who runs still does.
+    For then at least every second start is of one of these, and the first of them waits no longer than until others may not
+    pass it any more and until those who run have ended. A prefix that is being computed can add the time that this takes.
+
+    parked: they fit no group that is up, only one that is expected. Invariant: a WAITING sequence is either queued, once, under
+    its `ticket`, or in `parked`; a DEFERRED one is in `prefixes`. count, tokens: all of them, and their tokens; `enter` and
+    `leave` are called once for each stay. changes: grows whenever somebody might fit who did not before.
     """
 
-    def __init__(self) -> None:
-        self.queue: list[Sequence] = []
+    def __init__(self, config: CoreConfig, counters: Counters) -> None:
+        self.fair = FairQueue()
+        self.aged: list[ByAge] = []
         self.parked: list[Sequence] = []
         self.prefixes = PendingPrefixes()
+        self.pace = QueuePace()
         self.count = 0
         self.tokens = 0
+        self.changes = 0
+        self._by_age: list[ByAge] = []  # the queued, but for the aged; and void entries
+        self._settled = -1
+        self._tickets = 0
+        self._aged_last = False  # the last start was of an aged one
+        self._aged_next = False
+        self._config = config
+        self._counters = counters
 
-    def enter(self, sequence: Sequence) -> None:
-        """A newcomer, or one that has lost its lease."""
+    # ---- a stay
+
+    def enter(self, sequence: Sequence, now_s: float) -> None:
+        """A newcomer, or one that has lost its lease: then its tenant is charged for what it was served."""
+        self.charge(sequence, sequence.committed)
+        sequence.entered_s, sequence.passed_s, sequence.aged, sequence.needs = now_s, None, False, 0
         self.count += 1
         self.tokens += sequence.committed
+        self.pace.begin(now_s)
+        self.fair.enter(sequence)
         self.join([sequence])
 
-    def leave(self, sequence: Sequence) -> None:
-        """It has ended while it waited, or got its pages: then it is the oldest, and the queue moves up."""
+    def leave(self, sequence: Sequence, now_s: float) -> None:
+        """It has ended while it waited, or got its pages."""
         self.count -= 1
         self.tokens -= sequence.committed
+        sequence.ticket = 0
+        self.fair.leave(sequence)
         if sequence.blocks is not None:
-            heapq.heappop(self.queue)
+            self._aged_last = sequence.aged
+            if now_s > sequence.entered_s:
+                self.pace.count(sequence.committed, now_s)
+        else:
+            self.changes += 1  # it may have been the one for which room was kept
+        if not self.count:
+            self.pace.end(now_s)
 
     def join(self, sequences: Iterable[Sequence]) -> None:
         """Into the queue. One that has ended stays ended."""
         for sequence in sequences:
             if sequence.state is not State.ENDED:
                 sequence.state = State.WAITING
-                heapq.heappush(self.queue, sequence)
+                self._tickets += 1
+                sequence.ticket = self._tickets
+                self.changes += 1
+                self._queue(sequence)
+                if not sequence.aged:
+                    heapq.heappush(self._by_age, (sequence.entered_s, sequence.place, sequence.ticket, sequence))
 
-    def oldest(self, largest_pool: int) -> Sequence | None:
-        """Whose turn it is, None if nobody waits. Parks those that need more pages than the largest pool that is up has."""
-        while self.queue:
-            sequence = self.queue[0]
-            if sequence.state is State.WAITING and sequence.pages_at_most <= largest_pool:
+    def charge(self, sequence: Sequence, length: int) -> None:
+        """Its tenant was served its output up to `length` tokens of prompt and output."""
+        if sequence.charged and length > sequence.charged:
+            self.fair.charge(sequence.tenant, OUTPUT_WEIGHT * (length - sequence.charged))
+            sequence.charged = length
+
+    def charge_start(self, sequence: Sequence, cached_tokens: int) -> None:
+        """It starts. The first time, its tenant is charged for the prompt tokens that have to be computed."""
+        if not sequence.charged:
+            self.fair.charge(sequence.tenant, sequence.committed - cached_tokens)
+            sequence.charged = sequence.committed
+
+    # ---- a turn: `begin`, `take` until nobody is left or enough have been asked, `put_back`
+
+    def settled(self) -> bool:
+        """Nothing has happened since the last turn that could let anyone start."""
+        return self._settled == self.changes
+
+    def begin(self, now_s: float) -> None:
+        """Who has waited too long goes first from now on."""
+        self._aged_next = not self._aged_last
+        while self._by_age and (self._by_age[0][0] <= now_s - self._config.age_s or _is_void(self._by_age[0])):
+            entry = heapq.heappop(self._by_age)
+            if not _is_void(entry):
+                sequence = entry[3]
+                self._tickets += 1
+                sequence.ticket, sequence.aged = self._tickets, True  # which takes it out of the fair queue
+                self._queue(sequence)
+                self._counters.aged += 1
+
+    def take(self, largest_pool: int) -> Sequence | None:
+        """Takes out whose turn it is, None if nobody is left. Parks those that need more pages than the largest pool has."""
+        while True:
+            sequence = (self._oldest() or self.fair.pop()) if self._aged_next else (self.fair.pop() or self._oldest())
+            if sequence is None or sequence.pages_at_most <= largest_pool:
+                self._aged_next = not self._aged_next
                 return sequence
-            heapq.heappop(self.queue)
-            if sequence.state is State.WAITING:
-                self.parked.append(sequence)
-        return None
+            sequence.ticket = 0
+            self.parked.append(sequence)
 
-    def defer(self, hashes: Listing[int]) -> bool:
-        """Lets the oldest wait if a running sequence is about to compute the pages that continue its cached prefix."""
+    def may_be_passed(self, sequence: Sequence, now_s: float, *, first: bool) -> bool:
+        """It found no room. May those behind it start? Not for ever, once it was the first."""
+        if first and sequence.passed_s is None:
+            sequence.passed_s = now_s
+        return sequence.passed_s is None or now_s - sequence.passed_s < self._config.skip_s
+
+    def put_back(self, sequences: Iterable[Sequence], *, settled: bool) -> None:
+        """They did not start. settled: nobody else could have, either, as things are."""
+        for sequence in sequences:
+            self._queue(sequence)
+        if settled:
+            self._settled = self.changes
+
+    def defer(self, sequence: Sequence, hashes: Listing[int]) -> bool:
+        """Lets one that was taken out wait if a running sequence is about to compute what continues its cached prefix."""
         shared = self.prefixes.shared(hashes)
         if shared is None:
             return False
-        sequence = heapq.heappop(self.queue)
-        sequence.state = State.DEFERRED
+        sequence.state, sequence.ticket = State.DEFERRED, 0
         self.prefixes.wait(sequence, shared)
         return True
+
+    # ---- what happens elsewhere
 
     def published(self, author: Sequence, hash_: int) -> None:
         """Whoever waited for this page comes back."""
         self.join(self.prefixes.published(author, hash_))
 
     def withdraw(self, author: Sequence) -> None:
-        """`author` runs no more: whoever waited for its pages comes back."""
+        """`author` runs no more: there is room, and whoever waited for its pages comes back."""
+        self.changes += 1
         self.join(self.prefixes.withdraw(author))
 
     def unpark(self) -> None:
         """The groups have changed."""
+        self.changes += 1
         parked, self.parked = self.parked, []
         self.join(parked)
+
+    def queued(self) -> list[Sequence]:
+        """All whose turn may come, for the invariants."""
+        return [*self.fair.queued(), *(entry[3] for entry in self.aged if not _is_void(entry))]
+
+    def _queue(self, sequence: Sequence) -> None:
+        if sequence.aged:
+            heapq.heappush(self.aged, (sequence.entered_s, sequence.place, sequence.ticket, sequence))
+        else:
+            self.fair.push(sequence)
+
+    def _oldest(self) -> Sequence | None:
+        while self.aged:
+            entry = heapq.heappop(self.aged)
+            if not _is_void(entry):
+                return entry[3]
+        return None
+
+
+def _is_void(entry: ByAge) -> bool:
+    return entry[3].ticket != entry[2]

@@ -35,7 +35,7 @@ from scheduler.sequence import Sequence
 from workers.batch import ResidentBatch
 from workers.rank import Rank
 from workers.reports import Reporter
-from workers.simulated import UNWRITTEN, SimulatedExecutor, continuation
+from workers.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
 
 VOCABULARY = 2
 LOST = "its workers have gone"
@@ -170,6 +170,8 @@ class Cluster:
         max_queued_tokens: int | None = None,
         wait_for_groups: bool = True,
         fetch: bool = False,
+        skip_s: float = 2.0,
+        age_s: float = 30.0,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -183,6 +185,8 @@ class Cluster:
                 max_queued_requests=max_queued_requests,
                 max_queued_tokens=max_queued_tokens,
                 wait_for_groups=wait_for_groups,
+                skip_s=skip_s,
+                age_s=age_s,
             )
         )
         self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
@@ -247,13 +251,16 @@ class Cluster:
         min_tokens: int = 0,
         priority: int = 0,
         prompt_logprobs: int | None = None,
+        tenant: str = "",
+        deadline_s: float | None = None,
     ) -> list[Stream]:
         """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.pools) * self.page_size + 1 - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY)
-        request = Request(first, np.array(prompt, np.int32).tobytes(), b"", params, stop_ids, salt, priority)
+        tokens = np.array(prompt, np.int32).tobytes()
+        request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s)
         try:
             self.core.submit(front_end, request)
         finally:
@@ -281,6 +288,10 @@ class Cluster:
         self.settle()
 
     # ---- events
+
+    def wait(self, seconds: float) -> None:
+        """Time passes; what is late is noticed with the next event."""
+        self.core.now_s += seconds
 
     def deliver(self, group: int = 0, count: int | None = None) -> None:
         self.groups[GroupId(group)].deliver(count)
@@ -329,11 +340,33 @@ class Cluster:
     def settle(self) -> None:
         """What follows from every event: the invariants hold, the logs travel, the front ends are told."""
         check(self.core)
+        self._check_pages()
         for name, batch in self.core.take_logs():
             self.groups[name].take(batch)
         assert all(group.drain() is None for group in self.core.groups.values()), "a log was not handed out"
         for front_end, deltas in self.core.outbox.drain():
             self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
+
+    def _check_pages(self) -> None:
+        """What the index names stands in the pages of the groups that hold it: the digests of exactly those tokens."""
+        index = self.core.table.index
+        for name, group in self.groups.items():
+            states: dict[int, int] = {}
+            for node, block in sorted(index.blocks.get(name, {}).items(), key=lambda held: self._depth(held[0])):
+                state = states.get(index.parents[node], 0)
+                expected = []
+                for token in np.frombuffer(index.contents[node], np.int32).tolist():
+                    state = digest(state, token)
+                    expected.append(state)
+                states[node] = state
+                found = group.cache[block, : len(expected)].tolist()
+                assert found == expected, f"group {name}: node {node} does not stand in page {block}"
+
+    def _depth(self, node: int) -> int:
+        parents, depth = self.core.table.index.parents, 0
+        while node:
+            node, depth = parents[node], depth + 1
+        return depth
 
     def _hear(self, front_end: int, deltas: Deltas) -> None:
         numbers = np.frombuffer(deltas.streams, np.int64).tolist()

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kvcache.ids import GroupId
 from scheduler.limits import RequestRefused
-from scheduler.messages import FinishReason
+from scheduler.messages import Failure, FinishReason
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, pages
 
@@ -59,6 +59,7 @@ class CoreMachine(RuleBasedStateMachine):
             hash_stride=hash_stride,
             fetch=fetch,
             model_len=64,
+            age_s=5.0,
         )
 
     # ---- clients
@@ -74,6 +75,8 @@ class CoreMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "", "tenant"]),
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        tenant=st.sampled_from(["", "", "a", "b"]),
+        deadline_s=st.sampled_from([None, None, None, 1.0, 20.0]),
     )
     def submit(
         self,
@@ -87,6 +90,8 @@ class CoreMachine(RuleBasedStateMachine):
         salt: str,
         priority: int = 0,
         prompt_logprobs: int | None = None,
+        tenant: str = "",
+        deadline_s: float | None = None,
     ) -> None:
         prompt = pages(*values) + tail
         core = self.cluster.core
@@ -103,10 +108,13 @@ class CoreMachine(RuleBasedStateMachine):
                 salt=salt,
                 priority=priority,
                 prompt_logprobs=prompt_logprobs,
+                tenant=tenant,
+                deadline_s=deadline_s,
             )
-        except RequestRefused:
-            assert not fits
-            self.events["refused"] += 1
+        except RequestRefused as refusal:
+            late = deadline_s is not None and refusal.failure is Failure.OVERLOADED
+            assert late or not fits
+            self.events["refused by its deadline" if late else "refused"] += 1
         else:
             assert fits
             self.events["submitted"] += n
@@ -150,6 +158,27 @@ class CoreMachine(RuleBasedStateMachine):
         if sure == 0:
             self.cluster.front_end_down(front_end)
             self.events["front end gone"] += 1
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 3.0, 30.0]))
+    def wait(self, seconds: float) -> None:
+        self.cluster.wait(seconds)
+
+    @rule(at=which)
+    def the_first_progresses(self, at: int) -> None:
+        """Whoever is the first in the order of service of a group computes and ends, unless somebody more urgent comes."""
+        group = self.group(at)
+        if group is None or not (running := self.cluster.core.groups[group].running):
+            return
+        first = min(running)
+        lease, urgent = first.lease, False
+        for _ in range(500):
+            if first.lease != lease or min(running) is not first:
+                break
+            urgent = any(other < first for other in self.cluster.core.sequences.values())
+            resident = self.cluster.core.groups[group]
+            self.cluster.step(*(() if resident.sending or resident.receiving else (group,)))  # transfers end, too
+        assert first.state is State.ENDED or urgent
+        self.events["progressed"] += 1
 
     # ---- groups
 
@@ -250,13 +279,15 @@ class CoreMachine(RuleBasedStateMachine):
         self.cluster.run()
         for stream in self.cluster.streams.values():
             assert stream.finished is not None
-            if stream.finished.reason is FinishReason.FAILED:
+            if stream.finished.reason is FinishReason.FAILED and stream.finished.failure is not Failure.TIMED_OUT:
                 assert LOST in stream.finished.message
         self.events["preempted"] += self.cluster.core.counters.preemptions
         self.events["cached tokens"] += self.cluster.core.counters.cached_tokens
         self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
         self.events["parts copied"] += self.cluster.core.counters.parts_copied
         self.events["parts taken over"] += self.cluster.core.counters.parts_taken
+        for name in ("expired", "skipped", "aged"):
+            self.events[name] += getattr(self.cluster.core.counters, name)
 
 
 TestCore = CoreMachine.TestCase
@@ -274,6 +305,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
         "fetched tokens", "parts copied", "parts taken over",
+        "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -299,11 +331,16 @@ def walk(seed: int, events: int) -> Counter[str]:
             draw.choice(["", "", "", "tenant"]),
             draw.choice([0, 0, -1, 1]),
             draw.choice([None, None, 0]),
+            draw.choice(["", "a", "b"]),
+            draw.choice([None, None, 2.0, 20.0]),
         )
+        machine.wait(draw.choice([0.0, 0.2, 1.0, 3.0]))
         for step in draw.choices(list(FREQUENCIES), list(FREQUENCIES.values()), k=6):
             at = draw.randrange(100)
             if draw.random() < 0.1:
                 machine.abort_preempted()
+            if draw.random() < 0.01:
+                machine.the_first_progresses(at)
             if step == "step":
                 machine.step(at, draw.randint(1, 6))
             elif step in ("deliver", "arrive"):
