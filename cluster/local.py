@@ -22,7 +22,7 @@ from scheduler.core import SchedulerCore
 from scheduler.delivery import refuse
 from scheduler.invariants import check
 from scheduler.limits import RequestRefused
-from scheduler.messages import Command, End, Report, Request, TalliedMetric
+from scheduler.messages import Command, End, Moved, Report, Request, TalliedMetric
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
 from workers.build import WorkerConfig, build_rank
@@ -196,8 +196,9 @@ class LocalLink:
             received += self.commands.get()
         return received
 
-    def send(self, report: Report) -> None:
-        self._engine.report(self._group, report)
+    def send(self, message: Report | Moved) -> None:
+        assert isinstance(message, Report), "nothing moves here yet"
+        self._engine.report(self._group, message)
 
 
 class LocalFeed:
@@ -255,12 +256,12 @@ class _GroupStart:
     def _run(self, number: int) -> None:
         loop: Callable[[Rank], str] = self._lead if number == 0 else lambda rank: follow(rank, self._feed.inboxes[number - 1])
         try:
-            rank, pages = build_rank(self._engine.worker, self._comms[number])
-            with contextlib.closing(rank):
+            built = build_rank(self._engine.worker, self._comms[number])
+            with contextlib.closing(built.rank):
                 if number == 0:
-                    self._engine.group_up(self.group, pages)
+                    self._engine.group_up(self.group, built.pages)
                 self._ready[number].set()
-                loop(rank)
+                loop(built.rank)
         except BaseException as error:
             self._fail(number, error)
 

@@ -12,13 +12,14 @@ import torch
 from scheduler.logs import configure
 from scheduler.messages import Hello
 from scheduler.wire import listen
-from workers.build import WorkerConfig, build_rank
+from workers.build import Built, WorkerConfig, build_rank
 from workers.communicator import Communicator
-from workers.leader import follow, lead
-from workers.link import SocketFeed, SocketInbox, SocketLink
+from workers.leader import Gathered, follow, lead
+from workers.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
+from workers.mover import PageMover
 from workers.parallel import connect
-from workers.rank import Rank
 from workers.reports import Reporter
+from workers.transport import SocketTransport, open_transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,7 @@ class WorkerActor:
         self._timeout_s = timeout_s
         self._listener: socket.socket | None = None
         self._comm: Communicator | None = None
-        self._built: Rank | None = None
-        self._pages = 0
+        self._built: Built | None = None
         self._phase = ("placing", 0, 0)
         self._rendezvous: Rendezvous | None = None
 
@@ -70,8 +70,8 @@ class WorkerActor:
         device = torch.device(self._config.device, 0) if self._config.device == "cuda" else torch.device(self._config.device)
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
-        self._built, self._pages = build_rank(self._config, self._comm, self._enter)
-        return self._pages
+        self._built = build_rank(self._config, self._comm, self._enter)
+        return self._built.pages
 
     def phase(self) -> tuple[str, int, int]:
         """What `build` is doing: its name, how much is done, how much there is. May be asked while it works."""
@@ -88,17 +88,26 @@ class WorkerActor:
             return self._lead(scheduler) if self._rank == 0 else self._follow(scheduler)
         finally:
             self._comm.abort("this rank has left its loop")
-            self._built.close()
+            self._built.rank.close()
 
     def _lead(self, scheduler: SchedulerAddress) -> str:
         assert self._built is not None
         assert self._comm is not None
         assert self._listener is not None
-        feed = SocketFeed(self._listener, self._size - 1, scheduler.token, self._comm.abort, self._timeout_s)
-        hello = Hello(scheduler.token, self._group, self._epoch, self._pages, self._config.rows)
+        gathered = Gathered(self._size)
+        transport = self._open_transport(scheduler)
+        feed = SocketFeed(
+            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s
+        )
+        self._attach_mover(transport, gathered.add)
+        hello = Hello(
+            scheduler.token, self._group, self._epoch, self._built.pages, self._config.rows, self._built.slots,
+            (transport.address, *feed.ports) if transport is not None else (),
+        )  # fmt: skip
         link = SocketLink(scheduler.host, scheduler.port, hello)
+        gathered.send = link.send
         try:
-            return lead(self._built, link, feed, Reporter(self._epoch, self._config.report_steps))
+            return lead(self._built.rank, link, feed, Reporter(self._epoch, self._config.report_steps))
         finally:
             link.close()
             feed.close()
@@ -107,8 +116,31 @@ class WorkerActor:
         assert self._built is not None
         assert self._comm is not None
         assert self._rendezvous is not None
-        inbox = SocketInbox(self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, self._comm.abort)
+        transport = self._open_transport(scheduler)
+        greeting = Greeting(scheduler.token, self._rank, transport.address if transport is not None else "")
+        inbox = SocketInbox(self._rendezvous.host, self._rendezvous.feed_port, greeting, self._comm.abort)
+        self._attach_mover(transport, inbox.moved)
         try:
-            return follow(self._built, inbox)
+            return follow(self._built.rank, inbox)
         finally:
             inbox.close()
+
+    def _open_transport(self, scheduler: SchedulerAddress) -> SocketTransport | None:
+        """Where other groups fetch this rank's pages; None if groups exchange none."""
+        if not self._config.transfers:
+            return None
+        assert self._built is not None
+        return open_transport(
+            self._built.pool,
+            host=ray.util.get_node_ip_address(),
+            token=scheduler.token,
+            group=self._group,
+            epoch=self._epoch,
+            rank=self._rank,
+        )
+
+    def _attach_mover(self, transport: SocketTransport | None, moved: OnMoved) -> None:
+        assert self._built is not None
+        self._built.rank.mover = PageMover(
+            self._built.pool, self._built.host, transport, moved, rank=self._rank, epoch=self._epoch
+        )

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Phase = Callable[[str, int, int], None]
 """What the build is doing, how much of it is done, and how much there is; 0 of 0 where nobody can say."""
 
-LOADING, MEASURING = "loading weights", "measuring memory"
+LOADING, MEASURING, PINNING = "loading weights", "measuring memory", "reserving host memory"
 
 MASK_THREADS = 8
 """Threads of a rank for the masks of grammars, at most: half a millisecond of work for a row whose text is free."""
@@ -44,7 +44,9 @@ CPU_KV_FRACTION = 0.4
 class WorkerConfig:
     """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
 
-    ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format: "text" or "json".
+    host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
+    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format:
+    "text" or "json".
     """
 
     model: str
@@ -61,6 +63,8 @@ class WorkerConfig:
     threads: int
     ranks_on_host: int
     log_format: str = "text"
+    host_kv_memory: int = 0
+    transfers: bool = False
 
     @property
     def depth(self) -> int:
@@ -68,8 +72,26 @@ class WorkerConfig:
         return 1 if self.device == "cuda" else 0
 
 
-def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None) -> tuple[Rank, int]:
-    """Loads this rank's shard and returns (rank, pages of its pool). All ranks of the group call it together.
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier."""
+
+    rank: Rank
+    pool: KVPool
+    host: KVPool | None
+
+    @property
+    def pages(self) -> int:
+        return self.pool.pages
+
+    @property
+    def slots(self) -> int:
+        """Pages of host memory; equal on all ranks of a group."""
+        return self.host.pages if self.host is not None else 0
+
+
+def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None) -> Built:
+    """Loads this rank's shard. All ranks of the group call it together.
 
     Errors: CheckpointError, ValueError (memory, attention backend), torch's out-of-memory error.
     """
@@ -94,6 +116,7 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
         pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
         pool = runner.pool = KVPool(layout, pages, device)
         model.attention = attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+        host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         runner.close()
         raise
@@ -101,7 +124,7 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
         logger.info("KV pool: %d pages of %d tokens, %s bytes a rank, attention %s", pages, config.page_size,
                     f"{pages * layout.page_bytes:,}", attention.name)  # fmt: skip
     batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    return Rank(batch, runner, config.depth), pages
+    return Built(Rank(batch, runner, config.depth), pool, host)
 
 
 def _make_sampler(
@@ -130,6 +153,18 @@ def _kv_memory(config: WorkerConfig, runner: ModelRunner, layout: PageLayout) ->
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
     return int(total * config.gpu_memory_fraction) - others - (torch.cuda.max_memory_allocated() - probe)
+
+
+def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
+    """Pages in host memory: on a CPU committed as they are first written, for a GPU pinned at once.
+
+    Errors: ValueError if not even one fits, RuntimeError where so much cannot be pinned.
+    """
+    phase(PINNING, 0, 0)
+    slots = _agree_on_pages(comm, layout.pages_in(config.host_kv_memory), device)
+    if comm.rank == 0:
+        logger.info("host tier: %d pages, %s bytes a rank", slots, f"{slots * layout.page_bytes:,}")
+    return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
 
 
 def _run_largest_step(config: WorkerConfig, runner: ModelRunner) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.messages import ROW_MASK, Command, Copy, FinishReason, Start
+from scheduler.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
 from workers.batch import Launched, ResidentBatch
 
 
@@ -58,6 +58,18 @@ class Executor(Protocol):
         ...
 
 
+class Mover(Protocol):
+    """Moves whole pages beside the steps, and says by itself when it has."""
+
+    def take(self, movement: Movement) -> None:
+        """The next movement of the log; the steps of the commands before it have been launched. Must not wait."""
+        ...
+
+    def close(self) -> None:
+        """Fails what is under way and ends all threads."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """A committed step. live: [n] leases that had not ended when its tokens came in."""
@@ -71,12 +83,14 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
+    mover: set before the first turn; without one, movements are passed over.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
     def __init__(self, batch: ResidentBatch, executor: Executor, depth: int = 0) -> None:
         self.batch = batch
         self.executor = executor
+        self.mover: Mover | None = None
         self._depth = depth
         self._under_way: deque[tuple[Launched, Pending]] = deque()
         self._idle = True
@@ -95,6 +109,8 @@ class Rank:
                 self.executor.admit(command)
             elif isinstance(command, Copy) and self.batch.holds(command.lease):
                 self.executor.copy(command.source, command.target, command.tokens)
+            elif isinstance(command, Movement) and self.mover is not None:
+                self.mover.take(command)
         plan = self.batch.plan()
         if len(plan.rows):
             step = self.batch.launch(plan)
@@ -107,7 +123,11 @@ class Rank:
 
     def close(self) -> None:
         """The loop has ended, for whatever reason."""
-        self.executor.close()
+        try:
+            if self.mover is not None:
+                self.mover.close()
+        finally:
+            self.executor.close()
 
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()

@@ -23,13 +23,13 @@ CONFIG = WorkerConfig(
 
 
 def test_told_memory_is_cut_into_whole_pages() -> None:
-    _, pages = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.page_bytes + 1), Solo())
-    assert pages == 5
+    built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.page_bytes + 1), Solo())
+    assert built.pages == 5
 
 
 def test_no_more_pages_than_all_rows_could_fill() -> None:
-    _, pages = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.page_bytes), Solo())
-    assert pages == CONFIG.rows * CONFIG.max_model_len // CONFIG.page_size
+    built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.page_bytes), Solo())
+    assert built.pages == CONFIG.rows * CONFIG.max_model_len // CONFIG.page_size
 
 
 def test_memory_for_less_than_a_page_is_refused_with_the_numbers() -> None:
@@ -40,8 +40,8 @@ def test_memory_for_less_than_a_page_is_refused_with_the_numbers() -> None:
 def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 20 * LAYOUT.page_bytes
     monkeypatch.setattr(build, "_available_memory", lambda: free)
-    _, pages = build_rank(CONFIG, Solo())
-    assert pages == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks_on_host // LAYOUT.page_bytes
+    built = build_rank(CONFIG, Solo())
+    assert built.pages == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks_on_host // LAYOUT.page_bytes
 
 
 def test_the_host_says_how_much_is_free() -> None:
@@ -50,7 +50,7 @@ def test_the_host_says_how_much_is_free() -> None:
 
 def test_the_largest_step_fills_the_budget() -> None:
     """On a GPU its peak decides the pool; it must run in the pages that a step can touch, and touch no more."""
-    rank, _ = build_rank(replace(CONFIG, kv_memory=4 * LAYOUT.page_bytes), Solo())
+    rank = build_rank(replace(CONFIG, kv_memory=4 * LAYOUT.page_bytes), Solo()).rank
     assert isinstance(rank.executor, ModelRunner)
     pool = rank.executor._model.attention._pool  # type: ignore[attr-defined]
     pool.data.fill_(float("nan"))

@@ -37,9 +37,9 @@ class Group:
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
 
         def build(comm: Communicator) -> Rank:
-            rank, pages = build_rank(config, comm)
-            assert pages >= PAGES
-            return Rank(rank.batch, rank.executor, depth)
+            built = build_rank(config, comm)
+            assert built.pages >= PAGES
+            return Rank(built.rank.batch, built.rank.executor, depth)
 
         self.ranks = list(self.threads.map(build, comms))
 
