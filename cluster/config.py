@@ -42,6 +42,9 @@ class EngineConfig:
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', shown="measured from free memory", size=True
     )
+    host_kv_memory: int = option(
+        0, 'Host memory of each rank for pages that leave its KV cache, in bytes or as "4GiB".', shown="none", size=True
+    )
     gpu_memory_fraction: float = option(
         0.9, "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1."
     )
@@ -49,6 +52,11 @@ class EngineConfig:
     max_num_seqs: int = option(256, "Sequences that one group runs at once.")
     max_num_batched_tokens: int = option(2048, "Tokens that one step of a group computes; longer prompts go in chunks.")
     enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
+    prefix_fetch: bool = option(
+        True,
+        "Fetch the KV of a prefix from another group where that is faster than computing it.",
+        shown="yes, where there are at least two groups",
+    )
     attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.")
     seed: int | None = option(
         None, "Draws the seeds of requests that bring none: an integer.", shown="drawn anew each time"
@@ -77,6 +85,7 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "groups", "max_num_batched_tokens", "report_steps"):
             self._at_least(name, 1)
         self._at_least("max_group_restarts", 0)
+        self._check_host_memory()
         self._at_least("max_num_seqs", 1)
         if self.max_num_seqs > MAX_ROWS:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} is above {MAX_ROWS}: lower it")
@@ -112,6 +121,14 @@ class EngineConfig:
         for name, value, legal in choices:
             if value not in legal:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(legal)}")
+
+    def _check_host_memory(self) -> None:
+        self._at_least("host_kv_memory", 0)
+        if self.host_kv_memory and not self.enable_prefix_caching:
+            raise ValueError(
+                f"host_kv_memory={self.host_kv_memory} keeps pages to be used again, and enable_prefix_caching is off: leave "
+                "one of them out"
+            )
 
     def _at_least(self, name: str, low: int) -> None:
         value = getattr(self, name)

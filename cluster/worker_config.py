@@ -36,6 +36,8 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         attention=config.attention,
         threads=config.threads or threads,
         ranks_on_host=ranks_on_host,
+        host_kv_memory=config.host_kv_memory,
+        transfers=_exchange_pages(config),
     )
     core = CoreConfig(
         page_size=config.block_size,
@@ -45,6 +47,11 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         seed=config.seed,
     )
     return core, worker
+
+
+def _exchange_pages(config: EngineConfig) -> bool:
+    """Whether ranks open a port for others: not where there is, and will be, only one group."""
+    return config.prefix_fetch and config.enable_prefix_caching and max(config.groups, config.max_groups or 0) > 1
 
 
 def _model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -71,20 +71,22 @@ def test_options_reach_the_engine(manta: Manta) -> None:
         "--ignore-eos",
     ]
     engine = ["--groups", "2", "--kv-memory", "1GiB", "--no-enable-prefix-caching", "--engine-seed", "4", "--seed", "5"]
-    assert manta("a", *arguments, *engine).exit_code == 0
+    assert manta("a", *arguments, *engine, "--no-prefix-fetch").exit_code == 0
     params, config = manta.engine.requests[0].params, manta.engine.config
     assert (params.max_tokens, params.top_k, params.stop) == (5, 3, ("X", "Y"))
     assert (params.logit_bias, params.ignore_eos, params.seed) == ({7: -1.5}, True, 5)
     assert config is not None
     assert (config.groups, config.kv_memory, config.enable_prefix_caching, config.seed) == (2, 2**30, False, 4)
+    assert (config.prefix_fetch, config.host_kv_memory) == (False, 0)
 
 
 def test_configuration_file(manta: Manta, tmp_path: Path) -> None:
     file = tmp_path / "manta.yaml"
-    file.write_text("engine: {groups: 2, block_size: 32}\nsampling: {max_tokens: 9}\n")
-    assert manta("a", "--config", str(file), "--groups", "3").exit_code == 0
+    file.write_text("engine: {groups: 2, block_size: 32, host_kv_memory: 3MiB}\nsampling: {max_tokens: 9}\n")
+    assert manta("a", "--config", str(file), "--groups", "3", "--host-kv-memory", "2GiB").exit_code == 0
     assert manta.engine.config is not None
     assert (manta.engine.config.groups, manta.engine.config.block_size) == (3, 32)
+    assert (manta.engine.config.host_kv_memory, manta.engine.config.prefix_fetch) == (2**31, True)
     assert manta.engine.requests[0].params.max_tokens == 9
 
 

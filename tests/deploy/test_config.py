@@ -102,6 +102,8 @@ def test_environment_names_the_file(tmp_path: Path) -> None:
         ("engine: {dtype: int8}", "dtype='int8' is unknown: choose one of auto, bfloat16"),
         ("engine: {kv_memory: 4 gigs}", "write bytes, or a number with a unit"),
         ("engine: {gpu_memory_fraction: 90}", "outside (0, 1]"),
+        ("engine: {host_kv_memory: -1}", "host_kv_memory=-1 is below 0"),
+        ("engine: {host_kv_memory: 1GiB, enable_prefix_caching: false}", "enable_prefix_caching is off"),
         ("engine: {max_num_seqs: 100000}", "is above 65536"),
         ("engine: {local: true, ray_address: auto}", "exclude each other"),
         ("sampling: {temperature: -1}", "temperature=-1.0 is outside"),
