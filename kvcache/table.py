@@ -24,8 +24,7 @@ class SequenceBlocks:
     nodes: the published prefix, its own pages or shared ones: nodes[i] is the node of blocks[i].
     tail: of blocks[len(nodes)], the page that it fills at the moment, once a part of it is published; never shared.
     inherited: tokens that the first page after the hit begins with, found in the cache at the reservation; 0 once it is full.
-    source: the page
-    from which they must be copied before the first step; None if they stand there already: the page was taken over.
+    source: the page from which they must be copied before the first step; None if the page itself was taken over.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 

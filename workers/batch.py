@@ -17,7 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Drop, End, FinishReason, Grant, LeaseId, Movement, Remap, Start
+from scheduler.messages import (
+    NO_TOKEN,
+    ROW_MASK,
+    Command,
+    Copy,
+    Drop,
+    End,
+    FinishReason,
+    Grant,
+    LeaseId,
+    Movement,
+    Remap,
+    Start,
+)
 
 MEASURED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""
@@ -82,7 +95,7 @@ class ResidentBatch:
             self._start(command)
         elif isinstance(command, End):
             self.ended = command.reason
-        elif isinstance(command, Movement) or not self.holds(command.lease):
+        elif isinstance(command, Copy | Movement) or not self.holds(command.lease):
             pass  # or the lease has ended on this side already
         elif isinstance(command, Grant):
             self._append(command.lease & ROW_MASK, np.array(command.blocks, np.int32))

@@ -107,7 +107,7 @@ class Rank:
             self._release()
             if isinstance(command, Start):
                 self.executor.admit(command)
-            elif isinstance(command, Copy) and self.batch.holds(command.lease):
+            elif isinstance(command, Copy):
                 self.executor.copy(command.source, command.target, command.tokens)
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)

@@ -84,7 +84,7 @@ PAGES = np.arange(2, dtype=np.int32).tobytes()
 @pytest.mark.parametrize(
     "command",
     [
-        Copy(lease(1, 0), 1, 0, 3),
+        Copy(1, 0, 3),
         Send(1, PAGES, 1, 0),
         Receive(1, PAGES, 1, 0, ("host:1",)),
         Offload(1, PAGES, PAGES),

@@ -40,7 +40,7 @@ def test_a_start_inside_a_copied_page(make: Make, size: int, dtype: str, depth: 
     undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     assert len(undisturbed) == OUTPUT
     second = lease(2, 1)
-    assert group.output(second, start(second, (0, 1, 9, 8, 7), cached=43), Copy(second, 2, 9, 11)) == undisturbed
+    assert group.output(second, Copy(2, 9, 11), start(second, (0, 1, 9, 8, 7), cached=43)) == undisturbed
 
 
 def test_without_the_copy_it_says_something_else(make: Make) -> None:
@@ -49,7 +49,7 @@ def test_without_the_copy_it_says_something_else(make: Make) -> None:
     undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     group.output(lease(2, 0), start(lease(2, 0), (5, 6, 9, 8, 7), tokens=PROMPT[::-1]))
     second = lease(3, 1)
-    assert group.output(second, start(second, (0, 1, 9, 8, 7), cached=43), Copy(second, 2, 9, 3)) != undisturbed
+    assert group.output(second, Copy(2, 9, 3), start(second, (0, 1, 9, 8, 7), cached=43)) != undisturbed
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -63,21 +63,11 @@ def test_the_source_is_granted_again_at_once(make: Make, depth: int) -> None:
     group.turn()
     taken = group.output(
         second,
+        Copy(0, 11, 16),
+        Copy(1, 10, 16),
+        Copy(2, 9, 12),
         start(second, (11, 10, 9, 8, 7), cached=44),
-        Copy(second, 0, 11, 16),
-        Copy(second, 1, 10, 16),
-        Copy(second, 2, 9, 12),
         Drop(first),
         start(third, (2, 1, 0, 3, 4), tokens=PROMPT[::-1]),
     )
     assert taken == undisturbed
-
-
-def test_a_copy_whose_lease_has_ended_leaves_its_target_alone(make: Make) -> None:
-    """The target may be another's by then."""
-    group = make(1, "float32", 0)
-    undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
-    first, second = lease(2, 0), lease(3, 1)
-    group.turn(start(first, (0, 1, 9, 8, 7), cached=43))
-    made = group.output(second, Drop(first), start(second, (0, 1, 2, 3, 4), cached=44), Copy(first, 5, 2, 16))
-    assert made == undisturbed

@@ -96,14 +96,8 @@ def test_a_row_is_released_before_its_next_sequence_is_admitted() -> None:
 def test_a_copy_comes_after_the_steps_launched_before_it_and_before_the_next() -> None:
     one, recorder = rank(1)
     one.turn([start(lease(1, 0), tokens=2)])
-    one.turn([start(lease(2, 1), tokens=2, cached=1, blocks=(3,)), Copy(lease(2, 1), 0, 3, 1)])
-    assert recorder.calls == ["admit 0", "execute [0]", "admit 1", "copy 0 3 1", "execute [0, 1]"]
-
-
-def test_a_copy_of_a_lease_that_has_ended_is_a_no_op() -> None:
-    one, recorder = rank(0)
-    one.turn([start(lease(1, 0), tokens=2), Drop(lease(1, 0)), Copy(lease(1, 0), 0, 3, 1)])
-    assert recorder.calls == ["admit 0", "release 0"]
+    one.turn([Copy(0, 3, 1), start(lease(2, 1), tokens=2, cached=1, blocks=(3,))])
+    assert recorder.calls == ["admit 0", "execute [0]", "copy 0 3 1", "admit 1", "execute [0, 1]"]
 
 
 def test_a_step_of_a_dropped_lease_is_committed_as_dead() -> None:

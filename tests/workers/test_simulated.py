@@ -41,7 +41,7 @@ def test_a_hit_on_what_was_never_computed_does_not() -> None:
 def test_a_hit_inside_a_page_reads_what_was_copied(copied: int) -> None:
     executor = SimulatedExecutor(8, 4, 2, VOCABULARY)
     output(executor, 0, (3, 1, 6))
-    made = output(executor, 5, (3, 0, 2), Copy(lease(1, 0), 1, 0, copied))
+    made = output(executor, 5, (3, 0, 2), Copy(1, 0, copied))
     assert (made == continuation(PROMPT, 3, VOCABULARY)) is (copied == 1)
 
 
