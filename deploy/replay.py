@@ -20,6 +20,7 @@ from cluster.replay.run import POLICIES, Outage, Scenario, replay
 from cluster.replay.synthetic import SCHEME, make_trace, parse_synthetic
 from cluster.replay.time_model import TimeModel, calibrated
 from cluster.replay.traces import TraceRequest, read_trace
+from cluster.replay.transfers import LinkModel
 from deploy.config import ConfigError
 from deploy.exits import reported_errors
 from deploy.options import DebugOption
@@ -27,7 +28,7 @@ from deploy.options import DebugOption
 FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
 WIDTH = 120
 
-SHAPE, TIMES, TARGET = ClusterShape(), TimeModel(), Target()
+SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), Target()
 
 
 def _option(name: str, help: str) -> Any:
@@ -51,6 +52,30 @@ PageSizeOption = Annotated[int, _option("--page-size", f"Tokens in a page, a pow
 RowsOption = Annotated[int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.rows}.")]
 BudgetOption = Annotated[
     int, _option("--max-num-batched-tokens", f"Tokens that one step of a group computes. Default: {SHAPE.step_tokens}.")
+]
+StrideOption = Annotated[
+    int,
+    _option(
+        "--hash-stride", f"Tokens in common from which part of a page is reused; 0: none is. Default: {SHAPE.hash_stride}."
+    ),
+]
+WaitOption = Annotated[
+    bool,
+    _option(
+        "--wait-for-prefix/--no-wait-for-prefix",
+        "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
+    ),
+]
+HostOption = Annotated[
+    int, _option("--host-pages", f"Pages in the host memory of each group, for manta-host. Default: {SHAPE.host_pages}.")
+]
+FetchOption = Annotated[
+    float,
+    _option("--fetch-rate", f"Tokens a second that a group sends, or receives. Default: {LINKS.fetch_tokens_per_s:.0f}."),
+]
+HostRateOption = Annotated[
+    float,
+    _option("--host-rate", f"Tokens a second to host memory, or from it. Default: {LINKS.host_tokens_per_s:.0f}."),
 ]
 SpeedOption = Annotated[float, _option("--speed-up", "Load, as a multiple of the trace's own. Default: 1.0.")]
 LimitOption = Annotated[int | None, _option("--limit", "Only so many requests, the first in the file. Default: all.")]
@@ -88,6 +113,11 @@ def command(
     page_size: PageSizeOption = SHAPE.page_size,
     max_num_seqs: RowsOption = SHAPE.rows,
     max_num_batched_tokens: BudgetOption = SHAPE.step_tokens,
+    hash_stride: StrideOption = SHAPE.hash_stride,
+    wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
+    host_pages: HostOption = SHAPE.host_pages,
+    fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
+    host_rate: HostRateOption = LINKS.host_tokens_per_s,
     speed_up: SpeedOption = 1.0,
     limit: LimitOption = None,
     seed: SeedOption = 0,
@@ -113,7 +143,10 @@ def command(
             if name not in POLICIES:
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
         times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
-        shape = ClusterShape(groups, pages, page_size, max_num_seqs, max_num_batched_tokens, times)
+        shape = ClusterShape(
+            groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix, times,
+            LinkModel(fetch_rate, host_rate),
+        )  # fmt: skip
         outages = tuple(_outage(text) for text in fail)
         scenario = Scenario(shape, speed_up, seed, outages, lag, Target(ttft, tpot))
         requests = _requests(trace, seed, limit)

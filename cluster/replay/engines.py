@@ -4,16 +4,17 @@ Manta is one engine with all groups; a deployment of independent engines behind 
 its own queue and its own index. Imports the core and `groups`; told what time it is.
 """
 
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.replay.groups import SimulatedGroup
+from cluster.replay.stopwatch import Stopwatch
 from cluster.replay.time_model import TimeModel
+from cluster.replay.transfers import LinkModel, Transfers
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
@@ -21,17 +22,26 @@ from scheduler.messages import Deltas, Report, Request
 from scheduler.sampling import SamplingParams
 from workers.batch import ResidentBatch
 
+NEVER_S = float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """groups, each with a pool of `pages` pages of `page_size` tokens, `rows` sequences and `step_tokens` tokens a step."""
+    """groups, each with a pool of `pages` pages of `page_size` tokens, `rows` sequences and `step_tokens` tokens a step.
+
+    host_pages: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix: as in `CoreConfig`.
+    """
 
     groups: int = 8
     pages: int = 8000
     page_size: int = 256
     rows: int = 256
     step_tokens: int = 2048
+    host_pages: int = 32000
+    hash_stride: int = 32
+    wait_for_prefix: bool = True
     time: TimeModel = field(default_factory=TimeModel)
+    links: LinkModel = field(default_factory=LinkModel)
 
     def __post_init__(self) -> None:
         for name in ("groups", "pages", "rows", "step_tokens"):
@@ -42,18 +52,25 @@ class ClusterShape:
 
     def pooled(self, pages: int) -> "ClusterShape":
         """One group with the compute of all, and `pages` pages."""
-        return ClusterShape(
-            1, pages, self.page_size, min(self.rows * self.groups, 1 << 15), self.step_tokens * self.groups,
-            self.time.times(self.groups),
-        )  # fmt: skip
+        rows, step_tokens = min(self.rows * self.groups, 1 << 15), self.step_tokens * self.groups
+        return replace(self, groups=1, pages=pages, rows=rows, step_tokens=step_tokens, time=self.time.times(self.groups))
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a core may do beyond routing: wait for a prefix that is being computed, fetch one from another group, keep pages in
+    host memory."""
+
+    wait_for_prefix: bool = False
+    fetch: bool = False
+    host: bool = False
 
 
 class Engine:
-    """schedule: called with (engine, group, when) for every run of steps that begins or is cut short.
+    """at: called with (when, what is to be called then) for every run of steps that begins or is cut short, and for transfers.
     hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one step.
 
-    core_s: CPU time inside the core, as in the scheduler actor: the call, the groups' logs and the outbox. By the thread's own
-    clock, since others may use the machine too; to read it costs about 1.5 us a call, which is in it.
+    stopwatch: of the time inside the core, as in the scheduler actor: the call, the groups' logs and the outbox.
     """
 
     def __init__(
@@ -61,17 +78,24 @@ class Engine:
         groups: Iterable[int],
         shape: ClusterShape,
         seed: int,
-        schedule: Callable[["Engine", GroupId, float], None],
+        at: Callable[[float, Callable[[], None]], None],
         hear: Callable[[Deltas, bool], None],
-        *,
-        wait_for_prefix: bool,
+        stopwatch: Stopwatch,
+        features: Features,
     ) -> None:
-        self.core = SchedulerCore(CoreConfig(page_size=shape.page_size, wait_for_prefix=wait_for_prefix, seed=seed))
-        self.core_s = 0.0
+        config = CoreConfig(
+            page_size=shape.page_size, hash_stride=shape.hash_stride, wait_for_prefix=features.wait_for_prefix,
+            prefix_fetch=features.fetch, seed=seed,
+        )  # fmt: skip
+        self.core = SchedulerCore(config)
+        self._stopwatch = stopwatch
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.computed = {GroupId(group): 0 for group in groups}  # prompt tokens, by former epochs of each group
         self._shape = shape
-        self._schedule = schedule
+        self._features = features
+        self._at = at
+        self._transfers = Transfers(shape.links, shape.page_size)
+        self._looks_s = NEVER_S
         self._hear = hear
         self._epochs = dict.fromkeys(self.computed, 0)
         for group in self.computed:
@@ -93,8 +117,10 @@ class Engine:
         """Errors: RequestRefused."""
         self._call(partial(self.core.submit, 0, request), now_s)
 
-    def run_ended(self, group: GroupId, now_s: float) -> None:
-        simulated = self.groups[group]
+    def _run_ended(self, group: GroupId, now_s: float) -> None:
+        simulated = self.groups.get(group)
+        if simulated is None or simulated.run is None or simulated.run.end_s != now_s:
+            return  # it was cut short
         self._report(group, simulated.end(), now_s)
         if simulated.run is None:  # a command may have begun one already
             self._begin(group, now_s)
@@ -106,6 +132,8 @@ class Engine:
             self._report(group, last, now_s)
         del self.groups[group]
         self.computed[group] += simulated.prefilled
+        self._transfers.group_down(group, now_s)
+        self._expect_transfers()
         self._call(partial(self.core.group_down, group, "its workers died in the replay", returning=True), now_s)
 
     def forget_all(self, now_s: float) -> None:
@@ -119,7 +147,10 @@ class Engine:
         model_len = min(self.core.config.max_model_len, shape.pages * shape.page_size + shape.page_size)
         batch = ResidentBatch(shape.rows, shape.page_size, shape.step_tokens, model_len)
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.config.grant_ahead)
-        self._call(partial(self.core.group_up, group, epoch, shape.pages, shape.rows), now_s)
+        self._transfers.group_up(group, epoch)
+        slots = shape.host_pages if self._features.host else 0
+        ports = (f"group-{group}:0",) if self._features.fetch else ()
+        self._call(partial(self.core.group_up, group, epoch, shape.pages, shape.rows, slots=slots, ports=ports), now_s)
 
     # ---- the shell
 
@@ -130,20 +161,19 @@ class Engine:
         """One call into the core, and delivery of what follows, as `SchedulerServer` does it."""
         core = self.core
         core.now_s = now_s
-        began_s = time.thread_time()
-        try:
-            change()
-        finally:
-            logs = core.take_logs()
-            told = core.outbox.drain()
-            self.core_s += time.thread_time() - began_s
+        with self._stopwatch.running():
+            try:
+                change()
+            finally:
+                logs = core.take_logs()
+                told = core.outbox.drain()
         for name, log in logs:
             simulated = self.groups[name]
             simulated.take(log.commands, now_s)
             if simulated.run is None:
                 self._begin(name, now_s)
             else:
-                self._schedule(self, name, simulated.run.end_s)
+                self._schedule(name, simulated.run.end_s)
         for _, deltas in told:
             self._hear(deltas, first_tokens)
 
@@ -151,7 +181,31 @@ class Engine:
         simulated = self.groups[group]
         simulated.begin(now_s)
         if simulated.run is not None:
-            self._schedule(self, group, simulated.run.end_s)
+            self._schedule(group, simulated.run.end_s)
+        if simulated.movements:
+            for movement in simulated.movements:
+                self._transfers.begin(group, movement, now_s)
+            simulated.movements.clear()
+            self._expect_transfers()
+
+    def _schedule(self, group: GroupId, when_s: float) -> None:
+        self._at(when_s, partial(self._run_ended, group, when_s))
+
+    def _expect_transfers(self) -> None:
+        """Looks again when the first transfer that is under way will have arrived, if nothing happens until then."""
+        when_s = self._transfers.next_s
+        if when_s is not None and not self._looks_s <= when_s:
+            self._looks_s = when_s
+            self._at(when_s, partial(self._transferred, when_s))
+
+    def _transferred(self, now_s: float) -> None:
+        """Something may have arrived, unless what has begun meanwhile has slowed it down."""
+        if now_s == self._looks_s:
+            self._looks_s = NEVER_S
+        for group, answer in self._transfers.finished(now_s):
+            if group in self.groups:
+                self._call(partial(self.core.moved, group, answer), now_s)
+        self._expect_transfers()
 
 
 def as_request(number: int, tokens: npt.NDArray[np.int32], hashes: list[int], output: int, priority: int) -> Request:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.replay.time_model import TimeModel
-from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Report, Start
+from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Movement, Report, Start
 from workers.batch import Launched, ResidentBatch
 
 TOKEN_MASK = np.uint64(0x7FFFFFFF)
@@ -40,6 +40,7 @@ class SimulatedGroup:
         self.batch = batch
         self.run: Run | None = None
         self.prefilled = 0  # tokens that it had to compute of what it was told to start
+        self.movements: list[Movement] = []  # that it has come to in its log; the engine takes them away
         self._model = model
         self._ahead = grant_ahead
         self._inbox: list[Command] = []
@@ -60,6 +61,8 @@ class SimulatedGroup:
             self.batch.apply(command)
             if isinstance(command, Start):
                 self._start(command)
+            elif isinstance(command, Movement):
+                self.movements.append(command)
         self._inbox.clear()
         self.batch.vacated.clear()
         plan = self.batch.plan()

@@ -23,7 +23,7 @@ class Target:
 
 class Record:
     """What the clients saw, by request: virtual seconds, NaN for what did not happen. marks: when half of the requests have
-    come, and all: the virtual time, the time inside the cores so far, and the sequences that live."""
+    come, and all: the virtual time, the time inside the cores so far, and the sequences that live. core_s: that time in all."""
 
     def __init__(self, requests: int) -> None:
         self.arrived_s = np.full(requests, np.nan)
@@ -32,6 +32,7 @@ class Record:
         self.refused = np.zeros(requests, np.bool_)
         self.preemptions = 0
         self.ended = 0
+        self.core_s = 0.0
         self.marks: list[tuple[float, float, int]] = []
 
 
@@ -55,10 +56,11 @@ class Outcome(msgspec.Struct, frozen=True):
 
     token_hit_rate: prompt tokens found in the cache at the first start / all prompt tokens. busiest_over_mean: prompt tokens
     that the busiest group computed / the mean over groups. ttft_s: from arrival to the first token. tpot_s: seconds a token
-    after it, of requests with more than one. goodput: requests per second that met the target. core_cpu_s: inside the cores;
-    by request and by second of each group below it. core_share: of one core, and live_per_group: sequences that had not ended,
-    while the second half of the requests came, that is under full load. virtual_s: until the last request ended. index_bytes: of the block
-    tables and prefix indexes at the end, the pages' tokens included.
+    after it, of requests with more than one. goodput: requests per second that met the target.
+    fetched_tokens: that came from other groups. core_cpu_s: inside the cores;
+    by request and by second of each group below it. core_share: of one core, and live_per_group: sequences that had not
+    ended, while the second half of the requests came, that is under full load. virtual_s: until the last request ended.
+    index_bytes: of the block tables and prefix indexes at the end, the pages' tokens included.
     """
 
     policy: str
@@ -70,6 +72,7 @@ class Outcome(msgspec.Struct, frozen=True):
     tpot_s: Latency
     goodput: float
     preemptions: int
+    fetched_tokens: int
     core_cpu_s: float
     core_us_per_request: float
     core_us_per_group_s: float
@@ -79,9 +82,7 @@ class Outcome(msgspec.Struct, frozen=True):
     index_bytes: int
 
 
-def outcome(
-    policy: str, trace: Listing[TraceRequest], engines: Listing[Engine], record: Record, target: Target
-) -> Outcome:
+def outcome(policy: str, trace: Listing[TraceRequest], engines: Listing[Engine], record: Record, target: Target) -> Outcome:
     output = np.array([request.output_tokens for request in trace])
     served = ~np.isnan(record.ended_s) & ~record.refused
     ttft_s = (record.first_s - record.arrived_s)[served]
@@ -92,7 +93,7 @@ def outcome(
     good = (ttft_s <= target.ttft_s) & (slow[served] <= target.tpot_s)
     counters = [engine.core.counters for engine in engines]
     uncached = [tokens for engine in engines for tokens in engine.uncached()]
-    core_s = sum(engine.core_s for engine in engines)
+    core_s = record.core_s
     (half_s, half_core_s, half_live), (all_s, all_core_s, all_live) = record.marks[0], record.marks[-1]
     virtual_s = float(np.nanmax(record.ended_s)) if served.any() else 0.0
     return Outcome(
@@ -105,6 +106,7 @@ def outcome(
         tpot_s=Latency.of(tpot_s),
         goodput=round(int(good.sum()) / virtual_s, 4) if virtual_s else 0.0,
         preemptions=record.preemptions,
+        fetched_tokens=sum(c.fetched_tokens for c in counters),
         core_cpu_s=round(core_s, 3),
         core_us_per_request=round(core_s * 1e6 / max(1, len(trace)), 1),
         core_us_per_group_s=round(core_s * 1e6 / (virtual_s * len(uncached)), 2) if virtual_s else 0.0,

@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from cluster.replay.engines import ClusterShape, Engine, as_request
+from cluster.replay.engines import ClusterShape, Engine, Features, as_request
 from cluster.replay.report import Outcome, Record, Target, outcome
 from cluster.replay.routers import ApproximateIndex, LeastLoad, LongestPrefix, MirroredIndex, RoundRobin, Router
+from cluster.replay.stopwatch import Stopwatch
 from cluster.replay.traces import TraceRequest
 from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId
@@ -26,6 +27,7 @@ PROGRESS_STEP = 64
 
 POLICIES: dict[str, str] = {
     "manta": "one core for all groups: route = allocate, by estimated time to first token",
+    "manta-fetch": "the same, and prefixes are fetched from other groups where that is cheaper than to compute them",
     "round-robin": "independent engines in turn",
     "least-load": "independent engines, least work queued or running",
     "approximate": "independent engines, cost by the router's memory of what it sent where",
@@ -35,6 +37,8 @@ POLICIES: dict[str, str] = {
     "single-pool": "bound: one group with the compute and the pages of all",
     "infinite": "bound: one group with the compute of all that never evicts",
 }
+
+BOUNDS = ("single-pool", "infinite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +92,27 @@ class Replay:
         self._record = Record(len(trace))
         self._place = np.full(len(trace), -1, np.int64)  # the engine that has each request now
         shape = self._shape()
-        one_core = policy in ("manta", "single-pool", "infinite")
+        one_core = policy.startswith("manta") or policy in BOUNDS
         parts = [range(shape.groups)] if one_core else [range(group, group + 1) for group in range(shape.groups)]
         self._page_size = shape.page_size
+        waits = one_core and shape.wait_for_prefix
+        features = Features(waits, policy in ("manta-fetch", "manta-host"), policy == "manta-host")
+        self._stopwatch = Stopwatch()
         self._engines = [
-            Engine(part, shape, scenario.seed, self._schedule, self._hear, wait_for_prefix=one_core) for part in parts
+            Engine(part, shape, scenario.seed, self._at, self._hear, self._stopwatch, features) for part in parts
         ]
         self._router = None if one_core else self._make_router()
 
     def run(self) -> Outcome:
         for request in self._trace:
             self._at(request.arrived_s / self._scenario.speed_up, partial(self._arrive, request))
-        if self._policy not in ("single-pool", "infinite"):  # the bounds are of a cluster that nothing happens to
+        if self._policy not in BOUNDS:  # the bounds are of a cluster that nothing happens to
             for outage in self._scenario.outages:
                 self._at(outage.at_s, partial(self._fail, outage))
         while self._events:
             self._now_s, _, event = heapq.heappop(self._events)
             event()
+        self._record.core_s = self._stopwatch.look()
         return outcome(self._policy, self._trace, self._engines, self._record, self._scenario.target)
 
     def _shape(self) -> ClusterShape:
@@ -133,21 +141,12 @@ class Replay:
     def _at(self, when_s: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when_s, next(self._order), event))
 
-    def _schedule(self, engine: Engine, group: GroupId, when_s: float) -> None:
-        self._at(when_s, partial(self._run_ended, engine, group, when_s))
-
-    def _run_ended(self, engine: Engine, group: GroupId, when_s: float) -> None:
-        simulated = engine.groups.get(group)
-        if simulated is not None and simulated.run is not None and simulated.run.end_s == when_s:  # else it was cut short
-            engine.run_ended(group, when_s)
-
     def _arrive(self, request: TraceRequest) -> None:
         self._record.arrived_s[request.number] = self._now_s
         self._submit(request)
         if request.number in (len(self._trace) // 2, len(self._trace) - 1):
             cores = [engine.core for engine in self._engines]
-            core_s = sum(engine.core_s for engine in self._engines)
-            self._record.marks.append((self._now_s, core_s, sum(len(core.sequences) for core in cores)))
+            self._record.marks.append((self._now_s, self._stopwatch.look(), sum(len(core.sequences) for core in cores)))
 
     def _submit(self, request: TraceRequest) -> None:
         tokens = request.tokens()
@@ -189,8 +188,10 @@ class Replay:
             record.ended_s[finished.stream] = self._now_s
             record.preemptions += finished.preemptions
             record.ended += 1
-            if self._progress is not None and not record.ended % PROGRESS_STEP:
-                self._progress(record.ended)
+            if not record.ended % PROGRESS_STEP:
+                self._stopwatch.look()
+                if self._progress is not None:
+                    self._progress(record.ended)
 
     def _first_tokens(self, streams: npt.NDArray[np.int64]) -> None:
         first_s = self._record.first_s

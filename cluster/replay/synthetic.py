@@ -60,7 +60,8 @@ def make_trace(numbers: Synthetic, seed: int = 0, limit: int | None = None) -> l
 
     def lengths(mean: float, size: int) -> list[int]:
         drawn = random.gamma(LENGTH_SHAPE, mean / LENGTH_SHAPE, size)
-        return np.maximum(1, np.rint(drawn)).astype(np.int64).tolist()
+        whole: list[int] = np.maximum(1, np.rint(drawn)).astype(np.int64).tolist()
+        return whole
 
     blocks = [round(tokens / BLOCK_TOKENS) for tokens in lengths(numbers.prompt * numbers.shared, numbers.users)]
     beginnings = [np.arange(size, dtype=np.uint64) + np.uint64(user << 24) for user, size in enumerate(blocks, 1)]

@@ -40,6 +40,13 @@ def test_knowledge_is_reuse(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["longest-prefix"].busiest_over_mean > 2 * outcomes["manta"].busiest_over_mean - 1
 
 
+def test_what_another_group_has_is_fetched_and_nobody_waits_longer_for_it(outcomes: dict[str, Outcome]) -> None:
+    plain, fetching = outcomes["manta"], outcomes["manta-fetch"]
+    assert plain.fetched_tokens == 0 < fetching.fetched_tokens
+    assert fetching.token_hit_rate >= plain.token_hit_rate
+    assert fetching.ttft_s.mean <= plain.ttft_s.mean
+
+
 def test_infinite_hits_are_those_of_the_trace(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
     """Counted by names, with a cache that never forgets: Manta's infinite pool may miss what is still being computed."""
     seen: set[tuple[int, ...]] = set()
@@ -58,11 +65,11 @@ def test_equal_seeds_are_equal_runs(trace: list[TraceRequest], outcomes: dict[st
         costs = dict.fromkeys(("core_cpu_s", "core_us_per_request", "core_us_per_group_s", "core_share"), 0.0)
         return msgspec.structs.replace(outcome, **costs)
 
-    for policy in ("manta", "lagging"):
+    for policy in ("manta", "manta-fetch", "lagging"):
         assert timeless(replay(trace, policy, Scenario(SHAPE))) == timeless(outcomes[policy])
 
 
-@pytest.mark.parametrize("policy", ["manta", "round-robin", "precise"])
+@pytest.mark.parametrize("policy", ["manta", "manta-fetch", "round-robin", "precise"])
 def test_failures_cost_time_and_lose_nothing(trace: list[TraceRequest], outcomes: dict[str, Outcome], policy: str) -> None:
     outages = (Outage(0, 8.0, 5.0), Outage(1, 9.0, 5.0), Outage(2, 10.0, 5.0))
     outcome = replay(trace, policy, Scenario(SHAPE, outages=outages))
