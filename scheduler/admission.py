@@ -211,8 +211,8 @@ class Admission:
             available=pool.available,
             total=group.blocks,
             free_rows=group.rows_left,
-            running=len(group.running),
-            backlog=group.backlog,
+            running=len(group.running) + len(group.fetching),
+            backlog=group.coming,
             starving=bool(group.starved),
         )
 
@@ -222,7 +222,7 @@ class Admission:
         """The sequence has its pages; what `source` has of its prefix, `held`, is sent to them before it starts."""
         assert sequence.blocks is not None
         sequence.state = State.FETCHING
-        group.fetching.add(sequence)
+        group.fetching[sequence] = sequence.committed - source.tokens
         self._announce(sequence, source.depth)
         part = source.part.tokens if source.part else 0
         self._transfers.begin(sequence, held, sequence.blocks, len(sequence.blocks.nodes), part, known)
@@ -247,7 +247,7 @@ class Admission:
             state.table.release(blocks)
             state.waiting.enter(sequence, state.now_s)
         else:
-            group.fetching.discard(sequence)
+            group.fetching.pop(sequence, None)
             part = transfer.part if ok else 0
             if sequence.cached_tokens is None:
                 self._count_start(sequence, transfer.known_pages, len(blocks.nodes), part)
@@ -255,7 +255,7 @@ class Admission:
 
     def give_up_fetch(self, group: ResidentGroup, sequence: Sequence) -> None:
         """The sequence does not wait for its prefix any more; its pages stay with the transfer until that is over."""
-        group.fetching.discard(sequence)
+        group.fetching.pop(sequence, None)
         sequence.blocks = None
         self._state.waiting.withdraw(sequence)
 

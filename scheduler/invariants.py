@@ -86,7 +86,7 @@ def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
     under_way = core.transfers.under_way()
     awaited = [transfer.author for transfer in under_way if transfer.target == group.group and transfer.awaited]
     assert len(awaited) == len(set(awaited)), f"{name}: a sequence waits for two transfers"
-    assert set(awaited) == group.fetching, f"{name}: its transfers and those who wait for one are not the same"
+    assert set(awaited) == group.fetching.keys(), f"{name}: its transfers and those who wait for one are not the same"
     assert group.rows_left >= 0, f"{name}: a sequence waits for its prefix and will find no row"
     for sequence in group.fetching:
         assert sequence.state is State.FETCHING, f"{name}: sequence {sequence.number} is {sequence.state}"

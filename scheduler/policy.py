@@ -36,7 +36,7 @@ class GroupLoad(NamedTuple):
     available: int  # free or cached
     total: int
     free_rows: int
-    running: int
+    running: int  # those whose prefix is on its way there included, here and below
     backlog: int  # prefill tokens granted but not yet computed
     starving: bool  # a running sequence there waits for a page
     fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile

@@ -77,7 +77,7 @@ class ResidentGroup:
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: set[Sequence] = set()
         self.starved: list[Sequence] = []
-        self.fetching: set[Sequence] = set()  # have pages here, and wait for what is to be in them; a row is kept for each
+        self.fetching: dict[Sequence, int] = {}  # have pages here, wait for their prefix, keep a row; tokens to compute then
         self.ports: tuple[str, ...] = ()  # of each rank, where others fetch pages; empty: no transfers
         self.slots = 0  # pages of host memory of each rank
         self.sending = self.receiving = 0  # pages on their way
@@ -99,6 +99,11 @@ class ResidentGroup:
     @property
     def rows_left(self) -> int:
         return len(self.free_rows) - len(self.fetching)
+
+    @property
+    def coming(self) -> int:
+        """Tokens to compute of those who run, and of those whose prefix is on its way."""
+        return self.backlog + sum(self.fetching.values())
 
     # ---- the log down
 
