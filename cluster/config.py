@@ -65,6 +65,8 @@ class EngineConfig:
         None, "CPU threads of each rank.", shown="all cores for a single local rank, otherwise 1"
     )
     report_steps: int = option(1, "Steps that one report of a group to the scheduler covers.")
+    queue_skip_s: float = option(2.0, "Seconds that others may start before the first in the queue while it finds no room.")
+    queue_age_s: float = option(30.0, "Wait, in seconds, after which a request goes before priorities and fairness.")
     local: bool = option(False, "Everything in this one process, without Ray; ranks are threads.")
     ray_address: str | None = option(
         None, "Ray cluster to join: an address or auto.", shown="a new one on this machine"
@@ -100,7 +102,7 @@ class EngineConfig:
         for name in ("start_timeout_s", "node_timeout_s"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}={getattr(self, name)} is not above 0: give it seconds to start in")
-        for name in ("scale_wait_s", "scale_idle_s", "scale_cooldown_s", "drain_timeout_s"):
+        for name in ("queue_skip_s", "queue_age_s", "scale_wait_s", "scale_idle_s", "scale_cooldown_s", "drain_timeout_s"):
             self._at_least(name, 0)
         if self.max_groups is not None and self.max_groups < self.groups:
             raise ValueError(f"max_groups={self.max_groups} is below groups={self.groups}: raise it or lower groups")

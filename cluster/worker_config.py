@@ -45,6 +45,8 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         grant_ahead=2 * (config.report_steps + worker.depth),
         prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
+        skip_s=config.queue_skip_s,
+        age_s=config.queue_age_s,
     )
     return core, worker
 

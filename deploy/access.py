@@ -22,6 +22,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_FOLDERS = ("/status/",)
 """What needs no key: whether the server is up, and the status page without its figures."""
 
+ACCOUNT_DIGITS = 16
+
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -39,16 +41,25 @@ class ApiKeys:
         given = _digest(key)
         return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
 
-    def check(self, authorization: str | None) -> None:
-        """authorization: the header's value. Errors: RequestError UNAUTHENTICATED."""
+    def check(self, authorization: str | None) -> str:
+        """authorization: the header's value. Returns the key's account, "" where there are no keys.
+
+        Errors: RequestError UNAUTHENTICATED.
+        """
         if not self:
-            return
+            return ""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not self.open(key.strip()):
             said = "this API key is not known here" if key else "no API key was given"
             raise RequestError(
                 Fault.UNAUTHENTICATED, f"{said}: send one as `Authorization: Bearer KEY`", code="invalid_api_key"
             )
+        return account(key.strip())
+
+
+def account(name: str) -> str:
+    """What the scheduler calls whoever has this key, or this name: it tells them apart and says no more."""
+    return _digest(name).hex()[:ACCOUNT_DIGITS] if name else ""
 
 
 def _digest(key: str) -> bytes:
@@ -85,8 +96,13 @@ def request_id_of(scope: MutableMapping[str, Any]) -> str:
     return str(scope["state"]["request_id"])
 
 
+def account_of(scope: MutableMapping[str, Any]) -> str:
+    """That of the key with which the request under way came; "" where there are no keys."""
+    return str(scope["state"].get("account", ""))
+
+
 class KeyCheck:
-    """Refuses requests without a key, before anything reads their body."""
+    """Refuses requests without a key, before anything reads their body. Handlers find the key's account with `account_of`."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -95,7 +111,8 @@ class KeyCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_open(scope):
             try:
-                self._keys.check(Headers(scope=scope).get("authorization"))
+                key_account = self._keys.check(Headers(scope=scope).get("authorization"))
+                scope.setdefault("state", {})["account"] = key_account
             except RequestError as error:
                 await error_response(error)(scope, receive, send)
                 return

@@ -11,6 +11,8 @@ from scheduler.messages import Failure, Finished
 CONTEXT_EXCEEDED = "context_length_exceeded"
 """The code that clients of OpenAI's API know for a prompt that is too long."""
 
+DEADLINE_EXCEEDED = "deadline_exceeded"
+
 
 class Fault(Enum):
     """Each with its HTTP status and OpenAI's error type."""
@@ -64,7 +66,7 @@ class RequestError(Exception):
     def of_end(cls, finished: Finished) -> "RequestError":
         """What a stream that ended as FAILED means to its client."""
         fault = _FAULTS[finished.failure]
-        code = CONTEXT_EXCEEDED if finished.failure is Failure.IMPOSSIBLE else None
+        code = _CODES.get(finished.failure)
         return cls(fault, finished.message or "no reason given", code=code, retry_after_s=finished.retry_after_s)
 
 
@@ -73,4 +75,6 @@ _FAULTS = {
     Failure.IMPOSSIBLE: Fault.INVALID,
     Failure.OVERLOADED: Fault.OVERLOADED,
     Failure.UNAVAILABLE: Fault.UNAVAILABLE,
+    Failure.TIMED_OUT: Fault.TIMED_OUT,
 }
+_CODES = {Failure.IMPOSSIBLE: CONTEXT_EXCEEDED, Failure.TIMED_OUT: DEADLINE_EXCEEDED}

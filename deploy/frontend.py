@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.outputs import (
@@ -256,15 +257,19 @@ class FrontEnd:
         notify: Notify,
         each_token: bool = True,
         priority: int = 0,
+        tenant: str = "",
+        deadline_s: float | None = None,
     ) -> list[Generation]:
         """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
-        only at the end. priority: lower goes first. Errors: EngineError once the engine is lost or closed."""
+        only at the end. priority: lower goes first. tenant: on whose account. deadline_s: seconds from now within which they
+        must have ended. Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(params.n for _, params in prompts)
         generations, requests = [], []
         for prompt, params in prompts:
-            generation, request = self._prepare(stream, prompt, params, notify, each_token, priority)
+            generation, request = self._prepare(stream, prompt, params, notify, each_token)
+            request = replace(request, priority=priority, tenant=tenant, deadline_s=deadline_s)
             generations.append(generation)
             requests.append(request)
             stream += params.n
@@ -302,7 +307,7 @@ class FrontEnd:
                 self._thread.join(timeout=5.0)
 
     def _prepare(
-        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool, priority: int
+        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool
     ) -> tuple[Generation, Request]:
         """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
         bare = params.ignore_eos and params.grammar is None
@@ -318,7 +323,6 @@ class FrontEnd:
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
             salt=prompt.salt,
-            priority=priority,
         )
         generation = Generation(stream, prompt, choices, notify, each_token)
         generation.hashes = request.hashes

@@ -189,8 +189,12 @@ class GrpcDoor:
         if self._own_machine_only and not unquote(context.peer()).startswith(LOOPBACK_PEERS):
             said = "without API keys this server answers its own machine only: give it some (api_key_file), or say --no-auth"
             raise RequestError(Fault.UNAUTHENTICATED, said)
-        self._keys.check(_metadata(context, "authorization"))
+        self._account(context)
         self._reader.check_size(request.ByteSize())
+
+    def _account(self, context: Context) -> str:
+        """That of the call's API key, "" where there are no keys. Errors: RequestError."""
+        return self._keys.check(_metadata(context, "authorization"))
 
     async def _responses(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: RequestError."""
@@ -205,7 +209,7 @@ class GrpcDoor:
         return self._service.generate(
             [(job.prompt, job.params)], request_id=job.request_id, priority=job.priority,
             timeout_s=limit_s if remaining_s is None else min(limit_s, remaining_s),
-            traceparent=_metadata(context, "traceparent"),
+            traceparent=_metadata(context, "traceparent"), tenant=self._account(context),
         )  # fmt: skip
 
     async def _result(self, request: pb.GenerateRequest, context: Context) -> pb.BatchResult:

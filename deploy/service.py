@@ -10,6 +10,7 @@ outside as a `Cluster`.
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
-from deploy.errors import Fault, RequestError
+from deploy.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend import FrontEnd, Generation
 from deploy.observation import Observe, RequestRecord
 from deploy.outputs import OutputDelta
@@ -156,10 +157,13 @@ class Service:
         priority: int = 0,
         timeout_s: float | None = None,
         traceparent: str | None = None,
+        tenant: str = "",
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
+        timeout_s: the scheduler knows of it too, so that a request is refused early if its turn would come too late. tenant: on
+        whose account, for fairness.
         Errors: RequestError, once and for the whole request, the first fault of any choice; PromptError for sampling
         parameters that do not fit the model.
         """
@@ -176,7 +180,7 @@ class Service:
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            call.generations = self._submit(call, valid, priority)
+            call.generations = self._submit(call, valid, priority, tenant, timeout_s)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
@@ -199,7 +203,10 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    def _submit(self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int) -> list[Generation]:
+    def _submit(
+        self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int, tenant: str,
+        timeout_s: float | None,
+    ) -> list[Generation]:  # fmt: skip
         loop = asyncio.get_running_loop()
 
         def notify(generation: Generation) -> None:
@@ -209,7 +216,8 @@ class Service:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        generations = call.frontend.submit(prompts, notify, priority=priority)
+        deadline_s = None if timeout_s == math.inf else timeout_s
+        generations = call.frontend.submit(prompts, notify, priority=priority, tenant=tenant, deadline_s=deadline_s)
         for generation in generations:
             self._waiters[id(generation)] = call.grown
         return generations
@@ -274,5 +282,5 @@ class _Call:
         """None: no deadline."""
         if timeout_s is None:
             return None
-        error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code="deadline_exceeded")
+        error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code=DEADLINE_EXCEEDED)
         return asyncio.get_running_loop().call_later(timeout_s, self.end, error)

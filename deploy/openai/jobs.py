@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from deploy.access import account
 from deploy.openai.schemas import GenerationRequest
 from deploy.openai.tools import Tools
 from deploy.outputs import OutputDelta
@@ -18,17 +19,19 @@ Deltas = AsyncGenerator[tuple[int, OutputDelta], None]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if the client sent one."""
+    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if there is one. account: of the API key."""
 
     request_id: str
     traceparent: str | None = None
+    account: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What `Service.generate` takes. id: of the response. created: seconds since 1970. model: as clients call it.
 
-    tools: what the model may call, to find its calls in the output.
+    tools: what the model may call, to find its calls in the output. tenant: on whose account, for fairness: that of the API
+    key; without keys that of the `user` whom the request names.
     """
 
     caller: Caller
@@ -39,6 +42,7 @@ class Job:
     priority: int
     timeout_s: float
     tools: Tools | None
+    tenant: str
 
     @classmethod
     def of(
@@ -49,7 +53,8 @@ class Job:
         timeout_s = min(config.request_timeout_s, request.timeout or config.request_timeout_s)
         identity = f"{kind}-{caller.request_id}"
         model, priority = service.model.name, request.priority or 0
-        return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools)
+        tenant = caller.account or account(request.user or "")
+        return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools, tenant)
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,5 +64,5 @@ class Job:
         """Closing it aborts the request. Errors: RequestError."""
         return service.generate(
             self.prompts, request_id=self.caller.request_id, priority=self.priority, timeout_s=self.timeout_s,
-            traceparent=self.caller.traceparent,
+            traceparent=self.caller.traceparent, tenant=self.tenant,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-from deploy.access import request_id_of
+from deploy.access import account_of, request_id_of
 from deploy.openai.chat import Chat
 from deploy.openai.completions import Completions
 from deploy.openai.document import answers, body_of
@@ -86,7 +86,7 @@ async def _read(request: Request, kind: type[R]) -> R:
 
 
 def _caller(request: Request) -> Caller:
-    return Caller(request_id_of(request.scope), request.headers.get("traceparent"))
+    return Caller(request_id_of(request.scope), request.headers.get("traceparent"), account_of(request.scope))
 
 
 async def _answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:

@@ -34,7 +34,7 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
     """What completions and chat have in common. `REFUSED` and `IGNORED` say why a known field is not for this server."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"user"})
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     model: str | None = None
     n: Count | None = None
@@ -130,7 +130,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
         "web_search_options": "models served here do not search the web: leave it out",
         "moderation": "requests are not moderated here: leave it out",
     }
-    IGNORED: ClassVar[frozenset[str]] = GenerationRequest.IGNORED | {
+    IGNORED: ClassVar[frozenset[str]] = frozenset({
         "metadata",
         "prediction",
         "prompt_cache_key",
@@ -141,7 +141,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
         "service_tier",
         "store",
         "verbosity",
-    }
+    })
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Count | None = None

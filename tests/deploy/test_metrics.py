@@ -23,7 +23,7 @@ ENGINE = EngineStats(
     groups=(GROUP, GroupStats(5, False, 60, 0, 0, 0, 0)), waiting=79, preempted=7, waiting_tokens=73, oldest_wait_s=74.5,
     requests=101, prompt_tokens=102, cached_tokens=103, output_tokens=104, preemptions=105, recomputed_tokens=106, finished=107,
     refused=108, started_tokens=103 + 110 + 111 + 112 + 113, miss_inside_page=110, miss_routed=111, miss_evicted=112,
-    miss_cold=113, routed_by_prefix=114, routed_by_load=115,
+    miss_cold=113, routed_by_prefix=114, routed_by_load=115, waiting_tenants=116, expired=117, skipped=118, aged=119,
 )  # fmt: skip
 READY = ClusterStatus(
     phase="ready", model="/models/tiny", page_size=16, epoch=91, engine=ENGINE, uptime_s=92.5, busy_s=93.5, front_ends=94,

@@ -9,7 +9,8 @@ import pytest
 from deploy.access import ApiKeys
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
-from tests.deploy.http.conftest import MODEL, PATIENCE_S, Host
+from tests.deploy.fake_engine import FakeEngine
+from tests.deploy.http.conftest import MODEL, PATIENCE_S, Host, ScriptedCluster
 from tests.deploy.http.test_errors import error_of
 
 KEYS = ("first key", "sk-2/second+key==")
@@ -126,3 +127,21 @@ def test_a_strange_id_is_replaced(http: httpx.Client, asked: str) -> None:
 
 def test_refusals_have_an_id_too(locked: str) -> None:
     assert httpx.get(f"{locked}/v1/models", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+
+
+def test_whose_account_a_request_is_on(host: Host) -> None:
+    """The API key's; without keys the user's. Only digests reach the scheduler."""
+    scripted = FakeEngine(reply=[5, 6, 7])
+    service = host.service(ScriptedCluster(scripted))
+    ask: dict[str, object] = {"prompt": "a", "max_tokens": 2}
+    bodies: list[dict[str, object]] = [{"user": "ann"}, {"user": "bob"}, {"user": "ann", "timeout": 7.0}, {}]
+    for url, keys in ((host.serve(service), [None] * 4), (host.serve(service, keys=ApiKeys("kl")), ["k", "k", "l", "l"])):
+        for key, body in zip(keys, bodies, strict=True):
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            assert httpx.post(f"{url}/v1/completions", json=ask | body, headers=headers).status_code == 200
+    first, second = ([request.tenant for request in scripted.requests[at : at + 4]] for at in (0, 4))
+    assert first[0] == first[2] != first[1]
+    assert first[3] == ""
+    assert second[0] == second[1] != second[2] == second[3] != ""
+    assert not {"ann", "bob", "k", "l"} & {*first, *second}
+    assert [request.deadline_s for request in scripted.requests[:4]] == [600.0, 600.0, 7.0, 600.0]

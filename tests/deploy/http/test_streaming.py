@@ -242,6 +242,7 @@ def test_an_engine_lost_before_the_answer_is_a_503(scripted: Scripted) -> None:
         (Failure.UNAVAILABLE, 503, "server_error"),
         (Failure.IMPOSSIBLE, 400, "invalid_request_error"),
         (Failure.FAULT, 500, "server_error"),
+        (Failure.TIMED_OUT, 504, "timeout_error"),
     ],
 )
 def test_what_the_scheduler_refuses_has_its_status(
