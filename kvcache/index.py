@@ -163,6 +163,18 @@ class PrefixIndex:
         depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
         return match
 
+    def chain(self, nodes: list[NodeId]) -> Match:
+        """The match of a sequence's own nodes, from the first page on."""
+        match = Match(nodes, {}, self.generation)
+        alive = 0
+        for depth, node in enumerate(nodes):
+            mask = self.holders[node]
+            if mask != alive:
+                match.depths.update(dict.fromkeys(groups_of(alive & ~mask), depth))
+                alive = mask
+        match.depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
+        return match
+
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
         """By group, how far the page after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
 

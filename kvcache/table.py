@@ -97,6 +97,10 @@ class BlockTable:
         """
         return self.index.match(tokens, hashes, salt, limit)
 
+    def chain(self, seq: SequenceBlocks) -> Match:
+        """What each pool has of the pages that the sequence has published."""
+        return self.index.chain(list(seq.nodes))
+
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
         """By group, the page that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
         return self.index.parts(match, tokens, salt, limit)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvcache.ids import GroupId
+from kvcache.ids import GroupId, host_of, is_host
 from kvcache.index import Match, Part
 from kvcache.table import SequenceBlocks
 from scheduler import policy
@@ -21,9 +21,13 @@ from scheduler.transfers import Transfer, Transfers
 
 
 class Source(NamedTuple):
-    """A group that could send what it has of a prefix: whole pages, and perhaps a page that ends inside. tokens: all of it."""
+    """A pool that what it has of a prefix could be brought from: whole pages, and perhaps one that ends inside. tokens: of all.
 
-    group: ResidentGroup
+    sender: the group that would send it; None for a group's own host memory.
+    """
+
+    pool: GroupId
+    sender: ResidentGroup | None
     depth: int
     part: Part | None
     tokens: int
@@ -138,11 +142,18 @@ class Admission:
             sequence, sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
         )
 
-    def _place(self, sequence: Sequence, match: Match) -> bool:
-        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now."""
+    def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
+        if sequence.state is State.WAITING and self._place(sequence, self._match(sequence), only=group):
+            self._state.waiting.leave(sequence, self._state.now_s)
+
+    def _place(self, sequence: Sequence, match: Match, *, only: ResidentGroup | None = None) -> bool:
+        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
         state, page_size = self._state, self._state.config.page_size
         parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
         offers = self._offers(sequence, match, parts)
+        if only is not None:
+            offers = [offer for offer in offers if offer.group is only]
         choice = policy.route([offer.load for offer in offers], sequence.committed, page_size)
         if choice is None:
             return False
@@ -152,7 +163,7 @@ class Admission:
         if source is None:
             part = parts.get(group.group)
         else:  # pinned first: the reservation evicts, and a match is good until then
-            held = state.table.hold(source.group.group, match, source.depth, sequence.salt, source.part)
+            held = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part)
         blocks = state.table.reserve(group.group, match, depth, pages - depth, sequence.salt, part)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
@@ -176,13 +187,26 @@ class Admission:
                 continue
             load = self._load(group, match, parts.get(group.group), pages)
             offers.append(Offer(group, load))
-            if source is None or source.group is group or len(source.group.ports) != len(group.ports):
-                continue
-            if source.tokens - load.hit_tokens >= state.config.page_size:
-                moving = source.pages - match.depth(group.group) + group.receiving + source.group.sending
-                work = state.rates.fetch_cost * moving * state.config.page_size
-                offers.append(Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source))
+            if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
+                queued = group.receiving + source.sender.sending
+                offers += self._with(group, load, source, match, queued, state.rates.fetch_cost)
+            if group.slots and (depth := match.depth(host_of(group.group))):
+                host = Source(host_of(group.group), None, depth, None, depth * state.config.page_size)
+                offers += self._with(group, load, host, match, group.receiving, state.rates.load_cost)
         return offers
+
+    def _with(
+        self, group: ResidentGroup, load: policy.GroupLoad, source: Source, match: Match, queued: int, cost: float
+    ) -> list[Offer]:
+        """The group, once it has what `source` has, if that is a page more at least. queued: pages that go there first.
+
+        cost: of moving a token, in times to compute one.
+        """
+        page_size = self._state.config.page_size
+        if source.sender is group or source.tokens - load.hit_tokens < page_size:
+            return []
+        work = cost * page_size * (source.pages - match.depth(group.group) + queued)
+        return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
 
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix."""
@@ -190,14 +214,14 @@ class Admission:
         if not state.config.prefix_fetch or len(state.groups) < 2:
             return None
         for name, depth in match.depths.items():
-            group, part = state.groups[name], parts.get(name)
-            if not group.ports:
+            group, part = state.groups.get(name), parts.get(name)
+            if group is None or not group.ports:  # a host tier is its own group's alone
                 continue
             if part is not None and not state.table.may_hold(name, part):
                 part = None
             tokens = depth * state.config.page_size + (part.tokens if part else 0)
             if best is None or tokens > best.tokens:
-                best = Source(group, depth, part, tokens)
+                best = Source(name, group, depth, part, tokens)
         return best
 
     def _load(self, group: ResidentGroup, match: Match, part: Part | None, pages: int) -> policy.GroupLoad:
@@ -225,7 +249,7 @@ class Admission:
         group.fetching[sequence] = sequence.committed - source.tokens
         self._announce(sequence, source.depth)
         part = source.part.tokens if source.part else 0
-        self._transfers.begin(sequence, held, sequence.blocks, len(sequence.blocks.nodes), part, known)
+        self._transfers.begin(sequence, held, sequence.blocks, part=part, known_pages=known)
 
     def arrive(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
         """A fetch is over. The sequence that waits for it starts, and computes itself what has not arrived."""
@@ -233,10 +257,8 @@ class Admission:
         blocks, sequence, awaited = transfer.blocks, transfer.author, transfer.awaited
         assert blocks is not None
         self._transfers.arrived(transfer)
-        state.counters.failed_fetches += not ok
+        self._count_transfer(transfer, ok)
         if ok:
-            state.counters.fetches += 1
-            state.counters.fetched_tokens += (transfer.tokens_end - transfer.first) * page_size + transfer.part
             for index in range(transfer.first, transfer.tokens_end):
                 page = sequence.buffer[index * page_size : (index + 1) * page_size]
                 state.table.publish(blocks, page, sequence.hashes[index])
@@ -252,6 +274,20 @@ class Admission:
             if sequence.cached_tokens is None:
                 self._count_start(sequence, transfer.known_pages, len(blocks.nodes), part)
             self._start(group, sequence, len(blocks.nodes) * page_size + part)
+
+    def _count_transfer(self, transfer: Transfer, ok: bool) -> None:
+        counters = self._state.counters
+        tokens = (transfer.tokens_end - transfer.first) * self._state.config.page_size + transfer.part
+        if not ok:
+            counters.failed_transfers += 1
+        elif is_host(transfer.target):
+            counters.offloaded_tokens += tokens
+        elif is_host(transfer.source):
+            counters.loads += 1
+            counters.loaded_tokens += tokens
+        else:
+            counters.fetches += 1
+            counters.fetched_tokens += tokens
 
     def give_up_fetch(self, group: ResidentGroup, sequence: Sequence) -> None:
         """The sequence does not wait for its prefix any more; its pages stay with the transfer until that is over."""

@@ -52,7 +52,8 @@ class Counters(msgspec.Struct, kw_only=True):
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
     part_tokens: of cached_tokens, those that were found inside a page. parts_copied, parts_taken: how often such a page was
     copied, and taken over from nobody; restarts count too. fetches, fetched_tokens: transfers that brought a prefix from
-    another group, and its tokens; failed_fetches: those that did not arrive.
+    another group, and its tokens; loads, loaded_tokens: the same from host memory; offloaded_tokens: copied there;
+    failed_transfers: those that did not arrive. migrations: running sequences that went on elsewhere with their pages.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
@@ -76,7 +77,11 @@ class Counters(msgspec.Struct, kw_only=True):
     parts_taken: int = 0
     fetches: int = 0
     fetched_tokens: int = 0
-    failed_fetches: int = 0
+    loads: int = 0
+    loaded_tokens: int = 0
+    offloaded_tokens: int = 0
+    failed_transfers: int = 0
+    migrations: int = 0
     expired: int = 0
     skipped: int = 0
     aged: int = 0

@@ -15,11 +15,13 @@ import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_pages
-from kvcache.ids import GroupId
+from kvcache.ids import GroupId, host_of
 from scheduler.admission import Admission
 from scheduler.config import CoreConfig
+from scheduler.host_tier import HostTier
 from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
 from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Moved, Report, Request
+from scheduler.migration import Migration
 from scheduler.paging import Paging
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import PRIORITY_SHIFT, Sequence
@@ -38,9 +40,10 @@ class SchedulerCore:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self._state = state = ClusterState(config)
-        self._paging = Paging(state)
         self.transfers = Transfers(state)
+        self._paging = Paging(state, HostTier(state, self.transfers))
         self._admission = Admission(state, self._paging, self.transfers)
+        self._migration = Migration(state, self.transfers, self._paging, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
@@ -93,6 +96,8 @@ class SchedulerCore:
         self.table.add_group(group, blocks)
         self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.told)
         self.groups[group].ports, self.groups[group].slots = ports, slots
+        if slots:
+            self.table.add_group(host_of(group), slots)
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
 
@@ -118,6 +123,8 @@ class SchedulerCore:
                 self._paging.leave(lost, sequence, release=False)
                 self.waiting.enter(sequence, self.now_s)
             self.table.remove_group(group)
+            if lost.slots:
+                self.table.remove_group(host_of(group))
         self._reconsider(reason)
         self._admission.admit()
 
@@ -134,10 +141,23 @@ class SchedulerCore:
         return True
 
     def vacate(self, group: GroupId) -> None:
-        """Those that still run in a draining group start again elsewhere, from their committed tokens on."""
-        for sequence in sorted(self.groups[group].running, reverse=True):
-            self._paging.preempt(self.groups[group], sequence)
+        """Those that still run in a draining group go on elsewhere: with their pages where these can be sent, otherwise from
+        their committed tokens on. Call it again until nobody runs there any more."""
+        leaving = self.groups[group]
+        for sequence in sorted(leaving.running, reverse=True):
+            if not self._migration.begin(leaving, sequence):
+                self._paging.preempt(leaving, sequence)
         self._admission.admit()
+
+    def migrate(self, front_end: int, stream: int) -> bool:
+        """Lets a running sequence go on in the least loaded other group that has room; False if it cannot, or does not run."""
+        sequence = self.sequences.get((front_end, stream))
+        group = self._state.group_of(sequence) if sequence is not None else None
+        if sequence is None or group is None or sequence.lease is None:
+            return False
+        began = self._migration.begin(group, sequence)
+        self._admission.admit()
+        return began
 
     # ---- front ends ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +273,8 @@ class SchedulerCore:
         transfer = self.transfers.answered(group, moved)
         if transfer is not None:
             self._admission.arrive(group, transfer, ok=moved.ok)
+            if transfer.moves is not None and moved.ok:
+                self._migration.follow(transfer.author, transfer.moves, transfer.target)
         self.waiting.changes += 1  # pages may have become free,
         self._paging.extend(group, [])  # and rows that starve may wait for nothing else
         self._admission.admit()
@@ -274,7 +296,7 @@ class SchedulerCore:
             due = group.commit_mixed(roster, tokens, computed)
             self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
             size = int(computed.sum())
-            self._state.rates.computed(size, report.elapsed_s)
+            self._state.rates.compute.measured(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self.now_s)
         self.outbox.tokens(roster.audience, tokens)

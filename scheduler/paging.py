@@ -4,6 +4,7 @@ Imports `state`, `victims` and the table.
 """
 
 from kvcache.table import SequenceBlocks
+from scheduler.host_tier import HostTier
 from scheduler.messages import Drop, Grant, Remap
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
@@ -14,8 +15,9 @@ from scheduler.victims import find_victim
 class Paging:
     """Works on the shared state; has none of its own."""
 
-    def __init__(self, state: ClusterState) -> None:
+    def __init__(self, state: ClusterState, host_tier: HostTier) -> None:
         self._state = state
+        self._host_tier = host_tier
 
     def advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
@@ -91,14 +93,19 @@ class Paging:
         self.schedule(group, sequence, sequence.row)
 
     def preempt(self, group: ResidentGroup, victim: Sequence) -> None:
-        assert victim.lease is not None
-        group.issue(Drop(victim.lease))
+        """Its pages are wanted. What it had stays cached as long as it can."""
         self._state.counters.preemptions += 1
         self._state.counters.recomputed_tokens += group.computed(victim.row)
         victim.preemptions += 1
-        group.write_back(victim)
-        self.leave(group, victim)
-        self._state.waiting.enter(victim, self._state.now_s)
+        self.interrupt(group, victim)
+
+    def interrupt(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """A running sequence waits again, from its committed tokens on."""
+        assert sequence.lease is not None
+        group.issue(Drop(sequence.lease))
+        group.write_back(sequence)
+        self.leave(group, sequence)
+        self._state.waiting.enter(sequence, self._state.now_s)
 
     def leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
         """The lease is over: the row and the pages are given back, what they hold stays cached as long as it can.
@@ -111,6 +118,7 @@ class Paging:
             if self._state.config.stride and computed % self._state.config.page_size >= self._state.config.stride:
                 group.write_back(sequence, computed)
                 self._publish_tail(sequence, sequence.blocks, computed)
+            self._host_tier.offload(group, sequence)
             self._state.table.release(sequence.blocks)
         group.unseat(sequence)
         sequence.lease, sequence.row, sequence.blocks = None, -1, None

@@ -1,10 +1,10 @@
-"""Pages on their way from one group to another, beside the steps: who holds them meanwhile, and what follows when they arrive.
+"""Pages on their way from one pool to another, beside the steps: who holds them meanwhile, and what follows when they arrive.
 
-    core: place ──▶ begin: pin the source's pages, reserve the target's ──Send──▶ source   each side answers once: Moved
-                                                                       ──Receive─▶ target
-    both pins last until the side that they are for has answered, or is gone. Then the sequence starts, or computes itself
-    what did not arrive.
+    fetch    a group's pages to another group   Send to the one, Receive to the other; each answers once: Moved
+    offload  a group's pages to its host memory  Offload; one answer
+    load     and back                            Load; one answer
 
+Both ends are pinned until the side that reads or writes them has answered, or is gone.
 Imports `state` and the table.
 """
 
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcache.ids import BlockId, GroupId
+from kvcache.ids import BlockId, GroupId, host_of, is_host
 from kvcache.table import SequenceBlocks
-from scheduler.messages import Cut, Moved, Receive, Send
+from scheduler.messages import Cut, LeaseId, Load, Moved, Offload, Receive, Send
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
@@ -24,9 +24,10 @@ from scheduler.state import ClusterState
 class Transfer:
     """Pages of one prefix. Mutated by `Transfers` alone.
 
-    source, target: groups. held: the source's pages, pinned until it has answered; None afterwards. blocks: the target's,
-    pinned likewise; its pages from `first` to `end` arrive. part: tokens that the last of them is filled with, 0 if it is full.
+    source, target: pools. held: the source's pages, pinned until they are read; None afterwards. blocks: the target's, pinned
+    likewise; its pages from `first` to `end` arrive. part: tokens that the last of them is filled with, 0 if it is full.
     author: whose tokens they are; it waits for them if `blocks` are its own. known_pages: of its prefix, held anywhere, then.
+    moves: the author follows its pages when they have arrived, if it still has `lease`.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Transfer:
     end: int
     part: int
     known_pages: int
+    moves: LeaseId | None = None
 
     @property
     def tokens_end(self) -> int:
@@ -69,41 +71,50 @@ class Transfers:
         return list(self._under_way.values())
 
     def begin(
-        self, author: Sequence, held: SequenceBlocks, blocks: SequenceBlocks, first: int, part: int, known_pages: int
-    ) -> None:
-        """Sends the pages of `held` from the index `first` on to the same places of `blocks`."""
-        groups = self._state.groups
-        source, target = groups[held.group], groups[blocks.group]
-        end = len(held.blocks)
+        self, author: Sequence, held: SequenceBlocks, blocks: SequenceBlocks, *, part: int = 0, known_pages: int = 0,
+        moves: LeaseId | None = None,
+    ) -> None:  # fmt: skip
+        """Brings the pages of `held` that `blocks` has no content for to the same places there."""
+        first, end = len(blocks.nodes), len(held.blocks)
         transfer = Transfer(
-            self._numbers, held.group, blocks.group, author, held, blocks, first, end, part, known_pages
+            self._numbers, held.group, blocks.group, author, held, blocks, first, end, part, known_pages, moves
         )
         self._numbers += 1
         self._under_way[transfer.number] = transfer
-        source.sending += end - first
-        target.receiving += end - first
-        source.issue(Send(transfer.number, _ids(held.blocks[first:]), target.group, target.epoch))
-        target.issue(
-            Receive(transfer.number, _ids(blocks.blocks[first:end]), source.group, source.epoch, source.ports)
-        )
+        source, target = self._state.groups.get(held.group), self._state.groups.get(blocks.group)
+        read, written = _ids(held.blocks[first:]), _ids(blocks.blocks[first:end])
+        if source is not None:
+            source.sending += end - first
+        if target is not None:
+            target.receiving += end - first
+        if source is not None and target is not None:
+            source.issue(Send(transfer.number, read, target.group, target.epoch))
+            target.issue(Receive(transfer.number, written, source.group, source.epoch, source.ports))
+        elif source is not None:
+            source.issue(Offload(transfer.number, read, written))
+        elif target is not None:
+            target.issue(Load(transfer.number, read, written))
 
     def answered(self, group: ResidentGroup, moved: Moved) -> Transfer | None:
-        """One side is done. Returns the transfer if it is the target that says so: the caller takes its `blocks` over."""
+        """One side is done. Returns the transfer if its pages have been written: the caller takes its `blocks` over."""
         transfer = self._under_way.get(moved.transfer)
         if transfer is None:
             return None
+        reads = transfer.source == group.group or is_host(transfer.source)
+        writes = transfer.target == group.group or is_host(transfer.target)
         pages = transfer.end - transfer.first
-        if transfer.source == group.group and transfer.held is not None:
-            group.sending -= pages
+        if reads and transfer.held is not None:
+            group.sending -= 0 if is_host(transfer.source) else pages
             self._state.table.release(transfer.held)
             transfer.held = None
             self._forget(transfer)
+        if not writes or transfer.blocks is None:
             return None
-        if transfer.target != group.group or transfer.blocks is None:
-            return None
-        group.receiving -= pages
+        group.receiving -= 0 if is_host(transfer.target) else pages
         if moved.ok:
-            self._state.rates.fetched(pages * self._state.config.page_size, moved.elapsed_s)
+            tokens, rates = pages * self._state.config.page_size, self._state.rates
+            if not is_host(transfer.target):
+                (rates.load if is_host(transfer.source) else rates.fetch).measured(tokens, moved.elapsed_s)
         return transfer
 
     def arrived(self, transfer: Transfer) -> None:
@@ -113,18 +124,22 @@ class Transfers:
 
     def group_down(self, group: ResidentGroup) -> None:
         """What was on its way from there will not arrive, as its target is told; what was on its way to it is not sent."""
-        name, others = group.group, set[GroupId]()
+        gone, others = (group.group, host_of(group.group)), set[GroupId]()
         for transfer in self.under_way():
-            if transfer.source == name and transfer.held is not None:
+            if transfer.source in gone and transfer.held is not None:
                 transfer.held = None  # void, like everything of the group
                 others.add(transfer.target)
-            if transfer.target == name and transfer.blocks is not None:
+            if transfer.target in gone and transfer.blocks is not None:
                 transfer.blocks = None
                 others.add(transfer.source)
             self._forget(transfer)
-        for other in others - {name}:
+        for other in sorted(others.difference(gone)):
             if other in self._state.groups:
-                self._state.groups[other].issue(Cut(name, group.epoch))
+                self._state.groups[other].issue(Cut(group.group, group.epoch))
+
+    def moving(self, sequence: Sequence) -> bool:
+        """Its pages are on their way to where it will go on."""
+        return any(transfer.moves == sequence.lease and transfer.author is sequence for transfer in self._under_way.values())
 
     def _forget(self, transfer: Transfer) -> None:
         """Both sides are done: the number means nothing any more."""

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.ids import GroupId
+from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
@@ -24,7 +24,9 @@ from scheduler.messages import (
     Finished,
     FinishReason,
     FromLeader,
+    Load,
     Moved,
+    Offload,
     Receive,
     Report,
     Request,
@@ -81,7 +83,7 @@ class Stream:
 class SimulatedGroup:
     """One epoch of a group: its leader, and what is on its way to and from it."""
 
-    def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter) -> None:
+    def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter, slots: int) -> None:
         self.group = group
         self.epoch = epoch
         self.rank = rank
@@ -92,6 +94,8 @@ class SimulatedGroup:
         self.up: deque[FromLeader] = deque()
         self.sends: dict[int, Send] = {}
         self.receives: dict[int, Receive] = {}
+        self.copies: dict[int, Offload | Load] = {}
+        self.host = np.full((slots, self.cache.shape[1]), UNWRITTEN)
 
     def take(self, batch: Commands) -> None:
         """Puts newly issued commands on their way; their numbers have no gap."""
@@ -127,17 +131,29 @@ class SimulatedGroup:
     def answer(self, transfer: int, *, ok: bool) -> None:
         """This side of a transfer is over."""
         self.sends.pop(transfer, None)
+        self.copies.pop(transfer, None)
         receive = self.receives.pop(transfer, None)
         if receive is not None and not ok:
             self.cache[np.frombuffer(receive.pages, np.int32)] = UNWRITTEN  # arbitrary
         moved = Moved(self.epoch, transfer, ok, 0.001, 1)
         self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(moved), type=Moved))
 
+    def copy(self, transfer: int) -> None:
+        """Between the device and host memory, at this moment."""
+        command = self.copies[transfer]
+        pages, slots = np.frombuffer(command.pages, np.int32), np.frombuffer(command.slots, np.int32)
+        if isinstance(command, Offload):
+            self.host[slots] = self.cache[pages]
+        else:
+            self.cache[pages] = self.host[slots]
+
     def _take_movement(self, command: Command) -> None:
         if isinstance(command, Send):
             self.sends[command.transfer] = command
         elif isinstance(command, Receive):
             self.receives[command.transfer] = command
+        elif isinstance(command, Offload | Load):
+            self.copies[command.transfer] = command
         elif isinstance(command, Cut):
             gone = (command.group, command.epoch)
             under_way: list[Send | Receive] = [*self.sends.values(), *self.receives.values()]
@@ -170,6 +186,7 @@ class Cluster:
         max_queued_tokens: int | None = None,
         wait_for_groups: bool = True,
         fetch: bool = False,
+        slots: int = 0,
         skip_s: float = 2.0,
         age_s: float = 30.0,
     ) -> None:
@@ -192,6 +209,7 @@ class Cluster:
         self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
         self.depth, self.steps, self.model_len = depth, steps, model_len
         self._ports = ("here:1",) if fetch else ()
+        self._slots = slots
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.ghosts: list[SimulatedGroup] = []
         self.streams: dict[tuple[int, int], Stream] = {}
@@ -211,8 +229,8 @@ class Cluster:
         batch = ResidentBatch(self.rows, self.page_size, self.budget, self.model_len)
         executor = SimulatedExecutor(pages, self.page_size, self.rows, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
-        self.groups[name] = SimulatedGroup(name, epoch, rank, reporter)
-        self.core.group_up(name, epoch, pages, self.rows, ports=self._ports)
+        self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._slots)
+        self.core.group_up(name, epoch, pages, self.rows, slots=self._slots, ports=self._ports)
         self.settle()
 
     def lose(self, group: int, *, returning: bool = False) -> None:
@@ -225,6 +243,11 @@ class Cluster:
         drained = self.core.drain(GroupId(group))
         self.settle()
         return drained
+
+    def migrate(self, stream: Stream) -> bool:
+        began = self.core.migrate(stream.front_end, stream.number)
+        self.settle()
+        return began
 
     def vacate(self, group: int) -> None:
         self.core.vacate(GroupId(group))
@@ -315,10 +338,17 @@ class Cluster:
     def moves(self) -> list[int]:
         """Transfers that both sides have begun."""
         sent = {number for group in self.groups.values() for number in group.sends}
-        return sorted(number for group in self.groups.values() for number in group.receives if number in sent)
+        both = [number for group in self.groups.values() for number in group.receives if number in sent]
+        return sorted([*both, *(number for group in self.groups.values() for number in group.copies)])
 
     def move(self, transfer: int, *, ok: bool = True) -> None:
         """The pages of a transfer cross, at this moment; or they do not. Both sides know of it and have not said so yet."""
+        for group in self.groups.values():
+            if transfer in group.copies:
+                if ok:
+                    group.copy(transfer)
+                group.answer(transfer, ok=ok)
+                return
         source = next(group for group in self.groups.values() if transfer in group.sends)
         target = next(group for group in self.groups.values() if transfer in group.receives)
         pages = np.frombuffer(source.sends[transfer].pages, np.int32)
@@ -350,7 +380,9 @@ class Cluster:
     def _check_pages(self) -> None:
         """What the index names stands in the pages of the groups that hold it: the digests of exactly those tokens."""
         index = self.core.table.index
-        for name, group in self.groups.items():
+        pools = {name: group.cache for name, group in self.groups.items()}
+        pools |= {host_of(name): group.host for name, group in self.groups.items()}
+        for name, cache in pools.items():
             states: dict[int, int] = {}
             for node, block in sorted(index.blocks.get(name, {}).items(), key=lambda held: self._depth(held[0])):
                 state = states.get(index.parents[node], 0)
@@ -359,8 +391,8 @@ class Cluster:
                     state = digest(state, token)
                     expected.append(state)
                 states[node] = state
-                found = group.cache[block, : len(expected)].tolist()
-                assert found == expected, f"group {name}: node {node} does not stand in page {block}"
+                found = cache[block, : len(expected)].tolist()
+                assert found == expected, f"pool {name}: node {node} does not stand in page {block}"
 
     def _depth(self, node: int) -> int:
         parents, depth = self.core.table.index.parents, 0

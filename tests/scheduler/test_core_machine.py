@@ -37,6 +37,7 @@ class CoreMachine(RuleBasedStateMachine):
         grant_ahead=st.sampled_from([None, None, 1]),
         hash_stride=st.sampled_from([0, 1, 2, 2]),
         fetch=st.booleans(),
+        slots=st.sampled_from([0, 0, 6, 12]),
     )
     def start(
         self,
@@ -48,6 +49,7 @@ class CoreMachine(RuleBasedStateMachine):
         grant_ahead: int | None,
         hash_stride: int,
         fetch: bool,
+        slots: int,
     ) -> None:
         self.cluster = Cluster(
             pools,
@@ -58,6 +60,7 @@ class CoreMachine(RuleBasedStateMachine):
             grant_ahead=grant_ahead,
             hash_stride=hash_stride,
             fetch=fetch,
+            slots=slots,
             model_len=64,
             age_s=5.0,
         )
@@ -213,6 +216,11 @@ class CoreMachine(RuleBasedStateMachine):
             self.events["transfers" if ok else "failed transfers"] += 1
             self.cluster.move(transfers[at % len(transfers)], ok=ok > 0)
 
+    @rule(at=which)
+    def migrate(self, at: int) -> None:
+        if (stream := self.pick(at)) is not None and self.cluster.migrate(stream):
+            self.events["migrations begun"] += 1
+
     @rule()
     def abort_fetching(self) -> None:
         for stream in list(self.cluster.streams.values()):
@@ -253,7 +261,12 @@ class CoreMachine(RuleBasedStateMachine):
                 self.cluster.step()
             self.events["drained"] += 1
         else:
-            self.cluster.vacate(group)
+            for _ in range(50):
+                resident = self.cluster.core.groups[group]
+                if not resident.running and not resident.fetching:
+                    break
+                self.cluster.vacate(group)
+                self.cluster.step()
             self.events["moved"] += running
         assert not self.cluster.core.groups[group].running
         self.cluster.lose(group)
@@ -283,6 +296,8 @@ class CoreMachine(RuleBasedStateMachine):
                 assert LOST in stream.finished.message
         self.events["preempted"] += self.cluster.core.counters.preemptions
         self.events["cached tokens"] += self.cluster.core.counters.cached_tokens
+        for name in ("offloaded_tokens", "loaded_tokens", "migrations", "failed_transfers"):
+            self.events[name] += getattr(self.cluster.core.counters, name)
         self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
         self.events["parts copied"] += self.cluster.core.counters.parts_copied
         self.events["parts taken over"] += self.cluster.core.counters.parts_taken
@@ -304,20 +319,21 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while preempted",
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
-        "fetched tokens", "parts copied", "parts taken over",
+        "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
+        "parts copied", "parts taken over",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
 
-FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "move": 3, "end": 0.3, "rare": 0.2}
+FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "move": 3, "migrate": 0.5, "end": 0.3, "rare": 0.2}
 
 
 def walk(seed: int, events: int) -> Counter[str]:
     draw = random.Random(seed)
     machine = CoreMachine()
     machine.start(
-        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True
+        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True, 12
     )
     for _ in range(events):
         machine.submit(
@@ -351,6 +367,8 @@ def walk(seed: int, events: int) -> Counter[str]:
                 machine.abort(at)
                 if draw.random() < 0.2:
                     machine.abort_fetching()
+            elif step == "migrate":
+                machine.migrate(at)
             elif step == "move":
                 machine.move(at, draw.randint(0, 4))
             elif step == "end":
