@@ -1,9 +1,14 @@
-"""Which processes descend from one, by /proc: to end a worker by its own id, and to see that none is left behind."""
+"""Which processes descend from one, by /proc: to stop or end a worker by its own id, and to see that none is left behind."""
 
+import contextlib
 import os
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def descendants(ancestor: int) -> dict[int, str]:
@@ -59,3 +64,31 @@ def wait_gone(processes: Iterable[int], patience_s: float = 60.0) -> set[int]:
         time.sleep(0.2)
         left = alive(left)
     return left
+
+
+def signal_all(processes: Iterable[int], number: signal.Signals) -> None:
+    """Those that have ended are left alone."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+@contextlib.contextmanager
+def stopped_in_the_midst(processes: Iterable[int], begin: Callable[[], T], runs: Callable[[T], bool]) -> Iterator[T]:
+    """What `begin` has begun, while `processes` are stopped (SIGSTOP) so that it does not end; begins anew if it had ended
+    before they were. runs: whether all of it still runs, asked once they are stopped.
+
+    A test of what happens in mid-request would else depend on how fast this machine happens to be. Errors: AssertionError.
+    """
+    held = [*processes]
+    try:
+        for _ in range(20):
+            begun = begin()
+            signal_all(held, signal.SIGSTOP)
+            if runs(begun):
+                yield begun
+                return
+            signal_all(held, signal.SIGCONT)
+        raise AssertionError("it always ends before it can be stopped: make it longer")
+    finally:
+        signal_all(held, signal.SIGCONT)

@@ -3,6 +3,7 @@ goes takes no request with it."""
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from deploy.prompts import Prompt, read_model_limits
 from scheduler.scaling import ScalingConfig
 from scheduler.stats import EngineStats
 from tests.autoscaling_ray import autoscaling_ray
-from tests.processes import workers
+from tests.processes import stopped_in_the_midst, workers
 
 pytestmark = pytest.mark.ray
 
@@ -127,16 +128,20 @@ def test_a_dry_run_says_what_it_would_do_and_why(fleet: Fleet, caplog: pytest.Lo
 def test_a_group_is_removed_while_its_requests_run(fleet: Fleet, frontend: FrontEnd, moves: bool) -> None:
     expected = ended(submit(frontend))
     fleet.config = replace(fleet.config, drain_timeout_s=0.0 if moves else PATIENCE_S)
-    preempted = engine(fleet).preemptions
-    generations = submit(frontend)
-    until("not all were started", lambda: all(tokens(generation) for generation in generations))
-    assert [group.running for group in engine(fleet).groups] == [2, 2]
+    before = engine(fleet).preemptions
+    both_busy = stopped_in_the_midst(workers(), lambda: begin(frontend), lambda _: running(fleet) == [2, 2])
+    with ThreadPoolExecutor(1) as threads, both_busy as generations:
+        removing = threads.submit(fleet.remove_group, 1)
+        if moves:
+            until("they do not move", lambda: engine(fleet).preemptions == before + 2)
+        else:
+            until("it does not drain", lambda: [group.draining for group in engine(fleet).groups] == [False, True])
 
-    assert fleet.remove_group(1)
+    assert removing.result()
     assert [group.group for group in engine(fleet).groups] == [0]
     until("its process is still there", lambda: len(workers()) == 1)
     assert ended(generations) == expected
-    assert (engine(fleet).preemptions > preempted) == moves
+    assert engine(fleet).preemptions == before + 2 * moves
 
     assert fleet.add_group() == 1
     until("no group came in its place", lambda: both_are_up(fleet))
@@ -146,6 +151,17 @@ def engine(fleet: Fleet) -> EngineStats:
     stats = fleet.status().engine
     assert stats is not None
     return stats
+
+
+def running(fleet: Fleet) -> list[int]:
+    return [group.running for group in engine(fleet).groups]
+
+
+def begin(frontend: FrontEnd) -> list[Generation]:
+    """Each has a token."""
+    generations = submit(frontend)
+    until("not all were started", lambda: all(tokens(generation) for generation in generations))
+    return generations
 
 
 def submit(frontend: FrontEnd) -> list[Generation]:

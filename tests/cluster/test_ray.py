@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.processes import alive, descendants, wait_gone, workers
 
 pytestmark = pytest.mark.ray
 
+PATIENCE_S = 180.0
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 SHARED = list(range(300, 360))
 PROMPTS = [[*SHARED, 400 + i, 500 + i] for i in range(6)]
@@ -35,6 +37,13 @@ def open_llm(*, local: bool, groups: int, size: int, **options: Any) -> LLM:
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def until(what: str, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +84,31 @@ def test_two_groups_of_two_ranks_say_the_same_and_outlive_a_worker(llm: LLM, exp
     assert killed
     assert tokens([latest[index] for index in range(len(PROMPTS))]) == expected["long"]
 
-    deadline = time.monotonic() + 120
-    while not all(group.up for group in llm.stats().groups):
-        assert time.monotonic() < deadline, "the lost group was not replaced"
-        time.sleep(0.5)
+    until("the lost group was not replaced", lambda: all(group.up for group in llm.stats().groups))
     assert tokens(llm.generate(PROMPTS, GREEDY, progress=False)) == expected["greedy"]
 
 
 def test_without_a_group_left_requests_fail_with_the_reason() -> None:
     with open_llm(local=False, groups=1, size=1, max_group_restarts=0) as llm:
         processes = descendants(os.getpid())
-        generations = llm.iterate(PROMPTS, LONG)
-        next(generations)
         (victim,) = workers()
-        os.kill(victim, signal.SIGKILL)
-        last = dict(generations)
+        os.kill(victim, signal.SIGSTOP)  # so that no request ends before it dies
+        with ThreadPoolExecutor(1) as threads:
+            killed = threads.submit(kill_once_it_has_work, llm, victim)
+            last = dict(llm.iterate(PROMPTS, LONG))
+        killed.result()
         assert len(last) == len(PROMPTS)
         assert all(output.error and "died" in output.error for output in last.values())
         with pytest.raises((GenerationError, EngineError), match="died"):
             llm.generate(PROMPTS, GREEDY, progress=False)
     assert not wait_gone(processes)
+
+
+def kill_once_it_has_work(llm: LLM, victim: int) -> None:
+    try:
+        until("it was given no work", lambda: llm.stats().groups[0].running > 0)
+    finally:
+        os.kill(victim, signal.SIGKILL)
 
 
 def test_more_ranks_than_the_cluster_has_is_said_at_once() -> None:
@@ -118,7 +132,7 @@ def test_ctrl_c_ends_everything() -> None:
         assert process.stdout.read(1), "no text was streamed"
         below = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 130, errors

@@ -24,7 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
-from tests.processes import alive, descendants, wait_gone
+from tests.processes import alive, descendants, signal_all, stopped_in_the_midst, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -111,22 +111,14 @@ class Endpoint:
         told = [float(line.split()[-1]) for line in lines if line.startswith("manta_sequences_running{")]
         return int(sum(told)) if told else -1
 
-    @contextlib.contextmanager
-    def stopped_once_begun(self, begin: Callable[[], list[T]]) -> Iterator[list[T]]:
+    def stopped_once_begun(self, begin: Callable[[], list[T]]) -> contextlib.AbstractContextManager[list[T]]:
         """Requests that have all begun and of which none has ended: the workers are stopped until the block is left."""
-        held = self.processes(WORKER)
 
-        def begun() -> list[T] | None:
-            signal_all(held, signal.SIGCONT)
+        def begin_again() -> list[T]:
             until("those before have not ended", lambda: self.running() == 0)
-            requests = begin()
-            signal_all(held, signal.SIGSTOP)
-            return requests if self.running() == len(requests) else None
+            return begin()
 
-        try:
-            yield until("they always end before the workers are stopped", begun)
-        finally:
-            signal_all(held, signal.SIGCONT)
+        return stopped_in_the_midst(self.processes(WORKER), begin_again, lambda begun: self.running() == len(begun))
 
     @contextlib.contextmanager
     def streams(self, prompts: Sequence[str], max_tokens: int) -> Iterator[list["Stream"]]:
@@ -194,12 +186,6 @@ def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
     call = stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
     next(call)
     return call
-
-
-def signal_all(processes: Sequence[int], number: signal.Signals) -> None:
-    for pid in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 def free_ports(count: int) -> list[int]:
