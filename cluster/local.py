@@ -25,9 +25,11 @@ from scheduler.limits import RequestRefused
 from scheduler.messages import Command, End, Moved, Report, Request, TalliedMetric
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
-from workers.build import WorkerConfig, build_rank
+from workers.build import Built, WorkerConfig, build_rank
+from workers.exchange import Exchange, LocalTransport
 from workers.in_process import ThreadGroup
-from workers.leader import LinkClosed, follow, lead
+from workers.leader import Gathered, LinkClosed, follow, lead
+from workers.mover import PageMover
 from workers.parallel import PeerLost
 from workers.rank import Rank
 from workers.reports import Reporter
@@ -67,6 +69,7 @@ class LocalEngine:
     ) -> None:
         self.page_size = core.page_size
         self.tallies = Tallies()
+        self.exchange = Exchange()
         self._core = SchedulerCore(core)
         self._worker = worker
         self._on_deltas = on_deltas
@@ -142,9 +145,9 @@ class LocalEngine:
             start.wait()
         progress(f"{groups} group(s) of {size} rank(s) are ready")
 
-    def group_up(self, group: GroupId, pages: int) -> None:
+    def group_up(self, group: GroupId, built: Built, ports: tuple[str, ...]) -> None:
         with self._event() as core:
-            core.group_up(group, EPOCH, pages, self._worker.rows)
+            core.group_up(group, EPOCH, built.pages, self._worker.rows, slots=built.slots, ports=ports)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._event() as core:
@@ -160,6 +163,11 @@ class LocalEngine:
     def report(self, group: GroupId, report: Report) -> None:
         with self._event() as core:
             core.report(group, report)
+
+    def moved(self, group: GroupId, moved: Moved) -> None:
+        with self._event() as core:
+            if not self._closed:
+                core.moved(group, moved)
 
     @contextlib.contextmanager
     def _event(self) -> Iterator[SchedulerCore]:
@@ -197,8 +205,10 @@ class LocalLink:
         return received
 
     def send(self, message: Report | Moved) -> None:
-        assert isinstance(message, Report), "nothing moves here yet"
-        self._engine.report(self._group, message)
+        if isinstance(message, Moved):
+            self._engine.moved(self._group, message)
+        else:
+            self._engine.report(self._group, message)
 
 
 class LocalFeed:
@@ -236,6 +246,8 @@ class _GroupStart:
         self._link = link
         self._comms = ThreadGroup.create(size)
         self._feed = LocalFeed(size - 1)
+        self._gathered = Gathered(size)
+        self._gathered.send = link.send
         self._ready = [threading.Event() for _ in range(size)]
         self._error: BaseException | None = None
 
@@ -258,12 +270,24 @@ class _GroupStart:
         try:
             built = build_rank(self._engine.worker, self._comms[number])
             with contextlib.closing(built.rank):
+                self._attach_mover(number, built)
                 if number == 0:
-                    self._engine.group_up(self.group, built.pages)
+                    self._engine.group_up(self.group, built, self._ports())
                 self._ready[number].set()
                 loop(built.rank)
         except BaseException as error:
             self._fail(number, error)
+
+    def _attach_mover(self, number: int, built: Built) -> None:
+        """What the rank says of a transfer goes straight to the leader's side: they share the process."""
+        transport = None
+        if self._engine.worker.transfers:
+            transport = LocalTransport(self._engine.exchange, built.pool, group=self.group, epoch=EPOCH, rank=number)
+        built.rank.mover = PageMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
+
+    def _ports(self) -> tuple[str, ...]:
+        """In one process a rank is found by its number: there is no port."""
+        return tuple(f"local:{number}" for number in range(len(self._comms))) if self._engine.worker.transfers else ()
 
     def _lead(self, rank: Rank) -> str:
         return lead(rank, self._link, self._feed, Reporter(EPOCH, self._engine.worker.report_steps))

@@ -44,6 +44,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         max_model_len=length,
         grant_ahead=2 * (config.report_steps + worker.depth),
         prefix_caching=config.enable_prefix_caching,
+        prefix_fetch=worker.transfers,
         seed=config.seed,
         skip_s=config.queue_skip_s,
         age_s=config.queue_age_s,

@@ -23,9 +23,10 @@ from scheduler.messages import (
     Connect,
     End,
     FromFrontEnd,
+    FromLeader,
     Hello,
+    Moved,
     Opening,
-    Report,
     Submit,
     Tally,
     Welcome,
@@ -58,7 +59,7 @@ class SchedulerServer:
         self._started_s = time.monotonic()
         self._busy_s = 0.0
         self._openings = msgspec.msgpack.Decoder(Opening)
-        self._reports = msgspec.msgpack.Decoder(Report)
+        self._from_leaders = msgspec.msgpack.Decoder(FromLeader)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
 
     async def listen(self, host: str) -> int:
@@ -129,8 +130,7 @@ class SchedulerServer:
         try:
             self.call(lambda core: self._greet(core, hello, writer))
             while (payload := await read_frame(reader)) is not None:
-                report = self._reports.decode(payload)
-                self.call(partial(SchedulerCore.report, group_id=group, report=report))
+                self.call(partial(_hear, group=group, message=self._from_leaders.decode(payload)))
         except (ProtocolError, msgspec.DecodeError) as error:
             why = str(error)
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
@@ -141,7 +141,9 @@ class SchedulerServer:
 
     def _greet(self, core: SchedulerCore, hello: Hello, writer: asyncio.StreamWriter) -> None:
         """Only an epoch that the core accepts gets the group's log."""
-        core.group_up(GroupId(hello.group), hello.epoch, hello.blocks, hello.rows)
+        core.group_up(
+            GroupId(hello.group), hello.epoch, hello.blocks, hello.rows, slots=hello.slots, ports=hello.ports
+        )
         self._leaders[GroupId(hello.group)] = writer
 
     async def _serve_front_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -189,3 +191,10 @@ class SchedulerServer:
             if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
                 logger.error("front end %d does not read its tokens: cut off", front_end)
                 writer.transport.abort()
+
+
+def _hear(core: SchedulerCore, group: GroupId, message: FromLeader) -> None:
+    if isinstance(message, Moved):
+        core.moved(group, message)
+    else:
+        core.report(group, message)

@@ -73,11 +73,12 @@ def copy_pages(source: KVPool, pages: Sequence[int], target: KVPool, targets: Se
     On a CPU by NumPy: it leaves Python's lock for the time of a page and starts no threads, as torch would for large copies.
     Errors: TransferFailed between two pages once `abort` is set.
     """
-    on_host = source.device.type == target.device.type == "cpu"
-    read, write = source.rows, target.rows
+    if source.device.type == target.device.type == "cpu":
+        read, write = source.rows.numpy(), target.rows.numpy()
+        for page, to in zip(pages, targets, strict=True):
+            abort.check()
+            np.copyto(write[to], read[page])
+        return
     for page, to in zip(pages, targets, strict=True):
         abort.check()
-        if on_host:
-            np.copyto(write[to].numpy(), read[page].numpy())
-        else:
-            write[to].copy_(read[page], non_blocking=True)
+        target.rows[to].copy_(source.rows[page], non_blocking=True)

@@ -22,8 +22,9 @@ TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
     ],
 )
 def test_ranks_open_a_port_for_others_only_where_there_can_be_others(options: dict[str, Any], transfers: bool) -> None:
-    _, worker = resolve(EngineConfig(TINY, **options), "cpu", 1, 1)
+    core, worker = resolve(EngineConfig(TINY, **options), "cpu", 1, 1)
     assert worker.transfers is transfers
+    assert core.prefix_fetch is transfers
 
 
 def test_host_memory_is_what_was_asked_for() -> None:
