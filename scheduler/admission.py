@@ -72,19 +72,22 @@ class Admission:
         state, waiting = self._state, self._state.waiting
         if not (waiting.count and state.groups) or waiting.settled():
             return
-        largest, room = max(group.blocks for group in state.groups.values()), self._room()
+        largest, room = max(group.blocks for group in state.groups.values()), None
         passed: list[Sequence] = []
         tries = MOST_TRIES
         waiting.begin(state.now_s)
         while tries and len(passed) < MOST_PASSED and (sequence := waiting.take(largest)) is not None:
-            if sequence.needs <= room and sequence.tried != waiting.changes:
+            if room is None and sequence.needs:
+                room = self._room()
+            if sequence.tried != waiting.changes and (room is None or sequence.needs <= room):
                 match = self._match(sequence)
-                if self._defer(sequence, match):
+                if (shared := self._shared(sequence, match)) is not None:
+                    waiting.defer(sequence, shared)
                     continue
                 if self._place(sequence, match):
                     waiting.leave(sequence, state.now_s)
                     state.counters.skipped += bool(passed)
-                    room = self._room()
+                    room = None
                     continue
                 tries -= 1
                 sequence.tried = waiting.changes
@@ -93,6 +96,18 @@ class Admission:
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
                 break
         waiting.put_back(passed, settled=tries > 0)
+
+    def start_at_once(self, sequence: Sequence) -> bool:
+        """Starts a newcomer past the queue if nobody waits, as it is mostly; False if it has to wait."""
+        waiting = self._state.waiting
+        if waiting.count or not self._state.groups:
+            return False
+        self._expire()
+        match = self._match(sequence)
+        if self._shared(sequence, match) is not None:
+            return False
+        waiting.fair.pass_by(sequence.tenant)
+        return self._place(sequence, match)
 
     def _room(self) -> int:
         """Pages that a newcomer could have at most, in the group that has most; -1 if none takes any."""
@@ -136,11 +151,11 @@ class Admission:
     def _reusable_pages(self, sequence: Sequence) -> int:
         return self._reusable_tokens(sequence) // self._state.config.page_size
 
-    def _defer(self, sequence: Sequence, match: Match) -> bool:
-        """Waits if what follows the cached prefix is about to be computed by a running sequence; see `prefixes`."""
-        return self._state.config.wait_for_prefix and self._state.waiting.defer(
-            sequence, sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)]
-        )
+    def _shared(self, sequence: Sequence, match: Match) -> int | None:
+        """The page after the cached prefix that a running sequence is about to compute, by its hash; see `prefixes`."""
+        if not self._state.config.wait_for_prefix:
+            return None
+        return self._state.waiting.prefixes.shared(sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)])
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
@@ -319,7 +334,9 @@ class Admission:
         assert sequence.blocks is not None
         row = group.free_rows.pop()
         self._serials += 1
-        self._state.waiting.charge_start(sequence, cached_tokens)
+        if not sequence.charged:  # recomputing is not the tenant's doing
+            sequence.tenant.served += sequence.committed - cached_tokens
+            sequence.charged = sequence.committed
         sequence.state = State.RUNNING
         sequence.row = row
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)

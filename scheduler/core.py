@@ -194,12 +194,14 @@ class SchedulerCore:
                 front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
                 stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
                 pages_at_most=pages, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
-                tenant=request.tenant, deadline_s=deadline_s,
+                tenant=self.waiting.fair.open(request.tenant), deadline_s=deadline_s,
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence
-            self._state.deadlines.add(sequence)
-            self.waiting.enter(sequence, self.now_s)
+            if request.deadline_s is not None:
+                self._state.deadlines.add(sequence)
+            if request.params.n > 1 or not self._admission.start_at_once(sequence):
+                self.waiting.enter(sequence, self.now_s)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         self._admission.admit()

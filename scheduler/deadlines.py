@@ -1,7 +1,6 @@
 """Sequences by their deadlines. Imports `sequence`."""
 
 import heapq
-import math
 from collections.abc import Mapping
 
 from scheduler.sequence import Sequence
@@ -22,8 +21,6 @@ class Deadlines:
         self._heap: list[tuple[float, int, tuple[int, int]]] = []
 
     def add(self, sequence: Sequence) -> None:
-        if sequence.deadline_s == math.inf:
-            return
         if len(self._heap) > 2 * len(self._live) + FEWEST_KEPT:
             self._heap = [entry for entry in self._heap if self._find(entry) is not None]
             heapq.heapify(self._heap)

@@ -5,34 +5,12 @@ The virtual token counter of Sheng et al., "Fairness in Serving Large Language M
 
 import heapq
 import itertools
-from dataclasses import dataclass, field
 
-from scheduler.sequence import Sequence
-
-OUTPUT_WEIGHT = 2.0
-"""What an output token counts against a computed prompt token: as in the paper."""
+from scheduler.sequence import PRIORITY_SHIFT, Head, Sequence, Tenant
 
 FEWEST_REMEMBERED = 1 << 10
 MOST_REMEMBERED = 1 << 16
-"""Tenants without a waiting sequence: below the first number none is forgotten; above the second those served least are."""
-
-Head = tuple[int, float, int, int, "Tenant"]
-"""priority, counter and place of a tenant's first sequence; a number that breaks ties; the tenant."""
-
-
-@dataclass(slots=True, eq=False)
-class Tenant:
-    """served: its counter. stays: its sequences without a lease. queue: those of them whose turn may come, by place.
-
-    listed: it is in the heap of counters. head: its valid entry in the heap of heads; all others of it are void.
-    """
-
-    number: int
-    served: float
-    stays: int = 0
-    queue: list[tuple[int, int, Sequence]] = field(default_factory=list)
-    listed: bool = False
-    head: Head | None = None
+"""Tenants without a live sequence: below the first number none is forgotten; above the second those served least are."""
 
 
 class FairQueue:
@@ -54,18 +32,32 @@ class FairQueue:
     def __init__(self) -> None:
         self.tenants = 0  # with a sequence that waits
         self._tenants: dict[str, Tenant] = {}
-        self._tokens: dict[int, dict[str, int]] = {}  # priority -> tenant -> its waiting tokens
+        self._tokens: dict[tuple[int, Tenant], int] = {}  # waiting, by priority and tenant
         self._heads: list[Head] = []
         self._counters: list[tuple[float, int, Tenant]] = []
-        self._last: Tenant | None = None
+        self._last = Tenant()
         self._numbers = itertools.count()
         self._remembered = FEWEST_REMEMBERED
 
-    # ---- who waits
+    # ---- sequences
+
+    def open(self, name: str) -> Tenant:
+        """One more sequence lives on this tenant's account; until `close` it is not forgotten."""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            if len(self._tenants) >= self._remembered:
+                self._forget()
+            tenant = self._tenants[name] = Tenant(name, next(self._numbers), self.floor())
+        tenant.live += 1
+        return tenant
+
+    def close(self, tenant: Tenant) -> None:
+        """One less."""
+        tenant.live -= 1
 
     def enter(self, sequence: Sequence) -> None:
-        """It has no lease: a stay begins. `push` says when its turn may come."""
-        tenant = self._tenant(sequence.tenant)
+        """It has no pages: a stay begins. `push` says when its turn may come."""
+        tenant = sequence.tenant
         if not tenant.stays:
             tenant.served = max(tenant.served, self.floor())
             self.tenants += 1
@@ -73,26 +65,30 @@ class FairQueue:
                 tenant.listed = True
                 heapq.heappush(self._counters, (tenant.served, tenant.number, tenant))
         tenant.stays += 1
-        tokens = self._tokens.setdefault(sequence.priority, {})
-        tokens[sequence.tenant] = tokens.get(sequence.tenant, 0) + sequence.committed
+        key = (sequence.place >> PRIORITY_SHIFT, tenant)
+        self._tokens[key] = self._tokens.get(key, 0) + sequence.committed
 
     def leave(self, sequence: Sequence) -> None:
         """The stay is over: it has started or ended."""
-        tenant = self._tenant(sequence.tenant)
+        tenant = sequence.tenant
         tenant.stays -= 1
         if not tenant.stays:
             self.tenants -= 1
             self._last = tenant
-        tokens = self._tokens[sequence.priority]
-        tokens[sequence.tenant] -= sequence.committed
-        if not tokens[sequence.tenant]:
-            del tokens[sequence.tenant]
-            if not tokens:
-                del self._tokens[sequence.priority]
+        key = (sequence.place >> PRIORITY_SHIFT, tenant)
+        self._tokens[key] -= sequence.committed
+        if not self._tokens[key]:
+            del self._tokens[key]
+
+    def pass_by(self, tenant: Tenant) -> None:
+        """A sequence starts past the queue, in which nobody is: as if it had entered and left it."""
+        assert not self.tenants, "somebody waits"
+        tenant.served = max(tenant.served, self.floor())
+        self._last = tenant
 
     def push(self, sequence: Sequence) -> None:
         """Its turn may come, under the ticket that it has."""
-        tenant = self._tenant(sequence.tenant)
+        tenant = sequence.tenant
         heapq.heappush(tenant.queue, (sequence.place, sequence.ticket, sequence))
         if tenant.queue[0][2] is sequence:
             heapq.heappush(self._heads, self._head(tenant))
@@ -119,26 +115,12 @@ class FairQueue:
                 return first
         return None
 
-    def waiting(self, name: str) -> tuple[int, int]:
-        """Sequences of a tenant that wait, and their tokens."""
-        tenant = self._tenants.get(name)
-        return (tenant.stays if tenant else 0), sum(tokens.get(name, 0) for tokens in self._tokens.values())
-
     def queued(self) -> list[Sequence]:
         """All whose turn may come, for the invariants."""
         entries = [entry for tenant in self._tenants.values() for entry in tenant.queue]
         return [sequence for _, ticket, sequence in entries if sequence.ticket == ticket]
 
     # ---- counters
-
-    def charge(self, name: str, tokens: float) -> None:
-        """Adds to what a tenant was served."""
-        self._tenant(name).served += tokens
-
-    def served(self, name: str) -> float:
-        """Its counter; what it would be lifted to, if it is not known."""
-        tenant = self._tenants.get(name)
-        return self.floor() if tenant is None else tenant.served
 
     def floor(self) -> float:
         """The smallest counter of a tenant that waits; if none does, that of the last one that did."""
@@ -152,7 +134,19 @@ class FairQueue:
                 heapq.heapreplace(counters, (tenant.served, number, tenant))
             else:
                 return served
-        return 0.0 if self._last is None else self._last.served
+        return self._last.served
+
+    def served(self, name: str) -> float:
+        """Its counter; what it would be lifted to, if it is not known."""
+        tenant = self._tenants.get(name)
+        return self.floor() if tenant is None else tenant.served
+
+    def waiting(self, name: str) -> tuple[int, int]:
+        """Sequences of a tenant that wait, and their tokens."""
+        tenant = self._tenants.get(name)
+        if tenant is None or not tenant.stays:
+            return 0, 0
+        return tenant.stays, sum(tokens for (_, other), tokens in self._tokens.items() if other is tenant)
 
     def ahead(self, name: str, priority: int) -> float:
         """Waiting tokens that go before one more sequence of this tenant, about. Linear in the tenants that wait.
@@ -160,30 +154,23 @@ class FairQueue:
         All that are more urgent; of its own priority what it has waiting itself, and of each other tenant as much as it takes
         until that one has been served as much as this one will have been. Hits and outputs to come are left out.
         """
-        urgent = sum(sum(tokens.values()) for level, tokens in self._tokens.items() if level < priority)
-        same = self._tokens.get(priority, {})
-        own = same.get(name, 0)
-        level = max(self.served(name), self.floor()) + own
-        others = (min(tokens, max(0.0, level - self._tenants[other].served)) for other, tokens in same.items() if other != name)
+        same = [(tenant, tokens) for (level, tenant), tokens in self._tokens.items() if level == priority]
+        urgent = sum(tokens for (level, _), tokens in self._tokens.items() if level < priority)
+        own = sum(tokens for tenant, tokens in same if tenant.name == name)
+        reach = max(self.served(name), self.floor()) + own
+        others = (min(tokens, max(0.0, reach - tenant.served)) for tenant, tokens in same if tenant.name != name)
         return urgent + own + sum(others)
 
     def _head(self, tenant: Tenant) -> Head:
-        place, _, sequence = tenant.queue[0]
-        tenant.head = (sequence.priority, tenant.served, place, next(self._numbers), tenant)
+        place = tenant.queue[0][0]
+        tenant.head = (place >> PRIORITY_SHIFT, tenant.served, place, next(self._numbers), tenant)
         return tenant.head
 
-    def _tenant(self, name: str) -> Tenant:
-        tenant = self._tenants.get(name)
-        if tenant is None:
-            if len(self._tenants) >= self._remembered:
-                self._forget()
-            tenant = self._tenants[name] = Tenant(next(self._numbers), self.floor())
-        return tenant
-
     def _forget(self) -> None:
-        """Forgets idle tenants: at or below the floor all, which changes nothing, and beyond a number those served least."""
+        """Forgets tenants without a live sequence: at or below the floor all, which changes nothing, and beyond a number those
+        served least."""
         floor = self.floor()
-        idle = [(tenant.served, name) for name, tenant in self._tenants.items() if not tenant.stays]
+        idle = [(tenant.served, name) for name, tenant in self._tenants.items() if not tenant.live]
         kept = sorted(entry for entry in idle if entry[0] > floor)[-MOST_REMEMBERED:]
         names = {name for _, name in kept}
         for _, name in idle:

@@ -3,6 +3,8 @@
 Runs after every step in tests and on demand in production. Imports the core and the table's own audit.
 """
 
+from collections import Counter
+
 import numpy as np
 
 from kvcache.audit import audit
@@ -39,8 +41,10 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     tokens = sum(sequence.committed for sequence in [*queued, *deferred])
     assert core.waiting.tokens == tokens, f"{core.waiting.tokens} tokens are counted as waiting, not {tokens}"
     fair = core.waiting.fair
-    tenants = {sequence.tenant for sequence in core.sequences.values() if sequence.blocks is None}
+    tenants = {sequence.tenant.name for sequence in core.sequences.values() if sequence.blocks is None}
     assert fair.tenants == len(tenants), f"{fair.tenants} tenants are counted as waiting, not {sorted(tenants)}"
+    accounts = Counter(sequence.tenant for sequence in core.sequences.values())
+    assert all(tenant.live == number for tenant, number in accounts.items()), "each lives on one tenant's account"
     assert sum(fair.waiting(tenant)[0] for tenant in tenants) == core.waiting.count, "each waits on one tenant's account"
     assert sum(fair.waiting(tenant)[1] for tenant in tenants) == tokens, "with its tokens"
     assert all(fair.served(tenant) >= fair.floor() for tenant in tenants), "nobody who waits is below the smallest counter"

@@ -69,28 +69,33 @@ def queue_room(config: CoreConfig, waiting: WaitingRoom, request: Request, token
     """
     if not waiting.count:
         return
-    wait_s = expected_wait_s(waiting, request, now_s)
-    if request.deadline_s is not None and wait_s is not None and wait_s > request.deadline_s:
-        raise _refusal(f"its turn would come in about {wait_s:.0f} s, after its deadline of {request.deadline_s:g} s", wait_s)
-    choices = request.params.n
-    requests_own, tokens_own = waiting.fair.waiting(request.tenant)
+    deadline_s, choices = request.deadline_s, request.params.n
+    per_s = waiting.pace.per_s(now_s)
+    if deadline_s is not None and per_s is not None and waiting.tokens > per_s * deadline_s:  # else nobody waits that long
+        wait_s = _wait_s(waiting, request, now_s)
+        if wait_s > deadline_s:
+            raise _refusal(f"its turn would come in about {wait_s:.0f} s, after its deadline of {deadline_s:g} s", wait_s)
     bounds = (
-        ("requests", config.max_queued_requests, waiting.count, requests_own, choices),
-        ("tokens", config.max_queued_tokens, waiting.tokens, tokens_own, choices * tokens),
+        ("requests", config.max_queued_requests, waiting.count, choices, 0),
+        ("tokens", config.max_queued_tokens, waiting.tokens, choices * tokens, 1),
     )
-    tenants = waiting.fair.tenants + (requests_own == 0)
-    for name, most, others, own, more in bounds:
-        if most is not None and others + more > most and (others + more > 2 * most or own + more > most / tenants):
+    for name, most, there, more, kind in bounds:
+        if most is None or there + more <= most:
+            continue
+        own = waiting.fair.waiting(request.tenant)
+        share = most / (waiting.fair.tenants + (own[0] == 0))
+        if there + more > 2 * most or own[kind] + more > share:
             raise _refusal(
-                f"{waiting.count} requests with {waiting.tokens} tokens are waiting and {most} {name} may", wait_s or 0.0
+                f"{waiting.count} requests with {waiting.tokens} tokens are waiting and {most} {name} may",
+                _wait_s(waiting, request, now_s),
             )
 
 
-def expected_wait_s(waiting: WaitingRoom, request: Request, now_s: float) -> float | None:
-    """Until another request like this one would start, at the pace of lately; None if nothing is known."""
+def _wait_s(waiting: WaitingRoom, request: Request, now_s: float) -> float:
+    """Until another request like this one would start, at the pace of lately; 0 if nothing is known of that."""
     per_s = waiting.pace.per_s(now_s)
     if per_s is None:
-        return None
+        return 0.0
     return waiting.fair.ahead(request.tenant, request.priority) / per_s if per_s else math.inf
 
 

@@ -23,7 +23,7 @@ class Paging:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
         blocks, page_size = sequence.blocks, self._state.config.page_size
         assert blocks is not None
-        self._state.waiting.charge(sequence, int(group.length[row]))
+        sequence.charge(int(group.length[row]))
         computed = group.computed(row)
         full = computed // page_size
         if full > len(blocks.nodes):

@@ -4,7 +4,7 @@ Imports `kvcache`, `messages` and `SamplingParams`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -19,6 +19,32 @@ Tokens = npt.NDArray[np.int32]
 
 PRIORITY_SHIFT = 48
 """Arrivals that fit between two priorities."""
+
+
+OUTPUT_WEIGHT = 2.0
+"""What an output token counts against a computed prompt token where tenants are compared: as in the paper (see `fairness`)."""
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """On whose account sequences run. served: the counter of `fairness`, in prompt tokens. live: its sequences.
+
+    Kept by the queue: stays: those without pages. queue: those whose turn may come, by place. listed: it is in the heap of
+    counters. head: its valid entry in the heap of heads; all others of it are void.
+    """
+
+    name: str = ""
+    number: int = 0
+    served: float = 0.0
+    live: int = 0
+    stays: int = 0
+    queue: list[tuple[int, int, "Sequence"]] = field(default_factory=list)
+    listed: bool = False
+    head: "Head | None" = None
+
+
+Head = tuple[int, float, int, int, Tenant]
+"""Priority, counter and place of a tenant's first sequence; a number that breaks ties; the tenant."""
 
 
 class State(Enum):
@@ -45,7 +71,8 @@ class Sequence:
     hashes: chained hashes of the full pages of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
-    tenant: whose it is, for fairness; charged: tokens that its tenant's counter has had of it. deadline_s: by the same clock.
+    tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
+    deadline_s: by the same clock as arrived_s.
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
     has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
@@ -75,7 +102,7 @@ class Sequence:
     lease: LeaseId | None = None
     row: int = -1
     blocks: SequenceBlocks | None = None
-    tenant: str = ""
+    tenant: Tenant = field(default_factory=Tenant)
     charged: int = 0
     deadline_s: float = math.inf
     entered_s: float = 0.0
@@ -107,6 +134,15 @@ class Sequence:
             self.buffer = grown
         self.buffer[self.committed : end] = tokens
         self.committed = end
+
+    def charge(self, length: int) -> None:
+        """Its tenant has been served its output up to `length` tokens of prompt and output; nothing before the first start.
+
+        What a front end cuts off afterwards is not given back: counters only grow.
+        """
+        if 0 < self.charged < length:
+            self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
+            self.charged = length
 
     def hash_up_to(self, pages: int, page_size: int) -> None:
         """Hashes the first `pages` full pages, each once in the sequence's life."""

@@ -50,7 +50,8 @@ class ClusterState:
         """The one end of a sequence that holds nothing any more. output: its tokens."""
         if sequence.state in (State.WAITING, State.DEFERRED):
             self.waiting.leave(sequence, self.now_s)
-        self.waiting.charge(sequence, sequence.prompt_tokens + output)
+        sequence.charge(sequence.prompt_tokens + output)
+        self.waiting.fair.close(sequence.tenant)
         sequence.state = State.ENDED
         del self.sequences[sequence.front_end, sequence.stream]
         self.counters.finished += 1

@@ -5,10 +5,9 @@ Imports `config`, `fairness`, `pace`, `prefixes` and `sequence`. Says whose turn
 
 import heapq
 from collections.abc import Iterable
-from collections.abc import Sequence as Listing
 
 from scheduler.config import CoreConfig, Counters
-from scheduler.fairness import OUTPUT_WEIGHT, FairQueue
+from scheduler.fairness import FairQueue
 from scheduler.pace import QueuePace
 from scheduler.prefixes import PendingPrefixes
 from scheduler.sequence import Sequence, State
@@ -55,11 +54,12 @@ class WaitingRoom:
 
     def enter(self, sequence: Sequence, now_s: float) -> None:
         """A newcomer, or one that has lost its lease: then its tenant is charged for what it was served."""
-        self.charge(sequence, sequence.committed)
+        sequence.charge(sequence.committed)
         sequence.entered_s, sequence.passed_s, sequence.aged, sequence.needs = now_s, None, False, 0
         self.count += 1
         self.tokens += sequence.committed
-        self.pace.begin(now_s)
+        if self.count == 1:
+            self.pace.begin(now_s)
         self.fair.enter(sequence)
         self.join([sequence])
 
@@ -89,18 +89,6 @@ class WaitingRoom:
                 self._queue(sequence)
                 if not sequence.aged:
                     heapq.heappush(self._by_age, (sequence.entered_s, sequence.place, sequence.ticket, sequence))
-
-    def charge(self, sequence: Sequence, length: int) -> None:
-        """Its tenant was served its output up to `length` tokens of prompt and output."""
-        if sequence.charged and length > sequence.charged:
-            self.fair.charge(sequence.tenant, OUTPUT_WEIGHT * (length - sequence.charged))
-            sequence.charged = length
-
-    def charge_start(self, sequence: Sequence, cached_tokens: int) -> None:
-        """It starts. The first time, its tenant is charged for the prompt tokens that have to be computed."""
-        if not sequence.charged:
-            self.fair.charge(sequence.tenant, sequence.committed - cached_tokens)
-            sequence.charged = sequence.committed
 
     # ---- a turn: `begin`, `take` until nobody is left or enough have been asked, `put_back`
 
@@ -143,14 +131,10 @@ class WaitingRoom:
         if settled:
             self._settled = self.changes
 
-    def defer(self, sequence: Sequence, hashes: Listing[int]) -> bool:
-        """Lets one that was taken out wait if a running sequence is about to compute what continues its cached prefix."""
-        shared = self.prefixes.shared(hashes)
-        if shared is None:
-            return False
+    def defer(self, sequence: Sequence, hash_: int) -> None:
+        """One that was taken out waits until this page, which continues its cached prefix, has been computed."""
         sequence.state, sequence.ticket = State.DEFERRED, 0
-        self.prefixes.wait(sequence, shared)
-        return True
+        self.prefixes.wait(sequence, hash_)
 
     # ---- what happens elsewhere
 

@@ -8,10 +8,10 @@ import pytest
 
 from scheduler import fairness
 from scheduler.config import CoreConfig, Counters
-from scheduler.fairness import OUTPUT_WEIGHT, FairQueue
+from scheduler.fairness import FairQueue
 from scheduler.limits import RequestRefused
 from scheduler.sampling import SamplingParams
-from scheduler.sequence import PRIORITY_SHIFT, Sequence, State
+from scheduler.sequence import OUTPUT_WEIGHT, PRIORITY_SHIFT, Sequence, State
 from scheduler.stats import snapshot
 from scheduler.waiting import WaitingRoom
 from tests.scheduler.cluster import Cluster, Stream, pages
@@ -19,12 +19,12 @@ from tests.scheduler.cluster import Cluster, Stream, pages
 numbers = itertools.count()
 
 
-def waiting(tenant: str, tokens: int = 10, priority: int = 0) -> Sequence:
+def waiting(queue: FairQueue, tenant: str, tokens: int = 10, priority: int = 0) -> Sequence:
     number = next(numbers)
     return Sequence(
         number=number, place=(priority << PRIORITY_SHIFT) + number, arrived_s=0.0, front_end=0, stream=number, choice=0,
         params=SamplingParams(), seed=0, stop_ids=(), salt="", prompt_tokens=tokens, max_tokens=8, pages_at_most=1, hashes=[],
-        buffer=np.zeros(tokens, np.int32), committed=tokens, tenant=tenant, ticket=1 + number,
+        buffer=np.zeros(tokens, np.int32), committed=tokens, tenant=queue.open(tenant), ticket=1 + number,
     )  # fmt: skip
 
 
@@ -42,8 +42,14 @@ class Queue(FairQueue):
         assert sequence is not None
         sequence.ticket = 0
         self.leave(sequence)
-        self.charge(sequence.tenant, cost)
-        return sequence.tenant
+        sequence.tenant.served += cost
+        self.close(sequence.tenant)
+        return sequence.tenant.name
+
+    def charge(self, name: str, cost: float) -> None:
+        tenant = self.open(name)
+        tenant.served += cost
+        self.close(tenant)
 
 
 # ---- the counter
@@ -51,9 +57,9 @@ class Queue(FairQueue):
 
 def test_whoever_was_served_least_goes_next() -> None:
     queue = Queue()
-    queue.submit(*(waiting("heavy") for _ in range(4)), *(waiting("light") for _ in range(4)))
+    queue.submit(*(waiting(queue, "heavy") for _ in range(4)), *(waiting(queue, "light") for _ in range(4)))
     assert [queue.start() for _ in range(8)] == ["heavy", "light"] * 4
-    queue.submit(*(waiting("heavy") for _ in range(6)), *(waiting("light") for _ in range(3)))
+    queue.submit(*(waiting(queue, "heavy") for _ in range(6)), *(waiting(queue, "light") for _ in range(3)))
     served = [queue.start(cost=20 if turn % 3 == 0 else 10) for turn in range(9)]
     assert served.count("light") == 3
 
@@ -61,28 +67,28 @@ def test_whoever_was_served_least_goes_next() -> None:
 def test_priorities_go_before_tenants_and_arrival_decides_within_one() -> None:
     queue = Queue()
     queue.charge("busy", 1e6)
-    late, urgent, first = waiting("idle"), waiting("busy", priority=-1), waiting("busy")
-    queue.submit(late, urgent, waiting("busy"), first)
+    late, urgent, first = waiting(queue, "idle"), waiting(queue, "busy", priority=-1), waiting(queue, "busy")
+    queue.submit(late, urgent, waiting(queue, "busy"), first)
     assert [queue.pop() for _ in range(2)] == [urgent, late]
 
 
 def test_a_more_urgent_sequence_of_the_same_tenant_overtakes() -> None:
     queue = Queue()
-    calm, urgent = waiting("one"), waiting("one", priority=-1)
-    queue.submit(calm, waiting("two"), urgent)
+    calm, urgent = waiting(queue, "one"), waiting(queue, "one", priority=-1)
+    queue.submit(calm, waiting(queue, "two"), urgent)
     assert [queue.pop() for _ in range(2)] == [urgent, calm]
 
 
 def test_idleness_saves_nothing_up() -> None:
     queue = Queue()
-    queue.submit(*(waiting("steady") for _ in range(20)))
+    queue.submit(*(waiting(queue, "steady") for _ in range(20)))
     for _ in range(10):
         queue.start()
-    queue.submit(*(waiting("back") for _ in range(5)))  # without a lift it would have ten starts before the next of the other
+    queue.submit(*(waiting(queue, "back") for _ in range(5)))  # without a lift it would have ten at once
     assert [queue.start() for _ in range(6)].count("back") == 3
     while queue.tenants:
         queue.start()
-    queue.submit(waiting("later"))
+    queue.submit(waiting(queue, "later"))
     assert queue.served("later") == queue.floor() > 0, "lifted to the one that waited last, if nobody waits"
 
 
@@ -91,7 +97,7 @@ def test_tenants_that_always_wait_are_served_alike_within_one_request() -> None:
     queue, dearest = Queue(), 100
     names = ["a", "b", "c"]
     for name in names:
-        queue.submit(*(waiting(name) for _ in range(400)))
+        queue.submit(*(waiting(queue, name) for _ in range(400)))
     for _ in range(300):
         queue.start(cost=draw.randint(1, dearest))
         counters = [queue.served(name) for name in names]
@@ -103,7 +109,7 @@ def test_the_smallest_counter_of_those_that_wait_never_falls() -> None:
     queue, before = Queue(), 0.0
     for _ in range(2_000):
         if draw.random() < 0.5:
-            queue.submit(waiting(draw.choice("abcdefgh"), priority=draw.choice([0, 0, 1])))
+            queue.submit(waiting(queue, draw.choice("abcdefgh"), priority=draw.choice([0, 0, 1])))
         elif queue.tenants:
             queue.start(draw.randint(1, 50))
         queue.charge(draw.choice("abcdefgh"), draw.randint(0, 5))
@@ -116,10 +122,10 @@ def test_a_million_tenants_that_come_once_are_forgotten(monkeypatch: pytest.Monk
     monkeypatch.setattr(fairness, "MOST_REMEMBERED", 64)
     queue = Queue()
     queue._remembered = 32
-    queue.submit(waiting("patient", priority=1))  # keeps the floor where it is, so that all others are above it
+    queue.submit(waiting(queue, "patient", priority=1))  # keeps the floor where it is, so that all others are above it
     queue.charge("glutton", 1e6)
     for number in range(5_000):
-        queue.submit(waiting(f"guest {number}"))
+        queue.submit(waiting(queue, f"guest {number}"))
         queue.start()
     assert len(queue._tenants) <= 2 * 64 + 2
     assert queue.served("glutton") == 1e6, "those served most are remembered longest"
@@ -128,7 +134,8 @@ def test_a_million_tenants_that_come_once_are_forgotten(monkeypatch: pytest.Monk
 
 def test_what_is_ahead_of_a_newcomer() -> None:
     queue = Queue()
-    queue.submit(*(waiting("heavy", 100) for _ in range(5)), waiting("light", 30), waiting("vip", 7, priority=-1))
+    queue.submit(*(waiting(queue, "heavy", 100) for _ in range(5)), waiting(queue, "light", 30))
+    queue.submit(waiting(queue, "vip", 7, priority=-1))
     assert queue.ahead("new", 0) == 7, "nobody has been served: its turn is the next"
     assert queue.ahead("light", 0) == 7 + 30 + 30, "its own, and as much of the other's"
     assert queue.ahead("heavy", 0) == 7 + 500 + 30
@@ -138,7 +145,7 @@ def test_what_is_ahead_of_a_newcomer() -> None:
 
 def test_a_void_ticket_is_passed_over() -> None:
     queue = Queue()
-    gone, stays = waiting("one"), waiting("one")
+    gone, stays = waiting(queue, "one"), waiting(queue, "one")
     queue.submit(gone, stays)
     gone.ticket = 0
     assert queue.pop() is stays
@@ -223,7 +230,7 @@ def test_a_full_queue_still_takes_a_tenant_that_has_less_than_its_share() -> Non
 
 def test_a_wait_under_a_ticket_is_over_when_it_starts_or_ends() -> None:
     room = WaitingRoom(CoreConfig(age_s=10.0), Counters())
-    first, second = waiting("one"), waiting("one")
+    first, second = waiting(room.fair, "one"), waiting(room.fair, "one")
     room.enter(first, 0.0)
     room.enter(second, 5.0)
     room.begin(12.0)
