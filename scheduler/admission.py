@@ -99,10 +99,10 @@ class Admission:
 
     def start_at_once(self, sequence: Sequence) -> bool:
         """Starts a newcomer past the queue if nobody waits, as it is mostly; False if it has to wait."""
+        self._expire()
         waiting = self._state.waiting
         if waiting.count or not self._state.groups:
             return False
-        self._expire()
         match = self._match(sequence)
         if self._shared(sequence, match) is not None:
             return False

@@ -198,10 +198,10 @@ class SchedulerCore:
             )  # fmt: skip
             self._numbers += 1
             self.sequences[front_end, sequence.stream] = sequence
-            if request.deadline_s is not None:
-                self._state.deadlines.add(sequence)
             if request.params.n > 1 or not self._admission.start_at_once(sequence):
                 self.waiting.enter(sequence, self.now_s)
+            if request.deadline_s is not None:
+                self._state.deadlines.add(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(prompt)
         self._admission.admit()

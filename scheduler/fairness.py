@@ -19,8 +19,8 @@ class FairQueue:
     A start adds the prompt tokens that it has to compute, those of the first start alone: recomputing is not the tenant's
     doing. Output counts `OUTPUT_WEIGHT` a token, in arrears: when a page fills or a lease is extended, when the sequence is
     preempted and when it ends. So nothing is added per step, and a counter is late by at most OUTPUT_WEIGHT * page_size tokens
-    for each of the tenant's running sequences. That much, and what one request may add, is how far tenants that always have
-    something waiting can be apart.
+    for each of the tenant's running sequences. That much, and what one request may add, is how far tenants of one priority can
+    be apart while both always have something waiting; what starts out of turn (`waiting`) comes on top, and is made up for.
 
     A tenant that had nothing waiting is lifted to the smallest counter among those that have; if none has, to that of the last
     one that had: idleness saves nothing up. This smallest counter never falls, so whoever is idle below it may be forgotten.

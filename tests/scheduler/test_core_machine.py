@@ -79,7 +79,7 @@ class CoreMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -1, 1]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         tenant=st.sampled_from(["", "", "a", "b"]),
-        deadline_s=st.sampled_from([None, None, None, 1.0, 20.0]),
+        deadline_s=st.sampled_from([None, None, None, 0.0, 1.0, 20.0]),
     )
     def submit(
         self,

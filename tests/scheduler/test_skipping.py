@@ -159,6 +159,15 @@ def test_a_waiting_sequence_ends_with_its_deadline() -> None:
     assert cluster.reason(patient) is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_request_without_any_time_ends_at_once(choices: int) -> None:
+    cluster = Cluster((8,))
+    late = cluster.submit([1] * 4, n=choices, deadline_s=0.0)
+    assert [stream.finished and stream.finished.failure for stream in late] == [Failure.TIMED_OUT] * choices
+    cluster.submit([1] * 4)
+    cluster.run()
+
+
 def test_a_running_sequence_ends_at_the_next_page_and_its_pages_are_free() -> None:
     cluster = Cluster((8,), rows=2)
     late, other = cluster.submit([1] * 4, max_tokens=20, deadline_s=3.0)[0], cluster.submit([0] * 4, max_tokens=20)[0]
