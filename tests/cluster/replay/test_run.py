@@ -40,11 +40,10 @@ def test_knowledge_is_reuse(outcomes: dict[str, Outcome]) -> None:
     assert outcomes["longest-prefix"].busiest_over_mean > 2 * outcomes["manta"].busiest_over_mean - 1
 
 
-def test_what_another_group_has_is_fetched_and_nobody_waits_longer_for_it(outcomes: dict[str, Outcome]) -> None:
+def test_what_another_group_has_is_fetched_and_the_wait_is_shorter_for_it(outcomes: dict[str, Outcome]) -> None:
     plain, fetching = outcomes["manta"], outcomes["manta-fetch"]
     assert plain.fetched_tokens == 0 < fetching.fetched_tokens
-    assert fetching.token_hit_rate >= plain.token_hit_rate
-    assert fetching.ttft_s.mean <= plain.ttft_s.mean
+    assert fetching.ttft_s.mean < plain.ttft_s.mean
 
 
 def test_infinite_hits_are_those_of_the_trace(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
