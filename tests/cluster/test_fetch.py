@@ -30,6 +30,6 @@ def test_two_groups_of_two_ranks_with_a_fetch() -> None:
         assert tokens(llm.generate(PROMPTS, OUTPUT, progress=False)) == expected
         stats = llm.stats()
     assert stats.fetches >= 1
-    assert stats.failed_fetches == 0
+    assert stats.failed_transfers == 0
     assert stats.fetched_tokens >= 304, "all full pages of the prefix"
     assert all(group.steps for group in stats.groups)
