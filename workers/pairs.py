@@ -116,8 +116,9 @@ class PairWire:
 
     def send(self, connection: Connection, shard: Shard, pair: int) -> None:
         works: deque[Any] = deque()
+        ids = self._ids(shard)
         with self._using(connection, shard, pair, SENDER) as link:
-            for index, stage in self._messages(shard):
+            for index, stage in self._messages(ids, shard):
                 if len(works) > 1:  # the message before the last was in this stage
                     link.wait(works.popleft())
                 torch.index_select(self._pool.rows, 0, index, out=stage)
@@ -126,8 +127,9 @@ class PairWire:
                 link.wait(work)
 
     def receive(self, connection: Connection, shard: Shard, pair: int) -> None:
+        ids = self._ids(shard)
         with self._using(connection, shard, pair, RECEIVER) as link:
-            for index, stage in self._messages(shard):
+            for index, stage in self._messages(ids, shard):
                 link.wait(link.receive(stage))
                 self._pool.rows.index_copy_(0, index, stage)
 
@@ -162,11 +164,15 @@ class PairWire:
             shard.side.drain()
             raise
 
-    def _messages(self, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+    def _ids(self, shard: Shard) -> Tensor:
+        """On the device. This copy waits for the side stream: so it goes before what that waits for."""
+        with shard.side.after():
+            return torch.tensor(shard.pages, device=self._pool.device)
+
+    def _messages(self, ids: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         """(page ids of a message, where to put it), in two stages by turns."""
         batch = min(self._batch, len(shard.pages))
         stages = [self._pool.rows.new_empty(batch, self._pool.layout.page_bytes) for _ in range(2)]
-        ids = torch.tensor(shard.pages, device=self._pool.device)  # waits for the side stream: before others can hold it up
         for turn, index in enumerate(torch.split(ids, batch)):
             shard.abort.check()
             yield index, stages[turn % 2][: len(index)]

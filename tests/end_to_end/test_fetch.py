@@ -22,14 +22,14 @@ def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
 def test_two_groups_with_a_fetch(size: int, checkpoints: dict[str, Path], expected: list[list[list[int]]]) -> None:
     """One group has the prefix and more work than it can do at once; the other fetches the prefix and takes its share."""
-    llm = open_llm(checkpoints[QWEN3], dtype="float64", size=size, groups=2, max_num_batched_tokens=32)
-    with nothing_left_behind(), llm:
+    path = checkpoints[QWEN3]
+    with nothing_left_behind(), open_llm(path, dtype="float64", size=size, groups=2, max_num_batched_tokens=32) as llm:
         run(llm, [PREFIX], greedy(2))
         assert tokens(run(llm, PROMPTS, OUTPUT)) == expected
         wait_idle(llm)
         stats = llm.stats()
     assert stats.fetches >= 1
-    assert stats.failed_transfers == 0
+    assert stats.failed_fetches == 0
     assert stats.fetched_tokens >= 304, "all full pages of the prefix"
     assert all(group.steps for group in stats.groups)
 

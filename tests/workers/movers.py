@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
@@ -20,14 +22,16 @@ PAGES = 40
 TOKEN = "the cluster's secret"
 PATIENCE_S = 60.0
 KINDS = ("local", "socket", "gloo")
+NCCL = pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"))
+"""Between the two devices, in threads of one process: groups of an odd number sit on the second."""
 
 
 def ids(pages: Sequence[int]) -> bytes:
     return np.array(pages, np.int32).tobytes()
 
 
-def random_pool(pages: int = PAGES, seed: int = 0, layout: PageLayout = LAYOUT) -> KVPool:
-    pool = KVPool(layout, pages, "cpu")
+def random_pool(pages: int = PAGES, seed: int = 0, layout: PageLayout = LAYOUT, device: str = "cpu") -> KVPool:
+    pool = KVPool(layout, pages, device)
     pool.rows.copy_(torch.randint(0, 256, pool.rows.shape, generator=torch.Generator().manual_seed(seed)))
     return pool
 
@@ -63,6 +67,11 @@ class Site:
     transport: Transport | None
     said: Said
 
+    @property
+    def rows(self) -> Tensor:
+        """The pool's bytes as they are now, on the CPU."""
+        return self.pool.rows.cpu().clone()
+
     def take(self, *movements: Movement) -> None:
         for movement in movements:
             self.mover.take(movement)
@@ -87,7 +96,8 @@ class World:
     def site(
         self, group: int, epoch: int = 0, *, pool: KVPool | None = None, host: KVPool | None = None, token: str = TOKEN
     ) -> Site:
-        pool = random_pool(seed=group) if pool is None else pool
+        if pool is None:
+            pool = random_pool(seed=group, device=f"cuda:{group % 2}" if self.kind == "nccl" else "cpu")
         transport, said = self._transport(pool, group, epoch, token), Said()
         mover = PageMover(pool, host, transport, said.add, rank=0, epoch=epoch)
         self.sites.append(Site(group, epoch, pool, mover, transport, said))

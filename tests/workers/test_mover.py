@@ -1,6 +1,7 @@
 """Pages between groups and to host memory: every byte where it belongs, every failure said, no thread left behind."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from scheduler.messages import Cut, Load, Offload, Send
-from tests.workers.movers import KINDS, LAYOUT, PAGES, PATIENCE_S, Said, World, ids, random_pool
+from tests.workers.movers import KINDS, LAYOUT, NCCL, PAGES, PATIENCE_S, Said, World, ids, random_pool
 from workers import exchange, side
 from workers.lane import Abort
 from workers.mover import PageMover
@@ -34,22 +35,21 @@ def make() -> Iterator[Make]:
     assert not left, f"threads are left: {left}"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_every_byte_arrives_and_nothing_else_changes(make: Make, kind: str) -> None:
     world = make(kind)
     here, there = world.site(1), world.site(2)
-    expected = there.pool.rows.clone()
+    expected, before = there.rows, here.rows
     sources, targets = [7, 8, 9, 3, 30, 0, 39, 12], [5, 1, 2, 3, 17, 18, 19, 38]
-    expected[targets] = here.pool.rows[sources]
-    before = here.pool.rows.clone()
+    expected[targets] = before[sources]
     here.send(4, there, sources)
     there.receive(4, here, targets)
     for site in (here, there):
         moved = site.said.wait(4)
         assert (moved.ok, moved.message, moved.bytes) == (True, "", len(sources) * LAYOUT.page_bytes)
         assert moved.elapsed_s > 0.0
-    assert torch.equal(there.pool.rows, expected)
-    assert torch.equal(here.pool.rows, before)
+    assert torch.equal(there.rows, expected)
+    assert torch.equal(here.rows, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,7 +106,7 @@ def test_a_cut_fails_what_waits_for_that_epoch_and_nothing_else(make: Make, kind
     assert here.said.wait(4).ok
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_a_newer_epoch_after_a_cut(make: Make, kind: str) -> None:
     world = make(kind)
     here, former = world.site(1), world.site(2)
@@ -121,10 +121,10 @@ def test_a_newer_epoch_after_a_cut(make: Make, kind: str) -> None:
     here.send(3, again, [4, 5])
     again.receive(3, here, [6, 7])
     assert again.said.wait(3).ok
-    assert torch.equal(again.pool.rows[6:8], here.pool.rows[4:6])
+    assert torch.equal(again.rows[6:8], here.rows[4:6])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_whom_nobody_answers_says_so_in_time(make: Make, kind: str) -> None:
     world = make(kind, timeout_s=0.2)
     here, there = world.site(1), world.site(2)
@@ -136,7 +136,7 @@ def test_whom_nobody_answers_says_so_in_time(make: Make, kind: str) -> None:
     assert not there.said.wait(2).ok
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_after_a_failure_the_pair_goes_on(make: Make, kind: str) -> None:
     world = make(kind)
     here, there = world.site(1), world.site(2)
@@ -151,21 +151,22 @@ def test_after_a_failure_the_pair_goes_on(make: Make, kind: str) -> None:
     here.send(2, there, [3])
     assert there.said.wait(2).ok
     assert here.said.wait(2).ok
-    assert torch.equal(there.pool.rows[22], here.pool.rows[3])
+    assert torch.equal(there.rows[22], here.rows[3])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_sides_that_do_not_agree_fail_both(make: Make, kind: str) -> None:
     world = make(kind)
     wider = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=16, dtype="bfloat16")
-    here, there = world.site(1), world.site(2, pool=random_pool(layout=wider))
+    device = "cuda:0" if kind == "nccl" else "cpu"
+    here, there = world.site(1), world.site(2, pool=random_pool(layout=wider, device=device))
     here.send(1, there, [0])
     there.receive(1, here, [0])
     for site in (here, there):
         assert not site.said.wait(1).ok
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_closing_fails_what_is_under_way_and_ends_all_threads(make: Make, kind: str) -> None:
     world = make(kind)
     here, there = world.site(1), world.site(2)
@@ -243,3 +244,73 @@ def test_a_page_or_slot_that_is_not_there_fails_its_transfer_alone(make: Make) -
     for transfer in (1, 2, 3, 4):
         assert "names one that is not among" in here.said.wait(transfer).message
     assert here.said.wait(5).ok
+
+
+# ---- on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+LONG_CYCLES = 1 << 30  # about half a second of a GPU's time
+
+
+@gpu
+def test_pool_to_pool_and_pinned_memory_and_back_cuda(make: Make) -> None:
+    world = make("local")
+    host = KVPool(LAYOUT, 12, "cpu", pinned=True)
+    assert host.data.is_pinned()
+    here = world.site(1, pool=random_pool(seed=1, device="cuda"), host=host)
+    there = world.site(2, pool=random_pool(seed=2, device="cuda"))
+    before, expected = here.rows, there.rows
+    here.send(1, there, [3, 9, 4])
+    there.receive(1, here, [30, 0, 31])
+    assert there.said.wait(1).ok
+    expected[[30, 0, 31]] = before[[3, 9, 4]]
+    assert torch.equal(there.rows, expected)
+    here.take(Offload(2, ids([5, 6]), ids([11, 2])))
+    assert here.said.wait(2).ok
+    assert torch.equal(host.rows[[11, 2]], before[[5, 6]])
+    here.take(Load(3, ids([2]), ids([38])))
+    assert here.said.wait(3).ok
+    assert torch.equal(here.rows[38], before[6])
+
+
+@gpu
+def test_what_is_moved_waits_for_the_steps_before_it_and_they_for_nothing_cuda(make: Make) -> None:
+    """A step that takes long writes a page that is then offloaded, and reads one that is then overwritten."""
+    host = KVPool(LAYOUT, 4, "cpu", pinned=True)
+    here = make("local").site(1, pool=random_pool(seed=1, device="cuda"), host=host)
+    before = here.rows
+    host.rows.fill_(7)
+    torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
+    here.pool.rows[0].fill_(9)
+    read = here.pool.rows[1].clone()
+    launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    launched.record()
+    here.take(Offload(1, ids([0]), ids([0])), Load(2, ids([3]), ids([1])))
+    assert not launched.query(), "the step loop has not waited"  # type: ignore[no-untyped-call]
+    assert here.said.wait(1).ok
+    assert here.said.wait(2).ok
+    assert (host.rows[0] == 9).all()
+    assert torch.equal(read.cpu(), before[1])
+    assert (here.rows[1] == 7).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_cut_in_the_midst_ends_a_transfer_that_the_device_waits_for_cuda(make: Make) -> None:
+    """The receiver's device is busy: the sender's kernel waits there, until its epoch is cut."""
+    world = make("nccl")
+    here, there = world.site(1), world.site(2)
+    here.send(1, there, [0])
+    there.receive(1, here, [20])
+    assert here.said.wait(1).ok
+    assert there.said.wait(1).ok
+    with torch.cuda.device("cuda:0"):
+        for _ in range(20):  # ten seconds
+            torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
+        there.receive(2, here, [21])
+    here.send(2, there, [1])
+    time.sleep(1.0)  # by now the kernel waits
+    here.take(Cut(2, 0))
+    moved = here.said.wait(2)
+    assert (moved.ok, moved.message) == (False, "epoch 0 of group 2 has gone")
+    assert not there.said.wait(2).ok
+    assert torch.equal(here.rows[0], there.rows[20])
