@@ -20,6 +20,7 @@ from scheduler.messages import (
     End,
     FinishReason,
     Hello,
+    Moved,
     Report,
     Request,
     Start,
@@ -102,6 +103,20 @@ def first_token(start: Start, epoch: int = 0, number: int = 0, token: int = 7) -
         epoch, number, 1, 1, np.array([start.lease]).tobytes(), np.array([computed], np.int32).tobytes(),
         np.array([token], np.int32).tobytes(),
     )  # fmt: skip
+
+
+def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: Served) -> None:
+    leader = served.connect(Hello(TOKEN, 0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
+    front_end = served.front_end()
+    front_end.send(Submit((request(1),)))
+    start = read(leader, Commands).commands[0]
+    assert served.ask(lambda core: core.groups[GroupId(0)].ports) == ("here:1", "here:2")
+    heard: list[tuple[int, Moved]] = []
+    served.ask(lambda core: setattr(core, "moved", lambda group, moved: heard.append((group, moved))))
+    leader.send(Moved(0, 5, True, 0.5, 4096))
+    leader.send(first_token(start))
+    assert np.frombuffer(read(front_end, Deltas).tokens, np.int32).tolist() == [7]
+    assert heard == [(0, Moved(0, 5, True, 0.5, 4096))]
 
 
 def test_without_the_token_nobody_is_heard(served: Served) -> None:
