@@ -52,6 +52,9 @@ class EngineConfig:
     max_num_seqs: int = option(256, "Sequences that one group runs at once.")
     max_num_batched_tokens: int = option(2048, "Tokens that one step of a group computes; longer prompts go in chunks.")
     enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
+    hash_stride: int = option(
+        32, "Tokens in common from which a part of a page is reused; 0: whole pages only. Half a page at most is taken."
+    )
     prefix_fetch: bool = option(
         True,
         "Fetch the KV of a prefix from another group where that is faster than computing it.",
@@ -87,7 +90,7 @@ class EngineConfig:
         for name in ("tensor_parallel_size", "groups", "max_num_batched_tokens", "report_steps"):
             self._at_least(name, 1)
         self._at_least("max_group_restarts", 0)
-        self._check_host_memory()
+        self._check_cache()
         self._at_least("max_num_seqs", 1)
         if self.max_num_seqs > MAX_ROWS:
             raise ValueError(f"max_num_seqs={self.max_num_seqs} is above {MAX_ROWS}: lower it")
@@ -124,8 +127,9 @@ class EngineConfig:
             if value not in legal:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(legal)}")
 
-    def _check_host_memory(self) -> None:
+    def _check_cache(self) -> None:
         self._at_least("host_kv_memory", 0)
+        self._at_least("hash_stride", 0)
         if self.host_kv_memory and not self.enable_prefix_caching:
             raise ValueError(
                 f"host_kv_memory={self.host_kv_memory} keeps pages to be used again, and enable_prefix_caching is off: leave "

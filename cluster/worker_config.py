@@ -43,6 +43,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         page_size=config.block_size,
         max_model_len=length,
         grant_ahead=2 * (config.report_steps + worker.depth),
+        hash_stride=config.hash_stride,
         prefix_caching=config.enable_prefix_caching,
         prefix_fetch=worker.transfers,
         seed=config.seed,

@@ -29,7 +29,7 @@ def test_two_groups_with_a_fetch(size: int, checkpoints: dict[str, Path], expect
         wait_idle(llm)
         stats = llm.stats()
     assert stats.fetches >= 1
-    assert stats.failed_fetches == 0
+    assert stats.failed_transfers == 0
     assert stats.fetched_tokens >= 304, "all full pages of the prefix"
     assert all(group.steps for group in stats.groups)
 

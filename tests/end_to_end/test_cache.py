@@ -1,0 +1,118 @@
+"""The cluster's cache on real workers: conversations that go on inside pages, and sequences that go on in another group.
+
+In float64 a sequence says the same wherever and however it was computed, so every test compares tokens exactly.
+"""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster.local import FRONT_END, LocalEngine
+from deploy import LLM
+from deploy.outputs import RequestOutput
+from scheduler.sequence import State
+from tests.end_to_end.prompts import draw
+from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens
+from tests.end_to_end.waiting import nothing_left_behind, wait_idle, wait_until
+
+PAGE, STRIDE = 64, 32
+SYSTEM = draw(90, seed=200)
+TURNS = [draw(length, seed=201 + length) for length in (50, 30, 70, 5)]
+ANSWER = 23
+
+
+def converse(llm: LLM) -> tuple[list[list[int]], list[int | None]]:
+    """One conversation. Returns each answer, and how many tokens of each prompt were found."""
+    said, answers = list(SYSTEM), list[list[int]]()
+    cached: list[int | None] = []
+    for turn in TURNS:
+        said += turn
+        output = run(llm, [said], greedy(ANSWER))[0]
+        answers.append(list(output.outputs[0].token_ids))
+        cached.append(output.num_cached_tokens)
+        said += answers[-1]
+    return answers, cached
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
+def test_a_conversation_computes_each_token_once(size: int, checkpoints: dict[str, Path]) -> None:
+    lengths = [len(SYSTEM)]
+    for turn in TURNS:
+        lengths.append(lengths[-1] + len(turn) + ANSWER)
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", size=size, hash_stride=0) as llm:
+        plain, whole_pages = converse(llm)
+        computed_plainly = llm.stats().prompt_tokens - llm.stats().cached_tokens
+    with nothing_left_behind(), open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", size=size) as llm:
+        answers, exact = converse(llm)
+        stats = llm.stats()
+    assert answers == plain
+    assert whole_pages == [0, *((length - 1) // PAGE * PAGE for length in lengths[1:-1])]
+    ends = [(length - 1) % PAGE for length in lengths[1:-1]]
+    assert exact == [0, *(length - 1 - (end if end < STRIDE else 0) for length, end in zip(lengths[1:-1], ends, strict=True))]
+    assert stats.part_tokens == sum(end for end in ends if end >= STRIDE) > 0
+    assert stats.prompt_tokens - stats.cached_tokens == computed_plainly - stats.part_tokens
+
+
+def test_prompts_that_diverge_inside_a_page_copy_what_they_share(checkpoints: dict[str, Path]) -> None:
+    shared = draw(PAGE + 50, seed=210)
+    prompts = [[*shared, *draw(20, seed=211 + i)] for i in range(4)]
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", enable_prefix_caching=False) as llm:
+        expected = tokens(run(llm, prompts, greedy(40)))
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64") as llm:
+        outputs = [run(llm, [prompt], greedy(40))[0] for prompt in prompts]
+        stats = llm.stats()
+    assert tokens(outputs) == expected
+    assert [output.num_cached_tokens for output in outputs] == [0, *[len(shared)] * 3]
+    assert stats.parts_copied == 3
+
+
+# ---- from one group to another
+
+
+def engine_of(llm: LLM) -> LocalEngine:
+    engine = llm._engine
+    assert isinstance(engine, LocalEngine)
+    return engine
+
+
+def migrate_all(llm: LLM) -> int:
+    """Lets every running sequence go to the other group; returns how many can."""
+    with engine_of(llm)._event() as core:
+        running = [stream for (_, stream), sequence in core.sequences.items() if sequence.state is State.RUNNING]
+        return sum(core.migrate(FRONT_END, stream) for stream in running)
+
+
+PROMPTS = [draw(100, seed=220 + i) for i in range(4)]
+LONG = greedy(300)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
+    with open_llm(checkpoints[QWEN3], dtype="float64") as llm:
+        return tokens(run(llm, PROMPTS, LONG))
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
+def test_sequences_that_move_in_mid_stream_say_the_same(
+    size: int, checkpoints: dict[str, Path], expected: list[list[list[int]]]
+) -> None:
+    with nothing_left_behind(), open_llm(checkpoints[QWEN3], dtype="float64", size=size, groups=2) as llm:
+        outputs: list[RequestOutput] = []
+        work = threading.Thread(target=lambda: outputs.extend(run(llm, PROMPTS, LONG)))
+        work.start()
+        moved = 0
+        for least in (40, 400):
+            wait_until(lambda least=least: llm.stats().output_tokens > least, lambda: str(llm.stats()))  # type: ignore[misc]
+            moved += migrate_all(llm)
+        work.join()
+        wait_idle(llm)
+        stats = llm.stats()
+    assert tokens(outputs) == expected
+    assert moved > 0
+    assert 0 < stats.migrations <= moved
+    assert (stats.preemptions, stats.failed_transfers) == (0, 0)
+    assert stats.output_tokens == sum(len(choice) for output in expected for choice in output), "none emitted twice"
+    computed = sum(group.step_tokens for group in stats.groups)
+    needed = sum(map(len, PROMPTS)) + stats.output_tokens
+    assert computed < needed + stats.migrations * 16 * 2, "their pages went with them"
