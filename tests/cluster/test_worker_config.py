@@ -30,3 +30,12 @@ def test_ranks_open_a_port_for_others_only_where_there_can_be_others(options: di
 def test_host_memory_is_what_was_asked_for() -> None:
     assert resolve(EngineConfig(TINY), "cpu", 1, 1)[1].host_kv_memory == 0
     assert resolve(EngineConfig(TINY, host_kv_memory=5 << 20), "cpu", 1, 1)[1].host_kv_memory == 5 << 20
+
+
+def test_the_bounds_of_the_queue_reach_the_scheduler() -> None:
+    core, _ = resolve(EngineConfig(TINY), "cpu", 1, 1)
+    assert (core.skip_s, core.age_s) == (2.0, 30.0)
+    core, _ = resolve(EngineConfig(TINY, queue_skip_s=0.0, queue_age_s=7.0), "cpu", 1, 1)
+    assert (core.skip_s, core.age_s) == (0.0, 7.0)
+    with pytest.raises(ValueError, match="queue_age_s=-1"):
+        EngineConfig(TINY, queue_age_s=-1)

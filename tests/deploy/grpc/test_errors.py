@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
-from deploy.access import ApiKeys
+from deploy.access import ApiKeys, account
 from deploy.errors import Fault, RequestError
 from deploy.grpc_server import STATUS, GrpcDoor, start_server
 from deploy.proto import manta_pb2 as pb
@@ -123,6 +123,25 @@ def test_a_request_that_is_too_large(answer: Answer, connect: Connect, service: 
     error = refusal(answer, stub.Generate(text("x" * 1001)))
     assert error.code() is Code.RESOURCE_EXHAUSTED
     assert "max_request_bytes" in str(error.details())
+
+
+def test_a_call_is_on_the_account_of_its_key(
+    answer: Answer, connect: Connect, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    generate = service.generate
+
+    def watch(*given: Any, tenant: str, **named: Any) -> Any:
+        told.append(tenant)
+        return generate(*given, tenant=tenant, **named)
+
+    monkeypatch.setattr(service, "generate", watch)
+    stub, _ = connect(GrpcDoor(service, ServeConfig(), ApiKeys(["one", "other"])))
+    for key in ("one", "other", "one"):
+        batch = pb.GenerateBatchRequest(requests=[text(max_tokens=1)])
+        answer(stub.GenerateBatch(batch, metadata=[("authorization", f"Bearer {key}")]))
+    assert told == [account("one"), account("other"), account("one")]
+    assert told[0] != told[1]
 
 
 def test_a_key_opens(answer: Answer, connect: Connect, service: Service) -> None:
