@@ -48,7 +48,7 @@ class Offer(NamedTuple):
 MOST_TRIES = 4
 """Sequences that find no room in one event: each costs a match and a look at every group."""
 
-MOST_PASSED = 16
+MOST_PASSED = 8
 """Sequences that are passed over in one event, those included that need not be tried."""
 
 
@@ -79,7 +79,7 @@ class Admission:
         while tries and len(passed) < MOST_PASSED and (sequence := waiting.take(largest)) is not None:
             if room is None and sequence.needs:
                 room = self._room()
-            if sequence.tried != waiting.changes and (room is None or sequence.needs <= room):
+            if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 match = self._match(sequence)
                 if (shared := self._shared(sequence, match)) is not None:
                     waiting.defer(sequence, shared)
@@ -90,7 +90,7 @@ class Admission:
                     room = None
                     continue
                 tries -= 1
-                sequence.tried = waiting.changes
+                sequence.tried = waiting.rooms
                 sequence.needs = state.pages_for(sequence, sequence.committed) - len(match.nodes)
             passed.append(sequence)
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):

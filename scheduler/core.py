@@ -277,7 +277,7 @@ class SchedulerCore:
             self._admission.arrive(group, transfer, ok=moved.ok)
             if transfer.moves is not None and moved.ok:
                 self._migration.follow(transfer.author, transfer.moves, transfer.target)
-        self.waiting.changes += 1  # pages may have become free,
+        self.waiting.made_room()  # pages may have become free,
         self._paging.extend(group, [])  # and rows that starve may wait for nothing else
         self._admission.admit()
 

@@ -76,7 +76,7 @@ class Sequence:
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
     has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
-    needs: pages that it cannot do without, as of the last try; tried: the state of the cluster in which that was.
+    needs: pages that it cannot do without, as of the last try; tried: the `rooms` of then.
     """
 
     number: int

@@ -30,7 +30,7 @@ class WaitingRoom:
 
     parked: they fit no group that is up, only one that is expected. Invariant: a WAITING sequence is either queued, once, under
     its `ticket`, or in `parked`; a DEFERRED one is in `prefixes`. count, tokens: all of them, and their tokens; `enter` and
-    `leave` are called once for each stay. changes: grows whenever somebody might fit who did not before.
+    `leave` are called once for each stay. rooms: grows whenever somebody might fit who did not before.
     """
 
     def __init__(self, config: CoreConfig, counters: Counters) -> None:
@@ -41,7 +41,8 @@ class WaitingRoom:
         self.pace = QueuePace()
         self.count = 0
         self.tokens = 0
-        self.changes = 0
+        self.rooms = 0
+        self._changes = 0  # of the queue or of the room
         self._by_age: list[ByAge] = []  # the queued, but for the aged; and void entries
         self._settled = -1
         self._tickets = 0
@@ -74,7 +75,7 @@ class WaitingRoom:
             if now_s > sequence.entered_s:
                 self.pace.count(sequence.committed, now_s)
         else:
-            self.changes += 1  # it may have been the one for which room was kept
+            self._changes += 1  # it may have been the one for which room was kept
         if not self.count:
             self.pace.end(now_s)
 
@@ -85,7 +86,8 @@ class WaitingRoom:
                 sequence.state = State.WAITING
                 self._tickets += 1
                 sequence.ticket = self._tickets
-                self.changes += 1
+                sequence.tried = -1
+                self._changes += 1
                 self._queue(sequence)
                 if not sequence.aged:
                     heapq.heappush(self._by_age, (sequence.entered_s, sequence.place, sequence.ticket, sequence))
@@ -94,7 +96,7 @@ class WaitingRoom:
 
     def settled(self) -> bool:
         """Nothing has happened since the last turn that could let anyone start."""
-        return self._settled == self.changes
+        return self._settled == self._changes
 
     def begin(self, now_s: float) -> None:
         """Who has waited too long goes first from now on."""
@@ -129,7 +131,7 @@ class WaitingRoom:
         for sequence in sequences:
             self._queue(sequence)
         if settled:
-            self._settled = self.changes
+            self._settled = self._changes
 
     def defer(self, sequence: Sequence, hash_: int) -> None:
         """One that was taken out waits until this page, which continues its cached prefix, has been computed."""
@@ -138,18 +140,23 @@ class WaitingRoom:
 
     # ---- what happens elsewhere
 
+    def made_room(self) -> None:
+        """Somebody may fit who did not before."""
+        self.rooms += 1
+        self._changes += 1
+
     def published(self, author: Sequence, hash_: int) -> None:
         """Whoever waited for this page comes back."""
         self.join(self.prefixes.published(author, hash_))
 
     def withdraw(self, author: Sequence) -> None:
         """`author` runs no more: there is room, and whoever waited for its pages comes back."""
-        self.changes += 1
+        self.made_room()
         self.join(self.prefixes.withdraw(author))
 
     def unpark(self) -> None:
         """The groups have changed."""
-        self.changes += 1
+        self.made_room()
         parked, self.parked = self.parked, []
         self.join(parked)
 
