@@ -1,5 +1,53 @@
-"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid."""
+"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; and which tests
+share a process where xdist runs several (`make test`)."""
 
+import functools
 import os
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
+
+ROOT = Path(__file__).parents[1]
+END_TO_END = "tests/end_to_end/"
+NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray comes first: it waits more than it computes."""
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, not item.nodeid.startswith(END_TO_END)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """One process has all that starts Ray, one after the other. One has all of `end_to_end`, whose references are dear. The
+    rest goes file by file to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return together(nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def together(file: str) -> str:
+    """Files of one name share a process."""
+    if file.startswith(END_TO_END):
+        return END_TO_END
+    return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of xdist's has ended: what it wanted to be said in the end."""
+    said = getattr(node, "workeroutput", {}).get("notes", [])
+    node.config.stash.setdefault(NOTES, []).extend(said)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(NOTES, []):
+        terminalreporter.write_line(line)

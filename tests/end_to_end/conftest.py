@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
+from tests.conftest import NOTES
 from tests.end_to_end.faults import BreakRanks, breaker
 from tests.end_to_end.reference import Ledger, Reference
 from tests.end_to_end.settings import ARCHITECTURES, LLAMA, QWEN2
@@ -20,14 +21,17 @@ def ledger() -> Ledger:
     return _LEDGER
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _LEDGER.compared:
-        terminalreporter.write_line(
-            f"end to end: {_LEDGER.compared} sequences compared with transformers, "
-            f"{len(_LEDGER.exempt)} exempt as near ties"
-        )
-        for line in _LEDGER.exempt:
-            terminalreporter.write_line(f"  {line}")
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """For pytest's summary, which another process prints where there are several."""
+    if not _LEDGER.compared:
+        return
+    counts = f"end to end: {_LEDGER.compared} sequences compared with transformers, {len(_LEDGER.exempt)} exempt as near ties"
+    notes = [counts, *(f"  {line}" for line in _LEDGER.exempt)]
+    output: dict[str, list[str]] | None = getattr(session.config, "workeroutput", None)
+    if output is None:
+        session.config.stash[NOTES] = notes
+    else:
+        output["notes"] = notes
 
 
 @pytest.fixture(scope="session", autouse=True)
