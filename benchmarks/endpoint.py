@@ -1,4 +1,5 @@
-"""The two processes of a serving benchmark: `manta serve`, and the clients of `load.py`. Each ends with its `with` block.
+"""The processes of a serving benchmark: `manta serve`, its peer `vllm serve`, and the clients of `load.py`. Each ends with its
+`with` block.
 
 May import the standard library and the benchmarks' own modules; never imports an engine.
 """
@@ -12,16 +13,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import Outcome
+from benchmarks.worker_process import LOAD_TIMEOUT_S, EngineSpec
 
-START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 BLOCKS = re.compile(r'^manta_kv_blocks\{[^}]*state="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def completion(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
 
 
 class Endpoint:
-    """`manta serve`. pid: of the command; on Ray the endpoint's processes are others."""
+    """One that is ready. pid: of the command; Manta on Ray and vLLM have other processes below it."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int) -> None:
         self.pid = process.pid
@@ -57,25 +57,45 @@ class Endpoint:
             return str(answer.read().decode())
 
     def blocks(self) -> dict[str, int]:
-        """KV blocks of all groups, by state: free, held, cached."""
+        """Manta's KV blocks of all groups, by state: free, held, cached."""
         counts: dict[str, int] = {}
         for state, count in BLOCKS.findall(self.get("/metrics")):
             counts[state] = counts.get(state, 0) + int(float(count))
         return counts
 
 
-@contextlib.contextmanager
-def serving(model: Path, options: Sequence[str], log: Path) -> Iterator[Endpoint]:
-    """A ready endpoint on a free port. Errors: ServingError with the end of its log."""
+def serving(model: Path, options: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Endpoint]:
+    """Manta, ready on a free port. Errors: ServingError with the end of its log."""
     port = _free_port()
     command = [sys.executable, "-m", "deploy", "serve", "--model", str(model), "--port", str(port), *options]
+    haproxy = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(_free_port()) for name in ("METRICS", "STATS")}  # else fixed ones
+    return _running(command, haproxy, port, "/ready", log)
+
+
+def serving_vllm(spec: EngineSpec, model: Path, log: Path) -> contextlib.AbstractContextManager[Endpoint]:
+    """vLLM with its own defaults, compiled, ready on a free port. Errors: as above."""
+    port = _free_port()
+    given: dict[str, object] = {
+        "host": "127.0.0.1", "port": port, "dtype": spec.dtype, "max-model-len": 2048,
+        "tensor-parallel-size": spec.tensor_parallel_size, "kv-cache-memory-bytes": spec.kv_gib << 30,
+    }  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    command = [str(spec.python.parent / "vllm"), "serve", str(model), *flags, "--disable-uvicorn-access-log"]
+    return _running(command, spec.environment(), port, "/health", log)
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], environment: Mapping[str, str], port: int, ready: str, log: Path) -> Iterator[Endpoint]:
+    """ready: the path that answers 200 once it is."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **environment}, start_new_session=True
+        )
     endpoint = Endpoint(process, port)
     try:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not _is_ready(endpoint):
+        deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+        while not _answers(endpoint, ready):
             if process.poll() is not None or time.monotonic() > deadline_s:
                 tail = log.read_text(errors="replace").splitlines()[-12:]
                 raise ServingError("\n  ".join([f"the endpoint did not come up; the end of {log}:", *tail]))
@@ -128,11 +148,12 @@ def completed(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
     return outcomes
 
 
-def _is_ready(endpoint: Endpoint) -> bool:
+def _answers(endpoint: Endpoint, path: str) -> bool:
     try:
-        return '"ready"' in endpoint.get("/ready")
-    except (OSError, urllib.error.URLError):
+        endpoint.get(path)
+    except OSError:  # nobody listens yet, or it says 503
         return False
+    return True
 
 
 def _free_port() -> int:

@@ -1,29 +1,33 @@
-"""What the endpoint costs over the engine called directly, and how it answers at several rates. Never imports an engine.
+"""What the endpoint costs over the engine called directly, and how it answers at several rates, beside vLLM's server if there
+is one. Never imports an engine.
 
-Both sides have the same options, are loaded at once, and take turns in one run: `LLM` in a process of its own
-(`engine_worker.py`), and `manta serve` with clients in a third process (`load.py`), each request streamed over a connection of
-its own. Transports: local (uvicorn and the engine in one process), serve (Ray Serve's own proxy), haproxy (Manta's default).
+All sides have the same options, are loaded at once, and take turns in one run: `LLM` in a process of its own
+(`engine_worker.py`), and `manta serve` (and `vllm serve`) with clients in a process of theirs (`load.py`), each request
+streamed over a connection of its own. Transports: local (uvicorn and the engine in one process), serve (Ray Serve's own proxy),
+haproxy (Manta's default).
 
 GuideLLM drives the endpoint too (docs/performance.md), but it needs most of a core for itself, draws more arrivals than it was
 told, and cannot take turns with an engine; so the arrivals here are our own, Poisson by a seed.
 
     python benchmarks/serving.py --model 0.1B --transports local,haproxy,serve --rounds 5 --json
+    python benchmarks/serving.py --model 0.1B --transports haproxy --vllm-python path/to/its/venv/bin/python
 """
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint, with_words
-from benchmarks.endpoint import Ask, Clients, Endpoint, ServingError, completed, completion, serving
+from benchmarks.endpoint import Ask, Clients, Endpoint, ServingError, completed, completion, serving, serving_vllm
 from benchmarks.engine import PAUSE_S, WARM_UP_SEED, add_engine_options, names_of, positive
 from benchmarks.load import Outcome
 from benchmarks.report import Spread, figure, table
@@ -32,6 +36,7 @@ from benchmarks.workloads import Batch, PromptSource
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 TINY_VOCABULARY = 4096
+ENGINE, ENDPOINT = "engine", "endpoint"
 TRANSPORTS = {"local": ("--local",), "haproxy": ("--haproxy",), "serve": ("--no-haproxy",)}
 PARTS = ("saturation", "latency", "rates", "streams")
 LATENCY_PAIRS = 20
@@ -42,76 +47,86 @@ MANY_STREAMS = 512
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """Both sides of one transport, loaded. name: of the transport."""
+    """All sides of one transport, loaded. name: of the transport. endpoints: Manta's, and vLLM's if there is one."""
 
     name: str
     engine: Worker
-    endpoint: Endpoint
+    endpoints: Mapping[str, Endpoint]
     clients: Clients
 
-    def ask(self, batch: Batch, limit: int | None) -> Sequence[Outcome]:
+    def in_turn(self, turn: int) -> list[str]:
+        """Every side, another one first each time."""
+        names = [ENGINE, *self.endpoints]
+        return names[turn % len(names) :] + names[: turn % len(names)]
+
+    def ask(self, side: str, batch: Batch) -> Sequence[Outcome]:
         """Errors: ServingError unless every request got all of its tokens."""
         asks = [Ask(completion(prompt, batch.max_tokens)) for prompt in batch.prompts]
-        outcomes = completed(self.clients.run(self.endpoint, asks, limit))
+        outcomes = completed(self.clients.run(self.endpoints[side], asks))
         if any(outcome.tokens != batch.max_tokens for outcome in outcomes):
-            raise ServingError(f"a request got other than {batch.max_tokens} tokens")
+            raise ServingError(f"a request to {side} got other than {batch.max_tokens} tokens")
         return outcomes
 
 
 def saturation(sides: Sides, vocabulary: int, rounds: int) -> dict[str, object]:
-    """Output tokens/s of one full batch on each side, another side first each time."""
-    rates: dict[str, list[float]] = {"engine": [], "endpoint": []}
+    """Output tokens/s of one full batch on each side; ratios of Manta's endpoint to each other side, round by round."""
+    rates: dict[str, list[float]] = {side: [] for side in sides.in_turn(0)}
     for turn in range(rounds):
         batch = PromptSource(vocabulary, turn).throughput()
-        for side in ("engine", "endpoint") if turn % 2 == 0 else ("endpoint", "engine"):
+        for side in sides.in_turn(turn):
             time.sleep(PAUSE_S)
-            if side == "engine":
+            if side == ENGINE:
                 seconds = sides.engine.run(batch).seconds
             else:
-                seconds = max(outcome.last_s for outcome in sides.ask(batch, None))
+                seconds = max(outcome.last_s for outcome in sides.ask(side, batch))
             rates[side].append(batch.output_tokens / seconds)
-    ratios = [one / other for one, other in zip(rates["endpoint"], rates["engine"], strict=True)]
-    spreads = {side: Spread.of(values) for side, values in rates.items()} | {"ratio": Spread.of(ratios)}
+    spreads = {side: Spread.of(values) for side, values in rates.items()}
+    for side in rates.keys() - {ENDPOINT}:
+        spreads[f"{ENDPOINT} / {side}"] = Spread.of([a / b for a, b in zip(rates[ENDPOINT], rates[side], strict=True)])
     print(f"\n{sides.name}: 32 streams at once, output tokens/s, median (range)")
     print(table(list(spreads), [[str(spread) for spread in spreads.values()]]), flush=True)
     return {name: [spread.median, spread.low, spread.high] for name, spread in spreads.items()}
 
 
 def latency(sides: Sides, vocabulary: int, rounds: int) -> dict[str, object]:
-    """Time to one token, one request at a time, the sides in turns."""
+    """Time to one token, one request at a time, the sides in turns. added: by Manta's endpoint over its engine."""
     draw = random.Random(WARM_UP_SEED + 1)
-    spent: dict[str, list[float]] = {"engine": [], "endpoint": []}
+    spent: dict[str, list[float]] = {side: [] for side in sides.in_turn(0)}
     for turn in range(rounds * LATENCY_PAIRS):
-        for side in ("engine", "endpoint") if turn % 2 == 0 else ("endpoint", "engine"):
+        for side in sides.in_turn(turn):
             prompt = draw.choices(range(vocabulary), k=draw.randint(64, 256))
-            if side == "engine":
+            if side == ENGINE:
                 seconds = sides.engine.run(Batch([prompt], 1)).seconds
             else:
-                outcome = sides.ask(Batch([prompt], 1), None)[0]
+                outcome = sides.ask(side, Batch([prompt], 1))[0]
                 assert outcome.first_s is not None
                 seconds = outcome.first_s - outcome.sent_s
             spent[side].append(seconds * 1e3)
     medians = {side: statistics.median(values) for side, values in spent.items()}
-    added_ms = medians["endpoint"] - medians["engine"]
+    added_ms = medians[ENDPOINT] - medians[ENGINE]
     print(f"\n{sides.name}: time to the first token, one request at a time, ms p50 (p99)")
     print(table([*spent, "added"], [[*(percentiles(values) for values in spent.values()), figure(added_ms)]]), flush=True)
     return {**medians, "added_ms": added_ms}
 
 
 def rates(sides: Sides, vocabulary: int, per_s: Sequence[float], seconds: float) -> list[dict[str, object]]:
-    """Poisson arrivals at each rate, whatever the answers do; then 32 under way all the time."""
+    """Poisson arrivals at each rate, whatever the answers do; then 32 under way all the time. The endpoints in turns."""
     rows, results = [], []
     for rate in (*per_s, None):
         asks, limit = arrivals(vocabulary, rate, seconds), 32 if rate is None else None
-        outcomes = completed(sides.clients.run(sides.endpoint, asks, limit))
-        ttft = [((outcome.first_s or 0.0) - (outcome.sent_s if rate is None else outcome.due_s)) * 1e3 for outcome in outcomes]
-        tpot = [(outcome.last_s - (outcome.first_s or 0.0)) / (outcome.tokens - 1) * 1e3 for outcome in outcomes]
-        tokens_per_s = sum(outcome.tokens for outcome in outcomes) / max(outcome.last_s for outcome in outcomes)
         name = "32 under way" if rate is None else f"{rate:g}/s"
-        rows.append([name, str(len(outcomes)), percentiles(ttft), percentiles(tpot), figure(tokens_per_s)])
-        results.append({"rate": name, "ttft_ms": quantiles(ttft), "tpot_ms": quantiles(tpot), "tokens_per_s": tokens_per_s})
+        for side, endpoint in sides.endpoints.items():
+            time.sleep(PAUSE_S)
+            outcomes = completed(sides.clients.run(endpoint, asks, limit))
+            began_s = [outcome.sent_s if rate is None else outcome.due_s for outcome in outcomes]
+            ttft = [((outcome.first_s or 0.0) - at_s) * 1e3 for outcome, at_s in zip(outcomes, began_s, strict=True)]
+            tpot = [(outcome.last_s - (outcome.first_s or 0.0)) / (outcome.tokens - 1) * 1e3 for outcome in outcomes]
+            tokens_per_s = sum(outcome.tokens for outcome in outcomes) / max(outcome.last_s for outcome in outcomes)
+            rows.append([name, side, str(len(outcomes)), percentiles(ttft), percentiles(tpot), figure(tokens_per_s)])
+            figures = {"ttft_ms": quantiles(ttft), "tpot_ms": quantiles(tpot), "tokens_per_s": tokens_per_s}
+            results.append({"rate": name, "side": side, **figures})
     print(f"\n{sides.name}: open loop, ms p50 (p99)")
-    print(table(["arrivals", "requests", "TTFT", "TPOT", "output tokens/s"], rows), flush=True)
+    print(table(["arrivals", "side", "requests", "TTFT", "TPOT", "output tokens/s"], rows), flush=True)
     return results
 
 
@@ -128,21 +143,26 @@ def arrivals(vocabulary: int, rate: float | None, seconds: float) -> list[Ask]:
 
 
 def streams(sides: Sides, vocabulary: int) -> dict[str, object]:
-    """So many clients at once. Nobody fails; each stream's rate while it ran, and its longest silence."""
+    """So many clients at once, of each endpoint. Nobody fails; each stream's rate while it ran, and its longest silence."""
     source = PromptSource(vocabulary, WARM_UP_SEED + 3)
     prompts = [prompt for _ in range(MANY_STREAMS // 32) for prompt in source.throughput().prompts]
-    outcomes = sides.ask(Batch(prompts, 64), None)
-    speeds = [(outcome.tokens - 1) / (outcome.last_s - (outcome.first_s or 0.0)) for outcome in outcomes]
-    gaps = [outcome.gap_s or 0.0 for outcome in outcomes]
-    firsts = [outcome.first_s or 0.0 for outcome in outcomes]
-    tokens_per_s = sum(outcome.tokens for outcome in outcomes) / max(outcome.last_s for outcome in outcomes)
-    values = {
-        "tokens/s of a stream": speeds, "longest gap, s": gaps, "first token, s": firsts, "tokens/s of all": [tokens_per_s]
-    }  # fmt: skip
-    spreads = {name: Spread.of(each) for name, each in values.items()}
+    spreads: dict[str, dict[str, Spread]] = {}
+    for side in sides.endpoints:
+        outcomes = sides.ask(side, Batch(prompts, 64))
+        values = {
+            "tokens/s of a stream": [(one.tokens - 1) / (one.last_s - (one.first_s or 0.0)) for one in outcomes],
+            "longest gap, s": [outcome.gap_s or 0.0 for outcome in outcomes],
+            "first token, s": [outcome.first_s or 0.0 for outcome in outcomes],
+            "tokens/s of all": [sum(one.tokens for one in outcomes) / max(one.last_s for one in outcomes)],
+        }
+        spreads[side] = {name: Spread.of(each) for name, each in values.items()}
     print(f"\n{sides.name}: {MANY_STREAMS} streams at once, none failed, median (range)")
-    print(table(list(spreads), [[str(spread) for spread in spreads.values()]]), flush=True)
-    return {name: [spread.median, spread.low, spread.high] for name, spread in spreads.items()}
+    rows = [[side, *(str(spread) for spread in own.values())] for side, own in spreads.items()]
+    print(table(["side", *spreads[ENDPOINT]], rows), flush=True)
+    return {
+        side: {name: [spread.median, spread.low, spread.high] for name, spread in own.items()}
+        for side, own in spreads.items()
+    }
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float]:
@@ -158,24 +178,9 @@ def percentiles(values: Sequence[float]) -> str:
 
 
 def measure(transport: str, checkpoint: Path, vocabulary: int, options: argparse.Namespace) -> dict[str, object]:
-    """Loads both sides of one transport, warms them up, and runs the parts that were asked for."""
-    spec = EngineSpec(
-        engine="manta", python=Path(sys.executable), dtype=options.dtype, tensor_parallel_size=1, threads=options.threads,
-        kv_gib=options.kv_gib, block_size=options.block_size, max_num_batched_tokens=options.max_num_batched_tokens,
-        ray=transport != "local",
-    )  # fmt: skip
-    flags = [*TRANSPORTS[transport], "--dtype", options.dtype, "--threads", str(options.threads)]
-    flags += ["--kv-memory", f"{options.kv_gib}GiB", "--replicas", str(options.replicas)]
-    warm_up, logs = PromptSource(vocabulary, WARM_UP_SEED).warm_up(), options.cache / "logs"
+    """Loads all sides of one transport, warms them up, and runs the parts that were asked for."""
     results: dict[str, object] = {}
-    with (
-        started({"engine": spec}, checkpoint, warm_up, logs, optional=frozenset()) as workers,
-        serving(checkpoint, flags, logs / f"{checkpoint.name}.endpoint.log") as endpoint,
-        Clients() as clients,
-    ):
-        sides = Sides(transport, workers["engine"], endpoint, clients)
-        for batch in warm_up:
-            sides.ask(batch, None)
+    with loaded(transport, checkpoint, PromptSource(vocabulary, WARM_UP_SEED).warm_up(), options) as sides:
         for part in options.parts:
             match part:
                 case "saturation":
@@ -189,6 +194,30 @@ def measure(transport: str, checkpoint: Path, vocabulary: int, options: argparse
     return results
 
 
+@contextlib.contextmanager
+def loaded(transport: str, checkpoint: Path, warm_up: list[Batch], options: argparse.Namespace) -> Iterator[Sides]:
+    """Errors: ServingError, WorkerError for a side that does not come up."""
+    spec = EngineSpec(
+        engine="manta", python=Path(sys.executable), dtype=options.dtype, tensor_parallel_size=1, threads=options.threads,
+        kv_gib=options.kv_gib, block_size=options.block_size, max_num_batched_tokens=options.max_num_batched_tokens,
+        ray=transport != "local",
+    )  # fmt: skip
+    flags = [*TRANSPORTS[transport], "--dtype", options.dtype, "--threads", str(options.threads)]
+    flags += ["--kv-memory", f"{options.kv_gib}GiB", "--replicas", str(options.replicas)]
+    logs = options.cache / "logs"
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(started({ENGINE: spec}, checkpoint, warm_up, logs, optional=frozenset()))
+        endpoints = {ENDPOINT: stack.enter_context(serving(checkpoint, flags, logs / f"{checkpoint.name}.endpoint.log"))}
+        if options.vllm_python is not None:
+            peer = replace(spec, engine="vllm", python=options.vllm_python)
+            endpoints["vllm"] = stack.enter_context(serving_vllm(peer, checkpoint, logs / f"{checkpoint.name}.vllm.log"))
+        sides = Sides(transport, workers[ENGINE], endpoints, stack.enter_context(Clients()))
+        for side in endpoints:
+            for batch in warm_up:
+                sides.ask(side, batch)
+        yield sides
+
+
 def main() -> None:
     """Parse the command line and measure; exit with 1 if a side could not be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,6 +228,7 @@ def main() -> None:
     parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")], default=[2.0, 8.0, 16.0])
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate (%(default)s)")
     parser.add_argument("--replicas", type=positive, default=1, help="front ends on Ray (%(default)s)")
+    parser.add_argument("--vllm-python", type=Path, help="of an environment with vLLM, to measure its server too")
     add_engine_options(parser)
     options = parser.parse_args()
     if options.model == "tiny":
