@@ -51,11 +51,12 @@ class Endpoint:
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "serve.log"
-        port, grpc_port = free_ports(2)
+        port, grpc_port, metrics_port, stats_port = free_ports(4)
         command = [sys.executable, "-m", "deploy", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
         command += ["--dtype", "float32", "--port", str(port), "--grpc-port", str(grpc_port)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        own = {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port)}
+        with self.log.open("w") as log:  # HAProxy's own ports are fixed ones: another endpoint may have them
+            self.process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
         self.grpc = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")

@@ -64,9 +64,13 @@ class Endpoint:
 
 @pytest.fixture(scope="module", params=["0", "1"], ids=["proxy", "haproxy"])
 def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
-    with create_server(("127.0.0.1", 0)) as one, create_server(("127.0.0.1", 0)) as other:
-        ports = [one.getsockname()[1], other.getsockname()[1]]
-    haproxy = {"RAY_SERVE_ENABLE_HA_PROXY": request.param, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(create_server(("127.0.0.1", 0))) for _ in range(4)]
+        *ports, metrics_port, stats_port = [listener.getsockname()[1] for listener in listeners]
+    haproxy = {
+        "RAY_SERVE_ENABLE_HA_PROXY": request.param, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+    }  # fmt: skip
     environ = os.environ | haproxy | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "tests.deploy.grpc.ray_app", *map(str, ports)]
     with subprocess.Popen(command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
