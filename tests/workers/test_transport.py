@@ -170,8 +170,8 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
     world = World("socket", timeout_s=0.3)
     try:
         here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
-        here.send(1, other(here), range(FORWARD))
         connection = greet(here, 1, pages=FORWARD)
+        here.send(1, other(here), range(FORWARD))
         connection.receive(Offer)
         assert "silent for 0.3 s" in here.said.wait(1).message
         connection.close()
