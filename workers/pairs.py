@@ -62,6 +62,10 @@ class ConnectionStore(Store):
         """What is known on this side: never waits, since a backend's own threads ask too."""
         return all(key in self._values for key in keys)
 
+    def clone(self) -> Store:
+        """A backend may want one for its own threads."""
+        return self
+
 
 class Pair:
     """A communicator of two. Its first message makes it, which waits for the other side in the backend's own way: that ends
