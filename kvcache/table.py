@@ -79,7 +79,7 @@ class BlockTable:
         """An empty pool of `blocks` blocks. Raises ValueError if there is such a group."""
         if group < 0 or group in self.pools:
             raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
-        self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
+        self.pools[group] = BlockPool(blocks, partial(self.index.forget, group), self.index.dispensable)
         self.index.add_group(group)
 
     def remove_group(self, group: GroupId) -> None:

@@ -18,31 +18,35 @@ class Paging:
     def __init__(self, state: ClusterState, host_tier: HostTier) -> None:
         self._state = state
         self._host_tier = host_tier
+        self._page_size = state.config.page_size
+        self._least_part = state.config.stride or state.config.page_size  # tokens; a whole page is no part
 
     def advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
-        blocks, page_size = sequence.blocks, self._state.config.page_size
+        blocks, page_size = sequence.blocks, self._page_size
         assert blocks is not None
-        sequence.charge(int(group.length[row]))
-        computed = group.computed(row)
-        full = computed // page_size
+        length, pending = int(group.length[row]), int(group.pending[row])
+        full = (length - pending) // page_size
         if full > len(blocks.nodes):
             self._publish(group, sequence, blocks, full)
-        if not blocks.tail and group.pending[row] == 1:
-            self._publish_tail(sequence, blocks, min(computed, sequence.committed))
-        return self.schedule(group, sequence, row)
+        if pending == 1 and not blocks.tail and sequence.committed - full * page_size >= self._least_part:
+            self._publish_tail(sequence, blocks, min(length - 1, sequence.committed))
+        return self._schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
         """Says when a row is due next: the length at which it fills a page or runs low, while it decodes.
 
         Returns whether it runs low already.
         """
+        return self._schedule(group, sequence, row, int(group.length[row]), group.computed(row) // self._page_size)
+
+    def _schedule(self, group: ResidentGroup, sequence: Sequence, row: int, length: int, full: int) -> bool:
         assert sequence.blocks is not None
-        page_size, pages = self._state.config.page_size, len(sequence.blocks.blocks)
-        filled = (group.computed(row) // page_size + 1) * page_size + 1
+        page_size, pages = self._page_size, len(sequence.blocks.blocks)
+        filled = (full + 1) * page_size + 1
         low = pages * page_size - self._state.config.grant_ahead + 1
         group.due[row] = filled if pages == sequence.pages_at_most or filled < low else low
-        return int(group.length[row]) >= low and pages < sequence.pages_at_most
+        return length >= low and pages < sequence.pages_at_most
 
     def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
         """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
@@ -64,8 +68,8 @@ class Paging:
 
         What it begins with, if that was copied, is known by the page that it was copied from, until a step has added to it.
         """
-        start, stride = len(blocks.nodes) * self._state.config.page_size, self._state.config.stride
-        if stride and end - start >= max(stride, blocks.inherited + 1):
+        start = len(blocks.nodes) * self._page_size
+        if end - start >= self._least_part and end - start > blocks.inherited:
             self._state.table.publish_tail(blocks, sequence.buffer[start:end])
 
     def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
@@ -115,7 +119,7 @@ class Paging:
         assert sequence.blocks is not None
         if release:
             computed = group.computed(sequence.row)
-            if self._state.config.stride and computed % self._state.config.page_size >= self._state.config.stride:
+            if computed % self._page_size >= self._least_part:
                 group.write_back(sequence, computed)
                 self._publish_tail(sequence, sequence.blocks, computed)
             self._host_tier.offload(group, sequence)
