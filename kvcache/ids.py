@@ -23,5 +23,10 @@ def host_of(group: GroupId) -> GroupId:
     return GroupId(HOST + group)
 
 
+def group_of(host: GroupId) -> GroupId:
+    """Whose host memory it is."""
+    return GroupId(host - HOST)
+
+
 def is_host(pool: GroupId) -> bool:
     return pool >= HOST

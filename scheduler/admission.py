@@ -1,49 +1,21 @@
 """How a waiting sequence starts: match, route, pin and reserve in one step. Route = allocate.
 
-Imports `state`, `paging`, `transfers`, `policy` and the table.
+Imports `state`, `routing`, `paging`, `transfers` and the table.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 
-from kvcache.ids import GroupId, host_of, is_host
-from kvcache.index import Match, Part
+from kvcache.ids import is_host
+from kvcache.index import Match
 from kvcache.table import SequenceBlocks
-from scheduler import policy
 from scheduler.config import count_start
 from scheduler.messages import ROW_BITS, Copy, Drop, Failure, FinishReason, LeaseId, Start
 from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
+from scheduler.routing import Routing, Source
 from scheduler.sequence import Sequence, State
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfer, Transfers
-
-
-class Source(NamedTuple):
-    """A pool that what it has of a prefix could be brought from: whole pages, and perhaps one that ends inside. tokens: of all.
-
-    sender: the group that would send it; None for a group's own host memory.
-    """
-
-    pool: GroupId
-    sender: ResidentGroup | None
-    depth: int
-    part: Part | None
-    tokens: int
-
-    @property
-    def pages(self) -> int:
-        return self.depth + (self.part is not None)
-
-
-class Offer(NamedTuple):
-    """A way to serve a sequence: in this group, as it is or with the prefix of another. load: what policy sees of it."""
-
-    group: ResidentGroup
-    load: policy.GroupLoad
-    source: Source | None = None
-
 
 MOST_TRIES = 4
 """Sequences that find no room in one event: each costs a match and a look at every group."""
@@ -59,6 +31,7 @@ class Admission:
         self._state = state
         self._paging = paging
         self._transfers = transfers
+        self._routing = Routing(state)
         self._serials = 0
 
     def admit(self) -> None:
@@ -72,13 +45,13 @@ class Admission:
         state, waiting = self._state, self._state.waiting
         if not (waiting.count and state.groups) or waiting.settled():
             return
-        largest, room = max(group.blocks for group in state.groups.values()), None
+        room: int | None = None
         passed: list[Sequence] = []
         tries = MOST_TRIES
         waiting.begin(state.now_s)
-        while tries and len(passed) < MOST_PASSED and (sequence := waiting.take(largest)) is not None:
+        while tries and len(passed) < MOST_PASSED and (sequence := waiting.take(state.largest_up)) is not None:
             if room is None and sequence.needs:
-                room = self._room()
+                room = state.columns.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 match = self._match(sequence)
                 if (shared := self._shared(sequence, match)) is not None:
@@ -108,13 +81,6 @@ class Admission:
             return False
         waiting.fair.pass_by(sequence.tenant)
         return self._place(sequence, match)
-
-    def _room(self) -> int:
-        """Pages that a newcomer could have at most, in the group that has most; -1 if none takes any."""
-        pools = self._state.table.pools
-        groups = self._state.groups.values()
-        open_groups = (group for group in groups if group.rows_left > 0 and not (group.starved or group.draining))
-        return max((pools[group.group].available for group in open_groups), default=-1)
 
     def _expire(self) -> None:
         """Ends those whose deadline has passed, whether they wait or run."""
@@ -166,13 +132,10 @@ class Admission:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
         state, page_size = self._state, self._state.config.page_size
         parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
-        offers = self._offers(sequence, match, parts)
-        if only is not None:
-            offers = [offer for offer in offers if offer.group is only]
-        choice = policy.route([offer.load for offer in offers], sequence.committed, page_size)
-        if choice is None:
+        offer = self._routing.cheapest(sequence, match, parts, only)
+        if offer is None:
             return False
-        group, _, source = offers[choice]
+        group, _, source = offer
         depth, pages = match.depth(group.group), state.pages_for(sequence, sequence.committed)
         held = part = None
         if source is None:
@@ -189,71 +152,6 @@ class Admission:
             self._count_start(sequence, len(match.nodes), depth, blocks.inherited)
         self._start(group, sequence, depth * page_size + blocks.inherited)
         return True
-
-    # ---- where it could go
-
-    def _offers(self, sequence: Sequence, match: Match, parts: dict[GroupId, Part]) -> list[Offer]:
-        """Each group that is large enough, as it is; and once more with a fetch where another has more of the prefix."""
-        state, offers = self._state, []
-        pages = state.pages_for(sequence, sequence.committed)
-        source = self._best_source(match, parts)
-        for group in state.groups.values():
-            if group.blocks < sequence.pages_at_most or group.draining:
-                continue
-            load = self._load(group, match, parts.get(group.group), pages)
-            offers.append(Offer(group, load))
-            if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
-                queued = group.receiving + source.sender.sending
-                offers += self._with(group, load, source, match, queued, state.rates.fetch_cost)
-            if group.slots and (depth := match.depth(host_of(group.group))):
-                host = Source(host_of(group.group), None, depth, None, depth * state.config.page_size)
-                offers += self._with(group, load, host, match, group.receiving, state.rates.load_cost)
-        return offers
-
-    def _with(
-        self, group: ResidentGroup, load: policy.GroupLoad, source: Source, match: Match, queued: int, cost: float
-    ) -> list[Offer]:
-        """The group, once it has what `source` has, if that is a page more at least. queued: pages that go there first.
-
-        cost: of moving a token, in times to compute one.
-        """
-        page_size = self._state.config.page_size
-        if source.sender is group or source.tokens - load.hit_tokens < page_size:
-            return []
-        work = cost * page_size * (source.pages - match.depth(group.group) + queued)
-        return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
-
-    def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
-        """The group that could send the most of the prefix."""
-        state, best = self._state, None
-        if not state.config.prefix_fetch or len(state.groups) < 2:
-            return None
-        for name, depth in match.depths.items():
-            group, part = state.groups.get(name), parts.get(name)
-            if group is None or not group.ports:  # a host tier is its own group's alone
-                continue
-            if part is not None and not state.table.may_hold(name, part):
-                part = None
-            tokens = depth * state.config.page_size + (part.tokens if part else 0)
-            if best is None or tokens > best.tokens:
-                best = Source(name, group, depth, part, tokens)
-        return best
-
-    def _load(self, group: ResidentGroup, match: Match, part: Part | None, pages: int) -> policy.GroupLoad:
-        """What the group would have to spend on a sequence of `pages` pages now."""
-        depth = match.depth(group.group)
-        pool = self._state.table.pools[group.group]
-        return policy.GroupLoad(
-            hit_tokens=depth * self._state.config.page_size + (part.tokens if part else 0),
-            new_pages=pages - depth + (self._state.table.cached_in_match(group.group, match, depth) if depth else 0),
-            free=pool.free,
-            available=pool.available,
-            total=group.blocks,
-            free_rows=group.rows_left,
-            running=len(group.running) + len(group.fetching),
-            backlog=group.coming,
-            starving=bool(group.starved),
-        )
 
     # ---- a prefix that is fetched first
 
@@ -307,6 +205,7 @@ class Admission:
     def give_up_fetch(self, group: ResidentGroup, sequence: Sequence) -> None:
         """The sequence does not wait for its prefix any more; its pages stay with the transfer until that is over."""
         group.fetching.pop(sequence, None)
+        group.touch()
         sequence.blocks = None
         self._state.waiting.withdraw(sequence)
 

@@ -46,6 +46,7 @@ class SchedulerCore:
         self._migration = Migration(state, self.transfers, self._paging, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
+        self.columns = state.columns
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
         self._random = random.Random(config.seed)
@@ -66,7 +67,7 @@ class SchedulerCore:
 
         Costs nothing for the groups that were told nothing. A group that went down meanwhile hears nothing more.
         """
-        told = self._state.told
+        told = self._state.watch.told
         logs = [
             (group.group, log) for group in told if self.groups.get(group.group) is group and (log := group.drain()) is not None
         ]
@@ -78,6 +79,7 @@ class SchedulerCore:
     def expect(self, group: GroupId, blocks: int = 0) -> None:
         """A group is coming up (or back): requests wait for it instead of failing. blocks: its pages, if known."""
         self.expected[group] = blocks
+        self._state.pools_changed()
 
     def group_up(
         self, group: GroupId, epoch: int, blocks: int, rows: int, *, slots: int = 0, ports: tuple[str, ...] = ()
@@ -94,10 +96,11 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.told)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.watch)
         self.groups[group].ports, self.groups[group].slots = ports, slots
         if slots:
             self.table.add_group(host_of(group), slots)
+        self._regroup()
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
 
@@ -113,6 +116,7 @@ class SchedulerCore:
         else:
             self.expected.pop(group, None)
             self._lost = reason
+        self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
             for sequence in sorted(lost.fetching):
@@ -127,6 +131,10 @@ class SchedulerCore:
                 self.table.remove_group(host_of(group))
         self._reconsider(reason)
         self._admission.admit()
+
+    def _regroup(self) -> None:
+        self._state.columns.replace(self.groups.values())
+        self._state.pools_changed()
 
     def drain(self, group: GroupId) -> bool:
         """The group takes no more sequences, so that it can be removed once nobody runs there.
@@ -272,6 +280,7 @@ class SchedulerCore:
         group = self.groups.get(group_id)
         if group is None or moved.epoch != group.epoch:
             return
+        group.touch()
         transfer = self.transfers.answered(group, moved)
         if transfer is not None:
             self._admission.arrive(group, transfer, ok=moved.ok)

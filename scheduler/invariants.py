@@ -26,6 +26,16 @@ def check(core: SchedulerCore) -> None:
     _check_membership(core, running)
     for sequence in core.sequences.values():
         _check_sequence(core, sequence)
+    _check_columns(core)
+
+
+def _check_columns(core: SchedulerCore) -> None:
+    """What routing sees of each group is what the group says itself."""
+    columns = core.columns
+    assert columns.groups == list(core.groups.values()), "routing sees other groups"
+    for at, group in enumerate(columns.groups):
+        seen, row = columns.seen(at), columns.row(group)
+        assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
 
 
 def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:

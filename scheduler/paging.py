@@ -77,6 +77,7 @@ class Paging:
         if group.starved:
             needy = list({*group.starved, *needy})
             group.starved.clear()
+            group.touch()
         for sequence in sorted(needy):
             if sequence.state is State.RUNNING:  # neither ended in this report nor the victim of an older one
                 self._grant(group, sequence)
@@ -91,6 +92,7 @@ class Paging:
             if victim is None:
                 group.lease_waits += 1
                 group.starved.append(sequence)  # its row stays due: the next report tries again
+                group.touch()
                 return
             self.preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))

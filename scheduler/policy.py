@@ -3,8 +3,15 @@
 Imports nothing of Manta. To try another policy, replace a function here; the core asks nothing else.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 UNCACHED_WEIGHT = 4.0
 """How much more a prompt token to compute counts than one that is queued already. The queue delays this sequence alone, once;
@@ -25,9 +32,9 @@ WATERMARK = 0.01
 
 
 class GroupLoad(NamedTuple):
-    """One group that could take one sequence, at this moment. Plain numbers: a cluster has few groups, so arrays cost more.
+    """One group that could take one sequence, at this moment.
 
-    The same group stands in the list twice where another one has more of the prefix: as it is, and with the fetch.
+    The same group is looked at twice where another one has more of the prefix: as it is, and with the fetch.
     """
 
     hit_tokens: int  # of its prefix, that the group holds, or will once they are fetched
@@ -42,13 +49,43 @@ class GroupLoad(NamedTuple):
     fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile
 
 
-def admissible(load: GroupLoad) -> bool:
-    """Whether the sequence may start there now: a row, its pages, and head room for those who run.
+class Terms(NamedTuple):
+    """What a sequence costs in a group, in prefill tokens: the work before its first token, and what it does to others.
+
+    uncached: of its prompt, to be computed. queued: prefill before it. fetch: beyond the queue's time. decoding: those who run.
+    evicted: cached pages that would be lost.
+    """
+
+    uncached: float
+    queued: float
+    fetch: float
+    decoding: float
+    evicted: float
+
+
+def room(available: int, total: int, running: int) -> int:
+    """Pages that a newcomer may take: head room is left for those who run.
 
     An empty group needs no head room, so a sequence that fits a pool alone always starts in the end.
     """
-    head_room = max(1, int(load.total * WATERMARK)) if load.running else 0
-    return load.free_rows > 0 and not load.starving and load.available - load.new_pages >= head_room
+    return available - (max(1, int(total * WATERMARK)) if running else 0)
+
+
+def admissible(load: GroupLoad) -> bool:
+    """Whether the sequence may start there now: a row, its pages, and room."""
+    return load.free_rows > 0 and not load.starving and load.new_pages <= room(load.available, load.total, load.running)
+
+
+def terms(load: GroupLoad, tokens: int, page_size: int) -> Terms:
+    """The parts of `time_to_first_token`."""
+    evicted = max(0, load.new_pages - load.free)
+    return Terms(
+        uncached=UNCACHED_WEIGHT * (tokens - load.hit_tokens),
+        queued=float(load.backlog),
+        fetch=max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work,
+        decoding=DECODE_WEIGHT * load.running,
+        evicted=EVICTION_WEIGHT * page_size * evicted,
+    )
 
 
 def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
@@ -57,21 +94,52 @@ def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
     Uncached prompt, prefill queued before it, decode load, and cached pages that would be lost. Taking the longest prefix
     first and the load second collapses on real traces, where all requests share a first page: costs must be added up.
     """
-    uncached = tokens - load.hit_tokens
-    evicted = max(0, load.new_pages - load.free)
-    wait = max(float(load.backlog), load.fetch_work) + FETCH_WEIGHT * load.fetch_work
-    return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * load.running + EVICTION_WEIGHT * page_size * evicted
+    return sum(terms(load, tokens, page_size))
 
 
-def route(loads: Iterable[GroupLoad], tokens: int, page_size: int) -> int | None:
-    """Index of the cheapest admissible group; ties go to the one with more available pages, then to the first. None: wait."""
-    costs = (
-        (time_to_first_token(load, tokens, page_size), -load.available, index)
-        for index, load in enumerate(loads)
-        if admissible(load)
-    )
-    best = min(costs, default=None)
-    return None if best is None else best[2]
+def least_costs(
+    uncached: Ints | int, backlog: Ints, running: Ints, evicted: Ints, page_size: int, fetch_work: Floats | float = 0.0
+) -> Floats:
+    """[groups] `time_to_first_token` of each, if no page of its hit had to be revived: never more than it is.
+
+    uncached: tokens. evicted: pages, below 0 where so many more are free. The rest is as in `GroupLoad`. Sums are exact in any
+    order as long as the weights are whole numbers of quarters.
+    """
+    wait = np.maximum(backlog, fetch_work) + FETCH_WEIGHT * fetch_work
+    return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * running + EVICTION_WEIGHT * page_size * np.maximum(0, evicted)
+
+
+def fetch_work(cost: float, page_size: int, pages: Any) -> Any:
+    """What moving so many pages takes, in whole prefill tokens: a number for a number, an array for an array.
+
+    cost: of a token, in times to compute one.
+    """
+    return cost * page_size * pages // 1
+
+
+def route(
+    least: Floats, fits: Bools, available: Ints, look: Callable[[int], Iterable[GroupLoad]], tokens: int, page_size: int
+) -> tuple[int, int] | None:
+    """The cheapest admissible way: (index of its group, which of those that `look` shows there). None: wait.
+
+    Ties go to the group with more available pages, then to the first, there to the first way. least: [groups] what each costs
+    at least; it is used up. fits: [groups] whether it may be admissible. look: a closer look at one group, as it is and with a
+    fetch; it is taken at few: only at those that cost less, at least, than the cheapest seen so far.
+    """
+    least[~fits] = np.inf
+    best = None
+    while len(least):
+        lowest = float(least.min())
+        ties = np.flatnonzero(least == lowest)
+        at = int(ties[available[ties].argmax()])
+        if lowest == np.inf or (best is not None and best < (lowest, -int(available[at]), at)):
+            break
+        least[at] = np.inf
+        for way, load in enumerate(look(at)):
+            if admissible(load):
+                cost = time_to_first_token(load, tokens, page_size), -load.available, at, way
+                best = cost if best is None else min(best, cost)
+    return None if best is None else best[2:]
 
 
 class VictimCost(NamedTuple):

@@ -10,7 +10,7 @@
 Imports NumPy, `messages`, `sequence` and `kvcache` ids.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -54,14 +54,25 @@ class Roster:
     audience: tuple[Listener, ...]
 
 
+@dataclass(slots=True)
+class Watch:
+    """Groups to which something has happened, so that whoever looks after all groups need not ask each of them.
+
+    told: their logs were empty, and are not now. touched: their loads may have changed. Whoever has looked empties the list; it
+    may hold groups that have gone.
+    """
+
+    told: "list[ResidentGroup]" = field(default_factory=list)
+    touched: "list[ResidentGroup]" = field(default_factory=list)
+
+
 class ResidentGroup:
     """One (group, epoch): its resident batch as the scheduler knows it, and its command log.
 
     Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
     """
 
-    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int, told: list["ResidentGroup"]) -> None:
-        """told: where it puts itself when its log is no longer empty, so that the shell need not ask every group."""
+    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int, watch: Watch) -> None:
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
@@ -85,7 +96,7 @@ class ResidentGroup:
         self.free_rows = list(range(rows - 1, -1, -1))
         self.reports = 0
         self.applied = 0
-        self.draining = False  # takes no new sequences
+        self._draining = False
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
@@ -93,8 +104,19 @@ class ResidentGroup:
         self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it
         self._issued = 0
         self._log: list[Command] = []
-        self._told = told
+        self.touched = False
+        self._watch = watch
         self._roster: Roster | None = None
+
+    @property
+    def draining(self) -> bool:
+        """It takes no new sequences."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self.touch()
 
     @property
     def rows_left(self) -> int:
@@ -109,8 +131,15 @@ class ResidentGroup:
 
     def issue(self, command: Command) -> None:
         if not self._log:
-            self._told.append(self)
+            self._watch.told.append(self)
         self._log.append(command)
+        self.touch()
+
+    def touch(self) -> None:
+        """Its load may have changed: what waits or runs there, or the pages that are left."""
+        if not self.touched:
+            self.touched = True
+            self._watch.touched.append(self)
 
     def drain(self) -> Commands | None:
         """The commands issued since the last call, numbered; None if there are none."""
@@ -133,6 +162,7 @@ class ResidentGroup:
         self.sequences[row] = sequence
         self.running.add(sequence)
         self.backlog += uncached - 1
+        self.touch()
 
     def unseat(self, sequence: Sequence) -> None:
         """Takes it out. Its lease is over: what is still reported of it is discarded."""
@@ -147,6 +177,7 @@ class ResidentGroup:
             self.starved.remove(sequence)
         self.free_rows.append(row)
         self._roster = None
+        self.touch()
 
     def computed(self, row: int) -> int:
         """Tokens of the row whose KV stands in its pages."""
@@ -220,5 +251,6 @@ class ResidentGroup:
         change = sampled - computed
         self.pending[rows] += change
         self.backlog += int(change.sum())
+        self.touch()
         due: list[int] = rows[(self.length[rows] >= self.due[rows]) | (change != 0)].tolist()
         return due

@@ -9,6 +9,7 @@ Imports the data that it holds; decides nothing.
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
+from scheduler.columns import GroupColumns
 from scheduler.config import CoreConfig, Counters
 from scheduler.deadlines import Deadlines
 from scheduler.limits import pages_for
@@ -16,17 +17,18 @@ from scheduler.messages import ROW_MASK, Failure, FinishReason
 from scheduler.outbox import Outbox
 from scheduler.pace import Pace
 from scheduler.rates import Rates
-from scheduler.resident import ResidentGroup
+from scheduler.resident import ResidentGroup, Watch
 from scheduler.sequence import Sequence, State
 from scheduler.waiting import WaitingRoom
+from scheduler.why import Tell
 
 
 class ClusterState:
     """Mutated by the core and its parts alone, one call at a time.
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
-    their pages, 0 if unknown. told: groups whose logs are not empty, or were not when something was issued; also such as have
-    gone down since. computed: tokens that were computed lately.
+    their pages, 0 if unknown. largest_up: pages of the largest pool that is up. computed: tokens that were computed lately.
+    explain: who is told of every decision, with its reasons.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -40,9 +42,12 @@ class ClusterState:
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
         self.outbox = Outbox()
-        self.told: list[ResidentGroup] = []
+        self.watch = Watch()
+        self.columns = GroupColumns(self.table, self.watch)
         self.computed = Pace()
         self.rates = Rates()
+        self.explain: Tell | None = None
+        self.pools_changed()
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, output: int, message: str = "", failure: Failure = Failure.FAULT
@@ -57,11 +62,15 @@ class ClusterState:
         self.counters.finished += 1
         self.outbox.finished(sequence, reason, output, message, failure)
 
+    def pools_changed(self) -> None:
+        """A group has come or gone, or is expected now, or not any more."""
+        self.largest_up = max((group.blocks for group in self.groups.values()), default=0)
+        self._unknown = any(blocks == 0 for blocks in self.expected.values())
+        self._largest = max([self.largest_up, *self.expected.values()])
+
     def largest_pool(self) -> int | None:
         """Pages of the largest pool; 0 without any group; None while a group of unknown size is expected."""
-        if any(blocks == 0 for blocks in self.expected.values()):
-            return None
-        return max([*self.expected.values(), *(group.blocks for group in self.groups.values())], default=0)
+        return None if self._unknown else self._largest
 
     def pages_for(self, sequence: Sequence, length: int) -> int:
         """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""

@@ -1,13 +1,51 @@
 """Admission, routing and victims, as functions over plain numbers."""
 
-import pytest
+from collections.abc import Sequence
 
-from scheduler.policy import GroupLoad, VictimCost, admissible, choose_victim, route, time_to_first_token
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler import policy
+from scheduler.policy import GroupLoad, VictimCost, admissible, choose_victim, terms, time_to_first_token
 
 IDLE = GroupLoad(
     hit_tokens=0, new_pages=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
 )
 TOKENS, PAGE = 1024, 256
+
+
+Ways = Sequence[GroupLoad]
+"""What a closer look at one group shows: the group as it is, and perhaps once more with a fetch."""
+
+
+def choose(groups: Sequence[Ways], revived: Sequence[int] = ()) -> tuple[tuple[int, int] | None, list[int]]:
+    """What `route` chooses, and where it took a closer look. revived: pages of each hit that it learns only there."""
+    looks: list[int] = []
+
+    def look(at: int) -> Ways:
+        looks.append(at)
+        return groups[at]
+
+    loads = [ways[0] for ways in groups]
+    new = np.array([load.new_pages for load in loads], np.int64) - (np.array(revived, np.int64) if revived else 0)
+    room = np.array([policy.room(load.available, load.total, load.running) for load in loads], np.int64)
+    backlog, running = (np.array([getattr(load, name) for load in loads]) for name in ("backlog", "running"))
+    open_ = np.array([load.free_rows > 0 and not load.starving for load in loads], np.bool_)
+    evicted = new - np.array([load.free for load in loads], np.int64)
+    available = np.array([load.available for load in loads], np.int64)
+    least = policy.least_costs(np.array([TOKENS - load.hit_tokens for load in loads]), backlog, running, evicted, PAGE)
+    fetched = np.array([TOKENS - ways[-1].hit_tokens for ways in groups])
+    fetch_work = np.array([ways[-1].fetch_work for ways in groups])
+    least = np.minimum(least, policy.least_costs(fetched, backlog, running, evicted, PAGE, fetch_work))
+    return policy.route(least, open_ & (new <= room), available, look, TOKENS, PAGE), looks
+
+
+def route(loads: Sequence[GroupLoad], tokens: int, page: int) -> int | None:
+    assert (tokens, page) == (TOKENS, PAGE)
+    choice, _ = choose([(load,) for load in loads])
+    return None if choice is None else choice[0]
 
 
 def test_a_prefix_attracts() -> None:
@@ -96,3 +134,58 @@ def test_who_frees_nothing_gives_way_last_but_does() -> None:
     assert choose_victim([shared, FULL], PAGE) == 1
     assert choose_victim([shared._replace(place=8), shared], PAGE) == 1, "all share with each other: the last"
     assert choose_victim([], PAGE) is None
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
+    """Groups of few distinct numbers, so that ties are usual, and how many pages of each hit nobody holds."""
+    groups: list[Ways] = []
+    revived = []
+    for _ in range(draw(st.integers(1, 8))):
+        hit, free, cached = draw(st.integers(0, 3)), draw(st.integers(0, 4)), draw(st.integers(0, 4))
+        revived.append(draw(st.integers(0, min(hit, cached))))
+        load = GroupLoad(
+            hit_tokens=hit * PAGE + draw(st.sampled_from((0, 64))),
+            new_pages=4 - hit + revived[-1],
+            free=free,
+            available=free + cached,
+            total=draw(st.sampled_from((8, 400))),
+            free_rows=draw(st.integers(0, 2)),
+            running=draw(st.integers(0, 2)),
+            backlog=draw(st.sampled_from((0, 100, 1024, 4096))),
+            starving=draw(st.integers(0, 5)) == 0,
+        )
+        fetch = load._replace(hit_tokens=3 * PAGE + 64, fetch_work=draw(st.sampled_from((10, 300, 2000))))
+        groups.append((load, fetch) if draw(st.booleans()) else (load,))
+    return groups, revived
+
+
+@settings(deadline=None)
+@given(clusters())
+def test_a_closer_look_at_few_chooses_as_one_at_all(cluster: tuple[list[Ways], list[int]]) -> None:
+    groups, revived = cluster
+    costs = [
+        (time_to_first_token(load, TOKENS, PAGE), -load.available, at, way)
+        for at, ways in enumerate(groups)
+        for way, load in enumerate(ways)
+        if admissible(load)
+    ]
+    choice, looks = choose(groups, revived)
+    assert choice == (min(costs)[2:] if costs else None)
+    assert len(looks) == len(set(looks))
+
+
+def test_of_many_equal_groups_it_looks_at_one_and_of_full_ones_at_none() -> None:
+    assert choose([(IDLE,)] * 100) == ((0, 0), [0])
+    hit = IDLE._replace(hit_tokens=PAGE, new_pages=3)
+    assert choose([*[(IDLE,)] * 100, (hit,)]) == ((100, 0), [100])
+    fetch = IDLE._replace(hit_tokens=PAGE, fetch_work=25)
+    assert choose([(hit._replace(backlog=9000),), *[(IDLE, fetch)] * 100]) == ((1, 1), [1])
+    assert choose([(IDLE._replace(free_rows=0),)] * 100) == (None, [])
+
+
+def test_the_parts_of_a_cost_are_its_sum() -> None:
+    load = IDLE._replace(hit_tokens=256, backlog=100, running=2, free=0, new_pages=3, fetch_work=150)
+    parts = terms(load, TOKENS, PAGE)
+    assert parts == (4 * 768, 100, 50 + 150, 32, 3 * 64)
+    assert time_to_first_token(load, TOKENS, PAGE) == sum(parts)

@@ -1,0 +1,185 @@
+"""The ways to serve a waiting sequence, and the cheapest of them: facts for `policy`, gathered from few of many groups.
+
+Imports `state`, `policy`, `why` and the table. Changes nothing.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvcache.ids import GroupId, group_of, host_of, is_host
+from kvcache.index import Match, Part
+from scheduler import policy, why
+from scheduler.resident import ResidentGroup
+from scheduler.sequence import Sequence
+from scheduler.state import ClusterState
+
+
+class Source(NamedTuple):
+    """A pool that what it has of a prefix could be brought from: whole pages, and perhaps one that ends inside. tokens: of all.
+
+    sender: the group that would send it; None for a group's own host memory.
+    """
+
+    pool: GroupId
+    sender: ResidentGroup | None
+    depth: int
+    part: Part | None
+    tokens: int
+
+    @property
+    def pages(self) -> int:
+        return self.depth + (self.part is not None)
+
+
+class Offer(NamedTuple):
+    """A way to serve a sequence: in this group, as it is or with the prefix of another. load: what policy sees of it."""
+
+    group: ResidentGroup
+    load: policy.GroupLoad
+    source: Source | None = None
+
+
+class Prompt(NamedTuple):
+    """What is to be placed. parts: by group, what it has of the page after its whole pages. pages: needed at the start.
+
+    source: what could be sent by the group that has most of it.
+    """
+
+    sequence: Sequence
+    match: Match
+    parts: dict[GroupId, Part]
+    pages: int
+    source: Source | None
+
+
+class Routing:
+    """Works on the shared state; has none of its own."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self._state = state
+
+    def cheapest(
+        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], only: ResidentGroup | None = None
+    ) -> Offer | None:
+        """None if there is no room anywhere now. only: look at this group alone.
+
+        Costs a few array operations over all groups, for what each of them costs at least, and a closer look at those that may
+        be the cheapest: one, as a rule.
+        """
+        state, columns, page_size = self._state, self._state.columns, self._state.config.page_size
+        columns.refresh()
+        depths = columns.spread(match.depths)
+        hits = depths * page_size + columns.spread({pool: part.tokens for pool, part in parts.items()})
+        source = self._best_source(match, parts, hits)
+        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, sequence.committed), source)
+        fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= sequence.pages_at_most)
+        if only is not None:
+            fits &= columns.blocks < 0
+            fits[columns.at(only.group)] = only.blocks >= sequence.pages_at_most
+        least = self._least_costs(prompt, depths, hits)
+        seen: dict[int, list[Offer]] = {}
+
+        def look(at: int) -> list[policy.GroupLoad]:
+            seen[at] = self._offers(columns.groups[at], prompt)
+            return [offer.load for offer in seen[at]]
+
+        choice = policy.route(least, fits, columns.available, look, sequence.committed, page_size)
+        if choice is None:
+            return None
+        if (tell := why.listener(state.explain)) is not None:
+            tell(self._why(prompt))
+        return seen[choice[0]][choice[1]]
+
+    def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
+        """[groups] what each costs at least, in the best of its ways."""
+        columns, page_size, rates = self._state.columns, self._state.config.page_size, self._state.rates
+        tokens, source = prompt.sequence.committed, prompt.source
+        there = columns.backlog, columns.running, prompt.pages - depths - columns.free, page_size
+        least = policy.least_costs(tokens - hits, *there)
+        if source is not None and source.sender is not None:
+            moving = np.maximum(0, source.pages - depths) + columns.receiving + source.sender.sending
+            work = policy.fetch_work(rates.fetch_cost, page_size, moving)
+            least = np.minimum(least, policy.least_costs(tokens - source.tokens, *there, work))
+        if hosts := {group_of(pool): depth for pool, depth in prompt.match.depths.items() if is_host(pool)}:
+            in_host = columns.spread(hosts)
+            work = policy.fetch_work(rates.load_cost, page_size, np.maximum(0, in_host - depths) + columns.receiving)
+            least = np.minimum(least, policy.least_costs(tokens - in_host * page_size, *there, work))
+        return least
+
+    def _in_host(self, group: ResidentGroup, match: Match) -> int:
+        return match.depth(host_of(group.group)) if group.slots else 0
+
+    def _offers(self, group: ResidentGroup, prompt: Prompt) -> list[Offer]:
+        """The group as it is; and with what another, or its own host memory, has more of the prefix."""
+        rates, source = self._state.rates, prompt.source
+        load = self._load(group, prompt)
+        offers = [Offer(group, load)]
+        if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
+            offers += self._with(offers[0], source, prompt.match, group.receiving + source.sender.sending, rates.fetch_cost)
+        if depth := self._in_host(group, prompt.match):
+            host = Source(host_of(group.group), None, depth, None, depth * self._state.config.page_size)
+            offers += self._with(offers[0], host, prompt.match, group.receiving, rates.load_cost)
+        return offers
+
+    def _with(self, bare: Offer, source: Source, match: Match, queued: int, cost: float) -> list[Offer]:
+        """The group, once it has what `source` has, if that is a page more at least. queued: pages that go there first.
+
+        cost: of moving a token, in times to compute one.
+        """
+        group, load, _ = bare
+        page_size = self._state.config.page_size
+        if source.sender is group or source.tokens - load.hit_tokens < page_size:
+            return []
+        work = policy.fetch_work(cost, page_size, source.pages - match.depth(group.group) + queued)
+        return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
+
+    def _best_source(self, match: Match, parts: dict[GroupId, Part], hits: policy.Ints) -> Source | None:
+        """The group that could send the most of the prefix; of several the first. hits: [groups] tokens, what each has.
+
+        A host tier is its own group's alone.
+        """
+        state, columns = self._state, self._state.columns
+        if not state.config.prefix_fetch or len(columns.groups) < 2:
+            return None
+        most, bare = np.where(columns.ports > 0, hits, 0), set[int]()
+        while tokens := int(most.max()):
+            group = columns.groups[at := int(most.argmax())]
+            depth, part = match.depth(group.group), None if at in bare else parts.get(group.group)
+            if part is None or state.table.may_hold(group.group, part):
+                return Source(group.group, group, depth, part, tokens)
+            most[at] = depth * state.config.page_size  # it cannot send the part
+            bare.add(at)
+        return None
+
+    def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
+        """What the group would have to spend on the sequence now."""
+        table, depth, part = self._state.table, prompt.match.depth(group.group), prompt.parts.get(group.group)
+        pool = table.pools[group.group]
+        return policy.GroupLoad(
+            hit_tokens=depth * self._state.config.page_size + (part.tokens if part else 0),
+            new_pages=prompt.pages - depth + (table.cached_in_match(group.group, prompt.match, depth) if depth else 0),
+            free=pool.free,
+            available=pool.available,
+            total=group.blocks,
+            free_rows=group.rows_left,
+            running=len(group.running) + len(group.fetching),
+            backlog=group.coming,
+            starving=bool(group.starved),
+        )
+
+    def _why(self, prompt: Prompt) -> why.Decision:
+        """Looks at every group that is large enough, those included that nobody had to look at."""
+        sequence, now_s = prompt.sequence, self._state.now_s
+        groups = [group for group in self._state.columns.groups if group.blocks >= sequence.pages_at_most]
+        offers = [self._offers(group, prompt) for group in groups if not group.draining]
+        seen = [
+            why.Seen(group.group, load, of_group[0].load.hit_tokens, source.pool if source else None)
+            for of_group in offers
+            for group, load, source in of_group
+        ]
+        best, *others = why.rank(seen, sequence.committed, self._state.config.page_size)
+        return why.Decision(
+            now_s, sequence.front_end, sequence.stream, sequence.committed, now_s - sequence.arrived_s,
+            sequence.preemptions, 1 + len(others), best, others[0] if others else None,
+        )  # fmt: skip

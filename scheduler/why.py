@@ -1,0 +1,98 @@
+"""Why a sequence went where it did: one record for each decision, for debug logs and for replays. Built only if somebody asks.
+
+Imports `policy` and `logs`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from scheduler import policy
+from scheduler.logs import fields
+
+logger = logging.getLogger(__name__)
+
+
+class Way(msgspec.Struct, frozen=True):
+    """One way to serve a sequence: in a group, as it is or with a fetch from `source`.
+
+    hit_tokens: of its prefix, fetched_tokens of them from `source`. evicted_pages: that would be lost. cost: in prefill tokens,
+    the sum of `policy.Terms`, which follow.
+    """
+
+    group: int
+    hit_tokens: int
+    source: int | None
+    fetched_tokens: int
+    evicted_pages: int
+    cost: float
+    uncached: float
+    queued: float
+    fetch: float
+    decoding: float
+    evicted: float
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """A sequence of `tokens` tokens, which waited for `waited_s`, starts (or fetches first, then starts) at `at_s`.
+
+    chosen: the cheapest of so many admissible `ways`. runner_up: the next; None: there is no other.
+    """
+
+    at_s: float
+    front_end: int
+    stream: int
+    tokens: int
+    waited_s: float
+    preemptions: int
+    ways: int
+    chosen: Way
+    runner_up: Way | None
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A way as routing sees it. own_tokens: of the hit, those that the group has itself."""
+
+    group: int
+    load: policy.GroupLoad
+    own_tokens: int
+    source: int | None
+
+
+Tell = Callable[[Decision], None]
+
+
+def listener(asked: Tell | None) -> Tell | None:
+    """Who wants to know: whoever asked, else the log if it takes debug lines, else nobody."""
+    if asked is not None:
+        return asked
+    return log if logger.isEnabledFor(logging.DEBUG) else None
+
+
+def show() -> None:
+    """From now on this process's log takes a line for each decision, if it has a handler for debug lines."""
+    logger.setLevel(logging.DEBUG)
+
+
+def log(decision: Decision) -> None:
+    """One line; of the two ways what differs from 0."""
+    said = msgspec.to_builtins(decision)
+    ways = {"": said.pop("chosen"), "other_": said.pop("runner_up") or {}}
+    for prefix, way in ways.items():
+        said |= {prefix + name: value for name, value in way.items() if value or name == "group"}
+    logger.debug("routed", extra=fields(**said))
+
+
+def rank(seen: Iterable[Seen], tokens: int, page_size: int) -> list[Way]:
+    """The admissible ways, the cheapest first, as `policy.route` orders them. seen: by group, each group's ways in order."""
+    order = []
+    for at, each in enumerate(seen):
+        if policy.admissible(each.load):
+            terms = policy.terms(each.load, tokens, page_size)
+            way = Way(
+                each.group, each.load.hit_tokens, each.source, each.load.hit_tokens - each.own_tokens,
+                max(0, each.load.new_pages - each.load.free), sum(terms), *terms,
+            )  # fmt: skip
+            order.append((way.cost, -each.load.available, at, way))
+    return [way for *_, way in sorted(order, key=lambda each: each[:3])]
