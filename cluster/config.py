@@ -83,6 +83,7 @@ class EngineConfig:
     node_timeout_s: float = option(1800.0, "Longest wait of an added group for its node and its start, in seconds.")
     drain_timeout_s: float = option(120.0, "Seconds that a group may take to run empty; then the rest moves.")
     start_timeout_s: float = option(300.0, "Longest wait for the cluster to be ready, in seconds.")
+    log_decisions: bool = option(False, "Log why each sequence goes where it does: a line each, from the scheduler.")
     check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.worker_config import resolve
 from kvcache.ids import GroupId
+from scheduler import why
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.delivery import refuse
@@ -46,6 +47,8 @@ def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     ranks = config.groups * config.tensor_parallel_size
     core, worker = resolve(config, device, ranks, max(1, (os.cpu_count() or 1) // ranks))
+    if core.log_decisions:
+        why.show()
     engine = LocalEngine(core, worker, on_deltas, on_failure, check_invariants=config.check_invariants)
     try:
         engine.start(config.groups, config.tensor_parallel_size, progress)

@@ -49,6 +49,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         seed=config.seed,
         skip_s=config.queue_skip_s,
         age_s=config.queue_age_s,
+        log_decisions=config.log_decisions,
     )
     return core, worker
 

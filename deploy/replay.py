@@ -4,14 +4,16 @@ Imports neither torch nor ray. Exit codes as elsewhere: 0 done, 2 bad input.
 """
 
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.replay.engines import ClusterShape
@@ -24,6 +26,7 @@ from cluster.replay.transfers import LinkModel
 from deploy.config import ConfigError
 from deploy.exits import reported_errors
 from deploy.options import DebugOption
+from scheduler.why import Decision
 
 FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
 WIDTH = 120
@@ -101,6 +104,10 @@ ContextOption = Annotated[
 ]
 TtftOption = Annotated[float, _option("--ttft", f"Seconds to the first token that goodput allows. Default: {TARGET.ttft_s}.")]
 TpotOption = Annotated[float, _option("--tpot", f"Seconds a token after it that goodput allows. Default: {TARGET.tpot_s}.")]
+WhyOption = Annotated[
+    Path | None,
+    _option("--why", "A file for one JSON line each time Manta sends a request to a group: why there. Default: none."),
+]
 JsonOption = Annotated[bool, _option("--json", "One JSON object, by policy, as the last line of stdout. Default: no.")]
 QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default: no.")]
 
@@ -130,6 +137,7 @@ def command(
     context_time: ContextOption = None,
     ttft: TtftOption = TARGET.ttft_s,
     tpot: TpotOption = TARGET.tpot_s,
+    why: WhyOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -150,7 +158,8 @@ def command(
         outages = tuple(_outage(text) for text in fail)
         scenario = Scenario(shape, speed_up, seed, outages, lag, Target(ttft, tpot))
         requests = _requests(trace, seed, limit)
-        outcomes = [_replay(requests, name, scenario, quiet) for name in dict.fromkeys(policy or POLICIES)]
+        with why.open("wb") if why is not None else nullcontext() as file:
+            outcomes = [_replay(requests, name, scenario, quiet, file) for name in dict.fromkeys(policy or POLICIES)]
         console = Console()
         console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
         console.print(summary(outcomes))
@@ -190,12 +199,30 @@ def _outage(text: str) -> Outage:
         raise ConfigError(f"--fail {text} is not GROUP@SECONDS[:DOWN]: write for example 3@600:120") from None
 
 
-def _replay(requests: list[TraceRequest], policy: str, scenario: Scenario, quiet: bool) -> Outcome:
+class Explained(msgspec.Struct, frozen=True):
+    """A line of `--why`. decision: of the request with this number in the trace, which is its `stream`."""
+
+    policy: str
+    decision: Decision
+
+
+def _replay(requests: list[TraceRequest], policy: str, scenario: Scenario, quiet: bool, why: BinaryIO | None) -> Outcome:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    encode = msgspec.json.Encoder().encode
+
+    def tell(decision: Decision) -> None:
+        assert why is not None
+        why.write(encode(Explained(policy, decision)) + b"\n")
+
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
         task = bars.add_task(policy, total=len(requests))
-        return replay(requests, policy, scenario, lambda done: bars.update(task, completed=done))
+        progress = partial(_show, bars, task)
+        return replay(requests, policy, scenario, progress, tell if why is not None else None)
+
+
+def _show(bars: Progress, task: TaskID, done: int) -> None:
+    bars.update(task, completed=done)
 
 
 def summary(outcomes: list[Outcome]) -> Table:

@@ -8,6 +8,7 @@ import asyncio
 import ray
 
 from kvcache.ids import GroupId
+from scheduler import why
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
@@ -21,6 +22,8 @@ class SchedulerActor:
 
     def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False, log_format: str = "text") -> None:
         configure(log_format, role="scheduler")
+        if config.log_decisions:
+            why.show()
         self._core = SchedulerCore(config)
         self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
         self._closed = asyncio.Event()

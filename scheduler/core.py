@@ -27,6 +27,7 @@ from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import PRIORITY_SHIFT, Sequence
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfers
+from scheduler.why import Tell
 
 GAVE_UP = "its worker could not go on with it: the worker's log says why"
 
@@ -61,6 +62,10 @@ class SchedulerCore:
     @now_s.setter
     def now_s(self, now_s: float) -> None:
         self._state.now_s = now_s
+
+    def explain(self, tell: Tell) -> None:
+        """From now on `tell` is called for every sequence that goes to a group, with the reasons. It must not call the core."""
+        self._state.explain = tell
 
     def take_logs(self) -> list[tuple[GroupId, Commands]]:
         """What has been issued since the last call, by group, in the order in which they were first told something.

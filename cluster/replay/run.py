@@ -22,6 +22,7 @@ from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId
 from scheduler.limits import RequestRefused, pages_for
 from scheduler.messages import NO_TOKEN, Deltas
+from scheduler.why import Decision
 
 PROGRESS_STEP = 64
 
@@ -70,10 +71,20 @@ class Scenario:
 
 
 def replay(
-    trace: Listing[TraceRequest], policy: str, scenario: Scenario, progress: Callable[[int], object] | None = None
+    trace: Listing[TraceRequest],
+    policy: str,
+    scenario: Scenario,
+    progress: Callable[[int], object] | None = None,
+    tell: Callable[[Decision], None] | None = None,
 ) -> Outcome:
-    """Runs the whole trace under one policy. progress: told how many requests have ended, now and then."""
-    return Replay(trace, policy, scenario, progress).run()
+    """Runs the whole trace under one policy.
+
+    progress: told how many requests have ended, now and then. tell: of every decision of a core that has several groups.
+    """
+    run = Replay(trace, policy, scenario, progress)
+    if tell is not None:
+        run.explain(tell)
+    return run.run()
 
 
 class Replay:
@@ -102,6 +113,11 @@ class Replay:
             Engine(part, shape, scenario.seed, self._at, self._hear, self._stopwatch, features) for part in parts
         ]
         self._router = None if one_core else self._make_router()
+
+    def explain(self, tell: Callable[[Decision], None]) -> None:
+        """Routers decide before any core does: there is nothing to tell then."""
+        if self._router is None:
+            self._engines[0].core.explain(tell)
 
     def run(self) -> Outcome:
         for request in self._trace:

@@ -37,6 +37,27 @@ def test_failures_and_limits(trace: str) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["manta"]["requests"] == 9
 
 
+def test_every_decision_is_explained_and_the_cheapest_way_is_chosen(trace: str, tmp_path: Path) -> None:
+    def explained(name: str) -> list[str]:
+        arguments = [*POOLS, "--policy", "manta-fetch", "--policy", "precise", "--fail", "1@8:3", "--why", str(tmp_path / name)]
+        result = CliRunner().invoke(app, ["replay", trace, *arguments])
+        assert result.exit_code == 0, result.output
+        return (tmp_path / name).read_text().splitlines()
+
+    lines = explained("first")
+    assert lines == explained("second")
+    decisions = [json.loads(line)["decision"] for line in lines]
+    assert {json.loads(line)["policy"] for line in lines} == {"manta-fetch"}
+    assert {decision["stream"] for decision in decisions} == set(range(24))
+    for decision in decisions:
+        chosen, other = decision["chosen"], decision["runner_up"]
+        parts = ("uncached", "queued", "fetch", "decoding", "evicted")
+        assert chosen["cost"] == sum(chosen[part] for part in parts)
+        assert other is None or other["cost"] >= chosen["cost"]
+        assert (chosen["source"] is not None) == (chosen["fetched_tokens"] > 0)
+    assert any(decision["chosen"]["source"] is not None for decision in decisions)
+
+
 def test_a_synthetic_trace() -> None:
     trace = "synthetic:requests=40,rate=20,prompt=2000,output=20,users=5"
     result = CliRunner().invoke(app, ["replay", trace, *POOLS, "--policy", "manta", "--json"])
