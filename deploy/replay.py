@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cluster.replay.engines import ClusterShape
 from cluster.replay.report import Outcome, Target
-from cluster.replay.run import POLICIES, Outage, Scenario, replay
+from cluster.replay.run import POLICIES, Drain, Outage, Scenario, replay
 from cluster.replay.synthetic import SCHEME, make_trace, parse_synthetic
 from cluster.replay.time_model import TimeModel, calibrated
 from cluster.replay.traces import TraceRequest, read_trace
@@ -87,6 +87,10 @@ FailOption = Annotated[
     list[str],
     _option("--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."),
 ]
+DrainOption = Annotated[
+    list[str],
+    _option("--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."),
+]
 LagOption = Annotated[float, _option("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
 CalibrateOption = Annotated[
     str | None,
@@ -129,6 +133,7 @@ def command(
     limit: LimitOption = None,
     seed: SeedOption = 0,
     fail: FailOption = [],  # noqa: B006
+    drain: DrainOption = [],  # noqa: B006
     lag: LagOption = 1.0,
     calibrate: CalibrateOption = None,
     prefill_rate: RateOption = None,
@@ -155,8 +160,9 @@ def command(
             groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix, times,
             LinkModel(fetch_rate, host_rate),
         )  # fmt: skip
-        outages = tuple(_outage(text) for text in fail)
-        scenario = Scenario(shape, speed_up, seed, outages, lag, Target(ttft, tpot))
+        outages = tuple(Outage(*_event("--fail", text)) for text in fail)
+        drains = tuple(Drain(*_event("--drain", text)) for text in drain)
+        scenario = Scenario(shape, speed_up, seed, outages, drains, lag, Target(ttft, tpot))
         requests = _requests(trace, seed, limit)
         with why.open("wb") if why is not None else nullcontext() as file:
             outcomes = [_replay(requests, name, scenario, quiet, file) for name in dict.fromkeys(policy or POLICIES)]
@@ -190,13 +196,14 @@ def _times(
     )
 
 
-def _outage(text: str) -> Outage:
+def _event(option: str, text: str) -> tuple[int, float] | tuple[int, float, float]:
+    """(group, when, and how long if that is said)."""
     group, _, when = text.partition("@")
-    at, _, down = when.partition(":")
+    at, _, lasting = when.partition(":")
     try:
-        return Outage(int(group), float(at), float(down)) if down else Outage(int(group), float(at))
+        return (int(group), float(at), float(lasting)) if lasting else (int(group), float(at))
     except ValueError:
-        raise ConfigError(f"--fail {text} is not GROUP@SECONDS[:DOWN]: write for example 3@600:120") from None
+        raise ConfigError(f"{option} {text} is not GROUP@SECONDS[:SECONDS]: write for example 3@600:120") from None
 
 
 class Explained(msgspec.Struct, frozen=True):

@@ -136,6 +136,22 @@ class Engine:
         self._expect_transfers()
         self._call(partial(self.core.group_down, group, "its workers died in the replay", returning=True), now_s)
 
+    def drain(self, group: GroupId, now_s: float) -> bool:
+        """It takes nobody new. False if it cannot be spared, or is down."""
+        drained = False
+
+        def change() -> None:
+            nonlocal drained
+            drained = self.core.drain(group)
+
+        self._call(change, now_s)
+        return drained
+
+    def vacate(self, group: GroupId, now_s: float) -> None:
+        """Who runs there goes on elsewhere."""
+        if group in self.groups:
+            self._call(partial(self.core.vacate, group), now_s)
+
     def forget_all(self, now_s: float) -> None:
         """The router sends elsewhere what it had sent here."""
         self._call(partial(self.core.front_end_down, 0), now_s)

@@ -57,7 +57,8 @@ class Outcome(msgspec.Struct, frozen=True):
     token_hit_rate: prompt tokens found in the cache at the first start / all prompt tokens. busiest_over_mean: prompt tokens
     that the busiest group computed / the mean over groups. ttft_s: from arrival to the first token. tpot_s: seconds a token
     after it, of requests with more than one. goodput: requests per second that met the target.
-    fetched_tokens: that came from other groups. core_cpu_s: inside the cores;
+    fetched_tokens, loaded_tokens: that came from other groups, and from host memory. migrations: sequences that went to another
+    group with their pages. core_cpu_s: inside the cores;
     by request and by second of each group below it. core_share: of one core, and live_per_group: sequences that had not
     ended, while the second half of the requests came, that is under full load. virtual_s: until the last request ended.
     index_bytes: of the block tables and prefix indexes at the end, the pages' tokens included.
@@ -73,6 +74,8 @@ class Outcome(msgspec.Struct, frozen=True):
     goodput: float
     preemptions: int
     fetched_tokens: int
+    loaded_tokens: int
+    migrations: int
     core_cpu_s: float
     core_us_per_request: float
     core_us_per_group_s: float
@@ -107,6 +110,8 @@ def outcome(policy: str, trace: Listing[TraceRequest], engines: Listing[Engine],
         goodput=round(int(good.sum()) / virtual_s, 4) if virtual_s else 0.0,
         preemptions=record.preemptions,
         fetched_tokens=sum(c.fetched_tokens for c in counters),
+        loaded_tokens=sum(c.loaded_tokens for c in counters),
+        migrations=sum(c.migrations for c in counters),
         core_cpu_s=round(core_s, 3),
         core_us_per_request=round(core_s * 1e6 / max(1, len(trace)), 1),
         core_us_per_group_s=round(core_s * 1e6 / (virtual_s * len(uncached)), 2) if virtual_s else 0.0,

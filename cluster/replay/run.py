@@ -29,6 +29,7 @@ PROGRESS_STEP = 64
 POLICIES: dict[str, str] = {
     "manta": "one core for all groups: route = allocate, by estimated time to first token",
     "manta-fetch": "the same, and prefixes are fetched from other groups where that is cheaper than to compute them",
+    "manta-host": "the same, and each group keeps pages that leave its pool in host memory",
     "round-robin": "independent engines in turn",
     "least-load": "independent engines, least work queued or running",
     "approximate": "independent engines, cost by the router's memory of what it sent where",
@@ -52,22 +53,33 @@ class Outage:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """A group that takes nobody new from `at_s` on; who still runs there `stay_s` later goes on elsewhere. Virtual seconds."""
+
+    group: int
+    at_s: float
+    stay_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
-    """speed_up: divides the times between arrivals. lag_s: of the lagging router's view."""
+    """speed_up: divides the times between arrivals. lag_s: of the lagging router's view. drains: of Manta's groups alone."""
 
     shape: ClusterShape
     speed_up: float = 1.0
     seed: int = 0
     outages: tuple[Outage, ...] = ()
+    drains: tuple[Drain, ...] = ()
     lag_s: float = 1.0
     target: Target = field(default_factory=Target)
 
     def __post_init__(self) -> None:
         if not (self.speed_up > 0 and self.lag_s >= 0):
             raise ValueError(f"speed_up={self.speed_up} must be above 0 and lag_s={self.lag_s} not below")
-        for outage in self.outages:
-            if not 0 <= outage.group < self.shape.groups:
-                raise ValueError(f"group {outage.group} cannot fail: there are groups 0 to {self.shape.groups - 1}")
+        touched = [("fail", outage.group) for outage in self.outages] + [("be drained", drain.group) for drain in self.drains]
+        for what, group in touched:
+            if not 0 <= group < self.shape.groups:
+                raise ValueError(f"group {group} cannot {what}: there are groups 0 to {self.shape.groups - 1}")
 
 
 def replay(
@@ -125,6 +137,9 @@ class Replay:
         if self._policy not in BOUNDS:  # the bounds are of a cluster that nothing happens to
             for outage in self._scenario.outages:
                 self._at(outage.at_s, partial(self._fail, outage))
+        if self._policy.startswith("manta"):
+            for drain in self._scenario.drains:
+                self._at(drain.at_s, partial(self._drain, drain))
         while self._events:
             self._now_s, _, event = heapq.heappop(self._events)
             event()
@@ -189,6 +204,11 @@ class Replay:
             engine.forget_all(self._now_s)
             for number in lost:
                 self._submit(self._trace[number])
+
+    def _drain(self, drain: Drain) -> None:
+        engine, group = self._engines[0], GroupId(drain.group)
+        if engine.drain(group, self._now_s):
+            self._at(self._now_s + drain.stay_s, lambda: engine.vacate(group, self._now_s))
 
     def _return(self, engine: Engine, group: GroupId) -> None:
         engine.bring_up(group, self._now_s)

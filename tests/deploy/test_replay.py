@@ -79,6 +79,7 @@ def test_a_synthetic_trace_that_cannot_be_is_one_line() -> None:
         (("--policy", "clairvoyant"), "--policy clairvoyant is not one of manta"),
         (("--fail", "soon"), "is not GROUP@SECONDS"),
         (("--fail", "7@1"), "groups 0 to 1"),
+        (("--drain", "7@1"), "groups 0 to 1"),
         (("--page-size", "100"), "power of two"),
         (("--calibrate", "nowhere.json"), "nowhere.json"),
         (("--speed-up", "0"), "above 0"),

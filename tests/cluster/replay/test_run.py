@@ -1,11 +1,13 @@
 """Whole replays of a small trace: reproducible, complete, and in the order that the policies' knowledge explains."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 
 from cluster.replay.engines import ClusterShape
 from cluster.replay.report import Outcome
-from cluster.replay.run import POLICIES, Outage, Scenario, replay
+from cluster.replay.run import POLICIES, Drain, Outage, Scenario, replay
 from cluster.replay.time_model import TimeModel
 from cluster.replay.traces import TraceRequest, read_trace
 from tests.cluster.replay.excerpts import conversations
@@ -46,6 +48,22 @@ def test_what_another_group_has_is_fetched_and_the_wait_is_shorter_for_it(outcom
     assert fetching.ttft_s.mean < plain.ttft_s.mean
 
 
+def test_what_was_evicted_comes_back_from_host_memory(trace: list[TraceRequest]) -> None:
+    small = replace(SHAPE, pages=80, host_pages=2000)
+    fetching, hosting = (replay(trace, policy, Scenario(small)) for policy in ("manta-fetch", "manta-host"))
+    assert fetching.loaded_tokens == 0 < hosting.loaded_tokens
+    assert hosting.token_hit_rate > fetching.token_hit_rate
+    assert hosting.ttft_s.mean < fetching.ttft_s.mean
+
+
+def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_pages(trace: list[TraceRequest]) -> None:
+    drains = (Drain(0, 8.0), Drain(1, 12.0, 0.5))
+    plain, moving = (replay(trace, policy, Scenario(SHAPE, drains=drains)) for policy in ("manta", "manta-fetch"))
+    assert plain.requests == moving.requests == len(trace)
+    assert plain.migrations == 0 < moving.migrations
+    assert moving.preemptions < plain.preemptions
+
+
 def test_infinite_hits_are_those_of_the_trace(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
     """Counted by names, with a cache that never forgets: Manta's infinite pool may miss what is still being computed."""
     seen: set[tuple[int, ...]] = set()
@@ -68,7 +86,7 @@ def test_equal_seeds_are_equal_runs(trace: list[TraceRequest], outcomes: dict[st
         assert timeless(replay(trace, policy, Scenario(SHAPE))) == timeless(outcomes[policy])
 
 
-@pytest.mark.parametrize("policy", ["manta", "manta-fetch", "round-robin", "precise"])
+@pytest.mark.parametrize("policy", ["manta", "manta-fetch", "manta-host", "round-robin", "precise"])
 def test_failures_cost_time_and_lose_nothing(trace: list[TraceRequest], outcomes: dict[str, Outcome], policy: str) -> None:
     outages = (Outage(0, 8.0, 5.0), Outage(1, 9.0, 5.0), Outage(2, 10.0, 5.0))
     outcome = replay(trace, policy, Scenario(SHAPE, outages=outages))
