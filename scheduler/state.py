@@ -2,6 +2,7 @@
 
     core       the calls that come from outside: groups, front ends, reports
     admission  a waiting sequence starts: match, route, pin, reserve
+    routing    where it could go, and which way is the cheapest
     paging     a running one fills pages, publishes them, gets more, or gives them up
 
 Imports the data that it holds; decides nothing.

@@ -80,7 +80,7 @@ def log(decision: Decision) -> None:
     said = msgspec.to_builtins(decision)
     ways = {"": said.pop("chosen"), "other_": said.pop("runner_up") or {}}
     for prefix, way in ways.items():
-        said |= {prefix + name: value for name, value in way.items() if value or name == "group"}
+        said |= {prefix + name: value for name, value in way.items() if value or name in ("group", "source")}
     logger.debug("routed", extra=fields(**said))
 
 

@@ -40,4 +40,5 @@ def test_debug_logs_say_it_and_others_do_not(caplog: pytest.LogCaptureFixture) -
     (record,) = caplog.records
     said = record.__dict__["fields"]
     assert (said["group"], said["tokens"], said["other_group"], said["uncached"]) == (1, 3, 0, 12)
+    assert said["source"] is None, "and so it is left out of the line"
     cluster.run()
