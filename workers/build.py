@@ -161,6 +161,8 @@ def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, dev
     Errors: ValueError if not even one fits, RuntimeError where so much cannot be pinned.
     """
     phase(PINNING, 0, 0)
+    if config.host_kv_memory < layout.page_bytes:
+        raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no page: one takes {layout.page_bytes:,} bytes")
     slots = _agree_on_pages(comm, layout.pages_in(config.host_kv_memory), device)
     if comm.rank == 0:
         logger.info("host tier: %d pages, %s bytes a rank", slots, f"{slots * layout.page_bytes:,}")

@@ -102,7 +102,7 @@ class LocalTransport:
             exchange.changed.notify_all()
         return offer
 
-    def forget(self, group: int, epoch: int) -> None:
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         """Nothing is kept of a pair."""
 
     def close(self) -> None:

@@ -68,6 +68,12 @@ class Lane:
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
 
+    @property
+    def idle(self) -> bool:
+        """Nothing is to be done, as far as the one who puts jobs can know."""
+        with self._lock:
+            return self._thread is None
+
     def join(self, timeout_s: float) -> bool:
         """Waits until all jobs are done; False if they were not in time."""
         with self._lock:

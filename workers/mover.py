@@ -24,8 +24,12 @@ TIMEOUT_S = 60.0
 """Longest wait for the other side, or for the next byte."""
 
 JOIN_S = 10.0
+MOST_PAIRS = 32
+"""Pairs of groups and direction that keep what they have made for one another: a communicator on a GPU holds memory there."""
 
 Pages = list[int]
+LaneKey = tuple[str, int, int]
+"""("send", "receive" or "host", group, epoch)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,8 @@ class Transport(Protocol):
         """Returns once all pages are here and the device is done with them."""
         ...
 
-    def forget(self, group: int, epoch: int) -> None:
-        """That epoch has gone, and no transfer with it is under way any more."""
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        """Whatever is kept of that pair and direction may go; no transfer of it is under way."""
         ...
 
     def close(self) -> None:
@@ -89,7 +93,9 @@ class PageMover:
         self._transport = transport
         self._moved = moved
         self._rank, self._epoch = rank, epoch
-        self._lanes: dict[tuple[str, int, int], _PageLane] = {}
+        self._lanes: dict[LaneKey, _PageLane] = {}
+        self._recent: dict[LaneKey, None] = {}  # who may have a communicator, the last used last
+        self._leaving: list[_PageLane] = []  # cut off, perhaps still at work
         self._cut: dict[int, int] = {}  # group -> newest epoch that has gone
 
     def take(self, command: Movement) -> None:
@@ -105,33 +111,60 @@ class PageMover:
 
     def close(self) -> None:
         """Fails what is under way and ends all threads."""
-        for lane in self._lanes.values():
+        lanes = [*self._lanes.values(), *self._leaving]
+        for lane in lanes:
             lane.abort.set("this rank has left its loop")
         if self._transport is not None:
             self._transport.close()
-        for lane in self._lanes.values():
+        for lane in lanes:
             if not lane.join(JOIN_S):
                 logger.warning("%s does not end", lane.name)
 
     def _lane(self, kind: str, group: int, epoch: int) -> "_PageLane":
-        lane = self._lanes.get((kind, group, epoch))
+        key = (kind, group, epoch)
+        lane = self._lanes.get(key)
         if lane is None:
-            lane = _PageLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
-            self._lanes[kind, group, epoch] = lane
+            lane = self._lanes[key] = _PageLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
             if kind != "host" and epoch <= self._cut.get(group, -1):
                 lane.abort.set(f"epoch {epoch} of group {group} has gone")
+            elif kind != "host":
+                self._cut_off(Cut(group, epoch - 1))  # whose successor is here
+        if kind != "host":
+            self._recent.pop(key, None)
+            self._recent[key] = None
+            if len(self._recent) > MOST_PAIRS:
+                self._retire()
         return lane
+
+    def _retire(self) -> None:
+        """Of the pairs that are quiet, the one that has been so for longest begins anew should it be needed again."""
+        quiet = next((key for key in self._recent if self._lanes[key].idle), None)
+        if quiet is not None:
+            self._forget(quiet)
+
+    def _forget(self, key: LaneKey) -> None:
+        """In the lane's own thread, after what it still has to do and before what may follow."""
+        self._recent.pop(key, None)
+        self._lanes[key].put(partial(self._forget_now, key))
 
     def _cut_off(self, cut: Cut) -> None:
         self._cut[cut.group] = max(cut.epoch, self._cut.get(cut.group, -1))
         for kind, group, epoch in [key for key in self._lanes if key[0] != "host" and key[1] == cut.group]:
             if epoch <= cut.epoch:
-                lane = self._lanes.pop((kind, group, epoch))
-                lane.abort.set(f"epoch {epoch} of group {group} has gone")
-                if self._transport is not None:
-                    lane.put(partial(self._transport.forget, group, epoch))
+                self._lanes[kind, group, epoch].abort.set(f"epoch {epoch} of group {group} has gone")
+                self._forget((kind, group, epoch))
+                self._leaving = [lane for lane in self._leaving if not lane.idle]
+                self._leaving.append(self._lanes.pop((kind, group, epoch)))
 
     # ---- in a lane
+
+    def _forget_now(self, key: LaneKey) -> None:
+        if self._transport is None:
+            return
+        try:
+            self._transport.forget(key[1], key[2], sending=key[0] == "send")
+        except Exception as error:  # a communicator that breaks as it is closed has been closed all the same
+            logger.warning("%s group %d, epoch %d: %s", *key, error)
 
     def _run(self, command: Send | Receive | Offload | Load, lane: "_PageLane", ready: Ready) -> None:
         try:

@@ -137,9 +137,8 @@ class PairWire:
                 link.wait(link.receive(stage))
                 self._pool.rows.index_copy_(0, index, stage)
 
-    def forget(self, group: int, epoch: int) -> None:
-        for rank in (SENDER, RECEIVER):
-            self._drop((group, epoch, rank))
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        self._drop((group, epoch, SENDER if sending else RECEIVER))
 
     def close(self) -> None:
         for key in list(self._pairs):

@@ -51,7 +51,7 @@ class Wire(Protocol):
         """Returns once the pages are here and the device is done with them."""
         ...
 
-    def forget(self, group: int, epoch: int) -> None: ...
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None: ...
 
     def close(self) -> None: ...
 
@@ -84,7 +84,7 @@ class SocketWire:
         for run in self._runs(shard):
             connection.receive_bytes(run)
 
-    def forget(self, group: int, epoch: int) -> None:
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         """Nothing is kept of a pair."""
 
     def close(self) -> None:
@@ -150,11 +150,8 @@ class SocketTransport:
             connection.send(Done())
             return time.perf_counter() - began_s
 
-    def forget(self, group: int, epoch: int) -> None:
-        self._wire.forget(group, epoch)
-        with self._changed:
-            for key in [key for key in self._arrived if key[:2] == (group, epoch)]:
-                self._arrived.pop(key)[0].close()
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        self._wire.forget(group, epoch, sending=sending)
 
     def close(self) -> None:
         with self._changed:

@@ -32,6 +32,16 @@ def test_no_more_pages_than_all_rows_could_fill() -> None:
     assert built.pages == CONFIG.rows * CONFIG.max_model_len // CONFIG.page_size
 
 
+def test_host_memory_is_cut_into_slots_of_the_same_size() -> None:
+    config = replace(CONFIG, kv_memory=5 * LAYOUT.page_bytes)
+    assert build_rank(config, Solo()).slots == 0
+    built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.page_bytes + 1), Solo())
+    assert built.host is not None
+    assert (built.pages, built.slots, built.host.layout) == (5, 9, LAYOUT)
+    with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no page"):
+        build_rank(replace(config, host_kv_memory=1), Solo())
+
+
 def test_memory_for_less_than_a_page_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=rf"{LAYOUT.page_bytes:,} bytes"):
         build_rank(replace(CONFIG, kv_memory=LAYOUT.page_bytes - 1), Solo())

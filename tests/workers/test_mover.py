@@ -12,7 +12,7 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from scheduler.messages import Cut, Load, Offload, Send
 from tests.workers.movers import KINDS, LAYOUT, NCCL, PAGES, PATIENCE_S, Said, World, ids, random_pool
-from workers import exchange, side
+from workers import exchange, mover, side
 from workers.lane import Abort
 from workers.mover import PageMover
 
@@ -124,6 +124,34 @@ def test_a_newer_epoch_after_a_cut(make: Make, kind: str) -> None:
     assert torch.equal(again.rows[6:8], here.rows[4:6])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_many_pairs_the_quiet_ones_begin_anew(make: Make, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mover, "MOST_PAIRS", 1)
+    world = make(kind)
+    here, others = world.site(0), [world.site(1), world.site(2)]
+    for turn in range(3):
+        for other in others:
+            transfer = 2 * turn + other.group
+            here.send(transfer, other, [turn])
+            other.receive(transfer, here, [20 + turn])
+            assert other.said.wait(transfer).ok
+            assert here.said.wait(transfer).ok
+    for other in others:
+        assert torch.equal(other.rows[20:23], here.rows[:3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_newer_epoch_is_word_enough_that_the_former_has_gone(make: Make, kind: str) -> None:
+    world = make(kind)
+    here, former = world.site(1), world.site(2)
+    here.send(1, former, [0])
+    again = world.site(2, epoch=1)
+    here.send(2, again, [4])
+    again.receive(2, here, [6])
+    assert here.said.wait(2).ok
+    assert "epoch 0 of group 2 has gone" in here.said.wait(1).message
+
+
 @pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_whom_nobody_answers_says_so_in_time(make: Make, kind: str) -> None:
     world = make(kind, timeout_s=0.2)
@@ -223,13 +251,13 @@ def test_offload_and_load_bring_back_every_byte(make: Make) -> None:
 
 def test_without_host_memory_or_transport_movements_fail_one_by_one() -> None:
     said = Said()
-    mover = PageMover(random_pool(), None, None, said.add, rank=0, epoch=3)
-    mover.take(Offload(1, ids([0]), ids([0])))
-    mover.take(Send(2, ids([0]), 5, 0))
+    bare = PageMover(random_pool(), None, None, said.add, rank=0, epoch=3)
+    bare.take(Offload(1, ids([0]), ids([0])))
+    bare.take(Send(2, ids([0]), 5, 0))
     assert said.wait(1).message == "this rank keeps no pages in host memory"
     assert said.wait(2).message == "this rank takes no part in transfers"
     assert {moved.epoch for moved in said.moved} == {3}
-    mover.close()
+    bare.close()
 
 
 def test_a_page_or_slot_that_is_not_there_fails_its_transfer_alone(make: Make) -> None:
