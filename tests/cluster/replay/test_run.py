@@ -92,7 +92,8 @@ def test_failures_cost_time_and_lose_nothing(trace: list[TraceRequest], outcomes
     outcome = replay(trace, policy, Scenario(SHAPE, outages=outages))
     assert outcome.requests == len(trace)
     assert outcome.ttft_s.mean > outcomes[policy].ttft_s.mean
-    assert outcome.token_hit_rate < outcomes[policy].token_hit_rate
+    if policy != "manta-fetch":  # where a fetch may follow the hit rate can go either way
+        assert outcome.token_hit_rate < outcomes[policy].token_hit_rate
 
 
 def test_load_is_felt(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
