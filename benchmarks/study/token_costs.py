@@ -1,0 +1,71 @@
+"""What a reused token costs the scheduler and the worker: hashed, verified, published, copied where part of a page is shared.
+
+Pure Python and NumPy but for the copies, which need torch.
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.study.options import Options, in_turns, spread
+from kvcache.hashing import hash_pages
+from kvcache.ids import GroupId
+from kvcache.table import BlockTable
+
+TOKENS = 16_384
+PAGES = (16, 64, 256)
+
+
+def bookkeeping_ns(options: Options) -> dict[str, dict[str, float]]:
+    """Page size -> nanoseconds a token: hashing a prompt; finding all of it and comparing every token; publishing it."""
+    tokens = np.random.default_rng(options.seed).integers(0, 1 << 17, TOKENS).astype(np.int32)
+    return {str(page): _of_page(tokens, page, options) for page in PAGES}
+
+
+def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict[str, float]:
+    hashes = hash_pages(tokens, page)
+    tables: list[BlockTable] = []
+
+    def publish() -> None:
+        """Into an empty table: reserving, adding a node and a block for each page."""
+        table, group = BlockTable(page), GroupId(0)
+        table.add_group(group, len(hashes))
+        held = table.reserve(group, table.match(tokens, hashes, "", 0), 0, len(hashes), "")
+        assert held is not None
+        for at, hash_ in enumerate(hashes):
+            table.publish(held, tokens[at * page : (at + 1) * page], hash_)
+        tables[:] = [table]
+
+    publish()
+    work: dict[str, Callable[[], object]] = {
+        "hash": lambda: hash_pages(tokens, page),
+        "verify": lambda: tables[0].match(tokens, hashes, "", len(hashes)),
+        "publish": publish,
+    }
+    times = in_turns(work, options.rounds, repeat=2 if options.quick else 20)
+    return {name: float(f"{statistics.median(each) * 1e9 / TOKENS:.3g}") for name, each in times.items()}
+
+
+def copy_us(options: Options, shapes: tuple[str, ...] = ("0.1B", "0.6B")) -> dict[str, Any]:
+    """Shape -> microseconds of copying the first 32 and 128 tokens of a page to another, and bytes of KV a token."""
+    import torch
+
+    from benchmarks.checkpoints import SHAPES
+    from kvcache.layout import PageLayout
+    from kvcache.pool import KVPool
+
+    settle: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    result: dict[str, Any] = {}
+    for name in shapes:
+        shape = SHAPES[name]
+        layout = PageLayout(256, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+        pool = KVPool(layout, 16, options.device)
+        pool.data.zero_()
+        work: dict[str, Callable[[], object]] = {str(tokens): partial(pool.copy, 0, 9, tokens) for tokens in (32, 128)}
+        times = in_turns(work, options.rounds, repeat=20, settle=settle)
+        result[name] = {"token_bytes": layout.token_bytes, "us": {key: spread(each, 1e6) for key, each in times.items()}}
+    return result
