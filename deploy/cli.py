@@ -24,6 +24,7 @@ from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_json
 from deploy.records import RecordWriter
 from deploy.replay import command as replay
 from deploy.serve_config import ServeConfig
+from deploy.study import command as study
 from scheduler.sampling import SamplingParams
 
 app = typer.Typer(
@@ -78,6 +79,7 @@ QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no clo
 
 app.command()(batch)
 app.command("replay")(replay)
+app.command("study")(study)
 
 
 @app.callback()

@@ -1,0 +1,110 @@
+"""Question 2 on the page. Imports the parts and the plots."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.report import plots
+from benchmarks.study.report.parts import Results, Section, between, commands, image, number, percent, table
+
+RELATIONS = ("same conversation", "same user", "other user", "other conversation")
+
+
+def section(results: Results, folder: Path) -> Section:
+    result = results["cpu"]
+    found = result["workloads"]
+    draw(found, folder / "reuse.svg", result)
+    body = [
+        f"Pages of {result['page']} tokens, one pool. Without eviction, and with a pool of a tenth of the distinct pages:",
+        reuse_table(found),
+        "How long pages live (that pool), how long after its last use a page is used again (no eviction), and who hits it:",
+        life_table(found),
+        image("reuse.svg", "Hit rate by pool size, pages by reuse count, and who reuses"),
+        check(result),
+    ]
+    return Section(
+        "2. Pooling and reuse: how much, how often, by whom?", answer(found), body, commands(results),
+        "The model takes requests one after the other, so nobody waits and nobody computes a prefix twice. A trace names "
+        "blocks, "
+        "not users; its conversations are inferred (a request continues the one that last had its longest prefix beyond what "
+        "1% of "
+        "all requests begin with), and its answers are unknown, so hits on answers are not in it. The synthetic workloads are "
+        "assumptions about lengths and times, made by `benchmarks/study/streams.py`.",
+    )  # fmt: skip
+
+
+def answer(found: dict[str, Any]) -> str:
+    reused = {name: each for name, each in found.items() if each["hit_rate"]}
+    never = [each["reuses"]["0"] for each in reused.values()]
+    own = {name: each["relations"].get("same conversation", 0.0) for name, each in reused.items()}
+    by_conversation = [name for name, share in own.items() if share >= 0.5]
+    by_others = [name for name, share in own.items() if share < 0.5]
+    text = (f"Of all prompt tokens {between([each['hit_rate'] for each in reused.values()])} are found again where anything is "
+            f"shared, and a pool of a tenth of the distinct pages finds "
+            f"{between([e['pool']['hit_rate'] for e in reused.values()])}; "
+            f"{between(never)} of the pages are never reused.")  # fmt: skip
+    if by_conversation:
+        shares = between([own[name] for name in by_conversation])
+        text += f" In {', '.join(by_conversation)} the same conversation does it ({shares} of the pages hit)"
+        text += f"; in {', '.join(by_others)} others do." if by_others else "."
+    return text
+
+
+def reuse_table(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            name, f"{each['requests']:,}", f"{each['cached_tokens'] / 1e6:.2f} / {each['prompt_tokens'] / 1e6:.2f}",
+            percent(each["hit_rate"]), percent(each["pool"]["hit_rate"]), f"{each['distinct_pages']:,}",
+            percent(each["reuses"]["0"]), percent(each["top_share"]), f"{each['most_reused']:,}",
+        ]
+        for name, each in found.items()
+    ]  # fmt: skip
+    return table(
+        ["workload", "requests", "cached / prompt tokens, M", "hit rate", "in a tenth", "distinct pages", "never reused",
+         "reuses on the top 1% of pages", "most reused page"], rows,
+    )  # fmt: skip
+
+
+def life_table(found: dict[str, Any]) -> str:
+    rows = []
+    for name, each in found.items():
+        lives, idles, gaps = each["pool"]["lives_s"], each["pool"]["idles_s"], each["gaps_s"]
+        who = ", ".join(f"{relation} {percent(share, 0)}" for relation, share in each["relations"].items() if share >= 0.005)
+        rows.append([name, _seconds(lives), _seconds(idles), _seconds(gaps), who or "nobody"])
+    return table(["workload", "life, s: p50 (p10-p90)", "idle before eviction, s", "reused after, s", "hit by"], rows)
+
+
+def _seconds(points: dict[str, float] | None) -> str:
+    return "none" if points is None else f"{number(points['p50'])} ({number(points['p10'])}-{number(points['p90'])})"
+
+
+def check(result: dict[str, Any]) -> str:
+    parts = [
+        f"{name}, {each['pages']:,} pages: model {percent(each['model'], 2)}, core {percent(each['core'], 2)}"
+        for name, each in result["check"].items()
+    ]
+    return "The production core in a replay, as a check of the model: " + "; ".join(parts) + "."
+
+
+def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
+    made, (curve, counts, who) = plots.figure(3, width=12.0, height=3.7)
+    for name, each in found.items():
+        points = each["curve"]
+        curve.plot([100 * p["share"] for p in points], [100 * p["hit_rate"] for p in points], "o-", label=name,
+                   color=plots.COLOURS[name])  # fmt: skip
+    curve.set_xscale("log")
+    curve.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    curve.minorticks_off()
+    curve.set_ylim(-3, 103)
+    plots.label(curve, "Hit rate by pool size", "pool, % of the workload's distinct pages", "prompt tokens found, %")
+    plots.below(curve, 3)
+    names = list(found)
+    ranges = list(next(iter(found.values()))["reuses"])
+    plots.stacked(counts, names, {key: [100 * found[n]["reuses"][key] for n in names] for key in ranges}, plots.SHADES)
+    plots.label(counts, "Pages by how often reused", f"pages of {result['page']}, % (no eviction)", "")
+    plots.below(counts, 4)
+    shared = [name for name in names if found[name]["relations"]]
+    relations = {key: [100 * found[n]["relations"].get(key, 0.0) for n in shared] for key in RELATIONS}
+    plots.stacked(who, shared, relations, plots.CHOICES)
+    plots.label(who, "Who reuses", "pages hit, %", "")
+    plots.below(who, 2)
+    plots.save(made, path)

@@ -1,0 +1,245 @@
+"""Question 5 on the page, in five parts. Imports the parts and the plots."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from benchmarks.study.report import plots
+from benchmarks.study.report.parts import Results, Section, commands, device_name, image, number, percent, spread, table
+
+H100_PREFILL = 88_000
+"""Prompt tokens per second of the 0.6B shape on one H100: docs/performance.md."""
+
+
+def section(results: Results, folder: Path) -> Section:
+    result = results["cpu"]
+    body = [*hit_rate(result), *token_costs(results), *memory(result), *kernels(results), *short_prompts(result)]
+    draw(results, folder / "tradeoffs.svg")
+    body.append(image("tradeoffs.svg", "Pool size, hit rate and latency; the engine's reuse; page size and kernels"))
+    return Section(
+        "5. Impact and trade-offs: what pays?", answer(result), body, commands(results),
+        "Replayed seconds come from the time model of `docs/replay.md`, not from GPUs. The engine runs have random weights "
+        "and one "
+        "process on a shared CPU; attention there is a larger part of the work than on a GPU. The second tier is a model: a "
+        "pool so "
+        "much larger, with an assumed bandwidth and no queue for it.",
+    )  # fmt: skip
+
+
+def answer(result: dict[str, Any]) -> str:
+    rows = result["sweep"]["rows"]
+    low, high = rows[0], rows[-1]
+    text = (f"On {result['sweep']['workload']}, {low['pages']:,} to {high['pages']:,} pages a group raise the hit rate from "
+            f"{percent(low['hit_rate'])} to {percent(high['hit_rate'])}, cut the mean time to first token from "
+            f"{number(low['ttft_mean_s'])} "
+            f"to {number(high['ttft_mean_s'])} s, and raise overloaded throughput by a factor of "
+            f"{high['requests_per_s'] / low['requests_per_s']:.2f}.")  # fmt: skip
+    if "engine" in result:
+        engine = result["engine"]
+        saved = compute_us(engine)
+        costs = result["token_ns"]["256"]
+        spent = (costs["hash"] + costs["verify"]) / 1e3
+        text += (f" Hashing and verifying cost {spent * 1e3:.2g} ns a token, computing it {number(saved)} us on this CPU: "
+                 f"{number(saved / spent)} times as much.")  # fmt: skip
+    return text
+
+
+def compute_us(engine: dict[str, Any]) -> float:
+    """Of one prompt token: what the longest hit saves, over its tokens."""
+    none, most = engine["reuse"][0], engine["reuse"][-1]
+    return float((none["ttft_ms"]["median"] - most["ttft_ms"]["median"]) * 1e3 / (most["cached"] - none["cached"]))
+
+
+def hit_rate(result: dict[str, Any]) -> list[str]:
+    sweep = result["sweep"]
+    rows = [
+        [
+            f"{row['pages']:,}", f"{row['tokens'] / 1e6:.1f}", percent(row["hit_rate"]), number(row["ttft_mean_s"]),
+            number(row["ttft_p50_s"]), number(row["ttft_p99_s"]), number(row["tpot_p50_s"] * 1e3),
+            percent(row["full_hit_rate"]), number(row["requests_per_s"]),
+        ]
+        for row in sweep["rows"]
+    ]  # fmt: skip
+    body = [
+        "### 5a. Hit rate against latency and throughput",
+        f"The production core, {sweep['groups']} groups, {sweep['requests']:,} requests of {sweep['workload']}, virtual "
+        f"seconds; the last "
+        f"two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
+        table(["pages a group", "M tokens in all", "hit rate", "TTFT mean, s", "p50", "p99", "TPOT p50, ms",
+               "hit rate, overloaded", "requests/s, overloaded"], rows),
+    ]  # fmt: skip
+    if "engine" in result:
+        engine = result["engine"]
+        lines = [
+            [f"{row['cached']:,} of "
+             f"{row['prompt']:,}", spread(row["ttft_ms"]), spread(row["tokens_per_s"])] for row in engine["reuse"]
+        ]
+        body += [
+            f"The real engine, {engine['model']} on this CPU: one request for its first token, then {engine['batch']} at once "
+            f"for "
+            f"{engine['output']} tokens each, by cached prompt tokens:",
+            table(["cached", "TTFT, ms", "output tokens/s"], lines),
+        ]
+    return body
+
+
+def token_costs(results: Results) -> list[str]:
+    result = results["cpu"]
+    rows = [
+        [f"pages of {page}", *(number(costs[name]) for name in ("hash", "verify", "publish"))]
+        for page, costs in result["token_ns"].items()
+    ]
+    body = [
+        "### 5b. What reuse costs against the compute that it saves",
+        "Nanoseconds a token: hashing a prompt, finding all of it with every token compared, publishing it new:",
+        table(["", "hash", "find and verify", "publish"], rows),
+    ]
+    copies = [
+        f"{number(each['us'][tokens]['median'])} us for {tokens} tokens ({number(each['us'][tokens]['median'] / int(tokens))} "
+        f"a token; "
+        f"{shape}, {device_name(of_device)})"
+        for of_device in results.values()
+        if "copy_us" in of_device
+        for shape, each in of_device["copy_us"].items()
+        for tokens in each["us"]
+    ]
+    if copies:
+        body.append("Copying the part of a page that is reused, all layers: " + "; ".join(copies) + ".")
+    if "engine" in result:
+        body.append(f"Computing a prompt token takes {number(compute_us(result['engine']))} us here "
+                    f"({result['engine']['model']}, from 5a), "
+                    f"so a copy of 32 tokens costs as much as computing {copy_in_tokens(result):.2g} of them.")  # fmt: skip
+    return body
+
+
+def copy_in_tokens(result: dict[str, Any]) -> float:
+    shape = result["copy_us"][result["engine"]["model"]]
+    return float(shape["us"]["32"]["median"]) / compute_us(result["engine"])
+
+
+def memory(result: dict[str, Any]) -> list[str]:
+    tier = result["tier"]
+    rows = [
+        [f"{row['tier']} x the pool", percent(row["hit_rate"]), f"{row['tokens'] / 1e6:.2f}",
+         number(row["recompute_ms_a_request"]), number(row["fetch_ms_a_request"])]
+        for row in tier["rows"]
+    ]  # fmt: skip
+    body = [
+        "### 5c. Memory against recompute, and fetching ahead",
+        f"A second tier of host memory beside a pool that holds a twentieth of {tier['workload']}'s distinct pages (hit rate "
+        f"alone "
+        f"{percent(tier['hit_rate'])}), for the model that the time model stands for ({tier['token_bytes'] / 1024:.0f} KiB of "
+        f"KV a token), "
+        f"fetched at {tier['bandwidth'] / 1e9:.0f} GB/s a group:",
+        table(["tier", "hit rate", "M tokens won", "computing them, ms a request", "fetching them, ms a request"], rows),
+        f"Fetching beats computing above {tier['break_even_bandwidth'] / 1e9:.1f} GB/s. Fetching *ahead*, while a request "
+        f"waits, can save at "
+        "most the last column: it pays where that is a visible part of the time to first token.",
+    ]
+    if "engine" in result:
+        lines = [
+            [percent(row["pool"], 0), spread(row["tokens_per_s"]), number(row["preemptions"]),
+             percent(row["recomputed"] / row["tokens"])]
+            for row in result["engine"]["pressure"]
+        ]  # fmt: skip
+        body += [
+            "The real engine with a pool that holds all of a batch, half, and a quarter (preemption by recompute):",
+            table(["pool, of what the batch needs", "output tokens/s", "preemptions a batch", "tokens computed again"], lines),
+        ]
+    return body
+
+
+def kernels(results: Results) -> list[str]:
+    measured = {device: each for device, each in results.items() if each.get("kernels")}
+    if not measured:
+        return []
+    body = ["### 5d. Page size against kernel speed", "Attention, ms a layer, median (range):"]
+    for result in measured.values():
+        pages = sorted({row["page"] for row in result["kernels"]})
+        names = dict.fromkeys((row["case"], row["backend"]) for row in result["kernels"])
+        found = {(row["case"], row["backend"], row["page"]): row["ms"] for row in result["kernels"]}
+        rows = [
+            [case, backend, *(spread(found[case, backend, page]) if (case, backend, page) in found else "" for page in pages)]
+            for case, backend in names
+        ]
+        body.append(table([device_name(result), "backend", *(f"pages of {page}" for page in pages)], rows))
+    return body
+
+
+def short_prompts(result: dict[str, Any]) -> list[str]:
+    if "engine" not in result:
+        return []
+    found = result["engine"]["padding"]
+    packed = found["packed"]["ms"]["median"]
+    rows = [
+        [name, f"{each['tokens']:,}", spread(each["ms"]), f"{each['ms']['median'] / packed:.2f}"]
+        for name, each in found.items()
+    ]
+    return [
+        "### 5e. Padding and grouping short prompts",
+        "32 prompts of 4 to 128 tokens, one token out each, on the real engine. Manta packs tokens of all prompts into one "
+        "step, without "
+        "padding; the other lines send what another engine would compute:",
+        table(["", "tokens computed", "ms", "over packed"], rows),
+    ]
+
+
+def draw(results: Results, path: Path) -> None:
+    result = results["cpu"]
+    made, panels = plots.figure(3, width=13.0, height=3.9)
+    pool, engine, kernel = panels
+    rows = result["sweep"]["rows"]
+    pool.plot([row["tokens"] / 1e6 for row in rows], [100 * row["hit_rate"] for row in rows], "o-", color=plots.CHOICES[0],
+              label="hit rate")  # fmt: skip
+    pool.set_xscale("log")
+    pool.set_ylim(bottom=0)
+    plots.label(pool, f"Pool size ({result['sweep']['workload']}, "
+                      f"replayed)", "pools of all groups, million tokens", "hit rate, %")
+    second = pool.twinx()
+    second.plot([row["tokens"] / 1e6 for row in rows], [row["ttft_mean_s"] for row in rows], "s--", color=plots.CHOICES[1],
+                label="mean TTFT")  # fmt: skip
+    second.set_ylabel("mean TTFT, s")
+    second.set_ylim(bottom=0)
+    second.grid(visible=False)
+    second.spines["right"].set_visible(True)
+    lines = [*pool.get_lines(), *second.get_lines()]
+    pool.legend(lines, [str(line.get_label()) for line in lines], loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    draw_engine(engine, result)
+    draw_kernels(kernel, results)
+    plots.save(made, path)
+
+
+def draw_engine(axes: Axes, result: dict[str, Any]) -> None:
+    if "engine" not in result:
+        axes.set_visible(False)
+        return
+    rows = result["engine"]["reuse"]
+    cached = [100 * row["cached"] / row["prompt"] for row in rows]
+    for name, colour, label in (("ttft_ms", plots.CHOICES[1], "TTFT, ms"), ("tokens_per_s", plots.CHOICES[2], "tokens/s out")):
+        low, middle, high = ([row[name][point] for row in rows] for point in ("low", "median", "high"))
+        axes.plot(cached, middle, "o-", color=colour, label=label)
+        axes.fill_between(cached, low, high, color=colour, alpha=0.18)
+    axes.set_ylim(bottom=0)
+    plots.label(axes, f"Reuse on the real engine ({result['engine']['model']}, CPU)", "prompt cached, %", "ms, and tokens/s")
+    plots.below(axes, 2)
+
+
+def draw_kernels(axes: Axes, results: Results) -> None:
+    """Each batch relative to pages of 256 on the same backend."""
+    at = 0
+    for device, result in results.items():
+        rows = result.get("kernels") or []
+        for case, backend in dict.fromkeys((row["case"], row["backend"]) for row in rows):
+            own = {row["page"]: row["ms"]["median"] for row in rows if (row["case"], row["backend"]) == (case, backend)}
+            if 256 in own:
+                axes.plot(list(own), [own[page] / own[256] for page in own], "o--" if device == "cuda" else "o-",
+                          color=plots.CHOICES[at % len(plots.CHOICES)], label=f"{case}, {backend}")  # fmt: skip
+                at += 1
+    if not at:
+        axes.set_visible(False)
+        return
+    plots.page_axis(axes, [16, 32, 64, 128, 256])
+    axes.set_ylim(bottom=0)
+    plots.label(axes, "Attention by page size", "page size, tokens", "time, over pages of 256")
+    plots.below(axes, 2)
