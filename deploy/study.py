@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy.config import ConfigError
+from deploy.config import ConfigError, bound_openmp_spin
 from deploy.exits import reported_errors
 from deploy.options import DebugOption
 
@@ -63,6 +63,7 @@ def command(
         if device not in ("cpu", "cuda"):
             raise ConfigError(f"--device {device} is neither cpu nor cuda")
         wanted = _questions(questions, device)
+        bound_openmp_spin()  # as the engine does, before anything imports torch
         page = _experiments("report.page")
         if saved:
             for path in saved:

@@ -15,7 +15,8 @@ from kvcache.layout import PageLayout
 
 PAGE, SMALL_PAGE = 256, 64
 PROMPT, OUTPUT, BATCH = 1025, 32, 8
-SHARED = (0, 256, 512, 768, 1024)
+SHARED = (0, 128, 256, 384, 512, 640, 768, 896, 1024)
+"""Cached tokens of a prompt; every other one ends inside a page."""
 SHORT_PROMPTS, LONGEST_SHORT, BUCKETS = 32, 128, 4
 PRESSED, PRESSED_TOKENS = 32, 128
 PRESSURES = (1.0, 0.5, 0.25)
@@ -49,10 +50,11 @@ class Bench:
         params = self._params(max_tokens=output, temperature=0.0, ignore_eos=True)
         return sum(each.num_cached_tokens or 0 for each in self.llm.generate(prompts, params, progress=False))
 
-    def timed_s(self, prompts: Prompts, output: int) -> float:
+    def timed_s(self, prompts: Prompts, output: int) -> tuple[float, int]:
+        """Seconds, and prompt tokens that were found in the cache."""
         began_s = time.perf_counter()
-        self.generate(prompts, output)
-        return time.perf_counter() - began_s
+        found = self.generate(prompts, output)
+        return time.perf_counter() - began_s, found
 
 
 def reuse(bench: Bench) -> list[dict[str, Any]]:
@@ -64,8 +66,9 @@ def reuse(bench: Bench) -> list[dict[str, Any]]:
             prefix = bench.draw(shared)
             bench.generate([[*prefix, 0]], 1)
             prompts = [prefix + bench.draw(PROMPT - shared) for _ in range(BATCH + 1)]
-            one_s = bench.timed_s(prompts[:1], 1)
-            all_s = bench.timed_s(prompts[1:], OUTPUT)
+            one_s, found = bench.timed_s(prompts[:1], 1)
+            all_s, _ = bench.timed_s(prompts[1:], OUTPUT)
+            assert found == shared, f"{found} of {shared} tokens were cached"
             if number:
                 first[shared].append(one_s)
                 batch[shared].append(BATCH * OUTPUT / all_s)
@@ -116,7 +119,7 @@ def pressure(options: Options) -> list[dict[str, Any]]:
         for number in range(4):
             for share, bench in benches.items():
                 prompts = [bench.draw(PRESSED_TOKENS) for _ in range(PRESSED)]
-                seconds = bench.timed_s(prompts, PRESSED_TOKENS)
+                seconds, _ = bench.timed_s(prompts, PRESSED_TOKENS)
                 if number:
                     rates[share].append(PRESSED * PRESSED_TOKENS / seconds)
         return [

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from benchmarks.study.allocators import paged_steps, pages_for, power_of_two
 from benchmarks.study.options import Options, Result, machine, run_alone
 from benchmarks.study.prefixes import hit_tokens, longest_prefixes
+from benchmarks.study.reuse import production
 from benchmarks.study.streams import Workload, workloads
 
 Reserve = Literal["max", "power of two", "exact"]
@@ -69,6 +70,21 @@ def hit_rates(prefixes: list[int], total: int) -> dict[str, float]:
     return {name: round(rate, 5) for name, rate in rates.items()}
 
 
+def replayed(workload: Workload) -> dict[str, float]:
+    """The production core's hit rates with and without reuse inside a page, in a pool that never evicts, beside the model's.
+
+    A replay makes answers of its own, so the model leaves answers out here.
+    """
+    room = sum(pages_for(request.computed_tokens + 1, 256) + 1 for request in workload.requests)
+    prefixes, total = longest_prefixes(workload, answers=False), workload.prompt_tokens
+    return {
+        "pages, core": production(workload, room, 0),
+        "pages, model": round(sum(hit_tokens(each, 256) for each in prefixes) / total, 5),
+        "tokens, core": production(workload, room, STRIDE),
+        "tokens, model": round(sum(hit_tokens(each, 256, STRIDE) for each in prefixes) / total, 5),
+    }
+
+
 def study(workload: Workload) -> dict[str, Any]:
     lengths = [(request.asked.prompt_tokens, request.computed_tokens) for request in workload.requests]
     total = workload.prompt_tokens
@@ -78,6 +94,7 @@ def study(workload: Workload) -> dict[str, Any]:
         "empty_at_end": {str(page): round(wasted_at_end(lengths, page), 1) for page in PAGES},
         "contiguous": {each: round(wasted_contiguous(lengths, each), 5) for each in RESERVES},
         "hits": hit_rates(longest_prefixes(workload), total),
+        "replayed": replayed(workload),
     }
     if workload.unit > 1:
         result["hits_if_continued"] = hit_rates(continued_prefixes(workload), total)

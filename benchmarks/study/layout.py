@@ -171,8 +171,9 @@ def sending(pools: Pools, wire: Wire) -> dict[str, Callable[[], object]]:
 
 
 def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
-    """Operation -> layout -> microseconds a page."""
+    """Operation -> layout -> microseconds a page. On a CPU by one thread, as a rank has few beside its model's."""
     device = options.device
+    torch.set_num_threads(1)
     pools = Pools(layout, 2 * BATCH_PAGES, device)
     settle: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     repeat = 3 if options.quick else 20
@@ -198,6 +199,7 @@ def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
 
 def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
     """By batch and backend: ms a layer, page-first and over a pool for each layer."""
+    torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for case in cases:
         work = passes(case, SHAPES[SHAPE], DTYPE, PAGE, options.device)
@@ -216,7 +218,6 @@ def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]
 
 
 def run(options: Options) -> Result:
-    torch.set_num_threads(options.threads)
     shape = SHAPES["tiny" if options.quick else SHAPE]
     layout = PageLayout(PAGE, shape.layers, shape.kv_heads, shape.head_dim, DTYPE)
     return {

@@ -23,6 +23,7 @@ from benchmarks.study.streams import Workload, workloads
 from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
+from scheduler.config import CoreConfig
 
 LONGEST_THAT_FIT, QUICK_LONGEST_THAT_FIT = 16, 2
 """The simulated pool holds so many sequences of the model's maximal length."""
@@ -69,7 +70,7 @@ def full_server(workload: Workload, longest_that_fit: int) -> dict[str, Any]:
 def table_laps(page: int, blocks: int, laps: int, seed: int = 0) -> dict[str, float]:
     """Microseconds, medians: hashing 4,096 tokens; then match, reserve, publish and release of a prompt that is new, in a pool
     full of cached pages, and of one that is all cached."""
-    draw, table, group = np.random.default_rng(seed), BlockTable(page), GroupId(0)
+    draw, table, group = np.random.default_rng(seed), BlockTable(page, CoreConfig(page_size=page).stride), GroupId(0)
     pick = random.Random(seed)
     table.add_group(group, blocks)
     holds = blocks * page // PROMPT
@@ -97,7 +98,8 @@ def _admit(table: BlockTable, group: GroupId, prompt: np.ndarray[Any, np.dtype[n
     page = table.page_size
     match = table.match(prompt, hashes, "", (len(prompt) - 1) // page)
     depth = match.depth(group)
-    held = table.reserve(group, match, depth, len(hashes) - depth, "")
+    part = table.parts(match, prompt, "", len(prompt) - 1).get(group)
+    held = table.reserve(group, match, depth, len(hashes) - depth, "", part)
     assert held is not None
     for at in range(depth, len(hashes)):
         table.publish(held, prompt[at * page : (at + 1) * page], hashes[at])

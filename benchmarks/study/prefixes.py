@@ -61,17 +61,18 @@ def common(a: Names, b: Names) -> int:
     return first if size and differ[first] else size
 
 
-def longest_prefixes(workload: Workload) -> list[int]:
+def longest_prefixes(workload: Workload, *, answers: bool = True) -> list[int]:
     """[requests] prompt tokens that some earlier request's prompt and answer begin with, at most all but the last one.
 
-    A trace's names are of many tokens: what two blocks of different names begin with is not seen, nor are answers.
+    answers: false for prompts alone. A trace's names are of many tokens: what two blocks of different names begin with is
+    not seen, nor are answers.
     """
     tree = PrefixTree()
     result: list[int] = []
     for request in workload.requests:
         matched = tree.match(request.asked.names) * workload.unit
         result.append(min(matched, request.asked.prompt_tokens - 1))
-        tree.add(request.cached_names)
+        tree.add(request.cached_names if answers else request.asked.names)
     return result
 
 

@@ -75,9 +75,12 @@ def study(workload: Workload) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def production(workload: Workload, pages: int) -> float:
-    """The production core's hit rate on one group with a pool of so many pages, in virtual time."""
-    shape = ClusterShape(groups=MACHINES).pooled(pages)
+def production(workload: Workload, pages: int, stride: int) -> float:
+    """The production core's hit rate on one group with a pool of so many pages, in virtual time. It makes its own answers.
+
+    stride: of reuse inside a page, 0 for whole pages alone.
+    """
+    shape = ClusterShape(groups=MACHINES, hash_stride=stride).pooled(pages)
     return replay([request.asked for request in workload.requests], "manta", Scenario(shape)).token_hit_rate
 
 
@@ -85,7 +88,7 @@ def run(options: Options) -> Result:
     made = workloads(options.trace, options.seed, quick=options.quick)
     found = {workload.name: study(workload) for workload in made}
     check = {
-        workload.name: {"pages": pages, "model": tell(workload, PAGE, pages).hit_rate, "core": production(workload, pages)}
+        workload.name: {"pages": pages, "model": tell(workload, PAGE, pages).hit_rate, "core": production(workload, pages, 0)}
         for workload in made
         if workload.name in ("trace", "shared prompt")
         and (pages := max(found[workload.name]["pool"]["pages"], workload.longest // PAGE + 2))

@@ -15,9 +15,11 @@ from benchmarks.study.options import Options, in_turns, spread
 from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
+from scheduler.config import CoreConfig
 
 TOKENS = 16_384
 PAGES = (16, 64, 256)
+PARTS = 1000
 
 
 def bookkeeping_ns(options: Options) -> dict[str, dict[str, float]]:
@@ -32,7 +34,7 @@ def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict
 
     def publish() -> None:
         """Into an empty table: reserving, adding a node and a block for each page."""
-        table, group = BlockTable(page), GroupId(0)
+        table, group = BlockTable(page, CoreConfig(page_size=page).stride), GroupId(0)
         table.add_group(group, len(hashes))
         held = table.reserve(group, table.match(tokens, hashes, "", 0), 0, len(hashes), "")
         assert held is not None
@@ -40,14 +42,24 @@ def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict
             table.publish(held, tokens[at * page : (at + 1) * page], hash_)
         tables[:] = [table]
 
+    def find_part() -> None:
+        """The prompt again, but that its last page is wanted to one token less than all: found inside the page, many times."""
+        match = tables[0].match(tokens, hashes, "", len(hashes) - 1)
+        for _ in range(PARTS):
+            found = tables[0].parts(match, tokens, "", TOKENS - 1)[GroupId(0)]
+        assert found.tokens == page - 1
+
     publish()
     work: dict[str, Callable[[], object]] = {
         "hash": lambda: hash_pages(tokens, page),
         "verify": lambda: tables[0].match(tokens, hashes, "", len(hashes)),
+        "verify and find parts": find_part,
         "publish": publish,
     }
     times = in_turns(work, options.rounds, repeat=2 if options.quick else 20)
-    return {name: float(f"{statistics.median(each) * 1e9 / TOKENS:.3g}") for name, each in times.items()}
+    middle = {name: statistics.median(each) for name, each in times.items()}
+    result = {name: float(f"{middle[name] * 1e9 / TOKENS:.3g}") for name in ("hash", "verify", "publish")}
+    return result | {"part_us": float(f"{(middle['verify and find parts'] - middle['verify']) * 1e6 / PARTS:.3g}")}
 
 
 def copy_us(options: Options, shapes: tuple[str, ...] = ("0.1B", "0.6B")) -> dict[str, Any]:

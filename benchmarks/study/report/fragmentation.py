@@ -22,6 +22,10 @@ def section(results: Results, folder: Path) -> Section:
         f"of 256 "
         f"(a match inside a page needs {result['stride']} tokens):",
         hits_table(found),
+        "The production core in a replay, in a pool that never evicts, beside the model (without answers, which a replay "
+        "makes of "
+        "its own):",
+        replayed_table(found),
         image("fragmentation.svg", "Waste and hit rate by page size"),
     ]
     return Section(
@@ -79,6 +83,16 @@ def hits_table(found: dict[str, Any]) -> str:
             rows.append([name, *(percent(each["hits"][column], 2) for column in columns)])
         if "hits_if_continued" in each:
             rows.append([f"{name}, if continued", *(percent(each["hits_if_continued"][column], 2) for column in columns)])
+    return table(["workload", *columns], rows)
+
+
+def replayed_table(found: dict[str, Any]) -> str:
+    columns = list(next(iter(found.values()))["replayed"])
+    rows = [
+        [name, *(percent(each["replayed"][column], 2) for column in columns)]
+        for name, each in found.items()
+        if each["hits"]["every token"]
+    ]
     return table(["workload", *columns], rows)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.report import fragmentation, layout, paging, reuse, tradeoffs
+from benchmarks.study.report import fragmentation, layout, paging, plots, reuse, tradeoffs
 from benchmarks.study.report.parts import Results, Section
 
 FOLDER, PAGE = "kv-study", "kv-study.md"
@@ -69,7 +69,8 @@ def render(output: Path) -> Path:
     }
     if not found:
         raise ValueError(f"{output / FOLDER} holds no results of the study: run `manta study` without --from first")
-    sections = [SECTIONS[question](results, output / FOLDER).markdown() for question, results in found.items()]
+    with plots.styled():
+        sections = [SECTIONS[question](results, output / FOLDER).markdown() for question, results in found.items()]
     path = output / PAGE
     path.write_text("\n\n".join([OPENING.strip(), machines(found), *sections]) + "\n", encoding="utf-8")
     return path

@@ -4,6 +4,7 @@ SVG without dates and with fixed ids, so that equal results give equal files.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,22 @@ CHOICES = ("#1b6ca8", "#e08e0b", "#2a9d5c", "#b4436c", "#7a8594", "#6a51a3")
 SHADES = ("#dfe8f0", "#b9cfe2", "#8fb3d3", "#6496c1", "#3d78ad", "#235c93", "#113f6d")
 
 
+def styled() -> AbstractContextManager[object]:
+    """Within it everything is drawn in the one style."""
+    return mpl.rc_context(STYLE)
+
+
 def figure(columns: int = 1, rows: int = 1, *, width: float = 10.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, row by row."""
-    with mpl.rc_context(STYLE):
-        made = Figure(figsize=(width, height * rows), layout="constrained")
-        FigureCanvasSVG(made)
-        panels = made.subplots(rows, columns, squeeze=False)
+    made = Figure(figsize=(width, height * rows), layout="constrained")
+    FigureCanvasSVG(made)
+    panels = made.subplots(rows, columns, squeeze=False)
     return made, list(panels.flat)
 
 
 def save(made: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        made.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    made.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def label(axes: Axes, title: str, x: str, y: str) -> None:

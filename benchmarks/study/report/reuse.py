@@ -44,8 +44,8 @@ def answer(found: dict[str, Any]) -> str:
             f"{between(never)} of the pages are never reused.")  # fmt: skip
     if by_conversation:
         shares = between([own[name] for name in by_conversation])
-        text += f" In {', '.join(by_conversation)} the same conversation does it ({shares} of the pages hit)"
-        text += f"; in {', '.join(by_others)} others do." if by_others else "."
+        text += f" In {' and '.join(by_conversation)} it is the same conversation that reuses ({shares} of the pages hit)"
+        text += f"; in {' and '.join(by_others)} it is others." if by_others else "."
     return text
 
 
@@ -82,7 +82,7 @@ def check(result: dict[str, Any]) -> str:
         f"{name}, {each['pages']:,} pages: model {percent(each['model'], 2)}, core {percent(each['core'], 2)}"
         for name, each in result["check"].items()
     ]
-    return "The production core in a replay, as a check of the model: " + "; ".join(parts) + "."
+    return "The production core in a replay (whole pages alone), as a check of the model: " + "; ".join(parts) + "."
 
 
 def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:

@@ -8,9 +8,6 @@ from matplotlib.axes import Axes
 from benchmarks.study.report import plots
 from benchmarks.study.report.parts import Results, Section, commands, device_name, image, number, percent, spread, table
 
-H100_PREFILL = 88_000
-"""Prompt tokens per second of the 0.6B shape on one H100: docs/performance.md."""
-
 
 def section(results: Results, folder: Path) -> Section:
     result = results["cpu"]
@@ -18,7 +15,7 @@ def section(results: Results, folder: Path) -> Section:
     draw(results, folder / "tradeoffs.svg")
     body.append(image("tradeoffs.svg", "Pool size, hit rate and latency; the engine's reuse; page size and kernels"))
     return Section(
-        "5. Impact and trade-offs: what pays?", answer(result), body, commands(results),
+        "5. Impact and trade-offs: what pays?", answer(results), body, commands(results),
         "Replayed seconds come from the time model of `docs/replay.md`, not from GPUs. The engine runs have random weights "
         "and one "
         "process on a shared CPU; attention there is a larger part of the work than on a GPU. The second tier is a model: a "
@@ -27,22 +24,75 @@ def section(results: Results, folder: Path) -> Section:
     )  # fmt: skip
 
 
-def answer(result: dict[str, Any]) -> str:
-    rows = result["sweep"]["rows"]
-    low, high = rows[0], rows[-1]
-    text = (f"On {result['sweep']['workload']}, {low['pages']:,} to {high['pages']:,} pages a group raise the hit rate from "
-            f"{percent(low['hit_rate'])} to {percent(high['hit_rate'])}, cut the mean time to first token from "
-            f"{number(low['ttft_mean_s'])} "
-            f"to {number(high['ttft_mean_s'])} s, and raise overloaded throughput by a factor of "
-            f"{high['requests_per_s'] / low['requests_per_s']:.2f}.")  # fmt: skip
+def answer(results: Results) -> str:
+    """A line for each part."""
+    result = results["cpu"]
+    verdicts = [impact(result), hashing(result), tiers(result), page_sizes(results), packing(result)]
+    return "\n".join(f"- {verdict}" for verdict in verdicts if verdict)
+
+
+def impact(result: dict[str, Any]) -> str:
+    sweep = result["sweep"]
+    low, high = sweep["rows"][0], sweep["rows"][-1]
+    text = (
+        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate on {sweep['workload']} goes from "
+        f"{percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
+        f"{number(low['ttft_mean_s'])} "
+        f"to {number(high['ttft_mean_s'])} s, and overloaded throughput grows by a factor of "
+        f"{high['requests_per_s'] / low['requests_per_s']:.2f}."
+    )
     if "engine" in result:
-        engine = result["engine"]
-        saved = compute_us(engine)
-        costs = result["token_ns"]["256"]
-        spent = (costs["hash"] + costs["verify"]) / 1e3
-        text += (f" Hashing and verifying cost {spent * 1e3:.2g} ns a token, computing it {number(saved)} us on this CPU: "
-                 f"{number(saved / spent)} times as much.")  # fmt: skip
+        none, most = result["engine"]["reuse"][0], result["engine"]["reuse"][-1]
+        text += (
+            f" On the real engine a prompt that is cached to {most['cached']:,} of {most['prompt']:,} tokens has its first "
+            f"token in "
+            f"{number(most['ttft_ms']['median'])} instead of {number(none['ttft_ms']['median'])} ms."
+        )
     return text
+
+
+def hashing(result: dict[str, Any]) -> str:
+    costs = result["token_ns"]["256"]
+    spent_ns = costs["hash"] + costs["verify"]
+    text = f"**Hashing.** Hashing a token and comparing it cost {spent_ns:.2g} ns at pages of 256"
+    if "engine" in result:
+        saved_us = compute_us(result["engine"])
+        text += f", computing it {number(saved_us)} us on this CPU: {number(saved_us * 1e3 / spent_ns)} times as much"
+    return text + "."
+
+
+def tiers(result: dict[str, Any]) -> str:
+    tier, rows = result["tier"], result["tier"]["rows"]
+    most = rows[-1]
+    text = (
+        f"**Memory or recompute.** A host tier of {most['tier']} times the pool lifts {tier['workload']} from "
+        f"{percent(tier['hit_rate'])} to {percent(most['hit_rate'])}; moving KV beats computing it above "
+        f"{tier['break_even_bandwidth'] / 1e9:.1f} GB/s. Fetching ahead of the start can save at most "
+        f"{number(most['fetch_ms_a_request'])} ms a request, where the tier itself saves "
+        f"{number(most['recompute_ms_a_request'])} ms"
+    )
+    return text + "."
+
+
+def page_sizes(results: Results) -> str:
+    parts = []
+    for result in results.values():
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for row in result.get("kernels") or []:
+            found.setdefault((row["case"], row["backend"]), {})[row["page"]] = row["ms"]["median"]
+        ratios = [own[16] / own[256] for own in found.values() if 16 in own and 256 in own]
+        if ratios:
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as long on {device_name(result)}")
+    return f"**Page size.** Attention over pages of 16 takes {', '.join(parts)} as over pages of 256." if parts else ""
+
+
+def packing(result: dict[str, Any]) -> str:
+    if "engine" not in result:
+        return ""
+    found = {name: each["ms"]["median"] for name, each in result["engine"]["padding"].items()}
+    packed = found.pop("packed")
+    listed = ", ".join(f"{name} {number(ms / packed)}" for name, ms in found.items())
+    return f"**Short prompts.** Against packing them without padding, in times as long: {listed}."
 
 
 def compute_us(engine: dict[str, Any]) -> float:
@@ -87,13 +137,15 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
 def token_costs(results: Results) -> list[str]:
     result = results["cpu"]
     rows = [
-        [f"pages of {page}", *(number(costs[name]) for name in ("hash", "verify", "publish"))]
+        [f"pages of {page}", *(number(costs[name]) for name in ("hash", "verify", "publish")), number(costs["part_us"])]
         for page, costs in result["token_ns"].items()
     ]
     body = [
         "### 5b. What reuse costs against the compute that it saves",
-        "Nanoseconds a token: hashing a prompt, finding all of it with every token compared, publishing it new:",
-        table(["", "hash", "find and verify", "publish"], rows),
+        "Nanoseconds a token: hashing a prompt, finding all of it with every token compared, publishing it new. And "
+        "microseconds "
+        "for a match that ends inside a page, once a prompt:",
+        table(["", "hash", "find and verify", "publish", "a part, us"], rows),
     ]
     copies = [
         f"{number(each['us'][tokens]['median'])} us for {tokens} tokens ({number(each['us'][tokens]['median'] / int(tokens))} "
