@@ -14,7 +14,7 @@ import numpy as np
 from cluster.replay.traces import Names, TraceRequest, read_trace
 
 UNKNOWN = -1
-COMMON_SHARE = 0.01
+COMMON_SHARE, COMMON_LEAST = 0.01, 20
 """A block that so many of a trace's requests begin with is a common preamble: sharing it does not make a conversation."""
 
 NOTHING: Names = np.empty(0, np.uint64)
@@ -73,10 +73,11 @@ def from_trace(path: Path, seed: int, limit: int | None = None) -> Workload:
 def infer_conversations(names: list[Names]) -> list[int]:
     """A request continues the conversation of the last one that had its longest known prefix, preambles left aside.
 
-    A block that is in COMMON_SHARE of all requests is a preamble. Returns a conversation for each request.
+    A block that is in COMMON_SHARE of all requests, and in COMMON_LEAST of them, is a preamble. Returns a conversation for
+    each request.
     """
     counts = Counter(int(name) for each in names for name in each)
-    common = COMMON_SHARE * len(names)
+    common = max(COMMON_LEAST, COMMON_SHARE * len(names))
     last: dict[int, int] = {}
     result: list[int] = []
     for number, each in enumerate(names):
@@ -84,7 +85,7 @@ def infer_conversations(names: list[Names]) -> list[int]:
         for name in each.tolist():
             if name not in last:
                 break
-            if counts[name] < max(common, 2):
+            if counts[name] < common:
                 conversation = last[name]
         last.update(dict.fromkeys(each.tolist(), conversation))
         result.append(conversation)
