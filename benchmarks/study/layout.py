@@ -25,6 +25,9 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 
 SHAPE, DTYPE, PAGE = "0.6B", "bfloat16", 256
+GPU_CASES = (Case("decode 32 x 4,000", 32, 1, 4000), Case("chunk of 2,048 after 6,144", 1, 2048, 8192))
+"""Beside the usual ones, which hardly keep a GPU busy."""
+
 PARTIAL_TOKENS = 100
 BATCH_PAGES = 8
 
@@ -220,10 +223,11 @@ def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]
 def run(options: Options) -> Result:
     shape = SHAPES["tiny" if options.quick else SHAPE]
     layout = PageLayout(PAGE, shape.layers, shape.kv_heads, shape.head_dim, DTYPE)
+    cases = (*CASES, *GPU_CASES) if options.device == "cuda" else CASES
     return {
         "command": options.command(1), "machine": machine(options), "shape": "tiny" if options.quick else SHAPE,
         "page": PAGE, "page_bytes": layout.page_bytes, "runs": 2 * layout.layers, "copies_us": copies(options, layout),
-        "attention_ms": [] if options.quick else attention(options, CASES),
+        "threads": options.threads, "attention_ms": [] if options.quick else attention(options, cases),
     }  # fmt: skip
 
 

@@ -45,6 +45,8 @@ class Options:
             words.append(f"--trace {self.trace.name}")
         if self.device != "cpu":
             words.append(f"--device {self.device}")
+        if self.threads != len(os.sched_getaffinity(0)) and question in (1, 5):
+            words.append(f"--threads {self.threads}")
         if self.vllm_python is not None and question == 4:
             words.append("--vllm-python VLLM_VENV/bin/python")
         return " ".join(words)

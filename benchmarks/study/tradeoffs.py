@@ -4,12 +4,18 @@ against recompute, page size against kernel speed, and whether fetching ahead an
 Replays, the real engine on a CPU, kernels on the chosen device. May import every room.
 """
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.options import Options, Result, in_turns, machine, run_alone, spread
 from benchmarks.study.replays import pool_sweep, second_tier
 from benchmarks.study.token_costs import bookkeeping_ns, copy_us
+
+if TYPE_CHECKING:
+    from benchmarks.attention import Case
+    from benchmarks.checkpoints import Shape
+    from workers.attention.base import AttentionBackend
 
 KERNEL_PAGES = (16, 32, 64, 128, 256)
 KERNEL_CASES = ("decode 32 x 200", "decode 4 x 4,000", "chunk of 1,024")
@@ -20,19 +26,20 @@ def kernels(options: Options) -> list[dict[str, Any]]:
     """By batch, backend and page size: ms a layer. All page sizes take turns; a backend that cannot have one is left out."""
     import torch
 
-    from benchmarks.attention import CASES, passes
+    from benchmarks.attention import CASES, Case
     from benchmarks.checkpoints import SHAPES
 
     torch.set_num_threads(options.threads)
     shape = SHAPES[KERNEL_SHAPE]
     settle: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     rows: list[dict[str, Any]] = []
-    for case in (each for each in CASES if each.name in KERNEL_CASES):
+    cases = [case for case in CASES if case.name in KERNEL_CASES]
+    if options.device == "cuda":
+        cases += [Case("decode 64 x 8,000", 64, 1, 8000), Case("chunk of 2,048 after 6,144", 1, 2048, 8192)]
+    for case in cases:
         named: dict[str, Callable[[], object]] = {}
         for page in KERNEL_PAGES:
-            for (backend, pages), work in passes(case, shape, "bfloat16", page, options.device).items():
-                if pages == "page-first" and backend != "cpu torch":
-                    named[f"{backend}|{page}"] = work
+            named |= {f"{name}|{page}": work for name, work in kernel_passes(case, shape, page, options.device).items()}
         times = in_turns(named, options.rounds, settle=settle)
         for name, values in times.items():
             backend, _, page_text = name.partition("|")
@@ -42,6 +49,39 @@ def kernels(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+def kernel_passes(case: "Case", shape: "Shape", page: int, device: str) -> dict[str, Callable[[], object]]:
+    """Backend -> one pass over all layers of the case, page-first. The CPU's compiled kernels; on a GPU flash and Triton."""
+    import torch
+
+    from benchmarks.attention import make_step
+    from kvcache.layout import PageLayout
+    from kvcache.pool import KVPool
+    from workers.attention import select_backend
+
+    step = make_step(case, page, device)
+    layout = PageLayout(page, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+    pool = KVPool(layout, step.block_tables.numel(), device)
+    pool.data.normal_()
+    tokens = case.sequences * case.queries
+    query = torch.randn(tokens, shape.heads, shape.head_dim, device=device).to(pool.dtype)
+    key, value = torch.randn(2, tokens, shape.kv_heads, shape.head_dim, device=device).to(pool.dtype)
+    result: dict[str, Callable[[], object]] = {}
+    for name in ("cpu",) if device == "cpu" else ("flash", "triton"):
+        try:
+            backend = select_backend(name, pool=pool, heads=shape.heads, native=True if name == "cpu" else None)
+        except ValueError as error:
+            print(f"{name} left out at pages of {page}: {error}", file=sys.stderr)
+            continue
+
+        def work(backend: "AttentionBackend" = backend) -> None:
+            plan = backend.plan(step)
+            for layer in range(shape.layers):
+                backend.attend(layer, query, key, value, step, plan)
+
+        result[name] = work
+    return result
+
+
 def run(options: Options) -> Result:
     """On a GPU only what runs there: copies and kernels. quick: no model, no kernels."""
     result: Result = {"command": options.command(5), "machine": machine(options)}
@@ -49,7 +89,8 @@ def run(options: Options) -> Result:
         result |= {"sweep": pool_sweep(options), "tier": second_tier(options), "token_ns": bookkeeping_ns(options)}
     if options.quick:
         return result
-    result |= {"copy_us": copy_us(options), "kernel_shape": KERNEL_SHAPE, "kernels": kernels(options)}
+    result |= {"copy_us": copy_us(options), "kernel_shape": KERNEL_SHAPE, "threads": options.threads}
+    result["kernels"] = kernels(options)
     if options.device == "cpu":
         from benchmarks.study.engine_runs import engine_runs
 

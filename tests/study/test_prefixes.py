@@ -22,7 +22,8 @@ def test_common(a: tuple[int, ...], b: tuple[int, ...], length: int) -> None:
 
 def test_the_tree_finds_the_longest_prefix_of_any_sequence() -> None:
     draw = random.Random(0)
-    tree, before = PrefixTree(), []
+    tree = PrefixTree()
+    before: list[list[int]] = []
     for _ in range(300):
         text = [draw.randrange(2) for _ in range(draw.randrange(1, 12))]
         longest = max((common(names(*text), names(*other)) for other in before), default=0)

@@ -13,10 +13,11 @@ WAYS = ("page-first", "layer-first", "per layer")
 
 def section(results: Results, folder: Path) -> Section:
     body: list[str] = []
-    for result in results.values():
+    for device, result in results.items():
         body += [f"On {device_name(result)}, microseconds a page, median (range):", copies_table(result)]
         if result["attention_ms"]:
-            body += ["Attention, ms a layer:", attention_table(result)]
+            threads = f", {result['threads']} thread{'s'[: result['threads'] > 1]}" if device == "cpu" else ""
+            body += [f"Attention, ms a layer{threads}:", attention_table(result)]
     draw(results, folder / "layout.svg")
     first = next(iter(results.values()))
     body.insert(0, f"Pages of {first['page']} tokens of the {first['shape']} shape in bf16: "

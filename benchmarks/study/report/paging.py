@@ -21,11 +21,16 @@ def section(results: Results, folder: Path) -> Section:
         server_table(result["full_server"]),
         f"Bookkeeping by pool size: a prompt of {books['prompt']:,} tokens comes and goes, new in a pool full of cached pages "
         f"(each page "
-        "evicts one), or all cached. Microseconds, median; hashing apart:",
+        "evicts one), or all cached. Microseconds of CPU time, median; hashing apart:",
         laps_table(books),
+        f"nano-vLLM takes {number(books['nano_vllm']['hit_us']['8192'] / 1e3)} ms for a hit of 32 blocks of 256 with 8,192 "
+        f"free blocks and "
+        f"{number(books['nano_vllm']['hit_us']['65536'] / 1e3)} ms with 65,536, since it searches its list of free blocks "
+        f"(measured "
+        "elsewhere).",
         "By batch: one decode step. Manta: the whole report (tokens, pages, ends, commands, deltas). vLLM: `allocate_slots` "
         "for each "
-        "sequence alone, without `schedule` and `update`. Microseconds, mean of the quietest round:",
+        "sequence alone, without `schedule` and `update`. Microseconds of CPU time, mean of the quietest round:",
         steps_table(books),
         f"A block of Manta's pool takes {number(memory['pool_bytes'])} bytes of bookkeeping, a published page of 256 tokens "
         f"{number(memory['published_bytes'])} more, 1,024 of which are its tokens, which a hit is compared with.",
@@ -51,25 +56,31 @@ def answer(result: dict[str, Any]) -> str:
     }
     text = "The whole workload fits at once, so nothing can be compared."
     if all(ratios.values()):
-        spans = {way: f"{min(values):.2f} to {max(values):.2f} times" for way, values in ratios.items()}
-        text = (f"Pages of 256 run {spans['contiguous, longest']} as many sequences in the same memory as contiguous runs of "
-                f"maximal "
-                f"length, {spans['contiguous, power of two']} as many as powers of two, {spans['contiguous, exact']} as many "
-                f"as runs "
-                f"of the exact length, and {spans['pages of 16']} as many as pages of 16.")  # fmt: skip
-    large = result["bookkeeping"]["256"]
-    pools = list(large["manta"])
-    growth = large["manta"][pools[-1]]["cold"] / large["manta"][pools[0]]["cold"]
-    text += (f" From {int(pools[0]):,} to {int(pools[-1]):,} blocks Manta's cost of a new prompt changes by a factor of "
-             f"{growth:.2f}")
-    if large["vllm"]:
-        small = result["bookkeeping"]["16"]["vllm"]["pools"][pools[-1]]
-        own = large["manta"][pools[-1]]
-        text += (f"; at {int(pools[-1]):,} blocks a new prompt costs it {number(own['cold'])} us with pages of 256, vLLM "
-                 f"{number(large['vllm']['pools'][pools[-1]]['cold'])} us with blocks of 256 and {number(small['cold'])} with "
-                 f"its usual "
-                 "16")  # fmt: skip
+        longest, power, exact, small = (f"{min(values):.2f} to {max(values):.2f} times" for values in ratios.values())
+        text = (
+            f"Pages of 256 run {longest} as many sequences in the same memory as contiguous runs of maximal length, {power} as "
+            f"many as powers of two, {exact} as many as runs of the exact length, and {small} as many as pages of 16."
+        )
+    return text + " " + prompt_cost(result["bookkeeping"])
+
+
+def prompt_cost(books: dict[str, Any]) -> str:
+    """What a new prompt costs in the largest pool, hashing included."""
+    pools = list(books["256"]["manta"])
+    small, large = books["256"]["manta"][pools[0]], books["256"]["manta"][pools[-1]]
+    text = (
+        f"With {int(pools[-1]):,} blocks a new prompt of {books['prompt']:,} tokens costs Manta {number(total(large))} us with "
+        f"pages of 256, hashing included ({total(large) / total(small):.2f} times what it costs with {int(pools[0]):,}), and "
+        f"{number(total(books['16']['manta'][pools[-1]]))} with pages of 16"
+    )
+    if books["256"]["vllm"]:
+        peers = {page: total(books[page]["vllm"]["pools"][pools[-1]]) for page in ("256", "16")}
+        text += f"; vLLM's manager {number(peers['256'])} with blocks of 256 and {number(peers['16'])} with its usual 16"
     return text + "."
+
+
+def total(lap: dict[str, float]) -> float:
+    return lap["cold"] + lap["hash"]
 
 
 def server_table(servers: dict[str, Any]) -> str:

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from benchmarks.study.report import plots
 from benchmarks.study.report.parts import Results, Section, between, commands, image, number, percent, table
+
+LEAST_S = 0.01
+"""Where a logarithmic axis of seconds begins."""
 
 RELATIONS = ("same conversation", "same user", "other user", "other conversation")
 
@@ -18,7 +23,7 @@ def section(results: Results, folder: Path) -> Section:
         reuse_table(found),
         "How long pages live (that pool), how long after its last use a page is used again (no eviction), and who hits it:",
         life_table(found),
-        image("reuse.svg", "Hit rate by pool size, pages by reuse count, and who reuses"),
+        image("reuse.svg", "Hit rate by pool size, pages by reuse count, who reuses, and how long pages live"),
         check(result),
     ]
     return Section(
@@ -86,7 +91,7 @@ def check(result: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
-    made, (curve, counts, who) = plots.figure(3, width=12.0, height=3.7)
+    made, (curve, counts, who, times) = plots.figure(2, 2, height=3.4)
     for name, each in found.items():
         points = each["curve"]
         curve.plot([100 * p["share"] for p in points], [100 * p["hit_rate"] for p in points], "o-", label=name,
@@ -107,4 +112,28 @@ def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
     plots.stacked(who, shared, relations, plots.CHOICES)
     plots.label(who, "Who reuses", "pages hit, %", "")
     plots.below(who, 2)
+    draw_times(times, found)
     plots.save(made, path)
+
+
+def draw_times(axes: Axes, found: dict[str, Any]) -> None:
+    """A bar from p10 to p90 and a dot at the median, for each workload."""
+    kinds = {
+        "life, birth to eviction": [each["pool"]["lives_s"] for each in found.values()],
+        "idle before eviction": [each["pool"]["idles_s"] for each in found.values()],
+        "time to the next reuse": [each["gaps_s"] for each in found.values()],
+    }
+    for at, (kind, points) in enumerate(kinds.items()):
+        colour = plots.CHOICES[at]
+        for row, each in enumerate(points):
+            if each is not None:
+                y = row + 0.24 * (at - 1)
+                axes.plot([max(each["p10"], LEAST_S), max(each["p90"], LEAST_S)], [y, y], color=colour, linewidth=4, alpha=0.35)
+                axes.plot([max(each["p50"], LEAST_S)], [y], "o", color=colour)
+        axes.plot([], [], "o-", color=colour, label=kind)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    plots.label(axes, "How long pages live (a tenth of the pages)", "seconds, p10 to p90 and median", "")
+    plots.below(axes, 2)

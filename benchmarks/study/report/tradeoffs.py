@@ -215,7 +215,8 @@ def kernels(results: Results) -> list[str]:
             [case, backend, *(spread(found[case, backend, page]) if (case, backend, page) in found else "" for page in pages)]
             for case, backend in names
         ]
-        body.append(table([device_name(result), "backend", *(f"pages of {page}" for page in pages)], rows))
+        body.append(table([f"{result['kernel_shape']} on "
+                           f"{device_name(result)}", "backend", *(f"pages of {page}" for page in pages)], rows))
     return body
 
 
