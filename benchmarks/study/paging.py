@@ -4,13 +4,13 @@ costs as pools and batches grow, beside vLLM's own classes where an interpreter 
 A simulated full server (`allocators`), and timings of `BlockTable` and of the core. Pure Python and NumPy.
 """
 
-import itertools
 import json
 import os
 import random
 import statistics
 import subprocess
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +145,23 @@ def bookkeeping(options: Options) -> dict[str, Any]:
     return result
 
 
-def memory_per_block(blocks: int = 8192) -> dict[str, float]:
-    """Bytes that a block of Manta's pool takes, and an index page beside its tokens, as the replay's report counts them."""
-    from cluster.replay.engines import ClusterShape, Engine
-    from cluster.replay.report import table_bytes
-
-    engine = Engine([0], ClusterShape(1, blocks), 0, lambda *_: None, lambda *_: None, wait_for_prefix=True)
-    empty = table_bytes(engine)
-    table, group, page = engine.core.table, GroupId(0), engine.core.table.page_size
-    draw = np.random.default_rng(0)
-    for _ in itertools.repeat(None, blocks * page // PROMPT):
-        prompt = draw.integers(0, 1 << 17, PROMPT).astype(np.int32)
-        _admit(table, group, prompt, hash_pages(prompt, page))
-    return {"pool_bytes": round(empty / blocks, 1), "published_bytes": round((table_bytes(engine) - empty) / blocks, 1)}
+def memory_per_block(blocks: int = 8192, page: int = 256) -> dict[str, float]:
+    """Bytes, as Python's allocator counts them, that a block of Manta's pool takes, and a published page more."""
+    draw, group = np.random.default_rng(0), GroupId(0)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        table = BlockTable(page, CoreConfig(page_size=page).stride)
+        table.add_group(group, blocks)
+        empty = tracemalloc.get_traced_memory()[0] - before
+        for _ in range(blocks * page // PROMPT):
+            prompt = draw.integers(0, 1 << 17, PROMPT).astype(np.int32)
+            _admit(table, group, prompt, hash_pages(prompt, page))
+        del prompt
+        full = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    return {"pool_bytes": round(empty / blocks, 1), "published_bytes": round((full - empty) / blocks, 1)}
 
 
 def run(options: Options) -> Result:

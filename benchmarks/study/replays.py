@@ -10,8 +10,9 @@ from benchmarks.study.options import Options
 from benchmarks.study.page_cache import tell
 from benchmarks.study.streams import Workload, chat, from_trace
 from cluster.replay.engines import ClusterShape
-from cluster.replay.run import Scenario, replay
+from cluster.replay.run import POLICIES, Scenario, replay
 from cluster.replay.time_model import TimeModel
+from cluster.replay.transfers import LinkModel
 from scheduler.limits import pages_for
 
 PAGE = 256
@@ -20,12 +21,9 @@ QUICK_SHARES = (0.1, 1.2)
 SATURATING = 4.0
 """Load at which all pools of the sweep are overloaded, so that the time until the last request ends is throughput."""
 
-KV_BYTES = 80 * 2 * 8 * 128 * 2
-"""A token of KV of the model that the default time model stands for: 80 layers, 8 KV heads of 128, two bytes a number."""
-
 TIERS = (1, 4)
-BANDWIDTH = 50e9
-"""Bytes per second between a group's GPUs and host memory, assumed: four GPUs at 12.5 GB/s each."""
+MOVES = ("manta", "manta-fetch", "manta-host")
+"""Policies of the replay that move pages instead of computing them, beside the one that does not; those that there are."""
 
 
 def subject(options: Options) -> tuple[Workload, int]:
@@ -61,14 +59,14 @@ def pool_sweep(options: Options) -> dict[str, Any]:
 def second_tier(options: Options) -> dict[str, Any]:
     """Tokens that host memory beside the pool would give back, the time to fetch them and the time to compute them again.
 
-    A model: one pool that holds a twentieth of the workload's pages; the tier holds what a pool so much larger would.
-    Fetching ahead saves at most the time to fetch.
+    A model: one pool that holds a twentieth of the workload's pages; the tier holds what a pool so much larger would, at the
+    replay's own pace of transfers. Fetching ahead saves at most the time to fetch.
     """
     workload, _ = subject(options)
     distinct = len(tell(workload, PAGE, None).reuses)
     pool = max(1, distinct // 20)
     base = tell(workload, PAGE, pool)
-    model = TimeModel()
+    model, links = TimeModel(), LinkModel()
     rows = []
     for tier in TIERS:
         more = tell(workload, PAGE, pool * (1 + tier))
@@ -77,9 +75,26 @@ def second_tier(options: Options) -> dict[str, Any]:
         rows.append({
             "tier": tier, "hit_rate": round(more.hit_rate, 5), "tokens": tokens,
             "recompute_ms_a_request": round(tokens / model.prefill_tokens_per_s / requests * 1e3, 3),
-            "fetch_ms_a_request": round(tokens * KV_BYTES / BANDWIDTH / requests * 1e3, 3),
+            "fetch_ms_a_request": round(tokens / links.host_tokens_per_s / requests * 1e3, 3),
         })  # fmt: skip
     return {
-        "workload": workload.name, "pool_pages": pool, "hit_rate": round(base.hit_rate, 5), "token_bytes": KV_BYTES,
-        "bandwidth": BANDWIDTH, "break_even_bandwidth": KV_BYTES * model.prefill_tokens_per_s, "rows": rows,
+        "workload": workload.name, "pool_pages": pool, "hit_rate": round(base.hit_rate, 5), "token_bytes": links.token_bytes,
+        "bandwidth": links.host_tokens_per_s * links.token_bytes, "rows": rows,
+        "break_even_bandwidth": links.token_bytes * model.prefill_tokens_per_s,
     }  # fmt: skip
+
+
+def moves(options: Options) -> dict[str, Any]:
+    """The production core with pools that hold a tenth of the pages, all groups together: with and without moving pages."""
+    workload, groups = subject(options)
+    trace = [request.asked for request in workload.requests]
+    pages = max(pages_for(workload.longest, PAGE) + 1, len(tell(workload, PAGE, None).reuses) // 10 // groups)
+    scenario = Scenario(ClusterShape(groups=groups, pages=pages, page_size=PAGE), seed=options.seed)
+    rows = {}
+    for policy in (each for each in MOVES if each in POLICIES):
+        found = replay(trace, policy, scenario)
+        rows[policy] = {
+            "hit_rate": found.token_hit_rate, "ttft_mean_s": found.ttft_s.mean, "ttft_p99_s": found.ttft_s.p99,
+            "fetched_tokens": found.fetched_tokens,
+        }  # fmt: skip
+    return {"workload": workload.name, "groups": groups, "pages": pages, "rows": rows}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.study.options import Options, Result, in_turns, machine, run_alone, spread
-from benchmarks.study.replays import pool_sweep, second_tier
+from benchmarks.study.replays import moves, pool_sweep, second_tier
 from benchmarks.study.token_costs import bookkeeping_ns, copy_us
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def run(options: Options) -> Result:
     """On a GPU only what runs there: copies and kernels. quick: no model, no kernels."""
     result: Result = {"command": options.command(5), "machine": machine(options)}
     if options.device == "cpu":
-        result |= {"sweep": pool_sweep(options), "tier": second_tier(options), "token_ns": bookkeeping_ns(options)}
+        result |= {"sweep": pool_sweep(options), "tier": second_tier(options), "moves": moves(options)}
+        result["token_ns"] = bookkeeping_ns(options)
     if options.quick:
         return result
     result |= {"copy_us": copy_us(options), "kernel_shape": KERNEL_SHAPE, "threads": options.threads}

@@ -189,6 +189,18 @@ def memory(result: dict[str, Any]) -> list[str]:
         f"waits, can save at "
         "most the last column: it pays where that is a visible part of the time to first token.",
     ]
+    moved = result["moves"]
+    replayed = [
+        [policy, percent(row["hit_rate"], 2), number(row["ttft_mean_s"]), number(row["ttft_p99_s"]),
+         f"{row['fetched_tokens'] / 1e6:.2f}"]
+        for policy, row in moved["rows"].items()
+    ]  # fmt: skip
+    body += [
+        f"The production core with {moved['groups']} groups of {moved['pages']:,} pages (a tenth of the distinct pages in "
+        f"all), which "
+        "computes what its group lacks, or moves pages from where they are:",
+        table(["policy", "hit rate", "TTFT mean, s", "p99", "M tokens from other groups"], replayed),
+    ]
     if "engine" in result:
         lines = [
             [percent(row["pool"], 0), spread(row["tokens_per_s"]), number(row["preemptions"]),
