@@ -6,7 +6,7 @@
     page_cache.py     one LRU pool that remembers who used which page, when
     allocators.py     contiguous preallocation against pages, a full server simulated step by step
     layout.py, reuse.py, fragmentation.py, paging.py, tradeoffs.py
-                      questions 1 to 5: `run(options)` gives plain data, `python -m benchmarks.study.NAME --json` prints it
+                      questions 1 to 5: `run(options)` gives plain data, `python -m benchmarks.study.NAME` prints it
     report/           the page and its plots from that data
 
 May import every room; nothing imports it but `deploy/study.py`, at run time.

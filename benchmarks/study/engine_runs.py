@@ -13,14 +13,14 @@ from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.study.options import Options, in_turns, spread
 from kvcache.layout import PageLayout
 
-PAGE, SMALL_PAGE = 256, 64
-PROMPT, OUTPUT, BATCH = 1025, 32, 8
-SHARED = (0, 128, 256, 384, 512, 640, 768, 896, 1024)
-"""Cached tokens of a prompt; every other one ends inside a page."""
+PAGE, SMALL_PAGE = 256, 32
+PROMPT, OUTPUT, BATCH = 1025, 16, 4
+SHARED = (0, 512, 896, 1024)
+"""Cached tokens of a prompt; 896 ends inside a page of 256."""
 SHORT_PROMPTS, LONGEST_SHORT, BUCKETS = 32, 128, 4
-PRESSED, PRESSED_TOKENS = 32, 128
+PRESSED, PRESSED_TOKENS = 16, 64
 PRESSURES = (1.0, 0.5, 0.25)
-ROUNDS = 5
+ROUNDS = 3
 
 Prompts = list[list[int]]
 
@@ -116,7 +116,7 @@ def pressure(options: Options) -> list[dict[str, Any]]:
     benches = {share: Bench(options, SMALL_PAGE, round(share * needed) + 1) for share in PRESSURES}
     try:
         rates: dict[float, list[float]] = {share: [] for share in PRESSURES}
-        for number in range(4):
+        for number in range(ROUNDS + 1):
             for share, bench in benches.items():
                 prompts = [bench.draw(PRESSED_TOKENS) for _ in range(PRESSED)]
                 seconds, _ = bench.timed_s(prompts, PRESSED_TOKENS)
@@ -124,8 +124,9 @@ def pressure(options: Options) -> list[dict[str, Any]]:
                     rates[share].append(PRESSED * PRESSED_TOKENS / seconds)
         return [
             {
-                "pool": share, "tokens_per_s": spread(rates[share]), "preemptions": bench.llm.stats().preemptions / 4,
-                "recomputed": bench.llm.stats().recomputed_tokens / 4, "tokens": 2 * PRESSED * PRESSED_TOKENS,
+                "pool": share, "tokens_per_s": spread(rates[share]), "tokens": 2 * PRESSED * PRESSED_TOKENS,
+                "preemptions": bench.llm.stats().preemptions / (ROUNDS + 1),
+                "recomputed": bench.llm.stats().recomputed_tokens / (ROUNDS + 1),
             }
             for share, bench in benches.items()
         ]  # fmt: skip

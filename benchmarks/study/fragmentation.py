@@ -110,4 +110,4 @@ def run(options: Options) -> Result:
 
 
 if __name__ == "__main__":
-    run_alone(run, __doc__)
+    run_alone(run, 3, __doc__)

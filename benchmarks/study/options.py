@@ -103,14 +103,12 @@ def spread(values: list[float], scale: float = 1.0, digits: int = 3) -> dict[str
     return {name: float(f"{value * scale:.{digits}g}") for name, value in figures.items()}
 
 
-def run_alone(run: Callable[[Options], Result], about: str | None) -> None:
-    """The command line of one question."""
+def run_alone(run: Callable[[Options], Result], question: int, about: str | None) -> None:
+    """The command line of one question: prints its result as the last line, in the form that `manta study --from` takes."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object (always done)")
-    given = vars(parser.parse_args())
-    del given["json"]
-    print(json.dumps(run(Options(**given))))
+    options = Options(**vars(parser.parse_args()))
+    print(json.dumps({"device": options.device, "questions": {str(question): run(options)}}))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

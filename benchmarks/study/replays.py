@@ -29,8 +29,8 @@ MOVES = ("manta", "manta-fetch", "manta-host")
 def subject(options: Options) -> tuple[Workload, int]:
     """What is replayed, and on how many groups."""
     if options.trace is None:
-        return chat(150 if options.quick else 3000, options.seed), 2
-    return from_trace(options.trace, options.seed, 150 if options.quick else None), 2 if options.quick else 8
+        return chat(100 if options.quick else 3000, options.seed), 2
+    return from_trace(options.trace, options.seed, 100 if options.quick else None), 2 if options.quick else 8
 
 
 def pool_sweep(options: Options) -> dict[str, Any]:

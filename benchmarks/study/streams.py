@@ -181,7 +181,7 @@ def random_prompts(requests: int, seed: int) -> Workload:
 
 
 SYNTHETIC: tuple[Callable[[int, int], Workload], ...] = (shared_prompt, chat, agents, random_prompts)
-REQUESTS, QUICK_REQUESTS = 3000, 150
+REQUESTS, QUICK_REQUESTS = 3000, 100
 
 
 def workloads(trace: Path | None, seed: int, *, quick: bool) -> list[Workload]:

@@ -64,7 +64,8 @@ def test_results_of_a_gpu_stand_beside_those_of_the_cpu(made: Path, tmp_path: Pa
     content = json.loads((made / "kv-study" / "results-cpu.json").read_text())
     layout = content["questions"]["1"]
     layout["machine"]["device"] = "NVIDIA Imaginary"
-    (tmp_path / "gpu.json").write_text(json.dumps({"device": "cuda", "questions": {"1": layout}}))
+    printed = json.dumps({"device": "cuda", "questions": {"1": layout}})
+    (tmp_path / "gpu.json").write_text(f"flash left out: no such package\n{printed}\n")
     result = CliRunner().invoke(app, ["study", "--output", str(tmp_path / "docs"), "--from", str(tmp_path / "gpu.json")])
     assert result.exit_code == 0, result.output
     page = (tmp_path / "docs" / "kv-study.md").read_text()

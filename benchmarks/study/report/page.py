@@ -40,9 +40,13 @@ def store(output: Path, device: str, results: dict[str, Any]) -> Path:
 
 
 def adopt(output: Path, saved: Path) -> None:
-    """Takes results that were saved elsewhere into the folder. Errors: OSError, ValueError if they are none."""
+    """Takes results that were saved elsewhere, or what a question printed, into the folder.
+
+    Errors: OSError, ValueError if they are none.
+    """
+    text = saved.read_text(encoding="utf-8").strip()
     try:
-        content = json.loads(saved.read_text(encoding="utf-8"))
+        content = json.loads(text if text.startswith("{") else text.rpartition("\n")[2])
         device, questions = content["device"], content["questions"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{saved} holds no results of the study: give a results-DEVICE.json that it wrote") from error
