@@ -40,6 +40,9 @@ VllmOption = Annotated[
     Path | None, _option("--vllm-python", "An interpreter that has vLLM, for question 4. Default: none, vLLM is left out.")
 ]
 ThreadsOption = Annotated[int | None, _option("--threads", "CPU threads of torch. Default: as many as there are cores.")]
+LimitOption = Annotated[
+    int | None, _option("--limit", "Only so many requests of the trace in the replays of question 5. Default: all.")
+]
 SeedOption = Annotated[int, _option("--seed", "Of workloads, prompts and replays. Default: 0.")]
 
 
@@ -52,6 +55,7 @@ def command(
     saved: FromOption = [],  # noqa: B006
     vllm_python: VllmOption = None,
     threads: ThreadsOption = None,
+    limit: LimitOption = None,
     seed: SeedOption = 0,
     debug: DebugOption = False,
 ) -> None:
@@ -71,7 +75,7 @@ def command(
         else:
             options = _experiments("options").Options(
                 quick=quick, trace=trace, device=device, threads=threads or len(os.sched_getaffinity(0)), seed=seed,
-                vllm_python=vllm_python,
+                limit=limit, vllm_python=vllm_python,
             )  # fmt: skip
             for question in wanted:
                 _say(f"question {question}: {MODULES[question]}")

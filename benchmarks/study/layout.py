@@ -9,6 +9,7 @@ May import `kvcache.pool`, `workers.attention` and torch.
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -188,7 +189,7 @@ def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
         (f"export of {BATCH_PAGES} pages, gathered first", pools.export_staged(), BATCH_PAGES),
         ("import of a page", pools.import_page(), 1),
     ):
-        times = in_turns(work, options.rounds, repeat=repeat, settle=settle)
+        times = in_turns(work, options.rounds, repeat=repeat, settle=settle, clock=clock_of(device))
         result[name] = {way: spread(values, 1e6 / pages) for way, values in times.items()}
     if device == "cpu":
         wire = Wire()
@@ -200,15 +201,21 @@ def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
     return result
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    return time.perf_counter if device == "cuda" else time.process_time
+
+
 def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
     """By batch and backend: ms a layer, page-first and over a pool for each layer."""
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for case in cases:
         work = passes(case, SHAPES[SHAPE], DTYPE, PAGE, options.device)
-        named: dict[str, Callable[[], object]] = {f"{backend}|{pages}": call for (backend, pages), call in work.items()}
+        named: dict[str, Callable[[], object]] = {
+            f"{backend}|{pages}": call for (backend, pages), call in work.items() if backend != "cpu torch"
+        }
         settle: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
-        times = in_turns(named, options.rounds, settle=settle)
+        times = in_turns(named, options.rounds, settle=settle, clock=clock_of(options.device))
         layers = SHAPES[SHAPE].layers
         for backend in dict.fromkeys(name.partition("|")[0] for name in named):
             first, single = times[f"{backend}|page-first"], times[f"{backend}|per layer"]

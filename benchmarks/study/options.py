@@ -21,9 +21,10 @@ Result = dict[str, Any]
 class Options:
     """quick: small workloads, and nothing that needs a model or minutes. trace: any file that `manta replay` reads.
 
-    device: where question 1 and the kernels of question 5 run. threads: of torch on a CPU. rounds: turns that measured
-    alternatives take. vllm_python: an interpreter that has vLLM, for question 4. model: a shape of `benchmarks.checkpoints`,
-    for the runs of the real engine. cache: where its random weights are kept.
+    limit: the first requests of the trace that question 5 replays; None for all. device: where question 1 and the kernels of
+    question 5 run. threads: of torch on a CPU. rounds: turns that measured alternatives take. vllm_python: an interpreter that
+    has vLLM, for question 4. model: a shape of `benchmarks.checkpoints`, for the runs of the real engine. cache: where its
+    random weights are kept.
     """
 
     quick: bool = False
@@ -32,6 +33,7 @@ class Options:
     threads: int = 2
     rounds: int = 7
     seed: int = 0
+    limit: int | None = None
     vllm_python: Path | None = None
     model: str = "0.1B"
     cache: Path = Path(tempfile.gettempdir()) / "manta-benchmarks"
@@ -43,6 +45,8 @@ class Options:
             words.append("--quick")
         if self.trace is not None:
             words.append(f"--trace {self.trace.name}")
+        if self.limit is not None and question == 5:
+            words.append(f"--limit {self.limit}")
         if self.device != "cpu":
             words.append(f"--device {self.device}")
         if self.threads != len(os.sched_getaffinity(0)) and question in (1, 5):
@@ -53,7 +57,7 @@ class Options:
 
 
 def machine(options: Options) -> dict[str, str]:
-    """What the figures depend on, without names of hosts."""
+    """What the figures depend on, without names of hosts. load: of the last 15 minutes; above the cores, they were shared."""
     try:
         torch = version("torch")
     except PackageNotFoundError:
@@ -65,7 +69,7 @@ def machine(options: Options) -> dict[str, str]:
         device = library.cuda.get_device_name()
     return {
         "device": device, "cores": str(len(os.sched_getaffinity(0))), "processor": _processor(), "torch": torch,
-        "python": platform.python_version(),
+        "python": platform.python_version(), "load": f"{os.getloadavg()[2]:.1f}",
     }  # fmt: skip
 
 
@@ -78,22 +82,28 @@ def _processor() -> str:
 
 
 def in_turns(
-    work: dict[str, Callable[[], object]], rounds: int, *, repeat: int = 1, settle: Callable[[], object] = lambda: None
+    work: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    repeat: int = 1,
+    settle: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Name -> seconds of one call in each round. Every alternative runs in every round, after one that does not count.
 
-    repeat: calls that are timed as one. settle: waits for what a call has only begun (a GPU).
+    repeat: calls that are timed as one. settle: waits for what a call has only begun (a GPU). clock: CPU time of the process,
+    all its threads, since others may use the machine too; for a GPU, `time.perf_counter`.
     """
     times: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
         for name, call in work.items():
             settle()
-            began_s = time.perf_counter()
+            began_s = clock()
             for _ in range(repeat):
                 call()
             settle()
             if number:
-                times[name].append((time.perf_counter() - began_s) / repeat)
+                times[name].append((clock() - began_s) / repeat)
     return times
 
 
@@ -119,6 +129,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=defaults.threads, help="of torch on a CPU (%(default)s)")
     parser.add_argument("--rounds", type=int, default=defaults.rounds, help="turns of each alternative (%(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--limit", type=int, help="requests of the trace that question 5 replays (all)")
     parser.add_argument("--vllm-python", type=Path, help="an interpreter that has vLLM")
     parser.add_argument("--model", default=defaults.model, help="shape of the real engine's model (%(default)s)")
     parser.add_argument("--cache", type=Path, default=defaults.cache, help="folder of random weights (%(default)s)")

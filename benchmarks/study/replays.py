@@ -16,10 +16,11 @@ from cluster.replay.transfers import LinkModel
 from scheduler.limits import pages_for
 
 PAGE = 256
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.2)
+CHATS, QUICK_REQUESTS = 3000, 100
+SHARES = (0.1, 0.2, 0.5, 1.2)
 QUICK_SHARES = (0.1, 1.2)
-SATURATING = 4.0
-"""Load at which all pools of the sweep are overloaded, so that the time until the last request ends is throughput."""
+SATURATING = 2.0
+"""Load at which the pools of the sweep are overloaded, so that the time until the last request ends is throughput."""
 
 TIERS = (1, 4)
 MOVES = ("manta", "manta-fetch", "manta-host")
@@ -28,9 +29,10 @@ MOVES = ("manta", "manta-fetch", "manta-host")
 
 def subject(options: Options) -> tuple[Workload, int]:
     """What is replayed, and on how many groups."""
+    limit = QUICK_REQUESTS if options.quick else options.limit
     if options.trace is None:
-        return chat(100 if options.quick else 3000, options.seed), 2
-    return from_trace(options.trace, options.seed, 100 if options.quick else None), 2 if options.quick else 8
+        return chat(limit or CHATS, options.seed), 2
+    return from_trace(options.trace, options.seed, limit), 2 if options.quick else 8
 
 
 def pool_sweep(options: Options) -> dict[str, Any]:

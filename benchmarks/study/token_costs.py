@@ -4,6 +4,7 @@ Pure Python and NumPy but for the copies, which need torch.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ def copy_us(options: Options, shapes: tuple[str, ...] = ("0.1B", "0.6B")) -> dic
         pool = KVPool(layout, 16, options.device)
         pool.data.zero_()
         work: dict[str, Callable[[], object]] = {str(tokens): partial(pool.copy, 0, 9, tokens) for tokens in (32, 128)}
-        times = in_turns(work, options.rounds, repeat=20, settle=settle)
+        clock = time.perf_counter if options.device == "cuda" else time.process_time
+        times = in_turns(work, options.rounds, repeat=20, settle=settle, clock=clock)
         result[name] = {"token_bytes": layout.token_bytes, "us": {key: spread(each, 1e6) for key, each in times.items()}}
     return result

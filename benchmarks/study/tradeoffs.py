@@ -5,6 +5,7 @@ Replays, the real engine on a CPU, kernels on the chosen device. May import ever
 """
 
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ def kernels(options: Options) -> list[dict[str, Any]]:
         named: dict[str, Callable[[], object]] = {}
         for page in KERNEL_PAGES:
             named |= {f"{name}|{page}": work for name, work in kernel_passes(case, shape, page, options.device).items()}
-        times = in_turns(named, options.rounds, settle=settle)
+        clock = time.perf_counter if options.device == "cuda" else time.process_time
+        times = in_turns(named, options.rounds, settle=settle, clock=clock)
         for name, values in times.items():
             backend, _, page_text = name.partition("|")
             rows.append({

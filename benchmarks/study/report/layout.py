@@ -14,7 +14,8 @@ WAYS = ("page-first", "layer-first", "per layer")
 def section(results: Results, folder: Path) -> Section:
     body: list[str] = []
     for device, result in results.items():
-        body += [f"On {device_name(result)}, microseconds a page, median (range):", copies_table(result)]
+        body += [f"On {device_name(result)}, microseconds a page, median "
+                 f"(range)" + ("; CPU time:" if device == "cpu" else ":"), copies_table(result)]
         if result["attention_ms"]:
             threads = f", {result['threads']} thread{'s'[: result['threads'] > 1]}" if device == "cpu" else ""
             body += [f"Attention, ms a layer{threads}:", attention_table(result)]
@@ -46,7 +47,7 @@ def answer(results: Results) -> str:
         factors = {name: factor(result, name) for name in names}
         most, least = max(names, key=factors.__getitem__), min(names, key=factors.__getitem__)
         where = "On the CPU" if device == "cpu" else f"On the {result['machine']['device']}"
-        text = (f"{where} whole-page operations on a tensor for each layer take {factors[least]:.2f} ({least}) to "
+        text = (f"{where} operations on a page of a tensor for each layer take {factors[least]:.2f} ({least}) to "
                 f"{factors[most]:.1f} "
                 f"times ({most}) as long as page-first")  # fmt: skip
         if result["attention_ms"]:

@@ -81,12 +81,14 @@ def render(output: Path) -> Path:
 
 
 def machines(found: dict[str, Results]) -> str:
-    lines = {
-        f"- {result['machine']['device']}: {result['machine']['processor']}, {result['machine']['cores']} cores, torch "
-        f"{result['machine']['torch']}, Python {result['machine']['python']}": None
-        for results in found.values()
-        for result in results.values()
-    }
+    loads: dict[str, list[float]] = {}
+    for machine in (result["machine"] for results in found.values() for result in results.values()):
+        line = f"- {machine['device']}: {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}"
+        known = [float(machine["load"])] if "load" in machine else []
+        loads.setdefault(f"{line}, Python {machine['python']}", []).extend(known)
+    lines = [
+        line + (f"; load average {min(load):g} to {max(load):g} during the runs" if load else "") for line, load in loads.items()
+    ]
     quick = any("--quick" in result["command"] for results in found.values() for result in results.values())
     warning = ["", "**Made with `--quick`: small workloads, for a look at the page, not for its numbers.**"] if quick else []
     return "\n".join(["Machines:", "", *lines, *warning])

@@ -17,7 +17,8 @@ def section(results: Results, folder: Path) -> Section:
     body = [
         f"A full server in the memory of {result['longest_that_fit']} sequences of maximal length, a queue that is never "
         f"empty, first "
-        "come, first served. Sequences that run at once on average (share of the memory that holds their tokens):",
+        "come, first served. Sequences that run at once on average, and their tokens over the memory "
+        "(above 100%: shared pages count for each):",
         server_table(result["full_server"]),
         f"Bookkeeping by pool size: a prompt of {books['prompt']:,} tokens comes and goes, new in a pool full of cached pages "
         f"(each page "

@@ -113,9 +113,9 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     body = [
         "### 5a. Hit rate against latency and throughput",
-        f"The production core, {sweep['groups']} groups, {sweep['requests']:,} requests of {sweep['workload']}, virtual "
-        f"seconds; the last "
-        f"two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
+        f"The production core, {sweep['groups']} groups, the first {sweep['requests']:,} requests of {sweep['workload']}, "
+        f"virtual "
+        f"seconds; the last two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
         table(["pages a group", "M tokens in all", "hit rate", "TTFT mean, s", "p50", "p99", "TPOT p50, ms",
                "hit rate, overloaded", "requests/s, overloaded"], rows),
     ]  # fmt: skip
@@ -126,7 +126,8 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
              f"{row['prompt']:,}", spread(row["ttft_ms"]), spread(row["tokens_per_s"])] for row in engine["reuse"]
         ]
         body += [
-            f"The real engine, {engine['model']} on this CPU: one request for its first token, then {engine['batch']} at once "
+            f"The real engine, {engine['model']} on this CPU, milliseconds and seconds of CPU time: one request for its first "
+            f"token, then {engine['batch']} at once "
             f"for "
             f"{engine['output']} tokens each, by cached prompt tokens:",
             table(["cached", "TTFT, ms", "output tokens/s"], lines),
