@@ -234,7 +234,8 @@ def run(options: Options) -> Result:
     return {
         "command": options.command(1), "machine": machine(options), "shape": "tiny" if options.quick else SHAPE,
         "page": PAGE, "page_bytes": layout.page_bytes, "runs": 2 * layout.layers, "copies_us": copies(options, layout),
-        "threads": options.threads, "attention_ms": [] if options.quick else attention(options, cases),
+        "clock": "wall" if options.device == "cuda" else "CPU", "threads": options.threads,
+        "attention_ms": [] if options.quick else attention(options, cases),
     }  # fmt: skip
 
 

@@ -13,30 +13,24 @@ def section(results: Results, folder: Path) -> Section:
     pages = [int(page) for page in next(iter(found.values()))["waste"]]
     draw(result, pages, folder / "fragmentation.svg")
     body = [
-        "Share of the memory that holds no token, over all decode steps of all requests (prompt at once, then a token a step). "
-        "Contiguous: one run for each sequence, as long as the power of two above the workload's longest sequence, as the "
-        "power of "
-        "two above its own final length, or as that length exactly, which no server knows:",
+        "Share of the memory that holds no token, over all decode steps of all requests (prompt at once, then a token a "
+        "step). Contiguous: one run for each sequence, as long as the power of two above the workload's longest sequence, "
+        "as the power of two above its own final length, or as that length exactly, which no server knows:",
         waste_table(found, pages),
-        f"Share of the prompt tokens that a cache without eviction finds, by page size, and with reuse by the token at pages "
-        f"of 256 "
-        f"(a match inside a page needs {result['stride']} tokens):",
+        "Share of the prompt tokens that a cache without eviction finds, by page size, and with reuse by the token at "
+        f"pages of 256 (a match inside a page needs {result['stride']} tokens):",
         hits_table(found),
         "The production core in a replay, in a pool that never evicts, beside the model (without answers, which a replay "
-        "makes of "
-        "its own):",
+        "makes of its own):",
         replayed_table(found),
         image("fragmentation.svg", "Waste and hit rate by page size"),
     ]
     return Section(
         "3. Fragmentation: what do partly filled pages waste?", answer(result, pages), body, commands(results),
-        "Exact for these lengths, but a model: slots granted ahead (4 a sequence) and what sharing saves are left to question "
-        "4. A "
-        "trace names blocks of 512 tokens, so what smaller pages would find inside a block is not in it; the line *if "
-        "continued* is a "
-        "bound from above, where each turn repeats the turn before to the end of its answer. vLLM's figure is its authors' "
-        "(June "
-        "2023, blocks of 16), not measured here.",
+        "Exact for these lengths, but a model: slots granted ahead (4 a sequence) and what sharing saves are left to "
+        "question 4. A trace names blocks of 512 tokens, so what smaller pages would find inside a block is not in it; the "
+        "line *if continued* is a bound from above, where each turn repeats the turn before to the end of its answer. "
+        "vLLM's figure is its authors' (June 2023, blocks of 16), not measured here.",
     )  # fmt: skip
 
 
@@ -49,16 +43,15 @@ def answer(result: dict[str, Any], pages: list[int]) -> str:
         for e in found.values()
         if e["hits"]["every token"] > e["hits"][f"pages of {large}"]
     ]
-    text = (f"Partly filled pages waste {between([e['waste'][small] for e in found.values()])} of the memory at pages of "
-            f"{small} and "
-            f"{between([e['waste'][large] for e in found.values()])} at {large} (vLLM: under "
-            f"{percent(result['vllm_waste'], 0)}), against "
-            f"{between([e['contiguous']['max'] for e in found.values()])} for contiguous memory of maximal length and "
-            f"{between([e['contiguous']['power of two'] for e in found.values()])} for powers of two.")  # fmt: skip
+    text = (f"Partly filled pages waste {between([e['waste'][small] for e in found.values()])} of the memory "
+            f"at pages of {small} and {between([e['waste'][large] for e in found.values()])} at {large} (vLLM: "
+            f"under {percent(result['vllm_waste'], 0)}), against "
+            f"{between([e['contiguous']['max'] for e in found.values()])} for contiguous memory of maximal "
+            f"length and {between([e['contiguous']['power of two'] for e in found.values()])} for powers of "
+            "two.")  # fmt: skip
     if won:
-        text += (f" Pages of {large} also lose {between(lost)} of all prompt tokens as hits that end inside a page; reuse by "
-                 f"the token "
-                 f"wins {between(won, 0)} of that back.")  # fmt: skip
+        text += (f" Pages of {large} also lose {between(lost)} of all prompt tokens as hits that end inside a "
+                 f"page; reuse by the token wins {between(won, 0)} of that back.")  # fmt: skip
     return text
 
 

@@ -14,16 +14,16 @@ WAYS = ("page-first", "layer-first", "per layer")
 def section(results: Results, folder: Path) -> Section:
     body: list[str] = []
     for device, result in results.items():
-        body += [f"On {device_name(result)}, microseconds a page, median "
-                 f"(range)" + ("; CPU time:" if device == "cpu" else ":"), copies_table(result)]
+        clock = f"{result.get('clock', 'wall')} time"
+        body += [f"On {device_name(result)}, microseconds a page of {clock}, median (range):", copies_table(result)]
         if result["attention_ms"]:
             threads = f", {result['threads']} thread{'s'[: result['threads'] > 1]}" if device == "cpu" else ""
-            body += [f"Attention, ms a layer{threads}:", attention_table(result)]
+            body += [f"Attention, ms a layer of {clock}{threads}:", attention_table(result)]
     draw(results, folder / "layout.svg")
     first = next(iter(results.values()))
     body.insert(0, f"Pages of {first['page']} tokens of the {first['shape']} shape in bf16: "
-                   f"{number(first['page_bytes'] / 2**20)} "
-                   f"MiB, one run of bytes page-first, {first['runs']} runs layer-first.")  # fmt: skip
+                   f"{number(first['page_bytes'] / 2**20)} MiB, one run of bytes page-first, {first['runs']} "
+                   "runs layer-first.")  # fmt: skip
     body.append(image("layout.svg", "Cost of copies by layout, and of attention page-first over per layer"))
     return Section(
         "1. Memory layout: page-first or layer-first?", answer(results), body, commands(results),
@@ -47,15 +47,14 @@ def answer(results: Results) -> str:
         factors = {name: factor(result, name) for name in names}
         most, least = max(names, key=factors.__getitem__), min(names, key=factors.__getitem__)
         where = "On the CPU" if device == "cpu" else f"On the {result['machine']['device']}"
-        text = (f"{where} operations on a page of a tensor for each layer take {factors[least]:.2f} ({least}) to "
-                f"{factors[most]:.1f} "
-                f"times ({most}) as long as page-first")  # fmt: skip
+        text = (f"{where} operations on a page of a tensor for each layer take {factors[least]:.2f} ({least}) "
+                f"to {factors[most]:.1f} times ({most}) as long as page-first")  # fmt: skip
         if result["attention_ms"]:
             ratios = [row["ratio"]["median"] for row in result["attention_ms"]]
             inside = sum(row["ratio"]["low"] <= 1 <= row["ratio"]["high"] for row in result["attention_ms"])
-            text += (f"; attention over the page-first view takes {min(ratios):.2f} to {max(ratios):.2f} times what it takes "
-                     f"over a "
-                     f"tensor for each layer, and in {inside} of {len(ratios)} cases the rounds straddle 1")  # fmt: skip
+            text += (f"; attention over the page-first view takes {min(ratios):.2f} to {max(ratios):.2f} times "
+                     f"what it takes over a tensor for each layer, and in {inside} of {len(ratios)} cases the "
+                     "rounds straddle 1")  # fmt: skip
         sentences.append(text + ".")
     return " ".join(sentences)
 

@@ -87,7 +87,8 @@ def machines(found: dict[str, Results]) -> str:
         known = [float(machine["load"])] if "load" in machine else []
         loads.setdefault(f"{line}, Python {machine['python']}", []).extend(known)
     lines = [
-        line + (f"; load average {min(load):g} to {max(load):g} during the runs" if load else "") for line, load in loads.items()
+        line + (f"; load average {min(load):g} to {max(load):g} during the runs" if load else "")
+        for line, load in loads.items()
     ]
     quick = any("--quick" in result["command"] for results in found.values() for result in results.values())
     warning = ["", "**Made with `--quick`: small workloads, for a look at the page, not for its numbers.**"] if quick else []

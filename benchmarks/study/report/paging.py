@@ -16,22 +16,18 @@ def section(results: Results, folder: Path) -> Section:
     memory = result["memory"]
     body = [
         f"A full server in the memory of {result['longest_that_fit']} sequences of maximal length, a queue that is never "
-        f"empty, first "
-        "come, first served. Sequences that run at once on average, and their tokens over the memory "
-        "(above 100%: shared pages count for each):",
+        "empty, first come, first served. Sequences that run at once on average, and their tokens over the memory (above "
+        "100%: shared pages count for each):",
         server_table(result["full_server"]),
-        f"Bookkeeping by pool size: a prompt of {books['prompt']:,} tokens comes and goes, new in a pool full of cached pages "
-        f"(each page "
-        "evicts one), or all cached. Microseconds of CPU time, median; hashing apart:",
+        f"Bookkeeping by pool size: a prompt of {books['prompt']:,} tokens comes and goes, new in a pool full of cached "
+        "pages (each page evicts one), or all cached. Microseconds of CPU time, median; hashing apart:",
         laps_table(books),
         f"nano-vLLM takes {number(books['nano_vllm']['hit_us']['8192'] / 1e3)} ms for a hit of 32 blocks of 256 with 8,192 "
-        f"free blocks and "
-        f"{number(books['nano_vllm']['hit_us']['65536'] / 1e3)} ms with 65,536, since it searches its list of free blocks "
-        f"(measured "
-        "elsewhere).",
-        "By batch: one decode step. Manta: the whole report (tokens, pages, ends, commands, deltas). vLLM: `allocate_slots` "
-        "for each "
-        "sequence alone, without `schedule` and `update`. Microseconds of CPU time, mean of the quietest round:",
+        f"free blocks and {number(books['nano_vllm']['hit_us']['65536'] / 1e3)} ms with 65,536, since it searches its list "
+        "of free blocks (measured elsewhere).",
+        "By batch: one decode step. Manta: the whole report (tokens, pages, ends, commands, deltas). vLLM: "
+        "`allocate_slots` for each sequence alone, without `schedule` and `update`. Microseconds of CPU time, mean of the "
+        "quietest round:",
         steps_table(books),
         f"A block of Manta's pool takes {number(memory['pool_bytes'])} bytes of bookkeeping, a published page of 256 tokens "
         f"{number(memory['published_bytes'])} more, 1,024 of which are its tokens, which a hit is compared with.",
@@ -40,11 +36,9 @@ def section(results: Results, folder: Path) -> Section:
     return Section(
         "4. Against PagedAttention as vLLM has it", answer(result), body, commands(results),
         "The simulated server decodes one token a step for everyone and prefills at once; in chat and agents, turns that "
-        "follow each "
-        "other in life may run at once here, so their *shared* line is a bound from above. Contiguous memory is not "
-        "compacted. vLLM's "
-        "classes are timed in its own interpreter after Manta's, not in turns; its workers and its C++ or Rust parts play no "
-        "role. "
+        "follow each other in life may run at once here, so their *shared* line is a bound from above. Contiguous memory is "
+        "not compacted. vLLM's classes are timed in its own interpreter after Manta's, not in turns; its workers and its "
+        "C++ or Rust parts play no role. "
         + f"nano-vLLM: {books['nano_vllm']['source']}.",
     )  # fmt: skip
 
@@ -59,8 +53,8 @@ def answer(result: dict[str, Any]) -> str:
     if all(ratios.values()):
         longest, power, exact, small = (f"{min(values):.2f} to {max(values):.2f} times" for values in ratios.values())
         text = (
-            f"Pages of 256 run {longest} as many sequences in the same memory as contiguous runs of maximal length, {power} as "
-            f"many as powers of two, {exact} as many as runs of the exact length, and {small} as many as pages of 16."
+            f"Pages of 256 run {longest} as many sequences in the same memory as contiguous runs of maximal length, {power} "
+            f"as many as powers of two, {exact} as many as runs of the exact length, and {small} as many as pages of 16."
         )
     return text + " " + prompt_cost(result["bookkeeping"])
 
@@ -70,9 +64,9 @@ def prompt_cost(books: dict[str, Any]) -> str:
     pools = list(books["256"]["manta"])
     small, large = books["256"]["manta"][pools[0]], books["256"]["manta"][pools[-1]]
     text = (
-        f"With {int(pools[-1]):,} blocks a new prompt of {books['prompt']:,} tokens costs Manta {number(total(large))} us with "
-        f"pages of 256, hashing included ({total(large) / total(small):.2f} times what it costs with {int(pools[0]):,}), and "
-        f"{number(total(books['16']['manta'][pools[-1]]))} with pages of 16"
+        f"With {int(pools[-1]):,} blocks a new prompt of {books['prompt']:,} tokens costs Manta {number(total(large))} us "
+        f"with pages of 256, hashing included ({total(large) / total(small):.2f} times what it costs with "
+        f"{int(pools[0]):,}), and {number(total(books['16']['manta'][pools[-1]]))} with pages of 16"
     )
     if books["256"]["vllm"]:
         peers = {page: total(books[page]["vllm"]["pools"][pools[-1]]) for page in ("256", "16")}

@@ -29,11 +29,9 @@ def section(results: Results, folder: Path) -> Section:
     return Section(
         "2. Pooling and reuse: how much, how often, by whom?", answer(found), body, commands(results),
         "The model takes requests one after the other, so nobody waits and nobody computes a prefix twice. A trace names "
-        "blocks, "
-        "not users; its conversations are inferred (a request continues the one that last had its longest prefix beyond what "
-        "1% of "
-        "all requests begin with), and its answers are unknown, so hits on answers are not in it. The synthetic workloads are "
-        "assumptions about lengths and times, made by `benchmarks/study/streams.py`.",
+        "blocks, not users; its conversations are inferred (a request continues the one that last had its longest prefix "
+        "beyond what 1% of all requests begin with), and its answers are unknown, so hits on answers are not in it. The "
+        "synthetic workloads are assumptions about lengths and times, made by `benchmarks/study/streams.py`.",
     )  # fmt: skip
 
 
@@ -43,10 +41,10 @@ def answer(found: dict[str, Any]) -> str:
     own = {name: each["relations"].get("same conversation", 0.0) for name, each in reused.items()}
     by_conversation = [name for name, share in own.items() if share >= 0.5]
     by_others = [name for name, share in own.items() if share < 0.5]
-    text = (f"Of all prompt tokens {between([each['hit_rate'] for each in reused.values()])} are found again where anything is "
-            f"shared, and a pool of a tenth of the distinct pages finds "
-            f"{between([e['pool']['hit_rate'] for e in reused.values()])}; "
-            f"{between(never)} of the pages are never reused.")  # fmt: skip
+    text = (f"Of all prompt tokens {between([each['hit_rate'] for each in reused.values()])} are found again "
+            "where anything is shared, and a pool of a tenth of the distinct pages finds "
+            f"{between([e['pool']['hit_rate'] for e in reused.values()])}; {between(never)} of the pages are "
+            "never reused.")  # fmt: skip
     if by_conversation:
         shares = between([own[name] for name in by_conversation])
         text += f" In {' and '.join(by_conversation)} it is the same conversation that reuses ({shares} of the pages hit)"

@@ -16,11 +16,10 @@ def section(results: Results, folder: Path) -> Section:
     body.append(image("tradeoffs.svg", "Pool size, hit rate and latency; the engine's reuse; page size and kernels"))
     return Section(
         "5. Impact and trade-offs: what pays?", answer(results), body, commands(results),
-        "Replayed seconds come from the time model of `docs/replay.md`, not from GPUs. The engine runs have random weights "
-        "and one "
-        "process on a shared CPU; attention there is a larger part of the work than on a GPU. The second tier is a model: a "
-        "pool so "
-        "much larger, with an assumed bandwidth and no queue for it.",
+        "Replayed seconds come from the time model of `docs/replay.md`, not from GPUs. The engine runs have random "
+        "weights, one group in one process, and count CPU time: what a client waits for on an idle machine, without "
+        "queues. The second tier of 5c is a model: a pool so much larger, at the pace of the replay's links and with no "
+        "queue for them.",
     )  # fmt: skip
 
 
@@ -35,18 +34,16 @@ def impact(result: dict[str, Any]) -> str:
     sweep = result["sweep"]
     low, high = sweep["rows"][0], sweep["rows"][-1]
     text = (
-        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate on {sweep['workload']} goes from "
-        f"{percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
-        f"{number(low['ttft_mean_s'])} "
-        f"to {number(high['ttft_mean_s'])} s, and overloaded throughput grows by a factor of "
+        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate on {sweep['workload']} goes "
+        f"from {percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
+        f"{number(low['ttft_mean_s'])} to {number(high['ttft_mean_s'])} s, and overloaded throughput grows by a factor of "
         f"{high['requests_per_s'] / low['requests_per_s']:.2f}."
     )
     if "engine" in result:
         none, most = result["engine"]["reuse"][0], result["engine"]["reuse"][-1]
         text += (
             f" On the real engine a prompt that is cached to {most['cached']:,} of {most['prompt']:,} tokens has its first "
-            f"token in "
-            f"{number(most['ttft_ms']['median'])} instead of {number(none['ttft_ms']['median'])} ms."
+            f"token in {number(most['ttft_ms']['median'])} instead of {number(none['ttft_ms']['median'])} ms of CPU time."
         )
     return text
 
@@ -114,8 +111,7 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
     body = [
         "### 5a. Hit rate against latency and throughput",
         f"The production core, {sweep['groups']} groups, the first {sweep['requests']:,} requests of {sweep['workload']}, "
-        f"virtual "
-        f"seconds; the last two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
+        f"virtual seconds; the last two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
         table(["pages a group", "M tokens in all", "hit rate", "TTFT mean, s", "p50", "p99", "TPOT p50, ms",
                "hit rate, overloaded", "requests/s, overloaded"], rows),
     ]  # fmt: skip
@@ -126,10 +122,8 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
              f"{row['prompt']:,}", spread(row["ttft_ms"]), spread(row["tokens_per_s"])] for row in engine["reuse"]
         ]
         body += [
-            f"The real engine, {engine['model']} on this CPU, milliseconds and seconds of CPU time: one request for its first "
-            f"token, then {engine['batch']} at once "
-            f"for "
-            f"{engine['output']} tokens each, by cached prompt tokens:",
+            f"The real engine, {engine['model']} on this CPU, milliseconds and seconds of CPU time: one request for its "
+            f"first token, then {engine['batch']} at once for {engine['output']} tokens each, by cached prompt tokens:",
             table(["cached", "TTFT, ms", "output tokens/s"], lines),
         ]
     return body
@@ -144,14 +138,12 @@ def token_costs(results: Results) -> list[str]:
     body = [
         "### 5b. What reuse costs against the compute that it saves",
         "Nanoseconds a token: hashing a prompt, finding all of it with every token compared, publishing it new. And "
-        "microseconds "
-        "for a match that ends inside a page, once a prompt:",
+        "microseconds for a match that ends inside a page, once a prompt:",
         table(["", "hash", "find and verify", "publish", "a part, us"], rows),
     ]
     copies = [
-        f"{number(each['us'][tokens]['median'])} us for {tokens} tokens ({number(each['us'][tokens]['median'] / int(tokens))} "
-        f"a token; "
-        f"{shape}, {device_name(of_device)})"
+        f"{number(each['us'][tokens]['median'])} us for {tokens} tokens "
+        f"({number(each['us'][tokens]['median'] / int(tokens))} a token; {shape}, {device_name(of_device)})"
         for of_device in results.values()
         if "copy_us" in of_device
         for shape, each in of_device["copy_us"].items()
@@ -161,8 +153,8 @@ def token_costs(results: Results) -> list[str]:
         body.append("Copying the part of a page that is reused, all layers: " + "; ".join(copies) + ".")
     if "engine" in result:
         body.append(f"Computing a prompt token takes {number(compute_us(result['engine']))} us here "
-                    f"({result['engine']['model']}, from 5a), "
-                    f"so a copy of 32 tokens costs as much as computing {copy_in_tokens(result):.2g} of them.")  # fmt: skip
+                    f"({result['engine']['model']}, from 5a), so a copy of 32 tokens costs as much as "
+                    f"computing {copy_in_tokens(result):.2g} of them.")  # fmt: skip
     return body
 
 
@@ -180,15 +172,12 @@ def memory(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     body = [
         "### 5c. Memory against recompute, and fetching ahead",
-        f"A second tier of host memory beside a pool that holds a twentieth of {tier['workload']}'s distinct pages (hit rate "
-        f"alone "
-        f"{percent(tier['hit_rate'])}), for the model that the time model stands for ({tier['token_bytes'] / 1024:.0f} KiB of "
-        f"KV a token), "
-        f"fetched at {tier['bandwidth'] / 1e9:.0f} GB/s a group:",
+        f"A second tier of host memory beside a pool that holds a twentieth of {tier['workload']}'s distinct pages (hit "
+        f"rate alone {percent(tier['hit_rate'])}), for the model that the time model stands for "
+        f"({tier['token_bytes'] / 1024:.0f} KiB of KV a token), fetched at {tier['bandwidth'] / 1e9:.0f} GB/s a group:",
         table(["tier", "hit rate", "M tokens won", "computing them, ms a request", "fetching them, ms a request"], rows),
         f"Fetching beats computing above {tier['break_even_bandwidth'] / 1e9:.1f} GB/s. Fetching *ahead*, while a request "
-        f"waits, can save at "
-        "most the last column: it pays where that is a visible part of the time to first token.",
+        "waits, can save at most the last column: it pays where that is a visible part of the time to first token.",
     ]
     moved = result["moves"]
     replayed = [
@@ -198,8 +187,7 @@ def memory(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     body += [
         f"The production core with {moved['groups']} groups of {moved['pages']:,} pages (a tenth of the distinct pages in "
-        f"all), which "
-        "computes what its group lacks, or moves pages from where they are:",
+        "all), which computes what its group lacks, or moves pages from where they are:",
         table(["policy", "hit rate", "TTFT mean, s", "p99", "M tokens from other groups"], replayed),
     ]
     if "engine" in result:
@@ -219,7 +207,7 @@ def kernels(results: Results) -> list[str]:
     measured = {device: each for device, each in results.items() if each.get("kernels")}
     if not measured:
         return []
-    body = ["### 5d. Page size against kernel speed", "Attention, ms a layer, median (range):"]
+    body = ["### 5d. Page size against kernel speed", "Attention, ms a layer, median (range); on the CPU in CPU time:"]
     for result in measured.values():
         pages = sorted({row["page"] for row in result["kernels"]})
         names = dict.fromkeys((row["case"], row["backend"]) for row in result["kernels"])
@@ -245,8 +233,7 @@ def short_prompts(result: dict[str, Any]) -> list[str]:
     return [
         "### 5e. Padding and grouping short prompts",
         "32 prompts of 4 to 128 tokens, one token out each, on the real engine. Manta packs tokens of all prompts into one "
-        "step, without "
-        "padding; the other lines send what another engine would compute:",
+        "step, without padding; the other lines send what another engine would compute:",
         table(["", "tokens computed", "ms", "over packed"], rows),
     ]
 
