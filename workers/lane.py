@@ -58,13 +58,15 @@ class Lane:
         self.abort = Abort()
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one, which may have ended
+        self._working = False
 
     def put(self, job: Job) -> None:
         """Never waits for a job."""
         with self._lock:
             self._jobs.append(job)
-            if self._thread is None:
+            if not self._working:
+                self._working = True
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
 
@@ -72,10 +74,10 @@ class Lane:
     def idle(self) -> bool:
         """Nothing is to be done, as far as the one who puts jobs can know."""
         with self._lock:
-            return self._thread is None
+            return not self._working
 
     def join(self, timeout_s: float) -> bool:
-        """Waits until all jobs are done; False if they were not in time."""
+        """Waits until all jobs are done and the thread is gone; False if that was not in time."""
         with self._lock:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -87,7 +89,7 @@ class Lane:
         while True:
             with self._lock:
                 if not self._jobs:
-                    self._thread = None
+                    self._working = False
                     return
                 job = self._jobs.popleft()
             job()
