@@ -14,7 +14,8 @@ from torch import Tensor
 from workers.architectures import ModelConfig, RankShape
 from workers.attention.base import AttentionBackend
 from workers.communicator import Communicator
-from workers.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding
+from workers.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
+from workers.padding import padded, padded_rows
 from workers.rotary import Rotary, Turns
 from workers.step import StepInput
 from workers.weights import Checkpoint, Part, Piece, Progress
@@ -56,15 +57,21 @@ class Layer:
         plan: Any,
         rows: Tensor | None,
     ) -> Tensor:
-        """hidden [tokens, hidden], which is overwritten -> the same, or only its `rows` (what the last layer needs)."""
-        shape = self._shape
+        """hidden [rows, hidden], which is overwritten -> the same, or only its `rows` (what the last layer needs).
+
+        Rows beyond the step's tokens are padding, which attention does not see.
+        """
+        shape, tokens = self._shape, step.tokens.shape[0]
         qkv = self.qkv(self.input_norm(hidden)).view(hidden.shape[0], -1, shape.head_dim)
         qk, value = qkv.split_with_sizes((self._qk_heads, shape.kv_heads), 1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
-        query, key = self._rotary.turn(qk, turns).split_with_sizes((shape.heads, shape.kv_heads), 1)
-        attended = attention.attend(self._number, query, key, value, step, plan).flatten(1)
-        if rows is not None:
+        turned = self._rotary.turn(qk, turns)[:tokens]
+        query, key = turned.split_with_sizes((shape.heads, shape.kv_heads), 1)
+        attended = attention.attend(self._number, query, key, value[:tokens], step, plan).flatten(1)
+        if rows is None:
+            attended = padded(attended, hidden.shape[0])
+        else:
             attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
         hidden = hidden.add_(self.o(attended))
         return hidden.add_(self.mlp(self.mlp_norm(hidden)))
@@ -159,6 +166,7 @@ class Decoder:
         self.shape = config.shard(comm.rank, comm.size)
         self.dtype, self.device = dtype, device
         self.attention = attention
+        self._pads = can_pack(dtype, device)
         self._rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
         self._outer = Outer(config, self.shape, comm, dtype, device)
         self._layers = [
@@ -171,14 +179,17 @@ class Decoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
-        hidden = self._outer.embedding(step.tokens)
-        turns = self._rotary.at(step.positions)
+        tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
+        width = padded_rows(tokens) if self._pads else tokens
+        hidden = self._outer.embedding(padded(step.tokens, width))
+        turns = self._rotary.at(padded(step.positions, width))
         plan = self.attention.plan(step)
         last = len(self._layers) - 1
+        sample_at = padded(step.sample_at, padded_rows(samples)) if self._pads else step.sample_at
         for number, layer in enumerate(self._layers):
-            rows = step.sample_at if number == last else None
+            rows = sample_at if number == last else None
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
-        return self._outer.head(self._outer.norm(hidden))
+        return self._outer.head(self._outer.norm(hidden))[:samples]
 
     def parts(self) -> list[Part]:
         """What `Checkpoint.load` fills, one after another."""
