@@ -72,9 +72,25 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
         lambda e: e.started_tokens,
     ),
     Metric("manta_prefix_cache_hit_tokens_total", "Of these, found in the KV cache.", lambda e: e.cached_tokens),
+    Metric("manta_prefix_cache_part_tokens_total", "Of the hits, found inside a page.", lambda e: e.part_tokens),
+    Metric(
+        "manta_prefix_cache_parts_total", "Pages that end a hit inside: copied, or taken over from nobody.",
+        {"copied": lambda e: e.parts_copied, "taken": lambda e: e.parts_taken}, "how",
+    ),
+    Metric(
+        "manta_transfers_total", "Prefixes that arrived: fetched from another group, or loaded from host memory.",
+        {"fetch": lambda e: e.fetches, "load": lambda e: e.loads}, "kind",
+    ),
+    Metric(
+        "manta_transfer_tokens_total", "Tokens whose KV was fetched, loaded from host memory, or offloaded to it.",
+        {"fetch": lambda e: e.fetched_tokens, "load": lambda e: e.loaded_tokens, "offload": lambda e: e.offloaded_tokens},
+        "kind",
+    ),
+    Metric("manta_transfers_failed_total", "Transfers of pages that did not arrive.", lambda e: e.failed_transfers),
+    Metric("manta_migrations_total", "Running sequences that moved to another group with their pages.", lambda e: e.migrations),
     Metric(
         "manta_prefix_cache_miss_tokens_total",
-        "Of these, to be computed: never seen, evicted since, cached in another group, or beyond the last reusable page.",
+        "Of these, to be computed: never seen, evicted since, cached in another group, or in the last, partly filled page.",
         {
             "cold": lambda e: e.miss_cold,
             "evicted": lambda e: e.miss_evicted,
@@ -96,6 +112,7 @@ GROUP_METRICS: tuple[Metric[GroupStats], ...] = (
     Metric("manta_group_epoch", "Counts the group's starts, from 0; -1 before the first.", lambda g: g.epoch),
     Metric("manta_group_draining", "1 if the group takes no new sequences.", lambda g: g.draining),
     Metric("manta_sequences_running", "Sequences that hold a lease in the group.", lambda g: g.running),
+    Metric("manta_sequences_fetching", "Sequences whose prefix is on its way to the group.", lambda g: g.fetching),
     Metric("manta_sequences_starved", "Running sequences that sit out: no block to grow into.", lambda g: g.starved),
     Metric("manta_sequence_starts_total", "Starts of sequences in the group, restarts included.", lambda g: g.starts),
     Metric("manta_lease_waits_total", "Times that a sequence found no block to grow into.", lambda g: g.lease_waits),
