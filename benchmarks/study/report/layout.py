@@ -88,7 +88,7 @@ def draw(results: Results, path: Path) -> None:
         left.set_xscale("log")
         left.grid(visible=False, axis="y")
         plots.label(left, f"A page by layout, {result['machine']['device']}", "microseconds a page (log)", "")
-        left.legend(loc="lower center", bbox_to_anchor=(0.3, -0.42), ncols=3)
+        left.legend(loc="lower center", bbox_to_anchor=(0.3, -0.36), ncols=3)
         draw_attention(right, result)
     plots.save(made, path)
 
@@ -103,4 +103,4 @@ def draw_attention(axes: Axes, result: dict[str, Any]) -> None:
     axes.axvline(1.0, color="#444c56", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['case']}, {row['backend']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    plots.label(axes, "Attention: page-first over per layer", "time ratio, median and range (1: no difference)", "")
+    plots.label(axes, "Attention: page-first over per layer", "ratio of times, median and range", "")

@@ -34,8 +34,8 @@ def impact(result: dict[str, Any]) -> str:
     sweep = result["sweep"]
     low, high = sweep["rows"][0], sweep["rows"][-1]
     text = (
-        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate on {sweep['workload']} goes "
-        f"from {percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
+        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate of the {sweep['workload']} "
+        f"goes from {percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
         f"{number(low['ttft_mean_s'])} to {number(high['ttft_mean_s'])} s, and overloaded throughput grows by a factor of "
         f"{high['requests_per_s'] / low['requests_per_s']:.2f}."
     )
@@ -54,21 +54,30 @@ def hashing(result: dict[str, Any]) -> str:
     text = f"**Hashing.** Hashing a token and comparing it cost {spent_ns:.2g} ns at pages of 256"
     if "engine" in result:
         saved_us = compute_us(result["engine"])
-        text += f", computing it {number(saved_us)} us on this CPU: {number(saved_us * 1e3 / spent_ns)} times as much"
+        text += f", computing it {number(saved_us)} us on this CPU: some {rounded(saved_us * 1e3 / spent_ns)} times as much"
     return text + "."
+
+
+def rounded(value: float) -> str:
+    """Two significant digits."""
+    return f"{float(f'{value:.2g}'):,.0f}"
 
 
 def tiers(result: dict[str, Any]) -> str:
-    tier, rows = result["tier"], result["tier"]["rows"]
-    most = rows[-1]
+    tier, moved = result["tier"], result["moves"]["rows"]
+    most = tier["rows"][-1]
     text = (
         f"**Memory or recompute.** A host tier of {most['tier']} times the pool lifts {tier['workload']} from "
-        f"{percent(tier['hit_rate'])} to {percent(most['hit_rate'])}; moving KV beats computing it above "
-        f"{tier['break_even_bandwidth'] / 1e9:.1f} GB/s. Fetching ahead of the start can save at most "
-        f"{number(most['fetch_ms_a_request'])} ms a request, where the tier itself saves "
-        f"{number(most['recompute_ms_a_request'])} ms"
+        f"{percent(tier['hit_rate'])} to {percent(most['hit_rate'])} and saves {number(most['recompute_ms_a_request'])} ms "
+        f"of prefill a request; moving KV beats computing it above {tier['break_even_bandwidth'] / 1e9:.1f} GB/s. **Fetching "
+        f"ahead** of the start can save at most {number(most['fetch_ms_a_request'])} ms a request on top."
     )
-    return text + "."
+    if "manta-fetch" in moved:
+        text += (
+            f" Fetching from other groups changes the mean time to first token from {number(moved['manta']['ttft_mean_s'])} "
+            f"to {number(moved['manta-fetch']['ttft_mean_s'])} s in 5c."
+        )
+    return text
 
 
 def page_sizes(results: Results) -> str:
@@ -142,15 +151,17 @@ def token_costs(results: Results) -> list[str]:
         table(["", "hash", "find and verify", "publish", "a part, us"], rows),
     ]
     copies = [
-        f"{number(each['us'][tokens]['median'])} us for {tokens} tokens "
-        f"({number(each['us'][tokens]['median'] / int(tokens))} a token; {shape}, {device_name(of_device)})"
+        [f"{shape}, {device_name(of_device)}", *(spread(each["us"][tokens]) for tokens in ("32", "128")),
+         number(each["us"]["128"]["median"] / 128)]
         for of_device in results.values()
         if "copy_us" in of_device
         for shape, each in of_device["copy_us"].items()
-        for tokens in each["us"]
-    ]
+    ]  # fmt: skip
     if copies:
-        body.append("Copying the part of a page that is reused, all layers: " + "; ".join(copies) + ".")
+        body += [
+            "Copying the part of a page that is reused, all layers, microseconds:",
+            table(["", "32 tokens", "128 tokens", "a token"], copies),
+        ]
     if "engine" in result:
         body.append(f"Computing a prompt token takes {number(compute_us(result['engine']))} us here "
                     f"({result['engine']['model']}, from 5a), so a copy of 32 tokens costs as much as "
@@ -199,6 +210,7 @@ def memory(result: dict[str, Any]) -> list[str]:
         body += [
             "The real engine with a pool that holds all of a batch, half, and a quarter (preemption by recompute):",
             table(["pool, of what the batch needs", "output tokens/s", "preemptions a batch", "tokens computed again"], lines),
+            "What a smaller pool costs beyond the tokens computed again is that fewer sequences run at once.",
         ]
     return body
 
