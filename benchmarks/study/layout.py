@@ -180,7 +180,7 @@ def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
     torch.set_num_threads(1)
     pools = Pools(layout, 2 * BATCH_PAGES, device)
     settle: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    repeat = 3 if options.quick else 20
+    repeat = 3
     result: dict[str, Any] = {}
     for name, work, pages in (
         ("copy of a page", pools.copy_page(), 1),

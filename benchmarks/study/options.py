@@ -31,7 +31,7 @@ class Options:
     trace: Path | None = None
     device: str = "cpu"
     threads: int = 2
-    rounds: int = 7
+    rounds: int = 5
     seed: int = 0
     limit: int | None = None
     vllm_python: Path | None = None

@@ -258,6 +258,8 @@ def draw(results: Results, path: Path) -> None:
     pool.plot([row["tokens"] / 1e6 for row in rows], [100 * row["hit_rate"] for row in rows], "o-", color=plots.CHOICES[0],
               label="hit rate")  # fmt: skip
     pool.set_xscale("log")
+    pool.set_xticks([row["tokens"] / 1e6 for row in rows], [number(row["tokens"] / 1e6) for row in rows])
+    pool.minorticks_off()
     pool.set_ylim(bottom=0)
     plots.label(pool, f"Pool size ({result['sweep']['workload']}, "
                       f"replayed)", "pools of all groups, million tokens", "hit rate, %")
