@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.study.report import plots
 from benchmarks.study.report.parts import Results, Section, commands, device_name, image, number, spread, table
@@ -86,6 +87,9 @@ def draw(results: Results, path: Path) -> None:
         left.set_yticks(range(len(names)), [name.replace(", gathered first", ",\ngathered first") for name in names])
         left.invert_yaxis()
         left.set_xscale("log")
+        left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        left.xaxis.set_minor_formatter(NullFormatter())
         left.grid(visible=False, axis="y")
         plots.label(left, f"A page by layout, {result['machine']['device']}", "microseconds a page (log)", "")
         left.legend(loc="lower center", bbox_to_anchor=(0.3, -0.36), ncols=3)
