@@ -107,4 +107,4 @@ def draw_attention(axes: Axes, result: dict[str, Any]) -> None:
     axes.axvline(1.0, color="#444c56", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['case']}, {row['backend']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    plots.label(axes, "Attention: page-first over per layer", "ratio of times, median and range", "")
+    plots.label(axes, "Attention, page-first / per layer", "ratio of times, median and range", "")
