@@ -27,6 +27,7 @@ class Paging:
         assert blocks is not None
         length, pending = int(group.length[row]), int(group.pending[row])
         full = (length - pending) // page_size
+        sequence.charge(length)
         if full > len(blocks.nodes):
             self._publish(group, sequence, blocks, full)
         if pending == 1 and not blocks.tail and sequence.committed - full * page_size >= self._least_part:

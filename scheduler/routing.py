@@ -14,6 +14,9 @@ from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
 
+FEW_GROUPS = 8
+"""So many are looked at one by one, which is quicker than array operations over all of them."""
+
 
 class Source(NamedTuple):
     """A pool that what it has of a prefix could be brought from: whole pages, and perhaps one that ends inside. tokens: of all.
@@ -64,9 +67,51 @@ class Routing:
     ) -> Offer | None:
         """None if there is no room anywhere now. only: look at this group alone.
 
-        Costs a few array operations over all groups, for what each of them costs at least, and a closer look at those that may
-        be the cheapest: one, as a rule.
+        Of many groups only those are looked at closely that may be the cheapest: one, as a rule.
         """
+        if len(self._state.columns.groups) <= FEW_GROUPS or only is not None:
+            return self._of_few(sequence, match, parts, only)
+        return self._of_many(sequence, match, parts)
+
+    def _of_few(
+        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], only: ResidentGroup | None
+    ) -> Offer | None:
+        """Each group, one after the other; ties as in `policy.route`."""
+        state, page_size, tokens = self._state, self._state.config.page_size, sequence.committed
+        groups = state.columns.groups
+        source = self._best_of_few(match, parts) if state.config.prefix_fetch and state.columns.exchange else None
+        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, tokens), source)
+        best: tuple[float, int, int, int, Offer] | None = None
+        for at, group in enumerate(groups):
+            if group.blocks < sequence.pages_at_most or group.draining or (only is not None and group is not only):
+                continue
+            for way, offer in enumerate(self._offers(group, prompt)):
+                if policy.admissible(offer.load):
+                    cost = policy.time_to_first_token(offer.load, tokens, page_size)
+                    found = (cost, -offer.load.available, at, way, offer)
+                    best = found if best is None or found < best else best
+        if best is None:
+            return None
+        if (tell := why.listener(state.explain)) is not None:
+            tell(self._why(prompt))
+        return best[-1]
+
+    def _best_of_few(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
+        """As `_best_source`."""
+        best = None
+        for group in self._state.columns.groups:
+            if not group.ports:
+                continue
+            depth, part = match.depth(group.group), parts.get(group.group)
+            if part is not None and not self._state.table.may_hold(group.group, part):
+                part = None
+            tokens = depth * self._state.config.page_size + (part.tokens if part else 0)
+            if tokens and (best is None or tokens > best.tokens):
+                best = Source(group.group, group, depth, part, tokens)
+        return best
+
+    def _of_many(self, sequence: Sequence, match: Match, parts: dict[GroupId, Part]) -> Offer | None:
+        """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
         state, columns, page_size = self._state, self._state.columns, self._state.config.page_size
         columns.refresh()
         depths = columns.spread(match.depths)
@@ -74,9 +119,6 @@ class Routing:
         source = self._best_source(match, parts, hits)
         prompt = Prompt(sequence, match, parts, state.pages_for(sequence, sequence.committed), source)
         fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= sequence.pages_at_most)
-        if only is not None:
-            fits &= columns.blocks < 0
-            fits[columns.at(only.group)] = only.blocks >= sequence.pages_at_most
         least = self._least_costs(prompt, depths, hits)
         seen: dict[int, list[Offer]] = {}
 

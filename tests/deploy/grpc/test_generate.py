@@ -122,7 +122,7 @@ def test_an_output_keeps_to_its_grammar(generate: Generate, grammar: dict[str, A
 
 
 def test_a_batch_answers_each_request_for_itself(answer: Answer, stub: Any) -> None:
-    good, other = text(temperature=0.0, request_id="first"), text("class A:", max_tokens=5)
+    good, other = text(temperature=0.0, request_id="first"), text("class A:", max_tokens=5, ignore_eos=True)
     bad = text(temperature=-1.0, request_id="second")
     results = answer(stub.GenerateBatch(pb.GenerateBatchRequest(requests=[good, bad, other]))).results
     assert [result.WhichOneof("outcome") for result in results] == ["response", "error", "response"]
