@@ -47,16 +47,11 @@ class BlockPool:
     """
 
     __slots__ = (
-        "_choose", "_forget", "after", "before", "cached", "evictions", "free_stack", "nodes", "refs", "shared", "total"
+        "_forget", "after", "before", "cached", "choose", "evictions", "free_stack", "nodes", "refs", "shared", "total"
     )  # fmt: skip
 
-    def __init__(
-        self, total: int, forget: Callable[[NodeId], None], choose: Callable[[list[NodeId]], int] | None = None
-    ) -> None:
-        """forget: called with the node of a published block at the moment it is evicted.
-
-        choose: asked which of the nodes next in turn, at most `LOOK_AHEAD`, is to be evicted; by default the first.
-        """
+    def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
+        """forget: called with the node of a published block at the moment it is evicted."""
         if total < 1:
             raise ValueError(f"a pool needs at least one block, not {total}")
         self.total = total
@@ -71,7 +66,8 @@ class BlockPool:
         self.after = [total] * (total + 1)
         self.free_stack = [BlockId(block) for block in range(total - 1, -1, -1)]
         self._forget = forget
-        self._choose = choose
+        self.choose: Callable[[list[NodeId]], int] | None = None
+        """Asked which of the nodes next in turn, at most `LOOK_AHEAD`, is to be evicted; None: always the first."""
 
     @property
     def free(self) -> int:
@@ -109,14 +105,14 @@ class BlockPool:
     def _next_to_go(self) -> BlockId:
         """Of the cached blocks the least recently used one, unless `choose` would rather have one of those after it."""
         at = self.after[self.total]
-        if self._choose is None:
+        if self.choose is None:
             return BlockId(at)
         blocks, nodes = [at], [self.nodes[at]]
         for _ in range(min(LOOK_AHEAD, self.cached) - 1):
             at = self.after[at]
             blocks.append(at)
             nodes.append(self.nodes[at])
-        return BlockId(blocks[self._choose(nodes)])
+        return BlockId(blocks[self.choose(nodes)])
 
     def pin(self, block: BlockId) -> None:
         """Adds a holder to a published block; a cached one is held again. Sharing a private block is a bug."""

@@ -203,11 +203,14 @@ class PrefixIndex:
         self, node: NodeId, tokens: npt.NDArray[np.int32], match: Match, depth: int, found: dict[GroupId, Part]
     ) -> None:
         """Enters what `node` has in common with `tokens` for each holder that has matched `depth` pages."""
+        there = [group for group in groups_of(self.holders[node]) if match.depths.get(group, 0) == depth]
+        if not there:
+            return
         common = common_prefix(self.contents[node], tokens)
         if common < self.stride:
             return  # their heads' hashes collide
-        for group in groups_of(self.holders[node]):
-            if match.depths.get(group, 0) == depth and (group not in found or found[group].tokens < common):
+        for group in there:
+            if group not in found or found[group].tokens < common:
                 found[group] = Part(node, common)
 
     def child(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:

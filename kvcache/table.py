@@ -79,8 +79,9 @@ class BlockTable:
         """An empty pool of `blocks` blocks. Raises ValueError if there is such a group."""
         if group < 0 or group in self.pools:
             raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
-        self.pools[group] = BlockPool(blocks, partial(self.index.forget, group), self.index.dispensable)
+        self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
         self.index.add_group(group)
+        self._pools_changed()
 
     def remove_group(self, group: GroupId) -> None:
         """Forgets the group's every block, in time linear in the cached and shared ones.
@@ -89,6 +90,7 @@ class BlockTable:
         """
         del self.pools[group]
         self.index.remove_group(group)
+        self._pools_changed()
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
         """The longest chain of full pages of `tokens` [tokens] held anywhere, at most `limit` pages of it.
@@ -292,7 +294,7 @@ class BlockTable:
         begins with the same tokens nothing happens: that one serves as well.
         """
         index, at = self.index, len(seq.nodes)
-        content = page_bytes(tokens).tobytes()
+        content = tokens.tobytes()
         if not index.stride <= len(tokens) < self.page_size or at >= len(seq.blocks):
             raise ValueError(f"{len(tokens)} tokens of page {at} cannot be published as a part of {self.page_size}")
         if seq.tail:
@@ -312,6 +314,11 @@ class BlockTable:
         seq.blocks.clear()
         seq.nodes.clear()
         seq.tail = NO_NODE
+
+    def _pools_changed(self) -> None:
+        """Where there is one pool there are no duplicates to be evicted first."""
+        for pool in self.pools.values():
+            pool.choose = self.index.dispensable if len(self.pools) > 1 else None
 
     def _extend(self, pool: BlockPool, blocks: list[BlockId], count: int) -> None:
         """Appends `count` private blocks, which the caller knows to be available."""

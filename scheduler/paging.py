@@ -30,8 +30,11 @@ class Paging:
         sequence.charge(length)
         if full > len(blocks.nodes):
             self._publish(group, sequence, blocks, full)
-        if pending == 1 and not blocks.tail and sequence.committed - full * page_size >= self._least_part:
-            self._publish_tail(sequence, blocks, min(length - 1, sequence.committed))
+        start = full * page_size
+        if pending == 1 and sequence.committed - start >= self._least_part and not blocks.tail:
+            end = min(length - 1, sequence.committed)
+            if self._is_part(blocks, end - start):
+                self._state.table.publish_tail(blocks, sequence.buffer[start:end])
         return self._schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
@@ -64,14 +67,12 @@ class Paging:
                 group.issue(Remap(sequence.lease, index, adopted))
             self._state.waiting.published(sequence, sequence.hashes[index])
 
-    def _publish_tail(self, sequence: Sequence, blocks: SequenceBlocks, end: int) -> None:
-        """Publishes the page that the sequence fills at the moment up to the position `end`, if that is worth a look.
+    def _is_part(self, blocks: SequenceBlocks, tokens: int) -> bool:
+        """Whether so many tokens of the page that a sequence fills at the moment are worth to be published.
 
         What it begins with, if that was copied, is known by the page that it was copied from, until a step has added to it.
         """
-        start = len(blocks.nodes) * self._page_size
-        if end - start >= self._least_part and end - start > blocks.inherited:
-            self._state.table.publish_tail(blocks, sequence.buffer[start:end])
+        return tokens >= self._least_part and tokens > blocks.inherited
 
     def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
         """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
@@ -122,9 +123,9 @@ class Paging:
         assert sequence.blocks is not None
         if release:
             computed = group.computed(sequence.row)
-            if computed % self._page_size >= self._least_part:
-                group.write_back(sequence, computed)
-                self._publish_tail(sequence, sequence.blocks, computed)
+            start = computed // self._page_size * self._page_size
+            if self._is_part(sequence.blocks, computed - start):
+                self._state.table.publish_tail(sequence.blocks, group.tail(sequence, start, computed))
             self._host_tier.offload(group, sequence)
             self._state.table.release(sequence.blocks)
         group.unseat(sequence)

@@ -94,7 +94,11 @@ def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
     Uncached prompt, prefill queued before it, decode load, and cached pages that would be lost. Taking the longest prefix
     first and the load second collapses on real traces, where all requests share a first page: costs must be added up.
     """
-    return sum(terms(load, tokens, page_size))
+    evicted = load.new_pages - load.free
+    cost = UNCACHED_WEIGHT * (tokens - load.hit_tokens) + load.backlog + DECODE_WEIGHT * load.running
+    if load.fetch_work:
+        cost += max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work
+    return cost + EVICTION_WEIGHT * page_size * evicted if evicted > 0 else cost
 
 
 def least_costs(

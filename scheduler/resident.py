@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvcache.ids import GroupId
 from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Commands, LeaseId
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, Tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -125,7 +125,7 @@ class ResidentGroup:
     @property
     def coming(self) -> int:
         """Tokens to compute of those who run, and of those whose prefix is on its way."""
-        return self.backlog + sum(self.fetching.values())
+        return self.backlog + sum(self.fetching.values()) if self.fetching else self.backlog
 
     # ---- the log down
 
@@ -197,6 +197,14 @@ class ResidentGroup:
                 sequence.append(ring[first : self.ring_size])
                 first = 0
             sequence.append(ring[first:last])
+
+    def tail(self, sequence: Sequence, start: int, end: int) -> Tokens:
+        """[end - start] the tokens from the page border `start` on, less than a page of them; a view."""
+        if sequence.committed <= start:
+            first = start & self._ring_mask  # the ring is two pages: what begins with one does not wrap around inside it
+            return self.ring[sequence.row, first : first + end - start]
+        self.write_back(sequence, end)
+        return sequence.buffer[start:end]
 
     # ---- reports
 

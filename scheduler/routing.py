@@ -149,17 +149,13 @@ class Routing:
             least = np.minimum(least, policy.least_costs(tokens - in_host * page_size, *there, work))
         return least
 
-    def _in_host(self, group: ResidentGroup, match: Match) -> int:
-        return match.depth(host_of(group.group)) if group.slots else 0
-
     def _offers(self, group: ResidentGroup, prompt: Prompt) -> list[Offer]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
         rates, source = self._state.rates, prompt.source
-        load = self._load(group, prompt)
-        offers = [Offer(group, load)]
+        offers = [Offer(group, self._load(group, prompt))]
         if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
             offers += self._with(offers[0], source, prompt.match, group.receiving + source.sender.sending, rates.fetch_cost)
-        if depth := self._in_host(group, prompt.match):
+        if group.slots and (depth := prompt.match.depth(host_of(group.group))):
             host = Source(host_of(group.group), None, depth, None, depth * self._state.config.page_size)
             offers += self._with(offers[0], host, prompt.match, group.receiving, rates.load_cost)
         return offers
@@ -197,18 +193,17 @@ class Routing:
     def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
         table, depth, part = self._state.table, prompt.match.depth(group.group), prompt.parts.get(group.group)
-        pool = table.pools[group.group]
-        return policy.GroupLoad(
-            hit_tokens=depth * self._state.config.page_size + (part.tokens if part else 0),
-            new_pages=prompt.pages - depth + (table.cached_in_match(group.group, prompt.match, depth) if depth else 0),
-            free=pool.free,
-            available=pool.available,
-            total=group.blocks,
-            free_rows=group.rows_left,
-            running=len(group.running) + len(group.fetching),
-            backlog=group.coming,
-            starving=bool(group.starved),
-        )
+        pool, hit, new = table.pools[group.group], 0, prompt.pages
+        if depth:
+            hit = depth * table.page_size
+            new += table.cached_in_match(group.group, prompt.match, depth) - depth
+        if part is not None:
+            hit += part.tokens
+        free = pool.free
+        return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_pages, ...
+            hit, new, free, free + pool.cached, group.blocks, group.rows_left, len(group.running) + len(group.fetching),
+            group.coming, bool(group.starved),
+        )  # fmt: skip
 
     def _why(self, prompt: Prompt) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_pages, hash_run
 from kvcache.table import SequenceBlocks
 from scheduler.messages import LeaseId
 from scheduler.sampling import SamplingParams
@@ -147,6 +147,8 @@ class Sequence:
     def hash_up_to(self, pages: int, page_size: int) -> None:
         """Hashes the first `pages` full pages, each once in the sequence's life."""
         known = len(self.hashes)
-        if known < pages:
+        if 0 < known == pages - 1:  # the usual case by far
+            self.hashes.append(hash_run(self.buffer[known * page_size : pages * page_size].data, self.hashes[-1]))
+        elif known < pages:
             new = self.buffer[known * page_size : pages * page_size]
             self.hashes += hash_pages(new, page_size, self.salt, parent=self.hashes[-1] if known else None)
