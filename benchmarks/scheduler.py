@@ -27,12 +27,14 @@ from benchmarks.report import figure, table
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.messages import ROW_MASK, FinishReason, Grant, Remap, Report, Request, Start
+from scheduler.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
 from scheduler.sampling import SamplingParams
 from scheduler.victims import find_victim
 
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)
+PART_TOKENS = 100
+"""Of the page after a hit of half the prompt: a hit that ends inside a page."""
 FRONT_ENDS = 4
 GROUPS = 4
 PROMPT_TOKENS = 4096
@@ -116,17 +118,22 @@ def time_steps(
 
 
 class Intake:
-    """Four idle groups, of which the first holds in its cache what `hit` percent of each prompt need."""
+    """Four idle groups, of which the first holds in its cache what `hit` percent of each prompt need, and `part` tokens more.
 
-    def __init__(self, hit: int, page_size: int) -> None:
+    fetch: the first group takes nobody in, so that its prefix is fetched by another, if that is decided.
+    """
+
+    def __init__(self, hit: int, page_size: int, *, part: int = 0, fetch: bool = False) -> None:
         self._random = np.random.default_rng(hit)
         self._stream = itertools.count()
         self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16))
         for group in range(GROUPS):
-            self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // page_size, 256)
-        self._common = self._draw(PROMPT_TOKENS * hit // 100)
+            ports = ("",) if fetch else ()
+            self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // page_size, 256, ports=ports)
+        self._common = self._draw(PROMPT_TOKENS * hit // 100 + part)
         if hit:
             self._compute(np.append(self._common, np.int32(0)))
+        self.core.groups[GroupId(0)].draining = fetch
 
     def submit(self) -> int:
         """Takes one prompt in; it is aborted afterwards, off the clock. Returns the nanoseconds of the submit."""
@@ -138,6 +145,9 @@ class Intake:
         self.core.take_logs()
         elapsed = time.perf_counter_ns() - begin
         self.core.abort(0, stream)
+        for transfer in self.core.transfers.under_way():  # it has not arrived: nobody else gets the prefix
+            for group in (transfer.source, transfer.target):
+                self.core.moved(group, Moved(0, transfer.number, False))
         self.core.take_logs()
         self.core.outbox.drain()
         return elapsed
@@ -226,6 +236,23 @@ def time_submits(hit: int, page_size: int, submits: int, rounds: int) -> list[li
     return [[intake.submit() for _ in range(submits)] for _ in range(rounds)]
 
 
+def time_parts(page_size: int, submits: int, rounds: int) -> dict[str, list[list[int]]]:
+    """By what happens, [rounds][submits] nanoseconds."""
+    half = HITS[1]
+    cases = {
+        "50%, inside a page": Intake(half, page_size, part=min(PART_TOKENS, page_size - 1)),
+        "50%, fetched": Intake(half, page_size, fetch=True),
+    }
+    times = {}
+    for name, intake in cases.items():
+        for _ in range(submits):
+            intake.submit()
+        counters = intake.core.counters
+        assert counters.parts_copied + counters.parts_taken > 0 or counters.failed_transfers > 0
+        times[name] = [[intake.submit() for _ in range(submits)] for _ in range(rounds)]
+    return times
+
+
 def summary(rounds: list[list[int]]) -> tuple[float, float]:
     """(median of the rounds' means, 99th percentile of all), in microseconds."""
     every = [elapsed for each in rounds for elapsed in each]
@@ -237,10 +264,12 @@ def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, 
     steps = {str(size): summary(time_steps(size, page_size, options.steps, options.rounds)) for size in SIZES}
     submits = {str(hit): summary(time_submits(hit, page_size, options.steps, options.rounds)) for hit in HITS}
     victims = {str(size): summary(time_victims(size, page_size, options.steps, options.rounds)) for size in SIZES}
+    parts = {name: summary(times) for name, times in time_parts(page_size, options.steps, options.rounds).items()}
     print(f"\npages of {page_size} tokens")
     rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in steps.items()]
     print(table(["decode step", "mean us", "p99 us"], rows))
     rows = [[f"{hit}% cached", figure(mean), figure(p99)] for hit, (mean, p99) in submits.items()]
+    rows += [[name, figure(mean), figure(p99)] for name, (mean, p99) in parts.items()]
     print(table([f"submit of {PROMPT_TOKENS} tokens", "mean us", "p99 us"], rows))
     rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in victims.items()]
     print(table(["choice of a victim", "mean us", "p99 us"], rows))
@@ -249,6 +278,7 @@ def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, 
         "step_p99_us": {size: round(p99, 1) for size, (_, p99) in steps.items()},
         "submit_us": {hit: round(mean, 1) for hit, (mean, _) in submits.items()},
         "submit_p99_us": {hit: round(p99, 1) for hit, (_, p99) in submits.items()},
+        "parts_us": {name: round(mean, 1) for name, (mean, _) in parts.items()},
         "victim_us": {size: round(mean, 1) for size, (mean, _) in victims.items()},
         "victim_p99_us": {size: round(p99, 1) for size, (_, p99) in victims.items()},
     }
