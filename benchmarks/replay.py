@@ -27,7 +27,7 @@ SATURATING_RATE = 5000.0
 """Prompt tokens a second of a group with which round robin saturates at the trace's own speed."""
 
 SCALES = (1, 8, 32, 128, 512)
-SCALE_SECONDS = {1: 32.0, 8: 32.0, 32: 16.0, 128: 10.0, 512: 5.0}
+SCALE_SECONDS = {1: 32.0, 8: 16.0, 32: 16.0, 128: 8.0, 512: 4.0}
 REQUESTS_PER_S = 31.25
 """Of each group: 1,000 a second on 32 groups."""
 

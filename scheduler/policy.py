@@ -16,7 +16,8 @@ Bools = npt.NDArray[np.bool_]
 UNCACHED_WEIGHT = 4.0
 """How much more a prompt token to compute counts than one that is queued already. The queue delays this sequence alone, once;
 a prefix computed a second time delays all that come behind it and evicts another. In replays of a conversation trace the hit
-rate is 83% of a single pool's with 1, 96% with 4 and 98% with 8, while 8 waits longer where load is low: docs/replay.md."""
+rate is 83% of a single pool's with 1, 96% with 4 and 98% with 8, while 8 waits longer where load is low.
+Where prefixes are fetched it hardly matters. See docs/replay.md."""
 
 DECODE_WEIGHT = 16.0
 """Prefill tokens whose work one running sequence stands for while a newcomer waits for its first token."""
