@@ -46,7 +46,7 @@ class Offer(NamedTuple):
 class Prompt(NamedTuple):
     """What is to be placed. parts: by group, what it has of the page after its whole pages. pages: needed at the start.
 
-    source: what could be sent by the group that has most of it.
+    source: what could be sent by the group that has most of it. least: tokens that a transfer must bring, to be worth it.
     """
 
     sequence: Sequence
@@ -54,6 +54,7 @@ class Prompt(NamedTuple):
     parts: dict[GroupId, Part]
     pages: int
     source: Source | None
+    least: int
 
 
 class Routing:
@@ -80,7 +81,8 @@ class Routing:
         state, page_size, tokens = self._state, self._state.config.page_size, sequence.committed
         groups = state.columns.groups
         source = self._best_of_few(match, parts) if state.config.prefix_fetch and state.columns.exchange else None
-        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, tokens), source)
+        least = page_size if only is None else 1  # one that moves stands still: the end of its last page comes along
+        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, tokens), source, least)
         best: tuple[float, int, int, int, Offer] | None = None
         for at, group in enumerate(groups):
             if group.blocks < sequence.pages_at_most or group.draining or (only is not None and group is not only):
@@ -117,7 +119,7 @@ class Routing:
         depths = columns.spread(match.depths)
         hits = depths * page_size + columns.spread({pool: part.tokens for pool, part in parts.items()})
         source = self._best_source(match, parts, hits)
-        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, sequence.committed), source)
+        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, sequence.committed), source, page_size)
         fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= sequence.pages_at_most)
         least = self._least_costs(prompt, depths, hits)
         seen: dict[int, list[Offer]] = {}
@@ -154,22 +156,22 @@ class Routing:
         rates, source = self._state.rates, prompt.source
         offers = [Offer(group, self._load(group, prompt))]
         if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
-            offers += self._with(offers[0], source, prompt.match, group.receiving + source.sender.sending, rates.fetch_cost)
+            offers += self._with(offers[0], source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
         if group.slots and (depth := prompt.match.depth(host_of(group.group))):
             host = Source(host_of(group.group), None, depth, None, depth * self._state.config.page_size)
-            offers += self._with(offers[0], host, prompt.match, group.receiving, rates.load_cost)
+            offers += self._with(offers[0], host, prompt, group.receiving, rates.load_cost)
         return offers
 
-    def _with(self, bare: Offer, source: Source, match: Match, queued: int, cost: float) -> list[Offer]:
-        """The group, once it has what `source` has, if that is a page more at least. queued: pages that go there first.
+    def _with(self, bare: Offer, source: Source, prompt: Prompt, queued: int, cost: float) -> list[Offer]:
+        """The group, once it has what `source` has, if that is enough more. queued: pages that go there first.
 
         cost: of moving a token, in times to compute one.
         """
         group, load, _ = bare
         page_size = self._state.config.page_size
-        if source.sender is group or source.tokens - load.hit_tokens < page_size:
+        if source.sender is group or source.tokens - load.hit_tokens < prompt.least:
             return []
-        work = policy.fetch_work(cost, page_size, source.pages - match.depth(group.group) + queued)
+        work = policy.fetch_work(cost, page_size, source.pages - prompt.match.depth(group.group) + queued)
         return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
 
     def _best_source(self, match: Match, parts: dict[GroupId, Part], hits: policy.Ints) -> Source | None:
