@@ -12,7 +12,7 @@ GroupId = NewType("GroupId", int)
 """One tensor-parallel group of workers, below `HOST`; also its bit in a holder mask, so small numbers, reused later."""
 
 NodeId = NewType("NodeId", int)
-"""A node of the cluster-wide prefix index: one full page of tokens under one parent."""
+"""A node of the cluster-wide prefix index: a page of tokens under one parent, or a part of one that a sequence ends with."""
 
 HOST = 1 << 10
 """More than there are groups: the host memory of group g is pool HOST + g of the table, in everything a pool like others."""
