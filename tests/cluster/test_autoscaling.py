@@ -48,9 +48,21 @@ def alive_nodes() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
+class NoHelp(Exception):
+    """The second group has not come. On a busy machine a node that Ray's autoscaler starts may time out."""
+
+
 def test_load_brings_a_node_and_a_group_and_idleness_takes_them_away(tmp_path: Path) -> None:
+    try:
+        load_brings_and_idleness_takes(tmp_path / "first")
+    except NoHelp:  # once more, with another Ray cluster; what Manta does with its nodes is the same
+        load_brings_and_idleness_takes(tmp_path / "second")
+
+
+def load_brings_and_idleness_takes(folder: Path) -> None:
     """The head has no room for groups: each has a node of its own, so that whichever goes leaves one empty."""
-    with autoscaling_ray(tmp_path, head_cpus=0, worker_cpus=1, max_workers=2) as address:
+    folder.mkdir()
+    with autoscaling_ray(folder, head_cpus=0, worker_cpus=1, max_workers=2) as address:
         try:
             with LLM(
                 TINY, ray_address=address, groups=1, max_groups=2, threads=1, scale_wait_s=0.5, scale_idle_s=2.0,
@@ -71,7 +83,8 @@ def answer_until_second_group_works(llm: LLM) -> None:
     round_ = 0
     deadline = time.monotonic() + PATIENCE_S
     while not any(group.starts for group in llm.stats().groups if group.group == 1):
-        assert time.monotonic() < deadline, "no second group came to help"
+        if time.monotonic() > deadline:
+            raise NoHelp
         assert_whole(llm, [[300 + round_, 400 + i] for i in range(16)])
         round_ += 1
 
