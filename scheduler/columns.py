@@ -67,9 +67,6 @@ class GroupColumns:
         self.refresh()
         return int(self.room.max(initial=-1))
 
-    def at(self, group: GroupId) -> int:
-        return self._at[group]
-
     def spread(self, values: Mapping[GroupId, int]) -> Ints:
         """[groups] of these, and 0 for the others. What belongs to no group, as host memory does, is left out."""
         column = np.zeros(len(self.groups), np.int64)
