@@ -167,7 +167,7 @@ def _live_nodes(index: PrefixIndex) -> set[NodeId]:
             _check(not index.is_tail(node), f"node {node} is only partly filled but found by the hash of a page")
             live.add(node)
             pages.add(page)
-            node = index.twins[node]
+            node = index.twins.get(node, NodeId(0))
     return live | _alike(index, live)
 
 
@@ -175,18 +175,22 @@ def _alike(index: PrefixIndex, full: set[NodeId]) -> set[NodeId]:
     """The nodes of pages listed by how they begin: all full ones and all tails, each once."""
     listed: set[NodeId] = set()
     width = 4 * index.stride
-    for head, newest in index.by_head.items():
+    heads = index.heads
+    for head, newest in heads.newest.items():
         node, newer = newest, NodeId(0)
         while node:
             _check(node not in listed, f"node {node} is twice in the lists of pages that begin alike")
-            _check(index.newer[node] == newer, f"node {node} follows {newer} in its list, not {index.newer[node]}")
+            told = heads.newer.get(node, NodeId(0))
+            _check(told == newer, f"node {node} follows {newer} in its list, not {told}")
             content, seed = index.contents[node], index.hashes[index.parents[node]]
             _check(len(content) >= width, f"node {node} is listed with less than {index.stride} tokens")
             digest = xxhash.xxh3_64_intdigest(content[:width], seed)
-            _check(digest == head == index.heads[node], f"node {node} is listed under {head:x}, it begins with {digest:x}")
+            _check(digest == head, f"node {node} is listed under {head:x}, it begins with {digest:x}")
             _check(index.is_tail(node) or node in full, f"node {node} is full but not found by its hash")
             listed.add(node)
-            node, newer = index.older[node], node
+            node, newer = heads.older.get(node, NodeId(0)), node
+    linked = heads.older.keys() | heads.newer.keys()
+    _check(linked <= listed, f"nodes {sorted(linked - listed)} are linked to others but in no list")
     _check(listed >= full or not index.stride, f"nodes {sorted(full - listed)} are not listed by how they begin")
     return listed
 
@@ -197,7 +201,8 @@ def _audit_dead(index: PrefixIndex, alive: set[NodeId]) -> None:
     ids = set(range(1, len(index.parents)))
     _check(len(set(dead)) == len(dead), f"a node id is free twice: {dead}")
     _check(set(dead) == ids - alive, f"free node ids {sorted(dead)}, but {sorted(ids - alive)} are dead")
+    twins = set(index.twins) | set(index.twins.values())
+    _check(twins <= alive, f"dead nodes {sorted(twins - alive)} are twins of others")
     for node in (NodeId(0), *dead):
         blank = not (index.parents[node] or index.contents[node] or index.holders[node] or index.children[node])
-        blank = blank and not (index.twins[node] or index.older[node] or index.newer[node])
-        _check(blank, f"dead node {node} still has a parent, tokens, holder, child, twin or neighbour")
+        _check(blank, f"dead node {node} still has a parent, tokens, a holder or a child")

@@ -114,37 +114,40 @@ class BlockPool:
             nodes.append(self.nodes[at])
         return BlockId(blocks[self.choose(nodes)])
 
-    def pin(self, block: BlockId) -> None:
-        """Adds a holder to a published block; a cached one is held again. Sharing a private block is a bug."""
-        assert self.nodes[block], f"block {block} is not published and cannot be shared"
-        ref = self.refs[block]
-        self.refs[block] = ref + 1
-        if ref == 0:
-            before, after = self.before[block], self.after[block]
-            self.after[before] = after
-            self.before[after] = before
-            self.cached -= 1
-        elif ref == 1:
-            self.shared += 1
+    def pin(self, *blocks: BlockId) -> None:
+        """Adds a holder to published blocks; a cached one is held again. Sharing a private block is a bug."""
+        refs, nodes, linked_before, linked_after = self.refs, self.nodes, self.before, self.after
+        for block in blocks:
+            assert nodes[block], f"block {block} is not published and cannot be shared"
+            ref = refs[block]
+            refs[block] = ref + 1
+            if ref == 0:
+                before, after = linked_before[block], linked_after[block]
+                linked_after[before] = after
+                linked_before[after] = before
+                self.cached -= 1
+            elif ref == 1:
+                self.shared += 1
 
-    def unpin(self, block: BlockId) -> None:
-        """Takes a holder from a held block. Without the last one a published block is cached, a private one free."""
-        ref = self.refs[block] - 1
-        assert ref >= 0, f"block {block} has no holder to release it"
-        self.refs[block] = ref
-        if ref == 1:
-            self.shared -= 1
-        elif ref == 0:
-            if self.nodes[block]:
-                total = self.total
-                last = self.before[total]
-                self.after[last] = block
-                self.before[block] = last
-                self.after[block] = total
-                self.before[total] = block
-                self.cached += 1
-            else:
-                self.free_stack.append(block)
+    def unpin(self, *blocks: BlockId) -> None:
+        """Takes a holder from held blocks. Without the last one a published block is cached, a private one free."""
+        refs, nodes, before, after, end = self.refs, self.nodes, self.before, self.after, self.total
+        for block in blocks:
+            ref = refs[block] - 1
+            assert ref >= 0, f"block {block} has no holder to release it"
+            refs[block] = ref
+            if ref == 1:
+                self.shared -= 1
+            elif ref == 0:
+                if nodes[block]:
+                    last = before[end]
+                    after[last] = block
+                    before[block] = last
+                    after[block] = end
+                    before[end] = block
+                    self.cached += 1
+                else:
+                    self.free_stack.append(block)
 
     def publish(self, block: BlockId, node: NodeId) -> None:
         """Names the content of a private block: from now on it may be shared, and is cached when released."""

@@ -3,6 +3,8 @@
 Imports NumPy and xxhash only. Never decides a match: the index compares the tokens themselves.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 import xxhash
@@ -13,6 +15,7 @@ TOKEN_DTYPE = np.dtype(np.int32)
 _digest = xxhash.xxh3_64_intdigest
 
 
+@lru_cache(maxsize=1024)
 def salt_seed(salt: str) -> int:
     """The seed of a prompt's first page. Prompts of different salts get unrelated hashes from the first page on."""
     return _digest(salt.encode("utf-8", "surrogatepass"))

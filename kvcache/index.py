@@ -4,8 +4,7 @@ Imports NumPy for types. Never counts references and never picks a block to evic
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.hashing import TOKEN_DTYPE, hash_run, page_bytes, salt_seed
+from kvcache.heads import HeadLists
 from kvcache.ids import BlockId, GroupId, NodeId
 
 NO_NODE = NodeId(0)
@@ -20,9 +20,11 @@ NO_NODE = NodeId(0)
 MAX_EVICTED = 1 << 18
 """Hashes of pages that nobody holds any more which are remembered, so that a miss can be told from a page never seen."""
 
-
 MAX_CANDIDATES = 16
 """Pages with the same parent and the same first tokens that are compared with a prompt, the newest first."""
+
+EVERYWHERE = -1
+"""The mask of all groups."""
 
 
 @lru_cache(maxsize=1024)
@@ -36,8 +38,7 @@ def groups_of(mask: int) -> tuple[GroupId, ...]:
     return tuple(groups)
 
 
-@dataclass(slots=True, frozen=True)
-class Match:
+class Match(NamedTuple):
     """The longest chain of full pages known anywhere in the cluster for one prompt, and how much each group has of it.
 
     nodes: the chain, from the first page on. Its length is the greatest of all depths.
@@ -67,16 +68,16 @@ class PrefixIndex:
     """A forest of pages: one root per salt, and a node for each (parent node, hash, tokens) that some group holds.
 
     A node is an index into flat columns, not an object: `parents`, `hashes`, `contents` (the page's tokens as bytes),
-    `holders` (bit g is set where group g holds it), `children` (a count) and `twins` (the next node of the same hash, a
-    chain that is one long unless xxhash collides). `by_hash` finds a node from the chained hash, `blocks[g]` group g's
-    block of a node: at most one. A page matches only if its hash, its parent and its tokens are equal, so a collision
-    can cost a comparison but never a wrong hit, and salts are isolated even if their hashes were not.
+    `holders` (bit g is set where group g holds it) and `children` (a count). `by_hash` finds a node from the chained hash,
+    `twins` the next node of the same hash, of which there is none unless xxhash collides, and `blocks[g]` group g's block
+    of a node: at most one. A page matches only if its hash, its parent and its tokens are equal, so a collision can cost
+    a comparison but never a wrong hit, and salts are isolated even if their hashes were not.
 
     A *tail* is a node of a page that is only partly filled: the end of a sequence, as far as it is computed. It has one
     holder and no child, grows with its sequence, and becomes a full node in place. Full nodes are found by `by_hash`;
-    both kinds also by `by_head`, from the hash of their first `stride` tokens chained to their parent's, through `older`
-    and `newer`: a list of all pages that begin alike, the newest first. There the tokens decide how far a page matches, so
-    reuse is exact to the token (the radix trees of SGLang, arXiv 2312.07104, reach the same by splitting their edges).
+    both kinds also in `heads`, by the hash of their first `stride` tokens chained to their parent's. There the tokens
+    decide how far a page matches, so reuse is exact to the token (the radix trees of SGLang, arXiv 2312.07104, reach the
+    same by splitting their edges).
 
     A node without a holder has no child. In each group whoever holds a page's block also holds its ancestors', and
     cached pages are evicted leaves first (see `BlockPool`), so a group that has a node has its parent too: `holders`
@@ -89,10 +90,10 @@ class PrefixIndex:
     """
 
     __slots__ = (
+        "_head_bytes",
         "_page_bytes",
         "blocks",
         "by_hash",
-        "by_head",
         "children",
         "contents",
         "evicted",
@@ -101,8 +102,6 @@ class PrefixIndex:
         "hashes",
         "heads",
         "holders",
-        "newer",
-        "older",
         "parents",
         "roots",
         "salts",
@@ -113,6 +112,7 @@ class PrefixIndex:
     def __init__(self, page_size: int, stride: int = 0) -> None:
         """stride: tokens of a page by which those that begin alike are found, below page_size; 0: only whole pages match."""
         self._page_bytes = page_size * TOKEN_DTYPE.itemsize
+        self._head_bytes = stride * TOKEN_DTYPE.itemsize
         self.stride = stride
         self.generation = 0
         """Grows whenever some group forgets a page."""
@@ -126,54 +126,50 @@ class PrefixIndex:
         self.contents = [b""]
         self.holders = [0]
         self.children = [0]
-        self.twins = [NO_NODE]
-        self.by_head: dict[int, NodeId] = {}
-        self.heads = [0]
-        self.older = [NO_NODE]
-        self.newer = [NO_NODE]
+        self.twins: dict[NodeId, NodeId] = {}
+        self.heads = HeadLists()
         self.free_ids: list[NodeId] = []
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
         """Walks down from the root of `salt`, at most `limit` pages of `tokens` with the chained hashes `hashes`."""
-        nodes: list[NodeId] = []
-        depths: dict[GroupId, int] = {}
-        match = Match(nodes, depths, self.generation)
         parent = self.roots.get(salt)
         if parent is None:
-            return match
-        find, contents, parents, holders = self.by_hash.get, self.contents, self.parents, self.holders
-        view = page_bytes(tokens)
-        width = self._page_bytes
-        alive = 0
-        for depth in range(max(0, min(limit, len(hashes), len(view) // width))):
-            node = find(hashes[depth])
-            if node is None:
+            return Match([], {}, self.generation)
+        view, width, find = page_bytes(tokens), self._page_bytes, self.by_hash.get
+        nodes: list[NodeId] = []
+        for hash_ in hashes[: max(0, min(limit, len(view) // width))]:
+            if (node := find(hash_)) is None:
                 break
-            page = view[depth * width : depth * width + width].tobytes()
-            if parents[node] != parent or contents[node] != page:
-                node = self._collided(node, parent, page)
-                if not node:
-                    break
-            mask = holders[node]
-            if mask != alive:  # groups only drop out: mask is a subset of alive, but for the first page
-                depths.update(dict.fromkeys(groups_of(alive & ~mask), depth))
-                alive = mask
             nodes.append(node)
+        known, parents, contents = view[: len(nodes) * width].tobytes(), self.parents, self.contents
+        for depth, node in enumerate(nodes):
+            if parents[node] != parent or not known.startswith(contents[node], depth * width):
+                node = self._collided(node, parent, known[depth * width : (depth + 1) * width])
+                if not node:
+                    del nodes[depth:]
+                    break
+                nodes[depth] = node
             parent = node
-        depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
-        return match
+        return Match(nodes, self._depths(nodes), self.generation)
 
     def chain(self, nodes: list[NodeId]) -> Match:
         """The match of a sequence's own nodes, from the first page on."""
-        match = Match(nodes, {}, self.generation)
-        alive = 0
-        for depth, node in enumerate(nodes):
-            mask = self.holders[node]
-            if mask != alive:
-                match.depths.update(dict.fromkeys(groups_of(alive & ~mask), depth))
-                alive = mask
-        match.depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
-        return match
+        return Match(nodes, self._depths(nodes), self.generation)
+
+    def _depths(self, nodes: list[NodeId]) -> dict[GroupId, int]:
+        """By group, how many of a chain's nodes it holds, from the first on. Groups only drop out on the way down."""
+        if not nodes:
+            return {}
+        holders, depths = self.holders, dict[GroupId, int]()
+        alive = holders[nodes[0]]
+        if holders[nodes[-1]] != alive:
+            for depth, node in enumerate(nodes):
+                mask = holders[node]
+                if mask != alive:
+                    depths.update(dict.fromkeys(groups_of(alive & ~mask), depth))
+                    alive = mask
+        depths.update(dict.fromkeys(groups_of(alive), len(nodes)))
+        return depths
 
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
         """By group, how far the page after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
@@ -184,34 +180,33 @@ class PrefixIndex:
         root = self.roots.get(salt) if self.stride else None
         if root is None:
             return found
-        page = self._page_bytes // TOKEN_DTYPE.itemsize
+        nodes, holders, heads = match.nodes, self.holders, self.heads
+        view, width, end = page_bytes(tokens), self._page_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
-            rest = tokens[depth * page : min((depth + 1) * page, limit)]
-            if len(rest) < self.stride:
-                continue
-            parent = match.nodes[depth - 1] if depth else root
-            node = self.by_head.get(self._head(page_bytes(rest), self.hashes[parent]), NO_NODE)
-            for _ in range(MAX_CANDIDATES):
-                if not node:
-                    break
-                if self.parents[node] == parent:
-                    self._compare(node, rest, match, depth, found)
-                node = self.older[node]
+            there = holders[nodes[depth - 1]] if depth else EVERYWHERE
+            if depth < len(nodes):
+                if not heads.has_others(nodes[depth]):
+                    continue  # whoever has a page that begins so has matched it
+                there &= ~holders[nodes[depth]]
+            rest, parent = view[depth * width : min((depth + 1) * width, end)], nodes[depth - 1] if depth else root
+            if len(rest) >= self._head_bytes and (key := self._head(rest, parent)) in heads.newest:
+                self._compare(heads.listed(key, MAX_CANDIDATES), parent, rest.tobytes(), there, found)
         return found
 
     def _compare(
-        self, node: NodeId, tokens: npt.NDArray[np.int32], match: Match, depth: int, found: dict[GroupId, Part]
+        self, nodes: Iterable[NodeId], parent: NodeId, rest: bytes, groups: int, found: dict[GroupId, Part]
     ) -> None:
-        """Enters what `node` has in common with `tokens` for each holder that has matched `depth` pages."""
-        there = [group for group in groups_of(self.holders[node]) if match.depths.get(group, 0) == depth]
-        if not there:
-            return
-        common = common_prefix(self.contents[node], tokens)
-        if common < self.stride:
-            return  # their heads' hashes collide
-        for group in there:
-            if group not in found or found[group].tokens < common:
-                found[group] = Part(node, common)
+        """Enters what these nodes, if they follow `parent`, have in common with `rest`, for their holders among `groups`."""
+        for node in nodes:
+            there = self.holders[node] & groups if self.parents[node] == parent else 0
+            if not there:
+                continue
+            common = common_prefix(self.contents[node], rest)
+            if common < self.stride:
+                continue  # their heads' hashes collide
+            for group in groups_of(there):
+                if group not in found or found[group].tokens < common:
+                    found[group] = Part(node, common)
 
     def child(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
         """The node of exactly this page under exactly this parent, or NO_NODE."""
@@ -220,30 +215,31 @@ class PrefixIndex:
             return self._collided(node, parent, page)
         return node
 
-    def add(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
-        """A new node that `child` did not find. The caller makes some group hold it at once."""
-        node = self._new(parent, hash_, page, self._head(page, self.hashes[parent]) if self.stride else 0)
-        self.evicted.pop(hash_, None)
+    def add(self, group: GroupId, block: BlockId, parent: NodeId, hash_: int, page: bytes) -> NodeId:
+        """A new node that `child` did not find. `group`, which holds the parent, holds it in `block`."""
+        node = self._new(parent, hash_, page, group, block)
         self._list_by_hash(node, hash_)
-        self.children[parent] += 1
+        if self.stride:
+            self.heads.add(self._head(page, parent), node)
         return node
 
-    def add_tail(self, group: GroupId, parent: NodeId, content: bytes) -> NodeId:
-        """A new node for a page that is filled by `content` only so far, `stride` tokens at least; `group` holds it at once.
+    def add_tail(self, group: GroupId, block: BlockId, parent: NodeId, content: bytes) -> NodeId:
+        """A new node for a page that is filled by `content` only so far, `stride` tokens at least; `group` holds it in `block`.
 
         NO_NODE, and nothing has changed, if a recent page of the group begins with the same tokens.
         """
-        head = self._head(content, self.hashes[parent])
-        node = self.by_head.get(head, NO_NODE)
-        for _ in range(MAX_CANDIDATES):
-            if not node:
-                break
-            if self.parents[node] == parent and self.holders[node] >> group & 1 and self.contents[node].startswith(content):
-                return NO_NODE
-            node = self.older[node]
-        node = self._new(parent, 0, content, head)
-        self.children[parent] += 1
+        head = self._head(content, parent)
+        if head in self.heads.newest and self._begins_so(group, parent, head, content):
+            return NO_NODE
+        node = self._new(parent, 0, content, group, block)
+        self.heads.add(head, node)
         return node
+
+    def _begins_so(self, group: GroupId, parent: NodeId, head: int, content: bytes) -> bool:
+        """Whether one of the group's pages after `parent`, of the newest in the list of `head`, begins with `content`."""
+        parents, holders, contents = self.parents, self.holders, self.contents
+        alike = self.heads.listed(head, MAX_CANDIDATES)
+        return any(parents[at] == parent and holders[at] >> group & 1 and contents[at].startswith(content) for at in alike)
 
     def is_tail(self, node: NodeId) -> bool:
         return len(self.contents[node]) < self._page_bytes
@@ -261,14 +257,13 @@ class PrefixIndex:
         """The page is full: `child` has not found another like it."""
         self.contents[node] = page
         self.hashes[node] = hash_
-        self.evicted.pop(hash_, None)
         self._list_by_hash(node, hash_)
 
     def root(self, salt: str) -> NodeId:
         """The root of `salt`, new if there is none. The caller adds a child to it at once."""
         root = self.roots.get(salt)
         if root is None:
-            root = self.roots[salt] = self._new(NO_NODE, salt_seed(salt), b"", 0)
+            root = self.roots[salt] = self._new(NO_NODE, salt_seed(salt), b"")
             self.salts[root] = salt
         return root
 
@@ -312,50 +307,47 @@ class PrefixIndex:
 
     def _collided(self, node: NodeId, parent: NodeId, page: bytes) -> NodeId:
         """The node of this page among those that share the hash of `node` and follow it."""
-        node = self.twins[node]
-        while node and (self.parents[node] != parent or self.contents[node] != page):
-            node = self.twins[node]
-        return node
+        twin = self.twins.get(node, NO_NODE)
+        while twin and (self.parents[twin] != parent or self.contents[twin] != page):
+            twin = self.twins.get(twin, NO_NODE)
+        return twin
 
-    def _head(self, content: bytes | memoryview, seed: int) -> int:
-        """The key of `by_head`: the hash of the first `stride` tokens, chained to the page before."""
-        return hash_run(content[: self.stride * TOKEN_DTYPE.itemsize], seed)
+    def _head(self, content: bytes | memoryview, parent: NodeId) -> int:
+        """The key of `heads`: the hash of the first `stride` tokens, chained to the page before."""
+        return hash_run(content[: self._head_bytes], self.hashes[parent])
 
-    def _new(self, parent: NodeId, hash_: int, page: bytes, head: int) -> NodeId:
-        """head: of a page that is to be found by how it begins."""
+    def _new(
+        self, parent: NodeId, hash_: int, content: bytes, group: GroupId | None = None, block: BlockId | None = None
+    ) -> NodeId:
+        """Held by `group` in `block`; a root by nobody."""
+        mask = 0 if group is None else 1 << group
         if self.free_ids:
             node = self.free_ids.pop()
             self.parents[node] = parent
             self.hashes[node] = hash_
-            self.contents[node] = page
+            self.contents[node] = content
+            self.holders[node] = mask
         else:
             node = NodeId(len(self.parents))
             self.parents.append(parent)
             self.hashes.append(hash_)
-            self.contents.append(page)
-            self.holders.append(0)
+            self.contents.append(content)
+            self.holders.append(mask)
             self.children.append(0)
-            for links in (self.twins, self.older, self.newer):
-                links.append(NO_NODE)
-            self.heads.append(0)
-        if self.stride and parent:
-            self.heads[node] = head
-            older = self.by_head.get(head, NO_NODE)
-            if older:
-                self.older[node] = older
-                self.newer[older] = node
-            self.by_head[head] = node
+        if group is not None and block is not None:
+            self.blocks[group][node] = block
+            self.children[parent] += 1
         return node
 
     def _bury(self, node: NodeId) -> None:
         """Ends `node` if nothing holds it, then each ancestor that only waited for it."""
         while not (self.holders[node] or self.children[node]):
-            parent = self.parents[node]
+            parent, content = self.parents[node], self.contents[node]
             if parent:
-                if not self.is_tail(node):
+                if len(content) == self._page_bytes:
                     self._unlist_by_hash(node)
                 if self.stride:
-                    self._unlist_by_head(node)
+                    self.heads.remove(self._head(content, parent), node)
                 self.children[parent] -= 1
             else:
                 del self.roots[self.salts.pop(node)]
@@ -367,18 +359,23 @@ class PrefixIndex:
             node = parent
 
     def _list_by_hash(self, node: NodeId, hash_: int) -> None:
-        self.twins[node] = self.by_hash.get(hash_, NO_NODE)
-        self.by_hash[hash_] = node
+        self.evicted.pop(hash_, None)
+        twin = self.by_hash.setdefault(hash_, node)
+        if twin != node:
+            self.twins[node] = twin
+            self.by_hash[hash_] = node
 
     def _unlist_by_hash(self, node: NodeId) -> None:
-        hash_, after = self.hashes[node], self.twins[node]
-        self.twins[node] = NO_NODE
-        head = self.by_hash[hash_]
+        hash_ = self.hashes[node]
+        after, head = self.twins.pop(node, None), self.by_hash[hash_]
         if head != node:
             while self.twins[head] != node:
                 head = self.twins[head]
-            self.twins[head] = after
-        elif after:
+            if after is not None:
+                self.twins[head] = after
+            else:
+                del self.twins[head]
+        elif after is not None:
             self.by_hash[hash_] = after
         else:
             del self.by_hash[hash_]
@@ -386,23 +383,12 @@ class PrefixIndex:
             if len(self.evicted) > MAX_EVICTED:
                 self.evicted.popitem(last=False)
 
-    def _unlist_by_head(self, node: NodeId) -> None:
-        older, newer = self.older[node], self.newer[node]
-        if older or newer:
-            self.older[node] = self.newer[node] = NO_NODE
-        if older:
-            self.newer[older] = newer
-        if newer:
-            self.older[newer] = older
-        elif older:
-            self.by_head[self.heads[node]] = older
-        else:
-            del self.by_head[self.heads[node]]
 
-
-def common_prefix(content: bytes, tokens: npt.NDArray[np.int32]) -> int:
-    """How many leading tokens of `content` are those of `tokens` [tokens], compared one by one."""
-    length = min(len(content) // TOKEN_DTYPE.itemsize, len(tokens))
-    differ = np.frombuffer(content, TOKEN_DTYPE, length) != tokens[:length]
-    first = int(differ.argmax()) if length else 0
-    return first if length and differ[first] else length
+def common_prefix(one: bytes, other: bytes) -> int:
+    """How many leading tokens, int32, both have in common: one by one only where neither begins with the other."""
+    if one.startswith(other):
+        return len(other) // TOKEN_DTYPE.itemsize
+    if other.startswith(one):
+        return len(one) // TOKEN_DTYPE.itemsize
+    length = min(len(one), len(other)) // TOKEN_DTYPE.itemsize
+    return int((np.frombuffer(one, TOKEN_DTYPE, length) != np.frombuffer(other, TOKEN_DTYPE, length)).argmax())

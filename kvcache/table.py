@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
-from kvcache.hashing import TOKEN_DTYPE, page_bytes
+from kvcache.hashing import TOKEN_DTYPE
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import NO_NODE, Match, Part, PrefixIndex
 
@@ -63,7 +63,7 @@ class BlockTable:
     never grow on the way down a chain; a pinned page's ancestors are pinned, so `available` is true headroom.
     """
 
-    __slots__ = ("index", "page_size", "pools")
+    __slots__ = ("_page_bytes", "_part_bytes", "index", "page_size", "pools")
 
     def __init__(self, page_size: int, stride: int = 0) -> None:
         """stride: tokens in common from which a part of a page is reused; 0: only whole pages are."""
@@ -72,6 +72,7 @@ class BlockTable:
         if not 0 <= stride < page_size:
             raise ValueError(f"a stride of {stride} tokens is not inside a page of {page_size}")
         self.page_size = page_size
+        self._page_bytes, self._part_bytes = page_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
         self.index = PrefixIndex(page_size, stride)
         self.pools: dict[GroupId, BlockPool] = {}
 
@@ -139,15 +140,19 @@ class BlockTable:
         """How many of the first `depth` matched blocks of `group` nobody holds.
 
         They count as available, but pinning them takes them out: `reserve` needs new_blocks + this many available.
-        Unheld pages are the end of the chain (reference counts never grow on the way down), so this counts back to the
-        first held one.
+        Unheld pages are the end of the chain (reference counts never grow on the way down), so where they begin is found
+        in O(log depth).
         """
         self._require(match, group, depth)
         held, refs, nodes = self.index.blocks[group], self.pools[group].refs, match.nodes
-        at = depth
-        while at and not refs[held[nodes[at - 1]]]:
-            at -= 1
-        return depth - at
+        first, end = 0, depth
+        while first < end:
+            middle = (first + end) // 2
+            if refs[held[nodes[middle]]]:
+                first = middle + 1
+            else:
+                end = middle
+        return depth - first
 
     def reserve(
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None
@@ -161,12 +166,11 @@ class BlockTable:
         spare = pool.available - new_blocks - self.cached_in_match(group, match, depth)
         if spare < 0:
             return None
-        held, pin = self.index.blocks[group], pool.pin
+        held = self.index.blocks[group]
         nodes = match.nodes[:depth]
         blocks = [held[node] for node in nodes]
         seq = SequenceBlocks(group, blocks, nodes, salt)
-        for block in blocks:
-            pin(block)
+        pool.pin(*blocks)
         if part is None or not new_blocks:
             self._extend(pool, blocks, new_blocks)
         elif self._may_take(group, part, new_blocks):
@@ -241,8 +245,10 @@ class BlockTable:
         self._extend(pool, seq.blocks, blocks)
         return seq.blocks[start:]
 
-    def publish(self, seq: SequenceBlocks, tokens: npt.NDArray[np.int32], hash_: int) -> BlockId | None:
-        """Publishes the sequence's next private block as the full page `tokens` [page_size] under its last node.
+    def publish(self, seq: SequenceBlocks, page: bytes, hash_: int) -> BlockId | None:
+        """Publishes the sequence's next private block as a full page under its last node.
+
+        page: its tokens, int32.
 
         hash_: of that page, chained from the page before. Call it once the step that wrote the page is committed.
 
@@ -251,18 +257,17 @@ class BlockTable:
         else None. The worker must see the change of its block table before the copy is granted to anyone else; one
         ordered command log gives that. The contents are equal up to rounding, as with any hit.
 
-        Raises ValueError if all blocks are published or `tokens` is not one page.
+        Raises ValueError if all blocks are published or `page` is not one page.
         """
         at = len(seq.nodes)
-        page = page_bytes(tokens).tobytes()
-        if at >= len(seq.blocks) or len(tokens) != self.page_size:
+        if at >= len(seq.blocks) or len(page) != self._page_bytes:
             raise ValueError(
-                f"cannot publish page {at} with {len(tokens)} tokens: the sequence has {len(seq.blocks)} blocks "
-                f"and a page has {self.page_size} tokens"
+                f"cannot publish page {at} with {len(page)} bytes: the sequence has {len(seq.blocks)} blocks "
+                f"and a page has {self.page_size} tokens, {self._page_bytes} bytes"
             )
         index, group, block = self.index, seq.group, seq.blocks[at]
         seq.inherited = 0
-        pool, held = self.pools[group], index.blocks[group]
+        pool = self.pools[group]
         parent = seq.nodes[-1] if at else index.root(seq.salt)
         node = index.child(parent, hash_, page)
         if seq.tail:
@@ -275,11 +280,13 @@ class BlockTable:
             if not node:
                 seq.nodes.append(tail)
                 return None
-        node = node or index.add(parent, hash_, page)
-        adopted = held.get(node)
-        if adopted is None:
+        adopted = None
+        if not node:
+            node = index.add(group, block, parent, hash_, page)
             pool.publish(block, node)
+        elif (adopted := index.blocks[group].get(node)) is None:
             index.hold(group, node, block)
+            pool.publish(block, node)
         else:
             pool.pin(adopted)
             pool.unpin(block)
@@ -287,30 +294,26 @@ class BlockTable:
         seq.nodes.append(node)
         return adopted
 
-    def publish_tail(self, seq: SequenceBlocks, tokens: npt.NDArray[np.int32]) -> None:
-        """Publishes what the sequence has filled of its next page: `tokens`, at least a stride and less than a page.
+    def publish_tail(self, seq: SequenceBlocks, content: bytes) -> None:
+        """Publishes what the sequence has filled of its next page: int32 tokens, at least a stride and less than a page.
 
         Call it when the page is computed so far and committed; again when it has grown. Where another page of the group
         begins with the same tokens nothing happens: that one serves as well.
         """
         index, at = self.index, len(seq.nodes)
-        content = tokens.tobytes()
-        if not index.stride <= len(tokens) < self.page_size or at >= len(seq.blocks):
-            raise ValueError(f"{len(tokens)} tokens of page {at} cannot be published as a part of {self.page_size}")
+        if not self._part_bytes <= len(content) < self._page_bytes or at >= len(seq.blocks):
+            raise ValueError(f"{len(content)} bytes of page {at} cannot be published as a part of {self._page_bytes}")
         if seq.tail:
             index.grow_tail(seq.tail, content)
             return
         parent = seq.nodes[-1] if at else index.root(seq.salt)
-        seq.tail = index.add_tail(seq.group, parent, content)
+        seq.tail = index.add_tail(seq.group, seq.blocks[at], parent, content)
         if seq.tail:
             self.pools[seq.group].publish(seq.blocks[at], seq.tail)
-            index.hold(seq.group, seq.tail, seq.blocks[at])
 
     def release(self, seq: SequenceBlocks) -> None:
         """Unpins the sequence's blocks, deepest first, and empties it. Published pages stay cached."""
-        unpin = self.pools[seq.group].unpin
-        for block in reversed(seq.blocks):
-            unpin(block)
+        self.pools[seq.group].unpin(*reversed(seq.blocks))
         seq.blocks.clear()
         seq.nodes.clear()
         seq.tail = NO_NODE

@@ -119,9 +119,10 @@ class Admission:
 
     def _shared(self, sequence: Sequence, match: Match) -> int | None:
         """The page after the cached prefix that a running sequence is about to compute, by its hash; see `prefixes`."""
-        if not self._state.config.wait_for_prefix:
+        prefixes = self._state.waiting.prefixes
+        if not (prefixes.announced and self._state.config.wait_for_prefix):
             return None
-        return self._state.waiting.prefixes.shared(sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)])
+        return prefixes.shared(sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)])
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
@@ -173,7 +174,7 @@ class Admission:
         self._count_transfer(transfer, ok)
         if ok:
             for index in range(transfer.first, transfer.tokens_end):
-                page = sequence.buffer[index * page_size : (index + 1) * page_size]
+                page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
                 state.table.publish(blocks, page, sequence.hashes[index])
         if not awaited:
             state.table.release(blocks)
@@ -225,8 +226,9 @@ class Admission:
 
     def _announce(self, sequence: Sequence, page: int) -> None:
         """From `page` on the sequence will compute its prompt itself."""
-        if self._state.config.prefix_caching and self._state.config.wait_for_prefix:
-            full = (sequence.committed - 1) // self._state.config.page_size
+        config = self._state.config
+        full = (sequence.committed - 1) // config.page_size
+        if page < full and config.prefix_caching and config.wait_for_prefix:
             self._state.waiting.prefixes.announce(sequence, sequence.hashes[page:full])
 
     def _start(self, group: ResidentGroup, sequence: Sequence, cached_tokens: int) -> None:

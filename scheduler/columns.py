@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 class GroupColumns:
     """groups: in the order in which they came up. backlog, running: as in `policy.GroupLoad`. room: pages that a
     newcomer may take, below 0 where none may start. free, available, blocks: pages of the pool. receiving: pages on their way
-    to it. ports: ranks that can exchange pages with those of other groups. exchange: there are two groups that can.
+    to it. senders: the groups, by id, that can exchange pages with others.
 
     Invariant: a row says what its group does, unless the group is in `watch.touched`; so call `refresh` before you look.
     """
@@ -36,8 +36,7 @@ class GroupColumns:
         self._rows = np.zeros((6, len(self.groups)), np.int64)
         self.backlog, self.running, self.room, self.free, self.available, self.receiving = self._rows
         self.blocks = np.array([group.blocks for group in self.groups], np.int64)
-        self.ports = np.array([len(group.ports) for group in self.groups], np.int64)
-        self.exchange = int(np.count_nonzero(self.ports)) > 1
+        self.senders = {group.group: group for group in self.groups if group.ports}
         for group in self.groups:
             group.touch()
 

@@ -189,10 +189,12 @@ class SchedulerCore:
             raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
         self._require_room(request, len(prompt))
         pages = pages_for(len(prompt) + max_tokens - 1, page_size)
-        hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
-        if len(hashes) != len(prompt) // page_size:
+        if len(request.hashes) == 8 * (len(prompt) // page_size):
+            hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
+        else:
             hashes = hash_pages(prompt, page_size, request.salt)
-        if any((front_end, request.stream + choice) in self.sequences for choice in range(request.params.n)):
+        keys = [(front_end, request.stream + choice) for choice in range(request.params.n)]
+        if not self.sequences.keys().isdisjoint(keys):
             raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
         deadline_s = math.inf if request.deadline_s is None else self.now_s + request.deadline_s
         seed = request.params.seed

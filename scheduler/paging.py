@@ -3,6 +3,8 @@
 Imports `state`, `victims` and the table.
 """
 
+from operator import attrgetter
+
 from kvcache.table import SequenceBlocks
 from scheduler.host_tier import HostTier
 from scheduler.messages import Drop, Grant, Remap
@@ -10,6 +12,9 @@ from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 from scheduler.state import ClusterState
 from scheduler.victims import find_victim
+
+BY_PLACE = attrgetter("place")
+"""The order of service, for sorting: quicker than to ask sequences which goes first."""
 
 
 class Paging:
@@ -25,16 +30,16 @@ class Paging:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
         blocks, page_size = sequence.blocks, self._page_size
         assert blocks is not None
-        length, pending = int(group.length[row]), int(group.pending[row])
+        length, pending = group.length.item(row), group.pending.item(row)
         full = (length - pending) // page_size
-        sequence.charge(length)
         if full > len(blocks.nodes):
+            sequence.charge(length)
             self._publish(group, sequence, blocks, full)
         start = full * page_size
         if pending == 1 and sequence.committed - start >= self._least_part and not blocks.tail:
             end = min(length - 1, sequence.committed)
             if self._is_part(blocks, end - start):
-                self._state.table.publish_tail(blocks, sequence.buffer[start:end])
+                self._state.table.publish_tail(blocks, sequence.buffer[start:end].tobytes())
         return self._schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
@@ -54,18 +59,20 @@ class Paging:
 
     def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
         """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
-        page_size = self._state.config.page_size
+        page_size, waiting, hashes = self._page_size, self._state.waiting, sequence.hashes
         assert sequence.lease is not None
         group.write_back(sequence, pages * page_size)
         if not self._state.config.prefix_caching:
             return
-        sequence.hash_up_to(pages, page_size)
+        awaited = waiting.is_author(sequence)
         for index in range(len(blocks.nodes), pages):
-            page = sequence.buffer[index * page_size : (index + 1) * page_size]
-            adopted = self._state.table.publish(blocks, page, sequence.hashes[index])
+            page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
+            hash_ = hashes[index] if index < len(hashes) else sequence.hash_page(page)
+            adopted = self._state.table.publish(blocks, page, hash_)
             if adopted is not None:
                 group.issue(Remap(sequence.lease, index, adopted))
-            self._state.waiting.published(sequence, sequence.hashes[index])
+            if awaited:
+                waiting.published(sequence, hash_)
 
     def _is_part(self, blocks: SequenceBlocks, tokens: int) -> bool:
         """Whether so many tokens of the page that a sequence fills at the moment are worth to be published.
@@ -80,7 +87,7 @@ class Paging:
             needy = list({*group.starved, *needy})
             group.starved.clear()
             group.touch()
-        for sequence in sorted(needy):
+        for sequence in sorted(needy, key=BY_PLACE):
             if sequence.state is State.RUNNING:  # neither ended in this report nor the victim of an older one
                 self._grant(group, sequence)
 
@@ -125,8 +132,9 @@ class Paging:
             computed = group.computed(sequence.row)
             start = computed // self._page_size * self._page_size
             if self._is_part(sequence.blocks, computed - start):
-                self._state.table.publish_tail(sequence.blocks, group.tail(sequence, start, computed))
-            self._host_tier.offload(group, sequence)
+                self._state.table.publish_tail(sequence.blocks, group.tail(sequence, start, computed).tobytes())
+            if group.slots:
+                self._host_tier.offload(group, sequence)
             self._state.table.release(sequence.blocks)
         group.unseat(sequence)
         sequence.lease, sequence.row, sequence.blocks = None, -1, None

@@ -13,21 +13,22 @@ from scheduler.sequence import Sequence
 
 
 class PendingPrefixes:
-    """page hash -> the running sequence that announced it, and the sequences that wait for it.
+    """page hash -> the running sequence that announced it, and the sequences that wait for it. announced: by author, the hashes
+    of the pages that it has not published yet, the first one last.
 
     No cycle: only running sequences are waited for, and a sequence that stops running withdraws what it announced.
     """
 
     def __init__(self) -> None:
         self._author: dict[int, Sequence] = {}
-        self._announced: dict[Sequence, list[int]] = {}
+        self.announced: dict[Sequence, list[int]] = {}
         self._waiters: dict[int, list[Sequence]] = {}
 
     def announce(self, author: Sequence, hashes: Listing[int]) -> None:
         """`author` starts and will compute these pages, in this order."""
         new = [hash_ for hash_ in dict.fromkeys(hashes) if self._author.setdefault(hash_, author) is author]
         if new:
-            self._announced[author] = new[::-1]
+            self.announced[author] = new[::-1]
 
     def shared(self, hashes: Listing[int]) -> int | None:
         """The hash of the deepest page, of those that continue a cached prefix, that is being computed; None for none."""
@@ -43,17 +44,17 @@ class PendingPrefixes:
 
     def published(self, author: Sequence, hash_: int) -> list[Sequence]:
         """`author` has published a page. Returns who waited for it; empty if it had not announced it."""
-        announced = self._announced.get(author)
+        announced = self.announced.get(author)
         if not announced or announced[-1] != hash_:
             return []
         announced.pop()
         if not announced:
-            del self._announced[author]
+            del self.announced[author]
         return self._settle(hash_)
 
     def withdraw(self, author: Sequence) -> list[Sequence]:
         """`author` runs no more. Returns who waited for pages that it has not published."""
-        return [waiter for hash_ in self._announced.pop(author, ()) for waiter in self._settle(hash_)]
+        return [waiter for hash_ in self.announced.pop(author, ()) for waiter in self._settle(hash_)]
 
     def waiters(self) -> list[Sequence]:
         """All that wait, for the invariants."""
@@ -65,7 +66,7 @@ class PendingPrefixes:
 
     def authors(self) -> set[Sequence]:
         """All that have announced pages, for the invariants."""
-        return set(self._announced)
+        return set(self.announced)
 
     def _settle(self, hash_: int) -> list[Sequence]:
         del self._author[hash_]

@@ -39,8 +39,7 @@ class Listener(NamedTuple):
     streams: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Roster:
+class Roster(NamedTuple):
     """Who takes part in a report, and which front end wants to know. Kept while reports name the same leases.
 
     rows: [n] of the leases still alive, grouped by front end. columns: theirs in the report; None: all, in order.
@@ -82,7 +81,7 @@ class ResidentGroup:
         self.length = np.zeros(rows, np.int64)
         self.pending = np.zeros(rows, np.int64)
         self.due = np.zeros(rows, np.int64)
-        self.slot = np.zeros(rows, np.uint16)  # small, since NumPy sorts 16 bits by radix
+        self.slot = np.zeros(rows, np.uint16)
         self.stream = np.zeros(rows, np.int64)
         self.ring = np.zeros((rows, self.ring_size + RING_PADDING), np.int32)
         self.sequences: list[Sequence | None] = [None] * rows
@@ -168,7 +167,7 @@ class ResidentGroup:
         """Takes it out. Its lease is over: what is still reported of it is discarded."""
         row = sequence.row
         self.lease[row] = -1
-        self.backlog -= int(self.pending[row]) - 1
+        self.backlog -= self.pending.item(row) - 1
         self.sequences[row] = None
         self.running.discard(sequence)
         if not self.running:
@@ -181,16 +180,16 @@ class ResidentGroup:
 
     def computed(self, row: int) -> int:
         """Tokens of the row whose KV stands in its pages."""
-        return int(self.length[row]) - int(self.pending[row])
+        return self.length.item(row) - self.pending.item(row)
 
     def output_tokens(self, sequence: Sequence) -> int:
         """Committed output, that in the ring included."""
-        return int(self.length[sequence.row]) - sequence.prompt_tokens
+        return self.length.item(sequence.row) - sequence.prompt_tokens
 
     def write_back(self, sequence: Sequence, end: int | None = None) -> None:
         """Moves the tokens at positions committed..end, None: all of them, from the ring into the sequence."""
         start = sequence.committed
-        end = int(self.length[sequence.row]) if end is None else end
+        end = self.length.item(sequence.row) if end is None else end
         if end > start:
             ring, first, last = self.ring[sequence.row], start & self._ring_mask, (end - 1 & self._ring_mask) + 1
             if first >= last:  # it wraps around
@@ -218,9 +217,12 @@ class ResidentGroup:
         leases = np.frombuffer(key, np.int64)
         rows = leases & ROW_MASK
         dead = len(self._slots)  # sorts last
-        slots = np.where(self.lease.take(rows) == leases, self.slot.take(rows), np.uint16(dead))
+        kind = np.uint8 if dead < 1 << 8 else np.uint16  # NumPy sorts both by radix, and half the bytes in half the time
+        slots, present = self.slot.take(rows).astype(kind), self.lease.take(rows)
+        if present.tobytes() != key:
+            slots[present != leases] = dead
         order = slots.argsort(kind="stable")
-        ends = slots.take(order).searchsorted(np.arange(1, dead + 1, dtype=np.uint16)).tolist()
+        ends = slots.searchsorted(np.arange(1, dead + 1, dtype=kind), sorter=order).tolist()
         columns = None
         if ends != [len(rows)]:  # several front ends, or a lease that has ended
             columns = order[: ends[-1] if ends else 0]

@@ -70,57 +70,37 @@ class Routing:
 
         Of many groups only those are looked at closely that may be the cheapest: one, as a rule.
         """
-        if len(self._state.columns.groups) <= FEW_GROUPS or only is not None:
-            return self._of_few(sequence, match, parts, only)
-        return self._of_many(sequence, match, parts)
+        state, few = self._state, only is not None or len(self._state.columns.groups) <= FEW_GROUPS
+        least = state.config.page_size if only is None else 1  # one that moves stands still: the end of its last page comes too
+        pages = state.pages_for(sequence, sequence.committed)
+        prompt = Prompt(sequence, match, parts, pages, self._best_source(match, parts), least)
+        offer = self._of_few(prompt, only) if few else self._of_many(prompt)
+        if offer is not None and (tell := why.listener(state.explain)) is not None:
+            tell(self._why(prompt))
+        return offer
 
-    def _of_few(
-        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], only: ResidentGroup | None
-    ) -> Offer | None:
+    def _of_few(self, prompt: Prompt, only: ResidentGroup | None = None) -> Offer | None:
         """Each group, one after the other; ties as in `policy.route`."""
-        state, page_size, tokens = self._state, self._state.config.page_size, sequence.committed
-        groups = state.columns.groups
-        source = self._best_of_few(match, parts) if state.config.prefix_fetch and state.columns.exchange else None
-        least = page_size if only is None else 1  # one that moves stands still: the end of its last page comes along
-        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, tokens), source, least)
+        page_size, tokens, at_most = self._state.config.page_size, prompt.sequence.committed, prompt.sequence.pages_at_most
         best: tuple[float, int, int, int, Offer] | None = None
-        for at, group in enumerate(groups):
-            if group.blocks < sequence.pages_at_most or group.draining or (only is not None and group is not only):
+        for at, group in enumerate(self._state.columns.groups):
+            if group.blocks < at_most or group.draining or (only is not None and group is not only):
                 continue
             for way, offer in enumerate(self._offers(group, prompt)):
-                if policy.admissible(offer.load):
-                    cost = policy.time_to_first_token(offer.load, tokens, page_size)
-                    found = (cost, -offer.load.available, at, way, offer)
-                    best = found if best is None or found < best else best
-        if best is None:
-            return None
-        if (tell := why.listener(state.explain)) is not None:
-            tell(self._why(prompt))
-        return best[-1]
+                load = offer.load
+                if policy.admissible(load):
+                    found = policy.time_to_first_token(load, tokens, page_size), -load.available, at, way, offer
+                    if best is None or found < best:
+                        best = found
+        return None if best is None else best[-1]
 
-    def _best_of_few(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
-        """As `_best_source`."""
-        best = None
-        for group in self._state.columns.groups:
-            if not group.ports:
-                continue
-            depth, part = match.depth(group.group), parts.get(group.group)
-            if part is not None and not self._state.table.may_hold(group.group, part):
-                part = None
-            tokens = depth * self._state.config.page_size + (part.tokens if part else 0)
-            if tokens and (best is None or tokens > best.tokens):
-                best = Source(group.group, group, depth, part, tokens)
-        return best
-
-    def _of_many(self, sequence: Sequence, match: Match, parts: dict[GroupId, Part]) -> Offer | None:
+    def _of_many(self, prompt: Prompt) -> Offer | None:
         """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
-        state, columns, page_size = self._state, self._state.columns, self._state.config.page_size
+        columns, page_size = self._state.columns, self._state.config.page_size
         columns.refresh()
-        depths = columns.spread(match.depths)
-        hits = depths * page_size + columns.spread({pool: part.tokens for pool, part in parts.items()})
-        source = self._best_source(match, parts, hits)
-        prompt = Prompt(sequence, match, parts, state.pages_for(sequence, sequence.committed), source, page_size)
-        fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= sequence.pages_at_most)
+        depths = columns.spread(prompt.match.depths)
+        hits = depths * page_size + columns.spread({pool: part.tokens for pool, part in prompt.parts.items()})
+        fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= prompt.sequence.pages_at_most)
         least = self._least_costs(prompt, depths, hits)
         seen: dict[int, list[Offer]] = {}
 
@@ -128,12 +108,8 @@ class Routing:
             seen[at] = self._offers(columns.groups[at], prompt)
             return [offer.load for offer in seen[at]]
 
-        choice = policy.route(least, fits, columns.available, look, sequence.committed, page_size)
-        if choice is None:
-            return None
-        if (tell := why.listener(state.explain)) is not None:
-            tell(self._why(prompt))
-        return seen[choice[0]][choice[1]]
+        choice = policy.route(least, fits, columns.available, look, prompt.sequence.committed, page_size)
+        return None if choice is None else seen[choice[0]][choice[1]]
 
     def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
@@ -153,8 +129,10 @@ class Routing:
 
     def _offers(self, group: ResidentGroup, prompt: Prompt) -> list[Offer]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
-        rates, source = self._state.rates, prompt.source
-        offers = [Offer(group, self._load(group, prompt))]
+        source, offers = prompt.source, [Offer(group, self._load(group, prompt))]
+        if source is None and not group.slots:
+            return offers
+        rates = self._state.rates
         if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
             offers += self._with(offers[0], source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
         if group.slots and (depth := prompt.match.depth(host_of(group.group))):
@@ -174,23 +152,27 @@ class Routing:
         work = policy.fetch_work(cost, page_size, source.pages - prompt.match.depth(group.group) + queued)
         return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
 
-    def _best_source(self, match: Match, parts: dict[GroupId, Part], hits: policy.Ints) -> Source | None:
-        """The group that could send the most of the prefix; of several the first. hits: [groups] tokens, what each has.
+    def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
+        """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.
 
         A host tier is its own group's alone.
         """
-        state, columns = self._state, self._state.columns
-        if not state.config.prefix_fetch or len(columns.groups) < 2:
+        state, senders = self._state, self._state.columns.senders
+        if not state.config.prefix_fetch or len(senders) < 2:
             return None
-        most, bare = np.where(columns.ports > 0, hits, 0), set[int]()
-        while tokens := int(most.max()):
-            group = columns.groups[at := int(most.argmax())]
-            depth, part = match.depth(group.group), None if at in bare else parts.get(group.group)
-            if part is None or state.table.may_hold(group.group, part):
-                return Source(group.group, group, depth, part, tokens)
-            most[at] = depth * state.config.page_size  # it cannot send the part
-            bare.add(at)
-        return None
+        depths = match.depths
+        deepest = max((depth for pool, depth in depths.items() if pool in senders), default=0)
+        pools = [pool for pool in parts if depths.get(pool, 0) == deepest and pool in senders]
+        pool = max(
+            (pool for pool in pools if state.table.may_hold(pool, parts[pool])),
+            key=lambda pool: (parts[pool].tokens, -pool), default=None,
+        )  # fmt: skip
+        part = None if pool is None else parts[pool]
+        if pool is None and deepest:
+            pool = min(pool for pool, depth in depths.items() if depth == deepest and pool in senders)
+        if pool is None:
+            return None
+        return Source(pool, senders[pool], deepest, part, deepest * state.config.page_size + (part.tokens if part else 0))
 
     def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
@@ -201,10 +183,10 @@ class Routing:
             new += table.cached_in_match(group.group, prompt.match, depth) - depth
         if part is not None:
             hit += part.tokens
-        free = pool.free
+        free, fetching = len(pool.free_stack), len(group.fetching)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_pages, ...
-            hit, new, free, free + pool.cached, group.blocks, group.rows_left, len(group.running) + len(group.fetching),
-            group.coming, bool(group.starved),
+            hit, new, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching, len(group.running) + fetching,
+            group.coming if fetching else group.backlog, bool(group.starved),
         )  # fmt: skip
 
     def _why(self, prompt: Prompt) -> why.Decision:

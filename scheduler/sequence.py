@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import hash_pages, hash_run
+from kvcache.hashing import hash_pages, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
 from scheduler.messages import LeaseId
 from scheduler.sampling import SamplingParams
@@ -144,11 +144,15 @@ class Sequence:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
 
+    def hash_page(self, page: bytes) -> int:
+        """Hashes the page after those that have been hashed: its tokens, int32."""
+        hash_ = hash_run(page, self.hashes[-1] if self.hashes else salt_seed(self.salt))
+        self.hashes.append(hash_)
+        return hash_
+
     def hash_up_to(self, pages: int, page_size: int) -> None:
         """Hashes the first `pages` full pages, each once in the sequence's life."""
         known = len(self.hashes)
-        if 0 < known == pages - 1:  # the usual case by far
-            self.hashes.append(hash_run(self.buffer[known * page_size : pages * page_size].data, self.hashes[-1]))
-        elif known < pages:
+        if known < pages:
             new = self.buffer[known * page_size : pages * page_size]
             self.hashes += hash_pages(new, page_size, self.salt, parent=self.hashes[-1] if known else None)

@@ -145,6 +145,10 @@ class WaitingRoom:
         self.rooms += 1
         self._changes += 1
 
+    def is_author(self, sequence: Sequence) -> bool:
+        """Somebody may wait for pages that it computes: then say what it has `published`."""
+        return sequence in self.prefixes.announced
+
     def published(self, author: Sequence, hash_: int) -> None:
         """Whoever waited for this page comes back."""
         self.join(self.prefixes.published(author, hash_))
@@ -152,7 +156,8 @@ class WaitingRoom:
     def withdraw(self, author: Sequence) -> None:
         """`author` runs no more: there is room, and whoever waited for its pages comes back."""
         self.made_room()
-        self.join(self.prefixes.withdraw(author))
+        if author in self.prefixes.announced:
+            self.join(self.prefixes.withdraw(author))
 
     def unpark(self) -> None:
         """The groups have changed."""

@@ -102,7 +102,7 @@ def _admit(table: BlockTable, group: GroupId, prompt: np.ndarray[Any, np.dtype[n
     held = table.reserve(group, match, depth, len(hashes) - depth, "", part)
     assert held is not None
     for at in range(depth, len(hashes)):
-        table.publish(held, prompt[at * page : (at + 1) * page], hashes[at])
+        table.publish(held, prompt[at * page : (at + 1) * page].tobytes(), hashes[at])
     table.release(held)
     return depth
 

@@ -40,7 +40,7 @@ def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict
         held = table.reserve(group, table.match(tokens, hashes, "", 0), 0, len(hashes), "")
         assert held is not None
         for at, hash_ in enumerate(hashes):
-            table.publish(held, tokens[at * page : (at + 1) * page], hash_)
+            table.publish(held, tokens[at * page : (at + 1) * page].tobytes(), hash_)
         tables[:] = [table]
 
     def find_part() -> None:

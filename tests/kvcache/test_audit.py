@@ -25,7 +25,7 @@ def healthy() -> tuple[BlockTable, list[SequenceBlocks]]:
         seq = table.reserve(ZERO, match, match.depth(ZERO), new_blocks, "")
         assert seq is not None
         for at in range(len(seq.nodes), 2):
-            table.publish(seq, prompt[at * PAGE : (at + 1) * PAGE], hashes[at])
+            table.publish(seq, prompt[at * PAGE : (at + 1) * PAGE].tobytes(), hashes[at])
         return seq
 
     first = start(shared, 3)

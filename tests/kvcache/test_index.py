@@ -35,9 +35,13 @@ def hold(
     for value, hash_ in zip(values, chain, strict=True):
         page = pages(value).tobytes()
         parent = nodes[-1] if nodes else index.root(salt)
-        nodes.append(index.child(parent, hash_, page) or index.add(parent, hash_, page))
-        if nodes[-1] not in index.blocks[group]:
-            index.hold(group, nodes[-1], BlockId(nodes[-1]))
+        node = index.child(parent, hash_, page)
+        if not node:
+            node = index.add(group, BlockId(0), parent, hash_, page)
+            index.blocks[group][node] = BlockId(node)
+        elif node not in index.blocks[group]:
+            index.hold(group, node, BlockId(node))
+        nodes.append(node)
     return nodes
 
 

@@ -46,9 +46,9 @@ def compute(table: BlockTable, seq: SequenceBlocks, tokens: Tokens) -> SequenceB
     """The sequence has computed `tokens`, all that it has: full pages and the tail are published."""
     hashes = hash_pages(tokens, PAGE, seq.salt)
     for at in range(len(seq.nodes), len(hashes)):
-        table.publish(seq, tokens[at * PAGE : (at + 1) * PAGE], hashes[at])
+        table.publish(seq, tokens[at * PAGE : (at + 1) * PAGE].tobytes(), hashes[at])
     if len(tokens) % PAGE >= STRIDE:
-        table.publish_tail(seq, tokens[len(hashes) * PAGE :])
+        table.publish_tail(seq, tokens[len(hashes) * PAGE :].tobytes())
     return seq
 
 
@@ -67,7 +67,7 @@ def common(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str =
     [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2), ([1], [2], 0), ([], [1], 0), ([1], [], 0)],
 )
 def test_common_prefix(content: list[int], tokens: list[int], expected: int) -> None:
-    assert common_prefix(np.array(content, np.int32).tobytes(), np.array(tokens, np.int32)) == expected
+    assert common_prefix(np.array(content, np.int32).tobytes(), np.array(tokens, np.int32).tobytes()) == expected
 
 
 def test_a_match_inside_a_full_page_is_exact_to_the_token() -> None:
@@ -240,9 +240,9 @@ def test_without_a_stride_only_whole_pages_match() -> None:
     table.add_group(ZERO, 4)
     seq = table.reserve(ZERO, table.match(ids((1, 16)), [], "", 1), 0, 1, "")
     assert seq is not None
-    table.publish(seq, ids((1, 16)), hash_pages(ids((1, 16)), PAGE)[0])
+    table.publish(seq, ids((1, 16)).tobytes(), hash_pages(ids((1, 16)), PAGE)[0])
     assert find(table, ids((1, 12))) == {}
-    assert not table.index.by_head
+    assert not table.index.heads.newest
     audit(table, [seq])
 
 
@@ -251,7 +251,7 @@ def test_what_is_no_part_cannot_be_published_as_one(tokens: int) -> None:
     table = make_table(2)
     seq = start(table, ids((1, 20)))
     with pytest.raises(ValueError, match="cannot be published as a part"):
-        table.publish_tail(seq, ids((1, tokens)))
+        table.publish_tail(seq, ids((1, tokens)).tobytes())
 
 
 @pytest.mark.parametrize("stride", [-1, PAGE])

@@ -107,7 +107,7 @@ class BlockTableMachine(RuleBasedStateMachine):
             assert match.depth(other) == depth
             best = self.best_part(other, salt, tuple(tokens[:limit]), depth)
             found = parts[other].tokens if other in parts else 0
-            assert found == best or len(self.table.index.by_head) > MAX_CANDIDATES > found
+            assert found == best or len(self.table.index.heads.newest) > MAX_CANDIDATES > found
         assert len(match.nodes) == max(match.depths.values(), default=0)
         depth = max(0, match.depth(group) - skip)
         part = parts.get(group) if depth == match.depth(group) else None
@@ -193,7 +193,8 @@ class BlockTableMachine(RuleBasedStateMachine):
         )
         private = seq.blocks[at]
         grown = bool(seq.tail)
-        adopted = self.table.publish(seq, run.array(at * PAGE, run.computed), hash_pages(run.array(), PAGE, seq.salt)[at])
+        hashes = hash_pages(run.array(), PAGE, seq.salt)
+        adopted = self.table.publish(seq, run.array(at * PAGE, run.computed).tobytes(), hashes[at])
         assert (adopted is not None) == twin
         assert seq.blocks[at] == (private if adopted is None else adopted)
         assert self.written[seq.group, seq.blocks[at]] == content
@@ -205,7 +206,7 @@ class BlockTableMachine(RuleBasedStateMachine):
         start = len(run.seq.nodes) * PAGE
         if run.computed - start >= STRIDE:
             known = run.seq.tail
-            self.table.publish_tail(run.seq, run.array(start, run.computed))
+            self.table.publish_tail(run.seq, run.array(start, run.computed).tobytes())
             self.events["published a tail" if not known else "a tail grew"] += bool(run.seq.tail)
             self.events["a tail was known"] += not run.seq.tail
 
