@@ -14,6 +14,7 @@ from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.routing import Routing, Source
 from scheduler.sequence import Sequence, State
+from scheduler.sharing import Sharing
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfer, Transfers
 
@@ -32,6 +33,7 @@ class Admission:
         self._paging = paging
         self._transfers = transfers
         self._routing = Routing(state)
+        self._sharing = Sharing(state)
         self._serials = 0
 
     def admit(self) -> None:
@@ -54,8 +56,8 @@ class Admission:
                 room = state.columns.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 match = self._match(sequence)
-                if (shared := self._shared(sequence, match)) is not None:
-                    waiting.defer(sequence, shared)
+                if (awaited := self._sharing.awaited(sequence, match, self._reusable_tokens(sequence))) is not None:
+                    waiting.defer(sequence, awaited)
                     continue
                 if self._place(sequence, match):
                     waiting.leave(sequence, state.now_s)
@@ -77,7 +79,7 @@ class Admission:
         if waiting.count or not self._state.groups:
             return False
         match = self._match(sequence)
-        if self._shared(sequence, match) is not None:
+        if self._sharing.awaited(sequence, match, self._reusable_tokens(sequence)) is not None:
             return False
         waiting.fair.pass_by(sequence.tenant)
         return self._place(sequence, match)
@@ -117,13 +119,6 @@ class Admission:
     def _reusable_pages(self, sequence: Sequence) -> int:
         return self._reusable_tokens(sequence) // self._state.config.page_size
 
-    def _shared(self, sequence: Sequence, match: Match) -> int | None:
-        """The page after the cached prefix that a running sequence is about to compute, by its hash; see `prefixes`."""
-        prefixes = self._state.waiting.prefixes
-        if not (prefixes.announced and self._state.config.wait_for_prefix):
-            return None
-        return prefixes.shared(sequence.hashes[len(match.nodes) : self._reusable_pages(sequence)])
-
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
         if sequence.state is State.WAITING and self._place(sequence, self._match(sequence), only=group):
@@ -132,7 +127,9 @@ class Admission:
     def _place(self, sequence: Sequence, match: Match, *, only: ResidentGroup | None = None) -> bool:
         """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
         state, page_size = self._state, self._state.config.page_size
-        parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
+        reusable = self._reusable_tokens(sequence)
+        self._sharing.show(sequence, match, reusable)
+        parts = state.table.parts(match, sequence.tokens, sequence.salt, reusable)
         offer = self._routing.cheapest(sequence, match, parts, only)
         if offer is None:
             return False
@@ -161,7 +158,7 @@ class Admission:
         assert sequence.blocks is not None
         sequence.state = State.FETCHING
         group.fetching[sequence] = sequence.committed - source.tokens
-        self._announce(sequence, source.depth)
+        self._sharing.announce(sequence, source.tokens)
         part = source.part.tokens if source.part else 0
         self._transfers.begin(sequence, held, sequence.blocks, part=part, known_pages=known)
 
@@ -224,13 +221,6 @@ class Admission:
             part_tokens=part_tokens,
         )  # fmt: skip
 
-    def _announce(self, sequence: Sequence, page: int) -> None:
-        """From `page` on the sequence will compute its prompt itself."""
-        config = self._state.config
-        full = (sequence.committed - 1) // config.page_size
-        if page < full and config.prefix_caching and config.wait_for_prefix:
-            self._state.waiting.prefixes.announce(sequence, sequence.hashes[page:full])
-
     def _start(self, group: ResidentGroup, sequence: Sequence, cached_tokens: int) -> None:
         assert sequence.blocks is not None
         row = group.free_rows.pop()
@@ -244,7 +234,8 @@ class Admission:
         group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
         self._paging.schedule(group, sequence, row)
-        self._announce(sequence, cached_tokens // self._state.config.page_size)
+        self._state.open_pages.turn_to(sequence, cached_tokens // self._state.config.page_size)
+        self._sharing.announce(sequence, cached_tokens)
         self._inherit(group, sequence.blocks)
         group.issue(
             Start(

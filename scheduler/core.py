@@ -47,7 +47,7 @@ class SchedulerCore:
         self._migration = Migration(state, self.transfers, self._paging, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
-        self.columns = state.columns
+        self.columns, self.open_pages = state.columns, state.open_pages
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
         self._random = random.Random(config.seed)

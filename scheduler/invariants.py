@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 
 from kvcache.audit import audit
+from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
 from scheduler.limits import pages_for
 from scheduler.resident import ResidentGroup
@@ -27,6 +28,7 @@ def check(core: SchedulerCore) -> None:
     for sequence in core.sequences.values():
         _check_sequence(core, sequence)
     _check_columns(core)
+    _check_open_pages(core)
 
 
 def _check_columns(core: SchedulerCore) -> None:
@@ -36,6 +38,20 @@ def _check_columns(core: SchedulerCore) -> None:
     for at, group in enumerate(columns.groups):
         seen, row = columns.seen(at), columns.row(group)
         assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
+
+
+def _check_open_pages(core: SchedulerCore) -> None:
+    """Who runs, and nobody else, is found by the page that it fills, in the place of that page."""
+    found, config = core.open_pages.everyone(), core.config
+    running = {sequence for group in core.groups.values() for sequence in group.running}
+    assert found.keys() == (running if config.stride else set()), "who runs is found by the page that it fills, nobody else is"
+    for sequence, key in found.items():
+        assert sequence.blocks is not None, f"sequence {sequence.number} fills a page but has none"
+        page = len(sequence.blocks.nodes)
+        before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
+        start = page * config.page_size
+        begins = hash_run(sequence.buffer[start : start + config.stride].tobytes(), before)
+        assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 
 def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:

@@ -23,6 +23,7 @@ class Paging:
     def __init__(self, state: ClusterState, host_tier: HostTier) -> None:
         self._state = state
         self._host_tier = host_tier
+        self._announced = state.waiting.prefixes.announced
         self._page_size = state.config.page_size
         self._least_part = state.config.stride or state.config.page_size  # tokens; a whole page is no part
 
@@ -35,11 +36,8 @@ class Paging:
         if full > len(blocks.nodes):
             sequence.charge(length)
             self._publish(group, sequence, blocks, full)
-        start = full * page_size
-        if pending == 1 and sequence.committed - start >= self._least_part and not blocks.tail:
-            end = min(length - 1, sequence.committed)
-            if self._is_part(blocks, end - start):
-                self._state.table.publish_tail(blocks, sequence.buffer[start:end].tobytes())
+        if pending == 1 and sequence in self._announced:
+            self._state.waiting.computed(sequence)
         return self._schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
@@ -64,7 +62,7 @@ class Paging:
         group.write_back(sequence, pages * page_size)
         if not self._state.config.prefix_caching:
             return
-        awaited = waiting.is_author(sequence)
+        awaited = sequence in self._announced
         for index in range(len(blocks.nodes), pages):
             page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
             hash_ = hashes[index] if index < len(hashes) else sequence.hash_page(page)
@@ -73,6 +71,7 @@ class Paging:
                 group.issue(Remap(sequence.lease, index, adopted))
             if awaited:
                 waiting.published(sequence, hash_)
+        self._state.open_pages.turn_to(sequence, pages)
 
     def _is_part(self, blocks: SequenceBlocks, tokens: int) -> bool:
         """Whether so many tokens of the page that a sequence fills at the moment are worth to be published.
@@ -128,6 +127,7 @@ class Paging:
         release: not if the group is lost. Tokens that are still needed have been written back.
         """
         assert sequence.blocks is not None
+        self._state.open_pages.close(sequence)
         if release:
             computed = group.computed(sequence.row)
             start = computed // self._page_size * self._page_size

@@ -1,7 +1,6 @@
 """Prefixes that running sequences are about to compute, and who waits for them.
 
-Requests that share a new prefix and arrive together would each compute it, as would the choices of one request. Instead the
-first computes it and the others wait for the page that ends what they share; when it is published they start, with a hit.
+When it has been published they start, with a hit; why is told in `sharing`.
 Keyed by chained hash alone: a collision costs a useless wait, never a wrong token, since `BlockTable.match` decides the hit.
 
 Imports `sequence`.
@@ -29,6 +28,9 @@ class PendingPrefixes:
         new = [hash_ for hash_ in dict.fromkeys(hashes) if self._author.setdefault(hash_, author) is author]
         if new:
             self.announced[author] = new[::-1]
+
+    def is_announced(self, hash_: int) -> bool:
+        return hash_ in self._author
 
     def shared(self, hashes: Listing[int]) -> int | None:
         """The hash of the deepest page, of those that continue a cached prefix, that is being computed; None for none."""

@@ -15,6 +15,7 @@ from scheduler.config import CoreConfig, Counters
 from scheduler.deadlines import Deadlines
 from scheduler.limits import pages_for
 from scheduler.messages import ROW_MASK, Failure, FinishReason
+from scheduler.open_pages import OpenPages
 from scheduler.outbox import Outbox
 from scheduler.pace import Pace
 from scheduler.rates import Rates
@@ -42,6 +43,7 @@ class ClusterState:
         self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
+        self.open_pages = OpenPages(config.page_size, config.stride)
         self.outbox = Outbox()
         self.watch = Watch()
         self.columns = GroupColumns(self.table, self.watch)

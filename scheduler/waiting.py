@@ -145,19 +145,19 @@ class WaitingRoom:
         self.rooms += 1
         self._changes += 1
 
-    def is_author(self, sequence: Sequence) -> bool:
-        """Somebody may wait for pages that it computes: then say what it has `published`."""
-        return sequence in self.prefixes.announced
-
     def published(self, author: Sequence, hash_: int) -> None:
         """Whoever waited for this page comes back."""
         self.join(self.prefixes.published(author, hash_))
+
+    def computed(self, author: Sequence) -> None:
+        """All that `author` announced is there. Whoever waited for the end of its prompt comes back."""
+        self.join(self.prefixes.withdraw(author))
 
     def withdraw(self, author: Sequence) -> None:
         """`author` runs no more: there is room, and whoever waited for its pages comes back."""
         self.made_room()
         if author in self.prefixes.announced:
-            self.join(self.prefixes.withdraw(author))
+            self.computed(author)
 
     def unpark(self) -> None:
         """The groups have changed."""

@@ -39,9 +39,8 @@ def test_only_those_who_were_told_something_are_handed_out_and_no_former_epoch_i
     core = SchedulerCore(CoreConfig(page_size=4, max_model_len=64))
     for group in range(3):
         core.group_up(GroupId(group), 0, 8, 4)
-    tokens = np.zeros(3, np.int32).tobytes()
     for stream in range(2):
-        core.submit(0, Request(stream, tokens, b"", SamplingParams(max_tokens=2)))
+        core.submit(0, Request(stream, np.full(3, stream, np.int32).tobytes(), b"", SamplingParams(max_tokens=2)))
     core.group_down(GroupId(0), "gone", returning=True)  # what it had been told goes with it
     logs = core.take_logs()
     assert [name for name, _ in logs] == [1, 2]

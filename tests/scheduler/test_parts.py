@@ -5,6 +5,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.messages import Copy, Start
+from scheduler.sequence import State
 from scheduler.stats import snapshot
 from tests.scheduler.cluster import Cluster, Stream, pages
 
@@ -126,3 +127,81 @@ def test_a_prompt_whose_own_log_probabilities_are_wanted_takes_no_part() -> None
     stream = cluster.submit([0, 1, 1, 0], max_tokens=1, prompt_logprobs=0)[0]
     cluster.run()
     assert cluster.cached_tokens(stream) == 0
+
+
+def test_what_a_running_sequence_has_decoded_of_its_page_is_found_when_somebody_asks() -> None:
+    cluster = cluster_of_parts(12, page_size=8)
+    author = cluster.submit([0, 1, 1], max_tokens=20)[0]
+    cluster.step(times=3)
+    assert not cluster.core.table.index.heads.newest, "nothing of its page is published as long as nobody asks"
+    computed = [0, 1, 1, *author.tokens[:-1]]
+    reader = cluster.submit([*computed, 1 - author.tokens[-1], 0], max_tokens=2)[0]
+    assert cluster.sequence(reader).cached_tokens == len(computed) == 5
+    cluster.step(times=8)
+    computed = [0, 1, 1, *author.tokens[:-1]]
+    assert len(computed) > 8, "the author has turned to another page, which it has not filled"
+    later = cluster.submit([*computed, 0, 0], max_tokens=2)[0]
+    assert cluster.sequence(later).cached_tokens == len(computed)
+    cluster.run()
+
+
+def test_a_running_sequence_shows_nothing_to_a_prompt_that_goes_on_differently() -> None:
+    cluster = cluster_of_parts(12, page_size=8)
+    author = cluster.submit([0, 1, 1, 0], max_tokens=3)[0]
+    cluster.step()
+    cluster.submit([0, 0, 1, 0, 1], max_tokens=2)
+    blocks = cluster.sequence(author).blocks
+    assert blocks is not None
+    assert not blocks.tail
+    cluster.run()
+
+
+def test_a_burst_of_prompts_that_share_less_than_a_page_computes_it_once() -> None:
+    cluster = cluster_of_parts(16, page_size=8)
+    common = [0, 1, 1, 0, 0]
+    streams = [cluster.submit([*common, end, end], max_tokens=2)[0] for end in (0, 1, 0, 1)]
+    states = [cluster.sequence(stream).state for stream in streams]
+    assert states == [State.RUNNING, State.DEFERRED, State.DEFERRED, State.DEFERRED]
+    cluster.step()
+    assert {cluster.sequence(stream).state for stream in streams} == {State.RUNNING}
+    cluster.run()
+    cached = [cluster.cached_tokens(stream) for stream in streams]
+    assert cached[0] == 0
+    assert cached[1] == len(common)
+    assert min(cached[2:]) >= len(common)
+
+
+def test_a_burst_waits_for_the_page_in_which_its_prompts_part_not_for_the_whole_first_prompt() -> None:
+    cluster = cluster_of_parts(16, page_size=4, budget=4)
+    long = cluster.submit([*pages(0), 1, 1, 0, *pages(1, 1, 0, 1)], max_tokens=2)[0]
+    other = cluster.submit([*pages(0), 1, 1, 1, 1], max_tokens=2)[0]
+    assert cluster.sequence(other).state is State.DEFERRED
+    cluster.step(times=2)
+    assert cluster.sequence(other).state is State.RUNNING
+    assert not long.tokens, "the first one still computes its prompt"
+    cluster.run()
+    assert cluster.cached_tokens(other) == 6
+
+
+def test_little_in_common_is_not_waited_for() -> None:
+    cluster = cluster_of_parts(16, page_size=8)
+    streams = [cluster.submit([0, 1, 1, end, end, 0], max_tokens=2)[0] for end in (0, 1)]
+    assert {cluster.sequence(stream).state for stream in streams} == {State.RUNNING}
+    cluster.run()
+
+
+@pytest.mark.parametrize("how", ["abort", "group lost"])
+def test_whoever_waits_for_a_part_goes_on_when_its_author_leaves(how: str) -> None:
+    cluster = cluster_of_parts(8, 8, page_size=8)
+    author = cluster.submit([0, 1, 1, 0, 0], max_tokens=2)[0]
+    other = cluster.submit([0, 1, 1, 0, 0, 1], max_tokens=2)[0]
+    assert cluster.sequence(other).state is State.DEFERRED
+    home = cluster.sequence(author).blocks
+    assert home is not None
+    if how == "abort":
+        cluster.abort(author)
+        assert cluster.sequence(other).state is State.RUNNING
+    else:
+        cluster.lose(home.group)
+    cluster.run()
+    assert len(other.tokens) == 2
