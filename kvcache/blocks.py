@@ -102,6 +102,20 @@ class BlockPool:
         self._forget(node)
         return block
 
+    def allocate_to(self, blocks: list[BlockId], count: int) -> None:
+        """Appends so many private blocks, which the caller knows to be available; as `allocate` does, one after the other."""
+        easy = min(count, len(self.free_stack))
+        if easy:
+            taken = self.free_stack[: -easy - 1 : -1]
+            del self.free_stack[-easy:]
+            for block in taken:
+                self.refs[block] = 1
+            blocks += taken
+        for _ in range(count - easy):
+            cached = self.allocate()
+            assert cached is not None, "the pool promised more blocks than it has"
+            blocks.append(cached)
+
     def _next_to_go(self) -> BlockId:
         """Of the cached blocks the least recently used one, unless `choose` would rather have one of those after it."""
         at = self.after[self.total]

@@ -3,7 +3,7 @@
 Imports the ids. Knows no tokens; the index says under which key a page belongs, and compares what it finds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvcache.ids import NodeId
@@ -44,10 +44,12 @@ class HeadLists:
         """Whether it is not alone in its list."""
         return node in self.older or node in self.newer
 
-    def listed(self, key: int, most: int) -> Iterator[NodeId]:
+    def listed(self, key: int, most: int) -> Sequence[NodeId]:
         """The nodes of this key, the newest first, no more than `most`."""
         node = self.newest.get(key)
-        while node is not None and most:
-            yield node
-            node = self.older.get(node)
-            most -= 1
+        if node is None or node not in self.older:
+            return () if node is None else (node,)
+        nodes = [node]
+        while len(nodes) < most and (node := self.older.get(node)) is not None:
+            nodes.append(node)
+        return nodes

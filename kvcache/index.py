@@ -180,17 +180,17 @@ class PrefixIndex:
         root = self.roots.get(salt) if self.stride else None
         if root is None:
             return found
-        nodes, holders, heads = match.nodes, self.holders, self.heads
+        chain, holders, heads = match.nodes, self.holders, self.heads
         view, width, end = page_bytes(tokens), self._page_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
-            there = holders[nodes[depth - 1]] if depth else EVERYWHERE
-            if depth < len(nodes):
-                if not heads.has_others(nodes[depth]):
+            there = holders[chain[depth - 1]] if depth else EVERYWHERE
+            if depth < len(chain):
+                if not heads.has_others(chain[depth]):
                     continue  # whoever has a page that begins so has matched it
-                there &= ~holders[nodes[depth]]
-            rest, parent = view[depth * width : min((depth + 1) * width, end)], nodes[depth - 1] if depth else root
-            if len(rest) >= self._head_bytes and (key := self._head(rest, parent)) in heads.newest:
-                self._compare(heads.listed(key, MAX_CANDIDATES), parent, rest.tobytes(), there, found)
+                there &= ~holders[chain[depth]]
+            rest, parent = view[depth * width : min((depth + 1) * width, end)], chain[depth - 1] if depth else root
+            if len(rest) >= self._head_bytes and (nodes := heads.listed(self._head(rest, parent), MAX_CANDIDATES)):
+                self._compare(nodes, parent, rest.tobytes(), there, found)
         return found
 
     def _compare(
@@ -229,17 +229,17 @@ class PrefixIndex:
         NO_NODE, and nothing has changed, if a recent page of the group begins with the same tokens.
         """
         head = self._head(content, parent)
-        if head in self.heads.newest and self._begins_so(group, parent, head, content):
+        alike = self.heads.listed(head, MAX_CANDIDATES)
+        if alike and self._begins_so(group, parent, alike, content):
             return NO_NODE
         node = self._new(parent, 0, content, group, block)
         self.heads.add(head, node)
         return node
 
-    def _begins_so(self, group: GroupId, parent: NodeId, head: int, content: bytes) -> bool:
-        """Whether one of the group's pages after `parent`, of the newest in the list of `head`, begins with `content`."""
+    def _begins_so(self, group: GroupId, parent: NodeId, nodes: Iterable[NodeId], content: bytes) -> bool:
+        """Whether one of these, if it follows `parent` and the group has it, begins with `content`."""
         parents, holders, contents = self.parents, self.holders, self.contents
-        alike = self.heads.listed(head, MAX_CANDIDATES)
-        return any(parents[at] == parent and holders[at] >> group & 1 and contents[at].startswith(content) for at in alike)
+        return any(parents[at] == parent and holders[at] >> group & 1 and contents[at].startswith(content) for at in nodes)
 
     def is_tail(self, node: NodeId) -> bool:
         return len(self.contents[node]) < self._page_bytes

@@ -163,7 +163,10 @@ class BlockTable:
         what became of it. Pinning comes before allocating, so that a reservation never evicts its own hit.
         """
         pool = self.pools[group]
-        spare = pool.available - new_blocks - self.cached_in_match(group, match, depth)
+        self._require(match, group, depth)
+        spare = pool.available - new_blocks - depth  # at least; there is plenty as a rule, and no need to count
+        if spare <= 0:
+            spare += depth - self.cached_in_match(group, match, depth)
         if spare < 0:
             return None
         held = self.index.blocks[group]
@@ -172,14 +175,14 @@ class BlockTable:
         seq = SequenceBlocks(group, blocks, nodes, salt)
         pool.pin(*blocks)
         if part is None or not new_blocks:
-            self._extend(pool, blocks, new_blocks)
+            pool.allocate_to(blocks, new_blocks)
         elif self._may_take(group, part, new_blocks):
             self._take(pool, seq, part)
-            self._extend(pool, blocks, new_blocks - 1)
+            pool.allocate_to(blocks, new_blocks - 1)
         elif spare or pool.refs[held[part.node]]:
             self._copy(pool, seq, part, new_blocks)
         else:
-            self._extend(pool, blocks, new_blocks)
+            pool.allocate_to(blocks, new_blocks)
         return seq
 
     def hold(self, group: GroupId, match: Match, depth: int, salt: str, part: Part | None = None) -> SequenceBlocks:
@@ -232,7 +235,7 @@ class BlockTable:
         cached = not pool.refs[seq.source]
         if cached:
             pool.pin(seq.source)
-        self._extend(pool, seq.blocks, new_blocks)
+        pool.allocate_to(seq.blocks, new_blocks)
         if cached:
             pool.unpin(seq.source)
 
@@ -242,7 +245,7 @@ class BlockTable:
         if blocks > pool.available:
             return None
         start = len(seq.blocks)
-        self._extend(pool, seq.blocks, blocks)
+        pool.allocate_to(seq.blocks, blocks)
         return seq.blocks[start:]
 
     def publish(self, seq: SequenceBlocks, page: bytes, hash_: int) -> BlockId | None:
@@ -322,14 +325,6 @@ class BlockTable:
         """Where there is one pool there are no duplicates to be evicted first."""
         for pool in self.pools.values():
             pool.choose = self.index.dispensable if len(self.pools) > 1 else None
-
-    def _extend(self, pool: BlockPool, blocks: list[BlockId], count: int) -> None:
-        """Appends `count` private blocks, which the caller knows to be available."""
-        allocate = pool.allocate
-        for _ in range(count):
-            block = allocate()
-            assert block is not None, "the pool promised more blocks than it has"
-            blocks.append(block)
 
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""

@@ -14,7 +14,7 @@ from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.routing import Routing, Source
 from scheduler.sequence import Sequence, State
-from scheduler.sharing import Sharing
+from scheduler.sharing import Promise, Sharing
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfer, Transfers
 
@@ -56,10 +56,11 @@ class Admission:
                 room = state.columns.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 match = self._match(sequence)
-                if (awaited := self._sharing.awaited(sequence, match, self._reusable_tokens(sequence))) is not None:
-                    waiting.defer(sequence, awaited)
+                peers = self._peers(sequence, match)
+                if peers and (promise := self._promised(sequence, match, peers)) is not None:
+                    waiting.defer(sequence, *promise)
                     continue
-                if self._place(sequence, match):
+                if self._place(sequence, match, peers):
                     waiting.leave(sequence, state.now_s)
                     state.counters.skipped += bool(passed)
                     room = None
@@ -79,10 +80,11 @@ class Admission:
         if waiting.count or not self._state.groups:
             return False
         match = self._match(sequence)
-        if self._sharing.awaited(sequence, match, self._reusable_tokens(sequence)) is not None:
+        peers = self._peers(sequence, match)
+        if peers and self._promised(sequence, match, peers) is not None:
             return False
         waiting.fair.pass_by(sequence.tenant)
-        return self._place(sequence, match)
+        return self._place(sequence, match, peers)
 
     def _expire(self) -> None:
         """Ends those whose deadline has passed, whether they wait or run."""
@@ -121,15 +123,29 @@ class Admission:
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
-        if sequence.state is State.WAITING and self._place(sequence, self._match(sequence), only=group):
+        if sequence.state is not State.WAITING:
+            return
+        match = self._match(sequence)
+        if self._place(sequence, match, self._peers(sequence, match), only=group):
             self._state.waiting.leave(sequence, self._state.now_s)
 
-    def _place(self, sequence: Sequence, match: Match, *, only: ResidentGroup | None = None) -> bool:
-        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
+    def _peers(self, sequence: Sequence, match: Match) -> list[Sequence]:
+        return self._sharing.peers(sequence, match, self._reusable_tokens(sequence))
+
+    def _promised(self, sequence: Sequence, match: Match, peers: list[Sequence]) -> Promise | None:
+        return self._sharing.promised(sequence, match, self._reusable_tokens(sequence), peers)
+
+    def _place(
+        self, sequence: Sequence, match: Match, peers: list[Sequence], *, only: ResidentGroup | None = None
+    ) -> bool:
+        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now.
+
+        peers: those who run and fill the page that it needs next. only: in this group.
+        """
         state, page_size = self._state, self._state.config.page_size
-        reusable = self._reusable_tokens(sequence)
-        self._sharing.show(sequence, match, reusable)
-        parts = state.table.parts(match, sequence.tokens, sequence.salt, reusable)
+        if peers:
+            self._sharing.show(sequence, match, peers)
+        parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
         offer = self._routing.cheapest(sequence, match, parts, only)
         if offer is None:
             return False
@@ -158,7 +174,7 @@ class Admission:
         assert sequence.blocks is not None
         sequence.state = State.FETCHING
         group.fetching[sequence] = sequence.committed - source.tokens
-        self._sharing.announce(sequence, source.tokens)
+        self._state.open_pages.turn_to(sequence, source.depth)
         part = source.part.tokens if source.part else 0
         self._transfers.begin(sequence, held, sequence.blocks, part=part, known_pages=known)
 
@@ -205,6 +221,7 @@ class Admission:
         group.fetching.pop(sequence, None)
         group.touch()
         sequence.blocks = None
+        self._state.open_pages.close(sequence)
         self._state.waiting.withdraw(sequence)
 
     # ---- the start
@@ -235,7 +252,6 @@ class Admission:
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
         self._paging.schedule(group, sequence, row)
         self._state.open_pages.turn_to(sequence, cached_tokens // self._state.config.page_size)
-        self._sharing.announce(sequence, cached_tokens)
         self._inherit(group, sequence.blocks)
         group.issue(
             Start(

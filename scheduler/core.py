@@ -73,6 +73,8 @@ class SchedulerCore:
         Costs nothing for the groups that were told nothing. A group that went down meanwhile hears nothing more.
         """
         told = self._state.watch.told
+        if not told:
+            return []
         logs = [
             (group.group, log) for group in told if self.groups.get(group.group) is group and (log := group.drain()) is not None
         ]
@@ -316,7 +318,7 @@ class SchedulerCore:
             size = int(computed.sum())
             self._state.rates.compute.measured(size, report.elapsed_s)
         group.step_tokens += size
-        self.computed.count(size, self.now_s)
+        self.computed.count(size, self._state.now_s)
         self.outbox.tokens(roster.audience, tokens)
         return due
 

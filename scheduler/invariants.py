@@ -11,6 +11,7 @@ from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
 from scheduler.limits import pages_for
+from scheduler.open_pages import MOST_TOKENS
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 
@@ -41,16 +42,19 @@ def _check_columns(core: SchedulerCore) -> None:
 
 
 def _check_open_pages(core: SchedulerCore) -> None:
-    """Who runs, and nobody else, is found by the page that it fills, in the place of that page."""
+    """Who runs, or will when its prefix has come, and nobody else, is found by the page that it fills."""
     found, config = core.open_pages.everyone(), core.config
-    running = {sequence for group in core.groups.values() for sequence in group.running}
-    assert found.keys() == (running if config.stride else set()), "who runs is found by the page that it fills, nobody else is"
+    placed = {sequence for group in core.groups.values() for sequence in (*group.running, *group.fetching)}
+    assert found.keys() == (placed if config.prefix_caching else set()), "who has pages is found by one, nobody else is"
     for sequence, key in found.items():
+        if sequence.state is State.FETCHING:
+            continue  # by the page that follows what comes
         assert sequence.blocks is not None, f"sequence {sequence.number} fills a page but has none"
         page = len(sequence.blocks.nodes)
         before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
         start = page * config.page_size
-        begins = hash_run(sequence.buffer[start : start + config.stride].tobytes(), before)
+        stride = config.stride or min(MOST_TOKENS, config.page_size)
+        begins = hash_run(sequence.buffer[start : start + stride].tobytes(), before)
         assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 
@@ -59,7 +63,7 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     in_line = core.waiting.queued()
     assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
     queued = [*in_line, *(sequence for sequence in core.waiting.parked if sequence.state is State.WAITING)]
-    deferred = [sequence for sequence in core.waiting.prefixes.waiters() if sequence.state is State.DEFERRED]
+    deferred = [sequence for sequence in core.waiting.awaited.waiters() if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, fetching, waiting, deferred: {places} against {live}"
@@ -77,9 +81,8 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     parts = core.counters
     misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_page
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
-    authors = core.waiting.prefixes.authors()
-    assert authors <= set(running), "only a sequence with pages may announce a prefix"
-    assert not core.waiting.prefixes.orphans(), "a sequence waits for a prefix that nobody computes"
+    authors = core.waiting.awaited.authors.keys()
+    assert authors <= set(running), "a sequence waits for a prefix that nobody computes"
 
 
 def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:

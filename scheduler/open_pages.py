@@ -9,6 +9,9 @@ from itertools import islice
 from kvcache.hashing import hash_run, salt_seed
 from scheduler.sequence import Sequence
 
+MOST_TOKENS = 32
+"""Of the beginning of a page, by which it is found, where no stride says how many."""
+
 MOST_FILLERS = 16
 """Sequences that fill a page which begins alike, of those that are looked at for one prompt, the newest first."""
 
@@ -21,16 +24,17 @@ class OpenPages:
     Invariant: who is alone under its key is in `_alone`, all others are in `_crowds`; a crowd is two or more.
     """
 
-    def __init__(self, page_size: int, stride: int) -> None:
-        """stride: 0 if parts of pages are not reused; then nothing is kept."""
+    def __init__(self, page_size: int, stride: int, *, enabled: bool) -> None:
+        """stride: 0 if parts of pages are not reused, only whole ones. enabled: otherwise nothing is kept."""
         self._page_size = page_size
-        self._stride = stride
+        self._stride = stride or min(MOST_TOKENS, page_size)
+        self._enabled = enabled
         self._alone: dict[int, Sequence] = {}
         self._crowds: dict[int, dict[Sequence, None]] = {}
 
     def turn_to(self, sequence: Sequence, page: int) -> None:
         """From now on this is the page that `sequence` fills."""
-        if not self._stride:
+        if not self._enabled:
             return
         self.close(sequence)
         start = page * self._page_size

@@ -6,6 +6,7 @@ Imports `state`, `victims` and the table.
 from operator import attrgetter
 
 from kvcache.table import SequenceBlocks
+from scheduler.awaited import WHOLE_PROMPT
 from scheduler.host_tier import HostTier
 from scheduler.messages import Drop, Grant, Remap
 from scheduler.resident import ResidentGroup
@@ -23,7 +24,7 @@ class Paging:
     def __init__(self, state: ClusterState, host_tier: HostTier) -> None:
         self._state = state
         self._host_tier = host_tier
-        self._announced = state.waiting.prefixes.announced
+        self._awaited = state.waiting.awaited.authors
         self._page_size = state.config.page_size
         self._least_part = state.config.stride or state.config.page_size  # tokens; a whole page is no part
 
@@ -36,8 +37,8 @@ class Paging:
         if full > len(blocks.nodes):
             sequence.charge(length)
             self._publish(group, sequence, blocks, full)
-        if pending == 1 and sequence in self._announced:
-            self._state.waiting.computed(sequence)
+        if pending == 1 and sequence in self._awaited:
+            self._state.waiting.published(sequence, WHOLE_PROMPT)
         return self._schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
@@ -57,21 +58,20 @@ class Paging:
 
     def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
         """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
-        page_size, waiting, hashes = self._page_size, self._state.waiting, sequence.hashes
+        page_size, hashes = self._page_size, sequence.hashes
         assert sequence.lease is not None
         group.write_back(sequence, pages * page_size)
         if not self._state.config.prefix_caching:
             return
-        awaited = sequence in self._announced
         for index in range(len(blocks.nodes), pages):
             page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
             hash_ = hashes[index] if index < len(hashes) else sequence.hash_page(page)
             adopted = self._state.table.publish(blocks, page, hash_)
             if adopted is not None:
                 group.issue(Remap(sequence.lease, index, adopted))
-            if awaited:
-                waiting.published(sequence, hash_)
         self._state.open_pages.turn_to(sequence, pages)
+        if sequence in self._awaited:
+            self._state.waiting.published(sequence, pages)
 
     def _is_part(self, blocks: SequenceBlocks, tokens: int) -> bool:
         """Whether so many tokens of the page that a sequence fills at the moment are worth to be published.

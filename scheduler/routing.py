@@ -35,6 +35,10 @@ class Source(NamedTuple):
         return self.depth + (self.part is not None)
 
 
+Way = tuple[policy.GroupLoad, Source | None]
+"""To serve a sequence in a group: what policy sees of the group, as it is or with what the source has."""
+
+
 class Offer(NamedTuple):
     """A way to serve a sequence: in this group, as it is or with the prefix of another. load: what policy sees of it."""
 
@@ -82,17 +86,17 @@ class Routing:
     def _of_few(self, prompt: Prompt, only: ResidentGroup | None = None) -> Offer | None:
         """Each group, one after the other; ties as in `policy.route`."""
         page_size, tokens, at_most = self._state.config.page_size, prompt.sequence.committed, prompt.sequence.pages_at_most
-        best: tuple[float, int, int, int, Offer] | None = None
+        best: tuple[float, int, int, int] | None = None
+        offer: Offer | None = None
         for at, group in enumerate(self._state.columns.groups):
             if group.blocks < at_most or group.draining or (only is not None and group is not only):
                 continue
-            for way, offer in enumerate(self._offers(group, prompt)):
-                load = offer.load
+            for way, (load, source) in enumerate(self._ways(group, prompt)):
                 if policy.admissible(load):
-                    found = policy.time_to_first_token(load, tokens, page_size), -load.available, at, way, offer
+                    found = policy.time_to_first_token(load, tokens, page_size), -load.available, at, way
                     if best is None or found < best:
-                        best = found
-        return None if best is None else best[-1]
+                        best, offer = found, Offer(group, load, source)
+        return offer
 
     def _of_many(self, prompt: Prompt) -> Offer | None:
         """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
@@ -102,14 +106,14 @@ class Routing:
         hits = depths * page_size + columns.spread({pool: part.tokens for pool, part in prompt.parts.items()})
         fits = (prompt.pages - depths <= columns.room) & (columns.blocks >= prompt.sequence.pages_at_most)
         least = self._least_costs(prompt, depths, hits)
-        seen: dict[int, list[Offer]] = {}
+        seen: dict[int, list[Way]] = {}
 
         def look(at: int) -> list[policy.GroupLoad]:
-            seen[at] = self._offers(columns.groups[at], prompt)
-            return [offer.load for offer in seen[at]]
+            seen[at] = self._ways(columns.groups[at], prompt)
+            return [load for load, _ in seen[at]]
 
         choice = policy.route(least, fits, columns.available, look, prompt.sequence.committed, page_size)
-        return None if choice is None else seen[choice[0]][choice[1]]
+        return None if choice is None else Offer(columns.groups[choice[0]], *seen[choice[0]][choice[1]])
 
     def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
@@ -127,30 +131,32 @@ class Routing:
             least = np.minimum(least, policy.least_costs(tokens - in_host * page_size, *there, work))
         return least
 
-    def _offers(self, group: ResidentGroup, prompt: Prompt) -> list[Offer]:
+    def _ways(self, group: ResidentGroup, prompt: Prompt) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
-        source, offers = prompt.source, [Offer(group, self._load(group, prompt))]
+        source, bare = prompt.source, self._load(group, prompt)
+        ways: list[Way] = [(bare, None)]
         if source is None and not group.slots:
-            return offers
+            return ways
         rates = self._state.rates
         if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
-            offers += self._with(offers[0], source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
+            ways += self._with(group, bare, source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
         if group.slots and (depth := prompt.match.depth(host_of(group.group))):
             host = Source(host_of(group.group), None, depth, None, depth * self._state.config.page_size)
-            offers += self._with(offers[0], host, prompt, group.receiving, rates.load_cost)
-        return offers
+            ways += self._with(group, bare, host, prompt, group.receiving, rates.load_cost)
+        return ways
 
-    def _with(self, bare: Offer, source: Source, prompt: Prompt, queued: int, cost: float) -> list[Offer]:
+    def _with(
+        self, group: ResidentGroup, bare: policy.GroupLoad, source: Source, prompt: Prompt, queued: int, cost: float
+    ) -> list[Way]:
         """The group, once it has what `source` has, if that is enough more. queued: pages that go there first.
 
         cost: of moving a token, in times to compute one.
         """
-        group, load, _ = bare
         page_size = self._state.config.page_size
-        if source.sender is group or source.tokens - load.hit_tokens < prompt.least:
+        if source.sender is group or source.tokens - bare.hit_tokens < prompt.least:
             return []
         work = policy.fetch_work(cost, page_size, source.pages - prompt.match.depth(group.group) + queued)
-        return [Offer(group, load._replace(hit_tokens=source.tokens, fetch_work=work), source)]
+        return [(bare._replace(hit_tokens=source.tokens, fetch_work=work), source)]
 
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.
@@ -176,7 +182,7 @@ class Routing:
 
     def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
-        table, depth, part = self._state.table, prompt.match.depth(group.group), prompt.parts.get(group.group)
+        table, depth, part = self._state.table, prompt.match.depths.get(group.group, 0), prompt.parts.get(group.group)
         pool, hit, new = table.pools[group.group], 0, prompt.pages
         if depth:
             hit = depth * table.page_size
@@ -193,11 +199,11 @@ class Routing:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
         groups = [group for group in self._state.columns.groups if group.blocks >= sequence.pages_at_most]
-        offers = [self._offers(group, prompt) for group in groups if not group.draining]
+        ways = [(group, self._ways(group, prompt)) for group in groups if not group.draining]
         seen = [
-            why.Seen(group.group, load, of_group[0].load.hit_tokens, source.pool if source else None)
-            for of_group in offers
-            for group, load, source in of_group
+            why.Seen(group.group, load, of_group[0][0].hit_tokens, source.pool if source else None)
+            for group, of_group in ways
+            for load, source in of_group
         ]
         best, *others = why.rank(seen, sequence.committed, self._state.config.page_size)
         return why.Decision(

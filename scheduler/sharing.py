@@ -2,15 +2,18 @@
 waited for.
 
 Requests that share a new prefix and arrive together would each compute it, as would the choices of one request. Instead the
-first computes it and the others wait, for the page that ends what they share, or for the end of the first one's prompt if they
-share a good part of its last page. Then they start, with a hit.
+first computes it and the others wait: for the last full page that they share with it, or for the page in which they part if
+they share a good part of that. Then they start, with a hit.
 
 A running sequence publishes pages as they fill. What it has of its present page is published when somebody comes who can use
-it, so it costs those nothing that nobody follows. Imports `state`, `open_pages` and the table.
+it, so it costs those nothing that nobody follows. Imports `state`, `awaited` and the index.
 """
 
-from kvcache.hashing import hash_run, salt_seed
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from kvcache.index import Match, common_prefix
+from scheduler.awaited import WHOLE_PROMPT
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
@@ -20,80 +23,70 @@ WORTH_WAITING = 0.5
 about the time of a step."""
 
 
+class Promise(NamedTuple):
+    """What `author` is about to compute: so many full pages, from the first token on, as somebody else needs them."""
+
+    author: Sequence
+    pages: int
+
+
 class Sharing:
     """Works on the shared state; has none of its own."""
 
     def __init__(self, state: ClusterState) -> None:
         self._state = state
         self._page_size = state.config.page_size
+        self._stride = state.config.stride
         self._least = max(1, int(WORTH_WAITING * self._page_size))
-        self._least_part = state.config.stride or self._page_size  # a whole page is no part
 
-    def announce(self, sequence: Sequence, cached_tokens: int) -> None:
-        """From `cached_tokens` on the sequence will compute its prompt itself."""
-        config, prompt = self._state.config, sequence.committed
-        if prompt - cached_tokens < self._least or not (config.prefix_caching and config.wait_for_prefix):
-            return
-        full = (prompt - 1) // self._page_size
-        keys = sequence.hashes[cached_tokens // self._page_size : full]
-        if config.stride and prompt - max(cached_tokens, full * self._page_size) >= self._least:
-            keys.append(self._end_key(sequence, full))
-        if keys:
-            self._state.waiting.prefixes.announce(sequence, keys)
+    def peers(self, sequence: Sequence, match: Match, reusable: int) -> list[Sequence]:
+        """Who fills, as it seems, the page that `sequence` needs after the cached ones. reusable: tokens that it may reuse."""
+        return self._state.open_pages.alike(sequence, len(match.nodes), reusable)
 
-    def awaited(self, sequence: Sequence, match: Match, reusable: int) -> int | None:
-        """What a running sequence is about to compute of this one's prefix, after the cached part: a key of `prefixes`.
-
-        reusable: tokens that a hit may cover.
-        """
-        prefixes, known = self._state.waiting.prefixes, len(match.nodes)
-        if not (prefixes.announced and self._state.config.wait_for_prefix):
+    def promised(self, sequence: Sequence, match: Match, reusable: int, peers: Iterable[Sequence]) -> Promise | None:
+        """What is worth to be waited for: the most full pages that a peer has in common with it, else a part of one."""
+        if not self._state.config.wait_for_prefix:
             return None
-        whole = prefixes.shared(sequence.hashes[known : reusable // self._page_size])
-        return whole if whole is not None else self._awaited_part(sequence, known, reusable)
+        known, last = len(match.nodes), reusable // self._page_size
+        best: Promise | None = None
+        for author in peers:
+            pages, end = known, min(last, len(author.hashes))
+            while pages < end and author.hashes[pages] == sequence.hashes[pages]:
+                pages += 1
+            if pages > (known if best is None else best.pages):
+                best = Promise(author, pages)
+        return best or self._promised_part(sequence, known, reusable, peers)
 
-    def _awaited_part(self, sequence: Sequence, page: int, reusable: int) -> int | None:
+    def _promised_part(self, sequence: Sequence, page: int, reusable: int, peers: Iterable[Sequence]) -> Promise | None:
         start = page * self._page_size
-        rest = sequence.buffer[start : min(start + self._page_size, reusable)].tobytes()
-        for author in self._state.open_pages.alike(sequence, page, reusable):
-            group = self._state.group_of(author)
-            end = min(author.committed, start + self._page_size)
-            common = common_prefix(author.buffer[start:end].tobytes(), rest)
-            if group is None or common - max(0, group.computed(author.row) - start) < self._least:
-                continue
-            full = (author.committed - 1) // self._page_size
-            key = author.hashes[page] if page < full else self._end_key(author, page)
-            if self._state.waiting.prefixes.is_announced(key):
-                return key
+        end = min(start + self._page_size, reusable)
+        if not self._stride or end - start < self._least:
+            return None
+        wanted = sequence.buffer[start:end].tobytes()
+        for author in peers:
+            coming = author.buffer[start : min(author.committed, start + self._page_size)].tobytes()
+            if common_prefix(coming, wanted) - self._computed_from(author, start) >= self._least:
+                return Promise(author, page + 1 if start + self._page_size <= author.committed else WHOLE_PROMPT)
         return None
 
-    def _end_key(self, sequence: Sequence, page: int) -> int:
-        """For the end of its prompt, in this page: chained, as the hash of a full page is."""
-        before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
-        return hash_run(sequence.buffer[page * self._page_size : sequence.committed].tobytes(), before)
+    def _computed_from(self, author: Sequence, start: int) -> int:
+        """Tokens from `start` on that stand in the pages of its group."""
+        group = self._state.group_of(author)
+        return max(0, group.computed(author.row) - start) if group is not None and author.lease is not None else 0
 
-    def show(self, sequence: Sequence, match: Match, reusable: int) -> None:
-        """Publishes what running sequences have computed so far of the page that `sequence` needs next.
+    def show(self, sequence: Sequence, match: Match, peers: Iterable[Sequence]) -> None:
+        """Publishes what peers have computed so far of the page that `sequence` needs next. `match` stays valid: nothing is
+        taken away."""
+        start = len(match.nodes) * self._page_size
+        for author in peers:
+            group, computed = self._state.group_of(author), start + self._computed_from(author, start)
+            if group is not None and self._stride and computed - start >= self._stride:
+                self._show(group, author, sequence, start, computed)
 
-        `match` stays valid: nothing is taken away.
-        """
-        page = len(match.nodes)
-        start = page * self._page_size
-        for author in self._state.open_pages.alike(sequence, page, reusable):
-            group = self._state.group_of(author)
-            if group is not None and self._begins_alike(group, author, sequence, start):
-                self._show(group, author, start)
-
-    def _begins_alike(self, group: ResidentGroup, author: Sequence, sequence: Sequence, start: int) -> bool:
-        end = start + self._least_part
-        if group.computed(author.row) < end:
-            return False
-        group.write_back(author, max(author.committed, end))
-        return author.buffer[start:end].tobytes() == sequence.buffer[start:end].tobytes()
-
-    def _show(self, group: ResidentGroup, author: Sequence, start: int) -> None:
-        blocks, computed = author.blocks, group.computed(author.row)
+    def _show(self, group: ResidentGroup, author: Sequence, sequence: Sequence, start: int, computed: int) -> None:
+        blocks, begins = author.blocks, start + self._stride
         assert blocks is not None
-        if computed - start > blocks.inherited:
-            group.write_back(author, max(author.committed, computed))
+        group.write_back(author, max(author.committed, computed))
+        same = author.buffer[start:begins].tobytes() == sequence.buffer[start:begins].tobytes()
+        if same and computed - start > blocks.inherited:
             self._state.table.publish_tail(blocks, author.buffer[start:computed].tobytes())

@@ -43,7 +43,7 @@ class ClusterState:
         self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
-        self.open_pages = OpenPages(config.page_size, config.stride)
+        self.open_pages = OpenPages(config.page_size, config.stride, enabled=config.prefix_caching)
         self.outbox = Outbox()
         self.watch = Watch()
         self.columns = GroupColumns(self.table, self.watch)

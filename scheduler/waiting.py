@@ -1,15 +1,15 @@
 """Who has no lease: the queue, those behind a prefix that is being computed, those too large for the groups that are up.
 
-Imports `config`, `fairness`, `pace`, `prefixes` and `sequence`. Says whose turn it is; whether there is room, others know.
+Imports `awaited`, `config`, `fairness`, `pace` and `sequence`. Says whose turn it is; whether there is room, others know.
 """
 
 import heapq
 from collections.abc import Iterable
 
+from scheduler.awaited import WHOLE_PROMPT, Awaited
 from scheduler.config import CoreConfig, Counters
 from scheduler.fairness import FairQueue
 from scheduler.pace import QueuePace
-from scheduler.prefixes import PendingPrefixes
 from scheduler.sequence import Sequence, State
 
 ByAge = tuple[float, int, int, Sequence]
@@ -29,7 +29,7 @@ class WaitingRoom:
     pass it any more and until those who run have ended. A prefix that is being computed can add the time that this takes.
 
     parked: they fit no group that is up, only one that is expected. Invariant: a WAITING sequence is either queued, once, under
-    its `ticket`, or in `parked`; a DEFERRED one is in `prefixes`. count, tokens: all of them, and their tokens; `enter` and
+    its `ticket`, or in `parked`; a DEFERRED one is in `awaited`. count, tokens: all of them, and their tokens; `enter` and
     `leave` are called once for each stay. rooms: grows whenever somebody might fit who did not before.
     """
 
@@ -37,7 +37,7 @@ class WaitingRoom:
         self.fair = FairQueue()
         self.aged: list[ByAge] = []
         self.parked: list[Sequence] = []
-        self.prefixes = PendingPrefixes()
+        self.awaited = Awaited()
         self.pace = QueuePace()
         self.count = 0
         self.tokens = 0
@@ -133,10 +133,10 @@ class WaitingRoom:
         if settled:
             self._settled = self._changes
 
-    def defer(self, sequence: Sequence, hash_: int) -> None:
-        """One that was taken out waits until this page, which continues its cached prefix, has been computed."""
+    def defer(self, sequence: Sequence, author: Sequence, pages: int) -> None:
+        """One that was taken out waits until `author` has computed so many full pages, of which it needs the last."""
         sequence.state, sequence.ticket = State.DEFERRED, 0
-        self.prefixes.wait(sequence, hash_)
+        self.awaited.wait(sequence, author, pages)
 
     # ---- what happens elsewhere
 
@@ -145,19 +145,15 @@ class WaitingRoom:
         self.rooms += 1
         self._changes += 1
 
-    def published(self, author: Sequence, hash_: int) -> None:
-        """Whoever waited for this page comes back."""
-        self.join(self.prefixes.published(author, hash_))
-
-    def computed(self, author: Sequence) -> None:
-        """All that `author` announced is there. Whoever waited for the end of its prompt comes back."""
-        self.join(self.prefixes.withdraw(author))
+    def published(self, author: Sequence, pages: int) -> None:
+        """`author` has computed so many full pages, or its `WHOLE_PROMPT`. Whoever waited for no more comes back."""
+        if author in self.awaited.authors:
+            self.join(self.awaited.published(author, pages))
 
     def withdraw(self, author: Sequence) -> None:
         """`author` runs no more: there is room, and whoever waited for its pages comes back."""
         self.made_room()
-        if author in self.prefixes.announced:
-            self.computed(author)
+        self.published(author, WHOLE_PROMPT)
 
     def unpark(self) -> None:
         """The groups have changed."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvcache.ids import GroupId
+from scheduler.awaited import WHOLE_PROMPT
 from scheduler.limits import RequestRefused
 from scheduler.messages import Failure, FinishReason
 from scheduler.sequence import State
@@ -121,6 +122,11 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             assert fits
             self.events["submitted"] += n
+            waits = [needed for waiters in core.waiting.awaited.authors.values() for needed, _ in waiters]
+            self.events["waits for a prompt's end"] += WHOLE_PROMPT in waits
+            self.events["waits for a page"] += any(needed < WHOLE_PROMPT for needed in waits)
+            running = [sequence.blocks for group in core.groups.values() for sequence in group.running]
+            self.events["shows what it fills"] += any(blocks is not None and blocks.tail for blocks in running)
 
     def pick(self, at: int) -> Stream | None:
         live = [stream for stream in self.cluster.streams.values() if stream.finished is None]
@@ -322,7 +328,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
         "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
-        "parts copied", "parts taken over",
+        "parts copied", "parts taken over", "waits for a page", "waits for a prompt's end", "shows what it fills",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
