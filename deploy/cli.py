@@ -60,7 +60,8 @@ FormatOption = Annotated[
     _option(
         "--format",
         help='What --input or stdin holds. jsonl: on each line an object with "prompt", "prompt_token_ids" or '
-        '"messages", and sampling fields that hold for it. lines: a prompt a line. text: one prompt. '
+        '"messages", and what holds for it: sampling fields, "tenant", "deadline_s", "cache_salt". '
+        "lines: a prompt a line. text: one prompt. "
         "Default: jsonl for files, text for stdin.",
     ),
 ]

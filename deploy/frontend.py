@@ -6,14 +6,15 @@ Imports no torch, no ray; used by `llm` (and whatever serves requests next).
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from msgspec.structs import replace
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from deploy.errors import RequestError
 from deploy.outputs import (
     FINISH_WORDS,
     ChoiceDelta,
@@ -92,10 +93,10 @@ class Choice:
             self.stop_reason = last
 
     @property
-    def error(self) -> str | None:
+    def error(self) -> RequestError | None:
         """Why the choice failed, if it did."""
         failed = self.finish_reason == "error" and self.finished is not None
-        return (self.finished.message or "no reason given") if failed and self.finished else None
+        return RequestError.of_end(self.finished) if failed and self.finished else None
 
     def take(self) -> CompletionOutput:
         """This choice as it stands; what is new counts from the previous call."""
@@ -193,7 +194,8 @@ class Generation:
                 num_cached_tokens=ends[0].cached_tokens if ends else None,
                 outputs=[choice.take() for choice in self.choices],
                 finished=self._done,
-                error=errors[0] if errors else None,
+                error=errors[0].message if errors else None,
+                fault=errors[0].fault if errors else None,
                 prompt_logprobs=table.entries if (table := self.prompt_logprobs) and table.complete else None,
             )
 
@@ -262,14 +264,15 @@ class FrontEnd:
     ) -> list[Generation]:
         """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
         only at the end. priority: lower goes first. tenant: on whose account. deadline_s: seconds from now within which they
-        must have ended. Errors: EngineError once the engine is lost or closed."""
+        must have ended. A prompt's own tenant and deadline go before these.
+        Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(params.n for _, params in prompts)
         generations, requests = [], []
         for prompt, params in prompts:
-            generation, request = self._prepare(stream, prompt, params, notify, each_token)
-            request = replace(request, priority=priority, tenant=tenant, deadline_s=deadline_s)
+            asked = prompt.of_call(tenant, deadline_s)
+            generation, request = self._prepare(stream, asked, params, notify, each_token, priority)
             generations.append(generation)
             requests.append(request)
             stream += params.n
@@ -292,6 +295,19 @@ class FrontEnd:
         if streams and self._lost is None:
             self.engine.abort(streams)
 
+    def expire(self, generation: Generation) -> None:
+        """Its deadline has passed: what of it has not ended ends as TIMED_OUT, whether or not the scheduler answers."""
+        message = f"the request did not end within {generation.prompt.deadline_s:g} s"
+        late = [
+            stream
+            for stream in generation.streams
+            if self._end(Finished(stream, FinishReason.FAILED, 0, 0, message, Failure.TIMED_OUT)) is not None
+        ]
+        if late:
+            self._wake([generation])
+            if self._lost is None:
+                self.engine.abort(late)
+
     def close(self) -> None:
         """Ends the engine; what is under way fails. A second call does nothing."""
         with self._lock:
@@ -307,7 +323,7 @@ class FrontEnd:
                 self._thread.join(timeout=5.0)
 
     def _prepare(
-        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool
+        self, stream: int, prompt: Prompt, params: SamplingParams, notify: Notify, each_token: bool, priority: int
     ) -> tuple[Generation, Request]:
         """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
         bare = params.ignore_eos and params.grammar is None
@@ -323,6 +339,9 @@ class FrontEnd:
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
             salt=prompt.salt,
+            priority=priority,
+            tenant=prompt.tenant or "",
+            deadline_s=None if prompt.deadline_s == math.inf else prompt.deadline_s,
         )
         generation = Generation(stream, prompt, choices, notify, each_token)
         generation.hashes = request.hashes

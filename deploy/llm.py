@@ -11,9 +11,13 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import math
 import queue
+import time
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -23,7 +27,7 @@ from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, S
 from deploy.config import bound_openmp_spin, engine_config
 from deploy.frontend import FrontEnd, Generation
 from deploy.outputs import GenerationError, RequestOutput
-from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_model_limits
+from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_deadline, read_model_limits, read_tenant
 from deploy.text import Message, Tokenizer
 from scheduler.sampling import SamplingParams
 
@@ -105,48 +109,75 @@ class LLM:
     # ---- blocking ----
 
     def generate(
-        self, prompts: Source | Sequence[Source], sampling_params: Params = None, *, progress: bool = True
+        self,
+        prompts: Source | Sequence[Source],
+        sampling_params: Params = None,
+        *,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        progress: bool = True,
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs in the order of the prompts. progress: show a bar on a terminal.
 
+        tenant: on whose account; where requests have to wait, each tenant gets an equal share. deadline_s: seconds from when
+        they are submitted, within which each must have ended; one that has not fails with `fault` TIMED_OUT, and keeps what
+        it has produced; one whose turn would come later is refused at once, as OVERLOADED. Both hold for prompts that name
+        none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        return self._complete(self._parse(_as_list(prompts), self._parser.parse, sampling_params), progress)
+        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s)
+        return self._complete(requests, progress)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         *,
+        tenant: str = "",
+        deadline_s: float | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the checkpoint's chat template. Otherwise as `generate`."""
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        return self._complete(self._parse(conversations, self._parser.chat, sampling_params), progress)
+        return self._complete(self._parse(conversations, self._parser.chat, sampling_params, tenant, deadline_s), progress)
 
     def iterate(
-        self, prompts: Source | Sequence[Source], sampling_params: Params = None
+        self,
+        prompts: Source | Sequence[Source],
+        sampling_params: Params = None,
+        *,
+        tenant: str = "",
+        deadline_s: float | None = None,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Yields (position of the prompt, its output so far) whenever one has grown, until all have ended.
 
-        A failed request ends with `error` set. Leaving the loop early aborts what is under way. Errors: PromptError.
+        A failed request ends with `error` and `fault` set. Leaving the loop early aborts what is under way. tenant,
+        deadline_s: as in `generate`. Errors: PromptError.
         """
-        return self._run(self._parse(_as_list(prompts), self._parser.parse, sampling_params), each_token=True)
+        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s)
+        return self._run(requests, each_token=True)
 
     # ---- asyncio ----
 
     async def stream(
-        self, prompt: Source, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Source,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tenant: str = "",
+        deadline_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it has grown, whole each time; `.outputs[i].delta` is the text that is new.
 
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
-        aborts the request. Errors: PromptError; GenerationError if the request fails.
+        aborts the request. tenant, deadline_s: as in `generate`. Errors: PromptError; GenerationError if the request fails.
         """
-        request = self._parse([prompt], self._parser.parse, sampling_params)
+        request = self._parse([prompt], self._parser.parse, sampling_params, tenant, deadline_s)
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
+        submitted_s = loop.time()
         generations = self._frontend.submit(request, lambda _: loop.call_soon_threadsafe(grown.set))
+        timers = [loop.call_at(due_s, self._frontend.expire, late) for due_s, late in _by_deadline(generations, submitted_s)]
         try:
             while True:
                 await grown.wait()
@@ -158,6 +189,8 @@ class LLM:
                 if output.finished:
                     return
         finally:
+            for timer in timers:
+                timer.cancel()
             self._frontend.abort(generations)
 
     # ---- the cluster ----
@@ -182,9 +215,10 @@ class LLM:
     # ---- common ----
 
     def _parse(
-        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params
+        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None
     ) -> list[tuple[Prompt, SamplingParams]]:
         """All or none: the first source that is not valid is named by its position."""
+        call = (read_tenant(tenant), read_deadline(deadline_s))
         if params is None or isinstance(params, SamplingParams):
             every = [self._parser.params(params or SamplingParams())] * len(sources)
         else:
@@ -196,7 +230,7 @@ class LLM:
         requests = []
         for position, (source, each) in enumerate(zip(sources, every, strict=True)):
             try:
-                requests.append((parse(source), each))
+                requests.append((parse(source).of_call(*call), each))
             except PromptError as error:
                 raise PromptError(f"prompt {position}: {error}") if len(sources) > 1 else error from None
         return requests
@@ -218,17 +252,29 @@ class LLM:
         self, requests: list[tuple[Prompt, SamplingParams]], each_token: bool
     ) -> Iterator[tuple[int, RequestOutput]]:
         grown: queue.SimpleQueue[Generation] = queue.SimpleQueue()
+        submitted_s = time.monotonic()
         generations = self._frontend.submit(requests, grown.put, each_token) if requests else []
         positions = {generation.stream: position for position, generation in enumerate(generations)}
+        due = deque(_by_deadline(generations, submitted_s))
         try:
             left = len(generations)
             while left:
-                generation = _next(grown)
+                generation = self._next(grown, due)
                 output = generation.take()
                 left -= output.finished
                 yield positions[generation.stream], output
         finally:  # also when the caller leaves the loop, or Ctrl-C interrupts the wait
             self._frontend.abort(generations)
+
+    def _next(self, grown: "queue.SimpleQueue[Generation]", due: deque[tuple[float, Generation]]) -> Generation:
+        """Those whose deadline passes in the meantime have grown too: by their end. The scheduler looks at deadlines when
+        something happens, so a door keeps the time itself."""
+        while True:
+            while due and due[0][0] <= time.monotonic():
+                self._frontend.expire(due.popleft()[1])
+            wait_s = min(CTRL_C_POLL_S, due[0][0] - time.monotonic()) if due else CTRL_C_POLL_S
+            with contextlib.suppress(queue.Empty):
+                return grown.get(timeout=max(0.0, wait_s))
 
 
 def engine_starter(config: EngineConfig) -> StartEngine:
@@ -242,10 +288,11 @@ def engine_starter(config: EngineConfig) -> StartEngine:
     return start_on_ray
 
 
-def _next(grown: "queue.SimpleQueue[Generation]") -> Generation:
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return grown.get(timeout=CTRL_C_POLL_S)
+def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[tuple[float, Generation]]:
+    """(when it must have ended, the generation) of those with a deadline, the earliest first."""
+    limits = ((generation.prompt.deadline_s, generation) for generation in generations)
+    timed = [(submitted_s + limit_s, generation) for limit_s, generation in limits if limit_s is not None]
+    return sorted((each for each in timed if each[0] < math.inf), key=itemgetter(0))
 
 
 def _as_list(prompts: Source | Sequence[Source]) -> Sequence[Source]:

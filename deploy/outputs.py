@@ -1,6 +1,6 @@
 """What a caller gets back. Field names and meanings are vLLM's, so that code written for it reads these.
 
-Imports wire types only.
+Imports wire types, and the words that every door has for failures.
 """
 
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from deploy.errors import Fault
 from deploy.text import Tokenizer
 from scheduler.messages import Finished, FinishReason, Payload, PromptLogprobs, TokenLogprobs
 
@@ -93,7 +94,8 @@ class RequestOutput:
     """One prompt and its `n` choices. num_cached_tokens: prompt tokens found in the cache; None until a choice has
     ended.
 
-    finished: every choice has ended. error: why, where a choice ended with finish_reason "error".
+    finished: every choice has ended. error: why, where a choice ended with finish_reason "error"; fault: what went wrong, for
+    programs, such as `Fault.TIMED_OUT` where its deadline has passed.
     prompt_logprobs: an entry for each prompt token, None for the first; None if not asked for or not there yet.
     """
 
@@ -105,6 +107,7 @@ class RequestOutput:
     finished: bool
     error: str | None = None
     prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None
+    fault: Fault | None = None
 
 
 class GenerationError(RuntimeError):

@@ -6,8 +6,9 @@ a checkpoint's settings.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
-LINE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, "cache_salt", *SAMPLING_KEYS)
+REQUEST_KEYS = ("cache_salt", "tenant", "deadline_s")
+LINE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *REQUEST_KEYS, *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
-with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt. Beside messages
-may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
+with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt, and a "tenant" and a
+"deadline_s" of its own, which go before those of the call; None means the same as leaving them out. Beside messages may stand
+"tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
 
 
 class PromptError(ValueError):
@@ -48,11 +51,21 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output."""
+    """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output.
+
+    tenant, deadline_s: as in `Request`, `math.inf` for no deadline; None: those of the call with which it is submitted.
+    """
 
     token_ids: list[int]
     text: str | None = None
     salt: str = ""
+    tenant: str | None = None
+    deadline_s: float | None = None
+
+    def of_call(self, tenant: str | None, deadline_s: float | None) -> "Prompt":
+        """With what the call was given where it has none of its own."""
+        tenant = tenant if self.tenant is None else self.tenant
+        return replace(self, tenant=tenant, deadline_s=deadline_s if self.deadline_s is None else self.deadline_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +122,10 @@ class PromptParser:
         return valid
 
     def _parse_mapping(self, source: Mapping[str, Any]) -> Prompt:
+        own = (read_tenant(source.get("tenant")), read_deadline(source.get("deadline_s")))
+        return self._parse_kind(source).of_call(*own)
+
+    def _parse_kind(self, source: Mapping[str, Any]) -> Prompt:
         kinds = [key for key in PROMPT_KEYS if key in source]
         if len(kinds) != 1:
             raise PromptError(f"give exactly one of {', '.join(PROMPT_KEYS)}; found {' and '.join(kinds) or 'none'}")
@@ -153,6 +170,26 @@ class PromptParser:
         return self.tokenizer
 
 
+def read_tenant(value: Any) -> str | None:
+    """Errors: PromptError."""
+    if value is not None and not isinstance(value, str):
+        raise PromptError(f"tenant must be a string, not {type(value).__name__}: {_ITS_OWN}")
+    return value
+
+
+def read_deadline(value: Any) -> float | None:
+    """Seconds; below 0 has passed already. Errors: PromptError."""
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError, OverflowError):
+        if not isinstance(value, bool | str) and not math.isnan(seconds := float(value)):
+            return seconds
+    raise PromptError(f"deadline_s must be a number of seconds, not {repr(value)[:60]}: {_ITS_OWN}")
+
+
+_ITS_OWN = 'one is for all prompts of a call, and in {"prompt": ...} a prompt has its own'
+
+
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates read it: content is text, and a call's arguments are an object, which templates print
     themselves. Clients send both as OpenAI has them. Errors: PromptError."""
@@ -188,8 +225,8 @@ def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parall
 
 
 def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:
-    """Prompts from JSON lines: one of the prompt keys and any sampling fields, which override the defaults for that
-    line.
+    """Prompts from JSON lines: one of the prompt keys, what else a `Source` may hold, and any sampling fields, which
+    override the defaults for that line.
 
     Blank lines are skipped. name: of the file, for messages. Errors: PromptError that names the line and what is wrong.
     """

@@ -64,7 +64,8 @@ def _record(position: int, output: RequestOutput) -> dict[str, Any]:
         "num_cached_tokens": output.num_cached_tokens,
         "outputs": [_choice(choice) for choice in output.outputs],
     }
-    return record | ({"error": output.error} if output.error else {})
+    failure = {"error": output.error, "error_type": output.fault.type if output.fault else None}
+    return record | (failure if output.error else {})
 
 
 def _choice(choice: CompletionOutput) -> dict[str, Any]:

@@ -108,6 +108,37 @@ def test_jsonl_in_and_out(manta: Manta, tmp_path: Path) -> None:
     assert [("logprobs" in record["outputs"][0]) for record in records] == [True, False, False]
 
 
+@pytest.mark.parametrize("way", [[], ["--chat"]])
+def test_a_line_names_its_tenant_and_deadline(manta: Manta, tmp_path: Path, way: list[str]) -> None:
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    lines = [{"prompt": "a", "tenant": "ann", "deadline_s": 1000000}, {"prompt": "b"}]
+    source.write_text("\n".join(json.dumps(line) for line in lines))
+    assert manta("--input", str(source), *way, "--output", str(target)).exit_code == 0
+    asked = [(request.tenant, request.deadline_s) for request in manta.engine.requests]
+    assert asked == [("ann", 1e6), ("", None)]
+    assert not any("error" in json.loads(line) for line in target.read_text().splitlines())
+
+
+def test_a_passed_deadline_is_exit_1_and_in_the_results(manta: Manta, tmp_path: Path) -> None:
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    source.write_text('{"prompt": "a", "deadline_s": 0}')
+    manta.engine.hold_after = 0
+    result = manta("--input", str(source), "--output", str(target))
+    assert result.exit_code == 1
+    assert "manta: error: the request did not end within 0 s" in result.stderr
+    record = json.loads(target.read_text())
+    assert (record["error"], record["error_type"]) == ("the request did not end within 0 s", "timeout_error")
+
+
+def test_a_bad_deadline_is_exit_2(manta: Manta, tmp_path: Path) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b", "deadline_s": "soon"}')
+    result = manta("--input", str(source))
+    assert result.exit_code == 2
+    assert "manta: error: prompt 1: deadline_s must be a number of seconds, not 'soon'" in result.stderr
+    assert manta.engine.requests == []
+
+
 def test_results_to_stdout(manta: Manta) -> None:
     result = manta("a", "--output", "-", "-q")
     assert json.loads(result.stdout)["outputs"][0]["finish_reason"] == "stop"

@@ -2,20 +2,26 @@
 
 import asyncio
 import gc
+import math
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+import deploy.llm
 from cluster.engine import EngineError
+from deploy.errors import Fault
 from deploy.llm import LLM
 from deploy.outputs import GenerationError, Logprob
 from deploy.prompts import PromptError, Source
 from deploy.text import Tokenizer
 from kvcache.hashing import hash_pages
+from scheduler.messages import Failure
 from scheduler.sampling import SamplingParams
 from tests.deploy.conftest import EOS, Open
 from tests.deploy.fake_engine import CACHED_TOKENS, FakeEngine
@@ -235,6 +241,130 @@ def test_async_failure_raises(open_llm: Open) -> None:
 
     with pytest.raises(GenerationError, match=r"^does not fit$"):
         asyncio.run(consume())
+
+
+FAR_S = 1e6
+"""A deadline that no machine is too slow for."""
+
+
+def test_whose_account_and_by_when(open_llm: Open) -> None:
+    """What the call says, and before it what the prompt itself says, None excepted."""
+    llm, engine = open_llm([5])
+    message = [{"role": "user", "content": "x"}]
+    sources: list[Source] = [
+        "a",
+        {"prompt": "b", "tenant": "bob", "deadline_s": 2 * FAR_S},
+        {"messages": message, "tenant": "", "deadline_s": math.inf},
+        {"prompt_token_ids": [5], "tenant": None, "deadline_s": None},
+    ]
+
+    def asked() -> list[tuple[str, float | None]]:
+        """Since the last look."""
+        found = [(request.tenant, request.deadline_s) for request in engine.requests]
+        engine.requests.clear()
+        return found
+
+    expected = [("ann", FAR_S), ("bob", 2 * FAR_S), ("", None), ("ann", FAR_S)]
+    llm.generate(sources, tenant="ann", deadline_s=FAR_S)
+    assert asked() == expected
+    list(llm.iterate(sources, tenant="ann", deadline_s=FAR_S))
+    assert asked() == expected
+    llm.chat([message, message], tenant="ann", deadline_s=FAR_S)
+    assert asked() == [("ann", FAR_S)] * 2
+
+    async def stream() -> None:
+        for source in sources:
+            async for _ in llm.stream(source, tenant="ann", deadline_s=FAR_S):
+                pass
+
+    asyncio.run(stream())
+    assert asked() == expected
+    llm.generate(sources[:2])
+    assert asked() == [("", None), ("bob", 2 * FAR_S)]
+
+
+@pytest.mark.parametrize("deadline_s", [-1.0, 0, 0.01, np.float32(0)])
+def test_what_has_not_ended_by_its_deadline_fails_even_if_nobody_answers(open_llm: Open, deadline_s: float) -> None:
+    llm, engine = open_llm([5, 6], hold_after=0)
+    with pytest.raises(GenerationError, match="2 of 2 requests failed: the request did not end within") as caught:
+        llm.generate(["x", "y"], SamplingParams(n=2), deadline_s=deadline_s)
+    for output in caught.value.outputs:
+        assert (output.finished, output.fault) == (True, Fault.TIMED_OUT)
+        assert [choice.finish_reason for choice in output.outputs] == ["error", "error"]
+    assert engine.aborted == [0, 1, 2, 3], "the engine works for nobody"
+    with pytest.raises(GenerationError, match="did not end within"):
+        llm.chat([{"role": "user", "content": "x"}], deadline_s=deadline_s)
+    engine.hold_after = None
+    engine.released.set()
+    assert llm.generate("z", deadline_s=FAR_S)[0].fault is None
+
+
+@pytest.mark.parametrize("deadline_s", [0, 0.01])
+def test_a_stream_ends_by_its_deadline(open_llm: Open, deadline_s: float) -> None:
+    llm, engine = open_llm([5, 6], hold_after=0)
+
+    async def consume(source: Source, deadline_s: float | None) -> None:
+        async for _ in llm.stream(source, deadline_s=deadline_s):
+            pass
+
+    for source, of_call in (("x", deadline_s), ({"prompt": "x", "deadline_s": deadline_s}, None)):
+        with pytest.raises(GenerationError, match=f"^the request did not end within {deadline_s} s$") as caught:
+            asyncio.run(consume(source, of_call))
+        assert [output.fault for output in caught.value.outputs] == [Fault.TIMED_OUT]
+    assert engine.aborted == [0, 1]
+
+
+def test_a_deadline_spares_what_has_ended_and_what_was_produced(open_llm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's: it stands still until one prompt has ended and the other is in the midst."""
+    clock = SimpleNamespace(now_s=100.0)
+    monkeypatch.setattr(deploy.llm, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    llm, engine = open_llm(lambda prompt, _: [prompt[0]] * (1 if prompt[0] == 5 else 9), hold_after=3)
+    latest = {}
+    for position, output in llm.iterate([[5], [6]], LONG, deadline_s=2.0):
+        latest[position] = output
+        if latest.keys() == {0, 1} and len(latest[1].outputs[0].token_ids) == 3:
+            clock.now_s = 102.0
+    ended, late = latest[0], latest[1]
+    assert (ended.outputs[0].token_ids, ended.error, ended.fault) == ([5], None, None)
+    assert (late.outputs[0].token_ids, late.error) == ([6] * 3, "the request did not end within 2 s")
+    assert (late.outputs[0].finish_reason, late.fault) == ("error", Fault.TIMED_OUT)
+    assert engine.aborted == [1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"deadline_s": "soon"}, "deadline_s must be a number of seconds, not 'soon'"),
+        ({"deadline_s": "7"}, "deadline_s must be a number of seconds, not '7'"),
+        ({"deadline_s": math.nan}, "deadline_s must be a number of seconds, not nan"),
+        ({"deadline_s": True}, "deadline_s must be a number of seconds, not True"),
+        ({"deadline_s": 10**400}, "deadline_s must be a number of seconds, not 1000"),
+        ({"deadline_s": [1.0, 2.0]}, 'not [1.0, 2.0]: one is for all prompts of a call, and in {"prompt": ...}'),
+        ({"tenant": 7}, "tenant must be a string, not int"),
+        ({"tenant": ["ann", "bob"]}, "tenant must be a string, not list: one is for all prompts of a call"),
+    ],
+)
+def test_bad_tenants_and_deadlines_are_refused(open_llm: Open, given: dict[str, Any], message: str) -> None:
+    llm, engine = open_llm([5])
+    sources: list[Source] = ["a", {"prompt": "b"} | given]
+    with pytest.raises(PromptError) as of_call:
+        llm.generate("a", **given)
+    with pytest.raises(PromptError) as of_prompt:
+        llm.generate(sources)
+    assert message in str(of_call.value)
+    assert message in str(of_prompt.value)
+    assert str(of_prompt.value).startswith("prompt 1: ")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "fault"), [(Failure.OVERLOADED, Fault.OVERLOADED), (Failure.TIMED_OUT, Fault.TIMED_OUT)]
+)
+def test_what_the_scheduler_says_of_a_failure_is_told(open_llm: Open, failure: Failure, fault: Fault) -> None:
+    llm, _ = open_llm([5], refuse={9: "not now"}, failure=failure)
+    with pytest.raises(GenerationError, match="not now") as caught:
+        llm.generate([[9], [5]])
+    assert [output.fault for output in caught.value.outputs] == [fault, None]
 
 
 def test_stats_and_shutdown(open_llm: Open, script: list[int]) -> None:

@@ -31,6 +31,9 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("hello world")
     assert parser.parse("hello world").token_ids == ids
     assert parser.parse({"prompt": "hello world", "cache_salt": "me"}).salt == "me"
+    own = parser.parse({"prompt": "hello world", "tenant": "ann", "deadline_s": 3})
+    assert (own.tenant, own.deadline_s) == ("ann", 3.0)
+    assert (parser.parse("hello world").tenant, parser.parse(ids).deadline_s) == (None, None)
     assert parser.parse("hello world").text == "hello world"
     assert parser.parse(ids).text is None
     assert parser.parse({"prompt_token_ids": np.array(ids)}).token_ids == ids
@@ -57,6 +60,8 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
             "give exactly one of prompt, prompt_token_ids, messages; found prompt and messages",
         ),
         ({}, "found none"),
+        ({"prompt": "a", "tenant": 1}, "tenant must be a string, not int"),
+        ({"prompt": "a", "deadline_s": "1"}, "deadline_s must be a number of seconds, not '1'"),
         ({"messages": []}, "at least one entry"),
         ({"messages": [{"content": "x"}]}, "not a chat message"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "chat template refuses these messages: no tools here"),
@@ -114,6 +119,7 @@ def test_jsonl() -> None:
         ('"a"', "expected an object such as"),
         ('{"promt": "a"}', "unknown key 'promt': did you mean 'prompt'?"),
         ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
+        ('{"prompt": "a", "deadline": 1}', "did you mean 'deadline_s'?"),
         ('{"prompt": "a", "top_p": 2}', "top_p=2.0 is outside (0.0, 1.0]"),
         ('{"prompt": "a", "max_tokens": "9"}', "max_tokens: expected `int | null`, got `str`"),
     ],

@@ -10,7 +10,9 @@ import torch
 
 from deploy import LLM, SamplingParams
 from deploy.config import EMBEDDED_MODEL
+from deploy.errors import Fault
 from deploy.outputs import GenerationError
+from deploy.prompts import Source
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.reference import Reference
 from tests.end_to_end.settings import LLAMA, QWEN3, greedy, open_llm, run, tokens
@@ -89,6 +91,18 @@ def test_the_last_token_needs_no_page(checkpoints: dict[str, Path]) -> None:
         with pytest.raises(GenerationError, match="need 3 pages of 16 tokens, but the largest pool has 2"):
             run(small, [prompt], greedy(18))
         wait_idle(small)
+
+
+def test_a_deadline_that_has_passed_ends_one_request_and_spares_the_others(llm: LLM) -> None:
+    expired, other = llm.stats().expired, draw(40, seed=23)
+    prompts: list[Source] = [PROMPT, {"prompt_token_ids": other, "deadline_s": 0.0}]
+    with pytest.raises(GenerationError, match="1 of 2 requests failed: the request did not end within 0 s") as caught:
+        llm.generate(prompts, greedy(8), progress=False)
+    fine, failed = caught.value.outputs
+    assert (len(fine.outputs[0].token_ids), fine.fault) == (8, None)
+    assert (failed.outputs[0].token_ids, failed.fault) == ([], Fault.TIMED_OUT)
+    assert llm.stats().expired == expired + 1, "the scheduler itself ended it"
+    wait_idle(llm)
 
 
 def test_stop_strings_cut_the_text_across_token_borders(writer: LLM) -> None:

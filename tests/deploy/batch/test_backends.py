@@ -12,7 +12,7 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from deploy.access import ApiKeys
+from deploy.access import ApiKeys, account
 from deploy.batch.backend import Backend
 from deploy.batch.clusters import open_cluster
 from deploy.batch.endpoint import EndpointBackend, open_endpoint
@@ -105,6 +105,36 @@ def test_groups_of_the_jobs_own_end_with_it(tmp_path: Path, engine: FakeEngine) 
         asyncio.run(scenario())
     assert custom_ids(read(tmp_path / "out.jsonl")) == {"a": 1, "b": 1}
     assert engine.closed
+
+
+def test_a_line_says_on_whose_account_and_by_when(tmp_path: Path, engine: FakeEngine) -> None:
+    """As at the endpoint, by `user` and `timeout`; a line that says nothing has the time that it needs."""
+    config = configured()
+    entries = [entry("a", user="ann", timeout=1e6, priority=-3), entry("b", CHAT, user="bob", timeout=2e6), entry("c")]
+
+    async def scenario() -> None:
+        async with open_backend(cluster, config) as backend:
+            await run(backend, tmp_path / "out.jsonl", as_lines(entries), Limits(requests=1))
+            asked = [(request.tenant, request.deadline_s, request.priority) for request in engine.requests]
+            assert asked == [(account("ann"), 1e6, -3), (account("bob"), 2e6, 0), ("", None, 0)]
+
+    with open_cluster(config.engine, None, lambda _: None) as cluster:
+        asyncio.run(scenario())
+
+
+def test_a_line_that_is_not_done_in_time_has_a_504(tmp_path: Path, engine: FakeEngine) -> None:
+    engine.hold_after = 0
+    config = configured()
+
+    async def scenario() -> None:
+        async with open_backend(cluster, config) as backend:
+            await run(backend, tmp_path / "out.jsonl", as_lines([entry("a", timeout=0.01)]))
+
+    with open_cluster(config.engine, None, lambda _: None) as cluster:
+        asyncio.run(scenario())
+    [line] = read(tmp_path / "out.jsonl")
+    error = line["response"]["body"]["error"]
+    assert (line["response"]["status_code"], error["code"]) == (504, "deadline_exceeded")
 
 
 def test_groups_that_do_not_start_are_the_callers_error(engine: FakeEngine) -> None:
