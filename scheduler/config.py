@@ -13,7 +13,9 @@ class CoreConfig:
     hash_stride: tokens in common from which a part of a page is reused, at most half a page; 0: only whole pages are.
     prefix_caching: publish pages and reuse them. wait_for_prefix: a sequence whose next page a running one is about to
     compute waits for it instead of computing it too. prefix_fetch: a prefix that another group has may be moved instead of
-    computed, where the workers can. seed: draws the seeds of requests that bring none; None: anew each time.
+    computed, where the workers can. relieve: who will have to give way for want of pages is moved to another group, or kept in
+    host memory, in time, where that is cheaper than to compute it again. seed: draws the seeds of requests that bring none;
+    None: anew each time.
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
     wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
     skip_s: so long may others start before the first in the queue, from when it found no room on; 0: never. age_s: whoever has
@@ -27,6 +29,7 @@ class CoreConfig:
     prefix_caching: bool = True
     wait_for_prefix: bool = True
     prefix_fetch: bool = True
+    relieve: bool = True
     seed: int | None = 0
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
@@ -55,6 +58,8 @@ class Counters(msgspec.Struct, kw_only=True):
     copied, and taken over from nobody; restarts count too. fetches, fetched_tokens: transfers that brought a prefix from
     another group, and its tokens; loads, loaded_tokens: the same from host memory; offloaded_tokens: copied there;
     failed_transfers: those that did not arrive. migrations: running sequences that went on elsewhere with their pages.
+    moved_for_room, kept_for_room: sequences that, as their group was short of pages, began to move, or were copied to host
+    memory while they ran on.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
@@ -83,6 +88,8 @@ class Counters(msgspec.Struct, kw_only=True):
     offloaded_tokens: int = 0
     failed_transfers: int = 0
     migrations: int = 0
+    moved_for_room: int = 0
+    kept_for_room: int = 0
     expired: int = 0
     skipped: int = 0
     aged: int = 0

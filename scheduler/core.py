@@ -23,6 +23,7 @@ from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
 from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Moved, Report, Request
 from scheduler.migration import Migration
 from scheduler.paging import Paging
+from scheduler.relief import Relief
 from scheduler.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import PRIORITY_SHIFT, Sequence
 from scheduler.state import ClusterState
@@ -42,9 +43,11 @@ class SchedulerCore:
         self.config = config
         self._state = state = ClusterState(config)
         self.transfers = Transfers(state)
-        self._paging = Paging(state, HostTier(state, self.transfers))
+        host_tier = HostTier(state, self.transfers)
+        self._paging = Paging(state, host_tier)
         self._admission = Admission(state, self._paging, self.transfers)
         self._migration = Migration(state, self.transfers, self._paging, self._admission)
+        self._relief = Relief(state, self._migration, host_tier)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.columns, self.open_pages = state.columns, state.open_pages
@@ -126,6 +129,7 @@ class SchedulerCore:
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
+            self._relief.group_down(group)
             for sequence in sorted(lost.fetching):
                 self._admission.give_up_fetch(lost, sequence)
                 self.waiting.enter(sequence, self.now_s)
@@ -282,6 +286,8 @@ class SchedulerCore:
                 self._paging.leave(group, sequence)
                 self._state.finish(sequence, FinishReason(reason), output, GAVE_UP if reason == FinishReason.FAILED else "")
         self._paging.extend(group, needy)
+        if needy:
+            self._relief.look_after(group)
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:

@@ -6,6 +6,7 @@ table like others, with its own order of eviction. Imports `state`, `transfers` 
 """
 
 from kvcache.ids import host_of
+from kvcache.index import Match
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
@@ -30,14 +31,27 @@ class HostTier:
         table, blocks = self._state.table, sequence.blocks
         if not group.slots or blocks is None:
             return
-        host, match = host_of(group.group), table.chain(blocks)
-        depth = match.depth(host)
+        match = table.chain(blocks)
+        depth = match.depth(host_of(group.group))
         new = min(len(match.nodes) - depth, group.blocks // OFFLOADING_SHARE - group.sending)
-        if new < 1 or table.available(group.group) < new:
-            return
-        held = table.hold(group.group, match, depth + new, blocks.salt)
-        stored = table.reserve(host, match, depth, new, blocks.salt)
+        if 0 < new <= table.available(group.group):
+            self._begin(group, sequence, match, depth, new)
+
+    def keep(self, group: ResidentGroup, sequence: Sequence) -> bool:
+        """The same for one that runs on: it holds its pages anyway. Whether all are there, or on their way."""
+        assert sequence.blocks is not None
+        match = self._state.table.chain(sequence.blocks)
+        depth = match.depth(host_of(group.group))
+        new = len(match.nodes) - depth
+        return new == 0 or self._begin(group, sequence, match, depth, new)
+
+    def _begin(self, group: ResidentGroup, sequence: Sequence, match: Match, depth: int, new: int) -> bool:
+        """False, and nothing has changed, if host memory is full of what is on its way."""
+        table, salt = self._state.table, sequence.salt
+        held = table.hold(group.group, match, depth + new, salt)
+        stored = table.reserve(host_of(group.group), match, depth, new, salt)
         if stored is None:
             table.release(held)
-        else:
-            self._transfers.begin(sequence, held, stored)
+            return False
+        self._transfers.begin(sequence, held, stored)
+        return True

@@ -7,6 +7,7 @@ After Llumnix (arXiv 2406.03243), whose last stage is the stop here too. Imports
 """
 
 from kvcache.ids import GroupId
+from scheduler import policy
 from scheduler.admission import Admission
 from scheduler.messages import LeaseId
 from scheduler.paging import Paging
@@ -25,15 +26,15 @@ class Migration:
         self._paging = paging
         self._admission = admission
 
-    def begin(self, group: ResidentGroup, sequence: Sequence) -> bool:
-        """Lets a running sequence move to the least loaded group that has room for it. False if there is none: nothing has
-        changed then. True also if it is on its way already."""
+    def begin(self, group: ResidentGroup, sequence: Sequence, target: GroupId | None = None) -> bool:
+        """Lets a running sequence move to `target`, else to the least loaded group that has room for it. False if there is
+        none: nothing has changed then. True also if it is on its way already."""
         table, blocks, lease = self._state.table, sequence.blocks, sequence.lease
         assert blocks is not None
         assert lease is not None
         if self._transfers.moving(sequence):
             return True
-        target = self._target(group, sequence)
+        target = self.target(group, sequence) if target is None else target
         if target is None:
             return False
         match = table.chain(blocks)
@@ -55,9 +56,11 @@ class Migration:
             return  # it has ended, or was restarted, meanwhile
         self._state.counters.migrations += 1
         self._paging.interrupt(group, sequence)
+        self._paging.extend(group, [])  # others there may have waited for its pages
         self._admission.place_in(self._state.groups[target], sequence)
 
-    def _target(self, group: ResidentGroup, sequence: Sequence) -> GroupId | None:
+    def target(self, group: ResidentGroup, sequence: Sequence, *, calm: bool = False) -> GroupId | None:
+        """The least loaded group that has room for it. calm: so much that it will not be short of pages itself soon."""
         assert sequence.blocks is not None
         wanted = len(sequence.blocks.blocks)
         able = [
@@ -65,6 +68,6 @@ class Migration:
             for other in self._state.groups.values()
             if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
             and other.blocks >= sequence.pages_at_most and other.rows_left > 0
-            and self._state.table.available(other.group) > wanted
+            and self._state.table.available(other.group) > wanted + (2 * policy.shortage(other.blocks) if calm else 0)
         ]  # fmt: skip
         return min(able)[1] if able else None

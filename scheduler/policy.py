@@ -4,6 +4,7 @@ Imports nothing of Manta. To try another policy, replace a function here; the co
 """
 
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,18 @@ EVICTION_WEIGHT = 0.25
 
 WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
+
+
+SHORTAGE = 0.02
+"""Share of a pool: with less available, somebody will have to give way soon. Twice what admission leaves for growth."""
+
+
+class Relief(Enum):
+    """What is done for the sequence that will have to give way: see `relief`."""
+
+    MOVE = "move"
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
 
 
 class GroupLoad(NamedTuple):
@@ -145,6 +158,25 @@ def route(
                 cost = time_to_first_token(load, tokens, page_size), -load.available, at, way
                 best = cost if best is None else min(best, cost)
     return None if best is None else best[2:]
+
+
+def shortage(total: int) -> int:
+    """Pages: with fewer available than this a group is short."""
+    return max(2, int(total * SHORTAGE))
+
+
+def relief(lost_tokens: int, move: float | None, keep: float | None) -> Relief:
+    """The cheapest for one that will have to give way. All in prefill tokens: those that it would compute again; what it takes
+    to move its pages to another group, and to host memory and back; None where that is not possible.
+
+    Moving wins a tie, as it frees the pages and the sequence does not stop.
+    """
+    ways: list[tuple[float, int, Relief]] = [(lost_tokens, 2, Relief.RECOMPUTE)]
+    if move is not None:
+        ways.append((move, 0, Relief.MOVE))
+    if keep is not None:
+        ways.append((keep, 1, Relief.KEEP))
+    return min(ways, key=lambda way: way[:2])[2]
 
 
 class VictimCost(NamedTuple):

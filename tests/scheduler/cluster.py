@@ -189,6 +189,7 @@ class Cluster:
         slots: int = 0,
         skip_s: float = 2.0,
         age_s: float = 30.0,
+        relieve: bool = True,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -204,6 +205,7 @@ class Cluster:
                 wait_for_groups=wait_for_groups,
                 skip_s=skip_s,
                 age_s=age_s,
+                relieve=relieve,
             )
         )
         self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget

@@ -30,7 +30,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.events: Counter[str] = Counter()
 
     @initialize(
-        pools=st.sampled_from([(8, 8), (8, 5), (8, 8, 8), (8, 8, 6)]),
+        pools=st.sampled_from([(8, 8), (8, 5), (8, 8, 8), (8, 8, 6), (8, 24)]),
         budget=st.sampled_from([3, 7, 16, 64]),
         depth=st.integers(0, 1),
         steps=st.sampled_from([1, 1, 2, 4]),
@@ -256,6 +256,19 @@ class CoreMachine(RuleBasedStateMachine):
             self.cluster.bring_up(at % len(self.cluster.pools))
             self.events["replaced a group"] += 1
 
+    @rule(at=which, first=st.integers(0, 1))
+    def crowd(self, at: int, first: int) -> None:
+        """Two long ones come to one group, as if the others were full at the moment."""
+        if (group := self.group(at)) is None:
+            return
+        others = [other for name, other in self.cluster.core.groups.items() if name != group and not other.draining]
+        for other in others:
+            other.draining = True
+        for value in (first, 1 - first):
+            self.submit([value], [], 0, 1, 20, 0, (), "")
+        for other in others:
+            other.draining = False
+
     @rule(at=which, patient=st.booleans(), sure=st.integers(0, 2))
     def drain(self, at: int, patient: bool, sure: int) -> None:
         """A group runs empty, or is emptied; then it goes, as the autoscaler has it."""
@@ -309,7 +322,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
         self.events["parts copied"] += self.cluster.core.counters.parts_copied
         self.events["parts taken over"] += self.cluster.core.counters.parts_taken
-        for name in ("expired", "skipped", "aged"):
+        for name in ("expired", "skipped", "aged", "moved_for_room", "kept_for_room"):
             self.events[name] += getattr(self.cluster.core.counters, name)
 
 
@@ -320,7 +333,7 @@ TestCore.settings = settings(max_examples=150, stateful_step_count=50, deadline=
 def test_the_walks_go_where_the_bugs_are() -> None:
     """Long walks with fixed seeds, which hypothesis' short ones cannot be relied on to be: everything happens."""
     events: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(8):
         events += walk(seed, 250)
     wanted = {
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
@@ -329,7 +342,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
         "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
         "parts copied", "parts taken over", "waits for a page", "waits for a prompt's end", "shows what it fills",
-        "expired", "skipped", "aged", "progressed", "refused by its deadline",
+        "moved_for_room", "kept_for_room", "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -337,27 +350,36 @@ def test_the_walks_go_where_the_bugs_are() -> None:
 FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "move": 3, "migrate": 0.5, "end": 0.3, "rare": 0.2}
 
 
+def submit_any(machine: CoreMachine, draw: random.Random) -> None:
+    machine.submit(
+        [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+        [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+        draw.randrange(3),
+        draw.choice([1, 1, 2]),
+        draw.choice([1, 8, 12, 20, None]),
+        0,
+        draw.choice([(), (), (), (1,)]),
+        draw.choice(["", "", "", "tenant"]),
+        draw.choice([0, 0, -1, 1]),
+        draw.choice([None, None, 0]),
+        draw.choice(["", "a", "b"]),
+        draw.choice([None, None, 2.0, 20.0]),
+    )
+
+
 def walk(seed: int, events: int) -> Counter[str]:
     draw = random.Random(seed)
     machine = CoreMachine()
+    roomy = seed % 3 == 2  # nobody waits, as a rule, and who will have to give way can go elsewhere
     machine.start(
-        draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3, seed % 2 == 0, None, 2, True, 12
-    )
+        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3,
+        seed % 2 == 0, None, 2, True, 0 if roomy else 12,
+    )  # fmt: skip
     for _ in range(events):
-        machine.submit(
-            [draw.randrange(2) for _ in range(draw.randint(0, 4))],
-            [draw.randrange(2) for _ in range(draw.randint(0, 4))],
-            draw.randrange(3),
-            draw.choice([1, 1, 2]),
-            draw.choice([1, 8, 12, 20, None]),
-            0,
-            draw.choice([(), (), (), (1,)]),
-            draw.choice(["", "", "", "tenant"]),
-            draw.choice([0, 0, -1, 1]),
-            draw.choice([None, None, 0]),
-            draw.choice(["", "a", "b"]),
-            draw.choice([None, None, 2.0, 20.0]),
-        )
+        if not roomy or not machine.cluster.core.waiting.count:
+            submit_any(machine, draw)
+            if roomy and draw.random() < 0.3:
+                machine.crowd(0, draw.randint(0, 1))
         machine.wait(draw.choice([0.0, 0.2, 1.0, 3.0]))
         for step in draw.choices(list(FREQUENCIES), list(FREQUENCIES.values()), k=6):
             at = draw.randrange(100)
