@@ -33,8 +33,9 @@ WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
 
 
-SHORTAGE = 0.02
-"""Share of a pool: with less available, somebody will have to give way soon. Twice what admission leaves for growth."""
+SHORTAGE = 0.005
+"""Share of a pool: with less available, somebody will have to give way soon. Half of what admission leaves for growth: full
+pools are common and mostly well, and with more than that several times as many are moved for the same effect (docs/replay.md)."""
 
 
 class Relief(Enum):
