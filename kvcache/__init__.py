@@ -6,7 +6,7 @@ The tensors themselves are in `kvcache.pool`, which needs torch and so is import
 from kvcache.audit import audit
 from kvcache.hashing import hash_pages
 from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.index import Match
+from kvcache.match import Match
 from kvcache.table import BlockTable, GroupUsage, SequenceBlocks
 
 __all__ = [

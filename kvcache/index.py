@@ -1,12 +1,10 @@
 """The prefix index: which page of which prefix is held by which groups, for the whole cluster.
 
-Imports NumPy for types. Never counts references and never picks a block to evict; `blocks` does.
+Imports the hashing, `heads` and `match`. Never counts references and never picks a block to evict; `blocks` does.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +12,7 @@ import numpy.typing as npt
 from kvcache.hashing import TOKEN_DTYPE, hash_run, page_bytes, salt_seed
 from kvcache.heads import HeadLists
 from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.match import EVERYWHERE, Match, Part, common_prefix, groups_of
 
 NO_NODE = NodeId(0)
 
@@ -22,46 +21,6 @@ MAX_EVICTED = 1 << 18
 
 MAX_CANDIDATES = 16
 """Pages with the same parent and the same first tokens that are compared with a prompt, the newest first."""
-
-EVERYWHERE = -1
-"""The mask of all groups."""
-
-
-@lru_cache(maxsize=1024)
-def groups_of(mask: int) -> tuple[GroupId, ...]:
-    """The groups of a holder mask, ascending. Remembered: a cluster has few distinct masks at a time."""
-    groups = []
-    while mask:
-        lowest = mask & -mask
-        groups.append(GroupId(lowest.bit_length() - 1))
-        mask ^= lowest
-    return tuple(groups)
-
-
-class Match(NamedTuple):
-    """The longest chain of full pages known anywhere in the cluster for one prompt, and how much each group has of it.
-
-    nodes: the chain, from the first page on. Its length is the greatest of all depths.
-    depths: by group, the pages of the chain that it holds, contiguous from the first page; a group with none is absent.
-    generation: the index's at the time of the match.
-    Invariant: valid until the next mutation of the table. Node ids are reused, so a match that an eviction has
-    overtaken might name other pages; the table refuses it by its generation.
-    """
-
-    nodes: list[NodeId]
-    depths: dict[GroupId, int]
-    generation: int
-
-    def depth(self, group: GroupId) -> int:
-        """Full pages of the chain that `group` holds, contiguous from the first page."""
-        return self.depths.get(group, 0)
-
-
-class Part(NamedTuple):
-    """Where a match ends inside a page: the first `tokens` of the page `node` are what the prompt goes on with."""
-
-    node: NodeId
-    tokens: int
 
 
 class PrefixIndex:
@@ -382,13 +341,3 @@ class PrefixIndex:
             self.evicted[hash_] = None
             if len(self.evicted) > MAX_EVICTED:
                 self.evicted.popitem(last=False)
-
-
-def common_prefix(one: bytes, other: bytes) -> int:
-    """How many leading tokens, int32, both have in common: one by one only where neither begins with the other."""
-    if one.startswith(other):
-        return len(other) // TOKEN_DTYPE.itemsize
-    if other.startswith(one):
-        return len(one) // TOKEN_DTYPE.itemsize
-    length = min(len(one), len(other)) // TOKEN_DTYPE.itemsize
-    return int((np.frombuffer(one, TOKEN_DTYPE, length) != np.frombuffer(other, TOKEN_DTYPE, length)).argmax())

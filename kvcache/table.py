@@ -13,7 +13,8 @@ import numpy.typing as npt
 from kvcache.blocks import UNPUBLISHED, BlockPool
 from kvcache.hashing import TOKEN_DTYPE
 from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.index import NO_NODE, Match, Part, PrefixIndex
+from kvcache.index import NO_NODE, PrefixIndex
+from kvcache.match import Match, Part
 
 
 @dataclass(slots=True)

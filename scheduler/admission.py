@@ -6,7 +6,7 @@ Imports `state`, `routing`, `paging`, `transfers` and the table.
 import numpy as np
 
 from kvcache.ids import is_host
-from kvcache.index import Match
+from kvcache.match import Match
 from kvcache.table import SequenceBlocks
 from scheduler.config import count_start
 from scheduler.messages import ROW_BITS, Copy, Drop, Failure, FinishReason, LeaseId, Start

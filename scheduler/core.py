@@ -8,24 +8,18 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
-import math
-import random
-
-import msgspec
 import numpy as np
 
-from kvcache.hashing import hash_pages
 from kvcache.ids import GroupId, host_of
 from scheduler.admission import Admission
 from scheduler.config import CoreConfig
 from scheduler.host_tier import HostTier
-from scheduler.limits import RequestRefused, output_limit, pages_for, queue_room
-from scheduler.messages import NO_TOKEN, Commands, Drop, Failure, FinishReason, Moved, Report, Request
+from scheduler.intake import Intake
+from scheduler.messages import NO_TOKEN, Commands, Drop, FinishReason, Moved, Report, Request
 from scheduler.migration import Migration
 from scheduler.paging import Paging
 from scheduler.relief import Relief
 from scheduler.resident import ProtocolError, ResidentGroup
-from scheduler.sequence import PRIORITY_SHIFT, Sequence
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfers
 from scheduler.why import Tell
@@ -46,6 +40,7 @@ class SchedulerCore:
         host_tier = HostTier(state, self.transfers)
         self._paging = Paging(state, host_tier)
         self._admission = Admission(state, self._paging, self.transfers)
+        self._intake = Intake(state, self._admission)
         self._migration = Migration(state, self.transfers, self._paging, self._admission)
         self._relief = Relief(state, self._migration, host_tier)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
@@ -53,9 +48,6 @@ class SchedulerCore:
         self.columns, self.open_pages = state.columns, state.open_pages
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
-        self._random = random.Random(config.seed)
-        self._numbers = 0
-        self._lost = ""  # why the last group went for good
 
     @property
     def now_s(self) -> float:
@@ -125,7 +117,7 @@ class SchedulerCore:
             self.expected[group] = lost.blocks if lost else 0
         else:
             self.expected.pop(group, None)
-            self._lost = reason
+            self._state.lost = reason
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
@@ -186,54 +178,8 @@ class SchedulerCore:
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
-        prompt = np.frombuffer(request.tokens, np.int32)
-        page_size = self.config.page_size
-        max_tokens = output_limit(
-            len(prompt), request.params.max_tokens, self.config.max_model_len, page_size, self._state.largest_pool(), self._lost
-        )
-        if not (self.groups or self.config.wait_for_groups):
-            raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
-        self._require_room(request, len(prompt))
-        pages = pages_for(len(prompt) + max_tokens - 1, page_size)
-        if len(request.hashes) == 8 * (len(prompt) // page_size):
-            hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
-        else:
-            hashes = hash_pages(prompt, page_size, request.salt)
-        keys = [(front_end, request.stream + choice) for choice in range(request.params.n)]
-        if not self.sequences.keys().isdisjoint(keys):
-            raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
-        deadline_s = math.inf if request.deadline_s is None else self.now_s + request.deadline_s
-        seed = request.params.seed
-        if seed is None:
-            seed = self._random.getrandbits(63)
-        for choice in range(request.params.n):
-            params = request.params
-            if choice and params.prompt_logprobs is not None:  # the first choice measures the prompt for all
-                params = msgspec.structs.replace(params, prompt_logprobs=None)
-            sequence = Sequence(
-                number=self._numbers, place=(request.priority << PRIORITY_SHIFT) + self._numbers, arrived_s=self.now_s,
-                front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
-                stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
-                pages_at_most=pages, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
-                tenant=self.waiting.fair.open(request.tenant), deadline_s=deadline_s,
-            )  # fmt: skip
-            self._numbers += 1
-            self.sequences[front_end, sequence.stream] = sequence
-            if request.params.n > 1 or not self._admission.start_at_once(sequence):
-                self.waiting.enter(sequence, self.now_s)
-            if request.deadline_s is not None:
-                self._state.deadlines.add(sequence)
-        self.counters.requests += 1
-        self.counters.prompt_tokens += len(prompt)
+        self._intake.take(front_end, request)
         self._admission.admit()
-
-    def _require_room(self, request: Request, tokens: int) -> None:
-        """Errors: RequestRefused if it may not wait, or would wait longer than it can."""
-        try:
-            queue_room(self.config, self.waiting, request, tokens, self.now_s)
-        except RequestRefused:
-            self.counters.refused += 1
-            raise
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""

@@ -6,7 +6,7 @@ table like others, with its own order of eviction. Imports `state`, `transfers` 
 """
 
 from kvcache.ids import host_of
-from kvcache.index import Match
+from kvcache.match import Match
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
 from scheduler.state import ClusterState

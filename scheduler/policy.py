@@ -34,8 +34,8 @@ WATERMARK = 0.01
 
 
 SHORTAGE = 0.005
-"""Share of a pool: with less available, somebody will have to give way soon. Half of what admission leaves for growth: full
-pools are common and mostly well, and with more than that several times as many are moved for the same effect (docs/replay.md)."""
+"""Share of a pool: with less available, somebody will have to give way soon. Half of what admission leaves for growth: with
+more, several times as many are moved for the same effect. See docs/replay.md."""
 
 
 class Relief(Enum):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvcache.ids import GroupId, group_of, host_of, is_host
-from kvcache.index import Match, Part
+from kvcache.match import Match, Part
 from scheduler import policy, why
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence

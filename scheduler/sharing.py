@@ -12,7 +12,7 @@ it, so it costs those nothing that nobody follows. Imports `state`, `awaited` an
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvcache.index import Match, common_prefix
+from kvcache.match import Match, common_prefix
 from scheduler.awaited import WHOLE_PROMPT
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence

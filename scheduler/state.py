@@ -1,6 +1,7 @@
 """What the scheduler knows: every group, every sequence, the global block table. Shared by the parts that decide.
 
     core       the calls that come from outside: groups, front ends, reports
+    intake     a request becomes sequences, or is refused
     admission  a waiting sequence starts: match, route, pin, reserve
     routing    where it could go, and which way is the cheapest
     paging     a running one fills pages, publishes them, gets more, or gives them up
@@ -30,7 +31,7 @@ class ClusterState:
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their pages, 0 if unknown. largest_up: pages of the largest pool that is up. computed: tokens that were computed lately.
-    explain: who is told of every decision, with its reasons.
+    lost: why the last group went for good. explain: who is told of every decision, with its reasons.
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -49,6 +50,7 @@ class ClusterState:
         self.columns = GroupColumns(self.table, self.watch)
         self.computed = Pace()
         self.rates = Rates()
+        self.lost = ""
         self.explain: Tell | None = None
         self.pools_changed()
 

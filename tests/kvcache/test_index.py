@@ -6,7 +6,8 @@ import pytest
 
 from kvcache.hashing import hash_pages
 from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.index import Match, PrefixIndex, groups_of
+from kvcache.index import PrefixIndex
+from kvcache.match import Match, groups_of
 
 PAGE = 16
 ZERO, ONE, TWO = GroupId(0), GroupId(1), GroupId(2)

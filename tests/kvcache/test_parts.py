@@ -5,7 +5,8 @@ import numpy.typing as npt
 import pytest
 
 from kvcache import BlockTable, GroupId, SequenceBlocks, audit, hash_pages
-from kvcache.index import MAX_CANDIDATES, Part, common_prefix
+from kvcache.index import MAX_CANDIDATES
+from kvcache.match import Part, common_prefix
 
 PAGE, STRIDE = 16, 4
 ZERO, ONE = GroupId(0), GroupId(1)

@@ -1,0 +1,62 @@
+"""What is found in the prefix index for one prompt: a chain of full pages, and where it goes on inside one.
+
+Imports NumPy and the ids.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from kvcache.hashing import TOKEN_DTYPE
+from kvcache.ids import GroupId, NodeId
+
+EVERYWHERE = -1
+"""The mask of all groups."""
+
+
+@lru_cache(maxsize=1024)
+def groups_of(mask: int) -> tuple[GroupId, ...]:
+    """The groups of a holder mask, ascending. Remembered: a cluster has few distinct masks at a time."""
+    groups = []
+    while mask:
+        lowest = mask & -mask
+        groups.append(GroupId(lowest.bit_length() - 1))
+        mask ^= lowest
+    return tuple(groups)
+
+
+class Match(NamedTuple):
+    """The longest chain of full pages known anywhere in the cluster for one prompt, and how much each group has of it.
+
+    nodes: the chain, from the first page on. Its length is the greatest of all depths.
+    depths: by group, the pages of the chain that it holds, contiguous from the first page; a group with none is absent.
+    generation: the index's at the time of the match.
+    Invariant: valid until the next mutation of the table. Node ids are reused, so a match that an eviction has
+    overtaken might name other pages; the table refuses it by its generation.
+    """
+
+    nodes: list[NodeId]
+    depths: dict[GroupId, int]
+    generation: int
+
+    def depth(self, group: GroupId) -> int:
+        """Full pages of the chain that `group` holds, contiguous from the first page."""
+        return self.depths.get(group, 0)
+
+
+class Part(NamedTuple):
+    """Where a match ends inside a page: the first `tokens` of the page `node` are what the prompt goes on with."""
+
+    node: NodeId
+    tokens: int
+
+
+def common_prefix(one: bytes, other: bytes) -> int:
+    """How many leading tokens, int32, both have in common: one by one only where neither begins with the other."""
+    if one.startswith(other):
+        return len(other) // TOKEN_DTYPE.itemsize
+    if other.startswith(one):
+        return len(one) // TOKEN_DTYPE.itemsize
+    length = min(len(one), len(other)) // TOKEN_DTYPE.itemsize
+    return int((np.frombuffer(one, TOKEN_DTYPE, length) != np.frombuffer(other, TOKEN_DTYPE, length)).argmax())
