@@ -7,6 +7,7 @@ import pytest
 
 from deploy import LLM, SamplingParams
 from tests.cluster.test_ray import TINY, tokens
+from tests.end_to_end.settings import kv_memory
 
 pytestmark = pytest.mark.ray
 
@@ -16,9 +17,8 @@ OUTPUT = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 def open_llm(path: Path = TINY, **options: Any) -> LLM:
-    return LLM(
-        path, dtype="float64", block_size=16, kv_memory="64MiB", max_num_batched_tokens=32, check_invariants=True, **options
-    )
+    asked: dict[str, Any] = {"kv_memory": "64MiB", "max_num_batched_tokens": 32, "check_invariants": True}
+    return LLM(path, dtype="float64", block_size=16, **asked | options)
 
 
 def test_two_groups_of_two_ranks_with_a_fetch() -> None:
@@ -33,3 +33,17 @@ def test_two_groups_of_two_ranks_with_a_fetch() -> None:
     assert stats.failed_transfers == 0
     assert stats.fetched_tokens >= 304, "all full pages of the prefix"
     assert all(group.steps for group in stats.groups)
+
+
+def test_a_group_that_runs_short_of_pages_gives_a_sequence_away() -> None:
+    """Both long outputs begin in one group, which has not the pages for them; the short ones in the other end soon."""
+    prompts = [list(range(first, first + 40)) for first in (300, 400, 500, 600)]
+    lengths = [SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True) for tokens in (400, 4, 400, 4)]
+    with open_llm(local=True) as llm:
+        expected = tokens(llm.generate(prompts, lengths, progress=False))
+    with open_llm(groups=2, kv_memory=kv_memory(TINY, 40, 16, "float64")) as llm:
+        assert tokens(llm.generate(prompts, lengths, progress=False)) == expected
+        stats = llm.stats()
+    assert stats.moved_for_room >= 1
+    assert stats.migrations + stats.preemptions >= 1, "it had gone before the last page was taken, or just not"
+    assert stats.failed_transfers == 0
