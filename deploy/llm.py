@@ -25,7 +25,8 @@ from typing import Any, TypeVar, cast
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config import bound_openmp_spin, engine_config
-from deploy.frontend import FrontEnd, Generation
+from deploy.frontend import FrontEnd
+from deploy.generation import Generation
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_deadline, read_model_limits, read_tenant
 from deploy.text import Message, Tokenizer

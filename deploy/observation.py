@@ -1,6 +1,6 @@
 """What there is to say of a request once it has ended, for metrics, logs and traces; never its content.
 
-Imports the front end's types and the door's errors.
+Imports the types of a request under way and the doors' errors.
 """
 
 import time
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deploy.errors import RequestError
-from deploy.frontend import Generation
+from deploy.generation import Generation
 from deploy.outputs import OutputDelta
 
 

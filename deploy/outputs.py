@@ -32,6 +32,9 @@ class Logprob:
     decoded_token: str | None
 
 
+PromptEntries = list[dict[int, Logprob] | None]
+
+
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One choice, whole from its beginning in every output of a stream.
@@ -81,7 +84,7 @@ class OutputDelta:
     choices: list[ChoiceDelta]
     finished: bool
     cached_tokens: int | None
-    prompt_logprobs: "list[dict[int, Logprob] | None] | None"
+    prompt_logprobs: PromptEntries | None
     ends: list[Finished]
 
     @property
@@ -106,7 +109,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     error: str | None = None
-    prompt_logprobs: "list[dict[int, Logprob] | None] | None" = None
+    prompt_logprobs: PromptEntries | None = None
     fault: Fault | None = None
 
 

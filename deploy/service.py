@@ -19,7 +19,8 @@ from typing import Protocol
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.errors import DEADLINE_EXCEEDED, Fault, RequestError
-from deploy.frontend import FrontEnd, Generation
+from deploy.frontend import FrontEnd
+from deploy.generation import Generation
 from deploy.observation import Observe, RequestRecord
 from deploy.outputs import OutputDelta
 from deploy.prompts import ModelLimits, Prompt, PromptError, PromptParser, Source, read_model_limits

@@ -210,7 +210,7 @@ class StopStrings:
     def push(self, text: str, armed: bool = True) -> str:
         """Takes the next text; returns what may be shown. armed: False at first, while min_tokens forbids an end: such
         text is shown unsearched."""
-        if not armed:
+        if not armed or not self._stops:
             return text
         held = self._held + text
         hits = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]

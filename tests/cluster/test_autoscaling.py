@@ -18,7 +18,8 @@ from cluster.fleet import Fleet
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
-from deploy.frontend import FrontEnd, Generation
+from deploy.frontend import FrontEnd
+from deploy.generation import Generation
 from deploy.prompts import Prompt, read_model_limits
 from scheduler.scaling import ScalingConfig
 from scheduler.stats import EngineStats

@@ -138,6 +138,7 @@ def feed(finder: StopStrings, text: str, size: int) -> tuple[str, int]:
         ("STOP", ["STOP"], "", "STOP"),
         ("x END y STOP", ["STOP", "END"], "x ", "END"),
         ("ends 终止 now", ["终止"], "ends ", "终止"),
+        ("none given", [], "none given", None),
     ],
 )
 def test_stop_strings(text: str, stops: list[str], shown: str, found: str | None, size: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import Logprob, RequestOutput
+from deploy.outputs import Logprob, PromptEntries, RequestOutput
 from tests.checkpoints import load_reference
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.settings import LLAMA, QWEN3, open_llm, run
@@ -59,10 +59,7 @@ def ask(llm: LLM, others: bool) -> list[RequestOutput]:
     return outputs[len(plain[::2]) :][: len(measured)]
 
 
-Entries = list[dict[int, Logprob] | None]
-
-
-def require_same(ours: Entries, theirs: Entries) -> None:
+def require_same(ours: PromptEntries, theirs: PromptEntries) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine is None) == (other is None)
         expected = {token: (value.rank, value.logprob) for token, value in (other or {}).items()}

@@ -1,0 +1,242 @@
+"""One request's own life: what each of its choices has produced so far, and what of it the caller has taken.
+
+Tokens become text here, and stop strings are found. Knows no engine and starts no threads: `frontend` brings what comes from
+the engine, the caller takes, and a generation's lock is all that is between the two. Imports the words for outputs and text
+(`outputs`, `errors`, `prompts`, `text`) and the wire types; never `frontend`, no torch, no ray.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from deploy.errors import RequestError
+from deploy.outputs import (
+    FINISH_WORDS,
+    ChoiceDelta,
+    CompletionOutput,
+    FinishWord,
+    Logprob,
+    OutputDelta,
+    PromptEntries,
+    RequestOutput,
+    read_logprobs,
+)
+from deploy.prompts import Prompt
+from deploy.text import Detokenizer, StopStrings, Tokenizer
+from scheduler.messages import Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
+from scheduler.sampling import SamplingParams
+
+Notify = Callable[["Generation"], object]
+
+
+class Choice:
+    """One stream: the tokens of one choice and their text so far. Guarded by its generation's lock.
+
+    Its reasons are told with its end: a stop string that was found before is no end yet.
+    """
+
+    def __init__(
+        self, index: int, prompt: Prompt, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Tokenizer | None,
+        each_token: bool,
+    ) -> None:  # fmt: skip
+        """each_token: False where only the whole output matters; its text is then decoded once, at the end."""
+        self.index = index
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.finish_reason: FinishWord | None = None
+        self.stop_reason: int | str | None = None
+        self.finished: Finished | None = None
+        self._params = params
+        self._stop_ids = stop_ids
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.decode, prompt.token_ids) if tokenizer else None
+        self._stops = StopStrings(params.stop)
+        self._at_once = not each_token and not params.stop
+        self._shown = (0, 0, False)  # its extent when it was last taken
+
+    def extend(self, tokens: Sequence[int], logprobs: Iterable[TokenLogprobs]) -> int | None:
+        """Takes the next tokens, unless a stop string was found or it has ended. Returns how many tokens the output keeps
+        if a stop string was found just now."""
+        if self.finished is not None or self._stops.found is not None:
+            return None
+        entries = iter(logprobs)
+        for token in tokens:
+            self.token_ids.append(token)
+            if self.logprobs is not None and (entry := next(entries, None)) is not None:
+                self.logprobs.append(read_logprobs(entry, token, self._tokenizer))
+            if self._detokenizer is not None and not self._at_once and token not in self._stop_ids:
+                self._show(self._detokenizer.push((token,)))
+                if self._stops.found is not None:
+                    return len(self.token_ids)
+        return None
+
+    def end(self, finished: Finished) -> None:
+        """The stream's one end. A stop string that was found here counts, even if another end was committed first."""
+        self.finished = finished
+        if self._detokenizer is not None and self._stops.found is None:
+            if self._at_once:
+                self._show(self._detokenizer.push([token for token in self.token_ids if token not in self._stop_ids]))
+            self._show(self._detokenizer.flush())
+            self.text += self._stops.flush()
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+            return
+        self.finish_reason = FINISH_WORDS[finished.reason]
+        last = self.token_ids[-1] if self.token_ids else None
+        if finished.reason is FinishReason.STOP and last in self._params.stop_token_ids:
+            self.stop_reason = last
+
+    @property
+    def error(self) -> RequestError | None:
+        """Why the choice failed, if it did."""
+        return RequestError.of_end(self.finished) if self.finished and self.finish_reason == "error" else None
+
+    def take(self) -> CompletionOutput:
+        """This choice as it stands; what is new counts from the previous call."""
+        (text_at, tokens_at, _), self._shown = self._shown, self._extent
+        return CompletionOutput(
+            self.index, self.text, self.token_ids.copy(), None if self.logprobs is None else self.logprobs.copy(),
+            self.finish_reason, self.stop_reason, self.text[text_at:], len(self.token_ids) - tokens_at,
+        )  # fmt: skip
+
+    def take_delta(self) -> ChoiceDelta | None:
+        """What is new since the previous call; None if nothing is."""
+        before, self._shown = self._shown, self._extent
+        if before == self._shown:
+            return None
+        text_at, tokens_at, _ = before
+        return ChoiceDelta(
+            self.index, self.text[text_at:], self.token_ids[tokens_at:],
+            None if self.logprobs is None else self.logprobs[tokens_at:], self.finish_reason, self.stop_reason,
+        )  # fmt: skip
+
+    @property
+    def _extent(self) -> tuple[int, int, bool]:
+        """How far it has come: characters, tokens, whether it has ended."""
+        return len(self.text), len(self.token_ids), self.finished is not None
+
+    def _show(self, text: str) -> None:
+        self.text += self._stops.push(text, armed=len(self.token_ids) > self._params.min_tokens)
+
+
+class PromptTable:
+    """Log-probabilities of one prompt, filled as its chunks are computed; chunks may come twice."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Tokenizer | None) -> None:
+        self._entries: PromptEntries = [None] * len(prompt.token_ids)
+        self._tokens = prompt.token_ids
+        self._tokenizer = tokenizer
+        self._known = 1  # nothing predicts the first token
+        self._taken = False
+
+    def fill(self, part: PromptLogprobs) -> None:
+        for position, entry in enumerate(part.tokens, start=part.first):
+            self._entries[position] = read_logprobs(entry, self._tokens[position], self._tokenizer)
+        self._known = max(self._known, part.first + len(part.tokens))
+
+    @property
+    def whole(self) -> PromptEntries | None:
+        """None until it is complete."""
+        return self._entries if self._known == len(self._entries) else None
+
+    def take(self) -> PromptEntries | None:
+        """The whole table, once."""
+        if self._taken or self.whole is None:
+            return None
+        self._taken = True
+        return self.whole
+
+
+class Generation:
+    """A request under way, as its caller holds it.
+
+    The front end calls `fill_prompt`, `extend`, `end` and `wake`; the caller `take` or `take_delta`, from any thread.
+    """
+
+    def __init__(
+        self, request: Request, prompt: Prompt, tokenizer: Tokenizer | None, notify: Notify, each_token: bool
+    ) -> None:
+        """request: the prompt as the engine gets it. notify, each_token: as in `FrontEnd.submit`."""
+        params, stop_ids = request.params, frozenset(request.stop_ids)
+        self.prompt = prompt
+        self.stream = request.stream
+        self.hashes = request.hashes
+        self._lock = threading.Lock()
+        self._choices = [Choice(index, prompt, params, stop_ids, tokenizer, each_token) for index in range(params.n)]
+        self._prompt_logprobs = None if params.prompt_logprobs is None else PromptTable(prompt, tokenizer)
+        self._notify = notify
+        self._each_token = each_token
+        self._notified = False  # and not taken since
+        self._done = False  # the last output was taken
+
+    @property
+    def streams(self) -> range:
+        """One stream number for each choice."""
+        return range(self.stream, self.stream + len(self._choices))
+
+    @property
+    def finished(self) -> bool:
+        """Every choice has ended."""
+        return all(choice.finished is not None for choice in self._choices)
+
+    # ---- what the front end brings ----
+
+    def fill_prompt(self, part: PromptLogprobs) -> None:
+        """Does nothing if they were not asked for."""
+        if self._prompt_logprobs is not None:
+            with self._lock:
+                self._prompt_logprobs.fill(part)
+
+    def extend(self, stream: int, tokens: Sequence[int], logprobs: Iterable[TokenLogprobs]) -> int | None:
+        """As `Choice.extend`, for the choice of this stream."""
+        with self._lock:
+            return self._choices[stream - self.stream].extend(tokens, logprobs)
+
+    def end(self, finished: Finished) -> None:
+        with self._lock:
+            self._choices[finished.stream - self.stream].end(finished)
+
+    def wake(self) -> None:
+        """Tells the caller once until it takes: progress if it wants each token, else the end."""
+        with self._lock:
+            if self._notified or self._done or not (self._each_token or self.finished):
+                return
+            self._notified = True
+        self._notify(self)
+
+    # ---- what the caller takes ----
+
+    def take(self) -> RequestOutput:
+        """The request as it stands."""
+        with self._lock:
+            ends = self._take_ends()
+            error = next((error for choice in self._choices if (error := choice.error) is not None), None)
+            return RequestOutput(
+                request_id=str(self.stream),
+                prompt=self.prompt.text,
+                prompt_token_ids=self.prompt.token_ids,
+                num_cached_tokens=ends[0].cached_tokens if ends else None,
+                outputs=[choice.take() for choice in self._choices],
+                finished=self._done,
+                error=error.message if error else None,
+                fault=error.fault if error else None,
+                prompt_logprobs=self._prompt_logprobs.whole if self._prompt_logprobs else None,
+            )
+
+    def take_delta(self) -> OutputDelta | None:
+        """What is new since the previous call; None if nothing is. Costs what is new, not what has come so far."""
+        with self._lock:
+            ends = self._take_ends()
+            choices = [delta for choice in self._choices if (delta := choice.take_delta()) is not None]
+            prompt = self._prompt_logprobs.take() if self._prompt_logprobs else None
+            if not choices and prompt is None:
+                return None
+            told = {delta.index for delta in choices if delta.finish_reason is not None}
+            new_ends = [end for end in ends if end.stream - self.stream in told]
+            return OutputDelta(choices, self._done, ends[0].cached_tokens if ends else None, prompt, new_ends)
+
+    def _take_ends(self) -> list[Finished]:
+        """Of all choices that have ended, in their order. The caller has the request as it stands now."""
+        ends = [choice.finished for choice in self._choices if choice.finished is not None]
+        self._notified, self._done = False, len(ends) == len(self._choices)
+        return ends

@@ -1,0 +1,136 @@
+"""A generation without a front end: what is told, and when."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from deploy.generation import Generation
+from deploy.outputs import OutputDelta
+from deploy.prompts import Prompt
+from deploy.text import Tokenizer
+from scheduler.messages import Failure, Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
+from scheduler.sampling import SamplingParams
+
+STREAM = 40
+PROMPT = Prompt([5, 6, 7])
+
+
+class Caller:
+    """One who waits for a generation, and counts how often it is woken."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None = None, each_token: bool = True) -> None:
+        request = Request(STREAM, b"", b"", params)
+        self.generation = Generation(request, PROMPT, tokenizer, self._count, each_token)
+        self.woken = 0
+
+    def _count(self, generation: Generation) -> None:
+        assert generation is self.generation
+        self.woken += 1
+
+    def extend(self, tokens: Sequence[int], choice: int = 0) -> int | None:
+        keep_tokens = self.generation.extend(STREAM + choice, tokens, ())
+        self.generation.wake()
+        return keep_tokens
+
+    def end(self, reason: FinishReason, choice: int = 0, message: str = "", failure: Failure = Failure.FAULT) -> None:
+        self.generation.end(Finished(STREAM + choice, reason, 3, 0, message, failure))
+        self.generation.wake()
+
+    def take_delta(self) -> OutputDelta:
+        delta = self.generation.take_delta()
+        assert delta is not None
+        return delta
+
+
+def test_each_delta_has_what_is_new() -> None:
+    caller = Caller(SamplingParams(n=2))
+    caller.extend([1, 2])
+    caller.extend([3], choice=1)
+    caller.extend([4])
+    first = caller.take_delta()
+    assert [(choice.index, choice.token_ids) for choice in first.choices] == [(0, [1, 2, 4]), (1, [3])]
+    assert (first.finished, first.cached_tokens, first.ends) == (False, None, [])
+    assert caller.generation.take_delta() is None
+    caller.end(FinishReason.STOP, choice=1)
+    second = caller.take_delta()
+    assert [(choice.index, choice.token_ids, choice.finish_reason) for choice in second.choices] == [(1, [], "stop")]
+    assert (second.finished, second.cached_tokens, [end.stream for end in second.ends]) == (False, 3, [STREAM + 1])
+    caller.extend([5])
+    caller.end(FinishReason.LENGTH)
+    third = caller.take_delta()
+    assert [(choice.index, choice.token_ids, choice.finish_reason) for choice in third.choices] == [(0, [5], "length")]
+    assert (third.finished, [end.stream for end in third.ends]) == (True, [STREAM])
+    assert caller.generation.take_delta() is None
+
+
+def test_a_caller_is_woken_once_until_it_takes() -> None:
+    caller = Caller(SamplingParams())
+    caller.extend([1])
+    caller.extend([2])
+    assert caller.woken == 1
+    caller.take_delta()
+    caller.extend([3])
+    assert caller.woken == 2
+    caller.end(FinishReason.LENGTH)
+    caller.take_delta()
+    caller.generation.wake()
+    assert caller.woken == 2
+
+
+def test_who_wants_only_the_end_is_woken_at_the_end(tokenizer: Tokenizer) -> None:
+    caller = Caller(SamplingParams(n=2), tokenizer, each_token=False)
+    words = tokenizer.encode("hello world")
+    for choice in range(2):
+        caller.extend(words, choice)
+        assert caller.generation.take().outputs[choice].text == ""
+        assert caller.woken == 0
+        caller.end(FinishReason.LENGTH, choice)
+    assert caller.woken == 1
+    assert [output.text for output in caller.generation.take().outputs] == ["hello world"] * 2
+
+
+def test_a_stop_string_is_told_with_the_end(tokenizer: Tokenizer) -> None:
+    caller = Caller(SamplingParams(stop=("d",)), tokenizer)
+    words = tokenizer.encode("hello world, hello")
+    keep_tokens = caller.extend(words)
+    assert keep_tokens is not None
+    assert tokenizer.decode(words[:keep_tokens]).startswith("hello world")
+    assert caller.extend(words) is None
+    [before] = caller.take_delta().choices
+    assert (before.text, before.token_ids) == ("hello worl", words[:keep_tokens])
+    assert (before.finish_reason, before.stop_reason) == (None, None)
+    caller.end(FinishReason.LENGTH)
+    [after] = caller.take_delta().choices
+    assert (after.text, after.token_ids, after.finish_reason, after.stop_reason) == ("", [], "stop", "d")
+
+
+@pytest.mark.parametrize("each_token", [True, False])
+def test_what_comes_after_the_end_is_nothing(tokenizer: Tokenizer, each_token: bool) -> None:
+    """A deadline passes on the caller's thread while the front end's has the next tokens in hand."""
+    caller = Caller(SamplingParams(), tokenizer, each_token)
+    words = tokenizer.encode("hello")
+    caller.extend(words)
+    caller.end(FinishReason.FAILED, message="too late", failure=Failure.TIMED_OUT)
+    assert caller.extend(words) is None
+    output = caller.generation.take()
+    assert (output.outputs[0].text, output.outputs[0].token_ids, output.error) == ("hello", words, "too late")
+
+
+def test_log_probabilities_of_the_prompt_come_once_and_whole() -> None:
+    caller = Caller(SamplingParams(prompt_logprobs=0))
+    for part, whole in ((PromptLogprobs(1, (entry(-1.0),)), False), (PromptLogprobs(1, (entry(-1.0), entry(-2.0))), True)):
+        caller.generation.fill_prompt(part)
+        output = caller.generation.take()
+        assert (output.prompt_logprobs is not None) == whole
+    delta = caller.take_delta()
+    assert delta.choices == []
+    assert delta.prompt_logprobs is not None
+    first, *rest = delta.prompt_logprobs
+    assert first is None
+    assert [{token: value.logprob for token, value in (each or {}).items()} for each in rest] == [{6: -1.0}, {7: -2.0}]
+    caller.extend([1])
+    assert caller.take_delta().prompt_logprobs is None
+
+
+def entry(logprob: float) -> TokenLogprobs:
+    return TokenLogprobs(logprob, (), ())
