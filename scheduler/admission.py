@@ -6,7 +6,6 @@ Imports `state`, `routing`, `paging`, `transfers` and the table.
 import numpy as np
 
 from kvcache.ids import is_host
-from kvcache.match import Match
 from kvcache.table import SequenceBlocks
 from scheduler.config import count_start
 from scheduler.messages import ROW_BITS, Copy, Drop, Failure, FinishReason, LeaseId, Start
@@ -14,7 +13,7 @@ from scheduler.paging import Paging
 from scheduler.resident import ResidentGroup
 from scheduler.routing import Routing, Source
 from scheduler.sequence import Sequence, State
-from scheduler.sharing import Promise, Sharing
+from scheduler.sharing import Newcomer, Sharing
 from scheduler.state import ClusterState
 from scheduler.transfers import Transfer, Transfers
 
@@ -55,19 +54,18 @@ class Admission:
             if room is None and sequence.needs:
                 room = state.columns.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
-                match = self._match(sequence)
-                peers = self._peers(sequence, match)
-                if peers and (promise := self._promised(sequence, match, peers)) is not None:
+                newcomer = self._sharing.look(sequence)
+                if (promise := self._sharing.promised(newcomer)) is not None:
                     waiting.defer(sequence, *promise)
                     continue
-                if self._place(sequence, match, peers):
+                if self._place(newcomer):
                     waiting.leave(sequence, state.now_s)
                     state.counters.skipped += bool(passed)
                     room = None
                     continue
                 tries -= 1
                 sequence.tried = waiting.rooms
-                sequence.needs = state.pages_for(sequence, sequence.committed) - len(match.nodes)
+                sequence.needs = state.pages_for(sequence, sequence.committed) - len(newcomer.match.nodes)
             passed.append(sequence)
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
                 break
@@ -79,12 +77,11 @@ class Admission:
         waiting = self._state.waiting
         if waiting.count or not self._state.groups:
             return False
-        match = self._match(sequence)
-        peers = self._peers(sequence, match)
-        if peers and self._promised(sequence, match, peers) is not None:
+        newcomer = self._sharing.look(sequence)
+        if self._sharing.promised(newcomer) is not None:
             return False
         waiting.fair.pass_by(sequence.tenant)
-        return self._place(sequence, match, peers)
+        return self._place(newcomer)
 
     def _expire(self) -> None:
         """Ends those whose deadline has passed, whether they wait or run."""
@@ -105,47 +102,20 @@ class Admission:
             if group is not None:
                 self._paging.extend(group, [])
 
-    def _match(self, sequence: Sequence) -> Match:
-        """The cached prefix, in full pages."""
-        limit = self._reusable_pages(sequence)
-        sequence.hash_up_to(limit, self._state.config.page_size)
-        return self._state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
-
-    def _reusable_tokens(self, sequence: Sequence) -> int:
-        """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
-        log-probabilities are wanted."""
-        if not self._state.config.prefix_caching or sequence.params.prompt_logprobs is not None:
-            return 0
-        return sequence.committed - 1
-
-    def _reusable_pages(self, sequence: Sequence) -> int:
-        return self._reusable_tokens(sequence) // self._state.config.page_size
-
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
         if sequence.state is not State.WAITING:
             return
-        match = self._match(sequence)
-        if self._place(sequence, match, self._peers(sequence, match), only=group):
+        if self._place(self._sharing.look(sequence), only=group):
             self._state.waiting.leave(sequence, self._state.now_s)
 
-    def _peers(self, sequence: Sequence, match: Match) -> list[Sequence]:
-        return self._sharing.peers(sequence, match, self._reusable_tokens(sequence))
-
-    def _promised(self, sequence: Sequence, match: Match, peers: list[Sequence]) -> Promise | None:
-        return self._sharing.promised(sequence, match, self._reusable_tokens(sequence), peers)
-
-    def _place(
-        self, sequence: Sequence, match: Match, peers: list[Sequence], *, only: ResidentGroup | None = None
-    ) -> bool:
-        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now.
-
-        peers: those who run and fill the page that it needs next. only: in this group.
-        """
+    def _place(self, newcomer: Newcomer, *, only: ResidentGroup | None = None) -> bool:
+        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
         state, page_size = self._state, self._state.config.page_size
+        sequence, reusable, match, peers = newcomer
         if peers:
-            self._sharing.show(sequence, match, peers)
-        parts = state.table.parts(match, sequence.tokens, sequence.salt, self._reusable_tokens(sequence))
+            self._sharing.show(newcomer)
+        parts = state.table.parts(match, sequence.tokens, sequence.salt, reusable)
         offer = self._routing.cheapest(sequence, match, parts, only)
         if offer is None:
             return False
@@ -231,7 +201,7 @@ class Admission:
         state = self._state
         sequence.cached_tokens = depth * state.config.page_size + part_tokens
         sequence.started_s = state.now_s
-        candidates = sequence.hashes[known : self._reusable_pages(sequence)]
+        candidates = sequence.hashes[known : self._sharing.reusable(sequence) // state.config.page_size]
         count_start(
             state.counters, page_size=state.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
             known_pages=known, evicted_pages=state.table.evicted(candidates), candidate_pages=known + len(candidates),

@@ -7,7 +7,6 @@ After Llumnix (arXiv 2406.03243), whose last stage is the stop here too. Imports
 """
 
 from kvcache.ids import GroupId
-from scheduler import policy
 from scheduler.admission import Admission
 from scheduler.messages import LeaseId
 from scheduler.paging import Paging
@@ -68,6 +67,6 @@ class Migration:
             for other in self._state.groups.values()
             if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
             and other.blocks >= sequence.pages_at_most and other.rows_left > 0
-            and self._state.table.available(other.group) > wanted + (2 * policy.shortage(other.blocks) if calm else 0)
+            and self._state.table.available(other.group) > wanted + (2 * other.shortage if calm else 0)
         ]  # fmt: skip
         return min(able)[1] if able else None

@@ -48,7 +48,7 @@ class Relief:
 
     def look_after(self, group: ResidentGroup) -> None:
         """Called when pages have been granted. Costs a comparison while there are enough."""
-        if self._state.table.available(group.group) >= policy.shortage(group.blocks) or not self._state.config.relieve:
+        if self._state.table.available(group.group) >= group.shortage or not self._state.config.relieve:
             return
         plan = self._plans.get(group.group)
         if plan is None or plan.sequence.lease != plan.lease or plan.again_s <= self._state.now_s:

@@ -7,7 +7,7 @@
     due          [ 513  ...]                    length at which a page fills or a grant is wanted (decoding rows)
     ring         [rows, ring]  int32            sampled tokens by position, until a page of them is written back
 
-Imports NumPy, `messages`, `sequence` and `kvcache` ids.
+Imports NumPy, `messages`, `policy`, `sequence` and `kvcache` ids.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from kvcache.ids import GroupId
 from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Commands, LeaseId
+from scheduler.policy import shortage
 from scheduler.sequence import Sequence, Tokens
 
 Ints = npt.NDArray[np.int64]
@@ -90,6 +91,7 @@ class ResidentGroup:
         self.fetching: dict[Sequence, int] = {}  # have pages here, wait for their prefix, keep a row; tokens to compute then
         self.ports: tuple[str, ...] = ()  # of each rank, where others fetch pages; empty: no transfers
         self.slots = 0  # pages of host memory of each rank
+        self.shortage = shortage(blocks)
         self.sending = self.receiving = 0  # pages on their way
         self.backlog = 0
         self.free_rows = list(range(rows - 1, -1, -1))

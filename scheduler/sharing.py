@@ -10,6 +10,7 @@ it, so it costs those nothing that nobody follows. Imports `state`, `awaited` an
 """
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 from typing import NamedTuple
 
 from kvcache.match import Match, common_prefix
@@ -21,6 +22,18 @@ from scheduler.state import ClusterState
 WORTH_WAITING = 0.5
 """Of a page: so much of one must be in common, and not be computed yet, for a sequence to wait. Less is computed twice in
 about the time of a step."""
+
+
+class Newcomer(NamedTuple):
+    """A waiting sequence, and what is there of its prefix. reusable: tokens that a hit may cover. match: its full pages.
+
+    peers: who fills, as it seems, the page that it needs next.
+    """
+
+    sequence: Sequence
+    reusable: int
+    match: Match
+    peers: Listing[Sequence]
 
 
 class Promise(NamedTuple):
@@ -39,13 +52,24 @@ class Sharing:
         self._stride = state.config.stride
         self._least = max(1, int(WORTH_WAITING * self._page_size))
 
-    def peers(self, sequence: Sequence, match: Match, reusable: int) -> list[Sequence]:
-        """Who fills, as it seems, the page that `sequence` needs after the cached ones. reusable: tokens that it may reuse."""
-        return self._state.open_pages.alike(sequence, len(match.nodes), reusable)
+    def reusable(self, sequence: Sequence) -> int:
+        """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
+        log-probabilities are wanted."""
+        if not self._state.config.prefix_caching or sequence.params.prompt_logprobs is not None:
+            return 0
+        return sequence.committed - 1
 
-    def promised(self, sequence: Sequence, match: Match, reusable: int, peers: Iterable[Sequence]) -> Promise | None:
+    def look(self, sequence: Sequence) -> Newcomer:
+        state, reusable = self._state, self.reusable(sequence)
+        limit = reusable // self._page_size
+        sequence.hash_up_to(limit, self._page_size)
+        match = state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
+        return Newcomer(sequence, reusable, match, state.open_pages.alike(sequence, len(match.nodes), reusable))
+
+    def promised(self, newcomer: Newcomer) -> Promise | None:
         """What is worth to be waited for: the most full pages that a peer has in common with it, else a part of one."""
-        if not self._state.config.wait_for_prefix:
+        sequence, reusable, match, peers = newcomer
+        if not (peers and self._state.config.wait_for_prefix):
             return None
         known, last = len(match.nodes), reusable // self._page_size
         best: Promise | None = None
@@ -74,11 +98,11 @@ class Sharing:
         group = self._state.group_of(author)
         return max(0, group.computed(author.row) - start) if group is not None and author.lease is not None else 0
 
-    def show(self, sequence: Sequence, match: Match, peers: Iterable[Sequence]) -> None:
-        """Publishes what peers have computed so far of the page that `sequence` needs next. `match` stays valid: nothing is
-        taken away."""
-        start = len(match.nodes) * self._page_size
-        for author in peers:
+    def show(self, newcomer: Newcomer) -> None:
+        """Publishes what peers have computed so far of the page that it needs next. Its match stays valid: nothing is taken
+        away."""
+        sequence, start = newcomer.sequence, len(newcomer.match.nodes) * self._page_size
+        for author in newcomer.peers:
             group, computed = self._state.group_of(author), start + self._computed_from(author, start)
             if group is not None and self._stride and computed - start >= self._stride:
                 self._show(group, author, sequence, start, computed)

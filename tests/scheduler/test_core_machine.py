@@ -268,6 +268,9 @@ class CoreMachine(RuleBasedStateMachine):
             self.submit([value], [], 0, 1, 20, 0, (), "")
         for other in others:
             other.draining = False
+        self.cluster.core.waiting.made_room()
+        self.cluster.core._admission.admit()
+        self.cluster.settle()
 
     @rule(at=which, patient=st.booleans(), sure=st.integers(0, 2))
     def drain(self, at: int, patient: bool, sure: int) -> None:
