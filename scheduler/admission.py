@@ -220,8 +220,9 @@ class Admission:
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)
         group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
-        self._paging.schedule(group, sequence, row)
-        self._state.open_pages.turn_to(sequence, cached_tokens // self._state.config.page_size)
+        full = cached_tokens // self._state.config.page_size
+        self._paging.schedule(group, sequence, row, sequence.committed, full)
+        self._state.open_pages.turn_to(sequence, full)
         self._inherit(group, sequence.blocks)
         group.issue(
             Start(

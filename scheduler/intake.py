@@ -43,8 +43,9 @@ class Intake:
         if not (state.groups or config.wait_for_groups):
             raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
         self._require_room(request, len(prompt))
-        if not state.sequences.keys().isdisjoint([(front_end, request.stream + choice) for choice in range(params.n)]):
-            raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
+        for choice in range(params.n):
+            if (front_end, request.stream + choice) in state.sequences:
+                raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
         hashes = self._hashes(request, prompt)
         pages = pages_for(len(prompt) + max_tokens - 1, config.page_size)
         deadline_s = math.inf if request.deadline_s is None else state.now_s + request.deadline_s

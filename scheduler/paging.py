@@ -39,16 +39,13 @@ class Paging:
             self._publish(group, sequence, blocks, full)
         if pending == 1 and sequence in self._awaited:
             self._state.waiting.published(sequence, WHOLE_PROMPT)
-        return self._schedule(group, sequence, row, length, full)
+        return self.schedule(group, sequence, row, length, full)
 
-    def schedule(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
+    def schedule(self, group: ResidentGroup, sequence: Sequence, row: int, length: int, full: int) -> bool:
         """Says when a row is due next: the length at which it fills a page or runs low, while it decodes.
 
-        Returns whether it runs low already.
+        length: its tokens. full: pages that it has filled. Returns whether it runs low already.
         """
-        return self._schedule(group, sequence, row, int(group.length[row]), group.computed(row) // self._page_size)
-
-    def _schedule(self, group: ResidentGroup, sequence: Sequence, row: int, length: int, full: int) -> bool:
         assert sequence.blocks is not None
         page_size, pages = self._page_size, len(sequence.blocks.blocks)
         filled = (full + 1) * page_size + 1
@@ -94,7 +91,8 @@ class Paging:
         """Extends a lease; without a free page a later sequence gives its pages up, in this same call."""
         assert sequence.blocks is not None
         assert sequence.lease is not None
-        wanted = self._state.pages_for(sequence, int(group.length[sequence.row])) - len(sequence.blocks.blocks)
+        length = group.length.item(sequence.row)
+        wanted = self._state.pages_for(sequence, length) - len(sequence.blocks.blocks)
         while (pages := self._state.table.grow(sequence.blocks, wanted)) is None:
             victim = find_victim(self._state.table, group, sequence)
             if victim is None:
@@ -104,7 +102,7 @@ class Paging:
                 return
             self.preempt(group, victim)
         group.issue(Grant(sequence.lease, tuple(pages)))
-        self.schedule(group, sequence, sequence.row)
+        self.schedule(group, sequence, sequence.row, length, group.computed(sequence.row) // self._page_size)
 
     def preempt(self, group: ResidentGroup, victim: Sequence) -> None:
         """Its pages are wanted. What it had stays cached as long as it can."""
