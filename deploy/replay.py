@@ -69,6 +69,13 @@ WaitOption = Annotated[
         "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
     ),
 ]
+RelieveOption = Annotated[
+    bool,
+    _option(
+        "--relieve/--no-relieve",
+        "Where pages can move, a group short of them moves or keeps who would have to give way. Default: it does.",
+    ),
+]
 HostOption = Annotated[
     int, _option("--host-pages", f"Pages in the host memory of each group, for manta-host. Default: {SHAPE.host_pages}.")
 ]
@@ -126,6 +133,7 @@ def command(
     max_num_batched_tokens: BudgetOption = SHAPE.step_tokens,
     hash_stride: StrideOption = SHAPE.hash_stride,
     wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
+    relieve: RelieveOption = SHAPE.relieve,
     host_pages: HostOption = SHAPE.host_pages,
     fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
     host_rate: HostRateOption = LINKS.host_tokens_per_s,
@@ -157,8 +165,8 @@ def command(
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
         times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
         shape = ClusterShape(
-            groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix, times,
-            LinkModel(fetch_rate, host_rate),
+            groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix,
+            relieve, times, LinkModel(fetch_rate, host_rate),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)
         drains = tuple(Drain(*_event("--drain", text)) for text in drain)

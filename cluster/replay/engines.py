@@ -29,7 +29,8 @@ NEVER_S = float("inf")
 class ClusterShape:
     """groups, each with a pool of `pages` pages of `page_size` tokens, `rows` sequences and `step_tokens` tokens a step.
 
-    host_pages: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix: as in `CoreConfig`.
+    host_pages: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix, relieve: as in
+    `CoreConfig`.
     """
 
     groups: int = 8
@@ -40,6 +41,7 @@ class ClusterShape:
     host_pages: int = 32000
     hash_stride: int = 32
     wait_for_prefix: bool = True
+    relieve: bool = True
     time: TimeModel = field(default_factory=TimeModel)
     links: LinkModel = field(default_factory=LinkModel)
 
@@ -85,7 +87,7 @@ class Engine:
     ) -> None:
         config = CoreConfig(
             page_size=shape.page_size, hash_stride=shape.hash_stride, wait_for_prefix=features.wait_for_prefix,
-            prefix_fetch=features.fetch, seed=seed,
+            prefix_fetch=features.fetch, relieve=shape.relieve, seed=seed,
         )  # fmt: skip
         self.core = SchedulerCore(config)
         self._stopwatch = stopwatch
