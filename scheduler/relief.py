@@ -65,6 +65,7 @@ class Relief:
         victim = find_victim(state.table, group, min(group.running)) if len(group.running) > 1 else None
         if victim is None or victim.blocks is None:
             return None
+        lease = victim.lease  # a move may end it at once
         lost = cost_of(state.table, group, victim).lost_tokens
         pages, page_size, rates = len(victim.blocks.nodes), state.config.page_size, state.rates
         target = self._migration.target(group, victim, calm=True)
@@ -76,7 +77,7 @@ class Relief:
             self._migration.begin(group, victim, target)
             state.counters.moved_for_room += 1
         again_s = state.now_s + RETRY_S if way is policy.Relief.RECOMPUTE else float("inf")
-        plan = self._plans[group.group] = Plan(victim, victim.lease, way, 0, again_s)
+        plan = self._plans[group.group] = Plan(victim, lease, way, 0, again_s)
         return plan
 
     def _keep(self, group: ResidentGroup, plan: Plan) -> None:

@@ -77,6 +77,17 @@ def test_what_it_computes_while_it_runs_on_is_kept_too(monkeypatch: pytest.Monke
     cluster.run()
 
 
+def test_one_after_the_other_leaves_a_group_that_stays_short() -> None:
+    cluster = Cluster((12, 40), grant_ahead=1, fetch=True)
+    cluster.core.groups[ONE].draining = True
+    streams = [cluster.submit([first, 0, first, 1], max_tokens=40)[0] for first in (0, 1, 0)]
+    cluster.core.groups[ONE].draining = False
+    cluster.run()
+    assert cluster.core.counters.moved_for_room == 2
+    assert cluster.core.counters.preemptions == 0
+    assert [len(stream.tokens) for stream in streams] == [40, 40, 40]
+
+
 @pytest.mark.parametrize(("fetch", "relieve"), [(True, False), (False, True)])
 def test_without_relief_it_gives_way(fetch: bool, relieve: bool) -> None:
     cluster, _, young = crowded(fetch=fetch, relieve=relieve)
