@@ -2,9 +2,11 @@
 
     core       the calls that come from outside: groups, front ends, reports
     intake     a request becomes sequences, or is refused
-    admission  a waiting sequence starts: match, route, pin, reserve
+    sharing    what a waiting one has in common with those who run: shown, or waited for
+    admission  a waiting one starts: match, route, pin, reserve
     routing    where it could go, and which way is the cheapest
     paging     a running one fills pages, publishes them, gets more, or gives them up
+    relief     before it has to, it goes elsewhere, or what it has is kept
 
 Imports the data that it holds; decides nothing.
 """
