@@ -67,6 +67,36 @@ def test_prompts_that_diverge_inside_a_page_copy_what_they_share(checkpoints: di
     assert stats.parts_copied == 3
 
 
+def test_a_burst_of_prompts_that_share_less_than_a_page_computes_it_once(checkpoints: dict[str, Path]) -> None:
+    common = draw(40, seed=260)
+    prompts = [[*common, *draw(9, seed=261 + number)] for number in range(5)]
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", enable_prefix_caching=False) as llm:
+        expected = tokens(run(llm, prompts, greedy(20)))
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64") as llm:
+        outputs = run(llm, prompts, greedy(20))
+    assert tokens(outputs) == expected
+    assert [output.num_cached_tokens for output in outputs] == [0, *[len(common)] * 4]
+
+
+def test_what_a_running_sequence_has_just_said_is_not_computed_again(checkpoints: dict[str, Path]) -> None:
+    """A prompt that goes on where a sequence is that still runs: all of it but the last token is in that one's pages."""
+    prompt = draw(100, seed=270)
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", enable_prefix_caching=False) as llm:
+        (said,) = tokens(run(llm, [prompt], greedy(300)))
+        follower = [*prompt, *said[0][:61], 5]
+        expected = tokens(run(llm, [follower], greedy(20)))
+    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64") as llm:
+        asked = False
+        for _, output in llm.iterate([prompt], greedy(300)):
+            if not asked and len(output.outputs[0].token_ids) >= 64:
+                asked = True
+                (second,) = run(llm, [follower], greedy(20))
+                assert not output.finished
+        assert tokens([second]) == expected
+        assert second.num_cached_tokens == len(follower) - 1
+        assert list(output.outputs[0].token_ids) == said[0]
+
+
 # ---- from one group to another
 
 
