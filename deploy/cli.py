@@ -60,7 +60,7 @@ FormatOption = Annotated[
     _option(
         "--format",
         help='What --input or stdin holds. jsonl: on each line an object with "prompt", "prompt_token_ids" or '
-        '"messages", and what holds for it: sampling fields, "tenant", "deadline_s", "cache_salt". '
+        '"messages", and what holds for it: sampling fields, "tenant", "deadline_s", "priority", "cache_salt". '
         "lines: a prompt a line. text: one prompt. "
         "Default: jsonl for files, text for stdin.",
     ),

@@ -60,15 +60,15 @@ class FrontEnd:
     ) -> list[Generation]:
         """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
         only at the end. priority: lower goes first. tenant: on whose account. deadline_s: seconds from now within which they
-        must have ended. A prompt's own tenant and deadline go before these.
+        must have ended. A prompt's own go before these three.
         Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(params.n for _, params in prompts)
         generations, requests = [], []
         for prompt, params in prompts:
-            asked = prompt.of_call(tenant, deadline_s)
-            request = self._request(stream, asked, params, priority)
+            asked = prompt.of_call(tenant, deadline_s, priority)
+            request = self._request(stream, asked, params)
             requests.append(request)
             generations.append(Generation(request, asked, self._tokenizer, notify, each_token))
             stream += params.n
@@ -107,7 +107,7 @@ class FrontEnd:
             if threading.current_thread() is not self._thread:
                 self._thread.join(timeout=5.0)
 
-    def _request(self, stream: int, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
+    def _request(self, stream: int, prompt: Prompt, params: SamplingParams) -> Request:
         """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *self._limits.eos_ids)
@@ -120,7 +120,7 @@ class FrontEnd:
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
             salt=prompt.salt,
-            priority=priority,
+            priority=prompt.priority or 0,
             tenant=prompt.tenant or "",
             deadline_s=None if prompt.deadline_s == math.inf else prompt.deadline_s,
         )

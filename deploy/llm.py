@@ -28,7 +28,16 @@ from deploy.config import bound_openmp_spin, engine_config
 from deploy.frontend import FrontEnd
 from deploy.generation import Generation
 from deploy.outputs import GenerationError, RequestOutput
-from deploy.prompts import Prompt, PromptError, PromptParser, Source, read_deadline, read_model_limits, read_tenant
+from deploy.prompts import (
+    Prompt,
+    PromptError,
+    PromptParser,
+    Source,
+    read_deadline,
+    read_model_limits,
+    read_priority,
+    read_tenant,
+)
 from deploy.text import Message, Tokenizer
 from scheduler.sampling import SamplingParams
 
@@ -116,17 +125,18 @@ class LLM:
         *,
         tenant: str = "",
         deadline_s: float | None = None,
+        priority: int = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs in the order of the prompts. progress: show a bar on a terminal.
 
         tenant: on whose account; where requests have to wait, each tenant gets an equal share. deadline_s: seconds from when
         they are submitted, within which each must have ended; one that has not fails with `fault` TIMED_OUT, and keeps what
-        it has produced; one whose turn would come later is refused at once, as OVERLOADED. Both hold for prompts that name
-        none of their own.
+        it has produced; one whose turn would come later is refused at once, as OVERLOADED. priority: lower goes before all
+        that are higher. All three hold for prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s)
+        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s, priority)
         return self._complete(requests, progress)
 
     def chat(
@@ -136,12 +146,14 @@ class LLM:
         *,
         tenant: str = "",
         deadline_s: float | None = None,
+        priority: int = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the checkpoint's chat template. Otherwise as `generate`."""
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        return self._complete(self._parse(conversations, self._parser.chat, sampling_params, tenant, deadline_s), progress)
+        requests = self._parse(conversations, self._parser.chat, sampling_params, tenant, deadline_s, priority)
+        return self._complete(requests, progress)
 
     def iterate(
         self,
@@ -150,13 +162,14 @@ class LLM:
         *,
         tenant: str = "",
         deadline_s: float | None = None,
+        priority: int = 0,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Yields (position of the prompt, its output so far) whenever one has grown, until all have ended.
 
         A failed request ends with `error` and `fault` set. Leaving the loop early aborts what is under way. tenant,
-        deadline_s: as in `generate`. Errors: PromptError.
+        deadline_s, priority: as in `generate`. Errors: PromptError.
         """
-        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s)
+        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s, priority)
         return self._run(requests, each_token=True)
 
     # ---- asyncio ----
@@ -168,13 +181,14 @@ class LLM:
         *,
         tenant: str = "",
         deadline_s: float | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Yields the output so far whenever it has grown, whole each time; `.outputs[i].delta` is the text that is new.
 
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
-        aborts the request. tenant, deadline_s: as in `generate`. Errors: PromptError; GenerationError if the request fails.
+        aborts the request. tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it fails.
         """
-        request = self._parse([prompt], self._parser.parse, sampling_params, tenant, deadline_s)
+        request = self._parse([prompt], self._parser.parse, sampling_params, tenant, deadline_s, priority)
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
         submitted_s = loop.time()
         generations = self._frontend.submit(request, lambda _: loop.call_soon_threadsafe(grown.set))
@@ -216,10 +230,11 @@ class LLM:
     # ---- common ----
 
     def _parse(
-        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None
+        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None,
+        priority: int,
     ) -> list[tuple[Prompt, SamplingParams]]:
         """All or none: the first source that is not valid is named by its position."""
-        call = (read_tenant(tenant), read_deadline(deadline_s))
+        call = (read_tenant(tenant), read_deadline(deadline_s), read_priority(priority))
         if params is None or isinstance(params, SamplingParams):
             every = [self._parser.params(params or SamplingParams())] * len(sources)
         else:

@@ -21,14 +21,17 @@ from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
-REQUEST_KEYS = ("cache_salt", "tenant", "deadline_s")
+REQUEST_KEYS = ("cache_salt", "tenant", "deadline_s", "priority")
 LINE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *REQUEST_KEYS, *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
-with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt, and a "tenant" and a
-"deadline_s" of its own, which go before those of the call; None means the same as leaving them out. Beside messages may stand
-"tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
+with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt, and a "tenant", a
+"deadline_s" and a "priority" of its own, which go before those of the call; None means the same as leaving them out. Beside
+messages may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
+
+
+MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1
 
 
 class PromptError(ValueError):
@@ -53,7 +56,7 @@ class ModelLimits:
 class Prompt:
     """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output.
 
-    tenant, deadline_s: as in `Request`, `math.inf` for no deadline; None: those of the call with which it is submitted.
+    tenant, deadline_s, priority: as in `Request`, `math.inf` for no deadline; None: those of the call that submits it.
     """
 
     token_ids: list[int]
@@ -61,11 +64,16 @@ class Prompt:
     salt: str = ""
     tenant: str | None = None
     deadline_s: float | None = None
+    priority: int | None = None
 
-    def of_call(self, tenant: str | None, deadline_s: float | None) -> "Prompt":
+    def of_call(self, tenant: str | None, deadline_s: float | None, priority: int | None) -> "Prompt":
         """With what the call was given where it has none of its own."""
-        tenant = tenant if self.tenant is None else self.tenant
-        return replace(self, tenant=tenant, deadline_s=deadline_s if self.deadline_s is None else self.deadline_s)
+        return replace(
+            self,
+            tenant=tenant if self.tenant is None else self.tenant,
+            deadline_s=deadline_s if self.deadline_s is None else self.deadline_s,
+            priority=priority if self.priority is None else self.priority,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +130,8 @@ class PromptParser:
         return valid
 
     def _parse_mapping(self, source: Mapping[str, Any]) -> Prompt:
-        own = (read_tenant(source.get("tenant")), read_deadline(source.get("deadline_s")))
-        return self._parse_kind(source).of_call(*own)
+        tenant, deadline_s = read_tenant(source.get("tenant")), read_deadline(source.get("deadline_s"))
+        return self._parse_kind(source).of_call(tenant, deadline_s, read_priority(source.get("priority")))
 
     def _parse_kind(self, source: Mapping[str, Any]) -> Prompt:
         kinds = [key for key in PROMPT_KEYS if key in source]
@@ -185,6 +193,16 @@ def read_deadline(value: Any) -> float | None:
         if not isinstance(value, bool | str) and not math.isnan(seconds := float(value)):
             return seconds
     raise PromptError(f"deadline_s must be a number of seconds, not {repr(value)[:60]}: {_ITS_OWN}")
+
+
+def read_priority(value: Any) -> int | None:
+    """Lower goes first. Errors: PromptError."""
+    if value is None:
+        return None
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and LEAST_URGENT >= index(value) >= MOST_URGENT:
+            return index(value)
+    raise PromptError(f"priority must be a whole number of 32 bits, not {repr(value)[:60]}: {_ITS_OWN}")
 
 
 _ITS_OWN = 'one is for all prompts of a call, and in {"prompt": ...} a prompt has its own'

@@ -109,13 +109,13 @@ def test_jsonl_in_and_out(manta: Manta, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", [[], ["--chat"]])
-def test_a_line_names_its_tenant_and_deadline(manta: Manta, tmp_path: Path, way: list[str]) -> None:
+def test_a_line_names_its_tenant_deadline_and_priority(manta: Manta, tmp_path: Path, way: list[str]) -> None:
     source, target = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
-    lines = [{"prompt": "a", "tenant": "ann", "deadline_s": 1000000}, {"prompt": "b"}]
+    lines = [{"prompt": "a", "tenant": "ann", "deadline_s": 1000000, "priority": 2}, {"prompt": "b"}]
     source.write_text("\n".join(json.dumps(line) for line in lines))
     assert manta("--input", str(source), *way, "--output", str(target)).exit_code == 0
-    asked = [(request.tenant, request.deadline_s) for request in manta.engine.requests]
-    assert asked == [("ann", 1e6), ("", None)]
+    asked = [(request.tenant, request.deadline_s, request.priority) for request in manta.engine.requests]
+    assert asked == [("ann", 1e6, 2), ("", None, 0)]
     assert not any("error" in json.loads(line) for line in target.read_text().splitlines())
 
 

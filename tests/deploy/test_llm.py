@@ -247,40 +247,40 @@ FAR_S = 1e6
 """A deadline that no machine is too slow for."""
 
 
-def test_whose_account_and_by_when(open_llm: Open) -> None:
+def test_whose_account_by_when_and_how_urgent(open_llm: Open) -> None:
     """What the call says, and before it what the prompt itself says, None excepted."""
     llm, engine = open_llm([5])
     message = [{"role": "user", "content": "x"}]
     sources: list[Source] = [
         "a",
-        {"prompt": "b", "tenant": "bob", "deadline_s": 2 * FAR_S},
-        {"messages": message, "tenant": "", "deadline_s": math.inf},
-        {"prompt_token_ids": [5], "tenant": None, "deadline_s": None},
+        {"prompt": "b", "tenant": "bob", "deadline_s": 2 * FAR_S, "priority": -1},
+        {"messages": message, "tenant": "", "deadline_s": math.inf, "priority": 0},
+        {"prompt_token_ids": [5], "tenant": None, "deadline_s": None, "priority": None},
     ]
 
-    def asked() -> list[tuple[str, float | None]]:
+    def asked() -> list[tuple[str, float | None, int]]:
         """Since the last look."""
-        found = [(request.tenant, request.deadline_s) for request in engine.requests]
+        found = [(request.tenant, request.deadline_s, request.priority) for request in engine.requests]
         engine.requests.clear()
         return found
 
-    expected = [("ann", FAR_S), ("bob", 2 * FAR_S), ("", None), ("ann", FAR_S)]
-    llm.generate(sources, tenant="ann", deadline_s=FAR_S)
+    expected = [("ann", FAR_S, 3), ("bob", 2 * FAR_S, -1), ("", None, 0), ("ann", FAR_S, 3)]
+    llm.generate(sources, tenant="ann", deadline_s=FAR_S, priority=3)
     assert asked() == expected
-    list(llm.iterate(sources, tenant="ann", deadline_s=FAR_S))
+    list(llm.iterate(sources, tenant="ann", deadline_s=FAR_S, priority=3))
     assert asked() == expected
-    llm.chat([message, message], tenant="ann", deadline_s=FAR_S)
-    assert asked() == [("ann", FAR_S)] * 2
+    llm.chat([message, message], tenant="ann", deadline_s=FAR_S, priority=3)
+    assert asked() == [("ann", FAR_S, 3)] * 2
 
     async def stream() -> None:
         for source in sources:
-            async for _ in llm.stream(source, tenant="ann", deadline_s=FAR_S):
+            async for _ in llm.stream(source, tenant="ann", deadline_s=FAR_S, priority=3):
                 pass
 
     asyncio.run(stream())
     assert asked() == expected
     llm.generate(sources[:2])
-    assert asked() == [("", None), ("bob", 2 * FAR_S)]
+    assert asked() == [("", None, 0), ("bob", 2 * FAR_S, -1)]
 
 
 @pytest.mark.parametrize("deadline_s", [-1.0, 0, 0.01, np.float32(0)])
@@ -340,11 +340,14 @@ def test_a_deadline_spares_what_has_ended_and_what_was_produced(open_llm: Open, 
         ({"deadline_s": True}, "deadline_s must be a number of seconds, not True"),
         ({"deadline_s": 10**400}, "deadline_s must be a number of seconds, not 1000"),
         ({"deadline_s": [1.0, 2.0]}, 'not [1.0, 2.0]: one is for all prompts of a call, and in {"prompt": ...}'),
+        ({"priority": 1.5}, "priority must be a whole number of 32 bits, not 1.5"),
+        ({"priority": True}, "priority must be a whole number of 32 bits, not True"),
+        ({"priority": 1 << 31}, "priority must be a whole number of 32 bits, not 2147483648"),
         ({"tenant": 7}, "tenant must be a string, not int"),
         ({"tenant": ["ann", "bob"]}, "tenant must be a string, not list: one is for all prompts of a call"),
     ],
 )
-def test_bad_tenants_and_deadlines_are_refused(open_llm: Open, given: dict[str, Any], message: str) -> None:
+def test_bad_tenants_deadlines_and_priorities_are_refused(open_llm: Open, given: dict[str, Any], message: str) -> None:
     llm, engine = open_llm([5])
     sources: list[Source] = ["a", {"prompt": "b"} | given]
     with pytest.raises(PromptError) as of_call:
