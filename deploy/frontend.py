@@ -50,27 +50,19 @@ class FrontEnd:
         self._thread.start()
 
     def submit(
-        self,
-        prompts: Sequence[tuple[Prompt, SamplingParams]],
-        notify: Notify,
-        each_token: bool = True,
-        priority: int = 0,
-        tenant: str = "",
-        deadline_s: float | None = None,
+        self, prompts: Sequence[tuple[Prompt, SamplingParams]], notify: Notify, each_token: bool = True
     ) -> list[Generation]:
         """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
-        only at the end. priority: lower goes first. tenant: on whose account. deadline_s: seconds from now within which they
-        must have ended. A prompt's own go before these three.
+        only at the end.
         Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(params.n for _, params in prompts)
         generations, requests = [], []
         for prompt, params in prompts:
-            asked = prompt.of_call(tenant, deadline_s, priority)
-            request = self._request(stream, asked, params)
+            request = self._request(stream, prompt, params)
             requests.append(request)
-            generations.append(Generation(request, asked, self._tokenizer, notify, each_token))
+            generations.append(Generation(request, prompt, self._tokenizer, notify, each_token))
             stream += params.n
         with self._lock:
             if self._lost is not None:

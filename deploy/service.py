@@ -10,7 +10,6 @@ outside as a `Cluster`.
 import asyncio
 import contextlib
 import logging
-import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -217,8 +216,8 @@ class Service:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        deadline_s = None if timeout_s == math.inf else timeout_s
-        generations = call.frontend.submit(prompts, notify, priority=priority, tenant=tenant, deadline_s=deadline_s)
+        asked = [(prompt.of_call(tenant, timeout_s, priority), params) for prompt, params in prompts]
+        generations = call.frontend.submit(asked, notify)
         for generation in generations:
             self._waiters[id(generation)] = call.grown
         return generations
