@@ -157,8 +157,7 @@ class Admission:
         self._count_transfer(transfer, ok)
         if ok:
             for index in range(transfer.first, transfer.tokens_end):
-                page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
-                state.table.publish(blocks, page, sequence.hashes[index])
+                state.table.publish(blocks, sequence.page(index, page_size), sequence.hashes[index])
         if not awaited:
             state.table.release(blocks)
         elif group.draining:

@@ -11,7 +11,6 @@ from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
 from scheduler.limits import pages_for
-from scheduler.open_pages import MOST_TOKENS
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 
@@ -53,8 +52,7 @@ def _check_open_pages(core: SchedulerCore) -> None:
         page = len(sequence.blocks.nodes)
         before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
         start = page * config.page_size
-        stride = config.stride or min(MOST_TOKENS, config.page_size)
-        begins = hash_run(sequence.buffer[start : start + stride].tobytes(), before)
+        begins = hash_run(sequence.buffer[start : start + core.open_pages.stride].tobytes(), before)
         assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 

@@ -6,7 +6,7 @@ Imports `sequence` and the hashing.
 from collections.abc import Iterable
 from itertools import islice
 
-from kvcache.hashing import hash_run, salt_seed
+from kvcache.hashing import hash_run
 from scheduler.sequence import Sequence
 
 MOST_TOKENS = 32
@@ -27,7 +27,7 @@ class OpenPages:
     def __init__(self, page_size: int, stride: int, *, enabled: bool) -> None:
         """stride: 0 if parts of pages are not reused, only whole ones. enabled: otherwise nothing is kept."""
         self._page_size = page_size
-        self._stride = stride or min(MOST_TOKENS, page_size)
+        self.stride = stride or min(MOST_TOKENS, page_size)
         self._enabled = enabled
         self._alone: dict[int, Sequence] = {}
         self._crowds: dict[int, dict[Sequence, None]] = {}
@@ -38,9 +38,9 @@ class OpenPages:
             return
         self.close(sequence)
         start = page * self._page_size
-        key = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
-        if sequence.committed - start >= self._stride:
-            key = hash_run(sequence.buffer[start : start + self._stride].tobytes(), key)
+        key = sequence.hash_before(page)
+        if sequence.committed - start >= self.stride:
+            key = self._begins(sequence, start, key)
         sequence.open_key = key
         if key in self._crowds:
             self._crowds[key][sequence] = None
@@ -65,16 +65,18 @@ class OpenPages:
         The tokens before it are the same but for a collision; those in it may differ from the first one on.
         """
         start = page * self._page_size
-        if tokens - start < self._stride or not (self._alone or self._crowds):
+        if tokens - start < self.stride or not (self._alone or self._crowds):
             return []
-        before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
-        begins = hash_run(sequence.buffer[start : start + self._stride].tobytes(), before)
-        return [*self._under(begins), *self._under(before)]
+        before = sequence.hash_before(page)
+        return [*self._under(self._begins(sequence, start, before)), *self._under(before)]
 
     def everyone(self) -> dict[Sequence, int]:
         """The key under which each is found, for the invariants."""
         crowds = {sequence: key for key, crowd in self._crowds.items() for sequence in crowd}
         return {sequence: key for key, sequence in self._alone.items()} | crowds
+
+    def _begins(self, sequence: Sequence, start: int, before: int) -> int:
+        return hash_run(sequence.buffer[start : start + self.stride].tobytes(), before)
 
     def _under(self, key: int) -> Iterable[Sequence]:
         if (sequence := self._alone.get(key)) is not None:

@@ -61,7 +61,7 @@ class Paging:
         if not self._state.config.prefix_caching:
             return
         for index in range(len(blocks.nodes), pages):
-            page = sequence.buffer[index * page_size : (index + 1) * page_size].tobytes()
+            page = sequence.page(index, page_size)
             hash_ = hashes[index] if index < len(hashes) else sequence.hash_page(page)
             adopted = self._state.table.publish(blocks, page, hash_)
             if adopted is not None:

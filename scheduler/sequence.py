@@ -146,9 +146,17 @@ class Sequence:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
 
+    def page(self, index: int, page_size: int) -> bytes:
+        """The tokens of a full page that has been written back, int32."""
+        return self.buffer[index * page_size : (index + 1) * page_size].tobytes()
+
+    def hash_before(self, page: int) -> int:
+        """What the hashes of this page are chained to. Those of the pages before it are known."""
+        return self.hashes[page - 1] if page else salt_seed(self.salt)
+
     def hash_page(self, page: bytes) -> int:
         """Hashes the page after those that have been hashed: its tokens, int32."""
-        hash_ = hash_run(page, self.hashes[-1] if self.hashes else salt_seed(self.salt))
+        hash_ = hash_run(page, self.hash_before(len(self.hashes)))
         self.hashes.append(hash_)
         return hash_
 

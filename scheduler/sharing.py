@@ -110,7 +110,7 @@ class Sharing:
     def _show(self, group: ResidentGroup, author: Sequence, sequence: Sequence, start: int, computed: int) -> None:
         blocks, begins = author.blocks, start + self._stride
         assert blocks is not None
-        group.write_back(author, max(author.committed, computed))
+        group.write_back(author, computed)
         same = author.buffer[start:begins].tobytes() == sequence.buffer[start:begins].tobytes()
         if same and computed - start > blocks.inherited:
             self._state.table.publish_tail(blocks, author.buffer[start:computed].tobytes())
