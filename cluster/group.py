@@ -66,9 +66,9 @@ class GroupHandle:
         for rank in self._ranks:
             ray.kill(rank, no_restart=True)
         self._ranks = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        placement, self._placement = self._placement, None
+        if placement is not None:
+            remove_placement_group(placement)
 
     def _place(self, deadline: float) -> None:
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from cluster.engine import EngineError
 from cluster.group import GroupHandle
-from cluster.scheduler_keeper import SchedulerKeeper
+from cluster.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.stats import GroupStart
 
 logger = logging.getLogger(__name__)
@@ -89,20 +89,18 @@ class GroupKeeper:
 
     def _keep(self) -> None:
         try:
-            self._bring_up()
+            self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
             self._error = error
-            self._handle.kill()
         self._decided.set()
         reason = self._watch() if self._error is None else None
         while reason is not None:
             self._handle.kill()
             reason = self._again(reason)
+        self._handle.kill()  # a life that came up while the keeper was being closed
 
-    def _bring_up(self) -> None:
-        live = self._scheduler.current()
+    def _bring_up(self, live: LiveScheduler) -> None:
         self._scheduler_epoch = live.epoch
-        self._scheduler.call("expect", self.group)
         self._handle.start(live.address, time.monotonic() + self._start_timeout_s)
 
     def _watch(self) -> str | None:
@@ -116,9 +114,13 @@ class GroupKeeper:
     def _again(self, reason: str) -> str | None:
         """The next epoch, if there is one left; why that one ended, or None when all is over."""
         try:
-            replaced = self._scheduler.current().epoch != self._scheduler_epoch
+            live = self._scheduler.expect(self.group)
         except EngineError:
             return None  # the cluster is closing
+        if self._closing.is_set():
+            return None
+        # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
+        replaced = live.epoch != self._scheduler_epoch
         logger.error("%s; %s", reason, "the scheduler was replaced" if replaced else f"{self._restarts} restarts left")
         if not replaced and not self._restarts:
             self._give_up(reason)
@@ -126,7 +128,7 @@ class GroupKeeper:
         self._restarts -= not replaced
         self._handle = self._new_handle(self._handle.epoch + 1)
         try:
-            self._bring_up()
+            self._bring_up(live)
         except Exception as error:
             return None if self._closing.is_set() else f"group {self.group} could not be started again: {error}"
         logger.warning("group %d is up again, epoch %d", self.group, self._handle.epoch)

@@ -5,10 +5,13 @@ Imports ray and the scheduler's actor shell. Groups notice at their sockets and 
 
 import contextlib
 import logging
+import operator
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -40,7 +43,8 @@ class LiveScheduler:
 class SchedulerKeeper:
     """What the scheduler knows dies with it: every request under way fails, every group starts anew. It comes back by itself.
 
-    Errors: EngineError from every call once `close` was called, or if there is no scheduler for `CALL_TIMEOUT_S`.
+    Errors: EngineError from every call once `close` was called; also, but for `expect`, if there is no scheduler for
+    `CALL_TIMEOUT_S`.
     """
 
     def __init__(self, config: CoreConfig, *, check_invariants: bool, log_format: str) -> None:
@@ -61,12 +65,26 @@ class SchedulerKeeper:
         return live
 
     def current(self) -> LiveScheduler:
-        """The scheduler that is up; waits while it is being replaced."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._live is not None or self._closing.is_set(), timeout=CALL_TIMEOUT_S)
-            if self._live is None or self._closing.is_set():
+        """The scheduler that is up, as far as is known; waits while it is being replaced."""
+        live = self._await(lambda live: live is not None, CALL_TIMEOUT_S)
+        if live is None or self._closing.is_set():
+            raise EngineError("the scheduler has gone")
+        return live
+
+    def expect(self, group: int) -> LiveScheduler:
+        """Tells the scheduler that a group is being started. Returns the life of it that has heard, hence one that was up
+        after this call: whoever has seen the scheduler die gets the next one, however long that takes to come.
+        Errors: EngineError once `close` was called."""
+        while True:
+            live = self._await(lambda live: live is not None, None)
+            if live is None or self._closing.is_set():
                 raise EngineError("the scheduler has gone")
-            return self._live
+            try:
+                ray.get(live.actor.expect.remote(group), timeout=CALL_TIMEOUT_S)
+                return live
+            except ray.exceptions.RayError as error:
+                logger.warning("group %d waits for a scheduler: that of epoch %d does not answer: %s", group, live.epoch, error)
+                self._await(partial(operator.is_not, live), RESTART_PAUSE_S)
 
     @property
     def epoch(self) -> int:
@@ -102,10 +120,12 @@ class SchedulerKeeper:
         if live is not None:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(live.actor.close.remote(), timeout=5.0)
-            with contextlib.suppress(Exception):  # Ray itself may have gone
-                ray.kill(live.actor)
         if self._thread.is_alive():
             self._thread.join(timeout=CALL_TIMEOUT_S)
+        for last in {live, self._live}:  # the thread may have started another meanwhile
+            with contextlib.suppress(Exception):  # Ray itself may have gone
+                if last is not None:
+                    ray.kill(last.actor)
 
     def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
         # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
@@ -114,6 +134,12 @@ class SchedulerKeeper:
         actor = options.remote(self._config, self._token, self._check, self._log_format)
         host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
+
+    def _await(self, true: Callable[[LiveScheduler | None], bool], timeout_s: float | None) -> LiveScheduler | None:
+        """What is known to be up as soon as that is true of it, or the time is over, or `close` was called."""
+        with self._changed:
+            self._changed.wait_for(lambda: true(self._live) or self._closing.is_set(), timeout=timeout_s)
+            return self._live
 
     def _set(self, live: LiveScheduler | None) -> None:
         with self._changed:
@@ -124,8 +150,7 @@ class SchedulerKeeper:
 
     def _watch(self) -> None:
         """One life after the other."""
-        while not self._closing.is_set():
-            live = self.current()
+        while not self._closing.is_set() and (live := self._live) is not None:
             end = live.actor.closed.remote()
             while not self._closing.is_set() and not ray.wait([end], timeout=POLL_S)[0]:
                 pass

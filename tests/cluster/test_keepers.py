@@ -1,0 +1,137 @@
+"""A scheduler that dies takes no group with it, though the groups hear of its death before its keeper does.
+
+A real scheduler actor, killed by its process id; the groups are lives without workers, which end when it does.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import ClassVar, cast
+
+import pytest
+import ray
+
+from cluster import scheduler_keeper
+from cluster.group import GroupHandle
+from cluster.health import GroupKeeper
+from cluster.scheduler_keeper import SchedulerKeeper
+from scheduler.config import CoreConfig
+from scheduler.stats import GroupStart
+from tests.processes import alive, descendants
+from workers.actor import SchedulerAddress
+
+pytestmark = pytest.mark.ray
+
+PATIENCE_S = 120.0
+GROUPS = 4
+
+
+class Life:
+    """Stands for a group's ranks: it ends at the moment when the scheduler that it serves does, as sockets would tell them."""
+
+    made: ClassVar[list["Life"]] = []
+
+    def __init__(self, group: int, epoch: int) -> None:
+        self.group, self.epoch = group, epoch
+        self.phase = GroupStart(group, "placing")
+        self.serves: set[int] = set()
+        self.killed = False
+        Life.made.append(self)
+
+    def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        self.serves = schedulers()
+        if not self.serves:
+            raise ConnectionRefusedError("no scheduler listens there")
+
+    def wait(self, timeout_s: float) -> str | None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if not alive(self.serves):
+                return f"group {self.group} ended: the scheduler has gone"
+            time.sleep(0.0005)
+        return None
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def schedulers() -> set[int]:
+    return {pid for pid, line in descendants(os.getpid()).items() if line.startswith("ray::SchedulerActor")}
+
+
+def until(what: str, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture
+def scheduler() -> Iterator[SchedulerKeeper]:
+    keeper = SchedulerKeeper(CoreConfig(page_size=16), check_invariants=True, log_format="text")
+    keeper.start(PATIENCE_S)
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+
+
+@pytest.fixture
+def groups(scheduler: SchedulerKeeper) -> Iterator[list[GroupKeeper]]:
+    """None of them may be started again on its own account."""
+    Life.made.clear()
+    gone: list[int] = []
+    keepers = [
+        GroupKeeper(
+            group, 0, lambda epoch, group=group: cast(GroupHandle, Life(group, epoch)), scheduler,  # type: ignore[misc]
+            restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, _: gone.append(group),
+        )
+        for group in range(GROUPS)
+    ]  # fmt: skip
+    for keeper in keepers:
+        keeper.start()
+    for keeper in keepers:
+        until("it does not come up", lambda keeper=keeper: keeper.up(1.0))  # type: ignore[misc]
+    yield keepers
+    for keeper in keepers:
+        keeper.close()
+    assert gone == []
+    assert all(life.killed for life in Life.made), "a life was left behind"
+
+
+def kill_scheduler() -> None:
+    (victim,) = schedulers()
+    os.kill(victim, signal.SIGKILL)
+
+
+def test_groups_follow_the_scheduler_into_each_of_its_lives(
+    scheduler: SchedulerKeeper, groups: list[GroupKeeper], caplog: pytest.LogCaptureFixture
+) -> None:
+    for life in range(1, 4):
+        kill_scheduler()
+        until("a group did not come back", lambda life=life: [keeper.epoch for keeper in groups] == [life] * GROUPS)  # type: ignore[misc]
+    assert scheduler.epoch == 3
+    assert "0 restarts left" not in caplog.text
+
+
+def test_a_scheduler_that_is_long_in_coming_is_waited_for(
+    groups: list[GroupKeeper], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scheduler_keeper, "CALL_TIMEOUT_S", 0.01)  # far shorter than a process takes to start
+    with caplog.at_level(logging.ERROR):
+        kill_scheduler()
+        until("no start took too long", lambda: "could not be started again" in caplog.text)
+    assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody starts anew without a scheduler"
+    monkeypatch.undo()
+    until("a group did not come back", lambda: [keeper.epoch for keeper in groups] == [1] * GROUPS)
