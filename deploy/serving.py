@@ -119,7 +119,7 @@ def _serve_on_ray(config: Config, keys: ApiKeys, view: StartView) -> None:
             app.application(engine, limits, keys, threads if owns_ray else engine.threads or 1), name=app.APP_NAME
         )
         owner = ray_serve.get_deployment_handle("Engine", app_name=app.APP_NAME)
-        _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), view)
+        _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), limits.replicas, view)
         view.ready(model.name, limits)
         while True:
             time.sleep(1.0)
@@ -132,13 +132,14 @@ def _serve_on_ray(config: Config, keys: ApiKeys, view: StartView) -> None:
                 ray.shutdown()
 
 
-def _await_ready(status: Callable[[], ClusterStatus], view: StartView) -> None:
-    """Errors: EngineError with the reason, if the start has failed."""
+def _await_ready(status: Callable[[], ClusterStatus], replicas: int, view: StartView) -> None:
+    """Returns when a group is up and every replica reaches the scheduler: whichever a client meets first, it answers.
+    Errors: EngineError with the reason, if the start has failed."""
     while True:
         now = status()
         if now.phase == "failed":
             raise EngineError(now.progress[-1])
-        if now.ready:
+        if now.ready and now.front_ends >= replicas:
             return
         view.show(now)
         time.sleep(POLL_S)

@@ -7,6 +7,7 @@ input it prints what the replicas have under way: a JSON list of [requests, held
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -47,6 +48,9 @@ class Door(GrpcIngress):
         self._running = asyncio.create_task(self._service.run())
         self.door = GrpcDoor(self._service, ServeConfig(), ApiKeys([KEY]), self._abort_everywhere)
 
+    async def ready(self) -> bool:
+        return await self._service.ready()
+
     async def status(self) -> tuple[int, int]:
         engine = (await self._service.cluster.status()).engine
         return self._service.under_way, sum(group.held_blocks for group in engine.groups) if engine else 0
@@ -68,6 +72,8 @@ def main(grpc_port: int, http_port: int) -> None:
         )
         deployment = serve.deployment(Door, name=DEPLOYMENT, num_replicas=2, graceful_shutdown_timeout_s=1)
         handle = serve.run(deployment.bind(), name=APP)
+        while not all(handle.broadcast("ready").results(timeout_s=30)):
+            time.sleep(0.1)
         print("ready", flush=True)
         for _ in sys.stdin:
             print(json.dumps(handle.broadcast("status").results(timeout_s=30)), flush=True)
