@@ -94,9 +94,8 @@ class SchedulerStream:
                 return
 
     def _read(self) -> None:
-        decoder = msgspec.msgpack.Decoder(Deltas)
-        while (payload := self._socket.receive()) is not None:
-            self._on_deltas(decoder.decode(payload))
+        for deltas in self._socket.messages(Deltas):
+            self._on_deltas(deltas)
         reason = "the scheduler has gone" if self._failure is None else self._failure
         self._failure = reason
         self._outgoing.put(None)

@@ -31,11 +31,14 @@ class FrontEnd:
     """The requests of this process on one engine. Every method may be called from any thread."""
 
     def __init__(
-        self, start: Callable[[OnDeltas, OnFailure], RequestStream], limits: ModelLimits, tokenizer: Tokenizer | None
-    ) -> None:
-        """start: brings the engine up, given the two callbacks."""
+        self, start: Callable[[OnDeltas, OnFailure], RequestStream], limits: ModelLimits, tokenizer: Tokenizer | None,
+        on_lost: Callable[[], object] = lambda: None,
+    ) -> None:  # fmt: skip
+        """start: brings the engine up, given the two callbacks. on_lost: called from another thread when every request has
+        failed because the engine was lost; not after `close`."""
         self._limits = limits
         self._tokenizer = tokenizer
+        self._on_lost = on_lost
         # Guards the four below. Reentrant: a garbage collection may call `close` in the midst of anything.
         self._lock = threading.RLock()
         self._live: dict[int, Generation] = {}  # by stream
@@ -130,7 +133,7 @@ class FrontEnd:
 
     def _end_failed(self, streams: Iterable[int], failure: Failure, message: str) -> list[int]:
         """Ends those of the streams that have not ended, and wakes their callers. Returns which they were."""
-        ends = (Finished(stream, FinishReason.FAILED, 0, 0, message, failure) for stream in streams)
+        ends = (_failed(stream, failure, message) for stream in streams)
         ended = {end.stream: generation for end in ends if (generation := self._end(end)) is not None}
         self._wake(ended.values())
         return list(ended)
@@ -140,7 +143,11 @@ class FrontEnd:
         with self._lock:
             generation = self._live.pop(finished.stream, None)
         if generation is not None:
-            generation.end(finished)
+            try:
+                generation.end(finished)
+            except Exception as error:
+                generation.end(_failed(finished.stream, Failure.FAULT, _untold(error)))
+                self._break(generation, error)
         return generation
 
     def _wake(self, generations: Iterable[Generation]) -> None:
@@ -153,15 +160,21 @@ class FrontEnd:
 
     def _pump(self) -> None:
         while (event := self._inbox.get()) is not None:
-            try:
-                if isinstance(event, str):
-                    self._fail(event)
-                else:
-                    self._apply(event)
-            except Exception as error:
-                logger.exception("the front end failed")
-                self._fail(f"the front end failed: {error}")
+            reason = event if isinstance(event, str) else self._applied(event)
+            if reason is not None:
+                self._fail(reason)
+                if not self._closed:
+                    self._on_lost()
         self._fail("the engine was shut down")
+
+    def _applied(self, deltas: Deltas) -> str | None:
+        """Applies them. Why the front end is lost, if they make no sense."""
+        try:
+            self._apply(deltas)
+        except Exception as error:
+            logger.exception("the front end failed")
+            return f"the front end failed: {error}"
+        return None
 
     def _apply(self, deltas: Deltas) -> None:
         """Extends every stream that got tokens, ends those that finished, then wakes each caller once."""
@@ -172,22 +185,42 @@ class FrontEnd:
             if isinstance(entry, TokenLogprobs):
                 logprobs[stream].append(entry)
             elif (generation := self._live.get(stream)) is not None:
-                generation.fill_prompt(entry)
                 touched.append(generation)
+                try:
+                    generation.fill_prompt(entry)
+                except Exception as error:
+                    self._break(generation, error)
         for stream, tokens in _tokens_by_stream(deltas):
             if (generation := self._live.get(stream)) is not None:
-                keep_tokens = generation.extend(stream, tokens, logprobs.get(stream, ()))
+                touched.append(generation)
+                try:
+                    keep_tokens = generation.extend(stream, tokens, logprobs.get(stream, ()))
+                except Exception as error:
+                    self._break(generation, error)
+                    continue
                 if keep_tokens is not None:
                     self.engine.stop(stream, keep_tokens)
-                touched.append(generation)
         touched += [generation for finished in deltas.finished if (generation := self._end(finished)) is not None]
         self._wake(touched)
+
+    def _break(self, generation: Generation, error: Exception) -> None:
+        """What one request makes of its tokens has raised (a tokenizer may): it ends, and the others go on."""
+        logger.error("the request of stream %d cannot be told", generation.stream, exc_info=error)
+        self._abort(self._end_failed(generation.streams, Failure.FAULT, _untold(error)))
 
     def _fail(self, reason: str) -> None:
         with self._lock:
             self._lost = self._lost or reason
             streams = list(self._live)
         self._end_failed(streams, Failure.UNAVAILABLE, reason)
+
+
+def _failed(stream: int, failure: Failure, message: str) -> Finished:
+    return Finished(stream, FinishReason.FAILED, 0, 0, message, failure)
+
+
+def _untold(error: Exception) -> str:
+    return f"the output cannot be told: {error}"
 
 
 def _tokens_by_stream(deltas: Deltas) -> Iterator[tuple[int, list[int]]]:

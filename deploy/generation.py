@@ -5,8 +5,11 @@ the engine, the caller takes, and a generation's lock is all that is between the
 (`outputs`, `errors`, `prompts`, `text`) and the wire types; never `frontend`, no torch, no ray.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+
+from msgspec import structs
 
 from deploy.errors import RequestError
 from deploy.outputs import (
@@ -71,25 +74,25 @@ class Choice:
         return None
 
     def end(self, finished: Finished) -> None:
-        """The stream's one end. A stop string that was found here counts, even if another end was committed first."""
+        """The stream's one end. A stop string that was found here counts, even if another end was committed first.
+        Errors: whatever the tokenizer raises over the last of the text, unless the stream has failed anyway."""
         self.finished = finished
-        if self._detokenizer is not None and self._stops.found is None:
-            if self._at_once:
-                self._show(self._detokenizer.push([token for token in self.token_ids if token not in self._stop_ids]))
-            self._show(self._detokenizer.flush())
-            self.text += self._stops.flush()
-        if self._stops.found is not None:
-            self.finish_reason, self.stop_reason = "stop", self._stops.found
-            return
         self.finish_reason = FINISH_WORDS[finished.reason]
-        last = self.token_ids[-1] if self.token_ids else None
-        if finished.reason is FinishReason.STOP and last in self._params.stop_token_ids:
-            self.stop_reason = last
+        if self._stops.found is None:
+            with contextlib.suppress(*(Exception,) if finished.reason is FinishReason.FAILED else ()):
+                self._show_rest()
+        if self._stops.found is not None:
+            self.finished = structs.replace(finished, reason=FinishReason.STOP, message="")
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        elif finished.reason is FinishReason.STOP and self.token_ids and self.token_ids[-1] in self._params.stop_token_ids:
+            self.stop_reason = self.token_ids[-1]
 
     @property
     def error(self) -> RequestError | None:
         """Why the choice failed, if it did."""
-        return RequestError.of_end(self.finished) if self.finished and self.finish_reason == "error" else None
+        if self.finished is None or self.finished.reason is not FinishReason.FAILED:
+            return None
+        return RequestError.of_end(self.finished)
 
     def take(self) -> CompletionOutput:
         """This choice as it stands; what is new counts from the previous call."""
@@ -114,6 +117,14 @@ class Choice:
     def _extent(self) -> tuple[int, int, bool]:
         """How far it has come: characters, tokens, whether it has ended."""
         return len(self.text), len(self.token_ids), self.finished is not None
+
+    def _show_rest(self) -> None:
+        """What is held back until the end. A stop string may be in it."""
+        if self._detokenizer is not None:
+            if self._at_once:
+                self._show(self._detokenizer.push([token for token in self.token_ids if token not in self._stop_ids]))
+            self._show(self._detokenizer.flush())
+            self.text += self._stops.flush()
 
     def _show(self, text: str) -> None:
         self.text += self._stops.push(text, armed=len(self.token_ids) > self._params.min_tokens)

@@ -125,15 +125,13 @@ class Service:
         loop = asyncio.get_running_loop()
         self._lost.clear()
 
-        def start(on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
-            def failed(reason: str) -> None:
-                on_failure(reason)
-                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody connects anew
-                    loop.call_soon_threadsafe(self._lost.set)
+        def lost() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody connects anew
+                loop.call_soon_threadsafe(self._lost.set)
 
-            return self.cluster.connect(on_deltas, failed)
-
-        self._frontend = await asyncio.to_thread(FrontEnd, start, self.model.limits, self.model.tokenizer)
+        self._frontend = await asyncio.to_thread(
+            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost
+        )
 
     async def _disconnect(self) -> None:
         frontend, self._frontend = self._frontend, None

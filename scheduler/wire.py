@@ -6,12 +6,18 @@ Imports msgspec and the standard library.
 
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import msgspec
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -70,6 +76,19 @@ class FrameSocket:
         except (OSError, ValueError):
             return None
         return payload if len(payload) == length else None
+
+    def messages(self, kind: type[T]) -> Iterator[T]:
+        """Every message until the other side has gone or `close` was called. One that is not of this kind is logged, and
+        ends the connection."""
+        decoder = msgspec.msgpack.Decoder(kind)
+        while (payload := self.receive()) is not None:
+            try:
+                message = decoder.decode(payload)
+            except msgspec.DecodeError as error:
+                logger.error("a connection sent what is not the protocol: %s", error)
+                self.close()
+                return
+            yield message
 
     def close(self) -> None:
         """Ends both directions; a thread in `receive` wakes up with None."""

@@ -60,9 +60,7 @@ class SocketLink:
         self._socket.close()
 
     def _read(self) -> None:
-        decoder = msgspec.msgpack.Decoder(Commands)
-        while (payload := self._socket.receive()) is not None:
-            batch = decoder.decode(payload)
+        for batch in self._socket.messages(Commands):
             if batch.first != self._expected:
                 break
             self._expected += len(batch.commands)
@@ -136,9 +134,8 @@ class SocketInbox:
         self._socket.close()
 
     def _read(self) -> None:
-        decoder = msgspec.msgpack.Decoder(Commands)
-        while (payload := self._socket.receive()) is not None:
-            self._turns.put(decoder.decode(payload).commands)
+        for turn in self._socket.messages(Commands):
+            self._turns.put(turn.commands)
         self._turns.put(None)
         self._on_lost("the leader has gone")
 
@@ -152,7 +149,6 @@ def _greeting(payload: bytes) -> Greeting | None:
 
 def _watch(peer: FrameSocket, on_lost: OnLost, on_moved: OnMoved) -> None:
     """After its greeting a peer speaks of transfers only; steps need no answer."""
-    decoder = msgspec.msgpack.Decoder(Moved)
-    while (payload := peer.receive()) is not None:
-        on_moved(decoder.decode(payload))
+    for moved in peer.messages(Moved):
+        on_moved(moved)
     on_lost("a peer has gone")

@@ -1,18 +1,26 @@
-"""The front end's thread against an engine that holds a lock, as the one in `cluster.local` does."""
+"""The front end's thread: against an engine that holds a lock, as the one in `cluster.local` does, and when something
+raises."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
+import pytest
 
-from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure
+from cluster.engine import Engine, EngineError, EngineStats, OnDeltas, OnFailure
+from deploy.errors import Fault
 from deploy.frontend import FrontEnd
+from deploy.generation import Generation
+from deploy.outputs import RequestOutput
 from deploy.prompts import ModelLimits, Prompt
 from deploy.text import Tokenizer
-from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
+from scheduler.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric
 from scheduler.sampling import SamplingParams
 
 DELTAS = 20_000
+LIMITS = ModelLimits(vocab_size=400, max_tokens=512, eos_ids=())
 
 
 class BusyEngine:
@@ -59,7 +67,7 @@ class BusyEngine:
 def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokenizer: Tokenizer) -> None:
     [token] = tokenizer.encode("hello")[:1]
     engine, ended = BusyEngine(), threading.Event()
-    front_end = FrontEnd(engine.start, ModelLimits(vocab_size=400, max_tokens=512, eos_ids=()), tokenizer)
+    front_end = FrontEnd(engine.start, LIMITS, tokenizer)
     params = SamplingParams(stop=(tokenizer.decode([token]),), max_tokens=8)
     [generation] = front_end.submit([(Prompt([5]), params)], lambda _: ended.set(), each_token=False)
     delta = Deltas(np.array([0], np.int64).tobytes(), np.array([token], np.int32).tobytes())
@@ -74,10 +82,137 @@ def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokeni
 
 def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
     engine = BusyEngine()
-    front_end = FrontEnd(engine.start, ModelLimits(vocab_size=400, max_tokens=512, eos_ids=()), None)
+    front_end = FrontEnd(engine.start, LIMITS, None)
     wait_for_close = engine.delivered.wait
     [generation] = front_end.submit([(Prompt([5]), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
     engine.on_deltas(Deltas(np.array([0], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
     engine.on_failure("the scheduler has gone")
     front_end.close()
     assert generation.take().error == "the scheduler has gone"
+
+
+# ---- when something raises ----
+
+BROKEN = 13
+"""The token that the tokenizer below cannot decode."""
+
+
+class BrokenTokenizer:
+    """Raises over one token."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if BROKEN in token_ids:
+            raise ValueError("no such token")
+        return "".join(chr(ord("a") + token) for token in token_ids)
+
+
+class Listening:
+    """An engine that notes what it is told."""
+
+    page_size = 16
+
+    def __init__(self) -> None:
+        self.aborted: list[int] = []
+        self.closed = False
+
+    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> "Listening":
+        self.on_deltas, self.on_failure = on_deltas, on_failure
+        return self
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        pass
+
+    def abort(self, streams: Sequence[int]) -> None:
+        self.aborted += streams
+
+    def stop(self, stream: int, keep_tokens: int) -> None:
+        raise AssertionError(f"no stop string was found in {stream}, {keep_tokens}")
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        raise AssertionError(f"nobody tallied {metrics}")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Host:
+    """A front end on such an engine, and requests that wait for their end."""
+
+    def __init__(self) -> None:
+        self.engine, self.lost = Listening(), threading.Event()
+        tokenizer = cast(Tokenizer, BrokenTokenizer())
+        self.front_end = FrontEnd(self.engine.start, LIMITS, tokenizer, self.lost.set)
+
+    def submit(self, n: int = 1, each_token: bool = True) -> Generation:
+        return self.front_end.submit([(Prompt([5]), SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
+
+    def deliver(self, tokens: dict[int, int], *ended: int) -> None:
+        """One token for each of the streams; the ends of others."""
+        ends = tuple(Finished(stream, FinishReason.LENGTH, 0, 1) for stream in ended)
+        self.engine.on_deltas(
+            Deltas(np.array([*tokens], np.int64).tobytes(), np.array([*tokens.values()], np.int32).tobytes(), ends)
+        )
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.front_end.close()
+
+
+def outcome(generation: Generation) -> RequestOutput:
+    """Once it has ended."""
+    deadline = time.monotonic() + 60
+    while not generation.finished:
+        assert time.monotonic() < deadline, "it did not end"
+        time.sleep(0.001)
+    return generation.take()
+
+
+def test_a_request_whose_text_cannot_be_told_ends_alone(host: Host) -> None:
+    good, bad = host.submit(), host.submit(n=2)
+    host.deliver({0: 1, 1: BROKEN, 2: 3})
+    host.deliver({0: 2}, 0)
+    failed, ended = outcome(bad), outcome(good)
+    assert (ended.error, ended.outputs[0].text) == (None, "bc")
+    assert (failed.error, failed.fault) == ("the output cannot be told: no such token", Fault.INTERNAL)
+    assert [choice.finish_reason for choice in failed.outputs] == ["error", "error"]
+    assert host.engine.aborted == [1, 2], "nobody waits for either choice"
+    assert not host.lost.is_set()
+
+
+def test_also_where_its_text_is_decoded_at_the_end(host: Host) -> None:
+    good, bad = host.submit(each_token=False), host.submit(n=2, each_token=False)
+    host.deliver({0: 1, 1: BROKEN, 2: 3})
+    host.deliver({}, 0, 1)
+    failed = outcome(bad)
+    assert (failed.error, failed.outputs[0].token_ids) == ("the output cannot be told: no such token", [BROKEN])
+    assert outcome(good).outputs[0].text == "b"
+    assert host.engine.aborted == [2], "the first had ended"
+
+
+def test_a_request_that_cannot_be_told_can_still_fail_for_another_reason(host: Host) -> None:
+    bad = host.submit(each_token=False)
+    host.deliver({0: BROKEN})
+    host.engine.on_deltas(Deltas(b"", b"", (Finished(0, FinishReason.FAILED, 0, 1, "its group has died", Failure.FAULT),)))
+    assert outcome(bad).error == "its group has died"
+
+
+def test_deltas_that_make_no_sense_lose_the_engine(host: Host) -> None:
+    waits = host.submit()
+    host.engine.on_deltas(Deltas(np.array([0, 1, 2], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
+    assert host.lost.wait(60), "whoever holds it would never connect anew"
+    error = outcome(waits).error
+    assert error is not None
+    assert error.startswith("the front end failed")
+    with pytest.raises(EngineError, match="the front end failed"):
+        host.submit()
+
+
+def test_who_closes_it_is_not_told_that_it_is_lost(host: Host) -> None:
+    waits = host.submit()
+    host.front_end.close()
+    assert outcome(waits).error == "the engine was shut down"
+    assert host.engine.closed
+    assert not host.lost.is_set()

@@ -104,6 +104,21 @@ def test_a_stop_string_is_told_with_the_end(tokenizer: Tokenizer) -> None:
     assert (after.text, after.token_ids, after.finish_reason, after.stop_reason) == ("", [], "stop", "d")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_failure_after_a_stop_string_is_none(tokenizer: Tokenizer, whole: bool) -> None:
+    """All that the client asked for is there: its group dies, or its deadline passes, before the scheduler has heard."""
+    caller = Caller(SamplingParams(stop=("d",)), tokenizer)
+    assert caller.extend(tokenizer.encode("hello world")) is not None
+    caller.end(FinishReason.FAILED, message="its group has died")
+    if whole:
+        output = caller.generation.take()
+        assert (output.error, output.outputs[0].finish_reason, output.outputs[0].text) == (None, "stop", "hello worl")
+    else:
+        delta = caller.take_delta()
+        assert (delta.failed, delta.choices[0].finish_reason, delta.choices[0].text) == (None, "stop", "hello worl")
+        assert [(end.reason, end.message, end.cached_tokens) for end in delta.ends] == [(FinishReason.STOP, "", 3)]
+
+
 @pytest.mark.parametrize("each_token", [True, False])
 def test_what_comes_after_the_end_is_nothing(tokenizer: Tokenizer, each_token: bool) -> None:
     """A deadline passes on the caller's thread while the front end's has the next tokens in hand."""

@@ -50,6 +50,18 @@ def test_a_scheduler_that_has_gone_is_the_step_loop_s_to_notice() -> None:
     gathered.add(part(2))
 
 
+@pytest.mark.parametrize("nonsense", [{"hello": "world"}, 7, [99, "x"]])
+def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> None:
+    with listen("127.0.0.1") as listener:
+        link = SocketLink("127.0.0.1", listener.getsockname()[1], Hello(TOKEN, 0, 0, blocks=8, rows=2))
+        other = FrameSocket(listener.accept()[0])
+        other.send(nonsense)
+        with pytest.raises(LinkClosed, match="gone"):
+            link.receive(wait=True)
+        link.close()
+        other.close()
+
+
 class Scheduler:
     """The other end of the leader's socket."""
 
