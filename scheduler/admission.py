@@ -56,7 +56,7 @@ class Admission:
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 newcomer = self._sharing.look(sequence)
                 if (promise := self._sharing.promised(newcomer)) is not None:
-                    waiting.defer(sequence, *promise)
+                    waiting.defer(sequence, promise.author, promise.pages)
                     continue
                 if self._place(newcomer):
                     waiting.leave(sequence, state.now_s)

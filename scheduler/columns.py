@@ -66,6 +66,12 @@ class GroupColumns:
         self.refresh()
         return int(self.room.max(initial=-1))
 
+    def least_backlog(self) -> int | None:
+        """Of the groups that take a newcomer; None if none does."""
+        self.refresh()
+        backlogs = self.backlog[self.room > 0]
+        return int(backlogs.min()) if len(backlogs) else None
+
     def spread(self, values: Mapping[GroupId, int]) -> Ints:
         """[groups] of these, and 0 for the others. What belongs to no group, as host memory does, is left out."""
         column = np.zeros(len(self.groups), np.int64)

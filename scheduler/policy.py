@@ -128,6 +128,14 @@ def least_costs(
     return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * running + EVICTION_WEIGHT * page_size * np.maximum(0, evicted)
 
 
+def worth_waiting(ahead: int, saved: int, queued: int) -> bool:
+    """Whether a sequence waits for what another one is about to compute, rather than compute it a second time where less is
+    queued. ahead: tokens that are computed until then. saved: those that it need not compute itself. queued: prefill before it
+    where it would start now. As in `time_to_first_token`.
+    """
+    return ahead <= queued + UNCACHED_WEIGHT * saved
+
+
 def fetch_work(cost: float, page_size: int, pages: Any) -> Any:
     """What moving so many pages takes, in whole prefill tokens: a number for a number, an array for an array.
 

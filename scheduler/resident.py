@@ -184,6 +184,11 @@ class ResidentGroup:
         """Tokens of the row whose KV stands in its pages."""
         return self.length.item(row) - self.pending.item(row)
 
+    def ahead_of(self, row: int) -> int:
+        """Tokens to compute of those who started before the row: as a rule those come first."""
+        older = (self.lease >= 0) & (self.lease < self.lease[row])
+        return int((self.pending[older] - 1).sum())
+
     def output_tokens(self, sequence: Sequence) -> int:
         """Committed output, that in the ring included."""
         return self.length.item(sequence.row) - sequence.prompt_tokens

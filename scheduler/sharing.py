@@ -9,11 +9,11 @@ A running sequence publishes pages as they fill. What it has of its present page
 it, so it costs those nothing that nobody follows. Imports `state`, `awaited` and the index.
 """
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Listing
 from typing import NamedTuple
 
 from kvcache.match import Match, common_prefix
+from scheduler import policy
 from scheduler.awaited import WHOLE_PROMPT
 from scheduler.resident import ResidentGroup
 from scheduler.sequence import Sequence
@@ -37,10 +37,14 @@ class Newcomer(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """What `author` is about to compute: so many full pages, from the first token on, as somebody else needs them."""
+    """What `author` is about to compute: so many full pages, from the first token on, as somebody else needs them. tokens: of
+    those what the other can use. end: where the author has computed them.
+    """
 
     author: Sequence
     pages: int
+    tokens: int
+    end: int
 
 
 class Sharing:
@@ -68,9 +72,13 @@ class Sharing:
 
     def promised(self, newcomer: Newcomer) -> Promise | None:
         """What is worth to be waited for: the most full pages that a peer has in common with it, else a part of one."""
-        sequence, reusable, match, peers = newcomer
-        if not (peers and self._state.config.wait_for_prefix):
+        if not (newcomer.peers and self._state.config.wait_for_prefix):
             return None
+        promise = self._promised_pages(newcomer) or self._promised_part(newcomer)
+        return promise if promise is not None and self._worth_waiting(promise, newcomer) else None
+
+    def _promised_pages(self, newcomer: Newcomer) -> Promise | None:
+        sequence, reusable, match, peers = newcomer
         known, last = len(match.nodes), reusable // self._page_size
         best: Promise | None = None
         for author in peers:
@@ -78,20 +86,37 @@ class Sharing:
             while pages < end and author.hashes[pages] == sequence.hashes[pages]:
                 pages += 1
             if pages > (known if best is None else best.pages):
-                best = Promise(author, pages)
-        return best or self._promised_part(sequence, known, reusable, peers)
+                best = Promise(author, pages, pages * self._page_size, pages * self._page_size)
+        return best
 
-    def _promised_part(self, sequence: Sequence, page: int, reusable: int, peers: Iterable[Sequence]) -> Promise | None:
+    def _promised_part(self, newcomer: Newcomer) -> Promise | None:
+        sequence, reusable, match, peers = newcomer
+        page = len(match.nodes)
         start = page * self._page_size
         end = min(start + self._page_size, reusable)
         if not self._stride or end - start < self._least:
             return None
         wanted = sequence.buffer[start:end].tobytes()
         for author in peers:
-            coming = author.buffer[start : min(author.committed, start + self._page_size)].tobytes()
-            if common_prefix(coming, wanted) - self._computed_from(author, start) >= self._least:
-                return Promise(author, page + 1 if start + self._page_size <= author.committed else WHOLE_PROMPT)
+            filled = min(author.committed, start + self._page_size)
+            common = common_prefix(author.buffer[start:filled].tobytes(), wanted)
+            if common - self._computed_from(author, start) >= self._least:
+                whole = start + self._page_size <= author.committed
+                return Promise(author, page + 1 if whole else WHOLE_PROMPT, start + common, filled)
         return None
+
+    def _worth_waiting(self, promise: Promise, newcomer: Newcomer) -> bool:
+        """Not if much else is computed before it, while another group would begin at once."""
+        queued = self._state.columns.least_backlog()
+        if queued is None:
+            return True
+        author, group = promise.author, self._state.group_of(promise.author)
+        assert group is not None, "only sequences with pages are waited for"
+        if author.lease is None:  # its own prefix is on its way
+            ahead = group.coming
+        else:
+            ahead = group.ahead_of(author.row) + max(0, promise.end - group.computed(author.row))
+        return policy.worth_waiting(ahead, promise.tokens - len(newcomer.match.nodes) * self._page_size, queued)
 
     def _computed_from(self, author: Sequence, start: int) -> int:
         """Tokens from `start` on that stand in the pages of its group."""

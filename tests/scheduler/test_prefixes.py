@@ -110,6 +110,36 @@ def test_siblings_of_a_prompt_shorter_than_a_page_start_at_once() -> None:
     cluster.run()
 
 
+@pytest.mark.parametrize(("queued", "shared", "waits"), [
+    pytest.param(10, 1, True, id="soon there"),
+    pytest.param(30, 1, False, id="long to come"),
+    pytest.param(30, 8, True, id="long to come, but much"),
+])  # fmt: skip
+def test_what_is_long_in_coming_is_computed_where_nothing_is_queued(queued: int, shared: int, waits: bool) -> None:
+    cluster = Cluster((64, 64), budget=4)
+    cluster.lose(1, returning=True)
+    cluster.submit([1, 0] * (queued // 2), max_tokens=1)
+    prefix = [at // 4 % 2 for at in range(4 * shared)]
+    cluster.submit([*prefix, 1, 0], max_tokens=1)
+    cluster.bring_up(1)
+    other = cluster.submit([*prefix, 1, 1], max_tokens=1)[0]
+    assert (cluster.sequence(other).state is State.DEFERRED) == waits
+    third = cluster.submit([*prefix, 1, 1], max_tokens=1)[0]
+    assert cluster.sequence(third).state is State.DEFERRED, "soon there, be it from the idle group"
+    cluster.run()
+    assert cluster.cached_tokens(other) == (4 * shared if waits else 0)
+
+
+def test_what_is_long_in_coming_is_waited_for_if_there_is_nowhere_else_to_go() -> None:
+    cluster = Cluster((64,), budget=4)
+    cluster.submit([1, 0] * 15, max_tokens=1)
+    cluster.submit([*pages(0), 1], max_tokens=1)
+    other = cluster.submit([*pages(0), 0], max_tokens=1)[0]
+    assert cluster.sequence(other).state is State.DEFERRED
+    cluster.run()
+    assert cluster.cached_tokens(other) == 4
+
+
 @pytest.mark.parametrize("how", ["abort", "stop", "front end gone", "group lost"])
 def test_whoever_waits_for_an_author_goes_on_when_it_leaves(how: str) -> None:
     cluster = Cluster((8, 8), budget=4)
