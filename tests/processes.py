@@ -10,6 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+WORKER, SCHEDULER, INGRESS = "ray::WorkerActor", "ray::SchedulerActor", "ray::ServeReplica:manta:Ingress"
+"""What Ray calls the processes of a group's ranks, of the scheduler, of a front end."""
+
 
 def descendants(ancestor: int) -> dict[int, str]:
     """{process id: command line} of everything below `ancestor`."""
@@ -38,9 +41,19 @@ def command_line(process: int) -> str:
         return ""
 
 
-def workers(of: int | None = None) -> dict[int, str]:
-    """The rank processes of the Ray cluster that this process (or `of`) has started."""
-    return {pid: line for pid, line in descendants(of or os.getpid()).items() if "ray::WorkerActor" in line}
+def named(name: str, of: int | None = None) -> list[int]:
+    """Processes of this name of the Ray cluster that this process (or `of`) has started."""
+    return sorted(pid for pid, line in descendants(of or os.getpid()).items() if line.startswith(name))
+
+
+def all_named(name: str, count: int, of: int | None = None, patience_s: float = 60.0) -> list[int]:
+    """All of them, once there are so many: a process that is about to change its title has none for a moment.
+    Errors: AssertionError."""
+    deadline = time.monotonic() + patience_s
+    while len(found := named(name, of)) != count:
+        assert time.monotonic() < deadline, f"{count} processes should be called {name}: {found}"
+        time.sleep(0.05)
+    return found
 
 
 def alive(processes: Iterable[int]) -> set[int]:

@@ -24,7 +24,7 @@ from deploy.prompts import Prompt, read_model_limits
 from scheduler.scaling import ScalingConfig
 from scheduler.stats import EngineStats
 from tests.autoscaling_ray import autoscaling_ray
-from tests.processes import stopped_in_the_midst, workers
+from tests.processes import WORKER, all_named, stopped_in_the_midst
 
 pytestmark = pytest.mark.ray
 
@@ -143,7 +143,7 @@ def test_a_group_is_removed_while_its_requests_run(fleet: Fleet, frontend: Front
     expected = ended(submit(frontend))
     fleet.config = replace(fleet.config, drain_timeout_s=0.0 if moves else PATIENCE_S)
     before = engine(fleet).preemptions
-    both_busy = stopped_in_the_midst(workers(), lambda: begin(frontend), lambda _: running(fleet) == [2, 2])
+    both_busy = stopped_in_the_midst(all_named(WORKER, 2), lambda: begin(frontend), lambda _: running(fleet) == [2, 2])
     with ThreadPoolExecutor(1) as threads, both_busy as generations:
         removing = threads.submit(fleet.remove_group, 1)
         if moves:
@@ -153,7 +153,7 @@ def test_a_group_is_removed_while_its_requests_run(fleet: Fleet, frontend: Front
 
     assert removing.result()
     assert [group.group for group in engine(fleet).groups] == [0]
-    until("its process is still there", lambda: len(workers()) == 1)
+    all_named(WORKER, 1)
     assert ended(generations) == expected
     assert engine(fleet).preemptions == before + 2 * moves
 

@@ -19,7 +19,7 @@ from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import GroupStart
-from tests.processes import alive, descendants
+from tests.processes import SCHEDULER, alive, all_named, named
 from workers.actor import SchedulerAddress
 
 pytestmark = pytest.mark.ray
@@ -58,7 +58,7 @@ class Life:
 
 
 def schedulers() -> set[int]:
-    return {pid for pid, line in descendants(os.getpid()).items() if line.startswith("ray::SchedulerActor")}
+    return {*named(SCHEDULER)}
 
 
 def until(what: str, true: Callable[[], bool]) -> None:
@@ -111,7 +111,7 @@ def groups(scheduler: SchedulerKeeper) -> Iterator[list[GroupKeeper]]:
 
 
 def kill_scheduler() -> None:
-    (victim,) = schedulers()
+    (victim,) = all_named(SCHEDULER, 1)
     os.kill(victim, signal.SIGKILL)
 
 

@@ -16,7 +16,7 @@ import ray
 from cluster.engine import EngineError
 from deploy import LLM, SamplingParams
 from deploy.outputs import GenerationError, RequestOutput
-from tests.processes import alive, descendants, wait_gone, workers
+from tests.processes import WORKER, alive, all_named, descendants, named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -71,8 +71,7 @@ def test_two_groups_of_two_ranks_say_the_same_and_outlive_a_worker(llm: LLM, exp
     assert [group.up for group in stats.groups] == [True, True]
     assert all(group.held_blocks == 0 for group in stats.groups)
 
-    victims = workers()
-    assert len(victims) == 4
+    victims = all_named(WORKER, 4)
     generations = llm.iterate(PROMPTS, LONG)
     latest: dict[int, RequestOutput] = {}
     killed = False
@@ -91,7 +90,7 @@ def test_two_groups_of_two_ranks_say_the_same_and_outlive_a_worker(llm: LLM, exp
 def test_without_a_group_left_requests_fail_with_the_reason() -> None:
     with open_llm(local=False, groups=1, size=1, max_group_restarts=0) as llm:
         processes = descendants(os.getpid())
-        (victim,) = workers()
+        (victim,) = all_named(WORKER, 1)
         os.kill(victim, signal.SIGSTOP)  # so that no request ends before it dies
         with ThreadPoolExecutor(1) as threads:
             killed = threads.submit(kill_once_it_has_work, llm, victim)
@@ -126,7 +125,7 @@ def test_ctrl_c_ends_everything() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         assert process.stdout is not None
-        while not workers(process.pid):
+        while not named(WORKER, process.pid):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.2)
         assert process.stdout.read(1), "no text was streamed"

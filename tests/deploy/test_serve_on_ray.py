@@ -24,12 +24,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
-from tests.processes import alive, descendants, signal_all, stopped_in_the_midst, wait_gone
+from tests.processes import (
+    INGRESS,
+    SCHEDULER,
+    WORKER,
+    alive,
+    all_named,
+    descendants,
+    named,
+    signal_all,
+    stopped_in_the_midst,
+    wait_gone,
+)
 
 pytestmark = pytest.mark.ray
 
 PATIENCE_S = 180.0
-INGRESS, WORKER, SCHEDULER = "ray::ServeReplica:manta:Ingress", "ray::WorkerActor", "ray::SchedulerActor"
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
 LONG, ENDLESS = 500, 1900
 
@@ -96,8 +106,8 @@ class Endpoint:
         assert answer.status_code in (404, 503), answer.text
         return answer if answer.status_code == 503 else None
 
-    def processes(self, name: str) -> list[int]:
-        return sorted(pid for pid, line in descendants(self.process.pid).items() if line.startswith(name))
+    def processes(self, name: str, count: int) -> list[int]:
+        return all_named(name, count, self.process.pid, PATIENCE_S)
 
     def is_idle(self) -> bool:
         status = self.status()
@@ -119,7 +129,7 @@ class Endpoint:
             until("those before have not ended", lambda: self.running() == 0)
             return begin()
 
-        return stopped_in_the_midst(self.processes(WORKER), begin_again, lambda begun: self.running() == len(begun))
+        return stopped_in_the_midst(self.processes(WORKER, 2), begin_again, lambda begun: self.running() == len(begun))
 
     @contextlib.contextmanager
     def streams(self, prompts: Sequence[str], max_tokens: int) -> Iterator[list["Stream"]]:
@@ -217,7 +227,7 @@ def expected(endpoint: Endpoint) -> list[str]:
 
 
 def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) -> None:
-    held = until("no worker was started", lambda: endpoint.processes(WORKER))
+    held = until("no worker was started", lambda: named(WORKER, endpoint.process.pid))
     signal_all(held, signal.SIGSTOP)  # so that it stays in the midst of its start
     try:
         refused = until("requests are not refused", lambda: endpoint.refusal())
@@ -266,8 +276,7 @@ def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoi
 
 
 def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) -> None:
-    before = whole.processes(INGRESS)
-    assert len(before) == 2
+    before = whole.processes(INGRESS, 2)
     with whole.streams([*PROMPTS, *PROMPTS], ENDLESS) as streams:
         os.kill(before[0], signal.SIGKILL)
         until("its requests still run", lambda: 0 <= whole.running() < len(streams))
@@ -275,25 +284,23 @@ def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) 
     ends = [stream.ended() for stream in streams]
     assert {stream.reason for stream in ends if stream.error is None} == {"length"}, "those of the other replica go on"
     until("blocks are still held", whole.is_idle)
-    until("there is no other replica", lambda: len(whole.processes(INGRESS)) == 2 and whole.is_whole())
-    assert before[1] in whole.processes(INGRESS)
+    until("there is no other replica", whole.is_whole)
+    assert before[1] in whole.processes(INGRESS, 2)
 
 
 def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
-    before = whole.processes(WORKER)
+    before = whole.processes(WORKER, 2)
     with whole.streams(PROMPTS, LONG) as streams:
         os.kill(before[0], signal.SIGKILL)
     ends = [stream.ended() for stream in streams]
     assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
     until("the group did not come back", whole.is_whole)
-    after = whole.processes(WORKER)
-    assert len(after) == 2
-    assert before[0] not in after
+    assert before[0] not in whole.processes(WORKER, 2)
 
 
 def test_a_scheduler_that_dies_is_replaced(whole: Endpoint, expected: list[str]) -> None:
     assert whole.now("epoch") == 0
-    (victim,) = whole.processes(SCHEDULER)
+    (victim,) = whole.processes(SCHEDULER, 1)
     with whole.streams(PROMPTS, ENDLESS) as streams:
         os.kill(victim, signal.SIGKILL)
     for stream in streams:

@@ -21,7 +21,7 @@ from deploy.batch.run import Task, run
 from deploy.batch.storage import Location
 from deploy.config import ConfigError, load_config
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
-from tests.processes import descendants
+from tests.processes import SCHEDULER, all_named
 
 pytestmark = pytest.mark.ray
 
@@ -93,7 +93,7 @@ def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: Jo
     while len(read(output)) == before:  # a line is written at once, so no part of one is ever seen
         assert not client.get_job_status(second).is_terminal(), said(client, second)
         time.sleep(0.02)
-    (scheduler,) = [pid for pid, line in descendants(os.getpid()).items() if "ray::SchedulerActor" in line]
+    (scheduler,) = all_named(SCHEDULER, 1)
     os.kill(scheduler, signal.SIGKILL)
     assert wait_until_ended(client, second) is JobStatus.SUCCEEDED, said(client, second)
     assert custom_ids(read(output)) == custom_ids(ENTRIES)
