@@ -271,7 +271,7 @@ class SchedulerCore:
             self._state.rates.compute.measured(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self._state.now_s)
-        self.outbox.tokens(roster.audience, tokens)
+        self.outbox.tokens(roster.audience, tokens if roster.order is None else tokens.take(roster.order, axis=1))
         return due
 
     # ---- ends ---------------------------------------------------------------------------------------------------------

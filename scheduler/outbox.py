@@ -22,7 +22,7 @@ class Outbox:
         self._logprobs: dict[int, list[tuple[int, bytes]]] = {}
 
     def tokens(self, audience: Listing[Listener], tokens: npt.NDArray[np.int32]) -> None:
-        """tokens: [steps, n] as committed; audience as in `Roster`."""
+        """tokens: [steps, n] as committed, in the order of the audience, which is as in `Roster`."""
         for front_end, first, end, streams in audience:
             self._tokens.append((front_end, streams, tokens[:, first:end].tobytes()))
 
