@@ -44,7 +44,7 @@ class Roster(NamedTuple):
     """Who takes part in a report, and which front end wants to know. Kept while reports name the same leases.
 
     columns: of the report, those of leases still alive; None: all. rows: [n] theirs. places: the same as an index, a slice
-    where they are in line, as in a full batch: a view costs less than a copy. ring_base: [n] where each one's ring begins in
+    if they are the first n, as in a full batch: a view costs less than a copy. ring_base: [n] where each one's ring begins in
     the flat one. order: [n] of these, grouped by front end; None: as they are. audience: who wants which part of that.
     """
 
@@ -225,34 +225,32 @@ class ResidentGroup:
         return self._roster
 
     def _read_roster(self, key: bytes) -> Roster:
-        leases = np.frombuffer(key, np.int64)
-        rows = leases & ROW_MASK
-        columns, order = None, None
-        present = self.lease.take(rows)
-        if present.tobytes() != key:  # a lease has ended
-            columns = (present == leases).nonzero()[0]
-            rows = rows.take(columns)
-        streams, ends = self.stream.take(rows), [len(rows)]
+        count, columns = len(key) // 8, None
+        rows: Ints = self._all_rows[:count]
+        places: Ints | slice = slice(count)
+        if self.lease[places].tobytes() != key:  # not a full batch whose leases all live
+            leases = np.frombuffer(key, np.int64)
+            rows = places = leases & ROW_MASK
+            present = self.lease.take(rows)
+            if present.tobytes() != key:
+                columns = (present == leases).nonzero()[0]
+                rows = places = rows.take(columns)
+        order, audience = self._group(places, len(rows))
+        return Roster(key, columns, rows, places, self._ring_starts[places], order, audience)
+
+    def _group(self, places: Ints | slice, count: int) -> tuple[Ints | None, tuple[Listener, ...]]:
+        """(order, audience) of a roster with so many rows."""
+        streams, ends, order = self.stream[places], [count], None
         if len(self._slots) > 1:
             # NumPy sorts both by radix, and half the bytes in half the time.
-            kind = np.uint8 if len(self._slots) <= 1 << 8 else np.uint16
-            slots = self.slot.take(rows).astype(kind)
+            slots = self.slot[places].astype(np.uint8 if len(self._slots) <= 1 << 8 else np.uint16)
             order = slots.argsort(kind="stable")
             streams, ends = streams.take(order), np.bincount(slots, minlength=len(self._slots)).cumsum().tolist()
-        audience = tuple(
+        return order, tuple(
             Listener(front_end, first, end, streams[first:end].tobytes())
             for front_end, first, end in zip(self._slots, [0, *ends], ends, strict=False)
             if end > first
         )
-        places = self._in_line(rows)
-        return Roster(key, columns, rows, places, self._ring_starts[places], order, audience)
-
-    def _in_line(self, rows: Ints) -> Ints | slice:
-        """The rows as an index: a slice if one follows the other."""
-        if not len(rows):
-            return rows
-        first, end = rows.item(0), rows.item(-1) + 1
-        return slice(first, end) if rows.tobytes() == self._all_rows[first:end].tobytes() else rows
 
     def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
