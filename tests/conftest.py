@@ -1,5 +1,5 @@
-"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; and which tests
-share a process where xdist runs several (`make test`)."""
+"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; no test depends on
+how fast this machine is; and which tests share a process where xdist runs several (`make test`)."""
 
 import functools
 import os
@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
+
+settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("manta")
 
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"

@@ -250,7 +250,7 @@ class BlockTableMachine(RuleBasedStateMachine):
 
 
 TestBlockTable = BlockTableMachine.TestCase
-TestBlockTable.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestBlockTable.settings = settings(max_examples=50, stateful_step_count=40)
 
 
 def test_the_walks_go_where_the_bugs_are() -> None:

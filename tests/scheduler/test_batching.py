@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.batching import OTHERS_SHARE, StepPlan, plan_step
@@ -75,7 +75,6 @@ def test_a_long_prompt_shares_with_the_short_ones_behind_it() -> None:
     assert list(zip(step.rows.tolist(), step.counts.tolist(), strict=True)) == [(0, 30), (1, 6), (2, 4)]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 200), min_size=1, max_size=12), st.integers(2, 16), st.randoms(use_true_random=False))
 def test_every_prefill_ends_within_a_bound(prompts: list[int], budget: int, random: Random) -> None:
     """Whoever comes later delays a prompt by no more than a third of what it and those before it take."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler import policy
@@ -160,7 +160,6 @@ def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
     return groups, revived
 
 
-@settings(deadline=None)
 @given(clusters())
 def test_a_closer_look_at_few_chooses_as_one_at_all(cluster: tuple[list[Ways], list[int]]) -> None:
     groups, revived = cluster

@@ -308,7 +308,7 @@ random_requests = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     requests=st.lists(random_requests, min_size=1, max_size=5),
     size=st.sampled_from([1, 2, 4]),

@@ -78,7 +78,7 @@ def test_no_request_breaks_the_server(document: OpenApiSchema, operation: tuple[
     method, path = operation
 
     @given(case=document[path][method].as_strategy(generation_mode=mode))
-    @settings(max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     def check(case: Any) -> None:
         if isinstance(case.body, dict) and path in SENSIBLE:
             case.body |= SENSIBLE[path] if mode.is_positive else {}

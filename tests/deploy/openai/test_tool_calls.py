@@ -179,7 +179,7 @@ def cuts(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(form=st.sampled_from(FORMS), pieces=cuts(st.lists(st.sampled_from(SIGNS), max_size=40).map("".join)))
 def test_any_text_is_told_the_same_however_it_is_cut(form: ToolFormat, pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -210,7 +210,7 @@ def conversations(draw: st.DrawFn) -> tuple[ToolFormat, str, list[Event]]:
     return form, text + draw(SPACE) + after, events + told(after)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sample=conversations(), data=st.data())
 def test_calls_are_found_with_their_arguments(sample: tuple[ToolFormat, str, list[Event]], data: st.DataObject) -> None:
     form, text, events = sample
