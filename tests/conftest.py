@@ -1,5 +1,5 @@
-"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; no test depends on
-how fast this machine is; and which tests share a process where xdist runs several (`make test`)."""
+"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; no test depends
+on how fast this machine is; and which tests share a process where xdist runs several (`make test`)."""
 
 import functools
 import os

@@ -47,11 +47,11 @@ LONG, ENDLESS = 500, 1900
 T = TypeVar("T")
 
 
-def until(what: str, true: Callable[[], T | None]) -> T:
-    """What it says as soon as that is true."""
+def until(what: str, true: Callable[[], T | None], clue: Callable[[], object] = str) -> T:
+    """What it says as soon as that is true. clue: asked if that takes too long."""
     deadline = time.monotonic() + PATIENCE_S
     while not (answer := true()):
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, f"{what}: {clue()}"
         time.sleep(0.05)
     return answer
 
@@ -148,6 +148,9 @@ class Endpoint:
         status = self.status()
         return [group["state"] for group in status["groups"]] == ["up", "up"] and status["front_ends"] == 2
 
+    def await_whole(self, what: str) -> None:
+        until(what, self.is_whole, self.status)
+
     def close(self) -> None:
         self.grpc.close()
         self.openai.close()
@@ -214,7 +217,9 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 @pytest.fixture
 def whole(endpoint: Endpoint) -> Endpoint:
     """As it is when nothing has happened to it, or when all of that is over."""
-    until("the endpoint is not whole and idle", lambda: endpoint.ready() and endpoint.is_whole() and endpoint.is_idle())
+    until("it is not ready", endpoint.ready, endpoint.status)
+    endpoint.await_whole("it is not whole")
+    until("it is not idle", endpoint.is_idle, endpoint.status)
     return endpoint
 
 
@@ -284,7 +289,7 @@ def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) 
     ends = [stream.ended() for stream in streams]
     assert {stream.reason for stream in ends if stream.error is None} == {"length"}, "those of the other replica go on"
     until("blocks are still held", whole.is_idle)
-    until("there is no other replica", whole.is_whole)
+    whole.await_whole("there is no other replica")
     assert before[1] in whole.processes(INGRESS, 2)
 
 
@@ -294,7 +299,7 @@ def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
         os.kill(before[0], signal.SIGKILL)
     ends = [stream.ended() for stream in streams]
     assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
-    until("the group did not come back", whole.is_whole)
+    whole.await_whole("the group did not come back")
     assert before[0] not in whole.processes(WORKER, 2)
 
 
@@ -312,7 +317,7 @@ def test_a_scheduler_that_dies_is_replaced(whole: Endpoint, expected: list[str])
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert whole.http.get("/ready").status_code == 503
     until("it did not come back", whole.ready)
-    until("a group or a replica did not come back", whole.is_whole)
+    whole.await_whole("a group or a replica did not come back")
     assert whole.now("epoch") == 1
     assert [Stream(whole, prompt).ended().text for prompt in PROMPTS] == expected
 
