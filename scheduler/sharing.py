@@ -3,10 +3,11 @@ waited for.
 
 Requests that share a new prefix and arrive together would each compute it, as would the choices of one request. Instead the
 first computes it and the others wait: for the last full page that they share with it, or for the page in which they part if
-they share a good part of that. Then they start, with a hit.
+they share a good part of that. Then they start, with a hit. What is long in coming is not waited for while another group has
+little to do (`policy.worth_waiting`).
 
 A running sequence publishes pages as they fill. What it has of its present page is published when somebody comes who can use
-it, so it costs those nothing that nobody follows. Imports `state`, `awaited` and the index.
+it, so it costs those nothing that nobody follows. Imports `state`, `policy`, `awaited` and the index.
 """
 
 from collections.abc import Sequence as Listing
