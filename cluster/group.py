@@ -5,6 +5,7 @@ Imports ray and the workers' actor shell. The only file that creates workers.
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import ray
@@ -61,14 +62,19 @@ class GroupHandle:
         return self._reason(done[0]) if done else None
 
     def kill(self) -> None:
-        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for."""
+        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
+        what Ray cannot end now it ends with this process, and the scheduler listens to no older epoch."""
         self._killed = True
-        for rank in self._ranks:
-            ray.kill(rank, no_restart=True)
-        self._ranks = []
+        ranks, self._ranks = self._ranks, []
         placement, self._placement = self._placement, None
+        ends = [partial(ray.kill, rank, no_restart=True) for rank in ranks]
         if placement is not None:
-            remove_placement_group(placement)
+            ends.append(partial(remove_placement_group, placement))
+        for end in ends:
+            try:
+                end()
+            except Exception:
+                logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
 
     def _place(self, deadline: float) -> None:
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")

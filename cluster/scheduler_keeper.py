@@ -164,6 +164,6 @@ class SchedulerKeeper:
             try:
                 self._set(self._launch(epoch, CALL_TIMEOUT_S))
                 return
-            except ray.exceptions.RayError:
+            except Exception:  # whatever it is: without this thread there will be no scheduler any more
                 logger.exception("the scheduler could not be started again; trying on")
                 time.sleep(RESTART_PAUSE_S)
