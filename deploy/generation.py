@@ -75,16 +75,18 @@ class Choice:
 
     def end(self, finished: Finished) -> None:
         """The stream's one end. A stop string that was found here counts, even if another end was committed first.
-        Errors: whatever the tokenizer raises over the last of the text, unless the stream has failed anyway."""
-        self.finished = finished
-        self.finish_reason = FINISH_WORDS[finished.reason]
+        Errors: whatever the tokenizer raises over the last of the text, unless the stream has failed anyway; it has not ended
+        then."""
         if self._stops.found is None:
             with contextlib.suppress(*(Exception,) if finished.reason is FinishReason.FAILED else ()):
                 self._show_rest()
         if self._stops.found is not None:
             self.finished = structs.replace(finished, reason=FinishReason.STOP, message="")
             self.finish_reason, self.stop_reason = "stop", self._stops.found
-        elif finished.reason is FinishReason.STOP and self.token_ids and self.token_ids[-1] in self._params.stop_token_ids:
+            return
+        self.finished = finished
+        self.finish_reason = FINISH_WORDS[finished.reason]
+        if finished.reason is FinishReason.STOP and self.token_ids and self.token_ids[-1] in self._params.stop_token_ids:
             self.stop_reason = self.token_ids[-1]
 
     @property
