@@ -219,10 +219,11 @@ def test_a_deadline_in_mid_stream_is_an_event(scripted: Scripted) -> None:
 
 
 def test_an_engine_lost_in_mid_stream_is_an_event(scripted: Scripted) -> None:
-    address = scripted(FakeEngine([300] * 100, lose_after=3))
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    engine = FakeEngine([300] * 100, hold_after=3, lose_after=3)
+    client = openai.OpenAI(base_url=f"{scripted(engine)}/v1", api_key="none", max_retries=0)
     chunks = iter(client.completions.create(model=MODEL, prompt=[5, 6], max_tokens=50, stream=True))
     assert next(chunks).choices
+    engine.released.set()  # not before: else the answer may not have begun
     with pytest.raises(openai.APIError, match="burnt down"):
         list(chunks)
 
