@@ -126,10 +126,10 @@ class Transfers:
         """What was on its way from there will not arrive, as its target is told; what was on its way to it is not sent."""
         gone, others = (group.group, host_of(group.group)), set[GroupId]()
         for transfer in self.under_way():
-            if transfer.source in gone and transfer.held is not None:
+            if transfer.source in gone:
                 transfer.held = None  # void, like everything of the group
-                others.add(transfer.target)
-            if transfer.target in gone and transfer.blocks is not None:
+                others.add(transfer.target)  # even if the source has answered: that it failed, before it went
+            if transfer.target in gone:
                 transfer.blocks = None
                 others.add(transfer.source)
             self._forget(transfer)

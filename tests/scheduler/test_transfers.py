@@ -103,6 +103,38 @@ def test_a_source_that_is_lost_cuts_the_fetch_and_the_sequence_computes_its_pref
     assert len(busy.tokens) == 12
 
 
+def test_a_source_that_fails_and_is_lost_then_cuts_the_fetch_too() -> None:
+    """As one does whose rank broke: its mover says that nothing was sent, then its leader goes."""
+    cluster, busy = busy_holder()
+    stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    cluster.groups[ZERO].answer(transfer, ok=False)
+    cluster.arrive(0)
+    cluster.lose(0)
+    assert commands(cluster, 1, Cut) == [Cut(ZERO, 0)], "else the target would wait for it as long as for a slow one"
+    cluster.run()
+    assert len(stream.tokens) == 2
+    assert len(busy.tokens) == 12
+
+
+def test_a_target_that_fails_and_is_lost_then_cuts_the_fetch_too() -> None:
+    cluster, _ = busy_holder()
+    cluster.submit([*PREFIX, 0, 0], max_tokens=2)
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    cluster.groups[ONE].answer(transfer, ok=False)
+    cluster.arrive(1)
+    cluster.lose(1)
+    assert commands(cluster, 0, Cut) == [Cut(ONE, 0)]
+    cluster.run()
+    assert cluster.core.groups[ZERO].sending == 0
+
+
 def test_a_target_that_is_lost_takes_nothing_with_it() -> None:
     cluster, _ = busy_holder()
     stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
