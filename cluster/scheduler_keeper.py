@@ -5,13 +5,10 @@ Imports ray and the scheduler's actor shell. Groups notice at their sockets and 
 
 import contextlib
 import logging
-import operator
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -64,27 +61,26 @@ class SchedulerKeeper:
         self._thread.start()
         return live
 
-    def current(self) -> LiveScheduler:
-        """The scheduler that is up, as far as is known; waits while it is being replaced."""
-        live = self._await(lambda live: live is not None, CALL_TIMEOUT_S)
-        if live is None or self._closing.is_set():
-            raise EngineError("the scheduler has gone")
-        return live
+    def current(self, timeout_s: float | None = CALL_TIMEOUT_S) -> LiveScheduler:
+        """The scheduler that is up, as far as is known; waits while it is being replaced. timeout_s: None, however long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._live is not None or self._closing.is_set(), timeout=timeout_s)
+            if self._live is None or self._closing.is_set():
+                raise EngineError("the scheduler has gone")
+            return self._live
 
     def expect(self, group: int) -> LiveScheduler:
         """Tells the scheduler that a group is being started. Returns the life of it that has heard, hence one that was up
         after this call: whoever has seen the scheduler die gets the next one, however long that takes to come.
         Errors: EngineError once `close` was called."""
         while True:
-            live = self._await(lambda live: live is not None, None)
-            if live is None or self._closing.is_set():
-                raise EngineError("the scheduler has gone")
+            live = self.current(timeout_s=None)
             try:
                 ray.get(live.actor.expect.remote(group), timeout=CALL_TIMEOUT_S)
                 return live
             except ray.exceptions.RayError as error:
                 logger.warning("group %d waits for a scheduler: that of epoch %d does not answer: %s", group, live.epoch, error)
-                self._await(partial(operator.is_not, live), RESTART_PAUSE_S)
+                self._pause(live)
 
     @property
     def epoch(self) -> int:
@@ -135,11 +131,10 @@ class SchedulerKeeper:
         host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
 
-    def _await(self, true: Callable[[LiveScheduler | None], bool], timeout_s: float | None) -> LiveScheduler | None:
-        """What is known to be up as soon as that is true of it, or the time is over, or `close` was called."""
+    def _pause(self, live: LiveScheduler) -> None:
+        """Until another is known to be up, or that none is; not for long."""
         with self._changed:
-            self._changed.wait_for(lambda: true(self._live) or self._closing.is_set(), timeout=timeout_s)
-            return self._live
+            self._changed.wait_for(lambda: self._live is not live or self._closing.is_set(), timeout=RESTART_PAUSE_S)
 
     def _set(self, live: LiveScheduler | None) -> None:
         with self._changed:

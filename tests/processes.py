@@ -46,7 +46,7 @@ def named(name: str, of: int | None = None) -> list[int]:
     return sorted(pid for pid, line in descendants(of or os.getpid()).items() if line.startswith(name))
 
 
-def all_named(name: str, count: int, of: int | None = None, patience_s: float = 60.0) -> list[int]:
+def all_named(name: str, count: int, of: int | None = None, patience_s: float = 180.0) -> list[int]:
     """All of them, once there are so many: a process that is about to change its title has none for a moment.
     Errors: AssertionError."""
     deadline = time.monotonic() + patience_s

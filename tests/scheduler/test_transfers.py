@@ -36,6 +36,15 @@ def pages_of(buffer: bytes) -> list[int]:
     return ids
 
 
+def begun(cluster: Cluster) -> int:
+    """The one transfer, once both sides have begun it."""
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    return transfer
+
+
 def test_a_prefix_is_fetched_where_its_holder_has_no_row() -> None:
     cluster, busy = busy_holder()
     stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
@@ -79,12 +88,7 @@ def test_the_last_page_of_a_conversation_comes_along() -> None:
 def test_what_does_not_arrive_is_computed() -> None:
     cluster, _ = busy_holder()
     stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
-    cluster.deliver(0)
-    cluster.deliver(1)
-    cluster.turn(0)
-    cluster.turn(1)
-    (transfer,) = cluster.moves()
-    cluster.move(transfer, ok=False)
+    cluster.move(begun(cluster), ok=False)
     cluster.run()
     assert cluster.cached_tokens(stream) == 0
     assert cluster.core.counters.failed_transfers == 1
@@ -107,11 +111,7 @@ def test_a_source_that_fails_and_is_lost_then_cuts_the_fetch_too() -> None:
     """As one does whose rank broke: its mover says that nothing was sent, then its leader goes."""
     cluster, busy = busy_holder()
     stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
-    for group in (0, 1):
-        cluster.deliver(group)
-        cluster.turn(group)
-    (transfer,) = cluster.moves()
-    cluster.groups[ZERO].answer(transfer, ok=False)
+    cluster.groups[ZERO].answer(begun(cluster), ok=False)
     cluster.arrive(0)
     cluster.lose(0)
     assert commands(cluster, 1, Cut) == [Cut(ZERO, 0)], "else the target would wait for it as long as for a slow one"
@@ -123,11 +123,7 @@ def test_a_source_that_fails_and_is_lost_then_cuts_the_fetch_too() -> None:
 def test_a_target_that_fails_and_is_lost_then_cuts_the_fetch_too() -> None:
     cluster, _ = busy_holder()
     cluster.submit([*PREFIX, 0, 0], max_tokens=2)
-    for group in (0, 1):
-        cluster.deliver(group)
-        cluster.turn(group)
-    (transfer,) = cluster.moves()
-    cluster.groups[ONE].answer(transfer, ok=False)
+    cluster.groups[ONE].answer(begun(cluster), ok=False)
     cluster.arrive(1)
     cluster.lose(1)
     assert commands(cluster, 0, Cut) == [Cut(ONE, 0)]
