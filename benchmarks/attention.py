@@ -26,9 +26,9 @@ from benchmarks.checkpoints import SHAPES, Shape
 from benchmarks.report import Spread, table
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.attention import select_backend
 from workers.attention.base import AttentionBackend
-from workers.step import StepInput
+from workers.attention.select import select_backend
+from workers.execution.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)

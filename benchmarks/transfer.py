@@ -35,12 +35,12 @@ from kvcache.pool import KVPool
 from scheduler.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
 from scheduler.sampling import SamplingParams
 from workers.build import WorkerConfig, build_rank
-from workers.exchange import Exchange, LocalTransport
-from workers.in_process import Solo
-from workers.mover import PageMover, Transport
-from workers.pairs import PairWire
-from workers.rank import Rank
-from workers.transport import SocketTransport, SocketWire
+from workers.loop.rank import Rank
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover, Transport
+from workers.moving.pairs import PairWire
+from workers.moving.transport import SocketTransport, SocketWire
+from workers.parallel.in_process import Solo
 
 TOKEN = "benchmark"
 HERE, THERE = 0, 1

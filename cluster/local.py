@@ -27,13 +27,13 @@ from scheduler.messages import Command, End, Moved, Report, Request, TalliedMetr
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
 from workers.build import Built, WorkerConfig, build_rank
-from workers.exchange import Exchange, LocalTransport
-from workers.in_process import ThreadGroup
-from workers.leader import Gathered, LinkClosed, follow, lead
-from workers.mover import PageMover
-from workers.parallel import PeerLost
-from workers.rank import Rank
-from workers.reports import Reporter
+from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover
+from workers.parallel.connect import PeerLost
+from workers.parallel.in_process import ThreadGroup
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,14 @@
 """From what the user asked to what each worker and the scheduler are told. Reads the checkpoint's config.json, nothing else.
 
-Imports torch through `workers.architectures`.
+Imports torch through `workers.model.architectures`.
 """
 
 from pathlib import Path
 
 from cluster.config import EngineConfig
 from scheduler.config import CoreConfig
-from workers.architectures import CheckpointError, ModelConfig, read_config
 from workers.build import WorkerConfig
+from workers.model.architectures import CheckpointError, ModelConfig, read_config
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""

@@ -13,12 +13,12 @@ PURE = [
     "scheduler.invariants",
     "scheduler.server",
     "scheduler.stats",
-    "workers.constraints",
-    "workers.grammar",
-    "workers.leader",
-    "workers.link",
-    "workers.reports",
-    "workers.simulated",
+    "workers.sampling.constraints",
+    "workers.sampling.grammar",
+    "workers.loop.leader",
+    "workers.loop.link",
+    "workers.loop.reports",
+    "workers.loop.simulated",
 ]
 
 

@@ -13,13 +13,13 @@ from scheduler.logs import configure
 from scheduler.messages import Hello
 from scheduler.wire import listen
 from workers.build import Built, WorkerConfig, build_rank
-from workers.communicator import Communicator
-from workers.leader import Gathered, follow, lead
-from workers.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
-from workers.mover import PageMover
-from workers.parallel import connect
-from workers.reports import Reporter
-from workers.transport import SocketTransport, open_transport
+from workers.loop.leader import Gathered, follow, lead
+from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
+from workers.loop.reports import Reporter
+from workers.moving.mover import PageMover
+from workers.moving.transport import SocketTransport, open_transport
+from workers.parallel.communicator import Communicator
+from workers.parallel.connect import connect
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,16 +15,16 @@ import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.architectures import DTYPES, ModelConfig, RankShape, read_config
-from workers.attention import select_backend
-from workers.batch import Launched, ResidentBatch
-from workers.communicator import Communicator
-from workers.constraints import Constraints
-from workers.grammar import load_tokenizer
-from workers.model import load_model
-from workers.rank import Rank
-from workers.runner import ModelRunner
-from workers.sampler import Sampler
+from workers.attention.select import select_backend
+from workers.execution.runner import ModelRunner
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.rank import Rank
+from workers.model.architectures import DTYPES, ModelConfig, RankShape, read_config
+from workers.model.decoder import load_model
+from workers.parallel.communicator import Communicator
+from workers.sampling.constraints import Constraints
+from workers.sampling.grammar import load_tokenizer
+from workers.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 

@@ -58,7 +58,7 @@ def kernel_passes(case: "Case", shape: "Shape", page: int, device: str) -> dict[
     from benchmarks.attention import make_step
     from kvcache.layout import PageLayout
     from kvcache.pool import KVPool
-    from workers.attention import select_backend
+    from workers.attention.select import select_backend
 
     step = make_step(case, page, device)
     layout = PageLayout(page, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")

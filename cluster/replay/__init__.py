@@ -11,5 +11,5 @@
     stopwatch.py  CPU time of the core
     report.py     what came of it
 
-Imports the core, `workers.batch` and NumPy; no torch, no ray, no threads, no clock but the one that it turns itself.
+Imports the core, `workers.loop.batch` and NumPy; no torch, no ray, no threads, no clock but the one that it turns itself.
 """

@@ -20,7 +20,7 @@ from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.messages import Deltas, Report, Request
 from scheduler.sampling import SamplingParams
-from workers.batch import ResidentBatch
+from workers.loop.batch import ResidentBatch
 
 NEVER_S = float("inf")
 

@@ -2,7 +2,7 @@
 
 A step with a prefill chunk or a first token is one step. Decode steps between two events (a page fills, a grant is due, an
 output ends, a command arrives) differ in nothing that the scheduler sees: one run, computed at once and sent as one report.
-Imports `workers.batch`, the messages and NumPy.
+Imports `workers.loop.batch`, the messages and NumPy.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cluster.replay.time_model import TimeModel
 from scheduler.messages import NO_TOKEN, ROW_MASK, Command, Movement, Report, Start
-from workers.batch import Launched, ResidentBatch
+from workers.loop.batch import Launched, ResidentBatch
 
 TOKEN_MASK = np.uint64(0x7FFFFFFF)
 STRIDE = np.uint64(0x9E3779B97F4A7C15)

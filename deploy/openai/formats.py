@@ -1,6 +1,6 @@
 """What an output must look like: OpenAI's `response_format` and vLLM's `guided_` fields as one `Grammar`.
 
-Pure functions over the fields of a request; imports the grammar's wire type, and llguidance through `workers.grammar`.
+Pure functions over the fields of a request; imports the grammar's wire type, and llguidance through `workers.sampling.grammar`.
 """
 
 import json
@@ -14,7 +14,7 @@ from llguidance import LLTokenizer
 
 from deploy.errors import Fault, RequestError
 from scheduler.sampling import Grammar
-from workers.grammar import GrammarError, check
+from workers.sampling.grammar import GrammarError, check
 
 MAX_GRAMMAR_BYTES = 128 << 10
 """A grammar travels to every rank of a group and is compiled there; this much takes about 0.1 s."""

@@ -8,7 +8,7 @@ from deploy.errors import Fault, RequestError
 from deploy.openai.formats import validate
 from deploy.service import ServedModel
 from scheduler.sampling import Grammar
-from workers.grammar import GrammarError, load_tokenizer
+from workers.sampling.grammar import GrammarError, load_tokenizer
 
 REMEMBERED = 256
 """Grammars known to be valid: clients send the same schema again and again."""

@@ -18,7 +18,7 @@ from deploy.openai.formats import check_nesting, check_size
 from deploy.openai.tool_calls import HERMES, LLAMA, ToolCallParser, ToolFormat
 from deploy.text import Tokenizer
 from scheduler.sampling import Grammar
-from workers.grammar import WHITE_SPACE
+from workers.sampling.grammar import WHITE_SPACE
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

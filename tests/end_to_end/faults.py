@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from workers.batch import Launched, ResidentBatch
-from workers.rank import Pending
-from workers.runner import ModelRunner
+from workers.execution.runner import ModelRunner
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.rank import Pending
 
 BreakRanks = Callable[[str, int], None]
 """(beginning of the ranks' thread names, steps): each of those ranks fails after so many steps from now on."""

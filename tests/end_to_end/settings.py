@@ -12,7 +12,7 @@ from deploy import LLM, SamplingParams
 from deploy.outputs import RequestOutput
 from deploy.prompts import Source
 from kvcache.layout import PageLayout
-from workers.architectures import read_config
+from workers.model.architectures import read_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LARGE_POOL_TOKENS = 10_240

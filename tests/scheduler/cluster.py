@@ -34,10 +34,10 @@ from scheduler.messages import (
 )
 from scheduler.sampling import SamplingParams
 from scheduler.sequence import Sequence
-from workers.batch import ResidentBatch
-from workers.rank import Rank
-from workers.reports import Reporter
-from workers.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
+from workers.loop.batch import ResidentBatch
+from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
+from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
 
 VOCABULARY = 2
 LOST = "its workers have gone"

@@ -42,7 +42,7 @@ def test_json_keeps_the_traceback() -> None:
     try:
         raise ValueError("out of pages")
     except ValueError:
-        failed = logging.LogRecord("workers.rank", logging.ERROR, __file__, 1, "a rank failed", (), sys.exc_info())
+        failed = logging.LogRecord("workers.loop.rank", logging.ERROR, __file__, 1, "a rank failed", (), sys.exc_info())
     assert "ValueError: out of pages" in json.loads(JsonFormatter({}).format(failed))["exception"]
     assert "ValueError: out of pages" in TextFormatter({}).format(failed)
 
@@ -52,9 +52,9 @@ def test_our_rooms_inform_and_libraries_warn(log_format: str) -> None:
     program = (
         "import logging; from scheduler.logs import configure;"
         f"configure({log_format!r}, rank=1); configure({log_format!r}, rank=1);"
-        "[logging.getLogger(name).info('from %s', name) for name in ('deploy.app', 'workers.rank', 'httpx')]"
+        "[logging.getLogger(name).info('from %s', name) for name in ('deploy.app', 'workers.loop.rank', 'httpx')]"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
     assert len(lines) == 2, "each line once"
-    assert all("from deploy.app" in line or "from workers.rank" in line for line in lines)
+    assert all("from deploy.app" in line or "from workers.loop.rank" in line for line in lines)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.step import StepInput
+from workers.execution.step import StepInput
 
 SPARE_PAGES = 3
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.workers.dense_attention import DenseAttention
-from workers.architectures import read_config
-from workers.communicator import Communicator
-from workers.model import Decoder, load_model
-from workers.parallel import Solo, ThreadGroup
-from workers.step import StepInput
+from workers.execution.step import StepInput
+from workers.model.architectures import read_config
+from workers.model.decoder import Decoder, load_model
+from workers.parallel.communicator import Communicator
+from workers.parallel.connect import Solo, ThreadGroup
 
 PAGE_SIZE, PAGES_EACH, SEQUENCES = 16, 8, 4
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ Any float dtype; computes in float64 for float64 and in float32 otherwise.
 import torch
 from torch import Tensor
 
-from workers.architectures import RankShape
-from workers.step import StepInput
+from workers.execution.step import StepInput
+from workers.model.architectures import RankShape
 
 
 class DenseAttention:

@@ -12,10 +12,10 @@ from torch import Tensor
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from scheduler.messages import Moved, Movement, Receive, Send
-from workers.exchange import Exchange, LocalTransport
-from workers.mover import PageMover, Transport
-from workers.pairs import PairWire
-from workers.transport import SocketTransport, SocketWire
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover, Transport
+from workers.moving.pairs import PairWire
+from workers.moving.transport import SocketTransport, SocketWire
 
 LAYOUT = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=8, dtype="bfloat16")
 PAGES = 40

@@ -11,9 +11,9 @@ from scheduler.messages import Command, LeaseId, Start
 from scheduler.sampling import SamplingParams
 from tests.workers.test_build import CONFIG
 from workers.build import Built, build_rank
-from workers.communicator import Communicator
-from workers.in_process import Solo, ThreadGroup
-from workers.rank import Rank
+from workers.loop.rank import Rank
+from workers.parallel.communicator import Communicator
+from workers.parallel.in_process import Solo, ThreadGroup
 
 PROMPT = np.random.default_rng(7).integers(0, 199, 45).tolist()
 OUTPUT = 20

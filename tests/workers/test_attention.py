@@ -16,11 +16,11 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from tests.workers import fake_flash_attn
 from tests.workers.attention_reference import Problem, make_problem, make_step, to_device
-from workers.attention import select_backend
 from workers.attention.base import AttentionBackend
-from workers.attention.cpu import CpuAttention
 from workers.attention.flash import FlashAttention, load_kernels
-from workers.attention.native import NativeAttention, NativeUnavailable, load_library
+from workers.attention.select import select_backend
+from workers.cpu.attention import CpuAttention
+from workers.cpu.native import NativeAttention, NativeUnavailable, load_library
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
@@ -40,7 +40,7 @@ def _native(pool: KVPool, heads: int) -> AttentionBackend:
 
 def _triton(pool: KVPool, heads: int) -> AttentionBackend:
     pytest.importorskip("triton")
-    from workers.attention.triton_paged import TritonAttention
+    from workers.attention.triton import TritonAttention
 
     return TritonAttention(pool, heads)
 
@@ -239,7 +239,7 @@ def test_a_failing_or_silent_compiler_falls_back_to_torch(monkeypatch: pytest.Mo
 
 def test_processes_that_build_at_once_share_one_library(tmp_path: Path) -> None:
     _native(_pool(), 2)
-    code = "import pathlib, sys, workers.attention.native as n; n.load_library(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys, workers.cpu.native as n; n.load_library(pathlib.Path(sys.argv[1]))"
     builds = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
     assert [build.wait(timeout=240) for build in builds] == [0, 0]
     assert len(list(tmp_path.iterdir())) == 1

@@ -22,7 +22,7 @@ from scheduler.messages import (
     Start,
 )
 from scheduler.sampling import Grammar, SamplingParams
-from workers.batch import MEASURED_TOKENS, Launched, Measured, ResidentBatch
+from workers.loop.batch import MEASURED_TOKENS, Launched, Measured, ResidentBatch
 
 
 def lease(serial: int, row: int) -> LeaseId:

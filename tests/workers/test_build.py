@@ -9,10 +9,10 @@ import torch
 
 from kvcache.layout import PageLayout
 from workers import build
-from workers.architectures import CheckpointError
 from workers.build import WorkerConfig, build_rank
-from workers.in_process import Solo
-from workers.runner import ModelRunner
+from workers.execution.runner import ModelRunner
+from workers.model.architectures import CheckpointError
+from workers.parallel.in_process import Solo
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 LAYOUT = PageLayout(page_size=16, layers=4, kv_heads=2, head_dim=64, dtype="float32")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers import candidates
+from workers.sampling import candidates
 
 
 def test_compact_drops_exactly_what_lies_below_the_floor() -> None:

@@ -12,9 +12,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from scheduler.sampling import Grammar
 from tests.workers.test_grammar import EOS, PERSON, TINY
-from workers import constraints as module
-from workers.constraints import Allowed, Constraints
-from workers.grammar import GrammarError, compile_grammar, load_tokenizer
+from workers.sampling import constraints as module
+from workers.sampling.constraints import Allowed, Constraints
+from workers.sampling.grammar import GrammarError, compile_grammar, load_tokenizer
 
 VOCAB = 4096
 NOTHING = np.empty(0, np.int32)

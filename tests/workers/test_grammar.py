@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLTokenizer
 
 from scheduler.sampling import Grammar
-from workers.grammar import GrammarError, check, compile_grammar, load_tokenizer
+from workers.sampling.grammar import GrammarError, check, compile_grammar, load_tokenizer
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 EOS = (0, 2)

@@ -8,9 +8,9 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from tests.workers.decoding import CPU
-from workers.in_process import Solo
-from workers.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, can_pack
-from workers.rotary import Rope, Rotary
+from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, can_pack
+from workers.model.rotary import Rope, Rotary
+from workers.parallel.in_process import Solo
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCALED: dict[str, dict[str, Any]] = {

@@ -8,13 +8,13 @@ import pytest
 from scheduler.messages import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
 from scheduler.wire import FrameSocket, listen
 from tests.workers.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
-from workers.batch import ResidentBatch
-from workers.leader import Gathered, LinkClosed, follow, lead
-from workers.link import Greeting, SocketFeed, SocketInbox, SocketLink
-from workers.mover import PageMover
-from workers.rank import Rank
-from workers.reports import Reporter
-from workers.simulated import SimulatedExecutor
+from workers.loop.batch import ResidentBatch
+from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
+from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
+from workers.loop.simulated import SimulatedExecutor
+from workers.moving.mover import PageMover
 
 
 def simulated() -> Rank:

@@ -19,7 +19,7 @@ from tests.workers.test_sampler import (
     reference,
     shard,
 )
-from workers.constraints import Allowed, Constraint
+from workers.sampling.constraints import Allowed, Constraint
 
 Masks = npt.NDArray[np.bool_]
 ANY = Grammar("regex", ".*")

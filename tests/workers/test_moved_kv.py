@@ -11,10 +11,10 @@ from tests.checkpoints import make_checkpoint
 from tests.workers.movers import TOKEN, Said, ids
 from tests.workers.real_groups import PROMPT, Group, start
 from tests.workers.test_batch import lease
-from workers.exchange import Exchange, LocalTransport
-from workers.leader import Gathered
-from workers.mover import PageMover, Transport
-from workers.transport import open_transport
+from workers.loop.leader import Gathered
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover, Transport
+from workers.moving.transport import open_transport
 
 Make = Callable[..., "Movable"]
 

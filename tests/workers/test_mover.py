@@ -12,9 +12,9 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from scheduler.messages import Cut, Load, Offload, Send
 from tests.workers.movers import KINDS, LAYOUT, NCCL, PAGES, PATIENCE_S, Said, World, ids, random_pool
-from workers import exchange, mover, side
-from workers.lane import Abort
-from workers.mover import PageMover
+from workers.moving import exchange, mover, side
+from workers.moving.lane import Abort
+from workers.moving.mover import PageMover
 
 Make = Callable[..., World]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers import noise
+from workers.sampling import noise
 
 
 def splitmix(state: int) -> int:

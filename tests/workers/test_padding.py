@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from workers.padding import padded, padded_rows
+from workers.cpu.padding import padded, padded_rows
 
 
 def test_few_widths_and_little_padding() -> None:

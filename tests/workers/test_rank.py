@@ -5,11 +5,11 @@ import pytest
 
 from scheduler.messages import Command, Copy, Drop, End, FinishReason, Start
 from tests.workers.test_batch import DIGITS, lease, start
-from workers.batch import Launched, ResidentBatch
-from workers.leader import follow, lead
-from workers.rank import Rank, StepResult, Tokens
-from workers.reports import Reporter
-from workers.simulated import SimulatedExecutor, continuation
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.leader import follow, lead
+from workers.loop.rank import Rank, StepResult, Tokens
+from workers.loop.reports import Reporter
+from workers.loop.simulated import SimulatedExecutor, continuation
 
 
 class Recorder:

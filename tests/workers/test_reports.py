@@ -4,9 +4,9 @@ import numpy as np
 
 from scheduler.batching import StepPlan
 from scheduler.messages import NO_TOKEN, FinishReason, Report
-from workers.batch import Launched
-from workers.rank import StepResult, Tokens
-from workers.reports import Reporter
+from workers.loop.batch import Launched
+from workers.loop.rank import StepResult, Tokens
+from workers.loop.reports import Reporter
 
 
 def result(

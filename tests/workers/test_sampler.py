@@ -15,8 +15,8 @@ from torch import Tensor
 
 from scheduler.messages import TokenLogprobs
 from scheduler.sampling import SamplingParams
-from workers import candidates, noise
-from workers.sampler import Sampled, Sampler
+from workers.sampling import candidates, noise
+from workers.sampling.sampler import Sampled, Sampler
 
 T = TypeVar("T")
 Floats = npt.NDArray[np.float64]

@@ -5,9 +5,9 @@ import pytest
 
 from scheduler.messages import Command, Copy
 from tests.workers.test_batch import lease, start
-from workers.batch import ResidentBatch
-from workers.rank import Rank
-from workers.simulated import SimulatedExecutor, continuation, digest, next_token
+from workers.loop.batch import ResidentBatch
+from workers.loop.rank import Rank
+from workers.loop.simulated import SimulatedExecutor, continuation, digest, next_token
 
 VOCABULARY = 1 << 20
 PROMPT = list(range(6))

@@ -19,9 +19,9 @@ from kvcache.layout import PageLayout
 from scheduler.messages import Cut, Receive
 from scheduler.wire import frame
 from tests.workers.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
-from workers.connection import Challenge, Connection, Fetch, Offer, nonce, prove
-from workers.lane import TransferFailed
-from workers.transport import runs
+from workers.moving.connection import Challenge, Connection, Fetch, Offer, nonce, prove
+from workers.moving.lane import TransferFailed
+from workers.moving.transport import runs
 
 LARGE = PageLayout(page_size=256, layers=8, kv_heads=4, head_dim=64, dtype="float32")  # 4 MiB a page
 FORWARD = 16  # of them: more than any socket buffers

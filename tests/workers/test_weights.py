@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import generate_reference, make_checkpoint
 from tests.workers.decoding import CPU, Ranks
-from workers.architectures import CheckpointError, read_config
-from workers.model import load_model
-from workers.weights import Checkpoint, Piece
+from workers.model.architectures import CheckpointError, read_config
+from workers.model.decoder import load_model
+from workers.model.weights import Checkpoint, Piece
 
 PROMPT = [5, 6, 7]
 

@@ -1,13 +1,13 @@
 """The one interface of the attention backends: write this step's KV into the pool, attend over pages.
 
-Imports torch and `workers.step`.
+Imports torch and `workers.execution.step`.
 """
 
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from workers.step import StepInput
+from workers.execution.step import StepInput
 
 
 class AttentionBackend(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.write import KvWriter, RowWriter, dense_rows
-from workers.step import StepInput
+from workers.execution.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _writer(pool: KVPool) -> KvWriter:
     """One fused launch where triton is installed, torch's index operations otherwise."""
     if pool.device.type == "cuda":
         try:
-            from workers.attention.triton_paged import TritonWriter
+            from workers.attention.triton import TritonWriter
         except ImportError:
             return RowWriter(pool)
         return TritonWriter(pool)

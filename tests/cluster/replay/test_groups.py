@@ -10,7 +10,7 @@ from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.messages import NO_TOKEN, Request
 from scheduler.sampling import SamplingParams
-from workers.batch import ResidentBatch
+from workers.loop.batch import ResidentBatch
 
 GROUP = GroupId(0)
 TIME = TimeModel(prefill_tokens_per_s=1000.0, decode_step_s=0.01, sequence_s=0.001, context_token_s=1e-6)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from deploy.text import Tokenizer
 from tests.deploy.conftest import EOS, train_backend
-from workers.grammar import load_tokenizer
+from workers.sampling.grammar import load_tokenizer
 
 QWEN_TEMPLATE = """\
 {%- if tools %}<|im_start|>system

@@ -4,7 +4,7 @@ from llguidance import LLTokenizer
 
 from deploy.text import Tokenizer
 from scheduler.sampling import Grammar
-from workers.grammar import compile_grammar
+from workers.sampling.grammar import compile_grammar
 
 
 def accepts(grammar: Grammar, vocabulary: LLTokenizer, tokenizer: Tokenizer, output: str) -> bool:

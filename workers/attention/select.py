@@ -1,0 +1,91 @@
+"""Which attention backend a rank uses: one interface (`base`), several backends, one place that chooses.
+
+Imports torch. What a backend alone needs (triton, flash-attn, a compiler) is touched only when it is considered.
+"""
+
+import logging
+from pathlib import Path
+
+from kvcache.pool import KVPool
+from workers.attention.base import AttentionBackend
+from workers.attention.flash import FlashAttention, load_kernels
+from workers.cpu.attention import CpuAttention
+from workers.cpu.native import NativeAttention, NativeUnavailable
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "flash", "triton", "cpu")
+CACHE_FOLDER = Path("~/.cache/manta")
+
+
+def select_backend(
+    name: str,
+    *,
+    pool: KVPool,
+    heads: int,
+    native: bool | None = None,
+    cache_folder: Path = CACHE_FOLDER,
+) -> AttentionBackend:
+    """Bind a backend to this rank's pool; the log says which one and why.
+
+    name: "auto" takes flash-attn, else Triton, on a CUDA device and the CPU backend on a CPU. heads: query heads of this
+    rank. native: True forces the CPU backend's compiled kernels, False plain torch, None takes what works.
+    cache_folder: where compiled kernels are kept. Raises ValueError saying what to change where the choice cannot work.
+    """
+    layout, device = pool.layout, pool.device.type
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is not known: choose one of {', '.join(BACKENDS)}")
+    if heads % layout.kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {layout.kv_heads} KV heads evenly: check the model and tp")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"there is no attention backend for device {device!r}: choose cpu or cuda")
+    if name == "cpu" or (name == "auto" and device == "cpu"):
+        if device != "cpu":
+            raise ValueError("attention backend 'cpu' needs the pool on a CPU: choose device cpu, or backend auto")
+        return _cpu(pool, heads, native, cache_folder.expanduser())
+    if device != "cuda":
+        raise ValueError(f"attention backend {name!r} needs a CUDA device, the pool is on {device}: choose auto or cpu")
+    return {"auto": _cuda, "flash": _flash, "triton": _triton}[name](pool, heads)
+
+
+def _cpu(pool: KVPool, heads: int, native: bool | None, cache_folder: Path) -> AttentionBackend:
+    if native is False:
+        logger.info("attention: cpu, plain torch, as asked")
+        return CpuAttention(pool, heads)
+    try:
+        backend = NativeAttention(pool, heads, cache_folder)
+    except NativeUnavailable as error:
+        if native:
+            raise ValueError(f"the compiled CPU kernels cannot be used: {error}; or do not force them") from error
+        logger.warning("attention: cpu, plain torch, since the compiled kernels cannot be used: %s", error)
+        return CpuAttention(pool, heads)
+    logger.info("attention: cpu, compiled kernels in %s", cache_folder)
+    return backend
+
+
+def _cuda(pool: KVPool, heads: int) -> AttentionBackend:
+    try:
+        return _flash(pool, heads)
+    except ValueError as error:
+        logger.info("attention: not flash: %s", error)
+    return _triton(pool, heads)
+
+
+def _flash(pool: KVPool, _heads: int) -> AttentionBackend:
+    try:
+        kernels = load_kernels()
+    except ImportError as error:
+        raise ValueError(f"{error}: install flash-attn or choose attention backend triton") from error
+    backend = FlashAttention(pool, kernels)
+    logger.info("attention: flash, flash-attn %s with pages of %d tokens", kernels.version, pool.layout.page_size)
+    return backend
+
+
+def _triton(pool: KVPool, heads: int) -> AttentionBackend:
+    try:
+        from workers.attention.triton import TritonAttention
+    except ImportError as error:
+        raise ValueError(f"attention backend triton cannot be imported ({error}): install triton or flash-attn") from error
+    backend = TritonAttention(pool, heads)
+    logger.info("attention: triton, paged split-KV kernels with pages of %d tokens", pool.layout.page_size)
+    return backend

@@ -1,0 +1,1 @@
+"""What is there for CPUs alone: compiled attention, shared-memory collectives, padding for oneDNN."""

@@ -1,0 +1,1 @@
+"""Triton kernels by themselves, each with its reference in torch beside it."""

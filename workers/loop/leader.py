@@ -1,0 +1,100 @@
+"""The step loop of a group: rank 0 takes commands from the scheduler, steps with its peers, and reports what was done.
+
+Imports `rank`, `reports` and `scheduler.messages`; transports come from outside.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from scheduler.messages import Command, Moved, Report
+from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
+
+
+class LinkClosed(ConnectionError):
+    """The other side has gone."""
+
+
+class SchedulerLink(Protocol):
+    """The group's stream to the scheduler: one ordered log down, one numbered stream of reports up, and what has moved."""
+
+    def receive(self, *, wait: bool) -> Sequence[Command]:
+        """The commands that came in since the last call; waits for one if asked. Errors: LinkClosed."""
+        ...
+
+    def send(self, message: Report | Moved) -> None:
+        """From any thread. Errors: LinkClosed."""
+        ...
+
+
+class PeerFeed(Protocol):
+    """From the leader to each other rank: the commands before each turn, empty ones included, in order."""
+
+    def send(self, commands: Sequence[Command]) -> None: ...
+
+
+class PeerInbox(Protocol):
+    """The other end of `PeerFeed`."""
+
+    def receive(self) -> Sequence[Command]:
+        """Waits for the leader's next turn. Errors: LinkClosed."""
+        ...
+
+
+class Gathered:
+    """What the ranks of a group say of each transfer, one after another, becomes one `Moved` once all have.
+
+    ranks: how many. send: to the scheduler, from whichever rank's thread was last; None until the group has its link.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self.send: Callable[[Moved], None] | None = None
+        self._ranks = ranks
+        self._lock = threading.Lock()
+        self._parts: dict[int, list[Moved]] = {}
+
+    def add(self, moved: Moved) -> None:
+        """From any thread, once for each rank and transfer. A scheduler that has gone is the step loop's to notice."""
+        with self._lock:
+            parts = self._parts.setdefault(moved.transfer, [])
+            parts.append(moved)
+            if len(parts) < self._ranks:
+                return
+            del self._parts[moved.transfer]
+        whole = Moved(
+            epoch=moved.epoch,
+            transfer=moved.transfer,
+            ok=all(part.ok for part in parts),
+            elapsed_s=max(part.elapsed_s for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            message="; ".join(dict.fromkeys(part.message for part in parts if part.message)),
+        )
+        if self.send is not None:
+            with contextlib.suppress(LinkClosed):
+                self.send(whole)
+
+
+def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) -> str:
+    """Runs until the log ends; returns its reason. Never steps without being told when idle: an idle group sleeps.
+
+    Errors: LinkClosed, and whatever the executor raises; the caller lets the group die then.
+    """
+    while True:
+        commands = link.receive(wait=rank.idle)
+        feed.send(commands)
+        result = rank.turn(commands)
+        if rank.batch.ended is not None:
+            return rank.batch.ended
+        if result is not None:
+            reporter.add(result, rank.batch.applied)
+        for report in reporter.take(flush=rank.idle):
+            link.send(report)
+
+
+def follow(rank: Rank, inbox: PeerInbox) -> str:
+    """A peer's loop: the same turns as the leader's, with nobody to report to."""
+    while rank.batch.ended is None:
+        rank.turn(inbox.receive())
+    return rank.batch.ended

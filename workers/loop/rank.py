@@ -1,0 +1,145 @@
+"""One rank's part in its group: the resident batch, what executes it, and the verbs plan, execute, commit.
+
+The same object runs in the leader, in its peers and in simulations; only the executor differs.
+Imports `batch` and `scheduler.messages`; no torch, no ray.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
+from workers.loop.batch import Launched, ResidentBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a step sampled. ids: [n] int64, any value where the step took no sample, NO_TOKEN where sampling failed.
+
+    logprobs: (index, opaque payload) in the order in which the front end is to read them.
+    """
+
+    ids: npt.NDArray[np.int64]
+    logprobs: Sequence[tuple[int, bytes]] = ()
+
+
+class Pending(Protocol):
+    """A step whose tokens may still be on the device."""
+
+    def wait(self) -> Tokens: ...
+
+
+class Executor(Protocol):
+    """Computes steps: the model on this rank's device, or a model of its time."""
+
+    def admit(self, start: Start) -> None:
+        """A sequence enters the batch at the lease's row."""
+        ...
+
+    def release(self, row: int) -> None:
+        """The sequence at `row` has left; a step with it may still be under way."""
+        ...
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The first `tokens` slots of page `target` get what page `source` holds: after the steps launched so far, before
+        every later one, without a wait on the host."""
+        ...
+
+    def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
+        """Launches a step; must not wait for its result on the host."""
+        ...
+
+    def close(self) -> None:
+        """No step follows: ends whatever threads it has, without waiting for them."""
+        ...
+
+
+class Mover(Protocol):
+    """Moves whole pages beside the steps, and says by itself when it has."""
+
+    def take(self, movement: Movement) -> None:
+        """The next movement of the log; the steps of the commands before it have been launched. Must not wait."""
+        ...
+
+    def close(self) -> None:
+        """Fails what is under way and ends all threads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """A committed step. live: [n] leases that had not ended when its tokens came in."""
+
+    step: Launched
+    tokens: Tokens
+    live: npt.NDArray[np.bool_]
+    finished: list[tuple[int, FinishReason]]
+
+
+class Rank:
+    """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
+
+    mover: set before the first turn; without one, movements are passed over.
+    Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
+    """
+
+    def __init__(self, batch: ResidentBatch, executor: Executor, depth: int = 0) -> None:
+        self.batch = batch
+        self.executor = executor
+        self.mover: Mover | None = None
+        self._depth = depth
+        self._under_way: deque[tuple[Launched, Pending]] = deque()
+        self._idle = True
+
+    @property
+    def idle(self) -> bool:
+        """No step is under way and none can be planned: only a command can change that."""
+        return self._idle
+
+    def turn(self, commands: Iterable[Command]) -> StepResult | None:
+        """Applies commands, launches one step if there is work, and commits the oldest if enough are under way."""
+        for command in commands:
+            self.batch.apply(command)
+            self._release()
+            if isinstance(command, Start):
+                self.executor.admit(command)
+            elif isinstance(command, Copy):
+                self.executor.copy(command.source, command.target, command.tokens)
+            elif isinstance(command, Movement) and self.mover is not None:
+                self.mover.take(command)
+        plan = self.batch.plan()
+        if len(plan.rows):
+            step = self.batch.launch(plan)
+            self._under_way.append((step, self.executor.execute(self.batch, step)))
+        result = None
+        if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
+            result = self._commit(*self._under_way.popleft())
+        self._idle = not len(plan.rows) and result is None  # what was committed may be what a row has waited for
+        return result
+
+    def close(self) -> None:
+        """The loop has ended, for whatever reason."""
+        try:
+            if self.mover is not None:
+                self.mover.close()
+        finally:
+            self.executor.close()
+
+    def _commit(self, step: Launched, pending: Pending) -> StepResult:
+        tokens = pending.wait()
+        live = self.batch.live(step)
+        finished = self.batch.collect(step, tokens.ids)
+        self._release()
+        return StepResult(step, tokens, live, finished)
+
+    def _release(self) -> None:
+        while self.batch.vacated:
+            self.executor.release(self.batch.vacated.pop())
+
+
+def row_of(start: Start) -> int:
+    return start.lease & ROW_MASK

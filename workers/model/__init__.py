@@ -1,0 +1,1 @@
+"""The decoder: what a checkpoint says, its weights, its layers."""

@@ -1,0 +1,322 @@
+"""What a checkpoint's own config.json says about its decoder, and how tensor parallelism divides it.
+
+Imports torch for dtypes only. One more architecture is one more row in `ARCHITECTURES`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.model.rotary import Rope
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be served as asked; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How one family departs from the common decoder. None means: as config.json's own field says."""
+
+    attention_bias: bool | None = False  # on q, k and v
+    o_bias: bool | None = False
+    mlp_bias: bool | None = False
+    qk_norm: bool = False
+    sliding: str = ""  # which rule says whether the sliding window is in use: "", "always" or "flag"
+    head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(attention_bias=None, o_bias=None, mlp_bias=None),
+    "MistralForCausalLM": Architecture(sliding="always"),
+    "Qwen2ForCausalLM": Architecture(attention_bias=True, sliding="flag"),
+    "Qwen3ForCausalLM": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
+}
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RankShape:
+    """One rank's part of the decoder. Where there are more ranks than KV heads, neighbours hold the same KV head.
+
+    Invariant: the query heads [head_start, head_start + heads) attend to exactly this rank's KV heads.
+    """
+
+    rank: int
+    size: int
+    layers: int
+    head_dim: int
+    heads: int
+    head_start: int
+    kv_heads: int
+    kv_head_start: int
+    intermediate: int
+    intermediate_start: int
+    vocab: int  # rows of the embedding and columns of the logits, padding included
+    vocab_start: int
+    vocab_real: int  # how many of `vocab` are tokens; the rest is padding at the end
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder's sizes and switches. Made by `read_config`; every instance is one that `Decoder` can run."""
+
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab_size: int
+    max_position: int  # positions that may be used: never beyond a sliding window
+    rms_eps: float
+    rope: Rope
+    attention_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    dtype: torch.dtype  # what the weights were saved in
+    eos_ids: tuple[int, ...]
+
+    def shard(self, rank: int, size: int) -> RankShape:
+        """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
+        if size < 1 or self.heads % size:
+            raise CheckpointError(
+                f"tensor parallel size {size} does not divide the model's {self.heads} attention heads: "
+                f"choose one of {_divisors(self.heads)}"
+            )
+        if self.kv_heads % size and size % self.kv_heads:
+            raise CheckpointError(
+                f"tensor parallel size {size} neither divides the model's {self.kv_heads} KV heads nor is a multiple "
+                f"of them: choose one of {self.parallel_sizes()}"
+            )
+        if self.intermediate % size:
+            raise CheckpointError(
+                f"tensor parallel size {size} does not divide the intermediate size {self.intermediate}: "
+                f"choose one of {self.parallel_sizes()}"
+            )
+        vocab = -(-self.vocab_size // size)
+        return RankShape(
+            rank=rank,
+            size=size,
+            layers=self.layers,
+            head_dim=self.head_dim,
+            heads=self.heads // size,
+            head_start=rank * self.heads // size,
+            kv_heads=max(1, self.kv_heads // size),
+            kv_head_start=rank * self.kv_heads // size,
+            intermediate=self.intermediate // size,
+            intermediate_start=rank * self.intermediate // size,
+            vocab=vocab,
+            vocab_start=rank * vocab,
+            vocab_real=max(0, min(vocab, self.vocab_size - rank * vocab)),
+        )
+
+    def parallel_sizes(self) -> list[int]:
+        """Every tensor parallel size that `shard` accepts."""
+        return [
+            size
+            for size in _divisors(self.heads)
+            if not (self.kv_heads % size and size % self.kv_heads) and not self.intermediate % size
+        ]
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Parse `config.json` (and `generation_config.json`, for its stop ids) in the checkpoint folder `path`.
+
+    Both spellings of RoPE and dtype are read: transformers 5 writes `rope_parameters` and `dtype`, older files
+    `rope_theta`, `rope_scaling` and `torch_dtype`. Raises CheckpointError that says what to change.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
+    fields = _Fields(_read_json(folder / "config.json"), folder / "config.json")
+    name = _architecture_name(fields)
+    family = ARCHITECTURES[name]
+    heads = fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
+    kv_heads = fields.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.error(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    head_dim = fields.integer("head_dim", family.head_dim or hidden // heads)
+    if head_dim % 2:
+        raise fields.error(f"head_dim={head_dim} is odd, and rotary embeddings turn pairs")
+    max_position = fields.integer("max_position_embeddings")
+    _refuse_what_is_not_computed(fields)
+    return ModelConfig(
+        architecture=name,
+        hidden=hidden,
+        layers=fields.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        max_position=_within_window(fields, family, max_position),
+        rms_eps=fields.number("rms_norm_eps", 1e-6),
+        rope=_read_rope(fields, max_position),
+        attention_bias=fields.switch("attention_bias", family.attention_bias),
+        o_bias=fields.switch("attention_bias", family.o_bias),
+        mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
+        qk_norm=family.qk_norm,
+        tied=bool(fields.get("tie_word_embeddings", False)),
+        dtype=_read_dtype(fields),
+        eos_ids=_read_eos_ids(fields, folder),
+    )
+
+
+class _Fields:
+    """The raw JSON object, read field by field with errors that name file and field. A null counts as left out."""
+
+    def __init__(self, raw: dict[str, Any], path: Path) -> None:
+        self._raw, self._path = raw, path
+
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._path}: {problem}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        value = self._raw.get(name)
+        return default if value is None else value
+
+    def has(self, name: str) -> bool:
+        return name in self._raw
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.error(f"{name} must be a positive integer, found {value!r}: repair or download the file again")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.error(f"{name} must be a number, found {value!r}: repair or download the file again")
+        return float(value)
+
+    def switch(self, name: str, fixed: bool | None) -> bool:
+        return bool(self.get(name, False)) if fixed is None else fixed
+
+    def nested(self, name: str) -> "_Fields":
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.error(f"{name} must be an object, found {value!r}: repair or download the file again")
+        return _Fields(value, self._path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): repair or download the file again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds no JSON object: repair or download the file again")
+    return raw
+
+
+def _architecture_name(fields: _Fields) -> str:
+    names = fields.get("architectures", [])
+    for name in names if isinstance(names, list) else []:
+        if name in ARCHITECTURES:
+            return str(name)
+    supported = ", ".join(ARCHITECTURES)
+    raise fields.error(f"architectures={names!r} is not supported: choose a checkpoint of one of {supported}")
+
+
+def _refuse_what_is_not_computed(fields: _Fields) -> None:
+    """Refuse whatever would otherwise be silently ignored and give wrong logits."""
+    if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
+    if fields.get("quantization_config"):
+        raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
+
+
+def _read_rope(fields: _Fields, max_position: int) -> Rope:
+    modern = fields.nested("rope_parameters")
+    scaling = modern if fields.get("rope_parameters") else fields.nested("rope_scaling")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "dynamic":  # departs from the plain rotation only beyond max_position, where no sequence may go
+        kind = "default"
+    if kind not in Rope.KINDS:
+        raise fields.error(f"RoPE scaling {kind!r} is not supported: choose a checkpoint with one of {Rope.KINDS}")
+    for source in (fields, scaling):
+        if source.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error("partial_rotary_factor other than 1 is not supported: choose another checkpoint")
+    attention_factor = scaling.get("attention_factor")
+    original = scaling.integer("original_max_position_embeddings", max_position)
+    if kind in ("linear", "llama3") and scaling.get("factor") is None:
+        raise fields.error(f"RoPE scaling {kind!r} has no factor: repair or download the file again")
+    return Rope(
+        theta=modern.number("rope_theta", fields.number("rope_theta", 10_000.0)),
+        kind=kind,
+        factor=scaling.number("factor", max_position / original),
+        original_max_position=original,
+        low_freq_factor=scaling.number("low_freq_factor", 1.0),
+        high_freq_factor=scaling.number("high_freq_factor", 4.0),
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        attention_factor=None if attention_factor is None else float(attention_factor),
+        mscale=scaling.number("mscale", 0.0),
+        mscale_all_dim=scaling.number("mscale_all_dim", 0.0),
+        truncate=bool(scaling.get("truncate", True)),
+    )
+
+
+def _within_window(fields: _Fields, family: Architecture, max_position: int) -> int:
+    """Within its window, sliding attention is full attention: so it is served exactly, up to the window."""
+    window = None
+    if family.sliding == "always":
+        window = fields.integer("sliding_window", 4096) if not _is_null(fields, "sliding_window") else None
+    elif family.sliding == "flag" and fields.get("use_sliding_window", False):
+        kinds = fields.get("layer_types")
+        slides = fields.integer("num_hidden_layers") > int(fields.get("max_window_layers", 28))
+        if "sliding_attention" in kinds if isinstance(kinds, list) else slides:
+            window = fields.integer("sliding_window", 4096)
+    if window is None or window >= max_position:
+        return max_position
+    logger.warning("sliding window of %d tokens: the context ends there instead of at %d", window, max_position)
+    return window
+
+
+def _is_null(fields: _Fields, name: str) -> bool:
+    return fields.has(name) and fields.get(name) is None
+
+
+def _read_dtype(fields: _Fields) -> torch.dtype:
+    name = fields.get("dtype", fields.get("torch_dtype", "float32"))
+    if name not in DTYPES:
+        raise fields.error(f"dtype {name!r} is not supported: choose a checkpoint in one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _read_eos_ids(fields: _Fields, folder: Path) -> tuple[int, ...]:
+    """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json."""
+    found: set[int] = set()
+    generation = folder / "generation_config.json"
+    sources = [fields, _Fields(_read_json(generation), generation)] if generation.exists() else [fields]
+    for source in sources:
+        value = source.get("eos_token_id", [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise source.error(f"eos_token_id must be an integer or a list of them, found {value!r}: repair the file")
+        found.update(ids)
+    return tuple(sorted(found))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

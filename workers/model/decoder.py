@@ -1,0 +1,239 @@
+"""The decoder: one class for Llama, Mistral, Qwen2 and Qwen3, of which each rank holds its shard.
+
+Imports torch, the layers, the weights, and the interfaces of attention and communicator. Knows nothing of scheduling:
+a step is a ragged batch, and only the rows of `sample_at` get logits. All collectives are inside the row-parallel
+linears and the embedding (the spirit of gpt-fast's tp.py).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.attention.base import AttentionBackend
+from workers.cpu.padding import padded, padded_rows
+from workers.execution.step import StepInput
+from workers.model.architectures import ModelConfig, RankShape
+from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
+from workers.model.rotary import Rotary, Turns
+from workers.model.weights import Checkpoint, Part, Piece, Progress
+from workers.parallel.communicator import Communicator
+
+
+class Layer:
+    """One decoder layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self,
+        number: int,
+        config: ModelConfig,
+        shape: RankShape,
+        rotary: Rotary,
+        comm: Communicator,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._number, self._config, self._shape, self._rotary = number, config, shape, rotary
+        self._qk_heads = shape.heads + shape.kv_heads
+        hidden, dim = config.hidden, shape.head_dim
+        qkv_rows, o_columns = (shape.heads + 2 * shape.kv_heads) * dim, shape.heads * dim
+        self.input_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
+        self.qkv = Linear(qkv_rows, hidden, dtype, device, config.attention_bias)
+        self.qk_norm = RMSNorm((self._qk_heads, dim), config.rms_eps, dtype, device) if config.qk_norm else None
+        self.o = RowParallelLinear(hidden, o_columns, dtype, device, comm, config.o_bias)
+        self.mlp_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
+        self.mlp = SwiGLU(
+            Linear(2 * shape.intermediate, hidden, dtype, device, config.mlp_bias),
+            RowParallelLinear(hidden, shape.intermediate, dtype, device, comm, config.mlp_bias),
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        turns: Turns,
+        attention: AttentionBackend,
+        step: StepInput,
+        plan: Any,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """hidden [rows, hidden], which is overwritten -> the same, or only its `rows` (what the last layer needs).
+
+        Rows beyond the step's tokens are padding, which attention does not see.
+        """
+        shape, tokens = self._shape, step.tokens.shape[0]
+        qkv = self.qkv(self.input_norm(hidden)).view(hidden.shape[0], -1, shape.head_dim)
+        qk, value = qkv.split_with_sizes((self._qk_heads, shape.kv_heads), 1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        turned = self._rotary.turn(qk, turns)[:tokens]
+        query, key = turned.split_with_sizes((shape.heads, shape.kv_heads), 1)
+        attended = attention.attend(self._number, query, key, value[:tokens], step, plan).flatten(1)
+        if rows is None:
+            attended = padded(attended, hidden.shape[0])
+        else:
+            attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
+        hidden = hidden.add_(self.o(attended))
+        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+
+    def pieces(self) -> list[Piece]:
+        name = f"model.layers.{self._number}"
+        norms = [
+            Piece(self.input_norm.weight, f"{name}.input_layernorm.weight", (self._config.hidden,)),
+            Piece(self.mlp_norm.weight, f"{name}.post_attention_layernorm.weight", (self._config.hidden,)),
+        ]
+        return norms + self._attention_pieces(f"{name}.self_attn") + self._mlp_pieces(f"{name}.mlp")
+
+    def filled(self) -> None:
+        for linear in (self.qkv, self.o, self.mlp.gate_up, self.mlp.down):
+            linear.pack()
+        if self.qk_norm is not None:  # read into the first query and key head; all others use the same
+            weight, heads = self.qk_norm.weight, self._shape.heads
+            weight[:heads] = weight[0].clone()
+            weight[heads:] = weight[heads].clone()
+
+    def _attention_pieces(self, name: str) -> list[Piece]:
+        config, shape, dim = self._config, self._shape, self._shape.head_dim
+        q_rows, kv_rows = shape.heads * dim, shape.kv_heads * dim
+        targets = _split_rows(self.qkv, (q_rows, kv_rows, kv_rows))
+        starts = (shape.head_start, shape.kv_head_start, shape.kv_head_start)
+        totals = (config.heads, config.kv_heads, config.kv_heads)
+        pieces = []
+        for proj, target, start, total in zip(("q_proj", "k_proj", "v_proj"), targets, starts, totals, strict=True):
+            pieces += _column_pieces(f"{name}.{proj}", target, start * dim, total * dim, config.hidden)
+        pieces += _row_pieces(f"{name}.o_proj", self.o, shape.head_start * dim, config.heads * dim)
+        if self.qk_norm is not None:
+            pieces.append(Piece(self.qk_norm.weight[0], f"{name}.q_norm.weight", (dim,)))
+            pieces.append(Piece(self.qk_norm.weight[shape.heads], f"{name}.k_norm.weight", (dim,)))
+        return pieces
+
+    def _mlp_pieces(self, name: str) -> list[Piece]:
+        config, shape = self._config, self._shape
+        pieces = []
+        targets = _split_rows(self.mlp.gate_up, (shape.intermediate, shape.intermediate))
+        for proj, target in zip(("gate_proj", "up_proj"), targets, strict=True):
+            start, total = shape.intermediate_start, config.intermediate
+            pieces += _column_pieces(f"{name}.{proj}", target, start, total, config.hidden)
+        return pieces + _row_pieces(f"{name}.down_proj", self.mlp.down, shape.intermediate_start, config.intermediate)
+
+
+class Outer:
+    """What surrounds the layers: embedding, final norm and head. Tied weights are read once."""
+
+    def __init__(
+        self, config: ModelConfig, shape: RankShape, comm: Communicator, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config, self._shape = config, shape
+        self.embedding = VocabParallelEmbedding(shape.vocab, shape.vocab_start, config.hidden, dtype, device, comm)
+        self.norm = RMSNorm((config.hidden,), config.rms_eps, dtype, device)
+        linear = Linear(shape.vocab, config.hidden, dtype, device)
+        if config.tied:
+            linear.weight = self.embedding.weight
+        self.head = Head(linear, shape.vocab_real)
+
+    def pieces(self) -> list[Piece]:
+        config, shape = self._config, self._shape
+        tables = [(self.embedding.weight, "model.embed_tokens.weight")]
+        if not config.tied:
+            assert self.head.linear.weight is not None
+            tables.append((self.head.linear.weight, "lm_head.weight"))
+        pieces = [Piece(self.norm.weight, "model.norm.weight", (config.hidden,))]
+        for weight, name in tables:
+            weight[shape.vocab_real :] = 0.0  # padding: looked up by no token, masked by the head
+            real = weight[: shape.vocab_real]
+            pieces.append(Piece(real, name, (config.vocab_size, config.hidden), shape.vocab_start))
+        return pieces
+
+    def filled(self) -> None:
+        self.head.linear.pack()  # drops the head's reference to a tied table, which the embedding keeps
+
+
+class Decoder:
+    """One rank's shard of the model. `load_model` makes a filled one.
+
+    Invariant: every rank calls `forward` with the same step, since the ranks meet in the collectives.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        comm: Communicator,
+        attention: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.shape = config.shard(comm.rank, comm.size)
+        self.dtype, self.device = dtype, device
+        self.attention = attention
+        self._pads = can_pack(dtype, device)
+        self._rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
+        self._outer = Outer(config, self.shape, comm, dtype, device)
+        self._layers = [
+            Layer(number, config, self.shape, self._rotary, comm, dtype, device) for number in range(config.layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput) -> Tensor:
+        """This rank's logits of the tokens at `step.sample_at`, [samples, shape.vocab] in the model's dtype.
+
+        Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
+        """
+        tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
+        width = padded_rows(tokens) if self._pads else tokens
+        hidden = self._outer.embedding(padded(step.tokens, width))
+        turns = self._rotary.at(padded(step.positions, width))
+        plan = self.attention.plan(step)
+        last = len(self._layers) - 1
+        sample_at = padded(step.sample_at, padded_rows(samples)) if self._pads else step.sample_at
+        for number, layer in enumerate(self._layers):
+            rows = sample_at if number == last else None
+            hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
+        return self._outer.head(self._outer.norm(hidden))[:samples]
+
+    def parts(self) -> list[Part]:
+        """What `Checkpoint.load` fills, one after another."""
+        return [self._outer, *self._layers]
+
+
+@torch.inference_mode()
+def load_model(
+    path: str | Path,
+    config: ModelConfig,
+    comm: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: AttentionBackend,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError."""
+    with Checkpoint(path) as checkpoint:
+        decoder = Decoder(config, comm, attention, dtype, device)
+        checkpoint.load(decoder.parts(), progress)
+    return decoder
+
+
+def _split_rows(linear: Linear, rows: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
+    """The shares of a merged matrix and of its bias."""
+    assert linear.weight is not None
+    weights = linear.weight.split_with_sizes(rows)
+    biases = linear.bias.split_with_sizes(rows) if linear.bias is not None else [None] * len(rows)
+    return list(zip(weights, biases, strict=True))
+
+
+def _column_pieces(
+    name: str, target: tuple[Tensor, Tensor | None], start: int, total: int, in_features: int
+) -> list[Piece]:
+    weight, bias = target
+    pieces = [Piece(weight, f"{name}.weight", (total, in_features), start)]
+    if bias is not None:
+        pieces.append(Piece(bias, f"{name}.bias", (total,), start))
+    return pieces
+
+
+def _row_pieces(name: str, linear: RowParallelLinear, start: int, total: int) -> list[Piece]:
+    assert linear.weight is not None
+    pieces = [Piece(linear.weight, f"{name}.weight", (linear.out_features, total), start, dim=1)]
+    if linear.bias is not None:
+        pieces.append(Piece(linear.bias, f"{name}.bias", (linear.out_features,)))
+    return pieces

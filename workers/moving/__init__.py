@@ -1,0 +1,1 @@
+"""Pages that move beside the steps: between groups, and to host memory and back."""

@@ -1,0 +1,219 @@
+"""Moves one rank's pages beside its steps: to and from the same rank of other groups, to and from this host's memory.
+
+Commands come from the step loop in the order of the log; it never waits here. Threads do the work, one at a time for each
+other group and direction and one for host memory. Imports torch's side of pages; transports come from outside.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from kvcache.pool import KVPool
+from scheduler.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
+from workers.moving.lane import Abort, Lane, TransferFailed
+from workers.moving.side import Ready, Side, copy_pages
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 60.0
+"""Longest wait for the other side, or for the next byte."""
+
+JOIN_S = 10.0
+MOST_PAIRS = 32
+"""Pairs of groups and direction that keep what they have made for one another: a communicator on a GPU holds memory there."""
+
+Pages = list[int]
+LaneKey = tuple[str, int, int]
+"""("send", "receive" or "host", group, epoch)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's part in one transfer. group, epoch: of the other side. port: "host:port" where to fetch; "" for a sender.
+
+    ready: the steps that were launched before; before they are done, no page of it may be read or written.
+    """
+
+    transfer: int
+    group: int
+    epoch: int
+    pages: Pages
+    side: Side
+    ready: Ready
+    abort: Abort
+    port: str = ""
+
+
+class Transport(Protocol):
+    """Carries pages between ranks of equal numbers. Its calls come from lanes: in order for one pair of epochs and direction.
+
+    address: "host:port" where others fetch this rank's pages.
+    """
+
+    address: str
+
+    def send(self, shard: Shard) -> float:
+        """Returns once the other side has everything: the seconds that it took. Errors: whatever went wrong."""
+        ...
+
+    def receive(self, shard: Shard) -> float:
+        """Returns once all pages are here and the device is done with them."""
+        ...
+
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        """Whatever is kept of that pair and direction may go; no transfer of it is under way."""
+        ...
+
+    def close(self) -> None:
+        """No call follows; ends its threads."""
+        ...
+
+
+class PageMover:
+    """The `Mover` of a rank. rank: its number. host: its pages in host memory, if any. moved: called from any thread, once for
+    each transfer; must not raise. Whatever goes wrong is said by `Moved`: a transfer takes neither steps nor group along."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        host: KVPool | None,
+        transport: Transport | None,
+        moved: Callable[[Moved], None],
+        *,
+        rank: int,
+        epoch: int,
+    ) -> None:
+        self._pool = pool
+        self._host = host
+        self._transport = transport
+        self._moved = moved
+        self._rank, self._epoch = rank, epoch
+        self._lanes: dict[LaneKey, _PageLane] = {}
+        self._recent: dict[LaneKey, None] = {}  # who may have a communicator, the last used last
+        self._leaving: list[_PageLane] = []  # cut off, perhaps still at work
+        self._cut: dict[int, int] = {}  # group -> newest epoch that has gone
+
+    def take(self, command: Movement) -> None:
+        """The next movement of the log. Does not wait."""
+        if isinstance(command, Cut):
+            self._cut_off(command)
+            return
+        if isinstance(command, Send | Receive):
+            lane = self._lane("send" if isinstance(command, Send) else "receive", command.group, command.epoch)
+        else:
+            lane = self._lane("host", 0, 0)
+        lane.put(partial(self._run, command, lane, lane.side.ready()))
+
+    def close(self) -> None:
+        """Fails what is under way and ends all threads."""
+        lanes = [*self._lanes.values(), *self._leaving]
+        for lane in lanes:
+            lane.abort.set("this rank has left its loop")
+        if self._transport is not None:
+            self._transport.close()
+        for lane in lanes:
+            if not lane.join(JOIN_S):
+                logger.warning("%s does not end", lane.name)
+
+    def _lane(self, kind: str, group: int, epoch: int) -> "_PageLane":
+        key = (kind, group, epoch)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _PageLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
+            if kind != "host" and epoch <= self._cut.get(group, -1):
+                lane.abort.set(f"epoch {epoch} of group {group} has gone")
+            elif kind != "host":
+                self._cut_off(Cut(group, epoch - 1))  # whose successor is here
+        if kind != "host":
+            self._recent.pop(key, None)
+            self._recent[key] = None
+            if len(self._recent) > MOST_PAIRS:
+                self._retire()
+        return lane
+
+    def _retire(self) -> None:
+        """Of the pairs that are quiet, the one that has been so for longest begins anew should it be needed again."""
+        quiet = next((key for key in self._recent if self._lanes[key].idle), None)
+        if quiet is not None:
+            self._forget(quiet)
+
+    def _forget(self, key: LaneKey) -> None:
+        """In the lane's own thread, after what it still has to do and before what may follow."""
+        self._recent.pop(key, None)
+        self._lanes[key].put(partial(self._forget_now, key))
+
+    def _cut_off(self, cut: Cut) -> None:
+        self._cut[cut.group] = max(cut.epoch, self._cut.get(cut.group, -1))
+        for kind, group, epoch in [key for key in self._lanes if key[0] != "host" and key[1] == cut.group]:
+            if epoch <= cut.epoch:
+                self._lanes[kind, group, epoch].abort.set(f"epoch {epoch} of group {group} has gone")
+                self._forget((kind, group, epoch))
+                self._leaving = [lane for lane in self._leaving if not lane.idle]
+                self._leaving.append(self._lanes.pop((kind, group, epoch)))
+
+    # ---- in a lane
+
+    def _forget_now(self, key: LaneKey) -> None:
+        if self._transport is None:
+            return
+        try:
+            self._transport.forget(key[1], key[2], sending=key[0] == "send")
+        except Exception as error:  # a communicator that breaks as it is closed has been closed all the same
+            logger.warning("%s group %d, epoch %d: %s", *key, error)
+
+    def _run(self, command: Send | Receive | Offload | Load, lane: "_PageLane", ready: Ready) -> None:
+        try:
+            lane.abort.check()
+            pages = _ids(command.pages, self._pool)
+            elapsed_s = self._move(command, pages, lane, ready)
+            moved = Moved(self._epoch, command.transfer, True, elapsed_s, len(pages) * self._pool.layout.page_bytes)
+        except Exception as error:  # sockets, devices, memory: the scheduler computes anew what did not arrive
+            reason = lane.abort.reason or str(error) or type(error).__name__
+            logger.warning("transfer %d failed: %s", command.transfer, reason)
+            moved = Moved(self._epoch, command.transfer, False, message=reason)
+        self._moved(moved)
+
+    def _move(self, command: Send | Receive | Offload | Load, pages: Pages, lane: "_PageLane", ready: Ready) -> float:
+        if isinstance(command, Offload | Load):
+            return self._copy(command, pages, lane, ready)
+        if self._transport is None:
+            raise TransferFailed("this rank takes no part in transfers")
+        port = command.ports[self._rank] if isinstance(command, Receive) else ""
+        shard = Shard(command.transfer, command.group, command.epoch, pages, lane.side, ready, lane.abort, port)
+        return self._transport.receive(shard) if isinstance(command, Receive) else self._transport.send(shard)
+
+    def _copy(self, command: Offload | Load, pages: Pages, lane: "_PageLane", ready: Ready) -> float:
+        if self._host is None:
+            raise TransferFailed("this rank keeps no pages in host memory")
+        slots = _ids(command.slots, self._host)
+        began_s = time.perf_counter()
+        try:
+            with lane.side.after(ready):
+                if isinstance(command, Offload):
+                    copy_pages(self._pool, pages, self._host, slots, lane.abort)
+                else:
+                    copy_pages(self._host, slots, self._pool, pages, lane.abort)
+        finally:
+            lane.side.drain()  # also after an error: what is under way ends by itself, and soon
+        return time.perf_counter() - began_s
+
+
+class _PageLane(Lane):
+    """A lane with its place on the pool's device."""
+
+    def __init__(self, name: str, pool: KVPool) -> None:
+        super().__init__(name)
+        self.side = Side(pool.device)
+
+
+def _ids(buffer: bytes, pool: KVPool) -> Pages:
+    """Errors: TransferFailed for a page that the pool does not have, which must not become somebody else's bytes."""
+    ids: Pages = np.frombuffer(buffer, np.int32).tolist()
+    if not ids or min(ids) < 0 or max(ids) >= pool.pages:
+        raise TransferFailed(f"a transfer of {len(ids)} pages names one that is not among the {pool.pages} here")
+    return ids

@@ -1,0 +1,84 @@
+"""Pages off the stream of the steps: a stream of its own on a GPU, the calling thread on a CPU. Imports torch and the pool."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from kvcache.pool import KVPool
+from workers.moving.lane import Abort, TransferFailed
+
+POLL_S = 200e-6
+
+Ready = torch.cuda.Event | None
+"""The steps launched so far, as the side stream waits for them; None where the host is the device."""
+
+
+class Side:
+    """One lane's place on its device. A lane has its own, since what waits for another group must hold up no other lane."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def ready(self) -> Ready:
+        """Called by the thread of the steps: what it has launched until now."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._stream.device))
+        return event
+
+    @contextmanager
+    def after(self, *events: Ready) -> Iterator[None]:
+        """What is launched inside runs on the side stream, after those events; nothing of it need be done at the end."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            for event in events:
+                if event is not None:
+                    self._stream.wait_event(event)
+            yield
+
+    def finish(self, timeout_s: float, check: Callable[[], None]) -> None:
+        """Waits on the host until the side stream is done. check: called meanwhile, may raise.
+
+        Errors: TransferFailed when the time is over.
+        """
+        if self._stream is None:
+            return
+        deadline = time.monotonic() + timeout_s
+        with torch.cuda.device(self._stream.device):
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+            while not event.query():  # type: ignore[no-untyped-call]
+                check()
+                if time.monotonic() > deadline:
+                    raise TransferFailed(f"the device was not done within {timeout_s:g} s")
+                time.sleep(POLL_S)
+
+    def drain(self) -> None:
+        """Waits for whatever runs on the side stream, without a limit."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def copy_pages(source: KVPool, pages: Sequence[int], target: KVPool, targets: Sequence[int], abort: Abort) -> None:
+    """Whole pages from pool to pool, in order; on a GPU launched on the current stream, not waited for.
+
+    On a CPU by NumPy: it leaves Python's lock for the time of a page and starts no threads, as torch would for large copies.
+    Errors: TransferFailed between two pages once `abort` is set.
+    """
+    if source.device.type == target.device.type == "cpu":
+        read, write = source.rows.numpy(), target.rows.numpy()
+        for page, to in zip(pages, targets, strict=True):
+            abort.check()
+            np.copyto(write[to], read[page])
+        return
+    for page, to in zip(pages, targets, strict=True):
+        abort.check()
+        target.rows[to].copy_(source.rows[page], non_blocking=True)

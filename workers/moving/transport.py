@@ -1,0 +1,263 @@
+"""Pages between ranks of different processes: who fetches what from whom. How the bytes travel is a `Wire`'s business.
+
+The receiver connects to the sender, once for each transfer, so a failure is a socket that ends, on both sides, and touches
+no other transfer. Imports the mover's types, `connection` and the pool.
+"""
+
+import contextlib
+import hmac
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Protocol
+
+import msgspec
+
+from kvcache.pool import KVPool
+from scheduler.wire import listen
+from workers.moving.connection import Challenge, Connection, Done, Fetch, Offer, nonce, prove
+from workers.moving.lane import TransferFailed
+from workers.moving.mover import TIMEOUT_S, Shard
+from workers.moving.pairs import PairWire
+
+logger = logging.getLogger(__name__)
+
+GREETING_TIMEOUT_S = 10.0
+ACCEPT_AGAIN_S = 0.1
+
+
+class Wire(Protocol):
+    """How the pages of one transfer cross once both sides have met.
+
+    pair: a number that names what the two ranks keep between transfers, such as a communicator; 0: nothing.
+    """
+
+    def standing(self, shard: Shard) -> int:
+        """The pair that this receiver has with the sender."""
+        ...
+
+    def agree(self, shard: Shard, theirs: int) -> int:
+        """The sender's choice, given what the receiver has."""
+        ...
+
+    def send(self, connection: Connection, shard: Shard, pair: int) -> None:
+        """Returns once the pages have been read."""
+        ...
+
+    def receive(self, connection: Connection, shard: Shard, pair: int) -> None:
+        """Returns once the pages are here and the device is done with them."""
+        ...
+
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SocketWire:
+    """Straight from page to socket to page, for pools in host memory. Adjacent pages go in one call.
+
+    gloo was the alternative: `benchmarks/transfer.py` compares them. It copies once more, and can be neither interrupted nor
+    told who may connect.
+    """
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+
+    def standing(self, shard: Shard) -> int:
+        del shard
+        return 0
+
+    def agree(self, shard: Shard, theirs: int) -> int:
+        del shard, theirs
+        return 0
+
+    def send(self, connection: Connection, shard: Shard, pair: int) -> None:
+        del pair
+        for run in self._runs(shard):
+            connection.send_bytes(run)
+
+    def receive(self, connection: Connection, shard: Shard, pair: int) -> None:
+        del pair
+        for run in self._runs(shard):
+            connection.receive_bytes(run)
+
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        """Nothing is kept of a pair."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def _runs(self, shard: Shard) -> Iterator[memoryview]:
+        rows = self._pool.rows
+        for first, end in runs(shard.pages):
+            yield rows[first:end].view(-1).numpy().data
+
+
+class SocketTransport:
+    """The `Transport` of one rank. host: what it listens on, and nothing else. token: the cluster's secret, which both sides
+    of a connection prove to know before a page travels; what follows is neither encrypted nor signed."""
+
+    def __init__(
+        self, wire: Wire, *, host: str, token: str, group: int, epoch: int, rank: int, page_bytes: int,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:  # fmt: skip
+        self._wire = wire
+        self._token = token
+        self._me = (group, epoch, rank)
+        self._page_bytes = page_bytes
+        self._timeout_s = timeout_s
+        self._arrived: dict[tuple[int, int, int], tuple[Connection, Fetch, float]] = {}
+        self._open: set[Connection] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._listener = listen(host)
+        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept, name=f"manta-move-accept-rank{rank}", daemon=True)]
+        self._threads[0].start()
+
+    # ---- Transport
+
+    def send(self, shard: Shard) -> float:
+        connection, fetch = self._await(shard)
+        with closing(connection), shard.abort.waking(connection.shut):
+            if (fetch.pages, fetch.page_bytes) != (len(shard.pages), self._page_bytes):
+                raise TransferFailed("the two sides do not agree on the pages")
+            pair = self._wire.agree(shard, fetch.pair)
+            connection.send(Offer(pair, prove(self._token, b"offer", fetch.nonce)))
+            began_s = time.perf_counter()
+            self._wire.send(connection, shard, pair)
+            connection.receive_done()
+            return time.perf_counter() - began_s
+
+    def receive(self, shard: Shard) -> float:
+        connection = Connection.connect(shard.port, self._timeout_s)
+        with closing(connection), shard.abort.waking(connection.shut):
+            challenge = connection.receive(Challenge)
+            group, epoch, rank = self._me
+            fetch = Fetch(
+                shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.pages), self._page_bytes,
+                self._wire.standing(shard), nonce(),
+            )  # fmt: skip
+            connection.send(msgspec.structs.replace(fetch, proof=self._proof(challenge, fetch)))
+            offer = connection.receive(Offer)
+            if not hmac.compare_digest(offer.proof, prove(self._token, b"offer", fetch.nonce)):
+                raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token")
+            began_s = time.perf_counter()
+            self._wire.receive(connection, shard, offer.pair)
+            connection.send(Done())
+            return time.perf_counter() - began_s
+
+    def forget(self, group: int, epoch: int, *, sending: bool) -> None:
+        self._wire.forget(group, epoch, sending=sending)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            waiting = [connection for connection, *_ in self._arrived.values()]
+            for connection in [*waiting, *self._open]:
+                connection.shut()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(GREETING_TIMEOUT_S)
+        for connection in waiting:
+            connection.close()
+        self._wire.close()
+
+    # ---- those who fetch
+
+    def _await(self, shard: Shard) -> tuple[Connection, Fetch]:
+        """The connection of the receiver that wants this transfer."""
+        key = (shard.group, shard.epoch, shard.transfer)
+        with shard.abort.waking(self._wake), self._changed:
+            came = self._changed.wait_for(lambda: key in self._arrived or shard.abort.reason or self._closed, self._timeout_s)
+            shard.abort.check()
+            if not came or self._closed:
+                raise TransferFailed(f"nobody fetched the pages within {self._timeout_s:g} s")
+            connection, fetch, _ = self._arrived.pop(key)
+        return connection, fetch
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection = Connection(self._listener.accept()[0], GREETING_TIMEOUT_S)
+            except OSError as error:
+                if self._closed:
+                    return
+                logger.warning("a connection for pages could not be taken: %s", error)
+                time.sleep(ACCEPT_AGAIN_S)
+                continue
+            thread = threading.Thread(target=self._greet, args=(connection,), name="manta-move-greet", daemon=True)
+            with self._changed:
+                if self._closed:
+                    connection.close()
+                    return
+                self._open.add(connection)
+                self._threads = [self._threads[0], *(other for other in self._threads[1:] if other.is_alive()), thread]
+                thread.start()
+
+    def _greet(self, connection: Connection) -> None:
+        """Leaves the connection for `_await` if whoever connects knows the token and means this rank."""
+        try:
+            challenge = Challenge(nonce())
+            connection.send(challenge)
+            fetch = connection.receive(Fetch)
+            if not hmac.compare_digest(fetch.proof, self._proof(challenge, fetch)):
+                raise TransferFailed("it does not know the cluster's token")
+            if (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:
+                raise TransferFailed("it wants another rank, or one that was here before")
+        except TransferFailed as error:
+            logger.warning("refused a connection for pages: %s", error)
+            with self._changed:
+                self._open.discard(connection)
+            connection.close()
+            return
+        connection.timeout(self._timeout_s)
+        with self._changed:
+            self._open.discard(connection)
+            if self._closed:
+                connection.close()
+                return
+            self._expire()
+            self._arrived[fetch.group, fetch.epoch, fetch.transfer] = (connection, fetch, time.monotonic())
+            self._changed.notify_all()
+
+    def _expire(self) -> None:
+        """Those whose receiver has given up long ago, since the transfer failed on this side before it came."""
+        since_s = time.monotonic() - 2 * self._timeout_s
+        for key in [key for key, (*_, came_s) in self._arrived.items() if came_s < since_s]:
+            self._arrived.pop(key)[0].close()
+
+    def _proof(self, challenge: Challenge, fetch: Fetch) -> bytes:
+        bare = msgspec.structs.replace(fetch, proof=b"")
+        return prove(self._token, b"fetch", challenge.nonce, msgspec.msgpack.encode(bare))
+
+
+def open_transport(pool: KVPool, *, host: str, token: str, group: int, epoch: int, rank: int) -> SocketTransport:
+    """The transport of a rank, with the wire that suits its device."""
+    wire = PairWire(pool) if pool.device.type == "cuda" else SocketWire(pool)
+    return SocketTransport(
+        wire, host=host, token=token, group=group, epoch=epoch, rank=rank, page_bytes=pool.layout.page_bytes
+    )
+
+
+def runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[first, end) of pages that follow one another, in order."""
+    first = end = -1
+    for page in pages:
+        if page != end and end >= 0:
+            yield first, end
+        if page != end:
+            first = page
+        end = page + 1
+    if end >= 0:
+        yield first, end

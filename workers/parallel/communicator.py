@@ -1,0 +1,32 @@
+"""What the ranks of one tensor-parallel group say to each other. Implementations live in `parallel`.
+
+Imports torch only.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """Collectives over one group. Every rank calls the same sequence; results are bit-identical on every rank.
+
+    Errors: `PeerLost` (workers.parallel.connect) when a peer has gone or `abort` was called from another thread.
+    """
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in rank order. May reuse `tensor`'s memory; use the returned tensor."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[...] on each rank -> [size, ...] on every rank, rank order."""
+        ...
+
+    def abort(self, reason: str) -> None:
+        """Make a blocked or later collective of this rank raise. Callable from any thread."""
+        ...
+
+    def close(self) -> None: ...
