@@ -76,6 +76,12 @@ class Layer:
         hidden = hidden.add_(self.o(attended))
         return hidden.add_(self.mlp(self.mlp_norm(hidden)))
 
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The norms of each query head and of each key head, [head_dim], where the model has them."""
+        if self.qk_norm is None:
+            return None, None
+        return self.qk_norm.weight[0], self.qk_norm.weight[self._shape.heads]
+
     def pieces(self) -> list[Piece]:
         name = f"model.layers.{self._number}"
         norms = [
@@ -167,10 +173,10 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.attention = attention
         self._pads = can_pack(dtype, device)
-        self._rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
-        self._outer = Outer(config, self.shape, comm, dtype, device)
-        self._layers = [
-            Layer(number, config, self.shape, self._rotary, comm, dtype, device) for number in range(config.layers)
+        self.rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
+        self.outer = Outer(config, self.shape, comm, dtype, device)
+        self.layers = [
+            Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
         ]
 
     @torch.inference_mode()
@@ -181,19 +187,19 @@ class Decoder:
         """
         tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
         width = padded_rows(tokens) if self._pads else tokens
-        hidden = self._outer.embedding(padded(step.tokens, width))
-        turns = self._rotary.at(padded(step.positions, width))
+        hidden = self.outer.embedding(padded(step.tokens, width))
+        turns = self.rotary.at(padded(step.positions, width))
         plan = self.attention.plan(step)
-        last = len(self._layers) - 1
+        last = len(self.layers) - 1
         sample_at = padded(step.sample_at, padded_rows(samples)) if self._pads else step.sample_at
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             rows = sample_at if number == last else None
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
-        return self._outer.head(self._outer.norm(hidden))[:samples]
+        return self.outer.head(self.outer.norm(hidden))[:samples]
 
     def parts(self) -> list[Part]:
         """What `Checkpoint.load` fills, one after another."""
-        return [self._outer, *self._layers]
+        return [self.outer, *self.layers]
 
 
 @torch.inference_mode()

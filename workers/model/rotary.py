@@ -106,7 +106,7 @@ class Rotary:
     The first half of each sine row is negated, so a rotation is `x * cos + swap_halves(x) * sin`: three operations.
     """
 
-    __slots__ = ("_half", "_table")
+    __slots__ = ("_half", "table")
 
     def __init__(self, rope: Rope, head_dim: int, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -114,12 +114,13 @@ class Rotary:
         angles = positions[:, None] * rope.frequencies(head_dim, exact)
         cos, sin = angles.cos() * rope.magnitude(), angles.sin() * rope.magnitude()
         rows = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
-        self._table = rows.to(device=device, dtype=dtype)  # [max_position, cos|sin, head_dim]
+        self.table = rows.to(device=device, dtype=dtype)
+        """[max_position, cos | signed sin, head_dim]"""
         self._half = head_dim // 2
 
     def at(self, positions: Tensor) -> Turns:
         """positions [tokens] -> their rotation. Once a step."""
-        cos, sin = self._table.index_select(0, positions).split_with_sizes((1, 1), 1)
+        cos, sin = self.table.index_select(0, positions).split_with_sizes((1, 1), 1)
         return Turns(cos, sin)
 
     def turn(self, heads: Tensor, turns: Turns) -> Tensor:

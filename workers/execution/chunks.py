@@ -1,0 +1,80 @@
+"""The inputs of a step's prefill chunks, from the host's batch: one pinned copy to the device.
+
+Imports torch, NumPy, `device_batch` and `step`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
+from workers.execution.pinned import PinnedRing
+from workers.execution.step import StepInput
+from workers.loop.batch import Launched, ResidentBatch
+
+Ints = npt.NDArray[np.int64]
+NO_TABLES: npt.NDArray[np.int32] = np.empty((0, 0), np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStep:
+    """The chunks of a step. rows, positions: [samples] int32 on the device, of those that sample, in the step's order."""
+
+    inputs: StepInput
+    rows: Tensor
+    positions: Tensor
+
+
+class ChunkInputs:
+    """Builds the chunk part of steps; its device buffer is used anew by each step, in stream order."""
+
+    def __init__(self, state: DeviceBatch, device: torch.device) -> None:
+        self._state = state
+        self._ring = PinnedRing(device, IN_FLIGHT, 1 << 14)
+        self._buffer = torch.zeros(1 << 15, dtype=torch.int32, device=device)
+
+    def build(self, batch: ResidentBatch, step: Launched) -> ChunkStep:
+        """The sequences of `step` behind its decodes."""
+        decodes = step.plan.decodes
+        rows, counts, first = step.plan.rows[decodes:], step.plan.counts[decodes:], step.first[decodes:]
+        samples = step.samples[decodes:]
+        context = first + counts
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        owner = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(starts[-1]) - starts[owner] + first[owner]
+        page, offset = np.divmod(positions, batch.page_size)
+        slots = batch.block_table[rows[owner], page].astype(np.int64) * batch.page_size + offset
+        tokens = [batch.tokens[row][begin:end] for row, begin, end in zip(rows, first, context, strict=True)]
+        wanted = [starts[1:][samples] - 1]
+        wanted += [starts[part.index - decodes] + np.arange(part.count) for part in step.measured]
+        parts = [
+            np.concatenate(tokens), positions, slots, starts, context, rows, np.concatenate(wanted), rows[samples],
+            context[samples],
+        ]  # fmt: skip
+        on_device = self._send(parts)
+        width = int(-(-context.max() // batch.page_size))
+        inputs = StepInput(
+            tokens=on_device[0],
+            positions=on_device[1],
+            slots=on_device[2],
+            query_starts=on_device[3],
+            context_lens=on_device[4],
+            block_tables=self._state.tables.index_select(0, on_device[5])[:, :width],
+            sample_at=on_device[6],
+            decodes=0,
+            host_query_lens=counts.astype(np.int32),
+            host_context_lens=context.astype(np.int32),
+            host_block_tables=NO_TABLES,
+        )
+        return ChunkStep(inputs, on_device[7], on_device[8])
+
+    def _send(self, parts: list[Ints]) -> list[Tensor]:
+        sizes = [len(part) for part in parts]
+        total = sum(sizes)
+        if len(self._buffer) < total:
+            self._buffer = torch.zeros(2 * total, dtype=torch.int32, device=self._buffer.device)
+        self._ring.send(np.concatenate(parts).astype(np.int32), self._buffer)
+        return list(self._buffer[:total].split_with_sizes(sizes))
