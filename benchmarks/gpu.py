@@ -8,9 +8,9 @@
     shared     64 prompts of 2,048 shared tokens and 64 of their own, 64 out, greedy: seconds cold, then with the prefix cached
 
 Random Qwen3-shaped checkpoints in bf16, token ids in, end-of-text ignored, prefix cache on, 8,192 tokens a step, 256 sequences.
-Every work runs once to warm up, on prompts of another seed, and then `--rounds` times on prompts that no run has used; the median
-counts. `bare` is the step loop of one rank driven by hand, without scheduler and front end; `local` is `LLM(local=True)`, `ray` is
-`LLM` on Ray. With `--profile`, torch's profiler says how busy the device is while `batch_1` and `many` decode.
+Every work runs once to warm up, on prompts of another seed, and then `--rounds` times on prompts that no run has used; the
+median counts. `bare` is the step loop of one rank driven by hand, without scheduler and front end; `local` is
+`LLM(local=True)`, `ray` is `LLM` on Ray. With `--profile`, torch's profiler says how busy the device is meanwhile.
 
     python -m benchmarks.gpu --models 0.6B,8B --engines bare,local,ray --json
 """

@@ -1,7 +1,7 @@
-"""An engine without Ray: the same core under a lock, which stands in for the scheduler actor's event loop, and groups beside it.
+"""An engine without Ray: the same core under a lock, which stands in for the scheduler actor's event loop, and groups.
 
-On CPUs the ranks are threads of this process (`local_groups`): for debugging and fast tests. On a GPU a step takes a millisecond,
-which the front end's work must not lengthen: there the groups have a process of their own (`local_process`).
+On CPUs the ranks are threads of this process (`local_groups`): for debugging and fast tests. On a GPU a step takes a
+millisecond, which the front end's work must not lengthen: there the groups have a process of their own (`local_process`).
 """
 
 import contextlib
@@ -54,7 +54,10 @@ def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure
 
 
 class LocalEngine:
-    """The `Engine` without Ray. groups: not started yet. All calls into the core hold the lock; what it hands out is delivered before release."""
+    """The `Engine` without Ray. groups: not started yet.
+
+    All calls into the core hold the lock; what it hands out is delivered before release.
+    """
 
     def __init__(
         self,

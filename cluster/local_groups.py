@@ -15,7 +15,6 @@ from scheduler.messages import Command, End, Moved, Report
 from workers.build import Built, WorkerConfig, build_rank
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
-from workers.loop.reports import Reporter
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import PageMover
 from workers.parallel.connect import PeerLost
@@ -193,7 +192,7 @@ class _GroupStart:
         return tuple(f"local:{number}" for number in range(len(self._comms))) if self._groups.worker.transfers else ()
 
     def _lead(self, rank: Rank) -> str:
-        return lead(rank, self._link, self._feed, Reporter(EPOCH, self._groups.worker.report_steps))
+        return lead(rank, self._link, self._feed, self._groups.worker.reporter(EPOCH))
 
     def _fail(self, number: int, error: BaseException) -> None:
         """The first error is the cause; what the other ranks see afterwards is its consequence."""

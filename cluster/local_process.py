@@ -6,6 +6,7 @@ One socket pair joins them. When either end has gone the other notices at once: 
 its groups are lost. Imports `local_groups` and `scheduler.wire`; no Ray.
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -104,10 +105,8 @@ class ProcessGroups:
 
     def command(self, group: GroupId, commands: Sequence[Command]) -> None:
         assert self._socket is not None, "commands before the start"
-        try:
+        with contextlib.suppress(OSError):  # the thread that reads says that the groups are lost
             self._socket.send(GroupCommands(group, tuple(commands)))
-        except OSError:
-            pass  # the thread that reads says that the groups are lost
 
     def close(self) -> None:
         self._closing = True

@@ -15,7 +15,6 @@ from scheduler.wire import listen
 from workers.build import Built, WorkerConfig, build_rank
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
-from workers.loop.reports import Reporter
 from workers.moving.mover import PageMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import Communicator
@@ -107,7 +106,7 @@ class WorkerActor:
         link = SocketLink(scheduler.host, scheduler.port, hello)
         gathered.send = link.send
         try:
-            return lead(self._built.rank, link, feed, Reporter(self._epoch, self._config.report_steps))
+            return lead(self._built.rank, link, feed, self._config.reporter(self._epoch))
         finally:
             link.close()
             feed.close()

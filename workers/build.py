@@ -4,34 +4,39 @@ Imports every part of the tensor side; nothing imports it but actors and the in-
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
 from workers.execution.runner import ModelRunner
-from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
-from workers.model.architectures import DTYPES, ModelConfig, RankShape, read_config
+from workers.loop.reports import Reporter
+from workers.model.architectures import DTYPES, ModelConfig, read_config
 from workers.model.decoder import load_model
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
 from workers.sampling.grammar import load_tokenizer
 from workers.sampling.sampler import Sampler
 
+if TYPE_CHECKING:
+    from workers.execution.gpu_runner import GpuRunner
+
 logger = logging.getLogger(__name__)
 
 Phase = Callable[[str, int, int], None]
 """What the build is doing, how much of it is done, and how much there is; 0 of 0 where nobody can say."""
 
-LOADING, MEASURING, PINNING = "loading weights", "measuring memory", "reserving host memory"
+LOADING, MEASURING, PINNING, CAPTURING = "loading weights", "measuring memory", "reserving host memory", "capturing graphs"
 
 MASK_THREADS = 8
 """Threads of a rank for the masks of grammars, at most: half a millisecond of work for a row whose text is free."""
@@ -45,8 +50,8 @@ class WorkerConfig:
     """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
 
     host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
-    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format:
-    "text" or "json".
+    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
+    whether a GPU's decode steps are captured. report_steps, report_hold_s: as in `Reporter`. log_format: "text" or "json".
     """
 
     model: str
@@ -65,6 +70,12 @@ class WorkerConfig:
     log_format: str = "text"
     host_kv_memory: int = 0
     transfers: bool = False
+    cuda_graphs: bool = True
+    report_hold_s: float = math.inf
+
+    def reporter(self, epoch: int) -> Reporter:
+        """What gathers the steps of one epoch into reports."""
+        return Reporter(epoch, self.report_steps, hold_s=self.report_hold_s)
 
     @property
     def depth(self) -> int:
@@ -74,15 +85,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier."""
+    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier.
+
+    pages: of the pool, that sequences may be granted.
+    """
 
     rank: Rank
     pool: KVPool
     host: KVPool | None
-
-    @property
-    def pages(self) -> int:
-        return self.pool.pages
+    pages: int
 
     @property
     def slots(self) -> int:
@@ -101,58 +112,69 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     shape = model_config.shard(comm.rank, comm.size)
     dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
-    first_pages = layout.pages_for(config.step_tokens)
-    pool = KVPool(layout, first_pages, device)
-    attention = select_backend(config.attention, pool=pool, heads=shape.heads)
-    model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
-    sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
     threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
-    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, pool)
-    phase(MEASURING, 0, 0)
+    constraints = Constraints(read, vocabulary, threads)
     try:
-        memory = _kv_memory(config, runner, layout)
-        pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
-        pool = runner.pool = KVPool(layout, pages, device)
-        model.attention = attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+        make = _gpu_runner if device.type == "cuda" else _cpu_runner
+        runner, pages = make(config, model_config, layout, comm, dtype, device, constraints, phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
-        runner.close()
+        constraints.close()
         raise
     if comm.rank == 0:
-        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank, attention %s", pages, config.page_size,
-                    f"{pages * layout.page_bytes:,}", attention.name)  # fmt: skip
+        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank", pages, config.page_size,
+                    f"{pages * layout.page_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    return Built(Rank(batch, runner, config.depth), pool, host)
+    return Built(Rank(batch, runner, config.depth), runner.pool, host, pages)
 
 
-def _make_sampler(
+def _cpu_runner(
     config: WorkerConfig,
-    model: ModelConfig,
-    shape: RankShape,
+    model_config: ModelConfig,
+    layout: PageLayout,
     comm: Communicator,
     dtype: torch.dtype,
     device: torch.device,
-) -> Sampler:
-    return Sampler(
-        vocab_size=model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
+    constraints: Constraints,
+    phase: Phase,
+) -> tuple[ModelRunner, int]:
+    """What executes on a CPU, and how many pages it has."""
+    shape = model_config.shard(comm.rank, comm.size)
+    phase(MEASURING, 0, 0)
+    memory = config.kv_memory
+    if memory is None:
+        memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
+    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
+    pool = KVPool(layout, pages, device)
+    attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+    model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
+    sampler = Sampler(
+        vocab_size=model_config.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
     )
+    return ModelRunner(model, sampler, constraints, config.rows, pool), pages
 
 
-def _kv_memory(config: WorkerConfig, runner: ModelRunner, layout: PageLayout) -> int:
-    """Bytes for this rank's pool: as told, or what is left: on a GPU after the largest step has been run."""
-    if config.kv_memory is not None:
-        return config.kv_memory
-    if config.device == "cpu":
-        return int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
-    torch.cuda.reset_peak_memory_stats()
-    _run_largest_step(config, runner)
-    torch.cuda.synchronize()
-    probe = layout.pages_for(config.step_tokens) * layout.page_bytes
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    return int(total * config.gpu_memory_fraction) - others - (torch.cuda.max_memory_allocated() - probe)
+def _gpu_runner(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    layout: PageLayout,
+    comm: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+    constraints: Constraints,
+    phase: Phase,
+) -> tuple["GpuRunner", int]:
+    """What executes on a GPU, and how many pages it has for sequences: one more is where padding writes."""
+    from workers.execution.gpu import GpuParts  # Triton comes with it
+
+    parts = GpuParts(config, model_config, layout, comm, dtype, device, constraints)
+    parts.load(partial(phase, LOADING))
+    phase(MEASURING, 0, 0)
+    memory = config.kv_memory if config.kv_memory is not None else parts.measure()
+    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory - layout.page_bytes), device)
+    return parts.runner(pages, partial(phase, CAPTURING)), pages
 
 
 def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
@@ -167,17 +189,6 @@ def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, dev
     if comm.rank == 0:
         logger.info("host tier: %d pages, %s bytes a rank", slots, f"{slots * layout.page_bytes:,}")
     return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
-
-
-def _run_largest_step(config: WorkerConfig, runner: ModelRunner) -> None:
-    """One prefill of as many tokens as a step may have, in the first pages, so that peak memory is known."""
-    batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    length = min(config.step_tokens, config.max_model_len - 1)
-    batch.block_table[0, : -(-length // config.page_size)] = np.arange(-(-length // config.page_size))
-    batch.known[0], batch.slots[0], batch.lease[0] = length + 1, length, 0
-    batch.tokens[0] = np.zeros(length + 1, np.int32)
-    step: Launched = batch.launch(batch.plan())
-    runner.execute(batch, step).wait()
 
 
 def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from workers.execution.pinned import PinnedRing
 from workers.kernels.batch import gather, scatter
 from workers.loop.batch import Launched, ResidentBatch
-from workers.sampling.settings import RECORD
+from workers.sampling.settings import WORDS
 
 Int32s = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
@@ -42,7 +42,7 @@ class DeviceBatch:
         self.padding = rows
         self._page_size = page_size
         self._width = pages
-        sizes = (rows + 1, rows + 1, most, (rows + 1) * RECORD, (rows + 1) * pages)
+        sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * pages)
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._last_token, self._position, self._order, self._settings, self._tables = starts[:-1]
         state = np.zeros(starts[-1], np.int32)
@@ -51,7 +51,7 @@ class DeviceBatch:
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
-        self.settings = parts[3].view(rows + 1, RECORD)
+        self.settings = parts[3].view(rows + 1, WORDS)
         self.tables = parts[4].view(rows + 1, pages)
         # the inputs of a decode step, where a graph reads them
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
@@ -65,7 +65,7 @@ class DeviceBatch:
         self._edits = torch.zeros(8192, dtype=torch.int32, device=device)
 
     def admit(self, row: int, last_token: int, record: Int32s) -> None:
-        """A sequence enters at `row`. record: [RECORD] its sampling settings. On the device before the next step."""
+        """A sequence enters at `row`. record: [WORDS] its sampling settings. On the device before the next step."""
         self._admitted[row] = (last_token, record)
 
     def update(self, batch: ResidentBatch, step: Launched, padded: int) -> None:
@@ -93,7 +93,7 @@ class DeviceBatch:
         """(places, values); a place that comes twice brings the same value."""
         for row, (token, record) in self._admitted.items():
             yield np.array([self._last_token + row]), np.array([token])
-            yield self._settings + row * RECORD + np.arange(RECORD), record
+            yield self._settings + row * WORDS + np.arange(WORDS), record
         self._admitted.clear()
         for row, begin, end in batch.edited:
             yield self._tables + row * self._width + np.arange(begin, end), batch.block_table[row, begin:end]

@@ -4,8 +4,8 @@
     one copy,   the host launches it and goes on                   eager                             read one step later
     or none
 
-The host never waits here for a step that it has launched, but for rows that follow a grammar (`pending.Following`). Imports torch
-and the tensor side of the room.
+The host never waits here for a step that it has launched, but for rows that follow a grammar (`pending.Following`).
+Imports torch and the tensor side of the room.
 """
 
 from collections.abc import Callable
@@ -13,25 +13,31 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from kvcache.pool import KVPool
 from scheduler.messages import Start
 from workers.attention.base import PagedAttention
-from workers.execution.chunks import ChunkInputs
+from workers.execution.chunks import ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import DecodeGraphs
-from workers.execution.pending import Following
+from workers.execution.pending import DeviceTokens, Following
 from workers.execution.pinned import PinnedRing
+from workers.execution.step import StepInput
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.fused import FusedDecoder
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
+from workers.sampling.logprobs import PromptPart
 
 Ints = npt.NDArray[np.int64]
+Captured = Callable[[int, int], None]
+"""Told how many graphs there are, and will be."""
 
 
 class GpuRunner:
-    """The `Executor` of a GPU. Until `capture` was called, decodes run eagerly, which is slower and the same otherwise.
+    """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
 
     model, attention: bound to one pool, whose last page is the scratch page of `state`. most: decodes in one step.
     """
@@ -45,7 +51,7 @@ class GpuRunner:
         state: DeviceBatch,
         most: int,
     ) -> None:
-        self.pool = model.pool
+        self.pool: KVPool = model.pool
         device = self.pool.device
         self._model = model
         self._attention = attention
@@ -54,18 +60,24 @@ class GpuRunner:
         self._following = Following(constraints)
         self._state = state
         self._chunk_inputs = ChunkInputs(state, device)
-        self._sampled = torch.zeros(2 * most, dtype=torch.int32, device=device)  # of a step, in its order
-        self._ring = PinnedRing(device, IN_FLIGHT, 2 * most)
+        rows = state.padding
+        self._sampled = torch.zeros(most + rows, dtype=torch.int32, device=device)  # tokens of a step, in its order
+        self._ring = PinnedRing(device, IN_FLIGHT, most + rows)
         self._whole: DecodeGraphs | None = None  # decode steps, sampling included
         self._unsampled: DecodeGraphs | None = None  # up to the logits, for steps in which a grammar has a say
 
-    def capture(self, sizes: tuple[int, ...], captured: Callable[[int], None] = lambda _: None) -> None:
-        """Captures decode steps of these sizes, with and without sampling. captured: told how many graphs there are."""
+    def capture(self, sizes: tuple[int, ...], captured: Captured = lambda *_: None) -> None:
+        """Captures decode steps of these sizes, with and without sampling."""
         with torch.inference_mode():
             whole, unsampled = DecodeGraphs(sizes), DecodeGraphs(sizes)
-            whole.capture(self._decode_and_sample, captured)
-            unsampled.capture(self._decode, lambda done: captured(len(sizes) + done))
+            whole.capture(self._decode_and_sample, lambda done: captured(done, 2 * len(sizes)))
+            unsampled.capture(self._decode, lambda done: captured(len(sizes) + done, 2 * len(sizes)))
         self._whole, self._unsampled = whole, unsampled
+
+    @torch.inference_mode()
+    def run_padding(self, size: int) -> None:
+        """A decode step of so many padding rows, launch by launch: before the first sequence, so that it is known to work."""
+        self._decode_and_sample(size)
 
     # ---- Executor
 
@@ -96,17 +108,87 @@ class GpuRunner:
         constrained = self._constraints.any(rows[:decodes])
         padded = self._whole.fit(decodes) if self._whole is not None and decodes else decodes
         self._state.update(batch, step, padded)
-        decoded = self._launch_decodes(padded, sampled=not constrained)
-        chunks = self._launch_chunks(batch, step)
-        allowed = self._following.allowed(rows)
+        logits = []
+        if decodes:
+            logits.append(self._launch_decodes(padded, constrained)[:decodes])
+        chunks = self._chunk_inputs.build(batch, step) if decodes < len(step.plan.rows) else None
+        prefilled = self._chunks(chunks) if chunks is not None else None
+        allowed = self._following.allowed(rows)  # after the launches: the device computes while this waits
         if allowed is not None:
             self._sampler.allow(rows[allowed.samples], allowed.bits)
         if constrained:
-            self._sample(decoded, self._state.order[:padded], self._state.contexts[:padded], 0)
-        logits = decoded[:decodes]
-        if chunks is not None:
-            prefilled, chunk = chunks
-            begun = len(chunk.rows)
-            self._sample(prefilled[:begun], chunk.rows, chunk.positions, decodes)
-            logits = prefilled[:begun] if not decodes else torch.cat((logits, prefilled[:begun])) if self._sampler.measures(rows) else logits
-        raise NotImplementedError
+            self._sample(logits[0], self._state.order[:decodes], self._state.contexts[:decodes], 0)
+        if chunks is not None and prefilled is not None and len(chunks.rows):
+            logits.append(prefilled[: len(chunks.rows)])
+            self._sample(logits[-1], chunks.rows, chunks.positions, decodes)
+        measured = self._measure(batch, step, prefilled[len(rows) - decodes :]) if prefilled is not None else []
+        tokens = self._to_host(step, samples, logits, measured)
+        return self._following.pending(tokens, samples, allowed)
+
+    # ---- decodes
+
+    def _launch_decodes(self, padded: int, constrained: bool) -> Tensor:
+        """Their logits [padded, vocab]; sampled already, unless a grammar has a say."""
+        graphs = self._unsampled if constrained else self._whole
+        if graphs is not None:
+            return graphs.replay(padded)
+        return self._decode(padded) if constrained else self._decode_and_sample(padded)
+
+    def _decode(self, size: int) -> Tensor:
+        """Device tensors alone, at addresses that stay: may be captured."""
+        state = self._state
+        state.gather(size)
+        contexts, tables = state.contexts[:size], state.step_tables[:size]
+        plan = self._attention.plan_decode(contexts, size)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            out = torch.empty_like(query)
+            self._attention.decode(layer, query, tables, contexts, out, plan)
+            return out
+
+        normed = self._model.hidden(state.tokens[:size], state.positions[:size], state.slots[:size], attend)
+        return self._model.logits(normed)
+
+    def _decode_and_sample(self, size: int) -> Tensor:
+        logits = self._decode(size)
+        self._sample(logits, self._state.order[:size], self._state.contexts[:size], 0)
+        return logits
+
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, at: int) -> None:
+        """Tokens of the step from `at` on. positions: that the new tokens will have."""
+        sampled = self._sampled[at : at + len(rows)]
+        self._sampler.sample(logits, rows, positions, self._state.settings, self._state.last_token, sampled)
+
+    # ---- prefill
+
+    def _chunks(self, chunks: ChunkStep) -> Tensor:
+        """Logits where they are wanted: of those that sample, then of prompts that are measured."""
+        step: StepInput = chunks.inputs
+        plan = self._attention.plan_chunks(step)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            return self._attention.chunks(layer, query, step, plan)
+
+        return self._model.logits(self._model.hidden(step.tokens, step.positions, step.slots, attend, step.sample_at))
+
+    def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
+        """logits: of all measured positions, one part after another."""
+        parts = []
+        for part in step.measured:
+            first = int(step.first[part.index]) + 1
+            tokens = batch.tokens[step.plan.rows[part.index]][first : first + part.count]
+            numbers = self._sampler.measure_prompt(logits[: part.count], tokens, part.most)
+            parts.append(PromptPart(part.index, first, part.most, numbers))
+            logits = logits[part.count :]
+        return parts
+
+    # ---- back to the host
+
+    def _to_host(
+        self, step: Launched, samples: Ints, logits: list[Tensor], measured: list[PromptPart]
+    ) -> DeviceTokens:
+        rows, sampled = step.plan.rows[samples], self._sampled[: len(samples)]
+        logprobs = self._sampler.measure(logits, sampled, rows) if len(rows) else None
+        host = self._ring.take(len(samples))
+        host.copy_(sampled, non_blocking=True)
+        return DeviceTokens(step, samples, host, logprobs, measured, self._ring.used())

@@ -18,7 +18,7 @@ WARM_UPS = 2
 
 
 def ladder(most: int) -> tuple[int, ...]:
-    """Sizes for batches up to `most`: all up to 8, then few enough that capture takes seconds and padding stays below a fifth."""
+    """Sizes for batches up to `most`: all up to 8, then so few that capture takes seconds; padding stays below a fifth."""
     rungs = [*range(1, 9), *range(10, 17, 2), *range(20, 33, 4), *range(40, 129, 8), *range(144, 257, 16)]
     rungs += range(288, 513, 32)
     rungs += range(576, most + 64, 64)

@@ -3,6 +3,8 @@
 Imports torch and NumPy.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -34,12 +36,13 @@ class PinnedRing:
             self._buffers[self._turn] = self._allocate(2 * size)
         return self._buffers[self._turn][:size]
 
-    def used(self) -> "torch.cuda.Event | None":
-        """The copy has been launched. Returns the event behind it; None on a CPU."""
+    def used(self) -> Callable[[], None]:
+        """The copy has been launched. Returns what waits for it."""
         if not self._on_gpu:
-            return None
-        self._events[self._turn].record()
-        return self._events[self._turn]
+            return lambda: None
+        event = self._events[self._turn]
+        event.record()
+        return event.synchronize
 
     def send(self, values: Int32s, target: Tensor) -> None:
         """Launches a copy of values [n] to the first n of `target`, which must be on the device."""

@@ -164,7 +164,7 @@ class Decoder:
         self,
         config: ModelConfig,
         comm: Communicator,
-        attention: AttentionBackend,
+        attention: AttentionBackend | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -185,6 +185,7 @@ class Decoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
+        assert self.attention is not None, "a decoder without attention holds weights alone"
         tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
         width = padded_rows(tokens) if self._pads else tokens
         hidden = self.outer.embedding(padded(step.tokens, width))
@@ -209,10 +210,13 @@ def load_model(
     comm: Communicator,
     dtype: torch.dtype,
     device: torch.device,
-    attention: AttentionBackend,
+    attention: AttentionBackend | None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError."""
+    """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
+
+    attention: None where others run the layers (`fused`).
+    """
     with Checkpoint(path) as checkpoint:
         decoder = Decoder(config, comm, attention, dtype, device)
         checkpoint.load(decoder.parts(), progress)

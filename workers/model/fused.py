@@ -45,6 +45,8 @@ class FusedDecoder:
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             query = self._attention_inputs(number, layer, normed, positions, slots)
+            if rows is not None and number == last and not len(rows):
+                return normed[:0]  # the last layer's KV is all that was wanted
             attended = attend(number, query).flatten(1)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
