@@ -24,7 +24,7 @@ from kvcache.ids import GroupId
 from scheduler.logs import configure
 from scheduler.messages import Command, Moved, Report
 from scheduler.wire import FrameSocket
-from workers.build import WorkerConfig
+from workers.build import WorkerConfig, settle
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -200,6 +200,7 @@ def _start(groups: ThreadGroups, parent: _Parent, connection: FrameSocket) -> No
     except BaseException as error:
         connection.send(Started(_pickled(error)))
         return
+    settle()
     connection.send(Started())
 
 

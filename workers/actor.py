@@ -12,7 +12,7 @@ import torch
 from scheduler.logs import configure
 from scheduler.messages import Hello
 from scheduler.wire import listen
-from workers.build import Built, WorkerConfig, build_rank
+from workers.build import Built, WorkerConfig, build_rank, settle
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
 from workers.moving.mover import PageMover
@@ -70,6 +70,7 @@ class WorkerActor:
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
         self._built = build_rank(self._config, self._comm, self._enter)
+        settle()
         return self._built.pages
 
     def phase(self) -> tuple[str, int, int]:

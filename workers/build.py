@@ -3,6 +3,7 @@
 Imports every part of the tensor side; nothing imports it but actors and the in-process cluster.
 """
 
+import gc
 import logging
 import math
 import os
@@ -128,6 +129,15 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
                     f"{pages * layout.page_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
     return Built(Rank(batch, runner, config.depth), runner.pool, host, pages)
+
+
+def settle() -> None:
+    """For a process that does nothing but step: what was built stays, so the collector need not look at it again.
+
+    A full collection over torch's and transformers' modules takes longer than a hundred of a GPU's steps.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _cpu_runner(

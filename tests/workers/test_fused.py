@@ -15,7 +15,7 @@ from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
 from workers.model.architectures import read_config
 from workers.model.decoder import Decoder, load_model
-from workers.model.fused import FusedDecoder
+from workers.model.fused import FEW_TOKENS, FusedDecoder
 from workers.parallel.connect import Solo
 
 pytest.importorskip("triton")
@@ -47,7 +47,7 @@ class Fused:
         self.decoder: Decoder = load_model(path, config, Solo(), dtype, DEVICE, None)
         self.fused = FusedDecoder(self.decoder, self.pool)
 
-    def logits(self, step: StepInput) -> Tensor:
+    def logits(self, step: StepInput, *, all_tokens: bool = False) -> Tensor:
         plan = self.attention.plan(step)
 
         def attend(layer: int, query: Tensor) -> Tensor:
@@ -57,7 +57,23 @@ class Fused:
         tokens, positions, slots, rows = (
             getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")
         )
-        return self.fused.logits(self.fused.hidden(tokens, positions, slots, attend, rows)).cpu()
+        return self.fused.logits(tokens, positions, slots, attend, None if all_tokens else rows).cpu()
+
+
+def test_steps_of_few_tokens_go_through_our_own_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, "LlamaForCausalLM", attention_bias=True, mlp_bias=True, num_hidden_layers=1)
+    few = Fused(path, torch.float32)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr("workers.model.layers.can_pack", lambda *_: False)
+        few = Fused(path, torch.float32)
+        few.fused._few_tokens = FEW_TOKENS
+    many = Fused(path, torch.float32)
+    many.fused._few_tokens = 0
+    for chunks in STEPS[2:]:
+        step = make_step(chunks)
+        decodes = len(chunks) == step.tokens.shape[0]
+        got, expected = few.logits(step, all_tokens=decodes), many.logits(step, all_tokens=decodes)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
 @pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])

@@ -146,8 +146,7 @@ class GpuRunner:
             self._attention.decode(layer, query, tables, contexts, out, plan)
             return out
 
-        normed = self._model.hidden(state.tokens[:size], state.positions[:size], state.slots[:size], attend)
-        return self._model.logits(normed)
+        return self._model.logits(state.tokens[:size], state.positions[:size], state.slots[:size], attend)
 
     def _decode_and_sample(self, size: int) -> Tensor:
         logits = self._decode(size)
@@ -169,7 +168,7 @@ class GpuRunner:
         def attend(layer: int, query: Tensor) -> Tensor:
             return self._attention.chunks(layer, query, step, plan)
 
-        return self._model.logits(self._model.hidden(step.tokens, step.positions, step.slots, attend, step.sample_at))
+        return self._model.logits(step.tokens, step.positions, step.slots, attend, step.sample_at)
 
     def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
         """logits: of all measured positions, one part after another."""

@@ -1,8 +1,13 @@
 """The decoder as a GPU runs it: the weights of `decoder`, fused kernels between the matrix products, nothing else in a step.
 
-A layer is nine launches: QKV product · norm of heads, rotation and KV write · attention · O product · residual add and norm ·
-gate/up product · SwiGLU · down product · residual add and norm (the next layer's). Everything is driven by device tensors, so a
-step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and the weights' holders.
+    many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
+        residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
+    few tokens, five, products by our own kernels, which read the weights as fast as the memory gives them:   norm and QKV
+        product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product and
+        SwiGLU · down product and residual add
+
+Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
+the weights' holders.
 """
 
 from collections.abc import Callable
@@ -13,12 +18,16 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
+from workers.kernels.matvec import matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.decoder import Decoder, Layer
 
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, query [tokens, heads, head_dim]) -> [tokens, heads, head_dim]; the step's KV of that layer has been written."""
+
+FEW_TOKENS = 8
+"""Tokens up to which our own products beat the library's with the launches that they save (`benchmarks/kernels.py`)."""
 
 
 class FusedDecoder:
@@ -34,31 +43,48 @@ class FusedDecoder:
         self._outer = decoder.outer
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
-        self._norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
+        self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
+        # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
+        self._few_tokens = FEW_TOKENS if decoder.shape.size == 1 and decoder.device.type == "cuda" else 0
 
-    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """What the head reads: the final norm of every token, or of `rows` alone, which the last layer then computes.
+    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
+        the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], page * page_size + offset; rows [wanted] int32 -> [wanted, hidden].
+        tokens, positions [tokens] int32; slots [tokens], page * page_size + offset; rows [wanted] int32.
         """
+        if len(tokens) <= self._few_tokens and rows is None:
+            return self._few(tokens, positions, slots, attend)
         hidden, normed = self._embed(tokens)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            query = self._attention_inputs(number, layer, normed, positions, slots)
+            query = self._query(number, layer, layer.qkv(normed), positions, slots)
             if rows is not None and number == last and not len(rows):
-                return normed[:0]  # the last layer's KV is all that was wanted
+                return self._outer.head(normed[:0])  # the last layer's KV is all that was wanted
             attended = attend(number, query).flatten(1)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
             normed = add_rms_norm(hidden, layer.o(attended), layer.mlp_norm.weight, self._eps)
-            normed = add_rms_norm(hidden, layer.mlp.down(silu_mul(layer.mlp.gate_up(normed))), self._norms[number], self._eps)
-        return normed
-
-    def logits(self, normed: Tensor) -> Tensor:
-        """normed [samples, hidden] -> this rank's [samples, shape.vocab] in the model's dtype; padding is -inf."""
+            down = layer.mlp.down(silu_mul(layer.mlp.gate_up(normed)))
+            normed = add_rms_norm(hidden, down, self._next_norms[number], self._eps)
         return self._outer.head(normed)
 
+    def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
+        hidden, _ = self._embed(tokens)
+        for number, layer in enumerate(self._layers):
+            qkv, o, gate_up, down = layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down
+            projected = matvec(hidden, qkv.plain, norm_weight=layer.input_norm.weight, eps=self._eps, bias=qkv.bias)
+            attended = attend(number, self._query(number, layer, projected, positions, slots)).flatten(1)
+            matvec(attended, o.plain, bias=o.bias, residual=hidden)
+            gated = matvec(
+                hidden, gate_up.plain, norm_weight=layer.mlp_norm.weight, eps=self._eps, bias=gate_up.bias, swiglu=True
+            )
+            matvec(gated, down.plain, bias=down.bias, residual=hidden)
+        head = self._outer.head
+        return head.mask(matvec(hidden, head.linear.plain, norm_weight=self._outer.norm.weight, eps=self._eps))
+
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and its norm for the first layer."""
         weight, norm = self._outer.embedding.weight, self._layers[0].input_norm.weight
         if self.shape.size > 1:
             hidden = self._outer.embedding(tokens.long())
@@ -67,13 +93,13 @@ class FusedDecoder:
         embed_norm(tokens, weight, norm, self._eps, hidden, normed)
         return hidden, normed
 
-    def _attention_inputs(self, number: int, layer: Layer, normed: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """The layer's query; its keys and values are written."""
+    def _query(self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """The layer's query, ready to attend; its keys and values are written."""
         shape = self.shape
-        query = torch.empty(len(normed), shape.heads, shape.head_dim, dtype=normed.dtype, device=normed.device)
+        query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
         q_norm, k_norm = layer.head_norms()
         qk_norm_rope_write(
-            layer.qkv(normed), q_norm, k_norm, self._eps, self._table, positions, slots, self.pool.keys(number),
+            projected, q_norm, k_norm, self._eps, self._table, positions, slots, self.pool.keys(number),
             self.pool.values(number), shape.heads, shape.kv_heads, query,
         )  # fmt: skip
         return query
