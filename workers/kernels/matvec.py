@@ -97,19 +97,19 @@ def _tile(base, rows, columns, row_stride, N: tl.constexpr, K: tl.constexpr, ROW
 
 
 @triton.jit
+def _within(at, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Numbers in float32, zero beyond K; no mask where nothing is beyond."""
+    return (tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=columns < K, other=0.0)).to(tl.float32)
+
+
+@triton.jit
 def _row(x, token, tokens, columns, x_stride, norm_weight, K: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr):
     """x[token, columns] in float32, and the same times the norm's weight. Rows beyond the last repeat it."""
     at = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + columns
-    if K % COLUMNS == 0:
-        plain = tl.load(at).to(tl.float32)
-    else:
-        plain = tl.load(at, mask=columns < K, other=0.0).to(tl.float32)
+    plain = _within(at, columns, K, COLUMNS)
     scaled = plain
     if NORM:
-        if K % COLUMNS == 0:
-            scaled = plain * tl.load(norm_weight + columns).to(tl.float32)
-        else:
-            scaled = plain * tl.load(norm_weight + columns, mask=columns < K, other=0.0).to(tl.float32)
+        scaled = plain * _within(norm_weight + columns, columns, K, COLUMNS)
     return plain, scaled
 
 
