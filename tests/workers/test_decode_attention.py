@@ -1,4 +1,4 @@
-"""Decode attention in Triton against dense float64 attention: every way to cut and compute it, ragged rows, padding, garbage."""
+"""Decode attention in Triton against dense float64 attention: every way to cut it, ragged rows, padding, garbage."""
 
 import os
 from dataclasses import replace

@@ -43,8 +43,8 @@ class DecodeConfig:
     dependent: bool = False  # programmatic dependent launch: the grid may start before its predecessor's end
 
 
-def choose_config(pool: KVPool, group: int) -> DecodeConfig:
-    """The best known by shape: head_dim, query heads that share a KV head, dtype."""
+def choose_config(pool: KVPool) -> DecodeConfig:
+    """The best known for the pool's shape and dtype."""
     if pool.dtype == torch.float32:
         return DecodeConfig(keys=32, stages=2, warps=8)  # a dot in full precision takes its operands into registers
     return DecodeConfig()
@@ -141,16 +141,16 @@ def _block(pool, page, block, base, head, context, dims, KV_HEADS: tl.constexpr,
         else:
             place = page.to(tl.int64) * PAGE_ROWS + base + (block * KEYS + step) % PAGE
             at = pool + (place * ROW)[:, None] + (head * DIM + dims)[None, :]
-        if DIM == BLOCK_DIM:
+        inside = (dims < DIM)[None, :]
+        if DIM != BLOCK_DIM:
+            k = tl.load(at, mask=inside, other=0.0)
+            v = tl.load(at + PAGE * ROW, mask=written[:, None] & inside, other=0.0)
+        elif MASKED:
             k = tl.load(at)
-        else:
-            k = tl.load(at, mask=(dims < DIM)[None, :], other=0.0)
-        if MASKED and DIM == BLOCK_DIM:
             v = tl.load(at + PAGE * ROW, mask=written[:, None], other=0.0)
-        elif DIM == BLOCK_DIM:
-            v = tl.load(at + PAGE * ROW)
         else:
-            v = tl.load(at + PAGE * ROW, mask=written[:, None] & (dims < DIM)[None, :], other=0.0)
+            k = tl.load(at)
+            v = tl.load(at + PAGE * ROW)
     return k, v
 
 
@@ -184,7 +184,7 @@ def _fold(q, k, v, block, context, top, weight, acc, scale, MASKED: tl.constexpr
 @triton.jit
 def _merged(partial, lse, slot, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
             BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `slot` on merged in order, by their weights."""
+    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `slot` on merged in order."""
     head = first + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     top = tl.full([ROWS], -1e30, tl.float32)
@@ -282,8 +282,8 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
 
 
 @triton.jit
-def _merge(partial, lse, out, row_pieces, row_slots, out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-           DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
+def _merge(partial, lse, out, row_pieces, row_slots, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
+           BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """One program: one query head of one row, if the row has several pieces."""
     if DEPENDENT:
         gdc_wait()
@@ -315,7 +315,7 @@ class DecodeAttention:
         self._heads = heads
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        config = config or choose_config(pool, self._group)
+        config = config or choose_config(pool)
         self.config = config
         processors = INTERPRETED_PROCESSORS
         if pool.device.type == "cuda":
@@ -367,12 +367,12 @@ class DecodeAttention:
         layout, config = self._pool.layout, self.config
         batch = len(query)
         merge_rows = triton.next_power_of_2(self._group)
-        shape = {"KV_HEADS": layout.kv_heads, "GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
+        shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
         _attend[(self._programs(batch),)](
             query, self._source, block_tables, self._items, out, self._partial, self._lse, self._counters, layer,
             layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
-            PAGE=layout.page_size, LAYERS=layout.layers, ROWS=max(16, merge_rows), KEYS=config.keys,
+            KV_HEADS=layout.kv_heads, PAGE=layout.page_size, LAYERS=layout.layers, ROWS=max(16, merge_rows), KEYS=config.keys,
             STAGES=config.stages, MERGE_ROWS=merge_rows,
             MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)),
             DESCRIPTOR=isinstance(self._source, TensorDescriptor), TRANSPOSED=config.transposed, PEELED=config.peeled,
