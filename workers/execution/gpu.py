@@ -12,7 +12,7 @@ import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.attention.select import select_backend
+from workers.attention.paged import select_paged
 from workers.execution.device_batch import DeviceBatch
 from workers.execution.gpu_runner import Captured, GpuRunner
 from workers.execution.graphs import ladder
@@ -91,15 +91,13 @@ class GpuParts:
         if self._config.cuda_graphs:
             runner.capture(ladder(self._most), captured)
         self._run_largest_step(runner, tokens=min(64, self._config.step_tokens))  # whatever is still to be compiled
-        torch.cuda.synchronize()
         return runner
 
     def _make(self, pages: int) -> GpuRunner:
         assert self._decoder is not None, "made before it is loaded"
         config = self._config
         pool = KVPool(self._layout, pages + 1, self._device)
-        attention = select_backend(config.attention, pool=pool, heads=self._shape.heads)
-        attention.reserve(self._most)
+        attention = select_paged(config.attention, pool, self._shape.heads, self._most)
         state = DeviceBatch(
             rows=config.rows,
             pages=self._layout.pages_for(config.max_model_len),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from scheduler.messages import Start
-from workers.attention.base import PagedAttention
+from workers.attention.paged import PagedAttention
 from workers.execution.chunks import ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import DecodeGraphs

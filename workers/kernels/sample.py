@@ -125,8 +125,7 @@ def _rough_log2(x, FAST: tl.constexpr):
     """The device's own instruction; near 1 its error is absolute, about 2^-22."""
     if FAST:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.log2(x)
+    return tl.log2(x)
 
 
 @triton.jit
