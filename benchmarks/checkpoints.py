@@ -27,7 +27,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     tied: bool
-    max_positions: int = 4096
+    max_positions: int = 40_960
 
     def config(self) -> dict[str, object]:
         """The `config.json` of the checkpoint, in the keys of a published Qwen3 checkpoint."""
