@@ -52,9 +52,7 @@ def test_matvec(
     if residual:
         exact += out.double()
     target = {"residual": out} if residual else {"out": out}
-    result = matvec(
-        x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, swiglu=swiglu, config=config, **target
-    )
+    result = matvec(x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, swiglu=swiglu, config=config, **target)
     assert result is out
     close(out, exact, dtype)
     assert torch.equal(room[tokens].nan_to_num(7.0), last.nan_to_num(7.0))
