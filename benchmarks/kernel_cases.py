@@ -24,6 +24,7 @@ EPS = 1e-6
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS, OURS_PDL = "manta", "manta pdl"
+Runs = dict[str, Callable[[], object]]
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Problem:
     """One set of inputs. runs: by implementation, each computes the whole result from inputs that stay as they are, or
     that may be changed without making it meaningless. error: the relative Frobenius error of OURS against float64."""
 
-    runs: dict[str, Callable[[], object]]
+    runs: Runs
     error: Callable[[], float]
 
 
@@ -178,7 +179,7 @@ class Operands:
     def exact(self) -> Tensor:
         p = self.product
         x = exact_norm(self.x, self.norm) if p.norm else self.x.double()
-        y = torch.cat([x @ part.double().T for part in self.weight.split(16384)], 1)
+        y = torch.cat([x @ part.double().T for part in self.weight.chunk(-(-p.rows // 16384))], 1)
         if p.swiglu:
             gate, up = y.chunk(2, -1)
             y = F.silu(gate) * up
@@ -192,10 +193,11 @@ class Operands:
 def product_case(shape: str, product: Product, tokens: int) -> Case:
     def make() -> Problem:
         operands = Operands(product, tokens)
-        runs: dict[str, Callable[[], object]] = {"torch": operands.torch, "linear alone": operands.linear}
+        runs: Runs = {"torch": operands.torch, "linear alone": operands.linear}
         runs["cuBLAS, our norms"] = operands.separate
         if tokens <= MAX_TOKENS:
-            runs = {OURS: operands.run, OURS_PDL: partial(operands.run, True)} | runs
+            ours: Runs = {OURS: operands.run, OURS_PDL: partial(operands.run, True)}
+            runs = ours | runs
         return Problem(runs, operands.error if tokens <= MAX_TOKENS else lambda: 0.0)
 
     return Case(f"matvec {product.name} {shape} {tokens}", make, product.bytes(tokens), 2 * tokens * product.rows * product.k)
@@ -251,7 +253,7 @@ class LayerProblem:
 def layer_case(shape: Shape, tokens: int) -> Case:
     def make() -> Problem:
         problem = LayerProblem(shape, tokens)
-        runs: dict[str, Callable[[], object]] = {
+        runs: Runs = {
             "cuBLAS, our norms": partial(problem.separate, False),
             "cuBLAS, our norms pdl": partial(problem.separate, True),
         }
@@ -285,14 +287,17 @@ class RopeInputs:
 
     def turned(self, heads: Tensor, weight: Tensor) -> Tensor:
         """In float64: [tokens, heads, head_dim], normed and rotated."""
-        cos, sin = self.table[self.positions].double().split((1, 1), 1)
+        cos, sin = self.table[self.positions].double().split_with_sizes((1, 1), 1)
         normed = exact_norm(heads, weight)
-        return normed * cos + normed.roll(self.shape.head_dim // 2, -1) * sin
+        half = self.shape.head_dim // 2
+        return normed * cos + normed.roll(half, -1) * sin
 
     def error(self) -> float:
         self.run()
         shape, size = self.shape, self.pool.layout.page_size
-        q, k, v = self.qkv.view(self.tokens, -1, shape.head_dim).split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
+        q, k, v = self.qkv.view(self.tokens, -1, shape.head_dim).split_with_sizes(
+            (shape.heads, shape.kv_heads, shape.kv_heads), 1
+        )
         page, slot = self.slots // size, self.slots % size
         pairs = (
             (self.out, self.turned(q, self.q_weight)),
@@ -342,7 +347,7 @@ def activation_case(width: int, tokens: int) -> Case:
             gate, up = gate_up.double().chunk(2, -1)
             return frobenius(silu_mul(gate_up, out), F.silu(gate) * up)
 
-        runs: dict[str, Callable[[], object]] = {
+        runs: Runs = {
             OURS: partial(silu_mul, gate_up, out), OURS_PDL: partial(silu_mul, gate_up, out, pdl=True), "torch": rival,
         }  # fmt: skip
         return Problem(runs, error)

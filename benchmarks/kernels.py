@@ -38,7 +38,7 @@ Row = dict[str, str | float]
 
 def graph_us(runs: list[Run], least: int = RUNS_A_GRAPH, rounds: int = ROUNDS) -> float:
     """Microseconds a run, the median over replays of a graph of all runs, one after another, over and over."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for run in runs[:2]:
@@ -51,9 +51,9 @@ def graph_us(runs: list[Run], least: int = RUNS_A_GRAPH, rounds: int = ROUNDS) -
             for run in runs:
                 run()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
