@@ -5,7 +5,7 @@ A case states the bytes and operations that its work cannot do without. May impo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ EPS = 1e-6
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS, OURS_PDL = "manta", "manta pdl"
+Runs = dict[str, Callable[[], object]]
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Problem:
     """One set of inputs. runs: by implementation, each computes the whole result from inputs that stay as they are, or
     that may be changed without making it meaningless. error: the relative Frobenius error of OURS against float64."""
 
-    runs: dict[str, Callable[[], object]]
+    runs: Runs
     error: Callable[[], float]
 
 
@@ -53,6 +54,16 @@ def frobenius(out: Tensor, exact: Tensor) -> float:
 
 def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=torch.float32).mul_(scale).to(dtype)
+
+
+@lru_cache
+def vocabulary(width: int) -> Tensor:
+    return normal(151936, width)
+
+
+@lru_cache
+def rotation(head_dim: int) -> Tensor:
+    return Rotary(Rope(theta=1e6), head_dim, 8192, DTYPE, DEVICE)._table
 
 
 def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ class Operands:
     def exact(self) -> Tensor:
         p = self.product
         x = exact_norm(self.x, self.norm) if p.norm else self.x.double()
-        y = torch.cat([x @ part.double().T for part in self.weight.split(16384)], 1)
+        y = torch.cat([x @ part.double().T for part in self.weight.chunk(-(-p.rows // 16384))], 1)
         if p.swiglu:
             gate, up = y.chunk(2, -1)
             y = F.silu(gate) * up
@@ -182,10 +193,11 @@ class Operands:
 def product_case(shape: str, product: Product, tokens: int) -> Case:
     def make() -> Problem:
         operands = Operands(product, tokens)
-        runs: dict[str, Callable[[], object]] = {"torch": operands.torch, "linear alone": operands.linear}
+        runs: Runs = {"torch": operands.torch, "linear alone": operands.linear}
         runs["cuBLAS, our norms"] = operands.separate
         if tokens <= MAX_TOKENS:
-            runs = {OURS: operands.run, OURS_PDL: partial(operands.run, True)} | runs
+            ours: Runs = {OURS: operands.run, OURS_PDL: partial(operands.run, True)}
+            runs = ours | runs
         return Problem(runs, operands.error if tokens <= MAX_TOKENS else lambda: 0.0)
 
     return Case(f"matvec {product.name} {shape} {tokens}", make, product.bytes(tokens), 2 * tokens * product.rows * product.k)
@@ -220,17 +232,34 @@ class LayerProblem:
         product = silu_mul(F.linear(normed, gate_up.weight), pdl=pdl)
         add_rms_norm(self.hidden, F.linear(product, down.weight), qkv.norm, EPS, qkv.x, pdl=pdl)
 
+    def error(self) -> float:
+        """Of the chain that has the most that can go wrong: our kernels, each launched before the last has ended."""
+        qkv, o, gate_up, down = self.parts
+        hidden, rope = self.hidden.double(), self.rope
+        queries = exact_norm(self.hidden, qkv.norm) @ qkv.weight[: o.product.k].double().T
+        queries = rope.turned(queries.view(self.tokens, self.shape.heads, -1), rope.q_weight)
+        hidden += queries.flatten(1) @ o.weight.double().T
+        gate, up = (exact_norm(hidden, gate_up.norm) @ gate_up.weight.double().T).chunk(2, -1)
+        hidden += (F.silu(gate) * up) @ down.weight.double().T
+        run = partial(self.ours, True) if self.tokens <= MAX_TOKENS else partial(self.separate_from_hidden, True)
+        run()
+        return frobenius(self.hidden, hidden)
+
+    def separate_from_hidden(self, pdl: bool) -> None:
+        rms_norm(self.hidden, self.parts[0].norm, EPS, self.parts[0].x, pdl=pdl)
+        self.separate(pdl)
+
 
 def layer_case(shape: Shape, tokens: int) -> Case:
     def make() -> Problem:
         problem = LayerProblem(shape, tokens)
-        runs: dict[str, Callable[[], object]] = {
+        runs: Runs = {
             "cuBLAS, our norms": partial(problem.separate, False),
             "cuBLAS, our norms pdl": partial(problem.separate, True),
         }
         if tokens <= MAX_TOKENS:
             runs = {OURS: partial(problem.ours, False), OURS_PDL: partial(problem.ours, True)} | runs
-        return Problem(runs, lambda: 0.0)
+        return Problem(runs, problem.error)
 
     products = shape.products()[:4]
     return Case(f"layer {shape.name} {tokens}", make, sum(p.bytes(tokens) for p in products))
@@ -245,8 +274,7 @@ class RopeInputs:
         self.pool = KVPool(layout, -(-tokens // page_size) + 2, DEVICE)
         self.qkv = normal(tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
         self.q_weight, self.k_weight = normal(shape.head_dim), normal(shape.head_dim)
-        rotary = Rotary(Rope(theta=1e6), shape.head_dim, 8192, DTYPE, DEVICE)
-        self.table = rotary._table
+        self.table = rotation(shape.head_dim)
         self.positions = torch.randint(8192, (tokens,), device=DEVICE)
         self.slots = torch.randperm(self.pool.pages * page_size, device=DEVICE)[:tokens]
         self.out = poisoned(tokens, shape.heads, shape.head_dim)
@@ -257,20 +285,23 @@ class RopeInputs:
             self.pool.keys(1), self.pool.values(1), self.shape.heads, self.shape.kv_heads, self.out, pdl=pdl,
         )  # fmt: skip
 
+    def turned(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """In float64: [tokens, heads, head_dim], normed and rotated."""
+        cos, sin = self.table[self.positions].double().split_with_sizes((1, 1), 1)
+        normed = exact_norm(heads, weight)
+        half = self.shape.head_dim // 2
+        return normed * cos + normed.roll(half, -1) * sin
+
     def error(self) -> float:
         self.run()
         shape, size = self.shape, self.pool.layout.page_size
-        q, k, v = self.qkv.view(self.tokens, -1, shape.head_dim).split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
-        cos, sin = self.table[self.positions].double().split((1, 1), 1)
-
-        def turned(heads: Tensor, weight: Tensor) -> Tensor:
-            normed = exact_norm(heads, weight)
-            return normed * cos + normed.roll(shape.head_dim // 2, -1) * sin
-
+        q, k, v = self.qkv.view(self.tokens, -1, shape.head_dim).split_with_sizes(
+            (shape.heads, shape.kv_heads, shape.kv_heads), 1
+        )
         page, slot = self.slots // size, self.slots % size
         pairs = (
-            (self.out, turned(q, self.q_weight)),
-            (self.pool.keys(1)[page, slot], turned(k, self.k_weight)),
+            (self.out, self.turned(q, self.q_weight)),
+            (self.pool.keys(1)[page, slot], self.turned(k, self.k_weight)),
             (self.pool.values(1)[page, slot], v.double()),
         )
         return max(frobenius(out, exact) for out, exact in pairs)
@@ -316,7 +347,7 @@ def activation_case(width: int, tokens: int) -> Case:
             gate, up = gate_up.double().chunk(2, -1)
             return frobenius(silu_mul(gate_up, out), F.silu(gate) * up)
 
-        runs: dict[str, Callable[[], object]] = {
+        runs: Runs = {
             OURS: partial(silu_mul, gate_up, out), OURS_PDL: partial(silu_mul, gate_up, out, pdl=True), "torch": rival,
         }  # fmt: skip
         return Problem(runs, error)
@@ -326,7 +357,7 @@ def activation_case(width: int, tokens: int) -> Case:
 
 def embed_case(width: int, tokens: int) -> Case:
     def make() -> Problem:
-        table, weight = normal(151936, width), normal(width)
+        table, weight = vocabulary(width), normal(width)
         ids = torch.randint(151936, (tokens,), device=DEVICE)
         hidden, normed = poisoned(tokens, width), poisoned(tokens, width)
 

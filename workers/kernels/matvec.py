@@ -126,15 +126,19 @@ def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, g
     return sums, gated, power
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
             K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
             NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output.
+
+    Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.
+    """
+    shares = tl.cdiv(tokens, TOKENS)
+    rows = tl.program_id(0) // shares * ROWS + tl.arange(0, ROWS)
     safe = rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
-    first = tl.program_id(1) * TOKENS
+    first = tl.program_id(0) % shares * TOKENS
     columns = tl.arange(0, COLUMNS)
     half = weight + N * weight_stride if GATED else weight
     if PDL:
@@ -206,7 +210,7 @@ def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N:
         _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _tiles(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
            K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
@@ -314,7 +318,7 @@ def matvec(
         _tiles[(programs,)](*operands, SPLITS=config.splits, **flags)
     else:
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
-        _stream[(programs, triton.cdiv(tokens, share))](*operands, TOKENS=share, **flags)
+        _stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
     return target
 
 

@@ -51,10 +51,10 @@ def test_matvec(
     out, last = room[:tokens], room[tokens].clone()
     if residual:
         exact += out.double()
-    target = {"residual": out} if residual else {"out": out}
     result = matvec(
-        x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, swiglu=swiglu, config=config, **target
-    )
+        x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, residual=out if residual else None, swiglu=swiglu,
+        out=None if residual else out, config=config,
+    )  # fmt: skip
     assert result is out
     close(out, exact, dtype)
     assert torch.equal(room[tokens].nan_to_num(7.0), last.nan_to_num(7.0))

@@ -52,7 +52,7 @@ def test_equals_the_layers(
     )
     assert returned is out
 
-    query, key, value = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
+    query, key, value = qkv.view(tokens, -1, dim).split_with_sizes((heads, kv_heads, kv_heads), 1)
     page, slot = slots.long() // PAGE, slots.long() % PAGE
     close(out, _expected(query, q_weight, rotary, positions), dtype)
     close(keys[page, slot], _expected(key, k_weight, rotary, positions), dtype)
