@@ -75,9 +75,7 @@ def _load_2() -> FlashKernels:
 
     def decode(query: Tensor, keys: Tensor, values: Tensor, step: StepInput) -> Tensor:
         lens, tables = step.context_lens[: step.decodes], step.block_tables[: step.decodes]
-        out: Tensor = flash_attn_with_kvcache(
-            query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True
-        )
+        out: Tensor = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True)
         return out[:, 0]
 
     def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan) -> Tensor:
@@ -185,9 +183,7 @@ class FlashAttention:
             max_context=int(step.host_context_lens[decodes:].max()) if chunks else 0,
         )
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan) -> Tensor:
         self._writer.write(layer, key, value, plan.rows)
         keys, values = self._pool.keys(layer), self._pool.values(layer)
         query = dense_rows(query)

@@ -107,7 +107,7 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
 
 
 @triton.jit
-def _pages(table, block, context, PAGE: tl.constexpr, KEYS: tl.constexpr):
+def block_pages(table, block, context, PAGE: tl.constexpr, KEYS: tl.constexpr):
     """The block's page id, or [KEYS] page ids where a block is longer than a page; 0 past the context."""
     if KEYS <= PAGE:
         pages = tl.load(table + block * KEYS // PAGE)
@@ -118,7 +118,7 @@ def _pages(table, block, context, PAGE: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _block(pool, page, block, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+def block_kv(pool, page, block, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
            PAGE_ROWS: tl.constexpr, KEYS: tl.constexpr, DESCRIPTOR: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Keys and values [KEYS, BLOCK_DIM] of one block. Values past the context are zeros where MASKED; keys are anything.
 
@@ -249,14 +249,14 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     if PEELED:
         full = tl.minimum(high, context // KEYS)
     # a block's page is read one block ahead, so that the loop's loads hang on no load of the same turn and all run ahead
-    page = _pages(table, low, context, PAGE, KEYS)
+    page = block_pages(table, low, context, PAGE, KEYS)
     for block in tl.range(low, full, num_stages=STAGES):
-        k, v = _block(pool, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
+        k, v = block_kv(pool, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
                       DESCRIPTOR, not PEELED)  # fmt: skip
-        page = _pages(table, tl.minimum(block + 1, high - 1), context, PAGE, KEYS)
+        page = block_pages(table, tl.minimum(block + 1, high - 1), context, PAGE, KEYS)
         top, weight, acc = _fold(q, k, v, block, context, top, weight, acc, scale, not PEELED, TRANSPOSED, PRECISION)
     if PEELED and full < high:
-        k, v = _block(pool, page, full, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
+        k, v = block_kv(pool, page, full, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
                       DESCRIPTOR, True)  # fmt: skip
         top, weight, acc = _fold(q, k, v, full, context, top, weight, acc, scale, True, TRANSPOSED, PRECISION)
 
@@ -307,10 +307,13 @@ class DecodeAttention:
     heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs.
     Safety: block_tables name pages of the pool for each row's context, and one page even where the context is 0 (whose
     output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
+    Raises ValueError for float64.
     """
 
     def __init__(self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None) -> None:
         layout = pool.layout
+        if pool.dtype == torch.float64:
+            raise ValueError("Triton's kernels serve bfloat16, float16 and float32, not float64; choose one of them")
         self._pool = pool
         self._heads = heads
         self._group = heads // layout.kv_heads
@@ -328,10 +331,14 @@ class DecodeAttention:
         slots = 2 * self._shares * self._group
         self._partial = torch.empty((slots, layout.head_dim), dtype=torch.float32, device=pool.device)
         self._lse = torch.empty(slots, dtype=torch.float32, device=pool.device)
+        self._kept: list[Tensor] = []
+        self.max_batch = 0
         self.reserve(max_batch)
 
     def reserve(self, max_batch: int) -> None:
-        """Make the buffers that grow with the batch. A graph captured before holds the old ones: capture afterwards."""
+        """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
+        if self.max_batch:
+            self._kept += [self._items, self._counters, self._rows]
         device, kv_heads = self._pool.device, self._pool.layout.kv_heads
         self.max_batch = max_batch
         items = triton.cdiv(self._shares + max_batch * kv_heads, PLANNED_ITEMS) * PLANNED_ITEMS
@@ -341,7 +348,8 @@ class DecodeAttention:
 
     @property
     def memory_bytes(self) -> int:
-        return sum(t.nbytes for t in (self._partial, self._lse, self._items, self._counters, self._rows))
+        tensors = [self._partial, self._lse, self._items, self._counters, self._rows, *self._kept]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _programs(self, batch: int) -> int:
         return self._shares + batch * self._pool.layout.kv_heads
