@@ -3,6 +3,7 @@
 Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constraints`.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,8 @@ from workers.model.decoder import Decoder
 from workers.sampling.constraints import Allowed, Constraints
 from workers.sampling.logprobs import PromptPart
 from workers.sampling.sampler import Sampled, Sampler
+
+logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
@@ -68,7 +71,8 @@ class ModelRunner:
         rows = step.plan.rows[samples]
         allowed = self._constraints.allowed(rows)  # after the launch: the device computes while this waits
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
-        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens
+        # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
+        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens.clamp(min=0)
         tokens = DeviceTokens(step, samples, sampled, measured, logits.is_cuda)
         return tokens if allowed is None else ConstrainedTokens(tokens, samples, self._constraints, allowed)
 
@@ -107,7 +111,10 @@ class DeviceTokens:
         payloads = [(part.index, part.payload()) for part in self._measured]
         if self._host is not None and self._sampled is not None:
             ids[self._samples] = self._host.numpy()
-            payloads += [(int(self._samples[at]), payload) for at, payload in self._sampled.payloads()]
+            if (failed := int((ids[self._samples] == NO_TOKEN).sum())) > 0:
+                logger.warning("the model's logits were not finite for %d of %d sequences", failed, len(self._samples))
+            told = [(int(self._samples[at]), payload) for at, payload in self._sampled.payloads()]
+            payloads += [(index, payload) for index, payload in told if ids[index] != NO_TOKEN]
         return Tokens(ids, payloads)
 
 

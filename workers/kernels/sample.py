@@ -611,6 +611,7 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
 
 # ---- for callers
 
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """What changes logits, by resident row; a table that is None is never read, whatever the flags say.
