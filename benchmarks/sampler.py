@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scheduler.sampling import SamplingParams
 from workers.kernels import sample as kernels
+from workers.kernels.marks import IN_PROMPT
 from workers.kernels.sample import Geometry, Tables, Workspace, geometry
 from workers.parallel.in_process import Solo
 from workers.sampling import settings
@@ -67,7 +68,7 @@ class Batch:
         self.tables = Tables()
         if any(settings.penalises(p) for p in self.params):
             marks = torch.zeros(samples, vocab, dtype=torch.int32)
-            marks.scatter_(1, torch.from_numpy(self.prompts).long(), kernels.IN_PROMPT)
+            marks.scatter_(1, torch.from_numpy(self.prompts).long(), IN_PROMPT)
             self.tables = Tables(marks=marks.to(device))
         self.out = torch.zeros(samples, dtype=torch.int64, device=device)
         self.last = torch.zeros(samples + 1, dtype=torch.int64, device=device)

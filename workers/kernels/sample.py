@@ -24,13 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from scheduler.messages import NO_TOKEN
+from workers.kernels.marks import BARRED_STOP, COUNT_BITS, IN_PROMPT
 from workers.sampling import settings as layout
-
-COUNT_BITS = 24
-IN_PROMPT = 1 << 24
-"""Marks of an id in a row. The low bits count how often it was emitted; this one: it is in the prompt."""
-BARRED_STOP = 1 << 25
-"""It is a stop id, which may not come before the record's stop_from."""
 
 MAX_SPLITS = 64
 GROUPS = 4096

@@ -40,9 +40,9 @@ def logsumexp(values: Tensor, best: Tensor) -> Tensor:
 def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` columns of each row in the order (value descending, column ascending), as (values, columns).
 
-    NaN comes first. Exact also under ties, which abound in bfloat16 logits and which torch.topk breaks at will. Two levels: the wanted
-    columns lie in the first `count` blocks, ordered by (maximum descending, block ascending), since each block ahead of
-    another holds an element ahead of all of the other's. So only one cheap pass reads the whole row.
+    NaN comes first. Exact also under ties, which abound in bfloat16 logits and which torch.topk breaks at will. Two levels:
+    the wanted columns lie in the first `count` blocks, ordered by (maximum descending, block ascending), since each block
+    ahead of another holds an element ahead of all of the other's. So only one cheap pass reads the whole row.
     """
     width = values.shape[1]
     block = _BLOCK

@@ -24,8 +24,6 @@ from workers.sampling.settings import GREEDY_BELOW
 
 Ints = npt.NDArray[np.integer]
 
-_NO_LOGPROBS = -1
-
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -95,7 +93,7 @@ class Sampler:
         self._plain = np.ones(rows, np.bool_)  # greedy, and nothing else to do
         self._streams = np.zeros(rows, np.uint64)
         self._settings = np.zeros((rows, 4), np.float64)  # temperature, top_k (0: all), top_p (inf: all), min_p
-        self._logprobs = np.full(rows, _NO_LOGPROBS, np.int64)
+        self._logprobs = np.full(rows, logprobs.NOT_ASKED, np.int64)
 
     def admit(
         self,
@@ -114,7 +112,7 @@ class Sampler:
         top_p = params.top_p if params.top_p < 1 else np.inf
         self._settings[row] = (1, 1, np.inf, 0) if greedy else (params.temperature, top_k, top_p, params.min_p)
         self._streams[row] = noise.stream(seed, choice)
-        self._logprobs[row] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
+        self._logprobs[row] = logprobs.NOT_ASKED if params.logprobs is None else params.logprobs
         edited = self._edits.admit(row, params, stop_ids, prompt, output)
         self._plain[row] = greedy and not edited and params.logprobs is None and params.grammar is None
 
@@ -256,14 +254,7 @@ class Sampler:
         return tokens
 
     def _measure(self, logits: Tensor, tokens: Tensor, rows: Ints) -> Logprobs | None:
-        counts = self._logprobs[rows]
-        asked = np.flatnonzero(counts != _NO_LOGPROBS)
-        if not len(asked):
-            return None
-        at = self._put(asked)
-        most = int(counts[asked].max())
-        numbers = logprobs.measure(self._comm, logits[at], tokens[at], most, self._vocab_size)
-        return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), numbers.to("cpu", non_blocking=True))
+        return logprobs.measure_asked(self._comm, logits, tokens, self._logprobs[rows], self._vocab_size, self._dtype)
 
     def _put(self, array: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
