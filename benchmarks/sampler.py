@@ -8,8 +8,10 @@ Times are of CUDA graph replays over several buffers of logits, so that the L2 c
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from scheduler.sampling import SamplingParams
 from workers.kernels import sample as kernels
+from workers.kernels.marks import IN_PROMPT
 from workers.kernels.sample import Geometry, Tables, Workspace, geometry
 from workers.parallel.in_process import Solo
 from workers.sampling import settings
@@ -42,6 +45,9 @@ KINDS: dict[str, SamplingParams] = {
 }
 MIXTURE = tuple(KINDS.values())[:7]
 PROMPT = 200
+SIZES = (1, 8, 32, 64, 256)
+SWEPT = (1, 32, 256)
+SPLITS_CHECKED = (1, 64)
 
 
 class Batch:
@@ -62,7 +68,7 @@ class Batch:
         self.tables = Tables()
         if any(settings.penalises(p) for p in self.params):
             marks = torch.zeros(samples, vocab, dtype=torch.int32)
-            marks.scatter_(1, torch.from_numpy(self.prompts).long(), kernels.IN_PROMPT)
+            marks.scatter_(1, torch.from_numpy(self.prompts).long(), IN_PROMPT)
             self.tables = Tables(marks=marks.to(device))
         self.out = torch.zeros(samples, dtype=torch.int64, device=device)
         self.last = torch.zeros(samples + 1, dtype=torch.int64, device=device)
@@ -122,9 +128,9 @@ def alone_and_together(device: torch.device) -> None:
     together = Batch(params, VOCAB, device)
     together.sample(logits)
     want = together.out.clone()
-    for splits in (1, 2, 16, 64):
+    for splits in SPLITS_CHECKED:
         other = Batch(params, VOCAB, device)
-        other.sample(logits, Geometry(splits=splits, block=2048))
+        other.sample(logits, replace(geometry(64), splits=splits))
         if not torch.equal(other.out, want):
             raise AssertionError(f"with {splits} splits other tokens: {(other.out != want).nonzero().flatten().tolist()}")
     for row in range(0, 64, 7):
@@ -173,20 +179,42 @@ def plans(samples: int, wide: bool) -> list[Geometry]:
 
 def timings(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     found = []
-    sizes = (1, 256) if quick else (1, 8, 32, 64, 256)
+    sizes = (1, 256) if quick else SIZES
     kinds = {kind: [params] for kind, params in KINDS.items()} | {"mixture": list(MIXTURE)}
     for samples in sizes:
         buffers = [make_logits(samples, scale, device, seed) for seed in range(max(3, 512 // samples)) for scale in (1.0, 3.0)]
         buffers = buffers[: max(4, 640 // samples)][:40]
         for kind, cycle in kinds.items():
             batch = Batch([cycle[row % len(cycle)] for row in range(samples)], VOCAB, device)
-            wide = not quick and samples in (1, 32, 256) and kind in ("greedy", "temperature", "top_k", "top_p")
+            wide = not quick and samples in SWEPT and kind in ("greedy", "temperature", "top_k", "top_p")
             for plan in plans(samples, wide):
                 us = time_us(batch, buffers, plan)
                 limit = samples * VOCAB * 2 / BANDWIDTH * 1e6
                 found.append({"kind": kind, "samples": samples, "us": us, "share": limit / us, "plan": describe(plan)})
         del buffers
     return found
+
+
+def compile_all(quick: bool) -> None:
+    """Compiles what `timings` and `checks` launch, into Triton's cache, on all cores."""
+    variants = {
+        (replace(plan, splits=splits), marked)
+        for samples in ((1, 256) if quick else SIZES)
+        for plan in plans(samples, not quick and samples in SWEPT)
+        for splits in (plan.splits, *SPLITS_CHECKED)
+        for marked in ((False, True) if plan == geometry(samples) else (False,))
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(12, mp_context=context) as pool:
+        for done in [pool.submit(compile_one, plan, marked) for plan, marked in sorted(variants, key=str)]:
+            done.result()
+
+
+def compile_one(plan: Geometry, marked: bool) -> None:
+    device = torch.device("cuda")
+    batch = Batch([KINDS["penalties" if marked else "greedy"]], VOCAB, device)
+    batch.sample(make_logits(1, 1.0, device), plan)
+    torch.cuda.synchronize()
 
 
 def describe(plan: Geometry) -> str:
@@ -201,6 +229,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda")
     began = time.monotonic()
+    compile_all(options.quick)
+    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
     result: dict[str, Any] = {"checks": [] if options.no_checks else checks(device, options.quick)}
     for found in result["checks"]:
         print(f"{found['kind']:14} scale {found['scale']}: {found['mismatches']} of {found['samples']} differ {found['which']}")

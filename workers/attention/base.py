@@ -45,12 +45,14 @@ class Chunks:
     max_context: int  # at least the longest context
 
 
-class DeviceAttention(AttentionBackend, Protocol):
-    """A backend that also attends without writing, driven by tensors on the device: the step's KV stands in the pool already.
+class PagedAttention(Protocol):
+    """Attends without writing, driven by tensors on the device: the step's KV stands in the pool already.
 
     `decode` may be captured in a CUDA graph with its `plan_decode` and follows lengths and tables as they are at a replay.
     One plan of each kind is live at a time: a step's layers are launched before the next step is planned.
     """
+
+    name: str
 
     def plan_decode(self, context_lens: Tensor, batch: int) -> Any:
         """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32."""
@@ -73,3 +75,7 @@ class DeviceAttention(AttentionBackend, Protocol):
     def chunks(self, layer: int, query: Tensor, plan: Any, out: Tensor | None = None) -> Tensor:
         """All chunks of a step at once: query [tokens, heads, head_dim] -> the same, in `out` where it is given."""
         ...
+
+
+class DeviceAttention(AttentionBackend, PagedAttention, Protocol):
+    """A backend that can do both."""

@@ -1,6 +1,6 @@
 """The inputs of a step's prefill chunks, from the host's batch: one pinned copy to the device.
 
-Imports torch, NumPy, `device_batch` and `step`.
+Imports torch, NumPy, `device_batch` and what attention wants of chunks.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from workers.attention.base import Chunks
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.pinned import PinnedRing
-from workers.execution.step import StepInput
 from workers.loop.batch import Launched, ResidentBatch
 
 Ints = npt.NDArray[np.int64]
-NO_TABLES: npt.NDArray[np.int32] = np.empty((0, 0), np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkStep:
-    """The chunks of a step. rows, positions: [samples] int32 on the device, of those that sample, in the step's order."""
+    """The chunks of a step: tensors on the device, int32, until the next step is built.
 
-    inputs: StepInput
-    rows: Tensor
+    tokens, positions, slots: [tokens]. wanted: [n] tokens whose logits are wanted: of those that sample, then of prompts that
+    are measured. sampled_rows, sampled_positions: [samples] rows of the batch, and the positions of their new tokens.
+    """
+
+    tokens: Tensor
     positions: Tensor
+    slots: Tensor
+    wanted: Tensor
+    sampled_rows: Tensor
+    sampled_positions: Tensor
+    attention: Chunks
 
 
 class ChunkInputs:
@@ -54,22 +61,22 @@ class ChunkInputs:
             np.concatenate(tokens), positions, slots, starts, context, rows, np.concatenate(wanted), rows[samples],
             context[samples],
         ]  # fmt: skip
-        on_device = self._send(parts)
+        sent = self._send(parts)
         width = int(-(-context.max() // batch.page_size))
-        inputs = StepInput(
-            tokens=on_device[0],
-            positions=on_device[1],
-            slots=on_device[2],
-            query_starts=on_device[3],
-            context_lens=on_device[4],
-            block_tables=self._state.tables.index_select(0, on_device[5])[:, :width],
-            sample_at=on_device[6],
-            decodes=0,
-            host_query_lens=counts.astype(np.int32),
-            host_context_lens=context.astype(np.int32),
-            host_block_tables=NO_TABLES,
+        return ChunkStep(
+            *sent[:3],
+            wanted=sent[6],
+            sampled_rows=sent[7],
+            sampled_positions=sent[8],
+            attention=Chunks(
+                query_starts=sent[3],
+                context_lens=sent[4],
+                block_tables=self._state.tables.index_select(0, sent[5])[:, :width],
+                tokens=int(starts[-1]),
+                max_query=int(counts.max()),
+                max_context=int(context.max()),
+            ),
         )
-        return ChunkStep(inputs, on_device[7], on_device[8])
 
     def _send(self, parts: list[Ints]) -> list[Tensor]:
         sizes = [len(part) for part in parts]

@@ -12,7 +12,7 @@ import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.attention.paged import select_paged
+from workers.attention.select import select_device_backend
 from workers.execution.device_batch import DeviceBatch
 from workers.execution.gpu_runner import Captured, GpuRunner
 from workers.execution.graphs import ladder
@@ -57,8 +57,8 @@ class GpuParts:
         self._most = min(config.rows, config.step_tokens)
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
-            vocab_size=model_config.vocab_size, local_vocab=self._shape.vocab, comm=comm, rows=config.rows, device=device,
-            dtype=dtype, most=self._most,
+            vocab_size=model_config.vocab_size, comm=comm, rows=config.rows, samples=max(config.rows, self._most),
+            device=device, dtype=dtype,
         )  # fmt: skip
 
     def load(self, progress: Progress) -> None:
@@ -97,7 +97,7 @@ class GpuParts:
         assert self._decoder is not None, "made before it is loaded"
         config = self._config
         pool = KVPool(self._layout, pages + 1, self._device)
-        attention = select_paged(config.attention, pool, self._shape.heads, self._most)
+        attention = select_device_backend(config.attention, pool=pool, heads=self._shape.heads, most=self._most)
         state = DeviceBatch(
             rows=config.rows,
             pages=self._layout.pages_for(config.max_model_len),

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from scheduler.messages import Start
-from workers.attention.paged import PagedAttention
+from workers.attention.base import PagedAttention
 from workers.execution.chunks import ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import DecodeGraphs
 from workers.execution.pending import DeviceTokens, Following
 from workers.execution.pinned import PinnedRing
-from workers.execution.step import StepInput
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.fused import FusedDecoder
@@ -115,12 +114,12 @@ class GpuRunner:
         prefilled = self._chunks(chunks) if chunks is not None else None
         allowed = self._following.allowed(rows)  # after the launches: the device computes while this waits
         if allowed is not None:
-            self._sampler.allow(rows[allowed.samples], allowed.bits)
+            self._sampler.constrain(rows[allowed.samples], allowed.bits)
         if constrained:
             self._sample(logits[0], self._state.order[:decodes], self._state.contexts[:decodes], 0)
-        if chunks is not None and prefilled is not None and len(chunks.rows):
-            logits.append(prefilled[: len(chunks.rows)])
-            self._sample(logits[-1], chunks.rows, chunks.positions, decodes)
+        if chunks is not None and prefilled is not None and len(chunks.sampled_rows):
+            logits.append(prefilled[: len(chunks.sampled_rows)])
+            self._sample(logits[-1], chunks.sampled_rows, chunks.sampled_positions, decodes)
         measured = self._measure(batch, step, prefilled[len(rows) - decodes :]) if prefilled is not None else []
         tokens = self._to_host(step, samples, logits, measured)
         return self._following.pending(tokens, samples, allowed)
@@ -142,9 +141,7 @@ class GpuRunner:
         plan = self._attention.plan_decode(contexts, size)
 
         def attend(layer: int, query: Tensor) -> Tensor:
-            out = torch.empty_like(query)
-            self._attention.decode(layer, query, tables, contexts, out, plan)
-            return out
+            return self._attention.decode(layer, query, tables, contexts, plan)
 
         return self._model.logits(state.tokens[:size], state.positions[:size], state.slots[:size], attend)
 
@@ -156,19 +153,18 @@ class GpuRunner:
     def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, at: int) -> None:
         """Tokens of the step from `at` on. positions: that the new tokens will have."""
         sampled = self._sampled[at : at + len(rows)]
-        self._sampler.sample(logits, rows, positions, self._state.settings, self._state.last_token, sampled)
+        self._sampler.sample(logits, rows, positions, self._state.settings, sampled, self._state.last_token)
 
     # ---- prefill
 
     def _chunks(self, chunks: ChunkStep) -> Tensor:
         """Logits where they are wanted: of those that sample, then of prompts that are measured."""
-        step: StepInput = chunks.inputs
-        plan = self._attention.plan_chunks(step)
+        plan = self._attention.plan_chunks(chunks.attention)
 
         def attend(layer: int, query: Tensor) -> Tensor:
-            return self._attention.chunks(layer, query, step, plan)
+            return self._attention.chunks(layer, query, plan)
 
-        return self._model.logits(step.tokens, step.positions, step.slots, attend, step.sample_at)
+        return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
 
     def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
         """logits: of all measured positions, one part after another."""
@@ -187,7 +183,7 @@ class GpuRunner:
         self, step: Launched, samples: Ints, logits: list[Tensor], measured: list[PromptPart]
     ) -> DeviceTokens:
         rows, sampled = step.plan.rows[samples], self._sampled[: len(samples)]
-        logprobs = self._sampler.measure(logits, sampled, rows) if len(rows) else None
+        logprobs = self._sampler.measure(torch.cat(logits), sampled.long(), rows) if self._sampler.measures(rows) else None
         host = self._ring.take(len(samples))
         host.copy_(sampled, non_blocking=True)
         return DeviceTokens(step, samples, host, logprobs, measured, self._ring.used())

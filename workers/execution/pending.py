@@ -3,6 +3,7 @@
 Imports torch, NumPy and what `rank` calls a pending step.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from workers.loop.batch import Launched
 from workers.loop.rank import Tokens
 from workers.sampling.constraints import Allowed, Constraints
 from workers.sampling.logprobs import Logprobs, PromptPart
+
+logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
@@ -49,8 +52,11 @@ class DeviceTokens:
             payloads = [(part.index, part.payload()) for part in self._measured]
             if self._host is not None:
                 ids[self._samples] = self._host.numpy()
+                if (failed := int((ids[self._samples] == NO_TOKEN).sum())) > 0:
+                    logger.warning("the model's logits were not finite for %d of %d sequences", failed, len(self._samples))
             if self._logprobs is not None:
-                payloads += [(int(self._samples[at]), payload) for at, payload in self._logprobs.payloads()]
+                told = [(int(self._samples[at]), payload) for at, payload in self._logprobs.payloads()]
+                payloads += [(index, payload) for index, payload in told if ids[index] != NO_TOKEN]
             self._read = Tokens(ids, payloads)
         return self._read
 

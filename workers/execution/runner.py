@@ -71,7 +71,8 @@ class ModelRunner:
         rows = step.plan.rows[samples]
         allowed = self._following.allowed(rows)  # after the launch: a device computes while this waits
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
-        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens
+        # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
+        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens.clamp(min=0)
         host = sampled.tokens.to("cpu", non_blocking=True)
         tokens = DeviceTokens(step, samples, host, sampled.logprobs, measured, _after_this(logits.device))
         return self._following.pending(tokens, samples, allowed)

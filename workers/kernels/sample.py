@@ -13,6 +13,9 @@ close, and probabilities are summed in fixed point, where the order does not cou
 Imports torch, Triton, NumPy's settings layout. Reads `workers.sampling.settings` records; allocates nothing in `sample`.
 """
 
+# ruff: noqa: SIM102, RET505
+# What the compiler decides stands in an `if` of its own, around what the device decides.
+
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from scheduler.messages import NO_TOKEN
+from workers.kernels.marks import BARRED_STOP, COUNT_BITS, IN_PROMPT
 from workers.sampling import settings as layout
 
-COUNT_BITS = 24
-IN_PROMPT = 1 << 24
-"""Marks of an id in a row. The low bits count how often it was emitted; this one: it is in the prompt."""
-BARRED_STOP = 1 << 25
-"""It is a stop id, which may not come before the record's stop_from."""
+MAX_SPLITS = 64
+GROUPS = 4096
+"""Groups of ids in a row, at most, whose maxima bound the k-th best."""
+CAPACITY = 2048
+"""Ids that can be collected for a row with top_k; more, for a large top_k or many ties, are found in passes over the row."""
+ROUNDS = 2
 
 _WORDS = tl.constexpr(layout.WORDS)
 _TEMPERATURE = tl.constexpr(layout.TEMPERATURE)
@@ -55,6 +60,7 @@ _BARRED = tl.constexpr(BARRED_STOP)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _NO_ID = tl.constexpr(2**31 - 1)  # behind every id
 _LN2 = tl.constexpr(0.6931471805599453)
+_MAX_SPLITS = tl.constexpr(MAX_SPLITS)
 _UNIT = tl.constexpr(float(2**44))  # of probabilities in fixed point: 2^18 ids of weight 1 fit into 62 bits
 _CLOSE = tl.constexpr(4e-5)  # scores this near to each other, more where they are large, are compared exactly
 
@@ -269,19 +275,34 @@ def _pass(value, token, floor, top, low, high, logits, vocab, words, flags, posi
 
 
 @triton.jit
-def _winner(scores, values, ids, SPLITS: tl.constexpr):
-    """The best of the splits of one row: (scaled logit, id)."""
-    splits = tl.arange(0, SPLITS)
-    found = tl.load(ids + splits)
-    _, winner = _first(tl.load(scores + splits), found)
-    return tl.max(tl.where(found == winner, tl.load(values + splits), float("-inf")), 0), winner
+def _top(tops, splits):
+    """The highest scaled logit of a row; +inf if any is not finite."""
+    at = tl.arange(0, _MAX_SPLITS)
+    return tl.max(tl.load(tops + at, mask=at < splits, other=float("-inf")), 0)
 
 
 @triton.jit
-def _resolve(words, flags, floor, scores, values, ids, masses, done, chosen_value, chosen_id, FIRST: tl.constexpr,
-             SPLITS: tl.constexpr):  # fmt: skip
+def _winner(scores, values, ids, splits):
+    """The best of the splits of one row: (scaled logit, id)."""
+    at = tl.arange(0, _MAX_SPLITS)
+    inside = at < splits
+    found = tl.load(ids + at, mask=inside, other=_NO_ID)
+    _, winner = _first(tl.load(scores + at, mask=inside, other=float("-inf")), found)
+    value = tl.load(values + at, mask=inside, other=float("-inf"))
+    return tl.max(tl.where(found == winner, value, float("-inf")), 0), winner
+
+
+@triton.jit
+def _mass(masses, splits):
+    at = tl.arange(0, _MAX_SPLITS)
+    return tl.sum(tl.load(masses + at, mask=at < splits, other=0), 0)
+
+
+@triton.jit
+def _resolve(words, flags, floor, scores, values, ids, masses, done, chosen_value, chosen_id, splits,
+             FIRST: tl.constexpr):  # fmt: skip
     """What the last launch has found of a row without top_k: (settled, scaled logit, id) of its present winner."""
-    value, winner = _winner(scores, values, ids, SPLITS)
+    value, winner = _winner(scores, values, ids, splits)
     settled = 1
     if FIRST:
         if flags & _HAS_TOP_P:
@@ -292,8 +313,7 @@ def _resolve(words, flags, floor, scores, values, ids, masses, done, chosen_valu
         before = tl.load(chosen_value)
         keep = tl.load(done)
         if keep == 0:
-            keep = _passes(words, flags, floor, before, tl.sum(tl.load(masses + tl.arange(0, SPLITS)), 0),
-                           tl.sum(tl.load(masses + SPLITS + tl.arange(0, SPLITS)), 0))  # fmt: skip
+            keep = _passes(words, flags, floor, before, _mass(masses, splits), _mass(masses + splits, splits))
             if flags & _HAS_TOP_P:
                 settled = keep
         if keep != 0:
@@ -317,10 +337,10 @@ def _passes(words, flags, floor, value, total, ahead):
 # ---- the launches
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, values, ids_out, maxima, collected, vocab,
-          span, logits_stride, marks_stride, bias_stride, mask_stride, SPLITS: tl.constexpr, GROUPS: tl.constexpr,
-          BLOCK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+          span, splits, logits_stride, marks_stride, bias_stride, mask_stride, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+          FAST: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.load(rows + sample).to(tl.int64)
@@ -336,7 +356,7 @@ def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, va
         mask += row * mask_stride
     low = split * span
     high = tl.minimum(low + span, vocab)
-    out = sample * SPLITS + split
+    out = sample * splits + split
     temperature = _float(words, _TEMPERATURE)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     at = tl.full([BLOCK], _NO_ID, tl.int32)
@@ -384,18 +404,18 @@ def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, va
     tl.store(tops + out, tl.where(finite != 0, top, float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "groups"])
 def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, values, ids_in, masses, done, chosen_value,
            chosen_id, next_scores, next_values, next_ids, next_masses, next_done, next_value, next_id, maxima, collected,
-           collected_values, collected_ids, vocab, span, logits_stride, marks_stride, bias_stride, mask_stride,
-           FIRST: tl.constexpr, SPLITS: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+           collected_values, collected_ids, vocab, span, splits, groups, logits_stride, marks_stride, bias_stride,
+           mask_stride, FIRST: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
            FAST: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.load(rows + sample).to(tl.int64)
     words = settings + row * _WORDS
     flags = tl.load(words)
-    top = tl.max(tl.load(tops + sample * SPLITS + tl.arange(0, SPLITS)), 0)
+    top = _top(tops + sample * splits, splits)
     if (flags & (_HAS_TOP_K | _HAS_TOP_P | _HAS_MIN_P) != 0) & (top < float("inf")):
         position = tl.load(positions + sample)
         logits += sample * logits_stride
@@ -410,14 +430,14 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
         if flags & _HAS_TOP_K:
             if FIRST:
                 _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask,
-                         maxima + sample * SPLITS * GROUPS, collected + sample, collected_values + sample * CAPACITY,
-                         collected_ids + sample * CAPACITY, SPLITS * GROUPS, CAPACITY, BLOCK)  # fmt: skip
+                         maxima + sample * groups, groups, collected + sample, collected_values + sample * CAPACITY,
+                         collected_ids + sample * CAPACITY, GROUPS, CAPACITY, BLOCK)  # fmt: skip
         else:
-            first = sample * SPLITS
+            first = sample * splits
             floor = _floor(words, flags, top)
             settled, value, token = _resolve(words, flags, floor, scores + first, values + first, ids_in + first,
                                              masses + first * 2, done + sample, chosen_value + sample, chosen_id + sample,
-                                             FIRST, SPLITS)  # fmt: skip
+                                             splits, FIRST)  # fmt: skip
             if split == 0:
                 tl.store(next_done + sample, settled)
                 tl.store(next_value + sample, value)
@@ -427,21 +447,22 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
                 total, ahead, score, x, winner = _pass(value, token, floor, top, low, high, logits, vocab, words, flags,
                                                        position, marks, bias, mask, key0, key1, BLOCK, FAST)  # fmt: skip
                 tl.store(next_masses + first * 2 + split, total)
-                tl.store(next_masses + first * 2 + SPLITS + split, ahead)
+                tl.store(next_masses + first * 2 + splits + split, ahead)
                 tl.store(next_scores + first + split, score)
                 tl.store(next_values + first + split, x)
                 tl.store(next_ids + first + split, winner)
 
 
 @triton.jit
-def _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask, maxima, collected, collected_values,
-             collected_ids, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask, maxima, groups, collected,
+             collected_values, collected_ids, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Every id that may be among the first k, in any order: the k-th best group's maximum is no better than the k-th id.
 
     Where there are more than CAPACITY, `collected` says so, and not all are stored.
     """
     temperature = _float(words, _TEMPERATURE)
-    keys = _ordered(tl.load(maxima + tl.arange(0, GROUPS)))
+    at = tl.arange(0, GROUPS)
+    keys = _ordered(tl.load(maxima + at, mask=at < groups, other=float("-inf")))
     bound = _kth(keys.to(tl.uint64), tl.load(words + _TOP_K), 32)
     for start in range(low, high, BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -519,16 +540,16 @@ def _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK:
     return value, (1 << ID_BITS) - 1 - (found & ((1 << ID_BITS) - 1)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_scores, scan_values, scan_ids, scores, values,
-            ids_in, masses, done, chosen_value, chosen_id, collected, collected_values, collected_ids, out_tokens, last_token, vocab, logits_stride, marks_stride,
-            bias_stride, mask_stride, FIRST: tl.constexpr, SPLITS: tl.constexpr, CAPACITY: tl.constexpr,
-            ID_BITS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+            ids_in, masses, done, chosen_value, chosen_id, collected, collected_values, collected_ids, out_tokens,
+            last_token, vocab, splits, logits_stride, marks_stride, bias_stride, mask_stride, FIRST: tl.constexpr,
+            CAPACITY: tl.constexpr, ID_BITS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + sample).to(tl.int64)
     words = settings + row * _WORDS
     flags = tl.load(words)
-    top = tl.max(tl.load(tops + sample * SPLITS + tl.arange(0, SPLITS)), 0)
+    top = _top(tops + sample * splits, splits)
     token = _NO_TOKEN
     logits += sample * logits_stride
     if marks is not None:
@@ -541,7 +562,7 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
         position = tl.load(positions + sample)
         key0, key1 = _noise_key(words, position)
         floor = _floor(words, flags, top)
-        first = sample * SPLITS
+        first = sample * splits
         value = float("-inf")
         settled = 0
         count = 0
@@ -560,9 +581,9 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
         elif flags & (_HAS_TOP_P | _HAS_MIN_P):
             settled, value, token = _resolve(words, flags, floor, scores + first, values + first, ids_in + first,
                                              masses + first * 2, done + sample, chosen_value + sample, chosen_id + sample,
-                                             FIRST, SPLITS)  # fmt: skip
+                                             splits, FIRST)  # fmt: skip
         else:
-            value, token = _winner(scan_scores + first, scan_values + first, scan_ids + first, SPLITS)
+            value, token = _winner(scan_scores + first, scan_values + first, scan_ids + first, splits)
             settled = 1
         while settled == 0:
             total, ahead, _, x, winner = _pass(value, token, floor, top, 0, vocab, logits, vocab, words, flags, position,
@@ -583,13 +604,6 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
 
 
 # ---- for callers
-
-MAX_SPLITS = 64
-GROUPS = 4096
-"""Groups of ids in a row, at most, whose maxima bound the k-th best."""
-CAPACITY = 2048
-"""Ids that can be collected for a row with top_k; more, for a large top_k or many ties, are found in passes over the row."""
-ROUNDS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -686,16 +700,17 @@ def sample(
     collected = (workspace.collected, workspace.collected_values, workspace.collected_ids)
     exact = {"num_warps": plan.warps, "enable_fp_fusion": False, "maxnreg": plan.registers}
     _scan[(samples, splits)](
-        *inputs, *workspace.found(0)[:3], workspace.maxima, workspace.collected, vocab_size, span, *strides,
-        SPLITS=splits, GROUPS=groups, BLOCK=block, FAST=fast, **exact,
+        *inputs, *workspace.found(0)[:3], workspace.maxima, workspace.collected, vocab_size, span, splits, *strides,
+        GROUPS=groups, BLOCK=block, FAST=fast, **exact,
     )  # fmt: skip
     for launch in range(plan.rounds):
         _round[(samples, splits)](
             *inputs, *workspace.found(launch), *workspace.found(launch + 1), workspace.maxima, *collected, vocab_size, span,
-            *strides, FIRST=launch == 0, SPLITS=splits, GROUPS=groups, CAPACITY=CAPACITY, BLOCK=block, FAST=fast, **exact,
+            splits, splits * groups, *strides, FIRST=launch == 0, GROUPS=GROUPS, CAPACITY=CAPACITY, BLOCK=block, FAST=fast,
+            **exact,
         )  # fmt: skip
     _finish[(samples,)](
-        *inputs, *workspace.found(0)[:3], *workspace.found(plan.rounds), *collected, out_tokens, last_token, vocab_size, *strides,
-        FIRST=plan.rounds == 0, SPLITS=splits, CAPACITY=CAPACITY, ID_BITS=max(1, vocab_size - 1).bit_length(),
+        *inputs, *workspace.found(0)[:3], *workspace.found(plan.rounds), *collected, out_tokens, last_token, vocab_size,
+        splits, *strides, FIRST=plan.rounds == 0, CAPACITY=CAPACITY, ID_BITS=max(1, vocab_size - 1).bit_length(),
         BLOCK=plan.finish_block, FAST=fast, num_warps=plan.finish_warps, enable_fp_fusion=False,
     )  # fmt: skip

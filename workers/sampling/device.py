@@ -1,14 +1,11 @@
-"""The sampler of a GPU: tables that live on the device, and one call that may be captured in a graph.
+"""The sampler of a GPU: `Sampler`'s tokens from `workers.kernels.sample`, in a captured graph or without one.
 
-    marks  [rows + 1, vocab]       int32    how often each id was emitted, and whether it is in the prompt or a barred stop id
-    bias   [rows + 1, vocab]       float32
-    mask   [rows + 1, vocab / 32]  int32    what a grammar allows
+    inside the graph    sample
+    outside, before     admit, release, constrain: copies and small kernels on the same stream, so a later replay sees them
+    outside, after      measure, measure_prompt: read the step's logits and tokens
 
-A row that uses none of them touches none. The ranks of a group gather their shards of the logits, and each draws the same token.
-Imports torch, the kernels of `kernels.sample`, and the parts that CPUs use too.
+The host waits in none of them. Imports torch, NumPy, the kernels and the sampler's parts; knows no model.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,132 +13,132 @@ import torch
 from torch import Tensor
 
 from scheduler.sampling import SamplingParams
-from workers.kernels.sample import BARRED_STOP, IN_PROMPT, Tables, Workspace, sample
+from workers.kernels import marks
+from workers.kernels.sample import Tables, Workspace, geometry, sample
 from workers.parallel.communicator import Communicator
-from workers.sampling import logprobs
-from workers.sampling.logprobs import Logprobs
-from workers.sampling.settings import BIASED, FLAGS, PENALISED, STOPS_BARRED, Record, record
+from workers.sampling import logprobs, settings
+from workers.sampling.logprobs import Logprobs, to_device
+from workers.sampling.settings import Record
 
 Ints = npt.NDArray[np.integer]
-NO_LOGPROBS = -1
+
+INTERPRETED_PROCESSORS = 1
 
 
 class DeviceSampler:
     """One rank's sampler. All ranks make the same calls in the same order and get the same tokens.
 
-    vocab_size: real ids. local_vocab: columns of this rank. rows: of the resident batch; one more is for padding. most: decodes
-    in one step. dtype: of the logits.
+    vocab_size: real ids; columns beyond are padding. rows: of the resident batch; row `rows`, which no sequence has, is for
+    samples that pad a batch. samples: in a step, at most. dtype: of the logits; arithmetic is float32.
+    Tables of [rows + 1, vocab_size] are allocated here, once: see `table_bytes`.
+    Invariant: a row's token depends on its own logits, settings and history only, never on the rest of the batch.
     """
 
     def __init__(
-        self, *, vocab_size: int, local_vocab: int, comm: Communicator, rows: int, most: int, device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self, *, vocab_size: int, comm: Communicator, rows: int, samples: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if dtype == torch.float64:
+            raise ValueError("the GPU's sampler takes bfloat16, float16 and float32 logits, not float64; choose one of them")
         self._vocab_size = vocab_size
         self._comm = comm
         self._device = device
-        self._dtype = dtype
-        words = -(-local_vocab * comm.size // 32)
-        self._tables = Tables(
-            marks=torch.zeros(rows + 1, vocab_size, dtype=torch.int32, device=device),
-            bias=torch.zeros(rows + 1, vocab_size, dtype=torch.float32, device=device),
-            mask=torch.full((rows + 1, words), -1, dtype=torch.int32, device=device),
-        )
-        self._workspace = Workspace(max(most, rows), device)
-        self._logprobs = np.full(rows, NO_LOGPROBS, np.int64)
+        self._marks = torch.zeros(rows + 1, vocab_size, dtype=torch.int32, device=device)
+        self._bias = torch.zeros(rows + 1, vocab_size, dtype=torch.float32, device=device)
+        self._mask = torch.full((rows + 1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self._workspace = Workspace(samples, device)
+        self._logprobs = np.full(rows, logprobs.NOT_ASKED, np.int64)
+        self._processors = INTERPRETED_PROCESSORS
+        if device.type == "cuda":
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
-    # ---- rows
+    @staticmethod
+    def table_bytes(vocab_size: int, rows: int) -> int:
+        """What the tables take, in bytes: to be set aside before the pages of the KV cache."""
+        return (rows + 1) * (vocab_size * 8 + -(-vocab_size // 32) * 4)
 
     def admit(
-        self, row: int, *, params: SamplingParams, seed: int, choice: int, stop_ids: tuple[int, ...],
-        prompt: npt.NDArray[np.int32], output: npt.NDArray[np.int32],
-    ) -> Record:  # fmt: skip
-        """A sequence enters at `row`; returns its settings. output: tokens emitted before a restart."""
-        settings = record(
+        self,
+        row: int,
+        *,
+        params: SamplingParams,
+        seed: int,
+        choice: int,
+        stop_ids: tuple[int, ...],
+        prompt: npt.NDArray[np.int32],
+        output: npt.NDArray[np.int32],
+    ) -> Record:
+        """A sequence enters the resident batch at `row`. output: tokens emitted before a restart.
+
+        Returns its record, which must be in row `row` of `sample`'s settings when the sequence is first sampled.
+        """
+        self._logprobs[row] = logprobs.NOT_ASKED if params.logprobs is None else params.logprobs
+        record = settings.record(
             params, seed=seed, choice=choice, stop_ids=stop_ids, prompt_tokens=len(prompt), vocab_size=self._vocab_size
         )
-        self._logprobs[row] = NO_LOGPROBS if params.logprobs is None else params.logprobs
-        flags = int(settings[FLAGS])
-        if flags & (PENALISED | STOPS_BARRED):
-            self._mark(row, stop_ids if flags & STOPS_BARRED else (), prompt, output)
-        if flags & BIASED:
-            self._bias(row, params.logit_bias)
-        return settings
+        flags = int(record[settings.FLAGS])
+        penalised, barred = flags & settings.PENALISED, flags & settings.STOPS_BARRED
+        nothing = np.zeros(0, np.int32)
+        if penalised or barred:
+            self._marks[row].zero_()
+        if params.logit_bias:
+            self._bias[row].zero_()
+        marks.fill(
+            self._marks[row],
+            self._bias[row],
+            prompt=prompt if penalised else nothing,
+            output=output if penalised else nothing,
+            stops=np.array(sorted(set(stop_ids)), np.int64).clip(-1, 2**31 - 1).astype(np.int32) if barred else nothing,
+            biases=params.logit_bias,
+        )
+        return record
 
     def release(self, row: int) -> None:
-        """The sequence at `row` has left."""
-        self._logprobs[row] = NO_LOGPROBS
+        """The sequence at `row` has left; its place may be admitted to again."""
+        self._logprobs[row] = logprobs.NOT_ASKED
 
-    def allow(self, rows: Ints, bits: npt.NDArray[np.int32]) -> None:
-        """What grammars allow next: bits [n, words] for rows [n]."""
-        mask = self._tables.mask
-        assert mask is not None
-        mask.index_copy_(0, self._put(rows.astype(np.int64)), self._put(np.ascontiguousarray(bits)))
+    def constrain(self, rows: Ints, bits: npt.NDArray[np.int32]) -> None:
+        """What the next tokens of rows with a grammar may be: [rows], [rows, words] bit id % 32 of word id // 32."""
+        bits = np.ascontiguousarray(bits[:, : self._mask.shape[1]])  # padded ids may have words of their own
+        self._mask.index_copy_(0, to_device(rows.astype(np.int64), self._device), to_device(bits, self._device))
 
-    def _mark(self, row: int, stop_ids: Sequence[int], prompt: Ints, output: Ints) -> None:
-        marks = self._tables.marks
-        assert marks is not None
-        ids, counts = np.unique(output[output < self._vocab_size], return_counts=True)
-        marked = np.zeros(self._vocab_size, np.int32)
-        marked[ids] = counts
-        marked[prompt[prompt < self._vocab_size]] |= IN_PROMPT
-        marked[[stop for stop in stop_ids if stop < self._vocab_size]] |= BARRED_STOP
-        marks[row].copy_(self._put(marked))
-
-    def _bias(self, row: int, biases: dict[int, float]) -> None:
-        bias = self._tables.bias
-        assert bias is not None
-        biased = np.zeros(self._vocab_size, np.float32)
-        for token, value in biases.items():
-            if token < self._vocab_size:
-                biased[token] = value
-        bias[row].copy_(self._put(biased))
-
-    # ---- steps
-
+    @torch.no_grad()
     def sample(
-        self, logits: Tensor, rows: Tensor, positions: Tensor, settings: Tensor, last_token: Tensor, out: Tensor
+        self, logits: Tensor, rows: Tensor, positions: Tensor, table: Tensor, out_tokens: Tensor, last_token: Tensor
     ) -> None:
-        """Draws a token for each of rows [n] int32 from logits [n, local_vocab], on the device alone: may be captured.
+        """Draws one token for each of `rows` from this rank's `logits` [samples, local columns], which are left as they were.
 
-        positions: [n] int32 index that the token will have. settings: of all rows. Written: out [n] int32, last_token [rows + 1].
+        rows, positions: [samples] int32. table: [rows + 1, WORDS] int32, the records, row `rows` all zeros. out_tokens:
+        [samples], written: NO_TOKEN where nothing can be drawn. last_token: [rows + 1], written where sampled. Both int32 or
+        int64.
         """
+        if self._comm.size > 1:
+            logits = self._comm.all_gather(logits).movedim(0, 1).flatten(1)
         sample(
-            self.whole(logits), rows, positions, settings, self._tables, out, last_token, vocab_size=self._vocab_size,
+            logits,
+            rows,
+            positions,
+            table,
+            Tables(self._marks, self._bias, self._mask),
+            out_tokens,
+            last_token,
+            vocab_size=self._vocab_size,
             workspace=self._workspace,
-        )  # fmt: skip
+            plan=geometry(len(rows), self._processors),
+        )
 
-    def whole(self, logits: Tensor) -> Tensor:
-        """The logits of all ranks, [n, vocab]."""
-        if self._comm.size == 1:
-            return logits
-        return self._comm.all_gather(logits).transpose(0, 1).reshape(len(logits), -1)
+    def measures(self, rows: Ints) -> bool:
+        """Whether one of `rows` asked for log-probabilities."""
+        return bool((self._logprobs[rows] != logprobs.NOT_ASKED).any())
 
-    def measure(self, logits: Sequence[Tensor], sampled: Tensor, rows: Ints) -> Logprobs | None:
-        """Log-probabilities for the samples whose rows asked. logits: raw, in parts, together [n, local_vocab]. sampled: [n]."""
-        counts = self._logprobs[rows]
-        asked = np.flatnonzero(counts != NO_LOGPROBS)
-        if not len(asked):
-            return None
-        at = self._put(asked)
-        most = int(counts[asked].max())
-        raw = torch.cat(list(logits)).index_select(0, at).float()
-        numbers = logprobs.measure(self._comm, raw, sampled.index_select(0, at).long(), most, self._vocab_size)
-        return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), self._fetch(numbers))
+    @torch.no_grad()
+    def measure(self, logits: Tensor, tokens: Tensor, rows: Ints) -> Logprobs | None:
+        """The log-probabilities that samples asked for: this rank's `logits` and the `tokens` drawn, `rows` on the host."""
+        return logprobs.measure_asked(self._comm, logits, tokens, self._logprobs[rows], self._vocab_size, torch.float32)
 
+    @torch.no_grad()
     def measure_prompt(self, logits: Tensor, tokens: npt.NDArray[np.int32], most: int) -> Tensor:
-        """As `Sampler.measure_prompt`."""
-        follow = self._put(tokens.astype(np.int64))
-        dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
-        return self._fetch(logprobs.measure_prompt(self._comm, logits, follow, most, self._vocab_size, dtype))
-
-    def _put(self, array: npt.NDArray[np.int64] | npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
-    def _fetch(self, numbers: Tensor) -> Tensor:
-        """On the host once the device is past it."""
-        if self._device.type != "cuda":
-            return numbers
-        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        return host.copy_(numbers, non_blocking=True)
+        """`logprobs.measure_prompt` of logits [positions, local columns] and the tokens that follow them; on the host once
+        the device has been synchronised past it."""
+        follow = to_device(tokens.astype(np.int64), self._device)
+        numbers = logprobs.measure_prompt(self._comm, logits, follow, most, self._vocab_size, torch.float32)
+        return numbers.to("cpu", non_blocking=True)
