@@ -232,14 +232,12 @@ def _call_for_template(call: Any) -> dict[str, Any]:
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
-    from workers.model.architectures import read_config  # brings torch
+    from cluster.worker_config import model_length  # brings torch
+    from workers.model.architectures import read_config
 
     model = read_config(checkpoint)
     model.shard(0, tensor_parallel_size)
-    longest = model.max_position
-    if max_model_len is not None and max_model_len > longest:
-        raise ValueError(f"max_model_len={max_model_len} is above the {longest} tokens that the model takes: lower it")
-    return ModelLimits(model.vocab_size, max_model_len or longest, model.eos_ids)
+    return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)
 
 
 def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:
