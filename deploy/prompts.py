@@ -51,12 +51,18 @@ class ModelLimits:
     max_tokens: int
     eos_ids: tuple[int, ...]
 
+    def ending_as(self, tokenizer: Tokenizer | None) -> "ModelLimits":
+        """With the ends that the tokenizer and its chat template have, which the checkpoint's settings need not name."""
+        ends = {end for end in tokenizer.end_ids if end < self.vocab_size} if tokenizer is not None else set()
+        return replace(self, eos_ids=tuple(sorted(ends.union(self.eos_ids))))
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output.
 
     tenant, deadline_s, priority: as in `Request`, `math.inf` for no deadline; None: those of the call that submits it.
+    answered: the output is an answer, a text of its own, and does not continue the prompt's.
     """
 
     token_ids: list[int]
@@ -65,6 +71,7 @@ class Prompt:
     tenant: str | None = None
     deadline_s: float | None = None
     priority: int | None = None
+    answered: bool = False
 
     def of_call(self, tenant: str | None, deadline_s: float | None, priority: int | None) -> "Prompt":
         """With what the call was given where it has none of its own."""
@@ -113,7 +120,7 @@ class PromptParser:
             raise
         except ValueError as error:
             raise PromptError(str(error)) from error
-        return self._valid(tokens, None, salt)
+        return replace(self._valid(tokens, None, salt), answered=True)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""

@@ -229,7 +229,8 @@ def _read_dtype(fields: Fields) -> torch.dtype | None:
 
 
 def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
-    """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json."""
+    """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json. An id that is no
+    token, such as the -1 of some files, ends nothing."""
     found: set[int] = set()
     generation = folder / "generation_config.json"
     sources = [fields, Fields(read_json(generation), generation)] if generation.exists() else [fields]
@@ -239,7 +240,7 @@ def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
         if not all(isinstance(token, int) for token in ids):
             raise source.error(f"eos_token_id must be an integer or a list of them, found {value!r}: repair the file")
         found.update(ids)
-    return tuple(sorted(found))
+    return tuple(sorted(token for token in found if 0 <= token < fields.integer("vocab_size")))
 
 
 def _divisors(number: int) -> list[int]:
