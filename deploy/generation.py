@@ -2,7 +2,7 @@
 
 Tokens become text here, and stop strings are found. Knows no engine and starts no threads: `frontend` brings what comes from
 the engine, the caller takes, and a generation's lock is all that is between the two. Imports the words for outputs and text
-(`outputs`, `errors`, `prompts`, `text`) and the wire types; never `frontend`, no torch, no ray.
+(`outputs`, `errors`, `prompts`, `text`, `stops`) and the wire types; never `frontend`, no torch, no ray.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from deploy.outputs import (
     read_logprobs,
 )
 from deploy.prompts import Prompt
-from deploy.text import Detokenizer, StopStrings, Tokenizer
+from deploy.stops import StopStrings
+from deploy.text import Detokenizer, Tokenizer
 from scheduler.messages import Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
 from scheduler.sampling import SamplingParams
 

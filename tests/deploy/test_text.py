@@ -9,7 +9,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from deploy.text import CHARACTER_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, StopStrings, Tokenizer
+from deploy.stops import StopStrings
+from deploy.text import CHARACTER_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS
 
 TEXTS = [

@@ -12,6 +12,7 @@ from deploy.openai.logprobs import CompletionTable, TokenNames, chat_logprobs, o
 from deploy.outputs import Logprob
 from deploy.text import REPLACEMENT, Detokenizer, Tokenizer
 from tests.tokenizers import BOS, CHATML, EOS, KINDS, LLAMA2, TURN_END, byte_level, save, sentencepiece_bpe
+from workers.sampling.grammar import load_tokenizer
 
 TEXTS = ["hello world", "the café niño says hello, and again.", "你好 Ünïcode", "  two  blanks  ", "don't stop!", "👩‍👧 naïve"]
 TEXT = st.one_of(st.sampled_from(TEXTS), st.text(max_size=20))
@@ -148,6 +149,24 @@ def test_a_model_of_sentencepiece_asks_for_its_own_package(tmp_path: Path, monke
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     with pytest.raises(ValueError, match=r"tokenizer.model is a tiktoken model, .* pip install tiktoken"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_model_of_sentencepiece_is_read_where_its_package_is(tmp_path: Path, kind: str) -> None:
+    library = pytest.importorskip("sentencepiece")
+    (tmp_path / "words.txt").write_text("\n".join([*TEXTS[:5] * 50, *(f"line {number} of many" for number in range(300))]))
+    library.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=400, model_type=kind,
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    tokenizer = load(tmp_path)
+    assert tokenizer.end_ids == (2,)
+    for text in ("hello world", "the café niño 🙂"):
+        tokens = tokenizer.encode(text)
+        assert tokens[-3:] == library.SentencePieceProcessor(str(tmp_path / "tokenizer.model")).encode(text)[-3:]
+        assert joined(tokenizer, tokens).decode() == tokenizer.decode(tokens) == text
+    assert load_tokenizer(tmp_path, 512, ()).eos_token == 2
 
 
 def test_files_of_a_tokenizer_are_those_of_transformers(tmp_path: Path) -> None:

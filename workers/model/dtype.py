@@ -1,8 +1,8 @@
 """Which dtype a rank computes in, where the user leaves it open. Imports torch and the checkpoint.
 
 A processor multiplies bfloat16 or float16 fast only if it has instructions for it: without them, oneDNN has no kernel either.
-Measured on 2 AVX2 cores, a 0.1B model in bfloat16: 25 output tokens/s with 16 rows and 90 prompt tokens/s, against 96 and 210
-in float32; only a row by itself is faster in bfloat16, 30 ms a token against 62, since it reads half as many bytes.
+Measured on AVX2, a 0.1B model in bfloat16 against float32: 25 and 96 output tokens/s over several rows, 90 and 210 prompt
+tokens/s; only a row by itself is faster in bfloat16, 30 ms a token against 62, since it reads half as many bytes.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Arithmetic:
         """A GPU's kernels take both."""
         if device.type != "cpu":
             return cls(device.type, True, True)
-        name = str(torch.backends.cpu.get_cpu_capability())  # type: ignore[no-untyped-call]
+        name = str(torch.backends.cpu.get_cpu_capability())
         if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return cls(f"{name}, without oneDNN", False, False)
         bfloat16, float16 = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
