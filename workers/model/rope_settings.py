@@ -22,7 +22,6 @@ def read_rope(fields: Fields, max_position: int) -> Rope:
     for source in (fields, scaling):
         if source.number("partial_rotary_factor", 1.0) != 1.0:
             raise fields.error("partial_rotary_factor other than 1 is not supported: choose another checkpoint")
-    attention_factor = scaling.get("attention_factor")
     original = fields.integer(LENGTH_OUTSIDE, scaling.integer(LENGTH_OUTSIDE, max_position))
     if kind in ("linear", "llama3") and scaling.get("factor") is None:
         raise fields.error(f"RoPE scaling {kind!r} has no factor: repair or download the file again")
@@ -38,7 +37,7 @@ def read_rope(fields: Fields, max_position: int) -> Rope:
         high_freq_factor=scaling.number("high_freq_factor", 4.0),
         beta_fast=scaling.number("beta_fast", 0.0) or 32.0,
         beta_slow=scaling.number("beta_slow", 0.0) or 1.0,
-        attention_factor=None if attention_factor is None else float(attention_factor),
+        attention_factor=None if scaling.get("attention_factor") is None else scaling.number("attention_factor", 1.0),
         mscale=scaling.number("mscale", 0.0),
         mscale_all_dim=scaling.number("mscale_all_dim", 0.0),
         truncate=bool(scaling.get("truncate", True)),
