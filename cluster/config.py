@@ -37,7 +37,10 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.")
     groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.")
     device: str = option("auto", f"Where ranks compute: {', '.join(DEVICES)}. auto: on GPUs where the cluster has any.")
-    dtype: str = option("auto", f"Type of weights and KV: {', '.join(DTYPES)}. auto: as the checkpoint says.")
+    dtype: str = option(
+        "auto",
+        f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",
+    )
     block_size: int = option(256, "Tokens in a KV page: a power of two from 16 up.")
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', shown="measured from free memory", size=True

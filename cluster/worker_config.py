@@ -26,7 +26,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
     """
     model = read_config(Path(config.model))
     model.shard(0, config.tensor_parallel_size)
-    length = _model_len(config, model)
+    length = model_length(model, config.max_model_len)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     worker = WorkerConfig(
         model=config.model,
@@ -67,11 +67,10 @@ def _exchange_pages(config: EngineConfig) -> bool:
     return config.prefix_fetch and config.enable_prefix_caching and max(config.groups, config.max_groups or 0) > 1
 
 
-def _model_len(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_len is None:
+def model_length(model: ModelConfig, asked: int | None) -> int:
+    """Tokens of a sequence, prompt and output together. Errors: CheckpointError if the model takes fewer than asked for."""
+    if asked is None:
         return min(model.max_position, MAX_MODEL_LEN_DEFAULT)
-    if config.max_model_len > model.max_position:
-        raise CheckpointError(
-            f"max_model_len={config.max_model_len} is above the {model.max_position} positions of the model: lower it"
-        )
-    return config.max_model_len
+    if asked > model.max_position:
+        raise CheckpointError(f"max_model_len={asked} is above the {model.max_position} tokens that the model takes: lower it")
+    return asked

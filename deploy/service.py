@@ -65,7 +65,8 @@ class ServedModel:
         """Errors: ValueError, OSError."""
         limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
         created = int((checkpoint / "config.json").stat().st_mtime)
-        return cls(name, checkpoint, created, limits, Tokenizer.load(checkpoint))
+        tokenizer = Tokenizer.load(checkpoint)
+        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
 
 
 class Service:

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 from workers.model.architectures import DTYPES, ModelConfig, read_config
 from workers.model.decoder import load_model
+from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose
+from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
 from workers.sampling.grammar import load_tokenizer
@@ -102,16 +104,19 @@ class Built:
         return self.host.pages if self.host is not None else 0
 
 
-def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None) -> Built:
+def build_rank(
+    config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None, arithmetic: Arithmetic | None = None
+) -> Built:
     """Loads this rank's shard. All ranks of the group call it together.
 
-    Errors: CheckpointError, ValueError (memory, attention backend), torch's out-of-memory error.
+    arithmetic: what the device computes in; None: it is asked. Errors: CheckpointError, ValueError (memory, attention backend),
+    torch's out-of-memory error.
     """
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     model_config = read_config(Path(config.model))
     shape = model_config.shard(comm.rank, comm.size)
-    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
@@ -140,6 +145,24 @@ def settle() -> None:
     gc.freeze()
 
 
+def _choose_dtype(
+    config: WorkerConfig, model: ModelConfig, comm: Communicator, device: torch.device, arithmetic: Arithmetic
+) -> torch.dtype:
+    """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    with Checkpoint(config.model) as checkpoint:
+        stored = checkpoint.stored()
+    least = partial(_least, comm, device)
+    together = replace(arithmetic, bfloat16=bool(least(arithmetic.bfloat16)), float16=bool(least(arithmetic.float16)))
+    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // config.ranks_on_host
+    room = least(min(share, _available_memory()))
+    choice = choose(model.dtype, stored, together, config.rows, room)
+    if comm.rank == 0:
+        logger.info("dtype %s: %s", str(choice.dtype).removeprefix("torch."), choice.why)
+    return choice.dtype
+
+
 def _cpu_runner(
     config: WorkerConfig,
     model_config: ModelConfig,
@@ -152,14 +175,14 @@ def _cpu_runner(
 ) -> tuple[ModelRunner, int]:
     """What executes on a CPU, and how many pages it has."""
     shape = model_config.shard(comm.rank, comm.size)
+    model = load_model(config.model, model_config, comm, dtype, device, None, partial(phase, LOADING), config.max_model_len)
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
     pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
     pool = KVPool(layout, pages, device)
-    attention = select_backend(config.attention, pool=pool, heads=shape.heads)
-    model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
+    model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     sampler = Sampler(
         vocab_size=model_config.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
     )
@@ -208,14 +231,24 @@ def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:
 
 def _agree_on_pages(comm: Communicator, pages: int, device: torch.device) -> int:
     """The smallest pool of the group: a page id must be valid on every rank."""
-    return int(comm.all_gather(torch.tensor([pages], dtype=torch.int64, device=device)).min())
+    return _least(comm, device, pages)
+
+
+def _least(comm: Communicator, device: torch.device, number: int) -> int:
+    """The smallest of what the group's ranks say."""
+    return int(comm.all_gather(torch.tensor([number], dtype=torch.int64, device=device)).min())
 
 
 def _available_memory() -> int:
     """Bytes that the host can give without swapping (Linux; elsewhere the free pages)."""
+    return _memory("MemAvailable", "SC_AVPHYS_PAGES")
+
+
+def _memory(kind: str, pages: str) -> int:
+    """Bytes of the host. kind: a line of Linux's meminfo; pages: what else to ask sysconf for."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)

@@ -33,7 +33,7 @@ class Models:
             count=len(prompt.token_ids),
             max_model_len=self._model.limits.max_tokens,
             tokens=prompt.token_ids,
-            token_strs=[tokenizer.token_text(token) for token in prompt.token_ids]
+            token_strs=tokenizer.token_texts(prompt.token_ids)
             if request.return_token_strs and tokenizer is not None
             else None,
         )

@@ -64,8 +64,9 @@ class GpuParts:
     def load(self, progress: Progress) -> None:
         """Errors: CheckpointError, torch's out-of-memory error."""
         self._decoder = load_model(
-            self._config.model, self._model_config, self._comm, self._dtype, self._device, None, progress
-        )
+            self._config.model, self._model_config, self._comm, self._dtype, self._device, None, progress,
+            self._config.max_model_len,
+        )  # fmt: skip
 
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
