@@ -63,7 +63,7 @@ def vocabulary(width: int) -> Tensor:
 
 @lru_cache
 def rotation(head_dim: int) -> Tensor:
-    return Rotary(Rope(theta=1e6), head_dim, 8192, DTYPE, DEVICE)._table
+    return Rotary(Rope(theta=1e6), head_dim, 8192, DTYPE, DEVICE).table
 
 
 def exact_norm(x: Tensor, weight: Tensor) -> Tensor:

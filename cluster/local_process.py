@@ -123,6 +123,7 @@ class ProcessGroups:
     def _read(self) -> None:
         assert self._socket is not None
         assert self._host is not None
+        message: FromChild
         for message in self._socket.messages(FromChild):  # type: ignore[arg-type]  # a union is not a type to mypy
             self._handle(self._host, message)
         reason = "the process of the local groups has ended"
@@ -184,6 +185,7 @@ def main(descriptor: int) -> None:
     groups = ThreadGroups(worker, number, size)
     parent = _Parent(connection)
     threading.Thread(target=_start, args=(groups, parent, connection), name="manta-local-start", daemon=True).start()
+    message: ToChild
     for message in connection.messages(ToChild):  # type: ignore[arg-type]
         if isinstance(message, Close):
             groups.close()

@@ -96,7 +96,7 @@ def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -
     folder = copy_of_tiny(tmp_path, max_position_embeddings=10_485_760)
     built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.page_bytes), Solo())
     assert isinstance(built.rank.executor, ModelRunner)
-    assert built.rank.executor._model._rotary._table.shape[0] == CONFIG.max_model_len
+    assert built.rank.executor._model.rotary.table.shape[0] == CONFIG.max_model_len
 
 
 def copy_of_tiny(folder: Path, **fields: object) -> Path:

@@ -64,7 +64,9 @@ class ChunkInputs:
         sent = self._send(parts)
         width = int(-(-context.max() // batch.page_size))
         return ChunkStep(
-            *sent[:3],
+            tokens=sent[0],
+            positions=sent[1],
+            slots=sent[2],
             wanted=sent[6],
             sampled_rows=sent[7],
             sampled_positions=sent[8],

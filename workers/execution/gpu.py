@@ -16,6 +16,7 @@ from workers.attention.select import select_device_backend
 from workers.execution.device_batch import DeviceBatch
 from workers.execution.gpu_runner import Captured, GpuRunner
 from workers.execution.graphs import ladder
+from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
@@ -74,6 +75,7 @@ class GpuParts:
         pages = self._layout.pages_for(self._config.step_tokens)
         probe = (pages + 1) * self._layout.page_bytes
         runner = self._make(pages)
+        self._compile(runner)
         torch.cuda.reset_peak_memory_stats()
         self._run_largest_step(runner)
         torch.cuda.synchronize()
@@ -89,10 +91,19 @@ class GpuParts:
     def runner(self, pages: int, captured: Captured) -> GpuRunner:
         """The one that serves, over a pool of so many pages and the scratch page."""
         runner = self._make(pages)
+        self._compile(runner)
         if self._config.cuda_graphs:
             runner.capture(ladder(self._most), captured)
-        self._run_largest_step(runner, tokens=min(64, self._config.step_tokens))  # whatever is still to be compiled
         return runner
+
+    def _compile(self, runner: GpuRunner) -> None:
+        """Whatever steps of all sizes launch. A second time it costs nothing."""
+        with compiling_ahead():
+            for size in ladder(self._most):
+                runner.run_padding(size)
+            for tokens in (2, 16, 100):
+                self._run_prefill(runner, min(tokens, self._config.step_tokens))
+        torch.cuda.synchronize()
 
     def _make(self, pages: int) -> GpuRunner:
         assert self._decoder is not None, "made before it is loaded"
@@ -109,17 +120,21 @@ class GpuParts:
         )
         return GpuRunner(FusedDecoder(self._decoder, pool), attention, self._sampler, self._constraints, state, self._most)
 
-    def _run_largest_step(self, runner: GpuRunner, tokens: int | None = None) -> None:
-        """A prefill of as many tokens as a step may have, in the first pages, then `most` decodes in the scratch page."""
+    def _run_largest_step(self, runner: GpuRunner) -> None:
+        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch page."""
+        self._run_prefill(runner, self._config.step_tokens)
+        runner.run_padding(self._most)
+
+    def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
+        """One prompt, in the first pages, which nobody has been granted yet."""
         config = self._config
         batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-        length = min(tokens or config.step_tokens, config.max_model_len - 1)
+        length = max(2, min(tokens, config.max_model_len - 1))  # a single token were a decode
         pages = self._layout.pages_for(length)
         batch.block_table[0, :pages] = np.arange(pages)
         batch.known[0], batch.slots[0], batch.lease[0] = length, length, 0
         batch.tokens[0] = np.zeros(length, np.int32)
         runner.execute(batch, batch.launch(batch.plan())).wait()
-        runner.run_padding(self._most)
 
     def _measure_graphs(self, runner: GpuRunner) -> int:
         """Bytes that all graphs will take, by capturing the two largest sizes."""

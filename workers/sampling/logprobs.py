@@ -103,7 +103,7 @@ def measure_asked(
     return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), numbers.to("cpu", non_blocking=True))
 
 
-def to_device(array: Ints, device: torch.device) -> Tensor:
+def to_device(array: Ints | npt.NDArray[np.int32], device: torch.device) -> Tensor:
     """A copy that the host does not wait for."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

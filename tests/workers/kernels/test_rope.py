@@ -48,7 +48,7 @@ def test_equals_the_layers(
     out = poisoned(tokens, heads, dim, dtype=dtype, device=device)
     keys, values = pool.keys(LAYER), pool.values(LAYER)
     returned = qk_norm_rope_write(
-        qkv, q_weight, k_weight, EPS, rotary._table, positions, slots, keys, values, heads, kv_heads, out
+        qkv, q_weight, k_weight, EPS, rotary.table, positions, slots, keys, values, heads, kv_heads, out
     )
     assert returned is out
 
@@ -72,6 +72,6 @@ def test_slots_beyond_two_to_the_31_numbers_in(device: str) -> None:
     slots = torch.tensor([(2**30 - 1) * PAGE + page], device=device)
     qkv = torch.randn(1, 3 * dim, device=device)
     qk_norm_rope_write(
-        qkv, None, None, EPS, rotary._table, torch.zeros(1, dtype=torch.int64, device=device), slots, keys, keys, 1, 1, out,
+        qkv, None, None, EPS, rotary.table, torch.zeros(1, dtype=torch.int64, device=device), slots, keys, keys, 1, 1, out,
     )  # fmt: skip
     assert memory.count_nonzero() == dim
