@@ -49,7 +49,9 @@ def make_step(chunks: Sequence[tuple[int, int, Sequence[int]]]) -> StepInput:
 class Ranks:
     """A tensor-parallel group of decoders over one checkpoint. Close it to end its threads."""
 
-    def __init__(self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+    def __init__(
+        self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    ) -> None:
         self.config = read_config(path)
         self._device = device
         self._threads = ThreadPoolExecutor(size)

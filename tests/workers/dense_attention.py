@@ -36,7 +36,9 @@ class DenseAttention:
             slots.append(rows.flatten()[:context].to(self.cache.device))
         return slots
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: list[Tensor]) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: list[Tensor]
+    ) -> Tensor:
         self.cache[layer, 0, step.slots] = key
         self.cache[layer, 1, step.slots] = value
         outputs, start = [], 0

@@ -73,7 +73,9 @@ def test_ragged_batch_equals_one_by_one(qwen3: Path) -> None:
         expected = torch.cat([ranks.logits(make_step([(i, 0, p)])) for i, p in enumerate(prompts)])
     with Ranks(qwen3, 2, torch.float64) as ranks:
         ranks.logits(make_step([(0, 0, prompts[0][:-1]), (1, 0, prompts[1][:-1]), (2, 0, prompts[2][:11])]))
-        step = make_step([(0, 2, prompts[0][-1:]), (1, 16, prompts[1][-1:]), (2, 11, prompts[2][11:]), (3, 0, prompts[3])])
+        step = make_step(
+            [(0, 2, prompts[0][-1:]), (1, 16, prompts[1][-1:]), (2, 11, prompts[2][11:]), (3, 0, prompts[3])]
+        )
         torch.testing.assert_close(ranks.logits(step), expected, rtol=1e-11, atol=1e-11)
 
 

@@ -101,7 +101,9 @@ class Request(msgspec.Struct, frozen=True):
     output: tuple[int, ...] = ()
 
 
-def reference(logits: Floats, request: Request, output: list[int], allowed: npt.NDArray[np.bool_] | None = None) -> int:
+def reference(
+    logits: Floats, request: Request, output: list[int], allowed: npt.NDArray[np.bool_] | None = None
+) -> int:
     """The definition, one row at a time: [vocabulary] raw logits -> the next token. allowed: [vocabulary] by a grammar."""
     params = request.params
     x = logits.copy()
@@ -253,7 +255,8 @@ def random_logits(steps: int, rows: int, vocab: int, scale: float = 2.5, seed: i
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_each_parameter_against_the_reference(name: str) -> None:
     requests = [
-        Request(PARAMETERS[name], seed=seed, stop_ids=STOPS, prompt=(5, 8), output=(3,) * (seed % 3)) for seed in range(12)
+        Request(PARAMETERS[name], seed=seed, stop_ids=STOPS, prompt=(5, 8), output=(3,) * (seed % 3))
+        for seed in range(12)
     ]
     steps = random_logits(8, len(requests), VOCAB)
     assert generate(ALONE, requests, steps) == expected(requests, steps)
@@ -391,7 +394,9 @@ def test_without_pruning_as_on_an_accelerator(dtype: torch.dtype, monkeypatch: p
     steps = random_logits(4, len(requests), 3_000, scale=4.0)
     everything = torch.arange(3_000, dtype=torch.int32)
     pruned = generate(ALONE, requests, steps, dtype=dtype)
-    monkeypatch.setattr(candidates, "compact", lambda values, _floor, _first_id: (values, everything.expand(*values.shape)))
+    monkeypatch.setattr(
+        candidates, "compact", lambda values, _floor, _first_id: (values, everything.expand(*values.shape))
+    )
     monkeypatch.setattr(candidates, "argmax", lambda values: values.argmax(-1))
     monkeypatch.setattr(noise, "_PIECE", 1 << 40)
     assert generate(ALONE, requests, steps, dtype=dtype) == pruned
