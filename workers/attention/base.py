@@ -54,8 +54,11 @@ class PagedAttention(Protocol):
 
     name: str
 
-    def plan_decode(self, context_lens: Tensor, batch: int) -> Any:
-        """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32."""
+    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> Any:
+        """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32.
+
+        pages: the width of the block tables, for backends that plan ahead only where they know it.
+        """
         ...
 
     def decode(

@@ -100,12 +100,12 @@ def _cuda(pool: KVPool, heads: int) -> AttentionBackend:
     return _triton(pool, heads)
 
 
-def _flash(pool: KVPool, _heads: int) -> FlashAttention:
+def _flash(pool: KVPool, heads: int) -> FlashAttention:
     try:
         kernels = load_kernels()
     except ImportError as error:
         raise ValueError(f"{error}: install flash-attn or choose attention backend triton") from error
-    backend = FlashAttention(pool, kernels)
+    backend = FlashAttention(pool, kernels, heads)
     logger.info("attention: flash, flash-attn %s with pages of %d tokens", kernels.version, pool.layout.page_size)
     return backend
 

@@ -113,7 +113,7 @@ class TritonAttention:
             self.decode(layer, query[rows], step.block_tables[rows], step.context_lens[rows], plan, out[rows])
         return out
 
-    def plan_decode(self, context_lens: Tensor, batch: int) -> TritonPlan:
+    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> TritonPlan:  # noqa: ARG002
         """Raises ValueError where a capture would have to make room for more rows than were reserved."""
         if batch > self._decode.max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.reserve(triton.next_power_of_2(batch))
@@ -121,7 +121,7 @@ class TritonAttention:
         return TritonPlan(batch, None)
 
     def decode(
-        self, layer: int, query: Tensor, block_tables: Tensor, _context_lens: Tensor, _plan: TritonPlan,
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: TritonPlan,  # noqa: ARG002
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         query = dense_rows(query)
