@@ -16,6 +16,7 @@ from workers.execution.pinned import PinnedRing
 from workers.loop.batch import Launched, ResidentBatch
 
 Ints = npt.NDArray[np.int64]
+ALIGNED = 4  # int32s
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,12 @@ class ChunkInputs:
         )
 
     def _send(self, parts: list[Ints]) -> list[Tensor]:
-        sizes = [len(part) for part in parts]
+        """Each part on the device, from an address that is a multiple of 16 bytes: Triton compiles anew for others."""
+        sizes = [-(-len(part) // ALIGNED) * ALIGNED for part in parts]
         total = sum(sizes)
         if len(self._buffer) < total:
             self._buffer = torch.zeros(2 * total, dtype=torch.int32, device=self._buffer.device)
-        self._ring.send(np.concatenate(parts).astype(np.int32), self._buffer)
-        return list(self._buffer[:total].split_with_sizes(sizes))
+        padded = [np.pad(part, (0, size - len(part))) for part, size in zip(parts, sizes, strict=True)]
+        self._ring.send(np.concatenate(padded).astype(np.int32), self._buffer)
+        sent = self._buffer[:total].split_with_sizes(sizes)
+        return [tensor[: len(part)] for tensor, part in zip(sent, parts, strict=True)]

@@ -60,7 +60,8 @@ class GpuRunner:
         self._state = state
         self._chunk_inputs = ChunkInputs(state, device)
         rows = state.padding
-        self._sampled = torch.zeros(most + rows, dtype=torch.int32, device=device)  # tokens of a step, in its order
+        self._decoded = torch.zeros(most, dtype=torch.int32, device=device)  # tokens of a step's decodes
+        self._begun = torch.zeros(rows, dtype=torch.int32, device=device)  # the first ones of its chunks
         self._ring = PinnedRing(device, IN_FLIGHT, most + rows)
         self._whole: DecodeGraphs | None = None  # decode steps, sampling included
         self._unsampled: DecodeGraphs | None = None  # up to the logits, for steps in which a grammar has a say
@@ -116,10 +117,10 @@ class GpuRunner:
         if allowed is not None:
             self._sampler.constrain(rows[allowed.samples], allowed.bits)
         if constrained:
-            self._sample(logits[0], self._state.order[:decodes], self._state.contexts[:decodes], 0)
+            self._sample(logits[0], self._state.order, self._state.contexts, self._decoded)
         if chunks is not None and prefilled is not None and len(chunks.sampled_rows):
             logits.append(prefilled[: len(chunks.sampled_rows)])
-            self._sample(logits[-1], chunks.sampled_rows, chunks.sampled_positions, decodes)
+            self._sample(logits[-1], chunks.sampled_rows, chunks.sampled_positions, self._begun)
         measured = self._measure(batch, step, prefilled[len(rows) - decodes :]) if prefilled is not None else []
         tokens = self._to_host(step, samples, logits, measured)
         return self._following.pending(tokens, samples, allowed)
@@ -147,13 +148,13 @@ class GpuRunner:
 
     def _decode_and_sample(self, size: int) -> Tensor:
         logits = self._decode(size)
-        self._sample(logits, self._state.order[:size], self._state.contexts[:size], 0)
+        self._sample(logits, self._state.order, self._state.contexts, self._decoded)
         return logits
 
-    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, at: int) -> None:
-        """Tokens of the step from `at` on. positions: that the new tokens will have."""
-        sampled = self._sampled[at : at + len(rows)]
-        self._sampler.sample(logits, rows, positions, self._state.settings, sampled, self._state.last_token)
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor, out: Tensor) -> None:
+        """A token for each of logits [n, vocab], into the first n of `out`. positions: that the new tokens will have."""
+        n = len(logits)
+        self._sampler.sample(logits, rows[:n], positions[:n], self._state.settings, out[:n], self._state.last_token)
 
     # ---- prefill
 
@@ -182,8 +183,12 @@ class GpuRunner:
     def _to_host(
         self, step: Launched, samples: Ints, logits: list[Tensor], measured: list[PromptPart]
     ) -> DeviceTokens:
-        rows, sampled = step.plan.rows[samples], self._sampled[: len(samples)]
-        logprobs = self._sampler.measure(torch.cat(logits), sampled.long(), rows) if self._sampler.measures(rows) else None
+        rows, decodes = step.plan.rows[samples], step.plan.decodes
         host = self._ring.take(len(samples))
-        host.copy_(sampled, non_blocking=True)
+        sampled = [tokens[:n] for tokens, n in ((self._decoded, decodes), (self._begun, len(samples) - decodes)) if n]
+        for part, target in zip(sampled, host.split_with_sizes([len(part) for part in sampled]) if sampled else (), strict=True):
+            target.copy_(part, non_blocking=True)
+        logprobs = None
+        if self._sampler.measures(rows):
+            logprobs = self._sampler.measure(torch.cat(logits), torch.cat(sampled).long(), rows)
         return DeviceTokens(step, samples, host, logprobs, measured, self._ring.used())

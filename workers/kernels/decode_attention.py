@@ -32,9 +32,9 @@ class DecodeConfig:
     """How a decode is cut and computed; no field changes what is computed beyond rounding."""
 
     keys: int = 64  # of a block
-    stages: int = 3  # blocks in flight
+    stages: int = 4  # blocks in flight
     warps: int = 4
-    shares: int = 4  # pieces wanted for each multiprocessor
+    shares: int = 1  # pieces wanted for each multiprocessor
     least: int = 4  # blocks of a piece, at least
     descriptor: bool = False  # blocks by the tensor memory accelerator instead of by pointers
     transposed: bool = False  # keys x queries instead of queries x keys: keys fill the matrix unit's rows

@@ -13,7 +13,7 @@ close, and probabilities are summed in fixed point, where the order does not cou
 Imports torch, Triton, NumPy's settings layout. Reads `workers.sampling.settings` records; allocates nothing in `sample`.
 """
 
-# ruff: noqa: SIM102, RET505
+# ruff: noqa: SIM102
 # What the compiler decides stands in an `if` of its own, around what the device decides.
 
 from dataclasses import dataclass

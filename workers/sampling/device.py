@@ -17,7 +17,7 @@ from workers.kernels import marks
 from workers.kernels.sample import Tables, Workspace, geometry, sample
 from workers.parallel.communicator import Communicator
 from workers.sampling import logprobs, settings
-from workers.sampling.logprobs import Logprobs, to_device
+from workers.sampling.logprobs import Logprobs, to_device, to_host
 from workers.sampling.settings import Record
 
 Ints = npt.NDArray[np.integer]
@@ -141,4 +141,4 @@ class DeviceSampler:
         the device has been synchronised past it."""
         follow = to_device(tokens.astype(np.int64), self._device)
         numbers = logprobs.measure_prompt(self._comm, logits, follow, most, self._vocab_size, torch.float32)
-        return numbers.to("cpu", non_blocking=True)
+        return to_host(numbers)

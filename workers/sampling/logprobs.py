@@ -100,7 +100,15 @@ def measure_asked(
         return None
     at = to_device(asked, logits.device)
     numbers = measure(comm, logits[at].to(dtype), tokens[at], int(counts[asked].max()), vocab_size)
-    return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), numbers.to("cpu", non_blocking=True))
+    return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), to_host(numbers))
+
+
+def to_host(numbers: Tensor) -> Tensor:
+    """On the host once the device has been synchronised past it. Pinned, or a GPU's copy would hold up the host."""
+    if not numbers.is_cuda:
+        return numbers
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    return host.copy_(numbers, non_blocking=True)
 
 
 def to_device(array: Ints | npt.NDArray[np.int32], device: torch.device) -> Tensor:
