@@ -66,7 +66,7 @@ def test_killed_again_and_again_it_does_every_id_once(source: Path, tmp_path: Pa
     with job(source, output) as process:
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
-    assert f"and {lines} before" in said
+    assert f"{lines} done before" in said
     found = read(output)
     assert custom_ids(found) == custom_ids(ENTRIES) + custom_ids([{"custom_id": None}])
     for each in found:
@@ -103,7 +103,7 @@ def manta(*arguments: str) -> Result:
         (["--input", "{in}", "--output", "{in}"], "choose another --output"),
         (["--input", "{in}", "--output", "{folder}/nowhere/out.jsonl"], "nowhere/out.jsonl: No such file or directory"),
         (["--input", "{in}", "--output", "nosuch://x"], "nosuch"),
-        (["--input", "{in}", "--output", "{out}", "--concurrency", "0"], "requests under way: 0 is below 1"),
+        (["--input", "{in}", "--output", "{out}", "--concurrency", "0"], "--concurrency 0 is below 1"),
         (["--input", "{in}", "--output", "{out}", "--url", "http://h", "--app", "manta"], "--url and --app exclude each other"),
         (["--input", "{in}", "--output", "{out}", "--url", "http://h", "--groups", "2"], "--groups: for groups that the job"),
         (["--input", "{in}", "--output", "{out}", "--app", "manta", "--engine-seed", "2"], "--engine-seed: for groups"),
@@ -130,7 +130,7 @@ def test_an_endpoint_that_nobody_serves_is_exit_1(tmp_path: Path) -> None:
     result = manta(*places, "--url", "http://127.0.0.1:9", "--retries", "0")
     assert result.exit_code == 1
     assert "manta: error: http://127.0.0.1:9 cannot be reached" in result.stderr
-    assert "0 done, 0 failed" in result.stderr
+    assert "0 answered, 0 failed" in result.stderr
     assert read(tmp_path / "out.jsonl") == []
 
 

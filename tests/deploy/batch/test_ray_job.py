@@ -98,7 +98,7 @@ def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: Jo
     assert wait_until_ended(client, second) is JobStatus.SUCCEEDED, said(client, second)
     assert custom_ids(read(output)) == custom_ids(ENTRIES)
     assert {each["response"]["status_code"] for each in read(output)} == {200}
-    assert f"and {before} before, 0 failed" in client.get_job_logs(second)
+    assert f", 0 failed, {before} done before" in client.get_job_logs(second)
 
 
 def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tmp_path: Path) -> None:  # noqa: ARG001
