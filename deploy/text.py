@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.text_files import refuse_halves
+
 REPLACEMENT = "\ufffd"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 PROMPT_TAIL_TOKENS = 4
@@ -64,7 +66,9 @@ class Tokenizer:
             raise ValueError(f"cannot read the tokenizer in {checkpoint}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint puts around a prompt."""
+        """Token ids, with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text that UTF-8
+        cannot hold."""
+        refuse_halves(text)
         return list(self._implementation.encode(text, verbose=False))
 
     @property
@@ -98,6 +102,7 @@ class Tokenizer:
         text = self._render(messages, tools, template_kwargs or {})
         if tools and text == self._render(messages, None, template_kwargs or {}):
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
+        refuse_halves(text)
         return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
 
     def _render(

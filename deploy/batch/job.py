@@ -61,8 +61,8 @@ class Limits:
     line_bytes: int = 8 << 20
 
     def __post_init__(self) -> None:
-        options = (("--concurrency", self.requests, 1), ("--concurrency-tokens", self.tokens, 1), ("--retries", self.retries, 0))
-        for option, value, low in options:
+        lowest = {"--concurrency": (self.requests, 1), "--concurrency-tokens": (self.tokens, 1), "--retries": (self.retries, 0)}
+        for option, (value, low) in lowest.items():
             if value < low:
                 raise ConfigError(f"{option} {value} is below {low}: raise it")
 
