@@ -124,6 +124,17 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str], 
     assert (tmp_path / "notes.txt").read_text() == "precious\n"
 
 
+def test_a_finished_job_needs_neither_a_model_nor_an_endpoint(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(as_lines([entry("a", max_tokens=2)]) + b"oops\n")
+    places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    first = manta(*places, *ENGINE)
+    assert (first.exit_code, "1 answered, 1 failed; 2 tokens in" in first.stderr) == (0, True), first.stderr
+    for way in (["--local", "--model", "nowhere"], ["--url", "http://127.0.0.1:9", "--retries", "0"]):
+        again = manta(*places, *way)
+        assert again.exit_code == 0, again.stderr
+        assert again.stderr.splitlines()[-1] == f"0 answered, 0 failed, 2 done before; results go to {tmp_path / 'out.jsonl'}"
+
+
 def test_an_endpoint_that_nobody_serves_is_exit_1(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(as_lines([entry("a")]))
     places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
