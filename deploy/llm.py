@@ -251,11 +251,11 @@ class LLM:
     ) -> list[tuple[Prompt, SamplingParams] | PromptError]:
         """Errors: PromptError for what is wrong with the call as a whole."""
         call = (read_tenant(tenant), read_deadline(deadline_s), read_priority(priority))
+        one_for_all = params is None or isinstance(params, SamplingParams)
         if params is None or isinstance(params, SamplingParams):
-            common = self._parser.params(params or SamplingParams())
-            every, read = [common] * len(sources), _as_it_is
+            every = [self._parser.params(params or SamplingParams())] * len(sources)
         else:
-            every, read = list(params), self._parser.params
+            every = list(params)
         if len(every) != len(sources):
             raise PromptError(
                 f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all"
@@ -263,7 +263,7 @@ class LLM:
         parsed: list[tuple[Prompt, SamplingParams] | PromptError] = []
         for source, each in zip(sources, every, strict=True):
             try:
-                parsed.append((parse(source).of_call(*call), read(each)))
+                parsed.append((parse(source).of_call(*call), each if one_for_all else self._parser.params(each)))
             except PromptError as error:
                 parsed.append(error)
         return parsed
@@ -345,10 +345,6 @@ def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[
     limits = ((generation.prompt.deadline_s, generation) for generation in generations)
     timed = [(submitted_s + limit_s, generation) for limit_s, generation in limits if limit_s is not None]
     return sorted((each for each in timed if each[0] < math.inf), key=itemgetter(0))
-
-
-def _as_it_is(params: SamplingParams) -> SamplingParams:
-    return params
 
 
 def _refusal(source: Source, error: PromptError) -> RequestOutput:
