@@ -17,6 +17,7 @@ from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progre
 from cluster.fleet import Fleet
 from cluster.group import rank_resources
 from cluster.remote import SchedulerStream
+from cluster.shadows import job_environment, refuse_unclaimed
 from cluster.worker_config import resolve
 from scheduler.config import CoreConfig
 from scheduler.messages import Request, TalliedMetric
@@ -62,14 +63,16 @@ def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
     A cluster of our own counts logical CPUs, as many as the ranks want: they share the cores of this machine.
     """
     if ray.is_initialized():
+        refuse_unclaimed()
         return False
     if config.ray_address is not None:
         progress(f"joining the Ray cluster at {config.ray_address}")
-        ray.init(address=config.ray_address, log_to_driver=False)
+        ray.init(address=config.ray_address, runtime_env=job_environment(), log_to_driver=False)
         return False
     progress("starting Ray on this machine")
     ray.init(
         address="local",  # whatever else runs on this machine
+        runtime_env=job_environment(),
         num_cpus=max(cpus, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,

@@ -25,6 +25,7 @@ from deploy.records import RecordWriter
 from deploy.replay import command as replay
 from deploy.serve_config import ServeConfig
 from deploy.study import command as study
+from deploy.text_files import decode, split_lines
 from scheduler.sampling import SamplingParams
 
 app = typer.Typer(
@@ -183,7 +184,7 @@ def run(
         outputs: dict[int, RequestOutput] = {}
         with display.choose_view(labels, stream, quiet) as view:
             sources, params = [source for source, _ in requests], [each for _, each in requests]
-            for position, output in llm.iterate(sources, params):
+            for position, output in llm.iterate(sources, params, each_alone=True):
                 view.show(position, output)
                 if output.finished:
                     outputs[position] = output
@@ -215,9 +216,9 @@ def read_requests(
     else:
         content, name, kind = _read_input(file, format)
         if kind is InputFormat.jsonl:
-            requests = list(read_jsonl(content.splitlines(), name, params))
+            requests = list(read_jsonl(split_lines(content), name, params))
         else:
-            texts = content.splitlines() if kind is InputFormat.lines else [content]
+            texts = split_lines(content) if kind is InputFormat.lines else [content]
             requests = [(text, params) for text in texts if text.strip()]
         if not requests:
             raise PromptError(f"{name} holds no prompt")
@@ -232,10 +233,10 @@ def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str
     """Content, its name for messages, and its format."""
     try:
         if file is not None and str(file) != "-":
-            return file.read_text(encoding="utf-8"), str(file), format or InputFormat.jsonl
+            return decode(file.read_bytes()), str(file), format or InputFormat.jsonl
         if file is None and sys.stdin.isatty():
             raise PromptError("no prompt: give one as an argument, name a file with --input, or pipe text in")
-        return sys.stdin.read(), "stdin", format or InputFormat.text
+        return decode(sys.stdin.buffer.read()), "stdin", format or InputFormat.text
     except UnicodeDecodeError as error:
         raise PromptError(f"{file or 'stdin'} is not UTF-8 text: {error}") from error
 

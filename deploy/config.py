@@ -25,6 +25,7 @@ import msgspec
 
 from cluster.config import EngineConfig
 from deploy.serve_config import ServeConfig
+from deploy.text_files import decode, split_lines
 from scheduler.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
@@ -111,7 +112,7 @@ def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -
     keys = [key for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     if serve.api_key_file is not None:
         try:
-            keys += Path(serve.api_key_file).read_text(encoding="utf-8").splitlines()
+            keys += split_lines(decode(Path(serve.api_key_file).read_bytes()))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
     found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip() and not key.strip().startswith("#")))

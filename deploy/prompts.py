@@ -17,6 +17,7 @@ import msgspec
 
 from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
 from deploy.text import Message, Tokenizer
+from deploy.text_files import refuse_halves
 from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -96,7 +97,7 @@ class PromptParser:
         if isinstance(source, Mapping):
             return self._parse_mapping(source)
         if isinstance(source, str):
-            return self._valid(self._need_tokenizer().encode(source), source)
+            return self._valid(self._encode(source), source)
         return self._valid(source, None)
 
     def chat(
@@ -130,6 +131,8 @@ class PromptParser:
             raise PromptError(f"sampling parameters: {error}") from error
         if valid.stop and self.tokenizer is None:
             raise PromptError("stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids")
+        for text in valid.stop:
+            _refuse_halves("stop", text)
         for name, ids in (("stop_token_ids", valid.stop_token_ids), ("logit_bias", valid.logit_bias)):
             for token in ids:
                 if not 0 <= token < self.limits.vocab_size:
@@ -147,6 +150,7 @@ class PromptParser:
         kind, value, salt = kinds[0], source[kinds[0]], source.get("cache_salt", "")
         if not isinstance(salt, str):
             raise PromptError(f"cache_salt must be a string, not {type(salt).__name__}")
+        _refuse_halves("cache_salt", salt)
         if kind == "messages":
             tools, template_kwargs = source.get("tools"), source.get("chat_template_kwargs")
             if not isinstance(tools, list | None) or not isinstance(template_kwargs, Mapping | None):
@@ -155,7 +159,7 @@ class PromptParser:
         if kind == "prompt":
             if not isinstance(value, str):
                 raise PromptError(f"prompt must be a string, not {type(value).__name__}: ids go into prompt_token_ids")
-            return self._valid(self._need_tokenizer().encode(value), value, salt)
+            return self._valid(self._encode(value), value, salt)
         return self._valid(value, None, salt)
 
     def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
@@ -179,16 +183,32 @@ class PromptParser:
         size = self.limits.vocab_size
         return f"token id {token} is outside the vocabulary of {size} entries: use ids from 0 to {size - 1}"
 
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = self._need_tokenizer()
+        try:
+            return tokenizer.encode(text)
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
 
 
+def _refuse_halves(name: str, text: str) -> None:
+    """Errors: PromptError."""
+    try:
+        refuse_halves(text)
+    except ValueError as error:
+        raise PromptError(f"{name}: {error}") from None
+
+
 def read_tenant(value: Any) -> str | None:
     """Errors: PromptError."""
     if value is not None and not isinstance(value, str):
         raise PromptError(f"tenant must be a string, not {type(value).__name__}: {_ITS_OWN}")
+    _refuse_halves("tenant", value or "")
     return value
 
 

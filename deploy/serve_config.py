@@ -3,6 +3,7 @@
 Like `cluster.config.EngineConfig`, each field carries the sentence that the command line shows. Imports nothing but `option`.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,5 +68,5 @@ class ServeConfig:
 
 
 def model_name(served: str | None, checkpoint: str) -> str:
-    """What clients call the model: as told, else the name of the checkpoint's folder."""
-    return served or Path(checkpoint).resolve().name
+    """What clients call the model: as told, else the name of the checkpoint's folder as it was given, a link's own."""
+    return served or Path(os.path.abspath(checkpoint)).name

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from deploy.text_files import refuse_halves
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -64,7 +65,9 @@ class Tokenizer:
         return cls(open_tokenizer(checkpoint)) if has_tokenizer(checkpoint) else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint puts around a prompt."""
+        """Token ids, with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text that UTF-8
+        cannot hold."""
+        refuse_halves(text)
         return list(self._implementation.encode(text, verbose=False))
 
     @property
@@ -126,6 +129,7 @@ class Tokenizer:
         text = self._render(messages, tools, template_kwargs or {})
         if tools and text == self._render(messages, None, template_kwargs or {}):
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
+        refuse_halves(text)
         return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
 
     def _render(

@@ -22,7 +22,7 @@ from deploy.config import (
     sampling_params,
 )
 from deploy.llm import LLM
-from deploy.serve_config import ServeConfig
+from deploy.serve_config import ServeConfig, model_name
 
 
 def written(folder: Path, text: str) -> Path:
@@ -56,11 +56,23 @@ def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None
     file.write_text("# for the notebook\nfirst\n\n second \n")
     config = ServeConfig(host="0.0.0.0", api_key_file=str(file))
     assert read_api_keys(config, {"MANTA_API_KEYS": "third, first,"}) == ("third", "first", "second")
+    file.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert read_api_keys(config, {}) == ("first", "second")
     assert read_api_keys(ServeConfig(), {}) == ()
     with pytest.raises(ConfigError, match="use ASCII ones"):
         read_api_keys(ServeConfig(), {"MANTA_API_KEYS": "Schlüssel"})
     with pytest.raises(ConfigError, match=r"cannot read the API keys in .*nowhere"):
         read_api_keys(ServeConfig(api_key_file=str(tmp_path / "nowhere")), {})
+
+
+def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-8B-rev7").mkdir()
+    (tmp_path / "latest").symlink_to("Qwen3-8B-rev7")
+    monkeypatch.chdir(tmp_path)
+    assert [model_name(None, path) for path in (str(tmp_path / "latest"), "latest/", "./latest/.")] == ["latest"] * 3
+    assert model_name("mine", "latest") == "mine"
+    monkeypatch.chdir(tmp_path / "Qwen3-8B-rev7")
+    assert model_name(None, ".") == "Qwen3-8B-rev7"
 
 
 def test_an_endpoint_that_others_reach_needs_a_key() -> None:
