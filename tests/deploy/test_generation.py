@@ -22,18 +22,21 @@ class Caller:
         request = Request(STREAM, b"", b"", params)
         self.generation = Generation(request, PROMPT, tokenizer, self._count, each_token)
         self.woken = 0
+        self.committed = [0] * params.n
 
     def _count(self, generation: Generation) -> None:
         assert generation is self.generation
         self.woken += 1
 
     def extend(self, tokens: Sequence[int], choice: int = 0) -> int | None:
-        keep_tokens = self.generation.extend(STREAM + choice, tokens, ())
+        position = len(PROMPT.token_ids) + self.committed[choice]
+        self.committed[choice] += len(tokens)
+        keep_tokens = self.generation.extend(STREAM + choice, position, tokens, ())
         self.generation.wake()
         return keep_tokens
 
     def end(self, reason: FinishReason, choice: int = 0, message: str = "", failure: Failure = Failure.FAULT) -> None:
-        self.generation.end(Finished(STREAM + choice, reason, 3, 0, message, failure))
+        self.generation.end(Finished(STREAM + choice, reason, 3, self.committed[choice], message, failure))
         self.generation.wake()
 
     def take_delta(self) -> OutputDelta:
