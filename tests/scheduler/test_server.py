@@ -67,6 +67,24 @@ class Served:
 
         return asyncio.run_coroutine_threadsafe(answer(), self.loop).result(30)
 
+    def between(self, gone: asyncio.StreamWriter, change: Callable[[SchedulerCore], Any]) -> None:
+        """Runs one call when that connection is dead and its reader has not been told yet: the moment in which uvloop raises
+        at a write."""
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                self.server.call(change)
+            finally:
+                done.set()
+
+        def end() -> None:
+            gone.transport.abort()
+            self.loop.call_soon(call)  # after the connection's end was heard, before its reader runs again
+
+        self.loop.call_soon_threadsafe(end)
+        assert done.wait(PATIENCE_S)
+
     def connect(self, opening: Hello | Connect) -> FrameSocket:
         client = FrameSocket.connect("127.0.0.1", self.port)
         client._socket.settimeout(PATIENCE_S)
@@ -291,15 +309,9 @@ class Shared:
 
 
 def test_a_front_end_that_has_gone_takes_nothing_from_the_others(served: Served) -> None:
-    """Its socket is dead, and its reader has not been told yet: the moment in which uvloop raises at a write."""
     shared = Shared(served)
     report = next_token(shared.leases, 2, 8)
-
-    def go_and_report(_: SchedulerCore) -> None:
-        served.server._front_ends[0].transport.abort()
-        served.server.call(lambda core: core.report(GroupId(0), report))
-
-    served.ask(go_and_report)
+    served.between(served.server._front_ends[0], lambda core: core.report(GroupId(0), report))
     shared.assert_the_other_goes_on()
 
 
@@ -337,12 +349,8 @@ def test_a_leader_that_has_gone_takes_nothing_from_the_other_groups(served: Serv
     leaders = {0: served.leader(0), 1: served.leader(1)}
     front_end = served.front_end()
     requests = [Request(at, np.full(20, at, np.int32).tobytes(), b"", SamplingParams(max_tokens=8)) for at in range(2)]
-
-    def go_and_submit(_: SchedulerCore) -> None:
-        served.server._leaders[GroupId(0)].transport.abort()
-        served.server.call(lambda core: [core.submit(0, request) for request in requests])
-
-    served.ask(go_and_submit)
+    gone = served.server._leaders[GroupId(0)]
+    served.between(gone, lambda core: [core.submit(0, request) for request in requests])
     starts = [command for _ in range(2) for command in read(leaders[1], Commands).commands]
     assert sorted(np.frombuffer(start.tokens, np.int32)[0] for start in starts) == [0, 1], "its own, then the other's"
     leaders[1].send(first_token(starts[0]))
