@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from deploy.generation import Generation
+from deploy.generation import Generation, OutputGap
 from deploy.outputs import OutputDelta
 from deploy.prompts import Prompt
 from deploy.text import Tokenizer
@@ -148,6 +148,17 @@ def test_log_probabilities_of_the_prompt_come_once_and_whole() -> None:
     assert [{token: value.logprob for token, value in (each or {}).items()} for each in rest] == [{6: -1.0}, {7: -2.0}]
     caller.extend([1])
     assert caller.take_delta().prompt_logprobs is None
+
+
+def test_log_probabilities_that_have_not_arrived_are_no_answer() -> None:
+    caller = Caller(SamplingParams(prompt_logprobs=0))
+    with pytest.raises(OutputGap, match="1 to 1 have not arrived"):
+        caller.generation.fill_prompt(PromptLogprobs(2, (entry(-2.0),)))
+    caller.generation.fill_prompt(PromptLogprobs(1, (entry(-1.0),)))
+    with pytest.raises(OutputGap, match="last log-probabilities"):
+        caller.end(FinishReason.LENGTH)
+    with pytest.raises(OutputGap, match="0 log-probabilities came with 1 tokens"):
+        Caller(SamplingParams(logprobs=0)).extend([1])
 
 
 def entry(logprob: float) -> TokenLogprobs:
