@@ -40,6 +40,8 @@ SAMPLING_KEYS = SamplingParams.__struct_fields__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_COMMENT = re.compile(r"(^|\s)#.*")
+_KEY_PRIORITY = re.compile(r"(?:priority=(-?\d{1,10}))?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 T = TypeVar("T")
@@ -106,15 +108,10 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Keys of the file, then those of the environment. Errors: ConfigError, also where an endpoint without keys would be
+    """Keys of the environment, then those of the file. Errors: ConfigError, also where an endpoint without keys would be
     reached from other machines."""
-    keys = [key for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
-    if serve.api_key_file is not None:
-        try:
-            keys += Path(serve.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
-    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip() and not key.strip().startswith("#")))
+    named = [key.strip() for key in environ.get(KEYS_VARIABLE, "").split(",")]
+    found = tuple(dict.fromkeys(key for key in (*named, *_key_file(serve)) if key))
     if not all(key.isascii() for key in found):
         raise ConfigError("an API key holds characters that HTTP headers cannot: use ASCII ones")
     if not found and serve.auth and not serve.on_loopback:
@@ -123,6 +120,32 @@ def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -
             f"{KEYS_VARIABLE}, or say --no-auth (auth: false) to let everybody in"
         )
     return found
+
+
+def read_key_priorities(serve: ServeConfig) -> dict[str, int]:
+    """The most urgent priority of each key whose line in the file has one. Errors: ConfigError."""
+    return {key: priority for key, priority in _key_file(serve).items() if priority is not None}
+
+
+def _key_file(serve: ServeConfig) -> dict[str, int | None]:
+    """A key a line, which may end with `priority=N` and with a comment. Errors: ConfigError that names the line, not the key."""
+    if serve.api_key_file is None:
+        return {}
+    try:
+        text = Path(serve.api_key_file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
+    keys: dict[str, int | None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        words = _COMMENT.sub("", line).split()
+        match = _KEY_PRIORITY.fullmatch(" ".join(words[1:]))
+        if words and match is None:
+            raise ConfigError(
+                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing else"
+            )
+        if words and match is not None:
+            keys[words[0]] = int(match[1]) if match[1] else None
+    return keys
 
 
 def parse_size(name: str, value: int | str) -> int:
