@@ -14,6 +14,7 @@ RAY_ADDRESS names the cluster that a Ray job runs on, and `bound_openmp_spin` se
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -31,6 +32,8 @@ EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 CONFIG_VARIABLE = "MANTA_CONFIG"
 KEYS_VARIABLE = "MANTA_API_KEYS"
 RAY_VARIABLE = "RAY_ADDRESS"
+RECEIVE_VARIABLE, CONNECTIONS_VARIABLE = "MANTA_RECEIVE_TIMEOUT_S", "MANTA_MAX_CONNECTIONS"
+UNCOUNTED = 1 << 30
 DEFAULT_MAX_TOKENS = 128
 OPENMP_SPIN = "2000"
 SECTIONS = ("engine", "serve", "sampling")
@@ -128,7 +131,7 @@ def read_key_priorities(serve: ServeConfig) -> dict[str, int]:
 
 
 def _key_file(serve: ServeConfig) -> dict[str, int | None]:
-    """A key a line, which may end with `priority=N` and with a comment. Errors: ConfigError that names the line, not the key."""
+    """A key a line, behind it perhaps `priority=N` and a comment. Errors: ConfigError that names the line, never the key."""
     if serve.api_key_file is None:
         return {}
     try:
@@ -141,7 +144,8 @@ def _key_file(serve: ServeConfig) -> dict[str, int | None]:
         match = _KEY_PRIORITY.fullmatch(" ".join(words[1:]))
         if words and match is None:
             raise ConfigError(
-                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing else"
+                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing "
+                "else"
             )
         if words and match is not None:
             keys[words[0]] = int(match[1]) if match[1] else None
@@ -242,8 +246,20 @@ def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise. Works if called before
-    `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise, and bounds what clients may hold
+    open. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.connections.bound_serve")
+    environ[RECEIVE_VARIABLE] = str(serve.receive_timeout_s)
     if serve.haproxy:
         environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
         environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # no load balancer has to notice first
+        environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(math.ceil(serve.receive_timeout_s)))
+    else:
+        environ[CONNECTIONS_VARIABLE] = str(serve.max_connections)
+
+
+def connection_bounds(environ: Mapping[str, str] = os.environ) -> ServeConfig:
+    """What `choose_proxy` has said of receive_timeout_s and max_connections, in a process of Serve's. Behind HAProxy, whose
+    address all clients share, connections are not counted."""
+    timeout_s = float(environ.get(RECEIVE_VARIABLE, ServeConfig().receive_timeout_s))
+    return ServeConfig(receive_timeout_s=timeout_s, max_connections=int(environ.get(CONNECTIONS_VARIABLE, UNCOUNTED)))

@@ -1,8 +1,8 @@
 """What a client may hold open: how long its requests take to arrive, and how many connections come from one address.
 
-    headers      `Bounded`, a uvicorn protocol: none of uvicorn's options bounds them
+    headers      `Bounded`, a uvicorn protocol, since none of uvicorn's options bounds them; HAProxy by an option of its own
     bodies       `BodyDeadline`, in front of every handler, whoever the server is
-    connections  `Bounded`; gRPC knows calls alone, so there `BoundedCalls` counts those
+    connections  `Bounded`, HAProxy; gRPC knows calls alone, so there `BoundedCalls` counts those
 
 Imports uvicorn, grpc and the door's errors.
 """
@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import config as uvicorn_config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from deploy.config import connection_bounds
 from deploy.errors import Fault, RequestError
 from deploy.serve_config import ServeConfig
 
@@ -61,6 +64,7 @@ def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
         nothing more is told by uvicorn's own `timeout_keep_alive`."""
 
         _late: asyncio.TimerHandle | None = None
+        _address: str | None = None  # while it is counted
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -82,11 +86,20 @@ def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
             super().on_headers_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel()
-            connections[self._address] -= 1
-            if not connections[self._address]:
-                del connections[self._address]
+            self._leave()
             super().connection_lost(exc)
+
+        def handle_websocket_upgrade(self) -> None:
+            self._leave()  # another protocol takes the connection over
+            super().handle_websocket_upgrade()
+
+        def _leave(self) -> None:
+            self._cancel()
+            if self._address is not None:
+                connections[self._address] -= 1
+                if not connections[self._address]:
+                    del connections[self._address]
+                self._address = None
 
         def _await_headers(self) -> None:
             if self._late is None:
@@ -111,6 +124,14 @@ def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
             self.transport.close()
 
     return Bounded
+
+
+def bound_serve() -> list[Middleware]:
+    """Ray Serve calls it in each process that listens for HTTP, its proxies and the front ends behind HAProxy, before it starts
+    uvicorn there: its RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve has no option for what uvicorn speaks, so this changes
+    what uvicorn takes for its own choice. Returns what Serve asks for: further middleware, none."""
+    uvicorn_config.HTTP_PROTOCOLS["auto"] = bounded_protocol(connection_bounds())  # type: ignore[assignment]
+    return []
 
 
 class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -173,5 +194,5 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def _too_slow(part: str, timeout_s: float) -> RequestError:
-    said = f"the request's {part} did not arrive within {timeout_s:g} s: send faster, or let the server wait (receive_timeout_s)"
-    return RequestError(Fault.TOO_SLOW, said)
+    said = f"the request's {part} did not arrive within {timeout_s:g} s: send it faster"
+    return RequestError(Fault.TOO_SLOW, f"{said}, or let the server wait longer (receive_timeout_s)")

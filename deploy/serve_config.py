@@ -27,7 +27,7 @@ class ServeConfig:
         None, "File of API keys, one a line; MANTA_API_KEYS holds more, apart by commas.", shown="none"
     )
     best_priority: int = option(
-        0, "Most urgent priority (lowest number) that requests may ask for; `priority=N` behind a key in the file is that key's."
+        0, "Most urgent priority (lowest number) to ask for; `priority=N` behind a key in its file is that key's."
     )
     auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
@@ -51,8 +51,8 @@ class ServeConfig:
     otlp_endpoint: str | None = option(None, "OpenTelemetry collector (OTLP over HTTP) for traces.", shown="no traces")
 
     def __post_init__(self) -> None:
-        limits = ("max_connections", "max_request_bytes", "max_choices", "max_prompts", "max_queued_requests", "max_queued_tokens")
-        for name in ("replicas", *limits):
+        limits = ("max_request_bytes", "max_choices", "max_prompts", "max_queued_requests", "max_queued_tokens")
+        for name in ("replicas", "max_connections", *limits):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
         for name in ("port", "grpc_port"):

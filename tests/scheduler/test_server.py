@@ -349,8 +349,12 @@ def test_a_leader_that_has_gone_takes_nothing_from_the_other_groups(served: Serv
     leaders = {0: served.leader(0), 1: served.leader(1)}
     front_end = served.front_end()
     requests = [Request(at, np.full(20, at, np.int32).tobytes(), b"", SamplingParams(max_tokens=8)) for at in range(2)]
-    gone = served.server._leaders[GroupId(0)]
-    served.between(gone, lambda core: [core.submit(0, request) for request in requests])
+
+    def submit(core: SchedulerCore) -> None:
+        for each in requests:
+            core.submit(0, each)
+
+    served.between(served.server._leaders[GroupId(0)], submit)
     starts = [command for _ in range(2) for command in read(leaders[1], Commands).commands]
     assert sorted(np.frombuffer(start.tokens, np.int32)[0] for start in starts) == [0, 1], "its own, then the other's"
     leaders[1].send(first_token(starts[0]))

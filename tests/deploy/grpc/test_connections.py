@@ -1,6 +1,7 @@
 """What a client may hold open: calls whose message does not arrive, and calls at once."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -13,9 +14,8 @@ from deploy.grpc_server import GrpcDoor
 from deploy.proto import manta_pb2 as pb
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
-from tests.deploy.grpc.calls import endless, text
+from tests.deploy.grpc.calls import consumed, endless, text
 from tests.deploy.grpc.conftest import Connect
-
 
 Answer = Callable[[Awaitable[Any]], Any]
 
@@ -52,24 +52,28 @@ def test_a_message_that_does_not_arrive_is_not_waited_for(
     assert said in str(error.details())
 
 
+async def end_of(call: Any) -> Code:
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await consumed(call)
+    code: Code = await call.code()
+    return code
+
+
 def test_one_address_has_so_many_calls_under_way(answer: Answer, connect: Connect, service: Service) -> None:
     config = ServeConfig(max_connections=1, receive_timeout_s=0.5)
     stub, _ = connect(GrpcDoor(service, config, ApiKeys()), config)
 
-    async def calls() -> tuple[grpc.aio.AioRpcError, int]:
+    async def calls() -> tuple[grpc.aio.AioRpcError, Code]:
         first = stub.Generate(endless())
         await first.read()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="a")))
         first.cancel()
-        while True:  # until the server has heard of it
-            try:
-                return refused.value, len([part async for part in stub.Generate(text(max_tokens=2))])
-            except grpc.aio.AioRpcError as error:
-                assert error.code() is Code.RESOURCE_EXHAUSTED
-                await asyncio.sleep(0.01)
+        while (code := await end_of(stub.Generate(text(max_tokens=2)))) is Code.RESOURCE_EXHAUSTED:
+            await asyncio.sleep(0.01)  # until the server has heard of the end
+        return refused.value, code
 
-    error, parts = answer(calls())
+    error, code = answer(calls())
     assert error.code() is Code.RESOURCE_EXHAUSTED
     assert "1 calls of this address are under way" in str(error.details())
-    assert parts > 0
+    assert code is Code.OK

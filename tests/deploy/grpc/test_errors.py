@@ -182,7 +182,9 @@ class Peer:
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
-@pytest.mark.parametrize("peer", ["ipv4:10.0.0.5:4000", "ipv6:[2001:db8::1]:4000", "ipv6:%5Bfe80::1%5D:4000", "ipv4:127", "unknown"])
+@pytest.mark.parametrize(
+    "peer", ["ipv4:10.0.0.5:4000", "ipv6:[2001:db8::1]:4000", "ipv6:%5Bfe80::1%5D:4000", "ipv4:127", "unknown"]
+)
 def test_without_keys_only_the_own_machine_is_answered(answer: Answer, service: Service, peer: str) -> None:
     def told(config: ServeConfig, keys: ApiKeys, context: Peer) -> Code:
         answer(GrpcDoor(service, config, keys).ListModels(pb.ListModelsRequest(), context))

@@ -17,9 +17,9 @@ import uvicorn
 from cluster.config import EngineConfig
 from cluster.engine import Engine, OnDeltas, OnFailure
 from deploy.access import ApiKeys
-from deploy.connections import bounded_protocol
 from deploy.clusters import LocalCluster
 from deploy.config import EMBEDDED_MODEL, bound_openmp_spin
+from deploy.connections import bounded_protocol
 from deploy.http import create_app
 from deploy.serve_config import ServeConfig
 from deploy.service import Cluster, ServedModel, Service

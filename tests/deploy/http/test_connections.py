@@ -1,5 +1,6 @@
 """What a client may hold open: requests that do not arrive, and connections."""
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -8,7 +9,12 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
+from ray._common.utils import import_attr
+from ray.serve._private.http_util import validate_http_proxy_callback_return
+from starlette.responses import PlainTextResponse
 
+from deploy.config import UNCOUNTED, choose_proxy, connection_bounds
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
 from tests.deploy.http.conftest import MODEL, PATIENCE_S, Host
@@ -95,3 +101,39 @@ def test_one_address_has_so_many_connections(host: Host, service: Service) -> No
         deadline_s = time.monotonic() + PATIENCE_S
         while httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code != 200:
             assert time.monotonic() < deadline_s, "who has gone is still counted"
+
+
+def test_ray_serves_processes_are_bounded_by_the_environment(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make uvicorn's configuration themselves, and let it choose its protocol."""
+    environ: dict[str, str] = {}
+    choose_proxy(ServeConfig(haproxy=False, receive_timeout_s=SOON_S, max_connections=2), environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
+    bind = import_attr(environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
+    assert validate_http_proxy_callback_return(bind()) == []
+    with serving(host, uvicorn.Config(PlainTextResponse("here"), log_level="warning", lifespan="off")) as url:
+        with connected(url) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nho")
+            assert to_the_end(connection).startswith(b"HTTP/1.1 408 ")
+        with connected(url), connected(url), connected(url) as one_more:
+            assert to_the_end(one_more).startswith(b"HTTP/1.1 503 ")
+
+
+def test_behind_haproxy_it_counts_and_the_front_ends_do_not() -> None:
+    environ: dict[str, str] = {}
+    choose_proxy(ServeConfig(receive_timeout_s=1.5, max_connections=2), environ)
+    bounds = connection_bounds(environ)
+    assert (bounds.receive_timeout_s, bounds.max_connections) == (1.5, UNCOUNTED)
+    assert environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "2"
+    assert connection_bounds({}).receive_timeout_s == ServeConfig().receive_timeout_s
+
+
+@contextlib.contextmanager
+def serving(host: Host, config: uvicorn.Config) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(config)
+    running = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), host.loop)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    running.result(PATIENCE_S)
