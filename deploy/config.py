@@ -1,7 +1,8 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
 The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys,
-RAY_ADDRESS names the cluster that a Ray job runs on, and `bound_openmp_spin` sets how OpenMP waits. Imports no torch, no ray.
+RAY_ADDRESS names the cluster that a Ray job runs on, `bound_openmp_spin` sets how OpenMP waits, `choose_proxy` what Serve's
+processes do, and `connection_bounds` is what they read of it. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B

@@ -9,7 +9,7 @@ Imports uvicorn, grpc and the door's errors.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -173,7 +173,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return address
 
     @contextmanager
-    def _counted(self, address: str) -> Any:
+    def _counted(self, address: str) -> Iterator[None]:
         self._calls[address] += 1
         try:
             yield
