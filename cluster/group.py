@@ -19,6 +19,7 @@ from workers.build import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
+LATE = "a worker was not ready in time: raise start_timeout_s"
 PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
 
@@ -136,8 +137,10 @@ def _get(reference: Any, deadline: float) -> Any:
     try:
         return ray.get(reference, timeout=_left(deadline))
     except ray.exceptions.GetTimeoutError as error:
-        raise EngineError("a worker was not ready in time: raise start_timeout_s") from error
+        raise EngineError(LATE) from error
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TimeoutError):  # it waited for another rank
+            raise EngineError(f"{LATE} ({error.cause})") from error
         raise error.cause from error
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:
         raise EngineError(f"a worker process died while it started: {error}") from error

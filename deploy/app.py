@@ -21,6 +21,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from cluster.autoscale import Autoscaler
 from cluster.config import EngineConfig
@@ -28,7 +29,7 @@ from cluster.fleet import Fleet
 from cluster.launch import plan
 from deploy.access import ApiKeys
 from deploy.clusters import ServeCluster
-from deploy.config import endpoint_config, read_api_keys
+from deploy.config import endpoint_config, read_api_keys, read_key_priorities
 from deploy.grpc_ingress import GrpcIngress
 from deploy.grpc_server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.http import create_app
@@ -45,6 +46,8 @@ APP_NAME = "manta"
 MAX_ASKING = 1024
 HEALTH_CHECK_S = 5.0
 CALL_TIMEOUT_S = 10.0
+QUIET = LoggingConfig(enable_access_log=False)
+"""Serve would log every call, and front ends ask the Engine how the cluster is once a second."""
 MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
@@ -148,14 +151,15 @@ class Ingress(GrpcIngress):
 def build(args: Mapping[str, Any]) -> Application:
     """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
     config = endpoint_config(args)
-    return application(config.engine, config.serve, ApiKeys(read_api_keys(config.serve)), config.engine.threads or 1)
+    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
+    return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 
 def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
     """threads: of each CPU rank."""
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30,
+        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
     )(Engine)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,

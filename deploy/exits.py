@@ -39,6 +39,9 @@ def reported_errors(debug: bool) -> Iterator[None]:
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, TimeoutError):
+        said = f" ({error})" if str(error) else ""
+        return f"something was not ready in time{said}: raise --start-timeout-s if it is only slow; --debug shows what it was"
     if isinstance(error, ValueError | OSError | RuntimeError) and str(error):
         return " ".join(str(error).split("\n"))
     return f"{type(error).__name__}: {error} (a fault of Manta's; --debug shows where)"

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from deploy import metrics
 from deploy.access import REQUEST_ID_HEADER, ApiKeys, BodyLimit, KeyCheck, RequestIds, error_response, request_id_of
+from deploy.connections import BodyDeadline
 from deploy.errors import Fault, RequestError
 from deploy.openai.document import add_schemas
 from deploy.openai.errors import ErrorBody, ErrorDetail
@@ -36,7 +37,7 @@ def create_app(service: Service, config: ServeConfig, keys: ApiKeys) -> FastAPI:
             Exception: _on_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config))
+    app.include_router(openai_routes(service, config, keys))
     app.include_router(status_routes(service))
     _add_operations(app, service)
     add_schemas(app.openapi(), *RECORDS)
@@ -62,6 +63,7 @@ def _middleware(config: ServeConfig, keys: ApiKeys) -> list[Middleware]:
         *([cors] if config.cors_origins else []),
         Middleware(KeyCheck, keys=keys),
         Middleware(BodyLimit, max_bytes=config.max_request_bytes),
+        Middleware(BodyDeadline, timeout_s=config.receive_timeout_s),
     ]
 
 

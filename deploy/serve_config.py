@@ -3,13 +3,13 @@
 Like `cluster.config.EngineConfig`, each field carries the sentence that the command line shows. Imports nothing but `option`.
 """
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import option
 
-LOOPBACK = ("127.", "localhost", "::1")
 LOG_FORMATS = ("text", "json")
 TOOL_FORMATS = ("hermes", "llama")
 
@@ -27,9 +27,14 @@ class ServeConfig:
     api_key_file: str | None = option(
         None, "File of API keys, one a line; MANTA_API_KEYS holds more, apart by commas.", shown="none"
     )
+    best_priority: int = option(
+        0, "Most urgent priority (lowest number) to ask for; `priority=N` behind a key in its file is that key's."
+    )
     auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
     request_timeout_s: float = option(600.0, "Deadline of a request, in seconds; a request may ask for an earlier one.")
+    receive_timeout_s: float = option(60.0, "Seconds in which a request's headers, and then its body, must have arrived.")
+    max_connections: int = option(1024, "Connections of one address at most; with gRPC its calls.")
     max_request_bytes: int = option(8 << 20, "Largest request body.", shown="8MiB", size=True)
     max_choices: int = option(16, "Choices (n, best_of) of one request at most.")
     max_prompts: int = option(64, "Prompts of one completion request at most.")
@@ -48,15 +53,16 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         limits = ("max_request_bytes", "max_choices", "max_prompts", "max_queued_requests", "max_queued_tokens")
-        for name in ("replicas", *limits):
+        for name in ("replicas", "max_connections", *limits):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
         for name in ("port", "grpc_port"):
             port = getattr(self, name)
             if port is not None and not 0 <= port < 1 << 16:
                 raise ValueError(f"{name}={port} is outside [0, 65535]: choose a port")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"request_timeout_s={self.request_timeout_s} is not above 0: give requests seconds to end in")
+        for name, what in (("request_timeout_s", "end"), ("receive_timeout_s", "arrive")):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0: give requests seconds to {what} in")
         if self.log_format not in LOG_FORMATS:
             raise ValueError(f"log_format={self.log_format!r} is unknown: choose one of {', '.join(LOG_FORMATS)}")
         if self.tool_format not in (None, *TOOL_FORMATS):
@@ -64,7 +70,18 @@ class ServeConfig:
 
     @property
     def on_loopback(self) -> bool:
-        return self.host.startswith(LOOPBACK)
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it is an address of this machine for itself, or the one name that always is. Any other name may be resolved to
+    anything."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def model_name(served: str | None, checkpoint: str) -> str:

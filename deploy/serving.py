@@ -14,7 +14,7 @@ from cluster.config import own_threads
 from cluster.engine import EngineError
 from deploy.access import ApiKeys
 from deploy.clusters import LocalCluster
-from deploy.config import Config, bound_openmp_spin, choose_proxy, read_api_keys
+from deploy.config import Config, bound_openmp_spin, choose_proxy, read_api_keys, read_key_priorities
 from deploy.display import StartView
 from deploy.exits import interrupts_held
 from deploy.observer import Observer
@@ -32,7 +32,7 @@ SPARE_CPUS = 2
 
 def serve(config: Config, view: StartView) -> None:
     """Serves until interrupted. Errors: ConfigError, ValueError, OSError for what was asked; EngineError for the rest."""
-    keys = ApiKeys(read_api_keys(config.serve))
+    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
     bound_openmp_spin()
     if config.engine.local:
         asyncio.run(_serve_here(config, keys, view))
@@ -46,6 +46,7 @@ def serve(config: Config, view: StartView) -> None:
 async def _serve_here(config: Config, keys: ApiKeys, view: StartView) -> None:
     import uvicorn
 
+    from deploy.connections import bounded_protocol
     from deploy.http import create_app
 
     limits = config.serve
@@ -53,7 +54,10 @@ async def _serve_here(config: Config, keys: ApiKeys, view: StartView) -> None:
     observer = Observer.open(limits, model.name)
     service = Service(model, LocalCluster(config.engine), observer)
     app = create_app(service, limits, keys)
-    server = uvicorn.Server(uvicorn.Config(app, host=limits.host, port=limits.port, log_level="warning", access_log=False))
+    bounded = bounded_protocol(limits)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=limits.host, port=limits.port, http=bounded, ws="none", log_level="warning", access_log=False)
+    )
     tasks = [asyncio.create_task(service.run())]
     try:
         while not await service.ready():

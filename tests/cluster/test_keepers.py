@@ -14,7 +14,8 @@ import pytest
 import ray
 
 from cluster import scheduler_keeper
-from cluster.group import GroupHandle
+from cluster.engine import EngineError
+from cluster.group import GroupHandle, _get
 from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
@@ -135,3 +136,29 @@ def test_a_scheduler_that_is_long_in_coming_is_waited_for(
     assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody starts anew without a scheduler"
     monkeypatch.undo()
     until("a group did not come back", lambda: [keeper.epoch for keeper in groups] == [1] * GROUPS)
+
+
+def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
+    keeper = SchedulerKeeper(CoreConfig(page_size=16), check_invariants=True, log_format="text")
+    with pytest.raises(EngineError, match=r"not ready within 0\.01 s: .*start_timeout_s"):
+        keeper.start(0.01)
+    keeper.close()
+    until("it was left behind", lambda: not schedulers())
+
+
+def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
+    """Whether it does not answer, or has itself waited for another rank for too long."""
+
+    @ray.remote(num_cpus=0)
+    def late() -> None:
+        raise TimeoutError("timed out")
+
+    @ray.remote(num_cpus=0)
+    def stuck() -> None:
+        time.sleep(PATIENCE_S)
+
+    waits = stuck.remote()
+    for reference, deadline in ((late.remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+        with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
+            _get(reference, deadline)
+    ray.cancel(waits, force=True)

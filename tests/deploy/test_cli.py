@@ -286,6 +286,15 @@ def test_a_fault_of_ours_says_so(manta: Manta) -> None:
     assert isinstance(manta("a", "--debug").exception, KeyError)
 
 
+@pytest.mark.parametrize(("said", "told"), [("", ""), ("Timed out waiting for result.", " (Timed out waiting for result.)")])
+def test_what_takes_too_long_is_no_fault_of_ours(manta: Manta, said: str, told: str) -> None:
+    manta.engine.fail_start = TimeoutError(said)
+    result = manta("a")
+    assert result.exit_code == 1
+    assert f"something was not ready in time{told}: raise --start-timeout-s" in result.stderr
+    assert "fault" not in result.stderr
+
+
 def test_interrupt_is_tidy_and_exit_130(manta: Manta) -> None:
     manta.engine.hold_after = 2
 

@@ -19,6 +19,7 @@ from deploy.config import (
     load_config,
     parse_size,
     read_api_keys,
+    read_key_priorities,
     sampling_params,
 )
 from deploy.llm import LLM
@@ -75,8 +76,33 @@ def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: 
     assert model_name(None, ".") == "Qwen3-8B-rev7"
 
 
+def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("\ufeffone # of ann's\r\ntwo#2\t# its key has a #\n #three\nfour priority=-7  # batch\nfive priority=3\n")
+    config = ServeConfig(api_key_file=str(file))
+    assert read_api_keys(config, {}) == ("one", "two#2", "four", "five")
+    assert read_key_priorities(config) == {"four": -7, "five": 3}
+    assert read_key_priorities(ServeConfig()) == {}
+    for line in ("one two", "one priority=high", "one priority=1 priority=2", "one priority=-99999999999"):
+        file.write_text(f"zero\n{line}\n")
+        with pytest.raises(ConfigError, match="line 2: behind the key may stand") as refused:
+            read_api_keys(config, {})
+        assert "one" not in str(refused.value).replace("nothing", ""), "a key is told nobody"
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0:0:0:0:0:0:0:1", True), ("::ffff:127.0.0.1", True),
+     ("localhost", True), ("LOCALHOST", True), ("::1234", False), ("127.evil.example", False), ("127.1", False),
+     ("localhost.evil.example", False), ("::ffff:10.0.0.1", False), ("0.0.0.0", False), ("::", False), ("", False),
+     ("10.0.0.1", False), ("[::1]", False)],
+)  # fmt: skip
+def test_only_addresses_of_this_machine_for_itself_are_loopback(host: str, own: bool) -> None:
+    assert ServeConfig(host=host).on_loopback == own
+
+
 def test_an_endpoint_that_others_reach_needs_a_key() -> None:
-    for host in ("0.0.0.0", "::", "192.168.1.5"):
+    for host in ("0.0.0.0", "::", "192.168.1.5", "127.evil.example"):
         with pytest.raises(ConfigError, match=r"there is no API key: .*--no-auth"):
             read_api_keys(ServeConfig(host=host), {})
         assert read_api_keys(ServeConfig(host=host, auth=False), {}) == ()
