@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
+from deploy.lengths import TextTooLong, encode_within
 from deploy.text import Message, Tokenizer
 from scheduler.sampling import SamplingParams
 
@@ -75,6 +76,12 @@ class Prompt:
             priority=priority if self.priority is None else self.priority,
         )
 
+    def of_tenant_alone(self) -> "Prompt":
+        """With KV that only prompts of the same tenant and the same salt find, whatever salts other tenants choose: the
+        length in front makes two different pairs two different salts."""
+        tenant = self.tenant or ""
+        return replace(self, salt=f"{len(tenant)}:{tenant}{self.salt}") if tenant or self.salt else self
+
 
 @dataclass(frozen=True, slots=True)
 class PromptParser:
@@ -89,7 +96,7 @@ class PromptParser:
         if isinstance(source, Mapping):
             return self._parse_mapping(source)
         if isinstance(source, str):
-            return self._valid(self._need_tokenizer().encode(source), source)
+            return self._valid(self._encode(source), source)
         return self._valid(source, None)
 
     def chat(
@@ -108,12 +115,12 @@ class PromptParser:
             raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
         tokenizer = self._need_tokenizer()
         try:
-            tokens = tokenizer.encode_chat([_for_template(message) for message in messages], tools, template_kwargs)
+            text = tokenizer.chat_text([_for_template(message) for message in messages], tools, template_kwargs)
         except PromptError:
             raise
         except ValueError as error:
             raise PromptError(str(error)) from error
-        return self._valid(tokens, None, salt)
+        return self._valid(self._encode(text, around=False), None, salt)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
@@ -148,11 +155,25 @@ class PromptParser:
         if kind == "prompt":
             if not isinstance(value, str):
                 raise PromptError(f"prompt must be a string, not {type(value).__name__}: ids go into prompt_token_ids")
-            return self._valid(self._need_tokenizer().encode(value), value, salt)
+            return self._valid(self._encode(value), value, salt)
         return self._valid(value, None, salt)
 
-    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+    def _encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Errors: PromptError, for a text that is far too long before all of it is tokenised."""
+        tokenizer, most = self._need_tokenizer(), self.limits.max_tokens
         try:
+            return encode_within(
+                text, most, lambda part: tokenizer.encode(part, around=around), lambda: tokenizer.longest_token_bytes
+            )
+        except TextTooLong as error:
+            raise PromptTooLong(
+                f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
+            ) from None
+
+    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+        """Looks at how many there are before it looks at each."""
+        try:
+            self._check_length(len(ids))
             tokens = [index(token) for token in ids]
         except TypeError as error:
             raise PromptError("prompt_token_ids must be a list of integers") from error
@@ -161,12 +182,14 @@ class PromptParser:
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
-        if len(tokens) >= self.limits.max_tokens:
+        return Prompt(tokens, text, salt)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens >= self.limits.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens and the model takes {self.limits.max_tokens}, output included: "
+                f"the prompt has {tokens} tokens and the model takes {self.limits.max_tokens}, output included: "
                 f"shorten it to {self.limits.max_tokens - 1} or fewer"
             )
-        return Prompt(tokens, text, salt)
 
     def _outside(self, token: int) -> str:
         size = self.limits.vocab_size

@@ -27,6 +27,11 @@ class ServeConfig:
         None, "File of API keys, one a line; MANTA_API_KEYS holds more, apart by commas.", shown="none"
     )
     auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
+    share_prefix_cache: bool = option(
+        False,
+        "Let all API keys (without keys: all users) reuse one another's cached prefixes: more hits, but cached_tokens and the "
+        "time that an answer takes then tell each of them what others have asked.",
+    )
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
     request_timeout_s: float = option(600.0, "Deadline of a request, in seconds; a request may ask for an earlier one.")
     max_request_bytes: int = option(8 << 20, "Largest request body.", shown="8MiB", size=True)

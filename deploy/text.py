@@ -3,6 +3,7 @@
 Imports transformers only when a checkpoint is opened; nothing of the engine.
 """
 
+import functools
 import inspect
 import json
 import re
@@ -63,9 +64,9 @@ class Tokenizer:
         except Exception as error:  # the library raises whatever its parsers raise
             raise ValueError(f"cannot read the tokenizer in {checkpoint}: {error}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint puts around a prompt."""
-        return list(self._implementation.encode(text, verbose=False))
+    def encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Token ids. around: with the special tokens that the checkpoint puts around a prompt."""
+        return list(self._implementation.encode(text, add_special_tokens=around, verbose=False))
 
     @property
     def chat_template(self) -> str:
@@ -85,7 +86,16 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins.
+        """Token ids of a conversation: of its `chat_text`, which has its own special tokens. Errors: as there."""
+        return self.encode(self.chat_text(messages, tools, template_kwargs), around=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation through the checkpoint's template, up to where the assistant's answer begins.
 
         tools: in OpenAI's form, for the template to show. template_kwargs: what else this template can be told.
         Errors: ValueError, also where the template does not show the tools.
@@ -98,7 +108,7 @@ class Tokenizer:
         text = self._render(messages, tools, template_kwargs or {})
         if tools and text == self._render(messages, None, template_kwargs or {}):
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
-        return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
+        return text
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]
@@ -126,6 +136,11 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """One token by itself, special tokens included, as log-probabilities show it."""
         return str(self._implementation.decode([token]))
+
+    @functools.cached_property
+    def longest_token_bytes(self) -> int:
+        """Of UTF-8 that one token stands for, over the vocabulary: some 0.1 s for the first who asks."""
+        return max((len(self.token_bytes(token)) for token in self._implementation.get_vocab().values()), default=1)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for: less than a character where `token_text` shows U+FFFD."""
