@@ -32,6 +32,7 @@ from scheduler.stats import ClusterStatus
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
+READY_TIMEOUT_S = 2.0
 
 
 class Cluster(Protocol):
@@ -118,7 +119,22 @@ class Service:
 
     async def ready(self) -> bool:
         """At least one group is up, and this process reaches the scheduler."""
-        return self.connected and (await self.cluster.status()).ready
+        return await self.obstacle() is None
+
+    async def obstacle(self) -> str | None:
+        """Why this process takes no requests now; None: it takes them. Whatever the cluster does, the answer comes within
+        `READY_TIMEOUT_S`: whoever asks takes a late one for none."""
+        if not self.connected:
+            return "no scheduler can be reached yet: the cluster is starting, or comes up anew"
+        asked = asyncio.create_task(self.cluster.status())
+        try:
+            await asyncio.wait((asked,), timeout=READY_TIMEOUT_S)  # one that does not let itself be cancelled is left alone
+            if not asked.done():
+                return f"the cluster has not said within {READY_TIMEOUT_S:g} s how it is"
+            status = asked.result()
+        finally:
+            asked.cancel()
+        return None if status.ready else f"no group takes requests: {status.phase}"
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
