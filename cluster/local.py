@@ -72,6 +72,8 @@ class LocalEngine:
     ) -> None:
         self.page_size = core.page_size
         self.tallies = Tallies()
+        self.busy_s = 0.0
+        """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
         self.exchange = Exchange()
         self._core = SchedulerCore(core)
         self._worker = worker
@@ -112,13 +114,14 @@ class LocalEngine:
             self.tallies.add(metrics)
 
     def stats(self) -> EngineStats:
-        with self._event() as core:
-            return snapshot(core)
+        with self._lock:
+            self._core.now_s = time.monotonic()
+            return snapshot(self._core)
 
     def maps(self) -> tuple[PoolMap, ...]:
         """The state of every block."""
-        with self._event() as core:
-            return pool_maps(core)
+        with self._lock:
+            return pool_maps(self._core)
 
     def close(self) -> None:
         with self._lock:
@@ -176,9 +179,10 @@ class LocalEngine:
     def _event(self) -> Iterator[SchedulerCore]:
         """One call into the core; what follows from it is delivered before the lock is released, so orders are kept."""
         with self._lock:
-            self._core.now_s = time.monotonic()
+            began_s = self._core.now_s = time.monotonic()
             yield self._core
             self._deliver()
+            self.busy_s += time.monotonic() - began_s
 
     def _deliver(self) -> None:
         if self._check:

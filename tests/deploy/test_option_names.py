@@ -27,7 +27,8 @@ def messages(room: str) -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and node.exc is not None:
                 where = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
-                yield from ((where, text_of(part)) for part in ast.walk(node.exc) if isinstance(part, ast.Constant | ast.JoinedStr))
+                texts = (part for part in ast.walk(node.exc) if isinstance(part, ast.Constant | ast.JoinedStr))
+                yield from ((where, text_of(part)) for part in texts)
 
 
 def text_of(part: ast.Constant | ast.JoinedStr) -> str:
