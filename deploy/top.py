@@ -123,7 +123,9 @@ def render(document: StatusDocument, notice: str, width: int, height: int | None
     """The whole screen. height: lines that it may fill, with larger maps, and without the figures' bars where that makes room
     for groups; None: a line for each group."""
     above: list[RenderableType] = [_head(document), *_notice(document, notice), ""]
-    below: list[RenderableType] = ["", *_cache(document), *([_legend(document, colour), ""] if document.groups else [])]
+    below: list[RenderableType] = ["", *_cache(document)]
+    if document.groups:
+        below += [_legend(document, colour), ""]
 
     def rest(figures: Table) -> int:
         return (height or 0) - len(above) - len(below) - figures.row_count

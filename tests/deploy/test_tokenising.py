@@ -212,25 +212,36 @@ def test_long_texts_wait_for_one_another_and_nobody_else_does(slow: SlowTokenize
     asyncio.run(scenario())
 
 
-def test_the_event_loop_goes_on_while_a_short_text_is_tokenised(slow: SlowTokenizer) -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "method", "result"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "encode", [5]),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "encode", [5]),
+        ("/tokenize", {"prompt": "a"}, "encode", [5]),
+        ("/tokenize", {"prompt": "a", "return_token_strs": True}, "token_text", "a"),
+        ("/detokenize", {"tokens": [5]}, "decode", "a"),
+    ],
+)
+def test_the_event_loop_goes_on_while_a_short_text_is_worked_on(
+    slow: SlowTokenizer, path: str, body: dict[str, Any], method: str, result: object
+) -> None:
     """Whatever the tokenizer needs for it: those in Python are slow."""
     entered, left = threading.Event(), threading.Event()
 
-    def encode(text: str, *, around: bool = True) -> list[int]:  # noqa: ARG001
+    def work(*_: object, **__: object) -> object:
         entered.set()
         assert left.wait(PATIENCE_S), "the event loop stands still"
-        return [5]
-
-    slow.encode = encode  # type: ignore[method-assign]
+        return result
 
     async def scenario() -> None:
-        async with running(slow) as service:
-            asked = asyncio.create_task(service.prompt("a"))
+        async with running(slow) as service, http(service) as client:
+            setattr(slow, method, work)
+            asked = asyncio.create_task(client.post(path, json=body))
             async with asyncio.timeout(PATIENCE_S):
                 while not entered.is_set():
                     await asyncio.sleep(0)
             left.set()
-            assert (await asked).token_ids == [5]
+            assert (await asked).status_code == 200
 
     asyncio.run(scenario())
 

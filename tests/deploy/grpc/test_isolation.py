@@ -26,8 +26,8 @@ def cached(runner: asyncio.Runner, stub: Any, key: str, request: pb.GenerateRequ
             )
             return answer
 
-        return runner.run(ask()).results[0].response.usage.cached_tokens
-    return runner.run(consumed(stub.Generate(request, metadata=metadata)))[-1].usage.cached_tokens
+        return int(runner.run(ask()).results[0].response.usage.cached_tokens)
+    return int(runner.run(consumed(stub.Generate(request, metadata=metadata)))[-1].usage.cached_tokens)
 
 
 @pytest.mark.parametrize("batch", [False, True])
