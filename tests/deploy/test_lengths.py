@@ -40,6 +40,13 @@ def test_the_longest_token_is_counted_in_bytes(tokenizer: Tokenizer) -> None:
     assert tokenizer.longest_token_bytes == len(longest.encode()) > 2 * USUAL_CHARACTERS
 
 
+def test_special_tokens_that_are_written_out_are_tokens_too(tokenizer: Tokenizer) -> None:
+    added = tokenizer._implementation.get_added_vocab()
+    assert tokenizer.longest_token_bytes >= max(map(len, added))
+    for text in added:
+        assert Counted(tokenizer).within(text * LIMIT) == tokenizer.encode(text * LIMIT)
+
+
 def test_more_bytes_than_the_longest_tokens_have_are_refused_unread(tokenizer: Tokenizer) -> None:
     most = LIMIT * tokenizer.longest_token_bytes
     for text in ("x" * (most + 1), "é" * (most // 2 + 1)):
