@@ -119,7 +119,7 @@ class EngineConfig:
         if self.max_groups is not None and self.max_groups < self.groups:
             raise ValueError(f"max_groups={self.max_groups} is below groups={self.groups}: raise it or lower groups")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is outside [0, 2^63): choose a value inside")
+            raise ValueError(f"seed={self.seed} (--engine-seed) is outside [0, 2^63): choose a value inside")
         for name in ("kv_memory", "max_model_len", "threads", "report_steps"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)

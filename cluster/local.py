@@ -71,6 +71,8 @@ class LocalEngine:
     ) -> None:
         self.page_size = core.page_size
         self.tallies = Tallies()
+        self.busy_s = 0.0
+        """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
         self._core = SchedulerCore(core)
         self._worker = worker
         self._groups = groups
@@ -109,13 +111,14 @@ class LocalEngine:
             self.tallies.add(metrics)
 
     def stats(self) -> EngineStats:
-        with self._event() as core:
-            return snapshot(core)
+        with self._lock:
+            self._core.now_s = time.monotonic()
+            return snapshot(self._core)
 
     def maps(self) -> tuple[PoolMap, ...]:
         """The state of every block."""
-        with self._event() as core:
-            return pool_maps(core)
+        with self._lock:
+            return pool_maps(self._core)
 
     def close(self) -> None:
         with self._lock:
@@ -161,11 +164,12 @@ class LocalEngine:
     def _event(self) -> Iterator[SchedulerCore]:
         """One call into the core; what follows from it is delivered before the lock is released, so orders are kept."""
         with self._lock:
-            self._core.now_s = time.monotonic()
+            began_s = self._core.now_s = time.monotonic()
             try:
                 yield self._core
             finally:  # what was committed before an error is told all the same
                 self._deliver()
+                self.busy_s += time.monotonic() - began_s
 
     def _deliver(self) -> None:
         if self._check:

@@ -124,7 +124,7 @@ class Ingress(GrpcIngress):
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._limits, self._keys)
+        return create_app(self._service, self._limits, self._keys, names_responses=False)  # Serve does
 
     async def abort_here(self, request_id: str) -> int:
         """Ends what this replica has under way by that id; how many requests that were."""

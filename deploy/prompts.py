@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
+from deploy.lengths import TextTooLong, encode_within
 from deploy.text import Message, Tokenizer
 from deploy.text_files import refuse_halves
 from scheduler.sampling import SamplingParams
@@ -83,6 +84,12 @@ class Prompt:
             priority=priority if self.priority is None else self.priority,
         )
 
+    def of_tenant_alone(self) -> "Prompt":
+        """With KV that only prompts of the same tenant and the same salt find, whatever salts other tenants choose: the
+        length in front makes two different pairs two different salts."""
+        tenant = self.tenant or ""
+        return replace(self, salt=f"{len(tenant)}:{tenant}{self.salt}") if tenant or self.salt else self
+
 
 @dataclass(frozen=True, slots=True)
 class PromptParser:
@@ -116,12 +123,12 @@ class PromptParser:
             raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
         tokenizer = self._need_tokenizer()
         try:
-            tokens = tokenizer.encode_chat([_for_template(message) for message in messages], tools, template_kwargs)
+            text = tokenizer.chat_text([_for_template(message) for message in messages], tools, template_kwargs)
         except PromptError:
             raise
         except ValueError as error:
             raise PromptError(str(error)) from error
-        return replace(self._valid(tokens, None, salt), answered=True)
+        return replace(self._valid(self._encode(text, around=False), None, salt), answered=True)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
@@ -162,8 +169,24 @@ class PromptParser:
             return self._valid(self._encode(value), value, salt)
         return self._valid(value, None, salt)
 
-    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+    def _encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Errors: PromptError, for a text that is far too long before all of it is tokenised, or that UTF-8 cannot hold."""
+        tokenizer, most = self._need_tokenizer(), self.limits.max_tokens
         try:
+            return encode_within(
+                text, most, lambda part: tokenizer.encode(part, around=around), lambda: tokenizer.longest_token_bytes
+            )
+        except TextTooLong as error:
+            raise PromptTooLong(
+                f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
+            ) from None
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+
+    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+        """Looks at how many there are before it looks at each."""
+        try:
+            self._check_length(len(ids))
             tokens = [index(token) for token in ids]
         except TypeError as error:
             raise PromptError("prompt_token_ids must be a list of integers") from error
@@ -172,23 +195,18 @@ class PromptParser:
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
-        if len(tokens) >= self.limits.max_tokens:
+        return Prompt(tokens, text, salt)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens >= self.limits.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens and the model takes {self.limits.max_tokens}, output included: "
+                f"the prompt has {tokens} tokens and the model takes {self.limits.max_tokens}, output included: "
                 f"shorten it to {self.limits.max_tokens - 1} or fewer"
             )
-        return Prompt(tokens, text, salt)
 
     def _outside(self, token: int) -> str:
         size = self.limits.vocab_size
         return f"token id {token} is outside the vocabulary of {size} entries: use ids from 0 to {size - 1}"
-
-    def _encode(self, text: str) -> list[int]:
-        tokenizer = self._need_tokenizer()
-        try:
-            return tokenizer.encode(text)
-        except ValueError as error:
-            raise PromptError(str(error)) from error
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

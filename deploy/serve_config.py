@@ -31,6 +31,11 @@ class ServeConfig:
         0, "Most urgent priority (lowest number) to ask for; `priority=N` behind a key in its file is that key's."
     )
     auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
+    share_prefix_cache: bool = option(
+        False,
+        "Let all API keys (without keys: all users) reuse one another's cached prefixes: more hits, but cached_tokens and the "
+        "time that an answer takes then tell each of them what others have asked.",
+    )
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
     request_timeout_s: float = option(600.0, "Deadline of a request, in seconds; a request may ask for an earlier one.")
     receive_timeout_s: float = option(60.0, "Seconds in which a request's headers, and then its body, must have arrived.")

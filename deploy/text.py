@@ -28,6 +28,9 @@ CHARACTER_TOKENS = 4
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 """How SentencePiece writes a byte that is no token."""
 
+BLANK = re.compile("[\u2581\u0120]")
+"""How SentencePiece and byte-level BPE write a blank."""
+
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
@@ -64,11 +67,11 @@ class Tokenizer:
         """
         return cls(open_tokenizer(checkpoint)) if has_tokenizer(checkpoint) else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text that UTF-8
-        cannot hold."""
+    def encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Token ids. around: with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text
+        that UTF-8 cannot hold."""
         refuse_halves(text)
-        return list(self._implementation.encode(text, verbose=False))
+        return list(self._implementation.encode(text, add_special_tokens=around, verbose=False))
 
     @property
     def chat_template(self) -> str:
@@ -116,7 +119,16 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins.
+        """Token ids of a conversation: of its `chat_text`, which has its own special tokens. Errors: as there."""
+        return self.encode(self.chat_text(messages, tools, template_kwargs), around=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation through the checkpoint's template, up to where the assistant's answer begins.
 
         tools: in OpenAI's form, for the template to show. template_kwargs: what else this template can be told.
         Errors: ValueError, also where the template does not show the tools.
@@ -129,8 +141,7 @@ class Tokenizer:
         text = self._render(messages, tools, template_kwargs or {})
         if tools and text == self._render(messages, None, template_kwargs or {}):
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
-        refuse_halves(text)
-        return list(self._implementation.encode(text, add_special_tokens=False, verbose=False))
+        return text
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]
@@ -161,6 +172,13 @@ class Tokenizer:
         if token in self.special:
             return self.special[token]
         return self._spell(token, begins).decode(errors="replace")
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Of UTF-8 that one token of a text can stand for, special ones that are written out included: at least as much as any
+        does, at most twice (byte-level BPE writes some bytes as two). Takes some 0.1 s the first time."""
+        pieces = self._implementation.get_vocab()
+        return max((len(BLANK.sub(" ", piece).encode()) for piece in pieces), default=1)
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token of a text."""

@@ -253,6 +253,10 @@ def test_it_answers_over_http_whole_and_streamed(whole: Endpoint, expected: list
     assert answer.usage is not None
     assert answer.usage.completion_tokens == LONG * len(PROMPTS)
     assert [model.id for model in whole.openai.models.list()] == ["tiny"]
+    for path in ("/health", "//v1/models/", "/ready"):
+        assert whole.http.head(f"{whole.http.base_url}{path}").status_code == 200
+    assert whole.http.get("/version", headers={"X-Request-Id": "mine"}).headers.get_list("X-Request-Id") == ["mine"]
+    assert len(whole.http.get("/version").headers.get_list("X-Request-Id")) == 1
     until("nobody was counted", lambda: "manta_" in whole.http.get("/metrics").text)
 
 

@@ -305,7 +305,7 @@ def test_every_generation_of_flash_attn(monkeypatch: pytest.MonkeyPatch, generat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"page_size": 128}, "page_size 256"),
+        ({"page_size": 128}, "block_size 256"),
         ({"dtype": "float32"}, "bfloat16 and float16"),
         ({"head_dim": 60}, "head_dim 60"),
     ],

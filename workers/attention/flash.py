@@ -171,11 +171,11 @@ class FlashAttention:
     def __init__(self, pool: KVPool, kernels: FlashKernels, heads: int) -> None:
         layout = pool.layout
         if pool.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"flash-attn serves bfloat16 and float16, not {layout.dtype}: choose dtype or backend anew")
+            raise ValueError(f"flash-attn serves bfloat16 and float16, not {layout.dtype}: choose another dtype or attention")
         if layout.page_size % kernels.page_multiple:
             raise ValueError(
                 f"flash-attn {kernels.version} wants pages of a multiple of {kernels.page_multiple} tokens, not "
-                f"{layout.page_size}: choose page_size {kernels.page_multiple} or another attention backend"
+                f"{layout.page_size}: choose block_size {kernels.page_multiple} or another attention"
             )
         if layout.head_dim not in kernels.head_dims:
             raise ValueError(

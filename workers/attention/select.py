@@ -41,7 +41,7 @@ def select_backend(
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is not known: choose one of {', '.join(BACKENDS)}")
     if heads % layout.kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {layout.kv_heads} KV heads evenly: check the model and tp")
+        raise ValueError(f"{heads} query heads cannot share {layout.kv_heads} KV heads: choose another tensor_parallel_size")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"there is no attention backend for device {device!r}: choose cpu or cuda")
     if name == "cpu" or (name == "auto" and device == "cpu"):
