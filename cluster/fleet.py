@@ -18,7 +18,7 @@ from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import ClusterStatus, GroupStats
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
 from scheduler.stats import GroupStart
-from workers.actor import SchedulerAddress, WorkerActor
-from workers.build import WorkerConfig
+from workers.actor import WorkerActor
+from workers.config import SchedulerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from cluster.remote import SchedulerStream
 from cluster.worker_config import resolve
 from scheduler.config import CoreConfig
 from scheduler.messages import Request, TalliedMetric
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

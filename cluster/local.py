@@ -26,7 +26,8 @@ from scheduler.limits import RequestRefused
 from scheduler.messages import Command, End, Moved, Report, Request, TalliedMetric
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
-from workers.build import Built, WorkerConfig, build_rank
+from workers.build import Built, build_rank
+from workers.config import WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter

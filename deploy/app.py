@@ -37,7 +37,7 @@ from deploy.serve_config import ServeConfig, model_name
 from deploy.service import ServedModel, Service
 from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 

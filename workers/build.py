@@ -16,10 +16,11 @@ import torch
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
+from workers.config import WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Rank
-from workers.model.architectures import DTYPES, ModelConfig, RankShape, read_config
+from workers.model.architectures import ModelConfig, RankShape, read_config, torch_dtype
 from workers.model.decoder import load_model
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
@@ -38,38 +39,6 @@ MASK_THREADS = 8
 
 CPU_KV_FRACTION = 0.4
 """Share of a host's available memory that its ranks' KV pools may take together, when nobody says."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
-
-    host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
-    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format:
-    "text" or "json".
-    """
-
-    model: str
-    device: str
-    dtype: str
-    page_size: int
-    kv_memory: int | None
-    gpu_memory_fraction: float
-    max_model_len: int
-    rows: int
-    step_tokens: int
-    report_steps: int
-    attention: str
-    threads: int
-    ranks_on_host: int
-    log_format: str = "text"
-    host_kv_memory: int = 0
-    transfers: bool = False
-
-    @property
-    def depth(self) -> int:
-        """Steps under way while the host plans the next: on a CPU the host is the device."""
-        return 1 if self.device == "cuda" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +68,7 @@ def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *
     device = torch.device(config.device)
     model_config = read_config(Path(config.model))
     shape = model_config.shard(comm.rank, comm.size)
-    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = model_config.dtype if config.dtype == "auto" else torch_dtype(config.dtype)
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     first_pages = layout.pages_for(config.step_tokens)
     pool = KVPool(layout, first_pages, device)

@@ -20,7 +20,7 @@ from deploy.service import Cluster
 from scheduler.config import CoreConfig
 from scheduler.messages import Deltas
 from scheduler.stats import ClusterStatus
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from cluster.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import GroupStart
 from tests.processes import SCHEDULER, alive, all_named, named
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 pytestmark = pytest.mark.ray
 

@@ -1,17 +1,20 @@
 """What a checkpoint's own config.json says about its decoder, and how tensor parallelism divides it.
 
-Imports torch for dtypes only. One more architecture is one more row in `ARCHITECTURES`.
+Imports no torch before a dtype is asked for: front ends need none. One more architecture is one more row in `ARCHITECTURES`.
 """
+
+from __future__ import annotations
 
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from workers.model.rotary import Rope
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +42,15 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
 }
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """name: one of `DTYPES`."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,13 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
-    dtype: torch.dtype  # what the weights were saved in
+    dtype_name: str  # what the weights were saved in: one of DTYPES
     eos_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights were saved in."""
+        return torch_dtype(self.dtype_name)
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
@@ -174,7 +185,7 @@ def read_config(path: str | Path) -> ModelConfig:
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
         qk_norm=family.qk_norm,
         tied=bool(fields.get("tie_word_embeddings", False)),
-        dtype=_read_dtype(fields),
+        dtype_name=_read_dtype(fields),
         eos_ids=_read_eos_ids(fields, folder),
     )
 
@@ -210,7 +221,7 @@ class _Fields:
     def switch(self, name: str, fixed: bool | None) -> bool:
         return bool(self.get(name, False)) if fixed is None else fixed
 
-    def nested(self, name: str) -> "_Fields":
+    def nested(self, name: str) -> _Fields:
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise self.error(f"{name} must be an object, found {value!r}: repair or download the file again")
@@ -297,11 +308,11 @@ def _is_null(fields: _Fields, name: str) -> bool:
     return fields.has(name) and fields.get(name) is None
 
 
-def _read_dtype(fields: _Fields) -> torch.dtype:
-    name = fields.get("dtype", fields.get("torch_dtype", "float32"))
+def _read_dtype(fields: _Fields) -> str:
+    name: str = fields.get("dtype", fields.get("torch_dtype", "float32"))
     if name not in DTYPES:
         raise fields.error(f"dtype {name!r} is not supported: choose a checkpoint in one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return name
 
 
 def _read_eos_ids(fields: _Fields, folder: Path) -> tuple[int, ...]:
