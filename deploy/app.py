@@ -28,7 +28,7 @@ from cluster.fleet import Fleet
 from cluster.launch import plan
 from deploy.access import ApiKeys
 from deploy.clusters import ServeCluster
-from deploy.config import endpoint_config, read_api_keys
+from deploy.config import endpoint_config, read_api_keys, reject_unknown
 from deploy.grpc_ingress import GrpcIngress
 from deploy.grpc_server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.http import create_app
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "manta"
 MAX_ASKING = 1024
+LIVE_KEYS = ("groups",)
+"""Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
 HEALTH_CHECK_S = 5.0
 CALL_TIMEOUT_S = 10.0
 MAX_ONGOING_REQUESTS = 8192
@@ -80,6 +82,15 @@ class Engine:
         if self._failure is None:
             return status
         return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever `user_config`
+        has changed. What cannot be done is logged and left as it is: an error would make Serve replace this replica."""
+        try:
+            reject_unknown(user_config, LIVE_KEYS, "user_config.")
+            self._fleet.resize(msgspec.convert(user_config.get("groups", self._fleet.wanted), int))
+        except ValueError as error:
+            logger.error("this change of user_config is refused: %s", error)
 
     async def check_health(self) -> None:
         """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
@@ -155,7 +166,7 @@ def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, thread
     """threads: of each CPU rank."""
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30,
+        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, user_config={"groups": engine.groups},
     )(Engine)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
