@@ -52,14 +52,14 @@ class Fleet:
         self._resizing: threading.Thread | None = None
 
     def start(self, progress: Progress) -> None:
-        """Scheduler first, then all groups side by side; returns when all are ready. Errors: the first group's error."""
+        """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
         config, wanted = self.config, self._wanted
         deadline = time.monotonic() + config.start_timeout_s
-        self._say("starting the scheduler", progress)
-        self.scheduler.start(config.start_timeout_s)
         workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self.worker.device} rank(s)"
-        self._say(f"loading {config.model} on {workers}", progress)
+        self._say(f"starting the scheduler and {workers}", progress)
         keepers = [self._add(config.start_timeout_s) for _ in range(wanted)]
+        self.scheduler.start(config.start_timeout_s)
+        self._say(f"loading {config.model}", progress)
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
             pass  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
         while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
@@ -118,8 +118,8 @@ class Fleet:
                 self._resizing.start()
 
     def add_group(self) -> int:
-        """Asks for one more group and returns its number at once: Ray's autoscaler brings a node if none has room. Should it not
-        come up, the log says why, and it is no longer counted."""
+        """Asks for one more group and returns its number at once: Ray's autoscaler brings a node if none has room. If it does
+        not come up, the log says why, and it is no longer counted."""
         return self._add(self.config.node_timeout_s, added=True).group
 
     def remove_group(self, group: int) -> bool:

@@ -64,8 +64,8 @@ def check_address(address: str) -> None:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
             raise EngineError(
-                f"the Ray cluster at {found} wants a token: write it into ~/.ray/auth_token and leave RAY_AUTH_MODE unset, or set "
-                "RAY_AUTH_TOKEN and RAY_AUTH_MODE=token"
+                f"the Ray cluster at {found} wants a token: write it into ~/.ray/auth_token and leave RAY_AUTH_MODE unset, or "
+                "set RAY_AUTH_TOKEN and RAY_AUTH_MODE=token"
             )
         header = AuthenticationTokenLoader.instance().get_token_for_http_header() or {}
         code = _ask(found, header)

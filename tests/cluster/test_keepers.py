@@ -40,6 +40,9 @@ class Life:
         self.killed = False
         Life.made.append(self)
 
+    def place(self, _deadline: float) -> None:
+        """Nothing to place."""
+
     def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
         self.serves = schedulers()
         if not self.serves:
