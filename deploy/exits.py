@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 import typer
 
+AGAIN_S = 0.1
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
@@ -55,7 +57,9 @@ class Termination:
         while self._due.wait():
             self._due.clear()
             self._delivering = True
-            signal.pthread_kill(main, signal.SIGTERM)  # a system call that the main thread waits in ends, too
+            while self._delivering:  # it may have been about to enter the system call that this ends
+                signal.pthread_kill(main, signal.SIGTERM)
+                time.sleep(AGAIN_S)
 
     def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
         if lost.exc_type is KeyboardInterrupt and threading.current_thread() is threading.main_thread():
