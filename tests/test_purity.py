@@ -40,3 +40,20 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from deploy.tokenizing import import_without_torch\n"
+        "import_without_torch()\n"
+        "from deploy.config import EMBEDDED_MODEL\n"
+        "from deploy.service import ServedModel\n"
+        "model = ServedModel.read('tiny', EMBEDDED_MODEL, None)\n"
+        "assert model.tokenizer.encode_chat([{'role': 'user', 'content': 'hello'}])\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch\n"
+        "assert torch.ones(1).sum() == 1"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr

@@ -17,7 +17,7 @@ DEAD = "127.0.0.1:1"
 TOKEN = "f" * 32
 
 
-class Gcs(grpc.GenericRpcHandler):
+class Gcs(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Knows one token."""
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:

@@ -21,7 +21,8 @@ PATIENCE_S = 60.0
 
 
 def as_serve_writes_it() -> str:
-    return HAPROXY_CONFIG_TEMPLATE.replace("{{ config.socket_path }}", "/run/admin.sock")
+    template: str = HAPROXY_CONFIG_TEMPLATE
+    return template.replace("{{ config.socket_path }}", "/run/admin.sock")
 
 
 def test_what_serve_writes_is_narrowed() -> None:

@@ -43,13 +43,13 @@ def test_a_port_of_haproxys_is_named_with_the_variable_that_moves_it(taken: int,
 
 def test_a_reserved_port_refuses_clients_until_it_listens() -> None:
     with reserve(HOST, 0, "for HTTP", "") as bound:
-        address = bound.getsockname()
+        host, port = bound.getsockname()
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(address)
+            socket.create_connection((host, port))
         bound.listen()
         with pytest.raises(ConfigError, match="for gRPC"):
-            reserve(*address, "for gRPC", "")
-        socket.create_connection(address).close()
+            reserve(host, port, "for gRPC", "")
+        socket.create_connection((host, port)).close()
 
 
 def test_a_host_that_is_not_ours_is_named() -> None:
