@@ -108,6 +108,8 @@ def _own_sigterm() -> Iterator[None]:
     """Ray puts handlers of its own for SIGTERM, in C++ and in Python, which print a trace and end the process at once. Whoever
     has one keeps it."""
     previous = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(previous) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, previous)
+    try:
+        yield
+    finally:
+        if callable(previous) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)

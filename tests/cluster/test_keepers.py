@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from cluster import scheduler_keeper
+from cluster.engine import EngineError
 from cluster.group import GroupHandle
 from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import SchedulerKeeper
@@ -138,3 +139,25 @@ def test_a_scheduler_that_is_long_in_coming_is_waited_for(
     assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody starts anew without a scheduler"
     monkeypatch.undo()
     until("a group did not come back", lambda: [keeper.epoch for keeper in groups] == [1] * GROUPS)
+
+
+class Stillborn(Life):
+    """A group that finds no room."""
+
+    def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        raise EngineError("no room")
+
+
+def test_a_group_that_was_added_and_does_not_come_up_is_gone(scheduler: SchedulerKeeper) -> None:
+    gone: list[tuple[int, str]] = []
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Stillborn(GROUPS, epoch)), scheduler,
+        restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, reason: gone.append((group, reason)), added=True,
+    )  # fmt: skip
+    keeper.start()
+    until("nobody is told", lambda: bool(gone))
+    keeper.close()
+    assert gone == [(GROUPS, f"group {GROUPS} did not come up: no room")]
+    status = scheduler.status(maps=False)
+    assert status is not None
+    assert status.engine is None or all(group.group != GROUPS for group in status.engine.groups)
