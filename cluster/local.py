@@ -28,7 +28,7 @@ from scheduler.limits import RequestRefused
 from scheduler.messages import Deltas, Moved, Report, Request, TalliedMetric
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

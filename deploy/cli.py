@@ -4,20 +4,19 @@ Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C. I
 transformers before a command needs them, so that --help is instant.
 """
 
-import signal
 import sys
 import time
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from deploy.batch.command import batch
 from deploy.config import Config, load_config, read_api_keys
-from deploy.exits import TERMINATED, interrupts_held, reported_errors
+from deploy.exits import Termination, interrupts_held, reported_errors
 from deploy.options import ConfigOption, DebugOption, sampling_values, with_options
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
@@ -241,11 +240,7 @@ def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str
         raise PromptError(f"{file or 'stdin'} is not UTF-8 text: {error}") from error
 
 
-def _terminate(number: int, frame: object) -> NoReturn:  # noqa: ARG001
-    raise SystemExit(TERMINATED)
-
-
 def main() -> None:
     """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _terminate)
+    Termination.install()
     app()

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -219,3 +220,25 @@ def test_front_door_imports_nothing_heavy() -> None:
 def test_openmp_spins_briefly_unless_the_user_has_said(before: dict[str, str], after: dict[str, str]) -> None:
     bound_openmp_spin(before)
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"app_name": ""}, "app_name=''"), ({"route_prefix": "qwen"}, "='qwen'"), ({"route_prefix": "/qwen/"}, "/qwen")],
+)
+def test_an_application_needs_a_name_and_a_path(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ServeConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0", "route_prefix": "/qwen"}, "http://127.0.0.1:8000/qwen"),
+        ({"host": "::", "port": 80}, "http://[::1]:80"),
+        ({"host": "node-7"}, "http://node-7:8000"),
+    ],
+)
+def test_where_a_client_on_this_machine_reaches_it(given: dict[str, Any], url: str) -> None:
+    assert ServeConfig(**given).base_url == url
