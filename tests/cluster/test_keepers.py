@@ -149,16 +149,15 @@ def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
 def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
     """Whether it does not answer, or has itself waited for another rank for too long."""
 
-    @ray.remote(num_cpus=0)
     def late() -> None:
         raise TimeoutError("timed out")
 
-    @ray.remote(num_cpus=0)
     def stuck() -> None:
         time.sleep(PATIENCE_S)
 
-    waits = stuck.remote()
-    for reference, deadline in ((late.remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+    task = ray.remote(num_cpus=0)
+    waits = task(stuck).remote()
+    for reference, deadline in ((task(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
         with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
             _get(reference, deadline)
     ray.cancel(waits, force=True)
