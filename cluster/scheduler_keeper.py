@@ -18,7 +18,7 @@ from cluster.engine import EngineError
 from scheduler.actor import SchedulerActor
 from scheduler.config import CoreConfig
 from scheduler.stats import ClusterStatus
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 

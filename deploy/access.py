@@ -89,11 +89,12 @@ def _digest(key: str) -> bytes:
 class RequestIds:
     """Gives each request the id that its client chose, if it is a sane one, or a new one; the response names it.
 
-    Handlers find it with `request_id_of`.
+    Handlers find it with `request_id_of`. names_responses: False leaves the response to whoever names it as well.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, names_responses: bool = True) -> None:
         self._app = app
+        self._names_responses = names_responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,7 +109,7 @@ class RequestIds:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
             await send(message)
 
-        await self._app(scope, receive, send_named)
+        await self._app(scope, receive, send_named if self._names_responses else send)
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:

@@ -46,6 +46,7 @@ class LocalCluster:
             tallies=self._engine.tallies.snapshot() if self._engine is not None else (),
             maps=self._engine.maps() if maps and self._engine is not None else (),
             uptime_s=time.monotonic() - self._started_s,
+            busy_s=self._engine.busy_s if self._engine is not None else 0.0,
             front_ends=1,
             target_groups=self._config.groups,
         )

@@ -1,8 +1,8 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
 The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys,
-RAY_ADDRESS names the cluster that a Ray job runs on, `bound_openmp_spin` sets how OpenMP waits, `choose_proxy` what Serve's
-processes do, and `connection_bounds` is what they read of it. Imports no torch, no ray.
+RAY_ADDRESS names the cluster that a Ray job runs on, `bound_openmp_spin` sets how OpenMP waits, and the functions about proxies
+set and read what Ray Serve, and Manta in its processes, take from there. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B
@@ -37,6 +37,19 @@ RECEIVE_VARIABLE, CONNECTIONS_VARIABLE = "MANTA_RECEIVE_TIMEOUT_S", "MANTA_MAX_C
 UNCOUNTED = 1 << 30
 DEFAULT_MAX_TOKENS = 128
 OPENMP_SPIN = "2000"
+HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+PROXY_PORTS = {
+    "HAProxy's page": ("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
+    "HAProxy's metrics": ("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"),
+    "the proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500"),
+    "the gRPC proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "9500"),
+}
 SECTIONS = ("engine", "serve", "sampling")
 ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
 SERVE_KEYS = tuple(f.name for f in fields(ServeConfig))
@@ -264,3 +277,24 @@ def connection_bounds(environ: Mapping[str, str] = os.environ) -> ServeConfig:
     address all clients share, connections are not counted."""
     timeout_s = float(environ.get(RECEIVE_VARIABLE, ServeConfig().receive_timeout_s))
     return ServeConfig(receive_timeout_s=timeout_s, max_connections=int(environ.get(CONNECTIONS_VARIABLE, UNCOUNTED)))
+
+
+def keep_haproxy_private(folder: Path, program: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """HAProxy keeps its files and its admin socket in `folder` and is started by `program` (`deploy.haproxy`), unless told
+    otherwise. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    for name, file in HAPROXY_FILES.items():
+        environ.setdefault(name, str(folder / file))
+    environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(program))
+
+
+def proxy_ports(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> dict[str, tuple[str, int]]:
+    """Ports that Serve's proxies take beside those that clients use: {what for: (the variable that moves it, port)}.
+    Errors: ConfigError."""
+    ports = {}
+    for what, (name, default) in PROXY_PORTS.items():
+        if serve.haproxy and (serve.grpc_port is not None or "gRPC" not in what):
+            value = environ.get(name, default)
+            if not value.isdecimal():
+                raise ConfigError(f"{name}={value!r} is not a port: write a number")
+            ports[what] = (name, int(value))
+    return ports

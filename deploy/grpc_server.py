@@ -201,7 +201,7 @@ class GrpcDoor:
 
     async def _responses(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: RequestError."""
-        job = await self._reader.job(request, named(request.request_id))
+        job = await self._reader.job(request, named(request.request_id), self._account(context))
         check_priority(job.priority, self._keys.best_priority(self._account(context), self._config.best_priority))
         async with aclosing(self._deltas(job, context)) as deltas:
             writer = Writer(job)
@@ -214,6 +214,7 @@ class GrpcDoor:
             [(job.prompt, job.params)], request_id=job.request_id, priority=job.priority,
             timeout_s=limit_s if remaining_s is None else min(limit_s, remaining_s),
             traceparent=_metadata(context, "traceparent"), tenant=self._account(context),
+            share_prefix_cache=self._config.share_prefix_cache,
         )  # fmt: skip
 
     async def _result(self, request: pb.GenerateRequest, context: Context) -> pb.BatchResult:

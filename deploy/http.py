@@ -21,6 +21,7 @@ from deploy.errors import Fault, RequestError
 from deploy.openai.document import add_schemas
 from deploy.openai.errors import ErrorBody, ErrorDetail
 from deploy.openai.routes import RECORDS, openai_routes
+from deploy.paths import Paths
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
 from deploy.status import status_routes
@@ -28,13 +29,14 @@ from deploy.status import status_routes
 READY_RETRY_S = 1.0
 
 
-def create_app(service: Service, config: ServeConfig, keys: ApiKeys) -> FastAPI:
-    """The endpoint of one service, which somebody else runs. keys: none leave it open."""
+def create_app(service: Service, config: ServeConfig, keys: ApiKeys, *, names_responses: bool = True) -> FastAPI:
+    """The endpoint of one service, which somebody else runs. keys: none leave it open. names_responses: False where whoever
+    runs it puts the request's id on every response, as Ray Serve does."""
     app = FastAPI(
-        title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys),
+        title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys, names_responses),
         exception_handlers={
             RequestError: _on_request_error, RequestValidationError: _on_bad_parameter, HTTPException: _on_http_error,
-            Exception: _on_fault,
+            Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
     app.include_router(openai_routes(service, config, keys))
@@ -52,14 +54,15 @@ def version() -> str:
         return "0 (from a source folder)"
 
 
-def _middleware(config: ServeConfig, keys: ApiKeys) -> list[Middleware]:
+def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> list[Middleware]:
     """Outermost first. A page of another origin may call only if it is named; its preflight carries no key."""
     cors = Middleware(
-        CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "POST"],
+        CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER], expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
     )  # fmt: skip
     return [
-        Middleware(RequestIds),
+        Middleware(RequestIds, names_responses=names_responses),
+        Middleware(Paths),
         *([cors] if config.cors_origins else []),
         Middleware(KeyCheck, keys=keys),
         Middleware(BodyLimit, max_bytes=config.max_request_bytes),
@@ -76,11 +79,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/ready", responses={503: {"description": "No group is up yet, or none can be reached."}})
     async def ready() -> Response:
         """At least one group takes requests."""
-        if await service.ready():
+        if (obstacle := await service.obstacle()) is None:
             return JSONResponse({"status": "ready"})
-        phase = (await service.cluster.status()).phase
-        error = RequestError(Fault.UNAVAILABLE, f"no group takes requests: {phase}", retry_after_s=READY_RETRY_S)
-        return error_response(error)
+        return error_response(RequestError(Fault.UNAVAILABLE, obstacle, retry_after_s=READY_RETRY_S))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
@@ -114,9 +115,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
 
 
-async def _on_fault(request: Request, _: Exception) -> Response:
+async def _on_fault(request: Request, fault: Exception) -> Response:
+    response = await _on_unnamed_fault(request, fault)
+    response.headers[REQUEST_ID_HEADER] = request_id_of(request.scope)  # this handler stands outside of what names responses
+    return response
+
+
+async def _on_unnamed_fault(request: Request, _: Exception) -> Response:
     """The server's log has the traceback; the client gets the id to ask about."""
     name = request_id_of(request.scope)
-    response = error_response(RequestError(Fault.INTERNAL, f"a fault of the server's; its log has it under request {name}"))
-    response.headers[REQUEST_ID_HEADER] = name  # this handler stands outside of what names responses
-    return response
+    return error_response(RequestError(Fault.INTERNAL, f"a fault of the server's; its log has it under request {name}"))

@@ -16,7 +16,9 @@ from typing import Any
 import msgspec
 
 from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
+from deploy.lengths import TextTooLong, encode_within
 from deploy.text import Message, Tokenizer
+from deploy.text_files import refuse_halves
 from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -51,12 +53,18 @@ class ModelLimits:
     max_tokens: int
     eos_ids: tuple[int, ...]
 
+    def ending_as(self, tokenizer: Tokenizer | None) -> "ModelLimits":
+        """With the ends that the tokenizer and its chat template have, which the checkpoint's settings need not name."""
+        ends = {end for end in tokenizer.end_ids if end < self.vocab_size} if tokenizer is not None else set()
+        return replace(self, eos_ids=tuple(sorted(ends.union(self.eos_ids))))
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output.
 
     tenant, deadline_s, priority: as in `Request`, `math.inf` for no deadline; None: those of the call that submits it.
+    answered: the output is an answer, a text of its own, and does not continue the prompt's.
     """
 
     token_ids: list[int]
@@ -65,6 +73,7 @@ class Prompt:
     tenant: str | None = None
     deadline_s: float | None = None
     priority: int | None = None
+    answered: bool = False
 
     def of_call(self, tenant: str | None, deadline_s: float | None, priority: int | None) -> "Prompt":
         """With what the call was given where it has none of its own."""
@@ -74,6 +83,12 @@ class Prompt:
             deadline_s=deadline_s if self.deadline_s is None else self.deadline_s,
             priority=priority if self.priority is None else self.priority,
         )
+
+    def of_tenant_alone(self) -> "Prompt":
+        """With KV that only prompts of the same tenant and the same salt find, whatever salts other tenants choose: the
+        length in front makes two different pairs two different salts."""
+        tenant = self.tenant or ""
+        return replace(self, salt=f"{len(tenant)}:{tenant}{self.salt}") if tenant or self.salt else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +104,7 @@ class PromptParser:
         if isinstance(source, Mapping):
             return self._parse_mapping(source)
         if isinstance(source, str):
-            return self._valid(self._need_tokenizer().encode(source), source)
+            return self._valid(self._encode(source), source)
         return self._valid(source, None)
 
     def chat(
@@ -108,12 +123,12 @@ class PromptParser:
             raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
         tokenizer = self._need_tokenizer()
         try:
-            tokens = tokenizer.encode_chat([_for_template(message) for message in messages], tools, template_kwargs)
+            text = tokenizer.chat_text([_for_template(message) for message in messages], tools, template_kwargs)
         except PromptError:
             raise
         except ValueError as error:
             raise PromptError(str(error)) from error
-        return self._valid(tokens, None, salt)
+        return replace(self._valid(self._encode(text, around=False), None, salt), answered=True)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
@@ -123,6 +138,8 @@ class PromptParser:
             raise PromptError(f"sampling parameters: {error}") from error
         if valid.stop and self.tokenizer is None:
             raise PromptError("stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids")
+        for text in valid.stop:
+            _refuse_halves("stop", text)
         for name, ids in (("stop_token_ids", valid.stop_token_ids), ("logit_bias", valid.logit_bias)):
             for token in ids:
                 if not 0 <= token < self.limits.vocab_size:
@@ -140,6 +157,7 @@ class PromptParser:
         kind, value, salt = kinds[0], source[kinds[0]], source.get("cache_salt", "")
         if not isinstance(salt, str):
             raise PromptError(f"cache_salt must be a string, not {type(salt).__name__}")
+        _refuse_halves("cache_salt", salt)
         if kind == "messages":
             tools, template_kwargs = source.get("tools"), source.get("chat_template_kwargs")
             if not isinstance(tools, list | None) or not isinstance(template_kwargs, Mapping | None):
@@ -148,11 +166,27 @@ class PromptParser:
         if kind == "prompt":
             if not isinstance(value, str):
                 raise PromptError(f"prompt must be a string, not {type(value).__name__}: ids go into prompt_token_ids")
-            return self._valid(self._need_tokenizer().encode(value), value, salt)
+            return self._valid(self._encode(value), value, salt)
         return self._valid(value, None, salt)
 
-    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+    def _encode(self, text: str, *, around: bool = True) -> list[int]:
+        """Errors: PromptError, for a text that is far too long before all of it is tokenised, or that UTF-8 cannot hold."""
+        tokenizer, most = self._need_tokenizer(), self.limits.max_tokens
         try:
+            return encode_within(
+                text, most, lambda part: tokenizer.encode(part, around=around), lambda: tokenizer.longest_token_bytes
+            )
+        except TextTooLong as error:
+            raise PromptTooLong(
+                f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
+            ) from None
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+
+    def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
+        """Looks at how many there are before it looks at each."""
+        try:
+            self._check_length(len(ids))
             tokens = [index(token) for token in ids]
         except TypeError as error:
             raise PromptError("prompt_token_ids must be a list of integers") from error
@@ -161,12 +195,14 @@ class PromptParser:
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
-        if len(tokens) >= self.limits.max_tokens:
+        return Prompt(tokens, text, salt)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens >= self.limits.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {len(tokens)} tokens and the model takes {self.limits.max_tokens}, output included: "
+                f"the prompt has {tokens} tokens and the model takes {self.limits.max_tokens}, output included: "
                 f"shorten it to {self.limits.max_tokens - 1} or fewer"
             )
-        return Prompt(tokens, text, salt)
 
     def _outside(self, token: int) -> str:
         size = self.limits.vocab_size
@@ -178,10 +214,19 @@ class PromptParser:
         return self.tokenizer
 
 
+def _refuse_halves(name: str, text: str) -> None:
+    """Errors: PromptError."""
+    try:
+        refuse_halves(text)
+    except ValueError as error:
+        raise PromptError(f"{name}: {error}") from None
+
+
 def read_tenant(value: Any) -> str | None:
     """Errors: PromptError."""
     if value is not None and not isinstance(value, str):
         raise PromptError(f"tenant must be a string, not {type(value).__name__}: {_ITS_OWN}")
+    _refuse_halves("tenant", value or "")
     return value
 
 
@@ -232,14 +277,12 @@ def _call_for_template(call: Any) -> dict[str, Any]:
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
-    from workers.model.architectures import read_config  # brings torch
+    from cluster.worker_config import model_length  # brings torch
+    from workers.model.architectures import read_config
 
     model = read_config(checkpoint)
     model.shard(0, tensor_parallel_size)
-    longest = model.max_position
-    if max_model_len is not None and max_model_len > longest:
-        raise ValueError(f"max_model_len={max_model_len} is above the {longest} tokens that the model takes: lower it")
-    return ModelLimits(model.vocab_size, max_model_len or longest, model.eos_ids)
+    return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)
 
 
 def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:

@@ -4,6 +4,7 @@ Like `cluster.config.EngineConfig`, each field carries the sentence that the com
 """
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class ServeConfig:
     port: int = option(8000, "Port of the HTTP endpoint.")
     grpc_port: int | None = option(None, "Port of the gRPC endpoint.", shown="no gRPC")
     served_model_name: str | None = option(None, "Name that clients ask for.", shown="the checkpoint folder's name")
+    app_name: str = option("manta", "Name of the application on a Ray cluster that serves others, too.")
+    route_prefix: str = option("/", "Path below which a Ray cluster serves this application, beside others.")
     haproxy: bool = option(True, "HAProxy before the front ends, instead of Ray Serve's own proxy in Python.")
     replicas: int = option(1, "Front-end processes that tokenise, stream and detokenise.")
     api_key_file: str | None = option(
@@ -30,6 +33,11 @@ class ServeConfig:
         0, "Most urgent priority (lowest number) to ask for; `priority=N` behind a key in its file is that key's."
     )
     auth: bool = option(True, "Refuse to listen beyond loopback without API keys.")
+    share_prefix_cache: bool = option(
+        False,
+        "Let all API keys (without keys: all users) reuse one another's cached prefixes: more hits, but cached_tokens and the "
+        "time that an answer takes then tell each of them what others have asked.",
+    )
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the endpoint; repeatable.", shown="none")
     request_timeout_s: float = option(600.0, "Deadline of a request, in seconds; a request may ask for an earlier one.")
     receive_timeout_s: float = option(60.0, "Seconds in which a request's headers, and then its body, must have arrived.")
@@ -59,6 +67,10 @@ class ServeConfig:
             port = getattr(self, name)
             if port is not None and not 0 <= port < 1 << 16:
                 raise ValueError(f"{name}={port} is outside [0, 65535]: choose a port")
+        if not self.app_name or "#" in self.app_name:
+            raise ValueError(f"app_name={self.app_name!r} cannot be one: choose a name without #")
+        if not self.route_prefix.startswith("/") or (self.route_prefix.endswith("/") and self.route_prefix != "/"):
+            raise ValueError(f"route_prefix={self.route_prefix!r} is not a path: write / or, for example, /qwen")
         for name, what in (("request_timeout_s", "end"), ("receive_timeout_s", "arrive")):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not above 0: give requests seconds to {what} in")
@@ -66,6 +78,13 @@ class ServeConfig:
             raise ValueError(f"log_format={self.log_format!r} is unknown: choose one of {', '.join(LOG_FORMATS)}")
         if self.tool_format not in (None, *TOOL_FORMATS):
             raise ValueError(f"tool_format={self.tool_format!r} is unknown: choose one of {', '.join(TOOL_FORMATS)}")
+
+    @property
+    def base_url(self) -> str:
+        """Where a client on this machine reaches the endpoint: the loopback, if it listens on every address."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        prefix = "" if self.route_prefix == "/" else self.route_prefix
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{prefix}"
 
     @property
     def on_loopback(self) -> bool:
@@ -84,5 +103,5 @@ def is_loopback(host: str) -> bool:
 
 
 def model_name(served: str | None, checkpoint: str) -> str:
-    """What clients call the model: as told, else the name of the checkpoint's folder."""
-    return served or Path(checkpoint).resolve().name
+    """What clients call the model: as told, else the name of the checkpoint's folder as it was given, a link's own."""
+    return served or Path(os.path.abspath(checkpoint)).name

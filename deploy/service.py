@@ -24,16 +24,15 @@ from deploy.observation import Observe, RequestRecord
 from deploy.outputs import OutputDelta
 from deploy.prompts import ModelLimits, Prompt, PromptError, PromptParser, Source, read_model_limits
 from deploy.text import Tokenizer
+from deploy.tokenising import Tokenising, has_text, is_long
 from scheduler.messages import TalliedMetric
 from scheduler.sampling import SamplingParams
 from scheduler.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT_CHARACTERS = 8192
-"""Text that is tokenised in a thread, so that the event loop does not stand still."""
-
 RECONNECT_S = 0.5
+READY_TIMEOUT_S = 2.0
 
 
 class Cluster(Protocol):
@@ -65,7 +64,8 @@ class ServedModel:
         """Errors: ValueError, OSError."""
         limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
         created = int((checkpoint / "config.json").stat().st_mtime)
-        return cls(name, checkpoint, created, limits, Tokenizer.load(checkpoint))
+        tokenizer = Tokenizer.load(checkpoint)
+        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
 
 
 class Service:
@@ -78,6 +78,7 @@ class Service:
         self.model = model
         self.cluster = cluster
         self.parser = PromptParser(model.limits, model.tokenizer)
+        self._tokenising = Tokenising()
         self._observe = observe
         self._frontend: FrontEnd | None = None
         self._lost = asyncio.Event()
@@ -119,7 +120,22 @@ class Service:
 
     async def ready(self) -> bool:
         """At least one group is up, and this process reaches the scheduler."""
-        return self.connected and (await self.cluster.status()).ready
+        return await self.obstacle() is None
+
+    async def obstacle(self) -> str | None:
+        """Why this process takes no requests now; None: it takes them. Whatever the cluster does, the answer comes within
+        `READY_TIMEOUT_S`: whoever asks takes a late one for none."""
+        if not self.connected:
+            return "no scheduler can be reached yet: the cluster is starting, or comes up anew"
+        asked = asyncio.create_task(self.cluster.status())
+        try:
+            await asyncio.wait((asked,), timeout=READY_TIMEOUT_S)  # one that does not let itself be cancelled is left alone
+            if not asked.done():
+                return f"the cluster has not said within {READY_TIMEOUT_S:g} s how it is"
+            status = asked.result()
+        finally:
+            asked.cancel()
+        return None if status.ready else f"no group takes requests: {status.phase}"
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
@@ -141,11 +157,15 @@ class Service:
     # ---- requests ----
 
     async def prompt(self, source: Source) -> Prompt:
-        """Parses one source. Errors: PromptError."""
-        text = source if isinstance(source, str) else ""
-        if len(text) > LONG_TEXT_CHARACTERS or not isinstance(source, str | list):
-            return await asyncio.to_thread(self.parser.parse, source)
-        return self.parser.parse(source)
+        """Parses one source; text off the event loop, where it may have to wait for others. Errors: PromptError."""
+        if not has_text(source):
+            return self.parser.parse(source)
+        return await self._tokenising.run(lambda: self.parser.parse(source), long=is_long(source))
+
+    async def prompts(self, sources: Sequence[Source]) -> list[Prompt]:
+        """Parses several, one after the other, so that many of one request hold up nobody else's. Errors: PromptError of
+        the first that has one; the rest is not read."""
+        return [await self.prompt(source) for source in sources]
 
     async def generate(
         self,
@@ -156,12 +176,14 @@ class Service:
         timeout_s: float | None = None,
         traceparent: str | None = None,
         tenant: str = "",
+        share_prefix_cache: bool = False,
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
         timeout_s: the scheduler knows of it too, so that a request is refused early if its turn would come too late. tenant: on
-        whose account, for fairness.
+        whose account, for fairness, and whose KV a prompt may find: its own alone, unless share_prefix_cache lets it find that
+        of all tenants.
         Errors: RequestError, once and for the whole request, the first fault of any choice; PromptError for sampling
         parameters that do not fit the model.
         """
@@ -178,7 +200,10 @@ class Service:
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            call.generations = self._submit(call, valid, priority, tenant, timeout_s)
+            asked = [(prompt.of_call(tenant, timeout_s, priority), params) for prompt, params in valid]
+            if not share_prefix_cache:
+                asked = [(prompt.of_tenant_alone(), params) for prompt, params in asked]
+            call.generations = self._submit(call, asked)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
@@ -201,10 +226,7 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    def _submit(
-        self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]], priority: int, tenant: str,
-        timeout_s: float | None,
-    ) -> list[Generation]:  # fmt: skip
+    def _submit(self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]]) -> list[Generation]:
         loop = asyncio.get_running_loop()
 
         def notify(generation: Generation) -> None:
@@ -214,8 +236,7 @@ class Service:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        asked = [(prompt.of_call(tenant, timeout_s, priority), params) for prompt, params in prompts]
-        generations = call.frontend.submit(asked, notify)
+        generations = call.frontend.submit(prompts, notify)
         for generation in generations:
             self._waiters[id(generation)] = call.grown
         return generations
@@ -254,9 +275,18 @@ class Service:
 
     async def text_of(self, tokens: Sequence[int]) -> str:
         """Errors: PromptError without a tokenizer."""
+        tokenizer = self._need_tokenizer()
+        return await self._tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
+
+    async def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token by itself. Errors: PromptError without a tokenizer."""
+        tokenizer = self._need_tokenizer()
+        return await self._tokenising.run(lambda: [tokenizer.token_text(token) for token in tokens], long=is_long(tokens))
+
+    def _need_tokenizer(self) -> Tokenizer:
         if self.model.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer")
-        return self.model.tokenizer.decode(tokens)
+        return self.model.tokenizer
 
 
 @dataclass(slots=True, eq=False)

@@ -15,15 +15,17 @@ from itertools import groupby, zip_longest
 
 import httpx
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from deploy.client import open_client
 from deploy.status.document import GroupLine, Sample, StatusDocument
 from deploy.status.maps import CACHED, FREE, HELD, SHARED, STATE_NAMES, thin, unpack
-from deploy.status.words import NOTHING, amount, duration, latency, percent, plural, share
+from deploy.status.words import NOTHING, amount, duration, latency, percent, plural, restarts, share
 
 TIMEOUT_S = 5.0
 COLOURS = {HELD: "#4596c1", SHARED: "#ffbf54", CACHED: "#5b7d8b"}
@@ -31,6 +33,7 @@ GLYPHS = {FREE: "·", HELD: "▒", SHARED: "█", CACHED: "░"}
 BARS = "▁▂▃▄▅▆▇█"
 FIGURE_CHARACTERS, SPARK_CHARACTERS = 15, 12
 NARROWEST_MAP, TALLEST_MAP = 16, 8
+FEWEST_GROUPS = 3
 PHASES = {"ready": "green", "starting": "cyan"}
 
 
@@ -43,7 +46,7 @@ def top(url: str, api_key: str | None, interval: float, once: bool = False, cons
     if not interval > 0:
         raise ValueError(f"interval={interval} is not above 0: give the seconds between two looks")
     console = console or Console()
-    with _client(url, api_key) as client:
+    with open_client(httpx.Client, url, api_key, timeout=TIMEOUT_S, follow_redirects=True) as client:
         if once or not console.is_terminal:
             try:
                 document = _ask(client)
@@ -56,19 +59,11 @@ def top(url: str, api_key: str | None, interval: float, once: bool = False, cons
             _follow(client, live, interval, pressed)
 
 
-def _client(url: str, api_key: str | None) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    address = url if "://" in url else f"http://{url}"
-    if not address.startswith(("http://", "https://")):
-        raise ValueError(f"{url} is no address of an endpoint: give one like http://127.0.0.1:8000")
-    return httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
-
-
 def _ask(client: httpx.Client) -> StatusDocument:
     """Errors: ValueError, httpx.HTTPError while nobody answers, which may pass."""
     answer = client.get("/status.json")
     if answer.status_code in (401, 403):
-        raise ValueError(f"{client.base_url} asks for an API key that it knows: give --api-key")
+        raise ValueError(f"{client.base_url} asks for an API key that it knows: give --api-key-file")
     answer.raise_for_status()
     try:
         return msgspec.json.decode(answer.content, type=StatusDocument)
@@ -118,14 +113,41 @@ def _keys() -> Iterator[Callable[[float], str]]:
 
 
 def render(document: StatusDocument, notice: str, width: int, height: int | None, colour: bool) -> RenderableType:
-    """The whole screen. height: lines that it may fill, with larger maps; None: a line for each group."""
-    figures = _figures(document, width)
-    parts: list[RenderableType] = [_head(document), *_notice(document, notice), "", figures, "", *_cache(document)]
+    """The whole screen. height: lines that it may fill, with larger maps, and without the figures' bars where that makes room
+    for groups; None: a line for each group."""
+    above: list[RenderableType] = [_head(document), *_notice(document, notice), ""]
+    below: list[RenderableType] = ["", *_cache(document)]
     if document.groups:
-        parts += [_legend(document, colour), ""]
-        rest = None if height is None else height - len(parts) + 1 - figures.row_count
-        parts.append(_groups(document, width, rest, colour))
-    return Group(*parts)
+        below += [_legend(document, colour), ""]
+
+    def rest(figures: Table) -> int:
+        return (height or 0) - len(above) - len(below) - figures.row_count
+
+    figures = _figures(document, width)
+    if height is not None and document.groups and rest(figures) < 1 + min(len(document.groups), FEWEST_GROUPS):
+        figures = _figures(document, width, bars=False)
+    parts = [*above, figures, *below]
+    if document.groups:
+        parts.append(_groups(document, width, None if height is None else rest(figures), colour))
+    return Group(*parts) if height is None else Screen(Group(*parts), height)
+
+
+class Screen:
+    """As many lines as a terminal has. If that is not all, the last one says so."""
+
+    def __init__(self, content: RenderableType, height: int) -> None:
+        self._content = content
+        self._height = height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        shown = lines if len(lines) <= self._height else lines[: self._height - 1]
+        for line in shown:
+            yield from line
+            yield Segment.line()
+        if left := len(lines) - len(shown):
+            said = f"{plural(left, 'line')} more: enlarge the terminal, which has {self._height}"
+            yield Text(said, "yellow", no_wrap=True, overflow="ellipsis")
 
 
 def _head(document: StatusDocument) -> Text:
@@ -133,8 +155,9 @@ def _head(document: StatusDocument) -> Text:
     style = PHASES.get(document.phase, "red") if document.connected or unknown else "yellow"
     head = Text(no_wrap=True, overflow="ellipsis")
     head.append("Manta ", "bold").append(document.model, "dim").append("   ● ", style).append(document.phase)
-    if not unknown:
-        head.append(f"   scheduler up {duration(document.uptime_s)}, epoch {document.now.epoch}", "dim")
+    if document.now.epoch is not None:
+        epoch = f"epoch {document.now.epoch}: {restarts(document.now.epoch)}"
+        head.append(f"   scheduler up {duration(document.uptime_s)}, {epoch}", "dim")
     return head
 
 
@@ -152,7 +175,7 @@ def _notice(document: StatusDocument, notice: str) -> list[Text]:
     return [Text(notice, "yellow", no_wrap=True, overflow="ellipsis")] if notice else []
 
 
-def _figures(document: StatusDocument, width: int) -> Table:
+def _figures(document: StatusDocument, width: int, bars: bool = True) -> Table:
     """The page's figures: name, value, note, and the last minutes as bars."""
     now, totals, samples = document.now, document.totals, (*document.history, document.now)
     up = sum(group.state != "down" for group in document.groups)
@@ -179,7 +202,8 @@ def _figures(document: StatusDocument, width: int) -> Table:
         table.add_row(*(Text(name, "dim") for name, *_ in row))
         table.add_row(*(Text(value, "bold") for _, value, *_ in row))
         table.add_row(*(Text(note, "dim") for _, _, note, _ in row))
-        table.add_row(*(Text(spark([read(sample) for sample in samples]), COLOURS[HELD]) for *_, read in row))
+        if bars:
+            table.add_row(*(Text(spark([read(sample) for sample in samples]), COLOURS[HELD]) for *_, read in row))
     return table
 
 
@@ -222,9 +246,9 @@ def _legend(document: StatusDocument, colour: bool) -> Text:
 def _groups(document: StatusDocument, width: int, height: int | None, colour: bool) -> Table:
     """A line for each group, with its pool as large as the rest of the screen lets it be."""
     names = ("Group", "State", "Running", "In use", "Step", "Batch")
-    lines = len(document.groups) if height is None else max(2, height - 1)
+    lines = len(document.groups) if height is None else max(1, height - 1)
     many = len(document.groups) > lines
-    groups = document.groups[: lines - many]
+    groups = document.groups[: max(1, lines - many)]  # one at least: what is too much, the screen cuts
     cells = [_cells(group) for group in groups]
     taken = sum(2 + max(map(len, column)) for column in zip(names, *cells, strict=True))
     rows = 1 if height is None else max(1, min(TALLEST_MAP, lines // len(cells)))

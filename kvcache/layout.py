@@ -71,6 +71,6 @@ class PageLayout:
         if pages < 1:
             raise ValueError(
                 f"{memory_bytes:,} bytes of KV memory hold no page: one page of {self.page_size} tokens takes "
-                f"{self.page_bytes:,} bytes on this rank; give the KV cache more memory or choose a smaller page_size"
+                f"{self.page_bytes:,} bytes on this rank: raise kv_memory or lower block_size"
             )
         return pages

@@ -36,7 +36,7 @@ class KVPool:
         if pages < 1:
             raise ValueError(
                 f"a KV pool of {pages} pages can serve nothing; one page takes {layout.page_bytes:,} bytes on this rank: "
-                "give the KV cache more memory or choose a smaller page_size"
+                "raise kv_memory or lower block_size"
             )
         self.layout = layout
         self.pages = pages

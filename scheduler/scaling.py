@@ -38,7 +38,7 @@ class ScalingConfig:
             raise ValueError(f"min_groups={self.min_groups} is below 1: without a group requests fail; raise it")
         if self.max_groups < self.min_groups:
             raise ValueError(
-                f"max_groups={self.max_groups} is below min_groups={self.min_groups}: raise it or lower min_groups"
+                f"max_groups={self.max_groups} is below groups={self.min_groups}: raise it or lower groups"
             )
         if not 0.0 <= self.low_headroom < 1.0 / REST_HEADROOM:
             raise ValueError(f"low_headroom={self.low_headroom} is outside [0, {1 / REST_HEADROOM:g}): try 0.1")

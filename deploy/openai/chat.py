@@ -54,7 +54,7 @@ class Chat:
         grammar, asked_by = reading.format_asked(request)
         if tools is not None:
             grammar, asked_by = tools.grammar(grammar), "tools"
-        await self._grammars.check(grammar, asked_by)
+        await self._grammars.check(grammar, asked_by, caller.account)
         params = reading.fitting(self._params(request, grammar), self._service)
         shown = request.tools if tools is not None else None
         source = chat_source(request.messages, shown, request.chat_template_kwargs, request.cache_salt)

@@ -3,7 +3,6 @@
 Knows nothing of HTTP: a request's record comes in, a response's record or encoded events go out.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import chain
@@ -42,7 +41,7 @@ class Completions:
         """Errors: RequestError."""
         reading.check(request, self._service.model, self._config)
         grammar, asked_by = reading.format_asked(request)
-        await self._grammars.check(grammar, asked_by)
+        await self._grammars.check(grammar, asked_by, caller.account)
         params = reading.fitting(self._params(request, grammar), self._service)
         prompts = [(prompt, params) for prompt in await self._prompts(request)]
         return Job.of(caller, "cmpl", request, prompts, self._service, self._config)
@@ -115,10 +114,7 @@ class Completions:
             for text in texts
         ]
         try:
-            if len(sources) == 1:
-                return [await self._service.prompt(sources[0])]
-            parse = self._service.parser.parse
-            return await asyncio.to_thread(lambda: [parse(source) for source in sources])
+            return await self._service.prompts(sources)
         except PromptError as error:
             raise RequestError.of_prompt(error, "prompt") from None
 

@@ -11,7 +11,8 @@ from scheduler.sampling import Grammar
 from workers.sampling.grammar import GrammarError, load_tokenizer
 
 REMEMBERED = 256
-"""Grammars known to be valid: clients send the same schema again and again."""
+"""Grammars known to be valid, with whose they are: clients send the same schema again and again, and how long that takes tells
+nobody what another one sends."""
 
 
 class Grammars:
@@ -20,14 +21,14 @@ class Grammars:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._tokenizer: asyncio.Task[LLTokenizer] | None = None
-        self._valid: dict[Grammar, None] = {}
+        self._valid: dict[tuple[str, Grammar], None] = {}
 
-    async def check(self, grammar: Grammar | None, param: str) -> None:
-        """param: the field that the grammar is made of. Errors: RequestError UNPROCESSABLE."""
-        if grammar is None or grammar in self._valid:
+    async def check(self, grammar: Grammar | None, param: str, account: str) -> None:
+        """param: the field that the grammar is made of. account: of who sends it. Errors: RequestError UNPROCESSABLE."""
+        if grammar is None or (account, grammar) in self._valid:
             return
         await asyncio.to_thread(validate, grammar, await self._loaded(), param)
-        self._valid[grammar] = None
+        self._valid[account, grammar] = None
         if len(self._valid) > REMEMBERED:
             del self._valid[next(iter(self._valid))]
 

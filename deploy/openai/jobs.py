@@ -32,8 +32,9 @@ class Caller:
 class Job:
     """What `Service.generate` takes. id: of the response. created: seconds since 1970. model: as clients call it.
 
-    tools: what the model may call, to find its calls in the output. tenant: on whose account, for fairness: that of the API
-    key; without keys that of the `user` whom the request names.
+    tools: what the model may call, to find its calls in the output. tenant: on whose account, for fairness, and among whose
+    prompts prefixes are found: that of the API key; without keys that of the `user` whom the request names.
+    share_prefix_cache: prefixes are found among those of all tenants.
     """
 
     caller: Caller
@@ -45,6 +46,7 @@ class Job:
     timeout_s: float
     tools: Tools | None
     tenant: str
+    share_prefix_cache: bool
 
     @classmethod
     def of(
@@ -57,7 +59,8 @@ class Job:
         identity = f"{kind}-{caller.request_id}"
         model, priority = service.model.name, check_priority(request.priority or 0, caller.best_priority)
         tenant = caller.account or account(request.user or "")
-        return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools, tenant)
+        shared = config.share_prefix_cache
+        return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools, tenant, shared)
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,5 +70,5 @@ class Job:
         """Closing it aborts the request. Errors: RequestError."""
         return service.generate(
             self.prompts, request_id=self.caller.request_id, priority=self.priority, timeout_s=self.timeout_s,
-            traceparent=self.caller.traceparent, tenant=self.tenant,
+            traceparent=self.caller.traceparent, tenant=self.tenant, share_prefix_cache=self.share_prefix_cache,
         )  # fmt: skip

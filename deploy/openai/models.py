@@ -28,14 +28,12 @@ class Models:
         """Errors: RequestError."""
         check_model(request.model, self._model)
         prompt = await self._prompt(request)
-        tokenizer = self._model.tokenizer
+        shown = request.return_token_strs and self._model.tokenizer is not None
         return Tokens(
             count=len(prompt.token_ids),
             max_model_len=self._model.limits.max_tokens,
             tokens=prompt.token_ids,
-            token_strs=[tokenizer.token_text(token) for token in prompt.token_ids]
-            if request.return_token_strs and tokenizer is not None
-            else None,
+            token_strs=await self._service.token_texts(prompt.token_ids) if shown else None,
         )
 
     async def detokenize(self, request: DetokenizeRequest) -> Text:

@@ -45,7 +45,7 @@ def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRo
     async def complete(request: Request) -> Response:
         """Continue a prompt, or several."""
         asked = await _read(request, CompletionRequest)
-        job = await completions.job(asked, caller(request))
+        job = await unless_gone(request.receive, completions.job(asked, caller(request)))
         if asked.stream:
             return EventStream(completions.events(asked, job))
         return await _answer(request, completions.whole(asked, job))
@@ -54,7 +54,7 @@ def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRo
     async def converse(request: Request) -> Response:
         """Answer a conversation."""
         asked = await _read(request, ChatRequest)
-        job = await chat.job(asked, caller(request))
+        job = await unless_gone(request.receive, chat.job(asked, caller(request)))
         if asked.stream:
             return EventStream(chat.events(asked, job))
         return await _answer(request, chat.whole(asked, job))
@@ -72,12 +72,14 @@ def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRo
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        return _json(await models.tokenize(await _read(request, TokenizeRequest)))
+        asked = await _read(request, TokenizeRequest)
+        return await _answer(request, models.tokenize(asked))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return _json(await models.detokenize(await _read(request, DetokenizeRequest)))
+        asked = await _read(request, DetokenizeRequest)
+        return await _answer(request, models.detokenize(asked))
 
     return router
 

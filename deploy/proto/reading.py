@@ -38,10 +38,10 @@ class Reader:
         self._config = config
         self._grammars = Grammars(service.model)
 
-    async def job(self, request: pb.GenerateRequest, request_id: str) -> Job:
-        """request_id: as `named` gave it. Errors: RequestError."""
+    async def job(self, request: pb.GenerateRequest, request_id: str, account: str) -> Job:
+        """request_id: as `named` gave it. account: of the API key. Errors: RequestError."""
         check_model(request.model or None, self._service.model)
-        params = await self._params(request)
+        params = await self._params(request, account)
         return Job(request_id, await self.prompt(request.prompt, request.cache_salt), params, request.priority)
 
     async def prompt(self, prompt: pb.Prompt, salt: str = "") -> Prompt:
@@ -69,7 +69,7 @@ class Reader:
             said = f"the request has {size_bytes} bytes: send at most {limit}, or let the server take more (max_request_bytes)"
             raise RequestError(Fault.TOO_LARGE, said)
 
-    async def _params(self, request: pb.GenerateRequest) -> SamplingParams:
+    async def _params(self, request: pb.GenerateRequest, account: str) -> SamplingParams:
         """What the request does not set is left to the defaults of `SamplingParams`."""
         sampling = request.sampling
         at_most("n", sampling.n, self._config.max_choices, "max_choices")
@@ -86,7 +86,7 @@ class Reader:
         except ValueError as error:
             raise RequestError.invalid(str(error), field_named_by(str(error))) from None
         if grammar is not None:
-            await self._grammars.check(grammar, grammar_field)
+            await self._grammars.check(grammar, grammar_field, account)
         return fitting(params, self._service)
 
 

@@ -4,7 +4,7 @@
 import { Charts } from "./charts.js";
 import { PoolMaps } from "./map.js";
 import { Panel } from "./panel.js";
-import { clock, duration, plural, startWords } from "./words.js";
+import { clock, duration, plural, restarts, startWords } from "./words.js";
 
 const PERIOD_MS = 1000;
 const TIMEOUT_MS = 10000;
@@ -125,8 +125,8 @@ function showState() {
   $("phase").lastElementChild.textContent = word;
   document.body.dataset.phase = kind;
   if ($("notice").textContent !== sentence) $("notice").textContent = sentence;
-  const alone = samples.at(-1)?.epoch == null;
-  $("since").textContent = alone ? "" : `scheduler up ${duration(newest.uptime_s)}, epoch ${samples.at(-1).epoch}`;
+  const epoch = samples.at(-1)?.epoch ?? null;
+  $("since").textContent = epoch === null ? "" : `scheduler up ${duration(newest.uptime_s)}, epoch ${epoch}: ${restarts(epoch)}`;
   $("model").textContent = newest?.model ?? "";
   document.title = `${kind === "ready" ? "" : `${word} · `}${newest ? `${newest.model} · ` : ""}Manta`;
 }

@@ -51,5 +51,8 @@ export function clock(t, seconds = true) {
 
 export const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 
+/** What the number of a scheduler's life says. */
+export const restarts = (epoch) => (epoch === 0 ? "never restarted" : epoch === 1 ? "restarted once" : `restarted ${count(epoch)} times`);
+
 /** What a group that is coming up does: "loading weights, 42 %". */
 export const startWords = ({ phase, done, total }) => (total ? `${phase}, ${joined(percent(done / total))}` : phase);

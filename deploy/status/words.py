@@ -46,5 +46,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 1440 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def restarts(epoch: int) -> str:
+    """What the number of a scheduler's life says."""
+    return "never restarted" if epoch == 0 else "restarted once" if epoch == 1 else f"restarted {epoch:,} times"
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -21,7 +21,7 @@ from cluster.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import GroupStart
 from tests.processes import SCHEDULER, alive, all_named, named
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 pytestmark = pytest.mark.ray
 
@@ -40,6 +40,9 @@ class Life:
         self.serves: set[int] = set()
         self.killed = False
         Life.made.append(self)
+
+    def place(self, _deadline: float) -> None:
+        """Nothing to place."""
 
     def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
         self.serves = schedulers()
@@ -155,9 +158,30 @@ def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
     def stuck() -> None:
         time.sleep(PATIENCE_S)
 
-    task = ray.remote(num_cpus=0)
-    waits = task(stuck).remote()
-    for reference, deadline in ((task(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+    waits = ray.remote(num_cpus=0)(stuck).remote()
+    for reference, deadline in ((ray.remote(num_cpus=0)(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
         with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
             _get(reference, deadline)
     ray.cancel(waits, force=True)
+
+
+class Stillborn(Life):
+    """A group that finds no room."""
+
+    def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        raise EngineError("no room")
+
+
+def test_a_group_that_was_added_and_does_not_come_up_is_gone(scheduler: SchedulerKeeper) -> None:
+    gone: list[tuple[int, str]] = []
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Stillborn(GROUPS, epoch)), scheduler,
+        restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, reason: gone.append((group, reason)), added=True,
+    )  # fmt: skip
+    keeper.start()
+    until("nobody is told", lambda: bool(gone))
+    keeper.close()
+    assert gone == [(GROUPS, f"group {GROUPS} did not come up: no room")]
+    status = scheduler.status(maps=False)
+    assert status is not None
+    assert status.engine is None or all(group.group != GROUPS for group in status.engine.groups)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from deploy.config import (
     sampling_params,
 )
 from deploy.llm import LLM
-from deploy.serve_config import ServeConfig
+from deploy.serve_config import ServeConfig, model_name
 
 
 def written(folder: Path, text: str) -> Path:
@@ -57,11 +58,23 @@ def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None
     file.write_text("# for the notebook\nfirst\n\n second \n")
     config = ServeConfig(host="0.0.0.0", api_key_file=str(file))
     assert read_api_keys(config, {"MANTA_API_KEYS": "third, first,"}) == ("third", "first", "second")
+    file.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert read_api_keys(config, {}) == ("first", "second")
     assert read_api_keys(ServeConfig(), {}) == ()
     with pytest.raises(ConfigError, match="use ASCII ones"):
         read_api_keys(ServeConfig(), {"MANTA_API_KEYS": "Schlüssel"})
     with pytest.raises(ConfigError, match=r"cannot read the API keys in .*nowhere"):
         read_api_keys(ServeConfig(api_key_file=str(tmp_path / "nowhere")), {})
+
+
+def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-8B-rev7").mkdir()
+    (tmp_path / "latest").symlink_to("Qwen3-8B-rev7")
+    monkeypatch.chdir(tmp_path)
+    assert [model_name(None, path) for path in (str(tmp_path / "latest"), "latest/", "./latest/.")] == ["latest"] * 3
+    assert model_name("mine", "latest") == "mine"
+    monkeypatch.chdir(tmp_path / "Qwen3-8B-rev7")
+    assert model_name(None, ".") == "Qwen3-8B-rev7"
 
 
 def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) -> None:
@@ -207,3 +220,25 @@ def test_front_door_imports_nothing_heavy() -> None:
 def test_openmp_spins_briefly_unless_the_user_has_said(before: dict[str, str], after: dict[str, str]) -> None:
     bound_openmp_spin(before)
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"app_name": ""}, "app_name=''"), ({"route_prefix": "qwen"}, "='qwen'"), ({"route_prefix": "/qwen/"}, "/qwen")],
+)
+def test_an_application_needs_a_name_and_a_path(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ServeConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0", "route_prefix": "/qwen"}, "http://127.0.0.1:8000/qwen"),
+        ({"host": "::", "port": 80}, "http://[::1]:80"),
+        ({"host": "node-7"}, "http://node-7:8000"),
+    ],
+)
+def test_where_a_client_on_this_machine_reaches_it(given: dict[str, Any], url: str) -> None:
+    assert ServeConfig(**given).base_url == url

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -109,6 +109,11 @@ BROKEN = 13
 
 class BrokenTokenizer:
     """Raises over one token."""
+
+    special: ClassVar[dict[int, str]] = {}
+
+    def first_shown(self, tokens: Sequence[int]) -> int | None:
+        return 0 if tokens else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         if BROKEN in token_ids:

@@ -87,6 +87,10 @@ def test_every_block_has_its_colour(cluster: FakeCluster, server: Server, open_p
     assert figure(page, "Running") == str(sum(len(pool.running) for pool in cluster.pools))
     row = page.locator("#groups tr").first.locator("th, td").all_inner_texts()
     assert row[:3] == ["0", "up", str(len(cluster.pools[0].running))]
+    expect(page.locator("#since")).to_contain_text("epoch 0: never restarted")
+    for word in ("Starved", "Backlog"):  # both are in the table's head, and what they mean is seen below it
+        assert page.locator("thead th", has_text=word).is_visible()
+        assert page.locator("#meanings", has_text=re.compile(word, re.IGNORECASE)).is_visible()
 
 
 def test_numbers_change_under_load(cluster: FakeCluster, server: Server, open_page: Open) -> None:
@@ -115,7 +119,7 @@ def test_a_restarted_scheduler_is_a_mark_not_a_reload(cluster: FakeCluster, serv
     cluster.down = False
     wait_phase(page, "Ready")
     expect(page.locator("#notice")).to_contain_text("restarted at")
-    expect(page.locator("#since")).to_contain_text("epoch 1")
+    expect(page.locator("#since")).to_contain_text("epoch 1: restarted once")
     expect(page.locator("line.mark")).to_have_count(8)
     expect(page.locator("rect.outage")).to_have_count(8)
     cluster.advance(2.0)

@@ -10,9 +10,15 @@ import msgspec
 import pytest
 from fastapi import FastAPI
 
+from cluster.config import EngineConfig
+from deploy.clusters import LocalCluster
+from deploy.config import EMBEDDED_MODEL
+from deploy.service import ServedModel, Service
 from deploy.status import ASSETS, FOLDER
 from deploy.status.document import StatusDocument
+from deploy.status.history import History
 from deploy.status.maps import unpack
+from scheduler.sampling import SamplingParams
 from tests.deploy.status.fake_cluster import FakeCluster
 from tests.deploy.status.serving import make_app
 
@@ -40,6 +46,33 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+def test_the_scheduler_of_one_process_says_how_busy_it_is() -> None:
+    """`--local`: what requests cost counts, looking does not."""
+
+    async def run() -> None:
+        engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20)
+        service = Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(engine))
+        running = asyncio.create_task(service.run())
+        await until(lambda: service.connected)
+        before = await service.cluster.status()
+        for _ in range(3):
+            assert (await service.cluster.status(maps=True)).busy_s == before.busy_s
+        asked = [(await service.prompt("def add("), SamplingParams(max_tokens=16, ignore_eos=True))]
+        async for _ in service.generate(asked, request_id="a"):
+            pass
+        after = await service.cluster.status()
+        assert 0.0 < after.busy_s - before.busy_s < after.uptime_s - before.uptime_s
+        history = History()
+        history.observe(before, 0.0, 0.0)
+        busy = history.observe(after, 1.0, 1.0).busy
+        assert busy is not None
+        assert 0.0 < busy < 1.0
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(run())
 
 
 def test_the_document_is_the_cluster() -> None:

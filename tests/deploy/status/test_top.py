@@ -70,7 +70,8 @@ def shown(what: StatusDocument, width: int = 100, height: int | None = None, not
 def test_the_numbers_are_those_of_the_page() -> None:
     text = shown(document())
     for words in (
-        "Manta tiny   ● ready   scheduler up 1 min, epoch 0", "8,412", "31.2k", "25 %", "84 ms", "p99 1.41 s", "9.5 ms",
+        "Manta tiny   ● ready   scheduler up 1 min, epoch 0: never restarted", "8,412",
+        "31.2k", "25 %", "84 ms", "p99 1.41 s", "9.5 ms",
         "p99 23 ms", "3.1 % busy", "oldest 0.2 s", "found 25 %", "cold 75 %",
         "2 held", "1 shared", "1 cached", "2 free", "▒▒█░··",
     ):  # fmt: skip
@@ -98,6 +99,29 @@ def test_the_screen_is_kept(width: int, groups: int) -> None:
     assert len(rows) <= 50
     listed = len(re.findall(r"^\d+ +up ", text, re.MULTILINE))
     assert listed == groups or f"and {groups - listed} more" in text
+
+
+@pytest.mark.parametrize("groups", [1, 3, 64])
+def test_a_small_terminal_shows_groups_rather_than_bars(groups: int) -> None:
+    """The usual 80 x 24 less a frame."""
+    lines = tuple(line([1, 0, 3, 2] * 400, group=group) for group in range(groups))
+    text = shown(document(groups=lines, history=(document().now,) * 20), 70, height=20)
+    rows = text.rstrip("\n").split("\n")
+    assert len(rows) <= 20
+    listed = len(re.findall(r"^\d+ +up ", text, re.MULTILINE))
+    assert listed == groups or f"and {groups - listed} more" in rows[-1]
+    assert listed
+
+
+@pytest.mark.parametrize(("width", "height"), [(70, 12), (40, 20), (30, 6), (20, 1)])
+def test_a_screen_that_is_too_small_says_so(width: int, height: int) -> None:
+    groups = tuple(line([1, 0, 3, 2] * 400, group=group) for group in range(3))
+    whole = shown(document(groups=groups), width, 200).rstrip("\n").split("\n")
+    rows = shown(document(groups=groups), width, height).rstrip("\n").split("\n")
+    assert len(rows) == height
+    left = int(re.match(r"(\d+) lines more", rows[-1])[1])  # type: ignore[index]
+    assert height - 1 + left <= len(whole)
+    assert width < 60 or rows[-1].rstrip() == f"{left} lines more: enlarge the terminal, which has {height}"
 
 
 def test_a_pool_in_half_blocks() -> None:
@@ -131,7 +155,7 @@ def test_one_look_for_a_pipe(cluster: FakeCluster, server: Server) -> None:
 
 def test_errors_say_what_to_do(cluster: FakeCluster) -> None:
     with serving(make_app(cluster, api_key="secret")) as server:
-        with pytest.raises(ValueError, match="give --api-key"):
+        with pytest.raises(ValueError, match="give --api-key-file"):
             top(server.url, "wrong", 1.0, once=True)
         top(server.url, "secret", 1.0, once=True, console=Console(file=io.StringIO()))
         url = server.url
