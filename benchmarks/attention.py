@@ -5,6 +5,10 @@ difference is what the page-first layout costs. Rounds are interleaved, so that 
 
     python benchmarks/attention.py --shape 0.6B --dtype bfloat16 --threads 2
 
+On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`), unless --layouts asks for the above.
+
+    python3 -m benchmarks.attention --json attention.json
+
 May import `kvcache` and `workers`.
 """
 
@@ -141,6 +145,14 @@ def measure(case: Case, shape: Shape, dtype: str, page_size: int, device: str, r
     return [Row(case.name, *name, spread.median, spread.low, spread.high) for name, spread in spreads.items()]
 
 
+def report_paged(seconds: float, path: Path | None) -> None:
+    from benchmarks.paged import decode_report  # imports triton, which a CPU does not need
+
+    report = decode_report(seconds)
+    if path:
+        path.write_text(json.dumps(report, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.6B")
@@ -149,8 +161,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--layouts", action="store_true", help="on a GPU: compare page-first pools with pools of one layer")
+    parser.add_argument("--seconds", type=float, default=90, help="on a GPU: begin no further case after so long")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
+    if options.device == "cuda" and not options.layouts:
+        report_paged(options.seconds, options.json)
+        return
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     for case in CASES:
@@ -160,7 +177,8 @@ def main() -> None:
     cells = [[r.case, r.backend, r.pages, str(Spread(r.median_ms, r.low_ms, r.high_ms))] for r in rows]
     print(table(["batch", "backend", "pages", "ms per layer"], cells))
     if options.json:
-        print(json.dumps({**vars(options), "rows": [asdict(row) for row in rows]}))
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        options.json.write_text(json.dumps({**settings, "rows": [asdict(row) for row in rows]}))
 
 
 if __name__ == "__main__":

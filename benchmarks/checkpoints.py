@@ -27,7 +27,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     tied: bool
-    max_positions: int = 4096
+    max_positions: int = 40_960
 
     def config(self) -> dict[str, object]:
         """The `config.json` of the checkpoint, in the keys of a published Qwen3 checkpoint."""
@@ -58,6 +58,7 @@ SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 32, 128, 512, tied=False),
     "0.1B": Shape(768, 12, 12, 4, 64, 2048, 32_768, tied=False),
     "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151_936, tied=True),
+    "8B": Shape(4096, 36, 32, 8, 128, 12_288, 151_936, tied=False),
 }
 
 
@@ -76,7 +77,8 @@ def ensure_checkpoint(name: str, cache: Path, seed: int = 0) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
     draft.chmod(0o755)
-    _write(shape, draft, torch.Generator().manual_seed(seed))
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # 16 GB of numbers take a CPU minutes
+    _write(shape, draft, torch.Generator(device).manual_seed(seed))
     draft.rename(folder)
     return folder
 
@@ -99,7 +101,8 @@ def _write(shape: Shape, folder: Path, generator: torch.Generator) -> None:
 def _tensor(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     if len(size) == 1:  # a norm's scale
         return torch.ones(size, dtype=torch.bfloat16)
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+    numbers = torch.empty(size, dtype=torch.bfloat16, device=generator.device)
+    return numbers.normal_(0.0, 0.02, generator=generator).cpu()
 
 
 def _parts(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:

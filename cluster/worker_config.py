@@ -3,6 +3,7 @@
 Imports torch through `workers.model.architectures`.
 """
 
+import math
 from pathlib import Path
 
 from cluster.config import EngineConfig
@@ -13,6 +14,10 @@ from workers.model.architectures import CheckpointError, ModelConfig, read_confi
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
 
+REPORTING = {"cpu": (1, math.inf), "cuda": (8, 0.004)}
+"""Steps in a report at most, and seconds that one of them may be kept back. A GPU's steps are so short that a report of each
+would cost front ends and scheduler more than the step; a text that comes 4 ms late is not noticed."""
+
 
 def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int) -> tuple[CoreConfig, WorkerConfig]:
     """Checks the request against the checkpoint and fills in the defaults. device: "cpu" or "cuda".
@@ -21,7 +26,8 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
     """
     model = read_config(Path(config.model))
     model.shard(0, config.tensor_parallel_size)
-    length = _model_len(config, model)
+    length = model_length(model, config.max_model_len)
+    steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     worker = WorkerConfig(
         model=config.model,
         device=device,
@@ -32,7 +38,9 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         max_model_len=length,
         rows=config.max_num_seqs,
         step_tokens=config.max_num_batched_tokens,
-        report_steps=config.report_steps,
+        report_steps=min(steps, config.block_size),
+        report_hold_s=hold_s,
+        cuda_graphs=config.cuda_graphs,
         attention=config.attention,
         threads=config.threads or threads,
         ranks_on_host=ranks_on_host,
@@ -42,7 +50,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
     core = CoreConfig(
         page_size=config.block_size,
         max_model_len=length,
-        grant_ahead=2 * (config.report_steps + worker.depth),
+        grant_ahead=2 * (worker.report_steps + worker.depth),
         hash_stride=config.hash_stride,
         prefix_caching=config.enable_prefix_caching,
         prefix_fetch=worker.transfers,
@@ -59,11 +67,10 @@ def _exchange_pages(config: EngineConfig) -> bool:
     return config.prefix_fetch and config.enable_prefix_caching and max(config.groups, config.max_groups or 0) > 1
 
 
-def _model_len(config: EngineConfig, model: ModelConfig) -> int:
-    if config.max_model_len is None:
+def model_length(model: ModelConfig, asked: int | None) -> int:
+    """Tokens of a sequence, prompt and output together. Errors: CheckpointError if the model takes fewer than asked for."""
+    if asked is None:
         return min(model.max_position, MAX_MODEL_LEN_DEFAULT)
-    if config.max_model_len > model.max_position:
-        raise CheckpointError(
-            f"max_model_len={config.max_model_len} is above the {model.max_position} positions of the model: lower it"
-        )
-    return config.max_model_len
+    if asked > model.max_position:
+        raise CheckpointError(f"max_model_len={asked} is above the {model.max_position} tokens that the model takes: lower it")
+    return asked

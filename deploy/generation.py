@@ -2,7 +2,7 @@
 
 Tokens become text here, and stop strings are found. Knows no engine and starts no threads: `frontend` brings what comes from
 the engine, the caller takes, and a generation's lock is all that is between the two. Imports the words for outputs and text
-(`outputs`, `errors`, `prompts`, `text`) and the wire types; never `frontend`, no torch, no ray.
+(`outputs`, `errors`, `prompts`, `text`, `stops`) and the wire types; never `frontend`, no torch, no ray.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from deploy.outputs import (
     read_logprobs,
 )
 from deploy.prompts import Prompt
-from deploy.text import Detokenizer, StopStrings, Tokenizer
+from deploy.stops import StopStrings
+from deploy.text import Detokenizer, Tokenizer
 from scheduler.messages import Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
 from scheduler.sampling import SamplingParams
 
@@ -52,8 +53,10 @@ class Choice:
         self._params = params
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer.decode, prompt.token_ids) if tokenizer else None
-        self._stops = StopStrings(params.stop)
+        before = [] if prompt.answered else prompt.token_ids
+        self._detokenizer = Detokenizer(tokenizer.decode, before, tokenizer.special) if tokenizer else None
+        self._begins = tokenizer is not None and tokenizer.first_shown(before) is None  # its text has not begun
+        self._stops = StopStrings(params.stop, tokenizer.special if tokenizer else None)
         self._at_once = not each_token and not params.stop
         self._shown = (0, 0, False)  # its extent when it was last taken
 
@@ -66,9 +69,12 @@ class Choice:
         for token in tokens:
             self.token_ids.append(token)
             if self.logprobs is not None and (entry := next(entries, None)) is not None:
-                self.logprobs.append(read_logprobs(entry, token, self._tokenizer))
-            if self._detokenizer is not None and not self._at_once and token not in self._stop_ids:
-                self._show(self._detokenizer.push((token,)))
+                self.logprobs.append(read_logprobs(entry, token, self._tokenizer, self._begins))
+            if self._begins and self._tokenizer is not None and token not in self._tokenizer.special:
+                self._begins = False
+            if self._detokenizer is not None and not self._at_once:
+                fresh = self._detokenizer.push((token,)) if token not in self._stop_ids else ""
+                self._show(fresh + self._stops.sign(token))
                 if self._stops.found is not None:
                     return len(self.token_ids)
         return None
@@ -139,12 +145,14 @@ class PromptTable:
         self._entries: PromptEntries = [None] * len(prompt.token_ids)
         self._tokens = prompt.token_ids
         self._tokenizer = tokenizer
+        self._begin = tokenizer.first_shown(prompt.token_ids) if tokenizer else None
         self._known = 1  # nothing predicts the first token
         self._taken = False
 
     def fill(self, part: PromptLogprobs) -> None:
         for position, entry in enumerate(part.tokens, start=part.first):
-            self._entries[position] = read_logprobs(entry, self._tokens[position], self._tokenizer)
+            begins = position == self._begin
+            self._entries[position] = read_logprobs(entry, self._tokens[position], self._tokenizer, begins)
         self._known = max(self._known, part.first + len(part.tokens))
 
     @property

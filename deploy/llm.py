@@ -100,6 +100,7 @@ class LLM:
         checkpoint = Path(config.model)
         limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
         tokenizer = Tokenizer.load(checkpoint)
+        limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
         start = engine_starter(config)

@@ -136,12 +136,14 @@ def read_payload(payload: bytes) -> TokenLogprobs | PromptLogprobs:
     return _decoder.decode(payload)
 
 
-def read_logprobs(entry: TokenLogprobs, chosen: int, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
-    """One token's entry: the chosen token first, then the most likely ones in order."""
+def read_logprobs(
+    entry: TokenLogprobs, chosen: int, tokenizer: Tokenizer | None, begins: bool = False
+) -> dict[int, Logprob]:
+    """One token's entry: the chosen token first, then the most likely ones in order. begins: its text begins with it."""
     ranks = {token: rank for rank, token in enumerate(entry.top_ids, start=1)}
     values = {chosen: entry.logprob} | dict(zip(entry.top_ids, entry.top_logprobs, strict=True))
     return {
-        token: Logprob(value, ranks.get(token), tokenizer.token_text(token) if tokenizer else None)
+        token: Logprob(value, ranks.get(token), tokenizer.token_text(token, begins) if tokenizer else None)
         for token, value in values.items()
     }
 

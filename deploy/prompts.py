@@ -52,12 +52,18 @@ class ModelLimits:
     max_tokens: int
     eos_ids: tuple[int, ...]
 
+    def ending_as(self, tokenizer: Tokenizer | None) -> "ModelLimits":
+        """With the ends that the tokenizer and its chat template have, which the checkpoint's settings need not name."""
+        ends = {end for end in tokenizer.end_ids if end < self.vocab_size} if tokenizer is not None else set()
+        return replace(self, eos_ids=tuple(sorted(ends.union(self.eos_ids))))
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A valid prompt: at least one id, each within the vocabulary, with room for at least one token of output.
 
     tenant, deadline_s, priority: as in `Request`, `math.inf` for no deadline; None: those of the call that submits it.
+    answered: the output is an answer, a text of its own, and does not continue the prompt's.
     """
 
     token_ids: list[int]
@@ -66,6 +72,7 @@ class Prompt:
     tenant: str | None = None
     deadline_s: float | None = None
     priority: int | None = None
+    answered: bool = False
 
     def of_call(self, tenant: str | None, deadline_s: float | None, priority: int | None) -> "Prompt":
         """With what the call was given where it has none of its own."""
@@ -120,7 +127,7 @@ class PromptParser:
             raise
         except ValueError as error:
             raise PromptError(str(error)) from error
-        return self._valid(self._encode(text, around=False), None, salt)
+        return replace(self._valid(self._encode(text, around=False), None, salt), answered=True)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Checks the types of sampling parameters made by hand, and their token ids against the vocabulary."""
@@ -255,14 +262,12 @@ def _call_for_template(call: Any) -> dict[str, Any]:
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
-    from workers.model.architectures import read_config  # brings torch
+    from cluster.worker_config import model_length  # brings torch
+    from workers.model.architectures import read_config
 
     model = read_config(checkpoint)
     model.shard(0, tensor_parallel_size)
-    longest = model.max_position
-    if max_model_len is not None and max_model_len > longest:
-        raise ValueError(f"max_model_len={max_model_len} is above the {longest} tokens that the model takes: lower it")
-    return ModelLimits(model.vocab_size, max_model_len or longest, model.eos_ids)
+    return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)
 
 
 def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:

@@ -1,18 +1,21 @@
-"""Between text and token ids: the checkpoint's tokenizer, text that grows with its tokens, stop strings.
+"""Between text and token ids: the checkpoint's tokenizer, text that grows with its tokens.
 
-Imports transformers only when a checkpoint is opened; nothing of the engine.
+Imports transformers only when a checkpoint is opened; of the engine nothing but where a tokenizer's files are.
 """
 
 import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
+
 REPLACEMENT = "\ufffd"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 PROMPT_TAIL_TOKENS = 4
 """Tokens of the prompt that the detokenizer sees, so that the first word of the output keeps its leading space."""
 
@@ -22,7 +25,7 @@ WINDOW_TOKENS = 16
 CHARACTER_TOKENS = 4
 """A character is at most four bytes, hence at most four tokens; what stays broken for longer is not UTF-8."""
 
-BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 """How SentencePiece writes a byte that is no token."""
 
 BLANK = re.compile("[\u2581\u0120]")
@@ -33,6 +36,9 @@ BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
 """The characters with which byte-level BPE, since GPT-2, writes bytes."""
+
+TURN = "manta"
+"""What the user and the assistant say in a conversation that is rendered to see how a turn ends."""
 
 TOOL_MARKS = ("<tool_call>", "</tool_call>")
 """Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
@@ -51,6 +57,7 @@ class Tokenizer:
         self._implementation = implementation
         backend = getattr(implementation, "backend_tokenizer", None)
         self._backend = None if backend is None else _showing_tool_marks(backend)
+        self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Tokenizer | None":
@@ -58,14 +65,7 @@ class Tokenizer:
 
         Errors: ValueError if it is there and cannot be read.
         """
-        if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):
-            return None
-        from transformers import AutoTokenizer
-
-        try:
-            return cls(AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True))
-        except Exception as error:  # the library raises whatever its parsers raise
-            raise ValueError(f"cannot read the tokenizer in {checkpoint}: {error}") from error
+        return cls(open_tokenizer(checkpoint)) if has_tokenizer(checkpoint) else None
 
     def encode(self, text: str, *, around: bool = True) -> list[int]:
         """Token ids. around: with the special tokens that the checkpoint puts around a prompt."""
@@ -78,6 +78,34 @@ class Tokenizer:
             return str(self._implementation.get_chat_template(tools=[]))
         except ValueError:
             return ""
+
+    @cached_property
+    def special(self) -> Mapping[int, str]:
+        """The tokens that are left out of the text, by id, and what they are called."""
+        if self._backend is not None:
+            added = self._backend.get_added_tokens_decoder()
+            return {token: entry.content for token, entry in added.items() if entry.special}
+        return {token: str(self._implementation.convert_ids_to_tokens(token)) for token in self._implementation.all_special_ids}
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an output: the tokenizer's end of text, and the token with which the chat template ends an answer."""
+        ids = self._implementation.get_added_vocab()
+        names = {self._implementation.eos_token, self._turn_end(list(ids))}
+        return tuple(sorted(ids[name] for name in names if name in ids))
+
+    def _turn_end(self, tokens: Collection[str]) -> str | None:
+        """Which of the tokens follows the assistant's words; None if none does, or there is no template. The token before
+        those words begins a turn, and some templates begin the next one unasked."""
+        messages = [{"role": role, "content": TURN} for role in ("user", "assistant")]
+        try:
+            text = str(self._implementation.apply_chat_template(messages, tokenize=False))
+        except Exception:  # templates raise what they please, jinja's errors among it
+            return None
+        before, _, after = text.rpartition(TURN)
+        end = max((token for token in tokens if after.lstrip().startswith(token)), key=len, default=None)
+        begin = max((token for token in tokens if token in before), key=before.rfind, default=None)
+        return end if end != begin else None
 
     def has_token(self, text: str) -> bool:
         """The text is one token of the vocabulary, by itself."""
@@ -136,9 +164,12 @@ class Tokenizer:
         text = self._implementation.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def token_text(self, token: int) -> str:
-        """One token by itself, special tokens included, as log-probabilities show it."""
-        return str(self._implementation.decode([token]))
+    def token_text(self, token: int, begins: bool = False) -> str:
+        """One token as it stands in a text, and special tokens by their names. begins: nothing stands before it, where some
+        tokenizers drop its leading blank."""
+        if token in self.special:
+            return self.special[token]
+        return self._spell(token, begins).decode(errors="replace")
 
     @functools.cached_property
     def longest_token_bytes(self) -> int:
@@ -147,14 +178,48 @@ class Tokenizer:
         pieces = self._implementation.get_vocab()
         return max((len(BLANK.sub(" ", piece).encode()) for piece in pieces), default=1)
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for: less than a character where `token_text` shows U+FFFD."""
-        piece = str(self._implementation.convert_ids_to_tokens(token))
-        if (byte := BYTE_TOKEN.fullmatch(piece)) is not None:
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token of a text."""
+        first = self.first_shown(tokens)
+        return [self.token_text(token, at == first) for at, token in enumerate(tokens)]
+
+    def token_bytes(self, token: int, begins: bool = False) -> bytes:
+        """What the token adds to the text: less than a character where `token_text` shows U+FFFD, nothing where it is special.
+        Joined, the bytes of a text's tokens are the text."""
+        return b"" if token in self.special else self._spell(token, begins)
+
+    def first_shown(self, tokens: Sequence[int]) -> int | None:
+        """The place of the first token that is in the text; None if none is."""
+        return next((at for at, token in enumerate(tokens) if token not in self.special), None)
+
+    def _spell(self, token: int, begins: bool) -> bytes:
+        piece = self._implementation.convert_ids_to_tokens(token)
+        if piece is None:  # the model's vocabulary is larger than the tokenizer's
+            return b""
+        if self._is_bytes:
+            known = all(character in BYTE_CHARACTERS for character in piece)
+            return bytes(BYTE_CHARACTERS[character] for character in piece) if known else piece.encode()
+        text = self._alone((token,)) if begins else self._after_another(token)
+        if REPLACEMENT in text and (byte := BYTE_TOKEN.fullmatch(piece)) is not None:
             return bytes((int(byte[1], 16),))
-        if all(character in BYTE_CHARACTERS for character in piece):
-            return bytes(BYTE_CHARACTERS[character] for character in piece)
-        return self.token_text(token).encode()
+        return text.encode()
+
+    def _alone(self, tokens: Sequence[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(list(tokens), skip_special_tokens=False))
+        return str(self._implementation.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def _after_another(self, token: int) -> str:
+        """What is new with it in a text that has begun."""
+        another, text = self._another
+        both = self._alone((another, token))
+        return both[len(text) :] if both.startswith(text) else self._alone((token,))
+
+    @cached_property
+    def _another(self) -> tuple[int, str]:
+        """A token for others to stand behind, and its text."""
+        token = self._implementation.encode("a", add_special_tokens=False)[-1]
+        return token, self._alone((token,))
 
 
 class Detokenizer:
@@ -170,19 +235,22 @@ class Detokenizer:
     the tokens are valid UTF-8.
     """
 
-    __slots__ = ("_boundary", "_decode", "_pending", "_shown", "_window")
+    __slots__ = ("_boundary", "_decode", "_pending", "_shown", "_skipped", "_window")
 
-    def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, decode: Decode, prompt: Sequence[int] = (), skipped: Collection[int] = ()) -> None:
+        """prompt: what the text continues. skipped: what `decode` leaves out; a window of nothing else would begin a text."""
         self._decode = decode
-        self._window = _tail(decode, prompt)
+        self._skipped = skipped
+        self._window = _tail(decode, _last(prompt, skipped, 2 * PROMPT_TAIL_TOKENS))
         self._shown = len(decode(self._window))  # characters of the window's text that are out already
         self._boundary = 0  # tokens of the window before the last character border but one
         self._pending = 0  # tokens since the last character border
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes the next tokens; returns the text that is certain now."""
-        self._window.extend(tokens)
-        self._pending += len(tokens)
+        shown = [token for token in tokens if token not in self._skipped]
+        self._window.extend(shown)
+        self._pending += len(shown)
         text = self._decode(self._window)
         if not text.endswith(REPLACEMENT):
             self._pending = 0
@@ -213,39 +281,13 @@ class Detokenizer:
         return fresh
 
 
-class StopStrings:
-    """Finds the first stop string in text that arrives in pieces, whichever token borders it crosses.
-
-    Text that may be the beginning of a stop string is held back until it is decided.
-    """
-
-    __slots__ = ("_held", "_stops", "found")
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-        self.found: str | None = None
-        """The stop string that ended the text."""
-
-    def push(self, text: str, armed: bool = True) -> str:
-        """Takes the next text; returns what may be shown. armed: False at first, while min_tokens forbids an end: such
-        text is shown unsearched."""
-        if not armed or not self._stops:
-            return text
-        held = self._held + text
-        hits = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if hits:
-            at, self.found = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
-            self._held = ""
-            return held[:at]
-        keep = max((overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
-
-    def flush(self) -> str:
-        """The output has ended without a stop string: returns whatever was held back."""
-        held, self._held = self._held, ""
-        return held
+def _decoder_kinds(backend: Any) -> set[str]:
+    """How the tokenizers library makes text of tokens, step by step."""
+    decoder = getattr(backend, "decoder", None)
+    if decoder is None:
+        return set()
+    state = json.loads(decoder.__getstate__())
+    return {step["type"] for step in state.get("decoders", [state])}
 
 
 def _showing_tool_marks(backend: Any) -> Any:
@@ -258,6 +300,11 @@ def _showing_tool_marks(backend: Any) -> Any:
     return type(backend).from_str(json.dumps(settings))
 
 
+def _last(tokens: Sequence[int], skipped: Collection[int], count: int) -> list[int]:
+    """At most so many of the last tokens that are not skipped."""
+    return list(islice((token for token in reversed(tokens) if token not in skipped), count))[::-1]
+
+
 def _tail(decode: Decode, prompt: Sequence[int]) -> list[int]:
     """The last tokens of the prompt, from a character border on."""
     for length in range(PROMPT_TAIL_TOKENS, 2 * PROMPT_TAIL_TOKENS):
@@ -265,8 +312,3 @@ def _tail(decode: Decode, prompt: Sequence[int]) -> list[int]:
         if not decode(tail).startswith(REPLACEMENT):
             return tail
     return list(prompt[-PROMPT_TAIL_TOKENS:])
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -49,8 +49,9 @@ class Counters(msgspec.Struct, kw_only=True):
 
     requests, prompt_tokens, output_tokens: of everything submitted so far. cached_tokens: prompt tokens found in the cache at a
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
-    whatever reason. refused: requests that were turned away because of the queue. expired: sequences whose deadline passed
-    before they ended. skipped: starts before one that had found no room. aged: sequences that waited for `age_s`.
+    whatever reason. given_up: of these, those for which a worker could choose no token. refused: requests that were turned
+    away because of the queue. expired: sequences whose deadline passed before they ended. skipped: starts before one that had
+    found no room. aged: sequences that waited for `age_s`.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
     prompt tokens of all that have started (started_tokens): miss_inside_page: beyond the last page that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
@@ -70,6 +71,7 @@ class Counters(msgspec.Struct, kw_only=True):
     preemptions: int = 0
     recomputed_tokens: int = 0
     finished: int = 0
+    given_up: int = 0
     refused: int = 0
     started_tokens: int = 0
     miss_inside_page: int = 0

@@ -24,7 +24,10 @@ from scheduler.state import ClusterState
 from scheduler.transfers import Transfers
 from scheduler.why import Tell
 
-GAVE_UP = "its worker could not go on with it: the worker's log says why"
+GAVE_UP = (
+    "no token could follow: either its grammar allows none, or the model's logits were not finite (NaN or infinite); "
+    "the worker's log says which"
+)
 
 
 class SchedulerCore:
@@ -230,7 +233,9 @@ class SchedulerCore:
             if (sequence := self._state.holder(group, lease)) is not None:
                 output = group.output_tokens(sequence)
                 self._paging.leave(group, sequence)
-                self._state.finish(sequence, FinishReason(reason), output, GAVE_UP if reason == FinishReason.FAILED else "")
+                failed = reason == FinishReason.FAILED
+                self.counters.given_up += failed
+                self._state.finish(sequence, FinishReason(reason), output, GAVE_UP if failed else "")
         self._paging.extend(group, needy)
         if needy:
             self._relief.look_after(group)

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted
+
 settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("manta")
 

@@ -12,10 +12,9 @@ import torch
 from scheduler.logs import configure
 from scheduler.messages import Hello
 from scheduler.wire import listen
-from workers.build import Built, WorkerConfig, build_rank
+from workers.build import Built, WorkerConfig, build_rank, settle
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
-from workers.loop.reports import Reporter
 from workers.moving.mover import PageMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import Communicator
@@ -71,6 +70,7 @@ class WorkerActor:
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
         self._built = build_rank(self._config, self._comm, self._enter)
+        settle()
         return self._built.pages
 
     def phase(self) -> tuple[str, int, int]:
@@ -107,7 +107,7 @@ class WorkerActor:
         link = SocketLink(scheduler.host, scheduler.port, hello)
         gathered.send = link.send
         try:
-            return lead(self._built.rank, link, feed, Reporter(self._epoch, self._config.report_steps))
+            return lead(self._built.rank, link, feed, self._config.reporter(self._epoch))
         finally:
             link.close()
             feed.close()

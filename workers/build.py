@@ -3,35 +3,43 @@
 Imports every part of the tensor side; nothing imports it but actors and the in-process cluster.
 """
 
+import gc
 import logging
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
 from workers.execution.runner import ModelRunner
-from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
-from workers.model.architectures import DTYPES, ModelConfig, RankShape, read_config
+from workers.loop.reports import Reporter
+from workers.model.architectures import DTYPES, ModelConfig, read_config
 from workers.model.decoder import load_model
+from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose
+from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
 from workers.sampling.grammar import load_tokenizer
 from workers.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from workers.execution.gpu_runner import GpuRunner
 
 logger = logging.getLogger(__name__)
 
 Phase = Callable[[str, int, int], None]
 """What the build is doing, how much of it is done, and how much there is; 0 of 0 where nobody can say."""
 
-LOADING, MEASURING, PINNING = "loading weights", "measuring memory", "reserving host memory"
+LOADING, MEASURING, PINNING, CAPTURING = "loading weights", "measuring memory", "reserving host memory", "capturing graphs"
 
 MASK_THREADS = 8
 """Threads of a rank for the masks of grammars, at most: half a millisecond of work for a row whose text is free."""
@@ -45,8 +53,8 @@ class WorkerConfig:
     """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
 
     host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
-    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". log_format:
-    "text" or "json".
+    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
+    whether a GPU's decode steps are captured. report_steps, report_hold_s: as in `Reporter`. log_format: "text" or "json".
     """
 
     model: str
@@ -65,6 +73,12 @@ class WorkerConfig:
     log_format: str = "text"
     host_kv_memory: int = 0
     transfers: bool = False
+    cuda_graphs: bool = True
+    report_hold_s: float = math.inf
+
+    def reporter(self, epoch: int) -> Reporter:
+        """What gathers the steps of one epoch into reports."""
+        return Reporter(epoch, self.report_steps, hold_s=self.report_hold_s)
 
     @property
     def depth(self) -> int:
@@ -74,15 +88,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier."""
+    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier.
+
+    pages: of the pool, that sequences may be granted.
+    """
 
     rank: Rank
     pool: KVPool
     host: KVPool | None
-
-    @property
-    def pages(self) -> int:
-        return self.pool.pages
+    pages: int
 
     @property
     def slots(self) -> int:
@@ -90,69 +104,110 @@ class Built:
         return self.host.pages if self.host is not None else 0
 
 
-def build_rank(config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None) -> Built:
+def build_rank(
+    config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None, arithmetic: Arithmetic | None = None
+) -> Built:
     """Loads this rank's shard. All ranks of the group call it together.
 
-    Errors: CheckpointError, ValueError (memory, attention backend), torch's out-of-memory error.
+    arithmetic: what the device computes in; None: it is asked. Errors: CheckpointError, ValueError (memory, attention backend),
+    torch's out-of-memory error.
     """
     torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     model_config = read_config(Path(config.model))
     shape = model_config.shard(comm.rank, comm.size)
-    dtype = model_config.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
-    first_pages = layout.pages_for(config.step_tokens)
-    pool = KVPool(layout, first_pages, device)
-    attention = select_backend(config.attention, pool=pool, heads=shape.heads)
-    model = load_model(config.model, model_config, comm, dtype, device, attention, partial(phase, LOADING))
-    sampler = _make_sampler(config, model_config, shape, comm, dtype, device)
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
     threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
-    runner = ModelRunner(model, sampler, Constraints(read, vocabulary, threads), config.rows, pool)
-    phase(MEASURING, 0, 0)
+    constraints = Constraints(read, vocabulary, threads)
     try:
-        memory = _kv_memory(config, runner, layout)
-        pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
-        pool = runner.pool = KVPool(layout, pages, device)
-        model.attention = attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+        make = _gpu_runner if device.type == "cuda" else _cpu_runner
+        runner, pages = make(config, model_config, layout, comm, dtype, device, constraints, phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
-        runner.close()
+        constraints.close()
         raise
     if comm.rank == 0:
-        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank, attention %s", pages, config.page_size,
-                    f"{pages * layout.page_bytes:,}", attention.name)  # fmt: skip
+        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank", pages, config.page_size,
+                    f"{pages * layout.page_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    return Built(Rank(batch, runner, config.depth), pool, host)
+    return Built(Rank(batch, runner, config.depth), runner.pool, host, pages)
 
 
-def _make_sampler(
+def settle() -> None:
+    """For a process that does nothing but step: what was built stays, so the collector need not look at it again.
+
+    A full collection over torch's and transformers' modules takes longer than a hundred of a GPU's steps.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _choose_dtype(
+    config: WorkerConfig, model: ModelConfig, comm: Communicator, device: torch.device, arithmetic: Arithmetic
+) -> torch.dtype:
+    """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    with Checkpoint(config.model) as checkpoint:
+        stored = checkpoint.stored()
+    least = partial(_least, comm, device)
+    together = replace(arithmetic, bfloat16=bool(least(arithmetic.bfloat16)), float16=bool(least(arithmetic.float16)))
+    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // config.ranks_on_host
+    room = least(min(share, _available_memory()))
+    choice = choose(model.dtype, stored, together, config.rows, room)
+    if comm.rank == 0:
+        logger.info("dtype %s: %s", str(choice.dtype).removeprefix("torch."), choice.why)
+    return choice.dtype
+
+
+def _cpu_runner(
     config: WorkerConfig,
-    model: ModelConfig,
-    shape: RankShape,
+    model_config: ModelConfig,
+    layout: PageLayout,
     comm: Communicator,
     dtype: torch.dtype,
     device: torch.device,
-) -> Sampler:
-    return Sampler(
-        vocab_size=model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
+    constraints: Constraints,
+    phase: Phase,
+) -> tuple[ModelRunner, int]:
+    """What executes on a CPU, and how many pages it has."""
+    shape = model_config.shard(comm.rank, comm.size)
+    model = load_model(config.model, model_config, comm, dtype, device, None, partial(phase, LOADING), config.max_model_len)
+    phase(MEASURING, 0, 0)
+    memory = config.kv_memory
+    if memory is None:
+        memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
+    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
+    pool = KVPool(layout, pages, device)
+    model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+    sampler = Sampler(
+        vocab_size=model_config.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
     )
+    return ModelRunner(model, sampler, constraints, config.rows, pool), pages
 
 
-def _kv_memory(config: WorkerConfig, runner: ModelRunner, layout: PageLayout) -> int:
-    """Bytes for this rank's pool: as told, or what is left: on a GPU after the largest step has been run."""
-    if config.kv_memory is not None:
-        return config.kv_memory
-    if config.device == "cpu":
-        return int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
-    torch.cuda.reset_peak_memory_stats()
-    _run_largest_step(config, runner)
-    torch.cuda.synchronize()
-    probe = layout.pages_for(config.step_tokens) * layout.page_bytes
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    return int(total * config.gpu_memory_fraction) - others - (torch.cuda.max_memory_allocated() - probe)
+def _gpu_runner(
+    config: WorkerConfig,
+    model_config: ModelConfig,
+    layout: PageLayout,
+    comm: Communicator,
+    dtype: torch.dtype,
+    device: torch.device,
+    constraints: Constraints,
+    phase: Phase,
+) -> tuple["GpuRunner", int]:
+    """What executes on a GPU, and how many pages it has for sequences: one more is where padding writes."""
+    from workers.execution.gpu import GpuParts  # Triton comes with it
+
+    parts = GpuParts(config, model_config, layout, comm, dtype, device, constraints)
+    parts.load(partial(phase, LOADING))
+    phase(MEASURING, 0, 0)
+    memory = config.kv_memory if config.kv_memory is not None else parts.measure()
+    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory - layout.page_bytes), device)
+    return parts.runner(pages, partial(phase, CAPTURING)), pages
 
 
 def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
@@ -169,17 +224,6 @@ def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, dev
     return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
 
 
-def _run_largest_step(config: WorkerConfig, runner: ModelRunner) -> None:
-    """One prefill of as many tokens as a step may have, in the first pages, so that peak memory is known."""
-    batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    length = min(config.step_tokens, config.max_model_len - 1)
-    batch.block_table[0, : -(-length // config.page_size)] = np.arange(-(-length // config.page_size))
-    batch.known[0], batch.slots[0], batch.lease[0] = length + 1, length, 0
-    batch.tokens[0] = np.zeros(length + 1, np.int32)
-    step: Launched = batch.launch(batch.plan())
-    runner.execute(batch, step).wait()
-
-
 def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:
     """Whole pages in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
     return min(layout.pages_in(memory), config.rows * layout.pages_for(config.max_model_len))
@@ -187,14 +231,24 @@ def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:
 
 def _agree_on_pages(comm: Communicator, pages: int, device: torch.device) -> int:
     """The smallest pool of the group: a page id must be valid on every rank."""
-    return int(comm.all_gather(torch.tensor([pages], dtype=torch.int64, device=device)).min())
+    return _least(comm, device, pages)
+
+
+def _least(comm: Communicator, device: torch.device, number: int) -> int:
+    """The smallest of what the group's ranks say."""
+    return int(comm.all_gather(torch.tensor([number], dtype=torch.int64, device=device)).min())
 
 
 def _available_memory() -> int:
     """Bytes that the host can give without swapping (Linux; elsewhere the free pages)."""
+    return _memory("MemAvailable", "SC_AVPHYS_PAGES")
+
+
+def _memory(kind: str, pages: str) -> int:
+    """Bytes of the host. kind: a line of Linux's meminfo; pages: what else to ask sysconf for."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)

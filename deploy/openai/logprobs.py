@@ -21,14 +21,17 @@ class TokenNames:
         self._tokenizer = tokenizer
 
     def content(self, token: int, text: str | None) -> bytes:
-        """UTF-8 of the token, or its share of it. text: the token decoded by itself."""
-        if text is not None and REPLACEMENT not in text:
-            return text.encode()
-        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
+        """UTF-8 of what the token adds to the text, or its share of it; a special token adds nothing. text: the token's, where
+        it stands."""
+        if self._tokenizer is None or token in self._tokenizer.special:
+            return b""
+        return text.encode() if text is not None and REPLACEMENT not in text else self._tokenizer.token_bytes(token)
 
     def name(self, token: int, text: str | None) -> str:
         if self._tokenizer is None:
             return f"token_id:{token}"
+        if token in self._tokenizer.special:
+            return self._tokenizer.special[token]
         content = self.content(token, text)
         try:
             return content.decode()
@@ -74,8 +77,9 @@ def of_prompt(
     tokens: Sequence[int], entries: Sequence[Entry | None], tokenizer: Tokenizer | None
 ) -> Iterable[tuple[int, str | None, Entry | None]]:
     """Entries of a prompt as `CompletionTable.part` takes them."""
-    for token, entry in zip(tokens, entries, strict=True):
-        text = tokenizer.token_text(token) if entry is None and tokenizer is not None else None
+    begin = tokenizer.first_shown(tokens) if tokenizer is not None else None
+    for at, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+        text = tokenizer.token_text(token, at == begin) if entry is None and tokenizer is not None else None
         yield token, text if entry is None else entry[token].decoded_token, entry
 
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from deploy.openai.pieces import Feed, Reading
-from deploy.text import TOOL_MARKS, overlap
+from deploy.stops import overlap
+from deploy.text import TOOL_MARKS
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 OTHER_KEYS = ("id", "type")

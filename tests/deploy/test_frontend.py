@@ -4,7 +4,7 @@ raises."""
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -99,6 +99,11 @@ BROKEN = 13
 
 class BrokenTokenizer:
     """Raises over one token."""
+
+    special: ClassVar[dict[int, str]] = {}
+
+    def first_shown(self, tokens: Sequence[int]) -> int | None:
+        return 0 if tokens else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         if BROKEN in token_ids:

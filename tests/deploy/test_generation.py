@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deploy.generation import Generation
+from deploy.openai.logprobs import TokenNames
 from deploy.outputs import OutputDelta
 from deploy.prompts import Prompt
 from deploy.text import Tokenizer
 from scheduler.messages import Failure, Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
 from scheduler.sampling import SamplingParams
+from tests.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
 
 STREAM = 40
 PROMPT = Prompt([5, 6, 7])
@@ -18,9 +22,12 @@ PROMPT = Prompt([5, 6, 7])
 class Caller:
     """One who waits for a generation, and counts how often it is woken."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None = None, each_token: bool = True) -> None:
-        request = Request(STREAM, b"", b"", params)
-        self.generation = Generation(request, PROMPT, tokenizer, self._count, each_token)
+    def __init__(
+        self, params: SamplingParams, tokenizer: Tokenizer | None = None, each_token: bool = True, prompt: Prompt = PROMPT,
+        stop_ids: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        request = Request(STREAM, b"", b"", params, stop_ids)
+        self.generation = Generation(request, prompt, tokenizer, self._count, each_token)
         self.woken = 0
 
     def _count(self, generation: Generation) -> None:
@@ -149,3 +156,74 @@ def test_log_probabilities_of_the_prompt_come_once_and_whole() -> None:
 
 def entry(logprob: float) -> TokenLogprobs:
     return TokenLogprobs(logprob, (), ())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def of_each_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    loaded = Tokenizer.load(save(KINDS[request.param](), tmp_path_factory.mktemp("tokenizer") / "files"))
+    assert loaded is not None
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    loaded = Tokenizer.load(save(sentencepiece_bpe(), tmp_path_factory.mktemp("tokenizer") / "files"))
+    assert loaded is not None
+    return loaded
+
+
+def told(tokenizer: Tokenizer, prompt: Prompt, tokens: Sequence[int], each_token: bool) -> tuple[str, bytes]:
+    """The text of an output, and the bytes of its tokens as its log-probabilities have them."""
+    caller = Caller(SamplingParams(logprobs=0), tokenizer, each_token, prompt)
+    entries = [TokenLogprobs(-1.0, (), ()) for _ in tokens]
+    caller.generation.extend(STREAM, tokens, entries)
+    caller.end(FinishReason.LENGTH)
+    [choice] = caller.generation.take().outputs
+    names = TokenNames(tokenizer)
+    assert choice.logprobs is not None
+    return choice.text, b"".join(
+        names.content(token, entry[token].decoded_token) for token, entry in zip(tokens, choice.logprobs, strict=True)
+    )
+
+
+@given(
+    asked=st.sampled_from(["", "the", "hello world", " café", "says ,"]),
+    said=st.sampled_from(["the café niño", " again", "你好", "a.", ""]),
+    answered=st.booleans(),
+    each_token=st.booleans(),
+    specials=st.lists(st.tuples(st.integers(0, 9), st.integers(0, len(SPECIAL) - 1)), max_size=3),
+)
+def test_the_bytes_of_an_output_s_tokens_are_its_text(
+    of_each_kind: Tokenizer, asked: str, said: str, answered: bool, each_token: bool, specials: list[tuple[int, int]]
+) -> None:
+    tokens = of_each_kind.encode(said)
+    for at, token in specials:
+        tokens.insert(at, token)
+    prompt = Prompt([BOS, *of_each_kind.encode(asked)], answered=answered)
+    text, joined = told(of_each_kind, prompt, tokens, each_token)
+    assert joined.decode() == text
+    if answered:
+        assert text == of_each_kind.decode(tokens)
+    else:
+        assert of_each_kind.decode(prompt.token_ids) + text == of_each_kind.decode([*prompt.token_ids, *tokens])
+
+
+def test_an_answer_does_not_begin_with_a_blank_and_what_continues_does(sentencepiece: Tokenizer) -> None:
+    tokens = [token for token in sentencepiece.encode("hello world") if token != BOS]
+    asked = sentencepiece.encode("the café")
+    assert told(sentencepiece, Prompt(asked, answered=True), tokens, each_token=True) == ("hello world", b"hello world")
+    assert told(sentencepiece, Prompt(asked), tokens, each_token=True) == (" hello world", b" hello world")
+    assert told(sentencepiece, Prompt([BOS]), tokens, each_token=True) == ("hello world", b"hello world")
+
+
+@pytest.mark.parametrize("stop_ids", [(), (TURN_END,)])
+def test_a_stop_string_that_names_a_special_token(sentencepiece: Tokenizer, stop_ids: tuple[int, ...]) -> None:
+    """Whether or not the token ends the output by itself."""
+    caller = Caller(SamplingParams(stop=("<|im_end|>",)), sentencepiece, stop_ids=stop_ids)
+    tokens = [token for token in sentencepiece.encode("hello world") if token != BOS]
+    assert caller.extend([*tokens, EOS]) is None
+    assert caller.extend([TURN_END, *tokens]) == len(tokens) + 2
+    caller.end(FinishReason.STOP)
+    [choice] = caller.generation.take().outputs
+    assert (choice.text, choice.finish_reason, choice.stop_reason) == (" hello world", "stop", "<|im_end|>")
+    assert choice.token_ids == [*tokens, EOS, TURN_END]

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import math
 import signal
 import threading
@@ -25,6 +26,8 @@ from scheduler.messages import Failure
 from scheduler.sampling import SamplingParams
 from tests.deploy.conftest import EOS, Open
 from tests.deploy.fake_engine import CACHED_TOKENS, FakeEngine
+from tests.tokenizers import EOS as TOKENIZER_EOS
+from tests.tokenizers import TURN_END, byte_level, save
 
 LONG = SamplingParams(max_tokens=None)
 TEXT = " return a + b 你好 🙂 and so on"
@@ -122,6 +125,18 @@ def test_stop_ids(open_llm: Open, tokenizer: Tokenizer) -> None:
     [through] = llm.generate("x", SamplingParams(ignore_eos=True, max_tokens=None))[0].outputs
     assert (through.text, through.token_ids, through.finish_reason) == ("hello,world", script, "length")
     assert engine.requests[-1].stop_ids == ()
+
+
+def test_a_fine_tune_whose_tokenizer_alone_names_its_end(open_llm: Open, checkpoint: Path, tmp_path: Path) -> None:
+    """config.json still has the base model's end, and there is no generation_config.json."""
+    raw = json.loads((checkpoint / "config.json").read_text()) | {"eos_token_id": TOKENIZER_EOS}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    fine_tuned = Tokenizer.load(save(byte_level(), tmp_path, eos="<|im_end|>"))
+    assert fine_tuned is not None
+    script = [*fine_tuned.encode("hello"), TURN_END, *fine_tuned.encode(" world") * 10]
+    llm, _ = open_llm(script, model=tmp_path)
+    [output] = llm.generate("x", LONG)
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("hello", "stop")
 
 
 @pytest.mark.parametrize("steps", [1, 3])

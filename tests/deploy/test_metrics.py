@@ -24,6 +24,7 @@ ENGINE = EngineStats(
     requests=101, prompt_tokens=102, cached_tokens=103, output_tokens=104, preemptions=105, recomputed_tokens=106, finished=107,
     refused=108, started_tokens=103 + 110 + 111 + 112 + 113, miss_inside_page=110, miss_routed=111, miss_evicted=112,
     miss_cold=113, routed_by_prefix=114, routed_by_load=115, waiting_tenants=116, expired=117, skipped=118, aged=119,
+    given_up=120,
 )  # fmt: skip
 READY = ClusterStatus(
     phase="ready", model="/models/tiny", page_size=16, epoch=91, engine=ENGINE, uptime_s=92.5, busy_s=93.5, front_ends=94,

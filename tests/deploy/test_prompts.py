@@ -1,10 +1,13 @@
 """Prompts are valid or refused with what to change."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.config import EngineConfig
+from cluster.worker_config import MAX_MODEL_LEN_DEFAULT, resolve
 from deploy.prompts import (
     ModelLimits,
     PromptError,
@@ -15,9 +18,12 @@ from deploy.prompts import (
     read_jsonl,
     read_model_limits,
 )
+from deploy.service import ServedModel
 from deploy.text import Tokenizer
 from scheduler.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER
+from tests.tokenizers import CHATML, TURN_END, byte_level, save
+from tests.tokenizers import EOS as TOKENIZER_EOS
 
 LIMITS = ModelLimits(vocab_size=400, max_tokens=MAX_TOKENS, eos_ids=(EOS,))
 
@@ -140,6 +146,50 @@ def test_texts_as_messages_and_ids() -> None:
         as_token_ids("1 x")
     with pytest.raises(PromptError, match="cannot be put through a chat template"):
         as_chat({"prompt_token_ids": [1]})
+
+
+def settings(folder: Path, source: Path, **fields: object) -> Path:
+    """A checkpoint's config.json, edited."""
+    folder.mkdir()
+    raw = json.loads((source / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value is not None}))
+    return folder
+
+
+def test_the_length_of_a_stretched_model(bare_checkpoint: Path, tmp_path: Path) -> None:
+    """YaRN as Qwen's cards have it; and no door takes more than the engine does where nobody says how much."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": MAX_TOKENS}
+    stretched = settings(tmp_path / "yarn", bare_checkpoint, rope_scaling=yarn)
+    assert read_model_limits(stretched, 4 * MAX_TOKENS).max_tokens == 4 * MAX_TOKENS
+    assert read_model_limits(stretched, None).max_tokens == 4 * MAX_TOKENS
+    with pytest.raises(ValueError, match="max_model_len=2049 is above the 2048 tokens"):
+        read_model_limits(stretched, 4 * MAX_TOKENS + 1)
+    long = settings(tmp_path / "long", bare_checkpoint, max_position_embeddings=10_485_760)
+    core, worker = resolve(EngineConfig(str(long)), "cpu", 1, 1)
+    assert read_model_limits(long, None).max_tokens == core.max_model_len == worker.max_model_len == MAX_MODEL_LEN_DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("named", "eos", "template", "ends"),
+    [
+        (0, "<|im_end|>", None, (0, TURN_END)),
+        ([0, 399], "</s>", CHATML, (0, TOKENIZER_EOS, TURN_END, 399)),
+        (None, "</s>", None, (TOKENIZER_EOS,)),
+        (None, None, None, ()),
+        ([-1, 400, 7], None, None, (7,)),
+    ],
+)
+def test_every_end_that_a_checkpoint_names(
+    bare_checkpoint: Path, tmp_path: Path, named: object, eos: str | None, template: str | None, ends: tuple[int, ...]
+) -> None:
+    """The settings', the tokenizer's, and the chat template's: fine-tunes often have them in one of these places alone."""
+    folder = save(byte_level(), settings(tmp_path / "model", bare_checkpoint, eos_token_id=named), eos=eos, template=template)
+    assert ServedModel.read("model", folder, None).limits.eos_ids == ends
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(bare_checkpoint: Path, tmp_path: Path) -> None:
+    folder = save(byte_level(), settings(tmp_path / "model", bare_checkpoint, vocab_size=4, eos_token_id=0), eos="<|im_end|>")
+    assert ServedModel.read("model", folder, None).limits.eos_ids == (0,)
 
 
 def test_model_limits(bare_checkpoint: Path, tmp_path: Path) -> None:

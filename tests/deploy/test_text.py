@@ -9,7 +9,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from deploy.text import CHARACTER_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, StopStrings, Tokenizer
+from deploy.stops import StopStrings
+from deploy.text import CHARACTER_TOKENS, REPLACEMENT, WINDOW_TOKENS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS
 
 TEXTS = [
@@ -153,6 +154,44 @@ def test_held_back_text_never_shows_part_of_a_stop_string() -> None:
     assert finder.found == "<|im_end|>"
 
 
+SPECIAL = {1: "</s>", 2: "<|im_end|>", 3: "<s>"}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "shown", "found"),
+    [
+        (["a", 2, "b"], ["<|im_end|>"], "a", "<|im_end|>"),
+        (["a", 1, "b", 2], ["<|im_end|>"], "ab", "<|im_end|>"),
+        (["a", 1, "b"], ["<|im_end|>"], "ab", None),
+        (["a", "<|im_", "end|>b"], ["<|im_end|>"], "a", "<|im_end|>"),
+        (["ab", 2, "\n"], ["b<|im_end|>\n"], "a", "b<|im_end|>\n"),
+        (["ab", 2, "c"], ["b<|im_end|>\n"], "abc", None),
+        (["ab", 2], ["b<|im_end|>\n"], "ab", None),
+        (["a", 1, 3, "b"], ["</s><s>"], "a", "</s><s>"),
+        (["a", 2, "<b"], ["<"], "a", "<"),
+        (["a", 2, "b"], ["im_end"], "ab", None),
+        (["a", 2, "b"], [], "ab", None),
+    ],
+)
+def test_stop_strings_that_name_special_tokens(
+    pieces: list[str | int], stops: list[str], shown: str, found: str | None
+) -> None:
+    """The text does not show them, and they end it all the same. What only looks like a part of one's name does not."""
+    finder, got = StopStrings(stops, SPECIAL), ""
+    for piece in pieces:
+        got += finder.push(piece if isinstance(piece, str) else finder.sign(piece))
+        if finder.found is not None:
+            break
+    else:
+        got += finder.flush()
+    assert (got, finder.found) == (shown, found)
+
+
+def test_a_special_token_is_not_shown_while_nothing_may_end() -> None:
+    finder = StopStrings(["</s>"], SPECIAL)
+    assert finder.push("a" + finder.sign(1), armed=False) == "a"
+
+
 def test_unarmed_text_is_not_searched() -> None:
     finder = StopStrings(["ab"])
     assert finder.push("ab", armed=False) == "ab"
@@ -165,4 +204,4 @@ def test_the_bytes_of_tokens_make_the_text(tokenizer: Tokenizer) -> None:
     for text in TEXTS:
         assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)).decode() == text
         assert b"".join(tokenizer.token_bytes(token) for token in byte_ids(tokenizer, text)).decode() == text
-    assert tokenizer.token_bytes(EOS) == b"<|end|>"
+    assert tokenizer.token_bytes(EOS) == b""

@@ -237,5 +237,8 @@ def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_pag
     check(core)
     ((_, told),) = core.outbox.drain()
     assert [(end.stream, end.reason, end.tokens) for end in told.finished] == [(7, FinishReason.FAILED, 0)]
+    assert "grammar" in told.finished[0].message
+    assert "not finite" in told.finished[0].message
+    assert core.counters.given_up == 1
     usage = core.table.usage(HERE)
     assert (usage.held, usage.free + usage.cached) == (0, 8)

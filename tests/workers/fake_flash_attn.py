@@ -26,7 +26,9 @@ def install(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
         }
         _add(monkeypatch, "flash_attn", attributes)
     elif generation == "3":
-        _add(monkeypatch, "flash_attn_interface", {"flash_attn_with_kvcache": Paged(1).kvcache_3})
+        fake = Paged(1)
+        calls = {"flash_attn_with_kvcache": fake.kvcache_3, "get_scheduler_metadata": fake.metadata_3}
+        _add(monkeypatch, "flash_attn_interface", calls)
     else:
         _add(monkeypatch, "flash_attn", {})
         _add(monkeypatch, "flash_attn.cute", {"flash_attn_varlen_func": Paged(1).varlen_4})
@@ -59,12 +61,26 @@ class Paged:
 
     def kvcache_3(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, page_table: Tensor, causal: bool = False,
-        cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+        cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, scheduler_metadata: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if cu_seqlens_q is None:
+            if scheduler_metadata is not None:  # it must have been made for this very batch and this width of the table
+                facts = [*cache_seqlens.tolist(), page_table.shape[1] * k_cache.shape[1], q.shape[2], *k_cache.shape[1:]]
+                assert scheduler_metadata.tolist() == facts
             return self._batched(q, k_cache, v_cache, cache_seqlens, page_table, causal)
         assert max_seqlen_q is not None
         return self._attend(q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, causal)
+
+    def metadata_3(
+        self, *, batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads_q: int, num_heads_kv: int, headdim: int,
+        cache_seqlens: Tensor, qkv_dtype: torch.dtype, page_size: int, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        assert causal
+        assert max_seqlen_q == 1
+        assert len(cache_seqlens) == batch_size
+        assert qkv_dtype in (torch.float16, torch.bfloat16)
+        facts = [*cache_seqlens.tolist(), max_seqlen_k, num_heads_q, page_size, num_heads_kv, headdim]
+        return torch.tensor(facts, dtype=torch.int32)
 
     def varlen_4(
         self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, max_seqlen_q: int, seqused_k: Tensor,

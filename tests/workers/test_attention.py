@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from _pytest.mark import ParameterSet
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from tests.workers import fake_flash_attn
-from tests.workers.attention_reference import Problem, make_problem, make_step, to_device
-from workers.attention.base import AttentionBackend
+from tests.workers.attention_reference import Problem, make_problem, make_step
+from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
 from workers.attention.flash import FlashAttention, load_kernels
 from workers.attention.select import select_backend
 from workers.cpu.attention import CpuAttention
@@ -49,10 +50,10 @@ FINITE_GARBAGE = 3e4
 """What a GPU's pool may hold where nothing was written: flash-attn 3 multiplies it by zero, which NaN would survive."""
 
 
-def _flash(pool: KVPool, _heads: int) -> AttentionBackend:
+def _flash(pool: KVPool, heads: int) -> AttentionBackend:
     if pool.device.type == "cuda" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    return FlashAttention(pool, load_kernels())
+    return FlashAttention(pool, load_kernels(), heads)
 
 
 MAKE: dict[str, Make] = {"torch": CpuAttention, "native": _native, "triton": _triton, "flash": _flash}
@@ -176,12 +177,49 @@ def test_views_of_a_fused_projection(backend: str, dtype: str, device: str) -> N
 
 @pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
 def test_few_decodes_split_their_keys(backend: str, dtype: str, device: str) -> None:
-    """One sequence, so wide a block table that its keys are split; the other so short that most of its splits are empty."""
+    """One sequence so long that its keys are split, beside one that is a single block."""
     layout = PageLayout(page_size=256, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
-    problem = make_problem(make_step([1, 1], [1030, 3], 256), layout, heads=2, device=device)
-    bound = MAKE[backend](problem.pool, 2)
-    assert bound.plan(problem.step).splits > 1
-    check(MAKE[backend], problem)
+    check(MAKE[backend], make_problem(make_step([1, 1], [1030, 3], 256), layout, heads=2, device=device))
+
+
+device_backends = pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton", "flash"))
+
+
+@device_backends
+def test_attending_without_writing(backend: str, dtype: str, device: str) -> None:
+    """Decodes and chunks by their own calls, over tables far wider than they need, into what the caller gives or into new."""
+    page = 256 if backend == "flash" else 16
+    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1, 1, 9, 30], [5, page + 9, 9, page + 30], page), layout, heads=4, device=device)
+    if device == "cuda" and backend == "flash":
+        problem.pool.data.nan_to_num_(FINITE_GARBAGE)
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    run(MAKE[backend], problem)  # writes
+    step, out = problem.step, torch.full_like(problem.query, float("nan"))
+    tables = torch.nn.functional.pad(step.block_tables, (0, 500))
+    plan = bound.plan_decode(step.context_lens[:2], 2, tables.shape[1])
+    bound.decode(problem.layer, problem.query[:2], tables[:2], step.context_lens[:2], plan, out[:2])
+    chunks = Chunks(step.query_starts[2:] - 2, step.context_lens[2:], tables[2:], 39, 30, page + 30)
+    given = bound.plan_chunks(chunks)
+    assert bound.chunks(problem.layer, problem.query[2:], given, out[2:]).data_ptr() == out[2:].data_ptr()
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[dtype], rtol=0)
+    again = bound.decode(problem.layer, problem.query[:2], tables[:2], step.context_lens[:2], plan)
+    assert torch.equal(again, out[:2])
+    assert torch.equal(bound.chunks(problem.layer, problem.query[2:], given), out[2:])
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
+def test_more_decodes_than_reserved_make_room(backend: str, dtype: str, device: str) -> None:
+    layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1] * 5, [3, 4, 5, 6, 7], 16), layout, heads=1, device=device)
+
+    def small(pool: KVPool, heads: int) -> AttentionBackend:
+        from workers.attention.triton import TritonAttention
+
+        return TritonAttention(pool, heads, max_batch=2)
+
+    assert backend == "triton"
+    check(small, problem)
 
 
 def test_wide_scores_stay_finite() -> None:
@@ -274,7 +312,7 @@ def test_every_generation_of_flash_attn(monkeypatch: pytest.MonkeyPatch, generat
 )
 def test_flash_attn_says_what_it_cannot_do(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FlashAttention(_pool(**{"page_size": 256, "dtype": "bfloat16"} | change), load_kernels())
+        FlashAttention(_pool(**{"page_size": 256, "dtype": "bfloat16"} | change), load_kernels(), 2)
 
 
 def test_without_flash_attn_the_error_names_each_generation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,19 +359,51 @@ def test_auto_on_cuda_falls_back_to_triton_for_pages_or_dtypes_that_flash_attn_r
 def test_decodes_replay_in_a_cuda_graph_as_contexts_grow_cuda(backend: str) -> None:
     layout = PageLayout(page_size=256, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
     problem = make_problem(make_step([1, 1], [300, 5], 256), layout, heads=4, device="cuda")
-    bound = MAKE[backend](problem.pool, 4)
-    plan = bound.plan(problem.step)
+    problem.pool.data.nan_to_num_(FINITE_GARBAGE)
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    step = problem.step
+    run(MAKE[backend], problem)
+    lens = torch.ones_like(step.context_lens)
 
     def attend() -> torch.Tensor:
-        return bound.attend(0, problem.query, problem.key, problem.value, problem.step, plan)
+        plan = bound.plan_decode(lens, 2, step.block_tables.shape[1])
+        return bound.decode(0, problem.query, step.block_tables, lens, plan)
 
     attend()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attend()
-    longer = to_device(make_step([1, 1], [301, 6], 256), "cuda")
-    problem.step.context_lens.copy_(longer.context_lens)
-    problem.step.slots.copy_(longer.slots)
+    lens.copy_(step.context_lens)
     graph.replay()
-    torch.testing.assert_close(out, bound.attend(0, problem.query, problem.key, problem.value, longer, bound.plan(longer)))
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_chunks_replay_in_a_cuda_graph_as_their_lengths_change_cuda() -> None:
+    """Captured for 64 tokens of 2 sequences, replayed for fewer: the tiles are found on the device."""
+    layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    problem = make_problem(make_step([40, 21], [140, 21], 64), layout, heads=4, device="cuda")
+    step = problem.step
+    bound = cast(DeviceAttention, MAKE["triton"](problem.pool, 4))
+    run(MAKE["triton"], problem)
+    starts, lens = torch.tensor([0, 32, 64], dtype=torch.int32, device="cuda"), torch.full_like(step.context_lens, 32)
+    query, out = (torch.zeros((64, 4, 64), dtype=problem.pool.dtype, device="cuda") for _ in range(2))
+    query[:61] = problem.query
+
+    def attend() -> None:
+        chunks = Chunks(starts, lens, step.block_tables, 64, 64, 256)
+        bound.chunks(0, query, bound.plan_chunks(chunks), out)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    starts.copy_(step.query_starts)
+    lens.copy_(step.context_lens)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out[:61].cpu().double(), problem.expected, atol=TOLERANCE["bfloat16"], rtol=0)
+    assert not out[61:].any()

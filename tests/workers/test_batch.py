@@ -214,40 +214,27 @@ def test_a_sequence_out_of_slots_waits_for_its_grant() -> None:
     assert resident.plan().rows.tolist() == [0]
 
 
-# ---- grammars
+# ---- grammars and edits
 
 DIGITS = Grammar("regex", "[0-9]+")
 
 
-def test_a_constrained_row_waits_for_its_newest_token_and_the_others_go_on() -> None:
+def test_a_row_with_a_grammar_goes_on_like_any_other_while_its_newest_token_is_on_the_device() -> None:
     resident = batch()
     resident.apply(start(lease(1, 0), grammar=DIGITS))
     resident.apply(start(lease(2, 1)))
-    launched = step(resident)
-    assert launched.plan.rows.tolist() == [0, 1]
-    assert resident.plan().rows.tolist() == [1]
-    collect(resident, launched, 3, 3)
+    assert step(resident).plan.rows.tolist() == [0, 1]
     assert resident.plan().rows.tolist() == [0, 1]
 
 
-def test_a_constrained_prompt_is_computed_in_chunks_without_waiting() -> None:
-    resident = batch(budget=4)
-    resident.apply(start(lease(1, 0), grammar=DIGITS))
-    assert [step(resident).samples.tolist() for _ in range(2)] == [[False], [True]]
-    assert resident.plan().rows.tolist() == []
-
-
-def test_a_token_of_a_dropped_lease_is_not_what_its_row_waits_for() -> None:
+def test_what_has_changed_in_the_block_table_is_written_down_for_executors() -> None:
     resident = batch()
-    resident.apply(start(lease(1, 0), grammar=DIGITS))
-    before = step(resident)
-    resident.apply(Drop(lease(1, 0)))
-    resident.apply(start(lease(2, 0), grammar=DIGITS))
-    now = step(resident)
-    collect(resident, before, 3)
-    assert resident.plan().rows.tolist() == []
-    collect(resident, now, 3)
-    assert resident.plan().rows.tolist() == [0]
+    resident.apply(start(lease(1, 1), tokens=4, blocks=(5, 6)))
+    resident.apply(Grant(lease(1, 1), (7,)))
+    resident.apply(Remap(lease(1, 1), 0, 9))
+    resident.apply(Grant(lease(9, 1), (8,)))  # of a lease that is not there
+    assert resident.edited == [(1, 0, 2), (1, 2, 3), (1, 0, 1)]
+    assert resident.block_table[1, :3].tolist() == [9, 6, 7]
 
 
 def test_a_row_is_not_held_back_by_a_grammar_it_had_before() -> None:

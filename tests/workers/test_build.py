@@ -1,5 +1,8 @@
 """From birth to the step loop: how many pages a rank gets, and the largest step that a GPU's memory is measured by."""
 
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,10 @@ from workers import build
 from workers.build import WorkerConfig, build_rank
 from workers.execution.runner import ModelRunner
 from workers.model.architectures import CheckpointError
-from workers.parallel.in_process import Solo
+from workers.model.dtype import Arithmetic, choose
+from workers.model.layers import can_pack
+from workers.model.weights import Stored
+from workers.parallel.in_process import Solo, ThreadGroup
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 LAYOUT = PageLayout(page_size=16, layers=4, kv_heads=2, head_dim=64, dtype="float32")
@@ -83,6 +89,79 @@ def test_a_gpu_keeps_what_the_step_and_others_need(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "_run_largest_step", lambda config, runner: None)  # noqa: ARG005
     memory = build._kv_memory(replace(CONFIG, device="cuda"), SimpleNamespace(), LAYOUT)  # type: ignore[arg-type]
     assert memory == int(total * 0.9) - (total - free - reserved) - (peak - probe)
+
+
+def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -> None:
+    """Ten million positions, of which 128 are used."""
+    folder = copy_of_tiny(tmp_path, max_position_embeddings=10_485_760)
+    built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.page_bytes), Solo())
+    assert isinstance(built.rank.executor, ModelRunner)
+    assert built.rank.executor._model.rotary.table.shape[0] == CONFIG.max_model_len
+
+
+def copy_of_tiny(folder: Path, **fields: object) -> Path:
+    for file in TINY.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((TINY / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+FULL, AVX2 = Arithmetic("AVX512", True, True), Arithmetic("AVX2", False, False)
+
+
+@pytest.mark.parametrize(
+    ("stored", "arithmetic", "rows", "room", "dtype", "why"),
+    [
+        (torch.bfloat16, FULL, 64, 1 << 30, torch.bfloat16, "as config.json says"),
+        (torch.bfloat16, AVX2, 64, 1 << 30, torch.float32, r"\(AVX2\) has no bfloat16 arithmetic, .* --dtype bfloat16 keeps"),
+        (torch.float16, AVX2, 64, 1 << 30, torch.float32, "has no float16 arithmetic"),
+        (torch.float16, Arithmetic("AVX512", True, False), 64, 1 << 30, torch.float32, "has no float16 arithmetic"),
+        (torch.bfloat16, AVX2, 1, 1 << 30, torch.bfloat16, "a row by itself is bound by memory"),
+        (torch.bfloat16, AVX2, 64, 3999, torch.bfloat16, "take 4,000 bytes, and there is room for 3,999"),
+        (torch.bfloat16, AVX2, 64, 4000, torch.float32, "several rows are faster in float32"),
+        (torch.float32, AVX2, 64, 0, torch.float32, "as config.json says"),
+        (torch.float64, AVX2, 64, 0, torch.float64, "as config.json says"),
+    ],
+)
+def test_auto_takes_what_the_processor_computes_in(
+    stored: torch.dtype, arithmetic: Arithmetic, rows: int, room: int, dtype: torch.dtype, why: str
+) -> None:
+    named = choose(stored, Stored(torch.float32, 1000), arithmetic, rows, room)
+    assert named.dtype == dtype
+    assert re.search(why, named.why)
+    left_open = choose(None, Stored(stored, 1000), arithmetic, rows, room)
+    assert left_open.dtype == dtype
+    assert re.search(why.replace("as config.json says", "as the weights are stored"), left_open.why)
+
+
+@pytest.mark.parametrize(("arithmetic", "dtype"), [(FULL, torch.bfloat16), (AVX2, torch.float32)])
+def test_a_rank_says_which_dtype_it_takes_and_why(
+    caplog: pytest.LogCaptureFixture, arithmetic: Arithmetic, dtype: torch.dtype
+) -> None:
+    with caplog.at_level("INFO", "workers.build"):
+        built = build_rank(replace(CONFIG, dtype="auto", kv_memory=4 << 20), Solo(), arithmetic=arithmetic)
+    assert built.pool.dtype == dtype
+    assert f"dtype {str(dtype).removeprefix('torch.')}: " in caplog.text
+
+
+def test_ranks_of_one_group_take_one_dtype() -> None:
+    """Their processors may differ: the group takes what the weakest computes in."""
+
+    def build_one(comm: ThreadGroup) -> torch.dtype:
+        config = replace(CONFIG, dtype="auto", kv_memory=4 << 20)
+        return build_rank(config, comm, arithmetic=(FULL, AVX2)[comm.rank]).pool.dtype
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(build_one, ThreadGroup.create(2))) == [torch.float32, torch.float32]
+
+
+def test_this_processor_is_known() -> None:
+    """What has a oneDNN kernel has arithmetic too."""
+    arithmetic = Arithmetic.of(torch.device("cpu"))
+    assert arithmetic.has(torch.bfloat16) == can_pack(torch.bfloat16, torch.device("cpu"))
+    assert arithmetic.has(torch.float32)
+    assert Arithmetic.of(torch.device("cuda")).has(torch.bfloat16)
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:

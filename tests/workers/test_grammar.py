@@ -120,11 +120,26 @@ def test_padding_and_truncation_in_the_checkpoint_do_not_matter(tokenizer: LLTok
 def test_a_checkpoint_without_a_tokenizer_or_without_an_end_says_so(tmp_path: Path) -> None:
     with pytest.raises(GrammarError, match="no tokenizer in"):
         load_tokenizer(tmp_path, 4096, EOS)
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
     with pytest.raises(GrammarError, match="end-of-sequence"):
-        load_tokenizer(TINY, 4096, ())
+        load_tokenizer(tmp_path, 4096, ())
+    with pytest.raises(GrammarError, match="end-of-sequence"):
+        load_tokenizer(tmp_path, 4096, (-1, 4096))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(GrammarError, match=re.escape(str(tmp_path))):
         load_tokenizer(tmp_path, 4096, EOS)
+
+
+@pytest.mark.parametrize("named", ["<|im_end|>", {"content": "<|im_end|>", "special": True}])
+def test_an_output_may_end_with_the_tokenizer_s_own_end(tmp_path: Path, named: object) -> None:
+    """config.json may name another one, or none."""
+    shutil.copy(TINY / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    for ends in ((), (0,)):
+        matcher = compile_grammar(Grammar("regex", "a"), load_tokenizer(tmp_path, 4096, ends))
+        matcher.consume_tokens(load_tokenizer(TINY, 4096, EOS).tokenize_str("a"))
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        assert [token for token in range(4096) if mask >> token & 1] == [*ends, 2]
 
 
 def test_a_tokenizer_in_another_form_is_read_through_transformers(tokenizer: LLTokenizer, tmp_path: Path) -> None:

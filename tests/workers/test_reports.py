@@ -113,3 +113,14 @@ def test_log_probabilities_name_their_lease_and_those_of_the_dead_are_left_out()
     )
     reports = gather(Reporter(0, 2), *steps, flush=True)
     assert [report.logprobs for report in reports] == [((7, b"a"), (9, b"b"), (7, b"c")), ((8, b"e"),)]
+
+
+def test_no_step_is_kept_back_for_longer_than_said() -> None:
+    now = [0.0]
+    reporter = Reporter(0, 100, lambda: now[0], hold_s=0.004)
+    sent = []
+    for step in range(8):
+        now[0] += 0.0015
+        reporter.add(result([8], [step]), step)
+        sent.append([report.steps for report in reporter.take(flush=False)])
+    assert sent == [[], [], [3], [], [], [3], [], []]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scheduler.messages import TokenLogprobs
+from scheduler.messages import NO_TOKEN, TokenLogprobs
 from scheduler.sampling import SamplingParams
 from workers.sampling import candidates, noise
 from workers.sampling.sampler import Sampled, Sampler
@@ -514,13 +514,42 @@ def test_no_sample_in_a_step_of_prefill_chunks() -> None:
     assert sampled.payloads() == []
 
 
-def test_a_broken_model_cannot_break_the_step() -> None:
-    requests = every_request()
-    for value in (torch.nan, -torch.inf, torch.inf):
-        sampler = build(ALONE, requests, VOCAB)
-        logits = torch.full((len(requests), VOCAB), value, dtype=torch.float64)
+NAN_OF_OTHER_SIGN = np.array([0xFFC00000], np.uint32).view(np.float32).item()
+"""As x86 makes it of inf - inf: as an integer it is below all others."""
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("value", [torch.nan, NAN_OF_OTHER_SIGN, torch.inf])
+def test_a_row_with_a_logit_that_is_not_finite_gets_no_token_and_others_what_they_get_without_it(
+    value: float, dtype: torch.dtype, size: int
+) -> None:
+    requests = [*every_request()[::2], *[Request(SamplingParams(top_k=VOCAB // 2, top_p=0.9))] * 2]
+    every = np.arange(len(requests))
+    broken = every % 2 == 1
+
+    def tokens(comm: Rank, logits: Tensor) -> npt.NDArray[np.int64]:
+        sampler = build(comm, requests, VOCAB, dtype=dtype)
+        sampled: npt.NDArray[np.int64] = sampler.sample(shard(logits, comm), every, np.full(len(every), 9)).tokens.numpy()
+        return sampled
+
+    for step in range(3):
+        logits = torch.from_numpy(random_logits(1, len(requests), VOCAB, seed=step)[0]).to(dtype)
+        want = tokens(ALONE, logits)
+        assert (want >= 0).all()
+        logits[torch.from_numpy(broken), 5 + 9 * step] = value
+        for got in on_ranks(size, lambda comm, logits=logits: tokens(comm, logits)):
+            assert got.tolist() == np.where(broken, NO_TOKEN, want).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
+def test_logits_without_one_finite_number_give_no_token(value: float, dtype: torch.dtype) -> None:
+    for requests in (every_request(), [Request(SamplingParams(temperature=0.0))] * 3):
+        sampler = build(ALONE, requests, VOCAB, dtype=dtype)
+        logits = torch.full((len(requests), VOCAB), value, dtype=dtype)
         tokens = sampler.sample(logits, np.arange(len(requests)), np.full(len(requests), 9)).tokens
-        assert ((tokens >= 0) & (tokens < VOCAB)).all()
+        assert (tokens == NO_TOKEN).all()
 
 
 def test_admitting_and_sampling_inside_and_outside_inference_mode() -> None:

@@ -12,7 +12,7 @@ from tests.checkpoints import generate_reference, make_checkpoint
 from tests.workers.decoding import CPU, Ranks
 from workers.model.architectures import CheckpointError, read_config
 from workers.model.decoder import load_model
-from workers.model.weights import Checkpoint, Piece
+from workers.model.weights import Checkpoint, Piece, Stored
 
 PROMPT = [5, 6, 7]
 
@@ -31,7 +31,7 @@ def edit(folder: Path, **fields: object) -> None:
 def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -130,11 +130,19 @@ def test_malformed_config(tmp_path: Path, text: str, match: str) -> None:
         ({"head_dim": 15}, "head_dim=15 is odd"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized weights are not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling 'linear' has no factor"),
         ({"rope_parameters": 5}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"full_attention": {}}}, r"a block for each kind of layer \(full_attention\)"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be above 0, found 0"),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_parameters has rope_theta 500000, but rope_scaling beside it .*: move what rope_scaling says",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
         ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"dtype": {"": "bfloat16"}}, "dtype {'': 'bfloat16'} is not supported"),
         ({"eos_token_id": "end"}, "eos_token_id must be an integer"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
     ],
@@ -167,6 +175,30 @@ def test_old_and_new_spellings(folder: Path) -> None:
     edit(folder, rope_parameters="absent", rope_theta=5e5, rope_scaling=scaling, dtype="absent", torch_dtype="bfloat16")
     assert read_config(folder) == modern
     assert (modern.rope.theta, modern.rope.kind, modern.dtype) == (5e5, "llama3", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "dtype"),
+    [
+        ({"dtype": "torch.bfloat16"}, torch.bfloat16),
+        ({"dtype": "absent", "torch_dtype": "torch.float16"}, torch.float16),
+        ({"dtype": "half"}, torch.float16),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, torch.bfloat16),
+        ({"dtype": "auto"}, None),
+        ({"dtype": "absent"}, None),
+    ],
+)
+def test_spellings_of_dtype(folder: Path, fields: dict[str, object], dtype: torch.dtype | None) -> None:
+    edit(folder, **fields)
+    assert read_config(folder).dtype == dtype
+
+
+def test_what_the_weights_are_stored_in(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "half", dtype=torch.float16)
+    edit_weights(folder, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(10**6)}))
+    numbers = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values()) - 10**6
+    with Checkpoint(folder) as checkpoint:
+        assert checkpoint.stored() == Stored(torch.float16, numbers)
 
 
 def test_stop_ids_of_both_files(folder: Path) -> None:
@@ -209,16 +241,118 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 def test_malformed_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"index.json cannot be read .*: download the file again"):
         Ranks(folder)
 
 
+def as_shards(folder: Path, **files: dict[str, torch.Tensor]) -> None:
+    """Puts the tensors into files of these names, and an index that lists each in the first that has it."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    listed: dict[str, str] = {}
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        listed = dict.fromkeys(tensors, f"{name}.safetensors") | listed
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+
+
 def test_index_that_lies(folder: Path) -> None:
-    names = dict.fromkeys([*load_file(folder / "model.safetensors"), "made.up"], "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    tensors = load_file(folder / "model.safetensors")
+    as_shards(folder, shard=tensors)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "shard.safetensors")
     with pytest.raises(CheckpointError, match=r"model.norm.weight is not in .*, where .*index.json places it"):
+        Ranks(folder)
+
+
+def test_a_tensor_in_two_files(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    as_shards(folder, new=tensors, old={"model.norm.weight": tensors["model.norm.weight"] + 1, "model.old": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is in two files of .*new.safetensors and old.safetensors"):
+        Ranks(folder)
+
+
+def test_the_single_file_goes_before_a_stale_index(tmp_path: Path, folder: Path) -> None:
+    stale = load_file(make_checkpoint(tmp_path / "stale", "Qwen3ForCausalLM", seed=1) / "model.safetensors")
+    new = load_file(folder / "model.safetensors")
+    as_shards(folder, stale=stale)
+    old_answer = generate_reference(folder, PROMPT, 10)
+    save_file(new, folder / "model.safetensors", metadata={"format": "pt"})
+    with Ranks(folder) as ranks:
+        assert ranks.generate(PROMPT, 10) == generate_reference(folder, PROMPT, 10) != old_answer
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kept", ["both, different", "both, equal", "the head alone"])
+def test_a_tied_head_that_is_in_the_file(tmp_path: Path, size: int, kept: str) -> None:
+    """As transformers 5: the file's own head where it differs, and either of the two where only one is there."""
+    folder = make_checkpoint(tmp_path / "tied", "LlamaForCausalLM", tied=True)
+
+    def keep(tensors: dict[str, torch.Tensor]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.flip(0) if kept == "both, different" else embedding.clone()
+        if kept == "the head alone":
+            del tensors["model.embed_tokens.weight"]
+
+    tied = generate_reference(folder, PROMPT, 10)
+    edit_weights(folder, keep)
+    with Ranks(folder, size) as ranks:
+        tokens = ranks.generate(PROMPT, 10)
+    assert tokens == generate_reference(folder, PROMPT, 10)
+    assert (tokens == tied) == (kept != "both, different")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_leftovers_that_are_computed_are_not_missed(tmp_path: Path, size: int) -> None:
+    folder = make_checkpoint(tmp_path / "old", "LlamaForCausalLM", attention_bias=True, mlp_bias=True)
+    leftovers = {
+        f"model.{layer}rotary_emb.{name}": torch.ones(8)
+        for layer in ("", "layers.0.self_attn.", "layers.1.self_attn.")
+        for name in ("inv_freq", "cos_cached")
+    }
+    edit_weights(folder, lambda tensors: tensors.update(leftovers))
+    with Ranks(folder, size) as ranks:
+        assert ranks.generate(PROMPT, 10) == generate_reference(folder, PROMPT, 10)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.layers.0.mlp.up_proj.weight_scale"],
+        ["model.layers.1.self_attn.k_proj.input_zero_point"],
+        ["model.layers.0.self_attn.q_proj.qweight", "model.layers.0.self_attn.q_proj.scales"],
+        ["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"],
+        ["model.layers.0.self_attn.q_proj.bias"],
+        ["model.layers.2.mlp.up_proj.weight"],
+        ["score.weight"],
+    ],
+)
+def test_a_tensor_that_nothing_reads(folder: Path, names: list[str]) -> None:
+    """Whether it is a scale or a bias, or a layer too many: without it, the others mean something else."""
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(1) for name in names}))
+    with pytest.raises(CheckpointError, match=f"does not read: {', '.join(sorted(names))}. The weights may be quantized"):
+        Ranks(folder)
+
+
+def test_many_tensors_that_nothing_reads(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({f"scale.{number:02}": torch.ones(1) for number in range(30)}))
+    with pytest.raises(CheckpointError, match=r"does not read: scale.00, .*, scale.04 and 25 more\. "):
+        Ranks(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_stored_types_that_are_no_numbers_by_themselves(folder: Path, dtype: torch.dtype) -> None:
+    """FP8 without a word in config.json, as some exporters write it: its scales are elsewhere, or left out."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"tensor {name} in .* is stored as .*: quantized weights are not supported"):
+        Ranks(folder)
+
+
+def test_an_adapter_beside_the_weights(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"an adapter .*adapter_config.json.* merge it into the weights"):
         Ranks(folder)
 
 

@@ -1,8 +1,9 @@
-"""The one interface of the attention backends: write this step's KV into the pool, attend over pages.
+"""The interfaces of the attention backends: write this step's KV into the pool, attend over pages.
 
 Imports torch and `workers.execution.step`.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,7 +21,7 @@ class AttentionBackend(Protocol):
     name: str
 
     def plan(self, step: StepInput) -> Any:
-        """Work shared by all layers of one step (split sizes, index tensors). Called once a step."""
+        """Work shared by all layers of one step (split sizes, index tensors). Called once a step, before its layers."""
         ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: Any) -> Tensor:
@@ -30,3 +31,54 @@ class AttentionBackend(Protocol):
         Scale is 1/sqrt(head_dim). Token i of a sequence's query sees its first context_len - query_len + i + 1 tokens.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Ragged prefill chunks, concatenated without padding. The tensors may lie on the device and change between replays."""
+
+    query_starts: Tensor  # [chunks + 1] int32, prefix sums of the query lengths, from 0
+    context_lens: Tensor  # [chunks] int32, tokens in the cache, the chunk's own counted
+    block_tables: Tensor  # [chunks, any width] int32; rows may lie apart
+    tokens: int  # at least the sum of the query lengths
+    max_query: int  # at least the longest query
+    max_context: int  # at least the longest context
+
+
+class PagedAttention(Protocol):
+    """Attends without writing, driven by tensors on the device: the step's KV stands in the pool already.
+
+    `decode` may be captured in a CUDA graph with its `plan_decode` and follows lengths and tables as they are at a replay.
+    One plan of each kind is live at a time: a step's layers are launched before the next step is planned.
+    """
+
+    name: str
+
+    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> Any:
+        """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32.
+
+        pages: the width of the block tables, for backends that plan ahead only where they know it.
+        """
+        ...
+
+    def decode(
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None
+    ) -> Tensor:
+        """query [batch, heads, head_dim] -> the same, in `out` where it is given.
+
+        block_tables [batch, any width] int32: its width costs nothing. context_lens [batch] int32, as planned; a row that
+        only pads has context 1 and a page of its own.
+        """
+        ...
+
+    def plan_chunks(self, chunks: Chunks) -> Any:
+        """Work shared by all layers of a step's chunks."""
+        ...
+
+    def chunks(self, layer: int, query: Tensor, plan: Any, out: Tensor | None = None) -> Tensor:
+        """All chunks of a step at once: query [tokens, heads, head_dim] -> the same, in `out` where it is given."""
+        ...
+
+
+class DeviceAttention(AttentionBackend, PagedAttention, Protocol):
+    """A backend that can do both."""

@@ -13,34 +13,49 @@ All of them take the pool's per-layer views, whose pages lie far apart: strides 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
+from workers.attention.base import Chunks
 from workers.attention.write import KvWriter, RowWriter, dense_rows
 from workers.execution.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Decodes as flash-attn wants them."""
+
+    starts: Tensor  # [decodes + 1] int32: each has one query token
+    metadata: Tensor | None  # generation 3's own plan, where the package at hand can make it ahead of the layers
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """Chunks as flash-attn wants them."""
+
+    chunks: Chunks
+    context_starts: Tensor  # [chunks + 1] int32, prefix sums of the context lengths
+
+
+@dataclass(frozen=True, slots=True)
 class FlashPlan:
-    """The step as flash-attn wants it: decodes and chunks in calls of their own."""
+    """The step: decodes and chunks in calls of their own."""
 
     rows: Tensor  # [tokens] for the writer
     decodes: int
-    chunks: int
-    starts: Tensor  # [chunks + 1] int32, prefix sums of the chunks' query lengths
-    contexts: Tensor  # [chunks] int32
-    context_starts: Tensor  # [chunks + 1] int32, their prefix sums
-    tables: Tensor  # [chunks, max_pages] int32
-    max_query: int
-    max_context: int
+    decode: DecodePlan | None
+    chunk: ChunkPlan | None
 
 
-Decode = Callable[[Tensor, Tensor, Tensor, StepInput], Tensor]
-"""query [decodes, heads, head_dim], keys and values [page, slot, kv_head, head_dim], step -> like query."""
-Chunk = Callable[[Tensor, Tensor, Tensor, FlashPlan], Tensor]
+Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, DecodePlan], Tensor]
+"""query [decodes, heads, head_dim], keys, values [page, slot, kv_head, head_dim], lengths, tables, plan -> like query."""
+Chunk = Callable[[Tensor, Tensor, Tensor, ChunkPlan], Tensor]
 """query [chunk tokens, heads, head_dim], keys and values as above, plan -> like query."""
+Schedule = Callable[..., Tensor]
+"""Generation 3's `get_scheduler_metadata`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +68,7 @@ class FlashKernels:
     capabilities: tuple[int, ...]  # major CUDA compute capabilities
     decode: Decode
     chunk: Chunk
+    schedule: Schedule | None = None
 
 
 EVERY_EIGHTH = frozenset(range(8, 257, 8))
@@ -73,61 +89,66 @@ def _load_2() -> FlashKernels:
     import flash_attn
     from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, step: StepInput) -> Tensor:
-        lens, tables = step.context_lens[: step.decodes], step.block_tables[: step.decodes]
-        out: Tensor = flash_attn_with_kvcache(
-            query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True
-        )
-        return out[:, 0]
+    scheduled = "scheduler_metadata" in signature(flash_attn_with_kvcache).parameters
+    schedule = getattr(flash_attn, "get_scheduler_metadata", None) if scheduled else None
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan) -> Tensor:
+    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
+        more = {} if plan.metadata is None else {"scheduler_metadata": plan.metadata}
+        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True, **more)
+        return _first(out)[:, 0]
+
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+        chunks = plan.chunks
         out: Tensor = flash_attn_varlen_func(
-            query, keys, values, plan.starts, plan.context_starts, plan.max_query, plan.max_context,
-            causal=True, block_table=plan.tables,
+            query, keys, values, chunks.query_starts, plan.context_starts, chunks.max_query, chunks.max_context,
+            causal=True, block_table=chunks.block_tables,
         )  # fmt: skip
         return out
 
     version = str(flash_attn.__version__)
     if "fa3" in version:
-        return FlashKernels(version, 1, EVERY_EIGHTH, (9,), decode, chunk)
+        return FlashKernels(version, 1, EVERY_EIGHTH, (9,), decode, chunk, schedule)
     return FlashKernels(version, 256, EVERY_EIGHTH, (8, 9, 10, 11, 12), decode, chunk)
 
 
 def _load_3() -> FlashKernels:
+    import flash_attn_interface
     from flash_attn_interface import flash_attn_with_kvcache
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, step: StepInput) -> Tensor:
-        lens, tables = step.context_lens[: step.decodes], step.block_tables[: step.decodes]
-        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True)
+    schedule = getattr(flash_attn_interface, "get_scheduler_metadata", None)
+
+    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
+        more = {} if plan.metadata is None else {"scheduler_metadata": plan.metadata}
+        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True, **more)
         return _first(out)[:, 0]
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+        chunks = plan.chunks
         out = flash_attn_with_kvcache(
-            query, keys, values, cache_seqlens=plan.contexts, page_table=plan.tables, cu_seqlens_q=plan.starts,
-            max_seqlen_q=plan.max_query, causal=True,
+            query, keys, values, cache_seqlens=chunks.context_lens, page_table=chunks.block_tables,
+            cu_seqlens_q=chunks.query_starts, max_seqlen_q=chunks.max_query, causal=True,
         )  # fmt: skip
         return _first(out)
 
-    return FlashKernels("3", 1, EVERY_EIGHTH, (9,), decode, chunk)
+    return FlashKernels("3", 1, EVERY_EIGHTH, (9,), decode, chunk, schedule)
 
 
 def _load_4() -> FlashKernels:
     from flash_attn.cute import flash_attn_varlen_func
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, step: StepInput) -> Tensor:
-        lens, tables = step.context_lens[: step.decodes], step.block_tables[: step.decodes]
-        starts = step.query_starts[: step.decodes + 1]
+    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
         return _first(
             flash_attn_varlen_func(
-                query, keys, values, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lens, page_table=tables, causal=True
+                query, keys, values, cu_seqlens_q=plan.starts, max_seqlen_q=1, seqused_k=lens, page_table=tables, causal=True
             )
         )
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+        chunks = plan.chunks
         return _first(
             flash_attn_varlen_func(
-                query, keys, values, cu_seqlens_q=plan.starts, max_seqlen_q=plan.max_query, seqused_k=plan.contexts,
-                page_table=plan.tables, causal=True,
+                query, keys, values, cu_seqlens_q=chunks.query_starts, max_seqlen_q=chunks.max_query,
+                seqused_k=chunks.context_lens, page_table=chunks.block_tables, causal=True,
             )
         )  # fmt: skip
 
@@ -147,7 +168,7 @@ class FlashAttention:
 
     name = "flash"
 
-    def __init__(self, pool: KVPool, kernels: FlashKernels) -> None:
+    def __init__(self, pool: KVPool, kernels: FlashKernels, heads: int) -> None:
         layout = pool.layout
         if pool.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"flash-attn serves bfloat16 and float16, not {layout.dtype}: choose another dtype or attention")
@@ -167,36 +188,59 @@ class FlashAttention:
             )
         self._pool = pool
         self._kernels = kernels
+        self._heads = heads
         self._writer = _writer(pool)
 
     def plan(self, step: StepInput) -> FlashPlan:
         decodes = step.decodes
-        contexts, queries = step.context_lens[decodes:], step.host_query_lens[decodes:]
-        chunks = len(queries)
-        return FlashPlan(
-            rows=self._writer.rows(step.slots),
-            decodes=decodes,
-            chunks=chunks,
-            starts=step.query_starts[decodes:] - decodes,  # each decode has one query token
-            contexts=contexts,
-            context_starts=torch.nn.functional.pad(contexts.cumsum(0, dtype=torch.int32), (1, 0)),
-            tables=step.block_tables[decodes:],
-            max_query=int(queries.max()) if chunks else 0,
-            max_context=int(step.host_context_lens[decodes:].max()) if chunks else 0,
-        )
+        queries = step.host_query_lens[decodes:]
+        chunk = None
+        if len(queries):
+            starts = step.query_starts[decodes:] - decodes  # each decode has one query token
+            longest = int(queries.max()), int(step.host_context_lens[decodes:].max())
+            contexts, tables = step.context_lens[decodes:], step.block_tables[decodes:]
+            chunk = self.plan_chunks(Chunks(starts, contexts, tables, len(step.tokens) - decodes, *longest))
+        decode = self.plan_decode(step.context_lens, decodes, step.block_tables.shape[1]) if decodes else None
+        return FlashPlan(self._writer.rows(step.slots), decodes, decode, chunk)
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan
-    ) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan) -> Tensor:
         self._writer.write(layer, key, value, plan.rows)
+        rows = slice(plan.decodes)
+        parts = []
+        if plan.decode is not None:
+            decoded = query[rows], step.block_tables[rows], step.context_lens[rows]
+            parts.append(self.decode(layer, *decoded, plan.decode))
+        if plan.chunk is not None:
+            parts.append(self.chunks(layer, query[plan.decodes :], plan.chunk))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> DecodePlan:
+        """pages: the width of the block tables; without it generation 3 plans each layer anew, for nothing but time."""
+        layout, schedule = self._pool.layout, self._kernels.schedule
+        metadata = None
+        if schedule is not None and pages is not None:
+            metadata = schedule(
+                batch_size=batch, max_seqlen_q=1, max_seqlen_k=pages * layout.page_size, num_heads_q=self._heads,
+                num_heads_kv=layout.kv_heads, headdim=layout.head_dim, cache_seqlens=context_lens[:batch],
+                qkv_dtype=self._pool.dtype, page_size=layout.page_size, causal=True,
+            )  # fmt: skip
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=context_lens.device)
+        return DecodePlan(starts, metadata)
+
+    def decode(
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: DecodePlan,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         keys, values = self._pool.keys(layer), self._pool.values(layer)
-        query = dense_rows(query)
-        if not plan.chunks:
-            return self._kernels.decode(query, keys, values, step)
-        if not plan.decodes:
-            return self._kernels.chunk(query, keys, values, plan)
-        decoded = self._kernels.decode(query[: plan.decodes], keys, values, step)
-        return torch.cat((decoded, self._kernels.chunk(query[plan.decodes :], keys, values, plan)))
+        result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan)
+        return result if out is None else out.copy_(result)
+
+    def plan_chunks(self, chunks: Chunks) -> ChunkPlan:
+        return ChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
+
+    def chunks(self, layer: int, query: Tensor, plan: ChunkPlan, out: Tensor | None = None) -> Tensor:
+        result = self._kernels.chunk(dense_rows(query), self._pool.keys(layer), self._pool.values(layer), plan)
+        return result if out is None else out.copy_(result)
 
 
 def _writer(pool: KVPool) -> KvWriter:

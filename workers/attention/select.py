@@ -5,12 +5,17 @@ Imports torch. What a backend alone needs (triton, flash-attn, a compiler) is to
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvcache.pool import KVPool
-from workers.attention.base import AttentionBackend
+from workers.attention.base import AttentionBackend, PagedAttention
 from workers.attention.flash import FlashAttention, load_kernels
+from workers.attention.mixed import MixedAttention
 from workers.cpu.attention import CpuAttention
 from workers.cpu.native import NativeAttention, NativeUnavailable
+
+if TYPE_CHECKING:
+    from workers.attention.triton import TritonAttention
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +53,30 @@ def select_backend(
     return {"auto": _cuda, "flash": _flash, "triton": _triton}[name](pool, heads)
 
 
+def select_device_backend(name: str, *, pool: KVPool, heads: int, most: int) -> PagedAttention:
+    """What a GPU's runner attends with. name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every
+    shape that was measured and whose cost does not know the width of the block table, and prefills by flash-attn where that is
+    installed. most: decodes in one step.
+
+    Raises ValueError saying what to change where the choice cannot work.
+    """
+    if heads % pool.layout.kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {pool.layout.kv_heads} KV heads evenly: check the model and tp")
+    if name == "flash":
+        return _flash(pool, heads)
+    if name not in ("auto", "triton"):
+        raise ValueError(f"attention backend {name!r} does not run on a CUDA device: choose auto, flash or triton")
+    decodes = _triton(pool, heads)
+    decodes.reserve(most)
+    if name == "triton":
+        return decodes
+    try:
+        return MixedAttention(decodes, _flash(pool, heads))
+    except ValueError as error:
+        logger.info("attention: prefill not by flash: %s", error)
+        return decodes
+
+
 def _cpu(pool: KVPool, heads: int, native: bool | None, cache_folder: Path) -> AttentionBackend:
     if native is False:
         logger.info("attention: cpu, plain torch, as asked")
@@ -71,17 +100,17 @@ def _cuda(pool: KVPool, heads: int) -> AttentionBackend:
     return _triton(pool, heads)
 
 
-def _flash(pool: KVPool, _heads: int) -> AttentionBackend:
+def _flash(pool: KVPool, heads: int) -> FlashAttention:
     try:
         kernels = load_kernels()
     except ImportError as error:
         raise ValueError(f"{error}: install flash-attn or choose attention backend triton") from error
-    backend = FlashAttention(pool, kernels)
+    backend = FlashAttention(pool, kernels, heads)
     logger.info("attention: flash, flash-attn %s with pages of %d tokens", kernels.version, pool.layout.page_size)
     return backend
 
 
-def _triton(pool: KVPool, heads: int) -> AttentionBackend:
+def _triton(pool: KVPool, heads: int) -> "TritonAttention":
     try:
         from workers.attention.triton import TritonAttention
     except ImportError as error:

@@ -45,6 +45,7 @@ class RowWriter:
         self._keys[layer].index_copy_(0, rows, key)
         self._values[layer].index_copy_(0, rows, value)
 
+
 def dense_rows(tensor: Tensor) -> Tensor:
     """[tokens, heads, head_dim] with each token's numbers in one run; tokens may lie apart, as in a fused projection."""
     heads, dim = tensor.shape[1:]

@@ -3,7 +3,7 @@
 Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constraints`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from scheduler.messages import NO_TOKEN, Start
+from scheduler.messages import Start
 from workers.execution.inputs import build_step
+from workers.execution.pending import DeviceTokens, Following
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.rank import Pending, Tokens, row_of
+from workers.loop.rank import Pending, row_of
 from workers.model.decoder import Decoder
-from workers.sampling.constraints import Allowed, Constraints
+from workers.sampling.constraints import Constraints
 from workers.sampling.logprobs import PromptPart
-from workers.sampling.sampler import Sampled, Sampler
+from workers.sampling.sampler import Sampler
 
 Ints = npt.NDArray[np.int64]
 
@@ -31,6 +32,7 @@ class ModelRunner:
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
+        self._following = Following(constraints)
         self._last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
 
     def admit(self, start: Start) -> None:
@@ -63,14 +65,17 @@ class ModelRunner:
         samples = np.flatnonzero(step.samples)
         logits = self._model.forward(build_step(batch, step, self._last_tokens))
         measured = self._measure(batch, step, logits[len(samples) :])
+        arrived = _after_this(logits.device)
         if not len(samples):
-            return DeviceTokens(step, samples, None, measured, logits.is_cuda)
+            return DeviceTokens(step, samples, None, None, measured, arrived)
         rows = step.plan.rows[samples]
-        allowed = self._constraints.allowed(rows)  # after the launch: the device computes while this waits
+        allowed = self._following.allowed(rows)  # after the launch: a device computes while this waits
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
-        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens
-        tokens = DeviceTokens(step, samples, sampled, measured, logits.is_cuda)
-        return tokens if allowed is None else ConstrainedTokens(tokens, samples, self._constraints, allowed)
+        # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
+        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens.clamp(min=0)
+        host = sampled.tokens.to("cpu", non_blocking=True)
+        tokens = DeviceTokens(step, samples, host, sampled.logprobs, measured, _after_this(logits.device))
+        return self._following.pending(tokens, samples, allowed)
 
     def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
         """logits: of all measured positions, one part after another."""
@@ -84,44 +89,10 @@ class ModelRunner:
         return parts
 
 
-class DeviceTokens:
-    """A launched step's tokens; copied to the host without waiting, read when the host commits the step."""
-
-    def __init__(
-        self, step: Launched, samples: Ints, sampled: Sampled | None, measured: Sequence[PromptPart], on_gpu: bool
-    ) -> None:
-        self._size = len(step.plan.rows)
-        self._samples = samples
-        self._sampled = sampled
-        self._measured = measured
-        self._host = None if sampled is None else sampled.tokens.to("cpu", non_blocking=True)
-        self._copied: torch.cuda.Event | None = None
-        if on_gpu:
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-    def wait(self) -> Tokens:
-        ids = np.zeros(self._size, np.int64)
-        if self._copied is not None:
-            self._copied.synchronize()
-        payloads = [(part.index, part.payload()) for part in self._measured]
-        if self._host is not None and self._sampled is not None:
-            ids[self._samples] = self._host.numpy()
-            payloads += [(int(self._samples[at]), payload) for at, payload in self._sampled.payloads()]
-        return Tokens(ids, payloads)
-
-
-class ConstrainedTokens:
-    """A launched step's tokens of which some follow a grammar: once they are here, work on what may come next begins."""
-
-    def __init__(self, tokens: DeviceTokens, samples: Ints, constraints: Constraints, allowed: Allowed) -> None:
-        self._tokens = tokens
-        self._samples = samples
-        self._constraints = constraints
-        self._allowed = allowed
-
-    def wait(self) -> Tokens:
-        tokens = self._tokens.wait()
-        self._constraints.advance(self._allowed, tokens.ids[self._samples])
-        tokens.ids[self._samples[self._allowed.failed]] = NO_TOKEN
-        return tokens
+def _after_this(device: torch.device) -> Callable[[], None]:
+    """Waits for what has been launched so far; on a CPU that is done."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize

@@ -82,8 +82,7 @@ class ResidentBatch:
         self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * rows
         self._least = np.zeros(rows, np.int64)  # length from which a stop id ends the sequence
         self._stop_ids = np.full((rows, 1), NO_TOKEN, np.int64)  # [rows, width], padded
-        self._constrained = np.zeros(rows, np.bool_)  # has a grammar
-        self._unread: set[int] = set()  # constrained rows whose newest token is still on the device
+        self.edited: list[tuple[int, int, int]] = []  # (row, first, end) of the block table; `Rank` empties it
         self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
 
     # ---- the log
@@ -100,7 +99,9 @@ class ResidentBatch:
         elif isinstance(command, Grant):
             self._append(command.lease & ROW_MASK, np.array(command.blocks, np.int32))
         elif isinstance(command, Remap):
-            self.block_table[command.lease & ROW_MASK, command.index] = command.block
+            row = command.lease & ROW_MASK
+            self.block_table[row, command.index] = command.block
+            self.edited.append((row, command.index, command.index + 1))
         elif isinstance(command, Drop):
             self._clear(command.lease & ROW_MASK)
 
@@ -119,7 +120,6 @@ class ResidentBatch:
         self.tokens[row] = tokens
         self._least[row] = start.prompt_tokens + start.params.min_tokens
         self._set_stop_ids(row, start.stop_ids)
-        self._constrained[row] = start.params.grammar is not None
         if start.params.prompt_logprobs is not None and len(tokens) == start.prompt_tokens:  # else it was measured before
             self._measured[row] = (start.prompt_tokens, start.params.prompt_logprobs)
         self._append(row, np.frombuffer(start.blocks, np.int32))
@@ -134,6 +134,7 @@ class ResidentBatch:
     def _append(self, row: int, blocks: npt.NDArray[np.int32]) -> None:
         pages = int(self.pages[row])
         self.block_table[row, pages : pages + len(blocks)] = blocks
+        self.edited.append((row, pages, pages + len(blocks)))
         self.pages[row] += len(blocks)
         self.slots[row] = self.pages[row] * self.page_size
 
@@ -142,24 +143,17 @@ class ResidentBatch:
             self.vacated.append(row)
         self.lease[row] = -1
         self.known[row] = self.computed[row] = self.slots[row] = self.pages[row] = 0
-        self._unread.discard(row)
         self._measured.pop(row, None)
 
     # ---- steps
 
     def plan(self) -> StepPlan:
-        slots = self._usable_slots() if self._unread or self._measured else self.slots
+        slots = self._usable_slots() if self._measured else self.slots
         return plan_step(self.known, self.computed, slots, self.lease, self.budget)
 
     def _usable_slots(self) -> Ints:
-        """Fewer than were granted where a row must wait or go in smaller chunks; decided by the log and the steps alone.
-
-        A constrained row waits for its newest token, which says what may follow. Measured prompts share `MEASURED_TOKENS`,
-        oldest first.
-        """
+        """Fewer than were granted where prompts are measured: they share `MEASURED_TOKENS` a step, oldest first."""
         slots = self.slots.copy()
-        unread = list(self._unread)
-        slots[unread] = self.computed[unread]
         left = MEASURED_TOKENS
         for row in sorted(self._measured, key=lambda row: int(self.lease[row])):
             slots[row] = min(slots[row], self.computed[row] + left)
@@ -174,7 +168,6 @@ class ResidentBatch:
         samples = self.computed[rows] == self.known[rows]
         sampled = rows[samples]
         self.known[sampled] += 1
-        self._unread.update(sampled[self._constrained[sampled]].tolist())
         full = sampled[self.known[sampled] >= self.limit[sampled]]
         self.computed[full] = self.known[full]  # nothing is left to compute: max_tokens is reached
         return Launched(plan, self.lease[rows], first, samples, self._measure(rows, first) if self._measured else ())
@@ -201,8 +194,6 @@ class ResidentBatch:
         rows = step.plan.rows
         length = step.first + step.plan.counts + 1
         live = step.samples & (self.lease[rows] == step.leases)
-        if self._unread:
-            self._unread.difference_update(rows[live].tolist())
         failed = tokens == NO_TOKEN
         stop = (self._stop_ids[rows] == tokens[:, None]).any(axis=1) & (length >= self._least[rows])
         ended = []

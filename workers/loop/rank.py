@@ -115,6 +115,7 @@ class Rank:
         if len(plan.rows):
             step = self.batch.launch(plan)
             self._under_way.append((step, self.executor.execute(self.batch, step)))
+            self.batch.edited.clear()
         result = None
         if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
             result = self._commit(*self._under_way.popleft())

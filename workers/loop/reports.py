@@ -3,6 +3,7 @@
 Imports NumPy, `rank` and `scheduler.messages`.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -13,11 +14,17 @@ from workers.loop.rank import StepResult
 
 
 class Reporter:
-    """Numbers the reports of one epoch. steps: at most so many decode steps travel in one; 1 sends each at once."""
+    """Numbers the reports of one epoch. steps: at most so many decode steps travel in one; 1 sends each at once.
 
-    def __init__(self, epoch: int, steps: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+    hold_s: no step is kept back for longer, as far as later steps come.
+    """
+
+    def __init__(
+        self, epoch: int, steps: int = 1, clock: Callable[[], float] = time.monotonic, hold_s: float = math.inf
+    ) -> None:
         self._epoch = epoch
         self._steps = steps
+        self._hold_s = hold_s
         self._clock = clock
         self._number = 0
         self._applied = 0
@@ -43,7 +50,7 @@ class Reporter:
         self._leases = key
         self._rows.append(tokens.tobytes())
         self._logprobs += [(int(step.leases[at]), payload) for at, payload in result.tokens.logprobs if live[at]]
-        if not plain or result.finished or len(self._rows) == self._steps:
+        if not plain or result.finished or len(self._rows) == self._steps or self._is_due():
             finished = tuple((int(step.leases[at]), int(reason)) for at, reason in result.finished)
             self._close(b"" if plain else counts.astype(np.int32).tobytes(), finished)
 
@@ -53,6 +60,9 @@ class Reporter:
             self._close()
         ready, self._ready = self._ready, []
         return ready
+
+    def _is_due(self) -> bool:
+        return self._hold_s < math.inf and self._clock() - self._since >= self._hold_s
 
     def _close(self, computed: bytes = b"", finished: tuple[tuple[int, int], ...] = ()) -> None:
         now = self._clock()

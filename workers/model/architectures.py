@@ -3,21 +3,18 @@
 Imports torch for dtypes only. One more architecture is one more row in `ARCHITECTURES`.
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
+from workers.model.fields import Fields, read_json
+from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(ValueError):
-    """The checkpoint cannot be served as asked; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+OTHER_DTYPE_NAMES = {"double": "float64", "float": "float32", "half": "float16"}
+"""torch's own second names, which config.json may have too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class ModelConfig:
     head_dim: int
     intermediate: int
     vocab_size: int
-    max_position: int  # positions that may be used: never beyond a sliding window
+    max_position: int  # positions that may be used: as many as YaRN stretches to, never beyond a sliding window
     rms_eps: float
     rope: Rope
     attention_bias: bool
@@ -89,7 +88,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
-    dtype: torch.dtype  # what the weights were saved in
+    dtype: torch.dtype | None  # of the weights; None: config.json leaves it to what they are stored in
     eos_ids: tuple[int, ...]
 
     def shard(self, rank: int, size: int) -> RankShape:
@@ -139,12 +138,13 @@ def read_config(path: str | Path) -> ModelConfig:
     """Parse `config.json` (and `generation_config.json`, for its stop ids) in the checkpoint folder `path`.
 
     Both spellings of RoPE and dtype are read: transformers 5 writes `rope_parameters` and `dtype`, older files
-    `rope_theta`, `rope_scaling` and `torch_dtype`. Raises CheckpointError that says what to change.
+    `rope_theta`, `rope_scaling` and `torch_dtype`. Where a file has both, what transformers makes of it counts. Raises
+    CheckpointError that says what to change.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
-    fields = _Fields(_read_json(folder / "config.json"), folder / "config.json")
+    fields = Fields(read_json(folder / "config.json"), folder / "config.json")
     name = _architecture_name(fields)
     family = ARCHITECTURES[name]
     heads = fields.integer("num_attention_heads")
@@ -155,7 +155,8 @@ def read_config(path: str | Path) -> ModelConfig:
     head_dim = fields.integer("head_dim", family.head_dim or hidden // heads)
     if head_dim % 2:
         raise fields.error(f"head_dim={head_dim} is odd, and rotary embeddings turn pairs")
-    max_position = fields.integer("max_position_embeddings")
+    trained = fields.integer("max_position_embeddings")
+    rope = read_rope(fields, trained)
     _refuse_what_is_not_computed(fields)
     return ModelConfig(
         architecture=name,
@@ -166,9 +167,9 @@ def read_config(path: str | Path) -> ModelConfig:
         head_dim=head_dim,
         intermediate=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
-        max_position=_within_window(fields, family, max_position),
+        max_position=_within_window(fields, family, rope.stretched(trained)),
         rms_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=_read_rope(fields, max_position),
+        rope=rope,
         attention_bias=fields.switch("attention_bias", family.attention_bias),
         o_bias=fields.switch("attention_bias", family.o_bias),
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
@@ -179,57 +180,7 @@ def read_config(path: str | Path) -> ModelConfig:
     )
 
 
-class _Fields:
-    """The raw JSON object, read field by field with errors that name file and field. A null counts as left out."""
-
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self._raw, self._path = raw, path
-
-    def error(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: {problem}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = self._raw.get(name)
-        return default if value is None else value
-
-    def has(self, name: str) -> bool:
-        return name in self._raw
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{name} must be a positive integer, found {value!r}: repair or download the file again")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(f"{name} must be a number, found {value!r}: repair or download the file again")
-        return float(value)
-
-    def switch(self, name: str, fixed: bool | None) -> bool:
-        return bool(self.get(name, False)) if fixed is None else fixed
-
-    def nested(self, name: str) -> "_Fields":
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise self.error(f"{name} must be an object, found {value!r}: repair or download the file again")
-        return _Fields(value, self._path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): repair or download the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object: repair or download the file again")
-    return raw
-
-
-def _architecture_name(fields: _Fields) -> str:
+def _architecture_name(fields: Fields) -> str:
     names = fields.get("architectures", [])
     for name in names if isinstance(names, list) else []:
         if name in ARCHITECTURES:
@@ -238,46 +189,15 @@ def _architecture_name(fields: _Fields) -> str:
     raise fields.error(f"architectures={names!r} is not supported: choose a checkpoint of one of {supported}")
 
 
-def _refuse_what_is_not_computed(fields: _Fields) -> None:
+def _refuse_what_is_not_computed(fields: Fields) -> None:
     """Refuse whatever would otherwise be silently ignored and give wrong logits."""
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
-    if fields.get("quantization_config"):
+    if fields.get("quantization_config") or fields.get("compression_config"):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
 
 
-def _read_rope(fields: _Fields, max_position: int) -> Rope:
-    modern = fields.nested("rope_parameters")
-    scaling = modern if fields.get("rope_parameters") else fields.nested("rope_scaling")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "dynamic":  # departs from the plain rotation only beyond max_position, where no sequence may go
-        kind = "default"
-    if kind not in Rope.KINDS:
-        raise fields.error(f"RoPE scaling {kind!r} is not supported: choose a checkpoint with one of {Rope.KINDS}")
-    for source in (fields, scaling):
-        if source.number("partial_rotary_factor", 1.0) != 1.0:
-            raise fields.error("partial_rotary_factor other than 1 is not supported: choose another checkpoint")
-    attention_factor = scaling.get("attention_factor")
-    original = scaling.integer("original_max_position_embeddings", max_position)
-    if kind in ("linear", "llama3") and scaling.get("factor") is None:
-        raise fields.error(f"RoPE scaling {kind!r} has no factor: repair or download the file again")
-    return Rope(
-        theta=modern.number("rope_theta", fields.number("rope_theta", 10_000.0)),
-        kind=kind,
-        factor=scaling.number("factor", max_position / original),
-        original_max_position=original,
-        low_freq_factor=scaling.number("low_freq_factor", 1.0),
-        high_freq_factor=scaling.number("high_freq_factor", 4.0),
-        beta_fast=scaling.number("beta_fast", 32.0),
-        beta_slow=scaling.number("beta_slow", 1.0),
-        attention_factor=None if attention_factor is None else float(attention_factor),
-        mscale=scaling.number("mscale", 0.0),
-        mscale_all_dim=scaling.number("mscale_all_dim", 0.0),
-        truncate=bool(scaling.get("truncate", True)),
-    )
-
-
-def _within_window(fields: _Fields, family: Architecture, max_position: int) -> int:
+def _within_window(fields: Fields, family: Architecture, max_position: int) -> int:
     """Within its window, sliding attention is full attention: so it is served exactly, up to the window."""
     window = None
     if family.sliding == "always":
@@ -293,29 +213,34 @@ def _within_window(fields: _Fields, family: Architecture, max_position: int) -> 
     return window
 
 
-def _is_null(fields: _Fields, name: str) -> bool:
+def _is_null(fields: Fields, name: str) -> bool:
     return fields.has(name) and fields.get(name) is None
 
 
-def _read_dtype(fields: _Fields) -> torch.dtype:
-    name = fields.get("dtype", fields.get("torch_dtype", "float32"))
-    if name not in DTYPES:
-        raise fields.error(f"dtype {name!r} is not supported: choose a checkpoint in one of {', '.join(DTYPES)}")
+def _read_dtype(fields: Fields) -> torch.dtype | None:
+    named = fields.get("dtype", fields.get("torch_dtype", "auto"))
+    name = named.removeprefix("torch.") if isinstance(named, str) else named
+    if name == "auto":
+        return None
+    name = OTHER_DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
+    if not isinstance(name, str) or name not in DTYPES:
+        raise fields.error(f"dtype {named!r} is not supported: choose a checkpoint in one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def _read_eos_ids(fields: _Fields, folder: Path) -> tuple[int, ...]:
-    """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json."""
+def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
+    """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json. An id that is no
+    token, such as the -1 of some files, ends nothing."""
     found: set[int] = set()
     generation = folder / "generation_config.json"
-    sources = [fields, _Fields(_read_json(generation), generation)] if generation.exists() else [fields]
+    sources = [fields, Fields(read_json(generation), generation)] if generation.exists() else [fields]
     for source in sources:
         value = source.get("eos_token_id", [])
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(token, int) for token in ids):
             raise source.error(f"eos_token_id must be an integer or a list of them, found {value!r}: repair the file")
         found.update(ids)
-    return tuple(sorted(found))
+    return tuple(sorted(token for token in found if 0 <= token < fields.integer("vocab_size")))
 
 
 def _divisors(number: int) -> list[int]:

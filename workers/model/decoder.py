@@ -5,6 +5,7 @@ a step is a ragged batch, and only the rows of `sample_at` get logits. All colle
 linears and the embedding (the spirit of gpt-fast's tp.py).
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGL
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, Part, Piece, Progress
 from workers.parallel.communicator import Communicator
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Layer:
@@ -76,6 +81,12 @@ class Layer:
         hidden = hidden.add_(self.o(attended))
         return hidden.add_(self.mlp(self.mlp_norm(hidden)))
 
+    def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """The norms of each query head and of each key head, [head_dim], where the model has them."""
+        if self.qk_norm is None:
+            return None, None
+        return self.qk_norm.weight[0], self.qk_norm.weight[self._shape.heads]
+
     def pieces(self) -> list[Piece]:
         name = f"model.layers.{self._number}"
         norms = [
@@ -101,7 +112,7 @@ class Layer:
         pieces = []
         for proj, target, start, total in zip(("q_proj", "k_proj", "v_proj"), targets, starts, totals, strict=True):
             pieces += _column_pieces(f"{name}.{proj}", target, start * dim, total * dim, config.hidden)
-        pieces += _row_pieces(f"{name}.o_proj", self.o, shape.head_start * dim, config.heads * dim)
+        pieces += _row_pieces(f"{name}.o_proj", self.o, shape.head_start * dim, config.heads * dim, config.o_bias)
         if self.qk_norm is not None:
             pieces.append(Piece(self.qk_norm.weight[0], f"{name}.q_norm.weight", (dim,)))
             pieces.append(Piece(self.qk_norm.weight[shape.heads], f"{name}.k_norm.weight", (dim,)))
@@ -114,31 +125,36 @@ class Layer:
         for proj, target in zip(("gate_proj", "up_proj"), targets, strict=True):
             start, total = shape.intermediate_start, config.intermediate
             pieces += _column_pieces(f"{name}.{proj}", target, start, total, config.hidden)
-        return pieces + _row_pieces(f"{name}.down_proj", self.mlp.down, shape.intermediate_start, config.intermediate)
+        down = _row_pieces(
+            f"{name}.down_proj", self.mlp.down, shape.intermediate_start, config.intermediate, config.mlp_bias
+        )
+        return pieces + down
 
 
 class Outer:
-    """What surrounds the layers: embedding, final norm and head. Tied weights are read once."""
+    """What surrounds the layers: embedding, final norm and head. Tied weights are read once.
+
+    tables: what the embedding and the head are called in the checkpoint; one name for both where they are tied.
+    """
 
     def __init__(
-        self, config: ModelConfig, shape: RankShape, comm: Communicator, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._config, self._shape = config, shape
+        self, config: ModelConfig, shape: RankShape, comm: Communicator, dtype: torch.dtype, device: torch.device,
+        tables: tuple[str, str],
+    ) -> None:  # fmt: skip
+        self._config, self._shape, self._tables = config, shape, tables
         self.embedding = VocabParallelEmbedding(shape.vocab, shape.vocab_start, config.hidden, dtype, device, comm)
         self.norm = RMSNorm((config.hidden,), config.rms_eps, dtype, device)
         linear = Linear(shape.vocab, config.hidden, dtype, device)
-        if config.tied:
+        if len(set(tables)) == 1:
             linear.weight = self.embedding.weight
         self.head = Head(linear, shape.vocab_real)
 
     def pieces(self) -> list[Piece]:
         config, shape = self._config, self._shape
-        tables = [(self.embedding.weight, "model.embed_tokens.weight")]
-        if not config.tied:
-            assert self.head.linear.weight is not None
-            tables.append((self.head.linear.weight, "lm_head.weight"))
+        assert self.head.linear.weight is not None
+        weights = {self._tables[1]: self.head.linear.weight, self._tables[0]: self.embedding.weight}
         pieces = [Piece(self.norm.weight, "model.norm.weight", (config.hidden,))]
-        for weight, name in tables:
+        for name, weight in weights.items():
             weight[shape.vocab_real :] = 0.0  # padding: looked up by no token, masked by the head
             real = weight[: shape.vocab_real]
             pieces.append(Piece(real, name, (config.vocab_size, config.hidden), shape.vocab_start))
@@ -158,19 +174,22 @@ class Decoder:
         self,
         config: ModelConfig,
         comm: Communicator,
-        attention: AttentionBackend,
+        attention: AttentionBackend | None,
         dtype: torch.dtype,
         device: torch.device,
+        positions: int,
+        tables: tuple[str, str],
     ) -> None:
+        """positions: a sequence has so many at most. tables: as in `Outer`."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
         self.dtype, self.device = dtype, device
         self.attention = attention
         self._pads = can_pack(dtype, device)
-        self._rotary = Rotary(config.rope, config.head_dim, config.max_position, dtype, device)
-        self._outer = Outer(config, self.shape, comm, dtype, device)
-        self._layers = [
-            Layer(number, config, self.shape, self._rotary, comm, dtype, device) for number in range(config.layers)
+        self.rotary = Rotary(config.rope, config.head_dim, positions, dtype, device)
+        self.outer = Outer(config, self.shape, comm, dtype, device, tables)
+        self.layers = [
+            Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
         ]
 
     @torch.inference_mode()
@@ -179,21 +198,22 @@ class Decoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
+        assert self.attention is not None, "a decoder without attention holds weights alone"
         tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
         width = padded_rows(tokens) if self._pads else tokens
-        hidden = self._outer.embedding(padded(step.tokens, width))
-        turns = self._rotary.at(padded(step.positions, width))
+        hidden = self.outer.embedding(padded(step.tokens, width))
+        turns = self.rotary.at(padded(step.positions, width))
         plan = self.attention.plan(step)
-        last = len(self._layers) - 1
+        last = len(self.layers) - 1
         sample_at = padded(step.sample_at, padded_rows(samples)) if self._pads else step.sample_at
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             rows = sample_at if number == last else None
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
-        return self._outer.head(self._outer.norm(hidden))[:samples]
+        return self.outer.head(self.outer.norm(hidden))[:samples]
 
     def parts(self) -> list[Part]:
         """What `Checkpoint.load` fills, one after another."""
-        return [self._outer, *self._layers]
+        return [self.outer, *self.layers]
 
 
 @torch.inference_mode()
@@ -203,14 +223,34 @@ def load_model(
     comm: Communicator,
     dtype: torch.dtype,
     device: torch.device,
-    attention: AttentionBackend,
+    attention: AttentionBackend | None,
     progress: Progress | None = None,
+    max_model_len: int | None = None,
 ) -> Decoder:
-    """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError."""
+    """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
+
+    attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used; None: as many as the model has.
+    """
+    shape = config.shard(comm.rank, comm.size)
     with Checkpoint(path) as checkpoint:
-        decoder = Decoder(config, comm, attention, dtype, device)
+        tables = _table_names(checkpoint, config, shape, dtype)
+        positions = max_model_len or config.max_position
+        decoder = Decoder(config, comm, attention, dtype, device, positions, tables)
         checkpoint.load(decoder.parts(), progress)
     return decoder
+
+
+def _table_names(checkpoint: Checkpoint, config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> tuple[str, str]:
+    """What the embedding and the head are read from. Of a tied pair a file may have either, or both: then they are one only if
+    this rank's rows are equal. The same as transformers does with such files."""
+    if not config.tied:
+        return EMBEDDING, HEAD
+    if EMBEDDING not in checkpoint or HEAD not in checkpoint:
+        return (HEAD, HEAD) if HEAD in checkpoint else (EMBEDDING, EMBEDDING)
+    if checkpoint.same_rows(EMBEDDING, HEAD, shape.vocab_start, shape.vocab_start + shape.vocab_real, dtype):
+        return EMBEDDING, EMBEDDING
+    logger.warning("config.json ties the head to the embedding, but the checkpoint's %s differs: it is used", HEAD)
+    return EMBEDDING, HEAD
 
 
 def _split_rows(linear: Linear, rows: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
@@ -231,9 +271,11 @@ def _column_pieces(
     return pieces
 
 
-def _row_pieces(name: str, linear: RowParallelLinear, start: int, total: int) -> list[Piece]:
+def _row_pieces(name: str, linear: RowParallelLinear, start: int, total: int, bias: bool) -> list[Piece]:
+    """bias: the checkpoint has one. A rank that does not hold it has an empty share of it."""
     assert linear.weight is not None
     pieces = [Piece(linear.weight, f"{name}.weight", (linear.out_features, total), start, dim=1)]
-    if linear.bias is not None:
-        pieces.append(Piece(linear.bias, f"{name}.bias", (linear.out_features,)))
+    if bias:
+        target = linear.bias if linear.bias is not None else linear.weight.new_empty(0)
+        pieces.append(Piece(target, f"{name}.bias", (linear.out_features,)))
     return pieces

@@ -51,6 +51,12 @@ class Linear:
             if not keep_plain:
                 self.weight = None
 
+    @property
+    def plain(self) -> Tensor:
+        """The weight [out_features, in_features] as it was filled; not once it has been packed for a CPU."""
+        assert self.weight is not None, "packed"
+        return self.weight
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]"""
         if self._packed is None:
@@ -157,7 +163,10 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [samples, hidden] -> [samples, vocab]"""
-        logits = self.linear(x)
+        return self.mask(self.linear(x))
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """logits [samples, vocab], of which the padding columns become -inf, in place."""
         if self._real < self.linear.out_features:
             logits[:, self._real :] = -torch.inf
         return logits

@@ -48,6 +48,12 @@ class Rope:
             case _:
                 return plain
 
+    def stretched(self, max_position: int) -> int:
+        """Positions that the model takes: YaRN's factor is written beside a `max_position` that is still the original."""
+        if self.kind != "yarn":
+            return max_position
+        return max(max_position, int(self.original_max_position * self.factor))
+
     def magnitude(self) -> float:
         """What the cosines and sines are multiplied with: 1 but for YaRN."""
         if self.kind != "yarn":
@@ -101,25 +107,25 @@ class Turns:
 
 
 class Rotary:
-    """A table of cosines and sines for every position, in the model's dtype.
+    """A table of cosines and sines for `positions` positions, in the model's dtype.
 
     The first half of each sine row is negated, so a rotation is `x * cos + swap_halves(x) * sin`: three operations.
     """
 
-    __slots__ = ("_half", "_table")
+    __slots__ = ("_half", "table")
 
-    def __init__(self, rope: Rope, head_dim: int, max_position: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rope: Rope, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        positions = torch.arange(max_position, dtype=exact)
-        angles = positions[:, None] * rope.frequencies(head_dim, exact)
+        angles = torch.arange(positions, dtype=exact)[:, None] * rope.frequencies(head_dim, exact)
         cos, sin = angles.cos() * rope.magnitude(), angles.sin() * rope.magnitude()
         rows = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
-        self._table = rows.to(device=device, dtype=dtype)  # [max_position, cos|sin, head_dim]
+        self.table = rows.to(device=device, dtype=dtype)
+        """[positions, cos | signed sin, head_dim]"""
         self._half = head_dim // 2
 
     def at(self, positions: Tensor) -> Turns:
         """positions [tokens] -> their rotation. Once a step."""
-        cos, sin = self._table.index_select(0, positions).split_with_sizes((1, 1), 1)
+        cos, sin = self.table.index_select(0, positions).split_with_sizes((1, 1), 1)
         return Turns(cos, sin)
 
     def turn(self, heads: Tensor, turns: Turns) -> Tensor:

@@ -1,26 +1,43 @@
 """Reads a checkpoint's safetensors straight into one rank's shard: each rank touches only the slices that it holds.
 
-Imports torch and safetensors. Never holds more than one slice beside the model, and checks every name and shape of a
-part before it reads the first byte of it.
+Imports torch and safetensors. Never holds more than one slice beside the model. Before the first byte is read, every name,
+shape and stored type has been checked, and no tensor is left over that nothing reads: a scale, an adapter or the rest of
+another model would change what the others mean.
 """
 
 import json
+import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workers.model.architectures import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called as (done_bytes, total_bytes) while loading: bytes of this rank's share."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors calls the types that are numbers by themselves: all others need a scale, or a table, from elsewhere."""
+
+LEFTOVERS = re.compile(r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn\.masked_bias)$")
+"""Buffers that older releases of transformers saved, and that are computed from config.json."""
+
+NAMED_LEFTOVERS = 5
+COMPARED_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +55,14 @@ class Piece:
     dim: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a checkpoint holds. dtype: of most of its numbers. numbers: how many there are."""
+
+    dtype: torch.dtype
+    numbers: int
+
+
 class Part(Protocol):
     """Something that is filled as one: the embedding, a layer, the head."""
 
@@ -51,13 +76,15 @@ class Part(Protocol):
 class Checkpoint:
     """The tensors of a folder, by name. A context manager: closing it drops the memory maps.
 
-    Reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
-    Errors: CheckpointError for a missing or truncated file, a missing tensor or a shape that config.json contradicts.
+    Reads `model.safetensors`, or where there is none the files that `model.safetensors.index.json` names, as transformers
+    does. Errors: CheckpointError for a missing or truncated file, a missing tensor, one that nothing reads, a shape that
+    config.json contradicts, or numbers of fewer than 16 bits.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._folder = Path(path)
         self._open_files: dict[str, Any] = {}
+        self._compared: set[str] = set()
         self._file_of = self._find_tensors()
 
     def __enter__(self) -> "Checkpoint":
@@ -73,11 +100,37 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def stored(self) -> Stored:
+        """Errors: CheckpointError if most of it is no 16-, 32- or 64-bit floats."""
+        sizes: dict[str, int] = {}
+        for name in self._file_of:
+            if not LEFTOVERS.search(name):
+                view = self._slice(name)
+                kind = str(view.get_dtype())
+                sizes[kind] = sizes.get(kind, 0) + math.prod(view.get_shape())
+        kind = max(sizes, key=lambda name: sizes[name], default="F32")
+        if kind not in STORED_DTYPES:
+            raise CheckpointError(f"the weights in {self._folder} are stored as {kind}: {_QUANTIZED}")
+        return Stored(STORED_DTYPES[kind], sum(sizes.values()))
+
+    def same_rows(self, one: str, other: str, start: int, stop: int, dtype: torch.dtype) -> bool:
+        """Whether two matrices have equal rows [start, stop), in `dtype`. A block of them is read at a time, and both count as
+        read by this rank."""
+        self._compared |= {one, other}
+        first, second = self._slice(one), self._slice(other)
+        if first.get_shape() != second.get_shape():
+            return False
+        stop = min(stop, first.get_shape()[0])
+        blocks = ((at, min(at + COMPARED_ROWS, stop)) for at in range(start, stop, COMPARED_ROWS))
+        return all(torch.equal(first[a:b].to(dtype), second[a:b].to(dtype)) for a, b in blocks)
+
     def load(self, parts: Sequence[Part], progress: Progress | None = None) -> None:
-        """Fill `parts` one after another, so that at most one of them exists twice while it is being packed."""
+        """Fill `parts` one after another, so that at most one of them exists twice while it is being packed. Together they
+        read every tensor of the checkpoint, on each rank a share of it."""
         plan = [part.pieces() for part in parts]
         for pieces in plan:
             self._check(pieces)
+        self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared)
         total = sum(piece.target.nbytes for pieces in plan for piece in pieces)
         done = 0
         while plan:
@@ -91,15 +144,34 @@ class Checkpoint:
             part.filled()
 
     def _find_tensors(self) -> dict[str, str]:
+        if (self._folder / ADAPTER_FILE).exists():
+            raise CheckpointError(
+                f"an adapter ({ADAPTER_FILE}) lies beside the weights in {self._folder}, and adapters are not computed: "
+                f"merge it into the weights, or take its files out of the folder"
+            )
         index = self._folder / INDEX_FILE
-        if not index.exists():
-            handle = self._file(SINGLE_FILE)
-            return dict.fromkeys(handle.keys(), SINGLE_FILE)
+        if (self._folder / SINGLE_FILE).exists() or not index.exists():
+            if index.exists():
+                logger.warning("%s: %s is read, and %s beside it is not", self._folder, SINGLE_FILE, INDEX_FILE)
+            return dict.fromkeys(self._file(SINGLE_FILE).keys(), SINGLE_FILE)
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): str(file) for name, file in weight_map.items()}
+            placed = {str(name): str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read ({error!r}): download the file again") from error
+        return self._with_unlisted(placed)
+
+    def _with_unlisted(self, placed: dict[str, str]) -> dict[str, str]:
+        """Adds what the files hold beside what the index says of them."""
+        found = dict(placed)
+        for file in sorted(set(placed.values())):
+            for name in self._file(file).keys():  # noqa: SIM118 (a handle is no mapping)
+                if found.setdefault(name, file) != file:
+                    raise CheckpointError(
+                        f"tensor {name} is in two files of {self._folder}, {found[name]} and {file}: "
+                        f"one of them is of another version; download both again"
+                    )
+        return found
 
     def _file(self, name: str) -> Any:
         handle = self._open_files.get(name)
@@ -128,6 +200,19 @@ class Checkpoint:
                     f"tensor {piece.name} in {self._folder} has shape {list(found)} but config.json asks for "
                     f"{list(piece.shape)}: one of the two is from another model; download both again"
                 )
+            stored = str(self._slice(piece.name).get_dtype())
+            if stored not in STORED_DTYPES:
+                raise CheckpointError(f"tensor {piece.name} in {self._folder} is stored as {stored}: {_QUANTIZED}")
+
+    def _refuse_unread(self, read: set[str]) -> None:
+        unread = sorted(name for name in self._file_of if name not in read and not LEFTOVERS.search(name))
+        if unread:
+            more = f" and {len(unread) - NAMED_LEFTOVERS} more" if len(unread) > NAMED_LEFTOVERS else ""
+            raise CheckpointError(
+                f"{self._folder} has tensors that the model of config.json does not read: "
+                f"{', '.join(unread[:NAMED_LEFTOVERS])}{more}. The weights may be quantized, unmerged or another model's: "
+                f"choose the checkpoint in bfloat16, float16 or float32, merged, with its own config.json"
+            )
 
     def _slice(self, name: str) -> Any:
         file = self._file_of[name]
@@ -146,3 +231,6 @@ class Checkpoint:
         whole = piece.start == 0 and stop == piece.shape[piece.dim]
         rows = slice(None) if whole else slice(piece.start, stop)
         piece.target.copy_(view[rows] if piece.dim == 0 else view[:, rows])
+
+
+_QUANTIZED = "quantized weights are not supported; choose the checkpoint in bfloat16, float16 or float32"

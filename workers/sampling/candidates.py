@@ -12,6 +12,7 @@ from workers.parallel.communicator import Communicator
 
 _BLOCK = 64
 _LOW32 = 2**32 - 1
+_ABOVE_ALL = 2**31 - 1
 
 
 def argmax(values: Tensor) -> Tensor:
@@ -39,9 +40,9 @@ def logsumexp(values: Tensor, best: Tensor) -> Tensor:
 def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The first `count` columns of each row in the order (value descending, column ascending), as (values, columns).
 
-    Exact also under ties, which abound in bfloat16 logits and which torch.topk breaks at will. Two levels: the wanted
-    columns lie in the first `count` blocks, ordered by (maximum descending, block ascending), since each block ahead of
-    another holds an element ahead of all of the other's. So only one cheap pass reads the whole row.
+    NaN comes first. Exact also under ties, which abound in bfloat16 logits and which torch.topk breaks at will. Two levels:
+    the wanted columns lie in the first `count` blocks, ordered by (maximum descending, block ascending), since each block
+    ahead of another holds an element ahead of all of the other's. So only one cheap pass reads the whole row.
     """
     width = values.shape[1]
     block = _BLOCK
@@ -65,7 +66,7 @@ def _ranked(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return ordered[:, :count], places[:, :count]
     # One integer orders by value, then place: IEEE bits made monotone above, the complement of the place below.
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    monotone = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    monotone = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill_(values.isnan(), _ABOVE_ALL).long() << 32
     keys = monotone | (_LOW32 - torch.arange(values.shape[1], device=values.device))
     places = _LOW32 - (keys.topk(count).values & _LOW32)
     return values.gather(1, places), places

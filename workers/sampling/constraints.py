@@ -86,6 +86,10 @@ class Constraints:
     def release(self, row: int) -> None:
         self._rows.pop(row, None)
 
+    def any(self, rows: Ints) -> bool:
+        """Whether one of `rows` has a grammar."""
+        return bool(self._rows) and not self._rows.keys().isdisjoint(rows.tolist())
+
     def allowed(self, rows: Ints) -> Allowed | None:
         """What the next tokens of `rows` [samples] may be; None if none has a grammar. Waits for the background."""
         if not self._rows:

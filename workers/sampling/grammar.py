@@ -4,14 +4,15 @@ Imports llguidance and the wire type; no torch, so that a request can be checked
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from scheduler.sampling import Grammar
+from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,32}"
 """Between the parts of a JSON text: one blank, or a new line and its indent. Without a bound a model that has lost its way
 writes blanks until max_tokens."""
@@ -27,16 +28,22 @@ def load_tokenizer(checkpoint: Path, vocab_size: int, eos_ids: tuple[int, ...]) 
     """Reads the checkpoint's vocabulary as bytes, which is what a grammar is matched against. Takes about a second for
     150,000 tokens: do it once, in a thread.
 
-    vocab_size: of the model; ids beyond the tokenizer's own match nothing. eos_ids: what may follow a complete output.
+    vocab_size: of the model; ids beyond the tokenizer's own match nothing. eos_ids: what may follow a complete output, beside
+    the tokenizer's own end.
     Errors: GrammarError where there is no tokenizer, or one that it cannot read, or no end-of-sequence id.
     """
-    if not any((checkpoint / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(checkpoint):
         raise GrammarError(f"there is no tokenizer in {checkpoint}, and a grammar is matched against the tokens' text")
-    if not eos_ids:
-        raise GrammarError("the checkpoint names no end-of-sequence id, so no output could end: set its eos_token_id")
     try:
-        ends = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]  # older releases of the library take one id only
-        return LLTokenizer(_tokenizer_json(checkpoint), n_vocab=vocab_size, eos_token=ends)
+        settings = _tokenizer_json(checkpoint)
+        own = _own_end(checkpoint, settings)
+        ends = sorted(end for end in {*eos_ids, *own} if 0 <= end < vocab_size)
+        if not ends:
+            raise GrammarError("the checkpoint names no end-of-sequence id, so no output could end: set its eos_token_id")
+        several = ends if len(ends) > 1 else ends[0]  # older releases of the library take one id only
+        return LLTokenizer(json.dumps(settings), n_vocab=vocab_size, eos_token=several)
+    except GrammarError:
+        raise
     except Exception as error:  # transformers and llguidance raise whatever their parsers raise
         raise GrammarError(f"no grammar can be matched with the tokenizer in {checkpoint}: {error}") from error
 
@@ -69,14 +76,17 @@ def _source(grammar: Grammar) -> str:
             assert_never(grammar.kind)
 
 
-def _tokenizer_json(checkpoint: Path) -> str:
+def _tokenizer_json(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's tokenizer as the tokenizers library writes it, without padding or truncation."""
     path = checkpoint / "tokenizer.json"
-    if path.exists():
-        return json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"padding": None, "truncation": None})
-    from transformers import AutoTokenizer
+    text = path.read_text(encoding="utf-8") if path.exists() else str(open_tokenizer(checkpoint).backend_tokenizer.to_str())
+    settings: dict[str, Any] = json.loads(text)
+    return settings | {"padding": None, "truncation": None}
 
-    backend = AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True).backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return str(backend.to_str())
+
+def _own_end(checkpoint: Path, settings: Mapping[str, Any]) -> list[int]:
+    """The id of the end of text that tokenizer_config.json names, if the vocabulary has it."""
+    path = checkpoint / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token") if path.exists() else None
+    content = named.get("content") if isinstance(named, dict) else named
+    return [token["id"] for token in settings.get("added_tokens") or () if token["content"] == content]

@@ -1,11 +1,13 @@
 """Log-probabilities of the model's own distribution, before bias, penalties and temperature, for the rows that asked.
 
-Imports torch, msgspec, the wire types and `candidates`.
+Imports torch, NumPy, msgspec, the wire types and `candidates`.
 """
 
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from scheduler.messages import PromptLogprobs, TokenLogprobs
 from workers.parallel.communicator import Communicator
 from workers.sampling import candidates
 
+Ints = npt.NDArray[np.int64]
+
+NOT_ASKED = -1
 MEASURED_AT_ONCE = 64
 """Positions of a prompt whose logits are widened for the sums at a time."""
 
@@ -80,6 +85,36 @@ def measure(comm: Communicator, logits: Tensor, tokens: Tensor, most: int, vocab
     values, ids = candidates.merge(comm, values, columns + comm.rank * width)
     shown = min(most, vocab_size)  # padded ids come last
     return torch.cat([logprob, ids[:, :shown].double(), values[:, :shown].double() - total], 1)
+
+
+def measure_asked(
+    comm: Communicator, logits: Tensor, tokens: Tensor, counts: Ints, vocab_size: int, dtype: torch.dtype
+) -> Logprobs | None:
+    """What the samples of a step asked for; None if none did. Waits for nothing.
+
+    logits: [samples, local_vocab], raw. tokens: [samples] int64. counts: [samples] top entries that each wants, or NOT_ASKED.
+    dtype: of the arithmetic.
+    """
+    asked = np.flatnonzero(counts != NOT_ASKED)
+    if not len(asked):
+        return None
+    at = to_device(asked, logits.device)
+    numbers = measure(comm, logits[at].to(dtype), tokens[at], int(counts[asked].max()), vocab_size)
+    return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), to_host(numbers))
+
+
+def to_host(numbers: Tensor) -> Tensor:
+    """On the host once the device has been synchronised past it. Pinned, or a GPU's copy would hold up the host."""
+    if not numbers.is_cuda:
+        return numbers
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    return host.copy_(numbers, non_blocking=True)
+
+
+def to_device(array: Ints | npt.NDArray[np.int32], device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def measure_prompt(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scheduler.sampling import SamplingParams
+from workers.sampling import settings
 from workers.sampling.constraints import Allowed
 
 Ints = npt.NDArray[np.integer]
@@ -49,7 +50,7 @@ class LogitEdits:
     def admit(self, row: int, params: SamplingParams, stop_ids: tuple[int, ...], prompt: Ints, output: Ints) -> bool:
         """Takes over `row`. Returns whether its logits will ever be changed."""
         self.release(row)
-        slot = self._take_slot(prompt, output) if _penalises(params) else None
+        slot = self._take_slot(prompt, output) if settings.penalises(params) else None
         stops = stop_ids if params.min_tokens > 0 else ()
         if slot is None and not params.logit_bias and not stops:
             return False
@@ -123,7 +124,7 @@ class LogitEdits:
         penalised = [(sample, row.slot, row.params) for sample, row in edits if row.slot is not None]
         if not penalised:
             return
-        factors = self._put(np.array([_factors(params) for _, _, params in penalised], np.float64)).to(logits.dtype)
+        factors = self._put(np.array([settings.penalties(params) for _, _, params in penalised], np.float64)).to(logits.dtype)
         if not logits.is_cpu:
             samples, slots = self._put(np.array([(sample, slot) for sample, slot, _ in penalised], np.int64).T)
             output, prompt = self._output[slots], self._prompt[slots]
@@ -166,14 +167,6 @@ class LogitEdits:
     def _put(self, array: npt.NDArray[np.int64] | npt.NDArray[np.float64] | npt.NDArray[np.uint8]) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
-
-def _factors(params: SamplingParams) -> tuple[float, float, float]:
-    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-
-
-def _penalises(params: SamplingParams) -> bool:
-    return _factors(params) != (1.0, 0.0, 0.0)
 
 
 def _penalise(logits: Tensor, output: Tensor, prompt: Tensor, factors: Tensor) -> Tensor:

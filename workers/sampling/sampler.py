@@ -13,24 +13,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from scheduler.messages import NO_TOKEN
 from scheduler.sampling import SamplingParams
 from workers.parallel.communicator import Communicator
 from workers.sampling import candidates, logprobs, noise
 from workers.sampling.constraints import Allowed
 from workers.sampling.logprobs import Logprobs
 from workers.sampling.penalties import LogitEdits
+from workers.sampling.settings import GREEDY_BELOW
 
 Ints = npt.NDArray[np.integer]
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy, as in vLLM: logits / temperature would overflow."""
-
-_NO_LOGPROBS = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """tokens: [samples] int64 on the device, the next step's input. logprobs: None when no row asked."""
+    """tokens: [samples] int64 on the device, NO_TOKEN where the edited logits hold NaN or infinity or nothing finite.
+    logprobs: None when no row asked."""
 
     tokens: Tensor
     logprobs: Logprobs | None = None
@@ -95,7 +93,7 @@ class Sampler:
         self._plain = np.ones(rows, np.bool_)  # greedy, and nothing else to do
         self._streams = np.zeros(rows, np.uint64)
         self._settings = np.zeros((rows, 4), np.float64)  # temperature, top_k (0: all), top_p (inf: all), min_p
-        self._logprobs = np.full(rows, _NO_LOGPROBS, np.int64)
+        self._logprobs = np.full(rows, logprobs.NOT_ASKED, np.int64)
 
     def admit(
         self,
@@ -114,7 +112,7 @@ class Sampler:
         top_p = params.top_p if params.top_p < 1 else np.inf
         self._settings[row] = (1, 1, np.inf, 0) if greedy else (params.temperature, top_k, top_p, params.min_p)
         self._streams[row] = noise.stream(seed, choice)
-        self._logprobs[row] = _NO_LOGPROBS if params.logprobs is None else params.logprobs
+        self._logprobs[row] = logprobs.NOT_ASKED if params.logprobs is None else params.logprobs
         edited = self._edits.admit(row, params, stop_ids, prompt, output)
         self._plain[row] = greedy and not edited and params.logprobs is None and params.grammar is None
 
@@ -147,12 +145,12 @@ class Sampler:
         return numbers.to("cpu", non_blocking=True)
 
     def _greedy(self, logits: Tensor) -> Tensor:
-        column = candidates.argmax(logits)
+        column = candidates.argmax(logits)[:, None]
+        value = logits.gather(1, column)
         if self._comm.size == 1:
-            return column
-        value = logits.gather(1, column[:, None]).double()
-        offer = torch.cat([value, column[:, None].double() + self._first_id], 1)
-        return candidates.agree(self._comm, offer)[:, 1].long()
+            return _if_finite(column[:, 0], value)
+        winner = candidates.agree(self._comm, torch.cat([value.double(), column.double() + self._first_id], 1))
+        return _if_finite(winner[:, 1].long(), winner[:, :1])
 
     def _draw(self, logits: Tensor, rows: Ints, positions: Ints) -> Tensor:
         host = self._settings[rows]
@@ -186,7 +184,7 @@ class Sampler:
         scores = values + noise.gumbel(settings.keys, ids.int(), self._dtype)
         scores = scores.masked_fill(~kept, -torch.inf)
         best = scores.amax(-1, keepdim=True)
-        return ids.masked_fill(scores < best, torch.iinfo(ids.dtype).max).amin(-1)
+        return _if_finite(ids.masked_fill(scores < best, torch.iinfo(ids.dtype).max).amin(-1), values[:, :1])
 
     def _draw_unbounded(self, scaled: Tensor, settings: _Settings, host: npt.NDArray[np.float64]) -> Tensor:
         """Rows without top_k: the best score among the ids that can still win, filtered by min_p and top_p."""
@@ -197,9 +195,9 @@ class Sampler:
         if host[:, 3].any():
             scores.masked_fill_(values < (best[:, :1] + settings.min_p.log()).to(self._dtype), -torch.inf)
         if not nucleus:
-            return self._winner(scores, values, ids)[:, 1].long()
+            return _if_finite(self._winner(scores, values, ids)[:, 1].long(), best[:, :1])
         weights = (values - mass.to(self._dtype)).exp_()
-        return self._nucleus(scores, values, ids, weights, settings.top_p)
+        return _if_finite(self._nucleus(scores, values, ids, weights, settings.top_p), best[:, :1])
 
     def _summary(self, scaled: Tensor, with_mass: bool) -> tuple[Tensor, Tensor]:
         """The most likely token of all ranks, [samples, (scaled logit, id)] float64, and log(sum(exp)) [samples, 1]."""
@@ -256,14 +254,12 @@ class Sampler:
         return tokens
 
     def _measure(self, logits: Tensor, tokens: Tensor, rows: Ints) -> Logprobs | None:
-        counts = self._logprobs[rows]
-        asked = np.flatnonzero(counts != _NO_LOGPROBS)
-        if not len(asked):
-            return None
-        at = self._put(asked)
-        most = int(counts[asked].max())
-        numbers = logprobs.measure(self._comm, logits[at], tokens[at], most, self._vocab_size)
-        return Logprobs(tuple(asked.tolist()), tuple(counts[asked].tolist()), numbers.to("cpu", non_blocking=True))
+        return logprobs.measure_asked(self._comm, logits, tokens, self._logprobs[rows], self._vocab_size, self._dtype)
 
     def _put(self, array: npt.NDArray[np.float64] | npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _if_finite(tokens: Tensor, best: Tensor) -> Tensor:
+    """NO_TOKEN for rows whose best logit [rows, 1], which any NaN takes the place of, is not finite."""
+    return tokens.masked_fill(~best.squeeze(1).isfinite(), NO_TOKEN)

@@ -1,0 +1,74 @@
+"""Local groups in a process of their own, as on a GPU: the same outputs, errors and ends as with threads."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import cluster.local
+from cluster.local import LocalEngine
+from cluster.local_groups import ThreadGroups
+from cluster.local_process import ProcessGroups
+from deploy import LLM, SamplingParams
+from workers.model.architectures import CheckpointError
+
+PROMPTS = [[1, 2, 3, 4], [5, 6, 7], list(range(40, 140))]
+PARAMS = [SamplingParams(max_tokens=12, temperature=0.8, seed=number, ignore_eos=True) for number in range(3)]
+
+
+@pytest.fixture
+def in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.local, "ThreadGroups", ProcessGroups)
+
+
+def outputs() -> list[tuple[int, ...]]:
+    with LLM(local=True, groups=2, block_size=16, threads=1, kv_memory="64MiB", seed=1) as llm:
+        return [tuple(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, PARAMS, progress=False)]
+
+
+def child_of(llm: LLM) -> int:
+    engine = llm._engine
+    assert isinstance(engine, LocalEngine)
+    groups = engine._groups
+    assert isinstance(groups, ProcessGroups)
+    assert groups._child is not None
+    return groups._child.pid
+
+
+def test_the_same_tokens_as_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_threads = outputs()
+    monkeypatch.setattr(cluster.local, "ThreadGroups", ProcessGroups)
+    assert outputs() == as_threads
+    assert ThreadGroups is not cluster.local.ThreadGroups
+
+
+@pytest.mark.usefixtures("in_a_process")
+def test_what_the_ranks_cannot_do_is_said_as_they_say_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, '
+        '"intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64}'
+    )
+    with pytest.raises(CheckpointError, match="safetensors"):
+        LLM(str(tmp_path), local=True, threads=1)
+
+
+@pytest.mark.usefixtures("in_a_process")
+def test_a_process_that_dies_ends_what_is_under_way_with_the_reason() -> None:
+    with LLM(local=True, block_size=16, threads=1, kv_memory="64MiB") as llm:
+        endless = SamplingParams(max_tokens=2000, ignore_eos=True)
+        stream = llm.iterate([[1, 2, 3]], endless)
+        next(iter(stream))
+        os.kill(child_of(llm), signal.SIGKILL)
+        *_, (_, last) = stream
+        assert last.error is not None
+        assert "process of the local groups has ended" in last.error
+
+
+@pytest.mark.usefixtures("in_a_process")
+def test_it_is_gone_when_the_engine_is() -> None:
+    with LLM(local=True, block_size=16, threads=1, kv_memory="64MiB") as llm:
+        child = child_of(llm)
+        os.kill(child, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)

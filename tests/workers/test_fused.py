@@ -1,0 +1,105 @@
+"""The decoder with its fused kernels says what the plain one says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from tests.checkpoints import make_checkpoint
+from tests.workers.decoding import PAGE_SIZE, PAGES_EACH, SEQUENCES, make_step
+from workers.cpu.attention import CpuAttention
+from workers.execution.step import StepInput
+from workers.model.architectures import read_config
+from workers.model.decoder import Decoder, load_model
+from workers.model.fused import FEW_TOKENS, FusedDecoder
+from workers.parallel.connect import Solo
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "qwen3-biases": ("Qwen3ForCausalLM", {"attention_bias": True, "tied": True}),
+    "llama-biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "qwen2-odd": ("Qwen2ForCausalLM", {"hidden_size": 72, "head_dim": 18, "num_attention_heads": 4}),
+}
+STEPS = [
+    [(0, 0, [7, 8, 9]), (1, 0, list(range(20, 37))), (2, 0, list(range(100, 111)))],
+    [(0, 3, [4]), (1, 17, [5]), (2, 11, list(range(111, 140))), (3, 0, [5] * 9)],
+    [(0, 4, [9]), (1, 18, [3]), (2, 40, [1]), (3, 9, [2])],
+    [(3, 10, [2])],
+]
+
+
+class Fused:
+    """The fused decoder over a pool, with the plain backend to attend."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        config = read_config(path)
+        shape = config.shard(0, 1)
+        layout = PageLayout(PAGE_SIZE, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+        self.pool = KVPool(layout, SEQUENCES * PAGES_EACH, DEVICE)
+        self.plain = KVPool(layout, SEQUENCES * PAGES_EACH, "cpu")
+        self.attention = CpuAttention(self.plain, shape.heads)
+        self.decoder: Decoder = load_model(path, config, Solo(), dtype, DEVICE, None)
+        self.fused = FusedDecoder(self.decoder, self.pool)
+
+    def logits(self, step: StepInput, *, all_tokens: bool = False) -> Tensor:
+        plan = self.attention.plan(step)
+
+        def attend(layer: int, query: Tensor) -> Tensor:
+            written = [view.flatten(0, 1)[step.slots].cpu() for view in (self.pool.keys(layer), self.pool.values(layer))]
+            return self.attention.attend(layer, query.cpu(), *written, step, plan).to(DEVICE)
+
+        tokens, positions, slots, rows = (
+            getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")
+        )
+        return self.fused.logits(tokens, positions, slots, attend, None if all_tokens else rows).cpu()
+
+
+def test_steps_of_few_tokens_go_through_our_own_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, "LlamaForCausalLM", attention_bias=True, mlp_bias=True, num_hidden_layers=1)
+    few = Fused(path, torch.float32)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr("workers.model.layers.can_pack", lambda *_: False)
+        few = Fused(path, torch.float32)
+        few.fused._few_tokens = FEW_TOKENS
+    many = Fused(path, torch.float32)
+    many.fused._few_tokens = 0
+    for chunks in STEPS[2:]:
+        step = make_step(chunks)
+        decodes = len(chunks) == step.tokens.shape[0]
+        got, expected = few.logits(step, all_tokens=decodes), many.logits(step, all_tokens=decodes)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])
+def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    architecture, fields = VARIANTS[variant]
+    path = make_checkpoint(tmp_path, architecture, **fields)
+    config = read_config(path)
+    fused = Fused(path, dtype)
+    plain_pool = KVPool(fused.plain.layout, SEQUENCES * PAGES_EACH, "cpu")
+    plain = load_model(path, config, Solo(), dtype, torch.device("cpu"), CpuAttention(plain_pool, config.heads))
+    for chunks in STEPS:
+        step = make_step(chunks)
+        expected, got = plain.forward(step).float(), fused.logits(step).float()
+        share = 1e-4 if dtype == torch.float32 else 0.25
+        torch.testing.assert_close(got, expected, rtol=0, atol=share * float(expected.std()))
+
+
+def test_a_step_that_wants_no_logits_writes_all_its_keys_and_values(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    fused, wanted = Fused(path, torch.float32), Fused(path, torch.float32)
+    step = make_step([(1, 0, list(range(20, 37)))])
+    wanted.logits(step)
+    step.sample_at.resize_(0)
+    assert fused.logits(step).shape == (0, 199)
+    written = step.slots
+    for layer in range(2):
+        for view in (KVPool.keys, KVPool.values):
+            got, expected = (view(each.pool, layer).flatten(0, 1)[written] for each in (fused, wanted))
+            torch.testing.assert_close(got, expected)

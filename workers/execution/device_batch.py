@@ -1,0 +1,115 @@
+"""The batch as it lives on the device: last tokens, positions, sampling settings and block tables of every row.
+
+    last_token  [rows + 1]        int32   written by the sampler, read by the next step; by the host at a start alone
+    position    [rows + 1]        int32   of the token to compute next; each decode moves it on
+    order       [most]            int32   rows of the next decode step, then padding
+    settings    [rows + 1, 16]    int32   how each row samples (`sampling.settings`)
+    tables      [rows + 1, pages] int32   block tables
+
+All of it is one tensor, so whatever has changed on the host since the last step is one list of (place, value), one pinned copy
+and one kernel; where nothing has changed, nothing is sent. The last row is padding: its pages are the scratch page, which no
+sequence is ever granted, and its position stays 0. Imports torch, NumPy and the kernels of the batch.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from workers.execution.pinned import PinnedRing
+from workers.kernels.batch import gather, scatter
+from workers.loop.batch import Launched, ResidentBatch
+from workers.sampling.settings import WORDS
+
+Int32s = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+
+IN_FLIGHT = 4
+"""Pinned buffers of each kind: more than the steps that are ever under way."""
+
+
+class DeviceBatch:
+    """rows: of the resident batch. pages: width of a block table. most: sequences in one decode step. scratch_page: where
+    padding writes.
+
+    Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
+    """
+
+    def __init__(
+        self, *, rows: int, pages: int, page_size: int, most: int, scratch_page: int, device: torch.device
+    ) -> None:
+        self.padding = rows
+        self._page_size = page_size
+        self._width = pages
+        sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * pages)
+        starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        self._last_token, self._position, self._order, self._settings, self._tables = starts[:-1]
+        state = np.zeros(starts[-1], np.int32)
+        state[self._order : self._order + most] = self.padding
+        state[starts[-1] - pages :] = scratch_page
+        self._state = torch.from_numpy(state).to(device)
+        parts = self._state.split_with_sizes(sizes)
+        self.last_token, self.position, self.order = parts[:3]
+        self.settings = parts[3].view(rows + 1, WORDS)
+        self.tables = parts[4].view(rows + 1, pages)
+        # the inputs of a decode step, where a graph reads them
+        self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
+        self.slots = torch.zeros(most, dtype=torch.int64, device=device)
+        self.step_tables = torch.zeros(most, pages, dtype=torch.int32, device=device)
+        # the host's idea of what the device holds
+        self._known_order = np.full(most, self.padding, np.int32)
+        self._known_position = np.zeros(rows + 1, np.int64)
+        self._admitted: dict[int, tuple[int, Int32s]] = {}
+        self._ring = PinnedRing(device, IN_FLIGHT, 4096)
+        self._edits = torch.zeros(8192, dtype=torch.int32, device=device)
+
+    def admit(self, row: int, last_token: int, record: Int32s) -> None:
+        """A sequence enters at `row`. record: [WORDS] its sampling settings. On the device before the next step."""
+        self._admitted[row] = (last_token, record)
+
+    def update(self, batch: ResidentBatch, step: Launched, padded: int) -> None:
+        """Brings the device up to what the log has said, for `step`; its decodes are the first of `padded` sequences."""
+        rows, first = step.plan.rows[: step.plan.decodes], step.first[: step.plan.decodes]
+        places: list[Int32s | Ints] = []
+        values: list[Int32s | Ints] = []
+        for place, value in self._changes(batch, rows, first, padded):
+            places.append(place)
+            values.append(value)
+        self._known_position[rows] = first + 1
+        if places:
+            self._send(np.concatenate(places), np.concatenate(values))
+
+    def gather(self, padded: int) -> None:
+        """The inputs of a decode step of the first `padded` of `order`; on the device alone, so it may be captured."""
+        gather(
+            self.order, self.last_token, self.position, self.tables, tokens=self.tokens, positions=self.positions,
+            slots=self.slots, contexts=self.contexts, step_tables=self.step_tables, page_size=self._page_size, batch=padded,
+        )  # fmt: skip
+
+    def _changes(
+        self, batch: ResidentBatch, rows: Ints, first: Ints, padded: int
+    ) -> Iterator[tuple[Int32s | Ints, Int32s | Ints]]:
+        """(places, values); a place that comes twice brings the same value."""
+        for row, (token, record) in self._admitted.items():
+            yield np.array([self._last_token + row]), np.array([token])
+            yield self._settings + row * WORDS + np.arange(WORDS), record
+        self._admitted.clear()
+        for row, begin, end in batch.edited:
+            yield self._tables + row * self._width + np.arange(begin, end), batch.block_table[row, begin:end]
+        order = np.full(padded, self.padding, np.int32)
+        order[: len(rows)] = rows
+        moved = np.flatnonzero(order != self._known_order[:padded])
+        if len(moved):
+            self._known_order[:padded] = order
+            yield self._order + moved, order[moved]
+        stale = rows[self._known_position[rows] != first]
+        if len(stale):
+            yield self._position + stale, first[self._known_position[rows] != first]
+
+    def _send(self, places: Ints, values: Ints) -> None:
+        count = len(places)
+        if len(self._edits) < 2 * count:
+            self._edits = torch.zeros(4 * count, dtype=torch.int32, device=self._edits.device)
+        self._ring.send(np.concatenate([places, values]).astype(np.int32), self._edits)
+        scatter(self._state, self._edits, count)

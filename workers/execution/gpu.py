@@ -1,0 +1,157 @@
+"""Makes what executes steps on a GPU: loads, measures what the largest steps need, sizes nothing itself, captures.
+
+Imports torch, Triton's kernels and the tensor side of the room.
+"""
+
+import gc
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from workers.attention.select import select_device_backend
+from workers.execution.device_batch import DeviceBatch
+from workers.execution.gpu_runner import Captured, GpuRunner
+from workers.execution.graphs import ladder
+from workers.kernels.ahead import compiling_ahead
+from workers.loop.batch import ResidentBatch
+from workers.model.architectures import ModelConfig
+from workers.model.decoder import Decoder, load_model
+from workers.model.fused import FusedDecoder
+from workers.model.weights import Progress
+from workers.parallel.communicator import Communicator
+from workers.sampling.constraints import Constraints
+from workers.sampling.device import DeviceSampler
+
+if TYPE_CHECKING:
+    from workers.build import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+MARGIN_BYTES = 256 << 20
+"""Left free for what libraries allocate by themselves as they meet new shapes."""
+
+
+class GpuParts:
+    """One rank's model and sampler, from which runners over pools of different sizes are made: one to measure, one to serve."""
+
+    def __init__(
+        self,
+        config: "WorkerConfig",
+        model_config: ModelConfig,
+        layout: PageLayout,
+        comm: Communicator,
+        dtype: torch.dtype,
+        device: torch.device,
+        constraints: Constraints,
+    ) -> None:
+        self._config = config
+        self._model_config = model_config
+        self._layout = layout
+        self._comm = comm
+        self._dtype, self._device = dtype, device
+        self._constraints = constraints
+        self._shape = model_config.shard(comm.rank, comm.size)
+        self._most = min(config.rows, config.step_tokens)
+        self._decoder: Decoder | None = None
+        self._sampler = DeviceSampler(
+            vocab_size=model_config.vocab_size, comm=comm, rows=config.rows, samples=max(config.rows, self._most),
+            device=device, dtype=dtype,
+        )  # fmt: skip
+
+    def load(self, progress: Progress) -> None:
+        """Errors: CheckpointError, torch's out-of-memory error."""
+        self._decoder = load_model(
+            self._config.model, self._model_config, self._comm, self._dtype, self._device, None, progress,
+            self._config.max_model_len,
+        )  # fmt: skip
+
+    def measure(self) -> int:
+        """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
+        graphs take, which are run and captured here."""
+        pages = self._layout.pages_for(self._config.step_tokens)
+        probe = (pages + 1) * self._layout.page_bytes
+        runner = self._make(pages)
+        self._compile(runner)
+        torch.cuda.reset_peak_memory_stats()
+        self._run_largest_step(runner)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - probe
+        graphs = self._measure_graphs(runner) if self._config.cuda_graphs else 0
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        others = total - free - torch.cuda.memory_reserved()
+        return int(total * self._config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
+
+    def runner(self, pages: int, captured: Captured) -> GpuRunner:
+        """The one that serves, over a pool of so many pages and the scratch page."""
+        runner = self._make(pages)
+        self._compile(runner)
+        if self._config.cuda_graphs:
+            runner.capture(ladder(self._most), captured)
+        return runner
+
+    def _compile(self, runner: GpuRunner) -> None:
+        """Whatever steps of all sizes launch. A second time it costs nothing."""
+        with compiling_ahead():
+            for size in ladder(self._most):
+                runner.run_padding(size)
+            for tokens in (2, 16, 100):
+                self._run_prefill(runner, min(tokens, self._config.step_tokens))
+        torch.cuda.synchronize()
+
+    def _make(self, pages: int) -> GpuRunner:
+        assert self._decoder is not None, "made before it is loaded"
+        config = self._config
+        pool = KVPool(self._layout, pages + 1, self._device)
+        attention = select_device_backend(config.attention, pool=pool, heads=self._shape.heads, most=self._most)
+        state = DeviceBatch(
+            rows=config.rows,
+            pages=self._layout.pages_for(config.max_model_len),
+            page_size=config.page_size,
+            most=self._most,
+            scratch_page=pages,
+            device=self._device,
+        )
+        return GpuRunner(FusedDecoder(self._decoder, pool), attention, self._sampler, self._constraints, state, self._most)
+
+    def _run_largest_step(self, runner: GpuRunner) -> None:
+        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch page."""
+        self._run_prefill(runner, self._config.step_tokens)
+        runner.run_padding(self._most)
+
+    def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
+        """One prompt, in the first pages, which nobody has been granted yet."""
+        config = self._config
+        batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
+        length = max(2, min(tokens, config.max_model_len - 1))  # a single token were a decode
+        pages = self._layout.pages_for(length)
+        batch.block_table[0, :pages] = np.arange(pages)
+        batch.known[0], batch.slots[0], batch.lease[0] = length, length, 0
+        batch.tokens[0] = np.zeros(length, np.int32)
+        runner.execute(batch, batch.launch(batch.plan())).wait()
+
+    def _measure_graphs(self, runner: GpuRunner) -> int:
+        """Bytes that all graphs will take, by capturing the two largest sizes."""
+        sizes = ladder(self._most)
+        before = _free()
+        runner.capture(sizes[-1:])
+        one = before - _free()
+        if len(sizes) == 1:
+            return one
+        runner.capture(sizes[-2:])
+        return one + max(0, before - _free() - one) * (len(sizes) - 1)
+
+
+def _free() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+

@@ -1,0 +1,73 @@
+"""The resident batch on the device: host edits are scattered into it, and a decode step's inputs are gathered from it.
+
+Triton; on the CPU under its interpreter. Beside each kernel its reference in torch stands in the tests.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+EDITS_A_PROGRAM = 256
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scatter(state, edits, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    place = tl.load(edits + at, mask=mask, other=0)
+    tl.store(state + place, tl.load(edits + count + at, mask=mask, other=0), mask=mask)
+
+
+def scatter(state: Tensor, edits: Tensor, count: int) -> None:
+    """state[edits[i]] = edits[count + i] for i < count. state: [words] int32. edits: [2 * count or more] int32.
+
+    Places that stand twice must bring the same value.
+    """
+    _scatter[(triton.cdiv(count, EDITS_A_PROGRAM),)](state, edits, count, BLOCK=EDITS_A_PROGRAM)
+
+
+@triton.jit
+def _gather(order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, scratch, width,
+            PAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program is one sequence of the step."""
+    i = tl.program_id(0)
+    row = tl.load(order + i).to(tl.int64)
+    at = tl.load(position + row)
+    page = tl.load(tables + row * width + at // PAGE)
+    tl.store(tokens + i, tl.load(last_token + row))
+    tl.store(positions + i, at)
+    tl.store(slots + i, page.to(tl.int64) * PAGE + at % PAGE)
+    tl.store(contexts + i, at + 1)
+    held = at // PAGE + 1
+    for first in range(0, held, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        mask = entry < held
+        tl.store(step_tables + i.to(tl.int64) * width + entry, tl.load(tables + row * width + entry, mask=mask), mask=mask)
+    tl.store(position + row, tl.where(row == scratch, at, at + 1))
+
+
+def gather(
+    order: Tensor,
+    last_token: Tensor,
+    position: Tensor,
+    tables: Tensor,
+    *,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    contexts: Tensor,
+    step_tables: Tensor,
+    page_size: int,
+    batch: int,
+) -> None:
+    """The inputs of a decode step of `batch` sequences; each row of it but the last (padding) moves on by one position.
+
+    order: [batch or more] int32 rows of the step. last_token, position: [rows + 1] int32. tables: [rows + 1, pages] int32.
+    Written: tokens, positions, contexts [batch] int32, slots [batch] int64, and of step_tables [batch, pages] int32 as much as
+    each sequence holds: so the cost does not depend on the width.
+    """
+    _gather[(batch,)](
+        order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, last_token.shape[0] - 1,
+        tables.shape[1], PAGE=page_size, BLOCK=32,
+    )  # fmt: skip

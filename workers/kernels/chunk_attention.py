@@ -1,0 +1,187 @@
+"""Causal attention of prefill chunks over pages: all chunks of a step, however long, in one launch a layer.
+
+FlashAttention's tiles: so many query rows (tokens x the query heads that share a KV head) against blocks of keys, of which
+only those at the diagonal and at the end carry masks. The device makes the table of tiles itself; the launch geometry
+depends on the counts of tokens and sequences alone.
+
+Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kvcache.pool import KVPool
+from workers.kernels.decode_attention import LOG2_E, block_kv, block_pages
+
+FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
+PLANNED_TILES = 64  # by one program of the plan
+PLANNED_SEQUENCES = 64  # that it looks at together
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkConfig:
+    """How chunks are tiled; no field changes what is computed beyond rounding."""
+
+    rows: int = 128  # of a tile: tokens x query heads of a KV head
+    keys: int = 64  # of a block
+    stages: int = 3  # blocks in flight
+    warps: int = 8
+    descriptor: bool = False  # full blocks by the tensor memory accelerator instead of by pointers
+
+
+def choose_config(pool: KVPool) -> ChunkConfig:
+    """The best known for the pool's shape and dtype."""
+    if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
+        return ChunkConfig(rows=32, keys=16, stages=2)
+    if pool.layout.head_dim <= 64:
+        return ChunkConfig(keys=128)
+    return ChunkConfig()
+
+
+@triton.jit(do_not_specialize=["seqs"])
+def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.constexpr, TILES: tl.constexpr):
+    """Each program finds TILES tiles; none waits for another. A tile past the last has sequence -1.
+
+    A sequence's last tile comes first: it sees the most keys, and long work should not begin last.
+    """
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    owner = tl.zeros([TILES], tl.int32)
+    before = tl.zeros([TILES], tl.int32)
+    planned = 0
+    for first in range(0, seqs, SEQUENCES):
+        seq = first + tl.arange(0, SEQUENCES)
+        there = seq < seqs
+        count = tl.load(starts + seq + 1, mask=there, other=0) - tl.load(starts + seq, mask=there, other=0)
+        mine = tl.cdiv(count, TOKENS)
+        past = ((planned + tl.cumsum(mine, 0))[None, :] <= tile[:, None]) & there[None, :]
+        owner += tl.sum(past.to(tl.int32), 1)
+        before += tl.sum(tl.where(past, mine[None, :], 0), 1)
+        planned += tl.sum(mine, 0)
+    exists = owner < seqs
+    start = tl.load(starts + owner, mask=exists, other=0)
+    count = tl.load(starts + owner + 1, mask=exists, other=0) - start
+    context = tl.load(contexts + owner, mask=exists, other=0)
+    first = (tl.cdiv(count, TOKENS) - 1 - (tile - before)) * TOKENS
+    at = tiles + tile * 4
+    tl.store(at, tl.where(exists, owner, -1))
+    tl.store(at + 1, first)
+    tl.store(at + 2, start + first)
+    tl.store(at + 3, context - count)
+
+
+@triton.jit
+def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One block into the online softmax, in base 2. seen: keys that each row sees."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
+    peak = tl.maximum(top, tl.max(scores, 1) * scale)
+    p = tl.exp2(scores * scale - peak[:, None])
+    factor = tl.exp2(top - peak)
+    weight = weight * factor + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
+    return peak, weight, acc
+
+
+@triton.jit(do_not_specialize=["layer", "table_stride"])
+def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LAYERS: tl.constexpr,
+            ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+            DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One program: one tile of query rows x one KV head. `source` is the pool's descriptor, or the pool again."""
+    at = tiles + tl.program_id(0) // KV_HEADS * 4
+    head = tl.program_id(0) % KV_HEADS
+    seq = tl.load(at)
+    if seq < 0:
+        return
+    first = tl.load(at + 1)
+    index = tl.load(at + 2)
+    before = tl.load(at + 3)
+    context = tl.load(contexts + seq)
+    TOKENS: tl.constexpr = ROWS // GROUP
+    PAGE_ROWS: tl.constexpr = LAYERS * 2 * PAGE
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    token = rows // GROUP
+    last = tl.minimum(TOKENS, context - before - first)  # tokens of the tile
+    real = (token < last)[:, None] & (dims < DIM)[None, :]
+    columns = (head * GROUP + rows % GROUP) * DIM
+    q = tl.load(query + (index + token).to(tl.int64)[:, None] * query_stride + columns[:, None] + dims[None, :],
+                mask=real, other=0.0)  # fmt: skip
+    seen = before + first + token + 1
+    top = tl.full([ROWS], -1e30, tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    table = tables + seq.to(tl.int64) * table_stride
+    base = layer * (2 * PAGE)
+    full = (before + first + 1) // KEYS  # blocks that every row sees wholly
+    blocks = tl.cdiv(before + first + last, KEYS)
+    # a block's page is read one block ahead, as in a decode
+    page = block_pages(table, 0, context, PAGE, KEYS)
+    for block in tl.range(0, full, num_stages=STAGES):
+        k, v = block_kv(source, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, PAGE_ROWS, KEYS,
+                        DESCRIPTOR, False)  # fmt: skip
+        page = block_pages(table, tl.minimum(block + 1, blocks - 1), context, PAGE, KEYS)
+        top, weight, acc = _fold(q, k, v, seen, seen, top, weight, acc, scale, False, PRECISION)
+    for block in tl.range(full, blocks, num_stages=1):
+        k, v = block_kv(pool, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, PAGE_ROWS, KEYS, False, True)
+        page = block_pages(table, tl.minimum(block + 1, blocks - 1), context, PAGE, KEYS)
+        position = block * KEYS + tl.arange(0, KEYS)
+        top, weight, acc = _fold(q, k, v, seen, position, top, weight, acc, scale, True, PRECISION)
+    acc = acc / weight[:, None]
+    tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
+             acc.to(out.dtype.element_ty), mask=real)  # fmt: skip
+
+
+class ChunkAttention:
+    """Causal attention of chunks over one rank's pool. heads: query heads of this rank.
+
+    Safety: block_tables name pages of the pool for each sequence's context, whose keys and values stand there already.
+    """
+
+    def __init__(self, pool: KVPool, heads: int, config: ChunkConfig | None = None) -> None:
+        layout = pool.layout
+        self._pool = pool
+        self._group = heads // layout.kv_heads
+        self._dim = max(16, triton.next_power_of_2(layout.head_dim))
+        self.config = config = config or choose_config(pool)
+        self._rows = max(config.rows, triton.next_power_of_2(self._group))
+        self._source: Tensor | TensorDescriptor = pool.data
+        if config.descriptor and config.keys <= layout.page_size and self._dim == layout.head_dim:
+            rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
+            self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
+
+    def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
+        """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.
+
+        query_starts: [seqs + 1] int32, prefix sums that begin with the first chunk's row in the query; context_lens: [seqs]
+        int32, the chunks' own tokens counted; tokens: at least the chunks' tokens. Returns [tiles, 4] int32.
+        """
+        seqs = len(context_lens)
+        tiles = tokens // (self._rows // self._group) + seqs
+        programs = triton.cdiv(tiles, PLANNED_TILES)
+        table = torch.empty((programs * PLANNED_TILES, FIELDS), dtype=torch.int32, device=context_lens.device)
+        _plan[(programs,)](
+            query_starts, context_lens, table, seqs, TOKENS=self._rows // self._group, SEQUENCES=PLANNED_SEQUENCES,
+            TILES=PLANNED_TILES,
+        )  # fmt: skip
+        return table[:tiles]
+
+    def run(self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor) -> None:
+        """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same."""
+        layout, config = self._pool.layout, self.config
+        _attend[(len(tiles) * layout.kv_heads,)](
+            query, self._pool.data, self._source, block_tables, tiles, context_lens, out, layer,
+            layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0),
+            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, PAGE=layout.page_size,
+            LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
+            DESCRIPTOR=isinstance(self._source, TensorDescriptor),
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
+        )  # fmt: skip

@@ -1,0 +1,43 @@
+"""What all kernels share: programmatic dependent launch, and how many warps a row takes.
+
+With `pdl`, a kernel may start while the one before it on the stream still runs. It then does what depends on nothing (address
+arithmetic, fetching weights), waits, and only after that reads what others wrote or writes anything. All kernels of a chain
+wait, so that whatever ran two kernels ago has ended as well.
+
+Imports triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ELEMENTS_OF_A_WARP = 512  # 16 a thread: two loads of 16 bytes
+
+
+@triton.jit
+def enter(PDL: tl.constexpr):
+    """Lets the next kernel start as soon as this one's programs have all started, then waits for the previous one's end."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def fetch_rows(base, first, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Asks for ROWS x COLUMNS numbers to be brought into the L2 cache, without waiting for them."""
+    line: tl.constexpr = 128 * 8 // base.dtype.element_ty.primitive_bitwidth
+    rows = first + tl.arange(0, ROWS)
+    lines = tl.arange(0, triton.next_power_of_2(COLUMNS // line)) % (COLUMNS // line)
+    at = base + rows.to(tl.int64)[:, None] * row_stride + lines[None, :] * line
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
+
+
+def interpreted() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def warps_for(elements: int) -> int:
+    """How many warps a program takes that holds a row of so many numbers: a power of two up to 16."""
+    return min(16, max(1, int(triton.next_power_of_2(elements)) // ELEMENTS_OF_A_WARP))

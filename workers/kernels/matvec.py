@@ -1,0 +1,330 @@
+"""Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
+
+`y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
+it, a decode layer is six launches. Two kernels:
+
+- `_stream`, up to 4 tokens: multiplies and adds in float32 while W streams through registers. A norm's scale is one number per
+  token, so it is applied to the sums: x is read once, and nothing is rounded before the end.
+- `_tiles`, up to 16 tokens, 16-bit: tensor cores. K is split among the warps of a program, whose sums are added in a fixed
+  order. x times the norm's weight is rounded to the dtype, the norm's scale is applied to the sums.
+
+Neither has atomics or a second pass: results do not change from run to run. A row's result depends on the kernel that took it
+and, within one kernel, not on how many rows there are. Configurations are fixed by shape: `benchmarks/kernels.py --sweep` shows
+what others would give.
+
+Imports torch and triton.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.launch import fetch_rows, interpreted
+from workers.kernels.norm import rms_norm
+
+STREAM_TOKENS = 4  # of one program of `_stream`; more tokens are more programs
+MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
+
+    rows: int  # of W that a program takes
+    columns: int  # of W that it takes at a time
+    warps: int
+    stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
+    splits: int = 1  # `_tiles`: into how many parts K is split among the warps
+
+
+@triton.jit
+def _eights(products, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] -> sums of eight neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(products, [ROWS, COLUMNS // 8, 8]), 2)
+
+
+@triton.jit
+def _squares(x, COLUMNS: tl.constexpr):
+    return tl.sum(tl.reshape(x * x, [COLUMNS // 8, 8]), 1)
+
+
+@triton.jit
+def _finish(sums, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
+    """One token's sums [ROWS] -> its place in `out`. `power`: the sum of its squares."""
+    if NORM:
+        sums *= tl.rsqrt(power / K + eps)
+    if BIAS:
+        sums += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+    mask = rows < tl.where(token < tokens, N, 0)
+    at = out + token.to(tl.int64) * out_stride + rows
+    if RESIDUAL:
+        sums += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish_gated(gate, up, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+                  NORM: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """One token's sums of the gate and of the other half [ROWS] -> silu(gate) * up in its place in `out`."""
+    if NORM:
+        scale = tl.rsqrt(power / K + eps)
+        gate *= scale
+        up *= scale
+    if BIAS:
+        gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
+        up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+    at = out + token.to(tl.int64) * out_stride + rows
+    tl.store(at, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=rows < tl.where(token < tokens, N, 0))
+
+
+@triton.jit
+def _tile(base, rows, columns, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """W[rows, columns], zero beyond its edge; no mask where there is no edge."""
+    at = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    if K % COLUMNS == 0:
+        if N % ROWS == 0:
+            tile = tl.load(at, eviction_policy="evict_first")
+        else:
+            tile = tl.load(at, mask=(rows < N)[:, None], other=0.0, eviction_policy="evict_first")
+    else:
+        tile = tl.load(at, mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return tile
+
+
+@triton.jit
+def _within(at, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """Numbers in float32, zero beyond K; no mask where nothing is beyond."""
+    return (tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=columns < K, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def _row(x, token, tokens, columns, x_stride, norm_weight, K: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr):
+    """x[token, columns] in float32, and the same times the norm's weight. Rows beyond the last repeat it."""
+    at = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + columns
+    plain = _within(at, columns, K, COLUMNS)
+    scaled = plain
+    if NORM:
+        scaled = plain * _within(norm_weight + columns, columns, K, COLUMNS)
+    return plain, scaled
+
+
+@triton.jit
+def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, gated, power, K: tl.constexpr,
+          ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """Adds one tile's share of one token to its sums."""
+    plain, scaled = _row(x, token, tokens, columns, x_stride, norm_weight, K, COLUMNS, NORM)
+    if NORM:
+        power += _squares(plain, COLUMNS)
+    sums += _eights(tile.to(tl.float32) * scaled[None, :], ROWS, COLUMNS)
+    if GATED:
+        gated += _eights(other.to(tl.float32) * scaled[None, :], ROWS, COLUMNS)
+    return sums, gated, power
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
+            K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output.
+
+    Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.
+    """
+    shares = tl.cdiv(tokens, TOKENS)
+    rows = tl.program_id(0) // shares * ROWS + tl.arange(0, ROWS)
+    safe = rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
+    first = tl.program_id(0) % shares * TOKENS
+    columns = tl.arange(0, COLUMNS)
+    half = weight + N * weight_stride if GATED else weight
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if STAGES == 0:
+        tile = _tile(weight, safe, columns, weight_stride, N, K, ROWS, COLUMNS)
+        other = _tile(half, safe, columns, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
+    if PDL:
+        if K > COLUMNS or STAGES > 0:
+            fetch_rows(weight, safe, weight_stride, ROWS, K)
+            if GATED:
+                fetch_rows(half, safe, weight_stride, ROWS, K)
+        tl.extra.cuda.gdc_wait()
+
+    zeros = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
+    none = tl.zeros([COLUMNS // 8], tl.float32)
+    s0, s1, s2, s3 = zeros, zeros, zeros, zeros
+    g0, g1, g2, g3 = zeros, zeros, zeros, zeros
+    p0, p1, p2, p3 = none, none, none, none
+    if STAGES == 0:
+        for start in tl.static_range(0, K, COLUMNS):
+            now = start + columns
+            here, beside = tile, other
+            if start + COLUMNS < K:
+                tile = _tile(weight, safe, now + COLUMNS, weight_stride, N, K, ROWS, COLUMNS)
+                other = _tile(half, safe, now + COLUMNS, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
+            s0, g0, p0 = _step(here, beside, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
+                               COLUMNS, NORM, GATED)  # fmt: skip
+            if TOKENS > 1:
+                s1, g1, p1 = _step(here, beside, x, norm_weight, first + 1, tokens, now, x_stride, s1, g1, p1, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+            if TOKENS > 2:
+                s2, g2, p2 = _step(here, beside, x, norm_weight, first + 2, tokens, now, x_stride, s2, g2, p2, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+                s3, g3, p3 = _step(here, beside, x, norm_weight, first + 3, tokens, now, x_stride, s3, g3, p3, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+    else:
+        for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+            now = start + columns
+            tile = _tile(weight, safe, now, weight_stride, N, K, ROWS, COLUMNS)
+            other = _tile(half, safe, now, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
+            s0, g0, p0 = _step(tile, other, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
+                               COLUMNS, NORM, GATED)  # fmt: skip
+            if TOKENS > 1:
+                s1, g1, p1 = _step(tile, other, x, norm_weight, first + 1, tokens, now, x_stride, s1, g1, p1, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+            if TOKENS > 2:
+                s2, g2, p2 = _step(tile, other, x, norm_weight, first + 2, tokens, now, x_stride, s2, g2, p2, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+                s3, g3, p3 = _step(tile, other, x, norm_weight, first + 3, tokens, now, x_stride, s3, g3, p3, K, ROWS,
+                                   COLUMNS, NORM, GATED)  # fmt: skip
+
+    _end(s0, g0, p0, first, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+    if TOKENS > 1:
+        _end(s1, g1, p1, first + 1, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+    if TOKENS > 2:
+        _end(s2, g2, p2, first + 2, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+        _end(s3, g3, p3, first + 3, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+
+
+@triton.jit
+def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+         NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    total = tl.sum(sums, 1)
+    squares = tl.sum(power, 0)
+    if GATED:
+        _finish_gated(total, tl.sum(gated, 1), squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
+    else:
+        _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _tiles(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
+           K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+           NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times 16 tokens. COLUMNS divides K."""
+    TOKENS: tl.constexpr = 16
+    PART: tl.constexpr = COLUMNS // SPLITS
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    safe = (rows if N % ROWS == 0 else tl.minimum(rows, N - 1)).to(tl.int64)
+    half = weight + N * weight_stride if GATED else weight
+    split = tl.arange(0, SPLITS)[:, None, None]
+    token = tl.arange(0, TOKENS)
+    part = tl.arange(0, PART)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        fetch_rows(weight, safe, weight_stride, ROWS, K)
+        if GATED:
+            fetch_rows(half, safe, weight_stride, ROWS, K)
+        tl.extra.cuda.gdc_wait()
+
+    x_at = token.to(tl.int64)[None, :, None] * x_stride + split * PART + part[None, None, :]
+    w_at = safe[None, None, :] * weight_stride + split * PART + part[None, :, None]
+    scale_at = split * PART + part[None, None, :]
+    sums = tl.zeros([SPLITS, TOKENS, ROWS], tl.float32)
+    gated = tl.zeros([SPLITS, TOKENS, ROWS], tl.float32)
+    squares = tl.zeros([SPLITS, TOKENS], tl.float32)
+    for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
+        a = tl.load(x + start + x_at, mask=(token < tokens)[None, :, None], other=0.0)
+        if NORM:
+            plain = a.to(tl.float32)
+            squares += tl.sum(plain * plain, 2)
+            a = (plain * tl.load(norm_weight + start + scale_at).to(tl.float32)).to(a.dtype)
+        sums = tl.dot(a, tile, sums)
+        if GATED:
+            gated = tl.dot(a, tl.load(half + start + w_at, eviction_policy="evict_first"), gated)
+    total = tl.sum(sums, 0)
+    if NORM:
+        total *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
+    if BIAS:
+        total += tl.load(bias + safe).to(tl.float32)[None, :]
+    mask = (token < tokens)[:, None] & (rows < N)[None, :]
+    at = out + token.to(tl.int64)[:, None] * out_stride + rows[None, :]
+    if GATED:
+        up = tl.sum(gated, 0)
+        if NORM:
+            up *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
+        if BIAS:
+            up += tl.load(bias + N + safe).to(tl.float32)[None, :]
+        total = total / (1 + tl.exp(-total)) * up
+    if RESIDUAL:
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    out: Tensor | None = None,
+    pdl: bool = False,
+    config: Config | None = None,
+) -> Tensor:
+    """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
+
+    norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
+    the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
+    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. `config` replaces the fixed choice of `choose`.
+
+    Raises ValueError for more tokens, and for what `out` or `residual` and `swiglu` cannot be at once.
+    """
+    tokens, k = x.shape
+    n = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens are more than the {MAX_TOKENS} that matvec serves: use torch's F.linear for them")
+    if residual is not None and (swiglu or out is not None):
+        raise ValueError("a residual is itself the output, and of a plain product: give neither `out` nor `swiglu` with it")
+    target = residual if residual is not None else out
+    if target is None:
+        target = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    if not tokens:
+        return target
+    if config is None:
+        config = choose(n, k, tokens, x.dtype, swiglu)
+    pdl = pdl and not interpreted()
+    tiled = config.splits > 1
+    if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
+        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
+    flags = {
+        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
+        "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
+        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl,
+    }  # fmt: skip
+    operands = (
+        x, weight if norm_weight is None else norm_weight, weight, weight if bias is None else bias, target, tokens,
+        x.stride(0), weight.stride(0), target.stride(0), eps,
+    )  # fmt: skip
+    programs = triton.cdiv(n, config.rows)
+    if tiled:
+        _tiles[(programs,)](*operands, SPLITS=config.splits, **flags)
+    else:
+        share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
+        _stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
+    return target
+
+
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Config:
+    """The configuration for an output of n numbers from k, by shape alone."""
+    if tokens <= STREAM_TOKENS or dtype == torch.float32 or k % 256:
+        rows = 2 if n < 2048 or swiglu else 4
+        return Config(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+    return Config(16, 256 if k % 512 else 512, 4, 3, 4)

@@ -1,0 +1,108 @@
+"""What stands between the QKV projection and attention: norms of queries and keys, rotation, the KV write. One launch.
+
+Everything is in float32 from the projection's output to the one rounding at the end. Imports torch and triton.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.launch import enter, interpreted
+
+FEW_TOKENS = 16  # up to here the latency of one program decides, above it how many there are
+
+
+@triton.jit
+def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, values, out, qkv_stride, page_stride,
+                        slot_stride, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+                        PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+                        PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS heads of one token, out of the queries', the keys' and the values' heads as they lie in `qkv`.
+
+    A head is held as its two halves, since a rotation turns number i of the first against number i of the second.
+    """
+    HALF: tl.constexpr = DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, BLOCK)
+    is_query = head < HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
+    inside = (at < HALF)[None, :]
+    enter(PDL)
+    position = tl.load(positions + token).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    real = (head < HEADS + 2 * KV_HEADS)[:, None] & inside
+    source = qkv + token * qkv_stride + head[:, None] * DIM + at[None, :]
+    raw_low = tl.load(source, mask=real, other=0.0)
+    raw_high = tl.load(source + HALF, mask=real, other=0.0)
+    low = raw_low.to(tl.float32)
+    high = raw_high.to(tl.float32)
+    if NORM:
+        power = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM
+        scale = tl.rsqrt(power + eps)[:, None]
+        for_query = is_query[:, None] & inside
+        for_key = is_key[:, None] & inside
+        low *= scale * (tl.load(q_weight + at[None, :], mask=for_query, other=0.0).to(tl.float32)
+                        + tl.load(k_weight + at[None, :], mask=for_key, other=0.0).to(tl.float32))  # fmt: skip
+        high *= scale * (tl.load(q_weight + HALF + at[None, :], mask=for_query, other=0.0).to(tl.float32)
+                         + tl.load(k_weight + HALF + at[None, :], mask=for_key, other=0.0).to(tl.float32))  # fmt: skip
+    turn = table + position * (2 * DIM) + at[None, :]
+    cos_low = tl.load(turn, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(turn + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(turn + DIM, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(turn + DIM + HALF, mask=inside, other=0.0).to(tl.float32)
+    turned_low = (low * cos_low + high * sin_low).to(out.dtype.element_ty)
+    turned_high = (high * cos_high + low * sin_high).to(out.dtype.element_ty)
+
+    query = out + (token * HEADS + head[:, None]) * DIM + at[None, :]
+    tl.store(query, turned_low, mask=is_query[:, None] & inside)
+    tl.store(query + HALF, turned_high, mask=is_query[:, None] & inside)
+    slot_at = slot // PAGE * page_stride + slot % PAGE * slot_stride
+    key = keys + slot_at + (head[:, None] - HEADS) * DIM + at[None, :]
+    tl.store(key, turned_low, mask=is_key[:, None] & inside)
+    tl.store(key + HALF, turned_high, mask=is_key[:, None] & inside)
+    value = values + slot_at + (head[:, None] - HEADS - KV_HEADS) * DIM + at[None, :]
+    tl.store(value, raw_low, mask=is_value[:, None] & inside)
+    tl.store(value + HALF, raw_high, mask=is_value[:, None] & inside)
+
+
+def qk_norm_rope_write(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    table: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    kv_heads: int,
+    out: Tensor,
+    *,
+    pdl: bool = False,
+) -> Tensor:
+    """Turns the queries into `out` and writes the turned keys, and the values, to their slots of the pool.
+
+    qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. q_weight, k_weight
+    [head_dim]: both or neither, the weights of the norms before the rotation. table [max_position, cos | signed sin,
+    head_dim] as `Rotary` makes it, contiguous. positions, slots [tokens] int32 or int64; a slot is page * page_size +
+    offset. keys, values [page, slot, kv_head, head_dim]: `KVPool.keys` and `values` of the layer. out [tokens, heads,
+    head_dim], contiguous; returned.
+    """
+    tokens, dim = qkv.shape[0], keys.shape[3]
+    if not tokens:
+        return out
+    pdl = pdl and not interpreted()
+    rows = 1 if tokens <= FEW_TOKENS else 8
+    total = heads + 2 * kv_heads
+    block = triton.next_power_of_2(dim // 2)
+    norm = q_weight is not None
+    _qk_norm_rope_write[(tokens, triton.cdiv(total, rows))](
+        qkv, q_weight if norm else table, k_weight if norm else table, table, positions, slots, keys, values, out,
+        qkv.stride(0), keys.stride(0), keys.stride(1), eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAGE=keys.shape[1],
+        ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2, launch_pdl=pdl,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,74 @@
+"""The record of sampling settings that a resident row has on the device: its layout, and how one is filled. NumPy only.
+
+    word   0      1  2      3, 4    5, 6   7, 8       9          10          11         12        13 ..
+    what   flags  T  top_k  stream  top_p  log min_p  stop_from  repetition  frequency  presence  free
+
+T and the penalties are float32, top_p and log min_p float64 in two words, the noise stream uint64 in two words, low first.
+`workers.kernels.sample` reads it by these numbers.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from scheduler.sampling import SamplingParams
+from workers.sampling import noise
+
+WORDS = 16
+FLAGS, TEMPERATURE, TOP_K, STREAM, TOP_P, LOG_MIN_P, STOP_FROM, REPETITION, FREQUENCY, PRESENCE = (
+    0, 1, 2, 3, 5, 7, 9, 10, 11, 12,
+)  # fmt: skip
+
+SAMPLED = 1
+"""Flags. Not greedy: the noise counts."""
+HAS_TOP_K = 2
+HAS_TOP_P = 4
+HAS_MIN_P = 8
+BIASED = 16
+STOPS_BARRED = 32
+PENALISED = 64
+CONSTRAINED = 128
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy, as in vLLM: logits / temperature would overflow."""
+
+Record = npt.NDArray[np.int32]
+
+
+def record(
+    params: SamplingParams, *, seed: int, choice: int, stop_ids: tuple[int, ...], prompt_tokens: int, vocab_size: int
+) -> Record:
+    """The record of one sequence, [WORDS] int32. All zeros, as a scratch row has it, is plain greedy."""
+    words = np.zeros(WORDS, np.int32)
+    floats = words.view(np.float32)
+    flags = 0
+    floats[TEMPERATURE] = 1
+    if params.temperature >= GREEDY_BELOW:
+        flags |= SAMPLED
+        floats[TEMPERATURE] = params.temperature
+        if 0 < params.top_k < vocab_size:
+            flags |= HAS_TOP_K
+            words[TOP_K] = params.top_k
+        if params.top_p < 1:
+            flags |= HAS_TOP_P
+            words[TOP_P : TOP_P + 2] = np.array([params.top_p], np.float64).view(np.int32)
+        if params.min_p > 0:
+            flags |= HAS_MIN_P
+            words[LOG_MIN_P : LOG_MIN_P + 2] = np.log(np.array([params.min_p], np.float64)).view(np.int32)
+        words[STREAM : STREAM + 2] = np.array([noise.stream(seed, choice)], np.uint64).view(np.int32)
+    floats[[REPETITION, FREQUENCY, PRESENCE]] = penalties(params)
+    flags |= BIASED if params.logit_bias else 0
+    flags |= PENALISED if penalises(params) else 0
+    flags |= CONSTRAINED if params.grammar is not None else 0
+    if params.min_tokens > 0 and stop_ids:
+        flags |= STOPS_BARRED
+        words[STOP_FROM] = min(prompt_tokens + params.min_tokens, np.iinfo(np.int32).max)
+    words[FLAGS] = flags
+    return words
+
+
+def penalties(params: SamplingParams) -> tuple[float, float, float]:
+    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+
+
+def penalises(params: SamplingParams) -> bool:
+    return penalties(params) != (1.0, 0.0, 0.0)
