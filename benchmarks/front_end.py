@@ -47,6 +47,7 @@ class SteppedEngine:
 
     def __init__(self) -> None:
         self.streams: list[int] = []
+        self.prompt_tokens: dict[int, int] = {}
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> "SteppedEngine":  # noqa: ARG002
         self._on_deltas = on_deltas
@@ -57,12 +58,14 @@ class SteppedEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.streams += [request.stream for request in requests]
+        self.prompt_tokens |= {request.stream: len(request.tokens) // 4 for request in requests}
 
     def step(self, number: int, last: bool) -> None:
         streams = np.array(self.streams, dtype="<i8")
         tokens = (FIRST_TOKEN + (streams * 7 + number * 13) % 200).astype("<i4")
         ends = tuple(Finished(stream, FinishReason.LENGTH, 0, TOKENS) for stream in self.streams) if last else ()
-        self._on_deltas(Deltas(streams.tobytes(), tokens.tobytes(), ends))
+        positions = np.array([self.prompt_tokens[stream] for stream in self.streams], dtype="<i4").tobytes()
+        self._on_deltas(Deltas(streams.tobytes(), tokens.tobytes(), ends, positions=positions, advanced=number))
         if last:
             self.streams = []
 

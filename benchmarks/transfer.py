@@ -34,7 +34,8 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from scheduler.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
 from scheduler.sampling import SamplingParams
-from workers.build import WorkerConfig, build_rank
+from workers.build import build_rank
+from workers.config import WorkerConfig
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import PageMover, Transport

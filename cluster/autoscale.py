@@ -6,6 +6,7 @@ Imports `fleet` and the scheduler's `scaling`. Nodes are Ray's business: an adde
 import logging
 import threading
 import time
+from dataclasses import replace
 
 from cluster.engine import EngineError
 from cluster.fleet import Fleet
@@ -37,7 +38,7 @@ class Autoscaler:
         return cls(
             fleet,
             ScalingConfig(
-                min_groups=config.groups,
+                min_groups=fleet.wanted,
                 max_groups=config.max_groups,
                 target_wait_s=config.scale_wait_s,
                 idle_s=config.scale_idle_s,
@@ -62,6 +63,8 @@ class Autoscaler:
         status = self._fleet.status()
         if status.engine is None:
             return
+        if self._scaler.config.min_groups != self._fleet.wanted and self._fleet.config.max_groups is not None:
+            self._scaler.config = replace(self._scaler.config, min_groups=self._fleet.wanted)
         draining = sum(group.draining for group in status.engine.groups)
         target = self._fleet.target - draining
         starting = target - sum(group.up and not group.draining for group in status.engine.groups)

@@ -18,7 +18,7 @@ from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import ClusterStatus, GroupStats
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ DRAIN_POLL_S = 0.5
 
 
 class Fleet:
-    """One scheduler, `config.groups` groups at first. Every method may be called from any thread.
+    """One scheduler, `config.groups` groups at first, as many as `resize` says from then on. Every method may be called from
+    any thread.
 
     on_lost: told once, from a thread, when the last group will not come back, and why.
     """
@@ -47,29 +48,37 @@ class Fleet:
         self._words: deque[str] = deque(maxlen=64)
         self._ready = False
         self._closed = False
+        self._wanted = config.groups
+        self._resizing: threading.Thread | None = None
 
     def start(self, progress: Progress) -> None:
-        """Scheduler first, then all groups side by side; returns when all are ready. Errors: the first group's error."""
-        config = self.config
+        """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
+        config, wanted = self.config, self._wanted
         deadline = time.monotonic() + config.start_timeout_s
-        self._say("starting the scheduler", progress)
+        workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self.worker.device} rank(s)"
+        self._say(f"starting the scheduler and {workers}", progress)
+        keepers = [self._add(config.start_timeout_s) for _ in range(wanted)]
         self.scheduler.start(config.start_timeout_s)
-        workers = f"{config.groups} group(s) of {config.tensor_parallel_size} {self.worker.device} rank(s)"
-        self._say(f"loading {config.model} on {workers}", progress)
-        keepers = [self._add(config.start_timeout_s) for _ in range(config.groups)]
+        self._say(f"loading {config.model}", progress)
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
             pass  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
-        while sum(group.up for group in self.groups()) < config.groups:  # the leaders have yet to greet the scheduler
+        while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
             if time.monotonic() > deadline:
                 raise EngineError("the groups did not reach the scheduler in time: raise start_timeout_s")
             time.sleep(POLL_S)
         self._ready = True
-        self._say(f"{config.groups} group(s) are ready", progress)
+        self._say(f"{wanted} group(s) are ready", progress)
+        self.resize(self._wanted)  # another number may have been asked for meanwhile
 
     @property
     def target(self) -> int:
         """Groups that are up or coming up."""
         return len(self._keepers)
+
+    @property
+    def wanted(self) -> int:
+        """Groups that were asked for; an autoscaler never goes below."""
+        return self._wanted
 
     def current(self) -> LiveScheduler:
         """The scheduler that is up. Errors: EngineError while there is none."""
@@ -95,9 +104,23 @@ class Fleet:
 
     # ---- larger and smaller
 
+    def resize(self, groups: int) -> None:
+        """Groups come and go, one after the other and beside the requests, until there are so many; where an autoscaler works,
+        it alone takes groups away. Returns at once. Errors: ValueError for a number that is not allowed."""
+        if groups < 1:
+            raise ValueError(f"groups={groups} is below 1: raise it")
+        if self.config.max_groups is not None and groups > self.config.max_groups:
+            raise ValueError(f"groups={groups} is above max_groups={self.config.max_groups}: lower it or raise max_groups")
+        with self._lock:
+            self._wanted = groups
+            if self._resizing is None and self._ready and not self._closed:
+                self._resizing = threading.Thread(target=self._resize, name="manta-resize", daemon=True)
+                self._resizing.start()
+
     def add_group(self) -> int:
-        """Asks for one more group and returns its number at once: Ray's autoscaler brings a node if none has room."""
-        return self._add(self.config.node_timeout_s).group
+        """Asks for one more group and returns its number at once: Ray's autoscaler brings a node if none has room. If it does
+        not come up, the log says why, and it is no longer counted."""
+        return self._add(self.config.node_timeout_s, added=True).group
 
     def remove_group(self, group: int) -> bool:
         """Lets a group run empty and takes it down; False if the scheduler needs it. Takes as long as its requests do, no
@@ -137,14 +160,33 @@ class Fleet:
 
     # ---- common
 
-    def _add(self, start_timeout_s: float) -> GroupKeeper:
+    def _resize(self) -> None:
+        while True:
+            with self._lock:
+                missing = self._wanted - len(self._keepers)
+                if self._closed or missing == 0 or (missing < 0 and self.config.max_groups is not None):
+                    self._resizing = None
+                    return
+                newest = max(self._keepers, default=0)
+            try:
+                if missing > 0:
+                    logger.warning("%d groups were asked for: group %d is being added", self._wanted, self.add_group())
+                elif self.remove_group(newest):
+                    logger.warning("%d groups were asked for: group %d is gone", self._wanted, newest)
+                else:
+                    time.sleep(DRAIN_POLL_S)  # no other group is up yet
+            except EngineError as error:  # the scheduler is being replaced, or the fleet is closing
+                logger.warning("the number of groups cannot be changed now: %s", error)
+                time.sleep(DRAIN_POLL_S)
+
+    def _add(self, start_timeout_s: float, *, added: bool = False) -> GroupKeeper:
         with self._lock:
             if self._closed:
                 raise EngineError("the cluster was shut down")
             group = next(number for number in range(len(self._keepers) + 1) if number not in self._keepers)
             keeper = GroupKeeper(
                 group, self._epochs.get(group, 0), lambda epoch: self._handle(group, epoch), self.scheduler,
-                restarts=self.config.max_group_restarts, start_timeout_s=start_timeout_s, on_gone=self._gone,
+                restarts=self.config.max_group_restarts, start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
             )  # fmt: skip
             self._keepers[group] = keeper
         keeper.start()

@@ -14,17 +14,19 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
 from scheduler.stats import GroupStart
-from workers.actor import SchedulerAddress, WorkerActor
-from workers.build import WorkerConfig
+from workers.actor import WorkerActor
+from workers.config import SchedulerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
+LATE = "a worker was not ready in time: raise start_timeout_s"
 PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
 
 
 class GroupHandle:
-    """Starts in steps, so that several groups come up side by side: place, build, run; `kill` ends it at any point.
+    """Starts in steps, so that several groups come up side by side, the first of them beside the scheduler: place, build, run;
+    `kill` ends it at any point.
 
     A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch.
     """
@@ -50,33 +52,17 @@ class GroupHandle:
 
         deadline: by `time.monotonic`. Errors: what a rank raised; EngineError when the time is over; `kill` is the caller's.
         """
-        self._place(deadline)
+        self.place(deadline)
         rendezvous = _get(self._ranks[0].open.remote(), deadline)
         builds = [rank.build.remote(rendezvous) for rank in self._ranks]
         self._await_all(builds, deadline)
         self.runs = [rank.run.remote(scheduler) for rank in self._ranks]
 
-    def wait(self, timeout_s: float) -> str | None:
-        """Waits for the group to end; why it did, or None if it still runs."""
-        done, _ = ray.wait(self.runs, num_returns=1, timeout=timeout_s)
-        return self._reason(done[0]) if done else None
-
-    def kill(self) -> None:
-        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
-        what Ray cannot end now it ends with this process, and the scheduler listens to no older epoch."""
-        self._killed = True
-        ranks, self._ranks = self._ranks, []
-        placement, self._placement = self._placement, None
-        ends = [partial(ray.kill, rank, no_restart=True) for rank in ranks]
-        if placement is not None:
-            ends.append(partial(remove_placement_group, placement))
-        for end in ends:
-            try:
-                end()
-            except Exception:
-                logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
-
-    def _place(self, deadline: float) -> None:
+    def place(self, deadline: float) -> None:
+        """Finds room and starts the ranks' processes, which takes no scheduler; does nothing if they were started. Errors: as
+        `start`."""
+        if self._ranks:
+            return
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")
         while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
             if self._killed:
@@ -99,6 +85,26 @@ class GroupHandle:
                 scheduling_strategy=strategy,
             )
             self._ranks.append(options.remote(self._config, self.group, self.epoch, rank, self.size, _left(deadline)))
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Waits for the group to end; why it did, or None if it still runs."""
+        done, _ = ray.wait(self.runs, num_returns=1, timeout=timeout_s)
+        return self._reason(done[0]) if done else None
+
+    def kill(self) -> None:
+        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
+        what Ray cannot end now it ends with this process, and the scheduler listens to no older epoch."""
+        self._killed = True
+        ranks, self._ranks = self._ranks, []
+        placement, self._placement = self._placement, None
+        ends = [partial(ray.kill, rank, no_restart=True) for rank in ranks]
+        if placement is not None:
+            ends.append(partial(remove_placement_group, placement))
+        for end in ends:
+            try:
+                end()
+            except Exception:
+                logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
 
     def _await_all(self, references: list[Any], deadline: float) -> None:
         """All or the first error, without waiting for ranks that wait for the one that failed."""
@@ -136,8 +142,10 @@ def _get(reference: Any, deadline: float) -> Any:
     try:
         return ray.get(reference, timeout=_left(deadline))
     except ray.exceptions.GetTimeoutError as error:
-        raise EngineError("a worker was not ready in time: raise start_timeout_s") from error
+        raise EngineError(LATE) from error
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TimeoutError):  # it waited for another rank
+            raise EngineError(f"{LATE} ({error.cause})") from error
         raise error.cause from error
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:
         raise EngineError(f"a worker process died while it started: {error}") from error

@@ -27,7 +27,8 @@ class GroupKeeper:
     """Starts a group and, when it dies, starts it again with the next epoch, at most `restarts` times. A group that ended
     because the scheduler did starts again for free.
 
-    on_gone: called once, from the keeper's thread, when a group that was up will not come back.
+    on_gone: called once, from the keeper's thread, when a group that was up will not come back. added: nobody asks `up` for the
+    error of the first start, and a group that does not come up is gone, too.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class GroupKeeper:
         restarts: int,
         start_timeout_s: float,
         on_gone: Callable[[int, str], None],
+        added: bool = False,
     ) -> None:
         self.group = group
         self._new_handle = new_handle
@@ -47,6 +49,7 @@ class GroupKeeper:
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
         self._on_gone = on_gone
+        self._added = added
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1  # of the scheduler that this life serves
         self._closing = threading.Event()
@@ -89,10 +92,15 @@ class GroupKeeper:
 
     def _keep(self) -> None:
         try:
+            if not self._added:  # the scheduler itself is only starting
+                self._handle.place(time.monotonic() + self._start_timeout_s)
             self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
             self._error = error
         self._decided.set()
+        if self._added and self._error is not None and not self._closing.is_set():
+            logger.error("group %d did not come up: %s", self.group, self._error)
+            self._give_up(f"group {self.group} did not come up: {self._error}")
         reason = self._watch() if self._error is None else None
         while reason is not None:
             self._handle.kill()

@@ -1,11 +1,9 @@
 """Brings a cluster up on Ray and hands out its `Engine`: scheduler, groups, readiness; and takes everything down again.
 
-Imports ray, `fleet`, `autoscale` and `remote`. The other side of `cluster.local`.
+Imports ray, `fleet`, `autoscale`, `join` and `remote`. The other side of `cluster.local`.
 """
 
 import logging
-import os
-import sys
 import threading
 from collections.abc import Sequence
 
@@ -16,16 +14,14 @@ from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.fleet import Fleet
 from cluster.group import rank_resources
+from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
 from cluster.worker_config import resolve
 from scheduler.config import CoreConfig
 from scheduler.messages import Request, TalliedMetric
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
-"""Ray takes 127.0.0.1 for a mistake and puts the outward address in its place; the rest of the loopback range it keeps."""
 
 
 def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "RayEngine":
@@ -54,29 +50,6 @@ def plan(config: EngineConfig, threads: int = 1) -> tuple[CoreConfig, WorkerConf
     core, worker = resolve(config, device, config.groups * config.tensor_parallel_size, threads)
     _check_resources(config, worker)
     return core, worker
-
-
-def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
-    """True if the cluster is ours, to be shut down with the engine.
-
-    A cluster of our own counts logical CPUs, as many as the ranks want: they share the cores of this machine.
-    """
-    if ray.is_initialized():
-        return False
-    if config.ray_address is not None:
-        progress(f"joining the Ray cluster at {config.ray_address}")
-        ray.init(address=config.ray_address, log_to_driver=False)
-        return False
-    progress("starting Ray on this machine")
-    ray.init(
-        address="local",  # whatever else runs on this machine
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address=_LOOPBACK,
-    )
-    return True
 
 
 def _check_resources(config: EngineConfig, worker: WorkerConfig) -> None:

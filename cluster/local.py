@@ -25,10 +25,10 @@ from scheduler.core import SchedulerCore
 from scheduler.delivery import refuse
 from scheduler.invariants import check
 from scheduler.limits import RequestRefused
-from scheduler.messages import Moved, Report, Request, TalliedMetric
+from scheduler.messages import Deltas, Moved, Report, Request, TalliedMetric
 from scheduler.stats import PoolMap, pool_maps, snapshot
 from scheduler.tallies import Tallies
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class LocalEngine:
                 try:
                     core.submit(FRONT_END, request)
                 except RequestRefused as refusal:
-                    self._on_deltas(refuse(request, refusal))
+                    self._tell(refuse(request, refusal))
 
     def abort(self, streams: Sequence[int]) -> None:
         with self._event() as core:
@@ -165,9 +165,11 @@ class LocalEngine:
         """One call into the core; what follows from it is delivered before the lock is released, so orders are kept."""
         with self._lock:
             began_s = self._core.now_s = time.monotonic()
-            yield self._core
-            self._deliver()
-            self.busy_s += time.monotonic() - began_s
+            try:
+                yield self._core
+            finally:  # what was committed before an error is told all the same
+                self._deliver()
+                self.busy_s += time.monotonic() - began_s
 
     def _deliver(self) -> None:
         if self._check:
@@ -175,4 +177,11 @@ class LocalEngine:
         for name, batch in self._core.take_logs():
             self._groups.command(name, batch.commands)
         for _, deltas in self._core.outbox.drain():
+            self._tell(deltas)
+
+    def _tell(self, deltas: Deltas) -> None:
+        """A front end that raises has missed these, and will see it by their positions; its groups go on."""
+        try:
             self._on_deltas(deltas)
+        except Exception:
+            logger.exception("the front end did not take what it was told")

@@ -3,6 +3,7 @@
 Imports `scheduler.wire` and `scheduler.messages`; no Ray.
 """
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
@@ -11,10 +12,21 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.messages import Abort, Connect, Deltas, FromFrontEnd, Request, Stop, Submit, TalliedMetric, Tally, Welcome
+from scheduler.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
 from scheduler.wire import FrameSocket
 
+logger = logging.getLogger(__name__)
+
 JOIN_TIMEOUT_S = 5.0
+
+
+class EncodedSubmit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """`messages.Submit`, its requests already encoded: what cannot be is its caller's error, and nobody else's."""
+
+    requests: tuple[msgspec.Raw, ...]
+
+
+Outgoing = EncodedSubmit | Abort | Stop | Tally
 
 
 class SchedulerStream:
@@ -34,7 +46,7 @@ class SchedulerStream:
         self._on_deltas = on_deltas
         self._on_failure = on_failure
         self._failure: str | None = None
-        self._outgoing: queue.SimpleQueue[FromFrontEnd | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._read, name="manta-front-end-reader", daemon=True),
             threading.Thread(target=self._write, name="manta-front-end-writer", daemon=True),
@@ -43,8 +55,12 @@ class SchedulerStream:
             thread.start()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Errors: EngineError when the scheduler has gone."""
-        self._send(Submit(tuple(requests)))
+        """Errors: EngineError when the scheduler has gone; ValueError for what cannot be sent, and nothing is then."""
+        try:
+            encoded = tuple(msgspec.Raw(msgspec.msgpack.encode(request)) for request in requests)
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise ValueError(f"the request cannot be sent to the scheduler: {error}") from error
+        self._send(EncodedSubmit(encoded))
 
     def abort(self, streams: Sequence[int]) -> None:
         self._tell(Abort(tuple(streams)))
@@ -69,7 +85,7 @@ class SchedulerStream:
             if threading.current_thread() is not thread:
                 thread.join(timeout=JOIN_TIMEOUT_S)
 
-    def _send(self, message: FromFrontEnd) -> None:
+    def _send(self, message: Outgoing) -> None:
         if self._failure is not None:
             raise EngineError(self._failure or "the stream to the scheduler was closed")
         self._outgoing.put(message)
@@ -88,8 +104,11 @@ class SchedulerStream:
             try:
                 for batch in merged(waiting):
                     self._socket.send(batch)
-            except OSError:
-                return  # the reading thread hears of it too, and tells
+            except Exception as error:  # what has been taken from the queue is lost, and so is the stream
+                if not isinstance(error, OSError):
+                    logger.exception("a message cannot be sent to the scheduler")
+                self._socket.close()  # wakes the reading thread, which tells
+                return
             if message is None:
                 return
 
@@ -103,13 +122,13 @@ class SchedulerStream:
             self._on_failure(reason)
 
 
-def merged(messages: Sequence[FromFrontEnd]) -> list[FromFrontEnd]:
+def merged(messages: Sequence[Outgoing]) -> list[Outgoing]:
     """The same messages in the same order; submissions that follow each other travel as one."""
-    batches: list[FromFrontEnd] = []
-    for submits, run in groupby(messages, key=lambda message: isinstance(message, Submit)):
+    batches: list[Outgoing] = []
+    for submits, run in groupby(messages, key=lambda message: isinstance(message, EncodedSubmit)):
         if submits:
-            submissions = (message for message in run if isinstance(message, Submit))
-            batches.append(Submit(tuple(request for message in submissions for request in message.requests)))
+            submissions = (message for message in run if isinstance(message, EncodedSubmit))
+            batches.append(EncodedSubmit(tuple(request for message in submissions for request in message.requests)))
         else:
             batches += run
     return batches

@@ -18,7 +18,7 @@ from cluster.engine import EngineError
 from scheduler.actor import SchedulerActor
 from scheduler.config import CoreConfig
 from scheduler.stats import ClusterStatus
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class SchedulerKeeper:
         self._thread = threading.Thread(target=self._watch, name="manta-scheduler-keeper", daemon=True)
 
     def start(self, timeout_s: float) -> LiveScheduler:
+        """Errors: EngineError if it does not come up in time, or at all."""
         live = self._launch(0, timeout_s)
         self._set(live)
         self._thread.start()
@@ -128,7 +129,16 @@ class SchedulerKeeper:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
         actor = options.remote(self._config, self._token, self._check, self._log_format)
-        host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
+        try:
+            host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.kill(actor)
+            raise EngineError(
+                f"the scheduler's process was not ready within {timeout_s:g} s: `ray status` shows what the cluster waits for; "
+                "raise start_timeout_s if it is only slow"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"the scheduler's process died while it started: {error}") from error
         return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
 
     def _pause(self, live: LiveScheduler) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.config import EngineConfig
 from scheduler.config import CoreConfig
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 from workers.model.architectures import CheckpointError, ModelConfig, read_config
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17

@@ -7,7 +7,8 @@ import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -28,10 +29,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class ApiKeys:
-    """Keys that open the endpoint; without any, it is open. Only their digests are kept."""
+    """Keys that open the endpoint; without any, it is open. Only their digests are kept.
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
+    priorities: of some keys, the most urgent priority that each may ask for.
+    """
+
+    def __init__(self, keys: Iterable[str] = (), priorities: Mapping[str, int] = MappingProxyType({})) -> None:
         self._digests = tuple(_digest(key) for key in keys)
+        self._priorities = {account(key): priority for key, priority in priorities.items()}
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -55,6 +60,21 @@ class ApiKeys:
                 Fault.UNAUTHENTICATED, f"{said}: send one as `Authorization: Bearer KEY`", code="invalid_api_key"
             )
         return account(key.strip())
+
+    def best_priority(self, account: str, default: int) -> int:
+        """The most urgent priority (the lowest number) that the key of this account may ask for."""
+        return self._priorities.get(account, default)
+
+
+def check_priority(asked: int, best: int) -> int:
+    """Nobody goes before others just by asking. Errors: RequestError."""
+    if asked < best:
+        raise RequestError.invalid(
+            f"priority={asked} goes before what may be asked for here, which is {best} or more: send that, or let the server "
+            "allow it (best_priority for all, `priority=` behind the key in the file of keys)",
+            "priority",
+        )
+    return asked
 
 
 def account(name: str) -> str:
@@ -162,6 +182,6 @@ def error_response(error: RequestError) -> Response:
     headers = error_headers(error)
     if error.fault is Fault.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"
-    if error.fault is Fault.TOO_LARGE:
+    if error.fault in (Fault.TOO_LARGE, Fault.TOO_SLOW):
         headers["connection"] = "close"  # the rest of the body is not read
     return Response(error_body(error), error.fault.status, headers, "application/json")

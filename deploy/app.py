@@ -20,7 +20,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.autoscale import Autoscaler
 from cluster.config import EngineConfig
@@ -28,23 +30,27 @@ from cluster.fleet import Fleet
 from cluster.launch import plan
 from deploy.access import ApiKeys
 from deploy.clusters import ServeCluster
-from deploy.config import endpoint_config, read_api_keys
+from deploy.config import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
 from deploy.grpc_ingress import GrpcIngress
 from deploy.grpc_server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.http import create_app
 from deploy.observer import Observer
 from deploy.serve_config import ServeConfig, model_name
 from deploy.service import ServedModel, Service
+from deploy.tokenizing import import_without_torch
 from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "manta"
 MAX_ASKING = 1024
+LIVE_KEYS = ("groups",)
+"""Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
 HEALTH_CHECK_S = 5.0
 CALL_TIMEOUT_S = 10.0
+QUIET = LoggingConfig(enable_access_log=False)
+"""Serve would log every call, and front ends ask the Engine how the cluster is once a second."""
 MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
@@ -81,6 +87,16 @@ class Engine:
             return status
         return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
 
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever
+        `user_config` has changed. What cannot be done is logged and left as it is: an error would make Serve replace this
+        replica."""
+        try:
+            reject_unknown(user_config, LIVE_KEYS, "user_config.")
+            self._fleet.resize(msgspec.convert(user_config.get("groups", self._fleet.wanted), int))
+        except ValueError as error:
+            logger.error("this change of user_config is refused: %s", error)
+
     async def check_health(self) -> None:
         """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
         if self._failure is not None:
@@ -111,6 +127,7 @@ class Ingress(GrpcIngress):
         self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys
     ) -> None:
         configure(limits.log_format, role="ingress")
+        import_without_torch()
         name = model_name(limits.served_model_name, config.model)
         model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
         self._limits = limits
@@ -148,20 +165,55 @@ class Ingress(GrpcIngress):
 def build(args: Mapping[str, Any]) -> Application:
     """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
     config = endpoint_config(args)
-    return application(config.engine, config.serve, ApiKeys(read_api_keys(config.serve)), config.engine.threads or 1)
+    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
+    return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 
 def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
     """threads: of each CPU rank."""
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30,
+        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
+        user_config={"groups": engine.groups},
     )(Engine)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=10,
     )(Ingress)  # fmt: skip
     return front.bind(owner.bind(engine, limits, threads), engine, limits, keys)
+
+
+def check_vacant(limits: ServeConfig) -> None:
+    """Errors: ConfigError that names what runs on the cluster already where this application shall be."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    details = client.get_serve_details()
+    for name, running in details["applications"].items():
+        if limits.app_name == name or limits.route_prefix == running["route_prefix"]:
+            raise ConfigError(
+                f"the Ray cluster runs the application {name!r} at {running['route_prefix']} already ({running['status']}): "
+                "end it (`serve shutdown` ends all), or choose another --app-name and another --route-prefix"
+            )
+    http, grpc = details["http_options"] or {}, details["grpc_options"] or {}
+    if (http.get("host"), http.get("port")) != (limits.host, limits.port):
+        raise ConfigError(
+            f"Ray Serve listens at {http.get('host')}:{http.get('port')} on this cluster, which cannot change while it runs: "
+            f"say --host {http.get('host')} --port {http.get('port')}, or end it with `serve shutdown`"
+        )
+    if limits.grpc_port is not None and (not grpc.get("grpc_servicer_functions") or grpc.get("port") != limits.grpc_port):
+        raise ConfigError(
+            "Ray Serve was started on this cluster without this gRPC port, which cannot change while it runs: leave "
+            "--grpc-port out, or end Serve with `serve shutdown`"
+        )
+
+
+def failure(app_name: str) -> str | None:
+    """Why Serve has given the application up, or that it is not there any more; None while neither is so."""
+    now = serve.status().applications.get(app_name)
+    if now is None:
+        return f"the application {app_name!r} was deleted"
+    return now.message if now.status == ApplicationStatus.DEPLOY_FAILED else None
 
 
 def start_proxies(limits: ServeConfig) -> None:

@@ -4,20 +4,19 @@ Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C. I
 transformers before a command needs them, so that --help is instant.
 """
 
-import signal
 import sys
 import time
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from deploy.batch.command import batch
 from deploy.config import Config, load_config, read_api_keys
-from deploy.exits import TERMINATED, interrupts_held, reported_errors
+from deploy.exits import Termination, interrupts_held, reported_errors
 from deploy.options import ConfigOption, DebugOption, sampling_values, with_options
 from deploy.outputs import GenerationError, RequestOutput
 from deploy.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
@@ -25,6 +24,7 @@ from deploy.records import RecordWriter
 from deploy.replay import command as replay
 from deploy.serve_config import ServeConfig
 from deploy.study import command as study
+from deploy.text_files import decode, split_lines
 from scheduler.sampling import SamplingParams
 
 app = typer.Typer(
@@ -183,7 +183,7 @@ def run(
         outputs: dict[int, RequestOutput] = {}
         with display.choose_view(labels, stream, quiet) as view:
             sources, params = [source for source, _ in requests], [each for _, each in requests]
-            for position, output in llm.iterate(sources, params):
+            for position, output in llm.iterate(sources, params, each_alone=True):
                 view.show(position, output)
                 if output.finished:
                     outputs[position] = output
@@ -215,9 +215,9 @@ def read_requests(
     else:
         content, name, kind = _read_input(file, format)
         if kind is InputFormat.jsonl:
-            requests = list(read_jsonl(content.splitlines(), name, params))
+            requests = list(read_jsonl(split_lines(content), name, params))
         else:
-            texts = content.splitlines() if kind is InputFormat.lines else [content]
+            texts = split_lines(content) if kind is InputFormat.lines else [content]
             requests = [(text, params) for text in texts if text.strip()]
         if not requests:
             raise PromptError(f"{name} holds no prompt")
@@ -232,19 +232,15 @@ def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str
     """Content, its name for messages, and its format."""
     try:
         if file is not None and str(file) != "-":
-            return file.read_text(encoding="utf-8"), str(file), format or InputFormat.jsonl
+            return decode(file.read_bytes()), str(file), format or InputFormat.jsonl
         if file is None and sys.stdin.isatty():
             raise PromptError("no prompt: give one as an argument, name a file with --input, or pipe text in")
-        return sys.stdin.read(), "stdin", format or InputFormat.text
+        return decode(sys.stdin.buffer.read()), "stdin", format or InputFormat.text
     except UnicodeDecodeError as error:
         raise PromptError(f"{file or 'stdin'} is not UTF-8 text: {error}") from error
 
 
-def _terminate(number: int, frame: object) -> NoReturn:  # noqa: ARG001
-    raise SystemExit(TERMINATED)
-
-
 def main() -> None:
     """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, _terminate)
+    Termination.install()
     app()

@@ -1,7 +1,8 @@
 """One frozen tree of settings from a YAML file and flags: flags over file over defaults.
 
 The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys,
-RAY_ADDRESS names the cluster that a Ray job runs on, and `bound_openmp_spin` sets how OpenMP waits. Imports no torch, no ray.
+RAY_ADDRESS names the cluster that a Ray job runs on, `bound_openmp_spin` sets how OpenMP waits, and the functions about proxies
+set and read what Ray Serve, and Manta in its processes, take from there. Imports no torch, no ray.
 
     engine:                     # cluster.config.EngineConfig
       model: /models/Qwen3-8B
@@ -14,6 +15,7 @@ RAY_ADDRESS names the cluster that a Ray job runs on, and `bound_openmp_spin` se
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -31,8 +33,23 @@ EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny"
 CONFIG_VARIABLE = "MANTA_CONFIG"
 KEYS_VARIABLE = "MANTA_API_KEYS"
 RAY_VARIABLE = "RAY_ADDRESS"
+RECEIVE_VARIABLE, CONNECTIONS_VARIABLE = "MANTA_RECEIVE_TIMEOUT_S", "MANTA_MAX_CONNECTIONS"
+UNCOUNTED = 1 << 30
 DEFAULT_MAX_TOKENS = 128
 OPENMP_SPIN = "2000"
+HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+PROXY_PORTS = {
+    "HAProxy's page": ("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
+    "HAProxy's metrics": ("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"),
+    "the proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500"),
+    "the gRPC proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "9500"),
+}
 SECTIONS = ("engine", "serve", "sampling")
 ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
 SERVE_KEYS = tuple(f.name for f in fields(ServeConfig))
@@ -40,6 +57,8 @@ SAMPLING_KEYS = SamplingParams.__struct_fields__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_COMMENT = re.compile(r"(^|\s)#.*")
+_KEY_PRIORITY = re.compile(r"(?:priority=(-?\d{1,10}))?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 T = TypeVar("T")
@@ -106,15 +125,10 @@ def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Keys of the file, then those of the environment. Errors: ConfigError, also where an endpoint without keys would be
+    """Keys of the environment, then those of the file. Errors: ConfigError, also where an endpoint without keys would be
     reached from other machines."""
-    keys = [key for key in environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
-    if serve.api_key_file is not None:
-        try:
-            keys += Path(serve.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
-    found = tuple(dict.fromkeys(key.strip() for key in keys if key.strip() and not key.strip().startswith("#")))
+    named = [key.strip() for key in environ.get(KEYS_VARIABLE, "").split(",")]
+    found = tuple(dict.fromkeys(key for key in (*named, *_key_file(serve)) if key))
     if not all(key.isascii() for key in found):
         raise ConfigError("an API key holds characters that HTTP headers cannot: use ASCII ones")
     if not found and serve.auth and not serve.on_loopback:
@@ -123,6 +137,33 @@ def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -
             f"{KEYS_VARIABLE}, or say --no-auth (auth: false) to let everybody in"
         )
     return found
+
+
+def read_key_priorities(serve: ServeConfig) -> dict[str, int]:
+    """The most urgent priority of each key whose line in the file has one. Errors: ConfigError."""
+    return {key: priority for key, priority in _key_file(serve).items() if priority is not None}
+
+
+def _key_file(serve: ServeConfig) -> dict[str, int | None]:
+    """A key a line, behind it perhaps `priority=N` and a comment. Errors: ConfigError that names the line, never the key."""
+    if serve.api_key_file is None:
+        return {}
+    try:
+        text = Path(serve.api_key_file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
+    keys: dict[str, int | None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        words = _COMMENT.sub("", line).split()
+        match = _KEY_PRIORITY.fullmatch(" ".join(words[1:]))
+        if words and match is None:
+            raise ConfigError(
+                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing "
+                "else"
+            )
+        if words and match is not None:
+            keys[words[0]] = int(match[1]) if match[1] else None
+    return keys
 
 
 def parse_size(name: str, value: int | str) -> int:
@@ -219,8 +260,41 @@ def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
 
 
 def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise. Works if called before
-    `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise, and bounds what clients may hold
+    open. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.connections.bound_serve")
+    environ[RECEIVE_VARIABLE] = str(serve.receive_timeout_s)
     if serve.haproxy:
         environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
         environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # no load balancer has to notice first
+        environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(math.ceil(serve.receive_timeout_s)))
+    else:
+        environ[CONNECTIONS_VARIABLE] = str(serve.max_connections)
+
+
+def connection_bounds(environ: Mapping[str, str] = os.environ) -> ServeConfig:
+    """What `choose_proxy` has said of receive_timeout_s and max_connections, in a process of Serve's. Behind HAProxy, whose
+    address all clients share, connections are not counted."""
+    timeout_s = float(environ.get(RECEIVE_VARIABLE, ServeConfig().receive_timeout_s))
+    return ServeConfig(receive_timeout_s=timeout_s, max_connections=int(environ.get(CONNECTIONS_VARIABLE, UNCOUNTED)))
+
+
+def keep_haproxy_private(folder: Path, program: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """HAProxy keeps its files and its admin socket in `folder` and is started by `program` (`deploy.haproxy`), unless told
+    otherwise. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    for name, file in HAPROXY_FILES.items():
+        environ.setdefault(name, str(folder / file))
+    environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(program))
+
+
+def proxy_ports(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> dict[str, tuple[str, int]]:
+    """Ports that Serve's proxies take beside those that clients use: {what for: (the variable that moves it, port)}.
+    Errors: ConfigError."""
+    ports = {}
+    for what, (name, default) in PROXY_PORTS.items():
+        if serve.haproxy and (serve.grpc_port is not None or "gRPC" not in what):
+            value = environ.get(name, default)
+            if not value.isdecimal():
+                raise ConfigError(f"{name}={value!r} is not a port: write a number")
+            ports[what] = (name, int(value))
+    return ports

@@ -20,6 +20,7 @@ from cluster.engine import EngineStats
 from deploy.outputs import RequestOutput
 from deploy.prompts import PROMPT_KEYS, Source
 from deploy.serve_config import ServeConfig
+from deploy.text_files import writable
 from scheduler.stats import ClusterStatus
 
 LABEL_CHARACTERS = 60
@@ -288,7 +289,7 @@ def label(source: Source) -> str:
     value = next((source[key] for key in PROMPT_KEYS if key in source), "") if isinstance(source, Mapping) else source
     if not isinstance(value, str) and len(value) and isinstance(value[-1], Mapping):
         value = value[-1].get("content", "")  # the last message of a conversation
-    line = " ".join(str(value).split())
+    line = " ".join(writable(str(value)).split())
     return line if len(line) <= LABEL_CHARACTERS else "…" + line[1 - LABEL_CHARACTERS :]
 
 

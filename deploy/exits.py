@@ -8,11 +8,64 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
+AGAIN_S = 0.1
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+class Termination:
+    """SIGTERM ends a command as tidily as Ctrl-C does: by a KeyboardInterrupt in the main thread.
+
+    The handler only sets a flag, since Python throws away what is raised while it happens to run a `__del__` or a callback of
+    compiled code. A thread delivers the interrupt, and delivers it again for as long as it is thrown away.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._delivering = False
+        self._due = threading.Event()
+
+    @classmethod
+    def install(cls) -> "Termination":
+        """Call it from the main thread."""
+        made = cls()
+        signal.signal(signal.SIGTERM, made)
+        sys.unraisablehook = made._unraisable
+        threading.Thread(target=made._deliver, name="manta-termination", daemon=True).start()
+        return made
+
+    @classmethod
+    def installed(cls) -> "Termination | None":
+        handler = signal.getsignal(signal.SIGTERM)
+        return handler if isinstance(handler, cls) else None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._delivering:
+            self._delivering = False
+            raise KeyboardInterrupt
+        self.asked = True
+        self._due.set()
+
+    def _deliver(self) -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        while self._due.wait():
+            self._due.clear()
+            self._delivering = True
+            while self._delivering:  # it may have been about to enter the system call that this ends
+                signal.pthread_kill(main, signal.SIGTERM)
+                time.sleep(AGAIN_S)
+
+    def _unraisable(self, lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt and threading.current_thread() is threading.main_thread():
+            self._due.set()
+        else:
+            sys.__unraisablehook__(lost)
 
 
 @contextlib.contextmanager
@@ -20,9 +73,11 @@ def reported_errors(debug: bool) -> Iterator[None]:
     """Turns what went wrong into one line on stderr and the exit code; with debug the traceback comes too."""
     try:
         yield
+        if _terminated():  # by somebody who caught it and ended well
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
-        typer.echo("manta: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        typer.echo(f"manta: {'terminated' if _terminated() else 'interrupted'}", err=True)
+        raise typer.Exit(TERMINATED if _terminated() else INTERRUPTED) from None
     except BrokenPipeError:  # `manta generate ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(FAILED) from None
@@ -39,6 +94,9 @@ def reported_errors(debug: bool) -> Iterator[None]:
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, TimeoutError):
+        said = f" ({error})" if str(error) else ""
+        return f"something was not ready in time{said}: raise --start-timeout-s if it is only slow; --debug shows what it was"
     if isinstance(error, ValueError | OSError | RuntimeError) and str(error):
         return " ".join(str(error).split("\n"))
     return f"{type(error).__name__}: {error} (a fault of Manta's; --debug shows where)"
@@ -46,12 +104,17 @@ def _words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A second Ctrl-C does not cut the shutdown short, which would leave processes behind."""
+    """A second Ctrl-C or SIGTERM does not cut the shutdown short, which would leave processes behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.signal(number, signal.SIG_IGN)
+            stack.callback(signal.signal, number, previous)
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+
+
+def _terminated() -> bool:
+    termination = Termination.installed()
+    return termination is not None and termination.asked

@@ -190,11 +190,11 @@ class FrontEnd:
                     generation.fill_prompt(entry)
                 except Exception as error:
                     self._break(generation, error)
-        for stream, tokens in _tokens_by_stream(deltas):
+        for stream, position, tokens in _tokens_by_stream(deltas):
             if (generation := self._live.get(stream)) is not None:
                 touched.append(generation)
                 try:
-                    keep_tokens = generation.extend(stream, tokens, logprobs.get(stream, ()))
+                    keep_tokens = generation.extend(stream, position, tokens, logprobs.get(stream, ()))
                 except Exception as error:
                     self._break(generation, error)
                     continue
@@ -223,10 +223,11 @@ def _untold(error: Exception) -> str:
     return f"the output cannot be told: {error}"
 
 
-def _tokens_by_stream(deltas: Deltas) -> Iterator[tuple[int, list[int]]]:
-    """(stream, its tokens) of the streams that got any."""
+def _tokens_by_stream(deltas: Deltas) -> Iterator[tuple[int, int, list[int]]]:
+    """(stream, how many tokens it had before, its new ones) of the streams that got any."""
     streams = np.frombuffer(deltas.streams, dtype="<i8").tolist()
+    positions = (np.frombuffer(deltas.positions, dtype="<i4") + deltas.advanced).tolist()
     columns = np.frombuffer(deltas.tokens, dtype="<i4").reshape(-1, len(streams)).T.tolist() if streams else []
-    for stream, column in zip(streams, columns, strict=True):
+    for stream, position, column in zip(streams, positions, columns, strict=True):
         if tokens := [token for token in column if token != NO_TOKEN]:
-            yield stream, tokens
+            yield stream, position, tokens

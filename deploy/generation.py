@@ -7,7 +7,7 @@ the engine, the caller takes, and a generation's lock is all that is between the
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import structs
 
@@ -31,6 +31,13 @@ from scheduler.sampling import SamplingParams
 
 Notify = Callable[["Generation"], object]
 
+WHOLE_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
+"""Of an output that has come as far as it should."""
+
+
+class OutputGap(RuntimeError):
+    """Something of an output was committed and has not arrived here: what follows cannot be told."""
+
 
 class Choice:
     """One stream: the tokens of one choice and their text so far. Guarded by its generation's lock.
@@ -50,6 +57,7 @@ class Choice:
         self.finish_reason: FinishWord | None = None
         self.stop_reason: int | str | None = None
         self.finished: Finished | None = None
+        self._prompt_tokens = len(prompt.token_ids)
         self._params = params
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
@@ -60,16 +68,20 @@ class Choice:
         self._at_once = not each_token and not params.stop
         self._shown = (0, 0, False)  # its extent when it was last taken
 
-    def extend(self, tokens: Sequence[int], logprobs: Iterable[TokenLogprobs]) -> int | None:
-        """Takes the next tokens, unless a stop string was found or it has ended. Returns how many tokens the output keeps
-        if a stop string was found just now."""
+    def extend(self, position: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> int | None:
+        """Takes the next tokens, unless a stop string was found or it has ended. position: how many were there before these,
+        the prompt's included. logprobs: one for each token, if they were asked for. Returns how many tokens the output keeps
+        if a stop string was found just now. Errors: OutputGap."""
         if self.finished is not None or self._stops.found is not None:
             return None
+        self._check_gap(position - self._prompt_tokens)
+        if self.logprobs is not None and len(logprobs) != len(tokens):
+            raise OutputGap(f"{len(logprobs)} log-probabilities came with {len(tokens)} tokens")
         entries = iter(logprobs)
         for token in tokens:
             self.token_ids.append(token)
-            if self.logprobs is not None and (entry := next(entries, None)) is not None:
-                self.logprobs.append(read_logprobs(entry, token, self._tokenizer, self._begins))
+            if self.logprobs is not None:
+                self.logprobs.append(read_logprobs(next(entries), token, self._tokenizer, self._begins))
             if self._begins and self._tokenizer is not None and token not in self._tokenizer.special:
                 self._begins = False
             if self._detokenizer is not None and not self._at_once:
@@ -81,9 +93,11 @@ class Choice:
 
     def end(self, finished: Finished) -> None:
         """The stream's one end. A stop string that was found here counts, even if another end was committed first.
-        Errors: whatever the tokenizer raises over the last of the text, unless the stream has failed anyway; it has not ended
-        then."""
+        Errors: OutputGap, or whatever the tokenizer raises over the last of the text, unless the stream has failed anyway; it
+        has not ended then."""
         if self._stops.found is None:
+            if finished.reason in WHOLE_ENDS:
+                self._check_gap(finished.tokens)
             with contextlib.suppress(*(Exception,) if finished.reason is FinishReason.FAILED else ()):
                 self._show_rest()
         if self._stops.found is not None:
@@ -126,6 +140,14 @@ class Choice:
         """How far it has come: characters, tokens, whether it has ended."""
         return len(self.text), len(self.token_ids), self.finished is not None
 
+    def _check_gap(self, committed: int) -> None:
+        """committed: tokens of output that the scheduler has told so far."""
+        if committed != len(self.token_ids):
+            raise OutputGap(
+                f"{committed} tokens of it were committed and {len(self.token_ids)} have arrived: ask again, and report it "
+                "as a fault of the server's"
+            )
+
     def _show_rest(self) -> None:
         """What is held back until the end. A stop string may be in it."""
         if self._detokenizer is not None:
@@ -150,6 +172,9 @@ class PromptTable:
         self._taken = False
 
     def fill(self, part: PromptLogprobs) -> None:
+        """Errors: OutputGap."""
+        if part.first > self._known:
+            raise OutputGap(f"the prompt's log-probabilities {self._known} to {part.first - 1} have not arrived: ask again")
         for position, entry in enumerate(part.tokens, start=part.first):
             begins = position == self._begin
             self._entries[position] = read_logprobs(entry, self._tokens[position], self._tokenizer, begins)
@@ -208,14 +233,22 @@ class Generation:
             with self._lock:
                 self._prompt_logprobs.fill(part)
 
-    def extend(self, stream: int, tokens: Sequence[int], logprobs: Iterable[TokenLogprobs]) -> int | None:
+    def extend(self, stream: int, position: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> int | None:
         """As `Choice.extend`, for the choice of this stream."""
         with self._lock:
-            return self._choices[stream - self.stream].extend(tokens, logprobs)
+            return self._choices[stream - self.stream].extend(position, tokens, logprobs)
 
     def end(self, finished: Finished) -> None:
+        """As `Choice.end`, for the choice of this stream."""
         with self._lock:
+            if finished.reason in WHOLE_ENDS and sum(choice.finished is None for choice in self._choices) == 1:
+                self._check_prompt()
             self._choices[finished.stream - self.stream].end(finished)
+
+    def _check_prompt(self) -> None:
+        """Before the last choice ends. Errors: OutputGap."""
+        if self._prompt_logprobs is not None and self._prompt_logprobs.whole is None:
+            raise OutputGap("the prompt's last log-probabilities have not arrived: ask again")
 
     def wake(self) -> None:
         """Tells the caller once until it takes: progress if it wants each token, else the end."""

@@ -17,7 +17,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from deploy.access import ApiKeys
+from deploy.access import ApiKeys, check_priority
+from deploy.connections import BoundedCalls
 from deploy.errors import Fault, RequestError
 from deploy.openai.errors import error_headers
 from deploy.outputs import OutputDelta
@@ -25,7 +26,7 @@ from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from deploy.proto.reading import Job, Reader, named
 from deploy.proto.writing import Writer, merged
-from deploy.serve_config import ServeConfig
+from deploy.serve_config import ServeConfig, is_loopback
 from deploy.service import Service
 
 logger = logging.getLogger(__name__)
@@ -44,15 +45,17 @@ HEALTH_NAMES = ("", SERVICE_NAME)
 HEALTH_PERIOD_S = 1.0
 """How often a watcher of the health looks."""
 
+IDLE_MS = 300_000
+"""After which a connection without a call is closed; a client opens another when it needs it."""
+
 MAX_DETAILS = 1024
 """Characters of a status message: it travels in a header, and 8 KiB are all that headers may take."""
-
-LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:[::ffff:127.", "unix:")
 
 STATUS = {
     Fault.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Fault.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
     Fault.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Fault.TOO_SLOW: grpc.StatusCode.DEADLINE_EXCEEDED,
     Fault.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,  # as gRPC itself says it; without retry-after
     Fault.UNPROCESSABLE: grpc.StatusCode.INVALID_ARGUMENT,
     Fault.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,  # with retry-after
@@ -186,7 +189,7 @@ class GrpcDoor:
 
     def _check(self, request: Any, context: Context) -> None:
         """Errors: RequestError."""
-        if self._own_machine_only and not unquote(context.peer()).startswith(LOOPBACK_PEERS):
+        if self._own_machine_only and not _is_own(context.peer()):
             said = "without API keys this server answers its own machine only: give it some (api_key_file), or say --no-auth"
             raise RequestError(Fault.UNAUTHENTICATED, said)
         self._account(context)
@@ -199,6 +202,7 @@ class GrpcDoor:
     async def _responses(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: RequestError."""
         job = await self._reader.job(request, named(request.request_id), self._account(context))
+        check_priority(job.priority, self._keys.best_priority(self._account(context), self._config.best_priority))
         async with aclosing(self._deltas(job, context)) as deltas:
             writer = Writer(job)
             async for _, delta in deltas:
@@ -254,10 +258,25 @@ def _metadata(context: Context, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def address_of(peer: str) -> str:
+    """Of a client as gRPC names it, `ipv4:127.0.0.1:50051` or `ipv6:%5B::1%5D:50051`; its whole name if it has no address."""
+    kind, _, address = unquote(peer).partition(":")
+    return address.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
+
+
+def _is_own(peer: str) -> bool:
+    """Whether the client is on this machine."""
+    return peer.startswith("unix:") or is_loopback(address_of(peer))
+
+
 async def start_server(door: GrpcDoor, config: ServeConfig) -> tuple[grpc.aio.Server, int]:
     """A plain server, and the port that it listens on; `await server.stop(grace)` ends it. Errors: OSError."""
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", config.max_request_bytes)]
-    server = grpc.aio.server(options=options)
+    timeout_ms = max(1, int(config.receive_timeout_s * 1000))
+    options = [
+        ("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", config.max_request_bytes),
+        ("grpc.server_handshake_timeout_ms", timeout_ms), ("grpc.max_connection_idle_ms", IDLE_MS),
+    ]  # fmt: skip
+    server = grpc.aio.server(interceptors=[BoundedCalls(config, address_of)], options=options)
     manta_pb2_grpc.add_MantaServicer_to_server(door, server)
     health_pb2_grpc.add_HealthServicer_to_server(door, server)
     reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), server)

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from deploy import metrics
 from deploy.access import REQUEST_ID_HEADER, ApiKeys, BodyLimit, KeyCheck, RequestIds, error_response, request_id_of
+from deploy.connections import BodyDeadline
 from deploy.errors import Fault, RequestError
 from deploy.openai.document import add_schemas
 from deploy.openai.errors import ErrorBody, ErrorDetail
@@ -38,7 +39,7 @@ def create_app(service: Service, config: ServeConfig, keys: ApiKeys, *, names_re
             Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config))
+    app.include_router(openai_routes(service, config, keys))
     app.include_router(status_routes(service))
     _add_operations(app, service)
     add_schemas(app.openapi(), *RECORDS)
@@ -65,6 +66,7 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
         *([cors] if config.cors_origins else []),
         Middleware(KeyCheck, keys=keys),
         Middleware(BodyLimit, max_bytes=config.max_request_bytes),
+        Middleware(BodyDeadline, timeout_s=config.receive_timeout_s),
     ]
 
 

@@ -25,9 +25,10 @@ from typing import Any, TypeVar, cast
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config import bound_openmp_spin, engine_config
+from deploy.errors import Fault
 from deploy.frontend import FrontEnd
 from deploy.generation import Generation
-from deploy.outputs import GenerationError, RequestOutput
+from deploy.outputs import CompletionOutput, GenerationError, RequestOutput
 from deploy.prompts import (
     Prompt,
     PromptError,
@@ -39,6 +40,7 @@ from deploy.prompts import (
     read_tenant,
 )
 from deploy.text import Message, Tokenizer
+from deploy.text_files import writable
 from scheduler.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -164,14 +166,21 @@ class LLM:
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
+        each_alone: bool = False,
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Yields (position of the prompt, its output so far) whenever one has grown, until all have ended.
 
         A failed request ends with `error` and `fault` set. Leaving the loop early aborts what is under way. tenant,
-        deadline_s, priority: as in `generate`. Errors: PromptError.
+        deadline_s, priority: as in `generate`. each_alone: a prompt that cannot be served fails by itself, with fault INVALID,
+        where others can. Errors: PromptError.
         """
-        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s, priority)
-        return self._run(requests, each_token=True)
+        sources = _as_list(prompts)
+        parsed = self._parse_each(sources, self._parser.parse, sampling_params, tenant, deadline_s, priority)
+        refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
+        if not each_alone or len(refused) in (0, len(parsed)):
+            return self._run(self._all_or_none(parsed), each_token=True)
+        refusals = {position: _refusal(sources[position], error) for position, error in refused.items()}
+        return self._run_others(parsed, refusals)
 
     # ---- asyncio ----
 
@@ -234,22 +243,40 @@ class LLM:
         self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None,
         priority: int,
     ) -> list[tuple[Prompt, SamplingParams]]:
-        """All or none: the first source that is not valid is named by its position."""
+        """Errors: PromptError that names the first source that is not valid."""
+        return self._all_or_none(self._parse_each(sources, parse, params, tenant, deadline_s, priority))
+
+    def _parse_each(
+        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None,
+        priority: int,
+    ) -> list[tuple[Prompt, SamplingParams] | PromptError]:
+        """Errors: PromptError for what is wrong with the call as a whole."""
         call = (read_tenant(tenant), read_deadline(deadline_s), read_priority(priority))
+        one_for_all = params is None or isinstance(params, SamplingParams)
         if params is None or isinstance(params, SamplingParams):
             every = [self._parser.params(params or SamplingParams())] * len(sources)
         else:
-            every = [self._parser.params(each) for each in params]
+            every = list(params)
         if len(every) != len(sources):
             raise PromptError(
                 f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all"
             )
-        requests = []
-        for position, (source, each) in enumerate(zip(sources, every, strict=True)):
+        parsed: list[tuple[Prompt, SamplingParams] | PromptError] = []
+        for source, each in zip(sources, every, strict=True):
             try:
-                requests.append((parse(source).of_call(*call), each))
+                parsed.append((parse(source).of_call(*call), each if one_for_all else self._parser.params(each)))
             except PromptError as error:
-                raise PromptError(f"prompt {position}: {error}") if len(sources) > 1 else error from None
+                parsed.append(error)
+        return parsed
+
+    @staticmethod
+    def _all_or_none(parsed: Sequence[tuple[Prompt, SamplingParams] | PromptError]) -> list[tuple[Prompt, SamplingParams]]:
+        """Errors: PromptError."""
+        requests = []
+        for position, each in enumerate(parsed):
+            if isinstance(each, PromptError):
+                raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
+            requests.append(each)
         return requests
 
     def _complete(self, requests: list[tuple[Prompt, SamplingParams]], progress: bool) -> list[RequestOutput]:
@@ -264,6 +291,15 @@ class LLM:
         if any(output.error for output in ordered):
             raise GenerationError.of(ordered)
         return ordered
+
+    def _run_others(
+        self, parsed: Sequence[tuple[Prompt, SamplingParams] | PromptError], refusals: Mapping[int, RequestOutput]
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Tells the refusals, then runs what was not refused."""
+        yield from refusals.items()
+        places = [position for position in range(len(parsed)) if position not in refusals]
+        for at, output in self._run(self._all_or_none([parsed[place] for place in places]), each_token=True):
+            yield places[at], output
 
     def _run(
         self, requests: list[tuple[Prompt, SamplingParams]], each_token: bool
@@ -310,6 +346,14 @@ def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[
     limits = ((generation.prompt.deadline_s, generation) for generation in generations)
     timed = [(submitted_s + limit_s, generation) for limit_s, generation in limits if limit_s is not None]
     return sorted((each for each in timed if each[0] < math.inf), key=itemgetter(0))
+
+
+def _refusal(source: Source, error: PromptError) -> RequestOutput:
+    """The output of a prompt that was never submitted."""
+    text = source.get("prompt") if isinstance(source, Mapping) else source
+    prompt = writable(text) if isinstance(text, str) else None
+    failed = CompletionOutput(0, "", [], finish_reason="error")
+    return RequestOutput("", prompt, [], None, [failed], finished=True, error=str(error), fault=Fault.INVALID)
 
 
 def _as_list(prompts: Source | Sequence[Source]) -> Sequence[Source]:

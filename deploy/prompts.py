@@ -18,6 +18,7 @@ import msgspec
 from deploy.config import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
 from deploy.lengths import TextTooLong, encode_within
 from deploy.text import Message, Tokenizer
+from deploy.text_files import refuse_halves
 from scheduler.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
@@ -137,6 +138,8 @@ class PromptParser:
             raise PromptError(f"sampling parameters: {error}") from error
         if valid.stop and self.tokenizer is None:
             raise PromptError("stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids")
+        for text in valid.stop:
+            _refuse_halves("stop", text)
         for name, ids in (("stop_token_ids", valid.stop_token_ids), ("logit_bias", valid.logit_bias)):
             for token in ids:
                 if not 0 <= token < self.limits.vocab_size:
@@ -154,6 +157,7 @@ class PromptParser:
         kind, value, salt = kinds[0], source[kinds[0]], source.get("cache_salt", "")
         if not isinstance(salt, str):
             raise PromptError(f"cache_salt must be a string, not {type(salt).__name__}")
+        _refuse_halves("cache_salt", salt)
         if kind == "messages":
             tools, template_kwargs = source.get("tools"), source.get("chat_template_kwargs")
             if not isinstance(tools, list | None) or not isinstance(template_kwargs, Mapping | None):
@@ -166,7 +170,7 @@ class PromptParser:
         return self._valid(value, None, salt)
 
     def _encode(self, text: str, *, around: bool = True) -> list[int]:
-        """Errors: PromptError, for a text that is far too long before all of it is tokenised."""
+        """Errors: PromptError, for a text that is far too long before all of it is tokenised, or that UTF-8 cannot hold."""
         tokenizer, most = self._need_tokenizer(), self.limits.max_tokens
         try:
             return encode_within(
@@ -176,6 +180,8 @@ class PromptParser:
             raise PromptTooLong(
                 f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
             ) from None
+        except ValueError as error:
+            raise PromptError(str(error)) from error
 
     def _valid(self, ids: Sequence[int], text: str | None, salt: str = "") -> Prompt:
         """Looks at how many there are before it looks at each."""
@@ -208,10 +214,19 @@ class PromptParser:
         return self.tokenizer
 
 
+def _refuse_halves(name: str, text: str) -> None:
+    """Errors: PromptError."""
+    try:
+        refuse_halves(text)
+    except ValueError as error:
+        raise PromptError(f"{name}: {error}") from None
+
+
 def read_tenant(value: Any) -> str | None:
     """Errors: PromptError."""
     if value is not None and not isinstance(value, str):
         raise PromptError(f"tenant must be a string, not {type(value).__name__}: {_ITS_OWN}")
+    _refuse_halves("tenant", value or "")
     return value
 
 

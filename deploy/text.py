@@ -3,7 +3,6 @@
 Imports transformers only when a checkpoint is opened; of the engine nothing but where a tokenizer's files are.
 """
 
-import functools
 import inspect
 import json
 import re
@@ -13,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from deploy.text_files import refuse_halves
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 REPLACEMENT = "\ufffd"
@@ -68,7 +68,9 @@ class Tokenizer:
         return cls(open_tokenizer(checkpoint)) if has_tokenizer(checkpoint) else None
 
     def encode(self, text: str, *, around: bool = True) -> list[int]:
-        """Token ids. around: with the special tokens that the checkpoint puts around a prompt."""
+        """Token ids. around: with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text
+        that UTF-8 cannot hold."""
+        refuse_halves(text)
         return list(self._implementation.encode(text, add_special_tokens=around, verbose=False))
 
     @property
@@ -171,7 +173,7 @@ class Tokenizer:
             return self.special[token]
         return self._spell(token, begins).decode(errors="replace")
 
-    @functools.cached_property
+    @cached_property
     def longest_token_bytes(self) -> int:
         """Of UTF-8 that one token of a text can stand for, special ones that are written out included: at least as much as any
         does, at most twice (byte-level BPE writes some bytes as two). Takes some 0.1 s the first time."""

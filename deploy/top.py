@@ -22,6 +22,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from deploy.client import open_client
 from deploy.status.document import GroupLine, Sample, StatusDocument
 from deploy.status.maps import CACHED, FREE, HELD, SHARED, STATE_NAMES, thin, unpack
 from deploy.status.words import NOTHING, amount, duration, latency, percent, plural, restarts, share
@@ -45,7 +46,7 @@ def top(url: str, api_key: str | None, interval: float, once: bool = False, cons
     if not interval > 0:
         raise ValueError(f"interval={interval} is not above 0: give the seconds between two looks")
     console = console or Console()
-    with _client(url, api_key) as client:
+    with open_client(httpx.Client, url, api_key, timeout=TIMEOUT_S, follow_redirects=True) as client:
         if once or not console.is_terminal:
             try:
                 document = _ask(client)
@@ -58,19 +59,11 @@ def top(url: str, api_key: str | None, interval: float, once: bool = False, cons
             _follow(client, live, interval, pressed)
 
 
-def _client(url: str, api_key: str | None) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    address = url if "://" in url else f"http://{url}"
-    if not address.startswith(("http://", "https://")):
-        raise ValueError(f"{url} is no address of an endpoint: give one like http://127.0.0.1:8000")
-    return httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
-
-
 def _ask(client: httpx.Client) -> StatusDocument:
     """Errors: ValueError, httpx.HTTPError while nobody answers, which may pass."""
     answer = client.get("/status.json")
     if answer.status_code in (401, 403):
-        raise ValueError(f"{client.base_url} asks for an API key that it knows: give --api-key")
+        raise ValueError(f"{client.base_url} asks for an API key that it knows: give --api-key-file")
     answer.raise_for_status()
     try:
         return msgspec.json.decode(answer.content, type=StatusDocument)

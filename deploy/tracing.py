@@ -6,6 +6,7 @@ Imports opentelemetry, so is itself imported only where traces are asked for (`d
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+import requests
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,6 +15,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, s
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from deploy.client import on_this_machine
 from deploy.logs import OUR_FAULTS
 from deploy.observation import Observation
 from deploy.tally import SERVED
@@ -39,7 +41,9 @@ class Tracer:
     def to_collector(cls, endpoint: str, model: str) -> "Tracer":
         """endpoint: "http://collector:4318", or a whole URL where the path is not the usual one."""
         url = endpoint if urlsplit(endpoint).path.strip("/") else endpoint.rstrip("/") + TRACES_PATH
-        return cls(OTLPSpanExporter(endpoint=url), model)
+        session = requests.Session()
+        session.trust_env = not on_this_machine(urlsplit(endpoint).hostname or "")  # no proxy leads there
+        return cls(OTLPSpanExporter(endpoint=url, session=session), model)
 
     def record(self, observation: Observation) -> str:
         """Returns the id of the trace that the spans belong to: the caller's, if it gave a valid `traceparent`."""

@@ -259,7 +259,7 @@ class SchedulerCore:
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
         """The report's tokens become true, and are on their way to the front ends. Returns the rows that are due."""
         roster = group.roster(report.leases)
-        columns = roster.columns
+        columns, advanced = roster.columns, group.advanced
         tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
         if columns is not None:
             tokens = tokens.take(columns, axis=1)
@@ -276,7 +276,8 @@ class SchedulerCore:
             self._state.rates.compute.measured(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self._state.now_s)
-        self.outbox.tokens(roster.audience, tokens if roster.order is None else tokens.take(roster.order, axis=1))
+        told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
+        self.outbox.tokens(roster.audience, told, advanced)
         return due
 
     # ---- ends ---------------------------------------------------------------------------------------------------------

@@ -335,12 +335,16 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """What one scheduler event means for one front end, in commit order.
 
     streams: int64 [n]. tokens: int32 [steps, n], NO_TOKEN where none. finished come after the tokens.
+    positions: int32 [n]; each stream had `positions[i] + advanced` tokens before these, its prompt included. Who has heard
+    fewer has missed some, and must not go on. The buffer stays the same while the same streams decode: it costs nothing.
     """
 
     streams: bytes
     tokens: bytes
     finished: tuple[Finished, ...] = ()
     logprobs: tuple[tuple[int, bytes], ...] = ()
+    positions: bytes = b""
+    advanced: int = 0
 
 
 ToFrontEnd = Welcome | Deltas

@@ -7,24 +7,29 @@ from collections.abc import Sequence as Listing
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from scheduler.messages import Deltas, Failure, Finished, FinishReason
 from scheduler.resident import Listener
 from scheduler.sequence import Sequence
+
+NO_TOKENS = Deltas(b"", b"")
 
 
 class Outbox:
     """One `Deltas` for each front end and event; the ends of streams come after their tokens."""
 
     def __init__(self) -> None:
-        self._tokens: list[tuple[int, bytes, bytes]] = []
+        self._tokens: list[tuple[int, Deltas]] = []
         self._finished: dict[int, list[Finished]] = {}
         self._logprobs: dict[int, list[tuple[int, bytes]]] = {}
 
-    def tokens(self, audience: Listing[Listener], tokens: npt.NDArray[np.int32]) -> None:
-        """tokens: [steps, n] as committed, in the order of the audience, which is as in `Roster`."""
-        for front_end, first, end, streams in audience:
-            self._tokens.append((front_end, streams, tokens[:, first:end].tobytes()))
+    def tokens(self, audience: Listing[Listener], tokens: npt.NDArray[np.int32], advanced: int) -> None:
+        """tokens: [steps, n] as committed, in the order of the audience, which is as in `Roster`. advanced: steps committed
+        between the audience's positions and these."""
+        for front_end, first, end, streams, positions in audience:
+            part = Deltas(streams, tokens[:, first:end].tobytes(), positions=positions, advanced=advanced)
+            self._tokens.append((front_end, part))
 
     def logprobs(self, sequence: Sequence, payload: bytes) -> None:
         self._logprobs.setdefault(sequence.front_end, []).append((sequence.stream, payload))
@@ -47,18 +52,15 @@ class Outbox:
 
     def drain(self) -> list[tuple[int, Deltas]]:
         """(front end, what it must be told), in commit order for each; ends and logprobs come with its last tokens."""
+        deltas, self._tokens = self._tokens, []
         if not (self._finished or self._logprobs):
-            deltas = [(front_end, Deltas(streams, tokens)) for front_end, streams, tokens in self._tokens]
-            self._tokens.clear()
             return deltas
-        last = {part[0]: part for part in self._tokens}
-        parts = [part for part in self._tokens if part is not last[part[0]]]
-        deltas = [(front_end, Deltas(streams, tokens)) for front_end, streams, tokens in parts]
+        last = dict(deltas)
+        deltas = [(front_end, part) for front_end, part in deltas if part is not last[front_end]]
         for front_end in last.keys() | self._finished.keys() | self._logprobs.keys():
-            _, streams, tokens = last.get(front_end, (front_end, b"", b""))
             ends, logprobs = self._finished.get(front_end, ()), self._logprobs.get(front_end, ())
-            deltas.append((front_end, Deltas(streams, tokens, tuple(ends), tuple(logprobs))))
-        self._tokens.clear()
+            part = structs.replace(last.get(front_end, NO_TOKENS), finished=tuple(ends), logprobs=tuple(logprobs))
+            deltas.append((front_end, part))
         self._finished.clear()
         self._logprobs.clear()
         return deltas

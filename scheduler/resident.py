@@ -32,12 +32,14 @@ class ProtocolError(RuntimeError):
 
 
 class Listener(NamedTuple):
-    """A front end's part of a roster: [first:end] of what is in its order. streams: their numbers, an int64 buffer."""
+    """A front end's part of a roster: [first:end] of what is in its order. streams: their numbers, an int64 buffer.
+    positions: how many tokens each had when the roster was made, prompt included, an int32 buffer."""
 
     front_end: int
     first: int
     end: int
     streams: bytes
+    positions: bytes
 
 
 class Roster(NamedTuple):
@@ -112,6 +114,7 @@ class ResidentGroup:
         self.touched = False
         self._watch = watch
         self._roster: Roster | None = None
+        self.advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
 
     @property
     def draining(self) -> bool:
@@ -222,6 +225,7 @@ class ResidentGroup:
         """Reads a report's lease buffer; costs one comparison while the same leases run."""
         if self._roster is None or self._roster.key != key:
             self._roster = self._read_roster(key)
+            self.advanced = 0
         return self._roster
 
     def _read_roster(self, key: bytes) -> Roster:
@@ -240,17 +244,29 @@ class ResidentGroup:
 
     def _group(self, places: Ints | slice, count: int) -> tuple[Ints | None, tuple[Listener, ...]]:
         """(order, audience) of a roster with so many rows."""
-        streams, ends, order = self.stream[places], [count], None
+        streams, lengths, ends, order = self.stream[places], self.length[places], [count], None
         if len(self._slots) > 1:
             # NumPy sorts both by radix, and half the bytes in half the time.
             slots = self.slot[places].astype(np.uint8 if len(self._slots) <= 1 << 8 else np.uint16)
             order = slots.argsort(kind="stable")
-            streams, ends = streams.take(order), np.bincount(slots, minlength=len(self._slots)).cumsum().tolist()
+            streams, lengths = streams.take(order), lengths.take(order)
+            ends = np.bincount(slots, minlength=len(self._slots)).cumsum().tolist()
+        positions = lengths.astype(np.int32)
         return order, tuple(
-            Listener(front_end, first, end, streams[first:end].tobytes())
+            Listener(front_end, first, end, streams[first:end].tobytes(), positions[first:end].tobytes())
             for front_end, first, end in zip(self._slots, [0, *ends], ends, strict=False)
             if end > first
         )
+
+    def _renew_positions(self, roster: Roster) -> None:
+        """After a report in which not every lease has advanced by as much."""
+        lengths = self.length[roster.places] if roster.order is None else self.length[roster.places].take(roster.order)
+        positions = lengths.astype(np.int32)
+        audience = (
+            Listener(front_end, first, end, streams, positions[first:end].tobytes())
+            for front_end, first, end, streams, _ in roster.audience
+        )
+        self._roster, self.advanced = roster._replace(audience=tuple(audience)), 0
 
     def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
@@ -261,6 +277,7 @@ class ResidentGroup:
             self._flat_ring[at] = sampled
             length += 1
         self.length[roster.places] = length
+        self.advanced += len(tokens)
         due = (length >= self.due[roster.places]).nonzero()[0]
         rows: list[int] = roster.rows.take(due).tolist()
         return rows
@@ -275,6 +292,7 @@ class ResidentGroup:
             self._flat_ring[roster.ring_base[at] + (position & self._ring_mask)] = step[at]
             sampled[at] += 1
         self.length[rows] += sampled
+        self._renew_positions(roster)
         change = sampled - computed
         self.pending[rows] += change
         self.backlog += int(change.sum())

@@ -34,7 +34,7 @@ from scheduler.messages import (
 from scheduler.resident import ProtocolError
 from scheduler.stats import ClusterStatus, pool_maps, snapshot
 from scheduler.tallies import Tallies
-from scheduler.wire import frame, read_frame
+from scheduler.wire import read_frame, write_frame
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,11 @@ class SchedulerServer:
     def call(self, change: Callable[[SchedulerCore], T]) -> T:
         """Runs one call into the core and delivers what follows from it."""
         began_s = self.core.now_s = time.monotonic()
-        answer = change(self.core)
-        self._deliver()
-        self._busy_s += time.monotonic() - began_s
-        return answer
+        try:
+            return change(self.core)
+        finally:  # what was committed before an error is told all the same
+            self._deliver()
+            self._busy_s += time.monotonic() - began_s
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         """The group will not come back. Its leader may not have heard yet that it ended: what it says counts no more."""
@@ -119,7 +120,7 @@ class SchedulerServer:
                 await self._serve_leader(opening, reader, writer)
             elif isinstance(opening, Connect):
                 await self._serve_front_end(reader, writer)
-        except msgspec.DecodeError as error:
+        except (ProtocolError, msgspec.DecodeError) as error:
             logger.error("a connection sent what is not the protocol: %s", error)
         finally:
             writer.close()
@@ -150,7 +151,7 @@ class SchedulerServer:
         front_end = self._front_end_count
         self._front_end_count += 1
         self._front_ends[front_end] = writer
-        writer.write(frame(Welcome(self.core.config.page_size)))
+        write_frame(writer, Welcome(self.core.config.page_size))
         try:
             while (payload := await read_frame(reader)) is not None:
                 message = self._requests.decode(payload)
@@ -165,7 +166,7 @@ class SchedulerServer:
                 try:
                     core.submit(front_end, request)
                 except RequestRefused as refusal:
-                    self._front_ends[front_end].write(frame(refuse(request, refusal)))
+                    write_frame(self._front_ends[front_end], refuse(request, refusal))
         elif isinstance(message, Abort):
             for stream in message.streams:
                 core.abort(front_end, stream)
@@ -177,17 +178,20 @@ class SchedulerServer:
     # ---- what goes out
 
     def _deliver(self) -> None:
-        """Logs before deltas: a page is never promised to a client before its group was told."""
+        """Logs before deltas: a page is never promised to a client before its group was told.
+
+        What is taken out here is told to each, whatever becomes of the others: nobody would say it again.
+        """
         if self._check:
             check(self.core)
         for name, commands in self.core.take_logs():
             if (leader := self._leaders.get(name)) is not None:
-                leader.write(frame(commands))
+                write_frame(leader, commands)
         for front_end, deltas in self.core.outbox.drain():
             writer = self._front_ends.get(front_end)
             if writer is None:
                 continue
-            writer.write(frame(deltas))
+            write_frame(writer, deltas)
             if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
                 logger.error("front end %d does not read its tokens: cut off", front_end)
                 writer.transport.abort()

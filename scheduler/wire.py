@@ -39,8 +39,20 @@ async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
         if length > MAX_FRAME_BYTES:
             return None
         return await reader.readexactly(length)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, OSError):  # not ConnectionError alone: a host that went away times out
         return None
+
+
+def write_frame(writer: asyncio.StreamWriter, message: Any) -> None:
+    """Sends one message. A connection that cannot take it ends: whoever reads it hears of that, and nobody else. Never raises:
+    uvloop does, where asyncio drops what is written, if the other side has gone and the reader has not been told yet."""
+    if writer.is_closing():
+        return
+    try:
+        writer.write(frame(message))
+    except Exception as error:
+        logger.error("cannot send to %s, so the connection ends: %s", writer.get_extra_info("peername"), error)
+        writer.transport.abort()
 
 
 class FrameSocket:

@@ -1,8 +1,11 @@
-"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; no test depends
-on how fast this machine is; and which tests share a process where xdist runs several (`make test`)."""
+"""For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; Ray's files are
+in a folder of this run, so that nobody later takes its clusters for living ones; no test depends on how fast this machine is;
+and which tests share a process where xdist runs several (`make test`)."""
 
 import functools
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
+OWN_FOLDER = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="mt-")  # short: sockets' paths begin with it
+if OWN_FOLDER is not None:
+    os.environ["RAY_TMPDIR"] = OWN_FOLDER  # xdist's processes have it, too
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted
@@ -25,6 +31,11 @@ NOTES = pytest.StashKey[list[str]]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray comes first: it waits more than it computes."""
     items.sort(key=lambda item: (item.get_closest_marker("ray") is None, not item.nodeid.startswith(END_TO_END)))
+
+
+def pytest_unconfigure() -> None:
+    if OWN_FOLDER is not None:
+        shutil.rmtree(OWN_FOLDER, ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)

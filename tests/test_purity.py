@@ -27,3 +27,33 @@ def test_imports_with_torch_and_ray_blocked(module: str) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys(('torch', 'ray', 'transformers'))); import {module}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
+    """A second or two of each process's start."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers')))\n"
+        "import cluster.launch, deploy.app\n"
+        "from deploy.config import EMBEDDED_MODEL\n"
+        "from deploy.prompts import read_model_limits\n"
+        "assert read_model_limits(EMBEDDED_MODEL, None).vocab_size > 0"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from deploy.tokenizing import import_without_torch\n"
+        "import_without_torch()\n"
+        "from deploy.config import EMBEDDED_MODEL\n"
+        "from deploy.service import ServedModel\n"
+        "model = ServedModel.read('tiny', EMBEDDED_MODEL, None)\n"
+        "assert model.tokenizer.encode_chat([{'role': 'user', 'content': 'hello'}])\n"
+        "assert 'torch' not in sys.modules\n"
+        "import torch\n"
+        "assert torch.ones(1).sum() == 1"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr

@@ -1,42 +1,17 @@
-"""The Ray shell of one rank: opens, builds, runs. Rank 0 leads its group, the others follow.
+"""The Ray shell of one rank. An error ends the actor's call, which is how the cluster hears of it.
 
-Imports ray, `build`, `leader`, `link` and `parallel`. An error ends the actor's call, which is how the cluster hears of it.
+Imports ray; the tensor side (`life`) only in the actor's own process, so that whoever places workers does not wait for torch.
 """
 
-import socket
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
-import torch
 
 from scheduler.logs import configure
-from scheduler.messages import Hello
-from scheduler.wire import listen
-from workers.build import Built, WorkerConfig, build_rank, settle
-from workers.loop.leader import Gathered, follow, lead
-from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
-from workers.moving.mover import PageMover
-from workers.moving.transport import SocketTransport, open_transport
-from workers.parallel.communicator import Communicator
-from workers.parallel.connect import connect
+from workers.config import SchedulerAddress, WorkerConfig
 
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where a group's ranks meet: rank 0's host, the port of its store, and the port of its turns."""
-
-    host: str
-    store_port: int
-    feed_port: int
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerAddress:
-    """Where the scheduler listens, and the secret to open with."""
-
-    host: str
-    port: int
-    token: str
+if TYPE_CHECKING:
+    from workers.life import Rendezvous
 
 
 class WorkerActor:
@@ -45,102 +20,22 @@ class WorkerActor:
 
     def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
         configure(config.log_format, group=group, epoch=epoch, rank=rank)
-        self._config = config
-        self._group, self._epoch = group, epoch
-        self._rank, self._size = rank, size
-        self._timeout_s = timeout_s
-        self._listener: socket.socket | None = None
-        self._comm: Communicator | None = None
-        self._built: Built | None = None
-        self._phase = ("placing", 0, 0)
-        self._rendezvous: Rendezvous | None = None
+        from workers.life import RankLife
 
-    def open(self) -> Rendezvous:
+        self._life = RankLife(config, group, epoch, rank, size, timeout_s, ray.util.get_node_ip_address())
+
+    def open(self) -> "Rendezvous":
         """Rank 0 only: opens the ports at which its peers meet it."""
-        host = ray.util.get_node_ip_address()
-        self._listener = listen(host)
-        with listen(host) as probe:
-            store_port = probe.getsockname()[1]
-        return Rendezvous(host, store_port, self._listener.getsockname()[1])
+        return self._life.open()
 
-    def build(self, rendezvous: Rendezvous) -> int:
+    def build(self, rendezvous: "Rendezvous") -> int:
         """Joins the group, loads the weights and allocates the pool; returns its pages. All ranks at the same time."""
-        address = f"{rendezvous.host}:{rendezvous.store_port}"
-        device = torch.device(self._config.device, 0) if self._config.device == "cuda" else torch.device(self._config.device)
-        self._rendezvous = rendezvous
-        self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
-        self._built = build_rank(self._config, self._comm, self._enter)
-        settle()
-        return self._built.pages
+        return self._life.build(rendezvous)
 
     def phase(self) -> tuple[str, int, int]:
         """What `build` is doing: its name, how much is done, how much there is. May be asked while it works."""
-        return self._phase
-
-    def _enter(self, phase: str, done: int, total: int) -> None:
-        self._phase = (phase, done, total)
+        return self._life.phase
 
     def run(self, scheduler: SchedulerAddress) -> str:
         """The step loop, until the scheduler closes the group's log; returns its reason."""
-        assert self._comm is not None, "run before build"
-        assert self._built is not None, "run before build"
-        try:
-            return self._lead(scheduler) if self._rank == 0 else self._follow(scheduler)
-        finally:
-            self._comm.abort("this rank has left its loop")
-            self._built.rank.close()
-
-    def _lead(self, scheduler: SchedulerAddress) -> str:
-        assert self._built is not None
-        assert self._comm is not None
-        assert self._listener is not None
-        gathered = Gathered(self._size)
-        transport = self._open_transport(scheduler)
-        feed = SocketFeed(
-            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s
-        )
-        self._attach_mover(transport, gathered.add)
-        hello = Hello(
-            scheduler.token, self._group, self._epoch, self._built.pages, self._config.rows, self._built.slots,
-            (transport.address, *feed.ports) if transport is not None else (),
-        )  # fmt: skip
-        link = SocketLink(scheduler.host, scheduler.port, hello)
-        gathered.send = link.send
-        try:
-            return lead(self._built.rank, link, feed, self._config.reporter(self._epoch))
-        finally:
-            link.close()
-            feed.close()
-
-    def _follow(self, scheduler: SchedulerAddress) -> str:
-        assert self._built is not None
-        assert self._comm is not None
-        assert self._rendezvous is not None
-        transport = self._open_transport(scheduler)
-        greeting = Greeting(scheduler.token, self._rank, transport.address if transport is not None else "")
-        inbox = SocketInbox(self._rendezvous.host, self._rendezvous.feed_port, greeting, self._comm.abort)
-        self._attach_mover(transport, inbox.moved)
-        try:
-            return follow(self._built.rank, inbox)
-        finally:
-            inbox.close()
-
-    def _open_transport(self, scheduler: SchedulerAddress) -> SocketTransport | None:
-        """Where other groups fetch this rank's pages; None if groups exchange none."""
-        if not self._config.transfers:
-            return None
-        assert self._built is not None
-        return open_transport(
-            self._built.pool,
-            host=ray.util.get_node_ip_address(),
-            token=scheduler.token,
-            group=self._group,
-            epoch=self._epoch,
-            rank=self._rank,
-        )
-
-    def _attach_mover(self, transport: SocketTransport | None, moved: OnMoved) -> None:
-        assert self._built is not None
-        self._built.rank.mover = PageMover(
-            self._built.pool, self._built.host, transport, moved, rank=self._rank, epoch=self._epoch
-        )
+        return self._life.run(scheduler)

@@ -5,7 +5,6 @@ Imports every part of the tensor side; nothing imports it but actors and the in-
 
 import gc
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,11 +17,11 @@ import torch
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
+from workers.config import WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
-from workers.loop.reports import Reporter
-from workers.model.architectures import DTYPES, ModelConfig, read_config
+from workers.model.architectures import ModelConfig, read_config, torch_dtype
 from workers.model.decoder import load_model
 from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose
 from workers.model.weights import Checkpoint
@@ -46,44 +45,6 @@ MASK_THREADS = 8
 
 CPU_KV_FRACTION = 0.4
 """Share of a host's available memory that its ranks' KV pools may take together, when nobody says."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """What every rank of a cluster is told. dtype: "auto" or a name in `DTYPES`. kv_memory: bytes of each rank, or None.
-
-    host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
-    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
-    whether a GPU's decode steps are captured. report_steps, report_hold_s: as in `Reporter`. log_format: "text" or "json".
-    """
-
-    model: str
-    device: str
-    dtype: str
-    page_size: int
-    kv_memory: int | None
-    gpu_memory_fraction: float
-    max_model_len: int
-    rows: int
-    step_tokens: int
-    report_steps: int
-    attention: str
-    threads: int
-    ranks_on_host: int
-    log_format: str = "text"
-    host_kv_memory: int = 0
-    transfers: bool = False
-    cuda_graphs: bool = True
-    report_hold_s: float = math.inf
-
-    def reporter(self, epoch: int) -> Reporter:
-        """What gathers the steps of one epoch into reports."""
-        return Reporter(epoch, self.report_steps, hold_s=self.report_hold_s)
-
-    @property
-    def depth(self) -> int:
-        """Steps under way while the host plans the next: on a CPU the host is the device."""
-        return 1 if self.device == "cuda" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +111,7 @@ def _choose_dtype(
 ) -> torch.dtype:
     """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
     if config.dtype != "auto":
-        return DTYPES[config.dtype]
+        return torch_dtype(config.dtype)
     with Checkpoint(config.model) as checkpoint:
         stored = checkpoint.stored()
     least = partial(_least, comm, device)

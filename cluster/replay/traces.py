@@ -60,7 +60,7 @@ def read_trace(path: Path, seed: int = 0, limit: int | None = None) -> list[Trac
 
     seed: places requests inside the intervals to which a trace has rounded them. Errors: TraceError, OSError.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         file.seek(0)
         reader = _reader(first, path)
@@ -110,6 +110,8 @@ def _read_json(lines: Lines, seed: int) -> Iterator[TraceRequest]:
     random = np.random.default_rng(seed)
     decode = msgspec.json.Decoder(_Line).decode
     for number, text in enumerate(lines):
+        if not text.strip():
+            continue
         try:
             line = decode(text)
         except msgspec.DecodeError as error:

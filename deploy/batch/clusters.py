@@ -20,7 +20,7 @@ from deploy.service import Cluster
 from scheduler.config import CoreConfig
 from scheduler.messages import Deltas
 from scheduler.stats import ClusterStatus
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 
 @contextmanager
@@ -100,7 +100,8 @@ def _fleet(config: EngineConfig, progress: Progress) -> Iterator[FleetCluster]:
     import ray
 
     from cluster.autoscale import Autoscaler
-    from cluster.launch import connect_ray, plan
+    from cluster.join import connect_ray
+    from cluster.launch import plan
 
     threads = own_threads(config)
     stack = ExitStack()
@@ -124,8 +125,11 @@ def _serve_cluster(config: EngineConfig, app: str, progress: Progress) -> ServeC
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
+    from cluster.join import check_address
+
     address = config.ray_address or "auto"
     progress(f"joining the Ray cluster at {address}")
+    check_address(address)
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
         return ServeCluster(serve.get_deployment_handle("Engine", app))

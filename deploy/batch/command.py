@@ -1,4 +1,4 @@
-"""`manta batch`, which is also `python -m deploy.batch`: reads its options.
+"""`manta batch`: reads its options.
 
 Exit codes: 0 every line has its result, failed ones included; 1 the engine failed; 2 bad input; 130, 143 ended by a signal.
 After 1, 130 and 143 the same command goes on where this one ended. Imports nothing heavy before the job begins.
@@ -76,7 +76,7 @@ def batch(
 ) -> None:
     """Answer a file of requests. Killed and started again, it goes on where it was.
 
-    ray job submit --working-dir . -- python -m deploy.batch --input in.jsonl --output /shared/out.jsonl
+    ray job submit --working-dir . -- python -m manta batch --input in.jsonl --output /shared/out.jsonl
     """
     with reported_errors(debug):
         _refuse_unused(engine, url, app)

@@ -47,12 +47,15 @@ class EndpointBackend:
 
 @asynccontextmanager
 async def open_endpoint(url: str, api_key: str | None, concurrency: int) -> AsyncIterator[EndpointBackend]:
-    """url: with or without the `/v1` at its end."""
+    """url: with or without the `/v1` at its end. Errors: ConfigError."""
     import httpx
 
-    async with httpx.AsyncClient(
-        base_url=url.rstrip("/").removesuffix("/v1"),
-        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+    from deploy.client import open_client
+
+    async with open_client(
+        httpx.AsyncClient,
+        url.rstrip("/").removesuffix("/v1"),
+        api_key,
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
     ) as client:

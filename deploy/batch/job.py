@@ -61,9 +61,10 @@ class Limits:
     line_bytes: int = 8 << 20
 
     def __post_init__(self) -> None:
-        for name, low in (("requests", 1), ("tokens", 1), ("retries", 0)):
-            if (value := getattr(self, name)) < low:
-                raise ConfigError(f"{name} under way: {value} is below {low}: raise it")
+        lowest = {"--concurrency": (self.requests, 1), "--concurrency-tokens": (self.tokens, 1), "--retries": (self.retries, 0)}
+        for option, (value, low) in lowest.items():
+            if value < low:
+                raise ConfigError(f"{option} {value} is below {low}: raise it")
 
 
 class Window:
@@ -90,17 +91,39 @@ class Window:
 
 
 class Job:
-    """One run over one input. What it does not finish, the next run on the same journal does."""
+    """One run over one input: `catch_up`, then `run` if anything is left. What it does not finish, the next run on the same
+    journal does."""
 
     def __init__(self, file: BinaryIO, journal: Journal, limits: Limits, tally: Tally) -> None:
-        self._file = file
         self._journal = journal
         self._limits = limits
+        self._input: Iterator[Line] = read_lines(file, limits.line_bytes)
         self._tally = tally
         self._window = Window(limits)
         self._done: set[bytes] = set()
         self._seen: set[bytes] = set()
         self._writer = ThreadPoolExecutor(1, "manta-batch-writer")
+
+    def catch_up(self) -> bool:
+        """Passes over what former runs have done, and over lines that are no requests; False if that was all: then nobody is
+        needed to answer, and the output stands whole. Called first, once, before the event loop.
+
+        Errors: ConfigError if the output holds anything else; OSError.
+        """
+        try:
+            self._done = self._journal.done()
+            for line in self._input:
+                entry = self._entry(line)
+                if isinstance(entry, BatchRequest):
+                    self._input = itertools.chain([line], self._input)
+                    self._seen.discard(_key(entry, line))
+                    return True
+                if entry is not None:
+                    self._journal.append(self._refusal(entry, line))
+            self._journal.finish()
+            return False
+        finally:
+            self._journal.keep()
 
     async def run(self, backend: Backend) -> None:
         """Returns once every line of the input has its result. However it ends, every result that had come is in the journal.
@@ -108,7 +131,6 @@ class Job:
         Errors: ConfigError for what the user must change, EngineError once nobody answers any more, OSError.
         """
         try:
-            self._done = await self._in_writer(self._journal.done)
             async with asyncio.TaskGroup() as tasks:
                 async for line in self._lines():
                     await self._take(line, backend, tasks)
@@ -120,13 +142,21 @@ class Job:
             self._writer.shutdown()
 
     async def _lines(self) -> AsyncIterator[Line]:
-        lines = read_lines(self._file, self._limits.line_bytes)
-        while ahead := await asyncio.to_thread(_read_ahead, lines):
+        while ahead := await asyncio.to_thread(_read_ahead, self._input):
             for line in ahead:
                 yield line
 
     async def _take(self, line: Line, backend: Backend, tasks: asyncio.TaskGroup) -> None:
-        """Skips what is done, starts what is not. An id that the input has twice belongs to its first line."""
+        entry = self._entry(line)
+        if isinstance(entry, BatchRequest):
+            await self._window.enter(entry.tokens)
+            tasks.create_task(self._serve(entry, line.size_bytes, backend))
+        elif entry is not None:
+            await self._write(self._refusal(entry, line))
+
+    def _entry(self, line: Line) -> BatchRequest | BadLine | None:
+        """What has to be done for a line; None where a former run has done it. An id that the input has twice belongs to its
+        first line."""
         entry = _parse(line, self._limits.line_bytes)
         key = _key(entry, line)
         if key in self._seen:
@@ -134,22 +164,22 @@ class Job:
             entry = BadLine("duplicate_custom_id", f"an earlier line has the custom_id {name!r} too: give each its own")
             key = _key(entry, line)
         self._seen.add(key)
-        if key in self._done:
-            self._done.discard(key)
-            self._tally.skip(line.size_bytes)
-        elif isinstance(entry, BatchRequest):
-            await self._window.enter(entry.tokens)
-            tasks.create_task(self._serve(entry, line.size_bytes, backend))
-        else:
-            error = LineError(entry.code, entry.message, line.number)
-            await self._write(Result(_id(entry, line), entry.custom_id, error=error))
-            self._tally.count(line.size_bytes, failed=True)
+        if key not in self._done:
+            return entry
+        self._done.discard(key)
+        self._tally.skip(line.size_bytes)
+        return None
+
+    def _refusal(self, entry: BadLine, line: Line) -> bytes:
+        """The result of a line that is no request."""
+        self._tally.count(line.size_bytes, failed=True)
+        return encode(Result(_id(entry, line), entry.custom_id, error=LineError(entry.code, entry.message, line.number)))
 
     async def _serve(self, request: BatchRequest, size_bytes: int, backend: Backend) -> None:
         try:
             answer = await self._answer(request, backend)
             response = Response(answer.status, request.id, msgspec.Raw(answer.body))
-            await self._write(Result(request.id, request.custom_id, response))
+            await self._write(encode(Result(request.id, request.custom_id, response)))
             self._tally.count(size_bytes, failed=answer.status >= 400, output_tokens=answer.output_tokens)
         finally:
             self._window.leave(request.tokens)
@@ -174,9 +204,9 @@ class Job:
                 return Answer(500, error_body(RequestError(Fault.INTERNAL, "a fault of Manta's: the job's log has the reason")))
         raise AssertionError("backoffs do not end")
 
-    async def _write(self, result: Result) -> None:
+    async def _write(self, result: bytes) -> None:
         """A result that has come this far is written even if the job is cancelled now."""
-        await asyncio.shield(self._in_writer(self._journal.append, encode(result)))
+        await asyncio.shield(self._in_writer(self._journal.append, result))
 
     async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, call, *args)

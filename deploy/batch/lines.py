@@ -3,7 +3,7 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {...}}
     {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
 
-A result's id is made from what it answers, so an output file says by itself what is done. Imports msgspec only.
+A result's id is made from what it answers, so an output file says by itself what is done. Imports msgspec.
 """
 
 import hashlib
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import msgspec
+
+from deploy.text_files import json_fault
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 ID_PREFIX = "batch_req_"
@@ -127,7 +129,7 @@ def parse(line: Line, max_bytes: int) -> BatchRequest:
     except RecursionError:
         raise BadLine("invalid_json_line", "the line is nested too deeply: flatten it") from None
     except ValueError as error:  # msgspec.DecodeError, UnicodeDecodeError
-        raise BadLine("invalid_json_line", f"the line is not valid JSON: {error}") from None
+        raise BadLine("invalid_json_line", f"the line is not valid JSON: {json_fault(line.content, error)}") from None
     custom_id = known.custom_id
     if not isinstance(custom_id, str) or not custom_id:
         raise BadLine("missing_custom_id", "custom_id is missing: give every line a text of its own")

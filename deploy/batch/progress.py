@@ -6,13 +6,14 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 class Tally:
-    """What this run has done. total_bytes: of the input; it measures progress, since nobody has counted the lines."""
+    """What this run has done: each line was answered, has failed, or was skipped. total_bytes: of the input; it measures
+    progress, since nobody has counted the lines."""
 
     def __init__(self, total_bytes: int) -> None:
-        self.done = self.failed = self.skipped = self.output_tokens = 0
+        self.answered = self.failed = self.skipped = self.output_tokens = 0
         self._total_bytes = total_bytes
         self._done_bytes = self._skipped_bytes = 0
-        self._started_s = 0.0
+        self._started_s: float | None = None
         self._told = (0.0, 0)
 
     def start(self, now_s: float) -> None:
@@ -26,7 +27,7 @@ class Tally:
         self._skipped_bytes += size_bytes
 
     def count(self, size_bytes: int, *, failed: bool, output_tokens: int = 0) -> None:
-        self.done += 1
+        self.answered += not failed
         self.failed += failed
         self.output_tokens += output_tokens
         self._done_bytes += size_bytes
@@ -38,21 +39,23 @@ class Tally:
         rate = (self.output_tokens - told_tokens) / max(now_s - told_s, 1e-9)
         share = (self._done_bytes + self._skipped_bytes) / self._total_bytes if self._total_bytes else 1.0
         told = [self._counts(), f"{share:.1%} of {_size(self._total_bytes)}", f"{rate:,.0f} tokens/s"]
-        if self._done_bytes:
+        if self._done_bytes and self._started_s is not None:
             rest_bytes = max(0, self._total_bytes - self._done_bytes - self._skipped_bytes)
             rest_s = rest_bytes * (now_s - self._started_s) / self._done_bytes
             told.append(f"{timedelta(seconds=round(rest_s))} left")
         return ", ".join(told)
 
     def summary(self, now_s: float) -> str:
+        if self._started_s is None:
+            return self._counts()
         elapsed_s = now_s - self._started_s
         rate = self.output_tokens / max(elapsed_s, 1e-9)
         duration = timedelta(seconds=round(elapsed_s))
         return f"{self._counts()}; {self.output_tokens:,} tokens in {duration}, {rate:,.0f} tokens/s"
 
     def _counts(self) -> str:
-        before = f" and {self.skipped:,} before" if self.skipped else ""
-        return f"{self.done:,} done{before}, {self.failed:,} failed"
+        before = f", {self.skipped:,} done before" if self.skipped else ""
+        return f"{self.answered:,} answered, {self.failed:,} failed{before}"
 
 
 def _size(size_bytes: float) -> str:

@@ -58,10 +58,14 @@ def run(task: Task, config: Config, shown: bool) -> int:
         progress = stack.enter_context(start_progress(shown))
         if task.output.in_job_folder:
             progress(f"{task.output} lies where Ray unpacked this job, and goes with it: a path beyond it, or a store, lasts")
+        progress(f"looking for what {task.output} has already")
+        job = Job(file, journal, task.limits, tally)
+        if not job.catch_up():
+            return DONE
         door = stack.enter_context(_find_backend(task, config, progress))
         terminate = signal.getsignal(signal.SIGTERM)
         try:
-            return asyncio.run(_until_signal(_work(Job(file, journal, task.limits, tally), tally, door, progress)))
+            return asyncio.run(_until_signal(_work(job, tally, door, progress)))
         finally:
             signal.signal(signal.SIGTERM, terminate)  # the loop had it, and leaves the default behind
 

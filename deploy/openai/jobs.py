@@ -4,11 +4,11 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from deploy.access import account
+from deploy.access import account, check_priority
 from deploy.openai.schemas import GenerationRequest
 from deploy.openai.tools import Tools
 from deploy.outputs import OutputDelta
-from deploy.prompts import Prompt
+from deploy.prompts import MOST_URGENT, Prompt
 from deploy.serve_config import ServeConfig
 from deploy.service import Service
 from scheduler.sampling import SamplingParams
@@ -19,11 +19,13 @@ Deltas = AsyncGenerator[tuple[int, OutputDelta], None]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if there is one. account: of the API key."""
+    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if there is one. account: of the API key.
+    best_priority: the most urgent one that it may ask for."""
 
     request_id: str
     traceparent: str | None = None
     account: str = ""
+    best_priority: int = MOST_URGENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,11 @@ class Job:
         cls, caller: Caller, kind: str, request: GenerationRequest, prompts: list[tuple[Prompt, SamplingParams]],
         service: Service, config: ServeConfig, tools: Tools | None = None,
     ) -> "Job":  # fmt: skip
-        """kind: what the response's id begins with. The request may ask for an earlier deadline than the server's."""
+        """kind: what the response's id begins with. The request may ask for an earlier deadline than the server's.
+        Errors: RequestError for a priority that the caller may not ask for."""
         timeout_s = min(config.request_timeout_s, request.timeout or config.request_timeout_s)
         identity = f"{kind}-{caller.request_id}"
-        model, priority = service.model.name, request.priority or 0
+        model, priority = service.model.name, check_priority(request.priority or 0, caller.best_priority)
         tenant = caller.account or account(request.user or "")
         shared = config.share_prefix_cache
         return cls(caller, identity, int(time.time()), model, prompts, priority, timeout_s, tools, tenant, shared)

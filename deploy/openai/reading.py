@@ -15,6 +15,7 @@ from deploy.openai.schemas import GenerationRequest
 from deploy.prompts import PromptError
 from deploy.serve_config import ServeConfig
 from deploy.service import ServedModel, Service
+from deploy.text_files import json_fault
 from scheduler.sampling import Grammar, SamplingParams
 
 AS_THEY_ARE = (
@@ -45,7 +46,7 @@ def read(body: bytes, kind: type[R]) -> R:
     except RecursionError:
         raise RequestError.invalid("the body is nested too deeply: flatten it") from None
     except ValueError as error:  # msgspec.DecodeError, UnicodeDecodeError
-        raise RequestError.invalid(f"the body is not valid JSON: {error}") from None
+        raise RequestError.invalid(f"the body is not valid JSON: {json_fault(body, error)}") from None
 
 
 def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -> None:

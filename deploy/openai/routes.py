@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
-from deploy.access import account_of, request_id_of
+from deploy.access import ApiKeys, account_of, request_id_of
 from deploy.openai.chat import Chat
 from deploy.openai.completions import Completions
 from deploy.openai.document import answers, body_of
@@ -30,17 +30,22 @@ RECORDS = (
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-def openai_routes(service: Service, config: ServeConfig) -> APIRouter:
+def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRouter:
     """Everything under `/v1`, `/tokenize` and `/detokenize`."""
     grammars, models = Grammars(service.model), Models(service)
     completions, chat = Completions(service, config, grammars), Chat(service, config, grammars)
     router = APIRouter()
 
+    def caller(request: Request) -> Caller:
+        account = account_of(request.scope)
+        best = keys.best_priority(account, config.best_priority)
+        return Caller(request_id_of(request.scope), request.headers.get("traceparent"), account, best)
+
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt, or several."""
         asked = await _read(request, CompletionRequest)
-        job = await unless_gone(request.receive, completions.job(asked, _caller(request)))
+        job = await unless_gone(request.receive, completions.job(asked, caller(request)))
         if asked.stream:
             return EventStream(completions.events(asked, job))
         return await _answer(request, completions.whole(asked, job))
@@ -49,7 +54,7 @@ def openai_routes(service: Service, config: ServeConfig) -> APIRouter:
     async def converse(request: Request) -> Response:
         """Answer a conversation."""
         asked = await _read(request, ChatRequest)
-        job = await unless_gone(request.receive, chat.job(asked, _caller(request)))
+        job = await unless_gone(request.receive, chat.job(asked, caller(request)))
         if asked.stream:
             return EventStream(chat.events(asked, job))
         return await _answer(request, chat.whole(asked, job))
@@ -85,10 +90,6 @@ async def _read(request: Request, kind: type[R]) -> R:
     if media_type != "application/json":
         raise HTTPException(415, f"the body is {media_type or 'of no type'}: send JSON, as `Content-Type: application/json`")
     return read(await request.body(), kind)
-
-
-def _caller(request: Request) -> Caller:
-    return Caller(request_id_of(request.scope), request.headers.get("traceparent"), account_of(request.scope))
 
 
 async def _answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:

@@ -14,13 +14,14 @@ import pytest
 import ray
 
 from cluster import scheduler_keeper
-from cluster.group import GroupHandle
+from cluster.engine import EngineError
+from cluster.group import GroupHandle, _get
 from cluster.health import GroupKeeper
 from cluster.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
 from scheduler.stats import GroupStart
 from tests.processes import SCHEDULER, alive, all_named, named
-from workers.actor import SchedulerAddress
+from workers.config import SchedulerAddress
 
 pytestmark = pytest.mark.ray
 
@@ -39,6 +40,9 @@ class Life:
         self.serves: set[int] = set()
         self.killed = False
         Life.made.append(self)
+
+    def place(self, _deadline: float) -> None:
+        """Nothing to place."""
 
     def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
         self.serves = schedulers()
@@ -135,3 +139,51 @@ def test_a_scheduler_that_is_long_in_coming_is_waited_for(
     assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody starts anew without a scheduler"
     monkeypatch.undo()
     until("a group did not come back", lambda: [keeper.epoch for keeper in groups] == [1] * GROUPS)
+
+
+def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
+    keeper = SchedulerKeeper(CoreConfig(page_size=16), check_invariants=True, log_format="text")
+    with pytest.raises(EngineError, match=r"not ready within 0\.01 s: .*start_timeout_s"):
+        keeper.start(0.01)
+    keeper.close()
+    until("it was left behind", lambda: not schedulers())
+
+
+def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
+    """Whether it does not answer, or has itself waited for another rank for too long."""
+
+    @ray.remote(num_cpus=0)
+    def late() -> None:
+        raise TimeoutError("timed out")
+
+    @ray.remote(num_cpus=0)
+    def stuck() -> None:
+        time.sleep(PATIENCE_S)
+
+    waits = stuck.remote()
+    for reference, deadline in ((late.remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+        with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
+            _get(reference, deadline)
+    ray.cancel(waits, force=True)
+
+
+class Stillborn(Life):
+    """A group that finds no room."""
+
+    def start(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        raise EngineError("no room")
+
+
+def test_a_group_that_was_added_and_does_not_come_up_is_gone(scheduler: SchedulerKeeper) -> None:
+    gone: list[tuple[int, str]] = []
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Stillborn(GROUPS, epoch)), scheduler,
+        restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, reason: gone.append((group, reason)), added=True,
+    )  # fmt: skip
+    keeper.start()
+    until("nobody is told", lambda: bool(gone))
+    keeper.close()
+    assert gone == [(GROUPS, f"group {GROUPS} did not come up: no room")]
+    status = scheduler.status(maps=False)
+    assert status is not None
+    assert status.engine is None or all(group.group != GROUPS for group in status.engine.groups)

@@ -3,13 +3,15 @@
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from cluster.engine import EngineError
-from cluster.remote import SchedulerStream
-from scheduler.messages import Connect, Deltas, Welcome
+from cluster.remote import EncodedSubmit, SchedulerStream, merged
+from scheduler.messages import Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
+from scheduler.sampling import SamplingParams
 from scheduler.wire import FrameSocket, listen
 
 TOKEN = "secret"
@@ -71,3 +73,31 @@ def test_who_closes_it_is_not_told(scheduler: Scheduler) -> None:
     assert scheduler.failures.empty()
     with pytest.raises(EngineError, match="was closed"):
         scheduler.stream.submit([])
+
+
+def request(stream: int, **settings: Any) -> Request:
+    return Request(stream, b"", b"", SamplingParams(), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"salt": "\ud800"}, {"priority": 1 << 70}])
+def test_what_cannot_be_sent_is_the_error_of_its_caller_alone(scheduler: Scheduler, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cannot be sent"):
+        scheduler.stream.submit([request(1), request(2, **settings)])
+    scheduler.stream.submit([request(3)])
+    sent = msgspec.msgpack.decode(scheduler.socket.receive() or b"", type=Submit)
+    assert sent == Submit((request(3),))
+
+
+def test_a_message_that_is_lost_ends_the_stream(scheduler: Scheduler) -> None:
+    """Nobody would send it again: its streams must not wait for ever."""
+    scheduler.stream.stop(1, cast(int, object()))
+    assert scheduler.failures.get(timeout=PATIENCE_S) == "the scheduler has gone"
+    with pytest.raises(EngineError, match="the scheduler has gone"):
+        scheduler.stream.submit([])
+
+
+def test_submissions_in_a_row_travel_as_one_and_keep_their_place() -> None:
+    raw = [msgspec.Raw(msgspec.msgpack.encode(request(stream))) for stream in range(3)]
+    batches = merged([EncodedSubmit((raw[0],)), EncodedSubmit((raw[1],)), Stop(0, 1), EncodedSubmit((raw[2],))])
+    sent = [msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=FromFrontEnd) for batch in batches]
+    assert sent == [Submit((request(0), request(1))), Stop(0, 1), Submit((request(2),))]

@@ -147,6 +147,7 @@ class FakeEngine:
     def _step(self) -> None:
         with self._lock:
             live = list(self._streams)
+            positions = [len(stream.request.tokens) // 4 + stream.sent for stream in self._streams.values()]
             tokens = np.full((self.steps_per_delta, len(live)), -1, dtype="<i4")
             finished: list[Finished] = []
             logprobs: list[tuple[int, bytes]] = []
@@ -160,7 +161,8 @@ class FakeEngine:
                         entry = TokenLogprobs(-0.5, (token + 1, token), (-0.25, -0.5))
                         logprobs.append((number, msgspec.msgpack.encode(entry)))
         streams = np.array(live, dtype="<i8").tobytes()
-        self._on_deltas(Deltas(streams, tokens.tobytes(), tuple(finished), tuple(logprobs)))
+        before = np.array(positions, dtype="<i4").tobytes()
+        self._on_deltas(Deltas(streams, tokens.tobytes(), tuple(finished), tuple(logprobs), before))
 
     def _next(self, number: int, stream: Stream, finished: list[Finished]) -> int | None:
         """The stream's next token; ends it at a stop id, at max_tokens, or when the script is over."""

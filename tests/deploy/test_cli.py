@@ -132,11 +132,67 @@ def test_a_passed_deadline_is_exit_1_and_in_the_results(manta: Manta, tmp_path: 
 
 def test_a_bad_deadline_is_exit_2(manta: Manta, tmp_path: Path) -> None:
     source = tmp_path / "prompts.jsonl"
-    source.write_text('{"prompt": "a"}\n{"prompt": "b", "deadline_s": "soon"}')
+    source.write_text('{"prompt": "b", "deadline_s": "soon"}')
     result = manta("--input", str(source))
     assert result.exit_code == 2
-    assert "manta: error: prompt 1: deadline_s must be a number of seconds, not 'soon'" in result.stderr
+    assert "manta: error: deadline_s must be a number of seconds, not 'soon'" in result.stderr
     assert manta.engine.requests == []
+
+
+ODD = "a\u2028b\x85c\x0cd\x0be\x1cf"
+"""What `str.splitlines` takes for ends of lines, and JSON and prompts do not."""
+
+
+@pytest.mark.parametrize(("start", "end"), [("", "\n"), ("\ufeff", "\r\n")])
+@pytest.mark.parametrize("piped", [False, True])
+@pytest.mark.parametrize("format", ["jsonl", "lines"])
+def test_lines_end_at_line_feeds_alone_and_a_byte_order_mark_is_no_text(
+    manta: Manta, tmp_path: Path, start: str, end: str, piped: bool, format: str
+) -> None:
+    file, target = tmp_path / "in", tmp_path / "results.jsonl"
+    prompts = ["first", ODD]
+    lines = prompts if format == "lines" else [json.dumps({"prompt": each}, ensure_ascii=False) for each in prompts]
+    content = start + "".join(line + end for line in lines)
+    file.write_bytes(content.encode())
+    source = "-" if piped else str(file)
+    result = manta("--input", source, "--format", format, "--output", str(target), stdin=content if piped else "")
+    assert result.exit_code == 0, result.stderr
+    assert [json.loads(line)["prompt"] for line in target.read_text().split("\n")[:-1]] == prompts
+
+
+def test_one_prompt_keeps_its_line_ends(manta: Manta, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\x0c\n")
+    target = tmp_path / "results.jsonl"
+    assert manta("--input", str(tmp_path / "in.txt"), "--format", "text", "--output", str(target)).exit_code == 0
+    assert json.loads(target.read_text())["prompt"] == "one\r\ntwo\x0c\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (r'{"prompt": "a\ud83d"}', r"character 1, '\ud83d', is half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\ude00"}]}', "is half of a surrogate pair"),
+        (r'{"prompt": "a", "tenant": "\ud800"}', r"tenant: character 0, '\ud800', is half"),
+        (r'{"prompt": "a", "cache_salt": "\ud800"}', r"cache_salt: character 0, '\ud800', is half"),
+        (r'{"prompt": "a", "stop": ["\ud800"]}', r"stop: character 0, '\ud800', is half"),
+        ('{"prompt_token_ids": [5, 400]}', "token id 400 is outside the vocabulary"),
+        ('{"prompt": "b", "deadline_s": "soon"}', "deadline_s must be a number of seconds"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_cannot_be_served_fails_alone(
+    manta: Manta, tmp_path: Path, line: str, error: str, stream: bool
+) -> None:
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    source.write_text('{"prompt": "x\\ud83d\\ude00"}\n' + line + '\n{"prompt": "z"}\n')
+    result = manta("--input", str(source), "--output", str(target), *["--stream"] * stream)
+    assert result.exit_code == 1
+    assert "manta: error: 1 of 3 requests failed: " in result.stderr
+    first, bad, last = (json.loads(line) for line in target.read_text().splitlines())
+    assert [first["prompt"], last["prompt"]] == ["x\N{GRINNING FACE}", "z"]
+    assert [each["outputs"][0]["text"] for each in (first, bad, last)] == [ANSWER, "", ANSWER]
+    assert error in bad["error"]
+    assert (bad["index"], bad["error_type"], bad["outputs"][0]["finish_reason"]) == (1, "invalid_request_error", "error")
 
 
 def test_results_to_stdout(manta: Manta) -> None:
@@ -228,6 +284,15 @@ def test_a_fault_of_ours_says_so(manta: Manta) -> None:
     assert result.exit_code == 1
     assert "KeyError: 'oops' (a fault of Manta's; --debug shows where)" in result.stderr
     assert isinstance(manta("a", "--debug").exception, KeyError)
+
+
+@pytest.mark.parametrize(("said", "told"), [("", ""), ("Timed out waiting for result.", " (Timed out waiting for result.)")])
+def test_what_takes_too_long_is_no_fault_of_ours(manta: Manta, said: str, told: str) -> None:
+    manta.engine.fail_start = TimeoutError(said)
+    result = manta("a")
+    assert result.exit_code == 1
+    assert f"something was not ready in time{told}: raise --start-timeout-s" in result.stderr
+    assert "fault" not in result.stderr
 
 
 def test_interrupt_is_tidy_and_exit_130(manta: Manta) -> None:

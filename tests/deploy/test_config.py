@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,10 +20,11 @@ from deploy.config import (
     load_config,
     parse_size,
     read_api_keys,
+    read_key_priorities,
     sampling_params,
 )
 from deploy.llm import LLM
-from deploy.serve_config import ServeConfig
+from deploy.serve_config import ServeConfig, model_name
 
 
 def written(folder: Path, text: str) -> Path:
@@ -56,6 +58,8 @@ def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None
     file.write_text("# for the notebook\nfirst\n\n second \n")
     config = ServeConfig(host="0.0.0.0", api_key_file=str(file))
     assert read_api_keys(config, {"MANTA_API_KEYS": "third, first,"}) == ("third", "first", "second")
+    file.write_bytes(b"\xef\xbb\xbffirst\r\nsecond\r\n")
+    assert read_api_keys(config, {}) == ("first", "second")
     assert read_api_keys(ServeConfig(), {}) == ()
     with pytest.raises(ConfigError, match="use ASCII ones"):
         read_api_keys(ServeConfig(), {"MANTA_API_KEYS": "Schlüssel"})
@@ -63,8 +67,43 @@ def test_api_keys_come_from_the_file_and_the_environment(tmp_path: Path) -> None
         read_api_keys(ServeConfig(api_key_file=str(tmp_path / "nowhere")), {})
 
 
+def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "Qwen3-8B-rev7").mkdir()
+    (tmp_path / "latest").symlink_to("Qwen3-8B-rev7")
+    monkeypatch.chdir(tmp_path)
+    assert [model_name(None, path) for path in (str(tmp_path / "latest"), "latest/", "./latest/.")] == ["latest"] * 3
+    assert model_name("mine", "latest") == "mine"
+    monkeypatch.chdir(tmp_path / "Qwen3-8B-rev7")
+    assert model_name(None, ".") == "Qwen3-8B-rev7"
+
+
+def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("\ufeffone # of ann's\r\ntwo#2\t# its key has a #\n #three\nfour priority=-7  # batch\nfive priority=3\n")
+    config = ServeConfig(api_key_file=str(file))
+    assert read_api_keys(config, {}) == ("one", "two#2", "four", "five")
+    assert read_key_priorities(config) == {"four": -7, "five": 3}
+    assert read_key_priorities(ServeConfig()) == {}
+    for line in ("one two", "one priority=high", "one priority=1 priority=2", "one priority=-99999999999"):
+        file.write_text(f"zero\n{line}\n")
+        with pytest.raises(ConfigError, match="line 2: behind the key may stand") as refused:
+            read_api_keys(config, {})
+        assert "one" not in str(refused.value).replace("nothing", ""), "a key is told nobody"
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("0:0:0:0:0:0:0:1", True), ("::ffff:127.0.0.1", True),
+     ("localhost", True), ("LOCALHOST", True), ("::1234", False), ("127.evil.example", False), ("127.1", False),
+     ("localhost.evil.example", False), ("::ffff:10.0.0.1", False), ("0.0.0.0", False), ("::", False), ("", False),
+     ("10.0.0.1", False), ("[::1]", False)],
+)  # fmt: skip
+def test_only_addresses_of_this_machine_for_itself_are_loopback(host: str, own: bool) -> None:
+    assert ServeConfig(host=host).on_loopback == own
+
+
 def test_an_endpoint_that_others_reach_needs_a_key() -> None:
-    for host in ("0.0.0.0", "::", "192.168.1.5"):
+    for host in ("0.0.0.0", "::", "192.168.1.5", "127.evil.example"):
         with pytest.raises(ConfigError, match=r"there is no API key: .*--no-auth"):
             read_api_keys(ServeConfig(host=host), {})
         assert read_api_keys(ServeConfig(host=host, auth=False), {}) == ()
@@ -181,3 +220,25 @@ def test_front_door_imports_nothing_heavy() -> None:
 def test_openmp_spins_briefly_unless_the_user_has_said(before: dict[str, str], after: dict[str, str]) -> None:
     bound_openmp_spin(before)
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"app_name": ""}, "app_name=''"), ({"route_prefix": "qwen"}, "='qwen'"), ({"route_prefix": "/qwen/"}, "/qwen")],
+)
+def test_an_application_needs_a_name_and_a_path(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ServeConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({}, "http://127.0.0.1:8000"),
+        ({"host": "0.0.0.0", "route_prefix": "/qwen"}, "http://127.0.0.1:8000/qwen"),
+        ({"host": "::", "port": 80}, "http://[::1]:80"),
+        ({"host": "node-7"}, "http://node-7:8000"),
+    ],
+)
+def test_where_a_client_on_this_machine_reaches_it(given: dict[str, Any], url: str) -> None:
+    assert ServeConfig(**given).base_url == url

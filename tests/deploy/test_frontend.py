@@ -3,7 +3,8 @@ raises."""
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, cast
 
 import numpy as np
@@ -20,7 +21,16 @@ from scheduler.messages import Deltas, Failure, Finished, FinishReason, Request,
 from scheduler.sampling import SamplingParams
 
 DELTAS = 20_000
+PROMPT = [5]
 LIMITS = ModelLimits(vocab_size=400, max_tokens=512, eos_ids=())
+
+
+def deltas(tokens: Mapping[int, int], positions: Mapping[int, int], ends: tuple[Finished, ...] = ()) -> Deltas:
+    """One token for each of the streams. positions: tokens that each had before."""
+    return Deltas(
+        np.array([*tokens], np.int64).tobytes(), np.array([*tokens.values()], np.int32).tobytes(), ends,
+        positions=np.array([positions[stream] for stream in tokens], np.int32).tobytes(),
+    )  # fmt: skip
 
 
 class BusyEngine:
@@ -69,8 +79,8 @@ def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokeni
     engine, ended = BusyEngine(), threading.Event()
     front_end = FrontEnd(engine.start, LIMITS, tokenizer)
     params = SamplingParams(stop=(tokenizer.decode([token]),), max_tokens=8)
-    [generation] = front_end.submit([(Prompt([5]), params)], lambda _: ended.set(), each_token=False)
-    delta = Deltas(np.array([0], np.int64).tobytes(), np.array([token], np.int32).tobytes())
+    [generation] = front_end.submit([(Prompt(PROMPT), params)], lambda _: ended.set(), each_token=False)
+    delta = deltas({0: token}, {0: 1})
     thread = threading.Thread(target=engine.deliver, args=(delta,), daemon=True)
     thread.start()
     thread.join(60)
@@ -84,8 +94,8 @@ def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
     engine = BusyEngine()
     front_end = FrontEnd(engine.start, LIMITS, None)
     wait_for_close = engine.delivered.wait
-    [generation] = front_end.submit([(Prompt([5]), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
-    engine.on_deltas(Deltas(np.array([0], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
+    [generation] = front_end.submit([(Prompt(PROMPT), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
+    engine.on_deltas(deltas({0: 7}, {0: 1}))
     engine.on_failure("the scheduler has gone")
     front_end.close()
     assert generation.take().error == "the scheduler has gone"
@@ -147,16 +157,20 @@ class Host:
         self.engine, self.lost = Listening(), threading.Event()
         tokenizer = cast(Tokenizer, BrokenTokenizer())
         self.front_end = FrontEnd(self.engine.start, LIMITS, tokenizer, self.lost.set)
+        self.output_tokens: Counter[int] = Counter()
 
     def submit(self, n: int = 1, each_token: bool = True) -> Generation:
-        return self.front_end.submit([(Prompt([5]), SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
+        return self.front_end.submit([(Prompt(PROMPT), SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
+
+    def commit(self, tokens: dict[int, int], *ended: int) -> Deltas:
+        """One token for each of the streams; the ends of others."""
+        positions = {stream: len(PROMPT) + self.output_tokens[stream] for stream in tokens}
+        self.output_tokens.update(tokens.keys())
+        ends = tuple(Finished(stream, FinishReason.LENGTH, 0, self.output_tokens[stream]) for stream in ended)
+        return deltas(tokens, positions, ends)
 
     def deliver(self, tokens: dict[int, int], *ended: int) -> None:
-        """One token for each of the streams; the ends of others."""
-        ends = tuple(Finished(stream, FinishReason.LENGTH, 0, 1) for stream in ended)
-        self.engine.on_deltas(
-            Deltas(np.array([*tokens], np.int64).tobytes(), np.array([*tokens.values()], np.int32).tobytes(), ends)
-        )
+        self.engine.on_deltas(self.commit(tokens, *ended))
 
 
 @pytest.fixture
@@ -221,3 +235,39 @@ def test_who_closes_it_is_not_told_that_it_is_lost(host: Host) -> None:
     assert outcome(waits).error == "the engine was shut down"
     assert host.engine.closed
     assert not host.lost.is_set()
+
+
+def test_a_stream_that_has_missed_a_token_fails_and_the_others_go_on(host: Host) -> None:
+    """Whatever took the message: what comes after it must not be told as if nothing were missing."""
+    good, bad = host.submit(), host.submit(n=2)
+    host.deliver({0: 1, 1: 2, 2: 3})
+    host.commit({1: 4})  # never delivered
+    host.deliver({0: 2, 1: 5, 2: 3}, 0)
+    failed, ended = outcome(bad), outcome(good)
+    assert (ended.error, ended.outputs[0].text) == (None, "bc")
+    assert failed.error is not None
+    assert "2 tokens of it were committed and 1 have arrived" in failed.error
+    assert failed.fault == Fault.INTERNAL
+    assert failed.outputs[0].text == "c", "nothing of what came after the gap"
+    assert host.engine.aborted == [1, 2]
+    assert not host.lost.is_set()
+
+
+def test_also_if_it_was_the_last_one(host: Host) -> None:
+    good, bad = host.submit(), host.submit(each_token=False)
+    host.deliver({0: 1, 1: 2})
+    host.commit({1: 4})
+    host.deliver({}, 0, 1)
+    failed = outcome(bad)
+    assert failed.outputs[0].finish_reason == "error"
+    assert failed.error is not None
+    assert "2 tokens of it were committed and 1 have arrived" in failed.error
+    assert outcome(good).outputs[0].text == "b"
+
+
+def test_and_if_something_comes_twice(host: Host) -> None:
+    bad = host.submit()
+    again = host.commit({0: 1})
+    host.engine.on_deltas(again)
+    host.engine.on_deltas(again)
+    assert outcome(bad).outputs[0].finish_reason == "error"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.generation import Generation
+from deploy.generation import Generation, OutputGap
 from deploy.openai.logprobs import TokenNames
 from deploy.outputs import OutputDelta
 from deploy.prompts import Prompt
@@ -29,18 +29,21 @@ class Caller:
         request = Request(STREAM, b"", b"", params, stop_ids)
         self.generation = Generation(request, prompt, tokenizer, self._count, each_token)
         self.woken = 0
+        self.committed = [0] * params.n
 
     def _count(self, generation: Generation) -> None:
         assert generation is self.generation
         self.woken += 1
 
     def extend(self, tokens: Sequence[int], choice: int = 0) -> int | None:
-        keep_tokens = self.generation.extend(STREAM + choice, tokens, ())
+        position = len(PROMPT.token_ids) + self.committed[choice]
+        self.committed[choice] += len(tokens)
+        keep_tokens = self.generation.extend(STREAM + choice, position, tokens, ())
         self.generation.wake()
         return keep_tokens
 
     def end(self, reason: FinishReason, choice: int = 0, message: str = "", failure: Failure = Failure.FAULT) -> None:
-        self.generation.end(Finished(STREAM + choice, reason, 3, 0, message, failure))
+        self.generation.end(Finished(STREAM + choice, reason, 3, self.committed[choice], message, failure))
         self.generation.wake()
 
     def take_delta(self) -> OutputDelta:
@@ -152,6 +155,17 @@ def test_log_probabilities_of_the_prompt_come_once_and_whole() -> None:
     assert [{token: value.logprob for token, value in (each or {}).items()} for each in rest] == [{6: -1.0}, {7: -2.0}]
     caller.extend([1])
     assert caller.take_delta().prompt_logprobs is None
+
+
+def test_log_probabilities_that_have_not_arrived_are_no_answer() -> None:
+    caller = Caller(SamplingParams(prompt_logprobs=0))
+    with pytest.raises(OutputGap, match="1 to 1 have not arrived"):
+        caller.generation.fill_prompt(PromptLogprobs(2, (entry(-2.0),)))
+    caller.generation.fill_prompt(PromptLogprobs(1, (entry(-1.0),)))
+    with pytest.raises(OutputGap, match="last log-probabilities"):
+        caller.end(FinishReason.LENGTH)
+    with pytest.raises(OutputGap, match="0 log-probabilities came with 1 tokens"):
+        Caller(SamplingParams(logprobs=0)).extend([1])
 
 
 def entry(logprob: float) -> TokenLogprobs:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.config import PROXY_PORTS
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from tests.processes import (
@@ -61,12 +63,14 @@ class Endpoint:
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "serve.log"
-        port, grpc_port, metrics_port, stats_port = free_ports(4)
+        port, grpc_port, *own_ports = free_ports(2 + len(PROXY_PORTS))
+        self.port = port
         command = [sys.executable, "-m", "deploy", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
         command += ["--dtype", "float32", "--port", str(port), "--grpc-port", str(grpc_port)]
-        own = {"RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port)}
-        with self.log.open("w") as log:  # HAProxy's own ports are fixed ones: another endpoint may have them
-            self.process = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log, start_new_session=True)
+        variables = [variable for variable, _ in PROXY_PORTS.values()]  # fixed ports: another endpoint may have them
+        self.environment = os.environ | {name: str(free) for name, free in zip(variables, own_ports, strict=True)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
         self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
         self.grpc = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")
@@ -245,6 +249,23 @@ def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) ->
     assert endpoint.http.get("/health").json() == {"status": "ok"}
 
 
+def test_haproxys_files_are_for_this_account_alone(whole: Endpoint) -> None:
+    (line, *_) = (line for line in descendants(whole.process.pid).values() if "/bin/haproxy -db -f " in line)
+    file = Path(line.partition(" -f ")[2].split()[0])
+    for folder in (file.parent, file.parents[1]):  # of the node, and of the endpoint
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((file.parent / "admin.sock").stat().st_mode) == 0o600
+    assert "bind *" not in file.read_text()
+
+
+def test_a_second_endpoint_on_its_port_is_refused_at_once(whole: Endpoint) -> None:
+    command = [sys.executable, "-m", "deploy", "serve", "--port", str(whole.port)]
+    second = subprocess.run(command, env=whole.environment, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"port {whole.port} on 127.0.0.1, for HTTP, cannot be had" in second.stderr
+    assert "starting" not in second.stderr
+
+
 def test_it_answers_over_http_whole_and_streamed(whole: Endpoint, expected: list[str]) -> None:
     answer = whole.openai.completions.create(
         model="tiny", prompt=PROMPTS, max_tokens=LONG, temperature=0, extra_body={"ignore_eos": True}
@@ -334,3 +355,14 @@ def test_ctrl_c_ends_everything(whole: Endpoint) -> None:
     assert whole.process.wait(PATIENCE_S) == 130, whole.said
     assert "Traceback" not in whole.said
     assert not wait_gone(below), {pid: below[pid] for pid in alive(below)}
+
+
+def test_sigterm_ends_a_start_as_tidily(tmp_path: Path) -> None:
+    with contextlib.closing(Endpoint(tmp_path)) as starting:
+        until("it does not start", lambda: "starting Ray Serve" in starting.said, lambda: starting.said)
+        below = descendants(starting.process.pid)
+        starting.process.send_signal(signal.SIGTERM)
+        assert starting.process.wait(PATIENCE_S) == 143, starting.said
+        assert starting.said.splitlines()[-1] == "manta: terminated"
+        assert "***" not in starting.said, "Ray's trace"
+        assert not wait_gone(below), {pid: below[pid] for pid in alive(below)}

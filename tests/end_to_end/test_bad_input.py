@@ -253,8 +253,6 @@ def test_results_as_json_lines(checkpoints: dict[str, Path], tmp_path: Path) -> 
         ("[1, 2, 3]", "line 3: expected an object"),
         ('{"prompt_token_ids": [1], "temprature": 1}', "line 3: unknown key 'temprature': did you mean 'temperature'?"),
         ('{"prompt_token_ids": [1], "top_p": 2}', r"line 3: top_p=2.0 is outside (0.0, 1.0]"),
-        ('{"prompt_token_ids": [1, 500]}', "token id 500 is outside the vocabulary"),
-        ('{"prompt_token_ids": []}', "the prompt is empty"),
     ],
 )
 def test_a_bad_line(line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -265,6 +263,31 @@ def test_a_bad_line(line: str, words: str, checkpoints: dict[str, Path], tmp_pat
     assert result.exit_code == BAD_INPUT
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt_token_ids": [1, 500]}', "token id 500 is outside the vocabulary"),
+        ('{"prompt_token_ids": []}', "the prompt is empty"),
+    ],
+)
+def test_a_prompt_of_a_file_that_cannot_be(
+    line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """The others are answered; alone in its file it is bad input."""
+    file, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    files = ["--input", str(file), "--output", str(results), "--max-tokens", "4"]
+    for others, code in (('{"prompt_token_ids": [1, 2, 3]}\n\n', FAILED), ("", BAD_INPUT)):
+        file.write_text(others + line + "\n")
+        with nothing_left_behind():
+            result = manta(checkpoints[MISTRAL], *files)
+        assert result.exit_code == code
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert [words in json.loads(each).get("error", "") for each in results.read_text().splitlines()] == (
+            [False, True] if others else []
+        )
 
 
 def test_one_request_of_a_file_that_never_fits(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scheduler.sampling import Grammar
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import open_llm
 from tests.end_to_end.waiting import wait_idle
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PERSON: dict[str, Any] = {

@@ -9,7 +9,7 @@ from tests.end_to_end.prompts import PROMPTS, SAMPLING
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import QWEN3, Setting, open_setting, run
 from tests.end_to_end.turns import turns
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 PLAIN = Setting(QWEN3, budget=8192)
 TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, page=16, caching=True, small=True)

@@ -12,7 +12,7 @@ from tests.checkpoints import load_reference
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.settings import LLAMA, QWEN3, open_llm, run
 from tests.end_to_end.waiting import wait_idle
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 MOST = 4
 ROUNDING = 1e-9  # of float64, between one way to run and another

@@ -14,7 +14,7 @@ from tests.end_to_end.faults import BreakRanks
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.settings import MISTRAL, open_llm, run, tokens
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 REQUESTS = 40
 STEPS_OF_THE_LOST_GROUP = 30

@@ -406,10 +406,13 @@ class Cluster:
         numbers = np.frombuffer(deltas.streams, np.int64).tolist()
         if numbers:
             columns = np.frombuffer(deltas.tokens, np.int32).reshape(-1, len(numbers)).T.tolist()
-            for number, column in zip(numbers, columns, strict=True):
+            positions = (np.frombuffer(deltas.positions, np.int32) + deltas.advanced).tolist()
+            for number, position, column in zip(numbers, positions, columns, strict=True):
+                stream = self.streams[front_end, number]
+                assert position == len(stream.prompt) + len(stream.tokens), "nothing is missing before these tokens"
                 sampled = [token for token in column if token >= 0]
                 if sampled:
-                    self.streams[front_end, number].receive(sampled)
+                    stream.receive(sampled)
         for finished in deltas.finished:
             self.streams[front_end, finished.stream].end(finished)
 

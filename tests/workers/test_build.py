@@ -12,7 +12,8 @@ import torch
 
 from kvcache.layout import PageLayout
 from workers import build
-from workers.build import WorkerConfig, build_rank
+from workers.build import build_rank
+from workers.config import WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.model.architectures import CheckpointError
 from workers.model.dtype import Arithmetic, choose

@@ -1,18 +1,22 @@
 """What a checkpoint's own config.json says about its decoder, and how tensor parallelism divides it.
 
-Imports torch for dtypes only. One more architecture is one more row in `ARCHITECTURES`.
+Imports no torch before a dtype is asked for: front ends need none. One more architecture is one more row in `ARCHITECTURES`.
 """
+
+from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +40,17 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
 }
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 OTHER_DTYPE_NAMES = {"double": "float64", "float": "float32", "half": "float16"}
 """torch's own second names, which config.json may have too."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """name: one of `DTYPES`."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +95,13 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
-    dtype: torch.dtype | None  # of the weights; None: config.json leaves it to what they are stored in
+    dtype_name: str | None  # of the weights, one of DTYPES; None: config.json leaves it to what they are stored in
     eos_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the weights; None: config.json leaves it to what they are stored in."""
+        return None if self.dtype_name is None else torch_dtype(self.dtype_name)
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
@@ -175,7 +187,7 @@ def read_config(path: str | Path) -> ModelConfig:
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
         qk_norm=family.qk_norm,
         tied=bool(fields.get("tie_word_embeddings", False)),
-        dtype=_read_dtype(fields),
+        dtype_name=_read_dtype(fields),
         eos_ids=_read_eos_ids(fields, folder),
     )
 
@@ -217,7 +229,7 @@ def _is_null(fields: Fields, name: str) -> bool:
     return fields.has(name) and fields.get(name) is None
 
 
-def _read_dtype(fields: Fields) -> torch.dtype | None:
+def _read_dtype(fields: Fields) -> str | None:
     named = fields.get("dtype", fields.get("torch_dtype", "auto"))
     name = named.removeprefix("torch.") if isinstance(named, str) else named
     if name == "auto":
@@ -225,7 +237,7 @@ def _read_dtype(fields: Fields) -> torch.dtype | None:
     name = OTHER_DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in DTYPES:
         raise fields.error(f"dtype {named!r} is not supported: choose a checkpoint in one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return name
 
 
 def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:

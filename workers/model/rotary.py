@@ -1,15 +1,18 @@
 """Rotary position embedding: the frequencies of every supported scaling, and the rotation of query and key heads.
 
-Imports torch only. Frequencies follow transformers' `modeling_rope_utils` operation by operation, so that float32
-tables are equal to the bit; a float64 model gets float64 tables.
+Imports torch, only where numbers are wanted: who reads settings needs none. Frequencies follow transformers'
+`modeling_rope_utils` operation by operation, so that float32 tables are equal to the bit; a float64 model gets float64 tables.
 """
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Rope:
 
     def frequencies(self, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Radians per position of each rotated pair, [head_dim / 2]."""
+        import torch
+
         powers: Tensor = self.theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
         plain = 1.0 / powers
         match self.kind:
@@ -66,6 +71,8 @@ class Rope:
 
     def _llama3(self, plain: Tensor) -> Tensor:
         """Long wavelengths are slowed by `factor`, short ones left alone, those between blended."""
+        import torch
+
         long = self.original_max_position / self.low_freq_factor
         short = self.original_max_position / self.high_freq_factor
         wavelength = 2 * math.pi / plain
@@ -89,6 +96,8 @@ class Rope:
         low, high = max(low, 0), min(high, head_dim - 1)
         if low == high:
             high += 0.001
+        import torch
+
         ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1).to(powers.dtype)
         keep = 1 - ramp
         return 1.0 / (self.factor * powers) * (1 - keep) + 1.0 / powers * keep
@@ -115,6 +124,8 @@ class Rotary:
     __slots__ = ("_half", "table")
 
     def __init__(self, rope: Rope, head_dim: int, positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        import torch
+
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         angles = torch.arange(positions, dtype=exact)[:, None] * rope.frequencies(head_dim, exact)
         cos, sin = angles.cos() * rope.magnitude(), angles.sin() * rope.magnitude()

@@ -63,6 +63,19 @@ def test_own_request_log_shares_what_its_hashes_share(tmp_path: Path) -> None:
     assert (first.tokens()[32:] != second.tokens()[32:40]).any(), "the log names full pages alone"
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [f'{{"timestamp": {at}, "input_length": 9, "output_length": 5}}' if at != 1 else "" for at in range(3)],
+        ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:15:46,9,5", "2023-11-16 18:15:47,9,5"],
+    ],
+)
+def test_a_byte_order_mark_and_blank_lines_are_passed_over(tmp_path: Path, lines: list[str]) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes("\r\n".join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+    assert [(each.prompt_tokens, each.output_tokens) for each in read_trace(path)] == [(9, 5)] * 2
+
+
 def test_lengths_only(tmp_path: Path) -> None:
     azure = write(
         tmp_path / "azure.csv",

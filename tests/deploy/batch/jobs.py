@@ -77,11 +77,10 @@ def run_job(
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     journal = journal_at(output)
 
-    async def run() -> None:
-        await Job(file, journal, limits or Limits(), tally).run(backend)
-
+    job = Job(file, journal, limits or Limits(), tally)
     try:
-        asyncio.run(run())
+        if job.catch_up():
+            asyncio.run(job.run(backend))
     finally:
         journal.close()
     return tally

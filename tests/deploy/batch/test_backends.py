@@ -48,7 +48,9 @@ def configured(**engine: Any) -> Config:
 
 async def run(backend: Backend, output: Path, content: bytes, limits: Limits | None = None) -> None:
     with closing(journal_at(output)) as journal:
-        await Job(io.BytesIO(content), journal, limits or Limits(), Tally(0)).run(backend)
+        job = Job(io.BytesIO(content), journal, limits or Limits(), Tally(0))
+        if job.catch_up():
+            await job.run(backend)
 
 
 def without_names(body: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_killed_again_and_again_it_does_every_id_once(source: Path, tmp_path: Pa
     with job(source, output) as process:
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
-    assert f"and {lines} before" in said
+    assert f"{lines} done before" in said
     found = read(output)
     assert custom_ids(found) == custom_ids(ENTRIES) + custom_ids([{"custom_id": None}])
     for each in found:
@@ -103,7 +103,7 @@ def manta(*arguments: str) -> Result:
         (["--input", "{in}", "--output", "{in}"], "choose another --output"),
         (["--input", "{in}", "--output", "{folder}/nowhere/out.jsonl"], "nowhere/out.jsonl: No such file or directory"),
         (["--input", "{in}", "--output", "nosuch://x"], "nosuch"),
-        (["--input", "{in}", "--output", "{out}", "--concurrency", "0"], "requests under way: 0 is below 1"),
+        (["--input", "{in}", "--output", "{out}", "--concurrency", "0"], "--concurrency 0 is below 1"),
         (["--input", "{in}", "--output", "{out}", "--url", "http://h", "--app", "manta"], "--url and --app exclude each other"),
         (["--input", "{in}", "--output", "{out}", "--url", "http://h", "--groups", "2"], "--groups: for groups that the job"),
         (["--input", "{in}", "--output", "{out}", "--app", "manta", "--engine-seed", "2"], "--engine-seed: for groups"),
@@ -124,13 +124,24 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, arguments: list[str], 
     assert (tmp_path / "notes.txt").read_text() == "precious\n"
 
 
+def test_a_finished_job_needs_neither_a_model_nor_an_endpoint(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(as_lines([entry("a", max_tokens=2)]) + b"oops\n")
+    places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    first = manta(*places, *ENGINE)
+    assert (first.exit_code, "1 answered, 1 failed; 2 tokens in" in first.stderr) == (0, True), first.stderr
+    for way in (["--local", "--model", "nowhere"], ["--url", "http://127.0.0.1:9", "--retries", "0"]):
+        again = manta(*places, *way)
+        assert again.exit_code == 0, again.stderr
+        assert again.stderr.splitlines()[-1] == f"0 answered, 0 failed, 2 done before; results go to {tmp_path / 'out.jsonl'}"
+
+
 def test_an_endpoint_that_nobody_serves_is_exit_1(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(as_lines([entry("a")]))
     places = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     result = manta(*places, "--url", "http://127.0.0.1:9", "--retries", "0")
     assert result.exit_code == 1
     assert "manta: error: http://127.0.0.1:9 cannot be reached" in result.stderr
-    assert "0 done, 0 failed" in result.stderr
+    assert "0 answered, 0 failed" in result.stderr
     assert read(tmp_path / "out.jsonl") == []
 
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import random
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_every_request_has_its_answer(output: Path) -> None:
         assert answer["response"]["body"] == {"echo": name}
         assert answer["response"]["request_id"] == answer["id"]
     assert len({answer["id"] for answer in answers.values()}) == len(names)
-    assert (tally.done, tally.failed, tally.skipped, tally.output_tokens) == (100, 0, 0, 300)
+    assert (tally.answered, tally.failed, tally.skipped, tally.output_tokens) == (100, 0, 0, 300)
 
 
 def test_bad_lines_are_answered_too_and_stop_nothing(output: Path) -> None:
@@ -56,9 +57,9 @@ def test_bad_lines_are_answered_too_and_stop_nothing(output: Path) -> None:
         5: "invalid_line",
     }
     assert all(each["response"] is None for line, each in found.items() if line)
-    assert (tally.done, tally.failed) == (5, 3)
+    assert (tally.answered, tally.failed) == (2, 3)
     again = run_job(content, output, FakeBackend())
-    assert (again.done, again.skipped) == (0, 5)
+    assert (again.answered, again.failed, again.skipped) == (0, 0, 5)
     assert len(read(output)) == 5
 
 
@@ -81,7 +82,7 @@ def test_what_is_done_is_not_asked_again_and_more_input_is(output: Path) -> None
     backend = FakeBackend()
     tally = run_job(as_lines(second[:2] + first + second[2:]), output, backend)
     assert sorted(backend.asked) == [each["custom_id"] for each in second]
-    assert (tally.done, tally.skipped) == (5, 5)
+    assert (tally.answered, tally.skipped) == (5, 5)
     assert custom_ids(read(output)) == custom_ids(first + second)
 
 
@@ -120,7 +121,7 @@ def test_requests_under_way_and_lines_read_ahead_are_bounded(output: Path) -> No
 
     backend = FakeBackend(look)
     tally = run_job(io.BufferedReader(source), output, backend, limits)
-    assert tally.done == lines
+    assert tally.answered == lines
     assert limits.requests // 2 < backend.most_under_way <= limits.requests
     assert most_ahead <= READ_LINES + limits.requests + io.DEFAULT_BUFFER_SIZE // 500
     assert len(custom_ids(read(output))) == lines
@@ -153,7 +154,7 @@ def test_a_request_that_fails_has_its_status_and_error(output: Path, fault: Faul
     assert bad["error"] is None
     assert bad["response"]["status_code"] == fault.status
     assert bad["response"]["body"] == {"error": {"message": "no", "type": fault.type, "param": "prompt", "code": "c"}}
-    assert (tally.done, tally.failed) == (2, 1)
+    assert (tally.answered, tally.failed) == (1, 1)
     assert backend.asked.count("bad") == 1
 
 
@@ -262,7 +263,9 @@ def test_cancelled_runs_leave_whole_results_and_together_do_each_request_once(ou
 
         journal = journal_at(url or output)
         try:
-            await Job(io.BytesIO(as_lines(entries)), journal, Limits(requests=16), Tally(0)).run(FakeBackend(cancel))
+            job = Job(io.BytesIO(as_lines(entries)), journal, Limits(requests=16), Tally(0))
+            if job.catch_up():
+                await job.run(FakeBackend(cancel))
         except asyncio.CancelledError:
             return False
         finally:
@@ -289,18 +292,39 @@ def test_progress_says_how_far_how_fast_and_how_long() -> None:
     tally.start(100.0)
     for _ in range(2000):
         tally.skip(1000)
-    assert tally.words(101.0) == "0 done and 2,000 before, 0 failed, 50.0% of 4.0 MB, 0 tokens/s"
+    assert tally.words(101.0) == "0 answered, 0 failed, 2,000 done before, 50.0% of 4.0 MB, 0 tokens/s"
     for number in range(1000):
         tally.count(1000, failed=number < 10, output_tokens=5)
-    assert tally.words(111.0) == "1,000 done and 2,000 before, 10 failed, 75.0% of 4.0 MB, 500 tokens/s, 0:00:11 left"
-    assert tally.words(113.0) == "1,000 done and 2,000 before, 10 failed, 75.0% of 4.0 MB, 0 tokens/s, 0:00:13 left"
-    assert tally.summary(120.0) == "1,000 done and 2,000 before, 10 failed; 5,000 tokens in 0:00:20, 250 tokens/s"
+    assert tally.words(111.0) == "990 answered, 10 failed, 2,000 done before, 75.0% of 4.0 MB, 500 tokens/s, 0:00:11 left"
+    assert tally.words(113.0) == "990 answered, 10 failed, 2,000 done before, 75.0% of 4.0 MB, 0 tokens/s, 0:00:13 left"
+    assert tally.summary(120.0) == "990 answered, 10 failed, 2,000 done before; 5,000 tokens in 0:00:20, 250 tokens/s"
+
+
+def test_a_run_that_has_not_begun_tells_no_duration() -> None:
+    tally = Tally(1000)
+    tally.skip(500)
+    tally.count(500, failed=True)
+    assert tally.summary(2670.0) == "0 answered, 1 failed, 1 done before"
+
+
+def test_whoever_answers_is_not_needed_where_nothing_is_left(output: Path) -> None:
+    content = b"oops\n" + as_lines([entry("a"), entry("a")])
+    with closing(journal_at(output)) as journal:
+        assert Job(io.BytesIO(content), journal, Limits(), Tally(0)).catch_up()
+    assert [each["error"]["line"] for each in read(output)] == [1]
+    run_job(content, output, FakeBackend())
+    finished = output.read_bytes()
+    with closing(journal_at(output)) as journal:
+        tally = Tally(0)
+        assert not Job(io.BytesIO(content), journal, Limits(), tally).catch_up()
+    assert (tally.answered, tally.failed, tally.skipped) == (0, 0, 3)
+    assert output.read_bytes() == finished
 
 
 def test_an_empty_input_is_done_at_once(output: Path) -> None:
-    assert run_job(b"", output, FakeBackend()).done == 0
+    assert run_job(b"", output, FakeBackend()).answered == 0
     assert output.read_bytes() == b""
-    assert Tally(0).words(1.0).startswith("0 done, 0 failed, 100.0% of 0 bytes")
+    assert Tally(0).words(1.0).startswith("0 answered, 0 failed, 100.0% of 0 bytes")
 
 
 @pytest.mark.parametrize("wrong", [{"requests": 0}, {"tokens": 0}, {"retries": -1}])

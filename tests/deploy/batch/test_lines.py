@@ -63,6 +63,12 @@ def test_what_is_no_request_says_why(text: str | bytes, code: str, custom_id: st
     assert caught.value.message
 
 
+@pytest.mark.parametrize("half", [r"\ud800", r"\udfff", r"\ud83dx and more than a pair has", r"\ud83d\ud83d\ude00"])
+def test_half_of_a_surrogate_pair_is_told_as_what_it_is(half: str) -> None:
+    with pytest.raises(BadLine, match=r"\\ud\w{3} is half of a surrogate pair: write the whole pair"):
+        parse_text(f'{{"custom_id": "a", "body": {{"prompt": "{half}"}}}}')
+
+
 def test_nesting_without_end_is_an_error_like_any_other() -> None:
     deep = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": ' + b"[" * 200_000
     with pytest.raises(BadLine) as caught:

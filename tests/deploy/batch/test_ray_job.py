@@ -43,12 +43,12 @@ def client() -> Iterator[JobSubmissionClient]:
     ray.shutdown()
 
 
-def submit(client: JobSubmissionClient, *arguments: str) -> str:
-    command = " ".join([sys.executable, "-m", "deploy.batch", *arguments])
+def submit(client: JobSubmissionClient, folder: Path, *arguments: str) -> str:
+    command = " ".join([sys.executable, "-m", "manta", "batch", *arguments])
     deadline_s = time.monotonic() + PATIENCE_S
     while True:
         try:
-            job: str = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT)})
+            job: str = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(folder)})
         except RuntimeError as error:  # the agent that takes jobs comes up after the dashboard
             if "No available agent" not in str(error) or time.monotonic() > deadline_s:
                 raise
@@ -78,18 +78,23 @@ def wait_for_results(client: JobSubmissionClient, job: str, output: Path) -> Non
 
 
 def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: JobSubmissionClient, tmp_path: Path) -> None:
+    """Submitted from this repository, and from a folder of somebody's with packages of the same names."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    theirs = tmp_path / "project"
+    for package in ("deploy", "scheduler"):
+        (theirs / package).mkdir(parents=True)
+        (theirs / package / "__init__.py").write_text("raise RuntimeError('this is not the package that was meant')\n")
     source.write_bytes(as_lines(ENTRIES))
     arguments = ["--input", str(source), "--output", str(output), "--kv-memory", "64MiB", "--max-num-seqs", "4"]
 
-    first = submit(client, *arguments)
+    first = submit(client, ROOT, *arguments)
     wait_for_results(client, first, output)
     client.stop_job(first)
     assert wait_until_ended(client, first) is JobStatus.STOPPED
     before = len(read(output))
     assert 0 < before < len(ENTRIES)
 
-    second = submit(client, *arguments)
+    second = submit(client, theirs, *arguments)
     while len(read(output)) == before:  # a line is written at once, so no part of one is ever seen
         assert not client.get_job_status(second).is_terminal(), said(client, second)
         time.sleep(0.02)
@@ -98,7 +103,7 @@ def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: Jo
     assert wait_until_ended(client, second) is JobStatus.SUCCEEDED, said(client, second)
     assert custom_ids(read(output)) == custom_ids(ENTRIES)
     assert {each["response"]["status_code"] for each in read(output)} == {200}
-    assert f"and {before} before, 0 failed" in client.get_job_logs(second)
+    assert f", 0 failed, {before} done before" in client.get_job_logs(second)
 
 
 def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tmp_path: Path) -> None:  # noqa: ARG001

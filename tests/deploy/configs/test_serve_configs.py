@@ -57,6 +57,15 @@ def test_the_application_builds_and_has_the_deployments_that_are_named(name: str
     assert named in (set(), {deployment.name for deployment in built.deployments})
 
 
+def test_an_idle_engine_logs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Front ends ask it once a second how the cluster is."""
+    monkeypatch.setenv(KEYS_VARIABLE, "a-key")
+    build: Callable[..., Any] = import_attr(application("serve.yaml")["import_path"])
+    built = build_app(build(application("serve.yaml")["args"]), name="manta")
+    logging = {deployment.name: deployment._deployment_config.logging_config for deployment in built.deployments}
+    assert logging["Engine"]["enable_access_log"] is False
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_serve_can_import_the_grpc_services(name: str) -> None:
     grpc = gRPCOptions(**serve_tree(name)["grpc_options"])

@@ -18,7 +18,8 @@ from deploy.serve_config import ServeConfig
 from deploy.service import ServedModel, Service
 from tests.deploy.grpc.calls import PAGE_SIZE, consumed, until
 
-Connect = Callable[[GrpcDoor], tuple[Any, grpc.aio.Channel]]
+Connect = Callable[..., tuple[Any, grpc.aio.Channel]]
+"""Door, and the server's configuration if it matters."""
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,9 @@ def connect(runner: asyncio.Runner) -> Iterator[Connect]:
     """Serves a door: a stub and its channel."""
     ends: list[Callable[[], Awaitable[None]]] = []
 
-    def connect_(door: GrpcDoor) -> tuple[Any, grpc.aio.Channel]:
+    def connect_(door: GrpcDoor, config: ServeConfig | None = None) -> tuple[Any, grpc.aio.Channel]:
         async def open_() -> tuple[Any, grpc.aio.Channel]:
-            server, port = await start_server(door, ServeConfig())
+            server, port = await start_server(door, config or ServeConfig())
             channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
             ends.extend([channel.close, lambda: server.stop(None)])
             return manta_pb2_grpc.MantaStub(channel), channel

@@ -182,7 +182,9 @@ class Peer:
     def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
 
 
-@pytest.mark.parametrize("peer", ["ipv4:10.0.0.5:4000", "ipv6:[2001:db8::1]:4000", "ipv6:%5Bfe80::1%5D:4000", "unknown"])
+@pytest.mark.parametrize(
+    "peer", ["ipv4:10.0.0.5:4000", "ipv6:[2001:db8::1]:4000", "ipv6:%5Bfe80::1%5D:4000", "ipv4:127", "unknown"]
+)
 def test_without_keys_only_the_own_machine_is_answered(answer: Answer, service: Service, peer: str) -> None:
     def told(config: ServeConfig, keys: ApiKeys, context: Peer) -> Code:
         answer(GrpcDoor(service, config, keys).ListModels(pb.ListModelsRequest(), context))
@@ -200,3 +202,18 @@ def test_a_port_that_is_taken(runner: asyncio.Runner, service: Service) -> None:
         config = ServeConfig(grpc_port=other.getsockname()[1])
         with pytest.raises(OSError, match="choose another grpc_port"):
             runner.run(start_server(GrpcDoor(service, config, ApiKeys()), config))
+
+
+def test_nobody_goes_before_others_just_by_asking(answer: Answer, connect: Connect, service: Service) -> None:
+    stub, _ = connect(GrpcDoor(service, ServeConfig(), ApiKeys(["plain", "urgent"], {"urgent": -5})))
+
+    def code(key: str, priority: int) -> int:
+        asked = text(max_tokens=1)
+        asked.priority = priority
+        batch = pb.GenerateBatchRequest(requests=[asked])
+        (result,) = answer(stub.GenerateBatch(batch, metadata=[("authorization", f"Bearer {key}")])).results
+        return int(result.error.code)
+
+    bad = Code.INVALID_ARGUMENT.value[0]
+    assert [code("plain", priority) for priority in (1, 0, -1)] == [0, 0, bad]
+    assert [code("urgent", priority) for priority in (-5, -6)] == [0, bad]

@@ -19,6 +19,7 @@ from cluster.engine import Engine, OnDeltas, OnFailure
 from deploy.access import ApiKeys
 from deploy.clusters import LocalCluster
 from deploy.config import EMBEDDED_MODEL, bound_openmp_spin
+from deploy.connections import bounded_protocol
 from deploy.http import create_app
 from deploy.serve_config import ServeConfig
 from deploy.service import Cluster, ServedModel, Service
@@ -73,8 +74,10 @@ class Host:
         listener.bind(("127.0.0.1", 0))
 
         async def start() -> None:
-            app = create_app(service, config or ServeConfig(), keys or ApiKeys())
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+            limits = config or ServeConfig()
+            app = create_app(service, limits, keys or ApiKeys())
+            bounded = bounded_protocol(limits)
+            server = uvicorn.Server(uvicorn.Config(app, http=bounded, ws="none", log_level="warning"))
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
 
         self.run(start())

@@ -1,6 +1,7 @@
 """Keys, origins, sizes and request ids."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -145,3 +146,26 @@ def test_whose_account_a_request_is_on(host: Host) -> None:
     assert second[0] == second[1] != second[2] == second[3] != ""
     assert not {"ann", "bob", "k", "l"} & {*first, *second}
     assert [request.deadline_s for request in scripted.requests[:4]] == [600.0, 600.0, 7.0, 600.0]
+
+
+# ---- priorities
+
+
+def test_nobody_goes_before_others_just_by_asking(host: Host, service: Service) -> None:
+    """Without a key, with any, and with one that may; `/v1/chat/completions` as well."""
+    keys = ApiKeys(["plain", "urgent"], {"urgent": -5})
+    url = host.serve(service, ServeConfig(best_priority=-1), keys)
+
+    def status(key: str, priority: int, path: str = "/v1/completions", **prompt: Any) -> tuple[int, str]:
+        asked = {"model": MODEL, "max_tokens": 1, "priority": priority} | (prompt or {"prompt": "a"})
+        answer = httpx.post(url + path, json=asked, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE_S)
+        return answer.status_code, answer.text
+
+    assert [status("plain", priority)[0] for priority in (2, 0, -1, -2)] == [200, 200, 200, 400]
+    assert [status("urgent", priority)[0] for priority in (-2, -5, -6)] == [200, 200, 400]
+    refused, said = status("plain", -2, "/v1/chat/completions", messages=[{"role": "user", "content": "a"}])
+    assert refused == 400
+    assert "priority=-2 goes before what may be asked for here, which is -1 or more" in said
+    opened = host.serve(service)
+    asked = {"model": MODEL, "prompt": "a", "max_tokens": 1, "priority": -1}
+    assert httpx.post(opened + "/v1/completions", json=asked, timeout=PATIENCE_S).status_code == 400

@@ -274,7 +274,7 @@ def test_min_tokens_and_ignore_eos(client: openai.OpenAI, tokenizer: Tokenizer) 
 
 def test_priority_user_and_timeout_are_taken(client: openai.OpenAI) -> None:
     plain = text_of(client)
-    assert text_of(client, user="somebody", extra_body={"priority": -5, "timeout": 30.0}) == plain
+    assert text_of(client, user="somebody", extra_body={"priority": 5, "timeout": 30.0}) == plain
 
 
 def test_fields_may_be_null(client: openai.OpenAI) -> None:

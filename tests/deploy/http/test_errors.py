@@ -82,7 +82,7 @@ def test_bad_fields_are_named(http: httpx.Client, body: dict[str, Any], param: s
         (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b'{"user": "\xff"}', "not valid JSON"),
-        (b'{"user": "\\ud800"}', "not valid JSON"),
+        (b'{"user": "\\ud800"}', r"not valid JSON: \ud800 is half of a surrogate pair"),
         (b"[]", "expected object, got array"),
         (b'{"metadata": ' + b"[" * 100_000, "nested too deeply"),
     ],

@@ -155,7 +155,7 @@ def test_one_look_for_a_pipe(cluster: FakeCluster, server: Server) -> None:
 
 def test_errors_say_what_to_do(cluster: FakeCluster) -> None:
     with serving(make_app(cluster, api_key="secret")) as server:
-        with pytest.raises(ValueError, match="give --api-key"):
+        with pytest.raises(ValueError, match="give --api-key-file"):
             top(server.url, "wrong", 1.0, once=True)
         top(server.url, "secret", 1.0, once=True, console=Console(file=io.StringIO()))
         url = server.url

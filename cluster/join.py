@@ -1,0 +1,120 @@
+"""Joins a Ray cluster, or starts one on this machine. Imports ray, and grpc to ask first whether anybody answers.
+
+Ray itself tries a dead address for half a minute, a file that names a dead cluster for longer, and says little of why.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import grpc
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+from cluster.config import EngineConfig
+from cluster.engine import EngineError, Progress
+from cluster.shadows import job_environment, refuse_unclaimed
+
+ANSWER_TIMEOUT_S = 5.0
+QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+OTHERWISE = "start a cluster with `ray start --head`, or leave ray_address (--ray-address) out: Manta then starts its own"
+
+_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Ray takes 127.0.0.1 for a mistake and puts the outward address in its place; the rest of the loopback range it keeps."""
+
+
+def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
+    """True if the cluster is ours, to be shut down with the engine.
+
+    A cluster of our own counts logical CPUs, as many as the ranks want: they share the cores of this machine.
+    Errors: EngineError if nobody answers at `ray_address`, or not to us.
+    """
+    if ray.is_initialized():
+        refuse_unclaimed()
+        return False
+    if config.ray_address is not None:
+        progress(f"joining the Ray cluster at {config.ray_address}")
+        check_address(config.ray_address)
+        with _own_sigterm():
+            ray.init(
+                address=config.ray_address, runtime_env=job_environment(), log_to_driver=False, logging_level=logging.ERROR
+            )
+        return False
+    progress("starting Ray on this machine")
+    with _own_sigterm():
+        ray.init(
+            address="local",  # whatever else runs on this machine
+            runtime_env=job_environment(),
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=_LOOPBACK,
+        )
+    return True
+
+
+def check_address(address: str) -> None:
+    """Within seconds. Errors: EngineError that says what is wrong with `address` and what to do."""
+    if address == "local" or "://" in address:
+        return
+    found = _resolve(address)
+    code = _ask(found)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+            raise EngineError(
+                f"the Ray cluster at {found} wants a token: write it into ~/.ray/auth_token and leave RAY_AUTH_MODE unset, or "
+                "set RAY_AUTH_TOKEN and RAY_AUTH_MODE=token"
+            )
+        header = AuthenticationTokenLoader.instance().get_token_for_http_header() or {}
+        code = _ask(found, header)
+        if code is grpc.StatusCode.UNAUTHENTICATED:
+            raise EngineError(
+                f"the Ray cluster at {found} refuses our token: it has another one than RAY_AUTH_TOKEN, the file that "
+                "RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token (the first of them that is there counts)"
+            )
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        gone = " (Ray's note of the cluster that was started last: it has gone)" if address == "auto" else ""
+        raise EngineError(f"no Ray cluster answers at {found}{gone}: {OTHERWISE}")
+
+
+def _resolve(address: str) -> str:
+    """host:port. Errors: EngineError."""
+    try:
+        found: str | None = canonicalize_bootstrap_address(address)
+    except Exception as error:  # Ray raises whatever its parsers and resolvers do
+        raise EngineError(f"ray_address={address!r} is not the address of a Ray cluster ({error}): {OTHERWISE}") from error
+    if found is None:
+        raise EngineError(f"ray_address={address!r}, and no Ray cluster runs on this machine: {OTHERWISE}")
+    return found
+
+
+def _ask(address: str, header: dict[str, str] | None = None) -> grpc.StatusCode:
+    """How Ray's GCS answers; a message without content is one that it understands."""
+    metadata = [(name.lower(), value) for name, value in (header or {}).items()]
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary(QUESTION, request_serializer=bytes, response_deserializer=bytes)
+        try:
+            ask(b"", timeout=ANSWER_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()
+            return code
+    return grpc.StatusCode.OK
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts handlers of its own for SIGTERM, in C++ and in Python, which print a trace and end the process at once. Whoever
+    has one keeps it."""
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(previous) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)

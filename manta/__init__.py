@@ -1,0 +1,30 @@
+"""Manta as its users import it: `from manta import LLM, SamplingParams`. Imports neither torch nor ray.
+
+Inside, Manta is five packages of everyday names. Importing this one makes sure that they are Manta's own, whatever lies beside
+the script that asks: see `manta.names`.
+"""
+
+from manta.names import claim
+
+claim()
+
+from cluster.engine import EngineError  # noqa: E402
+from deploy.config import ConfigError  # noqa: E402
+from deploy.errors import Fault  # noqa: E402
+from deploy.llm import LLM  # noqa: E402
+from deploy.outputs import CompletionOutput, GenerationError, RequestOutput  # noqa: E402
+from deploy.prompts import PromptError  # noqa: E402
+from scheduler.sampling import Grammar, SamplingParams  # noqa: E402
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineError",
+    "Fault",
+    "GenerationError",
+    "Grammar",
+    "PromptError",
+    "RequestOutput",
+    "SamplingParams",
+]

@@ -1,0 +1,8 @@
+"""`python -m manta` is `manta`, the command."""
+
+from deploy.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

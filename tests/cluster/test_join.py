@@ -1,0 +1,80 @@
+"""A Ray cluster that cannot be joined is told within seconds, and what to do. What answers here is a stand-in for Ray's GCS."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.engine import EngineError
+from cluster.join import QUESTION, check_address
+
+DEAD = "127.0.0.1:1"
+TOKEN = "f" * 32
+
+
+class Gcs(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Knows one token."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        assert details.method == QUESTION
+        known = ("authorization", f"Bearer {TOKEN}") in [tuple(pair) for pair in details.invocation_metadata]
+
+        def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
+            if not known:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer, request_deserializer=bytes, response_serializer=bytes)
+
+
+@pytest.fixture
+def protected() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Gcs()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def test_a_dead_address_says_what_to_do() -> None:
+    with pytest.raises(EngineError, match=rf"no Ray cluster answers at {DEAD}: start a cluster with `ray start --head`"):
+        check_address(DEAD)
+
+
+def test_nonsense_says_what_to_do() -> None:
+    with pytest.raises(EngineError, match="is not the address of a Ray cluster"):
+        check_address("nonsense")
+
+
+def join(address: str, home: Path, **environment: str) -> str:
+    """What a process of its own, with nothing of Ray's in its environment, says of it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code = "import sys; from cluster.join import check_address; check_address(sys.argv[1])"
+    asked = subprocess.run(
+        [sys.executable, "-c", code, address], env=kept | {"HOME": str(home)} | environment, capture_output=True, text=True
+    )
+    return asked.stderr if asked.returncode else "joined"
+
+
+def test_the_note_of_a_cluster_that_has_gone_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(DEAD)
+    said = join("auto", tmp_path, RAY_TMPDIR=str(tmp_path))
+    assert f"no Ray cluster answers at {DEAD} (Ray's note of the cluster that was started last: it has gone)" in said
+
+
+def test_a_cluster_that_wants_a_token(protected: str, tmp_path: Path) -> None:
+    assert "wants a token: write it into ~/.ray/auth_token" in join(protected, tmp_path)
+    assert "refuses our token" in join(protected, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
+    assert join(protected, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) == "joined"
+
+
+def test_the_token_at_home_is_found(protected: str, tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    assert join(protected, tmp_path) == "joined"

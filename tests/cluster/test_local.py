@@ -1,0 +1,26 @@
+"""The engine of one process, without any rank: what it does when a front end does not take what it is told."""
+
+from typing import cast
+
+import numpy as np
+
+from cluster.local import LocalEngine
+from scheduler.config import CoreConfig
+from scheduler.messages import Deltas, Request
+from scheduler.sampling import SamplingParams
+from workers.build import WorkerConfig
+
+
+def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
+    told: list[int] = []
+
+    def hear(deltas: Deltas) -> None:
+        streams = [end.stream for end in deltas.finished]
+        told.extend(streams)
+        if streams == [0]:
+            raise RuntimeError("not this one")
+
+    engine = LocalEngine(CoreConfig(page_size=16, max_model_len=64), cast(WorkerConfig, None), hear, lambda _: None)
+    too_long = np.zeros(65, np.int32).tobytes()
+    engine.submit([Request(stream, too_long, b"", SamplingParams()) for stream in range(3)])
+    assert told == [0, 1, 2]
