@@ -57,7 +57,7 @@ class Whole:
 
         self._params = SamplingParams
         begun = time.perf_counter()
-        self._llm = LLM(str(checkpoint), local=not ray, device="cuda", **options)
+        self._llm = LLM(str(checkpoint), local=not ray, device="cuda", **options)  # type: ignore[arg-type]
         self.start_s = time.perf_counter() - begun
 
     def run(self, work: Work) -> float:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from kvcache.ids import GroupId
 from scheduler.messages import Command, End, Moved, Report
-from workers.build import Built, WorkerConfig, build_rank
+from workers.build import Built, build_rank
+from workers.config import WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport

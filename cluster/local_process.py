@@ -24,7 +24,8 @@ from kvcache.ids import GroupId
 from scheduler.logs import configure
 from scheduler.messages import Command, Moved, Report
 from scheduler.wire import FrameSocket
-from workers.build import WorkerConfig, settle
+from workers.build import settle
+from workers.config import WorkerConfig
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):

@@ -105,7 +105,7 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
     ),
     Metric("manta_preemptions_total", "Sequences that had to give their blocks back and begin again.", lambda e: e.preemptions),
     Metric(
-        "manta_sequences_given_up_total", "Sequences that no token could follow: logits that were not finite, or their grammar.",
+        "manta_sequences_given_up_total", "Sequences that no token could follow: logits not finite, or their grammar.",
         lambda e: e.given_up,
     ),
     Metric("manta_recomputed_tokens_total", "Tokens whose KV preemptions threw away.", lambda e: e.recomputed_tokens),

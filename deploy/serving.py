@@ -80,7 +80,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
             uvicorn.Config(
                 app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
                 access_log=False,
-            )  # fmt: skip
+            )
         )
         tasks = [asyncio.create_task(service.run())]
         try:

@@ -152,16 +152,14 @@ def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
 def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
     """Whether it does not answer, or has itself waited for another rank for too long."""
 
-    @ray.remote(num_cpus=0)
     def late() -> None:
         raise TimeoutError("timed out")
 
-    @ray.remote(num_cpus=0)
     def stuck() -> None:
         time.sleep(PATIENCE_S)
 
-    waits = stuck.remote()
-    for reference, deadline in ((late.remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+    waits = ray.remote(num_cpus=0)(stuck).remote()
+    for reference, deadline in ((ray.remote(num_cpus=0)(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
         with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
             _get(reference, deadline)
     ray.cancel(waits, force=True)

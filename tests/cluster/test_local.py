@@ -5,10 +5,11 @@ from typing import cast
 import numpy as np
 
 from cluster.local import LocalEngine
+from cluster.local_groups import Groups
 from scheduler.config import CoreConfig
 from scheduler.messages import Deltas, Request
 from scheduler.sampling import SamplingParams
-from workers.build import WorkerConfig
+from workers.config import WorkerConfig
 
 
 def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
@@ -20,7 +21,8 @@ def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
         if streams == [0]:
             raise RuntimeError("not this one")
 
-    engine = LocalEngine(CoreConfig(page_size=16, max_model_len=64), cast(WorkerConfig, None), hear, lambda _: None)
+    core = CoreConfig(page_size=16, max_model_len=64)
+    engine = LocalEngine(core, cast(WorkerConfig, None), cast(Groups, None), hear, lambda _: None)
     too_long = np.zeros(65, np.int32).tobytes()
     engine.submit([Request(stream, too_long, b"", SamplingParams()) for stream in range(3)])
     assert told == [0, 1, 2]

@@ -8,7 +8,6 @@ import pytest
 
 import cluster.local
 from cluster.local import LocalEngine
-from cluster.local_groups import ThreadGroups
 from cluster.local_process import ProcessGroups
 from deploy import LLM, SamplingParams
 from workers.model.architectures import CheckpointError
@@ -40,7 +39,6 @@ def test_the_same_tokens_as_with_threads(monkeypatch: pytest.MonkeyPatch) -> Non
     as_threads = outputs()
     monkeypatch.setattr(cluster.local, "ThreadGroups", ProcessGroups)
     assert outputs() == as_threads
-    assert ThreadGroups is not cluster.local.ThreadGroups
 
 
 @pytest.mark.usefixtures("in_a_process")

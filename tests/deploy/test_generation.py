@@ -190,7 +190,7 @@ def told(tokenizer: Tokenizer, prompt: Prompt, tokens: Sequence[int], each_token
     """The text of an output, and the bytes of its tokens as its log-probabilities have them."""
     caller = Caller(SamplingParams(logprobs=0), tokenizer, each_token, prompt)
     entries = [TokenLogprobs(-1.0, (), ()) for _ in tokens]
-    caller.generation.extend(STREAM, tokens, entries)
+    caller.generation.extend(STREAM, len(prompt.token_ids), tokens, entries)
     caller.end(FinishReason.LENGTH)
     [choice] = caller.generation.take().outputs
     names = TokenNames(tokenizer)

@@ -4,6 +4,7 @@ For machines without a GPU: `install` puts one generation into `sys.modules` for
 """
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 import pytest
@@ -34,7 +35,7 @@ def install(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
         _add(monkeypatch, "flash_attn.cute", {"flash_attn_varlen_func": Paged(1).varlen_4})
 
 
-def _add(monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, object]) -> None:
+def _add(monkeypatch: pytest.MonkeyPatch, name: str, attributes: Mapping[str, object]) -> None:
     module = ModuleType(name)
     module.__dict__.update(attributes)
     monkeypatch.setitem(sys.modules, name, module)

@@ -5,7 +5,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,33 +62,6 @@ def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monk
 
 def test_the_host_says_how_much_is_free() -> None:
     assert build._available_memory() > 1 << 20
-
-
-def test_the_largest_step_fills_the_budget() -> None:
-    """On a GPU its peak decides the pool; it must run in the pages that a step can touch, and touch no more."""
-    rank = build_rank(replace(CONFIG, kv_memory=4 * LAYOUT.page_bytes), Solo()).rank
-    assert isinstance(rank.executor, ModelRunner)
-    pool = rank.executor._model.attention._pool  # type: ignore[attr-defined]
-    pool.data.fill_(float("nan"))
-    build._run_largest_step(CONFIG, rank.executor)
-    assert not torch.isnan(pool.data).any(), "64 tokens fill 4 pages of 16 in every layer"
-
-
-def test_a_gpu_keeps_what_the_step_and_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    """total * fraction - what others hold - the peak without the probing pool."""
-    total, free, reserved, peak = 1000 << 20, 700 << 20, 200 << 20, 150 << 20
-    probe = LAYOUT.pages_for(CONFIG.step_tokens) * LAYOUT.page_bytes
-    cuda = SimpleNamespace(
-        reset_peak_memory_stats=lambda: None,
-        synchronize=lambda: None,
-        mem_get_info=lambda: (free, total),
-        memory_reserved=lambda: reserved,
-        max_memory_allocated=lambda: peak,
-    )
-    monkeypatch.setattr("workers.build.torch.cuda", cuda)
-    monkeypatch.setattr(build, "_run_largest_step", lambda config, runner: None)  # noqa: ARG005
-    memory = build._kv_memory(replace(CONFIG, device="cuda"), SimpleNamespace(), LAYOUT)  # type: ignore[arg-type]
-    assert memory == int(total * 0.9) - (total - free - reserved) - (peak - probe)
 
 
 def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ class Fused:
         plan = self.attention.plan(step)
 
         def attend(layer: int, query: Tensor) -> Tensor:
-            written = [view.flatten(0, 1)[step.slots].cpu() for view in (self.pool.keys(layer), self.pool.values(layer))]
-            return self.attention.attend(layer, query.cpu(), *written, step, plan).to(DEVICE)
+            key, value = (view.flatten(0, 1)[step.slots].cpu() for view in (self.pool.keys(layer), self.pool.values(layer)))
+            return self.attention.attend(layer, query.cpu(), key, value, step, plan).to(DEVICE)
 
         tokens, positions, slots, rows = (
             getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")

@@ -2,7 +2,6 @@
 
 Runs on CUDA, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
 

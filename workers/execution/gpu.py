@@ -27,7 +27,7 @@ from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 
 if TYPE_CHECKING:
-    from workers.build import WorkerConfig
+    from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

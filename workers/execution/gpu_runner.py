@@ -186,8 +186,10 @@ class GpuRunner:
         rows, decodes = step.plan.rows[samples], step.plan.decodes
         host = self._ring.take(len(samples))
         sampled = [tokens[:n] for tokens, n in ((self._decoded, decodes), (self._begun, len(samples) - decodes)) if n]
-        for part, target in zip(sampled, host.split_with_sizes([len(part) for part in sampled]) if sampled else (), strict=True):
-            target.copy_(part, non_blocking=True)
+        at = 0
+        for part in sampled:
+            host[at : at + len(part)].copy_(part, non_blocking=True)
+            at += len(part)
         logprobs = None
         if self._sampler.measures(rows):
             logprobs = self._sampler.measure(torch.cat(logits), torch.cat(sampled).long(), rows)

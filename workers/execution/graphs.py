@@ -42,7 +42,7 @@ class DecodeGraphs:
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = tuple(sorted(sizes))
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._captured: dict[int, CapturedStep] = {}
 
     def fit(self, batch: int) -> int:

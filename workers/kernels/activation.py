@@ -1,5 +1,4 @@
 """SwiGLU's product: one launch. Imports torch and triton."""
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton

@@ -4,7 +4,6 @@ A kernel is compiled when it is first launched, a second or two each, one after 
 start. Here the very code that will launch them runs once without launching, and each kernel that it would have launched is
 compiled by a thread of a pool; the compiler leaves Python's lock.
 """
-# mypy: disable-error-code="no-untyped-call, no-untyped-def, attr-defined"
 
 import os
 from collections.abc import Iterator
@@ -34,13 +33,13 @@ def compiling_ahead() -> Iterator[None]:
         return
     launch = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return launch(self, *args, **kwargs | {"warmup": True})
 
     threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
     with ThreadPoolExecutor(threads, thread_name_prefix="manta-compile") as pool, AsyncCompileMode(pool):
-        JITFunction.run = compile_only  # type: ignore[method-assign]
+        JITFunction.run = compile_only
         try:
             yield
         finally:
-            JITFunction.run = launch  # type: ignore[method-assign]
+            JITFunction.run = launch

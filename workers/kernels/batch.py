@@ -2,7 +2,6 @@
 
 Triton; on the CPU under its interpreter. Beside each kernel its reference in torch stands in the tests.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl

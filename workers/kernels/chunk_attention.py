@@ -6,7 +6,6 @@ depends on the counts of tokens and sequences alone.
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
 

@@ -6,7 +6,6 @@ depends on the batch alone, the work on the contexts alone; the width of the blo
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
 

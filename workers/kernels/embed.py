@@ -1,5 +1,4 @@
 """The embedding and the first layer's norm: one launch. Imports torch and triton."""
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl

@@ -6,7 +6,6 @@ wait, so that whatever ran two kernels ago has ended as well.
 
 Imports triton. Runs on CUDA, or on the CPU under Triton's interpreter, where `pdl` changes nothing.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl

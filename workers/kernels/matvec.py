@@ -14,7 +14,6 @@ what others would give.
 
 Imports torch and triton.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
 

@@ -2,7 +2,6 @@
 
 Sums are in float32, and what a norm gives is rounded once. Imports torch and triton.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton

@@ -2,7 +2,6 @@
 
 Everything is in float32 from the projection's output to the one rounding at the end. Imports torch and triton.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import triton
 import triton.language as tl

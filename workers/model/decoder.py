@@ -229,7 +229,8 @@ def load_model(
 ) -> Decoder:
     """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
 
-    attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used; None: as many as the model has.
+    attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used;
+    None: as many as the model has.
     """
     shape = config.shard(comm.rank, comm.size)
     with Checkpoint(path) as checkpoint:
