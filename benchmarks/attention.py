@@ -5,7 +5,8 @@ difference is what the page-first layout costs. Rounds are interleaved, so that 
 
     python benchmarks/attention.py --shape 0.6B --dtype bfloat16 --threads 2
 
-On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`, `benchmarks/paged_chunks.py`), unless --layouts asks for the above.
+On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`, `benchmarks/paged_chunks.py`), unless
+--layouts asks for the above.
 
     python3 -m benchmarks.attention --json attention.json
 
@@ -168,9 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layouts", action="store_true", help="on a GPU: compare page-first pools with pools of one layer")
     parser.add_argument("--kernels", choices=("decode", "chunk", "both"), default="both", help="on a GPU: which to report")
-    parser.add_argument(
-        "--seconds", type=float, default=60, help="on a GPU: for each kind, begin no further case after so long"
-    )
+    parser.add_argument("--seconds", type=float, default=60, help="on a GPU: of each kind; no case begins later")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     if options.device == "cuda" and not options.layouts:
