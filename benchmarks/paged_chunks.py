@@ -124,7 +124,7 @@ def time_case(
     ways = {label(config): partial(ours, world, query, chunks, config) for config in configs}
     if flash is not None:
         ways = {f"flash-attn {flash.version}": partial(theirs, world, query, chunks, flash)} | ways
-    rows = []
+    rows: list[dict[str, Any]] = []
     for way, make in ways.items():
         try:
             us = graph_us(make(), LAYERS)
@@ -133,7 +133,7 @@ def time_case(
             continue
         rows.append({"heads": heads.name, "case": name, "way": way, "us": us, "tflops": flops / us / 1e6})
     print(f"\n{heads.name}, chunks {name}:")
-    for row in sorted(rows, key=lambda row: float(row["us"])):
+    for row in sorted(rows, key=lambda row: row["us"]):
         print(f"  {row['us']:9.1f} us  {row['tflops']:5.0f} TFLOP/s  {row['way']}", flush=True)
     return rows
 
