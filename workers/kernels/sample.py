@@ -358,7 +358,9 @@ def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, va
     low = split * span
     high = tl.minimum(low + span, vocab)
     out = sample * splits + split
-    temperature = _float(words, _TEMPERATURE)
+    temperature = 1.0  # a record of zeros is greedy
+    if flags & _SAMPLED:
+        temperature = _float(words, _TEMPERATURE)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     at = tl.full([BLOCK], _NO_ID, tl.int32)
     if flags & _HAS_TOP_K:
@@ -639,14 +641,18 @@ def geometry(samples: int, processors: int = 132) -> Geometry:
 
 
 class Workspace:
-    """Scratch memory for steps of up to `samples` samples, which may share it one after the other."""
+    """Scratch memory for steps of up to `samples` samples, which may share it one after the other.
 
-    def __init__(self, samples: int, device: torch.device, rounds: int = ROUNDS) -> None:
+    rounds: the most that a `Geometry` may have. capacity: of ids collected for a row with top_k, a power of two.
+    """
+
+    def __init__(self, samples: int, device: torch.device, rounds: int = ROUNDS, capacity: int = CAPACITY) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         whole = samples * MAX_SPLITS
         self.samples = samples
+        self.capacity = capacity
         self.tops = empty(whole)
         self.scores = empty(rounds + 1, whole)
         self.values = empty(rounds + 1, whole)
@@ -657,8 +663,8 @@ class Workspace:
         self.chosen_id = empty(rounds + 1, samples, dtype=torch.int32)
         self.maxima = empty(samples * GROUPS)
         self.collected = empty(samples, dtype=torch.int32)
-        self.collected_values = empty(samples * CAPACITY)
-        self.collected_ids = empty(samples * CAPACITY, dtype=torch.int32)
+        self.collected_values = empty(samples * capacity)
+        self.collected_ids = empty(samples * capacity, dtype=torch.int32)
 
     def found(self, launch: int) -> tuple[Tensor, ...]:
         """What a launch (0: the scan) leaves behind about rows without top_k."""
@@ -707,11 +713,11 @@ def sample(
     for launch in range(plan.rounds):
         _round[(samples, splits)](
             *inputs, *workspace.found(launch), *workspace.found(launch + 1), workspace.maxima, *collected, vocab_size, span,
-            splits, splits * groups, *strides, FIRST=launch == 0, GROUPS=GROUPS, CAPACITY=CAPACITY, BLOCK=block, FAST=fast,
-            **exact,
+            splits, splits * groups, *strides, FIRST=launch == 0, GROUPS=GROUPS, CAPACITY=workspace.capacity, BLOCK=block,
+            FAST=fast, **exact,
         )  # fmt: skip
     _finish[(samples,)](
         *inputs, *workspace.found(0)[:3], *workspace.found(plan.rounds), *collected, out_tokens, last_token, vocab_size,
-        splits, *strides, FIRST=plan.rounds == 0, CAPACITY=CAPACITY, ID_BITS=max(1, vocab_size - 1).bit_length(),
+        splits, *strides, FIRST=plan.rounds == 0, CAPACITY=workspace.capacity, ID_BITS=max(1, vocab_size - 1).bit_length(),
         BLOCK=plan.finish_block, FAST=fast, num_warps=plan.finish_warps, enable_fp_fusion=False,
     )  # fmt: skip
