@@ -173,7 +173,7 @@ def plans(samples: int, wide: bool) -> list[Geometry]:
     found = [replace(usual, splits=s, registers=r) for s in splits for r in (None, 64)]
     found += [replace(usual, block=2048, registers=r) for r in (None, 64)]
     found += [replace(usual, block=2048, warps=8, registers=r) for r in (None, 64)]
-    found += [replace(usual, block=512, registers=64), replace(usual, rounds=1)]
+    found += [replace(usual, stages=1), replace(usual, stages=1, registers=64), replace(usual, rounds=1)]
     return found
 
 
@@ -218,7 +218,7 @@ def compile_one(plan: Geometry, marked: bool) -> None:
 
 
 def describe(plan: Geometry) -> str:
-    return f"splits {plan.splits} block {plan.block} warps {plan.warps} registers {plan.registers} rounds {plan.rounds}"
+    return f"splits {plan.splits} block {plan.block} warps {plan.warps} registers {plan.registers} rounds {plan.rounds} stages {plan.stages}"
 
 
 def main() -> None:

@@ -143,16 +143,11 @@ def _rough_score(x, inverse, ids, key0, key1, FAST: tl.constexpr):
     """
     one_up = (_uniform_bits(ids, key0, key1) | 0x3F800000).to(tl.float32, bitcast=True)  # u + 1 - 2^-24
     rest = (2.0 - one_up) - 5.9604644775390625e-08
-    series = tl.fma(rest, 0.1111111111, 0.125)
-    series = tl.fma(series, rest, 0.1428571429)
-    series = tl.fma(series, rest, 0.1666666667)
-    series = tl.fma(series, rest, 0.2)
-    series = tl.fma(series, rest, 0.25)
-    series = tl.fma(series, rest, 0.3333333333)
+    series = tl.fma(rest, 0.25, 0.3333333333)
     series = tl.fma(series, rest, 0.5)
     series = tl.fma(series, rest, 1.0) * rest
     far = _rough_log2((one_up - 1.0) + 5.9604644775390625e-08, FAST) * -_LN2
-    return tl.fma(x, inverse, _rough_log2(tl.where(rest < 0.25, series, far), FAST) * -_LN2)
+    return tl.fma(x, inverse, _rough_log2(tl.where(rest < 0.03125, series, far), FAST) * -_LN2)
 
 
 @triton.jit
@@ -217,7 +212,7 @@ def _fixed(weights):
 
 
 @triton.jit
-def _settle(best, second, at, value, token, floor, low, high, logits, vocab, words, flags, position, marks, bias, mask,
+def _settle(best, second, at, value, token, floor, low, high, logits, words, flags, position, marks, bias, mask,
             key0, key1, BLOCK: tl.constexpr):  # fmt: skip
     """The best exact score among [low, high), from each lane's best rough one: (score, scaled logit, id).
 
@@ -232,7 +227,7 @@ def _settle(best, second, at, value, token, floor, low, high, logits, vocab, wor
         scores = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(low, high, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            inside = (ids < high) & (ids < vocab)
+            inside = ids < high
             tile = tl.div_rn(_logits_at(logits, ids, inside, words, flags, position, marks, bias, mask), temperature)
             rivals = tl.where(_is_ahead(tile, ids, value, token) & (tile >= floor), tile + _gumbel(ids, key0, key1),
                               float("-inf"))  # fmt: skip
@@ -244,8 +239,8 @@ def _settle(best, second, at, value, token, floor, low, high, logits, vocab, wor
 
 
 @triton.jit
-def _pass(value, token, floor, top, low, high, logits, vocab, words, flags, position, marks, bias, mask, key0, key1,
-          BLOCK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def _pass(value, token, floor, top, low, high, logits, words, flags, position, marks, bias, mask, key0, key1,
+          BLOCK: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Over [low, high): the mass of all, the mass ahead of (value, token), and the best ahead of it and not below floor.
 
     Returns (total, ahead, score, scaled logit, id); masses are int64, relative to the weight of `top`.
@@ -257,9 +252,9 @@ def _pass(value, token, floor, top, low, high, logits, vocab, words, flags, posi
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     second = best
     at = tl.full([BLOCK], _NO_ID, tl.int32)
-    for start in range(low, high, BLOCK):
+    for start in tl.range(low, high, BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
-        inside = (ids < high) & (ids < vocab)
+        inside = ids < high
         raw = _logits_at(logits, ids, inside, words, flags, position, marks, bias, mask)
         x = tl.div_rn(raw, temperature)
         weight = _fixed(tl.exp(x - top))
@@ -270,7 +265,7 @@ def _pass(value, token, floor, top, low, high, logits, vocab, words, flags, posi
         second = tl.maximum(second, tl.minimum(best, score))
         at = tl.where(score > best, ids, at)
         best = tl.maximum(best, score)
-    score, x, winner = _settle(best, second, at, value, token, floor, low, high, logits, vocab, words, flags, position,
+    score, x, winner = _settle(best, second, at, value, token, floor, low, high, logits, words, flags, position,
                                marks, bias, mask, key0, key1, BLOCK)  # fmt: skip
     return tl.sum(total, 0), tl.sum(ahead, 0), score, x, winner
 
@@ -341,7 +336,7 @@ def _passes(words, flags, floor, value, total, ahead):
 @triton.jit(do_not_specialize=["splits"])
 def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, values, ids_out, maxima, collected, vocab,
           span, splits, logits_stride, marks_stride, bias_stride, mask_stride, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
-          FAST: tl.constexpr):  # fmt: skip
+          FAST: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.load(rows + sample).to(tl.int64)
@@ -364,9 +359,9 @@ def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, va
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     at = tl.full([BLOCK], _NO_ID, tl.int32)
     if flags & _HAS_TOP_K:
-        for start in range(low, high, BLOCK):
+        for start in tl.range(low, high, BLOCK, num_stages=STAGES):
             ids = start + tl.arange(0, BLOCK)
-            x = _logits_at(logits, ids, (ids < high) & (ids < vocab), words, flags, position, marks, bias, mask)
+            x = _logits_at(logits, ids, ids < high, words, flags, position, marks, bias, mask)
             peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
         groups = tl.max(tl.reshape(peak, [GROUPS, BLOCK // GROUPS]), 1)
         tl.store(maxima + out * GROUPS + tl.arange(0, GROUPS), tl.div_rn(groups, temperature))
@@ -377,24 +372,24 @@ def _scan(logits, rows, positions, settings, marks, bias, mask, tops, scores, va
         key0, key1 = _noise_key(words, position)
         best = peak
         second = peak
-        for start in range(low, high, BLOCK):
+        for start in tl.range(low, high, BLOCK, num_stages=STAGES):
             ids = start + tl.arange(0, BLOCK)
-            x = _logits_at(logits, ids, (ids < high) & (ids < vocab), words, flags, position, marks, bias, mask)
+            x = _logits_at(logits, ids, ids < high, words, flags, position, marks, bias, mask)
             peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
             score = _rough_score(x, inverse, ids, key0, key1, FAST)
             second = tl.maximum(second, tl.minimum(best, score))
             at = tl.where(score > best, ids, at)
             best = tl.maximum(best, score)
-        score, value, winner = _settle(best, second, at, float("-inf"), _NO_ID, float("-inf"), low, high, logits, vocab,
+        score, value, winner = _settle(best, second, at, float("-inf"), _NO_ID, float("-inf"), low, high, logits,
                                        words, flags, position, marks, bias, mask, key0, key1, BLOCK)  # fmt: skip
         tl.store(scores + out, score)
         tl.store(values + out, value)
         tl.store(ids_out + out, winner)
     else:
         best = peak
-        for start in range(low, high, BLOCK):
+        for start in tl.range(low, high, BLOCK, num_stages=STAGES):
             ids = start + tl.arange(0, BLOCK)
-            x = _logits_at(logits, ids, (ids < high) & (ids < vocab), words, flags, position, marks, bias, mask)
+            x = _logits_at(logits, ids, ids < high, words, flags, position, marks, bias, mask)
             at = tl.where(x > best, ids, at)
             best = tl.maximum(best, x)
             peak = tl.maximum(peak, x, propagate_nan=tl.PropagateNan.ALL)
@@ -412,7 +407,7 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
            chosen_id, next_scores, next_values, next_ids, next_masses, next_done, next_value, next_id, maxima, collected,
            collected_values, collected_ids, vocab, span, splits, groups, logits_stride, marks_stride, bias_stride,
            mask_stride, FIRST: tl.constexpr, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
-           FAST: tl.constexpr):  # fmt: skip
+           FAST: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = tl.load(rows + sample).to(tl.int64)
@@ -432,9 +427,9 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
         high = tl.minimum(low + span, vocab)
         if flags & _HAS_TOP_K:
             if FIRST:
-                _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask,
+                _collect(low, high, logits, words, flags, position, marks, bias, mask,
                          maxima + sample * groups, groups, collected + sample, collected_values + sample * CAPACITY,
-                         collected_ids + sample * CAPACITY, GROUPS, CAPACITY, BLOCK)  # fmt: skip
+                         collected_ids + sample * CAPACITY, GROUPS, CAPACITY, BLOCK, STAGES)  # fmt: skip
         else:
             first = sample * splits
             floor = _floor(words, flags, top)
@@ -447,8 +442,8 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
                 tl.store(next_id + sample, token)
             if settled == 0:
                 key0, key1 = _noise_key(words, position)
-                total, ahead, score, x, winner = _pass(value, token, floor, top, low, high, logits, vocab, words, flags,
-                                                       position, marks, bias, mask, key0, key1, BLOCK, FAST)  # fmt: skip
+                total, ahead, score, x, winner = _pass(value, token, floor, top, low, high, logits, words, flags,
+                                                       position, marks, bias, mask, key0, key1, BLOCK, STAGES, FAST)  # fmt: skip
                 tl.store(next_masses + first * 2 + split, total)
                 tl.store(next_masses + first * 2 + splits + split, ahead)
                 tl.store(next_scores + first + split, score)
@@ -457,8 +452,9 @@ def _round(logits, rows, positions, settings, marks, bias, mask, tops, scores, v
 
 
 @triton.jit
-def _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask, maxima, groups, collected,
-             collected_values, collected_ids, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _collect(low, high, logits, words, flags, position, marks, bias, mask, maxima, groups, collected,
+             collected_values, collected_ids, GROUPS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+             STAGES: tl.constexpr):  # fmt: skip
     """Every id that may be among the first k, in any order: the k-th best group's maximum is no better than the k-th id.
 
     Where there are more than CAPACITY, `collected` says so, and not all are stored.
@@ -467,9 +463,9 @@ def _collect(low, high, logits, vocab, words, flags, position, marks, bias, mask
     at = tl.arange(0, GROUPS)
     keys = _ordered(tl.load(maxima + at, mask=at < groups, other=float("-inf")))
     bound = _kth(keys.to(tl.uint64), tl.load(words + _TOP_K), 32)
-    for start in range(low, high, BLOCK):
+    for start in tl.range(low, high, BLOCK, num_stages=STAGES):
         ids = start + tl.arange(0, BLOCK)
-        inside = (ids < high) & (ids < vocab)
+        inside = ids < high
         x = tl.div_rn(_logits_at(logits, ids, inside, words, flags, position, marks, bias, mask), temperature)
         wanted = (_ordered(x).to(tl.uint64) >= bound) & (x > float("-inf"))
         count = tl.sum(wanted.to(tl.int32), 0)
@@ -522,7 +518,8 @@ def _draw_collected(count, top, words, flags, key0, key1, values, ids_in, CAPACI
 
 
 @triton.jit
-def _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK: tl.constexpr, ID_BITS: tl.constexpr):
+def _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+                ID_BITS: tl.constexpr):  # fmt: skip
     """As `_kth` over a whole row's `_rank_key`s; back as (scaled logit, id)."""
     temperature = _float(words, _TEMPERATURE)
     k = tl.load(words + _TOP_K)
@@ -531,7 +528,7 @@ def _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK:
     for _ in range(32 + ID_BITS):
         trial = found | bit
         count = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             ids = start + tl.arange(0, BLOCK)
             inside = ids < vocab
             x = tl.div_rn(_logits_at(logits, ids, inside, words, flags, position, marks, bias, mask), temperature)
@@ -547,7 +544,8 @@ def _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK:
 def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_scores, scan_values, scan_ids, scores, values,
             ids_in, masses, done, chosen_value, chosen_id, collected, collected_values, collected_ids, out_tokens,
             last_token, vocab, splits, logits_stride, marks_stride, bias_stride, mask_stride, FIRST: tl.constexpr,
-            CAPACITY: tl.constexpr, ID_BITS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+            CAPACITY: tl.constexpr, ID_BITS: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + sample).to(tl.int64)
     words = settings + row * _WORDS
@@ -579,7 +577,8 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
                                         collected_ids + sample * CAPACITY, CAPACITY, ID_BITS)  # fmt: skip
                 settled = 1
             else:
-                value, token = _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK, ID_BITS)
+                value, token = _kth_of_row(logits, vocab, words, flags, position, marks, bias, mask, BLOCK, STAGES,
+                                           ID_BITS)  # fmt: skip
                 token += 1  # all that is kept is ahead of (value, token)
         elif flags & (_HAS_TOP_P | _HAS_MIN_P):
             settled, value, token = _resolve(words, flags, floor, scores + first, values + first, ids_in + first,
@@ -589,8 +588,8 @@ def _finish(logits, rows, positions, settings, marks, bias, mask, tops, scan_sco
             value, token = _winner(scan_scores + first, scan_values + first, scan_ids + first, splits)
             settled = 1
         while settled == 0:
-            total, ahead, _, x, winner = _pass(value, token, floor, top, 0, vocab, logits, vocab, words, flags, position,
-                                               marks, bias, mask, key0, key1, BLOCK, FAST)  # fmt: skip
+            total, ahead, _, x, winner = _pass(value, token, floor, top, 0, vocab, logits, words, flags, position,
+                                               marks, bias, mask, key0, key1, BLOCK, STAGES, FAST)  # fmt: skip
             if (flags & _HAS_TOP_K != 0) & (known == 0):
                 known = ahead
             else:
@@ -623,7 +622,10 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How `sample` is launched. splits, block: powers of two. rounds: launches that look into filtered rows."""
+    """How `sample` is launched.
+
+    splits, block: powers of two. rounds: launches that look into filtered rows. stages: tiles on their way to a program.
+    """
 
     splits: int
     block: int = 1024
@@ -631,6 +633,7 @@ class Geometry:
     finish_block: int = 2048
     finish_warps: int = 8
     registers: int | None = None
+    stages: int = 4
     rounds: int = ROUNDS
 
 
@@ -708,16 +711,16 @@ def sample(
     exact = {"num_warps": plan.warps, "enable_fp_fusion": False, "maxnreg": plan.registers}
     _scan[(samples, splits)](
         *inputs, *workspace.found(0)[:3], workspace.maxima, workspace.collected, vocab_size, span, splits, *strides,
-        GROUPS=groups, BLOCK=block, FAST=fast, **exact,
+        GROUPS=groups, BLOCK=block, FAST=fast, STAGES=plan.stages, **exact,
     )  # fmt: skip
     for launch in range(plan.rounds):
         _round[(samples, splits)](
             *inputs, *workspace.found(launch), *workspace.found(launch + 1), workspace.maxima, *collected, vocab_size, span,
             splits, splits * groups, *strides, FIRST=launch == 0, GROUPS=GROUPS, CAPACITY=workspace.capacity, BLOCK=block,
-            FAST=fast, **exact,
+            FAST=fast, STAGES=plan.stages, **exact,
         )  # fmt: skip
     _finish[(samples,)](
         *inputs, *workspace.found(0)[:3], *workspace.found(plan.rounds), *collected, out_tokens, last_token, vocab_size,
         splits, *strides, FIRST=plan.rounds == 0, CAPACITY=workspace.capacity, ID_BITS=max(1, vocab_size - 1).bit_length(),
-        BLOCK=plan.finish_block, FAST=fast, num_warps=plan.finish_warps, enable_fp_fusion=False,
+        BLOCK=plan.finish_block, FAST=fast, STAGES=plan.stages, num_warps=plan.finish_warps, enable_fp_fusion=False,
     )  # fmt: skip
