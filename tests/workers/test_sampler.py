@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -538,7 +539,7 @@ def test_a_row_with_a_logit_that_is_not_finite_gets_no_token_and_others_what_the
         want = tokens(ALONE, logits)
         assert (want >= 0).all()
         logits[torch.from_numpy(broken), 5 + 9 * step] = value
-        for got in on_ranks(size, lambda comm, logits=logits: tokens(comm, logits)):
+        for got in on_ranks(size, partial(tokens, logits=logits)):
             assert got.tolist() == np.where(broken, NO_TOKEN, want).tolist()
 
 
