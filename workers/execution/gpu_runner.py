@@ -98,8 +98,9 @@ class GpuRunner:
             whole, unsampled, prefills = StepGraphs(decodes), StepGraphs(decodes), StepGraphs(tokens)
             whole.capture(self._decode_and_sample, lambda done: captured(done, total))
             unsampled.capture(self._decode, lambda done: captured(len(decodes) + done, total))
-            self._chunk_inputs.clear(max(tokens))
-            prefills.capture(self._prefill_padded, lambda done: captured(2 * len(decodes) + done, total))
+            prefills.capture(
+                self._prefill_padded, lambda done: captured(2 * len(decodes) + done, total), self._chunk_inputs.clear
+            )
         self._whole, self._unsampled, self._prefills = whole, unsampled, prefills
 
     @torch.inference_mode()

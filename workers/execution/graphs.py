@@ -56,9 +56,13 @@ class StepGraphs:
         at = bisect.bisect_left(self.sizes, size)
         return self.sizes[at] if at < len(self.sizes) else None
 
-    def capture(self, launch: Launch, captured: Callable[[int], None] = lambda _: None) -> None:
-        """Captures all sizes, the largest first, so that the smaller ones fit into its memory. captured: told how many are."""
+    def capture(
+        self, launch: Launch, captured: Callable[[int], None] = lambda _: None, prepare: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Captures all sizes, the largest first, so that the smaller ones fit into its memory. captured: told how many are.
+        prepare: called before each size, whose inputs must make sense when it is warmed up."""
         for done, size in enumerate(reversed(self.sizes), start=1):
+            prepare(size)
             self._captured[size] = self._capture(launch, size)
             captured(done)
 
