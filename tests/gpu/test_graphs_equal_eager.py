@@ -3,7 +3,6 @@ architecture and the page."""
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

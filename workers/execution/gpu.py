@@ -24,6 +24,7 @@ from workers.model.decoder import Decoder, load_model
 from workers.model.fused import FusedDecoder
 from workers.model.weights import Progress
 from workers.parallel.communicator import Communicator
+from workers.parallel.in_process import ThreadGroup
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 
@@ -58,6 +59,8 @@ class GpuParts:
         self._shape = model_config.shard(comm.rank, comm.size)
         self._most = min(config.rows, config.step_tokens)
         self._largest = chunk_ladder(config.step_tokens)[-1]
+        # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
+        self._graphs = config.cuda_graphs and not isinstance(comm, ThreadGroup)
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
             vocab_size=model_config.vocab_size, comm=comm, rows=config.rows,
@@ -82,7 +85,7 @@ class GpuParts:
         self._run_largest_step(runner)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - probe
-        graphs = self._measure_graphs(runner) if self._config.cuda_graphs else 0
+        graphs = self._measure_graphs(runner) if self._graphs else 0
         del runner
         gc.collect()
         torch.cuda.empty_cache()
@@ -94,14 +97,14 @@ class GpuParts:
         """The one that serves, over a pool of so many pages and the scratch page."""
         runner = self._make(pages)
         self._compile(runner)
-        if self._config.cuda_graphs:
+        if self._graphs:
             runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
         return runner
 
     def _compile(self, runner: GpuRunner) -> None:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
-        if self._device.type != "cuda":
-            return  # interpreted
+        if self._device.type != "cuda" or isinstance(self._comm, ThreadGroup):
+            return  # interpreted; or of several threads, of which none may wait for another here
         with compiling_ahead():
             for size in ladder(self._most):
                 runner.run_padding(size)
