@@ -1,9 +1,9 @@
-"""`manta serve` on one GPU under streams: prompts of 512 token ids, 128 tokens out, greedy, each streamed on its own connection.
+"""`manta serve` on one GPU under streams: prompts of 512 token ids, 128 out, greedy, each on a connection of its own.
 
     python -m benchmarks.gpu_endpoint --streams 1,32,128,256 --json
 
-At each level so many streams are under way all the time, from client processes of their own (a client process serves 32 streams),
-until `--waves` times as many have ended. Output tokens/s count from the first request sent to the last event; TTFT is from the
+At each level so many streams are under way all the time, from client processes of their own (each serves 32 streams), until
+`--waves` times as many have ended. Output tokens/s count from the first request sent to the last event; TTFT is from the
 request's sending to its first event. Prompts never repeat, so nothing comes out of the prefix cache.
 """
 
@@ -88,7 +88,8 @@ def main() -> None:
             print(f"{streams}: {figures[str(streams)]}", file=sys.stderr, flush=True)
     levels = {name: value for name, value in figures.items() if isinstance(value, dict)}
     print(f"ready after {figures['start_s']:.1f} s")
-    print(table(["streams", *next(iter(levels.values()))], [[name, *map(figure, row.values())] for name, row in levels.items()]))
+    columns = list(next(iter(levels.values())))
+    print(table(["streams", *columns], [[name, *map(figure, row.values())] for name, row in levels.items()]))
     if asked.json:
         print(json.dumps(figures))
 
