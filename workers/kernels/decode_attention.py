@@ -331,19 +331,20 @@ class DecodeAttention:
         self._partial = torch.empty((slots, layout.head_dim), dtype=torch.float32, device=pool.device)
         self._lse = torch.empty(slots, dtype=torch.float32, device=pool.device)
         self._kept: list[Tensor] = []
-        self.max_batch = 0
-        self.reserve(max_batch)
+        self._make_rows(max_batch)
 
-    def reserve(self, max_batch: int) -> None:
-        """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
-        if self.max_batch:
-            self._kept += [self._items, self._counters, self._rows]
+    def _make_rows(self, max_batch: int) -> None:
         device, kv_heads = self._pool.device, self._pool.layout.kv_heads
         self.max_batch = max_batch
         items = triton.cdiv(self._shares + max_batch * kv_heads, PLANNED_ITEMS) * PLANNED_ITEMS
         self._items = torch.zeros((items, FIELDS), dtype=torch.int32, device=device)
         self._counters = torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device)
         self._rows = torch.zeros((2, max_batch), dtype=torch.int32, device=device)
+
+    def reserve(self, max_batch: int) -> None:
+        """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
+        self._kept += [self._items, self._counters, self._rows]
+        self._make_rows(max_batch)
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,258 @@
+"""One rank, built as a worker builds it and stepped by hand: rows and pages come from a scheduler of a few lines.
+
+Imports the workers and the wire types. No engine, no threads: a turn is a turn, and what it did is known at once.
+"""
+
+import contextlib
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cluster.config import EngineConfig
+from cluster.worker_config import resolve
+from scheduler.messages import (
+    NO_TOKEN,
+    ROW_BITS,
+    ROW_MASK,
+    Command,
+    Copy,
+    Drop,
+    FinishReason,
+    Grant,
+    LeaseId,
+    Payload,
+    PromptLogprobs,
+    Remap,
+    Start,
+    TokenLogprobs,
+)
+from scheduler.sampling import SamplingParams
+from workers.build import build_rank
+from workers.loop.rank import Rank, StepResult
+from workers.model.architectures import read_config
+from workers.parallel.in_process import Solo
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 256,
+    "kv_memory": 1 << 28, "threads": 1,
+}  # fmt: skip
+AHEAD = 3
+"""Free slots below which a lease gets another page: a step is under way, and one follows."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prompt and how to go on from it."""
+
+    prompt: list[int]
+    params: SamplingParams
+    seed: int = 0
+
+    @property
+    def most(self) -> int:
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
+
+
+@dataclass(eq=False)
+class Lease:
+    """What has become of a `Work`. pages: granted, in block-table order."""
+
+    work: Work
+    id: LeaseId
+    pages: list[int]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+    @property
+    def row(self) -> int:
+        return self.id & ROW_MASK
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose KV has been written once it has reached its length: the last one is never fed back."""
+        return len(self.work.prompt) + len(self.tokens) - 1
+
+
+class Stepped:
+    """A `Rank` with whoever grants it rows and pages. depth: steps under way while the next is planned.
+
+    options: of `EngineConfig`, over `OPTIONS`. Pages are granted in an order that is drawn once, one by one as they are needed.
+    """
+
+    def __init__(self, checkpoint: Path, *, device: str, depth: int = 1, **options: Any) -> None:
+        config = EngineConfig(model=str(checkpoint), local=True, device=device, **OPTIONS | options)
+        _, self.config = resolve(config, device, 1, 1)
+        self.built = build_rank(self.config, Solo())
+        self.rank = Rank(self.built.rank.batch, self.built.rank.executor, depth)
+        self.pool = self.built.pool
+        self.page = self.config.page_size
+        self.turns = 0
+        self._ends = read_config(checkpoint).eos_ids
+        order = list(range(self.built.pages))
+        random.Random(1).shuffle(order)
+        self.free_pages = deque(order)
+        self.free_rows = deque(range(self.config.rows))
+        self.leases: dict[LeaseId, Lease] = {}
+        self._holders: Counter[int] = Counter()  # of each page
+        self._commands: list[Command] = []
+        self._serial = 0
+
+    # ---- what a scheduler says
+
+    def start(self, work: Work, *, output: Sequence[int] = (), cached: int = 0, pages: Sequence[int] | None = None) -> Lease:
+        """Puts it into the batch with the next turn. output: emitted before a restart. cached: tokens whose KV stands in `pages`
+        already: another lease's, or taken from `free_pages` by the caller."""
+        tokens = [*work.prompt, *output]
+        blocks = list(pages) if pages is not None else []
+        blocks += [self.free_pages.popleft() for _ in range(self._pages_for(len(tokens)) - len(blocks))]
+        self._holders.update(blocks)
+        self._serial += 1
+        lease = Lease(work, LeaseId(self._serial << ROW_BITS | self.free_rows.popleft()), blocks, list(output))
+        self.leases[lease.id] = lease
+        params = work.params
+        self._commands.append(
+            Start(
+                lease=lease.id,
+                tokens=np.array(tokens, np.int32).tobytes(),
+                prompt_tokens=len(work.prompt),
+                cached_tokens=cached,
+                blocks=np.array(blocks, np.int32).tobytes(),
+                params=params,
+                seed=work.seed,
+                choice=0,
+                stop_ids=(*params.stop_token_ids, *(() if params.ignore_eos else self._ends)),
+                max_tokens=work.most,
+            )
+        )
+        return lease
+
+    def say(self, *commands: Command) -> None:
+        """With the next turn."""
+        self._commands += commands
+
+    def drop(self, lease: Lease) -> None:
+        """With the next turn; its row and its pages may be granted again in the same one."""
+        self._commands.append(Drop(lease.id))
+        self._give_back(lease)
+
+    def remap(self, lease: Lease, index: int) -> int:
+        """With the next turn a twin of a page takes its place. Returns the former page, which is free again at once."""
+        twin, former = self.free_pages.popleft(), lease.pages[index]
+        self._commands += [Copy(former, twin, self.page), Remap(lease.id, index, twin)]
+        lease.pages[index] = twin
+        self._holders[twin] += 1
+        self._release(former)
+        return former
+
+    def drop_all(self) -> None:
+        """Whatever a test has left behind."""
+        for lease in list(self.leases.values()):
+            self.drop(lease)
+        self.run()
+
+    # ---- steps
+
+    def turn(self) -> StepResult | None:
+        self._grant()
+        commands, self._commands = self._commands, []
+        result = self.rank.turn(commands)
+        self.turns += 1
+        if result is not None:
+            self._take(result)
+        return result
+
+    def run(self) -> None:
+        """Until there is nothing left to do."""
+        while self._commands or self.leases or not self.rank.idle:
+            self.turn()
+            assert self._commands or not (self.leases and self.rank.idle), "somebody has no page and gets none"
+
+    def generate(self, works: Iterable[Work]) -> list[Lease]:
+        """All of them, as many at once as there are rows."""
+        left, leases = deque(works), []
+        while left:
+            while left and self.free_rows:
+                leases.append(self.start(left.popleft()))
+            self.turn()
+        self.run()
+        return leases
+
+    def prefill(self, leases: Iterable[Lease]) -> None:
+        """Until each has its first token."""
+        while not all(lease.tokens for lease in leases):
+            self.turn()
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, decodes are launched one by one, as with `cuda_graphs=False`."""
+        runner: Any = self.rank.executor
+        kept = runner._whole, runner._unsampled
+        runner._whole = runner._unsampled = None
+        try:
+            yield
+        finally:
+            runner._whole, runner._unsampled = kept
+
+    def close(self) -> None:
+        self.rank.close()
+
+    # ---- inside
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page)
+
+    def _grant(self) -> None:
+        batch = self.rank.batch
+        for lease in self.leases.values():
+            known = int(batch.known[lease.row]) if batch.holds(lease.id) else len(lease.work.prompt) + len(lease.tokens)
+            wanted = min(known + AHEAD, len(lease.work.prompt) + lease.work.most)
+            missing = self._pages_for(wanted) - len(lease.pages)
+            if missing > 0:
+                blocks = [self.free_pages.popleft() for _ in range(missing)]
+                self._holders.update(blocks)
+                lease.pages += blocks
+                self._commands.append(Grant(lease.id, tuple(blocks)))
+
+    def _take(self, result: StepResult) -> None:
+        step = result.step
+        for index, payload in result.tokens.logprobs:
+            self._note(int(step.leases[index]), msgspec.msgpack.decode(payload, type=Payload))
+        for index in np.flatnonzero(result.live & step.samples).tolist():
+            token = int(result.tokens.ids[index])
+            if token != NO_TOKEN:
+                self.leases[LeaseId(int(step.leases[index]))].tokens.append(token)
+        for index, reason in result.finished:
+            lease = self.leases[LeaseId(int(step.leases[index]))]
+            lease.finish = reason
+            self._give_back(lease)
+
+    def _note(self, name: int, payload: Payload) -> None:
+        lease = self.leases.get(LeaseId(name))
+        if lease is None:
+            return
+        if isinstance(payload, PromptLogprobs):
+            assert payload.first == 1 + len(lease.prompt_logprobs), "parts come in order, without a gap"
+            lease.prompt_logprobs += payload.tokens
+        else:
+            lease.logprobs.append(payload)
+
+    def _give_back(self, lease: Lease) -> None:
+        """Whoever comes next gets them."""
+        del self.leases[lease.id]
+        self.free_rows.appendleft(lease.row)
+        for page in reversed(lease.pages):
+            self._release(page)
+
+    def _release(self, page: int) -> None:
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self.free_pages.appendleft(page)
