@@ -182,7 +182,7 @@ def _busy_share(profiler: Any) -> float:
     for begin, end in spans:
         covered += max(0, end - max(begin, reached))
         reached = max(reached, end)
-    return covered / (reached - spans[0][0])
+    return float(covered / (reached - spans[0][0]))
 
 
 def open_engine(name: str, checkpoint: Path, options: dict[str, object]) -> Engine:
@@ -216,7 +216,8 @@ def main() -> None:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)
             try:
-                figures: dict[str, object] = {"start_s": engine.start_s, **measure(engine, asked.works, asked.rounds, not asked.no_warm_up)}
+                found = measure(engine, asked.works, asked.rounds, warm_up=not asked.no_warm_up)
+                figures: dict[str, object] = {"start_s": engine.start_s, **found}
                 if asked.profile and isinstance(engine, Bare):
                     figures["profile"] = profile(engine)
             finally:
