@@ -174,7 +174,7 @@ def profile(loop: "Bare") -> dict[str, object]:
 
 def _busy_share(profiler: Any) -> float:
     """Of the time between the first and the last kernel of a profile, what at least one kernel covers."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
     events = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
     spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
