@@ -40,7 +40,7 @@ def greedy(**how: Any) -> list[Work]:
     ]
 
 
-def require_padded_batches(rank: Stepped, seen: set[tuple[int, int]]) -> None:
+def require_padded_batches(seen: set[tuple[int, int]]) -> None:
     """(decodes, size of the graph): batches at the ladder's steps and between them have been run."""
     sizes = {size for _, size in seen}
     assert len(sizes) > 6
@@ -57,10 +57,11 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
     seen: set[tuple[int, int]] = set()
     kept = runner._whole.fit
 
-    def fit(batch: int) -> int:
-        size = kept(batch)
-        seen.add((batch, size))
-        return size
+    def fit(size: int) -> int | None:
+        held = kept(size)
+        assert held is not None
+        seen.add((size, held))
+        return held
 
     runner._whole.fit = fit  # type: ignore[method-assign]
     try:
@@ -82,7 +83,7 @@ def test_float32_equals_transformers_with_graphs_and_without(
         sampled = rank.generate(mixture(14, 24))
         with rank.eager():
             eager, eager_sampled = rank.generate(greedy()), rank.generate(mixture(14, 24))
-    require_padded_batches(rank, seen)
+    require_padded_batches(seen)
     for lease in graphs:
         judge.require_best(lease, f"{architecture}, pages of {page}, graphs")
     pairs = zip([*graphs, *sampled], [*eager, *eager_sampled], strict=True)
