@@ -96,16 +96,16 @@ class Bare:
         self.loop.close()
 
 
-def measure(engine: Engine, works: list[str], rounds: int) -> Figures:
+def measure(engine: Engine, works: list[str], rounds: int, warm_up: bool = True) -> Figures:
     """The figures of all works."""
     figures: Figures = {}
     for name in works:
         values: dict[str, list[float]] = {}
-        for seed in (WARM_UP_SEED, *range(rounds)):
+        for seed in (*([WARM_UP_SEED] if warm_up else []), *range(rounds)):
             for key, value in MEASURES[name](engine, seed).items():
                 values.setdefault(key, []).append(value)
         for key, series in values.items():
-            figures[key] = statistics.median(series[1:])
+            figures[key] = statistics.median(series[warm_up:])
             print(f"  {key}: {figure(figures[key])}  ({', '.join(map(figure, series))})", file=sys.stderr, flush=True)
         if isinstance(engine, Bare):
             figures |= {f"{name}.{key}": value for key, value in engine.breakdown.items()}
@@ -197,6 +197,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", type=names_of(ENGINES), default=["bare", "local"], help=", ".join(ENGINES))
     parser.add_argument("--works", type=names_of(WORKS), default=list(WORKS), help=", ".join(WORKS))
     parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--no-warm-up", action="store_true", help="count the first run of each work too")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--profile", action="store_true", help="kernel times of the bare loop")
@@ -215,7 +216,7 @@ def main() -> None:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)
             try:
-                figures: dict[str, object] = {"start_s": engine.start_s, **measure(engine, asked.works, asked.rounds)}
+                figures: dict[str, object] = {"start_s": engine.start_s, **measure(engine, asked.works, asked.rounds, not asked.no_warm_up)}
                 if asked.profile and isinstance(engine, Bare):
                     figures["profile"] = profile(engine)
             finally:
