@@ -108,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_served(
         ({"tensor_parallel_size": 3}, r"3 does not divide the model's 4 attention heads: choose one of \[1, 2, 4\]"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is below 1: raise it"),
         ({"groups": 0}, "groups=0 is below 1: raise it"),
-        ({"kv_memory": 100}, "100 bytes of KV memory hold no page: one page of 16 tokens takes .* more memory"),
+        ({"kv_memory": 100}, "100 bytes of KV memory hold no page: one page of 16 tokens takes .* raise kv_memory or lower"),
         ({"kv_memory": "1 parsec"}, "is not a size: .*4GiB"),
         ({"block_size": 24}, "block_size=24 is not a power of two from 16 up"),
         ({"block_size": 8}, "block_size=8 is not a power of two from 16 up"),

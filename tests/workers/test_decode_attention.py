@@ -101,7 +101,7 @@ SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens a
     ids=str,
 )
 def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeConfig) -> None:
-    for page in (16, 64):
+    for page in (16, 64) if CUDA else (16 if config.keys > SHORT.keys else 64,):
         problem = ragged(page, 1, 3, 64, dtype, device)
         check(problem, decode(problem, config, width=5, padding=4))
 
@@ -129,10 +129,10 @@ def test_only_padding(dtype: str, device: str) -> None:
 @one_dtype
 def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -> None:
     """Cut alike, a row gives the same bits: its pieces are merged in order, not as they end."""
-    problem = ragged(64, 2, 2, 64, dtype, device)
+    problem = ragged(64, 2 if CUDA else 1, 2, 64, dtype, device)
     config = replace(SHORT, shares=16)
     first = decode(problem, config)
-    for _ in range(2):
+    for _ in range(2 if CUDA else 1):
         assert torch.equal(decode(problem, config), first)
     by_kernel = decode(problem, replace(config, atomic=False))
     torch.testing.assert_close(by_kernel, first, atol=2e-3, rtol=0)

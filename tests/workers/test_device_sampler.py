@@ -1,7 +1,7 @@
 """The GPU's sampler draws what the CPU's draws: every mixture, any geometry, ties, NaN, grammars. Interpreted on a CPU."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from scheduler.messages import NO_TOKEN
 from scheduler.sampling import SamplingParams
-from tests.workers.interpreter import quick_interpreter
 from tests.workers.test_masks import ANY, allow, pack, random_masks
 from tests.workers.test_sampler import (
     ALONE,
@@ -36,19 +35,10 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens below, late
 
+pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROWS = 64
 Masks = npt.NDArray[np.bool_]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quickly() -> Iterator[None]:
-    pytest.importorskip("triton")
-    if CUDA:
-        yield
-        return
-    with quick_interpreter():
-        yield
 
 
 class Driven:

@@ -1,0 +1,18 @@
+"""Kernels are interpreted where there is no GPU: quickly."""
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.workers.interpreter import quick_interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly() -> Iterator[None]:
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with quick_interpreter():
+        yield
