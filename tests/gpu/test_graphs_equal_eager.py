@@ -3,7 +3,6 @@ architecture and the page."""
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +40,7 @@ def greedy(**how: Any) -> list[Work]:
     ]
 
 
-def require_padded_batches(rank: Stepped, seen: set[tuple[int, int]]) -> None:
+def require_padded_batches(seen: set[tuple[int, int]]) -> None:
     """(decodes, size of the graph): batches at the ladder's steps and between them have been run."""
     sizes = {size for _, size in seen}
     assert len(sizes) > 6
@@ -72,9 +71,7 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
 
 @pytest.mark.parametrize("page", [16, 256])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_equals_transformers_with_graphs_and_without(
-    architecture: str, page: int, judges: dict[str, Judge]
-) -> None:
+def test_float32_equals_transformers_with_graphs_and_without(architecture: str, page: int, judges: dict[str, Judge]) -> None:
     judge = judges[architecture]
     options = {"block_size": page, "max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
     with contextlib.closing(loop(judge.path, **options)) as rank:
@@ -83,7 +80,7 @@ def test_float32_equals_transformers_with_graphs_and_without(
         sampled = rank.generate(mixture(14, 24))
         with rank.eager():
             eager, eager_sampled = rank.generate(greedy()), rank.generate(mixture(14, 24))
-    require_padded_batches(rank, seen)
+    require_padded_batches(seen)
     for lease in graphs:
         judge.require_best(lease, f"{architecture}, pages of {page}, graphs")
     pairs = zip([*graphs, *sampled], [*eager, *eager_sampled], strict=True)

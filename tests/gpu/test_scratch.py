@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scheduler.messages import FinishReason
 from tests.gpu.works import GPU, constrained, loop, mixture
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu_runner import GpuRunner
@@ -38,16 +39,26 @@ def fill(rank: Stepped, pattern: int) -> None:
 
 
 def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
-    """Every slot but those that the leases have computed, and the scratch page, has the pattern still; of those none has."""
+    """Every slot but those that the leases have computed, and the scratch page, has the pattern still; of those none has.
+
+    Who was stopped by a token may have been a step further: that has been launched before the token was known.
+    """
     pool = words(rank)
-    given = torch.zeros(pool.shape[0], rank.page, dtype=torch.bool)
+    given = torch.zeros(pool.shape[0], rank.page, dtype=torch.bool)  # the scratch page is the last
     for lease in leases:
         for position in range(lease.computed):
             given[lease.pages[position // rank.page], position % rank.page] = True
+    further = [
+        [lease.pages[lease.computed // rank.page], lease.computed % rank.page]
+        for lease in leases
+        if lease.finish is FinishReason.STOP and lease.computed // rank.page < len(lease.pages)
+    ]
     same = (pool == pattern).flatten(4).all(-1).all(2).all(1).cpu()
     scratch = rank.built.pages
     wrong = (~same & ~given).nonzero().tolist()
-    assert [place for place in wrong if place[0] != scratch] == [], "(page, slot) written that nobody was given"
+    assert [place for place in wrong if place[0] != scratch and place not in further] == [], (
+        "(page, slot) written that nobody was given"
+    )
     missing = (same & given).nonzero().tolist()
     assert missing == [], "(page, slot) that should have been written"
     assert [slot for page, slot in wrong if page == scratch] in ([], [0]), "padding writes to the first slot of its page"
@@ -100,11 +111,6 @@ def test_graphs_up_to_the_logits_too(rank: Stepped) -> None:
             leases = beside_chunks(rank, [*mixture(2, 20), constrained(30)])
         assert all(lease.tokens for lease in leases)
         assert [len(lease.tokens) for lease in leases[:2]] == [20, 20]
-        # the grammar's end is seen a step after the next has begun, which may write one slot more
-        ended = leases[2]
-        page, slot = divmod(ended.computed, rank.page)
-        if page < len(ended.pages):
-            words(rank)[ended.pages[page], :, :, slot] = NAN
         require_untouched(rank, NAN, leases)
 
 
