@@ -3,7 +3,6 @@
 Launch by launch, since there are no graphs without a GPU; `tests/gpu` says that graphs make no difference.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +40,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks on a CPU are built as on a GPU; nothing is compiled ahead, as there is nothing to compile."""
     from workers.execution.gpu import GpuParts
 
     monkeypatch.setattr(build, "_cpu_runner", build._gpu_runner)
     monkeypatch.setattr(GpuParts, "_compile", lambda *_: None)
-    yield
 
 
 def run(checkpoint: Path, depth: int, **options: str | bool) -> list[Lease]:
