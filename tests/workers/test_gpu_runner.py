@@ -1,9 +1,11 @@
 """What executes on a GPU, whole, under Triton's interpreter: it gives the tokens of what executes on a CPU.
 
-Launch by launch, since there are no graphs without a GPU; `tests/gpu` says that graphs make no difference.
+There are no graphs without a GPU; but their function, called with their sizes, pads as they do.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,16 @@ from scheduler.messages import FinishReason
 from scheduler.sampling import Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.tokenizers import EOS, byte_level, save
-from tests.workers.stepping import Lease, Stepped, Work
+from tests.workers.pattern import NAN, fill, require_untouched
+from tests.workers.stepping import Stepped, Work
 from workers import build
+from workers.execution.graphs import Decode
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests/gpu runs on it")
 
 ROUNDING = 1e-4
+ROWS = 4
 WORKS = [
     Work([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)),
     Work([4, 5], SamplingParams(temperature=1.0, top_p=0.8, max_tokens=5, logprobs=2, ignore_eos=True), 1),
@@ -48,20 +53,36 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GpuParts, "_compile", lambda *_: None)
 
 
-def run(checkpoint: Path, depth: int, **options: str | bool) -> list[Lease]:
-    stepped = Stepped(
-        checkpoint, device="cpu", depth=depth, max_num_seqs=4, max_num_batched_tokens=12, max_model_len=32, **options
-    )
-    leases = stepped.generate(WORKS)
-    stepped.close()
-    return leases
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Stands in for `DecodeGraphs`: what would have been captured is launched at each replay."""
+
+    size: int
+    replay: Decode
+
+    def fit(self, batch: int) -> int:
+        assert batch <= self.size
+        return self.size
+
+
+def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Stepped:
+    return Stepped(checkpoint, device="cpu", depth=depth, max_num_seqs=ROWS, max_num_batched_tokens=12, max_model_len=32,
+                   **options)  # fmt: skip
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_it_gives_the_tokens_of_a_cpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leases = run(checkpoint, 1, attention="triton", cuda_graphs=False)
+def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False)
+    runner: Any = stepped.rank.executor
+    runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
+    fill(stepped, NAN)
+    leases = stepped.generate(WORKS)
+    stepped.close()
+    require_untouched(stepped, NAN, leases)
     monkeypatch.undo()
-    expected = run(checkpoint, 0, attention="cpu")
+    on_cpu = build_stepped(checkpoint, 0, attention="cpu")
+    expected = on_cpu.generate(WORKS)
+    on_cpu.close()
     assert [lease.tokens for lease in leases] == [lease.tokens for lease in expected]
     assert leases[3].finish is FinishReason.STOP
     assert [len(lease.tokens) for lease in leases] == [5, 5, 4, 4, 3]
