@@ -39,7 +39,7 @@ SCRATCH = 1
 """A page that padding writes to, out of the memory for pages."""
 TABLE: list[tuple[Setting, dict[str, Any]]] = [
     (Setting(LLAMA, 33, page=16, caching=True, small=True), {}),
-    (Setting(QWEN3, 2048, page=256, caching=True, small=True), {"cuda_graphs": False}),
+    (Setting(QWEN3, 2048, page=16, caching=True, small=True), {"cuda_graphs": False}),
     (Setting(MISTRAL, 2048, page=256, caching=False, small=False), {"kv_memory": None}),
 ]
 """Pools in which sequences are preempted and prefixes are hit, with graphs and without; and one that measures its memory."""

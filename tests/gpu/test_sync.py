@@ -101,8 +101,8 @@ def test_copies_of_pages(rank: Stepped) -> None:
 
 
 def test_log_probabilities_of_prompts_and_tokens(rank: Stepped) -> None:
-    how = {"temperature": 1.0, "max_tokens": STEPS, "ignore_eos": True, "logprobs": 3, "prompt_logprobs": 2}
-    works = [Work(draw(40, seed=number), SamplingParams(**how), number) for number in range(4)]
+    params = SamplingParams(temperature=1.0, max_tokens=STEPS, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    works = [Work(draw(40, seed=number), params, number) for number in range(4)]
     warm(rank)
     rank.generate(works)
     plain = prefilled(rank, mixture(3, 2 * STEPS))
