@@ -5,7 +5,8 @@ difference is what the page-first layout costs. Rounds are interleaved, so that 
 
     python benchmarks/attention.py --shape 0.6B --dtype bfloat16 --threads 2
 
-On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`), unless --layouts asks for the above.
+On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`, `benchmarks/paged_chunks.py`), unless
+--layouts asks for the above.
 
     python3 -m benchmarks.attention --json attention.json
 
@@ -145,12 +146,17 @@ def measure(case: Case, shape: Shape, dtype: str, page_size: int, device: str, r
     return [Row(case.name, *name, spread.median, spread.low, spread.high) for name, spread in spreads.items()]
 
 
-def report_paged(seconds: float, path: Path | None) -> None:
-    from benchmarks.paged import decode_report  # imports triton, which a CPU does not need
+def report_paged(parts: str, seconds: float, path: Path | None) -> None:
+    """parts: "decode", "chunk" or "both"; seconds for each."""
+    from benchmarks.paged import decode_report  # these import triton, which a CPU does not need
+    from benchmarks.paged_chunks import chunk_report
 
-    report = decode_report(seconds)
-    if path:
-        path.write_text(json.dumps(report, indent=1))
+    report = {}
+    for name, make in (("decode", decode_report), ("chunk", chunk_report)):
+        if parts in (name, "both"):
+            report[name] = make(seconds)
+            if path:
+                path.write_text(json.dumps(report, indent=1))
 
 
 def main() -> None:
@@ -162,11 +168,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layouts", action="store_true", help="on a GPU: compare page-first pools with pools of one layer")
-    parser.add_argument("--seconds", type=float, default=90, help="on a GPU: begin no further case after so long")
+    parser.add_argument("--kernels", choices=("decode", "chunk", "both"), default="both", help="on a GPU: which to report")
+    parser.add_argument("--seconds", type=float, default=60, help="on a GPU: of each kind; no case begins later")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     if options.device == "cuda" and not options.layouts:
-        report_paged(options.seconds, options.json)
+        report_paged(options.kernels, options.seconds, options.json)
         return
     torch.set_num_threads(options.threads)
     rows: list[Row] = []

@@ -102,7 +102,7 @@ def _running(command: Sequence[str], environment: Mapping[str, str], port: int, 
             time.sleep(0.25)
         yield endpoint
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)  # a background job of a shell ignores SIGINT
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from benchmarks import gpu_works
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
@@ -96,16 +96,16 @@ class Bare:
         self.loop.close()
 
 
-def measure(engine: Engine, works: list[str], rounds: int) -> Figures:
+def measure(engine: Engine, works: list[str], rounds: int, warm_up: bool = True) -> Figures:
     """The figures of all works."""
     figures: Figures = {}
     for name in works:
         values: dict[str, list[float]] = {}
-        for seed in (WARM_UP_SEED, *range(rounds)):
+        for seed in (*([WARM_UP_SEED] if warm_up else []), *range(rounds)):
             for key, value in MEASURES[name](engine, seed).items():
                 values.setdefault(key, []).append(value)
         for key, series in values.items():
-            figures[key] = statistics.median(series[1:])
+            figures[key] = statistics.median(series[warm_up:])
             print(f"  {key}: {figure(figures[key])}  ({', '.join(map(figure, series))})", file=sys.stderr, flush=True)
         if isinstance(engine, Bare):
             figures |= {f"{name}.{key}": value for key, value in engine.breakdown.items()}
@@ -151,7 +151,8 @@ MEASURES: dict[str, Callable[[Engine, int], Figures]] = {
 
 
 def profile(loop: "Bare") -> dict[str, object]:
-    """Kernel time over wall time while works decode, and the kernels that take most of it."""
+    """The share of the time in which any kernel runs, from the first to the last of a work, and the kernels that take most of
+    it. Kernels may overlap (programmatic dependent launch), so their own times may sum up to more."""
     import torch
 
     found: dict[str, object] = {}
@@ -159,16 +160,29 @@ def profile(loop: "Bare") -> dict[str, object]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             seconds = loop.run(work)
         kernels = sorted(profiler.key_averages(), key=lambda entry: -entry.self_device_time_total)
-        busy_s = sum(entry.self_device_time_total for entry in kernels) / 1e6
-        found[name] = {"busy": busy_s / seconds, "seconds": seconds, "launches": sum(entry.count for entry in kernels)}
+        busy = _busy_share(profiler)
+        found[name] = {"busy": busy, "seconds": seconds, "launches": sum(entry.count for entry in kernels)}
         rows = [
             [entry.key[:90], str(entry.count), f"{entry.self_device_time_total / 1e3:.1f}",
              f"{entry.self_device_time_total / entry.count:.1f}"]
             for entry in kernels[:22]
         ]  # fmt: skip
-        print(f"{name}: device busy {busy_s / seconds:.1%} of {seconds:.2f} s", file=sys.stderr)
+        print(f"{name}: device busy {busy:.1%} of {seconds:.2f} s", file=sys.stderr)
         print(table(["kernel", "launches", "ms", "us each"], rows), file=sys.stderr, flush=True)
     return found
+
+
+def _busy_share(profiler: Any) -> float:
+    """Of the time between the first and the last kernel of a profile, what at least one kernel covers."""
+    from torch.autograd import DeviceType
+
+    events = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
+    spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
+    covered, reached = 0, spans[0][0]
+    for begin, end in spans:
+        covered += max(0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered / (reached - spans[0][0])
 
 
 def open_engine(name: str, checkpoint: Path, options: dict[str, object]) -> Engine:
@@ -183,6 +197,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", type=names_of(ENGINES), default=["bare", "local"], help=", ".join(ENGINES))
     parser.add_argument("--works", type=names_of(WORKS), default=list(WORKS), help=", ".join(WORKS))
     parser.add_argument("--rounds", type=positive, default=2)
+    parser.add_argument("--no-warm-up", action="store_true", help="count the first run of each work too")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--profile", action="store_true", help="kernel times of the bare loop")
@@ -201,7 +216,7 @@ def main() -> None:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)
             try:
-                figures: dict[str, object] = {"start_s": engine.start_s, **measure(engine, asked.works, asked.rounds)}
+                figures: dict[str, object] = {"start_s": engine.start_s, **measure(engine, asked.works, asked.rounds, not asked.no_warm_up)}
                 if asked.profile and isinstance(engine, Bare):
                     figures["profile"] = profile(engine)
             finally:

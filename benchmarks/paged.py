@@ -117,11 +117,11 @@ def make_world(heads: Heads, contexts: list[int], sets: int | None = None) -> Wo
     needed = [-(-context // PAGE) for context in contexts]
     pool = KVPool(layout, sets * sum(needed) + 1, "cuda")
     pool.data.normal_()
-    order = (torch.randperm(pool.pages - 1, device="cuda") + 1).int().split(sum(needed))
+    order = torch.split((torch.randperm(pool.pages - 1, device="cuda") + 1).int(), sum(needed))
     tables = []
     for pages in order[:sets]:
         table = torch.zeros((len(contexts), max(needed)), dtype=torch.int32, device="cuda")
-        for row, part in enumerate(pages.split(needed)):
+        for row, part in enumerate(torch.split(pages, needed)):
             table[row, : len(part)] = part
         tables.append(table)
     query = torch.randn((len(contexts), heads.heads, heads.dim), device="cuda").to(pool.dtype)
@@ -151,7 +151,7 @@ def check(heads: Heads, config: DecodeConfig) -> dict[str, Any]:
         world = make_world(heads, list(CHECKED), 1)
         for row, context in enumerate(CHECKED):
             if context % PAGE:
-                world.pool.data[world.tables[0][row, context // PAGE].item(), :, :, context % PAGE :] = float("nan")
+                world.pool.data[int(world.tables[0][row, context // PAGE]), :, :, context % PAGE :] = float("nan")
         attention = DecodeAttention(world.pool, heads.heads, len(CHECKED), config)
         error = 0.0
         for layer in (0, LAYERS - 1, LAYERS - 1):
@@ -173,14 +173,14 @@ def check_all(pairs: list[tuple[Heads, DecodeConfig]]) -> list[dict[str, Any]]:
         return list(pool.map(check, *zip(*pairs, strict=True)))
 
 
-def graph_us(run: Callable[[], None], calls: int, budget_s: float = 0.02) -> float:
+def graph_us(run: Callable[[], object], calls: int, budget_s: float = 0.02) -> float:
     """Microseconds of one of the `calls` calls that `run` makes: median of five groups of replays of its graph."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def replays(count: int) -> float:
         events[0].record()
@@ -188,7 +188,7 @@ def graph_us(run: Callable[[], None], calls: int, budget_s: float = 0.02) -> flo
             graph.replay()
         events[1].record()
         torch.cuda.synchronize()
-        return events[0].elapsed_time(events[1]) * 1e3 / (count * calls)
+        return float(events[0].elapsed_time(events[1])) * 1e3 / (count * calls)
 
     replays(1)
     count = max(1, min(20, int(budget_s / 5 * 1e6 / (replays(1) * calls))))
@@ -199,7 +199,7 @@ def copy_rate() -> float:
     """GB/s of a large copy, read and written."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / graph_us(lambda: target.copy_(source), 1) / 1e3
+    return 2 * source.numel() / graph_us(partial(target.copy_, source), 1) / 1e3
 
 
 def ours(world: World, config: DecodeConfig, tables: list[Tensor] | None = None) -> tuple[Callable[[], None], int]:
@@ -236,7 +236,8 @@ def flash_kernels() -> dict[str, Flash]:
             _name: str = table_name, **more: Any,
         ) -> Tensor:  # fmt: skip
             out = _call(query[:, None], keys, values, cache_seqlens=contexts, causal=True, **{_name: table}, **more)
-            return out[0] if isinstance(out, tuple) else out
+            result: Tensor = out[0] if isinstance(out, tuple) else out
+            return result
 
         found[version] = attend
     return found

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scheduler.sampling import SamplingParams
 from workers.kernels import sample as kernels
+from workers.kernels.draw import MAX_SPLITS
 from workers.kernels.marks import IN_PROMPT
 from workers.kernels.sample import Geometry, Tables, Workspace, geometry
 from workers.parallel.in_process import Solo
@@ -31,7 +32,6 @@ from workers.sampling.sampler import Sampler
 
 VOCAB = 151_936
 BANDWIDTH = 4.3e12
-PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.1}
 KINDS: dict[str, SamplingParams] = {
     "greedy": SamplingParams(temperature=0.0),
     "temperature": SamplingParams(temperature=0.6),
@@ -39,7 +39,7 @@ KINDS: dict[str, SamplingParams] = {
     "top_p": SamplingParams(top_p=0.9),
     "top_k+top_p": SamplingParams(top_k=50, top_p=0.9, temperature=0.8),
     "min_p": SamplingParams(min_p=0.05),
-    "penalties": SamplingParams(temperature=0.6, **PENALTIES),
+    "penalties": SamplingParams(temperature=0.6, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1),
     "large top_k": SamplingParams(top_k=5000, top_p=0.95),
     "narrow top_p": SamplingParams(top_p=0.2, temperature=1.5),
 }
@@ -156,7 +156,7 @@ def time_us(batch: Batch, buffers: list[Tensor], plan: Geometry) -> float:
     graph.replay()
     times = []
     for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = _event(), _event()
         start.record()
         graph.replay()
         end.record()
@@ -165,15 +165,19 @@ def time_us(batch: Batch, buffers: list[Tensor], plan: Geometry) -> float:
     return float(np.median(times))
 
 
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 def plans(samples: int, wide: bool) -> list[Geometry]:
     usual = geometry(samples)
     if not wide:
         return [usual]
-    splits = sorted({max(1, min(kernels.MAX_SPLITS, int(usual.splits * factor))) for factor in (0.5, 1, 2, 4)})
+    splits = sorted({max(1, min(MAX_SPLITS, int(usual.splits * factor))) for factor in (0.5, 1, 2, 4)})
     found = [replace(usual, splits=s, registers=r) for s in splits for r in (None, 64)]
     found += [replace(usual, block=2048, registers=r) for r in (None, 64)]
     found += [replace(usual, block=2048, warps=8, registers=r) for r in (None, 64)]
-    found += [replace(usual, block=512, registers=64), replace(usual, rounds=1)]
+    found += [replace(usual, stages=1), replace(usual, stages=1, registers=64), replace(usual, rounds=1)]
     return found
 
 
@@ -218,7 +222,8 @@ def compile_one(plan: Geometry, marked: bool) -> None:
 
 
 def describe(plan: Geometry) -> str:
-    return f"splits {plan.splits} block {plan.block} warps {plan.warps} registers {plan.registers} rounds {plan.rounds}"
+    shape = f"splits {plan.splits} block {plan.block} warps {plan.warps} stages {plan.stages}"
+    return f"{shape} registers {plan.registers} rounds {plan.rounds}"
 
 
 def main() -> None:

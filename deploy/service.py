@@ -279,9 +279,9 @@ class Service:
         return await self._tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
 
     async def token_texts(self, tokens: Sequence[int]) -> list[str]:
-        """Each token by itself. Errors: PromptError without a tokenizer."""
+        """Each token of a text. Errors: PromptError without a tokenizer."""
         tokenizer = self._need_tokenizer()
-        return await self._tokenising.run(lambda: [tokenizer.token_text(token) for token in tokens], long=is_long(tokens))
+        return await self._tokenising.run(lambda: tokenizer.token_texts(tokens), long=is_long(tokens))
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.model.tokenizer is None:

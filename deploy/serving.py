@@ -191,7 +191,8 @@ def _private_proxy(config: Config) -> Iterator[None]:
     check_free(config.serve)
     with tempfile.TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as folder:  # for this account alone
         if config.serve.haproxy and (binary := _haproxy_binary()) is not None:
-            keep_haproxy_private(Path(folder), write_program(Path(folder), binary))
+            program = write_program(Path(folder), binary, config.serve.receive_timeout_s, config.serve.max_connections)
+            keep_haproxy_private(Path(folder), program)
         yield
 
 
@@ -218,13 +219,14 @@ def _application(config: Config, keys: tuple[str, ...], threads: int) -> Iterato
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     limits = config.serve
+    opened = ApiKeys(keys, read_key_priorities(limits))
     app.check_vacant(limits)
     app.start_proxies(limits)
     try:
         ray_serve.run_many(
             [
                 ray_serve.RunTarget(
-                    target=app.application(config.engine, limits, ApiKeys(keys), threads),
+                    target=app.application(config.engine, limits, opened, threads),
                     name=limits.app_name,
                     route_prefix=limits.route_prefix,
                 )

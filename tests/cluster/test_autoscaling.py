@@ -71,7 +71,7 @@ def load_brings_and_idleness_takes(folder: Path) -> None:
             ) as llm:  # fmt: skip
                 assert alive_nodes() == 2
                 answer_until_second_group_works(llm)
-                assert len(ray.nodes()) == 3, "it is on a node that was not there before"
+                assert alive_nodes() == 3, "it is on a node that was not there before"
                 until("the idle group did not go", lambda: len(llm.stats().groups) == 1)
                 until("its node did not go", lambda: alive_nodes() == 2)
                 assert_whole(llm, [[300, 301, 302]])

@@ -158,8 +158,9 @@ def test_a_rank_that_is_not_ready_in_time_says_what_to_do() -> None:
     def stuck() -> None:
         time.sleep(PATIENCE_S)
 
-    waits = ray.remote(num_cpus=0)(stuck).remote()
-    for reference, deadline in ((ray.remote(num_cpus=0)(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
+    task = ray.remote(num_cpus=0)
+    waits = task(stuck).remote()
+    for reference, deadline in ((task(late).remote(), time.monotonic() + PATIENCE_S), (waits, time.monotonic())):
         with pytest.raises(EngineError, match="a worker was not ready in time: raise start_timeout_s"):
             _get(reference, deadline)
     ray.cancel(waits, force=True)

@@ -29,16 +29,17 @@ class Caller:
         request = Request(STREAM, b"", b"", params, stop_ids)
         self.generation = Generation(request, prompt, tokenizer, self._count, each_token)
         self.woken = 0
+        self.prompt_tokens = len(prompt.token_ids)
         self.committed = [0] * params.n
 
     def _count(self, generation: Generation) -> None:
         assert generation is self.generation
         self.woken += 1
 
-    def extend(self, tokens: Sequence[int], choice: int = 0) -> int | None:
-        position = len(PROMPT.token_ids) + self.committed[choice]
+    def extend(self, tokens: Sequence[int], choice: int = 0, logprobs: Sequence[TokenLogprobs] = ()) -> int | None:
+        position = self.prompt_tokens + self.committed[choice]
         self.committed[choice] += len(tokens)
-        keep_tokens = self.generation.extend(STREAM + choice, position, tokens, ())
+        keep_tokens = self.generation.extend(STREAM + choice, position, tokens, logprobs)
         self.generation.wake()
         return keep_tokens
 
@@ -189,8 +190,7 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def told(tokenizer: Tokenizer, prompt: Prompt, tokens: Sequence[int], each_token: bool) -> tuple[str, bytes]:
     """The text of an output, and the bytes of its tokens as its log-probabilities have them."""
     caller = Caller(SamplingParams(logprobs=0), tokenizer, each_token, prompt)
-    entries = [TokenLogprobs(-1.0, (), ()) for _ in tokens]
-    caller.generation.extend(STREAM, len(prompt.token_ids), tokens, entries)
+    caller.extend(tokens, logprobs=[TokenLogprobs(-1.0, (), ()) for _ in tokens])
     caller.end(FinishReason.LENGTH)
     [choice] = caller.generation.take().outputs
     names = TokenNames(tokenizer)

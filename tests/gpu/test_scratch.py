@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, constrained, loop, mixture
 from tests.workers.pattern import FINITE, NAN, fill, require_untouched
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu_runner import GpuRunner
+from workers.execution.graphs import StepGraphs
 
 pytestmark = GPU
 
@@ -23,15 +25,20 @@ def runner_of(rank: Stepped) -> GpuRunner:
 
 
 @contextlib.contextmanager
-def padded_to(runner: GpuRunner, size: int) -> Iterator[None]:
-    """Inside, every decode step is padded to `size`."""
-    assert runner._whole is not None
-    kept = runner._whole.fit
-    runner._whole.fit = lambda batch: max(size, kept(batch))  # type: ignore[method-assign]
+def padded_to(graphs: StepGraphs | None, size: int) -> Iterator[None]:
+    """Inside, every step of these graphs is padded to `size`, if it is not larger."""
+    assert graphs is not None
+    kept = graphs.fit
+
+    def fit(wanted: int) -> int | None:
+        fitting = kept(wanted)
+        return max(size, fitting) if fitting is not None else None
+
+    graphs.fit = fit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        runner._whole.fit = kept  # type: ignore[method-assign]
+        graphs.fit = kept  # type: ignore[method-assign]
 
 
 def beside_chunks(rank: Stepped, works: list[Work]) -> list[Lease]:
@@ -53,9 +60,27 @@ def test_graphs_of_all_sizes_with_few_rows(rank: Stepped, count: int) -> None:
         if size < count:
             continue
         fill(rank, NAN)
-        with padded_to(runner, size):
+        with padded_to(runner._whole, size):
             leases = beside_chunks(rank, mixture(count, 20, first=size))
         assert all(len(lease.tokens) == 20 for lease in leases), f"a NaN has been read at size {size}"
+        require_untouched(rank, NAN, leases)
+
+
+def test_prefill_graphs_of_all_sizes_with_few_tokens(rank: Stepped) -> None:
+    """Beside decodes that are padded themselves; what fills up a step of chunks has a row and a slot of nobody."""
+    runner = runner_of(rank)
+    assert runner._whole is not None
+    assert runner._prefills is not None
+    works = [
+        Work(draw(length, seed=length), work.params, length)
+        for length, work in zip((2, 5, 16, 17, 31), mixture(5, 9), strict=True)
+    ]
+    for size in runner._prefills.sizes:
+        fill(rank, NAN)
+        with padded_to(runner._whole, 8), padded_to(runner._prefills, size):
+            leases = beside_chunks(rank, works[:2])
+            leases += rank.generate(works[2:])
+        assert all(len(lease.tokens) == 9 for lease in leases), f"a NaN has been read at size {size}"
         require_untouched(rank, NAN, leases)
 
 
@@ -65,7 +90,7 @@ def test_graphs_up_to_the_logits_too(rank: Stepped) -> None:
     assert runner._unsampled is not None
     for size in runner._unsampled.sizes[3::4]:
         fill(rank, NAN)
-        with padded_to(runner, size):
+        with padded_to(runner._whole, size):
             leases = beside_chunks(rank, [*mixture(2, 20), constrained(30)])
         assert all(lease.tokens for lease in leases)
         assert [len(lease.tokens) for lease in leases[:2]] == [20, 20]

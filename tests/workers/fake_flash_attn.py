@@ -28,7 +28,7 @@ def install(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
         _add(monkeypatch, "flash_attn", attributes)
     elif generation == "3":
         fake = Paged(1)
-        calls = {"flash_attn_with_kvcache": fake.kvcache_3, "get_scheduler_metadata": fake.metadata_3}
+        calls: dict[str, object] = {"flash_attn_with_kvcache": fake.kvcache_3, "get_scheduler_metadata": fake.metadata_3}
         _add(monkeypatch, "flash_attn_interface", calls)
     else:
         _add(monkeypatch, "flash_attn", {})

@@ -63,7 +63,7 @@ def check(problem: Problem, result: torch.Tensor) -> None:
 
 
 def ragged(page: int, kv_heads: int, group: int, head_dim: int, dtype: str, device: str) -> Problem:
-    contexts = [1, page - 1, page, page + 1, 300, 63, 64, 65, 2]
+    contexts = [1, page - 1, page, page + 1, 130, 64, 2]
     layout = PageLayout(page_size=page, layers=2, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     return make_problem(make_step([1] * len(contexts), contexts, page), layout, heads=kv_heads * group, device=device)
 
@@ -76,8 +76,7 @@ def test_ragged_rows_over_page_borders(dtype: str, device: str, page: int) -> No
 
 
 @one_dtype
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (2, 128), (4, 96), (7, 128), (8, 64)])
 def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
     problem = ragged(64, 1 if group > 4 else 2, group, head_dim, dtype, device)
     check(problem, decode(problem))
@@ -103,16 +102,17 @@ SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens a
 )
 def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeConfig) -> None:
     for page in (16, 64):
-        problem = ragged(page, 2, 3, 64, dtype, device)
+        problem = ragged(page, 1, 3, 64, dtype, device)
         check(problem, decode(problem, config, width=5, padding=4))
 
 
 @one_dtype
 def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> None:
     layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
-    problem = make_problem(make_step([1] * 3, [3, 1500, 7], 64), layout, heads=4, device=device)
-    for config in (replace(SHORT, shares=16), replace(SHORT, shares=16, atomic=False)):
-        check(problem, decode(problem, config, width=1000, padding=70))
+    problem = make_problem(make_step([1] * 3, [3, 700, 7], 64), layout, heads=4, device=device)
+    config = replace(SHORT, keys=32, shares=8)
+    check(problem, decode(problem, config, width=1000, padding=66))  # more rows than the plan looks at together
+    check(problem, decode(problem, replace(config, atomic=False)))
 
 
 @one_dtype
@@ -132,7 +132,7 @@ def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -
     problem = ragged(64, 2, 2, 64, dtype, device)
     config = replace(SHORT, shares=16)
     first = decode(problem, config)
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(decode(problem, config), first)
     by_kernel = decode(problem, replace(config, atomic=False))
     torch.testing.assert_close(by_kernel, first, atol=2e-3, rtol=0)
@@ -141,12 +141,12 @@ def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -
 def test_more_rows_than_the_buffers_hold_is_refused() -> None:
     problem = ragged(64, 2, 2, 64, "float16", "cuda" if CUDA else "cpu")
     attention = DecodeAttention(problem.pool, 4, 4)
-    with pytest.raises(ValueError, match="reserve 9"):
-        attention.plan(problem.step.context_lens, 9)
+    with pytest.raises(ValueError, match="reserve 7"):
+        attention.plan(problem.step.context_lens, 7)
     small = attention.memory_bytes
-    attention.reserve(9)
+    attention.reserve(7)
     assert attention.memory_bytes > small
-    attention.plan(problem.step.context_lens, 9)
+    attention.plan(problem.step.context_lens, 7)
 
 
 @pytest.mark.gpu

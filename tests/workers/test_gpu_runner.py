@@ -17,21 +17,23 @@ from tests.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
 from tests.workers.stepping import Stepped, Work
 from workers import build
-from workers.execution.graphs import Decode
+from workers.execution import chunks, gpu_runner
+from workers.execution.graphs import Launch
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests/gpu runs on it")
 
 ROUNDING = 1e-4
 ROWS = 4
+BUDGET = 12
 WORKS = [
-    Work([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)),
+    Work(list(range(1, 16)), SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)),
     Work([4, 5], SamplingParams(temperature=1.0, top_p=0.8, max_tokens=5, logprobs=2, ignore_eos=True), 1),
     Work([9, 8, 9, 8], SamplingParams(temperature=0.7, frequency_penalty=0.9, max_tokens=4, ignore_eos=True), 2),
     Work([6], SamplingParams(temperature=1.0, grammar=Grammar("regex", "[ab][cd]!"), max_tokens=6), 3),
     Work(list(range(30, 51)), SamplingParams(temperature=1.0, top_k=5, max_tokens=3, prompt_logprobs=1, ignore_eos=True), 4),
 ]
-"""A chunked prompt beside decodes; five ways to sample; more sequences than rows."""
+"""Prompts in chunks beside decodes, one measured and one not; five ways to sample; more sequences than rows."""
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +48,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks on a CPU are built as on a GPU; nothing is compiled ahead, as there is nothing to compile."""
-    from workers.execution.gpu import GpuParts
-
+    """Ranks on a CPU are built as on a GPU; fewer sequences fill up a step of chunks, since each takes its time here."""
     monkeypatch.setattr(build, "_cpu_runner", build._gpu_runner)
-    monkeypatch.setattr(GpuParts, "_compile", lambda *_: None)
+    for module in (chunks, gpu_runner):
+        monkeypatch.setattr(module, "PADDED_CHUNKS", ROWS)
 
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Stands in for `DecodeGraphs`: what would have been captured is launched at each replay."""
+    """Stands in for `StepGraphs`: what would have been captured is launched at each replay."""
 
     size: int
-    replay: Decode
+    replay: Launch
 
-    def fit(self, batch: int) -> int:
-        assert batch <= self.size
-        return self.size
+    def fit(self, size: int) -> int | None:
+        return self.size if size <= self.size else None
 
 
 def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Stepped:
-    return Stepped(checkpoint, device="cpu", depth=depth, max_num_seqs=ROWS, max_num_batched_tokens=12, max_model_len=32,
+    return Stepped(checkpoint, device="cpu", depth=depth, max_num_seqs=ROWS, max_num_batched_tokens=BUDGET, max_model_len=32,
                    **options)  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(checkpoint: Path, 
     stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False)
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
+    runner._prefills = Padded(BUDGET, runner._prefill_padded)
     fill(stepped, NAN)
     leases = stepped.generate(WORKS)
     stepped.close()

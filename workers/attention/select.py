@@ -53,28 +53,32 @@ def select_backend(
     return {"auto": _cuda, "flash": _flash, "triton": _triton}[name](pool, heads)
 
 
-def select_device_backend(name: str, *, pool: KVPool, heads: int, most: int) -> PagedAttention:
-    """What a GPU's runner attends with. name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every
-    shape that was measured and whose cost does not know the width of the block table, and prefills by flash-attn where that is
-    installed. most: decodes in one step.
+def select_device_backends(
+    name: str, *, pool: KVPool, heads: int, most: int
+) -> tuple[PagedAttention, PagedAttention]:
+    """What a GPU's runner attends with, and what it attends with in prefill steps that are captured.
+
+    name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every shape that was measured and whose cost
+    does not know the width of the block table, and prefills by flash-attn where that is installed. Captured prefill steps,
+    which are small, take our kernel, whose work follows the tensors at each replay. most: decodes in one step.
 
     Raises ValueError saying what to change where the choice cannot work.
     """
     if heads % pool.layout.kv_heads:
         raise ValueError(f"{heads} query heads cannot share {pool.layout.kv_heads} KV heads evenly: check the model and tp")
-    if name == "flash":
-        return _flash(pool, heads)
-    if name not in ("auto", "triton"):
+    if name not in ("auto", "flash", "triton"):
         raise ValueError(f"attention backend {name!r} does not run on a CUDA device: choose auto, flash or triton")
-    decodes = _triton(pool, heads)
-    decodes.reserve(most)
+    ours = _triton(pool, heads)
+    ours.reserve(most)
+    if name == "flash":
+        return _flash(pool, heads), ours
     if name == "triton":
-        return decodes
+        return ours, ours
     try:
-        return MixedAttention(decodes, _flash(pool, heads))
+        return MixedAttention(ours, _flash(pool, heads)), ours
     except ValueError as error:
         logger.info("attention: prefill not by flash: %s", error)
-        return decodes
+        return ours, ours
 
 
 def _cpu(pool: KVPool, heads: int, native: bool | None, cache_folder: Path) -> AttentionBackend:

@@ -15,7 +15,7 @@ from workers.attention.base import Chunks
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.chunk_attention import ChunkAttention
-from workers.kernels.decode_attention import DecodeAttention
+from workers.kernels.decode_attention import FEW_ROWS, DecodeAttention
 
 FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 
@@ -79,13 +79,14 @@ class TritonAttention:
     def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH) -> None:
         self._pool = pool
         self._writer = TritonWriter(pool)
-        self._decode = DecodeAttention(pool, heads, max_batch)
+        self._few = DecodeAttention(pool, heads, FEW_ROWS)
+        self._decode = DecodeAttention(pool, heads, max(max_batch, FEW_ROWS + 1))
         self._chunk = ChunkAttention(pool, heads)
 
     @property
     def memory_bytes(self) -> int:
         """Of the buffers that decodes work in, on the device."""
-        return self._decode.memory_bytes
+        return self._few.memory_bytes + self._decode.memory_bytes
 
     def reserve(self, max_batch: int) -> None:
         """Make room for so many decodes at once; never within a capture."""
@@ -116,7 +117,8 @@ class TritonAttention:
         """Raises ValueError where a capture would have to make room for more rows than were reserved."""
         if batch > self._decode.max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.reserve(triton.next_power_of_2(batch))
-        self._decode.plan(context_lens, batch)
+        chosen = self._few if batch <= FEW_ROWS else self._decode
+        chosen.plan(context_lens, batch)
         return TritonPlan(batch, None)
 
     def decode(
@@ -125,7 +127,7 @@ class TritonAttention:
     ) -> Tensor:  # fmt: skip
         query = dense_rows(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        self._decode.run(layer, query, block_tables, out)
+        (self._few if len(query) <= FEW_ROWS else self._decode).run(layer, query, block_tables, out)
         return out
 
     def plan_chunks(self, chunks: Chunks) -> ChunkPlan:

@@ -40,6 +40,8 @@ class DeviceBatch:
         self, *, rows: int, pages: int, page_size: int, most: int, scratch_page: int, device: torch.device
     ) -> None:
         self.padding = rows
+        self.scratch_slot = scratch_page * page_size
+        self.longest = pages * page_size
         self._page_size = page_size
         self._width = pages
         sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * pages)

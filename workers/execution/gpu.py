@@ -12,10 +12,11 @@ import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from workers.attention.select import select_device_backend
+from workers.attention.select import select_device_backends
+from workers.execution.chunks import PADDED_CHUNKS
 from workers.execution.device_batch import DeviceBatch
 from workers.execution.gpu_runner import Captured, GpuRunner
-from workers.execution.graphs import ladder
+from workers.execution.graphs import chunk_ladder, ladder
 from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
 from workers.model.architectures import ModelConfig
@@ -23,6 +24,7 @@ from workers.model.decoder import Decoder, load_model
 from workers.model.fused import FusedDecoder
 from workers.model.weights import Progress
 from workers.parallel.communicator import Communicator
+from workers.parallel.in_process import ThreadGroup
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 
@@ -56,10 +58,13 @@ class GpuParts:
         self._constraints = constraints
         self._shape = model_config.shard(comm.rank, comm.size)
         self._most = min(config.rows, config.step_tokens)
+        self._largest = chunk_ladder(config.step_tokens)[-1]
+        # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
+        self._graphs = config.cuda_graphs and not isinstance(comm, ThreadGroup)
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
-            vocab_size=model_config.vocab_size, comm=comm, rows=config.rows, samples=max(config.rows, self._most),
-            device=device, dtype=dtype,
+            vocab_size=model_config.vocab_size, comm=comm, rows=config.rows,
+            samples=max(config.rows, self._most, PADDED_CHUNKS), device=device, dtype=dtype,
         )  # fmt: skip
 
     def load(self, progress: Progress) -> None:
@@ -80,7 +85,7 @@ class GpuParts:
         self._run_largest_step(runner)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - probe
-        graphs = self._measure_graphs(runner) if self._config.cuda_graphs else 0
+        graphs = self._measure_graphs(runner) if self._graphs else 0
         del runner
         gc.collect()
         torch.cuda.empty_cache()
@@ -92,15 +97,19 @@ class GpuParts:
         """The one that serves, over a pool of so many pages and the scratch page."""
         runner = self._make(pages)
         self._compile(runner)
-        if self._config.cuda_graphs:
-            runner.capture(ladder(self._most), captured)
+        if self._graphs:
+            runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
         return runner
 
     def _compile(self, runner: GpuRunner) -> None:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
+        if self._device.type != "cuda" or isinstance(self._comm, ThreadGroup):
+            return  # interpreted; or of several threads, of which none may wait for another here
         with compiling_ahead():
             for size in ladder(self._most):
                 runner.run_padding(size)
+            for size in chunk_ladder(self._largest):
+                runner.run_padded_prefill(size)
             for tokens in (2, 16, 100):
                 self._run_prefill(runner, min(tokens, self._config.step_tokens))
         torch.cuda.synchronize()
@@ -109,7 +118,7 @@ class GpuParts:
         assert self._decoder is not None, "made before it is loaded"
         config = self._config
         pool = KVPool(self._layout, pages + 1, self._device)
-        attention = select_device_backend(config.attention, pool=pool, heads=self._shape.heads, most=self._most)
+        attention, small = select_device_backends(config.attention, pool=pool, heads=self._shape.heads, most=self._most)
         state = DeviceBatch(
             rows=config.rows,
             pages=self._layout.pages_for(config.max_model_len),
@@ -118,7 +127,8 @@ class GpuParts:
             scratch_page=pages,
             device=self._device,
         )
-        return GpuRunner(FusedDecoder(self._decoder, pool), attention, self._sampler, self._constraints, state, self._most)
+        model = FusedDecoder(self._decoder, pool)
+        return GpuRunner(model, attention, small, self._sampler, self._constraints, state, self._most, self._largest)
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
         """A prefill of as many tokens as a step may have, then `most` decodes in the scratch page."""
@@ -137,15 +147,13 @@ class GpuParts:
         runner.execute(batch, batch.launch(batch.plan())).wait()
 
     def _measure_graphs(self, runner: GpuRunner) -> int:
-        """Bytes that all graphs will take, by capturing the two largest sizes."""
-        sizes = ladder(self._most)
+        """Bytes that all graphs will take, by capturing the two largest of each kind."""
+        sizes, tokens = ladder(self._most), chunk_ladder(self._largest)
         before = _free()
-        runner.capture(sizes[-1:])
+        runner.capture(sizes[-1:], tokens[-1:])
         one = before - _free()
-        if len(sizes) == 1:
-            return one
-        runner.capture(sizes[-2:])
-        return one + max(0, before - _free() - one) * (len(sizes) - 1)
+        runner.capture(sizes[-2:], tokens[-2:])
+        return one + max(0, before - _free() - one) * max(len(sizes), len(tokens))
 
 
 def _free() -> int:

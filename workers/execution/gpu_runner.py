@@ -1,14 +1,15 @@
 """Executes steps on a GPU: decodes as one graph over the batch that lives there, prefill chunks beside it.
 
     update ──▶ decode graph: gather · layers · head · sample ──▶ chunks: layers · head · sample ──▶ tokens to the host
-    one copy,   the host launches it and goes on                   eager                             read one step later
-    or none
+    one copy,   the host launches it and goes on                   a graph as well where they are    read one step later
+    or none                                                        few, launch by launch otherwise
 
 The host never waits here for a step that it has launched, but for rows that follow a grammar (`pending.Following`).
 Imports torch and the tensor side of the room.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +19,9 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from scheduler.messages import Start
 from workers.attention.base import PagedAttention
-from workers.execution.chunks import ChunkInputs, ChunkStep
+from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
-from workers.execution.graphs import DecodeGraphs
+from workers.execution.graphs import StepGraphs
 from workers.execution.pending import DeviceTokens, Following
 from workers.execution.pinned import PinnedRing
 from workers.loop.batch import Launched, ResidentBatch
@@ -35,49 +36,83 @@ Captured = Callable[[int, int], None]
 """Told how many graphs there are, and will be."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The decodes of a launched step, or its chunks: logits [samples or more, vocab], and the tokens drawn from them.
+
+    rows, positions, out: [samples or more] int32: rows of the batch, positions of the new tokens, the tokens themselves.
+    """
+
+    logits: Tensor
+    samples: int
+    rows: Tensor
+    positions: Tensor
+    out: Tensor
+    sampled: bool
+
+    def drawn(self) -> tuple[Tensor, Tensor]:
+        return self.logits[: self.samples], self.out[: self.samples]
+
+
 class GpuRunner:
     """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
 
-    model, attention: bound to one pool, whose last page is the scratch page of `state`. most: decodes in one step.
+    model, attention: bound to one pool, whose last page is the scratch page of `state`. small: what attends in steps whose
+    chunks are captured, since some libraries want to know lengths on the host. most: decodes in one step. largest: prefill
+    tokens of a step that may be captured.
     """
 
     def __init__(
         self,
         model: FusedDecoder,
         attention: PagedAttention,
+        small: PagedAttention,
         sampler: DeviceSampler,
         constraints: Constraints,
         state: DeviceBatch,
         most: int,
+        largest: int,
     ) -> None:
         self.pool: KVPool = model.pool
         device = self.pool.device
         self._model = model
         self._attention = attention
+        self._small = small
         self._sampler = sampler
         self._constraints = constraints
         self._following = Following(constraints)
         self._state = state
-        self._chunk_inputs = ChunkInputs(state, device)
+        self._chunk_inputs = ChunkInputs(state, device, largest)
         rows = state.padding
         self._decoded = torch.zeros(most, dtype=torch.int32, device=device)  # tokens of a step's decodes
-        self._begun = torch.zeros(rows, dtype=torch.int32, device=device)  # the first ones of its chunks
+        self._begun = torch.zeros(max(rows, PADDED_CHUNKS), dtype=torch.int32, device=device)  # the first ones of its chunks
         self._ring = PinnedRing(device, IN_FLIGHT, most + rows)
-        self._whole: DecodeGraphs | None = None  # decode steps, sampling included
-        self._unsampled: DecodeGraphs | None = None  # up to the logits, for steps in which a grammar has a say
+        self._whole: StepGraphs | None = None  # decodes, sampling included
+        self._unsampled: StepGraphs | None = None  # decodes up to the logits, for steps in which a grammar has a say
+        self._prefills: StepGraphs | None = None  # chunks, sampling included
 
-    def capture(self, sizes: tuple[int, ...], captured: Captured = lambda *_: None) -> None:
-        """Captures decode steps of these sizes, with and without sampling."""
+    def capture(self, decodes: Sequence[int], tokens: Sequence[int], captured: Captured = lambda *_: None) -> None:
+        """Captures steps of so many decodes, with and without sampling, and chunks of so many tokens."""
+        total = 2 * len(decodes) + len(tokens)
         with torch.inference_mode():
-            whole, unsampled = DecodeGraphs(sizes), DecodeGraphs(sizes)
-            whole.capture(self._decode_and_sample, lambda done: captured(done, 2 * len(sizes)))
-            unsampled.capture(self._decode, lambda done: captured(len(sizes) + done, 2 * len(sizes)))
-        self._whole, self._unsampled = whole, unsampled
+            whole, unsampled, prefills = StepGraphs(decodes), StepGraphs(decodes), StepGraphs(tokens)
+            whole.capture(self._decode_and_sample, lambda done: captured(done, total))
+            unsampled.capture(self._decode, lambda done: captured(len(decodes) + done, total))
+            prefills.capture(
+                self._prefill_padded, lambda done: captured(2 * len(decodes) + done, total), self._chunk_inputs.clear
+            )
+        self._whole, self._unsampled, self._prefills = whole, unsampled, prefills
 
     @torch.inference_mode()
     def run_padding(self, size: int) -> None:
         """A decode step of so many padding rows, launch by launch: before the first sequence, so that it is known to work."""
         self._decode_and_sample(size)
+
+    @torch.inference_mode()
+    def run_padded_prefill(self, tokens: int) -> None:
+        """The same for a step of so many prefill tokens."""
+        self._chunk_inputs.clear(tokens)
+        self._prefill_padded(tokens)
 
     # ---- Executor
 
@@ -105,34 +140,30 @@ class GpuRunner:
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
         decodes, samples = step.plan.decodes, np.flatnonzero(step.samples)
         rows = step.plan.rows[samples]
-        constrained = self._constraints.any(rows[:decodes])
-        padded = self._whole.fit(decodes) if self._whole is not None and decodes else decodes
+        padded = (self._whole.fit(decodes) if self._whole is not None and decodes else None) or decodes
         self._state.update(batch, step, padded)
-        logits = []
+        parts: list[Part] = []
         if decodes:
-            logits.append(self._launch_decodes(padded, constrained)[:decodes])
-        chunks = self._chunk_inputs.build(batch, step) if decodes < len(step.plan.rows) else None
-        prefilled = self._chunks(chunks) if chunks is not None else None
+            parts.append(self._launch_decodes(decodes, padded, self._constraints.any(rows[:decodes])))
+        if decodes < len(step.plan.rows):
+            parts.append(self._launch_chunks(batch, step, self._constraints.any(rows[decodes:])))
         allowed = self._following.allowed(rows)  # after the launches: the device computes while this waits
         if allowed is not None:
             self._sampler.constrain(rows[allowed.samples], allowed.bits)
-        if constrained:
-            self._sample(logits[0], self._state.order, self._state.contexts, self._decoded)
-        if chunks is not None and prefilled is not None and len(chunks.sampled_rows):
-            logits.append(prefilled[: len(chunks.sampled_rows)])
-            self._sample(logits[-1], chunks.sampled_rows, chunks.sampled_positions, self._begun)
-        measured = self._measure(batch, step, prefilled[len(rows) - decodes :]) if prefilled is not None else []
-        tokens = self._to_host(step, samples, logits, measured)
-        return self._following.pending(tokens, samples, allowed)
+        for part in parts:
+            if not part.sampled and part.samples:
+                self._sample(part.logits[: part.samples], part.rows, part.positions, part.out)
+        measured = self._measure(batch, step, parts[-1].logits[parts[-1].samples :]) if step.measured else []
+        return self._following.pending(self._to_host(step, samples, parts, measured), samples, allowed)
 
     # ---- decodes
 
-    def _launch_decodes(self, padded: int, constrained: bool) -> Tensor:
-        """Their logits [padded, vocab]; sampled already, unless a grammar has a say."""
+    def _launch_decodes(self, decodes: int, padded: int, constrained: bool) -> Part:
+        """constrained: a grammar has a say, so they are not sampled yet."""
         graphs = self._unsampled if constrained else self._whole
-        if graphs is not None:
-            return graphs.replay(padded)
-        return self._decode(padded) if constrained else self._decode_and_sample(padded)
+        launch = self._decode if constrained else self._decode_and_sample
+        logits = graphs.replay(padded) if graphs is not None else launch(padded)
+        return Part(logits, decodes, self._state.order, self._state.contexts, self._decoded, not constrained)
 
     def _decode(self, size: int) -> Tensor:
         """Device tensors alone, at addresses that stay: may be captured."""
@@ -158,12 +189,35 @@ class GpuRunner:
 
     # ---- prefill
 
-    def _chunks(self, chunks: ChunkStep) -> Tensor:
-        """Logits where they are wanted: of those that sample, then of prompts that are measured."""
-        plan = self._attention.plan_chunks(chunks.attention)
+    def _launch_chunks(self, batch: ResidentBatch, step: Launched, constrained: bool) -> Part:
+        """By a graph where one holds them; in steps so large that the device takes longer than the host, launch by launch."""
+        decodes = step.plan.decodes
+        samples = int(step.samples[decodes:].sum())
+        plain = not constrained and not step.measured and len(step.plan.rows) - decodes <= PADDED_CHUNKS
+        if plain and self._prefills is not None:
+            size = self._prefills.fit(int(step.plan.counts[decodes:].sum()))
+            if size is not None:
+                self._chunk_inputs.fill(batch, step, size)
+                logits = self._prefills.replay(size)
+                chunks = self._chunk_inputs.padded(size)
+                return Part(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
+        chunks = self._chunk_inputs.build(batch, step)
+        logits = self._prefill(chunks, self._attention)
+        return Part(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False)
+
+    def _prefill_padded(self, tokens: int) -> Tensor:
+        """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
+        chunks = self._chunk_inputs.padded(tokens)
+        logits = self._prefill(chunks, self._small)
+        self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
+        return logits
+
+    def _prefill(self, chunks: ChunkStep, attention: PagedAttention) -> Tensor:
+        """Logits where they are wanted."""
+        plan = attention.plan_chunks(chunks.attention(self._state))
 
         def attend(layer: int, query: Tensor) -> Tensor:
-            return self._attention.chunks(layer, query, plan)
+            return attention.chunks(layer, query, plan)
 
         return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
 
@@ -181,16 +235,15 @@ class GpuRunner:
     # ---- back to the host
 
     def _to_host(
-        self, step: Launched, samples: Ints, logits: list[Tensor], measured: list[PromptPart]
+        self, step: Launched, samples: Ints, parts: Sequence[Part], measured: list[PromptPart]
     ) -> DeviceTokens:
-        rows, decodes = step.plan.rows[samples], step.plan.decodes
-        host = self._ring.take(len(samples))
-        sampled = [tokens[:n] for tokens, n in ((self._decoded, decodes), (self._begun, len(samples) - decodes)) if n]
-        at = 0
-        for part in sampled:
-            host[at : at + len(part)].copy_(part, non_blocking=True)
-            at += len(part)
+        rows = step.plan.rows[samples]
+        host, at = self._ring.take(len(samples)), 0
+        for part in parts:
+            host[at : at + part.samples].copy_(part.out[: part.samples], non_blocking=True)
+            at += part.samples
         logprobs = None
         if self._sampler.measures(rows):
-            logprobs = self._sampler.measure(torch.cat(logits), torch.cat(sampled).long(), rows)
+            logits, tokens = (torch.cat(each) for each in zip(*(part.drawn() for part in parts), strict=True))
+            logprobs = self._sampler.measure(logits, tokens.long(), rows)
         return DeviceTokens(step, samples, host, logprobs, measured, self._ring.used())

@@ -1,4 +1,4 @@
-"""CUDA graphs of whole decode steps, one for each size of a ladder. Imports torch.
+"""CUDA graphs of whole steps, one for each size of a ladder. Imports torch.
 
 A graph replays the launches of one step, so a step costs the host one call. Sizes between two rungs are padded up to the next.
 """
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Decode = Callable[[int], Tensor]
-"""Launches a decode step of so many sequences; returns its logits. The host must not wait in it."""
+Launch = Callable[[int], Tensor]
+"""Launches a step of that size; returns its logits. The host must not wait in it."""
 
 WARM_UPS = 2
 """Runs before a capture: kernels are compiled and loaded, libraries choose and allocate what they need."""
@@ -25,15 +25,21 @@ def ladder(most: int) -> tuple[int, ...]:
     return (*(rung for rung in rungs if rung < most), most)
 
 
+def chunk_ladder(most: int) -> tuple[int, ...]:
+    """Prefill tokens of a step, up to `most`: larger ones take the device longer than the host takes to launch them."""
+    rungs = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 2048)
+    return tuple(rung for rung in rungs if rung <= most) or (most,)
+
+
 @dataclass(frozen=True, slots=True)
 class CapturedStep:
-    """One captured decode step. logits: [size, vocab] where the graph leaves them, until any graph of the set is replayed."""
+    """One captured step. logits: [samples, vocab] where the graph leaves them, until any graph of the set is replayed."""
 
     graph: torch.cuda.CUDAGraph
     logits: Tensor
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Graphs of one function, for all `sizes`, in one memory pool: only one of them runs at a time.
 
     Invariant: what the function reads and writes lies at the same addresses at each call, but for what it allocates itself.
@@ -45,26 +51,31 @@ class DecodeGraphs:
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._captured: dict[int, CapturedStep] = {}
 
-    def fit(self, batch: int) -> int:
-        """The smallest size that holds `batch` sequences."""
-        return self.sizes[bisect.bisect_left(self.sizes, batch)]
+    def fit(self, size: int) -> int | None:
+        """The smallest one captured that holds so much; None if none does."""
+        at = bisect.bisect_left(self.sizes, size)
+        return self.sizes[at] if at < len(self.sizes) else None
 
-    def capture(self, decode: Decode, captured: Callable[[int], None] = lambda _: None) -> None:
-        """Captures all sizes, the largest first, so that the smaller ones fit into its memory. captured: told how many are."""
+    def capture(
+        self, launch: Launch, captured: Callable[[int], None] = lambda _: None, prepare: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Captures all sizes, the largest first, so that the smaller ones fit into its memory. captured: told how many are.
+        prepare: called before each size, whose inputs must make sense when it is warmed up."""
         for done, size in enumerate(reversed(self.sizes), start=1):
-            self._captured[size] = self._capture(decode, size)
+            prepare(size)
+            self._captured[size] = self._capture(launch, size)
             captured(done)
 
-    def _capture(self, decode: Decode, size: int) -> CapturedStep:
+    def _capture(self, launch: Launch, size: int) -> CapturedStep:
         for _ in range(WARM_UPS if size == self.sizes[-1] else 1):
-            decode(size)
+            launch(size)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # not torch.cuda.graph: it collects garbage at each entry, which takes longer than the capture
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                logits = decode(size)
+                logits = launch(size)
             finally:
                 graph.capture_end()
         return CapturedStep(graph, logits)

@@ -6,6 +6,7 @@ compiled by a thread of a pool; the compiler leaves Python's lock.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,12 +17,15 @@ from triton.runtime.jit import JITFunction
 
 MOST_THREADS = 16
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 @contextmanager
 def compiling_ahead() -> Iterator[None]:
     """Inside, launches of Triton kernels launch nothing and begin to compile what is missing; the end waits for all of it.
 
-    What torch launches runs all the same, on whatever stands in the buffers. One thread of a process at a time.
+    What torch launches runs all the same, on whatever stands in the buffers. Launches of other threads are what they were; a
+    second thread that comes to compile waits for the first.
     """
     try:
         from triton.runtime._async_compile import AsyncCompileMode
@@ -31,13 +35,14 @@ def compiling_ahead() -> Iterator[None]:
     if knobs.runtime.interpret:
         yield
         return
-    launch = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return launch(self, *args, **kwargs | {"warmup": True})
-
     threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) - 1))
-    with ThreadPoolExecutor(threads, thread_name_prefix="manta-compile") as pool, AsyncCompileMode(pool):
+    with _ONE_AT_A_TIME, ThreadPoolExecutor(threads, thread_name_prefix="manta-compile") as pool, AsyncCompileMode(pool):
+        launch, ours = JITFunction.run, threading.get_ident()
+
+        def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+            ahead = {"warmup": True} if threading.get_ident() == ours else {}
+            return launch(self, *args, **kwargs | ahead)
+
         JITFunction.run = compile_only
         try:
             yield

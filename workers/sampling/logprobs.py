@@ -15,7 +15,7 @@ from scheduler.messages import PromptLogprobs, TokenLogprobs
 from workers.parallel.communicator import Communicator
 from workers.sampling import candidates
 
-Ints = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.integer]
 
 NOT_ASKED = -1
 MEASURED_AT_ONCE = 64
