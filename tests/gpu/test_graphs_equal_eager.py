@@ -57,11 +57,11 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
     seen: set[tuple[int, int]] = set()
     kept = runner._whole.fit
 
-    def fit(batch: int) -> int | None:
-        size = kept(batch)
-        if size is not None:
-            seen.add((batch, size))
-        return size
+    def fit(size: int) -> int | None:
+        fitting = kept(size)
+        if fitting is not None:
+            seen.add((size, fitting))
+        return fitting
 
     runner._whole.fit = fit  # type: ignore[method-assign]
     try:

@@ -25,14 +25,14 @@ def runner_of(rank: Stepped) -> GpuRunner:
 
 
 @contextlib.contextmanager
-def padded_to(graphs: StepGraphs | None, size: int) -> Iterator[None]:
-    """Inside, every step of these graphs is padded to `size`, if it is not larger."""
+def padded_to(graphs: StepGraphs | None, least: int) -> Iterator[None]:
+    """Inside, every step of these graphs is padded to `least`, if it is not larger."""
     assert graphs is not None
     kept = graphs.fit
 
-    def fit(wanted: int) -> int | None:
-        fitting = kept(wanted)
-        return max(size, fitting) if fitting is not None else None
+    def fit(size: int) -> int | None:
+        fitting = kept(size)
+        return max(least, fitting) if fitting is not None else None
 
     graphs.fit = fit  # type: ignore[method-assign]
     try:
