@@ -322,7 +322,16 @@ def matvec(
 
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Config:
-    """The configuration for an output of n numbers from k, by shape alone."""
+    """The configuration for an output of n numbers from k, by shape alone.
+
+    One token: the best of a sweep on an H200 over the products of the 0.6B and the 8B shape (`benchmarks/kernels.py --sweep`).
+    """
+    if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
+        if n < 2048 and k % 2048 == 0:
+            return Config(4, 2048, 8)
+        if k <= 1024 and not swiglu:
+            return Config(4, 512, 2)
+        return Config(4, 512, 4) if k >= 8192 else Config(4, 1024, 4)
     if tokens <= STREAM_TOKENS or dtype == torch.float32 or k % 256:
         rows = 2 if n < 2048 or swiglu else 4
         return Config(rows, min(1024, int(triton.next_power_of_2(k))), 4)

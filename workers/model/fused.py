@@ -11,6 +11,7 @@ the weights' holders.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,19 @@ from workers.kernels.matvec import matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.decoder import Decoder, Layer
+from workers.model.layers import Linear
 
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, query [tokens, heads, head_dim]) -> [tokens, heads, head_dim]; the step's KV of that layer has been written."""
 
-FEW_TOKENS = 4
-"""Tokens up to which our own products beat the library's with the launches that they save (`benchmarks/kernels.py`)."""
+FEW_TOKENS, FEW_TOKENS_LARGE = 4, 2
+"""Tokens up to which our own products beat the library's with the launches that they save, and the same where a layer has more
+than `LARGE_LAYER_BYTES` of weights: the four of a layer at 4 tokens 28 us against 38 (0.6B), 173 against 119 (8B)."""
+
+LARGE_LAYER_BYTES = 64 << 20
+SMALL_WEIGHT_BYTES = 16 << 20
+"""Products of so little begin while the one before still runs (programmatic dependent launch): 14.5 us a layer instead of 18.4 at
+0.6B. Larger ones fill the device by themselves, and are disturbed: 116 instead of 103 us at 8B."""
 
 
 class FusedDecoder:
@@ -45,10 +53,9 @@ class FusedDecoder:
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
         # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
-        # Products of our own follow one another so closely that the next may begin while the last one ends (4 to 6% of a step);
-        # around the library's products it costs 1 to 3%.
         self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
-        self._few_tokens = FEW_TOKENS if decoder.shape.size == 1 and decoder.device.type == "cuda" else 0
+        few_tokens = FEW_TOKENS if _layer_bytes(self._layers[0]) <= LARGE_LAYER_BYTES else FEW_TOKENS_LARGE
+        self._few_tokens = few_tokens if decoder.shape.size == 1 and decoder.device.type == "cuda" else 0
 
     def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
@@ -73,19 +80,22 @@ class FusedDecoder:
         return self._outer.head(normed)
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
-        eps, pdl = self._eps, self._pdl
+        eps = self._eps
         hidden, _ = self._embed(tokens)
         for number, layer in enumerate(self._layers):
             qkv, o, gate_up, down = layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down
-            projected = matvec(hidden, qkv.plain, norm_weight=layer.input_norm.weight, eps=eps, bias=qkv.bias, pdl=pdl)
-            attended = attend(number, self._query(number, layer, projected, positions, slots, pdl)).flatten(1)
-            matvec(attended, o.plain, bias=o.bias, residual=hidden, pdl=pdl)
-            gated = matvec(
-                hidden, gate_up.plain, norm_weight=layer.mlp_norm.weight, eps=eps, bias=gate_up.bias, swiglu=True, pdl=pdl
-            )
-            matvec(gated, down.plain, bias=down.bias, residual=hidden, pdl=pdl)
+            projected = self._product(hidden, qkv, norm_weight=layer.input_norm.weight, eps=eps)
+            attended = attend(number, self._query(number, layer, projected, positions, slots, self._pdl)).flatten(1)
+            self._product(attended, o, residual=hidden)
+            gated = self._product(hidden, gate_up, norm_weight=layer.mlp_norm.weight, eps=eps, swiglu=True)
+            self._product(gated, down, residual=hidden)
         head = self._outer.head
-        return head.mask(matvec(hidden, head.linear.plain, norm_weight=self._outer.norm.weight, eps=eps, pdl=pdl))
+        return head.mask(self._product(hidden, head.linear, norm_weight=self._outer.norm.weight, eps=eps))
+
+    def _product(self, x: Tensor, linear: Linear, **parts: Any) -> Tensor:
+        """parts: what of `matvec` is fused with it."""
+        weight = linear.plain
+        return matvec(x, weight, bias=linear.bias, pdl=self._pdl and weight.nbytes <= SMALL_WEIGHT_BYTES, **parts)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and its norm for the first layer."""
@@ -109,3 +119,9 @@ class FusedDecoder:
             self.pool.values(number), shape.heads, shape.kv_heads, query, pdl=pdl,
         )  # fmt: skip
         return query
+
+
+def _layer_bytes(layer: Layer) -> int:
+    """Of the weights of its four products; 0 where they are packed for a CPU."""
+    linears = (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)
+    return sum(linear.weight.nbytes for linear in linears if linear.weight is not None)
