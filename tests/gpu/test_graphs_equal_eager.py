@@ -63,7 +63,7 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
             seen.add((batch, size))
         return size
 
-    runner._whole.fit = fit  # type: ignore[method-assign]
+    runner._whole.fit = fit  # type: ignore[method-assign, assignment]
     try:
         yield seen
     finally:

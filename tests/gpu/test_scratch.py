@@ -58,7 +58,7 @@ def padded_to(runner: GpuRunner, size: int) -> Iterator[None]:
     """Inside, every decode step is padded to `size`."""
     assert runner._whole is not None
     kept = runner._whole.fit
-    runner._whole.fit = lambda batch: max(size, kept(batch) or batch)  # type: ignore[method-assign]
+    runner._whole.fit = lambda batch: max(size, kept(batch) or batch)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
