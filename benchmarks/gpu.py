@@ -174,7 +174,9 @@ def profile(loop: "Bare") -> dict[str, object]:
 
 def _busy_share(profiler: Any) -> float:
     """Of the time between the first and the last kernel of a profile, what at least one kernel covers."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.device_type().name == "CUDA"]
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+    events = [event for event in profiler.profiler.kineto_results.events() if event.device_type() == DeviceType.CUDA]
     spans = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
     covered, reached = 0, spans[0][0]
     for begin, end in spans:
@@ -214,8 +216,8 @@ def main() -> None:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)
             try:
-                figures: dict[str, object] = {"start_s": engine.start_s}
-                figures |= measure(engine, asked.works, asked.rounds, not asked.no_warm_up)
+                found = measure(engine, asked.works, asked.rounds, warm_up=not asked.no_warm_up)
+                figures: dict[str, object] = {"start_s": engine.start_s, **found}
                 if asked.profile and isinstance(engine, Bare):
                     figures["profile"] = profile(engine)
             finally:

@@ -57,11 +57,11 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
     seen: set[tuple[int, int]] = set()
     kept = runner._whole.fit
 
-    def fit(batch: int) -> int | None:
-        size = kept(batch)
-        if size is not None:
-            seen.add((batch, size))
-        return size
+    def fit(size: int) -> int | None:
+        fitting = kept(size)
+        if fitting is not None:
+            seen.add((size, fitting))
+        return fitting
 
     runner._whole.fit = fit  # type: ignore[method-assign, assignment]
     try:
@@ -72,9 +72,7 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
 
 @pytest.mark.parametrize("page", [16, 256])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_equals_transformers_with_graphs_and_without(
-    architecture: str, page: int, judges: dict[str, Judge]
-) -> None:
+def test_float32_equals_transformers_with_graphs_and_without(architecture: str, page: int, judges: dict[str, Judge]) -> None:
     judge = judges[architecture]
     options = {"block_size": page, "max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
     with contextlib.closing(loop(judge.path, **options)) as rank:

@@ -110,6 +110,12 @@ def test_a_prefix_that_is_copied_on_write(stepped: Stepped) -> None:
     assert tokens_of([source, copy]) == alone
 
 
+def step_both(one: Stepped, other: Stepped) -> None:
+    for _ in range(20):
+        one.turn()
+        other.turn()
+
+
 def test_an_executor_that_fails_in_the_middle_takes_nobody_else_down(
     model: Path, rank: Stepped, undisturbed: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,9 +134,7 @@ def test_an_executor_that_fails_in_the_middle_takes_nobody_else_down(
     leases = midway(rank)
     victims = [broken.start(work) for work in mixture(4, TOKENS)]
     with pytest.raises(RuntimeError, match="burnt down"):
-        for _ in range(20):
-            broken.turn()
-            rank.turn()
+        step_both(broken, rank)
     broken.close()
     assert all(0 < len(lease.tokens) < TOKENS for lease in victims)
     rank.run()

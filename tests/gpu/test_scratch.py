@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, constrained, loop, mixture
+from tests.workers.pattern import FINITE, NAN, fill, require_untouched
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu_runner import GpuRunner
+from workers.execution.graphs import StepGraphs
 
 pytestmark = GPU
-
-NAN = 0x7FC5A3C5
-"""A NaN as float32; its halves are numbers as bfloat16, and the lower one as float16."""
-FINITE = 0x3D2B3D2B
-"""0.04 as bfloat16 and in float32: flash-attn multiplies what it does not want by zero."""
 
 
 def runner_of(rank: Stepped) -> GpuRunner:
@@ -27,42 +24,21 @@ def runner_of(rank: Stepped) -> GpuRunner:
     return rank.rank.executor
 
 
-def words(rank: Stepped) -> torch.Tensor:
-    """[page, layer, k|v, slot, words of a slot] int32, a view of the pool."""
-    data = rank.pool.data
-    return data.view(*data.shape[:4], -1).view(torch.int32)
-
-
-def fill(rank: Stepped, pattern: int) -> None:
-    words(rank).fill_(pattern)
-
-
-def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
-    """Every slot but those that the leases have computed, and the scratch page, has the pattern still; of those none has."""
-    pool = words(rank)
-    given = torch.zeros(pool.shape[0], rank.page, dtype=torch.bool)
-    for lease in leases:
-        for position in range(lease.computed):
-            given[lease.pages[position // rank.page], position % rank.page] = True
-    same = (pool == pattern).flatten(4).all(-1).all(2).all(1).cpu()
-    scratch = rank.built.pages
-    wrong = (~same & ~given).nonzero().tolist()
-    assert [place for place in wrong if place[0] != scratch] == [], "(page, slot) written that nobody was given"
-    missing = (same & given).nonzero().tolist()
-    assert missing == [], "(page, slot) that should have been written"
-    assert [slot for page, slot in wrong if page == scratch] in ([], [0]), "padding writes to the first slot of its page"
-
-
 @contextlib.contextmanager
-def padded_to(runner: GpuRunner, size: int) -> Iterator[None]:
-    """Inside, every decode step is padded to `size`."""
-    assert runner._whole is not None
-    kept = runner._whole.fit
-    runner._whole.fit = lambda batch: max(size, kept(batch) or batch)  # type: ignore[method-assign, assignment]
+def padded_to(graphs: StepGraphs | None, least: int) -> Iterator[None]:
+    """Inside, every step of these graphs is padded to `least`, if it is not larger."""
+    assert graphs is not None
+    kept = graphs.fit
+
+    def fit(size: int) -> int | None:
+        fitting = kept(size)
+        return max(least, fitting) if fitting is not None else None
+
+    graphs.fit = fit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        runner._whole.fit = kept  # type: ignore[method-assign]
+        graphs.fit = kept  # type: ignore[method-assign]
 
 
 def beside_chunks(rank: Stepped, works: list[Work]) -> list[Lease]:
@@ -84,9 +60,27 @@ def test_graphs_of_all_sizes_with_few_rows(rank: Stepped, count: int) -> None:
         if size < count:
             continue
         fill(rank, NAN)
-        with padded_to(runner, size):
+        with padded_to(runner._whole, size):
             leases = beside_chunks(rank, mixture(count, 20, first=size))
         assert all(len(lease.tokens) == 20 for lease in leases), f"a NaN has been read at size {size}"
+        require_untouched(rank, NAN, leases)
+
+
+def test_prefill_graphs_of_all_sizes_with_few_tokens(rank: Stepped) -> None:
+    """Beside decodes that are padded themselves; what fills up a step of chunks has a row and a slot of nobody."""
+    runner = runner_of(rank)
+    assert runner._whole is not None
+    assert runner._prefills is not None
+    works = [
+        Work(draw(length, seed=length), work.params, length)
+        for length, work in zip((2, 5, 16, 17, 31), mixture(5, 9), strict=True)
+    ]
+    for size in runner._prefills.sizes:
+        fill(rank, NAN)
+        with padded_to(runner._whole, 8), padded_to(runner._prefills, size):
+            leases = beside_chunks(rank, works[:2])
+            leases += rank.generate(works[2:])
+        assert all(len(lease.tokens) == 9 for lease in leases), f"a NaN has been read at size {size}"
         require_untouched(rank, NAN, leases)
 
 
@@ -96,15 +90,10 @@ def test_graphs_up_to_the_logits_too(rank: Stepped) -> None:
     assert runner._unsampled is not None
     for size in runner._unsampled.sizes[3::4]:
         fill(rank, NAN)
-        with padded_to(runner, size):
+        with padded_to(runner._whole, size):
             leases = beside_chunks(rank, [*mixture(2, 20), constrained(30)])
         assert all(lease.tokens for lease in leases)
         assert [len(lease.tokens) for lease in leases[:2]] == [20, 20]
-        # the grammar's end is seen a step after the next has begun, which may write one slot more
-        ended = leases[2]
-        page, slot = divmod(ended.computed, rank.page)
-        if page < len(ended.pages):
-            words(rank)[ended.pages[page], :, :, slot] = NAN
         require_untouched(rank, NAN, leases)
 
 

@@ -109,8 +109,8 @@ class Stepped:
     # ---- what a scheduler says
 
     def start(self, work: Work, *, output: Sequence[int] = (), cached: int = 0, pages: Sequence[int] | None = None) -> Lease:
-        """Puts it into the batch with the next turn. output: emitted before a restart. cached: tokens whose KV stands already
-        in `pages`: another lease's, or taken from `free_pages` by the caller."""
+        """Puts it into the batch with the next turn. output: emitted before a restart. pages: another lease's, or taken from
+        `free_pages` by the caller, in which the KV of `cached` tokens stands already."""
         tokens = [*work.prompt, *output]
         blocks = list(pages) if pages is not None else []
         blocks += [self.free_pages.popleft() for _ in range(self._pages_for(len(tokens)) - len(blocks))]

@@ -60,7 +60,8 @@ class GpuParts:
         self._most = min(config.rows, config.step_tokens)
         self._largest = chunk_ladder(config.step_tokens)[-1]
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
-        self._graphs = config.cuda_graphs and not isinstance(comm, ThreadGroup)
+        self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
+        self._graphs = config.cuda_graphs and not self._threads
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
             vocab_size=model_config.vocab_size, comm=comm, rows=config.rows,
@@ -103,7 +104,7 @@ class GpuParts:
 
     def _compile(self, runner: GpuRunner) -> None:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
-        if self._device.type != "cuda" or isinstance(self._comm, ThreadGroup):
+        if self._device.type != "cuda" or self._threads:
             return  # interpreted; or of several threads, of which none may wait for another here
         with compiling_ahead():
             for size in ladder(self._most):

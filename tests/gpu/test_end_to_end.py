@@ -1,0 +1,124 @@
+"""The whole engine on a GPU, its groups in a process of their own: it says what transformers says, and what a CPU says."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.local import LocalEngine
+from cluster.local_process import ProcessGroups
+from deploy import LLM, SamplingParams
+from deploy.outputs import RequestOutput
+from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
+from tests.end_to_end.prompts import OUTPUTS, PROMPTS, SAMPLING
+from tests.end_to_end.reference import Ledger, Reference
+from tests.end_to_end.settings import (
+    LARGE_POOL_TOKENS,
+    LLAMA,
+    MISTRAL,
+    QWEN3,
+    SMALL_POOL_TOKENS,
+    Setting,
+    greedy,
+    kv_memory,
+    open_llm,
+    run,
+)
+from tests.end_to_end.turns import turns
+from tests.end_to_end.waiting import wait_idle
+from tests.gpu.works import DEVICE, GPU
+
+pytestmark = GPU
+
+PARAMS = [greedy(count) for count in OUTPUTS]
+ROWS = 12
+LENGTH = 8192  # more than can be said before a process is killed
+SCRATCH = 1
+"""A page that padding writes to, out of the memory for pages."""
+TABLE: list[tuple[Setting, dict[str, Any]]] = [
+    (Setting(LLAMA, 33, page=16, caching=True, small=True), {}),
+    (Setting(QWEN3, 2048, page=16, caching=True, small=True), {"cuda_graphs": False}),
+    (Setting(MISTRAL, 2048, page=256, caching=False, small=False), {"kv_memory": None}),
+]
+"""Pools in which sequences are preempted and prefixes are hit, with graphs and without; and one that measures its memory."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    extra: dict[str, dict[str, Any]] = {LLAMA: {"rope_parameters": LLAMA3_ROPE}}
+    return {
+        name: make_checkpoint(
+            folder / name, name, seed=seed, head_dim=64, max_position_embeddings=LENGTH, **extra.get(name, {})
+        )
+        for seed, name in enumerate((LLAMA, MISTRAL, QWEN3))
+    }
+
+
+@pytest.fixture(scope="module")
+def sampled_on_cpu(checkpoints: dict[str, Path]) -> dict[str, list[RequestOutput]]:
+    outputs = {}
+    for name, path in checkpoints.items():
+        with open_llm(path, page=256, device="cpu", max_num_batched_tokens=8192) as llm:
+            outputs[name] = run(llm, PROMPTS, SAMPLING)
+    return outputs
+
+
+def parted(outputs: list[RequestOutput], expected: list[RequestOutput]) -> list[str]:
+    """In words, which choices differ."""
+    return [
+        f"{params}: {ours.token_ids} | {theirs.token_ids}"
+        for params, output, other in zip(SAMPLING, outputs, expected, strict=True)
+        for ours, theirs in zip(output.outputs, other.outputs, strict=True)
+        if (ours.token_ids, ours.finish_reason) != (theirs.token_ids, theirs.finish_reason)
+    ]
+
+
+@pytest.mark.parametrize(("setting", "options"), TABLE, ids=str)
+def test_same_tokens(
+    setting: Setting, options: dict[str, Any], checkpoints: dict[str, Path], sampled_on_cpu: dict[str, list[RequestOutput]]
+) -> None:
+    """Greedy as transformers, sampled as on a CPU, but for near ties: of either, one may be parted by rounding."""
+    path, ledger = checkpoints[setting.architecture], Ledger()
+    reference = Reference(path)
+    pages = (SMALL_POOL_TOKENS[setting.page] if setting.small else LARGE_POOL_TOKENS) // setting.page
+    options = {"max_num_seqs": ROWS, "kv_memory": kv_memory(path, pages + SCRATCH, setting.page)} | options
+    options |= {"max_num_batched_tokens": setting.budget, "enable_prefix_caching": setting.caching}
+    with open_llm(path, page=setting.page, device=DEVICE, **options) as llm:
+        for turn, outputs in enumerate(turns(llm, setting, PARAMS)):
+            for prompt, output, count in zip(PROMPTS, outputs, OUTPUTS, strict=True):
+                assert len(output.outputs[0].token_ids) == count
+                reference.require_same(prompt, output.outputs[0].token_ids, ledger, f"{setting}, turn {turn}")
+        sampled = run(llm, PROMPTS, SAMPLING)
+        wait_idle(llm)
+    ledger.require_rare()
+    different = parted(sampled, sampled_on_cpu[setting.architecture])
+    print(f"{setting}: {ledger.compared} greedy outputs, near ties {ledger.exempt}")
+    print(f"{setting}: sampled otherwise than on a CPU: {different}")
+    assert len(different) <= 1
+
+
+def test_a_lost_process_in_the_middle_of_replay_fails_what_is_under_way(checkpoints: dict[str, Path]) -> None:
+    """And the device serves the next engine."""
+    endless = SamplingParams(temperature=0.0, max_tokens=LENGTH - 100, ignore_eos=True)
+    reference, prompt = Reference(checkpoints[QWEN3]), PROMPTS[11]
+    with open_llm(checkpoints[QWEN3], device=DEVICE, max_num_seqs=4) as llm:
+        stream = llm.iterate([prompt], endless)
+        next(iter(stream))
+        os.kill(_child_of(llm), signal.SIGKILL)
+        *_, (_, last) = stream
+        assert last.error is not None
+        assert "process of the local groups has ended" in last.error
+    with open_llm(checkpoints[QWEN3], device=DEVICE, max_num_seqs=4) as llm:
+        output = run(llm, [prompt], greedy(20))[0].outputs[0]
+    reference.require_same(prompt, output.token_ids, Ledger(), "after a lost process")
+
+
+def _child_of(llm: LLM) -> int:
+    engine = llm._engine
+    assert isinstance(engine, LocalEngine)
+    assert isinstance(engine._groups, ProcessGroups)
+    assert engine._groups._child is not None
+    return engine._groups._child.pid
