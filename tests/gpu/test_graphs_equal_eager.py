@@ -63,7 +63,7 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
             seen.add((size, fitting))
         return fitting
 
-    runner._whole.fit = fit  # type: ignore[method-assign, assignment]
+    runner._whole.fit = fit  # type: ignore[method-assign]
     try:
         yield seen
     finally:
