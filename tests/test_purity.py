@@ -19,12 +19,26 @@ PURE = [
     "workers.loop.link",
     "workers.loop.reports",
     "workers.loop.simulated",
+    "workers.model.architectures",
+    "workers.model.fields",
+    "workers.model.rope_settings",
+    "workers.model.rotary",
 ]
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_imports_with_torch_and_ray_blocked(module: str) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys(('torch', 'ray', 'transformers'))); import {module}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_cpu_needs_no_triton() -> None:
+    """It is not on every platform, and takes a second to import."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import cluster.local_process, workers.actor, workers.attention.select, workers.build, workers.execution.runner"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

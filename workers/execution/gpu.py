@@ -137,14 +137,20 @@ class GpuParts:
         runner.run_padding(self._most)
 
     def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
-        """One prompt, in the first pages, which nobody has been granted yet."""
+        """Prompts of so many tokens together, in pages which nobody has been granted yet: what they hold does not matter, so
+        where there are few, several prompts write to one."""
         config = self._config
         batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-        length = max(2, min(tokens, config.max_model_len - 1))  # a single token were a decode
-        pages = self._layout.pages_for(length)
-        batch.block_table[0, :pages] = np.arange(pages)
-        batch.known[0], batch.slots[0], batch.lease[0] = length, length, 0
-        batch.tokens[0] = np.zeros(length, np.int32)
+        left, page = max(2, tokens), 0
+        for row in range(config.rows):
+            length = min(left, config.max_model_len - 1)
+            if length < 2:
+                break  # a single token were a decode
+            pages = self._layout.pages_for(length)
+            batch.block_table[row, :pages] = (page + np.arange(pages)) % (runner.pool.pages - 1)
+            batch.known[row], batch.slots[row], batch.lease[row] = length, length, row
+            batch.tokens[row] = np.zeros(length, np.int32)
+            left, page = left - length, page + pages
         runner.execute(batch, batch.launch(batch.plan())).wait()
 
     def _measure_graphs(self, runner: GpuRunner) -> int:
