@@ -34,8 +34,8 @@ than `LARGE_LAYER_BYTES` of weights: the four of a layer at 4 tokens 28 us again
 
 LARGE_LAYER_BYTES = 64 << 20
 SMALL_WEIGHT_BYTES = 16 << 20
-"""Products of so little begin while the one before still runs (programmatic dependent launch): 14.5 us a layer instead of 18.4 at
-0.6B. Larger ones fill the device by themselves, and are disturbed: 116 instead of 103 us at 8B."""
+"""Products of so little begin while the one before still runs (programmatic dependent launch): 14.5 us a layer instead of
+18.4 at 0.6B. Larger ones fill the device by themselves, and are disturbed: 116 instead of 103 us at 8B."""
 
 
 class FusedDecoder:
