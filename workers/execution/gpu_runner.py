@@ -22,7 +22,7 @@ from workers.attention.base import PagedAttention
 from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import StepGraphs
-from workers.execution.pending import DeviceTokens, Following
+from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pinned import PinnedRing
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
@@ -153,7 +153,8 @@ class GpuRunner:
         for part in parts:
             if not part.sampled and part.samples:
                 self._sample(part.logits[: part.samples], part.rows, part.positions, part.out)
-        measured = self._measure(batch, step, parts[-1].logits[parts[-1].samples :]) if step.measured else []
+        last = parts[-1]  # the chunks, where prompts are measured
+        measured = measure_prompts(self._sampler.measure_prompt, batch, step, last.logits[last.samples :])
         return self._following.pending(self._to_host(step, samples, parts, measured), samples, allowed)
 
     # ---- decodes
@@ -220,17 +221,6 @@ class GpuRunner:
             return attention.chunks(layer, query, plan)
 
         return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
-
-    def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
-        """logits: of all measured positions, one part after another."""
-        parts = []
-        for part in step.measured:
-            first = int(step.first[part.index]) + 1
-            tokens = batch.tokens[step.plan.rows[part.index]][first : first + part.count]
-            numbers = self._sampler.measure_prompt(logits[: part.count], tokens, part.most)
-            parts.append(PromptPart(part.index, first, part.most, numbers))
-            logits = logits[part.count :]
-        return parts
 
     # ---- back to the host
 

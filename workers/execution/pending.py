@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from scheduler.messages import NO_TOKEN
-from workers.loop.batch import Launched
+from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Tokens
 from workers.sampling.constraints import Allowed, Constraints
 from workers.sampling.logprobs import Logprobs, PromptPart
@@ -19,6 +19,21 @@ from workers.sampling.logprobs import Logprobs, PromptPart
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+
+
+MeasurePrompt = Callable[[Tensor, npt.NDArray[np.int32], int], Tensor]
+"""(logits [positions, vocab], the tokens that follow them, top entries wanted of each) -> `PromptPart.numbers`."""
+
+
+def measure_prompts(measure: MeasurePrompt, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
+    """The log-probabilities of prompts that a step brings. logits: of all measured positions, one part after another."""
+    parts = []
+    for part in step.measured:
+        first = int(step.first[part.index]) + 1
+        tokens = batch.tokens[step.plan.rows[part.index]][first : first + part.count]
+        parts.append(PromptPart(part.index, first, part.most, measure(logits[: part.count], tokens, part.most)))
+        logits = logits[part.count :]
+    return parts
 
 
 class DeviceTokens:

@@ -8,17 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from kvcache.pool import KVPool
 from scheduler.messages import Start
 from workers.execution.inputs import build_step
-from workers.execution.pending import DeviceTokens, Following
+from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.decoder import Decoder
 from workers.sampling.constraints import Constraints
-from workers.sampling.logprobs import PromptPart
 from workers.sampling.sampler import Sampler
 
 Ints = npt.NDArray[np.int64]
@@ -64,7 +62,7 @@ class ModelRunner:
         """Launches the step. Every rank of the group must call it with the same step: the model talks to its peers."""
         samples = np.flatnonzero(step.samples)
         logits = self._model.forward(build_step(batch, step, self._last_tokens))
-        measured = self._measure(batch, step, logits[len(samples) :])
+        measured = measure_prompts(self._sampler.measure_prompt, batch, step, logits[len(samples) :])
         arrived = _after_this(logits.device)
         if not len(samples):
             return DeviceTokens(step, samples, None, None, measured, arrived)
@@ -76,17 +74,6 @@ class ModelRunner:
         host = sampled.tokens.to("cpu", non_blocking=True)
         tokens = DeviceTokens(step, samples, host, sampled.logprobs, measured, _after_this(logits.device))
         return self._following.pending(tokens, samples, allowed)
-
-    def _measure(self, batch: ResidentBatch, step: Launched, logits: Tensor) -> list[PromptPart]:
-        """logits: of all measured positions, one part after another."""
-        parts = []
-        for part in step.measured:
-            first = int(step.first[part.index]) + 1
-            tokens = batch.tokens[step.plan.rows[part.index]][first : first + part.count]
-            numbers = self._sampler.measure_prompt(logits[: part.count], tokens, part.most)
-            parts.append(PromptPart(part.index, first, part.most, numbers))
-            logits = logits[part.count :]
-        return parts
 
 
 def _after_this(device: torch.device) -> Callable[[], None]:
