@@ -26,7 +26,7 @@ SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
     "top_p": (float, "Sample among the likeliest tokens of this total probability, 0 to 1. Default: 1.0."),
     "min_p": (float, "Leave out tokens below this share of the likeliest one's probability, 0 to 1. Default: 0.0."),
     "seed": (int, "Integer that makes sampling repeatable. Default: drawn for each request."),
-    "repetition_penalty": (float, "Factor against tokens of prompt and output, above 0. Default: 1.0 (none)."),
+    "repetition_penalty": (float, "Factor against tokens of prompt and output, 0.01 to 100. Default: 1.0 (none)."),
     "presence_penalty": (float, "Subtracted from logits of tokens in the output, -2 to 2. Default: 0.0."),
     "frequency_penalty": (float, "Subtracted once for each time in the output, -2 to 2. Default: 0.0."),
     "logit_bias": (list[str], "ID=BIAS: added to that token's logit, -100 to 100; repeatable. Default: none."),

@@ -10,6 +10,8 @@ import msgspec
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+"""A logit is divided by it, or multiplied with it: beyond these it would not stay finite."""
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -27,7 +29,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     temperature: 0 is greedy. top_k: 0 keeps all. top_p, min_p: probabilities.
     seed: noise depends on (seed, choice, position, token id) alone; a request without a seed draws one at submit.
-    repetition_penalty: multiplicative over prompt and output; presence_penalty, frequency_penalty: additive over output.
+    repetition_penalty: multiplicative over prompt and output, 0.01 to 100. presence_penalty, frequency_penalty: additive over
+    output.
     logit_bias: token id -> added to the logit. stop: strings, found by the front end and cut from the text.
     stop_token_ids: ids that end the output besides the model's own end-of-sequence ids.
     min_tokens, max_tokens: output tokens; max_tokens None means as many as model and pool allow.
@@ -63,7 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check("top_k", self.top_k, 0, math.inf)
         _check("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _check("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check("min_tokens", self.min_tokens, 0, math.inf)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from scheduler.sampling import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
+
 INT32 = 2**31 - 1
 
 Count = Annotated[int, Meta(ge=1, le=INT32)]
@@ -52,7 +54,7 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
     # vLLM's
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
     min_p: Share | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
     stop_token_ids: list[AtLeastZero] | None = None
     min_tokens: AtLeastZero | None = None
     ignore_eos: bool | None = None

@@ -13,7 +13,8 @@ import pytest
 from cluster.engine import EngineError
 from cluster.join import QUESTION, check_address
 
-DEAD = "127.0.0.1:1"
+HOST = "127.0.0.2"  # 127.0.0.1 is what Ray puts the outward address for
+DEAD = f"{HOST}:1"
 TOKEN = "f" * 32
 
 
@@ -35,9 +36,9 @@ class Gcs(grpc.GenericRpcHandler):  # type: ignore[misc]
 @pytest.fixture
 def protected() -> Iterator[str]:
     server = grpc.server(ThreadPoolExecutor(2), handlers=[Gcs()])
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"{HOST}:0")
     server.start()
-    yield f"127.0.0.1:{port}"
+    yield f"{HOST}:{port}"
     server.stop(None)
 
 

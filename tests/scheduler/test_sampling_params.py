@@ -23,6 +23,8 @@ OUTSIDE: list[tuple[str, Any]] = [
     ("seed", -1),
     ("seed", 2**63),
     ("repetition_penalty", 0.0),
+    ("repetition_penalty", 5e-324),
+    ("repetition_penalty", 1e30),
     ("repetition_penalty", math.inf),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
