@@ -58,8 +58,8 @@ class LLM:
     asyncio.
 
     model: folder of a Hugging Face checkpoint; left out, the tiny one that comes with Manta. kv_memory: of each rank,
-    in bytes or as "4GiB". local: everything in this process, without Ray. options: the other fields of
-    `cluster.config.EngineConfig`.
+    in bytes or as "4GiB". local: without Ray, in this process; on a GPU the ranks have one of their own. options: the
+    other fields of `cluster.config.EngineConfig`.
     Errors: ValueError or OSError for what was asked (unknown options name the nearest one), EngineError for what went
     wrong.
     """
