@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_ports
 from tests.processes import descendants, wait_gone
 
 HOST = "127.0.0.2"  # loopback, which Ray keeps only if it is not 127.0.0.1
@@ -25,7 +25,7 @@ PATIENCE_S = 180.0
 def autoscaling_ray(folder: Path, head_cpus: int, worker_cpus: int, max_workers: int) -> Iterator[str]:
     """Yields the address to join. A worker node that is idle for some seconds is taken away."""
     config = folder / "autoscaling.json"
-    port = _free_port()
+    (port,) = free_ports(1, HOST)
     config.write_text(json.dumps(_config(f"{HOST}:{port}", head_cpus, worker_cpus, max_workers)))
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
     command += [f"--num-cpus={head_cpus}", f"--node-ip-address={HOST}", "--include-dashboard=false"]
@@ -55,12 +55,6 @@ def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
         assert time.monotonic() < deadline, said
         time.sleep(0.2)
     return said.partition("--address='")[2].partition("'")[0]
-
-
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def _config(address: str, head_cpus: int, worker_cpus: int, max_workers: int) -> dict[str, Any]:

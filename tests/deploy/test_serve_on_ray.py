@@ -7,7 +7,6 @@ workers are stopped: however slow this machine is, no stream ends before it.
 import contextlib
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.config import PROXY_PORTS
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
+from tests.ports import free_ports
 from tests.processes import (
     INGRESS,
     SCHEDULER,
@@ -204,12 +204,6 @@ def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
     call = stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
     next(call)
     return call
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from deploy.batch.run import Task, run
 from deploy.batch.storage import Location
 from deploy.config import ConfigError, load_config
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
+from tests.ports import free_ports
 from tests.processes import SCHEDULER, all_named
 
 pytestmark = pytest.mark.ray
@@ -33,8 +33,7 @@ ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number i
 @pytest.fixture(scope="module")
 def client() -> Iterator[JobSubmissionClient]:
     """Jobs need the dashboard, and its agent listens on a fixed port: no other Ray may run on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     ray.init(
         address="local", num_cpus=8, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
         _node_ip_address="127.0.0.2", log_to_driver=False,
@@ -110,8 +109,7 @@ def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tm
     """Through Serve's handle, and through its endpoint."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(as_lines([*ENTRIES[:10], entry("chat", CHAT, model="tiny")]))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     config = load_config(engine={"kv_memory": "64MiB"}, serve={"port": port}, environ={})
 
     def answered(name: str, **ways: str) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from socket import create_server
 from typing import Any
 
 import grpc
@@ -20,6 +19,7 @@ from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from deploy.proto.writing import merged
 from tests.deploy.grpc.calls import consumed, endless, text, until
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.ray
 
@@ -64,9 +64,7 @@ class Endpoint:
 
 @pytest.fixture(scope="module", params=["0", "1"], ids=["proxy", "haproxy"])
 def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(create_server(("127.0.0.1", 0))) for _ in range(4)]
-        *ports, metrics_port, stats_port = [listener.getsockname()[1] for listener in listeners]
+    *ports, metrics_port, stats_port = free_ports(4)
     haproxy = {
         "RAY_SERVE_ENABLE_HA_PROXY": request.param, "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port), "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
