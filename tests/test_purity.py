@@ -26,10 +26,15 @@ PURE = [
 ]
 
 
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own, in which nothing has been imported."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("module", PURE)
 def test_imports_with_torch_and_ray_blocked(module: str) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys(('torch', 'ray', 'transformers'))); import {module}"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -39,7 +44,7 @@ def test_a_cpu_needs_no_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import cluster.local_process, workers.actor, workers.attention.select, workers.build, workers.execution.runner"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -52,7 +57,7 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
         "from deploy.prompts import read_model_limits\n"
         "assert read_model_limits(EMBEDDED_MODEL, None).vocab_size > 0"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(code)
     assert result.returncode == 0, result.stderr
 
 
@@ -69,5 +74,5 @@ def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
         "import torch\n"
         "assert torch.ones(1).sum() == 1"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(code)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr

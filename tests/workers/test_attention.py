@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,15 +16,12 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from tests.workers import fake_flash_attn
 from tests.workers.attention_reference import Problem, make_problem, make_step
+from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
 from workers.attention.flash import FlashAttention, load_kernels
 from workers.attention.select import select_backend
 from workers.cpu.attention import CpuAttention
 from workers.cpu.native import NativeAttention, NativeUnavailable, load_library
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which the backend does late
 
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
 CACHE = Path("~/.cache/manta").expanduser()
@@ -73,7 +69,6 @@ def _cases(*backends: str) -> list[ParameterSet]:
         for backend, dtype in pairs
         if backend != "triton" or not (CUDA or dtype == "bfloat16")  # the interpreter multiplies bfloat16's bits
     ]
-    gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
     return on_cpu + [
         pytest.param(backend, dtype, "cuda", id=f"{backend}-{dtype}-cuda", marks=gpu)
         for backend, dtype in pairs

@@ -1,35 +1,17 @@
 """Chunk attention in Triton against dense float64 attention: ragged chunks, tiles of every kind, page borders, garbage."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from kvcache.layout import PageLayout
 from tests.workers.attention_reference import Problem, make_problem, make_step
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from tests.workers.kernels.devices import ATTENTION_TOLERANCE, every_attention_dtype, one_attention_dtype
 
 pytest.importorskip("triton")
 
-from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig  # noqa: E402
-
-TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-
-
-def _cases(*dtypes: str) -> list[ParameterSet]:
-    """(dtype, device): interpreted on a CPU, where bfloat16 products are not served, and real on a GPU."""
-    on_cpu = [pytest.param(dtype, "cpu", id=dtype) for dtype in dtypes if not CUDA and dtype != "bfloat16"]
-    return on_cpu + [pytest.param(dtype, "cuda", id=f"{dtype}-cuda", marks=gpu) for dtype in dtypes]
-
-
-every_dtype = pytest.mark.parametrize(("dtype", "device"), _cases("float32", "float16", "bfloat16"))
-one_dtype = pytest.mark.parametrize(("dtype", "device"), _cases("float16"))
+from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig
 
 
 def check(problem: Problem, config: ChunkConfig | None = None, spare: int = 0) -> None:
@@ -42,7 +24,7 @@ def check(problem: Problem, config: ChunkConfig | None = None, spare: int = 0) -
     tables = torch.nn.functional.pad(step.block_tables, (0, 50), value=1 << 30)  # no page: must not be followed
     out = torch.full_like(problem.query, float("nan"))
     attention.run(layer, problem.query, tables, step.context_lens, tiles, out)
-    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[pool.layout.dtype], rtol=0)
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=ATTENTION_TOLERANCE[pool.layout.dtype], rtol=0)
 
 
 def chunks(page: int, kv_heads: int, group: int, head_dim: int, dtype: str, device: str) -> Problem:
@@ -54,25 +36,25 @@ def chunks(page: int, kv_heads: int, group: int, head_dim: int, dtype: str, devi
 SMALL = ChunkConfig(rows=32, keys=32, warps=4)
 
 
-@every_dtype
+@every_attention_dtype
 @pytest.mark.parametrize("page", [16, 64])
 def test_ragged_chunks_over_page_borders(dtype: str, device: str, page: int) -> None:
     check(chunks(page, 2, 2, 64, dtype, device))
 
 
-@one_dtype
+@one_attention_dtype
 def test_pages_of_256(dtype: str, device: str) -> None:
     layout = PageLayout(page_size=256, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
     check(make_problem(make_step([20, 60], [270, 256], 256), layout, heads=2, device=device))
 
 
-@one_dtype
+@one_attention_dtype
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (2, 128), (4, 96), (7, 128), (8, 64)])
 def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
     check(chunks(16, 1, group, head_dim, dtype, device), spare=40)
 
 
-@one_dtype
+@one_attention_dtype
 @pytest.mark.parametrize(
     "config",
     [SMALL, replace(SMALL, descriptor=True), replace(SMALL, keys=64), replace(SMALL, rows=64, stages=2)],
@@ -83,7 +65,7 @@ def test_every_way_to_tile(dtype: str, device: str, config: ChunkConfig) -> None
         check(chunks(page, 2, 3, 64, dtype, device), config, spare=200)
 
 
-@one_dtype
+@one_attention_dtype
 def test_more_sequences_than_one_look(dtype: str, device: str) -> None:
     """The plan looks at 64 sequences at a time: chunks before and behind that border."""
     layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=16, dtype=dtype)

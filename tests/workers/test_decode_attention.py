@@ -1,35 +1,17 @@
 """Decode attention in Triton against dense float64 attention: every way to cut it, ragged rows, padding, garbage."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from kvcache.layout import PageLayout
 from tests.workers.attention_reference import Problem, make_problem, make_step
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_attention_dtype, one_attention_dtype
 
 pytest.importorskip("triton")
 
-from workers.kernels.decode_attention import DecodeAttention, DecodeConfig  # noqa: E402
-
-TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
-
-
-def _cases(*dtypes: str) -> list[ParameterSet]:
-    """(dtype, device): interpreted on a CPU, where bfloat16 products are not served, and real on a GPU."""
-    on_cpu = [pytest.param(dtype, "cpu", id=dtype) for dtype in dtypes if not CUDA and dtype != "bfloat16"]
-    return on_cpu + [pytest.param(dtype, "cuda", id=f"{dtype}-cuda", marks=gpu) for dtype in dtypes]
-
-
-every_dtype = pytest.mark.parametrize(("dtype", "device"), _cases("float32", "float16", "bfloat16"))
-one_dtype = pytest.mark.parametrize(("dtype", "device"), _cases("float16"))
+from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
 
 
 def decode(problem: Problem, config: DecodeConfig | None = None, width: int = 0, padding: int = 0) -> torch.Tensor:
@@ -57,7 +39,7 @@ def decode(problem: Problem, config: DecodeConfig | None = None, width: int = 0,
 
 def check(problem: Problem, result: torch.Tensor) -> None:
     rows = len(problem.query)
-    tolerance = TOLERANCE[problem.pool.layout.dtype]
+    tolerance = ATTENTION_TOLERANCE[problem.pool.layout.dtype]
     torch.testing.assert_close(result[:rows].cpu().double(), problem.expected, atol=tolerance, rtol=0)
     assert not result[rows:].any()
 
@@ -68,14 +50,14 @@ def ragged(page: int, kv_heads: int, group: int, head_dim: int, dtype: str, devi
     return make_problem(make_step([1] * len(contexts), contexts, page), layout, heads=kv_heads * group, device=device)
 
 
-@every_dtype
+@every_attention_dtype
 @pytest.mark.parametrize("page", [16, 64, 256])
 def test_ragged_rows_over_page_borders(dtype: str, device: str, page: int) -> None:
     problem = ragged(page, 2, 2, 64, dtype, device)
     check(problem, decode(problem))
 
 
-@one_dtype
+@one_attention_dtype
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (2, 128), (4, 96), (7, 128), (8, 64)])
 def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
     problem = ragged(64, 1 if group > 4 else 2, group, head_dim, dtype, device)
@@ -85,7 +67,7 @@ def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
 SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens are cut
 
 
-@one_dtype
+@one_attention_dtype
 @pytest.mark.parametrize(
     "config",
     [
@@ -106,7 +88,7 @@ def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeCon
         check(problem, decode(problem, config, width=5, padding=4))
 
 
-@one_dtype
+@one_attention_dtype
 def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> None:
     layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
     problem = make_problem(make_step([1] * 3, [3, 700, 7], 64), layout, heads=4, device=device)
@@ -115,7 +97,7 @@ def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> 
     check(problem, decode(problem, replace(config, atomic=False)))
 
 
-@one_dtype
+@one_attention_dtype
 def test_only_padding(dtype: str, device: str) -> None:
     problem = ragged(64, 2, 2, 64, dtype, device)
     attention = DecodeAttention(problem.pool, 4, 3)
@@ -126,7 +108,7 @@ def test_only_padding(dtype: str, device: str) -> None:
     assert not out.any()
 
 
-@one_dtype
+@one_attention_dtype
 def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -> None:
     """Cut alike, a row gives the same bits: its pieces are merged in order, not as they end."""
     problem = ragged(64, 2 if CUDA else 1, 2, 64, dtype, device)

@@ -1,6 +1,5 @@
 """The GPU's sampler draws what the CPU's draws: every mixture, any geometry, ties, NaN, grammars. Interpreted on a CPU."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from scheduler.messages import NO_TOKEN
 from scheduler.sampling import SamplingParams
+from tests.workers.kernels.devices import CUDA
 from tests.workers.test_masks import ANY, allow, pack, random_masks
 from tests.workers.test_sampler import (
     ALONE,
@@ -30,10 +30,6 @@ from tests.workers.test_sampler import (
 from workers.sampling.logprobs import Logprobs
 from workers.sampling.sampler import Sampled
 from workers.sampling.settings import WORDS
-
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which happens below, late
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 CUDA = torch.cuda.is_available()
@@ -18,6 +19,19 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(CUDA, reason="where there is a GPU, the kernels run on it")),
     pytest.param("cuda", marks=gpu),
 ]
+
+
+def attention_cases(*dtypes: str) -> list[ParameterSet]:
+    """(dtype, device): interpreted on a CPU, where bfloat16 products are not served, and real on a GPU."""
+    on_cpu = [pytest.param(dtype, "cpu", id=dtype) for dtype in dtypes if not CUDA and dtype != "bfloat16"]
+    return on_cpu + [pytest.param(dtype, "cuda", id=f"{dtype}-cuda", marks=gpu) for dtype in dtypes]
+
+
+every_attention_dtype = pytest.mark.parametrize(("dtype", "device"), attention_cases("float32", "float16", "bfloat16"))
+one_attention_dtype = pytest.mark.parametrize(("dtype", "device"), attention_cases("float16"))
+ATTENTION_TOLERANCE = {"float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
+"""Largest difference from dense float64 attention, in its absolute value."""
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if CUDA else 8e-3, torch.float16: 6e-4}
 """Relative Frobenius error against float64: one or two roundings to the dtype. The interpreter cuts bfloat16 off instead."""
