@@ -17,7 +17,7 @@ from deploy.app import check_vacant, failure, start_proxies
 from deploy.config import ConfigError
 from deploy.serve_config import ServeConfig
 from tests.deploy.test_ports import HOST
-from tests.deploy.test_serve_on_ray import free_ports
+from tests.ports import free_ports
 from tests.processes import WORKER, all_named, named
 
 pytestmark = pytest.mark.ray
