@@ -19,6 +19,7 @@ from kvcache.pool import KVPool
 from workers.attention.select import select_backend
 from workers.config import WorkerConfig
 from workers.execution.runner import ModelRunner
+from workers.execution.spec import RunnerSpec
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
 from workers.model.architectures import ModelConfig, read_config, torch_dtype
@@ -85,7 +86,7 @@ def build_rank(
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
-        runner, pages = make(config, model_config, layout, comm, dtype, device, constraints, phase)
+        runner, pages = make(RunnerSpec(config, model_config, layout, comm, dtype, device, constraints), phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         constraints.close()
@@ -124,50 +125,35 @@ def _choose_dtype(
     return choice.dtype
 
 
-def _cpu_runner(
-    config: WorkerConfig,
-    model_config: ModelConfig,
-    layout: PageLayout,
-    comm: Communicator,
-    dtype: torch.dtype,
-    device: torch.device,
-    constraints: Constraints,
-    phase: Phase,
-) -> tuple[ModelRunner, int]:
+def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     """What executes on a CPU, and how many pages it has."""
-    shape = model_config.shard(comm.rank, comm.size)
-    model = load_model(config.model, model_config, comm, dtype, device, None, partial(phase, LOADING), config.max_model_len)
+    config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
+    model = load_model(
+        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), config.max_model_len
+    )
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
-    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory), device)
-    pool = KVPool(layout, pages, device)
+    pages = _agree_on_pages(comm, _useful_pages(config, spec.layout, memory), device)
+    pool = KVPool(spec.layout, pages, device)
     model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     sampler = Sampler(
-        vocab_size=model_config.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=dtype
+        vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=spec.dtype
     )
-    return ModelRunner(model, sampler, constraints, config.rows, pool), pages
+    return ModelRunner(model, sampler, spec.constraints, config.rows, pool), pages
 
 
-def _gpu_runner(
-    config: WorkerConfig,
-    model_config: ModelConfig,
-    layout: PageLayout,
-    comm: Communicator,
-    dtype: torch.dtype,
-    device: torch.device,
-    constraints: Constraints,
-    phase: Phase,
-) -> tuple["GpuRunner", int]:
+def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
     """What executes on a GPU, and how many pages it has for sequences: one more is where padding writes."""
     from workers.execution.gpu import GpuParts  # Triton comes with it
 
-    parts = GpuParts(config, model_config, layout, comm, dtype, device, constraints)
+    parts = GpuParts(spec)
     parts.load(partial(phase, LOADING))
     phase(MEASURING, 0, 0)
+    config, layout = spec.config, spec.layout
     memory = config.kv_memory if config.kv_memory is not None else parts.measure()
-    pages = _agree_on_pages(comm, _useful_pages(config, layout, memory - layout.page_bytes), device)
+    pages = _agree_on_pages(spec.comm, _useful_pages(config, layout, memory - layout.page_bytes), spec.device)
     return parts.runner(pages, partial(phase, CAPTURING)), pages
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("triton")
 
 from workers.execution import gpu
 from workers.execution.graphs import chunk_ladder, ladder
+from workers.execution.spec import RunnerSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = WorkerConfig(
@@ -37,7 +38,7 @@ def parts(config: WorkerConfig) -> tuple[gpu.GpuParts, PageLayout]:
     shape = model.shard(0, 1)
     layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, config.dtype)
     constraints = Constraints(partial(load_tokenizer, Path(config.model), shape.vocab, model.eos_ids), shape.vocab, 1)
-    return gpu.GpuParts(config, model, layout, Solo(), torch.float32, DEVICE, constraints), layout
+    return gpu.GpuParts(RunnerSpec(config, model, layout, Solo(), torch.float32, DEVICE, constraints)), layout
 
 
 @pytest.fixture(scope="module")

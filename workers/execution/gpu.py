@@ -5,31 +5,24 @@ Imports torch, Triton's kernels and the tensor side of the room.
 
 import gc
 import logging
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_device_backends
 from workers.execution.chunks import PADDED_CHUNKS
 from workers.execution.device_batch import DeviceBatch
 from workers.execution.gpu_runner import Captured, GpuRunner
 from workers.execution.graphs import chunk_ladder, ladder
+from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
-from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
 from workers.model.fused import FusedDecoder
 from workers.model.weights import Progress
-from workers.parallel.communicator import Communicator
 from workers.parallel.in_process import ThreadGroup
-from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
-
-if TYPE_CHECKING:
-    from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +33,9 @@ MARGIN_BYTES = 256 << 20
 class GpuParts:
     """One rank's model and sampler, from which runners over pools of different sizes are made: one to measure, one to serve."""
 
-    def __init__(
-        self,
-        config: "WorkerConfig",
-        model_config: ModelConfig,
-        layout: PageLayout,
-        comm: Communicator,
-        dtype: torch.dtype,
-        device: torch.device,
-        constraints: Constraints,
-    ) -> None:
-        self._config = config
-        self._model_config = model_config
-        self._layout = layout
-        self._comm = comm
-        self._dtype, self._device = dtype, device
-        self._constraints = constraints
-        self._shape = model_config.shard(comm.rank, comm.size)
+    def __init__(self, spec: RunnerSpec) -> None:
+        config, comm = spec.config, spec.comm
+        self._spec = spec
         self._most = min(config.rows, config.step_tokens)
         self._largest = chunk_ladder(config.step_tokens)[-1]
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
@@ -64,22 +43,22 @@ class GpuParts:
         self._graphs = config.cuda_graphs and not self._threads
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
-            vocab_size=model_config.vocab_size, comm=comm, rows=config.rows,
-            samples=max(config.rows, self._most, PADDED_CHUNKS), device=device, dtype=dtype,
+            vocab_size=spec.model.vocab_size, comm=comm, rows=config.rows,
+            samples=max(config.rows, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
         )  # fmt: skip
 
     def load(self, progress: Progress) -> None:
         """Errors: CheckpointError, torch's out-of-memory error."""
+        spec = self._spec
         self._decoder = load_model(
-            self._config.model, self._model_config, self._comm, self._dtype, self._device, None, progress,
-            self._config.max_model_len,
-        )  # fmt: skip
+            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.config.max_model_len
+        )
 
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
         graphs take, which are run and captured here."""
-        pages = self._layout.pages_for(self._config.step_tokens)
-        probe = (pages + 1) * self._layout.page_bytes
+        pages = self._spec.layout.pages_for(self._spec.config.step_tokens)
+        probe = (pages + 1) * self._spec.layout.page_bytes
         runner = self._make(pages)
         self._compile(runner)
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +71,7 @@ class GpuParts:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         others = total - free - torch.cuda.memory_reserved()
-        return int(total * self._config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
+        return int(total * self._spec.config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
 
     def runner(self, pages: int, captured: Captured) -> GpuRunner:
         """The one that serves, over a pool of so many pages and the scratch page."""
@@ -104,7 +83,7 @@ class GpuParts:
 
     def _compile(self, runner: GpuRunner) -> None:
         """Whatever steps of all sizes launch. A second time it costs nothing."""
-        if self._device.type != "cuda" or self._threads:
+        if self._spec.device.type != "cuda" or self._threads:
             return  # interpreted; or of several threads, of which none may wait for another here
         with compiling_ahead():
             for size in ladder(self._most):
@@ -112,41 +91,41 @@ class GpuParts:
             for size in chunk_ladder(self._largest):
                 runner.run_padded_prefill(size)
             for tokens in (2, 16, 100):
-                self._run_prefill(runner, min(tokens, self._config.step_tokens))
+                self._run_prefill(runner, min(tokens, self._spec.config.step_tokens))
         torch.cuda.synchronize()
 
     def _make(self, pages: int) -> GpuRunner:
         assert self._decoder is not None, "made before it is loaded"
-        config = self._config
-        pool = KVPool(self._layout, pages + 1, self._device)
-        attention, small = select_device_backends(config.attention, pool=pool, heads=self._shape.heads, most=self._most)
+        config = self._spec.config
+        pool = KVPool(self._spec.layout, pages + 1, self._spec.device)
+        attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
         state = DeviceBatch(
             rows=config.rows,
-            pages=self._layout.pages_for(config.max_model_len),
+            pages=self._spec.layout.pages_for(config.max_model_len),
             page_size=config.page_size,
             most=self._most,
             scratch_page=pages,
-            device=self._device,
+            device=self._spec.device,
         )
         model = FusedDecoder(self._decoder, pool)
-        return GpuRunner(model, attention, small, self._sampler, self._constraints, state, self._most, self._largest)
+        return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
         """A prefill of as many tokens as a step may have, then `most` decodes in the scratch page."""
-        self._run_prefill(runner, self._config.step_tokens)
+        self._run_prefill(runner, self._spec.config.step_tokens)
         runner.run_padding(self._most)
 
     def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
         """Prompts of so many tokens together, in pages which nobody has been granted yet: what they hold does not matter, so
         where there are few, several prompts write to one."""
-        config = self._config
+        config = self._spec.config
         batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
         left, page = max(2, tokens), 0
         for row in range(config.rows):
             length = min(left, config.max_model_len - 1)
             if length < 2:
                 break  # a single token were a decode
-            pages = self._layout.pages_for(length)
+            pages = self._spec.layout.pages_for(length)
             batch.block_table[row, :pages] = (page + np.arange(pages)) % (runner.pool.pages - 1)
             batch.known[row], batch.slots[row], batch.lease[row] = length, length, row
             batch.tokens[row] = np.zeros(length, np.int32)

@@ -1,0 +1,28 @@
+"""What a rank's runner is made for, known before a weight is read. Imports what describes it, and torch."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcache.layout import PageLayout
+from workers.config import WorkerConfig
+from workers.model.architectures import ModelConfig, RankShape
+from workers.parallel.communicator import Communicator
+from workers.sampling.constraints import Constraints
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSpec:
+    """One rank's. dtype: of weights, activations and pages. constraints: closed by who made them."""
+
+    config: WorkerConfig
+    model: ModelConfig
+    layout: PageLayout
+    comm: Communicator
+    dtype: torch.dtype
+    device: torch.device
+    constraints: Constraints
+
+    @property
+    def shape(self) -> RankShape:
+        return self.model.shard(self.comm.rank, self.comm.size)
