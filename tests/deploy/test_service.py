@@ -1,8 +1,7 @@
 """Requests that are ended from outside: by their id, or by their deadline, whatever their caller is doing just then."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing
 
 import pytest
 
@@ -14,26 +13,17 @@ from deploy.observation import Observation
 from deploy.prompts import Prompt
 from deploy.service import ServedModel, Service
 from scheduler.sampling import SamplingParams
+from tests.deploy.running import connected
 
 PATIENCE_S = 60.0
 ENDLESS = SamplingParams(max_tokens=1900, ignore_eos=True)
 PROMPT = Prompt([5, 6, 7])
 
 
-@asynccontextmanager
-async def connected_service(observed: list[Observation] | None = None) -> AsyncIterator[Service]:
+def connected_service(observed: list[Observation] | None = None) -> AbstractAsyncContextManager[Service]:
     config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20)
     ends = [] if observed is None else observed
-    service = Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(config), ends.append)
-    running = asyncio.create_task(service.run())
-    async with asyncio.timeout(PATIENCE_S):
-        while not service.connected:
-            await asyncio.sleep(0.01)
-    try:
-        yield service
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    return connected(Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(config), ends.append))
 
 
 async def blocks_are_back(service: Service) -> None:

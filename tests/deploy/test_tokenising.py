@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from deploy.text import Tokenizer
 from deploy.tokenising import LONG_AT_ONCE, LONG_CHARACTERS, is_long
 from tests.deploy.fake_engine import FakeEngine
 from tests.deploy.http.conftest import ScriptedCluster
+from tests.deploy.running import connected
 
 PATIENCE_S = 60.0
 LONG = " " * (LONG_CHARACTERS + 8)
@@ -65,20 +66,10 @@ def slow() -> SlowTokenizer:
     return SlowTokenizer(loaded._implementation)
 
 
-@asynccontextmanager
-async def running(tokenizer: Tokenizer) -> AsyncIterator[Service]:
+def running(tokenizer: Tokenizer) -> AbstractAsyncContextManager[Service]:
     model = replace(ServedModel.read("tiny", EMBEDDED_MODEL, None), tokenizer=tokenizer)
     engine = FakeEngine(reply=[5, 6, 7])
-    service = Service(model, ScriptedCluster(engine))
-    task = asyncio.create_task(service.run())
-    async with asyncio.timeout(PATIENCE_S):
-        while not service.connected:
-            await asyncio.sleep(0.01)
-    try:
-        yield service
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    return connected(Service(model, ScriptedCluster(engine)))
 
 
 def http(service: Service) -> httpx.AsyncClient:

@@ -52,15 +52,7 @@ class Driven:
             self.admit(row, request)
 
     def admit(self, row: int, request: Request) -> None:
-        record = self.sampler.admit(
-            row,
-            params=request.params,
-            seed=request.seed,
-            choice=request.choice,
-            stop_ids=request.stop_ids,
-            prompt=np.array(request.prompt, np.int32),
-            output=np.array(request.output, np.int32),
-        )
+        record = self.sampler.admit(row, **request.admission())
         self.table[row] = torch.from_numpy(record).to(DEVICE)
 
     def sample(self, logits: Tensor, positions: npt.NDArray[np.int64], padding: int = 0) -> list[int]:

@@ -101,6 +101,11 @@ class Request(msgspec.Struct, frozen=True):
     prompt: tuple[int, ...] = (1, 2, 3)
     output: tuple[int, ...] = ()
 
+    def admission(self) -> dict[str, Any]:
+        """As both samplers' `admit` take it."""
+        tokens = {name: np.array(getattr(self, name), np.int32) for name in ("prompt", "output")}
+        return {"params": self.params, "seed": self.seed, "choice": self.choice, "stop_ids": self.stop_ids} | tokens
+
 
 def reference(
     logits: Floats, request: Request, output: list[int], allowed: npt.NDArray[np.bool_] | None = None
@@ -153,15 +158,7 @@ def build(
 
 
 def admit(sampler: Sampler, row: int, request: Request) -> None:
-    sampler.admit(
-        row,
-        params=request.params,
-        seed=request.seed,
-        choice=request.choice,
-        stop_ids=request.stop_ids,
-        prompt=np.array(request.prompt, np.int32),
-        output=np.array(request.output, np.int32),
-    )
+    sampler.admit(row, **request.admission())
 
 
 def shard(logits: Tensor, comm: Rank) -> Tensor:
