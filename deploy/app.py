@@ -37,7 +37,7 @@ from deploy.http import create_app
 from deploy.observer import Observer
 from deploy.serve_config import ServeConfig, model_name
 from deploy.service import ServedModel, Service
-from deploy.tokenizing import import_without_torch
+from deploy.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
 from workers.config import SchedulerAddress

@@ -35,7 +35,7 @@ from deploy.observer import Observer
 from deploy.ports import POLL_S, await_answer, check_free, reserve
 from deploy.serve_config import ServeConfig, model_name
 from deploy.service import ServedModel, Service
-from deploy.tokenizing import import_without_torch
+from deploy.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.stats import ClusterStatus
 

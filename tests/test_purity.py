@@ -64,7 +64,7 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
 def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
     code = (
         "import sys\n"
-        "from deploy.tokenizing import import_without_torch\n"
+        "from deploy.without_torch import import_without_torch\n"
         "import_without_torch()\n"
         "from deploy.config import EMBEDDED_MODEL\n"
         "from deploy.service import ServedModel\n"
