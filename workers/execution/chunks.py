@@ -85,15 +85,7 @@ class ChunkInputs:
 
         What fills it up belongs to no sequence, writes to the scratch page, and is sampled for the row of padding.
         """
-        parts = self._parts(batch, step)
-        sizes = _sizes(tokens, PADDED_CHUNKS)
-        rows = self._state.padding
-        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, 0, rows, 1)
-        padded = [
-            np.pad(part, (0, size - len(part)), constant_values=fill)
-            for part, size, fill in zip(parts, sizes, fills, strict=True)
-        ]
-        self._ring.send(np.concatenate(padded).astype(np.int32), self._padded)
+        self._send_padded(self._parts(batch, step), tokens)
 
     def padded(self, tokens: int) -> ChunkStep:
         """A step of that size, at addresses that stay."""
@@ -104,11 +96,18 @@ class ChunkInputs:
 
     def clear(self, tokens: int) -> None:
         """A padded step of nothing but padding."""
-        sizes = _sizes(tokens, PADDED_CHUNKS)
+        nothing = np.zeros(0, np.int64)
+        self._send_padded([*[nothing] * 3, np.zeros(1, np.int64), *[nothing] * 5], tokens)
+
+    def _send_padded(self, parts: list[Ints], tokens: int) -> None:
+        """parts: as `_parts` gives them."""
         rows = self._state.padding
-        fills = (0, 0, self._state.scratch_slot, 0, 0, rows, 0, rows, 1)
-        values = np.concatenate([np.full(size, fill) for size, fill in zip(sizes, fills, strict=True)])
-        self._ring.send(values.astype(np.int32), self._padded)
+        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, 0, rows, 1)
+        padded = [
+            np.pad(part, (0, size - len(part)), constant_values=fill)
+            for part, size, fill in zip(parts, _sizes(tokens, PADDED_CHUNKS), fills, strict=True)
+        ]
+        self._ring.send(np.concatenate(padded).astype(np.int32), self._padded)
 
     def _parts(self, batch: ResidentBatch, step: Launched) -> list[Ints]:
         """In the order of `ChunkStep`."""

@@ -1,9 +1,7 @@
-"""Executes steps on one rank's device: inputs, model, sampler. The sampled tokens stay there for the next step.
+"""Executes steps on a CPU: inputs, model, sampler. A step is done when its launch returns; a GPU has `gpu_runner`.
 
 Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constraints`.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -63,23 +61,16 @@ class ModelRunner:
         samples = np.flatnonzero(step.samples)
         logits = self._model.forward(build_step(batch, step, self._last_tokens))
         measured = measure_prompts(self._sampler.measure_prompt, batch, step, logits[len(samples) :])
-        arrived = _after_this(logits.device)
         if not len(samples):
-            return DeviceTokens(step, samples, None, None, measured, arrived)
+            return DeviceTokens(step, samples, None, None, measured, _done)
         rows = step.plan.rows[samples]
-        allowed = self._following.allowed(rows)  # after the launch: a device computes while this waits
+        allowed = self._following.allowed(rows)
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
         # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
-        self._last_tokens[torch.from_numpy(rows).to(self._last_tokens.device)] = sampled.tokens.clamp(min=0)
-        host = sampled.tokens.to("cpu", non_blocking=True)
-        tokens = DeviceTokens(step, samples, host, sampled.logprobs, measured, _after_this(logits.device))
+        self._last_tokens[torch.from_numpy(rows)] = sampled.tokens.clamp(min=0)
+        tokens = DeviceTokens(step, samples, sampled.tokens, sampled.logprobs, measured, _done)
         return self._following.pending(tokens, samples, allowed)
 
 
-def _after_this(device: torch.device) -> Callable[[], None]:
-    """Waits for what has been launched so far; on a CPU that is done."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event.synchronize
+def _done() -> None:
+    """There is nothing to wait for."""
