@@ -52,12 +52,20 @@ def test_nonsense_says_what_to_do() -> None:
         check_address("nonsense")
 
 
+JOIN = """
+import sys
+from ray._private import services
+services.find_gcs_addresses = set  # other tests' clusters run on this machine, and "auto" looks through its processes
+from cluster.join import check_address
+check_address(sys.argv[1])
+"""
+
+
 def join(address: str, home: Path, **environment: str) -> str:
-    """What a process of its own, with nothing of Ray's in its environment, says of it."""
+    """What a process of its own, on a machine where no Ray runs and with nothing of Ray's in its environment, says of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    code = "import sys; from cluster.join import check_address; check_address(sys.argv[1])"
     asked = subprocess.run(
-        [sys.executable, "-c", code, address], env=kept | {"HOME": str(home)} | environment, capture_output=True, text=True
+        [sys.executable, "-c", JOIN, address], env=kept | {"HOME": str(home)} | environment, capture_output=True, text=True
     )
     return asked.stderr if asked.returncode else "joined"
 
