@@ -13,8 +13,8 @@ import torch
 from benchmarks.gpu_works import Work
 from cluster.config import EngineConfig
 from cluster.worker_config import resolve
-from scheduler.messages import ROW_BITS, Command, LeaseId, Start
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
+from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Executor, Pending, Tokens

@@ -23,13 +23,13 @@ from starlette.types import Message
 from benchmarks.engine import positive
 from benchmarks.report import Spread, table
 from cluster.engine import OnDeltas, OnFailure
-from deploy.access import ApiKeys
-from deploy.config import EMBEDDED_MODEL
-from deploy.http import create_app
-from deploy.serve_config import ServeConfig
-from deploy.service import ServedModel, Service
-from scheduler.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
-from scheduler.stats import ClusterStatus
+from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.serve import ServeConfig
+from deploy.doors.access import ApiKeys
+from deploy.doors.http import create_app
+from deploy.frontend.service import ServedModel, Service
+from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request, TalliedMetric
+from scheduler.server.stats import ClusterStatus
 
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "completions": ("/v1/completions", {"prompt": "def add(a, b):\n"}),

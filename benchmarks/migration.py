@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.report import table
-from cluster.local import FRONT_END, LocalEngine
+from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM, SamplingParams
 from scheduler.core import SchedulerCore
 

@@ -3,7 +3,7 @@
     python benchmarks/replay.py conversation_trace.jsonl                       # half an hour on one quiet core
     python benchmarks/replay.py conversation_trace.jsonl --limit 5000 --tables loads seeds
 
-Virtual times are the same on every machine; what the core costs is CPU time of this one. Imports `cluster.replay`; no torch.
+Virtual times are the same on every machine; what the core costs is CPU time of this one. Imports `simulator`; no torch.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cluster.replay.engines import ClusterShape
-from cluster.replay.report import Outcome
-from cluster.replay.run import POLICIES, Drain, Outage, Scenario, replay
-from cluster.replay.synthetic import Synthetic, make_trace
-from cluster.replay.time_model import TimeModel
-from cluster.replay.traces import TraceRequest, read_trace
+from simulator.engines import ClusterShape
+from simulator.report import Outcome
+from simulator.run import POLICIES, Drain, Outage, Scenario, replay
+from simulator.synthetic import Synthetic, make_trace
+from simulator.time_model import TimeModel
+from simulator.traces import TraceRequest, read_trace
 
 ROUTERS = ("round-robin", "least-load", "approximate", "lagging", "longest-prefix", "precise")
 MANTA = ("manta", "manta-fetch", "manta-host")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from workers.kernels import sample as kernels
 from workers.kernels.draw import MAX_SPLITS
 from workers.kernels.marks import IN_PROMPT

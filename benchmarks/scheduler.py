@@ -27,9 +27,9 @@ from benchmarks.report import figure, table
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
-from scheduler.sampling import SamplingParams
-from scheduler.victims import find_victim
+from scheduler.protocol.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
+from scheduler.protocol.sampling import SamplingParams
+from scheduler.running.victims import find_victim
 
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)

@@ -32,8 +32,8 @@ from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.report import Spread, table
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from scheduler.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
+from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.config import WorkerConfig
 from workers.loop.rank import Rank

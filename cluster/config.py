@@ -1,6 +1,6 @@
 """What a cluster is asked to be: one frozen record, valid from its birth, sent to every actor as it is.
 
-Imports nothing of Manta and reads no file and no environment; `deploy.config` fills it. Each field carries the sentence
+Imports nothing of Manta and reads no file and no environment; `deploy.config.load` fills it. Each field carries the sentence
 that the command line shows for it, so an option is named, typed, defaulted and described in this one place.
 """
 
@@ -14,7 +14,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
 MIN_BLOCK_SIZE = 16
 MAX_ROWS = 1 << 16
-"""A lease id keeps 16 bits for the row (`scheduler.messages.ROW_BITS`)."""
+"""A lease id keeps 16 bits for the row (`scheduler.protocol.messages.ROW_BITS`)."""
 
 T = TypeVar("T")
 

@@ -1,14 +1,14 @@
 """A running cluster as a front end sees it: prompts in, streams of tokens out, everything by number.
 
-`cluster.local` and `cluster.launch` each build one. Imports the scheduler's wire types only.
+`cluster.local.engine` and `cluster.launch` each build one. Imports the scheduler's wire types only.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.config import EngineConfig
-from scheduler.messages import Deltas, Request, TalliedMetric
-from scheduler.stats import EngineStats, GroupStats
+from scheduler.protocol.messages import Deltas, Request, TalliedMetric
+from scheduler.server.stats import EngineStats, GroupStats
 
 __all__ = [
     "Engine", "EngineError", "EngineStats", "GroupStats", "OnDeltas", "OnFailure", "Progress", "RequestStream", "StartEngine",

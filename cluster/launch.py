@@ -1,6 +1,6 @@
 """Brings a cluster up on Ray and hands out its `Engine`: scheduler, groups, readiness; and takes everything down again.
 
-Imports ray, `fleet`, `autoscale`, `join` and `remote`. The other side of `cluster.local`.
+Imports ray, `fleet`, `autoscale`, `join` and `remote`. The other side of `cluster.local.engine`.
 """
 
 import logging
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 import ray
 
-from cluster.autoscale import Autoscaler
 from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
-from cluster.fleet import Fleet
-from cluster.group import rank_resources
+from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.group import rank_resources
 from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
 from cluster.worker_config import resolve
 from scheduler.config import CoreConfig
-from scheduler.messages import Request, TalliedMetric
+from scheduler.protocol.messages import Request, TalliedMetric
 from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """A front end's stream to the scheduler of a Ray cluster: requests out, tokens in, over one socket that stays open.
 
-Imports `scheduler.wire` and `scheduler.messages`; no Ray.
+Imports `scheduler.protocol.wire` and `scheduler.protocol.messages`; no Ray.
 """
 
 import logging
@@ -12,8 +12,8 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
-from scheduler.wire import FrameSocket
+from scheduler.protocol.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
+from scheduler.protocol.wire import FrameSocket
 
 logger = logging.getLogger(__name__)
 

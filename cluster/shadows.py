@@ -1,8 +1,9 @@
 """Folders of the user's that would hide Manta's packages from Ray's processes, and what Ray is told then.
 
 Ray's processes look for packages beside the driver's script and in its working folder before anywhere else, and what they are
-sent names Manta's own as `scheduler.actor` and so on. So where such a folder has a `scheduler` of its own, each process of the
-job claims the names first (`manta.names`). That costs the start of processes some time, so it is done only there. Imports ray.
+sent names Manta's own as `scheduler.server.actor` and so on. So where such a folder has a `scheduler` of its own, each process
+of the job claims the names first (`manta.names`). That costs the start of processes some time, so it is done only there.
+Imports ray.
 """
 
 import os

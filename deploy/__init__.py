@@ -1,7 +1,7 @@
 """Ways in: `LLM` for Python, `manta` for the command line. Importing this package imports neither torch nor ray."""
 
+from deploy.frontend.outputs import CompletionOutput, RequestOutput
 from deploy.llm import LLM
-from deploy.outputs import CompletionOutput, RequestOutput
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]

@@ -1,5 +1,5 @@
 """`python -m deploy` is `manta`."""
 
-from deploy.cli import main
+from deploy.cli.commands import main
 
 main()

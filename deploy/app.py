@@ -24,22 +24,22 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from cluster.autoscale import Autoscaler
 from cluster.config import EngineConfig
-from cluster.fleet import Fleet
+from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
-from deploy.access import ApiKeys
-from deploy.clusters import ServeCluster
-from deploy.config import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
-from deploy.grpc_ingress import GrpcIngress
-from deploy.grpc_server import SERVICER_FUNCTIONS, GrpcDoor
-from deploy.http import create_app
-from deploy.observer import Observer
-from deploy.serve_config import ServeConfig, model_name
-from deploy.service import ServedModel, Service
-from deploy.without_torch import import_without_torch
+from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
+from deploy.config.serve import ServeConfig, model_name
+from deploy.doors.access import ApiKeys
+from deploy.doors.grpc.ingress import GrpcIngress
+from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
+from deploy.doors.http import create_app
+from deploy.frontend.clusters import ServeCluster
+from deploy.frontend.service import ServedModel, Service
+from deploy.observing.observer import Observer
+from deploy.serving.without_torch import import_without_torch
 from scheduler.logs import configure
-from scheduler.stats import ClusterStatus
+from scheduler.server.stats import ClusterStatus
 from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)

@@ -24,12 +24,13 @@ from typing import Any, TypeVar, cast
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
-from deploy.config import bound_openmp_spin, engine_config
-from deploy.errors import Fault
-from deploy.frontend import FrontEnd
-from deploy.generation import Generation
-from deploy.outputs import CompletionOutput, GenerationError, RequestOutput
-from deploy.prompts import (
+from deploy.config.load import bound_openmp_spin, engine_config
+from deploy.frontend.errors import Fault
+from deploy.frontend.frontend import FrontEnd
+from deploy.frontend.generation import Generation
+from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput
+from deploy.text.files import writable
+from deploy.text.prompts import (
     Prompt,
     PromptError,
     PromptParser,
@@ -39,9 +40,8 @@ from deploy.prompts import (
     read_priority,
     read_tenant,
 )
-from deploy.text import Message, Tokenizer
-from deploy.text_files import writable
-from scheduler.sampling import SamplingParams
+from deploy.text.tokenizer import Message, Tokenizer
+from scheduler.protocol.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -280,7 +280,7 @@ class LLM:
         return requests
 
     def _complete(self, requests: list[tuple[Prompt, SamplingParams]], progress: bool) -> list[RequestOutput]:
-        from deploy.display import request_bar
+        from deploy.cli.display import request_bar
 
         outputs: dict[int, RequestOutput] = {}
         with request_bar(len(requests), shown=progress) as advance:
@@ -333,7 +333,7 @@ class LLM:
 def engine_starter(config: EngineConfig) -> StartEngine:
     """The one place where Ray comes in, or does not."""
     if config.local:
-        from cluster.local import start_local
+        from cluster.local.engine import start_local
 
         return start_local
     from cluster.launch import start_on_ray

@@ -9,12 +9,12 @@ from manta.names import claim
 claim()
 
 from cluster.engine import EngineError  # noqa: E402
-from deploy.config import ConfigError  # noqa: E402
-from deploy.errors import Fault  # noqa: E402
+from deploy.config.load import ConfigError  # noqa: E402
+from deploy.frontend.errors import Fault  # noqa: E402
+from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput  # noqa: E402
 from deploy.llm import LLM  # noqa: E402
-from deploy.outputs import CompletionOutput, GenerationError, RequestOutput  # noqa: E402
-from deploy.prompts import PromptError  # noqa: E402
-from scheduler.sampling import Grammar, SamplingParams  # noqa: E402
+from deploy.text.prompts import PromptError  # noqa: E402
+from scheduler.protocol.sampling import Grammar, SamplingParams  # noqa: E402
 
 __all__ = [
     "LLM",

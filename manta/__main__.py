@@ -1,6 +1,6 @@
 """`python -m manta` is `manta`, the command."""
 
-from deploy.cli import main
+from deploy.cli.commands import main
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ class CoreConfig:
     max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
     wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
     skip_s: so long may others start before the first in the queue, from when it found no room on; 0: never. age_s: whoever has
-    waited so long goes before priorities and fairness. log_decisions: a debug line of `scheduler.why` for each start.
+    waited so long goes before priorities and fairness. log_decisions: a debug line of `scheduler.placement.why` for each start.
     """
 
     page_size: int = 256

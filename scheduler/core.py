@@ -11,18 +11,18 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 import numpy as np
 
 from kvcache.ids import GroupId, host_of
-from scheduler.admission import Admission
 from scheduler.config import CoreConfig
-from scheduler.host_tier import HostTier
-from scheduler.intake import Intake
-from scheduler.messages import NO_TOKEN, Commands, Drop, FinishReason, Moved, Report, Request
-from scheduler.migration import Migration
-from scheduler.paging import Paging
-from scheduler.relief import Relief
-from scheduler.resident import ProtocolError, ResidentGroup
+from scheduler.placement.admission import Admission
+from scheduler.placement.why import Tell
+from scheduler.protocol.messages import NO_TOKEN, Commands, Drop, FinishReason, Moved, Report, Request
+from scheduler.queue.intake import Intake
+from scheduler.running.host_tier import HostTier
+from scheduler.running.migration import Migration
+from scheduler.running.paging import Paging
+from scheduler.running.relief import Relief
+from scheduler.running.resident import ProtocolError, ResidentGroup
+from scheduler.running.transfers import Transfers
 from scheduler.state import ClusterState
-from scheduler.transfers import Transfers
-from scheduler.why import Tell
 
 GAVE_UP = (
     "no token could follow: either its grammar allows none, or the model's logits were not finite (NaN or infinite); "

@@ -10,8 +10,8 @@ import numpy as np
 from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
-from scheduler.limits import pages_for
-from scheduler.resident import ResidentGroup
+from scheduler.queue.limits import pages_for
+from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 
 

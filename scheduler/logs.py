@@ -2,8 +2,8 @@
 
     logger.info("request ended", extra=fields(request_id="cmpl-1", ttft_s=0.012))
 
-    2026-01-02T03:04:05.678Z INFO deploy.logs: request ended request_id=cmpl-1 ttft_s=0.012
-    {"time":"2026-01-02T03:04:05.678Z","level":"INFO","logger":"deploy.logs","message":"request ended",...}
+    2026-01-02T03:04:05.678Z INFO deploy.observing.logs: request ended request_id=cmpl-1 ttft_s=0.012
+    {"time":"2026-01-02T03:04:05.678Z","level":"INFO","logger":"deploy.observing.logs","message":"request ended",...}
 
 Imports logging and msgspec; each process calls `configure` once, at its start.
 """

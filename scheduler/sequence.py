@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from kvcache.hashing import hash_pages, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
-from scheduler.messages import LeaseId
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import LeaseId
+from scheduler.protocol.sampling import SamplingParams
 
 Tokens = npt.NDArray[np.int32]
 

@@ -13,19 +13,19 @@ Imports the data that it holds; decides nothing.
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.columns import GroupColumns
 from scheduler.config import CoreConfig, Counters
-from scheduler.deadlines import Deadlines
-from scheduler.limits import pages_for
-from scheduler.messages import ROW_MASK, Failure, FinishReason
-from scheduler.open_pages import OpenPages
-from scheduler.outbox import Outbox
-from scheduler.pace import Pace
-from scheduler.rates import Rates
-from scheduler.resident import ResidentGroup, Watch
+from scheduler.placement.columns import GroupColumns
+from scheduler.placement.open_pages import OpenPages
+from scheduler.placement.why import Tell
+from scheduler.protocol.messages import ROW_MASK, Failure, FinishReason
+from scheduler.queue.deadlines import Deadlines
+from scheduler.queue.limits import pages_for
+from scheduler.queue.pace import Pace
+from scheduler.queue.waiting import WaitingRoom
+from scheduler.running.rates import Rates
+from scheduler.running.resident import ResidentGroup, Watch
 from scheduler.sequence import Sequence, State
-from scheduler.waiting import WaitingRoom
-from scheduler.why import Tell
+from scheduler.server.outbox import Outbox
 
 
 class ClusterState:

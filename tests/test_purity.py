@@ -8,11 +8,11 @@ import pytest
 PURE = [
     "kvcache",
     "kvcache.layout",
-    "scheduler.admission",
+    "scheduler.placement.admission",
     "scheduler.core",
     "scheduler.invariants",
-    "scheduler.server",
-    "scheduler.stats",
+    "scheduler.server.server",
+    "scheduler.server.stats",
     "workers.sampling.constraints",
     "workers.sampling.grammar",
     "workers.loop.leader",
@@ -42,7 +42,7 @@ def test_a_cpu_needs_no_triton() -> None:
     """It is not on every platform, and takes a second to import."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import cluster.local_process, workers.actor, workers.attention.select, workers.build, workers.execution.runner"
+        "import cluster.local.process, workers.actor, workers.attention.select, workers.build, workers.execution.runner"
     )
     result = run(code)
     assert result.returncode == 0, result.stderr
@@ -53,8 +53,8 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers')))\n"
         "import cluster.launch, deploy.app\n"
-        "from deploy.config import EMBEDDED_MODEL\n"
-        "from deploy.prompts import read_model_limits\n"
+        "from deploy.config.load import EMBEDDED_MODEL\n"
+        "from deploy.text.prompts import read_model_limits\n"
         "assert read_model_limits(EMBEDDED_MODEL, None).vocab_size > 0"
     )
     result = run(code)
@@ -64,10 +64,10 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
 def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
     code = (
         "import sys\n"
-        "from deploy.without_torch import import_without_torch\n"
+        "from deploy.serving.without_torch import import_without_torch\n"
         "import_without_torch()\n"
-        "from deploy.config import EMBEDDED_MODEL\n"
-        "from deploy.service import ServedModel\n"
+        "from deploy.config.load import EMBEDDED_MODEL\n"
+        "from deploy.frontend.service import ServedModel\n"
         "model = ServedModel.read('tiny', EMBEDDED_MODEL, None)\n"
         "assert model.tokenizer.encode_chat([{'role': 'user', 'content': 'hello'}])\n"
         "assert 'torch' not in sys.modules\n"

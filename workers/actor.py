@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class WorkerActor:
-    """Wrapped by `ray.remote` where it is placed (`cluster.group`), with the group's resources, never restarted or retried:
-    a rank that dies takes its group's epoch with it. Two calls may run at once: the long one, and `phase`."""
+    """Wrapped by `ray.remote` where it is placed (`cluster.fleet.group`), with the group's resources, never restarted or
+    retried: a rank that dies takes its group's epoch with it. Two calls may run at once: the long one, and `phase`."""
 
     def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
         configure(config.log_format, group=group, epoch=epoch, rank=rank)

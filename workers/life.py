@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.messages import Hello
-from scheduler.wire import listen
+from scheduler.protocol.messages import Hello
+from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import SchedulerAddress, WorkerConfig
 from workers.loop.leader import Gathered, follow, lead

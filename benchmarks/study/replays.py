@@ -9,11 +9,11 @@ from typing import Any
 from benchmarks.study.options import Options
 from benchmarks.study.page_cache import tell
 from benchmarks.study.streams import Workload, chat, from_trace
-from cluster.replay.engines import ClusterShape
-from cluster.replay.run import POLICIES, Scenario, replay
-from cluster.replay.time_model import TimeModel
-from cluster.replay.transfers import LinkModel
-from scheduler.limits import pages_for
+from scheduler.queue.limits import pages_for
+from simulator.engines import ClusterShape
+from simulator.run import POLICIES, Scenario, replay
+from simulator.time_model import TimeModel
+from simulator.transfers import LinkModel
 
 PAGE = 256
 CHATS, QUICK_REQUESTS = 3000, 100

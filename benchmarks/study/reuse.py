@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.study.options import Options, Result, machine, run_alone
 from benchmarks.study.page_cache import PageStory, tell
 from benchmarks.study.streams import Workload, workloads
-from cluster.replay.engines import ClusterShape
-from cluster.replay.run import Scenario, replay
+from simulator.engines import ClusterShape
+from simulator.run import Scenario, replay
 
 PAGE = 256
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

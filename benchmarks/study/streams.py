@@ -1,6 +1,6 @@
 """The requests that the study is about: a trace, and synthetic workloads whose users, conversations and answers are known.
 
-Tokens are names: equal names after equal names are equal tokens, as in `cluster.replay.traces`, which also takes these
+Tokens are names: equal names after equal names are equal tokens, as in `simulator.traces`, which also takes these
 requests. Imports the traces and NumPy.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.replay.traces import Names, TraceRequest, read_trace
+from simulator.traces import Names, TraceRequest, read_trace
 
 UNKNOWN = -1
 COMMON_SHARE, COMMON_LEAST = 0.01, 20

@@ -2,7 +2,7 @@
 
 import sys
 
-from deploy.cli import main
+from deploy.cli.commands import main
 
 sys.argv.insert(1, "batch")
 main()

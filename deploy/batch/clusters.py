@@ -13,13 +13,13 @@ from msgspec.structs import replace
 from cluster.config import EngineConfig, own_threads
 from cluster.engine import Engine, EngineError, OnDeltas, OnFailure, Progress, RequestStream
 from cluster.remote import SchedulerStream
-from deploy.clusters import ServeCluster
-from deploy.config import ConfigError
-from deploy.exits import interrupts_held
-from deploy.service import Cluster
+from deploy.cli.exits import interrupts_held
+from deploy.config.load import ConfigError
+from deploy.frontend.clusters import ServeCluster
+from deploy.frontend.service import Cluster
 from scheduler.config import CoreConfig
-from scheduler.messages import Deltas
-from scheduler.stats import ClusterStatus
+from scheduler.protocol.messages import Deltas
+from scheduler.server.stats import ClusterStatus
 from workers.config import WorkerConfig
 
 
@@ -43,7 +43,7 @@ class HereCluster:
     """Groups in this process. If they are lost they stay so: the job ends, and another goes on."""
 
     def __init__(self, config: EngineConfig, progress: Progress) -> None:
-        from cluster.local import start_local
+        from cluster.local.engine import start_local
 
         self._model = config.model
         self._on_deltas: OnDeltas = _nobody_asked
@@ -78,7 +78,7 @@ class FleetCluster:
     """Groups on Ray. The scheduler and the groups come back when they die; once no group will, all is lost."""
 
     def __init__(self, config: EngineConfig, core: CoreConfig, worker: WorkerConfig) -> None:
-        from cluster.fleet import Fleet
+        from cluster.fleet.fleet import Fleet
 
         self._lost: str | None = None
         self.fleet = Fleet(config, core, worker, self._lose)
@@ -99,7 +99,7 @@ class FleetCluster:
 def _fleet(config: EngineConfig, progress: Progress) -> Iterator[FleetCluster]:
     import ray
 
-    from cluster.autoscale import Autoscaler
+    from cluster.fleet.autoscale import Autoscaler
     from cluster.join import connect_ray
     from cluster.launch import plan
 

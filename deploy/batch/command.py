@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from deploy.batch.job import Limits
-from deploy.config import ConfigError, load_config
-from deploy.exits import reported_errors
-from deploy.options import ENGINE_FLAGS, ConfigOption, DebugOption, with_options
+from deploy.cli.exits import reported_errors
+from deploy.cli.options import ENGINE_FLAGS, ConfigOption, DebugOption, with_options
+from deploy.config.load import ConfigError, load_config
 
 OF_RUNNING = ("ray_address", "start_timeout_s", "max_model_len")
 """Fields of the engine that mean something where groups run already, on the same Ray cluster."""

@@ -8,9 +8,9 @@ import msgspec
 
 from deploy.batch.backend import Answer
 from deploy.batch.lines import BatchRequest
-from deploy.config import ConfigError
-from deploy.errors import Fault, RequestError
-from deploy.openai.errors import error_body
+from deploy.config.load import ConfigError
+from deploy.doors.openai.errors import error_body
+from deploy.frontend.errors import Fault, RequestError
 
 if TYPE_CHECKING:
     import httpx
@@ -50,7 +50,7 @@ async def open_endpoint(url: str, api_key: str | None, concurrency: int) -> Asyn
     """url: with or without the `/v1` at its end. Errors: ConfigError."""
     import httpx
 
-    from deploy.client import open_client
+    from deploy.doors.client import open_client
 
     async with open_client(
         httpx.AsyncClient,

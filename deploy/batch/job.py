@@ -36,9 +36,9 @@ from deploy.batch.lines import (
     result_id,
 )
 from deploy.batch.progress import Tally
-from deploy.config import ConfigError
-from deploy.errors import Fault, RequestError
-from deploy.openai.errors import error_body
+from deploy.config.load import ConfigError
+from deploy.doors.openai.errors import error_body
+from deploy.frontend.errors import Fault, RequestError
 
 logger = logging.getLogger(__name__)
 

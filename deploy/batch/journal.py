@@ -17,7 +17,7 @@ import msgspec
 
 from deploy.batch.lines import RESULT_HEAD, key_of
 from deploy.batch.storage import Location
-from deploy.config import ConfigError
+from deploy.config.load import ConfigError
 
 logger = logging.getLogger(__name__)
 

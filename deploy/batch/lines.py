@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from deploy.text_files import json_fault
+from deploy.text.files import json_fault
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 ID_PREFIX = "batch_req_"

@@ -15,18 +15,18 @@ import msgspec
 from cluster.engine import EngineError
 from deploy.batch.backend import Answer
 from deploy.batch.lines import BatchRequest
-from deploy.config import Config
-from deploy.errors import Fault, RequestError
-from deploy.openai.chat import Chat
-from deploy.openai.completions import Completions
-from deploy.openai.grammars import Grammars
-from deploy.openai.jobs import Caller
-from deploy.openai.reading import read
-from deploy.openai.responses import ChatCompletion, Completion
-from deploy.openai.schemas import ChatRequest, CompletionRequest
-from deploy.serve_config import ServeConfig, model_name
-from deploy.service import Cluster, ServedModel, Service
-from scheduler.stats import ClusterStatus
+from deploy.config.load import Config
+from deploy.config.serve import ServeConfig, model_name
+from deploy.doors.openai.answers.responses import ChatCompletion, Completion
+from deploy.doors.openai.chat import Chat
+from deploy.doors.openai.completions import Completions
+from deploy.doors.openai.jobs import Caller
+from deploy.doors.openai.reading import read
+from deploy.doors.openai.schemas import ChatRequest, CompletionRequest
+from deploy.doors.openai.tools.grammars import Grammars
+from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.service import Cluster, ServedModel, Service
+from scheduler.server.stats import ClusterStatus
 
 POLL_S = 0.1
 CHAT_URL = "/v1/chat/completions"

@@ -19,9 +19,9 @@ from deploy.batch.job import Job, Limits
 from deploy.batch.journal import open_journal
 from deploy.batch.progress import Tally
 from deploy.batch.storage import Location
-from deploy.config import Config, ConfigError, bound_openmp_spin, read_api_keys
-from deploy.display import start_progress
-from deploy.exits import DONE
+from deploy.cli.display import start_progress
+from deploy.cli.exits import DONE
+from deploy.config.load import Config, ConfigError, bound_openmp_spin, read_api_keys
 
 REPORT_S = 5.0
 

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from deploy.config import ConfigError
+from deploy.config.load import ConfigError
 
 CLOUD = ("s3", "s3a", "gs", "gcs")
 JOB_FOLDER = "working_dir_files"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
-from deploy.service import Service
+from deploy.frontend.service import Service
 from deploy.status.history import History
 from deploy.status.watch import Watch
 

@@ -5,7 +5,7 @@ Wire types only; imports msgspec and other wire types.
 
 import msgspec
 
-from scheduler.stats import GroupStart
+from scheduler.server.stats import GroupStart
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):

@@ -6,9 +6,9 @@ Pure; time is an argument. Imports the stats.
 from collections import deque
 from dataclasses import dataclass
 
+from deploy.observing.tally import TPOT, TTFT, Histogram
 from deploy.status.document import Sample
-from deploy.tally import TPOT, TTFT, Histogram
-from scheduler.stats import ClusterStatus, EngineStats, GroupStats
+from scheduler.server.stats import ClusterStatus, EngineStats, GroupStats
 
 KEPT_SAMPLES = 300
 RATE_WINDOW_S = 5.0

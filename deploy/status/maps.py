@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.stats import PoolMap
+from scheduler.server.stats import PoolMap
 
 FREE, HELD, SHARED, CACHED = range(4)
 STATE_NAMES = ("free", "held", "shared", "cached")

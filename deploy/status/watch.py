@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from deploy.service import Service
+from deploy.frontend.service import Service
 from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
 from deploy.status.history import History
 from deploy.status.maps import blocks_per_cell, pack, thin
-from scheduler.stats import ClusterStatus, GroupStats, PoolMap
+from scheduler.server.stats import ClusterStatus, GroupStats, PoolMap
 
 logger = logging.getLogger(__name__)
 

@@ -12,17 +12,17 @@ import msgspec
 import pytest
 import ray
 
-from cluster.autoscale import Autoscaler
 from cluster.config import EngineConfig
-from cluster.fleet import Fleet
+from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
-from deploy.frontend import FrontEnd
-from deploy.generation import Generation
-from deploy.prompts import Prompt, read_model_limits
-from scheduler.scaling import ScalingConfig
-from scheduler.stats import EngineStats
+from deploy.frontend.frontend import FrontEnd
+from deploy.frontend.generation import Generation
+from deploy.text.prompts import Prompt, read_model_limits
+from scheduler.server.scaling import ScalingConfig
+from scheduler.server.stats import EngineStats
 from tests.autoscaling_ray import autoscaling_ray
 from tests.processes import WORKER, all_named, stopped_in_the_midst
 

@@ -13,13 +13,13 @@ from typing import ClassVar, cast
 import pytest
 import ray
 
-from cluster import scheduler_keeper
 from cluster.engine import EngineError
-from cluster.group import GroupHandle, _get
-from cluster.health import GroupKeeper
-from cluster.scheduler_keeper import SchedulerKeeper
+from cluster.fleet import scheduler_keeper
+from cluster.fleet.group import GroupHandle, _get
+from cluster.fleet.health import GroupKeeper
+from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig
-from scheduler.stats import GroupStart
+from scheduler.server.stats import GroupStart
 from tests.processes import SCHEDULER, alive, all_named, named
 from workers.config import SchedulerAddress
 

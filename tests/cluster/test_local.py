@@ -4,11 +4,11 @@ from typing import cast
 
 import numpy as np
 
-from cluster.local import LocalEngine
-from cluster.local_groups import Groups
+from cluster.local.engine import LocalEngine
+from cluster.local.groups import Groups
 from scheduler.config import CoreConfig
-from scheduler.messages import Deltas, Request
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import Deltas, Request
+from scheduler.protocol.sampling import SamplingParams
 from workers.config import WorkerConfig
 
 

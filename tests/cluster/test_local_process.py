@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import cluster.local
-from cluster.local import LocalEngine
-from cluster.local_process import ProcessGroups
+import cluster.local.engine
+from cluster.local.engine import LocalEngine
+from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
 from workers.model.architectures import CheckpointError
 
@@ -18,7 +18,7 @@ PARAMS = [SamplingParams(max_tokens=12, temperature=0.8, seed=number, ignore_eos
 
 @pytest.fixture
 def in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.local, "ThreadGroups", ProcessGroups)
+    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", ProcessGroups)
 
 
 def outputs() -> list[tuple[int, ...]]:
@@ -37,7 +37,7 @@ def child_of(llm: LLM) -> int:
 
 def test_the_same_tokens_as_with_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     as_threads = outputs()
-    monkeypatch.setattr(cluster.local, "ThreadGroups", ProcessGroups)
+    monkeypatch.setattr(cluster.local.engine, "ThreadGroups", ProcessGroups)
     assert outputs() == as_threads
 
 

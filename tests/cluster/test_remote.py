@@ -10,9 +10,9 @@ import pytest
 
 from cluster.engine import EngineError
 from cluster.remote import EncodedSubmit, SchedulerStream, merged
-from scheduler.messages import Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
-from scheduler.sampling import SamplingParams
-from scheduler.wire import FrameSocket, listen
+from scheduler.protocol.messages import Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
+from scheduler.protocol.sampling import SamplingParams
+from scheduler.protocol.wire import FrameSocket, listen
 
 TOKEN = "secret"
 PATIENCE_S = 60.0

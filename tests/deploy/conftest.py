@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import deploy.llm
 from deploy.llm import LLM
-from deploy.text import Tokenizer
-from tests.deploy.fake_engine import FakeEngine, Reply
+from deploy.text.tokenizer import Tokenizer
+from tests.deploy.frontend.fake_engine import FakeEngine, Reply
 
 EOS, USER = 0, 1
 MAX_TOKENS = 512

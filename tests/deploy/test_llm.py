@@ -16,16 +16,16 @@ import pytest
 
 import deploy.llm
 from cluster.engine import EngineError
-from deploy.errors import Fault
+from deploy.frontend.errors import Fault
+from deploy.frontend.outputs import GenerationError, Logprob
 from deploy.llm import LLM
-from deploy.outputs import GenerationError, Logprob
-from deploy.prompts import PromptError, Source
-from deploy.text import Tokenizer
+from deploy.text.prompts import PromptError, Source
+from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_pages
-from scheduler.messages import Failure
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import Failure
+from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, Open
-from tests.deploy.fake_engine import CACHED_TOKENS, FakeEngine
+from tests.deploy.frontend.fake_engine import CACHED_TOKENS, FakeEngine
 from tests.tokenizers import EOS as TOKENIZER_EOS
 from tests.tokenizers import TURN_END, byte_level, save
 

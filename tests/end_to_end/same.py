@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.outputs import CompletionOutput, RequestOutput
+from deploy.frontend.outputs import CompletionOutput, RequestOutput
 
 ROUNDING = 1e-9
 

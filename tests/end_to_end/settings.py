@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import RequestOutput
-from deploy.prompts import Source
+from deploy.frontend.outputs import RequestOutput
+from deploy.text.prompts import Source
 from kvcache.layout import PageLayout
 from workers.model.architectures import read_config
 

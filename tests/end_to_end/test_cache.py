@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import FRONT_END, LocalEngine
+from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM
-from deploy.outputs import RequestOutput
+from deploy.frontend.outputs import RequestOutput
 from scheduler.sequence import State
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from deploy import LLM, SamplingParams
-from deploy.config import EMBEDDED_MODEL
-from deploy.errors import Fault
-from deploy.outputs import GenerationError
-from deploy.prompts import Source
+from deploy.config.load import EMBEDDED_MODEL
+from deploy.frontend.errors import Fault
+from deploy.frontend.outputs import GenerationError
+from deploy.text.prompts import Source
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.reference import Reference
 from tests.end_to_end.settings import LLAMA, QWEN3, greedy, open_llm, run, tokens

@@ -9,8 +9,8 @@ import jsonschema
 import pytest
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import GenerationError, RequestOutput
-from scheduler.sampling import Grammar
+from deploy.frontend.outputs import GenerationError, RequestOutput
+from scheduler.protocol.sampling import Grammar
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import open_llm
 from tests.end_to_end.waiting import wait_idle

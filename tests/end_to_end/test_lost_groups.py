@@ -6,7 +6,7 @@ import pytest
 
 from cluster.engine import EngineError
 from deploy import LLM, SamplingParams
-from deploy.outputs import GenerationError
+from deploy.frontend.outputs import GenerationError
 from tests.end_to_end.faults import BreakRanks
 from tests.end_to_end.prompts import PROMPTS, draw
 from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import Logprob, PromptEntries, RequestOutput
+from deploy.frontend.outputs import Logprob, PromptEntries, RequestOutput
 from tests.checkpoints import load_reference
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.settings import LLAMA, QWEN3, open_llm, run

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import LocalEngine
+from cluster.local.engine import LocalEngine
+from deploy.frontend.outputs import RequestOutput
 from deploy.llm import LLM
-from deploy.outputs import RequestOutput
 from kvcache.ids import GroupId
 from scheduler import policy
 from tests.end_to_end.prompts import draw

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.outputs import RequestOutput
+from deploy.frontend.outputs import RequestOutput
 from tests.end_to_end.prompts import PROMPTS, SAMPLING
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import ARCHITECTURES, COVERING, Setting, open_setting, run

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import GenerationError, RequestOutput
-from deploy.prompts import PromptError
+from deploy.frontend.outputs import GenerationError, RequestOutput
+from deploy.text.prompts import PromptError
 from tests.end_to_end.prompts import PROMPTS, draw
 from tests.end_to_end.settings import LLAMA, greedy, open_llm, run, tokens
 from tests.end_to_end.waiting import wait_idle, wait_until

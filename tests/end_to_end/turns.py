@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from deploy import LLM, SamplingParams
-from deploy.outputs import RequestOutput
+from deploy.frontend.outputs import RequestOutput
 from tests.end_to_end.prompts import PROMPTS
 from tests.end_to_end.settings import Setting, run
 from tests.end_to_end.waiting import wait_idle

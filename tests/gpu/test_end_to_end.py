@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from cluster.local import LocalEngine
-from cluster.local_process import ProcessGroups
+from cluster.local.engine import LocalEngine
+from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
-from deploy.outputs import RequestOutput
+from deploy.frontend.outputs import RequestOutput
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS, SAMPLING
 from tests.end_to_end.reference import Ledger, Reference

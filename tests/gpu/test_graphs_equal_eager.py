@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from tests.checkpoints import LLAMA3_ROPE
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw
 from tests.end_to_end.settings import ARCHITECTURES, LLAMA, QWEN2, QWEN3

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from scheduler.messages import Copy, FinishReason
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import Copy, FinishReason
+from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, REGEX, constrained, loop, mixture
 from tests.workers.stepping import Lease, Stepped, Work

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.messages import Copy
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import Copy
+from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, HOW, constrained, loop, mixture
 from tests.workers.stepping import Lease, Stepped, Work

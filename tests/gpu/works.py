@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from scheduler.sampling import Grammar, SamplingParams
+from scheduler.protocol.sampling import Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.end_to_end.prompts import draw
 from tests.tokenizers import EOS, byte_level, save

@@ -16,7 +16,7 @@ from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.messages import (
+from scheduler.protocol.messages import (
     Command,
     Commands,
     Cut,
@@ -32,7 +32,7 @@ from scheduler.messages import (
     Request,
     Send,
 )
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from scheduler.sequence import Sequence
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank

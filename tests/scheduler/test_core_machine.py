@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvcache.ids import GroupId
-from scheduler.awaited import WHOLE_PROMPT
-from scheduler.limits import RequestRefused
-from scheduler.messages import Failure, FinishReason
+from scheduler.protocol.messages import Failure, FinishReason
+from scheduler.queue.awaited import WHOLE_PROMPT
+from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, pages
 

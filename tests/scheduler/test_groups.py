@@ -6,9 +6,9 @@ import pytest
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.limits import RequestRefused
-from scheduler.messages import FinishReason, Request, Start
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import FinishReason, Request, Start
+from scheduler.protocol.sampling import SamplingParams
+from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, pages
 

@@ -12,7 +12,7 @@ from scheduler.logs import JsonFormatter, TextFormatter, fields
 
 
 def record(message: str, *arguments: object, **said: Any) -> logging.LogRecord:
-    made = logging.LogRecord("deploy.logs", logging.WARNING, __file__, 1, message, arguments, None)
+    made = logging.LogRecord("deploy.observing.logs", logging.WARNING, __file__, 1, message, arguments, None)
     made.created = 1767323045.678
     made.__dict__.update(fields(**said))
     return made
@@ -20,7 +20,7 @@ def record(message: str, *arguments: object, **said: Any) -> logging.LogRecord:
 
 def test_text_names_the_values_and_the_process() -> None:
     line = TextFormatter({"group": 3}).format(record("%d ended", 2, request_id="cmpl-1", ttft_s=0.5, error=None))
-    assert line == "2026-01-02T03:04:05.678Z WARNING deploy.logs: 2 ended request_id=cmpl-1 ttft_s=0.5 group=3"
+    assert line == "2026-01-02T03:04:05.678Z WARNING deploy.observing.logs: 2 ended request_id=cmpl-1 ttft_s=0.5 group=3"
 
 
 def test_a_client_cannot_forge_a_line() -> None:
@@ -33,7 +33,7 @@ def test_json_is_an_object_a_line() -> None:
     line = JsonFormatter({"role": "scheduler"}).format(record("request ended", request_id="a\nb", ttft_s=None))
     assert line.splitlines() == [line]
     assert json.loads(line) == {
-        "time": "2026-01-02T03:04:05.678Z", "level": "WARNING", "logger": "deploy.logs", "message": "request ended",
+        "time": "2026-01-02T03:04:05.678Z", "level": "WARNING", "logger": "deploy.observing.logs", "message": "request ended",
         "request_id": "a\nb", "ttft_s": None, "role": "scheduler",
     }  # fmt: skip
 

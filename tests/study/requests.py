@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.study.streams import StudyRequest, Workload
-from cluster.replay.traces import TraceRequest
+from simulator.traces import TraceRequest
 
 
 def ask(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.workers.dense_attention import DenseAttention
+from tests.workers.attention.dense_attention import DenseAttention
 from workers.execution.step import StepInput
 from workers.model.architectures import read_config
 from workers.model.decoder import Decoder, load_model

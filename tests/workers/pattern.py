@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scheduler.messages import FinishReason
+from scheduler.protocol.messages import FinishReason
 from tests.workers.stepping import Lease, Stepped
 
 NAN = 0x7FC5A3C5

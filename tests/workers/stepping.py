@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.worker_config import resolve
-from scheduler.messages import (
+from scheduler.protocol.messages import (
     NO_TOKEN,
     ROW_BITS,
     ROW_MASK,
@@ -32,7 +32,7 @@ from scheduler.messages import (
     Start,
     TokenLogprobs,
 )
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.rank import Rank, StepResult
 from workers.model.architectures import read_config

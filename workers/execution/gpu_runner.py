@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from scheduler.messages import Start
+from scheduler.protocol.messages import Start
 from workers.attention.base import PagedAttention
 from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch

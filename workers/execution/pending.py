@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from scheduler.messages import NO_TOKEN
+from scheduler.protocol.messages import NO_TOKEN
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Tokens
 from workers.sampling.constraints import Allowed, Constraints

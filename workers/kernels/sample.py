@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scheduler.messages import NO_TOKEN
+from scheduler.protocol.messages import NO_TOKEN
 from workers.kernels.draw import (
     MAX_SPLITS,
     collect,

@@ -8,7 +8,7 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
     computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
     block_table  [rows, pages] int32         page ids; past a row's pages: 0, never read
 
-Imports `scheduler.messages` and `scheduler.batching`.
+Imports `scheduler.protocol.messages` and `scheduler.batching`.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.messages import (
+from scheduler.protocol.messages import (
     NO_TOKEN,
     ROW_MASK,
     Command,

@@ -1,7 +1,7 @@
 """The sockets of one group: its leader's stream to the scheduler, and the leader's turns to its peers.
 
 Each socket has a thread that reads it, so that a lost connection is noticed while the step loop computes or waits in a
-collective. Imports `leader`, `scheduler.wire` and `scheduler.messages`.
+collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol.messages`.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from scheduler.messages import Command, Commands, Hello, Moved, Report
-from scheduler.wire import FrameSocket
+from scheduler.protocol.messages import Command, Commands, Hello, Moved, Report
+from scheduler.protocol.wire import FrameSocket
 from workers.loop.leader import LinkClosed
 
 OnLost = Callable[[str], None]

@@ -1,7 +1,7 @@
 """One rank's part in its group: the resident batch, what executes it, and the verbs plan, execute, commit.
 
 The same object runs in the leader, in its peers and in simulations; only the executor differs.
-Imports `batch` and `scheduler.messages`; no torch, no ray.
+Imports `batch` and `scheduler.protocol.messages`; no torch, no ray.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
+from scheduler.protocol.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
 from workers.loop.batch import Launched, ResidentBatch
 
 

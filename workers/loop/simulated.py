@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.messages import Start
+from scheduler.protocol.messages import Start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Tokens, row_of
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from scheduler.wire import frame
+from scheduler.protocol.wire import frame
 from workers.moving.lane import TransferFailed
 
 CONNECT_TIMEOUT_S = 10.0

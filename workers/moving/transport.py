@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from kvcache.pool import KVPool
-from scheduler.wire import listen
+from scheduler.protocol.wire import listen
 from workers.moving.connection import Challenge, Connection, Done, Fetch, Offer, nonce, prove
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard

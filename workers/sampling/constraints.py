@@ -17,7 +17,7 @@ import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import consume_token_par, fill_next_token_bitmask_par
 
-from scheduler.sampling import Grammar
+from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, compile_grammar
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from workers.kernels import marks
 from workers.kernels.sample import Tables, Workspace, geometry, sample
 from workers.parallel.communicator import Communicator

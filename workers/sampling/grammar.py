@@ -10,7 +10,7 @@ from typing import Any, assert_never
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from scheduler.sampling import Grammar
+from scheduler.protocol.sampling import Grammar
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 WHITE_SPACE = r"\x20|\r?\n[\x20\t]{0,32}"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.messages import PromptLogprobs, TokenLogprobs
+from scheduler.protocol.messages import PromptLogprobs, TokenLogprobs
 from workers.parallel.communicator import Communicator
 from workers.sampling import candidates
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from workers.sampling import settings
 from workers.sampling.constraints import Allowed
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scheduler.messages import NO_TOKEN
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.messages import NO_TOKEN
+from scheduler.protocol.sampling import SamplingParams
 from workers.parallel.communicator import Communicator
 from workers.sampling import candidates, logprobs, noise
 from workers.sampling.constraints import Allowed

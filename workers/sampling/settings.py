@@ -10,7 +10,7 @@ T and the penalties are float32, top_p and log min_p float64 in two words, the n
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from workers.sampling import noise
 
 WORDS = 16

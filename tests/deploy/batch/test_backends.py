@@ -12,7 +12,6 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from deploy.access import ApiKeys, account
 from deploy.batch.backend import Backend
 from deploy.batch.clusters import open_cluster
 from deploy.batch.endpoint import EndpointBackend, open_endpoint
@@ -20,12 +19,13 @@ from deploy.batch.job import Job, Limits
 from deploy.batch.lines import Line, parse
 from deploy.batch.own import ServiceBackend, open_backend, open_service
 from deploy.batch.progress import Tally
-from deploy.config import EMBEDDED_MODEL, Config, ConfigError, load_config
-from deploy.errors import Fault, RequestError
-from deploy.http import create_app
-from scheduler.stats import ClusterStatus
+from deploy.config.load import EMBEDDED_MODEL, Config, ConfigError, load_config
+from deploy.doors.access import ApiKeys, account
+from deploy.doors.http import create_app
+from deploy.frontend.errors import Fault, RequestError
+from scheduler.server.stats import ClusterStatus
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, journal_at, read
-from tests.deploy.fake_engine import FakeEngine
+from tests.deploy.frontend.fake_engine import FakeEngine
 
 ENTRIES = [
     *(entry(f"def f{number}(x):", temperature=0, logprobs=2) for number in range(8)),
@@ -92,7 +92,7 @@ def test_the_service_and_the_endpoint_answer_the_same(tmp_path: Path) -> None:
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """In the place of the job's engine."""
     fake = FakeEngine([50, 51, 52], page_size=256)
-    monkeypatch.setattr("cluster.local.start_local", fake.start)
+    monkeypatch.setattr("cluster.local.engine.start_local", fake.start)
     return fake
 
 

@@ -15,8 +15,8 @@ from deploy.batch import job as jobs
 from deploy.batch.job import READ_LINES, Job, Limits
 from deploy.batch.lines import BatchRequest
 from deploy.batch.progress import Tally
-from deploy.config import ConfigError
-from deploy.errors import Fault, RequestError
+from deploy.config.load import ConfigError
+from deploy.frontend.errors import Fault, RequestError
 from tests.deploy.batch.jobs import FakeBackend, as_lines, custom_ids, entry, journal_at, read, run_job
 
 PATIENCE_S = 60.0

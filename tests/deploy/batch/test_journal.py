@@ -11,7 +11,7 @@ from deploy.batch import journal as journals
 from deploy.batch.journal import PartJournal
 from deploy.batch.lines import Result, encode, key_of, result_id
 from deploy.batch.storage import Location
-from deploy.config import ConfigError
+from deploy.config.load import ConfigError
 from tests.deploy.batch.jobs import journal_at
 
 

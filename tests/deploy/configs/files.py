@@ -18,9 +18,9 @@ from ray.core.generated.common_pb2 import Bundle, PlacementStrategy
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
 from cluster.config import EngineConfig
-from cluster.group import rank_resources
+from cluster.fleet.group import rank_resources
 from cluster.worker_config import resolve
-from deploy.config import EMBEDDED_MODEL, endpoint_config
+from deploy.config.load import EMBEDDED_MODEL, endpoint_config
 
 REPOSITORY = Path(__file__).parents[3]
 CONFIGS = REPOSITORY / "deploy" / "configs"
@@ -69,7 +69,7 @@ def _given(value: Any) -> Any:
 
 
 def rank_of(engine: EngineConfig) -> dict[str, float]:
-    """What one rank asks of its node, as `cluster.group` says."""
+    """What one rank asks of its node, as `cluster.fleet.group` says."""
     assert engine.device in ("cpu", "cuda"), "while no GPU node is up, auto would mean the CPU"
     placed = replace(engine, model=str(EMBEDDED_MODEL))  # the file's own is on the cluster
     return rank_resources(resolve(placed, engine.device, engine.tensor_parallel_size, threads=1)[1])

@@ -6,7 +6,7 @@ import pytest
 from lightkube.models import core_v1, networking_v1
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from deploy.config import KEYS_VARIABLE
+from deploy.config.load import KEYS_VARIABLE
 from tests.deploy.configs.files import (
     CLUSTER_FILES,
     PINS,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from deploy.config import KEYS_VARIABLE
+from deploy.config.load import KEYS_VARIABLE
 from tests.deploy.configs.files import (
     CONFIGS,
     PROJECT,

@@ -9,8 +9,8 @@ from ray.serve._private.build_app import build_app
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.config import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
-from deploy.grpc_server import SERVICER_FUNCTIONS
+from deploy.config.load import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
+from deploy.doors.grpc.server import SERVICER_FUNCTIONS
 from tests.deploy.configs.files import CONFIGS, REPOSITORY, SERVE_FILES, SERVICE_FILES, serve_tree
 
 FILES = (*SERVE_FILES, *SERVICE_FILES)

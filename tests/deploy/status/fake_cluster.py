@@ -13,11 +13,11 @@ import msgspec
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineError, OnDeltas, OnFailure
-from deploy.tally import TPOT, TTFT
+from deploy.observing.tally import TPOT, TTFT
 from scheduler.config import Counters
-from scheduler.stats import ClusterStatus, EngineStats, GroupStart, GroupStats, PoolMap
-from scheduler.tallies import Tallies
-from tests.deploy.fake_engine import FakeEngine
+from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, GroupStats, PoolMap
+from scheduler.server.tallies import Tallies
+from tests.deploy.frontend.fake_engine import FakeEngine
 
 PAGE = 256
 STEP_S = 0.03

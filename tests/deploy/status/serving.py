@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from deploy.config import EMBEDDED_MODEL
-from deploy.prompts import read_model_limits
-from deploy.service import Cluster, ServedModel, Service
+from deploy.config.load import EMBEDDED_MODEL
+from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
+from deploy.text.prompts import read_model_limits
 from tests.deploy.status.fake_cluster import FakeCluster
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 
+from deploy.observing.tally import TPOT, TTFT
 from deploy.status.history import KEPT_SAMPLES, LATENCY_WINDOW_S, RATE_WINDOW_S, History
-from deploy.tally import TPOT, TTFT
-from scheduler.messages import TalliedMetric
-from scheduler.stats import ClusterStatus, EngineStats, GroupStats
-from scheduler.tallies import Tallies
+from scheduler.protocol.messages import TalliedMetric
+from scheduler.server.stats import ClusterStatus, EngineStats, GroupStats
+from scheduler.server.tallies import Tallies
 
 
 def status(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deploy.status.maps import blocks_per_cell, pack, shown_block, thin, unpack
-from scheduler.stats import PoolMap
+from scheduler.server.stats import PoolMap
 
 
 def states(size: int, seed: int = 0) -> bytes:

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from deploy.status.maps import shown_block
-from scheduler.stats import GroupStart
+from scheduler.server.stats import GroupStart
 from tests.deploy.status.conftest import PATIENCE_MS, Open
 from tests.deploy.status.fake_cluster import FakeCluster
 from tests.deploy.status.serving import Server, make_app, serving

@@ -12,13 +12,13 @@ import pytest
 from playwright.sync_api import expect
 
 from cluster.config import EngineConfig
-from deploy.access import ApiKeys
-from deploy.clusters import LocalCluster
-from deploy.config import EMBEDDED_MODEL, bound_openmp_spin
-from deploy.observer import Observer
-from deploy.service import ServedModel, Service
+from deploy.config.load import EMBEDDED_MODEL, bound_openmp_spin
+from deploy.doors.access import ApiKeys
+from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.service import ServedModel, Service
+from deploy.observing.observer import Observer
 from deploy.status.document import StatusDocument
-from tests.deploy.http.conftest import Host
+from tests.deploy.doors.http.conftest import Host
 from tests.deploy.status.conftest import PATIENCE_MS, Open
 
 expect.set_options(timeout=PATIENCE_MS)

@@ -11,14 +11,14 @@ import pytest
 from fastapi import FastAPI
 
 from cluster.config import EngineConfig
-from deploy.clusters import LocalCluster
-from deploy.config import EMBEDDED_MODEL
-from deploy.service import ServedModel, Service
+from deploy.config.load import EMBEDDED_MODEL
+from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.service import ServedModel, Service
 from deploy.status import ASSETS, FOLDER
 from deploy.status.document import StatusDocument
 from deploy.status.history import History
 from deploy.status.maps import unpack
-from scheduler.sampling import SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.status.fake_cluster import FakeCluster
 from tests.deploy.status.serving import make_app
 

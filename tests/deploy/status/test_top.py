@@ -19,8 +19,8 @@ from rich.console import Console
 
 from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
 from deploy.status.maps import pack
-from deploy.top import COLOURS, pool, render, spark, top
-from scheduler.stats import GroupStart
+from deploy.status.top import COLOURS, pool, render, spark, top
+from scheduler.server.stats import GroupStart
 from tests.deploy.status.fake_cluster import FakeCluster
 from tests.deploy.status.serving import Server, make_app, serving
 
@@ -172,7 +172,7 @@ class Terminal:
 
     def __init__(self, url: str) -> None:
         self._leader, follower = pty.openpty()
-        command = f"from deploy.top import top; top({url!r}, None, 0.05)"
+        command = f"from deploy.status.top import top; top({url!r}, None, 0.05)"
         environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
         self._child = subprocess.Popen(
             [sys.executable, "-c", command], stdin=follower, stdout=follower, stderr=follower, env=environment

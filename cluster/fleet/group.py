@@ -1,0 +1,151 @@
+"""One epoch of one tensor-parallel group on Ray: its placement group and its rank actors, started and ended together.
+
+Imports ray and the workers' actor shell. The only file that creates workers.
+"""
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.engine import EngineError
+from scheduler.server.stats import GroupStart
+from workers.actor import WorkerActor
+from workers.config import SchedulerAddress, WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+LATE = "a worker was not ready in time: raise start_timeout_s"
+PHASE_POLL_S = 0.25
+PLACEMENT_POLL_S = 1.0
+
+
+class GroupHandle:
+    """Starts in steps, so that several groups come up side by side, the first of them beside the scheduler: place, build, run;
+    `kill` ends it at any point.
+
+    A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch.
+    """
+
+    def __init__(self, group: int, epoch: int, size: int, config: WorkerConfig) -> None:
+        self.group = group
+        self.epoch = epoch
+        self.size = size
+        self._config = config
+        self._placement: PlacementGroup | None = None
+        self._ranks: list[Any] = []
+        self._killed = False
+        self.runs: list[Any] = []
+        self.phase = GroupStart(group, "placing")
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray must set aside for each rank."""
+        return rank_resources(self._config)
+
+    def start(self, scheduler: SchedulerAddress, deadline: float) -> None:
+        """Places the ranks, builds them, and sets their loops running; returns when the pools stand.
+
+        deadline: by `time.monotonic`. Errors: what a rank raised; EngineError when the time is over; `kill` is the caller's.
+        """
+        self.place(deadline)
+        rendezvous = _get(self._ranks[0].open.remote(), deadline)
+        builds = [rank.build.remote(rendezvous) for rank in self._ranks]
+        self._await_all(builds, deadline)
+        self.runs = [rank.run.remote(scheduler) for rank in self._ranks]
+
+    def place(self, deadline: float) -> None:
+        """Finds room and starts the ranks' processes, which takes no scheduler; does nothing if they were started. Errors: as
+        `start`."""
+        if self._ranks:
+            return
+        self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")
+        while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
+            if self._killed:
+                raise EngineError(f"group {self.group} is not wanted any more")
+            if time.monotonic() < deadline:
+                continue
+            raise EngineError(
+                f"group {self.group} found no node with {self.size} x {self.resources} free in time: free some, add a node, "
+                "lower tensor_parallel_size or groups, or raise start_timeout_s"
+            )
+        actor = ray.remote(WorkerActor)
+        for rank in range(self.size):
+            strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            options = actor.options(
+                num_cpus=self.resources.get("CPU", 0),
+                num_gpus=self.resources.get("GPU", 0),
+                max_restarts=0,
+                max_concurrency=2,
+                max_task_retries=0,
+                scheduling_strategy=strategy,
+            )
+            self._ranks.append(options.remote(self._config, self.group, self.epoch, rank, self.size, _left(deadline)))
+
+    def wait(self, timeout_s: float) -> str | None:
+        """Waits for the group to end; why it did, or None if it still runs."""
+        done, _ = ray.wait(self.runs, num_returns=1, timeout=timeout_s)
+        return self._reason(done[0]) if done else None
+
+    def kill(self) -> None:
+        """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
+        what Ray cannot end now it ends with this process, and the scheduler listens to no older epoch."""
+        self._killed = True
+        ranks, self._ranks = self._ranks, []
+        placement, self._placement = self._placement, None
+        ends = [partial(ray.kill, rank, no_restart=True) for rank in ranks]
+        if placement is not None:
+            ends.append(partial(remove_placement_group, placement))
+        for end in ends:
+            try:
+                end()
+            except Exception:
+                logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
+
+    def _await_all(self, references: list[Any], deadline: float) -> None:
+        """All or the first error, without waiting for ranks that wait for the one that failed."""
+        pending = references
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=PHASE_POLL_S)
+            if done:
+                _get(done[0], deadline)
+            elif time.monotonic() > deadline:
+                raise EngineError(f"group {self.group} was not ready in time: raise start_timeout_s")
+            else:
+                self.phase = GroupStart(self.group, *_get(self._ranks[0].phase.remote(), deadline))
+
+    def _reason(self, run: Any) -> str:
+        rank = self.runs.index(run)
+        try:
+            return f"group {self.group} ended: {ray.get(run)}"
+        except ray.exceptions.RayTaskError as error:
+            return f"group {self.group}, rank {rank} failed: {error.cause}"
+        except ray.exceptions.RayError:
+            return f"group {self.group}, rank {rank}: its worker process died"
+
+
+def rank_resources(config: WorkerConfig) -> dict[str, float]:
+    """One GPU, or as many logical CPUs as the rank has threads."""
+    return {"GPU": 1.0, "CPU": 1.0} if config.device == "cuda" else {"CPU": float(config.threads)}
+
+
+def _left(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())
+
+
+def _get(reference: Any, deadline: float) -> Any:
+    """A remote call's result, its own error unwrapped. Errors: EngineError for a dead worker or a missed deadline."""
+    try:
+        return ray.get(reference, timeout=_left(deadline))
+    except ray.exceptions.GetTimeoutError as error:
+        raise EngineError(LATE) from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TimeoutError):  # it waited for another rank
+            raise EngineError(f"{LATE} ({error.cause})") from error
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise EngineError(f"a worker process died while it started: {error}") from error

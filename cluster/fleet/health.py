@@ -1,0 +1,150 @@
+"""Keeps one group up: start, detect, fence, replace. One thread for each group, in the process that owns the cluster.
+
+Imports `group`, `scheduler_keeper` and ray. The scheduler notices a lost leader by itself, at its socket; what is decided here
+is whether the group comes back.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from cluster.engine import EngineError
+from cluster.fleet.group import GroupHandle
+from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
+from scheduler.server.stats import GroupStart
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+JOIN_TIMEOUT_S = 30.0
+
+NewHandle = Callable[[int], GroupHandle]
+"""Epoch -> the group's next life, not started yet."""
+
+
+class GroupKeeper:
+    """Starts a group and, when it dies, starts it again with the next epoch, at most `restarts` times. A group that ended
+    because the scheduler did starts again for free.
+
+    on_gone: called once, from the keeper's thread, when a group that was up will not come back. added: nobody asks `up` for the
+    error of the first start, and a group that does not come up is gone, too.
+    """
+
+    def __init__(
+        self,
+        group: int,
+        epoch: int,
+        new_handle: NewHandle,
+        scheduler: SchedulerKeeper,
+        *,
+        restarts: int,
+        start_timeout_s: float,
+        on_gone: Callable[[int, str], None],
+        added: bool = False,
+    ) -> None:
+        self.group = group
+        self._new_handle = new_handle
+        self._scheduler = scheduler
+        self._restarts = restarts
+        self._start_timeout_s = start_timeout_s
+        self._on_gone = on_gone
+        self._added = added
+        self._handle = new_handle(epoch)
+        self._scheduler_epoch = -1  # of the scheduler that this life serves
+        self._closing = threading.Event()
+        self._decided = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._keep, name=f"manta-keeper-{group}", daemon=True)
+
+    @property
+    def epoch(self) -> int:
+        return self._handle.epoch
+
+    @property
+    def starting(self) -> GroupStart | None:
+        """What the group is doing while it comes up for the first time; None afterwards."""
+        return None if self._decided.is_set() else self._handle.phase
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def up(self, timeout_s: float) -> bool:
+        """Waits for the first start. False while it goes on. Errors: what a rank raised, EngineError."""
+        decided = self._decided.wait(timeout_s)
+        if self._error is not None:
+            raise self._error
+        return decided
+
+    def stop(self) -> None:
+        """From now on the group's end is no failure."""
+        self._closing.set()
+
+    def close(self) -> None:
+        """Ends the group and the watch. A second call does nothing."""
+        self.stop()
+        self._handle.kill()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=JOIN_TIMEOUT_S)
+        self._handle.kill()  # one that came up between the two
+
+    # ---- the thread
+
+    def _keep(self) -> None:
+        try:
+            if not self._added:  # the scheduler itself is only starting
+                self._handle.place(time.monotonic() + self._start_timeout_s)
+            self._bring_up(self._scheduler.expect(self.group))
+        except BaseException as error:
+            self._error = error
+        self._decided.set()
+        if self._added and self._error is not None and not self._closing.is_set():
+            logger.error("group %d did not come up: %s", self.group, self._error)
+            self._give_up(f"group {self.group} did not come up: {self._error}")
+        reason = self._watch() if self._error is None else None
+        while reason is not None:
+            self._handle.kill()
+            reason = self._again(reason)
+        self._handle.kill()  # a life that came up while the keeper was being closed
+
+    def _bring_up(self, live: LiveScheduler) -> None:
+        self._scheduler_epoch = live.epoch
+        self._handle.start(live.address, time.monotonic() + self._start_timeout_s)
+
+    def _watch(self) -> str | None:
+        """Waits for the group's end; None when the keeper itself is closed."""
+        while not self._closing.is_set():
+            reason = self._handle.wait(POLL_S)
+            if reason is not None and not self._closing.is_set():
+                return reason
+        return None
+
+    def _again(self, reason: str) -> str | None:
+        """The next epoch, if there is one left; why that one ended, or None when all is over."""
+        try:
+            live = self._scheduler.expect(self.group)
+        except EngineError:
+            return None  # the cluster is closing
+        if self._closing.is_set():
+            return None
+        # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
+        replaced = live.epoch != self._scheduler_epoch
+        logger.error("%s; %s", reason, "the scheduler was replaced" if replaced else f"{self._restarts} restarts left")
+        if not replaced and not self._restarts:
+            self._give_up(reason)
+            return None
+        self._restarts -= not replaced
+        self._handle = self._new_handle(self._handle.epoch + 1)
+        try:
+            self._bring_up(live)
+        except Exception as error:
+            return None if self._closing.is_set() else f"group {self.group} could not be started again: {error}"
+        logger.warning("group %d is up again, epoch %d", self.group, self._handle.epoch)
+        return self._watch()
+
+    def _give_up(self, reason: str) -> None:
+        try:
+            self._scheduler.call("group_lost", self.group, reason)
+        except EngineError:
+            logger.exception("the scheduler could not be told that group %d is lost", self.group)
+        self._on_gone(self.group, reason)

@@ -1,0 +1,174 @@
+"""Keeps the one scheduler up: starts its actor, hears of its death, and starts another with an empty table.
+
+Imports ray and the scheduler's actor shell. Groups notice at their sockets and come back to the new one (`health`).
+"""
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.engine import EngineError
+from scheduler.config import CoreConfig
+from scheduler.server.actor import SchedulerActor
+from scheduler.server.stats import ClusterStatus
+from workers.config import SchedulerAddress
+
+logger = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 30.0
+STATUS_TIMEOUT_S = 5.0
+POLL_S = 0.5
+RESTART_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LiveScheduler:
+    """One life of the scheduler. epoch: counts lives from 0."""
+
+    actor: Any
+    address: SchedulerAddress
+    epoch: int
+
+
+class SchedulerKeeper:
+    """What the scheduler knows dies with it: every request under way fails, every group starts anew. It comes back by itself.
+
+    Errors: EngineError from every call once `close` was called; also, but for `expect`, if there is no scheduler for
+    `CALL_TIMEOUT_S`.
+    """
+
+    def __init__(self, config: CoreConfig, *, check_invariants: bool, log_format: str) -> None:
+        self._config = config
+        self._check = check_invariants
+        self._log_format = log_format
+        self._token = secrets.token_hex(16)
+        self._changed = threading.Condition()
+        self._live: LiveScheduler | None = None
+        self._last_epoch = -1
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="manta-scheduler-keeper", daemon=True)
+
+    def start(self, timeout_s: float) -> LiveScheduler:
+        """Errors: EngineError if it does not come up in time, or at all."""
+        live = self._launch(0, timeout_s)
+        self._set(live)
+        self._thread.start()
+        return live
+
+    def current(self, timeout_s: float | None = CALL_TIMEOUT_S) -> LiveScheduler:
+        """The scheduler that is up, as far as is known; waits while it is being replaced. timeout_s: None, however long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._live is not None or self._closing.is_set(), timeout=timeout_s)
+            if self._live is None or self._closing.is_set():
+                raise EngineError("the scheduler has gone")
+            return self._live
+
+    def expect(self, group: int) -> LiveScheduler:
+        """Tells the scheduler that a group is being started. Returns the life of it that has heard, hence one that was up
+        after this call: whoever has seen the scheduler die gets the next one, however long that takes to come.
+        Errors: EngineError once `close` was called."""
+        while True:
+            live = self.current(timeout_s=None)
+            try:
+                ray.get(live.actor.expect.remote(group), timeout=CALL_TIMEOUT_S)
+                return live
+            except ray.exceptions.RayError as error:
+                logger.warning("group %d waits for a scheduler: that of epoch %d does not answer: %s", group, live.epoch, error)
+                self._pause(live)
+
+    @property
+    def epoch(self) -> int:
+        """Of the scheduler that is up, or was last; -1 before the first."""
+        return self._last_epoch
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Calls the actor's method and waits. Errors: EngineError if it does not answer."""
+        try:
+            return ray.get(getattr(self.current().actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"the scheduler does not answer: {error}") from error
+
+    def status(self, maps: bool) -> ClusterStatus | None:
+        """What the scheduler says of itself; None, soon, while there is none."""
+        live = self._live
+        if live is None:
+            return None
+        try:
+            status: ClusterStatus = ray.get(live.actor.status.remote(maps), timeout=STATUS_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
+        return status
+
+    def close(self) -> None:
+        """Ends every group's log, then the scheduler. A second call does nothing."""
+        if self._closing.is_set():
+            return
+        live = self._live
+        self._closing.set()
+        with self._changed:
+            self._changed.notify_all()
+        if live is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(live.actor.close.remote(), timeout=5.0)
+        if self._thread.is_alive():
+            self._thread.join(timeout=CALL_TIMEOUT_S)
+        for last in {live, self._live}:  # the thread may have started another meanwhile
+            with contextlib.suppress(Exception):  # Ray itself may have gone
+                if last is not None:
+                    ray.kill(last.actor)
+
+    def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
+        # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
+        actor = options.remote(self._config, self._token, self._check, self._log_format)
+        try:
+            host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.kill(actor)
+            raise EngineError(
+                f"the scheduler's process was not ready within {timeout_s:g} s: `ray status` shows what the cluster waits for; "
+                "raise start_timeout_s if it is only slow"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"the scheduler's process died while it started: {error}") from error
+        return LiveScheduler(actor, SchedulerAddress(host, port, self._token), epoch)
+
+    def _pause(self, live: LiveScheduler) -> None:
+        """Until another is known to be up, or that none is; not for long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._live is not live or self._closing.is_set(), timeout=RESTART_PAUSE_S)
+
+    def _set(self, live: LiveScheduler | None) -> None:
+        with self._changed:
+            self._live = live
+            if live is not None:
+                self._last_epoch = live.epoch
+            self._changed.notify_all()
+
+    def _watch(self) -> None:
+        """One life after the other."""
+        while not self._closing.is_set() and (live := self._live) is not None:
+            end = live.actor.closed.remote()
+            while not self._closing.is_set() and not ray.wait([end], timeout=POLL_S)[0]:
+                pass
+            if not self._closing.is_set():
+                logger.error("the scheduler has died; starting another")
+                self._set(None)
+                self._replace(live.epoch + 1)
+
+    def _replace(self, epoch: int) -> None:
+        while not self._closing.is_set():
+            try:
+                self._set(self._launch(epoch, CALL_TIMEOUT_S))
+                return
+            except Exception:  # whatever it is: without this thread there will be no scheduler any more
+                logger.exception("the scheduler could not be started again; trying on")
+                time.sleep(RESTART_PAUSE_S)

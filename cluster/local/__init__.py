@@ -1,0 +1,1 @@
+"""The whole of Manta on this machine, without Ray."""

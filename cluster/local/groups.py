@@ -1,0 +1,211 @@
+"""The groups of one process: every rank is a thread with the step loop that it has on Ray; queues stand in for sockets.
+
+What holds the scheduler (`GroupHost`) is told what the groups have done, from their threads. Imports the workers; no Ray.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kvcache.ids import GroupId
+from scheduler.protocol.messages import Command, End, Moved, Report
+from workers.build import Built, build_rank
+from workers.config import WorkerConfig
+from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.rank import Rank
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover
+from workers.parallel.connect import PeerLost
+from workers.parallel.in_process import ThreadGroup
+
+logger = logging.getLogger(__name__)
+
+EPOCH = 0
+CLOSE_TIMEOUT_S = 30.0
+
+
+class GroupHost(Protocol):
+    """Who hears of the groups. Every method may be called from any thread."""
+
+    def group_up(self, group: GroupId, pages: int, slots: int, ports: tuple[str, ...]) -> None:
+        """The group's ranks are built; commands may follow. slots: pages of host memory. ports: where its pages are fetched."""
+        ...
+
+    def report(self, group: GroupId, report: Report) -> None: ...
+
+    def moved(self, group: GroupId, moved: Moved) -> None: ...
+
+    def group_lost(self, group: GroupId, reason: str) -> None:
+        """A group that was up has failed; nothing more comes from it."""
+        ...
+
+
+class Groups(Protocol):
+    """Groups that run somewhere, in these threads or in a process of their own."""
+
+    def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
+        """Builds every rank; returns when all are ready. Errors: the first rank's error."""
+        ...
+
+    def command(self, group: GroupId, commands: Sequence[Command]) -> None:
+        """The next part of the group's log. Must not wait."""
+        ...
+
+    def close(self) -> None:
+        """Ends all groups and waits until they have gone."""
+        ...
+
+
+class ThreadGroups:
+    """`groups` groups of `size` ranks as threads of this process."""
+
+    def __init__(self, worker: WorkerConfig, groups: int, size: int) -> None:
+        self.worker = worker
+        self.exchange = Exchange()
+        self._size = size
+        self._links = {GroupId(number): LocalLink(GroupId(number)) for number in range(groups)}
+        self._threads: list[threading.Thread] = []
+
+    def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
+        starts = []
+        for group, link in self._links.items():
+            link.host = host
+            starts.append(_GroupStart(self, host, group, link, self._size))
+        for start in starts:
+            progress(f"group {start.group}: loading {self.worker.model}")
+            self._threads += start.threads()
+        for start in starts:
+            start.wait()
+
+    def command(self, group: GroupId, commands: Sequence[Command]) -> None:
+        self._links[group].commands.put(list(commands))
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.commands.put([End("the engine was shut down")])
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=CLOSE_TIMEOUT_S)
+
+
+class LocalLink:
+    """The leader's `SchedulerLink`: a queue down, a call up."""
+
+    def __init__(self, group: GroupId) -> None:
+        self.commands: queue.SimpleQueue[list[Command]] = queue.SimpleQueue()
+        self.host: GroupHost | None = None
+        self._group = group
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        received = self.commands.get() if wait else []
+        while not self.commands.empty():
+            received += self.commands.get()
+        return received
+
+    def send(self, message: Report | Moved) -> None:
+        assert self.host is not None, "sent before the start"
+        if isinstance(message, Moved):
+            self.host.moved(self._group, message)
+        else:
+            self.host.report(self._group, message)
+
+
+class LocalFeed:
+    """The leader's `PeerFeed` and, as `LocalInbox`, each peer's `PeerInbox`."""
+
+    def __init__(self, peers: int) -> None:
+        self.inboxes = [LocalInbox() for _ in range(peers)]
+
+    def send(self, commands: Sequence[Command]) -> None:
+        for inbox in self.inboxes:
+            inbox.turns.put(commands)
+
+    def close(self) -> None:
+        for inbox in self.inboxes:
+            inbox.turns.put(None)
+
+
+class LocalInbox:
+    def __init__(self) -> None:
+        self.turns: queue.SimpleQueue[Sequence[Command] | None] = queue.SimpleQueue()
+
+    def receive(self) -> Sequence[Command]:
+        commands = self.turns.get()
+        if commands is None:
+            raise LinkClosed("the leader has gone")
+        return commands
+
+
+class _GroupStart:
+    """The threads of one group: build, say ready, run. Any rank's error ends all of them."""
+
+    def __init__(self, groups: ThreadGroups, host: GroupHost, group: GroupId, link: LocalLink, size: int) -> None:
+        self.group = group
+        self._groups = groups
+        self._host = host
+        self._link = link
+        self._comms = ThreadGroup.create(size)
+        self._feed = LocalFeed(size - 1)
+        self._gathered = Gathered(size)
+        self._gathered.send = link.send
+        self._ready = [threading.Event() for _ in range(size)]
+        self._error: BaseException | None = None
+
+    def threads(self) -> list[threading.Thread]:
+        threads = []
+        for number in range(len(self._comms)):
+            name = f"manta-group{self.group}-rank{number}"
+            threads.append(threading.Thread(target=self._run, args=(number,), name=name, daemon=True))
+            threads[-1].start()
+        return threads
+
+    def wait(self) -> None:
+        for ready in self._ready:
+            ready.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, number: int) -> None:
+        loop: Callable[[Rank], str] = self._lead if number == 0 else lambda rank: follow(rank, self._feed.inboxes[number - 1])
+        try:
+            built = build_rank(self._groups.worker, self._comms[number])
+            with contextlib.closing(built.rank):
+                self._attach_mover(number, built)
+                if number == 0:
+                    self._host.group_up(self.group, built.pages, built.slots, self._ports())
+                self._ready[number].set()
+                loop(built.rank)
+        except BaseException as error:
+            self._fail(number, error)
+
+    def _attach_mover(self, number: int, built: Built) -> None:
+        """What the rank says of a transfer goes straight to the leader's side: they share the process."""
+        transport = None
+        if self._groups.worker.transfers:
+            transport = LocalTransport(self._groups.exchange, built.pool, group=self.group, epoch=EPOCH, rank=number)
+        built.rank.mover = PageMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
+
+    def _ports(self) -> tuple[str, ...]:
+        """In one process a rank is found by its number: there is no port."""
+        return tuple(f"local:{number}" for number in range(len(self._comms))) if self._groups.worker.transfers else ()
+
+    def _lead(self, rank: Rank) -> str:
+        return lead(rank, self._link, self._feed, self._groups.worker.reporter(EPOCH))
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        """The first error is the cause; what the other ranks see afterwards is its consequence."""
+        starting = not self._ready[number].is_set()
+        if self._error is None and not isinstance(error, PeerLost | LinkClosed):
+            self._error = error
+            if not starting:
+                logger.error("group %d, rank %d failed", self.group, number, exc_info=error)
+        for comm in self._comms:
+            comm.abort(f"rank {number} failed: {error}")
+        self._feed.close()
+        for ready in self._ready:
+            ready.set()
+        if not starting and not isinstance(error, PeerLost | LinkClosed):
+            self._host.group_lost(self.group, f"group {self.group}, rank {number}: {error}")

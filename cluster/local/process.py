@@ -1,0 +1,216 @@
+"""The groups of a local engine in a process of their own, so that nobody else's Python holds up their steps.
+
+    this process: front end, scheduler core  ──commands──▶  child: `local_groups.ThreadGroups`, one thread a rank
+                                             ◀──reports──
+One socket pair joins them. When either end has gone the other notices at once: the child ends itself, the parent says that
+its groups are lost. Imports `local_groups` and `scheduler.protocol.wire`; no Ray.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from cluster.engine import EngineError
+from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
+from kvcache.ids import GroupId
+from scheduler.logs import configure
+from scheduler.protocol.messages import Command, Moved, Report
+from scheduler.protocol.wire import FrameSocket
+from workers.build import settle
+from workers.config import WorkerConfig
+
+
+class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    """See `GroupHost.group_up`."""
+
+    group: GroupId
+    pages: int
+    slots: int
+    ports: tuple[str, ...]
+
+
+class GroupReport(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    group: GroupId
+    report: Report | Moved
+
+
+class GroupLost(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    group: GroupId
+    reason: str
+
+
+class Doing(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """What the start is doing at this moment, in words for the user."""
+
+    what: str
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """All ranks are ready; or, with an error (pickled), none is."""
+
+    error: bytes = b""
+
+
+FromChild = GroupUp | GroupReport | GroupLost | Doing | Started
+
+
+class GroupCommands(msgspec.Struct, frozen=True, array_like=True, tag=0):
+    group: GroupId
+    commands: tuple[Command, ...]
+
+
+class Close(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """End all groups, then yourself."""
+
+
+ToChild = GroupCommands | Close
+
+CODE = "import sys; sys.path[:] = {path!r}; from cluster.local.process import main; main({descriptor})"
+
+
+class ProcessGroups:
+    """`ThreadGroups` behind a socket, in a child that ends with this process."""
+
+    def __init__(self, worker: WorkerConfig, groups: int, size: int) -> None:
+        self._asked = pickle.dumps((worker, groups, size))
+        self._model = worker.model
+        self._groups = [GroupId(number) for number in range(groups)]
+        self._child: subprocess.Popen[bytes] | None = None
+        self._socket: FrameSocket | None = None
+        self._host: GroupHost | None = None
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._closing = False
+        self._progress: Callable[[str], None] = lambda _: None
+
+    def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
+        self._host, self._progress = host, progress
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = CODE.format(path=sys.path, descriptor=theirs.fileno())
+            self._child = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._socket = FrameSocket(ours)
+        self._socket.send(self._asked)
+        threading.Thread(target=self._read, name="manta-local-groups", daemon=True).start()
+        self._started.wait()
+        if self._error is not None:
+            raise self._error
+
+    def command(self, group: GroupId, commands: Sequence[Command]) -> None:
+        assert self._socket is not None, "commands before the start"
+        with contextlib.suppress(OSError):  # the thread that reads says that the groups are lost
+            self._socket.send(GroupCommands(group, tuple(commands)))
+
+    def close(self) -> None:
+        self._closing = True
+        if self._child is None or self._socket is None:
+            return
+        try:
+            self._socket.send(Close())
+            self._child.wait(CLOSE_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired):
+            self._child.kill()
+        self._child.wait()
+        self._socket.close()
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        assert self._host is not None
+        message: FromChild
+        for message in self._socket.messages(FromChild):  # type: ignore[arg-type]  # a union is not a type to mypy
+            self._handle(self._host, message)
+        reason = "the process of the local groups has ended"
+        if not self._started.is_set():
+            self._error = EngineError(f"{reason} while it was loading {self._model}; its messages stand above")
+            self._started.set()
+        elif not self._closing:
+            for group in self._groups:
+                self._host.group_lost(group, reason)
+
+    def _handle(self, host: GroupHost, message: FromChild) -> None:
+        match message:
+            case GroupReport(group, Report() as report):
+                host.report(group, report)
+            case GroupReport(group, Moved() as moved):
+                host.moved(group, moved)
+            case GroupUp(group, pages, slots, ports):
+                host.group_up(group, pages, slots, ports)
+            case GroupLost(group, reason):
+                host.group_lost(group, reason)
+            case Doing(what):
+                self._progress(what)
+            case Started(error):
+                self._error = pickle.loads(error) if error else None
+                self._started.set()
+
+
+class _Parent:
+    """In the child: the `GroupHost` at the other end of the socket."""
+
+    def __init__(self, connection: FrameSocket) -> None:
+        self._connection = connection
+
+    def group_up(self, group: GroupId, pages: int, slots: int, ports: tuple[str, ...]) -> None:
+        self._connection.send(GroupUp(group, pages, slots, ports))
+
+    def report(self, group: GroupId, report: Report) -> None:
+        self._connection.send(GroupReport(group, report))
+
+    def moved(self, group: GroupId, moved: Moved) -> None:
+        self._connection.send(GroupReport(group, moved))
+
+    def group_lost(self, group: GroupId, reason: str) -> None:
+        self._connection.send(GroupLost(group, reason))
+
+    def progress(self, what: str) -> None:
+        self._connection.send(Doing(what))
+
+
+def main(descriptor: int) -> None:
+    """The child: runs the groups until it is told to close, or its parent has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent says what to do
+    connection = FrameSocket(socket.socket(fileno=descriptor))
+    asked = connection.receive()
+    if asked is None:
+        return
+    worker, number, size = pickle.loads(msgspec.msgpack.decode(asked, type=bytes))
+    configure(worker.log_format)
+    groups = ThreadGroups(worker, number, size)
+    parent = _Parent(connection)
+    threading.Thread(target=_start, args=(groups, parent, connection), name="manta-local-start", daemon=True).start()
+    message: ToChild
+    for message in connection.messages(ToChild):  # type: ignore[arg-type]
+        if isinstance(message, Close):
+            groups.close()
+            break
+        groups.command(message.group, message.commands)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # what is still under way on the device, or in a library's thread, has nobody to wait for it
+
+
+def _start(groups: ThreadGroups, parent: _Parent, connection: FrameSocket) -> None:
+    try:
+        groups.start(parent, parent.progress)
+    except BaseException as error:
+        connection.send(Started(_pickled(error)))
+        return
+    settle()
+    connection.send(Started())
+
+
+def _pickled(error: BaseException) -> bytes:
+    try:
+        pickled = pickle.dumps(error)
+        pickle.loads(pickled)
+    except Exception:
+        return pickle.dumps(EngineError(f"{type(error).__name__}: {error}"))
+    return pickled

@@ -1,0 +1,247 @@
+"""`manta`: the command line. Reads flags and prompts, runs an LLM, shows and writes what comes back.
+
+Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C. Imports neither torch nor ray nor
+transformers before a command needs them, so that --help is instant.
+"""
+
+import sys
+import time
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.study.command import command as study
+from deploy.batch.command import batch
+from deploy.cli.exits import Termination, interrupts_held, reported_errors
+from deploy.cli.options import ConfigOption, DebugOption, sampling_values, with_options
+from deploy.cli.records import RecordWriter
+from deploy.config.load import Config, load_config, read_api_keys
+from deploy.config.serve import ServeConfig
+from deploy.frontend.outputs import GenerationError, RequestOutput
+from deploy.text.files import decode, split_lines
+from deploy.text.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
+from scheduler.protocol.sampling import SamplingParams
+from simulator.command import command as replay
+
+app = typer.Typer(
+    name="manta",
+    help="Manta serves large language models on a Ray cluster, with one owner of every KV block.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class InputFormat(StrEnum):
+    """How a file or stdin holds prompts."""
+
+    jsonl = "jsonl"
+    lines = "lines"
+    text = "text"
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+PromptArguments = Annotated[
+    list[str] | None, typer.Argument(help="Prompts. Without any, --input or stdin is read.", show_default=False)
+]
+InputOption = Annotated[Path | None, _option("--input", "-i", help="File of prompts; - is stdin. Default: none.")]
+FormatOption = Annotated[
+    InputFormat | None,
+    _option(
+        "--format",
+        help='What --input or stdin holds. jsonl: on each line an object with "prompt", "prompt_token_ids" or '
+        '"messages", and what holds for it: sampling fields, "tenant", "deadline_s", "priority", "cache_salt". '
+        "lines: a prompt a line. text: one prompt. "
+        "Default: jsonl for files, text for stdin.",
+    ),
+]
+ChatOption = Annotated[bool, _option("--chat", help="Prompts are users' messages for the chat template. Default: no.")]
+TokenIdsOption = Annotated[
+    bool, _option("--token-ids", help="Prompts are token ids, apart by spaces or commas. Default: no.")
+]
+OutputOption = Annotated[
+    Path | None, _option("--output", "-o", help="Write results here as JSON lines; - is stdout. Default: none.")
+]
+StreamOption = Annotated[
+    bool | None,
+    _option("--stream/--no-stream", help="Show text while it grows. Default: yes, unless --output is given."),
+]
+QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no closing table on stderr. Default: no.")]
+
+app.command()(batch)
+app.command("replay")(replay)
+app.command("study")(study)
+
+
+@app.callback()
+def manta() -> None:
+    """Manta serves large language models on a Ray cluster, with one owner of every KV block."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    try:
+        typer.echo(f"manta {installed_version('manta-serve')}")
+    except PackageNotFoundError:
+        typer.echo("manta, from a source folder")
+
+
+@app.command()
+@with_options
+def generate(
+    prompts: PromptArguments = None,
+    input: InputOption = None,
+    format: FormatOption = None,
+    chat: ChatOption = False,
+    token_ids: TokenIdsOption = False,
+    output: OutputOption = None,
+    stream: StreamOption = None,
+    quiet: QuietOption = False,
+    config: ConfigOption = None,
+    debug: DebugOption = False,
+    *,
+    engine: dict[str, Any],
+    sampling: dict[str, Any],
+) -> None:
+    """Generate text from prompts: arguments, stdin, or a file.
+
+    manta generate "def fibonacci(n):" --max-tokens 64
+
+    manta generate --input prompts.jsonl --output results.jsonl --groups 2 --tensor-parallel-size 2
+    """
+    with reported_errors(debug):
+        settings = load_config(config, engine, sampling_values(sampling))
+        requests = read_requests(prompts or [], input, format, chat, token_ids, settings.sampling)
+        with RecordWriter.open(output) as records:
+            shown = stream if stream is not None else output is None
+            outputs = run(settings, requests, records, shown, quiet)
+        if any(each.error for each in outputs):
+            raise GenerationError.of(outputs)
+
+
+@app.command()
+@with_options
+def serve(
+    config: ConfigOption = None,
+    debug: DebugOption = False,
+    *,
+    serve: dict[str, Any],
+    engine: dict[str, Any],
+) -> None:
+    """Serve a model over HTTP with OpenAI's API, and over gRPC, until Ctrl-C.
+
+    manta serve --model /models/Qwen3-8B --tensor-parallel-size 2 --groups 4
+    """
+    with reported_errors(debug):
+        settings = load_config(config, engine, serve=serve)
+        from deploy.cli import display
+        from deploy.serving import command as serving
+
+        serving.serve(settings, display.StartView())
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Address of an endpoint.", show_default=False)] = DEFAULT_URL,
+    api_key_file: Annotated[
+        str | None, _option("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
+    ] = None,
+    interval: Annotated[float, _option("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
+    once: Annotated[bool, _option("--once", help="Look once and end. Default: only into a pipe.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Watch an endpoint: its pools block by block, what runs and waits, rates and latencies. q ends it."""
+    with reported_errors(debug):
+        keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
+        from deploy.status.top import top as watch
+
+        watch(url, keys[0] if keys else None, interval, once)
+
+
+def run(
+    settings: Config, requests: list[tuple[Source, SamplingParams]], records: RecordWriter, stream: bool, quiet: bool
+) -> list[RequestOutput]:
+    """Starts the cluster, runs every request, and ends the cluster whatever happened."""
+    from deploy.cli import display
+    from deploy.llm import LLM
+
+    with display.start_progress(not quiet) as progress:
+        llm = LLM.from_config(settings.engine, progress)
+    try:
+        labels = [display.label(source) for source, _ in requests]
+        started_s = time.monotonic()
+        outputs: dict[int, RequestOutput] = {}
+        with display.choose_view(labels, stream, quiet) as view:
+            sources, params = [source for source, _ in requests], [each for _, each in requests]
+            for position, output in llm.iterate(sources, params, each_alone=True):
+                view.show(position, output)
+                if output.finished:
+                    outputs[position] = output
+                    records.write(position, output)
+        if not quiet:
+            display.print_summary(llm.stats(), time.monotonic() - started_s)
+    finally:
+        with interrupts_held():
+            llm.shutdown()
+    return [outputs[position] for position in range(len(requests))]
+
+
+def read_requests(
+    prompts: list[str],
+    file: Path | None,
+    format: InputFormat | None,
+    chat: bool,
+    token_ids: bool,
+    params: SamplingParams,
+) -> list[tuple[Source, SamplingParams]]:
+    """Prompts from wherever they are, each with its sampling parameters. Errors: PromptError, OSError."""
+    if chat and token_ids:
+        raise PromptError("--chat and --token-ids exclude each other: leave one of them out")
+    if prompts and file is not None:
+        raise PromptError("prompts were given both as arguments and by --input: leave one of them out")
+    requests: list[tuple[Source, SamplingParams]]
+    if prompts:
+        requests = [(prompt, params) for prompt in prompts]
+    else:
+        content, name, kind = _read_input(file, format)
+        if kind is InputFormat.jsonl:
+            requests = list(read_jsonl(split_lines(content), name, params))
+        else:
+            texts = split_lines(content) if kind is InputFormat.lines else [content]
+            requests = [(text, params) for text in texts if text.strip()]
+        if not requests:
+            raise PromptError(f"{name} holds no prompt")
+    if chat:
+        return [(as_chat(source), each) for source, each in requests]
+    if token_ids:
+        return [(as_token_ids(source), each) for source, each in requests]
+    return requests
+
+
+def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str, InputFormat]:
+    """Content, its name for messages, and its format."""
+    try:
+        if file is not None and str(file) != "-":
+            return decode(file.read_bytes()), str(file), format or InputFormat.jsonl
+        if file is None and sys.stdin.isatty():
+            raise PromptError("no prompt: give one as an argument, name a file with --input, or pipe text in")
+        return decode(sys.stdin.buffer.read()), "stdin", format or InputFormat.text
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file or 'stdin'} is not UTF-8 text: {error}") from error
+
+
+def main() -> None:
+    """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
+    Termination.install()
+    app()

@@ -1,0 +1,300 @@
+"""One frozen tree of settings from a YAML file and flags: flags over file over defaults.
+
+The only place that touches the environment: MANTA_CONFIG names the file where no flag does, MANTA_API_KEYS holds keys,
+RAY_ADDRESS names the cluster that a Ray job runs on, `bound_openmp_spin` sets how OpenMP waits, and the functions about proxies
+set and read what Ray Serve, and Manta in its processes, take from there. Imports no torch, no ray.
+
+    engine:                     # cluster.config.EngineConfig
+      model: /models/Qwen3-8B
+      tensor_parallel_size: 2
+      kv_memory: 40GiB
+    serve:                      # deploy.config.serve.ServeConfig, for an endpoint
+      port: 8000
+    sampling:                   # scheduler.protocol.sampling.SamplingParams, for prompts of `manta generate` that do not say
+      temperature: 0.7
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from cluster.config import EngineConfig
+from deploy.config.serve import ServeConfig
+from scheduler.protocol.sampling import SamplingParams
+
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+CONFIG_VARIABLE = "MANTA_CONFIG"
+KEYS_VARIABLE = "MANTA_API_KEYS"
+RAY_VARIABLE = "RAY_ADDRESS"
+RECEIVE_VARIABLE, CONNECTIONS_VARIABLE = "MANTA_RECEIVE_TIMEOUT_S", "MANTA_MAX_CONNECTIONS"
+UNCOUNTED = 1 << 30
+DEFAULT_MAX_TOKENS = 128
+OPENMP_SPIN = "2000"
+HAPROXY_FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+}
+PROXY_PORTS = {
+    "HAProxy's page": ("RAY_SERVE_HAPROXY_STATS_PORT", "8404"),
+    "HAProxy's metrics": ("RAY_SERVE_HAPROXY_METRICS_PORT", "9101"),
+    "the proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500"),
+    "the gRPC proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "9500"),
+}
+SECTIONS = ("engine", "serve", "sampling")
+ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
+SERVE_KEYS = tuple(f.name for f in fields(ServeConfig))
+SAMPLING_KEYS = SamplingParams.__struct_fields__
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_COMMENT = re.compile(r"(^|\s)#.*")
+_KEY_PRIORITY = re.compile(r"(?:priority=(-?\d{1,10}))?")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+T = TypeVar("T")
+S = TypeVar("S", EngineConfig, ServeConfig)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that a process of Manta is told at its start."""
+
+    engine: EngineConfig
+    sampling: SamplingParams
+    serve: ServeConfig
+
+
+def load_config(
+    file: Path | None = None,
+    engine: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    serve: Mapping[str, Any] | None = None,
+) -> Config:
+    """Reads the tree. engine, sampling, serve: values given as flags, by field name; None means that a flag was not given."""
+    if file is None and (named := environ.get(CONFIG_VARIABLE)):
+        file = Path(named)
+    tree = {} if file is None else _read_yaml(file)
+    try:
+        sections = _sections(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    config = _config(sections, engine, sampling, serve)
+    if (address := environ.get(RAY_VARIABLE)) and config.engine.ray_address is None and not config.engine.local:
+        config = replace(config, engine=replace(config.engine, ray_address=address))
+    return config
+
+
+def endpoint_config(tree: Mapping[Any, Any]) -> Config:
+    """The tree as it is in memory, such as the arguments of a Ray Serve application. Errors: ConfigError."""
+    return _config(_sections(tree))
+
+
+def engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """Builds the engine's settings by field name; `model` left out means the checkpoint that comes with Manta."""
+    return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
+
+
+def serve_config(values: Mapping[str, Any]) -> ServeConfig:
+    """Builds the endpoint's settings by field name."""
+    return _settings(values, ServeConfig)
+
+
+def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
+    """Builds sampling parameters by field name. `stop` may be one string; the keys of `logit_bias` may be strings
+    (JSON)."""
+    reject_unknown(values, SAMPLING_KEYS)
+    ready = dict(values)
+    if isinstance(ready.get("stop"), str):
+        ready["stop"] = (ready["stop"],)
+    return _convert(ready, SamplingParams)
+
+
+def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Keys of the environment, then those of the file. Errors: ConfigError, also where an endpoint without keys would be
+    reached from other machines."""
+    named = [key.strip() for key in environ.get(KEYS_VARIABLE, "").split(",")]
+    found = tuple(dict.fromkeys(key for key in (*named, *_key_file(serve)) if key))
+    if not all(key.isascii() for key in found):
+        raise ConfigError("an API key holds characters that HTTP headers cannot: use ASCII ones")
+    if not found and serve.auth and not serve.on_loopback:
+        raise ConfigError(
+            f"host={serve.host} can be reached from other machines and there is no API key: name a file with api_key_file, set "
+            f"{KEYS_VARIABLE}, or say --no-auth (auth: false) to let everybody in"
+        )
+    return found
+
+
+def read_key_priorities(serve: ServeConfig) -> dict[str, int]:
+    """The most urgent priority of each key whose line in the file has one. Errors: ConfigError."""
+    return {key: priority for key, priority in _key_file(serve).items() if priority is not None}
+
+
+def _key_file(serve: ServeConfig) -> dict[str, int | None]:
+    """A key a line, behind it perhaps `priority=N` and a comment. Errors: ConfigError that names the line, never the key."""
+    if serve.api_key_file is None:
+        return {}
+    try:
+        text = Path(serve.api_key_file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
+    keys: dict[str, int | None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        words = _COMMENT.sub("", line).split()
+        match = _KEY_PRIORITY.fullmatch(" ".join(words[1:]))
+        if words and match is None:
+            raise ConfigError(
+                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing "
+                "else"
+            )
+        if words and match is not None:
+            keys[words[0]] = int(match[1]) if match[1] else None
+    return keys
+
+
+def parse_size(name: str, value: int | str) -> int:
+    """Bytes from 4294967296, "4GiB", "512 MiB", "4g" (binary) or "4GB" (decimal)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(
+            f'{name}={value!r} is not a size: write bytes, or a number with a unit such as "4GiB" or "512MiB"'
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def reject_unknown(given: Iterable[Any], known: Iterable[str], prefix: str = "") -> None:
+    """Refuses keys that nothing reads, naming the nearest one that exists."""
+    legal = tuple(known)
+    for key in given:
+        if key not in legal:
+            near = difflib.get_close_matches(str(key), legal, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known are {', '.join(legal)}"
+            raise ConfigError(f"unknown key {prefix + str(key)!r}: {hint}")
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    try:
+        tree = msgspec.yaml.decode(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{file} holds a {type(tree).__name__}: write the sections {', '.join(SECTIONS)}")
+    return tree or {}
+
+
+def _sections(tree: Mapping[Any, Any]) -> dict[str, dict[Any, Any]]:
+    reject_unknown(tree, SECTIONS)
+    sections = {name: _section(tree, name) for name in SECTIONS}
+    for name, known in (("engine", ENGINE_KEYS), ("serve", SERVE_KEYS), ("sampling", SAMPLING_KEYS)):
+        reject_unknown(sections[name], known, f"{name}.")
+    return sections
+
+
+def _config(
+    sections: Mapping[str, dict[Any, Any]],
+    engine: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    serve: Mapping[str, Any] | None = None,
+) -> Config:
+    return Config(
+        engine_config(sections["engine"] | _given(engine)),
+        sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
+        serve_config(sections["serve"] | _given(serve)),
+    )
+
+
+def _section(tree: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+    section = tree.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} holds a {type(section).__name__}: write one `key: value` a line below it")
+    return section
+
+
+def _given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (flags or {}).items() if value is not None}
+
+
+def _settings(values: Mapping[str, Any], target: type[S]) -> S:
+    """A record of settings from values by field name; sizes may have units."""
+    reject_unknown(values, [f.name for f in fields(target)])
+    sizes = [f.name for f in fields(target) if f.metadata.get("size") and values.get(f.name) is not None]
+    return _convert({**values, **{name: parse_size(name, values[name]) for name in sizes}}, target)
+
+
+def _convert(values: Mapping[str, Any], target: type[T]) -> T:
+    try:
+        return msgspec.convert(values, target, str_keys=True)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at ")
+        where = path.strip("`").removeprefix("$").removeprefix(".")
+        raise ConfigError(f"{where}: {message[:1].lower()}{message[1:]}" if where else message) from None
+
+
+def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets OpenMP's idle threads spin for some microseconds, then sleep, unless the user has said how they shall wait.
+
+    GNU OpenMP spins for milliseconds by default. On cores that anybody else uses too, two threads then wait for each other
+    at every operation: `docs/performance.md` has the figures. Works if called before torch is first imported; Ray workers on
+    this machine inherit it.
+    """
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPIN)
+
+
+def choose_proxy(serve: ServeConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Puts HAProxy before the replicas instead of Serve's own proxy, unless told otherwise, and bounds what clients may hold
+    open. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "deploy.doors.connections.bound_serve")
+    environ[RECEIVE_VARIABLE] = str(serve.receive_timeout_s)
+    if serve.haproxy:
+        environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+        environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")  # no load balancer has to notice first
+        environ.setdefault("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", str(math.ceil(serve.receive_timeout_s)))
+    else:
+        environ[CONNECTIONS_VARIABLE] = str(serve.max_connections)
+
+
+def connection_bounds(environ: Mapping[str, str] = os.environ) -> ServeConfig:
+    """What `choose_proxy` has said of receive_timeout_s and max_connections, in a process of Serve's. Behind HAProxy, whose
+    address all clients share, connections are not counted."""
+    timeout_s = float(environ.get(RECEIVE_VARIABLE, ServeConfig().receive_timeout_s))
+    return ServeConfig(receive_timeout_s=timeout_s, max_connections=int(environ.get(CONNECTIONS_VARIABLE, UNCOUNTED)))
+
+
+def keep_haproxy_private(folder: Path, program: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """HAProxy keeps its files and its admin socket in `folder` and is started by `program` (`deploy.serving.haproxy`), unless
+    told otherwise. Works if called before `ray.serve` is first imported; Serve's processes on this machine inherit it."""
+    for name, file in HAPROXY_FILES.items():
+        environ.setdefault(name, str(folder / file))
+    environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(program))
+
+
+def proxy_ports(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -> dict[str, tuple[str, int]]:
+    """Ports that Serve's proxies take beside those that clients use: {what for: (the variable that moves it, port)}.
+    Errors: ConfigError."""
+    ports = {}
+    for what, (name, default) in PROXY_PORTS.items():
+        if serve.haproxy and (serve.grpc_port is not None or "gRPC" not in what):
+            value = environ.get(name, default)
+            if not value.isdecimal():
+                raise ConfigError(f"{name}={value!r} is not a port: write a number")
+            ports[what] = (name, int(value))
+    return ports

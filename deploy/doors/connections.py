@@ -1,0 +1,198 @@
+"""What a client may hold open: how long its requests take to arrive, and how many connections come from one address.
+
+    headers      `Bounded`, a uvicorn protocol, since none of uvicorn's options bounds them; HAProxy by an option of its own
+    bodies       `BodyDeadline`, in front of every handler, whoever the server is
+    connections  `Bounded`, HAProxy; gRPC knows calls alone, so there `BoundedCalls` counts those
+
+Imports uvicorn, grpc and the door's errors.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import config as uvicorn_config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from deploy.config.load import connection_bounds
+from deploy.config.serve import ServeConfig
+from deploy.frontend.errors import Fault, RequestError
+
+Handler = Any
+"""grpc.RpcMethodHandler, of which grpc has no types."""
+
+
+class BodyDeadline:
+    """Refuses bodies that have not arrived whole within `timeout_s` of their headers."""
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self._app = app
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        due_s, whole = asyncio.get_running_loop().time() + self._timeout_s, False
+
+        async def in_time() -> Message:
+            nonlocal whole
+            if whole:  # what follows is the disconnect, however late
+                return await receive()
+            try:
+                async with asyncio.timeout_at(due_s):
+                    message = await receive()
+            except TimeoutError:
+                raise _too_slow("body", self._timeout_s) from None
+            whole = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, in_time, send)
+
+
+def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
+    """What uvicorn speaks: HTTP/1.1, within these bounds. Counts the connections of one server."""
+    connections: Counter[str] = Counter()
+
+    class Bounded(HttpToolsProtocol):
+        """Its headers arrive within `receive_timeout_s` of the connection, or of the next request's first byte; who sends
+        nothing more is told by uvicorn's own `timeout_keep_alive`."""
+
+        _late: asyncio.TimerHandle | None = None
+        _address: str | None = None  # while it is counted
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._address = self.client[0] if self.client else ""
+            connections[self._address] += 1
+            if connections[self._address] > config.max_connections:
+                self._refuse(
+                    b"503 Service Unavailable", f"{config.max_connections} connections of this address are open: close some"
+                )
+            else:
+                self._await_headers()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._await_headers()
+
+        def on_headers_complete(self) -> None:
+            self._cancel()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._leave()
+            super().connection_lost(exc)
+
+        def handle_websocket_upgrade(self) -> None:
+            self._leave()  # another protocol takes the connection over
+            super().handle_websocket_upgrade()
+
+        def _leave(self) -> None:
+            self._cancel()
+            if self._address is not None:
+                connections[self._address] -= 1
+                if not connections[self._address]:
+                    del connections[self._address]
+                self._address = None
+
+        def _await_headers(self) -> None:
+            if self._late is None:
+                self._late = self.loop.call_later(config.receive_timeout_s, self._give_up)
+
+        def _cancel(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _give_up(self) -> None:
+            self._late = None
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._await_headers()  # an answer is under way: its client has begun another request too early
+            else:
+                self._refuse(b"408 Request Timeout", _too_slow("headers", config.receive_timeout_s).message)
+
+        def _refuse(self, status: bytes, said: str) -> None:
+            text = said.encode()
+            head = b"HTTP/1.1 %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+            self.transport.write(head % (status, len(text)) + text)
+            self.transport.close()
+
+    return Bounded
+
+
+def bound_serve() -> list[Middleware]:
+    """Ray Serve calls it in each process that listens for HTTP, its proxies and the front ends behind HAProxy, before it starts
+    uvicorn there: its RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH. Serve has no option for what uvicorn speaks, so this changes
+    what uvicorn takes for its own choice. Returns what Serve asks for: further middleware, none."""
+    uvicorn_config.HTTP_PROTOCOLS["auto"] = bounded_protocol(connection_bounds())  # type: ignore[assignment]
+    return []
+
+
+class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Calls whose message has not arrived within `receive_timeout_s` end, and so do those beyond `max_connections` of one
+    address. gRPC reads the message before it calls a method, for as long as that takes; so each method becomes one that reads
+    a stream, which looks the same from outside."""
+
+    def __init__(self, config: ServeConfig, address_of: Callable[[str], str]) -> None:
+        """address_of: from gRPC's name of a client."""
+        self._config = config
+        self._address_of = address_of
+        self._calls: Counter[str] = Counter()
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Handler]], details: Any) -> Handler:
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        names = {"request_deserializer": handler.request_deserializer, "response_serializer": handler.response_serializer}
+        if handler.response_streaming:
+
+            async def stream(messages: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+                with self._counted(await self._admitted(context)):
+                    request = await self._first(messages, context)
+                    async for response in handler.unary_stream(request, context):
+                        yield response
+
+            return grpc.stream_stream_rpc_method_handler(stream, **names)
+
+        async def answer(messages: AsyncIterator[Any], context: Any) -> Any:
+            with self._counted(await self._admitted(context)):
+                return await handler.unary_unary(await self._first(messages, context), context)
+
+        return grpc.stream_unary_rpc_method_handler(answer, **names)
+
+    async def _admitted(self, context: Any) -> str:
+        address, most = self._address_of(context.peer()), self._config.max_connections
+        if self._calls[address] >= most:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} calls of this address are under way: end some")
+        return address
+
+    @contextmanager
+    def _counted(self, address: str) -> Iterator[None]:
+        self._calls[address] += 1
+        try:
+            yield
+        finally:
+            self._calls[address] -= 1
+            if not self._calls[address]:
+                del self._calls[address]
+
+    async def _first(self, messages: AsyncIterator[Any], context: Any) -> Any:
+        timeout_s = self._config.receive_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await anext(aiter(messages))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _too_slow("message", timeout_s).message)
+        except StopAsyncIteration:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+
+
+def _too_slow(part: str, timeout_s: float) -> RequestError:
+    said = f"the request's {part} did not arrive within {timeout_s:g} s: send it faster"
+    return RequestError(Fault.TOO_SLOW, f"{said}, or let the server wait longer (receive_timeout_s)")

@@ -1,0 +1,127 @@
+"""The HTTP endpoint: which path does what. Each replica makes its own; it runs under uvicorn and inside Ray Serve alike.
+
+Imports fastapi; what the paths do is in `openai/`, `status/` and `metrics`.
+"""
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from deploy.config.paths import Paths
+from deploy.config.serve import ServeConfig
+from deploy.doors.access import REQUEST_ID_HEADER, ApiKeys, BodyLimit, KeyCheck, RequestIds, error_response, request_id_of
+from deploy.doors.connections import BodyDeadline
+from deploy.doors.openai.document import add_schemas
+from deploy.doors.openai.errors import ErrorBody, ErrorDetail
+from deploy.doors.openai.routes import RECORDS, openai_routes
+from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.service import Service
+from deploy.observing import metrics
+from deploy.status import status_routes
+
+READY_RETRY_S = 1.0
+
+
+def create_app(service: Service, config: ServeConfig, keys: ApiKeys, *, names_responses: bool = True) -> FastAPI:
+    """The endpoint of one service, which somebody else runs. keys: none leave it open. names_responses: False where whoever
+    runs it puts the request's id on every response, as Ray Serve does."""
+    app = FastAPI(
+        title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys, names_responses),
+        exception_handlers={
+            RequestError: _on_request_error, RequestValidationError: _on_bad_parameter, HTTPException: _on_http_error,
+            Exception: _on_fault if names_responses else _on_unnamed_fault,
+        },
+    )  # fmt: skip
+    app.include_router(openai_routes(service, config, keys))
+    app.include_router(status_routes(service))
+    _add_operations(app, service)
+    add_schemas(app.openapi(), *RECORDS)
+    return app
+
+
+def version() -> str:
+    """Of the installed package."""
+    try:
+        return installed_version("manta-serve")
+    except PackageNotFoundError:
+        return "0 (from a source folder)"
+
+
+def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> list[Middleware]:
+    """Outermost first. A page of another origin may call only if it is named; its preflight carries no key."""
+    cors = Middleware(
+        CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER], expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+    )  # fmt: skip
+    return [
+        Middleware(RequestIds, names_responses=names_responses),
+        Middleware(Paths),
+        *([cors] if config.cors_origins else []),
+        Middleware(KeyCheck, keys=keys),
+        Middleware(BodyLimit, max_bytes=config.max_request_bytes),
+        Middleware(BodyDeadline, timeout_s=config.receive_timeout_s),
+    ]
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """This process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "No group is up yet, or none can be reached."}})
+    async def ready() -> Response:
+        """At least one group takes requests."""
+        if (obstacle := await service.obstacle()) is None:
+            return JSONResponse({"status": "ready"})
+        return error_response(RequestError(Fault.UNAVAILABLE, obstacle, retry_after_s=READY_RETRY_S))
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> Response:
+        """The whole cluster in Prometheus' text format, whichever replica is asked."""
+        return Response(metrics.render(await service.cluster.status()), media_type=metrics.CONTENT_TYPE)
+
+    @app.get("/version")
+    async def show_version() -> dict[str, str]:
+        """Of Manta."""
+        return {"version": version()}
+
+
+async def _on_request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _on_bad_parameter(_: Request, error: Exception) -> Response:
+    """A query or path parameter of the wrong type."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = str(first["loc"][-1])
+    return error_response(RequestError.invalid(f"{where}: {first['msg']}", where))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the router says by itself (no such path, not with this method) in the same form as everything else."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}; /openapi.json lists what there is"
+    body = ErrorBody(ErrorDetail(message, Fault.INVALID.type, None, None))
+    return Response(msgspec.json.encode(body), error.status_code, error.headers, "application/json")
+
+
+async def _on_fault(request: Request, fault: Exception) -> Response:
+    response = await _on_unnamed_fault(request, fault)
+    response.headers[REQUEST_ID_HEADER] = request_id_of(request.scope)  # this handler stands outside of what names responses
+    return response
+
+
+async def _on_unnamed_fault(request: Request, _: Exception) -> Response:
+    """The server's log has the traceback; the client gets the id to ask about."""
+    name = request_id_of(request.scope)
+    return error_response(RequestError(Fault.INTERNAL, f"a fault of the server's; its log has it under request {name}"))

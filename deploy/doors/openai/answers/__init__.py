@@ -1,0 +1,1 @@
+"""What OpenAI's clients hear: records, and how outputs become them."""

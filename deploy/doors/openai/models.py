@@ -1,0 +1,64 @@
+"""`/v1/models`, `/tokenize` and `/detokenize`: what the model is, and what text is to it. No HTTP."""
+
+from deploy.doors.openai.answers.responses import ModelCard, ModelList, Text, Tokens
+from deploy.doors.openai.messages import chat_source
+from deploy.doors.openai.reading import check_model
+from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
+from deploy.frontend.errors import RequestError
+from deploy.frontend.service import Service
+from deploy.text.prompts import Prompt, PromptError
+
+
+class Models:
+    """The one model of a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._model = service.model
+
+    def all(self) -> ModelList:
+        return ModelList(data=[self._card()])
+
+    def one(self, name: str) -> ModelCard:
+        """Errors: RequestError NOT_FOUND."""
+        check_model(name, self._model)
+        return self._card()
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokens:
+        """Errors: RequestError."""
+        check_model(request.model, self._model)
+        prompt = await self._prompt(request)
+        shown = request.return_token_strs and self._model.tokenizer is not None
+        return Tokens(
+            count=len(prompt.token_ids),
+            max_model_len=self._model.limits.max_tokens,
+            tokens=prompt.token_ids,
+            token_strs=await self._service.token_texts(prompt.token_ids) if shown else None,
+        )
+
+    async def detokenize(self, request: DetokenizeRequest) -> Text:
+        """Errors: RequestError."""
+        check_model(request.model, self._model)
+        size = self._model.limits.vocab_size
+        outside = next((token for token in request.tokens if token >= size), None)
+        if outside is not None:
+            raise RequestError.invalid(f"token id {outside} is outside the vocabulary of {size} entries", "tokens")
+        try:
+            return Text(prompt=await self._service.text_of(request.tokens))
+        except PromptError as error:
+            raise RequestError.of_prompt(error, "tokens") from None
+
+    async def _prompt(self, request: TokenizeRequest) -> Prompt:
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError.invalid("give either prompt or messages", "prompt")
+        try:
+            if request.messages is None:
+                return await self._service.prompt(request.prompt or "")
+            source = chat_source(request.messages, request.tools, request.chat_template_kwargs)
+            return await self._service.prompt(source)
+        except PromptError as error:
+            raise RequestError.of_prompt(error, "prompt" if request.messages is None else "messages") from None
+
+    def _card(self) -> ModelCard:
+        model = self._model
+        return ModelCard(id=model.name, created=model.created, max_model_len=model.limits.max_tokens)

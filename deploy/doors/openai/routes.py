@@ -1,0 +1,100 @@
+"""The paths of OpenAI's API, and vLLM's two beside them. Imports fastapi; what they do is in the modules next door."""
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from starlette.exceptions import HTTPException
+
+from deploy.config.serve import ServeConfig
+from deploy.doors.access import ApiKeys, account_of, request_id_of
+from deploy.doors.openai.answers.responses import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
+from deploy.doors.openai.chat import Chat
+from deploy.doors.openai.completions import Completions
+from deploy.doors.openai.document import answers, body_of
+from deploy.doors.openai.jobs import Caller
+from deploy.doors.openai.models import Models
+from deploy.doors.openai.reading import read
+from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from deploy.doors.openai.sse import EventStream, unless_gone
+from deploy.doors.openai.tools.grammars import Grammars
+from deploy.frontend.service import Service
+
+RECORDS = (
+    CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Completion, ChatCompletion, ModelCard, ModelList,
+    Tokens, Text,
+)  # fmt: skip
+"""What the OpenAPI document refers to."""
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRouter:
+    """Everything under `/v1`, `/tokenize` and `/detokenize`."""
+    grammars, models = Grammars(service.model), Models(service)
+    completions, chat = Completions(service, config, grammars), Chat(service, config, grammars)
+    router = APIRouter()
+
+    def caller(request: Request) -> Caller:
+        account = account_of(request.scope)
+        best = keys.best_priority(account, config.best_priority)
+        return Caller(request_id_of(request.scope), request.headers.get("traceparent"), account, best)
+
+    @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))
+    async def complete(request: Request) -> Response:
+        """Continue a prompt, or several."""
+        asked = await _read(request, CompletionRequest)
+        job = await unless_gone(request.receive, completions.job(asked, caller(request)))
+        if asked.stream:
+            return EventStream(completions.events(asked, job))
+        return await _answer(request, completions.whole(asked, job))
+
+    @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers(ChatCompletion, streamed=True))
+    async def converse(request: Request) -> Response:
+        """Answer a conversation."""
+        asked = await _read(request, ChatRequest)
+        job = await unless_gone(request.receive, chat.job(asked, caller(request)))
+        if asked.stream:
+            return EventStream(chat.events(asked, job))
+        return await _answer(request, chat.whole(asked, job))
+
+    @router.get("/v1/models", responses=answers(ModelList))
+    async def list_models() -> Response:
+        """The models that are served here: one."""
+        return _json(models.all())
+
+    @router.get("/v1/models/{model:path}", responses=answers(ModelCard))
+    async def retrieve_model(model: str) -> Response:
+        """What is known of a model."""
+        return _json(models.one(model))
+
+    @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text, or of a conversation as the model would see it."""
+        asked = await _read(request, TokenizeRequest)
+        return await _answer(request, models.tokenize(asked))
+
+    @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
+    async def detokenize(request: Request) -> Response:
+        """Text of token ids."""
+        asked = await _read(request, DetokenizeRequest)
+        return await _answer(request, models.detokenize(asked))
+
+    return router
+
+
+async def _read(request: Request, kind: type[R]) -> R:
+    """JSON that says so: a page of another origin cannot send that without being allowed to. Errors: RequestError."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HTTPException(415, f"the body is {media_type or 'of no type'}: send JSON, as `Content-Type: application/json`")
+    return read(await request.body(), kind)
+
+
+async def _answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:
+    return _json(await unless_gone(request.receive, work))
+
+
+def _json(content: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

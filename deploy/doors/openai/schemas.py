@@ -1,0 +1,191 @@
+"""What clients may ask: the fields of OpenAI's requests, and vLLM's beside them, as msgspec reads and checks them.
+
+One record for each request; the OpenAPI document and the conformance table in `docs/api.md` are held against these. A field
+that may be null has the same meaning left out. Imports nothing of Manta.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from scheduler.protocol.sampling import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
+
+INT32 = 2**31 - 1
+
+Count = Annotated[int, Meta(ge=1, le=INT32)]
+AtLeastZero = Annotated[int, Meta(ge=0, le=INT32)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Top = Annotated[int, Meta(ge=0, le=20)]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An object in which an unknown field is an error."""
+
+
+class StreamOptions(Record, frozen=True, kw_only=True):
+    """include_usage: a last event with the usage. continuous_usage_stats (vLLM): the usage so far in every event."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(Record, frozen=True, kw_only=True):
+    """What completions and chat have in common. `REFUSED` and `IGNORED` say why a known field is not for this server."""
+
+    REFUSED: ClassVar[dict[str, str]] = {}
+    IGNORED: ClassVar[frozenset[str]] = frozenset()
+
+    model: str | None = None
+    n: Count | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0.0)] | None = None
+    top_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # vLLM's
+    top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(ge=MIN_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] | None = None
+    stop_token_ids: list[AtLeastZero] | None = None
+    min_tokens: AtLeastZero | None = None
+    ignore_eos: bool | None = None
+    prompt_logprobs: Top | None = None
+    cache_salt: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32)] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_grammar: str | None = None
+    # Manta's
+    timeout: Annotated[float, Meta(gt=0.0)] | None = None
+
+
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`/v1/completions`. prompt: text, token ids, or a list of either."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "suffix": "models served here do not fill in the middle: put the whole context into prompt"
+    }
+
+    prompt: str | list[str | int | list[int]]
+    best_of: Count | None = None
+    echo: bool | None = None
+    logprobs: Top | None = None
+    suffix: str | None = None
+
+
+class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a message. Other kinds than text are read only to be refused by their names."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(Record, frozen=True, kw_only=True):
+    """arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Record, frozen=True, kw_only=True):
+    """A call that the assistant made earlier in the conversation. index: as streams have it; not read."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class Message(Record, frozen=True, kw_only=True):
+    """One message, of any role. What clients get back in an answer they may send again as it is, nulls included."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`/v1/chat/completions`."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "audio": "models served here answer in text: leave it out",
+        "functions": "OpenAI replaced it: use tools",
+        "function_call": "OpenAI replaced it: use tool_choice",
+        "web_search_options": "models served here do not search the web: leave it out",
+        "moderation": "requests are not moderated here: leave it out",
+    }
+    IGNORED: ClassVar[frozenset[str]] = frozenset({
+        "metadata",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "verbosity",
+    })
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # refused
+    audio: Any = None
+    functions: Any = None
+    function_call: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+    # ignored
+    metadata: Any = None
+    prediction: Any = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    verbosity: str | None = None
+
+
+class TokenizeRequest(Record, frozen=True, kw_only=True):
+    """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Record, frozen=True, kw_only=True):
+    """`/detokenize`."""
+
+    model: str | None = None
+    tokens: list[AtLeastZero]

@@ -1,0 +1,101 @@
+"""Server-sent events: framing, and a response that streams them. Imports starlette and msgspec; nothing of the engine."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deploy.doors.openai.errors import error_body
+from deploy.frontend.errors import Fault, RequestError
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+"""Proxies shall neither keep a stream nor hold it back."""
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+
+
+def event(content: msgspec.Struct) -> bytes:
+    """One event. JSON has no line breaks of its own, so it is one `data` line."""
+    return b"data: " + _encoder.encode(content) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come, then `[DONE]`.
+
+    Headers wait for the first event: what fails before it has the status of its error. What fails after it becomes a last
+    event `{"error": ...}`. Everything happens in one task, which a disconnect cancels, so that `events` ends at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self.init_headers(HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        with contextlib.suppress(ClientGone):
+            await unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        async def body(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        async with contextlib.aclosing(self._events) as events:
+            first = await anext(events)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await body(first)
+            try:
+                async for data in events:
+                    await body(data)
+            except RequestError as error:
+                await body(failure(error))
+            except Exception:
+                logger.exception("a stream failed")
+                await body(failure(RequestError(Fault.INTERNAL, "the server failed: its log has the reason")))
+        await body(DONE, more=False)
+
+
+def failure(error: RequestError) -> bytes:
+    """The event that ends a stream which failed."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+class ClientGone(RequestError):
+    """Nobody waits for the response any more."""
+
+    def __init__(self) -> None:
+        super().__init__(Fault.CANCELLED, "the client went away")
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled, and has ended, once the client has gone. The body must have been read.
+
+    Errors: ClientGone, and whatever `work` raises.
+    """
+    task, watch = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

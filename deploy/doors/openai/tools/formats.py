@@ -1,0 +1,177 @@
+"""What an output must look like: OpenAI's `response_format` and vLLM's `guided_` fields as one `Grammar`.
+
+Pure functions over the fields of a request; imports the grammar's wire type, and llguidance through `workers.sampling.grammar`.
+"""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from llguidance import LLTokenizer
+
+from deploy.frontend.errors import Fault, RequestError
+from scheduler.protocol.sampling import Grammar
+from workers.sampling.grammar import GrammarError, check
+
+MAX_GRAMMAR_BYTES = 128 << 10
+"""A grammar travels to every rank of a group and is compiled there; this much takes about 0.1 s."""
+
+MAX_NESTING = 256
+"""llguidance follows definitions by recursion, on the stack of the thread that calls it: a chain of some 1,000 levels ends the
+process (8 MiB of stack; a quarter of that with 2 MiB)."""
+
+MAX_LARK_LEVELS = 500
+"""The same for grammars in Lark, where a level costs less."""
+
+MAX_MESSAGE_CHARACTERS = 600
+"""The library's messages repeat the line of the grammar that they speak of."""
+
+REFERENCE_KEYS = ("$ref", "$dynamicRef", "$recursiveRef")
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def grammar_of(
+    response_format: Any = None,
+    guided_regex: str | None = None,
+    guided_choice: Sequence[str] | None = None,
+    guided_json: str | Mapping[str, Any] | None = None,
+    guided_grammar: str | None = None,
+) -> Grammar | None:
+    """The grammar that a request asks for; None where any text will do. guided_grammar: in llguidance's Lark.
+
+    Errors: RequestError, INVALID or TOO_LARGE, with the field's name.
+    """
+    asked = {
+        "response_format": _response_grammar(response_format),
+        "guided_regex": None if guided_regex is None else Grammar("regex", guided_regex),
+        "guided_choice": None if guided_choice is None else _choice_grammar(guided_choice),
+        "guided_json": None if guided_json is None else schema_grammar(guided_json, "guided_json"),
+        "guided_grammar": None if guided_grammar is None else _lark_grammar(guided_grammar),
+    }
+    given = {name: grammar for name, grammar in asked.items() if grammar is not None}
+    if len(given) > 1:
+        raise RequestError.invalid(f"{' and '.join(given)} exclude each other: give one of them", [*given][1])
+    for name, grammar in given.items():
+        check_size(grammar, name)
+        return grammar
+    return None
+
+
+def validate(grammar: Grammar, tokenizer: LLTokenizer, param: str | None = None) -> None:
+    """Compiles the grammar against the checkpoint's vocabulary, so that no worker meets one that it cannot follow.
+
+    Milliseconds; up to 0.2 s for a large schema: call it in a thread. Errors: RequestError UNPROCESSABLE.
+    """
+    try:
+        check(grammar, tokenizer)
+    except GrammarError as error:
+        message = textwrap.shorten(str(error), MAX_MESSAGE_CHARACTERS, placeholder=" ...")
+        raise RequestError(Fault.UNPROCESSABLE, message, param=param, code="invalid_grammar") from None
+
+
+def schema_grammar(schema: str | Mapping[str, Any], param: str) -> Grammar:
+    """A JSON schema, as an object or as text. Errors: RequestError INVALID."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError.invalid(f"{param} is not valid JSON: {error}", param) from None
+    if not isinstance(schema, Mapping):
+        raise RequestError.invalid(f"{param} must be a JSON schema, which is an object, not {type(schema).__name__}", param)
+    check_nesting(schema, param)
+    return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+
+
+def check_size(grammar: Grammar, param: str) -> None:
+    """Errors: RequestError TOO_LARGE."""
+    size = len(grammar.text.encode("utf-8", "surrogatepass"))
+    if size > MAX_GRAMMAR_BYTES:
+        message = f"{param} makes a grammar of {size} bytes, and {MAX_GRAMMAR_BYTES} are allowed: make it smaller"
+        raise RequestError(Fault.TOO_LARGE, message, param=param)
+
+
+def check_nesting(schema: Mapping[str, Any], param: str) -> None:
+    """Bounds how deep a compiler that follows references can get. Errors: RequestError INVALID."""
+    levels = _levels(schema) + sum(_levels(_target(schema, ref)) for ref in set(_references(schema)))
+    if levels > MAX_NESTING:
+        raise RequestError.invalid(
+            f"{param} nests {levels} levels, those of what its references point to included, and {MAX_NESTING} are allowed: "
+            "flatten it",
+            param,
+        )
+
+
+def _response_grammar(response_format: Any) -> Grammar | None:
+    match response_format:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return schema_grammar(ANY_OBJECT, "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema_grammar(schema, "response_format.json_schema.schema")
+        case {"type": "json_schema"}:
+            raise RequestError.invalid(
+                'response_format: json_schema needs the schema, as {"type": "json_schema", "json_schema": {"name": ..., '
+                '"schema": ...}}',
+                "response_format.json_schema",
+            )
+    raise RequestError.invalid(
+        "response_format must be an object whose type is text, json_object or json_schema", "response_format"
+    )
+
+
+def _choice_grammar(choices: Sequence[str]) -> Grammar:
+    """One of a few texts, as a regular expression: no text can break out of an escaped one."""
+    if isinstance(choices, str) or not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        raise RequestError.invalid("guided_choice must be a list of texts that are not empty", "guided_choice")
+    return Grammar("regex", "|".join(map(re.escape, choices)))
+
+
+def _lark_grammar(text: str) -> Grammar:
+    """A level of a Lark grammar takes a line, a bracket or an operator at least."""
+    levels = text.count("\n") + sum(map(text.count, "([{"))
+    if levels > MAX_LARK_LEVELS:
+        raise RequestError.invalid(
+            f"guided_grammar has {levels} lines and brackets, and {MAX_LARK_LEVELS} are allowed: make it smaller",
+            "guided_grammar",
+        )
+    return Grammar("lark", text)
+
+
+def _levels(value: Any) -> int:
+    """Objects and arrays inside one another."""
+    levels, layer = 0, [value]
+    while layer := [part for part in layer if isinstance(part, Mapping | list)]:
+        levels += 1
+        layer = [inner for part in layer for inner in (part.values() if isinstance(part, Mapping) else part)]
+    return levels
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """Every reference in a schema, to wherever it points."""
+    layer = [schema]
+    while layer:
+        part = layer.pop()
+        if isinstance(part, Mapping):
+            yield from (ref for key in REFERENCE_KEYS if isinstance(ref := part.get(key), str))
+            layer += part.values()
+        elif isinstance(part, list):
+            layer += part
+
+
+def _target(schema: Mapping[str, Any], reference: str) -> Any:
+    """The part of a schema that a reference points to; the whole of it where that cannot be told, which is no shallower."""
+    part: Any = schema
+    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
+            part = part[int(name)]
+        elif isinstance(part, Mapping) and name in part:
+            part = part[name]
+        else:
+            return schema
+    return part

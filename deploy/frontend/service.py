@@ -1,0 +1,314 @@
+"""One model behind every door: HTTP, gRPC and batch parse their own words, then all call `Service`.
+
+    door ──prompt, params──▶ generate ──▶ FrontEnd ──Submit──▶ scheduler
+    door ◀──OutputDelta───── generate ◀── FrontEnd ◀─Deltas───
+
+Runs on one event loop; the front end's threads do the detokenising. Imports no ray: how the cluster is reached comes from
+outside as a `Cluster`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
+from deploy.frontend.frontend import FrontEnd
+from deploy.frontend.generation import Generation
+from deploy.frontend.observation import Observe, RequestRecord
+from deploy.frontend.outputs import OutputDelta
+from deploy.text.prompts import ModelLimits, Prompt, PromptError, PromptParser, Source, read_model_limits
+from deploy.text.tokenising import Tokenising, has_text, is_long
+from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.messages import TalliedMetric
+from scheduler.protocol.sampling import SamplingParams
+from scheduler.server.stats import ClusterStatus
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_S = 0.5
+READY_TIMEOUT_S = 2.0
+
+
+class Cluster(Protocol):
+    """The scheduler as a replica reaches it."""
+
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+        """A new stream to the scheduler that is up now; called from a thread. Errors: EngineError, OSError while there
+        is none."""
+        ...
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        """The whole cluster at this moment; maps: with the state of every block. Never raises: what cannot be reached
+        is reported as not ready."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a door must know of the checkpoint. created: seconds since 1970."""
+
+    name: str
+    checkpoint: Path
+    created: int
+    limits: ModelLimits
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def read(cls, name: str, checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> "ServedModel":
+        """Errors: ValueError, OSError."""
+        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
+        created = int((checkpoint / "config.json").stat().st_mtime)
+        tokenizer = Tokenizer.load(checkpoint)
+        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
+
+
+class Service:
+    """Requests of this process on one cluster. Its methods belong to the event loop on which `run` runs.
+
+    observe: told of every request that has ended.
+    """
+
+    def __init__(self, model: ServedModel, cluster: Cluster, observe: Observe = lambda _: None) -> None:
+        self.model = model
+        self.cluster = cluster
+        self.parser = PromptParser(model.limits, model.tokenizer)
+        self._tokenising = Tokenising()
+        self._observe = observe
+        self._frontend: FrontEnd | None = None
+        self._lost = asyncio.Event()
+        self._calls: dict[str, list[_Call]] = {}  # by request id
+        self._waiters: dict[int, asyncio.Event] = {}
+        self._grown: deque[Generation] = deque()
+        self._waking = False
+        self.under_way = 0
+        """Requests that have not ended."""
+
+    # ---- the connection ----
+
+    async def run(self) -> None:
+        """Keeps a stream to the scheduler open until cancelled; a lost one is replaced, its requests have failed."""
+        try:
+            while True:
+                with contextlib.suppress(EngineError, OSError):
+                    await self._connect()
+                    await self._lost.wait()
+                    logger.warning("the stream to the scheduler was lost; connecting anew")
+                await self._disconnect()
+                await asyncio.sleep(RECONNECT_S)
+        finally:
+            await self._disconnect()
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> bool:
+        """Hands metrics to the scheduler; False, and they are still the caller's, while it cannot be reached."""
+        if self._frontend is None:
+            return False
+        try:
+            self._frontend.engine.tally(metrics)
+        except EngineError:
+            return False
+        return True
+
+    @property
+    def connected(self) -> bool:
+        return self._frontend is not None
+
+    async def ready(self) -> bool:
+        """At least one group is up, and this process reaches the scheduler."""
+        return await self.obstacle() is None
+
+    async def obstacle(self) -> str | None:
+        """Why this process takes no requests now; None: it takes them. Whatever the cluster does, the answer comes within
+        `READY_TIMEOUT_S`: whoever asks takes a late one for none."""
+        if not self.connected:
+            return "no scheduler can be reached yet: the cluster is starting, or comes up anew"
+        asked = asyncio.create_task(self.cluster.status())
+        try:
+            await asyncio.wait((asked,), timeout=READY_TIMEOUT_S)  # one that does not let itself be cancelled is left alone
+            if not asked.done():
+                return f"the cluster has not said within {READY_TIMEOUT_S:g} s how it is"
+            status = asked.result()
+        finally:
+            asked.cancel()
+        return None if status.ready else f"no group takes requests: {status.phase}"
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._lost.clear()
+
+        def lost() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody connects anew
+                loop.call_soon_threadsafe(self._lost.set)
+
+        self._frontend = await asyncio.to_thread(
+            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost
+        )
+
+    async def _disconnect(self) -> None:
+        frontend, self._frontend = self._frontend, None
+        if frontend is not None:
+            await asyncio.to_thread(frontend.close)
+
+    # ---- requests ----
+
+    async def prompt(self, source: Source) -> Prompt:
+        """Parses one source; text off the event loop, where it may have to wait for others. Errors: PromptError."""
+        if not has_text(source):
+            return self.parser.parse(source)
+        return await self._tokenising.run(lambda: self.parser.parse(source), long=is_long(source))
+
+    async def prompts(self, sources: Sequence[Source]) -> list[Prompt]:
+        """Parses several, one after the other, so that many of one request hold up nobody else's. Errors: PromptError of
+        the first that has one; the rest is not read."""
+        return [await self.prompt(source) for source in sources]
+
+    async def generate(
+        self,
+        prompts: Sequence[tuple[Prompt, SamplingParams]],
+        *,
+        request_id: str,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        traceparent: str | None = None,
+        tenant: str = "",
+        share_prefix_cache: bool = False,
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        """Yields (position of the prompt, what is new of it) until every choice has ended.
+
+        Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
+        timeout_s: the scheduler knows of it too, so that a request is refused early if its turn would come too late. tenant: on
+        whose account, for fairness, and whose KV a prompt may find: its own alone, unless share_prefix_cache lets it find that
+        of all tenants.
+        Errors: RequestError, once and for the whole request, the first fault of any choice; PromptError for sampling
+        parameters that do not fit the model.
+        """
+        valid = [(prompt, self.parser.params(params)) for prompt, params in prompts]
+        log = RequestRecord(request_id, priority, traceparent, [(len(prompt.token_ids), params.n) for prompt, params in valid])
+        frontend = self._frontend
+        if frontend is None:
+            starting = "no scheduler can be reached yet: the cluster is starting"
+            error = log.fail(RequestError(Fault.UNAVAILABLE, starting, retry_after_s=1.0))
+            self._observe(log.end([], 0))
+            raise error
+        call = _Call(frontend)
+        deadline = call.end_after(timeout_s)
+        self.under_way += 1
+        self._calls.setdefault(request_id, []).append(call)
+        try:
+            asked = [(prompt.of_call(tenant, timeout_s, priority), params) for prompt, params in valid]
+            if not share_prefix_cache:
+                asked = [(prompt.of_tenant_alone(), params) for prompt, params in asked]
+            call.generations = self._submit(call, asked)
+            async for position, delta in self._follow(call):
+                log.take(position, delta)
+                yield position, delta
+        except RequestError as error:
+            raise log.fail(error) from None
+        except EngineError as error:
+            raise log.fail(RequestError(Fault.UNAVAILABLE, str(error), retry_after_s=1.0)) from error
+        finally:
+            self.under_way -= 1
+            if deadline is not None:
+                deadline.cancel()
+            self._forget(request_id, call)
+            frontend.abort(call.generations)
+            self._observe(log.end(call.generations, frontend.engine.page_size))
+
+    def abort(self, request_id: str) -> int:
+        """Ends the requests of this id as CANCELLED, at once. Returns how many there were in this process."""
+        calls = self._calls.get(request_id, [])
+        for call in calls:
+            call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
+        return len(calls)
+
+    def _submit(self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]]) -> list[Generation]:
+        loop = asyncio.get_running_loop()
+
+        def notify(generation: Generation) -> None:
+            """From the front end's thread: one wake-up of the loop for all that has grown since it last ran."""
+            self._grown.append(generation)
+            if not self._waking:
+                self._waking = True
+                loop.call_soon_threadsafe(self._wake)
+
+        generations = call.frontend.submit(prompts, notify)
+        for generation in generations:
+            self._waiters[id(generation)] = call.grown
+        return generations
+
+    def _forget(self, request_id: str, call: "_Call") -> None:
+        for generation in call.generations:
+            self._waiters.pop(id(generation), None)
+        calls = self._calls[request_id]
+        calls.remove(call)
+        if not calls:
+            del self._calls[request_id]
+
+    def _wake(self) -> None:
+        self._waking = False
+        while self._grown:
+            waiter = self._waiters.get(id(self._grown.popleft()))
+            if waiter is not None:
+                waiter.set()
+
+    async def _follow(self, call: "_Call") -> AsyncIterator[tuple[int, OutputDelta]]:
+        live = dict(enumerate(call.generations))
+        while live:
+            await call.grown.wait()
+            call.grown.clear()
+            if call.error is not None:
+                raise call.error
+            for position, generation in list(live.items()):
+                delta = generation.take_delta()
+                if delta is None:
+                    continue
+                if delta.failed is not None:
+                    raise RequestError.of_end(delta.failed)
+                if delta.finished:
+                    del live[position]
+                yield position, delta
+
+    async def text_of(self, tokens: Sequence[int]) -> str:
+        """Errors: PromptError without a tokenizer."""
+        tokenizer = self._need_tokenizer()
+        return await self._tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
+
+    async def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token of a text. Errors: PromptError without a tokenizer."""
+        tokenizer = self._need_tokenizer()
+        return await self._tokenising.run(lambda: tokenizer.token_texts(tokens), long=is_long(tokens))
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.model.tokenizer is None:
+            raise PromptError("this checkpoint has no tokenizer")
+        return self.model.tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A request under way. It can be ended from outside while its caller is busy with something else: no task is
+    cancelled, since a task that is in the midst of a caller's write would take that for a client that went away."""
+
+    frontend: FrontEnd
+    generations: Sequence[Generation] = ()
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    error: RequestError | None = None
+
+    def end(self, error: RequestError) -> None:
+        """The caller learns of it when it next asks; the cluster at once."""
+        if self.error is None:
+            self.error = error
+            self.grown.set()
+            self.frontend.abort(self.generations)
+
+    def end_after(self, timeout_s: float | None) -> asyncio.TimerHandle | None:
+        """None: no deadline."""
+        if timeout_s is None:
+            return None
+        error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code=DEADLINE_EXCEEDED)
+        return asyncio.get_running_loop().call_later(timeout_s, self.end, error)

@@ -1,0 +1,1 @@
+"""What is seen of requests from outside: metrics, logs, traces, the request log."""

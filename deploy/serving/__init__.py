@@ -1,0 +1,1 @@
+"""`manta serve`: the endpoint's start, its ports and its proxy."""

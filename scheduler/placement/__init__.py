@@ -1,0 +1,1 @@
+"""Where a sequence goes: what it finds cached there, what it shares with others, what it costs."""

@@ -1,0 +1,1 @@
+"""Who waits, in which order, how many may, and until when."""

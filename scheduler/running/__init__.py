@@ -1,0 +1,1 @@
+"""What runs: rows and blocks of the resident batch, who gives way, and what is moved."""

@@ -1,0 +1,301 @@
+"""What one group runs, as arrays over the rows of its resident batch: a report costs array operations, not a loop.
+
+    row            0     1     2   ...          one column for each place in the worker's batch
+    lease        [17«16 18«16+1  -1 ...]        who sits there; -1 is free
+    length       [ 301   77  ...]               committed tokens, prompt included
+    pending      [   1   40  ...]               committed tokens without KV yet: 1 while decoding, more while prefilling
+    due          [ 513  ...]                    length at which a page fills or a grant is wanted (decoding rows)
+    ring         [rows, ring]  int32            sampled tokens by position, until a page of them is written back
+
+Imports NumPy, `messages`, `policy`, `sequence` and `kvcache` ids.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcache.ids import GroupId
+from scheduler.policy import shortage
+from scheduler.protocol.messages import NO_TOKEN, ROW_MASK, Command, Commands, LeaseId
+from scheduler.sequence import Sequence, Tokens
+
+Ints = npt.NDArray[np.int64]
+
+RING_PADDING = 16
+"""Keeps rows of equal length out of one set of the CPU's cache, where rings a power of two apart would all fall."""
+
+
+class ProtocolError(RuntimeError):
+    """A leader broke the lease protocol (a gap in its reports); its group must be fenced."""
+
+
+class Listener(NamedTuple):
+    """A front end's part of a roster: [first:end] of what is in its order. streams: their numbers, an int64 buffer.
+    positions: how many tokens each had when the roster was made, prompt included, an int32 buffer."""
+
+    front_end: int
+    first: int
+    end: int
+    streams: bytes
+    positions: bytes
+
+
+class Roster(NamedTuple):
+    """Who takes part in a report, and which front end wants to know. Kept while reports name the same leases.
+
+    columns: of the report, those of leases still alive; None: all. rows: [n] theirs. places: the same as an index, a slice
+    if they are the first n, as in a full batch: a view costs less than a copy. ring_base: [n] where each one's ring begins in
+    the flat one. order: [n] of these, grouped by front end; None: as they are. audience: who wants which part of that.
+    """
+
+    key: bytes
+    columns: Ints | None
+    rows: Ints
+    places: Ints | slice
+    ring_base: Ints
+    order: Ints | None
+    audience: tuple[Listener, ...]
+
+
+@dataclass(slots=True)
+class Watch:
+    """Groups to which something has happened, so that whoever looks after all groups need not ask each of them.
+
+    told: their logs were empty, and are not now. touched: their loads may have changed. Whoever has looked empties the list; it
+    may hold groups that have gone.
+    """
+
+    told: "list[ResidentGroup]" = field(default_factory=list)
+    touched: "list[ResidentGroup]" = field(default_factory=list)
+
+
+class ResidentGroup:
+    """One (group, epoch): its resident batch as the scheduler knows it, and its command log.
+
+    Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
+    """
+
+    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int, watch: Watch) -> None:
+        self.group = group
+        self.epoch = epoch
+        self.blocks = blocks
+        self.ring_size = 2 * page_size  # a power of two; at most a page and one report are not yet written back
+        self._ring_mask = self.ring_size - 1
+        self.lease = np.full(rows, -1, np.int64)
+        self.length = np.zeros(rows, np.int64)
+        self.pending = np.zeros(rows, np.int64)
+        self.due = np.zeros(rows, np.int64)
+        self.slot = np.zeros(rows, np.uint16)
+        self.stream = np.zeros(rows, np.int64)
+        self.ring = np.zeros((rows, self.ring_size + RING_PADDING), np.int32)
+        self.sequences: list[Sequence | None] = [None] * rows
+        self.running: set[Sequence] = set()
+        self.starved: list[Sequence] = []
+        self.fetching: dict[Sequence, int] = {}  # have pages here, wait for their prefix, keep a row; tokens to compute then
+        self.ports: tuple[str, ...] = ()  # of each rank, where others fetch pages; empty: no transfers
+        self.slots = 0  # pages of host memory of each rank
+        self.shortage = shortage(blocks)
+        self.sending = self.receiving = 0  # pages on their way
+        self.backlog = 0
+        self.free_rows = list(range(rows - 1, -1, -1))
+        self.reports = 0
+        self.applied = 0
+        self._draining = False
+        self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
+        self.step_s = 0.0
+        self._flat_ring = self.ring.reshape(-1)
+        self._all_rows = np.arange(rows)
+        self._ring_starts = self._all_rows * self.ring.shape[1]
+        self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it
+        self._issued = 0
+        self._log: list[Command] = []
+        self.touched = False
+        self._watch = watch
+        self._roster: Roster | None = None
+        self.advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
+
+    @property
+    def draining(self) -> bool:
+        """It takes no new sequences."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._draining = draining
+        self.touch()
+
+    @property
+    def rows_left(self) -> int:
+        return len(self.free_rows) - len(self.fetching)
+
+    @property
+    def coming(self) -> int:
+        """Tokens to compute of those who run, and of those whose prefix is on its way."""
+        return self.backlog + sum(self.fetching.values()) if self.fetching else self.backlog
+
+    # ---- the log down
+
+    def issue(self, command: Command) -> None:
+        if not self._log:
+            self._watch.told.append(self)
+        self._log.append(command)
+        self.touch()
+
+    def touch(self) -> None:
+        """Its load may have changed: what waits or runs there, or the pages that are left."""
+        if not self.touched:
+            self.touched = True
+            self._watch.touched.append(self)
+
+    def drain(self) -> Commands | None:
+        """The commands issued since the last call, numbered; None if there are none."""
+        if not self._log:
+            return None
+        batch = Commands(self._issued, tuple(self._log))
+        self._issued += len(self._log)
+        self._log = []
+        return batch
+
+    # ---- rows
+
+    def seat(self, sequence: Sequence, row: int, lease: LeaseId, uncached: int) -> None:
+        """Puts a sequence into a row taken from `free_rows`; `uncached` of its tokens have no KV yet."""
+        self.lease[row] = lease
+        self.length[row] = sequence.committed
+        self.pending[row] = uncached
+        self.slot[row] = self._slots.setdefault(sequence.front_end, len(self._slots))
+        self.stream[row] = sequence.stream
+        self.sequences[row] = sequence
+        self.running.add(sequence)
+        self.backlog += uncached - 1
+        self.touch()
+
+    def unseat(self, sequence: Sequence) -> None:
+        """Takes it out. Its lease is over: what is still reported of it is discarded."""
+        row = sequence.row
+        self.lease[row] = -1
+        self.backlog -= self.pending.item(row) - 1
+        self.sequences[row] = None
+        self.running.discard(sequence)
+        if not self.running:
+            self._slots.clear()
+        if sequence in self.starved:
+            self.starved.remove(sequence)
+        self.free_rows.append(row)
+        self._roster = None
+        self.touch()
+
+    def computed(self, row: int) -> int:
+        """Tokens of the row whose KV stands in its pages."""
+        return self.length.item(row) - self.pending.item(row)
+
+    def ahead_of(self, row: int) -> int:
+        """Tokens to compute of those who started before the row: as a rule those come first."""
+        older = (self.lease >= 0) & (self.lease < self.lease[row])
+        return int((self.pending[older] - 1).sum())
+
+    def output_tokens(self, sequence: Sequence) -> int:
+        """Committed output, that in the ring included."""
+        return self.length.item(sequence.row) - sequence.prompt_tokens
+
+    def write_back(self, sequence: Sequence, end: int | None = None) -> None:
+        """Moves the tokens at positions committed..end, None: all of them, from the ring into the sequence."""
+        start = sequence.committed
+        end = self.length.item(sequence.row) if end is None else end
+        if end > start:
+            ring, first, last = self.ring[sequence.row], start & self._ring_mask, (end - 1 & self._ring_mask) + 1
+            if first >= last:  # it wraps around
+                sequence.append(ring[first : self.ring_size])
+                first = 0
+            sequence.append(ring[first:last])
+
+    def tail(self, sequence: Sequence, start: int, end: int) -> Tokens:
+        """[end - start] the tokens from the page border `start` on, less than a page of them; a view."""
+        if sequence.committed <= start:
+            first = start & self._ring_mask  # the ring is two pages: what begins with one does not wrap around inside it
+            return self.ring[sequence.row, first : first + end - start]
+        self.write_back(sequence, end)
+        return sequence.buffer[start:end]
+
+    # ---- reports
+
+    def roster(self, key: bytes) -> Roster:
+        """Reads a report's lease buffer; costs one comparison while the same leases run."""
+        if self._roster is None or self._roster.key != key:
+            self._roster = self._read_roster(key)
+            self.advanced = 0
+        return self._roster
+
+    def _read_roster(self, key: bytes) -> Roster:
+        count, columns = len(key) // 8, None
+        rows: Ints = self._all_rows[:count]
+        places: Ints | slice = slice(count)
+        if self.lease[places].tobytes() != key:  # not a full batch whose leases all live
+            leases = np.frombuffer(key, np.int64)
+            rows = places = leases & ROW_MASK
+            present = self.lease.take(rows)
+            if present.tobytes() != key:
+                columns = (present == leases).nonzero()[0]
+                rows = places = rows.take(columns)
+        order, audience = self._group(places, len(rows))
+        return Roster(key, columns, rows, places, self._ring_starts[places], order, audience)
+
+    def _group(self, places: Ints | slice, count: int) -> tuple[Ints | None, tuple[Listener, ...]]:
+        """(order, audience) of a roster with so many rows."""
+        streams, lengths, ends, order = self.stream[places], self.length[places], [count], None
+        if len(self._slots) > 1:
+            # NumPy sorts both by radix, and half the bytes in half the time.
+            slots = self.slot[places].astype(np.uint8 if len(self._slots) <= 1 << 8 else np.uint16)
+            order = slots.argsort(kind="stable")
+            streams, lengths = streams.take(order), lengths.take(order)
+            ends = np.bincount(slots, minlength=len(self._slots)).cumsum().tolist()
+        positions = lengths.astype(np.int32)
+        return order, tuple(
+            Listener(front_end, first, end, streams[first:end].tobytes(), positions[first:end].tobytes())
+            for front_end, first, end in zip(self._slots, [0, *ends], ends, strict=False)
+            if end > first
+        )
+
+    def _renew_positions(self, roster: Roster) -> None:
+        """After a report in which not every lease has advanced by as much."""
+        lengths = self.length[roster.places] if roster.order is None else self.length[roster.places].take(roster.order)
+        positions = lengths.astype(np.int32)
+        audience = (
+            Listener(front_end, first, end, streams, positions[first:end].tobytes())
+            for front_end, first, end, streams, _ in roster.audience
+        )
+        self._roster, self.advanced = roster._replace(audience=tuple(audience)), 0
+
+    def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
+        """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
+        length = self.length[roster.places]
+        for sampled in tokens:
+            at = length & self._ring_mask
+            at += roster.ring_base
+            self._flat_ring[at] = sampled
+            length += 1
+        self.length[roster.places] = length
+        self.advanced += len(tokens)
+        due = (length >= self.due[roster.places]).nonzero()[0]
+        rows: list[int] = roster.rows.take(due).tolist()
+        return rows
+
+    def commit_mixed(self, roster: Roster, tokens: npt.NDArray[np.int32], computed: npt.NDArray[np.int32]) -> list[int]:
+        """The general case: prefill chunks, leases that ended early. computed: [n]. Returns the rows that are due."""
+        rows = roster.rows
+        sampled = np.zeros(len(rows), np.int64)
+        for step in tokens:
+            at = np.flatnonzero(step != NO_TOKEN)
+            position = self.length[rows[at]] + sampled[at]
+            self._flat_ring[roster.ring_base[at] + (position & self._ring_mask)] = step[at]
+            sampled[at] += 1
+        self.length[rows] += sampled
+        self._renew_positions(roster)
+        change = sampled - computed
+        self.pending[rows] += change
+        self.backlog += int(change.sum())
+        self.touch()
+        due: list[int] = rows[(self.length[rows] >= self.due[rows]) | (change != 0)].tolist()
+        return due

@@ -1,0 +1,65 @@
+"""The Ray shell of the scheduler: an asyncio actor that runs one `SchedulerServer`. Ray places, names and watches it.
+
+Imports ray and `server`. Tokens and commands go over the server's socket; actor calls are for set-up, fencing and questions.
+"""
+
+import asyncio
+
+import ray
+
+from kvcache.ids import GroupId
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
+from scheduler.invariants import check
+from scheduler.logs import configure
+from scheduler.placement import why
+from scheduler.server.server import SchedulerServer
+from scheduler.server.stats import ClusterStatus
+
+
+class SchedulerActor:
+    """Wrapped by `ray.remote` where it is placed (`cluster.launch`). Every method runs on the actor's one event loop."""
+
+    def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False, log_format: str = "text") -> None:
+        configure(log_format, role="scheduler")
+        if config.log_decisions:
+            why.show()
+        self._core = SchedulerCore(config)
+        self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
+        self._closed = asyncio.Event()
+
+    async def listen(self) -> tuple[str, int]:
+        """Opens the socket; returns where leaders and front ends connect."""
+        host = ray.util.get_node_ip_address()
+        return host, await self._server.listen(host)
+
+    async def expect(self, group: int) -> None:
+        """A group is being started: requests wait for it."""
+        self._server.call(lambda core: core.expect(GroupId(group)))
+
+    async def group_lost(self, group: int, reason: str) -> None:
+        """The group will not come back: what only it could serve fails with `reason`."""
+        self._server.group_lost(GroupId(group), reason)
+
+    async def drain(self, group: int) -> bool:
+        """The group takes no more sequences; False if it is needed."""
+        return self._server.call(lambda core: core.drain(GroupId(group)))
+
+    async def vacate(self, group: int) -> None:
+        """What still runs in a draining group starts again elsewhere."""
+        self._server.call(lambda core: core.vacate(GroupId(group)))
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        return self._server.status(maps=maps)
+
+    async def check(self) -> None:
+        """Checks every invariant now. Errors: AssertionError that names the rule."""
+        check(self._core)
+
+    async def closed(self) -> None:
+        """Returns when `close` was called, so that whoever waits for it hears of an unexpected end as an error."""
+        await self._closed.wait()
+
+    async def close(self) -> None:
+        self._closed.set()
+        await self._server.close()

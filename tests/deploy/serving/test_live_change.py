@@ -1,0 +1,139 @@
+"""An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from deploy.app import check_vacant, failure, start_proxies
+from deploy.config.load import ConfigError
+from deploy.config.serve import ServeConfig
+from tests.deploy.serving.test_ports import HOST
+from tests.ports import free_ports
+from tests.processes import WORKER, all_named, named
+
+pytestmark = pytest.mark.ray
+
+PATIENCE_S = 240.0
+TOKENS = 1500
+
+
+def until(what: str, true: Callable[[], bool], clue: Callable[[], object] = str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: {clue()}"
+        time.sleep(0.1)
+
+
+class Application:
+    """The configuration file that a user deploys again and again."""
+
+    def __init__(self, port: int) -> None:
+        self.limits = ServeConfig(host=HOST, port=port, haproxy=False)
+        self.http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=PATIENCE_S, trust_env=False)
+
+    def deploy(self, groups: int) -> None:
+        args = {"engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port}}
+        application = {
+            "name": "manta",
+            "route_prefix": "/",
+            "import_path": "deploy.app:build",
+            "args": args,
+            "deployments": [{"name": "Engine", "user_config": {"groups": groups}}],
+        }
+        client = _get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+
+    def groups(self) -> list[str]:
+        answer = self.http.get("/status.json?history=0")
+        return [group["state"] for group in answer.json()["groups"]] if answer.status_code == 200 else []
+
+    def complete(self) -> dict[str, Any]:
+        body = {"model": "tiny", "prompt": "def", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = self.http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        whole: dict[str, Any] = answer.json()
+        return whole
+
+
+@pytest.fixture(scope="module")
+def application() -> Iterator[Application]:
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
+    try:
+        opened = Application(free_ports(1)[0])
+        check_vacant(opened.limits)
+        start_proxies(opened.limits)
+        opened.deploy(1)
+        until("it does not come up", lambda: opened.groups() == ["up"], lambda: serve.status())
+        yield opened
+        opened.http.close()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+class Load(threading.Thread):
+    """Requests, one after the other, until told to stop."""
+
+    def __init__(self, application: Application) -> None:
+        super().__init__()
+        self._application = application
+        self._enough = threading.Event()
+        self.answers: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        while not self._enough.is_set():
+            self.answers.append(self._application.complete())
+
+    def end(self) -> list[dict[str, Any]]:
+        self._enough.set()
+        self.join(PATIENCE_S)
+        return self.answers
+
+
+def test_groups_come_and_go_beside_requests(application: Application) -> None:
+    (worker,) = all_named(WORKER, 1)
+    load = Load(application)
+    load.start()
+    application.deploy(2)
+    until("no group was added", lambda: application.groups() == ["up", "up"], application.groups)
+    assert worker in named(WORKER), "the group that was there has not been started anew"
+    application.deploy(1)
+    until("the group did not go", lambda: application.groups() == ["up"], application.groups)
+    answers = load.end()
+    assert not load.is_alive()
+    assert answers
+    assert {answer["choices"][0]["text"] for answer in answers} == {answers[0]["choices"][0]["text"]}
+    assert {answer["usage"]["completion_tokens"] for answer in answers} == {TOKENS}
+    assert all_named(WORKER, 1) == [worker]
+
+
+def test_a_number_that_is_not_allowed_changes_nothing(application: Application) -> None:
+    application.deploy(0)
+    until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
+    assert application.groups() == ["up"]
+    application.deploy(1)
+
+
+def test_a_second_application_is_refused_by_the_name_of_the_first(application: Application) -> None:
+    limits = application.limits
+    for taken in (limits, replace(limits, app_name="other"), replace(limits, route_prefix="/other")):
+        with pytest.raises(ConfigError, match="runs the application 'manta' at / already"):
+            check_vacant(taken)
+    beside = replace(limits, app_name="other", route_prefix="/other")
+    check_vacant(beside)
+    with pytest.raises(ConfigError, match=f"listens at {HOST}:{limits.port} on this cluster.*--port {limits.port}"):
+        check_vacant(replace(beside, port=limits.port + 1))
+    with pytest.raises(ConfigError, match="leave --grpc-port out"):
+        check_vacant(replace(beside, grpc_port=1))
+    assert failure("manta") is None
+    assert failure("other") == "the application 'other' was deleted"

@@ -1,0 +1,362 @@
+"""The endpoint as a user starts it, `manta serve` on a Ray cluster of its own: what clients see while its processes die.
+
+One start for all tests, which run in order; the last one ends it with Ctrl-C. What must happen in mid-stream happens while the
+workers are stopped: however slow this machine is, no stream ends before it.
+"""
+
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.config.load import PROXY_PORTS
+from deploy.proto import manta_pb2 as pb
+from deploy.proto import manta_pb2_grpc
+from tests.ports import free_ports
+from tests.processes import (
+    INGRESS,
+    SCHEDULER,
+    WORKER,
+    alive,
+    all_named,
+    descendants,
+    named,
+    signal_all,
+    stopped_in_the_midst,
+    wait_gone,
+)
+
+pytestmark = pytest.mark.ray
+
+PATIENCE_S = 180.0
+PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
+LONG, ENDLESS = 500, 1900
+
+
+T = TypeVar("T")
+
+
+def until(what: str, true: Callable[[], T | None], clue: Callable[[], object] = str) -> T:
+    """What it says as soon as that is true. clue: asked if that takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (answer := true()):
+        assert time.monotonic() < deadline, f"{what}: {clue()}"
+        time.sleep(0.05)
+    return answer
+
+
+class Endpoint:
+    """The process, and its clients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "serve.log"
+        port, grpc_port, *own_ports = free_ports(2 + len(PROXY_PORTS))
+        self.port = port
+        command = [sys.executable, "-m", "deploy", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
+        command += ["--dtype", "float32", "--port", str(port), "--grpc-port", str(grpc_port)]
+        variables = [variable for variable, _ in PROXY_PORTS.values()]  # fixed ports: another endpoint may have them
+        self.environment = os.environ | {name: str(free) for name, free in zip(variables, own_ports, strict=True)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
+        self.openai = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+        self.grpc = grpc.insecure_channel(f"127.0.0.1:{grpc_port}")
+        self.address = f"http://127.0.0.1:{port}, gRPC on 127.0.0.1:{grpc_port}"
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def status(self) -> dict[str, Any]:
+        """Asks again if the replica that was asked is the one that has just been killed."""
+
+        def told() -> dict[str, Any] | None:
+            with contextlib.suppress(httpx.RemoteProtocolError, httpx.ReadError):
+                answer = self.http.get("/status.json?history=0")
+                return answer.json() if answer.status_code == 200 else None
+            return None
+
+        return until("no replica tells the status", told)
+
+    def now(self, column: str) -> Any:
+        status = self.status()
+        return status["now"][status["columns"].index(column)]
+
+    def ready(self) -> bool:
+        return self.http.get("/ready").status_code == 200
+
+    def complete(self, prompt: str = PROMPTS[0], max_tokens: int = 8) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"model": "tiny", "prompt": prompt, "max_tokens": max_tokens})
+
+    def refusal(self) -> httpx.Response | None:
+        """The answer to a request, if it is 503. At first nobody listens, then Serve knows of no application (404)."""
+        try:
+            answer = self.complete()
+        except httpx.TransportError:
+            return None
+        assert answer.status_code in (404, 503), answer.text
+        return answer if answer.status_code == 503 else None
+
+    def processes(self, name: str, count: int) -> list[int]:
+        return all_named(name, count, self.process.pid, PATIENCE_S)
+
+    def is_idle(self) -> bool:
+        status = self.status()
+        return [group["held"] + group["running"] for group in status["groups"]] == [0, 0]
+
+    def running(self) -> int:
+        """Sequences that hold a lease, at this moment; -1 if no replica or no scheduler tells."""
+        try:
+            lines = self.http.get("/metrics").text.splitlines()
+        except (httpx.RemoteProtocolError, httpx.ReadError):
+            return -1
+        told = [float(line.split()[-1]) for line in lines if line.startswith("manta_sequences_running{")]
+        return int(sum(told)) if told else -1
+
+    def stopped_once_begun(self, begin: Callable[[], list[T]]) -> contextlib.AbstractContextManager[list[T]]:
+        """Requests that have all begun and of which none has ended: the workers are stopped until the block is left."""
+
+        def begin_again() -> list[T]:
+            until("those before have not ended", lambda: self.running() == 0)
+            return begin()
+
+        return stopped_in_the_midst(self.processes(WORKER, 2), begin_again, lambda begun: self.running() == len(begun))
+
+    @contextlib.contextmanager
+    def streams(self, prompts: Sequence[str], max_tokens: int) -> Iterator[list["Stream"]]:
+        """All under way until the block is left."""
+
+        def begin() -> list["Stream"]:
+            streams = [Stream(self, prompt, max_tokens) for prompt in prompts]
+            until("not all have begun", lambda: all(stream.text for stream in streams))
+            return streams
+
+        with self.stopped_once_begun(begin) as begun:
+            yield begun
+
+    def is_whole(self) -> bool:
+        """Both groups are up, both replicas reach the scheduler."""
+        status = self.status()
+        return [group["state"] for group in status["groups"]] == ["up", "up"] and status["front_ends"] == 2
+
+    def await_whole(self, what: str) -> None:
+        until(what, self.is_whole, self.status)
+
+    def close(self) -> None:
+        self.grpc.close()
+        self.openai.close()
+        self.http.close()
+        below = descendants(self.process.pid)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE_S)
+            self.process.kill()
+        for pid in wait_gone(below, patience_s=5.0):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class Stream(threading.Thread):
+    """A streamed completion, read in a thread of its own."""
+
+    def __init__(self, endpoint: Endpoint, prompt: str, max_tokens: int = LONG) -> None:
+        super().__init__(daemon=True)
+        self.text = ""
+        self.reason: str | None = None
+        self.error: Exception | None = None
+        self._events = endpoint.openai.completions.create(
+            model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for event in self._events:
+                self.text += event.choices[0].text
+                self.reason = event.choices[0].finish_reason
+        except (openai.APIError, httpx.HTTPError) as error:
+            self.error = error
+
+    def ended(self) -> "Stream":
+        self.join(PATIENCE_S)
+        assert not self.is_alive(), "the stream did not end"
+        assert (self.reason is None) == (self.error is not None), "a stream ends with a finish reason, or else with an error"
+        return self
+
+
+def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
+    """A call that has answered once."""
+    sampling = pb.SamplingParams(max_tokens=ENDLESS, ignore_eos=True)
+    call = stub.Generate(pb.GenerateRequest(request_id=name, prompt=pb.Prompt(text="x"), sampling=sampling), timeout=PATIENCE_S)
+    next(call)
+    return call
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    with contextlib.closing(Endpoint(tmp_path_factory.mktemp("serve"))) as opened:
+        yield opened
+
+
+@pytest.fixture
+def whole(endpoint: Endpoint) -> Endpoint:
+    """As it is when nothing has happened to it, or when all of that is over."""
+    until("it is not ready", endpoint.ready, endpoint.status)
+    endpoint.await_whole("it is not whole")
+    until("it is not idle", endpoint.is_idle, endpoint.status)
+    return endpoint
+
+
+@pytest.fixture(scope="module")
+def expected(endpoint: Endpoint) -> list[str]:
+    """What the endpoint says while nothing happens to it."""
+    streams = [Stream(endpoint, prompt).ended() for prompt in PROMPTS]
+    assert [(stream.error, stream.reason) for stream in streams] == [(None, "length")] * len(PROMPTS)
+    return [stream.text for stream in streams]
+
+
+def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) -> None:
+    held = until("no worker was started", lambda: named(WORKER, endpoint.process.pid))
+    signal_all(held, signal.SIGSTOP)  # so that it stays in the midst of its start
+    try:
+        refused = until("requests are not refused", lambda: endpoint.refusal())
+    finally:
+        signal_all(held, signal.SIGCONT)
+    assert refused.headers["Retry-After"] == "1"
+    assert "is ready at" not in endpoint.said
+    until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said)
+    assert endpoint.complete().status_code == 200
+    assert endpoint.http.get("/health").json() == {"status": "ok"}
+
+
+def test_haproxys_files_are_for_this_account_alone(whole: Endpoint) -> None:
+    (line, *_) = (line for line in descendants(whole.process.pid).values() if "/bin/haproxy -db -f " in line)
+    file = Path(line.partition(" -f ")[2].split()[0])
+    for folder in (file.parent, file.parents[1]):  # of the node, and of the endpoint
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((file.parent / "admin.sock").stat().st_mode) == 0o600
+    assert "bind *" not in file.read_text()
+
+
+def test_a_second_endpoint_on_its_port_is_refused_at_once(whole: Endpoint) -> None:
+    command = [sys.executable, "-m", "deploy", "serve", "--port", str(whole.port)]
+    second = subprocess.run(command, env=whole.environment, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"port {whole.port} on 127.0.0.1, for HTTP, cannot be had" in second.stderr
+    assert "starting" not in second.stderr
+
+
+def test_it_answers_over_http_whole_and_streamed(whole: Endpoint, expected: list[str]) -> None:
+    answer = whole.openai.completions.create(
+        model="tiny", prompt=PROMPTS, max_tokens=LONG, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert [choice.text for choice in answer.choices] == expected
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == LONG * len(PROMPTS)
+    assert [model.id for model in whole.openai.models.list()] == ["tiny"]
+    for path in ("/health", "//v1/models/", "/ready"):
+        assert whole.http.head(f"{whole.http.base_url}{path}").status_code == 200
+    assert whole.http.get("/version", headers={"X-Request-Id": "mine"}).headers.get_list("X-Request-Id") == ["mine"]
+    assert len(whole.http.get("/version").headers.get_list("X-Request-Id")) == 1
+    until("nobody was counted", lambda: "manta_" in whole.http.get("/metrics").text)
+
+
+def test_it_answers_over_grpc(whole: Endpoint, expected: list[str]) -> None:
+    stub = manta_pb2_grpc.MantaStub(whole.grpc)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPTS[0]), sampling=pb.SamplingParams(
+        temperature=0, max_tokens=LONG, ignore_eos=True
+    ))  # fmt: skip
+    responses = list(stub.Generate(request, timeout=PATIENCE_S))
+    assert "".join(choice.text for response in responses for choice in response.choices) == expected[0]
+    health = health_pb2_grpc.HealthStub(whole.grpc).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+    assert health.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoint) -> None:
+    stub = manta_pb2_grpc.MantaStub(whole.grpc)
+    names = [f"request-{i}" for i in range(4)]  # of two replicas: some are asked for what the other one has
+    with whole.stopped_once_begun(lambda: [begin(stub, name) for name in names]) as calls:
+        answers = [stub.Abort(pb.AbortRequest(request_id=name), timeout=PATIENCE_S) for name in names]
+    assert [answer.aborted for answer in answers] == [1, 1, 1, 1]
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as ended:
+            list(call)
+        assert ended.value.code() == grpc.StatusCode.CANCELLED
+    until("blocks are still held", whole.is_idle)
+
+
+def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) -> None:
+    before = whole.processes(INGRESS, 2)
+    with whole.streams([*PROMPTS, *PROMPTS], ENDLESS) as streams:
+        os.kill(before[0], signal.SIGKILL)
+        until("its requests still run", lambda: 0 <= whole.running() < len(streams))
+        until("nobody was told", lambda: any(stream.error is not None for stream in streams))
+    ends = [stream.ended() for stream in streams]
+    assert {stream.reason for stream in ends if stream.error is None} == {"length"}, "those of the other replica go on"
+    until("blocks are still held", whole.is_idle)
+    whole.await_whole("there is no other replica")
+    assert before[1] in whole.processes(INGRESS, 2)
+
+
+def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
+    before = whole.processes(WORKER, 2)
+    with whole.streams(PROMPTS, LONG) as streams:
+        os.kill(before[0], signal.SIGKILL)
+    ends = [stream.ended() for stream in streams]
+    assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
+    whole.await_whole("the group did not come back")
+    assert before[0] not in whole.processes(WORKER, 2)
+
+
+def test_a_scheduler_that_dies_is_replaced(whole: Endpoint, expected: list[str]) -> None:
+    assert whole.now("epoch") == 0
+    (victim,) = whole.processes(SCHEDULER, 1)
+    with whole.streams(PROMPTS, ENDLESS) as streams:
+        os.kill(victim, signal.SIGKILL)
+    for stream in streams:
+        error = stream.ended().error
+        assert isinstance(error, openai.APIError), "a stream ends with an error event"
+        assert "scheduler" in error.message
+
+    refused = whole.complete()
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+    assert whole.http.get("/ready").status_code == 503
+    until("it did not come back", whole.ready)
+    whole.await_whole("a group or a replica did not come back")
+    assert whole.now("epoch") == 1
+    assert [Stream(whole, prompt).ended().text for prompt in PROMPTS] == expected
+
+
+def test_ctrl_c_ends_everything(whole: Endpoint) -> None:
+    below = descendants(whole.process.pid)
+    assert len(below) > 8
+    Stream(whole, PROMPTS[0], ENDLESS)
+    os.killpg(whole.process.pid, signal.SIGINT)  # what a terminal does
+    assert whole.process.wait(PATIENCE_S) == 130, whole.said
+    assert "Traceback" not in whole.said
+    assert not wait_gone(below), {pid: below[pid] for pid in alive(below)}
+
+
+def test_sigterm_ends_a_start_as_tidily(tmp_path: Path) -> None:
+    with contextlib.closing(Endpoint(tmp_path)) as starting:
+        until("it does not start", lambda: "starting Ray Serve" in starting.said, lambda: starting.said)
+        below = descendants(starting.process.pid)
+        starting.process.send_signal(signal.SIGTERM)
+        assert starting.process.wait(PATIENCE_S) == 143, starting.said
+        assert starting.said.splitlines()[-1] == "manta: terminated"
+        assert "***" not in starting.said, "Ray's trace"
+        assert not wait_gone(below), {pid: below[pid] for pid in alive(below)}

@@ -1,0 +1,389 @@
+"""The core behind its socket: who may speak, stale epochs, lost leaders and front ends, the order of what goes out.
+
+Everything on both event loops: asyncio's own, and uvloop, on which Ray runs its asyncio actors.
+"""
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Listing
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import pytest
+import uvloop
+
+from kvcache.ids import GroupId
+from scheduler.config import CoreConfig
+from scheduler.core import SchedulerCore
+from scheduler.protocol.messages import (
+    Commands,
+    Connect,
+    Deltas,
+    Drop,
+    End,
+    FinishReason,
+    Hello,
+    LeaseId,
+    Moved,
+    Report,
+    Request,
+    Start,
+    Stop,
+    Submit,
+    TalliedMetric,
+    Tally,
+    Welcome,
+)
+from scheduler.protocol.sampling import SamplingParams
+from scheduler.protocol.wire import FrameSocket
+from scheduler.running.resident import ProtocolError
+from scheduler.server.server import SchedulerServer
+
+TOKEN = "secret"
+PAGE = 16
+PATIENCE_S = 60.0
+"""After which a message that was lost counts as lost."""
+
+
+class Served:
+    """A server on a thread of its own, and clients that speak to it."""
+
+    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.core = SchedulerCore(CoreConfig(page_size=PAGE, max_model_len=256))
+        self.clients: list[FrameSocket] = []
+        self.loop = new_loop()
+        self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.port = asyncio.run_coroutine_threadsafe(self.server.listen("127.0.0.1"), self.loop).result(30)
+
+    def ask(self, question: Callable[[SchedulerCore], Any]) -> Any:
+        async def answer() -> Any:
+            return question(self.core)
+
+        return asyncio.run_coroutine_threadsafe(answer(), self.loop).result(30)
+
+    def between(self, gone: asyncio.StreamWriter, change: Callable[[SchedulerCore], Any]) -> None:
+        """Runs one call when that connection is dead and its reader has not been told yet: the moment in which uvloop raises
+        at a write."""
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                self.server.call(change)
+            finally:
+                done.set()
+
+        def end() -> None:
+            gone.transport.abort()
+            self.loop.call_soon(call)  # after the connection's end was heard, before its reader runs again
+
+        self.loop.call_soon_threadsafe(end)
+        assert done.wait(PATIENCE_S)
+
+    def connect(self, opening: Hello | Connect) -> FrameSocket:
+        client = FrameSocket.connect("127.0.0.1", self.port)
+        client._socket.settimeout(PATIENCE_S)
+        client.send(opening)
+        self.clients.append(client)  # held: a forgotten socket is a closed one
+        return client
+
+    def leader(self, group: int = 0, epoch: int = 0) -> FrameSocket:
+        return self.connect(Hello(TOKEN, group, epoch, blocks=8, rows=4))
+
+    def front_end(self) -> FrameSocket:
+        client = self.connect(Connect(TOKEN))
+        assert read(client, Welcome).page_size == PAGE
+        return client
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        asyncio.run_coroutine_threadsafe(self.server.close(), self.loop).result(30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(30)
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    served = Served(request.param)
+    yield served
+    served.close()
+
+
+def read(client: FrameSocket, kind: type[Any]) -> Any:
+    payload = client.receive()
+    assert payload is not None, "the server has closed the connection"
+    return msgspec.msgpack.decode(payload, type=kind)
+
+
+def reset(client: FrameSocket) -> None:
+    """Goes without a word, as a host does whose process was killed with data unread."""
+    client._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def tokens_of(deltas: Deltas) -> dict[int, list[int]]:
+    """By stream."""
+    streams = np.frombuffer(deltas.streams, np.int64).tolist()
+    columns = np.frombuffer(deltas.tokens, np.int32).reshape(-1, len(streams)).T.tolist()
+    return dict(zip(streams, columns, strict=True))
+
+
+def request(stream: int, prompt: int = 20, **params: Any) -> Request:
+    params = {"max_tokens": 8} | params
+    return Request(stream, np.arange(prompt, dtype=np.int32).tobytes(), b"", SamplingParams(**params))
+
+
+def first_token(start: Start, epoch: int = 0, number: int = 0, token: int = 7) -> Report:
+    """The leader has computed the whole prompt and sampled one token."""
+    computed = len(start.tokens) // 4 - start.cached_tokens
+    return Report(
+        epoch, number, 1, 1, np.array([start.lease]).tobytes(), np.array([computed], np.int32).tobytes(),
+        np.array([token], np.int32).tobytes(),
+    )  # fmt: skip
+
+
+def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: Served) -> None:
+    leader = served.connect(Hello(TOKEN, 0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
+    front_end = served.front_end()
+    front_end.send(Submit((request(1),)))
+    start = read(leader, Commands).commands[0]
+    assert served.ask(lambda core: core.groups[GroupId(0)].ports) == ("here:1", "here:2")
+    heard: list[tuple[int, Moved]] = []
+    served.ask(lambda core: setattr(core, "moved", lambda group, moved: heard.append((group, moved))))
+    leader.send(Moved(0, 5, True, 0.5, 4096))
+    leader.send(first_token(start))
+    assert np.frombuffer(read(front_end, Deltas).tokens, np.int32).tolist() == [7]
+    assert heard == [(0, Moved(0, 5, True, 0.5, 4096))]
+
+
+def test_without_the_token_nobody_is_heard(served: Served) -> None:
+    for opening in (Hello("guess", 0, 0, 8, 4), Connect("guess")):
+        assert served.connect(opening).receive() is None
+    assert served.ask(lambda core: list(core.groups)) == []
+
+
+def test_tallies_outlive_the_front_ends_that_sent_them(served: Served) -> None:
+    for total in (2.0, 3.0):
+        front_end = served.front_end()
+        front_end.send(Tally((TalliedMetric("ttft", (), (1, 0), total),)))
+        front_end.send(Submit((request(1, prompt=0),)))
+        assert read(front_end, Deltas).finished, "messages are heard in order, so the tally was heard before the refusal"
+        front_end.close()
+    status = served.ask(lambda _: served.server.status(maps=False))
+    assert status.tallies == (TalliedMetric("ttft", (), (2, 0), 5.0),)
+
+
+def test_what_is_not_the_protocol_closes_the_connection(served: Served) -> None:
+    client = FrameSocket.connect("127.0.0.1", served.port)
+    client.send({"hello": "world"})
+    assert client.receive() is None
+
+
+def test_a_request_travels_to_the_leader_and_its_tokens_back(served: Served) -> None:
+    leader, front_end = served.leader(), served.front_end()
+    front_end.send(Submit((request(5, max_tokens=2),)))
+    commands = read(leader, Commands)
+    (start,) = commands.commands
+    assert commands.first == 0
+    assert isinstance(start, Start)
+    leader.send(first_token(start))
+    deltas = read(front_end, Deltas)
+    assert np.frombuffer(deltas.streams, np.int64).tolist() == [5]
+    assert np.frombuffer(deltas.tokens, np.int32).tolist() == [7]
+    last = np.array([9], np.int32).tobytes()
+    leader.send(Report(0, 1, 1, 1, np.array([start.lease]).tobytes(), b"", last, ((start.lease, FinishReason.LENGTH),)))
+    (finished,) = read(front_end, Deltas).finished
+    assert (finished.stream, finished.reason, finished.tokens) == (5, FinishReason.LENGTH, 2)
+
+
+def test_a_refused_request_ends_with_the_numbers(served: Served) -> None:
+    served.leader()
+    front_end = served.front_end()
+    front_end.send(Submit((request(1, prompt=200, max_tokens=20, n=2),)))
+    ends = read(front_end, Deltas).finished
+    assert [end.stream for end in ends] == [1, 2]
+    assert all(end.reason == FinishReason.FAILED and "14 pages" in end.message and "has 8" in end.message for end in ends)
+
+
+def test_a_lost_leader_sends_its_requests_to_another_group_with_their_tokens(served: Served) -> None:
+    leaders = {0: served.leader(0)}
+    front_end = served.front_end()
+    front_end.send(Submit((request(1),)))
+    (start,) = read(leaders[0], Commands).commands
+    leaders[0].send(first_token(start, token=42))
+    read(front_end, Deltas)
+    leaders[1] = served.leader(1)
+    leaders[0].close()
+    (again,) = read(leaders[1], Commands).commands
+    assert np.frombuffer(again.tokens, np.int32).tolist() == [*range(20), 42]
+    assert again.prompt_tokens == 20
+    assert again.lease != start.lease
+
+
+def test_a_group_that_is_lost_for_good_is_not_waited_for_when_its_leader_hears_of_it(served: Served) -> None:
+    leader = served.leader()
+    served.front_end()  # answered after the leader was heard
+    served.loop.call_soon_threadsafe(served.server.group_lost, GroupId(0), "it was not needed any more")
+    assert leader.receive() is None
+    served.front_end()  # answered after the leader's end was heard
+    assert served.ask(lambda core: (list(core.groups), core.expected)) == ([], {})
+
+
+def test_a_gap_in_the_reports_fences_the_group(served: Served) -> None:
+    leader, front_end = served.leader(), served.front_end()
+    front_end.send(Submit((request(1),)))
+    (start,) = read(leader, Commands).commands
+    leader.send(first_token(start, number=3))
+    assert leader.receive() is None
+    assert served.ask(lambda core: list(core.groups)) == []
+
+
+def test_a_stale_epoch_cannot_come_back(served: Served) -> None:
+    served.leader(epoch=1)
+    front_end = served.front_end()  # answered after the leader was heard
+    assert served.leader(epoch=0).receive() is None
+    front_end.send(Submit((request(1),)))
+    front_end.send(Stop(99, 0))
+    assert served.ask(lambda core: core.groups[GroupId(0)].epoch) == 1
+
+
+def test_a_front_end_that_leaves_frees_its_blocks(served: Served) -> None:
+    leader, front_end = served.leader(), served.front_end()
+    front_end.send(Submit((request(1, prompt=40), request(2, prompt=60))))  # the second waits for the first one's prefix
+    (start,) = read(leader, Commands).commands
+    front_end.close()
+    assert read(leader, Commands).commands == (Drop(start.lease),)
+    assert served.ask(lambda core: core.table.usage(GroupId(0)).held) == 0
+
+
+def test_closing_ends_every_log(served: Served) -> None:
+    leader = served.leader()
+    served.front_end()
+    asyncio.run_coroutine_threadsafe(served.server.close(), served.loop).result(30)
+    (end,) = read(leader, Commands).commands
+    assert isinstance(end, End)
+
+
+# ---- what is written to one that has just gone
+
+
+def next_token(leases: Listing[int], number: int, token: int) -> Report:
+    """One decode step of these."""
+    sampled = np.full(len(leases), token, np.int32).tobytes()
+    return Report(0, number, 1, 1, np.array(leases).tobytes(), b"", sampled)
+
+
+class Shared:
+    """One group that runs a stream of each of two front ends, and has told the first token of each."""
+
+    def __init__(self, served: Served) -> None:
+        self.served, self.leader = served, served.leader()
+        self.goes, self.stays = served.front_end(), served.front_end()
+        self.leases = [self._start(front_end, stream) for stream, front_end in enumerate((self.goes, self.stays))]
+        for number, (lease, front_end) in enumerate(zip(self.leases, (self.goes, self.stays), strict=True)):
+            counts, token = np.array([20], np.int32).tobytes(), np.array([7], np.int32).tobytes()
+            self.leader.send(Report(0, number, 1, 1, np.array([lease]).tobytes(), counts, token))
+            read(front_end, Deltas)
+
+    def _start(self, front_end: FrameSocket, stream: int) -> int:
+        alone = Request(stream, np.full(20, stream, np.int32).tobytes(), b"", SamplingParams(max_tokens=8))
+        front_end.send(Submit((alone,)))
+        (start,) = read(self.leader, Commands).commands
+        return int(start.lease)
+
+    def assert_the_other_goes_on(self) -> None:
+        """It gets its token, its group runs on, and what the one who went had under way is dropped."""
+        deltas = read(self.stays, Deltas)
+        assert tokens_of(deltas) == {1: [8]}
+        assert np.frombuffer(deltas.positions, np.int32).tolist()[0] + deltas.advanced == 21
+        assert read(self.leader, Commands).commands == (Drop(LeaseId(self.leases[0])),)
+        self.leader.send(next_token(self.leases[1:], 3, 9))
+        assert tokens_of(read(self.stays, Deltas)) == {1: [9]}
+        assert self.served.ask(lambda core: list(core.groups)) == [GroupId(0)]
+
+
+def test_a_front_end_that_has_gone_takes_nothing_from_the_others(served: Served) -> None:
+    shared = Shared(served)
+    report = next_token(shared.leases, 2, 8)
+    served.between(served.server._front_ends[0], lambda core: core.report(GroupId(0), report))
+    shared.assert_the_other_goes_on()
+
+
+def test_nor_does_one_that_is_reset_between_two_reports(served: Served) -> None:
+    shared, held, hold = Shared(served), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        held.set()
+        hold.wait()
+
+    served.loop.call_soon_threadsafe(wait)  # so that the loop finds the reset and the report at once
+    held.wait()
+    reset(shared.goes)
+    shared.leader.send(next_token(shared.leases, 2, 8))
+    hold.set()
+    shared.assert_the_other_goes_on()
+
+
+def test_nor_does_what_cannot_be_sent(served: Served) -> None:
+    shared = Shared(served)
+    report = next_token(shared.leases, 2, 8)
+
+    def say_and_report(core: SchedulerCore) -> None:
+        core.report(GroupId(0), report)
+        sequence = core.sequences[0, 0]
+        core.outbox.logprobs(sequence, cast(bytes, object()))
+        served.server.call(lambda _: None)
+
+    served.ask(say_and_report)
+    assert shared.goes.receive() is None, "its connection ends: it would miss something"
+    shared.assert_the_other_goes_on()
+
+
+def test_a_leader_that_has_gone_takes_nothing_from_the_other_groups(served: Served) -> None:
+    leaders = {0: served.leader(0), 1: served.leader(1)}
+    front_end = served.front_end()
+    requests = [Request(at, np.full(20, at, np.int32).tobytes(), b"", SamplingParams(max_tokens=8)) for at in range(2)]
+
+    def submit(core: SchedulerCore) -> None:
+        for each in requests:
+            core.submit(0, each)
+
+    served.between(served.server._leaders[GroupId(0)], submit)
+    starts = [command for _ in range(2) for command in read(leaders[1], Commands).commands]
+    assert sorted(np.frombuffer(start.tokens, np.int32)[0] for start in starts) == [0, 1], "its own, then the other's"
+    leaders[1].send(first_token(starts[0]))
+    assert list(tokens_of(read(front_end, Deltas)).values()) == [[7]]
+    assert served.ask(lambda core: list(core.groups)) == [GroupId(1)]
+
+
+def test_a_front_end_that_has_gone_before_it_is_welcomed_leaves_nothing_behind(served: Served) -> None:
+    served.leader()
+    for _ in range(8):
+        reset(served.connect(Connect(TOKEN)))
+    stays = served.front_end()  # answered after them
+    stays.send(Submit((request(1),)))
+    read(served.clients[0], Commands)
+    assert served.ask(lambda _: len(served.server._front_ends)) == 1
+
+
+def test_what_a_call_did_before_it_failed_is_told(served: Served) -> None:
+    leader, front_end = served.leader(), served.front_end()
+
+    def submit_twice(core: SchedulerCore) -> None:
+        core.submit(0, request(1))
+        core.submit(0, request(1))
+
+    def call(_: SchedulerCore) -> None:
+        with pytest.raises(ProtocolError, match="has not ended"):
+            served.server.call(submit_twice)
+
+    served.ask(call)
+    (start,) = read(leader, Commands).commands
+    leader.send(first_token(start))
+    assert tokens_of(read(front_end, Deltas)) == {1: [7]}

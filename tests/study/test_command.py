@@ -1,0 +1,104 @@
+"""`manta study` as a user types it: a quick run writes the whole page, and the page again from what it has saved."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import benchmarks.study.command
+from deploy.cli.commands import app
+from tests.simulator.excerpts import conversations
+
+pytest.importorskip("matplotlib")
+
+TITLES = ("Memory layout", "Pooling and reuse", "Fragmentation", "Against PagedAttention", "Impact and trade-offs")
+PLOTS = ("layout", "reuse", "fragmentation", "paging", "tradeoffs")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one quick run over a small trace."""
+    folder = tmp_path_factory.mktemp("study")
+    trace = conversations(folder / "trace.jsonl", count=12, turns=3)
+    arguments = ["study", "--quick", "--output", str(folder / "docs"), "--trace", str(trace), "--threads", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return folder / "docs"
+
+
+def test_every_question_is_answered_with_numbers_and_its_command(made: Path) -> None:
+    page = (made / "kv-study.md").read_text()
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    assert len(sections) == len(TITLES)
+    for at, (section, title) in enumerate(zip(sections, TITLES, strict=True), start=1):
+        head, answer = section.split("\n\n", 2)[:2]
+        assert head.startswith(f"{at}. {title}")
+        assert re.search(r"\d", answer), answer
+        assert f"manta study --questions {at} --quick --trace trace.jsonl" in section
+        assert "**What it does not show.**" in section
+        assert not re.search(r"\b(nan|inf|None)\b", section)
+    assert "Made with `--quick`" in page
+
+
+def test_every_plot_is_a_drawing_that_the_page_shows(made: Path) -> None:
+    page = (made / "kv-study.md").read_text()
+    for name in PLOTS:
+        drawing = (made / "kv-study" / f"{name}.svg").read_text()
+        assert drawing.count("<path") > 10
+        assert f"(kv-study/{name}.svg)" in page
+
+
+def test_the_page_is_drawn_again_from_saved_results(made: Path, tmp_path: Path) -> None:
+    saved = made / "kv-study" / "results-cpu.json"
+    result = CliRunner().invoke(app, ["study", "--output", str(tmp_path), "--from", str(saved)])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "kv-study.md").read_text() == (made / "kv-study.md").read_text()
+    assert (tmp_path / "kv-study" / "reuse.svg").read_text() == (made / "kv-study" / "reuse.svg").read_text()
+
+
+def test_results_of_a_gpu_stand_beside_those_of_the_cpu(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "docs")
+    content = json.loads((made / "kv-study" / "results-cpu.json").read_text())
+    layout = content["questions"]["1"]
+    layout["machine"]["device"] = "NVIDIA Imaginary"
+    printed = json.dumps({"device": "cuda", "questions": {"1": layout}})
+    (tmp_path / "gpu.json").write_text(f"flash left out: no such package\n{printed}\n")
+    result = CliRunner().invoke(app, ["study", "--output", str(tmp_path / "docs"), "--from", str(tmp_path / "gpu.json")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "docs" / "kv-study.md").read_text()
+    assert "On the NVIDIA Imaginary" in page
+    assert "On the CPU" in page
+    assert "The GPU's figures are missing" not in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--questions", "1,7"), "7 is not one of 1, 2, 3, 4, 5"),
+        (("--device", "tpu"), "neither cpu nor cuda"),
+        (("--device", "cuda", "--questions", "2"), "nothing to measure on a GPU"),
+        (("--from", "nowhere.json"), "nowhere.json"),
+        (("--questions", "3", "--trace", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
+    result = CliRunner().invoke(app, ["study", "--quick", "--output", str(tmp_path), *arguments])
+    assert result.exit_code == 2
+    assert words in result.stderr.splitlines()[-1]
+
+
+def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("[]")
+    result = CliRunner().invoke(app, ["study", "--output", str(tmp_path), "--from", str(tmp_path / "other.json")])
+    assert result.exit_code == 2
+    assert "holds no results of the study" in result.stderr
+
+
+def test_a_wheel_says_that_it_has_no_experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(benchmarks.study.command, "ROOT", tmp_path)
+    result = CliRunner().invoke(app, ["study", "--quick", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "not part of an installed wheel" in result.stderr

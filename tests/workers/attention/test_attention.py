@@ -1,0 +1,410 @@
+"""Every attention backend against dense float64 attention: ragged batches, page borders, shared heads, dtypes, garbage."""
+
+import importlib.util
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from _pytest.mark import ParameterSet
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from tests.workers.attention import fake_flash_attn
+from tests.workers.attention.attention_reference import Problem, make_problem, make_step
+from tests.workers.kernels.devices import CUDA, gpu
+from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
+from workers.attention.flash import FlashAttention, load_kernels
+from workers.attention.select import select_backend
+from workers.cpu.attention import CpuAttention
+from workers.cpu.native import NativeAttention, NativeUnavailable, load_library
+
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
+CACHE = Path("~/.cache/manta").expanduser()
+Make = Callable[[KVPool, int], AttentionBackend]
+
+
+def _native(pool: KVPool, heads: int) -> AttentionBackend:
+    try:
+        return NativeAttention(pool, heads, CACHE)
+    except NativeUnavailable as error:
+        pytest.skip(f"no compiled kernels: {error}")
+
+
+def _triton(pool: KVPool, heads: int) -> AttentionBackend:
+    pytest.importorskip("triton")
+    from workers.attention.triton import TritonAttention
+
+    return TritonAttention(pool, heads)
+
+
+FINITE_GARBAGE = 3e4
+"""What a GPU's pool may hold where nothing was written: flash-attn 3 multiplies it by zero, which NaN would survive."""
+
+
+def _flash(pool: KVPool, heads: int) -> AttentionBackend:
+    if pool.device.type == "cuda" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    return FlashAttention(pool, load_kernels(), heads)
+
+
+MAKE: dict[str, Make] = {"torch": CpuAttention, "native": _native, "triton": _triton, "flash": _flash}
+DTYPES = {
+    "torch": ("float64", "float32", "bfloat16", "float16"),
+    "native": ("float64", "float32", "bfloat16"),
+    "triton": ("float32", "bfloat16", "float16"),
+    "flash": ("bfloat16", "float16"),
+}
+
+
+def _cases(*backends: str) -> list[ParameterSet]:
+    """(backend, dtype, device): CPU backends on the CPU, kernels interpreted or faked there and real on a GPU."""
+    pairs = [(backend, dtype) for backend in backends for dtype in DTYPES[backend]]
+    on_cpu = [
+        pytest.param(backend, dtype, "cpu", id=f"{backend}-{dtype}")
+        for backend, dtype in pairs
+        if backend != "triton" or not (CUDA or dtype == "bfloat16")  # the interpreter multiplies bfloat16's bits
+    ]
+    return on_cpu + [
+        pytest.param(backend, dtype, "cuda", id=f"{backend}-{dtype}-cuda", marks=gpu)
+        for backend, dtype in pairs
+        if backend in ("triton", "flash")
+    ]
+
+
+every_backend = pytest.mark.parametrize(("backend", "dtype", "device"), _cases(*MAKE))
+
+
+@pytest.fixture(autouse=True)
+def flash_2(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """On a CPU flash-attn 2 is there, as a fake."""
+    if "cuda" not in request.node.name:
+        fake_flash_attn.install(monkeypatch, "2")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(make: Make, problem: Problem) -> torch.Tensor:
+    backend = make(problem.pool, problem.query.shape[1])
+    plan = backend.plan(problem.step)
+    return backend.attend(problem.layer, problem.query, problem.key, problem.value, problem.step, plan)
+
+
+def check(make: Make, problem: Problem) -> None:
+    """The answer is right, each new token stands in its slot, and nothing else was written."""
+    pool, step, layer = problem.pool, problem.step, problem.layer
+    if make is _flash and pool.device.type == "cuda":
+        pool.data.nan_to_num_(FINITE_GARBAGE)
+    before = pool.data.clone()
+    out = run(make, problem)
+    assert out.shape == problem.query.shape
+    assert out.dtype == pool.dtype
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[pool.layout.dtype], rtol=0)
+    page, slot = step.slots // pool.layout.page_size, step.slots % pool.layout.page_size
+    before[page, layer, 0, slot], before[page, layer, 1, slot] = problem.key, problem.value
+    assert torch.equal(before.nan_to_num(7.0), pool.data.nan_to_num(7.0))
+
+
+@every_backend
+def test_mixed_batch_over_page_borders(backend: str, dtype: str, device: str) -> None:
+    page = 256 if backend == "flash" else 16
+    contexts = [1, page - 1, page, page + 1, 3 * page + 5, page - 1, page, page + 1, 2 * page + 7]
+    queries = [1] * 5 + [page - 1, 2, page + 1, 20]
+    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    check(MAKE[backend], make_problem(make_step(queries, contexts, page), layout, heads=4, device=device))
+
+
+@every_backend
+def test_pages_of_256(backend: str, dtype: str, device: str) -> None:
+    layout = PageLayout(page_size=256, layers=2, kv_heads=1, head_dim=64, dtype=dtype)
+    step = make_step([1, 1, 1, 70, 3], [255, 256, 517, 70, 258], 256)
+    check(MAKE[backend], make_problem(step, layout, heads=2, device=device))
+
+
+@every_backend
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 8])
+def test_query_heads_share_kv_heads(backend: str, dtype: str, device: str, group: int) -> None:
+    page = 256 if backend == "flash" else 16
+    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    step = make_step([1, 1, 13], [5, 35, 30], page)
+    check(MAKE[backend], make_problem(step, layout, heads=2 * group, device=device))
+
+
+@every_backend
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_head_sizes(backend: str, dtype: str, device: str, head_dim: int) -> None:
+    page = 256 if backend == "flash" else 32
+    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    check(MAKE[backend], make_problem(make_step([1, 1, 9], [3, 70, 40], page), layout, heads=4, device=device))
+
+
+@every_backend
+@pytest.mark.parametrize("queries", [[1, 1, 1], [40, 2]], ids=["decodes", "chunks"])
+def test_only_decodes_or_only_chunks(backend: str, dtype: str, device: str, queries: list[int]) -> None:
+    page = 256 if backend == "flash" else 16
+    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    contexts = [count + extra for count, extra in zip(queries, (0, 15, 64), strict=False)]
+    check(MAKE[backend], make_problem(make_step(queries, contexts, page), layout, heads=4, device=device))
+
+
+@every_backend
+def test_views_of_a_fused_projection(backend: str, dtype: str, device: str) -> None:
+    """Query, key and value may be slices of one [tokens, (heads + 2 kv_heads) * head_dim] tensor."""
+    page = 256 if backend == "flash" else 16
+    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1, 5], [20, 21], page), layout, heads=4, device=device)
+    fused = torch.cat((problem.query, problem.key, problem.value), dim=1)
+    query, key, value = fused[:, :4], fused[:, 4:6], fused[:, 6:]
+    bound = MAKE[backend](problem.pool, 4)
+    out = bound.attend(0, query, key, value, problem.step, bound.plan(problem.step))
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
+def test_few_decodes_split_their_keys(backend: str, dtype: str, device: str) -> None:
+    """One sequence so long that its keys are split, beside one that is a single block."""
+    layout = PageLayout(page_size=256, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    check(MAKE[backend], make_problem(make_step([1, 1], [1030, 3], 256), layout, heads=2, device=device))
+
+
+device_backends = pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton", "flash"))
+
+
+@device_backends
+def test_attending_without_writing(backend: str, dtype: str, device: str) -> None:
+    """Decodes and chunks by their own calls, over tables far wider than they need, into what the caller gives or into new."""
+    page = 256 if backend == "flash" else 16
+    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1, 1, 9, 30], [5, page + 9, 9, page + 30], page), layout, heads=4, device=device)
+    if device == "cuda" and backend == "flash":
+        problem.pool.data.nan_to_num_(FINITE_GARBAGE)
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    run(MAKE[backend], problem)  # writes
+    step, out = problem.step, torch.full_like(problem.query, float("nan"))
+    tables = torch.nn.functional.pad(step.block_tables, (0, 500))
+    plan = bound.plan_decode(step.context_lens[:2], 2, tables.shape[1])
+    bound.decode(problem.layer, problem.query[:2], tables[:2], step.context_lens[:2], plan, out[:2])
+    chunks = Chunks(step.query_starts[2:] - 2, step.context_lens[2:], tables[2:], 39, 30, page + 30)
+    given = bound.plan_chunks(chunks)
+    assert bound.chunks(problem.layer, problem.query[2:], given, out[2:]).data_ptr() == out[2:].data_ptr()
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[dtype], rtol=0)
+    again = bound.decode(problem.layer, problem.query[:2], tables[:2], step.context_lens[:2], plan)
+    assert torch.equal(again, out[:2])
+    assert torch.equal(bound.chunks(problem.layer, problem.query[2:], given), out[2:])
+
+
+@pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
+def test_more_decodes_than_reserved_make_room(backend: str, dtype: str, device: str) -> None:
+    layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1] * 5, [3, 4, 5, 6, 7], 16), layout, heads=1, device=device)
+
+    def small(pool: KVPool, heads: int) -> AttentionBackend:
+        from workers.attention.triton import TritonAttention
+
+        return TritonAttention(pool, heads, max_batch=2)
+
+    assert backend == "triton"
+    check(small, problem)
+
+
+def test_wide_scores_stay_finite() -> None:
+    """Scores far apart and far from zero: the softmax must subtract the maximum, masked keys must weigh nothing."""
+    layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float32")
+    for make in (CpuAttention, _native):
+        problem = make_problem(make_step([1, 40], [200, 90], 16), layout, heads=2)
+        problem.query.mul_(100)
+        assert run(make, problem).isfinite().all()
+
+
+# ---- the compiled kernels --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES["native"])
+def test_a_sequence_keeps_its_bits_in_any_batch_and_on_any_threads(dtype: str) -> None:
+    layout = PageLayout(page_size=16, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1] * 5 + [50], [300, 170, 64, 290, 210, 130], 16), layout, heads=4)
+    backend = _native(problem.pool, 4)
+    torch.set_num_threads(3)
+    assert not backend.plan(problem.step).geometry.by_sequence
+    together = run(_native, problem)
+    torch.set_num_threads(1)
+    assert backend.plan(problem.step).geometry.by_sequence
+    assert torch.equal(run(_native, problem), together)
+    alone = make_step([1], [300], 16)
+    table = problem.step.host_block_tables[:1]
+    alone.host_block_tables[:, :] = table[:, : alone.host_block_tables.shape[1]]
+    alone.slots[:] = problem.step.slots[:1]
+    out = backend.attend(0, problem.query[:1], problem.key[:1], problem.value[:1], alone, backend.plan(alone))
+    assert torch.equal(out, together[:1])
+
+
+def test_no_compiler_and_no_kernel_for_a_dtype_fall_back_to_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = KVPool(PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float16"), 1, "cpu")
+    assert isinstance(select_backend("cpu", pool=half, heads=1, cache_folder=tmp_path), CpuAttention)
+    assert "not float16" in caplog.text
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    assert isinstance(select_backend("auto", pool=_pool(), heads=2, cache_folder=tmp_path), CpuAttention)
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
+        select_backend("cpu", pool=_pool(), heads=2, native=True, cache_folder=tmp_path)
+
+
+def test_a_failing_or_silent_compiler_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for number, script in enumerate(("echo broken >&2; exit 1", "exit 0")):
+        compiler = tmp_path / f"g++{number}"
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setattr("shutil.which", lambda _name, path=str(compiler): path)
+        assert isinstance(select_backend("cpu", pool=_pool(), heads=2, cache_folder=tmp_path), CpuAttention)
+
+
+def test_processes_that_build_at_once_share_one_library(tmp_path: Path) -> None:
+    _native(_pool(), 2)
+    code = "import pathlib, sys, workers.cpu.native as n; n.load_library(pathlib.Path(sys.argv[1]))"
+    builds = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
+    assert [build.wait(timeout=240) for build in builds] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+    load_library(tmp_path)
+
+
+def test_the_kernels_bring_no_second_openmp_runtime() -> None:
+    """In a process of its own: libraries of other tests bring theirs."""
+    _native(_pool(), 2)
+    code = (
+        "import pathlib, sys, workers.cpu.native as n; n.load_library(pathlib.Path(sys.argv[1])); "
+        "print(pathlib.Path('/proc/self/maps').read_text())"
+    )
+    maps = subprocess.run([sys.executable, "-c", code, str(CACHE)], capture_output=True, text=True, check=True).stdout
+    loaded = {Path(line.split()[-1]).resolve() for line in maps.splitlines() if "omp" in line}
+    assert len({path for path in loaded if path.name.startswith(("libgomp", "libiomp", "libomp"))}) == 1
+
+
+# ---- flash-attn ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("generation", "page"), [("2", 256), ("2+fa3", 16), ("3", 16), ("4", 16)])
+def test_every_generation_of_flash_attn(monkeypatch: pytest.MonkeyPatch, generation: str, page: int) -> None:
+    fake_flash_attn.install(monkeypatch, generation)
+    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype="bfloat16")
+    for queries in ([1, 1, 9, 30], [1, 1], [9, 30]):
+        step = make_step(queries, [count + 17 for count in queries], page)
+        check(_flash, make_problem(step, layout, heads=4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_size": 128}, "block_size 256"),
+        ({"dtype": "float32"}, "bfloat16 and float16"),
+        ({"head_dim": 60}, "head_dim 60"),
+    ],
+)
+def test_flash_attn_says_what_it_cannot_do(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlashAttention(_pool(**{"page_size": 256, "dtype": "bfloat16"} | change), load_kernels(), 2)
+
+
+def test_without_flash_attn_the_error_names_each_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ImportError, match=r"3: .*2: .*4: "):
+        load_kernels()
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+
+def _pool(**change: object) -> KVPool:
+    sizes: dict[str, object] = {"page_size": 16, "layers": 1, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
+    return KVPool(PageLayout(**(sizes | change)), 2, "cpu")  # type: ignore[arg-type]
+
+
+def test_auto_on_a_cpu_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert select_backend("auto", pool=_pool(), heads=4).name == "cpu"
+        assert select_backend("auto", pool=_pool(), heads=4, native=False).name == "cpu"
+    assert "plain torch, as asked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "message"),
+    [("fast", 4, "auto, flash, triton, cpu"), ("flash", 4, "needs a CUDA device"), ("triton", 4, "auto or cpu"),
+     ("cpu", 5, "cannot share 2 KV heads")],
+)  # fmt: skip
+def test_a_choice_that_cannot_work_says_what_to_change(name: str, heads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_backend(name, pool=_pool(), heads=heads)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_auto_on_cuda_falls_back_to_triton_for_pages_or_dtypes_that_flash_attn_refuses() -> None:
+    layout = PageLayout(page_size=16, layers=1, kv_heads=2, head_dim=64, dtype="float32")
+    assert select_backend("auto", pool=KVPool(layout, 2, "cuda"), heads=4).name == "triton"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_decodes_replay_in_a_cuda_graph_as_contexts_grow_cuda(backend: str) -> None:
+    layout = PageLayout(page_size=256, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    problem = make_problem(make_step([1, 1], [300, 5], 256), layout, heads=4, device="cuda")
+    problem.pool.data.nan_to_num_(FINITE_GARBAGE)
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    step = problem.step
+    run(MAKE[backend], problem)
+    lens = torch.ones_like(step.context_lens)
+
+    def attend() -> torch.Tensor:
+        plan = bound.plan_decode(lens, 2, step.block_tables.shape[1])
+        return bound.decode(0, problem.query, step.block_tables, lens, plan)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    lens.copy_(step.context_lens)
+    graph.replay()
+    torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_chunks_replay_in_a_cuda_graph_as_their_lengths_change_cuda() -> None:
+    """Captured for 64 tokens of 2 sequences, replayed for fewer: the tiles are found on the device."""
+    layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    problem = make_problem(make_step([40, 21], [140, 21], 64), layout, heads=4, device="cuda")
+    step = problem.step
+    bound = cast(DeviceAttention, MAKE["triton"](problem.pool, 4))
+    run(MAKE["triton"], problem)
+    starts, lens = torch.tensor([0, 32, 64], dtype=torch.int32, device="cuda"), torch.full_like(step.context_lens, 32)
+    query, out = (torch.zeros((64, 4, 64), dtype=problem.pool.dtype, device="cuda") for _ in range(2))
+    query[:61] = problem.query
+
+    def attend() -> None:
+        chunks = Chunks(starts, lens, step.block_tables, 64, 64, 256)
+        bound.chunks(0, query, bound.plan_chunks(chunks), out)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    starts.copy_(step.query_starts)
+    lens.copy_(step.context_lens)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out[:61].cpu().double(), problem.expected, atol=TOLERANCE["bfloat16"], rtol=0)
+    assert not out[61:].any()

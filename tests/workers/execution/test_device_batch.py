@@ -1,0 +1,115 @@
+"""The batch on the device says what the host's batch says, with nothing sent where nothing has changed."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from scheduler.protocol.messages import Drop, Grant, Remap
+from tests.workers.loop.test_batch import lease, start
+from workers.execution.device_batch import DeviceBatch
+from workers.loop.batch import Launched, ResidentBatch
+
+pytest.importorskip("triton")
+
+Ints = npt.NDArray[np.int64]
+
+ROWS, PAGE, MODEL_LEN, SCRATCH = 5, 16, 160, 99
+WORDS = 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Pair:
+    """A resident batch, and the device's picture of it after each step."""
+
+    def __init__(self) -> None:
+        self.host = ResidentBatch(ROWS, PAGE, 64, MODEL_LEN)
+        self.device = DeviceBatch(
+            rows=ROWS, pages=MODEL_LEN // PAGE, page_size=PAGE, most=8, scratch_page=SCRATCH, device=DEVICE
+        )
+        self.sent: list[int] = []
+        self._send = self.device._send
+        self.device._send = self._note  # type: ignore[method-assign]
+
+    def _note(self, places: Ints, values: Ints) -> None:
+        self.sent.append(len(places))
+        self._send(places, values)
+
+    def step(self, padded: int) -> Launched:
+        """Launches the next step, with the device's inputs of its decodes checked against the host's batch."""
+        step = self.host.launch(self.host.plan())
+        self.device.update(self.host, step, padded)
+        self.host.edited.clear()
+        if padded:
+            self.device.gather(padded)
+            self.check(step, padded)
+        return step
+
+    def check(self, step: Launched, padded: int) -> None:
+        rows, first = step.plan.rows[: step.plan.decodes], step.first[: step.plan.decodes]
+        n, device = len(rows), self.device
+        tables = self.host.block_table[rows]
+        pages = tables[np.arange(n), first // PAGE].astype(np.int64)
+        assert device.positions[:n].tolist() == first.tolist()
+        assert device.contexts[:n].tolist() == (first + 1).tolist()
+        assert device.slots[:n].tolist() == (pages * PAGE + first % PAGE).tolist()
+        for at, context in enumerate((first + 1).tolist()):
+            held = -(-context // PAGE)
+            assert device.step_tables[at, :held].tolist() == tables[at, :held].tolist()
+        assert device.slots[n:padded].tolist() == [SCRATCH * PAGE] * (padded - n), "padding writes to the scratch page alone"
+        assert device.contexts[n:padded].tolist() == [1] * (padded - n)
+
+
+def test_decodes_follow_the_log_and_send_nothing_while_it_is_silent() -> None:
+    pair = Pair()
+    record = np.arange(WORDS, dtype=np.int32)
+    for row in range(3):
+        pair.host.apply(start(lease(1, row), tokens=5 + row, cached=4 + row, blocks=(3 * row, 3 * row + 1), max_tokens=60))
+        pair.device.admit(row, 70 + row, record + row)
+    pair.step(4)
+    assert pair.device.tokens[:3].tolist() == [70, 71, 72]
+    assert pair.device.settings[2].tolist() == (record + 2).tolist()
+    pair.sent.clear()
+    for _ in range(5):
+        pair.step(4)
+    assert pair.sent == [], "a pure decode sends nothing"
+
+
+def test_grants_remaps_drops_and_new_rows_arrive_before_the_step_that_needs_them() -> None:
+    pair = Pair()
+    for row in range(4):
+        pair.host.apply(start(lease(1, row), tokens=16, cached=15, blocks=(row,), max_tokens=60))
+        pair.device.admit(row, row, np.zeros(WORDS, np.int32))
+    pair.step(8)
+    assert pair.host.plan().rows.tolist() == [], "their page is full"
+    for row in range(4):
+        pair.host.apply(Grant(lease(1, row), (10 + row, 20 + row)))
+    pair.step(4)
+    pair.host.apply(Drop(lease(1, 1)))
+    pair.host.apply(Remap(lease(1, 2), 0, 40))
+    pair.step(4)
+    pair.host.apply(start(lease(2, 1), tokens=30, cached=29, blocks=(50, 51), max_tokens=9))
+    pair.device.admit(1, 7, np.ones(WORDS, np.int32))
+    step = pair.step(8)
+    assert step.plan.rows.tolist() == [0, 1, 2, 3]
+    assert pair.device.tokens[1].item() == 7
+
+
+def test_a_row_that_decodes_after_its_prefill_starts_at_the_right_place() -> None:
+    pair = Pair()
+    pair.host.apply(start(lease(1, 2), tokens=40, blocks=(4, 5, 6), max_tokens=60))
+    pair.device.admit(2, 1, np.zeros(WORDS, np.int32))
+    assert pair.step(0).plan.decodes == 0
+    assert pair.step(1).first.tolist() == [40]
+    assert pair.step(1).first.tolist() == [41]
+
+
+def test_a_row_that_sat_out_goes_on_where_it_was() -> None:
+    pair = Pair()
+    for row, blocks in enumerate([(0,), (1, 2)]):
+        pair.host.apply(start(lease(1, row), tokens=14, cached=13, blocks=blocks, max_tokens=60))
+        pair.device.admit(row, row, np.zeros(WORDS, np.int32))
+    lengths = [pair.step(2).plan.rows.tolist() for _ in range(4)]
+    assert lengths == [[0, 1], [0, 1], [0, 1], [1]]
+    pair.host.apply(Grant(lease(1, 0), (3,)))
+    assert pair.step(2).first.tolist() == [16, 17]

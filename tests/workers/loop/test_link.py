@@ -1,0 +1,149 @@
+"""The sockets of a group: what its ranks say of a transfer reaches the scheduler at once, also while the group sleeps."""
+
+import threading
+
+import msgspec
+import pytest
+
+from scheduler.protocol.messages import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
+from scheduler.protocol.wire import FrameSocket, listen
+from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
+from workers.loop.batch import ResidentBatch
+from workers.loop.leader import Gathered, LinkClosed, follow, lead
+from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
+from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
+from workers.loop.simulated import SimulatedExecutor
+from workers.moving.mover import PageMover
+
+
+def simulated() -> Rank:
+    return Rank(ResidentBatch(2, 4, 64, 32), SimulatedExecutor(8, 4, 2, 50))
+
+
+def part(transfer: int, *, ok: bool = True, elapsed_s: float = 1.0, message: str = "") -> Moved:
+    return Moved(3, transfer, ok, elapsed_s, 100 if ok else 0, message)
+
+
+def test_a_group_s_word_is_that_of_all_its_ranks() -> None:
+    said: list[Moved] = []
+    gathered = Gathered(2)
+    gathered.send = said.append
+    gathered.add(part(1, elapsed_s=2.0))
+    gathered.add(part(2, ok=False, message="no memory"))
+    assert said == []
+    gathered.add(part(2, elapsed_s=0.5))
+    gathered.add(part(1))
+    assert said == [
+        Moved(3, 2, False, 1.0, 100, "no memory"),
+        Moved(3, 1, True, 2.0, 200, ""),
+    ]
+
+
+def test_a_scheduler_that_has_gone_is_the_step_loop_s_to_notice() -> None:
+    def gone(moved: Moved) -> None:
+        raise LinkClosed(f"nobody hears of {moved.transfer}")
+
+    gathered = Gathered(1)
+    gathered.add(part(1))  # no link yet: nobody has asked for anything
+    gathered.send = gone
+    gathered.add(part(2))
+
+
+@pytest.mark.parametrize("nonsense", [{"hello": "world"}, 7, [99, "x"]])
+def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> None:
+    with listen("127.0.0.1") as listener:
+        link = SocketLink("127.0.0.1", listener.getsockname()[1], Hello(TOKEN, 0, 0, blocks=8, rows=2))
+        other = FrameSocket(listener.accept()[0])
+        other.send(nonsense)
+        with pytest.raises(LinkClosed, match="gone"):
+            link.receive(wait=True)
+        link.close()
+        other.close()
+
+
+class Scheduler:
+    """The other end of the leader's socket."""
+
+    def __init__(self) -> None:
+        self._listener = listen("127.0.0.1")
+        self.port: int = self._listener.getsockname()[1]
+        self._sent = 0
+
+    def accept(self) -> Hello:
+        self._socket = FrameSocket(self._listener.accept()[0])
+        return msgspec.msgpack.decode(self._socket.receive() or b"", type=Hello)
+
+    def command(self, *commands: Command) -> None:
+        self._socket.send(Commands(self._sent, commands))
+        self._sent += len(commands)
+
+    def hear(self) -> Report | Moved | None:
+        payload = self._socket.receive()
+        kind: type[Report | Moved] = FromLeader  # type: ignore[assignment]
+        return None if payload is None else msgspec.msgpack.decode(payload, type=kind)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._listener.close()
+
+
+def test_two_ranks_offload_while_their_group_sleeps() -> None:
+    """One `Moved` for both ranks, though the leader's loop waits for a command that comes only after it."""
+    scheduler, feed_listener = Scheduler(), listen("127.0.0.1")
+    pools, hosts = [random_pool(seed=rank) for rank in range(2)], [random_pool(seed=5) for _ in range(2)]
+    ends: list[str] = []
+
+    def leader() -> None:
+        rank, gathered = simulated(), Gathered(2)
+        rank.mover = PageMover(pools[0], hosts[0], None, gathered.add, rank=0, epoch=3)
+        feed = SocketFeed(feed_listener, 1, TOKEN, ends.append, gathered.add, PATIENCE_S)
+        link = SocketLink("127.0.0.1", scheduler.port, Hello(TOKEN, 0, 3, 8, 2, 5, ("here:1", *feed.ports)))
+        gathered.send = link.send
+        ends.append(lead(rank, link, feed, Reporter(3)))
+        rank.close()
+        link.close()
+
+    def peer() -> None:
+        rank = simulated()
+        inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], Greeting(TOKEN, 1, "there:2"), ends.append)
+        rank.mover = PageMover(pools[1], hosts[1], None, inbox.moved, rank=1, epoch=3)
+        ends.append(follow(rank, inbox))
+        rank.close()
+        inbox.close()
+
+    threads = [threading.Thread(target=target) for target in (leader, peer)]
+    for thread in threads:
+        thread.start()
+    assert scheduler.accept().ports == ("here:1", "there:2")
+    scheduler.command(Offload(7, ids([1, 2]), ids([3, 4])))
+    moved = scheduler.hear()
+    assert isinstance(moved, Moved)
+    assert (moved.transfer, moved.ok, moved.bytes) == (7, True, 2 * 2 * LAYOUT.page_bytes)
+    for pool, host in zip(pools, hosts, strict=True):
+        assert (host.rows[3:5] == pool.rows[1:3]).all()
+    scheduler.command(End("enough"))
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert ends.count("enough") == 2
+    scheduler.close()
+    feed_listener.close()
+
+
+@pytest.mark.parametrize("greeting", [Greeting("guessed", 1, ""), "not a greeting", Greeting("gu\u00e4\u00dft", 1, "")])
+def test_a_stranger_is_no_peer(greeting: object) -> None:
+    listener = listen("127.0.0.1")
+    port = listener.getsockname()[1]
+    stranger = FrameSocket.connect("127.0.0.1", port)
+    stranger.send(greeting)
+    friend = FrameSocket.connect("127.0.0.1", port)
+    friend.send(Greeting(TOKEN, 1, "p:1"))
+    feed = SocketFeed(listener, 1, TOKEN, lambda _: None, lambda _: None, PATIENCE_S)
+    assert feed.ports == ("p:1",)
+    assert stranger.receive() is None
+    feed.send([End("done")])
+    assert friend.receive() is not None
+    feed.close()
+    friend.close()
+    stranger.close()
+    listener.close()

@@ -1,0 +1,160 @@
+"""The verbs of one rank: plan, execute, commit, with none or one step under way while the next is planned."""
+
+import numpy as np
+import pytest
+
+from scheduler.protocol.messages import Command, Copy, Drop, End, FinishReason, Start
+from tests.workers.loop.test_batch import DIGITS, lease, start
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.leader import follow, lead
+from workers.loop.rank import Rank, StepResult, Tokens
+from workers.loop.reports import Reporter
+from workers.loop.simulated import SimulatedExecutor, continuation
+
+
+class Recorder:
+    """An executor that samples 100, 101, ... and writes down what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self._next = 100
+
+    def admit(self, start: Start) -> None:
+        self.calls.append(f"admit {start.lease & 0xFFFF}")
+
+    def release(self, row: int) -> None:
+        self.calls.append(f"release {row}")
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.calls.append(f"copy {source} {target} {tokens}")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def execute(self, batch: ResidentBatch, step: Launched) -> "Recorder":
+        del batch
+        self.calls.append(f"execute {step.plan.rows.tolist()}")
+        self._rows = len(step.plan.rows)
+        return self
+
+    def wait(self) -> Tokens:
+        self._next += 1
+        return Tokens(np.full(self._rows, self._next - 1))
+
+
+def rank(depth: int) -> tuple[Rank, Recorder]:
+    recorder = Recorder()
+    return Rank(ResidentBatch(3, 4, 64, 32), recorder, depth), recorder
+
+
+def test_without_depth_each_turn_commits_its_own_step() -> None:
+    one, _ = rank(0)
+    for position in range(3):
+        result = one.turn([start(lease(1, 0), tokens=2)] if position == 0 else [])
+        assert result is not None
+        assert result.tokens.ids.tolist() == [100 + position]
+        assert not one.idle
+
+
+def test_with_depth_1_the_next_step_is_launched_before_the_last_is_read() -> None:
+    one, recorder = rank(1)
+    assert one.turn([start(lease(1, 0), tokens=2)]) is None
+    assert recorder.calls == ["admit 0", "execute [0]"]
+    assert one.turn([]) is not None
+    assert recorder.calls == ["admit 0", "execute [0]", "execute [0]"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_it_is_idle_when_only_a_command_can_go_on(depth: int) -> None:
+    one, _ = rank(depth)
+    assert one.idle
+    results = [one.turn([start(lease(1, 0), tokens=2, max_tokens=2)] if turn == 0 else []) for turn in range(5)]
+    taken = [result for result in results if result is not None]
+    assert len(taken) == 2
+    assert taken[-1].finished == [(0, FinishReason.LENGTH)]
+    assert one.idle
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_constrained_row_goes_on_by_itself_once_its_token_is_read(depth: int) -> None:
+    """No command comes in between: were the rank idle then, its group would sleep for ever."""
+    one, recorder = rank(depth)
+    one.turn([start(lease(1, 0), tokens=2, max_tokens=3, grammar=DIGITS)])
+    while not one.idle:
+        one.turn([])
+    assert recorder.calls.count("execute [0]") == 3
+    assert recorder.calls[-1] == "release 0"
+
+
+def test_a_row_is_released_before_its_next_sequence_is_admitted() -> None:
+    one, recorder = rank(0)
+    one.turn([start(lease(1, 0), tokens=2)])
+    one.turn([Drop(lease(1, 0)), start(lease(2, 0), tokens=2)])
+    assert recorder.calls == ["admit 0", "execute [0]", "release 0", "admit 0", "execute [0]"]
+
+
+def test_a_copy_comes_after_the_steps_launched_before_it_and_before_the_next() -> None:
+    one, recorder = rank(1)
+    one.turn([start(lease(1, 0), tokens=2)])
+    one.turn([Copy(0, 3, 1), start(lease(2, 1), tokens=2, cached=1, blocks=(3,))])
+    assert recorder.calls == ["admit 0", "execute [0]", "copy 0 3 1", "admit 1", "execute [0, 1]"]
+
+
+def test_a_step_of_a_dropped_lease_is_committed_as_dead() -> None:
+    one, _ = rank(1)
+    one.turn([start(lease(1, 0), tokens=2), start(lease(2, 1), tokens=2)])
+    result = one.turn([Drop(lease(1, 0))])
+    assert result is not None
+    assert result.live.tolist() == [False, True]
+
+
+class Script:
+    """A scheduler link, a peer feed and a peer's inbox in one: commands from a list, reports into one."""
+
+    def __init__(self, *turns: list[Command]) -> None:
+        self.turns = list(turns)
+        self.fed: list[list[Command]] = []
+        self.sent: list[int] = []
+
+    def receive(self, *, wait: bool = True) -> list[Command]:
+        if not self.turns:
+            assert not wait, "an idle group would sleep for ever"
+            return []
+        return self.turns.pop(0)
+
+    def send(self, what: object) -> None:
+        if isinstance(what, list):
+            self.fed.append(what)
+        else:
+            self.sent.append(1)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int) -> None:
+    def simulated() -> Rank:
+        return Rank(ResidentBatch(3, 4, 5, 32), SimulatedExecutor(8, 4, 3, 5), depth)
+
+    leader, peer = simulated(), simulated()
+    first, second = start(lease(1, 0), max_tokens=3), start(lease(2, 1), blocks=(4, 5))
+    script = Script([first], [], [second], [], [], [], [Drop(lease(2, 1))], [End("done")])
+    assert lead(leader, script, script, Reporter(0)) == "done"
+    assert script.sent
+    replay = Script(*script.fed)
+    assert follow(peer, replay) == "done"
+    for name in ("lease", "known", "computed", "slots", "block_table"):
+        assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
+
+
+def results(one: Rank, commands: list[Command], turns: int) -> list[StepResult]:
+    made = [one.turn(commands if turn == 0 else []) for turn in range(turns)]
+    return [result for result in made if result is not None]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("budget", [1, 3, 5, 64])
+def test_the_simulated_group_s_tokens_depend_on_nothing_but_the_tokens_before(depth: int, budget: int) -> None:
+    executor = SimulatedExecutor(8, 4, 3, vocabulary=50)
+    one = Rank(ResidentBatch(3, 4, budget, 32), executor, depth)
+    made = results(one, [start(lease(1, 1), tokens=7, blocks=(5, 2, 7), max_tokens=5)], 20)
+    sampled = [int(result.tokens.ids[0]) for result in made if result.step.samples[0]]
+    assert sampled == continuation(list(range(7)), 5, 50)

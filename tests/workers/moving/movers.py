@@ -1,0 +1,118 @@
+"""Movers in a test: pools with known bytes, every kind of transport, and what each mover says."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from scheduler.protocol.messages import Moved, Movement, Receive, Send
+from workers.moving.exchange import Exchange, LocalTransport
+from workers.moving.mover import PageMover, Transport
+from workers.moving.pairs import PairWire
+from workers.moving.transport import SocketTransport, SocketWire
+
+LAYOUT = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=8, dtype="bfloat16")
+PAGES = 40
+TOKEN = "the cluster's secret"
+PATIENCE_S = 60.0
+KINDS = ("local", "socket", "gloo")
+NCCL = pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"))
+"""Between the two devices, in threads of one process: groups of an odd number sit on the second."""
+
+
+def ids(pages: Sequence[int]) -> bytes:
+    return np.array(pages, np.int32).tobytes()
+
+
+def random_pool(pages: int = PAGES, seed: int = 0, layout: PageLayout = LAYOUT, device: str = "cpu") -> KVPool:
+    pool = KVPool(layout, pages, device)
+    pool.rows.copy_(torch.randint(0, 256, pool.rows.shape, generator=torch.Generator().manual_seed(seed)))
+    return pool
+
+
+class Said:
+    """What a mover has said, by transfer."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.moved: list[Moved] = []
+
+    def add(self, moved: Moved) -> None:
+        with self._changed:
+            self.moved.append(moved)
+            self._changed.notify_all()
+
+    def wait(self, transfer: int) -> Moved:
+        """Exactly one answer, in time."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(one.transfer == transfer for one in self.moved), PATIENCE_S)
+            (found,) = [one for one in self.moved if one.transfer == transfer]
+        return found
+
+
+@dataclass
+class Site:
+    """One rank of one group."""
+
+    group: int
+    epoch: int
+    pool: KVPool
+    mover: PageMover
+    transport: Transport | None
+    said: Said
+
+    @property
+    def rows(self) -> Tensor:
+        """The pool's bytes as they are now, on the CPU."""
+        return self.pool.rows.cpu().clone()
+
+    def take(self, *movements: Movement) -> None:
+        for movement in movements:
+            self.mover.take(movement)
+
+    def send(self, transfer: int, to: "Site", pages: Sequence[int]) -> None:
+        self.take(Send(transfer, ids(pages), to.group, to.epoch))
+
+    def receive(self, transfer: int, of: "Site", pages: Sequence[int]) -> None:
+        assert of.transport is not None
+        self.take(Receive(transfer, ids(pages), of.group, of.epoch, (of.transport.address,)))
+
+
+@dataclass
+class World:
+    """Makes sites of one kind; closes them all."""
+
+    kind: str
+    timeout_s: float = PATIENCE_S
+    exchange: Exchange = field(default_factory=Exchange)
+    sites: list[Site] = field(default_factory=list)
+
+    def site(
+        self, group: int, epoch: int = 0, *, pool: KVPool | None = None, host: KVPool | None = None, token: str = TOKEN
+    ) -> Site:
+        if pool is None:
+            pool = random_pool(seed=group, device=f"cuda:{group % 2}" if self.kind == "nccl" else "cpu")
+        transport, said = self._transport(pool, group, epoch, token), Said()
+        mover = PageMover(pool, host, transport, said.add, rank=0, epoch=epoch)
+        self.sites.append(Site(group, epoch, pool, mover, transport, said))
+        return self.sites[-1]
+
+    def _transport(self, pool: KVPool, group: int, epoch: int, token: str) -> Transport:
+        if self.kind == "local":
+            return LocalTransport(self.exchange, pool, group=group, epoch=epoch, rank=0, timeout_s=self.timeout_s)
+        small = 3 * pool.layout.page_bytes  # several messages for each transfer
+        wire = SocketWire(pool) if self.kind == "socket" else PairWire(pool, self.timeout_s, stage_bytes=small)
+        return SocketTransport(
+            wire, host="127.0.0.1", token=token, group=group, epoch=epoch, rank=0, page_bytes=pool.layout.page_bytes,
+            timeout_s=self.timeout_s,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        for site in self.sites:
+            site.mover.close()
