@@ -17,7 +17,7 @@ import ray
 from cluster.engine import EngineError
 
 CLAIM = "manta.names.claim"
-ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy")
+ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy", "simulator")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -37,7 +37,8 @@ from deploy.doors.http import create_app
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
-from deploy.serving.without_torch import import_without_torch
+from deploy.status import status_routes
+from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.server.stats import ClusterStatus
 from workers.config import SchedulerAddress
@@ -138,7 +139,8 @@ class Ingress(GrpcIngress):
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service, self._limits, self._keys, names_responses=False)  # Serve does
+        pages = status_routes(self._service)
+        return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
 
     async def abort_here(self, request_id: str) -> int:
         """Ends what this replica has under way by that id; how many requests that were."""

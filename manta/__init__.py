@@ -1,6 +1,6 @@
 """Manta as its users import it: `from manta import LLM, SamplingParams`. Imports neither torch nor ray.
 
-Inside, Manta is five packages of everyday names. Importing this one makes sure that they are Manta's own, whatever lies beside
+Inside, Manta is six packages of everyday names. Importing this one makes sure that they are Manta's own, whatever lies beside
 the script that asks: see `manta.names`.
 """
 

@@ -1,6 +1,6 @@
 """`python -m manta` is `manta`, the command."""
 
-from deploy.cli.commands import main
+from manta.commands import main
 
 __all__ = ["main"]
 

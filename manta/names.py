@@ -1,7 +1,7 @@
 """Whose `deploy`, `cluster` and so on a process means: Manta's own, wherever its script lies.
 
 Python looks for a package beside the script first, and many a project has a folder of such a name. `claim` puts a finder before
-all others that finds five names, and no others, beside this very file. Imports nothing of Manta's: it goes before everything.
+all others that finds six names, and no others, beside this very file. Imports nothing of Manta's: it goes before everything.
 """
 
 import sys
@@ -10,12 +10,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy")
+ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy", "simulator")
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def claim() -> None:
-    """From here on the five names are Manta's in this process. A second call does nothing.
+    """From here on the six names are Manta's in this process. A second call does nothing.
 
     Errors: ImportError if this process has imported something else by one of them.
     """
@@ -33,7 +33,7 @@ def claim() -> None:
 
 
 class OwnRooms:
-    """Finds Manta's five packages where Manta is. A finder as `sys.meta_path` has them."""
+    """Finds Manta's six packages where Manta is. A finder as `sys.meta_path` has them."""
 
     @classmethod
     def find_spec(

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy")
+ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy", "simulator")
 """Whose INFO lines are shown; of other libraries only warnings are."""
 
 _PLAIN = re.compile(r"[\w.:/@+-]+")

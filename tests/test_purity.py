@@ -64,7 +64,7 @@ def test_whoever_places_workers_or_answers_clients_waits_for_no_torch() -> None:
 def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
     code = (
         "import sys\n"
-        "from deploy.serving.without_torch import import_without_torch\n"
+        "from deploy.text.without_torch import import_without_torch\n"
         "import_without_torch()\n"
         "from deploy.config.load import EMBEDDED_MODEL\n"
         "from deploy.frontend.service import ServedModel\n"

@@ -9,5 +9,5 @@
                       questions 1 to 5: `run(options)` gives plain data, `python -m benchmarks.study.NAME` prints it
     report/           the page and its plots from that data
 
-May import every room; nothing imports it but `benchmarks/study/command.py`, at run time.
+May import every room; nothing imports it but `manta/commands.py`, for `manta study`.
 """

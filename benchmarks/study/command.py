@@ -1,6 +1,6 @@
 """`manta study`: runs the experiments of the KV study, keeps their results, and writes the page with its plots.
 
-The experiments are in `benchmarks/study`, which a checkout has and a wheel has not. Exit codes: 0 done, 2 bad input.
+A checkout has it and a wheel has not. Exit codes: 0 done, 2 bad input.
 """
 
 import importlib
@@ -16,7 +16,6 @@ from deploy.cli.exits import reported_errors
 from deploy.cli.options import DebugOption
 from deploy.config.load import ConfigError, bound_openmp_spin
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULES = {"1": "layout", "2": "reuse", "3": "fragmentation", "4": "paging", "5": "tradeoffs"}
 ON_GPU = ("1", "5")
 """Questions that a GPU says something about."""
@@ -97,14 +96,7 @@ def _questions(text: str, device: str) -> list[str]:
 
 
 def _experiments(name: str) -> ModuleType:
-    """A module of the experiments. Errors: ConfigError where they, or what they need, are not installed."""
-    if not (ROOT / "benchmarks" / "study").is_dir():
-        raise ConfigError(
-            "the study's experiments are in benchmarks/, which is not part of an installed wheel: "
-            "run manta study from a checkout of the repository"
-        )
-    if str(ROOT) not in sys.path:  # an editable install names Manta's own packages alone
-        sys.path.insert(0, str(ROOT))
+    """A module of the experiments, which import much. Errors: ConfigError where what they need is not installed."""
     try:
         return importlib.import_module(f"benchmarks.study.{name}")
     except ModuleNotFoundError as error:

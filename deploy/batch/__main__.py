@@ -1,8 +1,12 @@
-"""`python -m deploy.batch` is `manta batch`."""
+"""`python -m deploy.batch` is `manta batch`: what `ray job submit` runs."""
 
-import sys
+import typer
 
-from deploy.cli.commands import main
+from deploy.batch.command import batch
+from deploy.cli.exits import Termination
 
-sys.argv.insert(1, "batch")
-main()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(batch)
+
+Termination.install()
+app(prog_name="manta batch")

@@ -50,7 +50,7 @@ async def open_endpoint(url: str, api_key: str | None, concurrency: int) -> Asyn
     """url: with or without the `/v1` at its end. Errors: ConfigError."""
     import httpx
 
-    from deploy.doors.client import open_client
+    from deploy.config.client import open_client
 
     async with open_client(
         httpx.AsyncClient,

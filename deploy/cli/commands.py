@@ -1,4 +1,4 @@
-"""`manta`: the command line. Reads flags and prompts, runs an LLM, shows and writes what comes back.
+"""`manta generate` and `manta serve`. Read flags and prompts, run an LLM, show and write what comes back.
 
 Exit codes: 0 done, 1 the engine or a request failed, 2 bad input, 130 Ctrl-C. Imports neither torch nor ray nor
 transformers before a command needs them, so that --help is instant.
@@ -14,29 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.study.command import command as study
-from deploy.batch.command import batch
-from deploy.cli.exits import Termination, interrupts_held, reported_errors
+from deploy.cli.exits import interrupts_held, reported_errors
 from deploy.cli.options import ConfigOption, DebugOption, sampling_values, with_options
 from deploy.cli.records import RecordWriter
-from deploy.config.load import Config, load_config, read_api_keys
-from deploy.config.serve import ServeConfig
+from deploy.config.load import Config, load_config
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.files import decode, split_lines
 from deploy.text.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
 from scheduler.protocol.sampling import SamplingParams
-from simulator.command import command as replay
-
-app = typer.Typer(
-    name="manta",
-    help="Manta serves large language models on a Ray cluster, with one owner of every KV block.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class InputFormat(StrEnum):
@@ -78,17 +63,6 @@ StreamOption = Annotated[
 ]
 QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no closing table on stderr. Default: no.")]
 
-app.command()(batch)
-app.command("replay")(replay)
-app.command("study")(study)
-
-
-@app.callback()
-def manta() -> None:
-    """Manta serves large language models on a Ray cluster, with one owner of every KV block."""
-
-
-@app.command()
 def version() -> None:
     """Print the version."""
     try:
@@ -97,7 +71,6 @@ def version() -> None:
         typer.echo("manta, from a source folder")
 
 
-@app.command()
 @with_options
 def generate(
     prompts: PromptArguments = None,
@@ -130,7 +103,6 @@ def generate(
             raise GenerationError.of(outputs)
 
 
-@app.command()
 @with_options
 def serve(
     config: ConfigOption = None,
@@ -149,24 +121,6 @@ def serve(
         from deploy.serving import command as serving
 
         serving.serve(settings, display.StartView())
-
-
-@app.command()
-def top(
-    url: Annotated[str, typer.Argument(help="Address of an endpoint.", show_default=False)] = DEFAULT_URL,
-    api_key_file: Annotated[
-        str | None, _option("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
-    ] = None,
-    interval: Annotated[float, _option("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
-    once: Annotated[bool, _option("--once", help="Look once and end. Default: only into a pipe.")] = False,
-    debug: DebugOption = False,
-) -> None:
-    """Watch an endpoint: its pools block by block, what runs and waits, rates and latencies. q ends it."""
-    with reported_errors(debug):
-        keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
-        from deploy.status.top import top as watch
-
-        watch(url, keys[0] if keys else None, interval, once)
 
 
 def run(
@@ -239,9 +193,3 @@ def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str
         return decode(sys.stdin.buffer.read()), "stdin", format or InputFormat.text
     except UnicodeDecodeError as error:
         raise PromptError(f"{file or 'stdin'} is not UTF-8 text: {error}") from error
-
-
-def main() -> None:
-    """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
-    Termination.install()
-    app()

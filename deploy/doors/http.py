@@ -1,13 +1,13 @@
 """The HTTP endpoint: which path does what. Each replica makes its own; it runs under uvicorn and inside Ray Serve alike.
 
-Imports fastapi; what the paths do is in `openai/`, `status/` and `metrics`.
+Imports fastapi; what the paths do is in `openai/` and `metrics`.
 """
 
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
@@ -24,14 +24,15 @@ from deploy.doors.openai.routes import RECORDS, openai_routes
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.observing import metrics
-from deploy.status import status_routes
 
 READY_RETRY_S = 1.0
 
 
-def create_app(service: Service, config: ServeConfig, keys: ApiKeys, *, names_responses: bool = True) -> FastAPI:
-    """The endpoint of one service, which somebody else runs. keys: none leave it open. names_responses: False where whoever
-    runs it puts the request's id on every response, as Ray Serve does."""
+def create_app(
+    service: Service, config: ServeConfig, keys: ApiKeys, *, pages: APIRouter | None = None, names_responses: bool = True
+) -> FastAPI:
+    """The endpoint of one service, which somebody else runs. keys: none leave it open. pages: to look at, beside the API.
+    names_responses: False where whoever runs it puts the request's id on every response, as Ray Serve does."""
     app = FastAPI(
         title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys, names_responses),
         exception_handlers={
@@ -40,7 +41,8 @@ def create_app(service: Service, config: ServeConfig, keys: ApiKeys, *, names_re
         },
     )  # fmt: skip
     app.include_router(openai_routes(service, config, keys))
-    app.include_router(status_routes(service))
+    if pages is not None:
+        app.include_router(pages)
     _add_operations(app, service)
     add_schemas(app.openapi(), *RECORDS)
     return app

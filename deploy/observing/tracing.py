@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, s
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from deploy.doors.client import on_this_machine
+from deploy.config.client import on_this_machine
 from deploy.frontend.observation import Observation
 from deploy.observing.logs import OUR_FAULTS
 from deploy.observing.tally import SERVED

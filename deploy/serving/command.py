@@ -35,7 +35,7 @@ from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.serving.haproxy import write_program
 from deploy.serving.ports import POLL_S, await_answer, check_free, reserve
-from deploy.serving.without_torch import import_without_torch
+from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.server.stats import ClusterStatus
 
@@ -66,6 +66,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
 
     from deploy.doors.connections import bounded_protocol
     from deploy.doors.http import create_app
+    from deploy.status import status_routes
 
     limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
     with reserve(limits.host, limits.port, "for HTTP", "choose another with --port") as listener:
@@ -75,7 +76,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
         model = read_model(config)
         observer = Observer.open(limits, model.name)
         service = Service(model, LocalCluster(config.engine), observer)
-        app = create_app(service, limits, keys)
+        app = create_app(service, limits, keys, pages=status_routes(service))
         server = uvicorn.Server(
             uvicorn.Config(
                 app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",

@@ -22,7 +22,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from deploy.doors.client import open_client
+from deploy.config.client import open_client
 from deploy.status.document import GroupLine, Sample, StatusDocument
 from deploy.status.maps import CACHED, FREE, HELD, SHARED, STATE_NAMES, thin, unpack
 from deploy.status.words import NOTHING, amount, duration, latency, percent, plural, restarts, share

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deploy import LLM, SamplingParams
-from deploy.cli.commands import app
 from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.outputs import GenerationError
+from manta.commands import app
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.settings import ARCHITECTURES, MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle

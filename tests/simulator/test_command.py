@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deploy.cli.commands import app
+from manta.commands import app
 from tests.simulator.excerpts import conversations
 
 POOLS = ("--groups", "2", "--pages", "400", "--quiet")

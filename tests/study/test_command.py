@@ -1,15 +1,18 @@
 """`manta study` as a user types it: a quick run writes the whole page, and the page again from what it has saved."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-import benchmarks.study.command
-from deploy.cli.commands import app
+from manta.commands import app
+from manta.names import ROOMS, ROOT
 from tests.simulator.excerpts import conversations
 
 pytest.importorskip("matplotlib")
@@ -97,8 +100,13 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     assert "holds no results of the study" in result.stderr
 
 
-def test_a_wheel_says_that_it_has_no_experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(benchmarks.study.command, "ROOT", tmp_path)
-    result = CliRunner().invoke(app, ["study", "--quick", "--output", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "not part of an installed wheel" in result.stderr
+def test_a_wheel_says_that_it_has_no_experiments(tmp_path: Path) -> None:
+    """A copy of what a wheel has, asked by a process of its own."""
+    for package in (*ROOMS, "manta"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    asked = subprocess.run(
+        [sys.executable, "-m", "manta", "study", "--quick"], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert asked.returncode == 2
+    assert "not part of an installed wheel" in asked.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from deploy.cli.commands import app
+from manta.commands import app
 from tests.deploy.batch.jobs import as_lines, custom_ids, entry, read
 
 PATIENCE_S = 60.0

@@ -10,8 +10,8 @@ from typer.testing import CliRunner, Result
 
 import deploy.llm
 from cluster.engine import EngineError
-from deploy.cli.commands import app
 from deploy.text.tokenizer import Tokenizer
+from manta.commands import app
 from tests.deploy.conftest import EOS
 from tests.deploy.frontend.fake_engine import FakeEngine
 

@@ -205,7 +205,7 @@ def test_llm_names_the_nearest_option() -> None:
 
 
 def test_front_door_imports_nothing_heavy() -> None:
-    check = "import sys, deploy.cli.commands; sys.exit(bool({'torch', 'ray', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    check = "import sys, manta.commands; sys.exit(bool({'torch', 'ray', 'transformers', 'tokenizers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dockerfile_parse import DockerfileParser
 
-from deploy.cli.commands import app
+from manta.commands import app
 from tests.deploy.configs.files import CONFIGS, PINS, PROJECT, REPOSITORY, serve_tree, tree
 
 FILES = ("Dockerfile.cpu", "Dockerfile.cuda")

@@ -23,6 +23,7 @@ from deploy.doors.connections import bounded_protocol
 from deploy.doors.http import create_app
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import Cluster, ServedModel, Service
+from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
 from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
@@ -76,7 +77,7 @@ class Host:
 
         async def start() -> None:
             limits = config or ServeConfig()
-            app = create_app(service, limits, keys or ApiKeys())
+            app = create_app(service, limits, keys or ApiKeys(), pages=status_routes(service))
             bounded = bounded_protocol(limits)
             server = uvicorn.Server(uvicorn.Config(app, http=bounded, ws="none", log_level="warning"))
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))

@@ -96,7 +96,8 @@ def test_the_status_page_is_there(http: httpx.Client) -> None:
 
 def test_every_path_that_answers_get_is_named_here(service: Service) -> None:
     config = ServeConfig()
-    parts = (create_app(service, config, ApiKeys()), openai_routes(service, config, ApiKeys()), status_routes(service))
+    pages = status_routes(service)
+    parts = (create_app(service, config, ApiKeys(), pages=pages), openai_routes(service, config, ApiKeys()), pages)
     routes = [route for part in parts for route in part.routes if isinstance(route, APIRoute | Route)]
     known = {route.path for route in routes if "GET" in (route.methods or ())}
     assert {path.replace(MODEL, "{model:path}").replace("app.js", "{name}") for path in GET_PATHS} == known

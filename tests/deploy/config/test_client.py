@@ -15,8 +15,8 @@ from rich.console import Console
 
 from deploy.batch.endpoint import open_endpoint
 from deploy.batch.lines import Line, parse
+from deploy.config.client import on_this_machine, open_client
 from deploy.config.load import ConfigError
-from deploy.doors.client import on_this_machine, open_client
 from deploy.observing.tracing import Tracer
 from deploy.status.top import top
 from tests.deploy.batch.jobs import as_lines, entry

@@ -1,5 +1,0 @@
-"""`python -m deploy` is `manta`."""
-
-from deploy.cli.commands import main
-
-main()

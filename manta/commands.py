@@ -1,0 +1,58 @@
+"""`manta`, the command line: the commands of the house, and those of the outbuildings, which nothing else imports.
+
+--help is instant: neither torch nor ray nor transformers is imported before a command needs it.
+"""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from deploy.batch.command import batch
+from deploy.cli import commands
+from deploy.cli.exits import Termination, reported_errors
+from deploy.config.load import ConfigError
+from deploy.status.command import top
+from simulator.command import command as replay
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+app = typer.Typer(
+    name="manta",
+    help="Manta serves large language models on a Ray cluster, with one owner of every KV block.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (batch, commands.generate, commands.serve, top, commands.version):
+    app.command()(command)
+app.command("replay")(replay)
+
+
+@app.callback()
+def manta() -> None:
+    """Manta serves large language models on a Ray cluster, with one owner of every KV block."""
+
+
+if (CHECKOUT / "benchmarks" / "study").is_dir():
+    if str(CHECKOUT) not in sys.path:  # an editable install names Manta's own packages alone
+        sys.path.append(str(CHECKOUT))
+    from benchmarks.study.command import command as study
+
+    app.command("study")(study)
+else:
+
+    @app.command("study", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def no_study() -> None:
+        """Measure the KV cache: from a checkout of the repository alone."""
+        with reported_errors(False):
+            raise ConfigError(
+                "the study's experiments are in benchmarks/, which is not part of an installed wheel: "
+                "run manta study from a checkout of the repository"
+            )
+
+
+def main() -> None:
+    """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
+    Termination.install()
+    app()
