@@ -1,7 +1,7 @@
 """Milliseconds per layer of every attention backend that runs here, for decodes and prefill chunks.
 
-Each backend attends over a page-first pool and over pools of one layer each, where a page's keys and values lie alone: the
-difference is what the page-first layout costs. Rounds are interleaved, so that a noisy machine is noisy to all alike.
+Each backend attends over a block-first pool and over pools of one layer each, where a block's keys and values lie alone: the
+difference is what the block-first layout costs. Rounds are interleaved, so that a noisy machine is noisy to all alike.
 
     python benchmarks/attention.py --shape 0.6B --dtype bfloat16 --threads 2
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, Shape
 from benchmarks.report import Spread, table
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend
 from workers.attention.select import select_backend
@@ -62,25 +62,25 @@ class Row:
 
     case: str
     backend: str
-    pages: str  # "page-first" or "per layer"
+    blocks: str  # "block-first" or "per layer"
     median_ms: float
     low_ms: float
     high_ms: float
 
 
-def make_step(case: Case, page_size: int, device: str) -> StepInput:
-    """Contexts differ a little, as in life; pages are shuffled."""
+def make_step(case: Case, block_size: int, device: str) -> StepInput:
+    """Contexts differ a little, as in life; blocks are shuffled."""
     count = case.sequences
     contexts = np.array([case.context - i % 7 if case.queries == 1 else case.context for i in range(count)], np.int32)
     queries = np.full(count, case.queries, np.int32)
-    pages = -(-case.context // page_size)
-    tables = np.random.default_rng(0).permutation(count * pages).astype(np.int32).reshape(count, pages)
+    blocks = -(-case.context // block_size)
+    tables = np.random.default_rng(0).permutation(count * blocks).astype(np.int32).reshape(count, blocks)
     positions = np.concatenate([np.arange(c - case.queries, c) for c in contexts]).astype(np.int64)
-    slots = tables[np.repeat(np.arange(count), queries), positions // page_size].astype(np.int64) * page_size
+    slots = tables[np.repeat(np.arange(count), queries), positions // block_size].astype(np.int64) * block_size
     step = StepInput(
         tokens=torch.zeros(len(positions), dtype=torch.int64),
         positions=torch.from_numpy(positions),
-        slots=torch.from_numpy(slots + positions % page_size),
+        slots=torch.from_numpy(slots + positions % block_size),
         query_starts=torch.arange(0, (count + 1) * case.queries, case.queries, dtype=torch.int32),
         context_lens=torch.from_numpy(contexts),
         block_tables=torch.from_numpy(tables),
@@ -101,12 +101,12 @@ CHOICES: dict[str, dict[str, tuple[str, bool | None]]] = {
 """By device: the label of a backend -> its name and what to say of compiled CPU kernels."""
 
 
-def passes(case: Case, shape: Shape, dtype: str, page_size: int, device: str) -> dict[tuple[str, str], Callable[[], None]]:
-    """(backend, pages) -> one pass over all layers of the step, plan included. Backends that cannot work are left out."""
-    layout = PageLayout(page_size, shape.layers, shape.kv_heads, shape.head_dim, dtype)
-    step = make_step(case, page_size, device)
+def passes(case: Case, shape: Shape, dtype: str, block_size: int, device: str) -> dict[tuple[str, str], Callable[[], None]]:
+    """(backend, blocks) -> one pass over all layers of the step, plan included. Backends that cannot work are left out."""
+    layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, dtype)
+    step = make_step(case, block_size, device)
     whole = KVPool(layout, step.block_tables.numel(), device)
-    single = [KVPool(replace(layout, layers=1), whole.pages, device) for _ in range(shape.layers)]
+    single = [KVPool(replace(layout, layers=1), whole.blocks, device) for _ in range(shape.layers)]
     for pool in (whole, *single):
         pool.data.normal_()
     tokens = case.sequences * case.queries
@@ -126,13 +126,13 @@ def passes(case: Case, shape: Shape, dtype: str, page_size: int, device: str) ->
             print(f"{label} left out: {error}")
             continue
         each = [select_backend(name, pool=pool, heads=shape.heads, native=native) for pool in single]
-        result[label, "page-first"] = partial(run, [(backend, layer) for layer in range(shape.layers)])
+        result[label, "block-first"] = partial(run, [(backend, layer) for layer in range(shape.layers)])
         result[label, "per layer"] = partial(run, [(backend, 0) for backend in each])
     return result
 
 
-def measure(case: Case, shape: Shape, dtype: str, page_size: int, device: str, rounds: int) -> list[Row]:
-    work = passes(case, shape, dtype, page_size, device)
+def measure(case: Case, shape: Shape, dtype: str, block_size: int, device: str, rounds: int) -> list[Row]:
+    work = passes(case, shape, dtype, block_size, device)
     times: dict[tuple[str, str], list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):  # the first warms up
         for name, one_pass in work.items():
@@ -163,11 +163,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.6B")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--page-size", type=int, default=256)
+    parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layouts", action="store_true", help="on a GPU: compare page-first pools with pools of one layer")
+    parser.add_argument("--layouts", action="store_true", help="on a GPU: compare block-first pools with pools of one layer")
     parser.add_argument("--kernels", choices=("decode", "chunk", "both"), default="both", help="on a GPU: which to report")
     parser.add_argument("--seconds", type=float, default=60, help="on a GPU: of each kind; no case begins later")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
@@ -179,10 +179,10 @@ def main() -> None:
     rows: list[Row] = []
     for case in CASES:
         shape = SHAPES[options.shape]
-        rows += measure(case, shape, options.dtype, options.page_size, options.device, options.rounds)
-    print(f"{options.shape}, {options.dtype}, pages of {options.page_size}, {options.device}, {options.threads} threads")
-    cells = [[r.case, r.backend, r.pages, str(Spread(r.median_ms, r.low_ms, r.high_ms))] for r in rows]
-    print(table(["batch", "backend", "pages", "ms per layer"], cells))
+        rows += measure(case, shape, options.dtype, options.block_size, options.device, options.rounds)
+    print(f"{options.shape}, {options.dtype}, blocks of {options.block_size}, {options.device}, {options.threads} threads")
+    cells = [[r.case, r.backend, r.blocks, str(Spread(r.median_ms, r.low_ms, r.high_ms))] for r in rows]
+    print(table(["batch", "backend", "blocks", "ms per layer"], cells))
     if options.json:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         options.json.write_text(json.dumps({**settings, "rows": [asdict(row) for row in rows]}))

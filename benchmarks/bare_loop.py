@@ -1,6 +1,6 @@
 """The step loop of one rank without scheduler, sockets and front end: what the others are measured against.
 
-Drives `Rank` with starts whose pages are granted whole. Imports Manta's workers, NumPy and torch.
+Drives `Rank` with starts whose blocks are granted whole. Imports Manta's workers, NumPy and torch.
 """
 
 import time
@@ -84,15 +84,15 @@ class BareLoop:
 
     def run(self, work: Work) -> tuple[float, Timeline]:
         """Seconds for the work, and where they went."""
-        rank, size = self._built.rank, self._config.page_size
+        rank, size = self._built.rank, self._config.block_size
         commands: list[Command] = []
-        page = 0
+        block = 0
         for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
-            pages = -(-(len(prompt) + length) // size)
-            commands.append(self._start(row, prompt, length, work.temperature, range(page, page + pages)))
-            page += pages
-        if page > self._built.pages:
-            raise ValueError(f"the work needs {page} pages and the pool has {self._built.pages}")
+            blocks = -(-(len(prompt) + length) // size)
+            commands.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
+            block += blocks
+        if block > self._built.blocks:
+            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
         timeline = self._timed.timeline = Timeline()
         torch.cuda.synchronize()
         begun = time.perf_counter()

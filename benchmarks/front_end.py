@@ -43,7 +43,7 @@ FIRST_TOKEN = 300
 class SteppedEngine:
     """Gives each of its streams one token at `step`. Also the cluster that the service connects to."""
 
-    page_size = 256
+    block_size = 256
 
     def __init__(self) -> None:
         self.streams: list[int] = []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
@@ -268,15 +268,15 @@ def layer_case(shape: Shape, tokens: int) -> Case:
 class RopeInputs:
     """Queries, keys and values of one layer, and a pool for them."""
 
-    def __init__(self, shape: Shape, tokens: int, page_size: int = 256) -> None:
+    def __init__(self, shape: Shape, tokens: int, block_size: int = 256) -> None:
         self.shape, self.tokens = shape, tokens
-        layout = PageLayout(page_size, 2, shape.kv_heads, shape.head_dim, "bfloat16")
-        self.pool = KVPool(layout, -(-tokens // page_size) + 2, DEVICE)
+        layout = BlockLayout(block_size, 2, shape.kv_heads, shape.head_dim, "bfloat16")
+        self.pool = KVPool(layout, -(-tokens // block_size) + 2, DEVICE)
         self.qkv = normal(tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
         self.q_weight, self.k_weight = normal(shape.head_dim), normal(shape.head_dim)
         self.table = rotation(shape.head_dim)
         self.positions = torch.randint(8192, (tokens,), device=DEVICE)
-        self.slots = torch.randperm(self.pool.pages * page_size, device=DEVICE)[:tokens]
+        self.slots = torch.randperm(self.pool.blocks * block_size, device=DEVICE)[:tokens]
         self.out = poisoned(tokens, shape.heads, shape.head_dim)
 
     def run(self, qkv: Tensor | None = None, pdl: bool = False) -> None:
@@ -294,15 +294,15 @@ class RopeInputs:
 
     def error(self) -> float:
         self.run()
-        shape, size = self.shape, self.pool.layout.page_size
+        shape, size = self.shape, self.pool.layout.block_size
         q, k, v = self.qkv.view(self.tokens, -1, shape.head_dim).split_with_sizes(
             (shape.heads, shape.kv_heads, shape.kv_heads), 1
         )
-        page, slot = self.slots // size, self.slots % size
+        block, slot = self.slots // size, self.slots % size
         pairs = (
             (self.out, self.turned(q, self.q_weight)),
-            (self.pool.keys(1)[page, slot], self.turned(k, self.k_weight)),
-            (self.pool.values(1)[page, slot], v.double()),
+            (self.pool.keys(1)[block, slot], self.turned(k, self.k_weight)),
+            (self.pool.values(1)[block, slot], v.double()),
         )
         return max(frobenius(out, exact) for out, exact in pairs)
 

@@ -1,7 +1,7 @@
 """What a running sequence's reader notices when it goes to another group: the longest wait for a token, by how it goes.
 
-    migrate     live: published pages go ahead while it decodes, the rest is fetched while it stands still
-    preempt     its pages are taken and nothing is fetched: everything is computed again in the other group
+    migrate     live: published blocks go ahead while it decodes, the rest is fetched while it stands still
+    preempt     its blocks are taken and nothing is fetched: everything is computed again in the other group
     stay        nothing happens to it
 
 One process, two groups of one rank each; the three ways take turns, each on a prompt of its own.
@@ -46,7 +46,7 @@ def disturb(core: SchedulerCore, way: str, stream: int) -> None:
         assert core.migrate(FRONT_END, stream), "no group takes it"
     elif way == "preempt":
         assert core.drain(group)
-        core.vacate(group)  # these groups do not exchange pages, so it begins again
+        core.vacate(group)  # these groups do not exchange blocks, so it begins again
         core.groups[group].draining = False
 
 

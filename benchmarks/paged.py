@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
 
 LAYERS = 8
-PAGE = 256
+BLOCK = 256
 SPREAD_BYTES = 400e6  # several times the L2 cache
 CHECKED = (1, 255, 256, 257, 3000, 63, 7777, 64, 65, 1024)  # contexts of the rows that are compared with the reference
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
@@ -111,17 +111,17 @@ class World:
 
 
 def make_world(heads: Heads, contexts: list[int], sets: int | None = None) -> World:
-    layout = PageLayout(PAGE, LAYERS, heads.kv_heads, heads.dim, heads.dtype)
+    layout = BlockLayout(BLOCK, LAYERS, heads.kv_heads, heads.dim, heads.dtype)
     if sets is None:
         sets = max(1, math.ceil(SPREAD_BYTES / (sum(contexts) * layout.token_bytes)))
-    needed = [-(-context // PAGE) for context in contexts]
+    needed = [-(-context // BLOCK) for context in contexts]
     pool = KVPool(layout, sets * sum(needed) + 1, "cuda")
     pool.data.normal_()
-    order = torch.split((torch.randperm(pool.pages - 1, device="cuda") + 1).int(), sum(needed))
+    order = torch.split((torch.randperm(pool.blocks - 1, device="cuda") + 1).int(), sum(needed))
     tables = []
-    for pages in order[:sets]:
+    for blocks in order[:sets]:
         table = torch.zeros((len(contexts), max(needed)), dtype=torch.int32, device="cuda")
-        for row, part in enumerate(torch.split(pages, needed)):
+        for row, part in enumerate(torch.split(blocks, needed)):
             table[row, : len(part)] = part
         tables.append(table)
     query = torch.randn((len(contexts), heads.heads, heads.dim), device="cuda").to(pool.dtype)
@@ -135,7 +135,7 @@ def reference(world: World, layer: int) -> Tensor:
     group = world.query.shape[1] // world.pool.layout.kv_heads
     for query, context, table in zip(world.query, world.contexts.tolist(), world.tables[0].long(), strict=True):
         key, value = (
-            view[table[: -(-context // PAGE)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
+            view[table[: -(-context // BLOCK)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
             for view in (world.pool.keys(layer), world.pool.values(layer))
         )
         scores = torch.einsum("hd,khd->hk", query.double(), key) / math.sqrt(query.shape[1])
@@ -150,8 +150,8 @@ def check(heads: Heads, config: DecodeConfig) -> dict[str, Any]:
     try:
         world = make_world(heads, list(CHECKED), 1)
         for row, context in enumerate(CHECKED):
-            if context % PAGE:
-                world.pool.data[int(world.tables[0][row, context // PAGE]), :, :, context % PAGE :] = float("nan")
+            if context % BLOCK:
+                world.pool.data[int(world.tables[0][row, context // BLOCK]), :, :, context % BLOCK :] = float("nan")
         attention = DecodeAttention(world.pool, heads.heads, len(CHECKED), config)
         error = 0.0
         for layer in (0, LAYERS - 1, LAYERS - 1):
@@ -254,8 +254,8 @@ def theirs(world: World, attend: Flash, tables: list[Tensor] | None = None, **mo
     return run, LAYERS * len(world.tables)
 
 
-def widened(world: World, pages: int) -> list[Tensor]:
-    return [torch.nn.functional.pad(table, (0, pages - table.shape[1])) for table in world.tables]
+def widened(world: World, blocks: int) -> list[Tensor]:
+    return [torch.nn.functional.pad(table, (0, blocks - table.shape[1])) for table in world.tables]
 
 
 Making = Callable[[], tuple[Callable[[], None], int]]

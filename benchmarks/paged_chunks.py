@@ -1,4 +1,4 @@
-"""Prefill chunks over pages on a GPU: every way checked and timed against the matrix units and against flash-attn.
+"""Prefill chunks over blocks on a GPU: every way checked and timed against the matrix units and against flash-attn.
 
 Beside `benchmarks/paged.py`, whose pools and timing it uses. May import `kvcache` and `workers`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paged import LAYERS, PAGE, TOLERANCE, Heads, World, graph_us, make_world
+from benchmarks.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
 from workers.attention.base import Chunks
 from workers.attention.flash import ChunkPlan, FlashKernels, load_kernels
 from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig
@@ -65,7 +65,7 @@ def reference(world: World, query: Tensor, sizes: list[tuple[int, int]], layer: 
     queries = torch.split(query, [new for new, _ in sizes])
     for part, (new, context), table in zip(queries, sizes, world.tables[0].long(), strict=True):
         key, value = (
-            view[table[: -(-context // PAGE)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
+            view[table[: -(-context // BLOCK)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
             for view in (world.pool.keys(layer), world.pool.values(layer))
         )
         scores = torch.einsum("qhd,khd->hqk", part.double(), key) / math.sqrt(query.shape[2])
@@ -80,8 +80,8 @@ def check(heads: Heads, config: ChunkConfig) -> dict[str, Any]:
     try:
         world, query, chunks = make_chunks(heads, CHECKED, 1)
         for row, (_, context) in enumerate(CHECKED):
-            if context % PAGE:
-                world.pool.data[int(world.tables[0][row, context // PAGE]), :, :, context % PAGE :] = float("nan")
+            if context % BLOCK:
+                world.pool.data[int(world.tables[0][row, context // BLOCK]), :, :, context % BLOCK :] = float("nan")
         attention = ChunkAttention(world.pool, heads.heads, config)
         tiles = attention.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)
         out = torch.full_like(query, float("nan"))

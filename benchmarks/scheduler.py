@@ -1,6 +1,6 @@
 """What the scheduler costs: one decode step's bookkeeping, taking in one prompt, choosing a victim. No sockets, no workers.
 
-A step is the whole central path of one report: tokens committed, filled pages published, grants issued, ends committed,
+A step is the whole central path of one report: tokens committed, filled blocks published, grants issued, ends committed,
 the commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups,
 reserving and the start command. The garbage collector runs as it does in the scheduler actor.
 
@@ -34,7 +34,7 @@ from scheduler.running.victims import find_victim
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)
 PART_TOKENS = 100
-"""Of the page after a hit of half the prompt: a hit that ends inside a page."""
+"""Of the block after a hit of half the prompt: a hit that ends inside a block."""
 FRONT_ENDS = 4
 GROUPS = 4
 PROMPT_TOKENS = 4096
@@ -46,24 +46,24 @@ FEWEST_STEPS = 256
 class DecodingGroup:
     """One group that keeps `size` sequences decoding: whoever ends is replaced off the clock, by a prompt of one token.
 
-    Lengths are staggered: prompts of up to two pages, outputs of 128 to 1,024 tokens, a part of which the first
-    sequences have behind them. The pool is about as large as what runs, so that published pages are also evicted.
+    Lengths are staggered: prompts of up to two blocks, outputs of 128 to 1,024 tokens, a part of which the first
+    sequences have behind them. The pool is about as large as what runs, so that published blocks are also evicted.
     clock: in nanoseconds; that of the thread (`time.thread_time_ns`) where others use the machine too.
     """
 
-    def __init__(self, size: int, page_size: int, seed: int, clock: Callable[[], int] = time.perf_counter_ns) -> None:
+    def __init__(self, size: int, block_size: int, seed: int, clock: Callable[[], int] = time.perf_counter_ns) -> None:
         self._clock = clock
         self._random = np.random.default_rng(seed)
-        pages = -(-(sum(OUTPUT_TOKENS) // 2 + page_size) // page_size)
+        blocks = -(-(sum(OUTPUT_TOKENS) // 2 + block_size) // block_size)
         self.group = GroupId(0)
-        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16))
-        self.core.group_up(self.group, 0, size * (pages + 2), size)
+        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16))
+        self.core.group_up(self.group, 0, size * (blocks + 2), size)
         self._streams = itertools.count()
         self._report = itertools.count()
         self._leases = np.zeros(size, np.int64)
         self._left = np.zeros(size, np.int64)
         for _ in range(size):
-            self._submit(int(self._random.integers(1, 2 * page_size)), int(self._random.integers(2, OUTPUT_TOKENS[1])))
+            self._submit(int(self._random.integers(1, 2 * block_size)), int(self._random.integers(2, OUTPUT_TOKENS[1])))
         lengths = self._take_starts()
         self.core.report(self.group, self._next_report(np.array(lengths, np.int32).tobytes()))
         self._left -= 1
@@ -108,10 +108,10 @@ class DecodingGroup:
 
 
 def time_steps(
-    size: int, page_size: int, steps: int, rounds: int, clock: Callable[[], int] = time.perf_counter_ns
+    size: int, block_size: int, steps: int, rounds: int, clock: Callable[[], int] = time.perf_counter_ns
 ) -> list[list[int]]:
     """[rounds][steps] nanoseconds."""
-    group = DecodingGroup(size, page_size, size, clock)
+    group = DecodingGroup(size, block_size, size, clock)
     for _ in range(FEWEST_STEPS):
         group.step()
     return [[group.step() for _ in range(steps)] for _ in range(rounds)]
@@ -123,13 +123,13 @@ class Intake:
     fetch: the first group takes nobody in, so that its prefix is fetched by another, if that is decided.
     """
 
-    def __init__(self, hit: int, page_size: int, *, part: int = 0, fetch: bool = False) -> None:
+    def __init__(self, hit: int, block_size: int, *, part: int = 0, fetch: bool = False) -> None:
         self._random = np.random.default_rng(hit)
         self._stream = itertools.count()
-        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16))
+        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16))
         for group in range(GROUPS):
             ports = ("",) if fetch else ()
-            self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // page_size, 256, ports=ports)
+            self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // block_size, 256, ports=ports)
         self._common = self._draw(PROMPT_TOKENS * hit // 100 + part)
         if hit:
             self._compute(np.append(self._common, np.int32(0)))
@@ -156,7 +156,7 @@ class Intake:
         return self._random.integers(0, VOCABULARY, tokens).astype(np.int32)
 
     def _compute(self, prompt: npt.NDArray[np.int32]) -> None:
-        """Has the first group compute a prompt, so that its pages are cached there."""
+        """Has the first group compute a prompt, so that its blocks are cached there."""
         self.core.submit(0, Request(next(self._stream), prompt.tobytes(), b"", SamplingParams(max_tokens=1)))
         ((_, log),) = self.core.take_logs()
         start = log.commands[0]
@@ -169,16 +169,16 @@ class Intake:
 
 
 class Crowd:
-    """A group in need of a page: who runs there shares a prefix with the others, and with another group, and has pages of its
-    own. That is the dearest case: how many pages are shared is looked up for each."""
+    """A group in need of a block: who runs there shares a prefix with the others, and with another group, and has blocks of its
+    own. That is the dearest case: how many blocks are shared is looked up for each."""
 
-    def __init__(self, size: int, page_size: int) -> None:
+    def __init__(self, size: int, block_size: int) -> None:
         self._random = np.random.default_rng(size)
         self._streams = itertools.count()
-        self.core = SchedulerCore(CoreConfig(page_size=page_size, max_model_len=1 << 16, wait_for_prefix=False))
+        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16, wait_for_prefix=False))
         self.home, self.other = GroupId(0), GroupId(1)
         for group in (self.home, self.other):
-            self.core.group_up(group, 0, (size + 2) * (PROMPT_TOKENS // page_size + 4), size)
+            self.core.group_up(group, 0, (size + 2) * (PROMPT_TOKENS // block_size + 4), size)
         common = self._draw(PROMPT_TOKENS // 2)
         for group, draining in ((self.other, self.home), (self.home, self.other)):
             self.core.groups[draining].draining = True
@@ -191,7 +191,7 @@ class Crowd:
         self._compute(self.home, ends=False)
 
     def choose(self) -> int:
-        """The first in the order of service needs a page. Returns the nanoseconds of finding who gives way."""
+        """The first in the order of service needs a block. Returns the nanoseconds of finding who gives way."""
         group = self.core.groups[self.home]
         needy = min(group.running)
         begin = time.perf_counter_ns()
@@ -222,26 +222,26 @@ class Crowd:
         self.core.outbox.drain()
 
 
-def time_victims(size: int, page_size: int, choices: int, rounds: int) -> list[list[int]]:
+def time_victims(size: int, block_size: int, choices: int, rounds: int) -> list[list[int]]:
     """[rounds][choices] nanoseconds."""
-    crowd = Crowd(size, page_size)
+    crowd = Crowd(size, block_size)
     return [[crowd.choose() for _ in range(choices)] for _ in range(rounds)]
 
 
-def time_submits(hit: int, page_size: int, submits: int, rounds: int) -> list[list[int]]:
+def time_submits(hit: int, block_size: int, submits: int, rounds: int) -> list[list[int]]:
     """[rounds][submits] nanoseconds."""
-    intake = Intake(hit, page_size)
+    intake = Intake(hit, block_size)
     for _ in range(submits):
         intake.submit()
     return [[intake.submit() for _ in range(submits)] for _ in range(rounds)]
 
 
-def time_parts(page_size: int, submits: int, rounds: int) -> dict[str, list[list[int]]]:
+def time_parts(block_size: int, submits: int, rounds: int) -> dict[str, list[list[int]]]:
     """By what happens, [rounds][submits] nanoseconds."""
     half = HITS[1]
     cases = {
-        "50%, inside a page": Intake(half, page_size, part=min(PART_TOKENS, page_size - 1)),
-        "50%, fetched": Intake(half, page_size, fetch=True),
+        "50%, inside a block": Intake(half, block_size, part=min(PART_TOKENS, block_size - 1)),
+        "50%, fetched": Intake(half, block_size, fetch=True),
     }
     times = {}
     for name, intake in cases.items():
@@ -259,13 +259,13 @@ def summary(rounds: list[list[int]]) -> tuple[float, float]:
     return statistics.median(statistics.fmean(each) for each in rounds) / 1000, float(np.percentile(every, 99)) / 1000
 
 
-def measure(page_size: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Prints the tables for one page size and returns their figures."""
-    steps = {str(size): summary(time_steps(size, page_size, options.steps, options.rounds)) for size in SIZES}
-    submits = {str(hit): summary(time_submits(hit, page_size, options.steps, options.rounds)) for hit in HITS}
-    victims = {str(size): summary(time_victims(size, page_size, options.steps, options.rounds)) for size in SIZES}
-    parts = {name: summary(times) for name, times in time_parts(page_size, options.steps, options.rounds).items()}
-    print(f"\npages of {page_size} tokens")
+def measure(block_size: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Prints the tables for one block size and returns their figures."""
+    steps = {str(size): summary(time_steps(size, block_size, options.steps, options.rounds)) for size in SIZES}
+    submits = {str(hit): summary(time_submits(hit, block_size, options.steps, options.rounds)) for hit in HITS}
+    victims = {str(size): summary(time_victims(size, block_size, options.steps, options.rounds)) for size in SIZES}
+    parts = {name: summary(times) for name, times in time_parts(block_size, options.steps, options.rounds).items()}
+    print(f"\npages of {block_size} tokens")
     rows = [[f"{size} running", figure(mean), figure(p99)] for size, (mean, p99) in steps.items()]
     print(table(["decode step", "mean us", "p99 us"], rows))
     rows = [[f"{hit}% cached", figure(mean), figure(p99)] for hit, (mean, p99) in submits.items()]
@@ -288,8 +288,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time the scheduler: a decode step, a submit, a victim.")
     parser.add_argument("--steps", type=int, default=512, help="steps, and submits, in a round, 256 at least (512)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, whose median mean counts (default: 5)")
-    parser.add_argument("--page-size", type=int, default=256, help="tokens in a page (default: 256)")
-    parser.add_argument("--small-page-size", type=int, default=16, help="tokens in a page of the variant (default: 16)")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens in a block (default: 256)")
+    parser.add_argument("--small-block-size", type=int, default=16, help="tokens in a block of the variant (default: 16)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if options.steps < FEWEST_STEPS or options.rounds < 1:
@@ -299,9 +299,9 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    result: dict[str, object] = dict(measure(options.page_size, options))
-    small = options.small_page_size
-    result[f"page_{small}"] = measure(small, options)
+    result: dict[str, object] = dict(measure(options.block_size, options))
+    small = options.small_block_size
+    result[f"block_{small}"] = measure(small, options)
     if options.json:
         print(json.dumps(result))
 

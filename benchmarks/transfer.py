@@ -1,10 +1,10 @@
-"""How fast KV pages move between ranks and to host memory, and what a step loop loses while they do.
+"""How fast KV blocks move between ranks and to host memory, and what a step loop loses while they do.
 
 A transfer's rate counts from the command to the last `Moved`, both sides' threads included. The step loop is a real rank that
 decodes; movements go to it as commands, the next one when the last is over. Rounds of all ways are interleaved.
 
-    python benchmarks/transfer.py --shape 0.1B --pages 32 --threads 1            # CPU: in process, sockets, gloo, host tier
-    python benchmarks/transfer.py --shape 0.6B --pages 64 --device cuda          # one GPU: in process and host tier; two: NCCL
+    python benchmarks/transfer.py --shape 0.1B --blocks 32 --threads 1            # CPU: in process, sockets, gloo, host tier
+    python benchmarks/transfer.py --shape 0.6B --blocks 64 --device cuda          # one GPU: in process and host tier; two: NCCL
 
 May import `kvcache`, `scheduler` and `workers`.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.report import Spread, table
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
 from scheduler.protocol.sampling import SamplingParams
@@ -38,7 +38,7 @@ from workers.build import build_rank
 from workers.config import WorkerConfig
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
-from workers.moving.mover import PageMover, Transport
+from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire
 from workers.moving.transport import SocketTransport, SocketWire
 from workers.parallel.in_process import Solo
@@ -67,7 +67,7 @@ class Side:
         self.host = host
         self.transport = transport
         self.said: queue.SimpleQueue[Moved] = queue.SimpleQueue()
-        self.mover = PageMover(pool, host, transport, self.said.put, rank=0, epoch=0)
+        self.mover = BlockMover(pool, host, transport, self.said.put, rank=0, epoch=0)
         self.group = group
 
     def wait(self) -> Moved:
@@ -79,21 +79,21 @@ class Side:
 
 def make_transport(kind: str, pool: KVPool, group: int) -> SocketTransport:
     wire = SocketWire(pool) if kind == "sockets" else PairWire(pool)
-    size = pool.layout.page_bytes
-    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0, page_bytes=size)
+    size = pool.layout.block_bytes
+    return SocketTransport(wire, host="127.0.0.1", token=TOKEN, group=group, epoch=0, rank=0, block_bytes=size)
 
 
-def ids(pages: Sequence[int]) -> bytes:
-    return np.array(pages, np.int32).tobytes()
+def ids(blocks: Sequence[int]) -> bytes:
+    return np.array(blocks, np.int32).tobytes()
 
 
 # ---- the other rank, in a process of its own
 
 
-def serve_other(kind: str, layout: PageLayout, pages: int, device: str, pipe: Pipe) -> None:
+def serve_other(kind: str, layout: BlockLayout, blocks: int, device: str, pipe: Pipe) -> None:
     """Takes movements from the pipe until None comes; answers each when it is over."""
     torch.set_num_threads(1)
-    pool = KVPool(layout, pages, device)
+    pool = KVPool(layout, blocks, device)
     pool.data.zero_()
     side = Side(pool, None, make_transport(kind, pool, THERE), THERE)
     pipe.send(side.transport.address)
@@ -104,10 +104,10 @@ def serve_other(kind: str, layout: PageLayout, pages: int, device: str, pipe: Pi
 
 
 @contextmanager
-def other_rank(kind: str, layout: PageLayout, pages: int, device: str) -> Iterator[tuple[Pipe, str]]:
+def other_rank(kind: str, layout: BlockLayout, blocks: int, device: str) -> Iterator[tuple[Pipe, str]]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve_other, args=(kind, layout, pages, device, theirs))
+    process = context.Process(target=serve_other, args=(kind, layout, blocks, device, theirs))
     process.start()
     try:
         yield ours, ours.recv()
@@ -120,17 +120,17 @@ def other_rank(kind: str, layout: PageLayout, pages: int, device: str) -> Iterat
 # ---- rates
 
 
-def ways(layout: PageLayout, pages: int, device: str, stack: ExitStack) -> dict[str, Callable[[int], None]]:
-    """Name -> one transfer of so many pages, waited for. The argument is its number."""
-    pool = KVPool(layout, pages, device)
+def ways(layout: BlockLayout, blocks: int, device: str, stack: ExitStack) -> dict[str, Callable[[int], None]]:
+    """Name -> one transfer of so many blocks, waited for. The argument is its number."""
+    pool = KVPool(layout, blocks, device)
     pool.data.zero_()
-    host = KVPool(layout, pages, "cpu", pinned=device != "cpu")
+    host = KVPool(layout, blocks, "cpu", pinned=device != "cpu")
     host.data.zero_()
-    every = ids(range(pages))
+    every = ids(range(blocks))
     exchange = Exchange()
     sides = [
         Side(one, host, LocalTransport(exchange, one, group=group, epoch=0, rank=0), group)
-        for group, one in enumerate((pool, KVPool(layout, pages, device)))
+        for group, one in enumerate((pool, KVPool(layout, blocks, device)))
     ]
     sides[THERE].pool.data.zero_()
     for side in sides:
@@ -154,7 +154,7 @@ def ways(layout: PageLayout, pages: int, device: str, stack: ExitStack) -> dict[
     for kind in between_processes(device):
         side = Side(pool, None, make_transport(kind, pool, HERE), HERE)
         stack.callback(side.mover.close)
-        pipe, _ = stack.enter_context(other_rank(kind, layout, pages, "cuda:1" if device != "cpu" else "cpu"))
+        pipe, _ = stack.enter_context(other_rank(kind, layout, blocks, "cuda:1" if device != "cpu" else "cpu"))
         result[f"between processes, {kind}"] = partial(_between, side, pipe, every)
     return result
 
@@ -165,24 +165,24 @@ def between_processes(device: str) -> tuple[str, ...]:
     return ("NCCL",) if torch.cuda.device_count() > 1 else ()
 
 
-def _between(side: Side, pipe: Pipe, pages: bytes, number: int) -> None:
-    side.mover.take(Send(number, pages, THERE, 0))
-    pipe.send(Receive(number, pages, HERE, 0, (side.transport.address,)))
+def _between(side: Side, pipe: Pipe, blocks: bytes, number: int) -> None:
+    side.mover.take(Send(number, blocks, THERE, 0))
+    pipe.send(Receive(number, blocks, HERE, 0, (side.transport.address,)))
     side.wait()
     if not pipe.recv():
         raise RuntimeError("the receiver failed")
 
 
-def measure_rates(layout: PageLayout, pages: int, device: str, rounds: int) -> list[Row]:
+def measure_rates(layout: BlockLayout, blocks: int, device: str, rounds: int) -> list[Row]:
     with ExitStack() as stack:
-        work = ways(layout, pages, device, stack)
+        work = ways(layout, blocks, device, stack)
         rates: dict[str, list[float]] = {name: [] for name in work}
         for number in range(rounds + 1):  # the first warms up: connections, first touch
             for name, transfer in work.items():
                 began_s = time.perf_counter()
                 transfer(number)
                 if number:
-                    rates[name].append(pages * layout.page_bytes / (time.perf_counter() - began_s) / 1e6)
+                    rates[name].append(blocks * layout.block_bytes / (time.perf_counter() - began_s) / 1e6)
         return [Row(name, Spread.of(values)) for name, values in rates.items()]
 
 
@@ -192,19 +192,20 @@ def measure_rates(layout: PageLayout, pages: int, device: str, rounds: int) -> l
 class Loop:
     """A rank that decodes `SEQUENCES` sequences for ever, its mover beside it."""
 
-    def __init__(self, options: argparse.Namespace, layout: PageLayout) -> None:
-        per_sequence = layout.pages_for(options.max_model_len)
-        self.first = SEQUENCES * per_sequence  # pages from here on are moved
+    def __init__(self, options: argparse.Namespace, layout: BlockLayout) -> None:
+        per_sequence = layout.blocks_for(options.max_model_len)
+        self.first = SEQUENCES * per_sequence  # blocks from here on are moved
         self.options = options
         config = WorkerConfig(
             model=str(ensure_checkpoint(options.shape, options.cache)), device=options.device, dtype=options.dtype,
-            page_size=options.page_size, kv_memory=(self.first + options.pages) * layout.page_bytes, gpu_memory_fraction=0.9,
-            max_model_len=options.max_model_len, rows=SEQUENCES + -(-options.pages // per_sequence), step_tokens=2048,
-            report_steps=1, attention="auto", threads=options.threads, ranks_on_host=1,
-            host_kv_memory=options.pages * layout.page_bytes, transfers=True,
+            block_size=options.block_size, kv_memory=(self.first + options.blocks) * layout.block_bytes,
+            gpu_memory_fraction=0.9, max_model_len=options.max_model_len,
+            rows=SEQUENCES + -(-options.blocks // per_sequence), step_tokens=2048, report_steps=1,
+            attention="auto", threads=options.threads, ranks_on_host=1,
+            host_kv_memory=options.blocks * layout.block_bytes, transfers=True,
         )  # fmt: skip
         built = build_rank(config, Solo())
-        assert built.pages == self.first + options.pages
+        assert built.blocks == self.first + options.blocks
         self.rank: Rank = built.rank
         kind = "sockets" if options.device == "cpu" else "NCCL"
         self.side = Side(built.pool, built.host, make_transport(kind, built.pool, HERE), HERE)
@@ -250,9 +251,9 @@ class Loop:
         return times, ended
 
 
-def measure_steps(options: argparse.Namespace, layout: PageLayout) -> list[Row]:
+def measure_steps(options: argparse.Namespace, layout: BlockLayout) -> list[Row]:
     loop = Loop(options, layout)
-    moved, whole = ids(range(loop.first, loop.first + options.pages)), ids(range(options.pages))
+    moved, whole = ids(range(loop.first, loop.first + options.blocks)), ids(range(options.blocks))
     numbers = iter(range(10**9))
     with ExitStack() as stack:
         stack.callback(loop.rank.close)
@@ -263,7 +264,7 @@ def measure_steps(options: argparse.Namespace, layout: PageLayout) -> list[Row]:
         }
         if options.device == "cpu" or torch.cuda.device_count() > 1:
             device = "cuda:1" if options.device != "cpu" else "cpu"
-            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.pages, device))
+            pipe, address = stack.enter_context(other_rank(loop.kind, layout, options.blocks, device))
 
             def send() -> Movement:
                 number = next(numbers)
@@ -284,7 +285,7 @@ def measure_steps(options: argparse.Namespace, layout: PageLayout) -> list[Row]:
                 step_ms, ended = loop.window(options.steps, begin, over)
                 if number:
                     times[name].append(float(np.median(step_ms)))
-                    rates[name].append(ended * options.pages * layout.page_bytes / sum(step_ms) / 1e3)
+                    rates[name].append(ended * options.blocks * layout.block_bytes / sum(step_ms) / 1e3)
         return [Row(name, Spread.of(rates[name]), Spread.of(times[name])) for name in begins]
 
 
@@ -292,8 +293,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.1B")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--page-size", type=int, default=256)
-    parser.add_argument("--pages", type=int, default=32, help="in each transfer")
+    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=32, help="in each transfer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of the rank that steps, on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
@@ -303,9 +304,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     shape = SHAPES[options.shape]
-    layout = PageLayout(options.page_size, shape.layers, shape.kv_heads, shape.head_dim, options.dtype)
-    print(f"{options.shape}, {options.dtype}, {options.pages} pages of {layout.page_bytes / 1e6:.3g} MB, {options.device}")
-    rates = measure_rates(layout, options.pages, options.device, options.rounds)
+    layout = BlockLayout(options.block_size, shape.layers, shape.kv_heads, shape.head_dim, options.dtype)
+    print(f"{options.shape}, {options.dtype}, {options.blocks} blocks of {layout.block_bytes / 1e6:.3g} MB, {options.device}")
+    rates = measure_rates(layout, options.blocks, options.device, options.rounds)
     print(table(["way", "MB/s"], [[row.way, str(row.mb_s)] for row in rates]))
     steps = measure_steps(options, layout) if options.steps else []
     if steps:

@@ -41,12 +41,12 @@ class EngineConfig:
         "auto",
         f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",
     )
-    block_size: int = option(256, "Tokens in a KV page: a power of two from 16 up.")
+    block_size: int = option(256, "Tokens in a KV block: a power of two from 16 up.")
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', shown="measured from free memory", size=True
     )
     host_kv_memory: int = option(
-        0, 'Host memory of each rank for pages that leave its KV cache, in bytes or as "4GiB".', shown="none", size=True
+        0, 'Host memory of each rank for blocks that leave its KV cache, in bytes or as "4GiB".', shown="none", size=True
     )
     gpu_memory_fraction: float = option(
         0.9, "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1."
@@ -56,7 +56,7 @@ class EngineConfig:
     max_num_batched_tokens: int = option(2048, "Tokens that one step of a group computes; longer prompts go in chunks.")
     enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
     hash_stride: int = option(
-        32, "Tokens in common from which a part of a page is reused; 0: whole pages only. Half a page at most is taken."
+        32, "Tokens in common from which a part of a block is reused; 0: whole blocks only. Half a block at most is taken."
     )
     prefix_fetch: bool = option(
         True,
@@ -141,7 +141,7 @@ class EngineConfig:
         self._at_least("hash_stride", 0)
         if self.host_kv_memory and not self.enable_prefix_caching:
             raise ValueError(
-                f"host_kv_memory={self.host_kv_memory} keeps pages to be used again, and enable_prefix_caching is off: leave "
+                f"host_kv_memory={self.host_kv_memory} keeps blocks to be used again, and enable_prefix_caching is off: leave "
                 "one of them out"
             )
 

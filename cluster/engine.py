@@ -33,7 +33,7 @@ class RequestStream(Protocol):
     """A front end's way into a cluster. Every method may be called from any thread; once it is lost, `submit` and
     `tally` raise EngineError and the others do nothing."""
 
-    page_size: int
+    block_size: int
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests. Each stream ends with exactly one `Finished`, refusals included, unless the engine is

@@ -74,7 +74,7 @@ class RayEngine:
     """The `Engine` of a Ray cluster of one's own: a fleet, and this process's stream to its scheduler."""
 
     def __init__(self, config: EngineConfig, on_failure: OnFailure, *, owns_ray: bool) -> None:
-        self.page_size = config.block_size
+        self.block_size = config.block_size
         self._config = config
         self._on_failure = on_failure
         self._owns_ray = owns_ray

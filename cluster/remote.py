@@ -42,7 +42,7 @@ class SchedulerStream:
         welcome = self._socket.receive()
         if welcome is None:
             raise EngineError("the scheduler refused the connection: the token is that of another cluster")
-        self.page_size = msgspec.msgpack.decode(welcome, type=Welcome).page_size
+        self.block_size = msgspec.msgpack.decode(welcome, type=Welcome).block_size
         self._on_deltas = on_deltas
         self._on_failure = on_failure
         self._failure: str | None = None

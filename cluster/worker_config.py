@@ -32,7 +32,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         model=config.model,
         device=device,
         dtype=config.dtype,
-        page_size=config.block_size,
+        block_size=config.block_size,
         kv_memory=config.kv_memory,
         gpu_memory_fraction=config.gpu_memory_fraction,
         max_model_len=length,
@@ -45,10 +45,10 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
         threads=config.threads or threads,
         ranks_on_host=ranks_on_host,
         host_kv_memory=config.host_kv_memory,
-        transfers=_exchange_pages(config),
+        transfers=_exchange_blocks(config),
     )
     core = CoreConfig(
-        page_size=config.block_size,
+        block_size=config.block_size,
         max_model_len=length,
         grant_ahead=2 * (worker.report_steps + worker.depth),
         hash_stride=config.hash_stride,
@@ -62,7 +62,7 @@ def resolve(config: EngineConfig, device: str, ranks_on_host: int, threads: int)
     return core, worker
 
 
-def _exchange_pages(config: EngineConfig) -> bool:
+def _exchange_blocks(config: EngineConfig) -> bool:
     """Whether ranks open a port for others: not where there is, and will be, only one group."""
     return config.prefix_fetch and config.enable_prefix_caching and max(config.groups, config.max_groups or 0) > 1
 

@@ -4,7 +4,7 @@ The tensors themselves are in `kvcache.pool`, which needs torch and so is import
 """
 
 from kvcache.audit import audit
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.match import Match
 from kvcache.table import BlockTable, GroupUsage, SequenceBlocks
@@ -18,5 +18,5 @@ __all__ = [
     "NodeId",
     "SequenceBlocks",
     "audit",
-    "hash_pages",
+    "hash_blocks",
 ]

@@ -54,9 +54,9 @@ def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) ->
         parent = node
     private = seq.blocks[len(seq.nodes) :]
     if seq.tail:
-        _check(bool(private), f"{name} has the tail {seq.tail} but no page for it")
+        _check(bool(private), f"{name} has the tail {seq.tail} but no block for it")
         tail = private.pop(0)
-        _check(index.is_tail(seq.tail), f"{name}: its tail, node {seq.tail}, is a full page")
+        _check(index.is_tail(seq.tail), f"{name}: its tail, node {seq.tail}, is a full block")
         _check(index.parents[seq.tail] == parent or not seq.nodes, f"{name}: its tail is not a child of node {parent}")
         _check(held.get(seq.tail) == tail, f"{name}: its tail is in block {held.get(seq.tail)}, the sequence has {tail}")
     for block in private:
@@ -154,32 +154,32 @@ def _audit_index(index: PrefixIndex) -> None:
 
 
 def _live_nodes(index: PrefixIndex) -> set[NodeId]:
-    """The nodes that a lookup can reach; no two of them are the same page."""
+    """The nodes that a lookup can reach; no two of them are the same block."""
     live: set[NodeId] = set()
-    pages: set[tuple[NodeId, bytes]] = set()
+    blocks: set[tuple[NodeId, bytes]] = set()
     for hash_, head in index.by_hash.items():
         node = head
         while node:
             _check(index.hashes[node] == hash_, f"node {node} of hash {index.hashes[node]:x} is found under {hash_:x}")
             _check(node not in live, f"node {node} is twice in the chain of its hash")
-            page = (index.parents[node], index.contents[node])
-            _check(page not in pages, f"node {node} is the second with its parent {page[0]} and its tokens")
-            _check(not index.is_tail(node), f"node {node} is only partly filled but found by the hash of a page")
+            block = (index.parents[node], index.contents[node])
+            _check(block not in blocks, f"node {node} is the second with its parent {block[0]} and its tokens")
+            _check(not index.is_tail(node), f"node {node} is only partly filled but found by the hash of a block")
             live.add(node)
-            pages.add(page)
+            blocks.add(block)
             node = index.twins.get(node, NodeId(0))
     return live | _alike(index, live)
 
 
 def _alike(index: PrefixIndex, full: set[NodeId]) -> set[NodeId]:
-    """The nodes of pages listed by how they begin: all full ones and all tails, each once."""
+    """The nodes of blocks listed by how they begin: all full ones and all tails, each once."""
     listed: set[NodeId] = set()
     width = 4 * index.stride
     heads = index.heads
     for head, newest in heads.newest.items():
         node, newer = newest, NodeId(0)
         while node:
-            _check(node not in listed, f"node {node} is twice in the lists of pages that begin alike")
+            _check(node not in listed, f"node {node} is twice in the lists of blocks that begin alike")
             told = heads.newer.get(node, NodeId(0))
             _check(told == newer, f"node {node} follows {newer} in its list, not {told}")
             content, seed = index.contents[node], index.hashes[index.parents[node]]

@@ -33,7 +33,7 @@ class BlockPool:
     `after[total]` is the block to evict first, `before[total]` the one released last. Taking a block out of the middle,
     which every hit on a cached block does, is four list operations; nano-vLLM's `deque.remove` scans for it.
 
-    Leaves before parents. Eviction must take a page's children before the page itself, else the children are
+    Leaves before parents. Eviction must take a block's children before the block itself, else the children are
     unreachable and yet occupy memory. Release order alone gives this, and no child is counted, because of two rules
     that `BlockTable` keeps: (1) whoever holds a node's block holds the blocks of all its ancestors, and (2) a sequence
     releases its deepest block first. By (1) a cached parent has no held child. When the parent entered the list at

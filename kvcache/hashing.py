@@ -1,4 +1,4 @@
-"""Chained hashes of full pages of tokens: the keys of the prefix index.
+"""Chained hashes of full blocks of tokens: the keys of the prefix index.
 
 Imports NumPy and xxhash only. Never decides a match: the index compares the tokens themselves.
 """
@@ -17,7 +17,7 @@ _digest = xxhash.xxh3_64_intdigest
 
 @lru_cache(maxsize=1024)
 def salt_seed(salt: str) -> int:
-    """The seed of a prompt's first page. Prompts of different salts get unrelated hashes from the first page on."""
+    """The seed of a prompt's first block. Prompts of different salts get unrelated hashes from the first block on."""
     return _digest(salt.encode("utf-8", "surrogatepass"))
 
 
@@ -26,7 +26,7 @@ def hash_run(run: bytes | memoryview, seed: int) -> int:
     return _digest(run, seed)
 
 
-def page_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
+def block_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
     """The bytes of `tokens` [tokens], without a copy.
 
     Raises TypeError if they are not C-contiguous int32: any other type would hash to something that no one else finds.
@@ -36,18 +36,18 @@ def page_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
     return tokens.data.cast("B") if tokens.size else memoryview(b"")
 
 
-def hash_pages(
-    tokens: npt.NDArray[np.int32], page_size: int, salt: str = "", *, parent: int | None = None
+def hash_blocks(
+    tokens: npt.NDArray[np.int32], block_size: int, salt: str = "", *, parent: int | None = None
 ) -> list[int]:
-    """Hashes every full page of `tokens` [tokens]: hash[i] = xxh3_64(page i, seed=hash[i - 1]).
+    """Hashes every full block of `tokens` [tokens]: hash[i] = xxh3_64(block i, seed=hash[i - 1]).
 
-    A hash so names the whole prefix that ends with its page. The first page's seed is that of `salt`, or `parent`, the
-    hash of the page before `tokens`, where a sequence is hashed as it grows. A page that is not full has no hash.
+    A hash so names the whole prefix that ends with its block. The first block's seed is that of `salt`, or `parent`, the
+    hash of the block before `tokens`, where a sequence is hashed as it grows. A block that is not full has no hash.
 
     The chaining is that of vLLM and nano-vLLM. Passing the parent as the seed saves building a (parent, tokens) pair.
     """
-    view = page_bytes(tokens)
+    view = block_bytes(tokens)
     seed = salt_seed(salt) if parent is None else parent
-    width = page_size * TOKEN_DTYPE.itemsize
+    width = block_size * TOKEN_DTYPE.itemsize
     digest = _digest
     return [seed := digest(view[at : at + width], seed) for at in range(0, len(view) - width + 1, width)]

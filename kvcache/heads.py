@@ -1,6 +1,6 @@
-"""Pages that begin alike: from the hash of a page's first tokens to the nodes of all pages that begin so, the newest first.
+"""Blocks that begin alike: from the hash of a block's first tokens to the nodes of all blocks that begin so, the newest first.
 
-Imports the ids. Knows no tokens; the index says under which key a page belongs, and compares what it finds.
+Imports the ids. Knows no tokens; the index says under which key a block belongs, and compares what it finds.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from kvcache.ids import NodeId
 @dataclass(slots=True)
 class HeadLists:
     """newest: by key, the first of the list. older, newer: the links of those that are not alone in their list, as most are:
-    so a page costs an entry of `newest`, and links only where prompts part inside it."""
+    so a block costs an entry of `newest`, and links only where prompts part inside it."""
 
     newest: dict[int, NodeId] = field(default_factory=dict)
     older: dict[NodeId, NodeId] = field(default_factory=dict)

@@ -6,20 +6,20 @@ Imports nothing of Manta.
 from typing import NewType
 
 BlockId = NewType("BlockId", int)
-"""A page of one group's pool, 0 <= id < the pool's size. Every rank of the group uses the same id for its shard."""
+"""A block of one group's pool, 0 <= id < the pool's size. Every rank of the group uses the same id for its shard."""
 
 GroupId = NewType("GroupId", int)
 """One tensor-parallel group of workers, below `HOST`; also its bit in a holder mask, so small numbers, reused later."""
 
 NodeId = NewType("NodeId", int)
-"""A node of the cluster-wide prefix index: a page of tokens under one parent, or a part of one that a sequence ends with."""
+"""A node of the cluster-wide prefix index: a block of tokens under one parent, or a part of one that a sequence ends with."""
 
 HOST = 1 << 10
 """More than there are groups: the host memory of group g is pool HOST + g of the table, in everything a pool like others."""
 
 
 def host_of(group: GroupId) -> GroupId:
-    """The pool of the pages that a group keeps in host memory: slots instead of blocks."""
+    """The pool of the blocks that a group keeps in host memory: slots instead of blocks."""
     return GroupId(HOST + group)
 
 

@@ -1,4 +1,4 @@
-"""The prefix index: which page of which prefix is held by which groups, for the whole cluster.
+"""The prefix index: which block of which prefix is held by which groups, for the whole cluster.
 
 Imports the hashing, `heads` and `match`. Never counts references and never picks a block to evict; `blocks` does.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import TOKEN_DTYPE, hash_run, page_bytes, salt_seed
+from kvcache.hashing import TOKEN_DTYPE, block_bytes, hash_run, salt_seed
 from kvcache.heads import HeadLists
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.match import EVERYWHERE, Match, Part, common_prefix, groups_of
@@ -17,29 +17,29 @@ from kvcache.match import EVERYWHERE, Match, Part, common_prefix, groups_of
 NO_NODE = NodeId(0)
 
 MAX_EVICTED = 1 << 18
-"""Hashes of pages that nobody holds any more which are remembered, so that a miss can be told from a page never seen."""
+"""Hashes of blocks that nobody holds any more which are remembered, so that a miss can be told from a block never seen."""
 
 MAX_CANDIDATES = 16
-"""Pages with the same parent and the same first tokens that are compared with a prompt, the newest first."""
+"""Blocks with the same parent and the same first tokens that are compared with a prompt, the newest first."""
 
 
 class PrefixIndex:
-    """A forest of pages: one root per salt, and a node for each (parent node, hash, tokens) that some group holds.
+    """A forest of blocks: one root per salt, and a node for each (parent node, hash, tokens) that some group holds.
 
-    A node is an index into flat columns, not an object: `parents`, `hashes`, `contents` (the page's tokens as bytes),
+    A node is an index into flat columns, not an object: `parents`, `hashes`, `contents` (the block's tokens as bytes),
     `holders` (bit g is set where group g holds it) and `children` (a count). `by_hash` finds a node from the chained hash,
     `twins` the next node of the same hash, of which there is none unless xxhash collides, and `blocks[g]` group g's block
-    of a node: at most one. A page matches only if its hash, its parent and its tokens are equal, so a collision can cost
+    of a node: at most one. A block matches only if its hash, its parent and its tokens are equal, so a collision can cost
     a comparison but never a wrong hit, and salts are isolated even if their hashes were not.
 
-    A *tail* is a node of a page that is only partly filled: the end of a sequence, as far as it is computed. It has one
+    A *tail* is a node of a block that is only partly filled: the end of a sequence, as far as it is computed. It has one
     holder and no child, grows with its sequence, and becomes a full node in place. Full nodes are found by `by_hash`;
     both kinds also in `heads`, by the hash of their first `stride` tokens chained to their parent's. There the tokens
-    decide how far a page matches, so reuse is exact to the token (the radix trees of SGLang, arXiv 2312.07104, reach the
+    decide how far a block matches, so reuse is exact to the token (the radix trees of SGLang, arXiv 2312.07104, reach the
     same by splitting their edges).
 
-    A node without a holder has no child. In each group whoever holds a page's block also holds its ancestors', and
-    cached pages are evicted leaves first (see `BlockPool`), so a group that has a node has its parent too: `holders`
+    A node without a holder has no child. In each group whoever holds a block's block also holds its ancestors', and
+    cached blocks are evicted leaves first (see `BlockPool`), so a group that has a node has its parent too: `holders`
     only loses bits on the way down, and the last group to let a node go has let its children go before. `forget`
     asserts this. Only `remove_group`, which forgets in no order, passes through states where it does not hold.
 
@@ -49,8 +49,8 @@ class PrefixIndex:
     """
 
     __slots__ = (
+        "_block_bytes",
         "_head_bytes",
-        "_page_bytes",
         "blocks",
         "by_hash",
         "children",
@@ -68,13 +68,13 @@ class PrefixIndex:
         "twins",
     )
 
-    def __init__(self, page_size: int, stride: int = 0) -> None:
-        """stride: tokens of a page by which those that begin alike are found, below page_size; 0: only whole pages match."""
-        self._page_bytes = page_size * TOKEN_DTYPE.itemsize
+    def __init__(self, block_size: int, stride: int = 0) -> None:
+        """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match."""
+        self._block_bytes = block_size * TOKEN_DTYPE.itemsize
         self._head_bytes = stride * TOKEN_DTYPE.itemsize
         self.stride = stride
         self.generation = 0
-        """Grows whenever some group forgets a page."""
+        """Grows whenever some group forgets a block."""
         self.blocks: dict[GroupId, dict[NodeId, BlockId]] = {}
         self.by_hash: dict[int, NodeId] = {}
         self.evicted: OrderedDict[int, None] = OrderedDict()
@@ -90,11 +90,11 @@ class PrefixIndex:
         self.free_ids: list[NodeId] = []
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
-        """Walks down from the root of `salt`, at most `limit` pages of `tokens` with the chained hashes `hashes`."""
+        """Walks down from the root of `salt`, at most `limit` blocks of `tokens` with the chained hashes `hashes`."""
         parent = self.roots.get(salt)
         if parent is None:
             return Match([], {}, self.generation)
-        view, width, find = page_bytes(tokens), self._page_bytes, self.by_hash.get
+        view, width, find = block_bytes(tokens), self._block_bytes, self.by_hash.get
         nodes: list[NodeId] = []
         for hash_ in hashes[: max(0, min(limit, len(view) // width))]:
             if (node := find(hash_)) is None:
@@ -112,7 +112,7 @@ class PrefixIndex:
         return Match(nodes, self._depths(nodes), self.generation)
 
     def chain(self, nodes: list[NodeId]) -> Match:
-        """The match of a sequence's own nodes, from the first page on."""
+        """The match of a sequence's own nodes, from the first block on."""
         return Match(nodes, self._depths(nodes), self.generation)
 
     def _depths(self, nodes: list[NodeId]) -> dict[GroupId, int]:
@@ -131,21 +131,21 @@ class PrefixIndex:
         return depths
 
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
-        """By group, how far the page after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
+        """By group, how far the block after its part of `match` agrees with `tokens` [tokens], `limit` tokens at most in all.
 
-        A group without such a page, or with fewer than `stride` tokens of it in common, is absent.
+        A group without such a block, or with fewer than `stride` tokens of it in common, is absent.
         """
         found: dict[GroupId, Part] = {}
         root = self.roots.get(salt) if self.stride else None
         if root is None:
             return found
         chain, holders, heads = match.nodes, self.holders, self.heads
-        view, width, end = page_bytes(tokens), self._page_bytes, limit * TOKEN_DTYPE.itemsize
+        view, width, end = block_bytes(tokens), self._block_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
             there = holders[chain[depth - 1]] if depth else EVERYWHERE
             if depth < len(chain):
                 if not heads.has_others(chain[depth]):
-                    continue  # whoever has a page that begins so has matched it
+                    continue  # whoever has a block that begins so has matched it
                 there &= ~holders[chain[depth]]
             rest, parent = view[depth * width : min((depth + 1) * width, end)], chain[depth - 1] if depth else root
             if len(rest) >= self._head_bytes and (nodes := heads.listed(self._head(rest, parent), MAX_CANDIDATES)):
@@ -167,25 +167,25 @@ class PrefixIndex:
                 if group not in found or found[group].tokens < common:
                     found[group] = Part(node, common)
 
-    def child(self, parent: NodeId, hash_: int, page: bytes) -> NodeId:
-        """The node of exactly this page under exactly this parent, or NO_NODE."""
+    def child(self, parent: NodeId, hash_: int, content: bytes) -> NodeId:
+        """The node of exactly this block under exactly this parent, or NO_NODE."""
         node = self.by_hash.get(hash_, NO_NODE)
-        if node and (self.parents[node] != parent or self.contents[node] != page):
-            return self._collided(node, parent, page)
+        if node and (self.parents[node] != parent or self.contents[node] != content):
+            return self._collided(node, parent, content)
         return node
 
-    def add(self, group: GroupId, block: BlockId, parent: NodeId, hash_: int, page: bytes) -> NodeId:
+    def add(self, group: GroupId, block: BlockId, parent: NodeId, hash_: int, content: bytes) -> NodeId:
         """A new node that `child` did not find. `group`, which holds the parent, holds it in `block`."""
-        node = self._new(parent, hash_, page, group, block)
+        node = self._new(parent, hash_, content, group, block)
         self._list_by_hash(node, hash_)
         if self.stride:
-            self.heads.add(self._head(page, parent), node)
+            self.heads.add(self._head(content, parent), node)
         return node
 
     def add_tail(self, group: GroupId, block: BlockId, parent: NodeId, content: bytes) -> NodeId:
-        """A new node for a page that is filled by `content` only so far, `stride` tokens at least; `group` holds it in `block`.
+        """A new node for what is filled by `content` only so far, `stride` tokens at least; `group` holds it in `block`.
 
-        NO_NODE, and nothing has changed, if a recent page of the group begins with the same tokens.
+        NO_NODE, and nothing has changed, if a recent block of the group begins with the same tokens.
         """
         head = self._head(content, parent)
         alike = self.heads.listed(head, MAX_CANDIDATES)
@@ -201,10 +201,10 @@ class PrefixIndex:
         return any(parents[at] == parent and holders[at] >> group & 1 and contents[at].startswith(content) for at in nodes)
 
     def is_tail(self, node: NodeId) -> bool:
-        return len(self.contents[node]) < self._page_bytes
+        return len(self.contents[node]) < self._block_bytes
 
     def grow_tail(self, node: NodeId, content: bytes) -> None:
-        """The page has been filled further: `content` begins with what it had."""
+        """The block has been filled further: `content` begins with what it had."""
         self.contents[node] = content
 
     def cut_tail(self, node: NodeId, tokens: int) -> None:
@@ -212,9 +212,9 @@ class PrefixIndex:
         self.generation += 1
         self.contents[node] = self.contents[node][: tokens * TOKEN_DTYPE.itemsize]
 
-    def fill_tail(self, node: NodeId, hash_: int, page: bytes) -> None:
-        """The page is full: `child` has not found another like it."""
-        self.contents[node] = page
+    def fill_tail(self, node: NodeId, hash_: int, block: bytes) -> None:
+        """The block is full: `child` has not found another like it."""
+        self.contents[node] = block
         self.hashes[node] = hash_
         self._list_by_hash(node, hash_)
 
@@ -264,15 +264,15 @@ class PrefixIndex:
             if not holders[node]:
                 self._bury(node)
 
-    def _collided(self, node: NodeId, parent: NodeId, page: bytes) -> NodeId:
-        """The node of this page among those that share the hash of `node` and follow it."""
+    def _collided(self, node: NodeId, parent: NodeId, block: bytes) -> NodeId:
+        """The node of this block among those that share the hash of `node` and follow it."""
         twin = self.twins.get(node, NO_NODE)
-        while twin and (self.parents[twin] != parent or self.contents[twin] != page):
+        while twin and (self.parents[twin] != parent or self.contents[twin] != block):
             twin = self.twins.get(twin, NO_NODE)
         return twin
 
     def _head(self, content: bytes | memoryview, parent: NodeId) -> int:
-        """The key of `heads`: the hash of the first `stride` tokens, chained to the page before."""
+        """The key of `heads`: the hash of the first `stride` tokens, chained to the block before."""
         return hash_run(content[: self._head_bytes], self.hashes[parent])
 
     def _new(
@@ -303,7 +303,7 @@ class PrefixIndex:
         while not (self.holders[node] or self.children[node]):
             parent, content = self.parents[node], self.contents[node]
             if parent:
-                if len(content) == self._page_bytes:
+                if len(content) == self._block_bytes:
                     self._unlist_by_hash(node)
                 if self.stride:
                     self.heads.remove(self._head(content, parent), node)

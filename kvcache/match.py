@@ -1,4 +1,4 @@
-"""What is found in the prefix index for one prompt: a chain of full pages, and where it goes on inside one.
+"""What is found in the prefix index for one prompt: a chain of full blocks, and where it goes on inside one.
 
 Imports NumPy and the ids.
 """
@@ -27,13 +27,13 @@ def groups_of(mask: int) -> tuple[GroupId, ...]:
 
 
 class Match(NamedTuple):
-    """The longest chain of full pages known anywhere in the cluster for one prompt, and how much each group has of it.
+    """The longest chain of full blocks known anywhere in the cluster for one prompt, and how much each group has of it.
 
-    nodes: the chain, from the first page on. Its length is the greatest of all depths.
-    depths: by group, the pages of the chain that it holds, contiguous from the first page; a group with none is absent.
+    nodes: the chain, from the first block on. Its length is the greatest of all depths.
+    depths: by group, the blocks of the chain that it holds, contiguous from the first block; a group with none is absent.
     generation: the index's at the time of the match.
     Invariant: valid until the next mutation of the table. Node ids are reused, so a match that an eviction has
-    overtaken might name other pages; the table refuses it by its generation.
+    overtaken might name other blocks; the table refuses it by its generation.
     """
 
     nodes: list[NodeId]
@@ -41,12 +41,12 @@ class Match(NamedTuple):
     generation: int
 
     def depth(self, group: GroupId) -> int:
-        """Full pages of the chain that `group` holds, contiguous from the first page."""
+        """Full blocks of the chain that `group` holds, contiguous from the first block."""
         return self.depths.get(group, 0)
 
 
 class Part(NamedTuple):
-    """Where a match ends inside a page: the first `tokens` of the page `node` are what the prompt goes on with."""
+    """Where a match ends inside a block: the first `tokens` of the block `node` are what the prompt goes on with."""
 
     node: NodeId
     tokens: int

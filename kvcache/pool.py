@@ -1,6 +1,6 @@
-"""One rank's KV pages as one tensor: per-layer views for attention, copies and whole-page bytes for everything else.
+"""One rank's KV blocks as one tensor: per-layer views for attention, copies and whole-block bytes for everything else.
 
-The only file of `kvcache` that imports torch. It never decides which page holds what; `table` and the scheduler do.
+The only file of `kvcache` that imports torch. It never decides which block holds what; `table` and the scheduler do.
 """
 
 import weakref
@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -21,68 +21,68 @@ TORCH_DTYPES = {
 
 
 class KVPool:
-    """`pages` pages of `layout` on one device, page-first (drawn in `layout`).
+    """`blocks` blocks of `layout` on one device, block-first (drawn in `layout`).
 
-    On a CPU the memory is allocated, never touched: the system commits it as pages are first written, and what an unwritten
+    On a CPU the memory is allocated, never touched: the system commits it as blocks are first written, and what an unwritten
     slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero. On a GPU the pool
-    starts as zeros, because flash-attn 3 multiplies the unwritten slots of a page by a zero probability.
+    starts as zeros, because flash-attn 3 multiplies the unwritten slots of a block by a zero probability.
 
     pinned: host memory that a GPU copies from and to by itself; locked at once, as long as the pool lives.
 
-    Raises ValueError for fewer than one page, torch's out-of-memory error where the device cannot hold them.
+    Raises ValueError for fewer than one block, torch's out-of-memory error where the device cannot hold them.
     """
 
-    def __init__(self, layout: PageLayout, pages: int, device: torch.device | str, *, pinned: bool = False) -> None:
-        if pages < 1:
+    def __init__(self, layout: BlockLayout, blocks: int, device: torch.device | str, *, pinned: bool = False) -> None:
+        if blocks < 1:
             raise ValueError(
-                f"a KV pool of {pages} pages can serve nothing; one page takes {layout.page_bytes:,} bytes on this rank: "
+                f"a KV pool of {blocks} blocks can serve nothing; one block takes {layout.block_bytes:,} bytes on this rank: "
                 "raise kv_memory or lower block_size"
             )
         self.layout = layout
-        self.pages = pages
+        self.blocks = blocks
         self.dtype = TORCH_DTYPES[layout.dtype]
         allocate = torch.zeros if torch.device(device).type == "cuda" else torch.empty
-        self.data = allocate((pages, *layout.shape), dtype=self.dtype, device=device)
-        """[page, layer, k|v, slot, kv_head, head_dim], contiguous"""
+        self.data = allocate((blocks, *layout.shape), dtype=self.dtype, device=device)
+        """[block, layer, k|v, slot, kv_head, head_dim], contiguous"""
         self.device = self.data.device
         if pinned:
             weakref.finalize(self, _pin(self.data)).atexit = False  # the process's end frees all
 
     def keys(self, layer: int) -> Tensor:
-        """[page, slot, kv_head, head_dim], a view; contiguous within a page, one whole page apart between pages."""
+        """[block, slot, kv_head, head_dim], a view; contiguous within a block, one whole block apart between blocks."""
         return self.data[:, layer, 0]
 
     def values(self, layer: int) -> Tensor:
-        """[page, slot, kv_head, head_dim], a view like `keys`."""
+        """[block, slot, kv_head, head_dim], a view like `keys`."""
         return self.data[:, layer, 1]
 
     @property
     def rows(self) -> Tensor:
-        """[page, page_bytes] uint8, all pages as `export_page` gives them, a view."""
-        return self.data.view(self.pages, -1).view(torch.uint8)
+        """[block, block_bytes] uint8, all blocks as `export_block` gives them, a view."""
+        return self.data.view(self.blocks, -1).view(torch.uint8)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """Copy the first `tokens` slots of page `source` to page `target`, all layers: the copy of copy-on-write.
+        """Copy the first `tokens` slots of block `source` to block `target`, all layers: the copy of copy-on-write.
 
-        On the current stream, without a wait. Of part of a page that is 2 x layers runs, one kernel on a GPU all the same,
-        since they lie at one distance; of a whole page it is one copy.
+        On the current stream, without a wait. Of part of a block that is 2 x layers runs, one kernel on a GPU all the same,
+        since they lie at one distance; of a whole block it is one copy.
         """
-        if not 0 <= tokens <= self.layout.page_size:
-            raise ValueError(f"cannot copy {tokens} tokens of a page of {self.layout.page_size}")
+        if not 0 <= tokens <= self.layout.block_size:
+            raise ValueError(f"cannot copy {tokens} tokens of a block of {self.layout.block_size}")
         self.data[target, :, :, :tokens].copy_(self.data[source, :, :, :tokens])
 
-    def export_page(self, page: int) -> Tensor:
-        """[page_bytes] uint8, the page's own memory: valid until the page is written again, so copy it or hold the page."""
-        return self.data[page].view(-1).view(torch.uint8)
+    def export_block(self, block: int) -> Tensor:
+        """[block_bytes] uint8, the block's own memory: valid until the block is written again, so copy it or hold the block."""
+        return self.data[block].view(-1).view(torch.uint8)
 
-    def import_page(self, page: int, content: Tensor) -> None:
-        """Overwrite a page with what `export_page` gave, of this pool or of one with an equal layout, on any device."""
-        if content.dtype != torch.uint8 or content.numel() != self.layout.page_bytes:
+    def import_block(self, block: int, content: Tensor) -> None:
+        """Overwrite a block with what `export_block` gave, of this pool or of one with an equal layout, on any device."""
+        if content.dtype != torch.uint8 or content.numel() != self.layout.block_bytes:
             raise ValueError(
-                f"a page of this pool is {self.layout.page_bytes:,} bytes of uint8, not {content.numel():,} of "
-                f"{content.dtype}: both pools must have the same page_size, layers, KV heads per rank, head_dim and dtype"
+                f"a block of this pool is {self.layout.block_bytes:,} bytes of uint8, not {content.numel():,} of "
+                f"{content.dtype}: both pools must have the same block_size, layers, KV heads per rank, head_dim and dtype"
             )
-        self.export_page(page).copy_(content.view(-1))
+        self.export_block(block).copy_(content.view(-1))
 
 
 def _pin(data: Tensor) -> Callable[[], None]:

@@ -22,10 +22,10 @@ class SequenceBlocks:
     """One running sequence's row in the global block table. Only `BlockTable` changes it.
 
     blocks: in block-table order; each is pinned once by this sequence.
-    nodes: the published prefix, its own pages or shared ones: nodes[i] is the node of blocks[i].
-    tail: of blocks[len(nodes)], the page that it fills at the moment, once a part of it is published; never shared.
-    inherited: tokens that the first page after the hit begins with, found in the cache at the reservation; 0 once it is full.
-    source: the page from which they must be copied before the first step; None if the page itself was taken over.
+    nodes: the published prefix, its own blocks or shared ones: nodes[i] is the node of blocks[i].
+    tail: of blocks[len(nodes)], the block that it fills at the moment, once a part of it is published; never shared.
+    inherited: tokens that the first block after the hit begins with, found in the cache at the reservation; 0 once it is full.
+    source: the block from which they must be copied before the first step; None if the block itself was taken over.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 
@@ -54,27 +54,27 @@ class BlockTable:
     Every mutating call is a transaction: where it returns None or raises, nothing has changed. `None` means that there
     is no room now. No call depends on the number of blocks or groups, but for `add_group` and `remove_group`.
 
-    One invariant carries the rest: *whoever holds a published page holds the published block of each of its ancestors*.
-    A reservation pins from the first page on, and a page is published only under the sequence's own last node. What
-    could break it is a twin, a page that two sequences of a group compute at the same time. If the second kept a
-    private copy, as elsewhere, it could publish children of a page whose published block it does not hold; that block
+    One invariant carries the rest: *whoever holds a published block holds the published block of each of its ancestors*.
+    A reservation pins from the first block on, and a block is published only under the sequence's own last node. What
+    could break it is a twin, a block that two sequences of a group compute at the same time. If the second kept a
+    private copy, as elsewhere, it could publish children of a block whose published block it does not hold; that block
     might be evicted above them, and the copy would occupy memory until the sequence ends. So the second *adopts* the
     published block in place of its own (`publish`). From the invariant follow, without counting children: leaves are
     evicted before their parents by release order alone (argument in `BlockPool`); reference counts and holder masks
-    never grow on the way down a chain; a pinned page's ancestors are pinned, so `available` is true headroom.
+    never grow on the way down a chain; a pinned block's ancestors are pinned, so `available` is true headroom.
     """
 
-    __slots__ = ("_page_bytes", "_part_bytes", "index", "page_size", "pools")
+    __slots__ = ("_block_bytes", "_part_bytes", "block_size", "index", "pools")
 
-    def __init__(self, page_size: int, stride: int = 0) -> None:
-        """stride: tokens in common from which a part of a page is reused; 0: only whole pages are."""
-        if page_size < 1:
-            raise ValueError(f"page_size must be at least 1 token, not {page_size}")
-        if not 0 <= stride < page_size:
-            raise ValueError(f"a stride of {stride} tokens is not inside a page of {page_size}")
-        self.page_size = page_size
-        self._page_bytes, self._part_bytes = page_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
-        self.index = PrefixIndex(page_size, stride)
+    def __init__(self, block_size: int, stride: int = 0) -> None:
+        """stride: tokens in common from which a part of a block is reused; 0: only whole blocks are."""
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token, not {block_size}")
+        if not 0 <= stride < block_size:
+            raise ValueError(f"a stride of {stride} tokens is not inside a block of {block_size}")
+        self.block_size = block_size
+        self._block_bytes, self._part_bytes = block_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
+        self.index = PrefixIndex(block_size, stride)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
@@ -95,18 +95,18 @@ class BlockTable:
         self._pools_changed()
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
-        """The longest chain of full pages of `tokens` [tokens] held anywhere, at most `limit` pages of it.
+        """The longest chain of full blocks of `tokens` [tokens] held anywhere, at most `limit` blocks of it.
 
-        hashes: `hash_pages(tokens, page_size, salt)`. They only find candidates: parents and tokens are compared.
+        hashes: `hash_blocks(tokens, block_size, salt)`. They only find candidates: parents and tokens are compared.
         """
         return self.index.match(tokens, hashes, salt, limit)
 
     def chain(self, seq: SequenceBlocks) -> Match:
-        """What each pool has of the pages that the sequence has published."""
+        """What each pool has of the blocks that the sequence has published."""
         return self.index.chain(list(seq.nodes))
 
     def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
-        """By group, the page that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
+        """By group, the block that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
         return self.index.parts(match, tokens, salt, limit)
 
     def available(self, group: GroupId) -> int:
@@ -122,7 +122,7 @@ class BlockTable:
         return self.pools[group].shared
 
     def evicted(self, hashes: Sequence[int]) -> int:
-        """How many of these pages, from the first on, some group held once and none does now. Only as far as remembered."""
+        """How many of these blocks, from the first on, some group held once and none does now. Only as far as remembered."""
         known, count = self.index.evicted, 0
         for hash_ in hashes:
             if hash_ not in known:
@@ -141,7 +141,7 @@ class BlockTable:
         """How many of the first `depth` matched blocks of `group` nobody holds.
 
         They count as available, but pinning them takes them out: `reserve` needs new_blocks + this many available.
-        Unheld pages are the end of the chain (reference counts never grow on the way down), so where they begin is found
+        Unheld blocks are the end of the chain (reference counts never grow on the way down), so where they begin is found
         in O(log depth).
         """
         self._require(match, group, depth)
@@ -158,9 +158,9 @@ class BlockTable:
     def reserve(
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None
     ) -> SequenceBlocks | None:
-        """Starts a sequence on the first `depth` matched pages, pinned, and `new_blocks` others; None if no room.
+        """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room.
 
-        part: what the group has of the page after them; it is given up where there is no room to use it, so `inherited` says
+        part: what the group has of the block after them; it is given up where there is no room to use it, so `inherited` says
         what became of it. Pinning comes before allocating, so that a reservation never evicts its own hit.
         """
         pool = self.pools[group]
@@ -187,12 +187,12 @@ class BlockTable:
         return seq
 
     def hold(self, group: GroupId, match: Match, depth: int, salt: str, part: Part | None = None) -> SequenceBlocks:
-        """Pins what the group has of a match, to be read beside the steps: its first `depth` pages and the page of `part`.
+        """Pins what the group has of a match, to be read beside the steps: its first `depth` blocks and the block of `part`.
 
-        Needs no room. `release` it like a sequence. part: of a page for which `may_hold` is true.
+        Needs no room. `release` it like a sequence. part: of a block for which `may_hold` is true.
         """
         seq = self.reserve(group, match, depth, 0, salt)
-        assert seq is not None, "a hold takes no pages"
+        assert seq is not None, "a hold takes no blocks"
         if part is not None:
             block = self.index.blocks[group][part.node]
             self.pools[group].pin(block)
@@ -201,14 +201,14 @@ class BlockTable:
         return seq
 
     def may_hold(self, group: GroupId, part: Part) -> bool:
-        """Whether a part's page stays as it is while it is pinned: the end of a sequence that runs no more."""
+        """Whether a part's block stays as it is while it is pinned: the end of a sequence that runs no more."""
         index = self.index
         return index.is_tail(part.node) and not self.pools[group].refs[index.blocks[group][part.node]]
 
     def _may_take(self, group: GroupId, part: Part, new_blocks: int) -> bool:
-        """Whether a part's page is taken over instead of copied: nobody uses it or what follows it, and it loses nothing.
+        """Whether a part's block is taken over instead of copied: nobody uses it or what follows it, and it loses nothing.
 
-        Or it loses the rest of its page where a copy would lose a whole one, as no page is free.
+        Or it loses the rest of its block where a copy would lose a whole one, as no block is free.
         """
         index, pool = self.index, self.pools[group]
         if pool.refs[index.blocks[group][part.node]] or index.children[part.node]:
@@ -216,7 +216,7 @@ class BlockTable:
         return len(index.contents[part.node]) == part.tokens * TOKEN_DTYPE.itemsize or pool.free < new_blocks
 
     def _take(self, pool: BlockPool, seq: SequenceBlocks, part: Part) -> None:
-        """The sequence goes on in the page itself; what lies deeper in it is unpublished."""
+        """The sequence goes on in the block itself; what lies deeper in it is unpublished."""
         index = self.index
         block = index.blocks[seq.group][part.node]
         pool.pin(block)
@@ -230,7 +230,7 @@ class BlockTable:
             index.forget(seq.group, part.node)
 
     def _copy(self, pool: BlockPool, seq: SequenceBlocks, part: Part, new_blocks: int) -> None:
-        """The first of the new pages begins as a copy. Once the command is in the group's log, the source may go."""
+        """The first of the new blocks begins as a copy. Once the command is in the group's log, the source may go."""
         seq.source = self.index.blocks[seq.group][part.node]
         seq.inherited = part.tokens
         cached = not pool.refs[seq.source]
@@ -249,44 +249,44 @@ class BlockTable:
         pool.allocate_to(seq.blocks, blocks)
         return seq.blocks[start:]
 
-    def publish(self, seq: SequenceBlocks, page: bytes, hash_: int) -> BlockId | None:
-        """Publishes the sequence's next private block as a full page under its last node.
+    def publish(self, seq: SequenceBlocks, content: bytes, hash_: int) -> BlockId | None:
+        """Publishes the sequence's next private block as a full block under its last node.
 
-        page: its tokens, int32.
+        content: its tokens, int32.
 
-        hash_: of that page, chained from the page before. Call it once the step that wrote the page is committed.
+        hash_: of that block, chained from the block before. Call it once the step that wrote the block is committed.
 
-        If another sequence of the group has published the same page in the meantime, this one adopts that block: it
+        If another sequence of the group has published the same block in the meantime, this one adopts that block: it
         takes the private copy's place in `seq.blocks`, pinned, and the copy is free again. Returns the adopted block,
         else None. The worker must see the change of its block table before the copy is granted to anyone else; one
         ordered command log gives that. The contents are equal up to rounding, as with any hit.
 
-        Raises ValueError if all blocks are published or `page` is not one page.
+        Raises ValueError if all blocks are published or `content` is not one block.
         """
         at = len(seq.nodes)
-        if at >= len(seq.blocks) or len(page) != self._page_bytes:
+        if at >= len(seq.blocks) or len(content) != self._block_bytes:
             raise ValueError(
-                f"cannot publish page {at} with {len(page)} bytes: the sequence has {len(seq.blocks)} blocks "
-                f"and a page has {self.page_size} tokens, {self._page_bytes} bytes"
+                f"cannot publish block {at} with {len(content)} bytes: the sequence has {len(seq.blocks)} blocks "
+                f"and a block has {self.block_size} tokens, {self._block_bytes} bytes"
             )
         index, group, block = self.index, seq.group, seq.blocks[at]
         seq.inherited = 0
         pool = self.pools[group]
         parent = seq.nodes[-1] if at else index.root(seq.salt)
-        node = index.child(parent, hash_, page)
+        node = index.child(parent, hash_, content)
         if seq.tail:
             if node:
                 pool.unpublish(block)
                 index.forget(group, seq.tail)
             else:
-                index.fill_tail(seq.tail, hash_, page)
+                index.fill_tail(seq.tail, hash_, content)
             tail, seq.tail = seq.tail, NO_NODE
             if not node:
                 seq.nodes.append(tail)
                 return None
         adopted = None
         if not node:
-            node = index.add(group, block, parent, hash_, page)
+            node = index.add(group, block, parent, hash_, content)
             pool.publish(block, node)
         elif (adopted := index.blocks[group].get(node)) is None:
             index.hold(group, node, block)
@@ -299,14 +299,14 @@ class BlockTable:
         return adopted
 
     def publish_tail(self, seq: SequenceBlocks, content: bytes) -> None:
-        """Publishes what the sequence has filled of its next page: int32 tokens, at least a stride and less than a page.
+        """Publishes what the sequence has filled of its next block: int32 tokens, at least a stride and less than a block.
 
-        Call it when the page is computed so far and committed; again when it has grown. Where another page of the group
+        Call it when the block is computed so far and committed; again when it has grown. Where another block of the group
         begins with the same tokens nothing happens: that one serves as well.
         """
         index, at = self.index, len(seq.nodes)
-        if not self._part_bytes <= len(content) < self._page_bytes or at >= len(seq.blocks):
-            raise ValueError(f"{len(content)} bytes of page {at} cannot be published as a part of {self._page_bytes}")
+        if not self._part_bytes <= len(content) < self._block_bytes or at >= len(seq.blocks):
+            raise ValueError(f"{len(content)} bytes of block {at} cannot be published as a part of {self._block_bytes}")
         if seq.tail:
             index.grow_tail(seq.tail, content)
             return
@@ -316,7 +316,7 @@ class BlockTable:
             self.pools[seq.group].publish(seq.blocks[at], seq.tail)
 
     def release(self, seq: SequenceBlocks) -> None:
-        """Unpins the sequence's blocks, deepest first, and empties it. Published pages stay cached."""
+        """Unpins the sequence's blocks, deepest first, and empties it. Published blocks stay cached."""
         self.pools[seq.group].unpin(*reversed(seq.blocks))
         seq.blocks.clear()
         seq.nodes.clear()
@@ -329,5 +329,5 @@ class BlockTable:
 
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""
-        assert match.generation == self.index.generation, "a page was evicted since this match; match again"
-        assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched pages, not {depth}"
+        assert match.generation == self.index.generation, "a block was evicted since this match; match again"
+        assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched blocks, not {depth}"

@@ -13,6 +13,7 @@ from deploy.cli import commands
 from deploy.cli.exits import Termination, reported_errors
 from deploy.config.load import ConfigError
 from deploy.status.command import top
+from simulator.command import OldSpellings
 from simulator.command import command as replay
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 for command in (batch, commands.generate, commands.serve, top, commands.version):
     app.command()(command)
-app.command("replay")(replay)
+app.command("replay", cls=OldSpellings)(replay)
 
 
 @app.callback()

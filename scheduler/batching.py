@@ -35,7 +35,7 @@ def plan_step(known: Ints, computed: Ints, slots: Ints, age: Ints, budget: int) 
     """Chooses what to compute next.
 
     known, computed: [rows] tokens of each sequence, and how many of them have KV; equal for an empty row.
-    slots: [rows] tokens that its granted pages hold: a row without a free slot sits this step out.
+    slots: [rows] tokens that its granted blocks hold: a row without a free slot sits this step out.
     age: [rows] smaller is older. budget: tokens in a step.
     """
     wanted = np.minimum(known, slots) - computed

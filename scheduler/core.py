@@ -48,7 +48,7 @@ class SchedulerCore:
         self._relief = Relief(state, self._migration, host_tier)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
-        self.columns, self.open_pages = state.columns, state.open_pages
+        self.columns, self.open_blocks = state.columns, state.open_blocks
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
 
@@ -82,7 +82,7 @@ class SchedulerCore:
     # ---- groups -------------------------------------------------------------------------------------------------------
 
     def expect(self, group: GroupId, blocks: int = 0) -> None:
-        """A group is coming up (or back): requests wait for it instead of failing. blocks: its pages, if known."""
+        """A group is coming up (or back): requests wait for it instead of failing. blocks: its blocks, if known."""
         self.expected[group] = blocks
         self._state.pools_changed()
 
@@ -91,7 +91,7 @@ class SchedulerCore:
     ) -> None:
         """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
 
-        slots: pages of host memory. ports: of its ranks, where others fetch pages; none: it takes no part in transfers.
+        slots: blocks of host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         Errors: ProtocolError for an epoch that is not newer than the last one.
         """
         if epoch <= self._epochs.get(group, -1):
@@ -101,7 +101,7 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.page_size, self._state.watch)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.block_size, self._state.watch)
         self.groups[group].ports, self.groups[group].slots = ports, slots
         if slots:
             self.table.add_group(host_of(group), slots)
@@ -148,14 +148,14 @@ class SchedulerCore:
         False, and nothing has changed, if it is the last one that takes any, or the only one large enough for some sequence.
         """
         rest = [other.blocks for name, other in self.groups.items() if name != group and not other.draining]
-        needed = max((sequence.pages_at_most for sequence in self.sequences.values()), default=0)
+        needed = max((sequence.blocks_at_most for sequence in self.sequences.values()), default=0)
         if group not in self.groups or not rest or max(rest) < needed:
             return False
         self.groups[group].draining = True
         return True
 
     def vacate(self, group: GroupId) -> None:
-        """Those that still run in a draining group go on elsewhere: with their pages where these can be sent, otherwise from
+        """Those that still run in a draining group go on elsewhere: with their blocks where these can be sent, otherwise from
         their committed tokens on. Call it again until nobody runs there any more."""
         leaving = self.groups[group]
         for sequence in sorted(leaving.running, reverse=True):
@@ -201,7 +201,7 @@ class SchedulerCore:
     # ---- reports ------------------------------------------------------------------------------------------------------
 
     def report(self, group_id: GroupId, report: Report) -> None:
-        """Commits what a group's steps did: tokens, published pages, ends; then grants, and admits who fits now.
+        """Commits what a group's steps did: tokens, published blocks, ends; then grants, and admits who fits now.
 
         A report of a stale epoch is discarded whole, tokens of ended leases one by one: the cut is what this call commits.
         Errors: ProtocolError for a gap in the stream.
@@ -211,8 +211,8 @@ class SchedulerCore:
             return
         if report.number != group.reports:
             raise ProtocolError(f"group {group_id} sent report {report.number}, expected {group.reports}: fence it")
-        if not 1 <= report.steps <= self.config.page_size:  # the ring holds a page and one report
-            at_most = self.config.page_size
+        if not 1 <= report.steps <= self.config.block_size:  # the ring holds a block and one report
+            at_most = self.config.block_size
             raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
         group.reports += 1
         group.applied = report.applied
@@ -242,7 +242,7 @@ class SchedulerCore:
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:
-        """A group has done its part of a transfer, or could not. Who waited for the pages starts."""
+        """A group has done its part of a transfer, or could not. Who waited for the blocks starts."""
         group = self.groups.get(group_id)
         if group is None or moved.epoch != group.epoch:
             return
@@ -252,7 +252,7 @@ class SchedulerCore:
             self._admission.arrive(group, transfer, ok=moved.ok)
             if transfer.moves is not None and moved.ok:
                 self._migration.follow(transfer.author, transfer.moves, transfer.target)
-        self.waiting.made_room()  # pages may have become free,
+        self.waiting.made_room()  # blocks may have become free,
         self._paging.extend(group, [])  # and rows that starve may wait for nothing else
         self._admission.admit()
 
@@ -305,14 +305,14 @@ class SchedulerCore:
         largest = self._state.largest_pool()
         if largest is None:
             return
-        for sequence in [s for s in self.sequences.values() if s.pages_at_most > largest]:
+        for sequence in [s for s in self.sequences.values() if s.blocks_at_most > largest]:
             assert sequence.blocks is None, "a running sequence has a group that is large enough"
             output = sequence.committed - sequence.prompt_tokens
-            room = largest * self.config.page_size + 1 - sequence.prompt_tokens
+            room = largest * self.config.block_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or room < 1:
                 message = f"no group can serve the request any more: {reason}"
                 self._state.finish(sequence, FinishReason.FAILED, output, message)
             elif output >= room:
                 self._state.finish(sequence, FinishReason.LENGTH, output)
             else:
-                sequence.max_tokens, sequence.pages_at_most = room, largest
+                sequence.max_tokens, sequence.blocks_at_most = room, largest

@@ -10,7 +10,7 @@ import numpy as np
 from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
 from scheduler.core import SchedulerCore
-from scheduler.queue.limits import pages_for
+from scheduler.queue.limits import blocks_for
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
 
@@ -28,7 +28,7 @@ def check(core: SchedulerCore) -> None:
     for sequence in core.sequences.values():
         _check_sequence(core, sequence)
     _check_columns(core)
-    _check_open_pages(core)
+    _check_open_blocks(core)
 
 
 def _check_columns(core: SchedulerCore) -> None:
@@ -40,19 +40,19 @@ def _check_columns(core: SchedulerCore) -> None:
         assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
 
 
-def _check_open_pages(core: SchedulerCore) -> None:
-    """Who runs, or will when its prefix has come, and nobody else, is found by the page that it fills."""
-    found, config = core.open_pages.everyone(), core.config
+def _check_open_blocks(core: SchedulerCore) -> None:
+    """Who runs, or will when its prefix has come, and nobody else, is found by the block that it fills."""
+    found, config = core.open_blocks.everyone(), core.config
     placed = {sequence for group in core.groups.values() for sequence in (*group.running, *group.fetching)}
-    assert found.keys() == (placed if config.prefix_caching else set()), "who has pages is found by one, nobody else is"
+    assert found.keys() == (placed if config.prefix_caching else set()), "who has blocks is found by one, nobody else is"
     for sequence, key in found.items():
         if sequence.state is State.FETCHING:
-            continue  # by the page that follows what comes
-        assert sequence.blocks is not None, f"sequence {sequence.number} fills a page but has none"
-        page = len(sequence.blocks.nodes)
-        before = sequence.hashes[page - 1] if page else salt_seed(sequence.salt)
-        start = page * config.page_size
-        begins = hash_run(sequence.buffer[start : start + core.open_pages.stride].tobytes(), before)
+            continue  # by the block that follows what comes
+        assert sequence.blocks is not None, f"sequence {sequence.number} fills a block but has none"
+        block = len(sequence.blocks.nodes)
+        before = sequence.hashes[block - 1] if block else salt_seed(sequence.salt)
+        start = block * config.block_size
+        begins = hash_run(sequence.buffer[start : start + core.open_blocks.stride].tobytes(), before)
         assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 
@@ -77,7 +77,7 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     assert sum(fair.waiting(tenant)[1] for tenant in tenants) == tokens, "with its tokens"
     assert all(fair.served(tenant) >= fair.floor() for tenant in tenants), "nobody who waits is below the smallest counter"
     parts = core.counters
-    misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_page
+    misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_block
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
     authors = core.waiting.awaited.authors.keys()
     assert authors <= set(running), "a sequence waits for a prefix that nobody computes"
@@ -90,11 +90,11 @@ def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
     placed = sequence.state in (State.RUNNING, State.FETCHING)
     assert placed == (sequence.blocks is not None), f"{name}: {sequence.state} with blocks {sequence.blocks}"
     assert sequence.committed - sequence.prompt_tokens < sequence.max_tokens, f"{name} should have ended by length"
-    assert len(sequence.hashes) <= sequence.committed // core.config.page_size, f"{name} hashed tokens that it has not"
+    assert len(sequence.hashes) <= sequence.committed // core.config.block_size, f"{name} hashed tokens that it has not"
 
 
 def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
-    page_size = core.config.page_size
+    block_size = core.config.block_size
     seated = {row for row, sequence in enumerate(group.sequences) if sequence is not None}
     assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
     assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
@@ -104,7 +104,7 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     assert group.backlog == backlog, f"group {group.group}: backlog {group.backlog}, rows say {backlog}"
     assert not np.any(group.lease[group.free_rows] != -1), f"group {group.group}: a free row has a lease"
     for sequence in group.running:
-        _check_row(group, sequence, page_size)
+        _check_row(group, sequence, block_size)
         _check_grant(core, group, sequence)
         _check_tail(core, group, sequence)
     if group.running and group.starved and not (group.sending or group.receiving):  # a transfer ends, and its pins with it
@@ -112,8 +112,8 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
 
 
 def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
-    """Who waits for pages has them reserved and is waited for; nothing on its way is published where it goes."""
-    name, page_size = f"group {group.group}", core.config.page_size
+    """Who waits for blocks has them reserved and is waited for; nothing on its way is published where it goes."""
+    name, block_size = f"group {group.group}", core.config.block_size
     under_way = core.transfers.under_way()
     awaited = [transfer.author for transfer in under_way if transfer.target == group.group and transfer.awaited]
     assert len(awaited) == len(set(awaited)), f"{name}: a sequence waits for two transfers"
@@ -125,47 +125,47 @@ def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
         assert sequence.blocks.group == group.group, f"{name}: sequence {sequence.number} holds blocks of another group"
     sending = receiving = 0
     for transfer in under_way:
-        pages = transfer.end - transfer.first
+        blocks = transfer.end - transfer.first
         if transfer.source == group.group and transfer.held is not None:
-            sending += pages
+            sending += blocks
             assert len(transfer.held.blocks) == transfer.end, f"{name}: transfer {transfer.number} sends what is not held"
         if transfer.target == group.group and transfer.blocks is not None:
-            receiving += pages
+            receiving += blocks
             assert len(transfer.blocks.nodes) == transfer.first, f"{name}: transfer {transfer.number} is half published"
             assert transfer.end <= len(transfer.blocks.blocks), f"{name}: transfer {transfer.number} brings more than it may"
-            assert transfer.part < page_size, f"{name}: transfer {transfer.number} has a full page as its part"
+            assert transfer.part < block_size, f"{name}: transfer {transfer.number} has a full block as its part"
     assert (group.sending, group.receiving) == (sending, receiving), f"{name}: counts {group.sending}, {group.receiving}"
 
 
 def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
     """A lease that runs low has been extended or is known to starve, and its row will be looked at in time."""
     name = f"group {group.group}, sequence {sequence.number}"
-    page_size, row, blocks = core.config.page_size, sequence.row, sequence.blocks
+    block_size, row, blocks = core.config.block_size, sequence.row, sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
-    length, pages = int(group.length[row]), len(blocks.blocks)
-    low = pages < sequence.pages_at_most and pages * page_size - length < core.config.grant_ahead
-    assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {pages} pages"
+    length, held = int(group.length[row]), len(blocks.blocks)
+    low = held < sequence.blocks_at_most and held * block_size - length < core.config.grant_ahead
+    assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
     assert low or group.due[row] > group.computed(row), f"{name}: due at {group.due[row]} already, with {length} tokens"
-    filled = (group.computed(row) // page_size + 1) * page_size + 1
-    assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a page is full at {filled}"
-    full = group.computed(row) // page_size if core.config.prefix_caching else 0
-    assert len(blocks.nodes) == full, f"{name}: {full} pages are full, {len(blocks.nodes)} are published"
+    filled = (group.computed(row) // block_size + 1) * block_size + 1
+    assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
+    full = group.computed(row) // block_size if core.config.prefix_caching else 0
+    assert len(blocks.nodes) == full, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
 
 
 def _check_tail(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
-    """What is published of the page that a sequence fills is its own tokens, computed and committed."""
+    """What is published of the block that a sequence fills is its own tokens, computed and committed."""
     name, blocks = f"group {group.group}, sequence {sequence.number}", sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
-    assert blocks.source is None, f"{name}: runs without the copy that its first page begins with"
+    assert blocks.source is None, f"{name}: runs without the copy that its first block begins with"
     if blocks.tail:
         shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
-        start = len(blocks.nodes) * core.config.page_size
+        start = len(blocks.nodes) * core.config.block_size
         end = start + len(shown)
         assert end <= min(group.computed(sequence.row), sequence.committed), f"{name}: its tail shows what is not computed"
         assert np.array_equal(sequence.buffer[start:end], shown), f"{name}: its tail shows other tokens than its own"
 
 
-def _check_row(group: ResidentGroup, sequence: Sequence, page_size: int) -> None:
+def _check_row(group: ResidentGroup, sequence: Sequence, block_size: int) -> None:
     name = f"group {group.group}, sequence {sequence.number}"
     row, blocks = sequence.row, sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
@@ -174,8 +174,8 @@ def _check_row(group: ResidentGroup, sequence: Sequence, page_size: int) -> None
     length, pending = int(group.length[row]), int(group.pending[row])
     assert pending >= 1, f"{name}: the last token cannot have KV yet"
     assert length - sequence.committed < group.ring_size, f"{name}: the ring has overrun tokens not written back"
-    capacity = len(blocks.blocks) * page_size
+    capacity = len(blocks.blocks) * block_size
     assert length - pending <= capacity, f"{name}: computed {length - pending} tokens in {capacity} slots"
-    assert len(blocks.blocks) <= sequence.pages_at_most, f"{name}: holds more pages than it can ever need"
-    assert len(blocks.nodes) <= (length - pending) // page_size, f"{name}: published what is not computed"
-    assert pages_for(sequence.committed, page_size) <= len(blocks.blocks) + 1, f"{name}: tokens without pages"
+    assert len(blocks.blocks) <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
+    assert len(blocks.nodes) <= (length - pending) // block_size, f"{name}: published what is not computed"
+    assert blocks_for(sequence.committed, block_size) <= len(blocks.blocks) + 1, f"{name}: tokens without blocks"

@@ -27,7 +27,7 @@ FETCH_WEIGHT = 1.0
 """How much a fetch counts beside the wait for it: it takes bandwidth from others, and room for a second copy."""
 
 EVICTION_WEIGHT = 0.25
-"""Share of an evicted page's tokens that is expected to be asked for again, hence computed again."""
+"""Share of an evicted block's tokens that is expected to be asked for again, hence computed again."""
 
 WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
@@ -53,14 +53,14 @@ class GroupLoad(NamedTuple):
     """
 
     hit_tokens: int  # of its prefix, that the group holds, or will once they are fetched
-    new_pages: int  # pages that it needs from free or cached ones, revived hits included
-    free: int  # pages that hold nothing
+    new_blocks: int  # blocks that it needs from free or cached ones, revived hits included
+    free: int  # blocks that hold nothing
     available: int  # free or cached
     total: int
     free_rows: int
     running: int  # those whose prefix is on its way there included, here and below
     backlog: int  # prefill tokens granted but not yet computed
-    starving: bool  # a running sequence there waits for a page
+    starving: bool  # a running sequence there waits for a block
     fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile
 
 
@@ -68,7 +68,7 @@ class Terms(NamedTuple):
     """What a sequence costs in a group, in prefill tokens: the work before its first token, and what it does to others.
 
     uncached: of its prompt, to be computed. queued: prefill before it. fetch: beyond the queue's time. decoding: those who run.
-    evicted: cached pages that would be lost.
+    evicted: cached blocks that would be lost.
     """
 
     uncached: float
@@ -79,7 +79,7 @@ class Terms(NamedTuple):
 
 
 def room(available: int, total: int, running: int) -> int:
-    """Pages that a newcomer may take: head room is left for those who run.
+    """Blocks that a newcomer may take: head room is left for those who run.
 
     An empty group needs no head room, so a sequence that fits a pool alone always starts in the end.
     """
@@ -87,45 +87,45 @@ def room(available: int, total: int, running: int) -> int:
 
 
 def admissible(load: GroupLoad) -> bool:
-    """Whether the sequence may start there now: a row, its pages, and room."""
-    return load.free_rows > 0 and not load.starving and load.new_pages <= room(load.available, load.total, load.running)
+    """Whether the sequence may start there now: a row, its blocks, and room."""
+    return load.free_rows > 0 and not load.starving and load.new_blocks <= room(load.available, load.total, load.running)
 
 
-def terms(load: GroupLoad, tokens: int, page_size: int) -> Terms:
+def terms(load: GroupLoad, tokens: int, block_size: int) -> Terms:
     """The parts of `time_to_first_token`."""
-    evicted = max(0, load.new_pages - load.free)
+    evicted = max(0, load.new_blocks - load.free)
     return Terms(
         uncached=UNCACHED_WEIGHT * (tokens - load.hit_tokens),
         queued=float(load.backlog),
         fetch=max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work,
         decoding=DECODE_WEIGHT * load.running,
-        evicted=EVICTION_WEIGHT * page_size * evicted,
+        evicted=EVICTION_WEIGHT * block_size * evicted,
     )
 
 
-def time_to_first_token(load: GroupLoad, tokens: int, page_size: int) -> float:
+def time_to_first_token(load: GroupLoad, tokens: int, block_size: int) -> float:
     """Estimated work before the first token, and what it costs those who follow, in prefill-token equivalents.
 
-    Uncached prompt, prefill queued before it, decode load, and cached pages that would be lost. Taking the longest prefix
-    first and the load second collapses on real traces, where all requests share a first page: costs must be added up.
+    Uncached prompt, prefill queued before it, decode load, and cached blocks that would be lost. Taking the longest prefix
+    first and the load second collapses on real traces, where all requests share a first block: costs must be added up.
     """
-    evicted = load.new_pages - load.free
+    evicted = load.new_blocks - load.free
     cost = UNCACHED_WEIGHT * (tokens - load.hit_tokens) + load.backlog + DECODE_WEIGHT * load.running
     if load.fetch_work:
         cost += max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work
-    return cost + EVICTION_WEIGHT * page_size * evicted if evicted > 0 else cost
+    return cost + EVICTION_WEIGHT * block_size * evicted if evicted > 0 else cost
 
 
 def least_costs(
-    uncached: Ints | int, backlog: Ints, running: Ints, evicted: Ints, page_size: int, fetch_work: Floats | float = 0.0
+    uncached: Ints | int, backlog: Ints, running: Ints, evicted: Ints, block_size: int, fetch_work: Floats | float = 0.0
 ) -> Floats:
-    """[groups] `time_to_first_token` of each, if no page of its hit had to be revived: never more than it is.
+    """[groups] `time_to_first_token` of each, if no block of its hit had to be revived: never more than it is.
 
-    uncached: tokens. evicted: pages, below 0 where so many more are free. The rest is as in `GroupLoad`. Sums are exact in any
+    uncached: tokens. evicted: blocks, below 0 where so many more are free. The rest is as in `GroupLoad`. Sums are exact in any
     order as long as the weights are whole numbers of quarters.
     """
     wait = np.maximum(backlog, fetch_work) + FETCH_WEIGHT * fetch_work
-    return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * running + EVICTION_WEIGHT * page_size * np.maximum(0, evicted)
+    return UNCACHED_WEIGHT * uncached + wait + DECODE_WEIGHT * running + EVICTION_WEIGHT * block_size * np.maximum(0, evicted)
 
 
 def worth_waiting(ahead: int, saved: int, queued: int) -> bool:
@@ -136,20 +136,20 @@ def worth_waiting(ahead: int, saved: int, queued: int) -> bool:
     return ahead <= queued + UNCACHED_WEIGHT * saved
 
 
-def fetch_work(cost: float, page_size: int, pages: Any) -> Any:
-    """What moving so many pages takes, in whole prefill tokens: a number for a number, an array for an array.
+def fetch_work(cost: float, block_size: int, blocks: Any) -> Any:
+    """What moving so many blocks takes, in whole prefill tokens: a number for a number, an array for an array.
 
     cost: of a token, in times to compute one.
     """
-    return cost * page_size * pages // 1
+    return cost * block_size * blocks // 1
 
 
 def route(
-    least: Floats, fits: Bools, available: Ints, look: Callable[[int], Iterable[GroupLoad]], tokens: int, page_size: int
+    least: Floats, fits: Bools, available: Ints, look: Callable[[int], Iterable[GroupLoad]], tokens: int, block_size: int
 ) -> tuple[int, int] | None:
     """The cheapest admissible way: (index of its group, which of those that `look` shows there). None: wait.
 
-    Ties go to the group with more available pages, then to the first, there to the first way. least: [groups] what each costs
+    Ties go to the group with more available blocks, then to the first, there to the first way. least: [groups] what each costs
     at least; it is used up. fits: [groups] whether it may be admissible. look: a closer look at one group, as it is and with a
     fetch; it is taken at few: only at those that cost less, at least, than the cheapest seen so far.
     """
@@ -164,21 +164,21 @@ def route(
         least[at] = np.inf
         for way, load in enumerate(look(at)):
             if admissible(load):
-                cost = time_to_first_token(load, tokens, page_size), -load.available, at, way
+                cost = time_to_first_token(load, tokens, block_size), -load.available, at, way
                 best = cost if best is None else min(best, cost)
     return None if best is None else best[2:]
 
 
 def shortage(total: int) -> int:
-    """Pages: with fewer available than this a group is short."""
+    """Blocks: with fewer available than this a group is short."""
     return max(2, int(total * SHORTAGE))
 
 
 def relief(lost_tokens: int, move: float | None, keep: float | None) -> Relief:
     """The cheapest for one that will have to give way. All in prefill tokens: those that it would compute again; what it takes
-    to move its pages to another group, and to host memory and back; None where that is not possible.
+    to move its blocks to another group, and to host memory and back; None where that is not possible.
 
-    Moving wins a tie, as it frees the pages and the sequence does not stop.
+    Moving wins a tie, as it frees the blocks and the sequence does not stop.
     """
     ways: list[tuple[float, int, Relief]] = [(lost_tokens, 2, Relief.RECOMPUTE)]
     if move is not None:
@@ -189,29 +189,29 @@ def relief(lost_tokens: int, move: float | None, keep: float | None) -> Relief:
 
 
 class VictimCost(NamedTuple):
-    """A running sequence that could give its pages up."""
+    """A running sequence that could give its blocks up."""
 
     lost_tokens: int  # KV that nobody else has, to be computed again
-    freed_pages: int  # that nobody else holds
+    freed_blocks: int  # that nobody else holds
     output_tokens: int  # sampled so far
     place: int  # in the order of service: by priority, then by arrival
 
 
-def choose_victim(candidates: Iterable[VictimCost], page_size: int) -> int | None:
-    """Index of the one whose pages are cheapest to rebuild, None if there is no candidate.
+def choose_victim(candidates: Iterable[VictimCost], block_size: int) -> int | None:
+    """Index of the one whose blocks are cheapest to rebuild, None if there is no candidate.
 
-    By tokens to compute again for each page freed, in eighths of a page: less is how full the last page happens to be. Then by
-    progress, in pages of output; then the less urgent; then the younger. Where all share every page with each other nobody
+    By tokens to compute again for each block freed, in eighths of a block: less is how full the last block happens to be. Then
+    by progress, in blocks of output; then the less urgent; then the younger. Where all share every block with each other nobody
     frees any at first; then it is the last in the order of service, and the next call finds more.
     """
     costs = (
-        (not each.freed_pages, *_rebuilding(each, page_size), -each.place, index) for index, each in enumerate(candidates)
+        (not each.freed_blocks, *_rebuilding(each, block_size), -each.place, index) for index, each in enumerate(candidates)
     )
     best = min(costs, default=None)
     return None if best is None else best[-1]
 
 
-def _rebuilding(victim: VictimCost, page_size: int) -> tuple[int, int]:
-    if not victim.freed_pages:
+def _rebuilding(victim: VictimCost, block_size: int) -> tuple[int, int]:
+    if not victim.freed_blocks:
         return 0, 0
-    return 8 * victim.lost_tokens // (victim.freed_pages * page_size), victim.output_tokens // page_size
+    return 8 * victim.lost_tokens // (victim.freed_blocks * block_size), victim.output_tokens // block_size

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import hash_pages, hash_run, salt_seed
+from kvcache.hashing import hash_blocks, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
 from scheduler.protocol.messages import LeaseId
 from scheduler.protocol.sampling import SamplingParams
@@ -29,7 +29,7 @@ OUTPUT_WEIGHT = 2.0
 class Tenant:
     """On whose account sequences run. served: the counter of `fairness`, in prompt tokens. live: its sequences.
 
-    Kept by the queue: stays: those without pages. queue: those whose turn may come, by place. listed: it is in the heap of
+    Kept by the queue: stays: those without blocks. queue: those whose turn may come, by place. listed: it is in the heap of
     counters. head: its valid entry in the heap of heads; all others of it are void.
     """
 
@@ -51,7 +51,7 @@ class State(Enum):
     """WAITING → RUNNING → ENDED; a preemption or a lost group leads back to WAITING.
 
     DEFERRED: the prefix that it shares is being computed by a running sequence; back to WAITING when that is published.
-    FETCHING: between WAITING and RUNNING; its pages are reserved, and a part of its prefix is on its way to them.
+    FETCHING: between WAITING and RUNNING; its blocks are reserved, and a part of its prefix is on its way to them.
     """
 
     WAITING = "waiting"
@@ -67,17 +67,17 @@ class Sequence:
 
     number: counts arrivals. place: in the order of service, by priority (lower first), then by arrival; a restart keeps it.
     arrived_s, started_s: by the shell's clock; the first start counts.
-    pages_at_most: pages that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
-    hashes: chained hashes of the full pages of `committed`, as far as they are known.
+    blocks_at_most: blocks that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
+    hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
-    open_key: under which `open_pages` finds it.
+    open_key: under which `open_blocks` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
     has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
-    needs: pages that it cannot do without, as of the last try; tried: the `rooms` of then.
+    needs: blocks that it cannot do without, as of the last try; tried: the `rooms` of then.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Sequence:
     salt: str
     prompt_tokens: int
     max_tokens: int
-    pages_at_most: int
+    blocks_at_most: int
     hashes: list[int]
     buffer: Tokens
     committed: int
@@ -146,23 +146,23 @@ class Sequence:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
 
-    def page(self, index: int, page_size: int) -> bytes:
-        """The tokens of a full page that has been written back, int32."""
-        return self.buffer[index * page_size : (index + 1) * page_size].tobytes()
+    def content_of(self, index: int, block_size: int) -> bytes:
+        """The tokens of a full block that has been written back, int32."""
+        return self.buffer[index * block_size : (index + 1) * block_size].tobytes()
 
-    def hash_before(self, page: int) -> int:
-        """What the hashes of this page are chained to. Those of the pages before it are known."""
-        return self.hashes[page - 1] if page else salt_seed(self.salt)
+    def hash_before(self, block: int) -> int:
+        """What the hashes of this block are chained to. Those of the blocks before it are known."""
+        return self.hashes[block - 1] if block else salt_seed(self.salt)
 
-    def hash_page(self, page: bytes) -> int:
-        """Hashes the page after those that have been hashed: its tokens, int32."""
-        hash_ = hash_run(page, self.hash_before(len(self.hashes)))
+    def hash_block(self, block: bytes) -> int:
+        """Hashes the block after those that have been hashed: its tokens, int32."""
+        hash_ = hash_run(block, self.hash_before(len(self.hashes)))
         self.hashes.append(hash_)
         return hash_
 
-    def hash_up_to(self, pages: int, page_size: int) -> None:
-        """Hashes the first `pages` full pages, each once in the sequence's life."""
+    def hash_up_to(self, blocks: int, block_size: int) -> None:
+        """Hashes the first `blocks` full blocks, each once in the sequence's life."""
         known = len(self.hashes)
-        if known < pages:
-            new = self.buffer[known * page_size : pages * page_size]
-            self.hashes += hash_pages(new, page_size, self.salt, parent=self.hashes[-1] if known else None)
+        if known < blocks:
+            new = self.buffer[known * block_size : blocks * block_size]
+            self.hashes += hash_blocks(new, block_size, self.salt, parent=self.hashes[-1] if known else None)

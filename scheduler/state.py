@@ -5,7 +5,7 @@
     sharing    what a waiting one has in common with those who run: shown, or waited for
     admission  a waiting one starts: match, route, pin, reserve
     routing    where it could go, and which way is the cheapest
-    paging     a running one fills pages, publishes them, gets more, or gives them up
+    paging     a running one fills blocks, publishes them, gets more, or gives them up
     relief     before it has to, it goes elsewhere, or what it has is kept
 
 Imports the data that it holds; decides nothing.
@@ -15,11 +15,11 @@ from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig, Counters
 from scheduler.placement.columns import GroupColumns
-from scheduler.placement.open_pages import OpenPages
+from scheduler.placement.open_blocks import OpenBlocks
 from scheduler.placement.why import Tell
 from scheduler.protocol.messages import ROW_MASK, Failure, FinishReason
 from scheduler.queue.deadlines import Deadlines
-from scheduler.queue.limits import pages_for
+from scheduler.queue.limits import blocks_for
 from scheduler.queue.pace import Pace
 from scheduler.queue.waiting import WaitingRoom
 from scheduler.running.rates import Rates
@@ -32,21 +32,21 @@ class ClusterState:
     """Mutated by the core and its parts alone, one call at a time.
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
-    their pages, 0 if unknown. largest_up: pages of the largest pool that is up. computed: tokens that were computed lately.
+    their blocks, 0 if unknown. largest_up: blocks of the largest pool that is up. computed: tokens that were computed lately.
     lost: why the last group went for good. explain: who is told of every decision, with its reasons.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self.now_s = 0.0
-        self.table = BlockTable(config.page_size, config.stride)
+        self.table = BlockTable(config.block_size, config.stride)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}
         self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
-        self.open_pages = OpenPages(config.page_size, config.stride, enabled=config.prefix_caching)
+        self.open_blocks = OpenBlocks(config.block_size, config.stride, enabled=config.prefix_caching)
         self.outbox = Outbox()
         self.watch = Watch()
         self.columns = GroupColumns(self.table, self.watch)
@@ -76,12 +76,12 @@ class ClusterState:
         self._largest = max([self.largest_up, *self.expected.values()])
 
     def largest_pool(self) -> int | None:
-        """Pages of the largest pool; 0 without any group; None while a group of unknown size is expected."""
+        """Blocks of the largest pool; 0 without any group; None while a group of unknown size is expected."""
         return None if self._unknown else self._largest
 
-    def pages_for(self, sequence: Sequence, length: int) -> int:
-        """Pages that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
-        return min(pages_for(length + self.config.grant_ahead, self.config.page_size), sequence.pages_at_most)
+    def blocks_for(self, sequence: Sequence, length: int) -> int:
+        """Blocks that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
+        return min(blocks_for(length + self.config.grant_ahead, self.config.block_size), sequence.blocks_at_most)
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None

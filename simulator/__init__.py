@@ -4,7 +4,7 @@
     synthetic.py  traces made from a few numbers, for loads that nobody has recorded
     time_model.py how long a step takes: given, or calibrated from a benchmark of the engine
     groups.py     one group: the production resident batch, many decode steps at once
-    transfers.py  pages on their way between groups, and to and from host memory
+    transfers.py  blocks on their way between groups, and to and from host memory
     engines.py    cores with their groups: one core for all of them (Manta), or one for each behind a router
     routers.py    what others put in front of independent engines
     run.py        the events, in virtual time

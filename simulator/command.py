@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 import msgspec
 import typer
@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from deploy.cli.exits import reported_errors
 from deploy.cli.options import DebugOption
@@ -50,8 +51,8 @@ PolicyOption = Annotated[
     list[str], _option("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
 ]
 GroupsOption = Annotated[int, _option("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
-PagesOption = Annotated[int, _option("--pages", f"Pages in the pool of each group. Default: {SHAPE.pages}.")]
-PageSizeOption = Annotated[int, _option("--page-size", f"Tokens in a page, a power of two. Default: {SHAPE.page_size}.")]
+BlocksOption = Annotated[int, _option("--blocks", f"Blocks in the pool of each group. Default: {SHAPE.blocks}.")]
+BlockSizeOption = Annotated[int, _option("--block-size", f"Tokens in a block, a power of two. Default: {SHAPE.block_size}.")]
 RowsOption = Annotated[int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.rows}.")]
 BudgetOption = Annotated[
     int, _option("--max-num-batched-tokens", f"Tokens that one step of a group computes. Default: {SHAPE.step_tokens}.")
@@ -59,7 +60,7 @@ BudgetOption = Annotated[
 StrideOption = Annotated[
     int,
     _option(
-        "--hash-stride", f"Tokens in common from which part of a page is reused; 0: none is. Default: {SHAPE.hash_stride}."
+        "--hash-stride", f"Tokens in common from which part of a block is reused; 0: none is. Default: {SHAPE.hash_stride}."
     ),
 ]
 WaitOption = Annotated[
@@ -73,11 +74,11 @@ RelieveOption = Annotated[
     bool,
     _option(
         "--relieve/--no-relieve",
-        "Where pages can move, a group short of them moves or keeps who would have to give way. Default: it does.",
+        "Where blocks can move, a group short of them moves or keeps who would have to give way. Default: it does.",
     ),
 ]
 HostOption = Annotated[
-    int, _option("--host-pages", f"Pages in the host memory of each group, for manta-host. Default: {SHAPE.host_pages}.")
+    int, _option("--host-blocks", f"Blocks in the host memory of each group, for manta-host. Default: {SHAPE.host_blocks}.")
 ]
 FetchOption = Annotated[
     float,
@@ -123,18 +124,32 @@ JsonOption = Annotated[bool, _option("--json", "One JSON object, by policy, as t
 QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default: no.")]
 
 
+class OldSpellings(TyperCommand):
+    """Takes what these options were called before version 0.1, too, and says so."""
+
+    RENAMED: ClassVar = {"--pages": "--blocks", "--page-size": "--block-size", "--host-pages": "--host-blocks"}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for at, argument in enumerate(args):
+            name, equals, value = argument.partition("=")
+            if (now := self.RENAMED.get(name)) is not None:
+                sys.stderr.write(f"{name} is called {now} now; the old name goes with the next version\n")
+                args[at] = now + equals + value
+        return super().parse_args(ctx, args)
+
+
 def command(
     trace: TraceArgument,
     policy: PolicyOption = [],  # noqa: B006
     groups: GroupsOption = SHAPE.groups,
-    pages: PagesOption = SHAPE.pages,
-    page_size: PageSizeOption = SHAPE.page_size,
+    blocks: BlocksOption = SHAPE.blocks,
+    block_size: BlockSizeOption = SHAPE.block_size,
     max_num_seqs: RowsOption = SHAPE.rows,
     max_num_batched_tokens: BudgetOption = SHAPE.step_tokens,
     hash_stride: StrideOption = SHAPE.hash_stride,
     wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
     relieve: RelieveOption = SHAPE.relieve,
-    host_pages: HostOption = SHAPE.host_pages,
+    host_blocks: HostOption = SHAPE.host_blocks,
     fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
     host_rate: HostRateOption = LINKS.host_tokens_per_s,
     speed_up: SpeedOption = 1.0,
@@ -165,7 +180,7 @@ def command(
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
         times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
         shape = ClusterShape(
-            groups, pages, page_size, max_num_seqs, max_num_batched_tokens, host_pages, hash_stride, wait_for_prefix,
+            groups, blocks, block_size, max_num_seqs, max_num_batched_tokens, host_blocks, hash_stride, wait_for_prefix,
             relieve, times, LinkModel(fetch_rate, host_rate),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)

@@ -27,18 +27,18 @@ NEVER_S = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """groups, each with a pool of `pages` pages of `page_size` tokens, `rows` sequences and `step_tokens` tokens a step.
+    """groups, each with a pool of `blocks` blocks of `block_size` tokens, `rows` sequences and `step_tokens` tokens a step.
 
-    host_pages: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix, relieve: as in
+    host_blocks: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix, relieve: as in
     `CoreConfig`.
     """
 
     groups: int = 8
-    pages: int = 8000
-    page_size: int = 256
+    blocks: int = 8000
+    block_size: int = 256
     rows: int = 256
     step_tokens: int = 2048
-    host_pages: int = 32000
+    host_blocks: int = 32000
     hash_stride: int = 32
     wait_for_prefix: bool = True
     relieve: bool = True
@@ -46,21 +46,21 @@ class ClusterShape:
     links: LinkModel = field(default_factory=LinkModel)
 
     def __post_init__(self) -> None:
-        for name in ("groups", "pages", "rows", "step_tokens"):
+        for name in ("groups", "blocks", "rows", "step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.page_size < 16 or self.page_size & (self.page_size - 1):
-            raise ValueError(f"page_size must be a power of two from 16 up, not {self.page_size}")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size must be a power of two from 16 up, not {self.block_size}")
 
-    def pooled(self, pages: int) -> "ClusterShape":
-        """One group with the compute of all, and `pages` pages."""
+    def pooled(self, blocks: int) -> "ClusterShape":
+        """One group with the compute of all, and `blocks` blocks."""
         rows, step_tokens = min(self.rows * self.groups, 1 << 15), self.step_tokens * self.groups
-        return replace(self, groups=1, pages=pages, rows=rows, step_tokens=step_tokens, time=self.time.times(self.groups))
+        return replace(self, groups=1, blocks=blocks, rows=rows, step_tokens=step_tokens, time=self.time.times(self.groups))
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a core may do beyond routing: wait for a prefix that is being computed, fetch one from another group, keep pages in
+    """What a core may do beyond routing: wait for a prefix that is being computed, fetch one from another group, keep blocks in
     host memory."""
 
     wait_for_prefix: bool = False
@@ -86,7 +86,7 @@ class Engine:
         features: Features,
     ) -> None:
         config = CoreConfig(
-            page_size=shape.page_size, hash_stride=shape.hash_stride, wait_for_prefix=features.wait_for_prefix,
+            block_size=shape.block_size, hash_stride=shape.hash_stride, wait_for_prefix=features.wait_for_prefix,
             prefix_fetch=features.fetch, relieve=shape.relieve, seed=seed,
         )  # fmt: skip
         self.core = SchedulerCore(config)
@@ -96,7 +96,7 @@ class Engine:
         self._shape = shape
         self._features = features
         self._at = at
-        self._transfers = Transfers(shape.links, shape.page_size)
+        self._transfers = Transfers(shape.links, shape.block_size)
         self._looks_s = NEVER_S
         self._hear = hear
         self._epochs = dict.fromkeys(self.computed, 0)
@@ -162,13 +162,13 @@ class Engine:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
-        model_len = min(self.core.config.max_model_len, shape.pages * shape.page_size + shape.page_size)
-        batch = ResidentBatch(shape.rows, shape.page_size, shape.step_tokens, model_len)
+        model_len = min(self.core.config.max_model_len, shape.blocks * shape.block_size + shape.block_size)
+        batch = ResidentBatch(shape.rows, shape.block_size, shape.step_tokens, model_len)
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.config.grant_ahead)
         self._transfers.group_up(group, epoch)
-        slots = shape.host_pages if self._features.host else 0
+        slots = shape.host_blocks if self._features.host else 0
         ports = (f"group-{group}:0",) if self._features.fetch else ()
-        self._call(partial(self.core.group_up, group, epoch, shape.pages, shape.rows, slots=slots, ports=ports), now_s)
+        self._call(partial(self.core.group_up, group, epoch, shape.blocks, shape.rows, slots=slots, ports=ports), now_s)
 
     # ---- the shell
 

@@ -1,6 +1,6 @@
 """One simulated group in virtual time: the production resident batch, planned by the production code, without a model.
 
-A step with a prefill chunk or a first token is one step. Decode steps between two events (a page fills, a grant is due, an
+A step with a prefill chunk or a first token is one step. Decode steps between two events (a block fills, a grant is due, an
 output ends, a command arrives) differ in nothing that the scheduler sees: one run, computed at once and sent as one report.
 Imports `workers.loop.batch`, the messages and NumPy.
 """
@@ -97,10 +97,10 @@ class SimulatedGroup:
         self.prefilled += len(start.tokens) // 4 - start.cached_tokens
 
     def _steps(self, rows: npt.NDArray[np.int64]) -> int:
-        """How many decode steps these rows can do until one of them fills a page, wants a grant or ends."""
-        batch, page = self.batch, self.batch.page_size
+        """How many decode steps these rows can do until one of them fills a block, wants a grant or ends."""
+        batch, block = self.batch, self.batch.block_size
         known = batch.known[rows]
-        filled = page - (known - 1) % page
+        filled = block - (known - 1) % block
         low = batch.slots[rows] - self._ahead + 1 - known
         last = np.minimum(filled, batch.limit[rows] - known)
         return max(1, int(np.where(low > 0, np.minimum(last, low), last).min()))

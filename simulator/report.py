@@ -58,10 +58,10 @@ class Outcome(msgspec.Struct, frozen=True):
     that the busiest group computed / the mean over groups. ttft_s: from arrival to the first token. tpot_s: seconds a token
     after it, of requests with more than one. goodput: requests per second that met the target.
     fetched_tokens, loaded_tokens: that came from other groups, and from host memory. migrations: sequences that went to another
-    group with their pages. core_cpu_s: inside the cores;
+    group with their blocks. core_cpu_s: inside the cores;
     by request and by second of each group below it. core_share: of one core, and live_per_group: sequences that had not
     ended, while the second half of the requests came, that is under full load. virtual_s: until the last request ended.
-    index_bytes: of the block tables and prefix indexes at the end, the pages' tokens included.
+    index_bytes: of the block tables and prefix indexes at the end, the blocks' tokens included.
     """
 
     policy: str
@@ -123,7 +123,7 @@ def outcome(policy: str, trace: Listing[TraceRequest], engines: Listing[Engine],
 
 
 def table_bytes(engine: Engine) -> int:
-    """Memory of an engine's pools and index: the columns, and the integers and pages that they refer to, about."""
+    """Memory of an engine's pools and index: the columns, and the integers and blocks that they refer to, about."""
     table = engine.core.table
     pools = sum(
         sys.getsizeof(column) + 32 * len(column)
@@ -134,4 +134,4 @@ def table_bytes(engine: Engine) -> int:
     columns = (index.parents, index.hashes, index.holders, index.children, index.twins)
     nodes = sum(sys.getsizeof(column) for column in columns) + 32 * 2 * len(index.hashes)
     maps = sys.getsizeof(index.by_hash) + sum(sys.getsizeof(blocks) for blocks in index.blocks.values())
-    return pools + nodes + maps + sum(sys.getsizeof(page) for page in index.contents)
+    return pools + nodes + maps + sum(sys.getsizeof(block) for block in index.contents)

@@ -17,7 +17,7 @@ Hashes = list[int]
 
 class Router(Protocol):
     def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:
-        """Which engine takes a prompt of `tokens` tokens whose full pages have these hashes."""
+        """Which engine takes a prompt of `tokens` tokens whose full blocks have these hashes."""
         ...
 
 
@@ -52,7 +52,7 @@ def cost(load: Load, tokens: int, hit: int) -> float:
 
 
 def depth(hashes: Hashes, held: Collection[int]) -> int:
-    """How many pages, from the first on, are held."""
+    """How many blocks, from the first on, are held."""
     return next((at for at, hash_ in enumerate(hashes) if hash_ not in held), len(hashes))
 
 
@@ -79,22 +79,22 @@ class LeastLoad:
 
 
 class ApproximateIndex:
-    """Remembers what it sent where, as many pages as a pool has, the least recent forgotten first; loads are exact."""
+    """Remembers what it sent where, as many blocks as a pool has, the least recent forgotten first; loads are exact."""
 
-    def __init__(self, engines: int, pages: int, page_size: int) -> None:
+    def __init__(self, engines: int, blocks: int, block_size: int) -> None:
         self._sent: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(engines)]
-        self._pages = pages
-        self._page_size = page_size
+        self._blocks = blocks
+        self._block_size = block_size
 
     def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
         loads = [Load.of(engine) for engine in engines]
-        hits = [depth(hashes, sent) * self._page_size for sent in self._sent]
+        hits = [depth(hashes, sent) * self._block_size for sent in self._sent]
         choice = cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
         sent = self._sent[choice]
         for hash_ in reversed(hashes):  # leaves are older than their parents, hence forgotten first
             sent[hash_] = None
             sent.move_to_end(hash_)
-        while len(sent) > self._pages:
+        while len(sent) > self._blocks:
             sent.popitem(last=False)
         return choice
 
@@ -102,8 +102,8 @@ class ApproximateIndex:
 class MirroredIndex:
     """The engines' indexes and loads, copied every `lag_s`; costs added up as Manta does. lag_s 0: never stale."""
 
-    def __init__(self, page_size: int, lag_s: float) -> None:
-        self._page_size = page_size
+    def __init__(self, block_size: int, lag_s: float) -> None:
+        self._block_size = block_size
         self._lag_s = lag_s
         self._seen_s = float("-inf")
         self._loads: list[Load] = []
@@ -117,7 +117,7 @@ class MirroredIndex:
                 self._held = [frozenset(held) for held in self._held]
             self._seen_s = now_s
         loads = [load._replace(up=engine.up) for load, engine in zip(self._loads, engines, strict=True)]
-        hits = [depth(hashes, held) * self._page_size for held in self._held]
+        hits = [depth(hashes, held) * self._block_size for held in self._held]
         return cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
 
 

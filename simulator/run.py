@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from scheduler.placement.why import Decision
 from scheduler.protocol.messages import NO_TOKEN, Deltas
-from scheduler.queue.limits import RequestRefused, pages_for
+from scheduler.queue.limits import RequestRefused, blocks_for
 from simulator.engines import ClusterShape, Engine, Features, as_request
 from simulator.report import Outcome, Record, Target, outcome
 from simulator.routers import ApproximateIndex, LeastLoad, LongestPrefix, MirroredIndex, RoundRobin, Router
@@ -29,14 +29,14 @@ PROGRESS_STEP = 64
 POLICIES: dict[str, str] = {
     "manta": "one core for all groups: route = allocate, by estimated time to first token",
     "manta-fetch": "the same, and prefixes are fetched from other groups where that is cheaper than to compute them",
-    "manta-host": "the same, and each group keeps pages that leave its pool in host memory",
+    "manta-host": "the same, and each group keeps blocks that leave its pool in host memory",
     "round-robin": "independent engines in turn",
     "least-load": "independent engines, least work queued or running",
     "approximate": "independent engines, cost by the router's memory of what it sent where",
     "lagging": "independent engines, cost by copies of their indexes and loads that lag behind",
     "longest-prefix": "independent engines, longest prefix by their own indexes, then load",
     "precise": "independent engines, cost by their own indexes and loads, never stale: the best a router could know",
-    "single-pool": "bound: one group with the compute and the pages of all",
+    "single-pool": "bound: one group with the compute and the blocks of all",
     "infinite": "bound: one group with the compute of all that never evicts",
 }
 
@@ -117,7 +117,7 @@ class Replay:
         shape = self._shape()
         one_core = policy.startswith("manta") or policy in BOUNDS
         parts = [range(shape.groups)] if one_core else [range(group, group + 1) for group in range(shape.groups)]
-        self._page_size = shape.page_size
+        self._block_size = shape.block_size
         waits = one_core and shape.wait_for_prefix
         features = Features(waits, policy in ("manta-fetch", "manta-host"), policy == "manta-host")
         self._stopwatch = Stopwatch()
@@ -149,10 +149,10 @@ class Replay:
     def _shape(self) -> ClusterShape:
         shape = self._scenario.shape
         if self._policy == "single-pool":
-            return shape.pooled(shape.pages * shape.groups)
+            return shape.pooled(shape.blocks * shape.groups)
         if self._policy == "infinite":
             tokens = [request.prompt_tokens + request.output_tokens for request in self._trace]
-            return shape.pooled(sum(pages_for(each, shape.page_size) + 1 for each in tokens) + shape.pages)
+            return shape.pooled(sum(blocks_for(each, shape.block_size) + 1 for each in tokens) + shape.blocks)
         return shape
 
     def _make_router(self) -> Router:
@@ -160,10 +160,10 @@ class Replay:
         routers: dict[str, Callable[[], Router]] = {
             "round-robin": RoundRobin,
             "least-load": LeastLoad,
-            "approximate": partial(ApproximateIndex, shape.groups, shape.pages, shape.page_size),
-            "lagging": partial(MirroredIndex, shape.page_size, self._scenario.lag_s),
+            "approximate": partial(ApproximateIndex, shape.groups, shape.blocks, shape.block_size),
+            "lagging": partial(MirroredIndex, shape.block_size, self._scenario.lag_s),
             "longest-prefix": LongestPrefix,
-            "precise": partial(MirroredIndex, shape.page_size, 0.0),
+            "precise": partial(MirroredIndex, shape.block_size, 0.0),
         }
         return routers[self._policy]()
 
@@ -181,7 +181,7 @@ class Replay:
 
     def _submit(self, request: TraceRequest) -> None:
         tokens = request.tokens()
-        hashes = hash_pages(tokens, self._page_size)
+        hashes = hash_blocks(tokens, self._block_size)
         at = 0 if self._router is None else self._router.choose(self._engines, hashes, len(tokens), self._now_s)
         self._place[request.number] = at
         try:

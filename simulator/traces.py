@@ -101,12 +101,12 @@ class _Line(msgspec.Struct, frozen=True):
     input_length: int
     output_length: int
     hash_ids: list[int] = []
-    page_size: int | None = None
+    block_size: int | None = None
     priority: int = 0
 
 
 def _read_json(lines: Lines, seed: int) -> Iterator[TraceRequest]:
-    """A request log names the full pages alone, and its times are exact."""
+    """A request log names the full blocks alone, and its times are exact."""
     random = np.random.default_rng(seed)
     decode = msgspec.json.Decoder(_Line).decode
     for number, text in enumerate(lines):
@@ -116,10 +116,10 @@ def _read_json(lines: Lines, seed: int) -> Iterator[TraceRequest]:
             line = decode(text)
         except msgspec.DecodeError as error:
             raise TraceError(f"line {number + 1}: {error}") from error
-        rounded_s = MOONCAKE_BUCKET_S if line.page_size is None else 0.0
+        rounded_s = MOONCAKE_BUCKET_S if line.block_size is None else 0.0
         yield _request(
             number, line.timestamp / 1e3 + rounded_s * random.random(), line.input_length, line.output_length,
-            np.array(line.hash_ids, np.uint64), line.page_size or MOONCAKE_BLOCK_TOKENS, line.priority,
+            np.array(line.hash_ids, np.uint64), line.block_size or MOONCAKE_BLOCK_TOKENS, line.priority,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Pages on their way beside the steps, in virtual time: between groups, and between a group and its host memory.
+"""Blocks on their way beside the steps, in virtual time: between groups, and between a group and its host memory.
 
 Each group has four channels, to and from other groups, to and from its host memory. What uses a channel at the same time
 shares it equally; what crosses two channels goes at the pace of the slower share. Imports the messages and kvcache ids.
@@ -58,9 +58,9 @@ class Transfers:
     Told what time it is by every call, in order. `finished` collects answers, `next_s` says when the next one is due.
     """
 
-    def __init__(self, links: LinkModel, page_size: int) -> None:
+    def __init__(self, links: LinkModel, block_size: int) -> None:
         self._links = links
-        self._page_size = page_size
+        self._block_size = block_size
         self._now_s = 0.0
         self._flows: dict[int, Flow] = {}
         self._halves: dict[int, tuple[GroupId, Send | Receive]] = {}  # the other group has not come to it yet
@@ -91,13 +91,13 @@ class Transfers:
             self._cut(group, movement)
         elif isinstance(movement, Offload | Load):
             kind: Literal["offload", "load"] = "offload" if isinstance(movement, Offload) else "load"
-            self._start(movement.transfer, len(movement.pages) // 4, ((kind, group),), (group,))
+            self._start(movement.transfer, len(movement.blocks) // 4, ((kind, group),), (group,))
         elif (other := self._halves.pop(movement.transfer, None)) is None:
             self._halves[movement.transfer] = (group, movement)
         else:
             sender, receiver = (group, other[0]) if isinstance(movement, Send) else (other[0], group)
-            pages = len(movement.pages) // 4
-            self._start(movement.transfer, pages, (("out", sender), ("in", receiver)), (sender, receiver))
+            blocks = len(movement.blocks) // 4
+            self._start(movement.transfer, blocks, (("out", sender), ("in", receiver)), (sender, receiver))
         self._share()
 
     def finished(self, now_s: float) -> list[tuple[GroupId, Moved]]:
@@ -124,8 +124,8 @@ class Transfers:
 
     # ---- the parts
 
-    def _start(self, transfer: int, pages: int, channels: tuple[Channel, ...], ends: tuple[GroupId, ...]) -> None:
-        tokens = pages * self._page_size
+    def _start(self, transfer: int, blocks: int, channels: tuple[Channel, ...], ends: tuple[GroupId, ...]) -> None:
+        tokens = blocks * self._block_size
         self._flows[transfer] = Flow(transfer, tokens, float(tokens), self._links.latency_s, self._now_s, channels, ends)
 
     def _cut(self, group: GroupId, cut: Cut) -> None:

@@ -29,7 +29,7 @@ class WorkerActor:
         return self._life.open()
 
     def build(self, rendezvous: "Rendezvous") -> int:
-        """Joins the group, loads the weights and allocates the pool; returns its pages. All ranks at the same time."""
+        """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""
         return self._life.build(rendezvous)
 
     def phase(self) -> tuple[str, int, int]:

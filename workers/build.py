@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
 from workers.config import WorkerConfig
@@ -50,20 +50,20 @@ CPU_KV_FRACTION = 0.4
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A rank that can step, and what its mover works on. host: its pages in host memory, None without such a tier.
+    """A rank that can step, and what its mover works on. host: its blocks in host memory, None without such a tier.
 
-    pages: of the pool, that sequences may be granted.
+    blocks: of the pool, that sequences may be granted.
     """
 
     rank: Rank
     pool: KVPool
     host: KVPool | None
-    pages: int
+    blocks: int
 
     @property
     def slots(self) -> int:
-        """Pages of host memory; equal on all ranks of a group."""
-        return self.host.pages if self.host is not None else 0
+        """Blocks of host memory; equal on all ranks of a group."""
+        return self.host.blocks if self.host is not None else 0
 
 
 def build_rank(
@@ -79,23 +79,23 @@ def build_rank(
     model_config = read_config(Path(config.model))
     shape = model_config.shard(comm.rank, comm.size)
     dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
-    layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+    layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
     threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
-        runner, pages = make(RunnerSpec(config, model_config, layout, comm, dtype, device, constraints), phase)
+        runner, blocks = make(RunnerSpec(config, model_config, layout, comm, dtype, device, constraints), phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         constraints.close()
         raise
     if comm.rank == 0:
-        logger.info("KV pool: %d pages of %d tokens, %s bytes a rank", pages, config.page_size,
-                    f"{pages * layout.page_bytes:,}")  # fmt: skip
-    batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-    return Built(Rank(batch, runner, config.depth), runner.pool, host, pages)
+        logger.info("KV pool: %d blocks of %d tokens, %s bytes a rank", blocks, config.block_size,
+                    f"{blocks * layout.block_bytes:,}")  # fmt: skip
+    batch = ResidentBatch(config.rows, config.block_size, config.step_tokens, config.max_model_len)
+    return Built(Rank(batch, runner, config.depth), runner.pool, host, blocks)
 
 
 def settle() -> None:
@@ -126,7 +126,7 @@ def _choose_dtype(
 
 
 def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
-    """What executes on a CPU, and how many pages it has."""
+    """What executes on a CPU, and how many blocks it has."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
     model = load_model(
         config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), config.max_model_len
@@ -135,17 +135,17 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     memory = config.kv_memory
     if memory is None:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
-    pages = _agree_on_pages(comm, _useful_pages(config, spec.layout, memory), device)
-    pool = KVPool(spec.layout, pages, device)
+    blocks = _agree_on_blocks(comm, _useful_blocks(config, spec.layout, memory), device)
+    pool = KVPool(spec.layout, blocks, device)
     model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     sampler = Sampler(
         vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=spec.dtype
     )
-    return ModelRunner(model, sampler, spec.constraints, config.rows, pool), pages
+    return ModelRunner(model, sampler, spec.constraints, config.rows, pool), blocks
 
 
 def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
-    """What executes on a GPU, and how many pages it has for sequences: one more is where padding writes."""
+    """What executes on a GPU, and how many blocks it has for sequences: one more is where padding writes."""
     from workers.execution.gpu import GpuParts  # Triton comes with it
 
     parts = GpuParts(spec)
@@ -153,32 +153,32 @@ def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
     phase(MEASURING, 0, 0)
     config, layout = spec.config, spec.layout
     memory = config.kv_memory if config.kv_memory is not None else parts.measure()
-    pages = _agree_on_pages(spec.comm, _useful_pages(config, layout, memory - layout.page_bytes), spec.device)
-    return parts.runner(pages, partial(phase, CAPTURING)), pages
+    blocks = _agree_on_blocks(spec.comm, _useful_blocks(config, layout, memory - layout.block_bytes), spec.device)
+    return parts.runner(blocks, partial(phase, CAPTURING)), blocks
 
 
-def _host_pool(config: WorkerConfig, layout: PageLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
-    """Pages in host memory: on a CPU committed as they are first written, for a GPU pinned at once.
+def _host_pool(config: WorkerConfig, layout: BlockLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:
+    """Blocks in host memory: on a CPU committed as they are first written, for a GPU pinned at once.
 
     Errors: ValueError if not even one fits, RuntimeError where so much cannot be pinned.
     """
     phase(PINNING, 0, 0)
-    if config.host_kv_memory < layout.page_bytes:
-        raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no page: one takes {layout.page_bytes:,} bytes")
-    slots = _agree_on_pages(comm, layout.pages_in(config.host_kv_memory), device)
+    if config.host_kv_memory < layout.block_bytes:
+        raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no block: one takes {layout.block_bytes:,} bytes")
+    slots = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
     if comm.rank == 0:
-        logger.info("host tier: %d pages, %s bytes a rank", slots, f"{slots * layout.page_bytes:,}")
+        logger.info("host tier: %d blocks, %s bytes a rank", slots, f"{slots * layout.block_bytes:,}")
     return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
 
 
-def _useful_pages(config: WorkerConfig, layout: PageLayout, memory: int) -> int:
-    """Whole pages in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
-    return min(layout.pages_in(memory), config.rows * layout.pages_for(config.max_model_len))
+def _useful_blocks(config: WorkerConfig, layout: BlockLayout, memory: int) -> int:
+    """Whole blocks in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
+    return min(layout.blocks_in(memory), config.rows * layout.blocks_for(config.max_model_len))
 
 
-def _agree_on_pages(comm: Communicator, pages: int, device: torch.device) -> int:
-    """The smallest pool of the group: a page id must be valid on every rank."""
-    return _least(comm, device, pages)
+def _agree_on_blocks(comm: Communicator, blocks: int, device: torch.device) -> int:
+    """The smallest pool of the group: a block id must be valid on every rank."""
+    return _least(comm, device, blocks)
 
 
 def _least(comm: Communicator, device: torch.device, number: int) -> int:
@@ -187,15 +187,15 @@ def _least(comm: Communicator, device: torch.device, number: int) -> int:
 
 
 def _available_memory() -> int:
-    """Bytes that the host can give without swapping (Linux; elsewhere the free pages)."""
+    """Bytes that the host can give without swapping (Linux; elsewhere the free blocks)."""
     return _memory("MemAvailable", "SC_AVPHYS_PAGES")
 
 
-def _memory(kind: str, pages: str) -> int:
-    """Bytes of the host. kind: a line of Linux's meminfo; pages: what else to ask sysconf for."""
+def _memory(kind: str, blocks: str) -> int:
+    """Bytes of the host. kind: a line of Linux's meminfo; blocks: what else to ask sysconf for."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith(f"{kind}:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(blocks)

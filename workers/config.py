@@ -21,15 +21,15 @@ class WorkerConfig:
     """What every rank of a cluster is told. dtype: "auto" or a name in `architectures.DTYPES`. kv_memory: bytes of each
     rank, or None.
 
-    host_kv_memory: bytes of host memory in which each rank keeps pages beside its pool; 0: none. transfers: whether its groups
-    exchange pages. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
+    host_kv_memory: bytes of host memory in which each rank keeps blocks beside its pool; 0: none. transfers: whether its groups
+    exchange blocks. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
     whether a GPU's decode steps are captured. report_steps, report_hold_s: as in `Reporter`. log_format: "text" or "json".
     """
 
     model: str
     device: str
     dtype: str
-    page_size: int
+    block_size: int
     kv_memory: int | None
     gpu_memory_fraction: float
     max_model_len: int

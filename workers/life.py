@@ -14,7 +14,7 @@ from workers.build import Built, build_rank, settle
 from workers.config import SchedulerAddress, WorkerConfig
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
-from workers.moving.mover import PageMover
+from workers.moving.mover import BlockMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import connect
@@ -56,14 +56,14 @@ class RankLife:
         return Rendezvous(self._host, store_port, self._listener.getsockname()[1])
 
     def build(self, rendezvous: Rendezvous) -> int:
-        """Joins the group, loads the weights and allocates the pool; returns its pages. All ranks at the same time."""
+        """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""
         address = f"{rendezvous.host}:{rendezvous.store_port}"
         device = torch.device(self._config.device, 0) if self._config.device == "cuda" else torch.device(self._config.device)
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
         self._built = build_rank(self._config, self._comm, self._enter)
         settle()
-        return self._built.pages
+        return self._built.blocks
 
     def _enter(self, phase: str, done: int, total: int) -> None:
         self.phase = (phase, done, total)
@@ -89,7 +89,7 @@ class RankLife:
         )
         self._attach_mover(transport, gathered.add)
         hello = Hello(
-            scheduler.token, self._group, self._epoch, self._built.pages, self._config.rows, self._built.slots,
+            scheduler.token, self._group, self._epoch, self._built.blocks, self._config.rows, self._built.slots,
             (transport.address, *feed.ports) if transport is not None else (),
         )  # fmt: skip
         link = SocketLink(scheduler.host, scheduler.port, hello)
@@ -114,7 +114,7 @@ class RankLife:
             inbox.close()
 
     def _open_transport(self, scheduler: SchedulerAddress) -> SocketTransport | None:
-        """Where other groups fetch this rank's pages; None if groups exchange none."""
+        """Where other groups fetch this rank's blocks; None if groups exchange none."""
         if not self._config.transfers:
             return None
         assert self._built is not None
@@ -129,6 +129,6 @@ class RankLife:
 
     def _attach_mover(self, transport: SocketTransport | None, moved: OnMoved) -> None:
         assert self._built is not None
-        self._built.rank.mover = PageMover(
+        self._built.rank.mover = BlockMover(
             self._built.pool, self._built.host, transport, moved, rank=self._rank, epoch=self._epoch
         )

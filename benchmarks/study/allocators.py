@@ -1,4 +1,4 @@
-"""Memory that a full server of one pool wastes: contiguous preallocation against pages, simulated step by step.
+"""Memory that a full server of one pool wastes: contiguous preallocation against blocks, simulated step by step.
 
 The queue is never empty, the order is first come, first served. A request that is admitted holds its prompt at once and one
 token more after each step. Pure Python; imports the prefixes and the streams.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.study.prefixes import page_keys
+from benchmarks.study.prefixes import block_keys
 from benchmarks.study.streams import StudyRequest, Workload
 
 GRANT_AHEAD = 4
@@ -23,8 +23,8 @@ def power_of_two(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def pages_for(tokens: int, page: int) -> int:
-    return -(-tokens // page)
+def blocks_for(tokens: int, block: int) -> int:
+    return -(-tokens // block)
 
 
 class Memory(Protocol):
@@ -100,15 +100,15 @@ class Contiguous:
 
 
 class Paged:
-    """Pages on demand, `GRANT_AHEAD` slots before they are needed; with `unit`, full pages of equal prefixes are held once.
+    """Blocks on demand, `GRANT_AHEAD` slots before they are needed; with `unit`, full blocks of equal prefixes are held once.
 
     unit: tokens that a name of the workload stands for. Content that nobody holds is not kept: what is counted is sharing
     among those who run, not caching.
     """
 
-    def __init__(self, total: int, page: int, unit: int | None = None) -> None:
-        self._pages = total // page
-        self._page = page
+    def __init__(self, total: int, block: int, unit: int | None = None) -> None:
+        self._blocks = total // block
+        self._block = block
         self._unit = unit
         self._held = 0
         self._last: dict[int, int] = {}
@@ -118,15 +118,15 @@ class Paged:
 
     @property
     def allocated(self) -> int:
-        return self._held * self._page
+        return self._held * self._block
 
     def admit(self, number: int, request: StudyRequest) -> bool:
-        tokens, page = request.asked.prompt_tokens, self._page
-        keys = [] if self._unit is None else page_keys(request.asked.names, self._unit, tokens, page)
-        limit = pages_for(request.computed_tokens, page)
-        wanted = min(pages_for(tokens + GRANT_AHEAD, page), limit)
+        tokens, block = request.asked.prompt_tokens, self._block
+        keys = [] if self._unit is None else block_keys(request.asked.names, self._unit, tokens, block)
+        limit = blocks_for(request.computed_tokens, block)
+        wanted = min(blocks_for(tokens + GRANT_AHEAD, block), limit)
         new = wanted - sum(key in self._holders for key in keys)
-        if self._held + new > self._pages:
+        if self._held + new > self._blocks:
             return False
         self._holders.update(keys)
         self._held += new
@@ -134,8 +134,8 @@ class Paged:
         return True
 
     def grow(self, number: int, tokens: int) -> bool:
-        more = min(pages_for(tokens + GRANT_AHEAD, self._page), self._limits[number]) - self._last[number]
-        if self._held + more > self._pages:
+        more = min(blocks_for(tokens + GRANT_AHEAD, self._block), self._limits[number]) - self._last[number]
+        if self._held + more > self._blocks:
             return False
         self._held += more
         self._last[number] += more
@@ -143,7 +143,7 @@ class Paged:
 
     def next_growth(self, number: int, tokens: int) -> int | None:  # noqa: ARG002
         last = self._last[number]
-        return None if last == self._limits[number] else last * self._page - GRANT_AHEAD + 1
+        return None if last == self._limits[number] else last * self._block - GRANT_AHEAD + 1
 
     def free(self, number: int) -> None:
         keys = self._shared.pop(number)
@@ -227,7 +227,7 @@ class FullServer:
         heapq.heappush(self._events, (self._now + max(1, min(at, grows or at) - tokens), number))
 
     def _handle(self) -> None:
-        """Whoever ends or needs a page at this step; the oldest first."""
+        """Whoever ends or needs a block at this step; the oldest first."""
         while self._events and self._events[0][0] == self._now:
             _, number = heapq.heappop(self._events)
             if number not in self._running:
@@ -254,11 +254,11 @@ class FullServer:
         self._preemptions += 1
 
 
-def paged_steps(first: int, last: int, page: int) -> int:
-    """Tokens' worth of pages summed over the steps at which a sequence has first, first + 1, ..., last tokens."""
+def paged_steps(first: int, last: int, block: int) -> int:
+    """Tokens' worth of blocks summed over the steps at which a sequence has first, first + 1, ..., last tokens."""
 
     def up_to(tokens: int) -> int:
-        full, rest = divmod(tokens, page)
-        return page * (page * full * (full + 1) // 2 + rest * (full + 1))
+        full, rest = divmod(tokens, block)
+        return block * (block * full * (full + 1) // 2 + rest * (full + 1))
 
     return up_to(last) - up_to(first - 1)

@@ -12,12 +12,12 @@ from typing import Any
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.study.options import Options, in_turns, spread
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 
-PAGE, SMALL_PAGE = 256, 32
+BLOCK, SMALL_BLOCK = 256, 32
 PROMPT, OUTPUT, BATCH = 1025, 16, 4
 SHARED = (0, 512, 896, 1024)
-"""Cached tokens of a prompt; 896 ends inside a page of 256."""
+"""Cached tokens of a prompt; 896 ends inside a block of 256."""
 SHORT_PROMPTS, LONGEST_SHORT, BUCKETS = 32, 128, 4
 PRESSED, PRESSED_TOKENS = 16, 64
 PRESSURES = (1.0, 0.5, 0.25)
@@ -29,17 +29,17 @@ Prompts = list[list[int]]
 class Bench:
     """One engine and a source of prompts that it has not seen."""
 
-    def __init__(self, options: Options, page: int, pages: int) -> None:
+    def __init__(self, options: Options, block: int, blocks: int) -> None:
         from deploy import LLM, SamplingParams
 
         shape = SHAPES[options.model]
-        layout = PageLayout(page, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+        layout = BlockLayout(block, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
         checkpoint = ensure_checkpoint(options.model, options.cache)
         self._random = random.Random(options.seed)
         self._vocabulary = shape.vocabulary
         self._params = SamplingParams
         self.llm = LLM(
-            model=str(checkpoint), groups=1, dtype="bfloat16", kv_memory=layout.page_bytes * pages, block_size=page,
+            model=str(checkpoint), groups=1, dtype="bfloat16", kv_memory=layout.block_bytes * blocks, block_size=block,
             local=True, threads=options.threads,
         )  # fmt: skip
 
@@ -113,8 +113,8 @@ def padding(bench: Bench) -> dict[str, Any]:
 
 def pressure(options: Options) -> list[dict[str, Any]]:
     """One batch in pools that hold all of it, half, a quarter: output tokens/s, and what preemption made it compute again."""
-    needed = PRESSED * (2 * PRESSED_TOKENS // SMALL_PAGE)
-    benches = {share: Bench(options, SMALL_PAGE, round(share * needed) + 1) for share in PRESSURES}
+    needed = PRESSED * (2 * PRESSED_TOKENS // SMALL_BLOCK)
+    benches = {share: Bench(options, SMALL_BLOCK, round(share * needed) + 1) for share in PRESSURES}
     try:
         rates: dict[float, list[float]] = {share: [] for share in PRESSURES}
         for number in range(ROUNDS + 1):
@@ -137,10 +137,10 @@ def pressure(options: Options) -> list[dict[str, Any]]:
 
 
 def engine_runs(options: Options) -> dict[str, Any]:
-    bench = Bench(options, PAGE, 512)
+    bench = Bench(options, BLOCK, 512)
     try:
         shape = SHAPES[options.model]
-        layout = PageLayout(PAGE, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+        layout = BlockLayout(BLOCK, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
         found = {"reuse": reuse(bench), "padding": padding(bench)}
     finally:
         bench.llm.shutdown()

@@ -1,34 +1,34 @@
-"""Question 3: fragmentation. Tokens wasted in partly filled pages, against contiguous preallocation; and the reuse that ends
-with a page, which reuse by the token wins back.
+"""Question 3: fragmentation. Tokens wasted in partly filled blocks, against contiguous preallocation; and the reuse that ends
+with a block, which reuse by the token wins back.
 
 Exact arithmetic over the lengths and the tokens of the workloads. Pure Python and NumPy.
 """
 
 from typing import Any, Literal
 
-from benchmarks.study.allocators import paged_steps, pages_for, power_of_two
+from benchmarks.study.allocators import blocks_for, paged_steps, power_of_two
 from benchmarks.study.options import Options, Result, machine, run_alone
 from benchmarks.study.prefixes import hit_tokens, longest_prefixes
 from benchmarks.study.reuse import production
 from benchmarks.study.streams import Workload, workloads
 
 Reserve = Literal["max", "power of two", "exact"]
-PAGES = (16, 32, 64, 128, 256)
+BLOCKS = (16, 32, 64, 128, 256)
 RESERVES: tuple[Reserve, ...] = ("max", "power of two", "exact")
 STRIDE = 32
 VLLM_WASTE, VLLM_PAGE = 0.04, 16
 """Published: "under 4%" of the KV memory is wasted (the vLLM announcement of June 2023), with blocks of 16 tokens."""
 
 
-def wasted_in_pages(lengths: list[tuple[int, int]], page: int) -> float:
+def wasted_in_blocks(lengths: list[tuple[int, int]], block: int) -> float:
     """Share of the paged memory that holds no token, over all decode steps. lengths: (first, last) tokens of each sequence."""
     held = sum((first + last) * (last - first + 1) // 2 for first, last in lengths)
-    return 1 - held / sum(paged_steps(first, last, page) for first, last in lengths)
+    return 1 - held / sum(paged_steps(first, last, block) for first, last in lengths)
 
 
-def wasted_at_end(lengths: list[tuple[int, int]], page: int) -> float:
-    """Mean tokens of a sequence's last page that stay empty when it ends."""
-    return sum(pages_for(last, page) * page - last for _, last in lengths) / len(lengths)
+def wasted_at_end(lengths: list[tuple[int, int]], block: int) -> float:
+    """Mean tokens of a sequence's last block that stay empty when it ends."""
+    return sum(blocks_for(last, block) * block - last for _, last in lengths) / len(lengths)
 
 
 def wasted_contiguous(lengths: list[tuple[int, int]], reserve: Reserve) -> float:
@@ -63,23 +63,23 @@ def continued_prefixes(workload: Workload) -> list[int]:
 
 
 def hit_rates(prefixes: list[int], total: int) -> dict[str, float]:
-    """Share of all prompt tokens found, by page size, with reuse by the token, and to the last token."""
-    rates = {f"pages of {page}": sum(hit_tokens(each, page) for each in prefixes) / total for page in PAGES}
-    rates[f"pages of 256, stride {STRIDE}"] = sum(hit_tokens(each, 256, STRIDE) for each in prefixes) / total
+    """Share of all prompt tokens found, by block size, with reuse by the token, and to the last token."""
+    rates = {f"blocks of {block}": sum(hit_tokens(each, block) for each in prefixes) / total for block in BLOCKS}
+    rates[f"blocks of 256, stride {STRIDE}"] = sum(hit_tokens(each, 256, STRIDE) for each in prefixes) / total
     rates["every token"] = sum(prefixes) / total
     return {name: round(rate, 5) for name, rate in rates.items()}
 
 
 def replayed(workload: Workload) -> dict[str, float]:
-    """The production core's hit rates with and without reuse inside a page, in a pool that never evicts, beside the model's.
+    """The production core's hit rates with and without reuse inside a block, in a pool that never evicts, beside the model's.
 
     A replay makes answers of its own, so the model leaves answers out here.
     """
-    room = sum(pages_for(request.computed_tokens + 1, 256) + 1 for request in workload.requests)
+    room = sum(blocks_for(request.computed_tokens + 1, 256) + 1 for request in workload.requests)
     prefixes, total = longest_prefixes(workload, answers=False), workload.prompt_tokens
     return {
-        "pages, core": production(workload, room, 0),
-        "pages, model": round(sum(hit_tokens(each, 256) for each in prefixes) / total, 5),
+        "blocks, core": production(workload, room, 0),
+        "blocks, model": round(sum(hit_tokens(each, 256) for each in prefixes) / total, 5),
         "tokens, core": production(workload, room, STRIDE),
         "tokens, model": round(sum(hit_tokens(each, 256, STRIDE) for each in prefixes) / total, 5),
     }
@@ -90,8 +90,8 @@ def study(workload: Workload) -> dict[str, Any]:
     total = workload.prompt_tokens
     result: dict[str, Any] = {
         "mean_tokens": round(sum(last for _, last in lengths) / len(lengths)),
-        "waste": {str(page): round(wasted_in_pages(lengths, page), 5) for page in PAGES},
-        "empty_at_end": {str(page): round(wasted_at_end(lengths, page), 1) for page in PAGES},
+        "waste": {str(block): round(wasted_in_blocks(lengths, block), 5) for block in BLOCKS},
+        "empty_at_end": {str(block): round(wasted_at_end(lengths, block), 1) for block in BLOCKS},
         "contiguous": {each: round(wasted_contiguous(lengths, each), 5) for each in RESERVES},
         "hits": hit_rates(longest_prefixes(workload), total),
         "replayed": replayed(workload),

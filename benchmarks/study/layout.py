@@ -1,8 +1,8 @@
-"""Question 1: how pages lie in memory. Page-first (Manta) against layer-first, copy by copy, and what attention makes of it.
+"""Question 1: how blocks lie in memory. Block-first (Manta) against layer-first, copy by copy, and what attention makes of it.
 
-page-first   [page, layer, k|v, slot, head, dim]      a page is one run of bytes
-layer-first  [layer, k|v, page, slot, head, dim]      a page is 2 x layers runs, in one tensor
-per layer    layer-first in a tensor for each layer   a page is 2 x layers runs and operations (vLLM's pools)
+block-first   [block, layer, k|v, slot, head, dim]      a block is one run of bytes
+layer-first  [layer, k|v, block, slot, head, dim]      a block is 2 x layers runs, in one tensor
+per layer    layer-first in a tensor for each layer   a block is 2 x layers runs and operations (vLLM's pools)
 
 May import `kvcache.pool`, `workers.attention` and torch.
 """
@@ -22,39 +22,39 @@ from torch import Tensor
 from benchmarks.attention import CASES, Case, passes
 from benchmarks.checkpoints import SHAPES
 from benchmarks.study.options import Options, Result, in_turns, machine, run_alone, spread
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 
-SHAPE, DTYPE, PAGE = "0.6B", "bfloat16", 256
+SHAPE, DTYPE, BLOCK = "0.6B", "bfloat16", 256
 GPU_CASES = (Case("decode 32 x 4,000", 32, 1, 4000), Case("chunk of 2,048 after 6,144", 1, 2048, 8192))
 """Beside the usual ones, which hardly keep a GPU busy."""
 
 PARTIAL_TOKENS = 100
-BATCH_PAGES = 8
+BATCH_BLOCKS = 8
 
 
 class Pools:
-    """The same number of pages in the three layouts, on one device, and a page's worth of host memory."""
+    """The same number of blocks in the three layouts, on one device, and a block's worth of host memory."""
 
-    def __init__(self, layout: PageLayout, pages: int, device: str) -> None:
+    def __init__(self, layout: BlockLayout, blocks: int, device: str) -> None:
         self.layout = layout
-        self.first = KVPool(layout, pages, device)
+        self.first = KVPool(layout, blocks, device)
         layers, two, *rest = layout.shape
-        shape = (layers, two, pages, *rest)
+        shape = (layers, two, blocks, *rest)
         self.layered = torch.zeros(shape, dtype=self.first.dtype, device=device)
         self.single = [torch.zeros(shape[1:], dtype=self.first.dtype, device=device) for _ in range(layers)]
         self.first.data.zero_()
         pinned = device == "cuda"
         self.host = torch.zeros(layout.shape, dtype=self.first.dtype, pin_memory=pinned)
-        self.hosts = torch.zeros((BATCH_PAGES, *layout.shape), dtype=self.first.dtype, pin_memory=pinned)
-        self.many = torch.arange(1, 2 * BATCH_PAGES, 2, device=device)
+        self.hosts = torch.zeros((BATCH_BLOCKS, *layout.shape), dtype=self.first.dtype, pin_memory=pinned)
+        self.many = torch.arange(1, 2 * BATCH_BLOCKS, 2, device=device)
 
-    def copy_page(self) -> dict[str, Callable[[], object]]:
-        """One page to another, on the device: migration inside a pool, a whole-page copy on write."""
-        return self.copy_part(self.layout.page_size)
+    def copy_block(self) -> dict[str, Callable[[], object]]:
+        """One block to another, on the device: migration inside a pool, a whole-block copy on write."""
+        return self.copy_part(self.layout.block_size)
 
     def copy_part(self, tokens: int) -> dict[str, Callable[[], object]]:
-        """The first `tokens` slots of a page to another page: the copy of reuse inside a page."""
+        """The first `tokens` slots of a block to another block: the copy of reuse inside a block."""
 
         def layered() -> None:
             self.layered[:, :, 1, :tokens].copy_(self.layered[:, :, 0, :tokens])
@@ -63,10 +63,10 @@ class Pools:
             for pool in self.single:
                 pool[:, 1, :tokens].copy_(pool[:, 0, :tokens])
 
-        return {"page-first": partial(self.first.copy, 0, 1, tokens), "layer-first": layered, "per layer": single}
+        return {"block-first": partial(self.first.copy, 0, 1, tokens), "layer-first": layered, "per layer": single}
 
-    def export_page(self) -> dict[str, Callable[[], object]]:
-        """One page to contiguous host memory (pinned beside a GPU): offloading, or before sending."""
+    def export_block(self) -> dict[str, Callable[[], object]]:
+        """One block to contiguous host memory (pinned beside a GPU): offloading, or before sending."""
 
         def first() -> None:
             self.host.copy_(self.first.data[0], non_blocking=True)
@@ -78,26 +78,26 @@ class Pools:
             for layer, pool in enumerate(self.single):
                 self.host[layer].copy_(pool[:, 0], non_blocking=True)
 
-        return {"page-first": first, "layer-first": layered, "per layer": single}
+        return {"block-first": first, "layer-first": layered, "per layer": single}
 
     def export_staged(self) -> dict[str, Callable[[], object]]:
-        """Several scattered pages: gathered on the device into one run, which then goes to the host."""
+        """Several scattered blocks: gathered on the device into one run, which then goes to the host."""
 
         def first() -> None:
             self.hosts.copy_(self.first.data[self.many], non_blocking=True)
 
         def layered() -> None:
-            pages = self.layered[:, :, self.many].movedim(2, 0)
-            self.hosts.copy_(pages.contiguous(), non_blocking=True)
+            blocks = self.layered[:, :, self.many].movedim(2, 0)
+            self.hosts.copy_(blocks.contiguous(), non_blocking=True)
 
         def single() -> None:
-            pages = torch.stack([pool[:, self.many] for pool in self.single]).movedim(2, 0)
-            self.hosts.copy_(pages.contiguous(), non_blocking=True)
+            blocks = torch.stack([pool[:, self.many] for pool in self.single]).movedim(2, 0)
+            self.hosts.copy_(blocks.contiguous(), non_blocking=True)
 
-        return {"page-first": first, "layer-first": layered, "per layer": single}
+        return {"block-first": first, "layer-first": layered, "per layer": single}
 
-    def import_page(self) -> dict[str, Callable[[], object]]:
-        """One page from host memory."""
+    def import_block(self) -> dict[str, Callable[[], object]]:
+        """One block from host memory."""
 
         def layered() -> None:
             self.layered[:, :, 0].copy_(self.host, non_blocking=True)
@@ -107,14 +107,14 @@ class Pools:
                 pool[:, 0].copy_(self.host[layer], non_blocking=True)
 
         return {
-            "page-first": lambda: self.first.data[0].copy_(self.host, non_blocking=True),
+            "block-first": lambda: self.first.data[0].copy_(self.host, non_blocking=True),
             "layer-first": layered,
             "per layer": single,
         }
 
 
 class Wire:
-    """A socket pair and a thread that reads it empty: what sending a page costs the sender, on one host."""
+    """A socket pair and a thread that reads it empty: what sending a block costs the sender, on one host."""
 
     def __init__(self) -> None:
         self._near, far = socket.socketpair()
@@ -165,39 +165,39 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def sending(pools: Pools, wire: Wire) -> dict[str, Callable[[], object]]:
-    """One page to another process of the host. Of pools in host memory: from a GPU a page is exported first."""
+    """One block to another process of the host. Of pools in host memory: from a GPU a block is exported first."""
     runs = [_bytes(pools.layered[layer, kv, 0]) for layer in range(pools.layout.layers) for kv in range(2)]
     return {
-        "page-first": lambda: wire.send([_bytes(pools.first.data[0])]),
+        "block-first": lambda: wire.send([_bytes(pools.first.data[0])]),
         "layer-first": lambda: wire.send(runs),
         "per layer": lambda: wire.send([_bytes(pool[kv, 0]) for pool in pools.single for kv in range(2)]),
     }
 
 
-def copies(options: Options, layout: PageLayout) -> dict[str, Any]:
-    """Operation -> layout -> microseconds a page. On a CPU by one thread, as a rank has few beside its model's."""
+def copies(options: Options, layout: BlockLayout) -> dict[str, Any]:
+    """Operation -> layout -> microseconds a block. On a CPU by one thread, as a rank has few beside its model's."""
     device = options.device
     torch.set_num_threads(1)
-    pools = Pools(layout, 2 * BATCH_PAGES, device)
+    pools = Pools(layout, 2 * BATCH_BLOCKS, device)
     settle: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     repeat = 3
     result: dict[str, Any] = {}
-    for name, work, pages in (
-        ("copy of a page", pools.copy_page(), 1),
+    for name, work, blocks in (
+        ("copy of a block", pools.copy_block(), 1),
         (f"copy of {PARTIAL_TOKENS} tokens", pools.copy_part(PARTIAL_TOKENS), 1),
-        ("export of a page", pools.export_page(), 1),
-        (f"export of {BATCH_PAGES} pages, gathered first", pools.export_staged(), BATCH_PAGES),
-        ("import of a page", pools.import_page(), 1),
+        ("export of a block", pools.export_block(), 1),
+        (f"export of {BATCH_BLOCKS} blocks, gathered first", pools.export_staged(), BATCH_BLOCKS),
+        ("import of a block", pools.import_block(), 1),
     ):
         times = in_turns(work, options.rounds, repeat=repeat, settle=settle, clock=clock_of(device))
-        result[name] = {way: spread(values, 1e6 / pages) for way, values in times.items()}
+        result[name] = {way: spread(values, 1e6 / blocks) for way, values in times.items()}
     if device == "cpu":
         wire = Wire()
         try:
             times = in_turns(sending(pools, wire), options.rounds, repeat=repeat)
         finally:
             wire.close()
-        result["sending a page over a socket"] = {way: spread(values, 1e6) for way, values in times.items()}
+        result["sending a block over a socket"] = {way: spread(values, 1e6) for way, values in times.items()}
     return result
 
 
@@ -206,22 +206,22 @@ def clock_of(device: str) -> Callable[[], float]:
 
 
 def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
-    """By batch and backend: ms a layer, page-first and over a pool for each layer."""
+    """By batch and backend: ms a layer, block-first and over a pool for each layer."""
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for case in cases:
-        work = passes(case, SHAPES[SHAPE], DTYPE, PAGE, options.device)
+        work = passes(case, SHAPES[SHAPE], DTYPE, BLOCK, options.device)
         named: dict[str, Callable[[], object]] = {
-            f"{backend}|{pages}": call for (backend, pages), call in work.items() if backend != "cpu torch"
+            f"{backend}|{blocks}": call for (backend, blocks), call in work.items() if backend != "cpu torch"
         }
         settle: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
         times = in_turns(named, options.rounds, settle=settle, clock=clock_of(options.device))
         layers = SHAPES[SHAPE].layers
         for backend in dict.fromkeys(name.partition("|")[0] for name in named):
-            first, single = times[f"{backend}|page-first"], times[f"{backend}|per layer"]
+            first, single = times[f"{backend}|block-first"], times[f"{backend}|per layer"]
             ratio = [a / b for a, b in zip(first, single, strict=True)]
             rows.append({
-                "case": case.name, "backend": backend, "page-first": spread(first, 1e3 / layers),
+                "case": case.name, "backend": backend, "block-first": spread(first, 1e3 / layers),
                 "per layer": spread(single, 1e3 / layers), "ratio": spread(ratio),
             })  # fmt: skip
     return rows
@@ -229,11 +229,11 @@ def attention(options: Options, cases: tuple[Case, ...]) -> list[dict[str, Any]]
 
 def run(options: Options) -> Result:
     shape = SHAPES["tiny" if options.quick else SHAPE]
-    layout = PageLayout(PAGE, shape.layers, shape.kv_heads, shape.head_dim, DTYPE)
+    layout = BlockLayout(BLOCK, shape.layers, shape.kv_heads, shape.head_dim, DTYPE)
     cases = (*CASES, *GPU_CASES) if options.device == "cuda" else CASES
     return {
         "command": options.command(1), "machine": machine(options), "shape": "tiny" if options.quick else SHAPE,
-        "page": PAGE, "page_bytes": layout.page_bytes, "runs": 2 * layout.layers, "copies_us": copies(options, layout),
+        "block": BLOCK, "block_bytes": layout.block_bytes, "runs": 2 * layout.layers, "copies_us": copies(options, layout),
         "clock": "wall" if options.device == "cuda" else "CPU", "threads": options.threads,
         "attention_ms": [] if options.quick else attention(options, cases),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Question 4: against PagedAttention as vLLM has it. What pages save against contiguous memory, and what their bookkeeping
+"""Question 4: against PagedAttention as vLLM has it. What blocks save against contiguous memory, and what their bookkeeping
 costs as pools and batches grow, beside vLLM's own classes where an interpreter that has them is given.
 
 A simulated full server (`allocators`), and timings of `BlockTable` and of the core. Pure Python and NumPy.
@@ -20,7 +20,7 @@ from benchmarks.scheduler import FEWEST_STEPS, time_steps
 from benchmarks.study.allocators import Contiguous, FullServer, Memory, Paged, power_of_two
 from benchmarks.study.options import Options, Result, machine, run_alone
 from benchmarks.study.streams import Workload, workloads
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig
@@ -30,7 +30,7 @@ LONGEST_THAT_FIT, QUICK_LONGEST_THAT_FIT = 16, 2
 
 ROWS = 1 << 20
 PROMPT, LAPS, ROUNDS = 4096, 200, 5
-POOLS, BATCHES, PAGES = (1024, 8192, 65536), (64, 256, 1024), (256, 16)
+POOLS, BATCHES, BLOCKS = (1024, 8192, 65536), (64, 256, 1024), (256, 16)
 QUICK_POOLS, QUICK_BATCHES = (1024, 4096), (64,)
 PEER = Path(__file__).with_name("peer_vllm.py")
 PEER_PATIENCE_S = 900
@@ -48,9 +48,9 @@ def memories(total: int, workload: Workload) -> dict[str, Memory]:
         "contiguous, longest": Contiguous(total, "max", workload.longest),
         "contiguous, power of two": Contiguous(total, "power of two", workload.longest),
         "contiguous, exact": Contiguous(total, "exact", workload.longest),
-        "pages of 16": Paged(total, 16),
-        "pages of 256": Paged(total, 256),
-        "pages of 256, shared": Paged(total, 256, workload.unit),
+        "blocks of 16": Paged(total, 16),
+        "blocks of 256": Paged(total, 256),
+        "blocks of 256, shared": Paged(total, 256, workload.unit),
     }
 
 
@@ -67,22 +67,22 @@ def full_server(workload: Workload, longest_that_fit: int) -> dict[str, Any]:
     return result
 
 
-def table_laps(page: int, blocks: int, laps: int, seed: int = 0) -> dict[str, float]:
+def table_laps(block: int, blocks: int, laps: int, seed: int = 0) -> dict[str, float]:
     """Microseconds of CPU time, medians: hashing 4,096 tokens; then match, reserve, publish and release of a prompt that is
-    new, in a pool full of cached pages, and of one that is all cached."""
-    draw, table, group = np.random.default_rng(seed), BlockTable(page, CoreConfig(page_size=page).stride), GroupId(0)
+    new, in a pool full of cached blocks, and of one that is all cached."""
+    draw, table, group = np.random.default_rng(seed), BlockTable(block, CoreConfig(block_size=block).stride), GroupId(0)
     pick = random.Random(seed)
     table.add_group(group, blocks)
-    holds = blocks * page // PROMPT
+    holds = blocks * block // PROMPT
     prompts = [draw.integers(0, 1 << 17, PROMPT).astype(np.int32) for _ in range(holds + 1)]
     for prompt in prompts:
-        _admit(table, group, prompt, hash_pages(prompt, page))
+        _admit(table, group, prompt, hash_blocks(prompt, block))
     times: dict[str, list[float]] = {"hash": [], "cold": [], "hit": []}
     for _ in range(laps):
         fresh = draw.integers(0, 1 << 17, PROMPT).astype(np.int32)
         for name, prompt in (("hit", prompts[-1 - pick.randrange(max(1, holds // 2))]), ("cold", fresh)):
             began_s = time.thread_time()
-            hashes = hash_pages(prompt, page)
+            hashes = hash_blocks(prompt, block)
             hashed_s = time.thread_time()
             found = _admit(table, group, prompt, hashes)
             ended_s = time.thread_time()
@@ -94,33 +94,33 @@ def table_laps(page: int, blocks: int, laps: int, seed: int = 0) -> dict[str, fl
 
 
 def _admit(table: BlockTable, group: GroupId, prompt: np.ndarray[Any, np.dtype[np.int32]], hashes: list[int]) -> int:
-    """One sequence comes, computes what it has not found, and goes. Returns the pages that it found."""
-    page = table.page_size
-    match = table.match(prompt, hashes, "", (len(prompt) - 1) // page)
+    """One sequence comes, computes what it has not found, and goes. Returns the blocks that it found."""
+    block = table.block_size
+    match = table.match(prompt, hashes, "", (len(prompt) - 1) // block)
     depth = match.depth(group)
     part = table.parts(match, prompt, "", len(prompt) - 1).get(group)
     held = table.reserve(group, match, depth, len(hashes) - depth, "", part)
     assert held is not None
     for at in range(depth, len(hashes)):
-        table.publish(held, prompt[at * page : (at + 1) * page].tobytes(), hashes[at])
+        table.publish(held, prompt[at * block : (at + 1) * block].tobytes(), hashes[at])
     table.release(held)
     return depth
 
 
-def decode_steps(page: int, batches: tuple[int, ...]) -> dict[str, float]:
+def decode_steps(block: int, batches: tuple[int, ...]) -> dict[str, float]:
     """Running sequences -> microseconds of CPU time of the core's report of one decode step, the mean of the quietest round."""
     result = {}
     for batch in batches:
-        rounds = time_steps(batch, page, FEWEST_STEPS, ROUNDS, time.thread_time_ns)
+        rounds = time_steps(batch, block, FEWEST_STEPS, ROUNDS, time.thread_time_ns)
         result[str(batch)] = round(min(statistics.fmean(each) for each in rounds) / 1e3, 1)
     return result
 
 
-def vllm(options: Options, page: int, pools: tuple[int, ...], batches: tuple[int, ...]) -> dict[str, Any] | None:
+def vllm(options: Options, block: int, pools: tuple[int, ...], batches: tuple[int, ...]) -> dict[str, Any] | None:
     """The same laps by vLLM's classes, in its own interpreter; None without one. Raises RuntimeError where it fails."""
     if options.vllm_python is None:
         return None
-    task = {"page": page, "pools": pools, "tokens": PROMPT, "laps": LAPS, "batches": batches, "steps": 128}
+    task = {"block": block, "pools": pools, "tokens": PROMPT, "laps": LAPS, "batches": batches, "steps": 128}
     done = subprocess.run(
         [str(options.vllm_python), str(PEER), json.dumps(task)], capture_output=True, text=True, timeout=PEER_PATIENCE_S,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}, check=False,
@@ -132,31 +132,31 @@ def vllm(options: Options, page: int, pools: tuple[int, ...], batches: tuple[int
 
 
 def bookkeeping(options: Options) -> dict[str, Any]:
-    """By page size: Manta's laps and steps, and vLLM's."""
+    """By block size: Manta's laps and steps, and vLLM's."""
     pools, batches = (QUICK_POOLS, QUICK_BATCHES) if options.quick else (POOLS, BATCHES)
     laps = 20 if options.quick else LAPS
     result: dict[str, Any] = {"prompt": PROMPT, "nano_vllm": NANO_VLLM}
-    for page in PAGES:
-        result[str(page)] = {
-            "manta": {str(pool): table_laps(page, pool, laps) for pool in pools},
-            "manta_steps": decode_steps(page, batches),
-            "vllm": vllm(options, page, pools, batches),
+    for block in BLOCKS:
+        result[str(block)] = {
+            "manta": {str(pool): table_laps(block, pool, laps) for pool in pools},
+            "manta_steps": decode_steps(block, batches),
+            "vllm": vllm(options, block, pools, batches),
         }
     return result
 
 
-def memory_per_block(blocks: int = 8192, page: int = 256) -> dict[str, float]:
-    """Bytes, as Python's allocator counts them, that a block of Manta's pool takes, and a published page more."""
+def memory_per_block(blocks: int = 8192, block: int = 256) -> dict[str, float]:
+    """Bytes, as Python's allocator counts them, that a block of Manta's pool takes, and a published block more."""
     draw, group = np.random.default_rng(0), GroupId(0)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        table = BlockTable(page, CoreConfig(page_size=page).stride)
+        table = BlockTable(block, CoreConfig(block_size=block).stride)
         table.add_group(group, blocks)
         empty = tracemalloc.get_traced_memory()[0] - before
-        for _ in range(blocks * page // PROMPT):
+        for _ in range(blocks * block // PROMPT):
             prompt = draw.integers(0, 1 << 17, PROMPT).astype(np.int32)
-            _admit(table, group, prompt, hash_pages(prompt, page))
+            _admit(table, group, prompt, hash_blocks(prompt, block))
         del prompt
         full = tracemalloc.get_traced_memory()[0] - before
     finally:

@@ -1,7 +1,7 @@
 r"""vLLM's own KV bookkeeping (`KVCacheManager`), timed in vLLM's interpreter: the same laps as `paging.table_laps`.
 
     VLLM_VENV/bin/python benchmarks/study/peer_vllm.py \
-        '{"page": 256, "pools": [1024], "tokens": 4096, "laps": 20, "batches": [64], "steps": 128}'
+        '{"block": 256, "pools": [1024], "tokens": 4096, "laps": 20, "batches": [64], "steps": 128}'
 
 Imports the standard library and vLLM; nothing of Manta. Prints one JSON object as the last line.
 """
@@ -31,10 +31,10 @@ LONGEST = 1 << 20
 ROUNDS = 5
 
 
-def manager_of(page, blocks):
-    spec = FullAttentionSpec(block_size=page, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+def manager_of(block, blocks):
+    spec = FullAttentionSpec(block_size=block, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
     config = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    return KVCacheManager(config, LONGEST, scheduler_block_size=page, hash_block_size=page)
+    return KVCacheManager(config, LONGEST, scheduler_block_size=block, hash_block_size=block)
 
 
 def request_of(number, tokens, hasher):
@@ -49,11 +49,11 @@ def admit(manager, request):
     return cached
 
 
-def laps(page, pool, tokens, count):
+def laps(block, pool, tokens, count):
     """Microseconds of CPU time: admitting and freeing a prompt that is new, in a pool full of cached blocks, or all cached."""
-    manager, hasher, number = manager_of(page, pool), get_request_block_hasher(page, HASH), 0
+    manager, hasher, number = manager_of(block, pool), get_request_block_hasher(block, HASH), 0
     prompts = []
-    for _ in range(pool * page // tokens + 1):
+    for _ in range(pool * block // tokens + 1):
         prompts.append([DRAW.randrange(1 << 17) for _ in range(tokens)])
         request = request_of(number, prompts[-1], hasher)
         admit(manager, request)
@@ -62,7 +62,7 @@ def laps(page, pool, tokens, count):
     times = {"hash": [], "cold": [], "hit": []}
     for _ in range(count):
         fresh = [DRAW.randrange(1 << 17) for _ in range(tokens)]
-        old = prompts[-1 - DRAW.randrange(max(1, pool * page // tokens // 2))]
+        old = prompts[-1 - DRAW.randrange(max(1, pool * block // tokens // 2))]
         for name, prompt in (("hit", old), ("cold", fresh)):
             number += 1
             begin = time.thread_time()
@@ -78,10 +78,10 @@ def laps(page, pool, tokens, count):
     return {name: round(statistics.median(values), 1) for name, values in times.items()}
 
 
-def step(page, batch, steps):
+def step(block, batch, steps):
     """Microseconds of CPU time: a slot for one more token of each sequence, `allocate_slots` alone, in the quietest round."""
-    manager, hasher = manager_of(page, batch * (2 * page // page + 2048 // page + 2)), get_request_block_hasher(page, HASH)
-    requests = [request_of(n, [DRAW.randrange(1 << 17) for _ in range(1 + n % (2 * page))], hasher) for n in range(batch)]
+    manager, hasher = manager_of(block, batch * (2 * block // block + 2048 // block + 2)), get_request_block_hasher(block, HASH)
+    requests = [request_of(n, [DRAW.randrange(1 << 17) for _ in range(1 + n % (2 * block))], hasher) for n in range(batch)]
     for request in requests:
         admit(manager, request)
     times = []
@@ -104,8 +104,8 @@ def main():
     gc.freeze()
     result = {
         "version": version, "hash": ALGORITHM,
-        "pools": {str(pool): laps(task["page"], pool, task["tokens"], task["laps"]) for pool in task["pools"]},
-        "steps": {str(batch): step(task["page"], batch, task["steps"]) for batch in task["batches"]},
+        "pools": {str(pool): laps(task["block"], pool, task["tokens"], task["laps"]) for pool in task["pools"]},
+        "steps": {str(batch): step(task["block"], batch, task["steps"]) for batch in task["batches"]},
     }
     print(json.dumps(result))
 

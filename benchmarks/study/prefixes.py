@@ -1,6 +1,6 @@
-"""How much of a prompt some earlier sequence has begun with, to the token, and what a page size makes of it.
+"""How much of a prompt some earlier sequence has begun with, to the token, and what a block size makes of it.
 
-A model of an index that never evicts: what page granularity costs shows without what a small pool costs. Imports NumPy and
+A model of an index that never evicts: what block granularity costs shows without what a small pool costs. Imports NumPy and
 the streams.
 """
 
@@ -76,12 +76,12 @@ def longest_prefixes(workload: Workload, *, answers: bool = True) -> list[int]:
     return result
 
 
-def hit_tokens(prefix: int, page: int, stride: int | None = None) -> int:
-    """What a cache of pages of `page` tokens finds of a known prefix of `prefix` tokens.
+def hit_tokens(prefix: int, block: int, stride: int | None = None) -> int:
+    """What a cache of blocks of `block` tokens finds of a known prefix of `prefix` tokens.
 
-    stride: with reuse inside a page, the tokens that must match there before any does; None: only full pages match.
+    stride: with reuse inside a block, the tokens that must match there before any does; None: only full blocks match.
     """
-    inside = prefix % page
+    inside = prefix % block
     return prefix if stride is not None and inside >= stride else prefix - inside
 
 
@@ -96,12 +96,12 @@ def prefix_keys(names: Names) -> Names:
     return np.add.accumulate(mixed)
 
 
-def page_keys(names: Names, unit: int, tokens: int, page: int) -> list[int]:
-    """[tokens // page] a number for each full page that the names cover, after all before it.
+def block_keys(names: Names, unit: int, tokens: int, block: int) -> list[int]:
+    """[tokens // block] a number for each full block that the names cover, after all before it.
 
-    unit: tokens a name. A name that covers part of a page, or several, counts whole.
+    unit: tokens a name. A name that covers part of a block, or several, counts whole.
     """
-    ends = np.arange(page, min(tokens, len(names) * unit) + 1, page, dtype=np.uint64)
+    ends = np.arange(block, min(tokens, len(names) * unit) + 1, block, dtype=np.uint64)
     if not len(ends):
         return []
     keys: Names = prefix_keys(names)[(ends + np.uint64(unit - 1)) // np.uint64(unit) - np.uint64(1)] ^ (ends * STEP)

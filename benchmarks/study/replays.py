@@ -6,16 +6,16 @@ Imports the replay and the models beside it.
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.study.block_cache import tell
 from benchmarks.study.options import Options
-from benchmarks.study.page_cache import tell
 from benchmarks.study.streams import Workload, chat, from_trace
-from scheduler.queue.limits import pages_for
+from scheduler.queue.limits import blocks_for
 from simulator.engines import ClusterShape
 from simulator.run import POLICIES, Scenario, replay
 from simulator.time_model import TimeModel
 from simulator.transfers import LinkModel
 
-PAGE = 256
+BLOCK = 256
 CHATS, QUICK_REQUESTS = 3000, 100
 SHARES = (0.1, 0.2, 0.5, 1.2)
 QUICK_SHARES = (0.1, 1.2)
@@ -24,7 +24,7 @@ SATURATING = 2.0
 
 TIERS = (1, 4)
 MOVES = ("manta", "manta-fetch", "manta-host")
-"""Policies of the replay that move pages instead of computing them, beside the one that does not; those that there are."""
+"""Policies of the replay that move blocks instead of computing them, beside the one that does not; those that there are."""
 
 
 def subject(options: Options) -> tuple[Workload, int]:
@@ -36,18 +36,18 @@ def subject(options: Options) -> tuple[Workload, int]:
 
 
 def pool_sweep(options: Options) -> dict[str, Any]:
-    """By pages of each group: hit rate and latency at the workload's own speed, throughput where it is overloaded."""
+    """By blocks of each group: hit rate and latency at the workload's own speed, throughput where it is overloaded."""
     workload, groups = subject(options)
     trace = [request.asked for request in workload.requests]
-    distinct = len(tell(workload, PAGE, None).reuses)
-    fewest = pages_for(workload.longest, PAGE) + 1
+    distinct = len(tell(workload, BLOCK, None).reuses)
+    fewest = blocks_for(workload.longest, BLOCK) + 1
     rows = []
-    for pages in dict.fromkeys(max(fewest, round(s * distinct / groups)) for s in (QUICK_SHARES if options.quick else SHARES)):
-        shape = ClusterShape(groups=groups, pages=pages, page_size=PAGE)
+    for blocks in dict.fromkeys(max(fewest, round(s * distinct / groups)) for s in (QUICK_SHARES if options.quick else SHARES)):
+        shape = ClusterShape(groups=groups, blocks=blocks, block_size=BLOCK)
         own = replay(trace, "manta", Scenario(shape, seed=options.seed))
         full = replay(trace, "manta", Scenario(shape, SATURATING, options.seed))
         rows.append({
-            "pages": pages, "tokens": pages * groups * PAGE, "hit_rate": own.token_hit_rate, "ttft_mean_s": own.ttft_s.mean,
+            "blocks": blocks, "tokens": blocks * groups * BLOCK, "hit_rate": own.token_hit_rate, "ttft_mean_s": own.ttft_s.mean,
             "ttft_p50_s": own.ttft_s.p50, "ttft_p99_s": own.ttft_s.p99, "tpot_p50_s": own.tpot_s.p50,
             "full_hit_rate": full.token_hit_rate, "requests_per_s": round(full.requests / full.virtual_s, 4),
             "preemptions": own.preemptions,
@@ -61,17 +61,17 @@ def pool_sweep(options: Options) -> dict[str, Any]:
 def second_tier(options: Options) -> dict[str, Any]:
     """Tokens that host memory beside the pool would give back, the time to fetch them and the time to compute them again.
 
-    A model: one pool that holds a twentieth of the workload's pages; the tier holds what a pool so much larger would, at the
+    A model: one pool that holds a twentieth of the workload's blocks; the tier holds what a pool so much larger would, at the
     replay's own pace of transfers. Fetching ahead saves at most the time to fetch.
     """
     workload, _ = subject(options)
-    distinct = len(tell(workload, PAGE, None).reuses)
+    distinct = len(tell(workload, BLOCK, None).reuses)
     pool = max(1, distinct // 20)
-    base = tell(workload, PAGE, pool)
+    base = tell(workload, BLOCK, pool)
     model, links = TimeModel(), LinkModel()
     rows = []
     for tier in TIERS:
-        more = tell(workload, PAGE, pool * (1 + tier))
+        more = tell(workload, BLOCK, pool * (1 + tier))
         tokens = more.hit_tokens - base.hit_tokens
         requests = len(workload.requests)
         rows.append({
@@ -80,18 +80,18 @@ def second_tier(options: Options) -> dict[str, Any]:
             "fetch_ms_a_request": round(tokens / links.host_tokens_per_s / requests * 1e3, 3),
         })  # fmt: skip
     return {
-        "workload": workload.name, "pool_pages": pool, "hit_rate": round(base.hit_rate, 5), "token_bytes": links.token_bytes,
+        "workload": workload.name, "pool_blocks": pool, "hit_rate": round(base.hit_rate, 5), "token_bytes": links.token_bytes,
         "bandwidth": links.host_tokens_per_s * links.token_bytes, "rows": rows,
         "break_even_bandwidth": links.token_bytes * model.prefill_tokens_per_s,
     }  # fmt: skip
 
 
 def moves(options: Options) -> dict[str, Any]:
-    """The production core with pools that hold a tenth of the pages, all groups together: with and without moving pages."""
+    """The production core with pools that hold a tenth of the blocks, all groups together: with and without moving blocks."""
     workload, groups = subject(options)
     trace = [request.asked for request in workload.requests]
-    pages = max(pages_for(workload.longest, PAGE) + 1, len(tell(workload, PAGE, None).reuses) // 10 // groups)
-    scenario = Scenario(ClusterShape(groups=groups, pages=pages, page_size=PAGE), seed=options.seed)
+    blocks = max(blocks_for(workload.longest, BLOCK) + 1, len(tell(workload, BLOCK, None).reuses) // 10 // groups)
+    scenario = Scenario(ClusterShape(groups=groups, blocks=blocks, block_size=BLOCK), seed=options.seed)
     rows = {}
     for policy in (each for each in MOVES if each in POLICIES):
         found = replay(trace, policy, scenario)
@@ -99,4 +99,4 @@ def moves(options: Options) -> dict[str, Any]:
             "hit_rate": found.token_hit_rate, "ttft_mean_s": found.ttft_s.mean, "ttft_p99_s": found.ttft_s.p99,
             "fetched_tokens": found.fetched_tokens,
         }  # fmt: skip
-    return {"workload": workload.name, "groups": groups, "pages": pages, "rows": rows}
+    return {"workload": workload.name, "groups": groups, "blocks": blocks, "rows": rows}

@@ -1,4 +1,4 @@
-"""What a reused token costs the scheduler and the worker: hashed, verified, published, copied where part of a page is shared.
+"""What a reused token costs the scheduler and the worker: hashed, verified, published, copied where part of a block is shared.
 
 Pure Python and NumPy but for the copies, which need torch.
 """
@@ -13,46 +13,46 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.study.options import Options, in_turns, spread
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig
 
 TOKENS = 16_384
-PAGES = (16, 64, 256)
+BLOCKS = (16, 64, 256)
 PARTS = 1000
 
 
 def bookkeeping_ns(options: Options) -> dict[str, dict[str, float]]:
-    """Page size -> nanoseconds a token: hashing a prompt; finding all of it and comparing every token; publishing it."""
+    """Block size -> nanoseconds a token: hashing a prompt; finding all of it and comparing every token; publishing it."""
     tokens = np.random.default_rng(options.seed).integers(0, 1 << 17, TOKENS).astype(np.int32)
-    return {str(page): _of_page(tokens, page, options) for page in PAGES}
+    return {str(block): _of_block(tokens, block, options) for block in BLOCKS}
 
 
-def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict[str, float]:
-    hashes = hash_pages(tokens, page)
+def _of_block(tokens: npt.NDArray[np.int32], block: int, options: Options) -> dict[str, float]:
+    hashes = hash_blocks(tokens, block)
     tables: list[BlockTable] = []
 
     def publish() -> None:
-        """Into an empty table: reserving, adding a node and a block for each page."""
-        table, group = BlockTable(page, CoreConfig(page_size=page).stride), GroupId(0)
+        """Into an empty table: reserving, adding a node and a block for each block."""
+        table, group = BlockTable(block, CoreConfig(block_size=block).stride), GroupId(0)
         table.add_group(group, len(hashes))
         held = table.reserve(group, table.match(tokens, hashes, "", 0), 0, len(hashes), "")
         assert held is not None
         for at, hash_ in enumerate(hashes):
-            table.publish(held, tokens[at * page : (at + 1) * page].tobytes(), hash_)
+            table.publish(held, tokens[at * block : (at + 1) * block].tobytes(), hash_)
         tables[:] = [table]
 
     def find_part() -> None:
-        """The prompt again, but that its last page is wanted to one token less than all: found inside the page, many times."""
+        """The prompt again, but that its last block is wanted to one token less than all: found inside it, many times."""
         match = tables[0].match(tokens, hashes, "", len(hashes) - 1)
         for _ in range(PARTS):
             found = tables[0].parts(match, tokens, "", TOKENS - 1)[GroupId(0)]
-        assert found.tokens == page - 1
+        assert found.tokens == block - 1
 
     publish()
     work: dict[str, Callable[[], object]] = {
-        "hash": lambda: hash_pages(tokens, page),
+        "hash": lambda: hash_blocks(tokens, block),
         "verify": lambda: tables[0].match(tokens, hashes, "", len(hashes)),
         "verify and find parts": find_part,
         "publish": publish,
@@ -64,18 +64,18 @@ def _of_page(tokens: npt.NDArray[np.int32], page: int, options: Options) -> dict
 
 
 def copy_us(options: Options, shapes: tuple[str, ...] = ("0.1B", "0.6B")) -> dict[str, Any]:
-    """Shape -> microseconds of copying the first 32 and 128 tokens of a page to another, and bytes of KV a token."""
+    """Shape -> microseconds of copying the first 32 and 128 tokens of a block to another, and bytes of KV a token."""
     import torch
 
     from benchmarks.checkpoints import SHAPES
-    from kvcache.layout import PageLayout
+    from kvcache.layout import BlockLayout
     from kvcache.pool import KVPool
 
     settle: Callable[[], object] = torch.cuda.synchronize if options.device == "cuda" else lambda: None
     result: dict[str, Any] = {}
     for name in shapes:
         shape = SHAPES[name]
-        layout = PageLayout(256, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+        layout = BlockLayout(256, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
         pool = KVPool(layout, 16, options.device)
         pool.data.zero_()
         work: dict[str, Callable[[], object]] = {str(tokens): partial(pool.copy, 0, 9, tokens) for tokens in (32, 128)}

@@ -1,5 +1,5 @@
 """Question 5: impact and trade-offs. Hit rate against time to first token and throughput, hashing against compute saved, memory
-against recompute, page size against kernel speed, and whether fetching ahead and padding pay.
+against recompute, block size against kernel speed, and whether fetching ahead and padding pay.
 
 Replays, the real engine on a CPU, kernels on the chosen device. May import every room.
 """
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from benchmarks.checkpoints import Shape
     from workers.attention.base import AttentionBackend
 
-KERNEL_PAGES = (16, 32, 64, 128, 256)
+KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 KERNEL_CASES = ("decode 32 x 200", "decode 4 x 4,000", "chunk of 1,024")
 KERNEL_SHAPE = "0.1B"
 
 
 def kernels(options: Options) -> list[dict[str, Any]]:
-    """By batch, backend and page size: ms a layer. All page sizes take turns; a backend that cannot have one is left out."""
+    """By batch, backend and block size: ms a layer. All block sizes take turns; a backend that cannot have one is left out."""
     import torch
 
     from benchmarks.attention import CASES, Case
@@ -39,29 +39,29 @@ def kernels(options: Options) -> list[dict[str, Any]]:
         cases += [Case("decode 64 x 8,000", 64, 1, 8000), Case("chunk of 2,048 after 6,144", 1, 2048, 8192)]
     for case in cases:
         named: dict[str, Callable[[], object]] = {}
-        for page in KERNEL_PAGES:
-            named |= {f"{name}|{page}": work for name, work in kernel_passes(case, shape, page, options.device).items()}
+        for block in KERNEL_BLOCKS:
+            named |= {f"{name}|{block}": work for name, work in kernel_passes(case, shape, block, options.device).items()}
         clock = time.perf_counter if options.device == "cuda" else time.process_time
         times = in_turns(named, options.rounds, settle=settle, clock=clock)
         for name, values in times.items():
             backend, _, page_text = name.partition("|")
             rows.append({
-                "case": case.name, "backend": backend, "page": int(page_text), "ms": spread(values, 1e3 / shape.layers),
+                "case": case.name, "backend": backend, "block": int(page_text), "ms": spread(values, 1e3 / shape.layers),
             })  # fmt: skip
     return rows
 
 
-def kernel_passes(case: "Case", shape: "Shape", page: int, device: str) -> dict[str, Callable[[], object]]:
-    """Backend -> one pass over all layers of the case, page-first. The CPU's compiled kernels; on a GPU flash and Triton."""
+def kernel_passes(case: "Case", shape: "Shape", block: int, device: str) -> dict[str, Callable[[], object]]:
+    """Backend -> one pass over all layers of the case, block-first. The CPU's compiled kernels; on a GPU flash and Triton."""
     import torch
 
     from benchmarks.attention import make_step
-    from kvcache.layout import PageLayout
+    from kvcache.layout import BlockLayout
     from kvcache.pool import KVPool
     from workers.attention.select import select_backend
 
-    step = make_step(case, page, device)
-    layout = PageLayout(page, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
+    step = make_step(case, block, device)
+    layout = BlockLayout(block, shape.layers, shape.kv_heads, shape.head_dim, "bfloat16")
     pool = KVPool(layout, step.block_tables.numel(), device)
     pool.data.normal_()
     tokens = case.sequences * case.queries
@@ -72,7 +72,7 @@ def kernel_passes(case: "Case", shape: "Shape", page: int, device: str) -> dict[
         try:
             backend = select_backend(name, pool=pool, heads=shape.heads, native=True if name == "cpu" else None)
         except ValueError as error:
-            print(f"{name} left out at pages of {page}: {error}", file=sys.stderr)
+            print(f"{name} left out at blocks of {block}: {error}", file=sys.stderr)
             continue
 
         def work(backend: "AttentionBackend" = backend) -> None:

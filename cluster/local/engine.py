@@ -69,7 +69,7 @@ class LocalEngine:
         *,
         check_invariants: bool = False,
     ) -> None:
-        self.page_size = core.page_size
+        self.block_size = core.block_size
         self.tallies = Tallies()
         self.busy_s = 0.0
         """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
@@ -136,9 +136,9 @@ class LocalEngine:
         self._groups.start(self, progress)
         progress(f"{groups} group(s) are ready")
 
-    def group_up(self, group: GroupId, pages: int, slots: int, ports: tuple[str, ...]) -> None:
+    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
         with self._event() as core:
-            core.group_up(group, EPOCH, pages, self._worker.rows, slots=slots, ports=ports)
+            core.group_up(group, EPOCH, blocks, self._worker.rows, slots=slots, ports=ports)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._event() as core:

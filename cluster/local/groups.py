@@ -17,7 +17,7 @@ from workers.config import WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
 from workers.moving.exchange import Exchange, LocalTransport
-from workers.moving.mover import PageMover
+from workers.moving.mover import BlockMover
 from workers.parallel.connect import PeerLost
 from workers.parallel.in_process import ThreadGroup
 
@@ -30,8 +30,8 @@ CLOSE_TIMEOUT_S = 30.0
 class GroupHost(Protocol):
     """Who hears of the groups. Every method may be called from any thread."""
 
-    def group_up(self, group: GroupId, pages: int, slots: int, ports: tuple[str, ...]) -> None:
-        """The group's ranks are built; commands may follow. slots: pages of host memory. ports: where its pages are fetched."""
+    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
+        """The group's ranks are built; commands may follow. slots: blocks of host memory. ports: where blocks are fetched."""
         ...
 
     def report(self, group: GroupId, report: Report) -> None: ...
@@ -175,7 +175,7 @@ class _GroupStart:
             with contextlib.closing(built.rank):
                 self._attach_mover(number, built)
                 if number == 0:
-                    self._host.group_up(self.group, built.pages, built.slots, self._ports())
+                    self._host.group_up(self.group, built.blocks, built.slots, self._ports())
                 self._ready[number].set()
                 loop(built.rank)
         except BaseException as error:
@@ -186,7 +186,7 @@ class _GroupStart:
         transport = None
         if self._groups.worker.transfers:
             transport = LocalTransport(self._groups.exchange, built.pool, group=self.group, epoch=EPOCH, rank=number)
-        built.rank.mover = PageMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
+        built.rank.mover = BlockMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
 
     def _ports(self) -> tuple[str, ...]:
         """In one process a rank is found by its number: there is no port."""

@@ -40,7 +40,7 @@ class LocalCluster:
         return ClusterStatus(
             phase=phase,
             model=self._config.model,
-            page_size=self._config.block_size,
+            block_size=self._config.block_size,
             progress=tuple(self._progress),
             engine=stats,
             tallies=self._engine.tallies.snapshot() if self._engine is not None else (),

@@ -20,7 +20,7 @@ from deploy.frontend.generation import Generation, Notify
 from deploy.frontend.outputs import read_payload
 from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, Request, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 
@@ -107,7 +107,7 @@ class FrontEnd:
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *self._limits.eos_ids)
         tokens = np.array(prompt.token_ids, dtype="<i4")
-        hashes = np.array(hash_pages(tokens, self.engine.page_size, prompt.salt), dtype="<u8")
+        hashes = np.array(hash_blocks(tokens, self.engine.block_size, prompt.salt), dtype="<u8")
         return Request(
             stream=stream,
             tokens=tokens.tobytes(),

@@ -14,7 +14,7 @@ from deploy.frontend.outputs import OutputDelta
 
 @dataclass(frozen=True, slots=True)
 class PromptUse:
-    """One prompt of a request, without its content. hashes: of its full pages, a uint64 buffer, as in `messages.Request`.
+    """One prompt of a request, without its content. hashes: of its full blocks, a uint64 buffer, as in `messages.Request`.
 
     output_tokens: of each choice.
     """
@@ -30,7 +30,7 @@ class Observation:
 
     outcome: "stop", "length", "abort", or the name of a `Fault` in lower case. ttft_s: None if no token came.
     queued_s: until its first start, by the scheduler's clock; None if no choice has ended. output_tokens: of all choices.
-    page_size: tokens of a hashed page. traceparent: the caller's span, as in W3C's trace context.
+    block_size: tokens of a hashed block. traceparent: the caller's span, as in W3C's trace context.
     """
 
     request_id: str
@@ -46,7 +46,7 @@ class Observation:
     priority: int
     message: str = ""
     prompts: tuple[PromptUse, ...] = ()
-    page_size: int = 0
+    block_size: int = 0
     traceparent: str | None = None
 
     @property
@@ -96,7 +96,7 @@ class RequestRecord:
         self._outcome, self._message = error.fault.name.lower(), error.message
         return error
 
-    def end(self, generations: Sequence[Generation], page_size: int) -> Observation:
+    def end(self, generations: Sequence[Generation], block_size: int) -> Observation:
         """generations: of all prompts, or none if they could not be submitted."""
         hashes = [generation.hashes for generation in generations] or [b""] * len(self._prompt_tokens)
         outputs = [tuple(tokens) for tokens in self._output_tokens]
@@ -114,6 +114,6 @@ class RequestRecord:
             priority=self._priority,
             message=self._message,
             prompts=tuple(map(PromptUse, self._prompt_tokens, hashes, outputs)),
-            page_size=page_size,
+            block_size=block_size,
             traceparent=self._traceparent,
         )

@@ -217,7 +217,7 @@ class Service:
                 deadline.cancel()
             self._forget(request_id, call)
             frontend.abort(call.generations)
-            self._observe(log.end(call.generations, frontend.engine.page_size))
+            self._observe(log.end(call.generations, frontend.engine.block_size))
 
     def abort(self, request_id: str) -> int:
         """Ends the requests of this id as CANCELLED, at once. Returns how many there were in this process."""

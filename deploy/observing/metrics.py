@@ -72,9 +72,9 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
         lambda e: e.started_tokens,
     ),
     Metric("manta_prefix_cache_hit_tokens_total", "Of these, found in the KV cache.", lambda e: e.cached_tokens),
-    Metric("manta_prefix_cache_part_tokens_total", "Of the hits, found inside a page.", lambda e: e.part_tokens),
+    Metric("manta_prefix_cache_part_tokens_total", "Of the hits, found inside a block.", lambda e: e.part_tokens),
     Metric(
-        "manta_prefix_cache_parts_total", "Pages that end a hit inside: copied, or taken over from nobody.",
+        "manta_prefix_cache_parts_total", "Blocks that end a hit inside: copied, or taken over from nobody.",
         {"copied": lambda e: e.parts_copied, "taken": lambda e: e.parts_taken}, "how",
     ),
     Metric(
@@ -86,20 +86,20 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
         {"fetch": lambda e: e.fetched_tokens, "load": lambda e: e.loaded_tokens, "offload": lambda e: e.offloaded_tokens},
         "kind",
     ),
-    Metric("manta_transfers_failed_total", "Transfers of pages that did not arrive.", lambda e: e.failed_transfers),
-    Metric("manta_migrations_total", "Running sequences that moved to another group with their pages.", lambda e: e.migrations),
+    Metric("manta_transfers_failed_total", "Transfers of blocks that did not arrive.", lambda e: e.failed_transfers),
+    Metric("manta_migrations_total", "Running sequences that moved to another group with their KV.", lambda e: e.migrations),
     Metric(
-        "manta_reliefs_total", "Running sequences that, short of pages, began to move, or were copied to host memory in time.",
+        "manta_reliefs_total", "Running sequences that, short of blocks, began to move, or were copied to host memory in time.",
         {"move": lambda e: e.moved_for_room, "keep": lambda e: e.kept_for_room}, "how",
     ),
     Metric(
         "manta_prefix_cache_miss_tokens_total",
-        "Of these, to be computed: never seen, evicted since, cached in another group, or in the last, partly filled page.",
+        "Of these, to be computed: never seen, evicted since, cached in another group, or in the last, partly filled block.",
         {
             "cold": lambda e: e.miss_cold,
             "evicted": lambda e: e.miss_evicted,
             "routed_away": lambda e: e.miss_routed,
-            "inside_page": lambda e: e.miss_inside_page,
+            "inside_block": lambda e: e.miss_inside_block,
         },
         "reason",
     ),
@@ -156,7 +156,7 @@ class _Rendered:
         status = self.status
         yield GaugeMetricFamily("manta_ready", "1 if at least one group is up and the scheduler answers.", float(status.ready))
         info = GaugeMetricFamily("manta_info", "1: what is served, and tokens in a KV block.", labels=["model", "block_size"])
-        info.add_metric([model_name(None, status.model), str(status.page_size)], 1.0)
+        info.add_metric([model_name(None, status.model), str(status.block_size)], 1.0)
         yield info
         if status.engine is None:
             return

@@ -1,6 +1,6 @@
-"""A file of lengths and page hashes of every request, for replay: JSON lines with the keys of Mooncake's traces.
+"""A file of lengths and block hashes of every request, for replay: JSON lines with the keys of Mooncake's traces.
 
-    {"timestamp":1767323045678,"input_length":6758,"output_length":500,"hash_ids":[1467...,9021...],"page_size":256,...}
+    {"timestamp":1767323045678,"input_length":6758,"output_length":500,"hash_ids":[1467...,9021...],"block_size":256,...}
 
 Equal hashes are equal prefixes; there is no content. Writes from a thread of its own. Imports `service` for `Observation`.
 """
@@ -28,14 +28,14 @@ CLOSE_TIMEOUT_S = 5.0
 class LoggedRequest(msgspec.Struct, frozen=True):
     """One sequence: each choice of each prompt is a line of its own, as the scheduler sees it.
 
-    timestamp: arrival, in milliseconds since 1970. hash_ids: chained hashes of the full pages of `page_size` tokens.
+    timestamp: arrival, in milliseconds since 1970. hash_ids: chained hashes of the full blocks of `block_size` tokens.
     """
 
     timestamp: int
     input_length: int
     output_length: int
     hash_ids: list[int]
-    page_size: int
+    block_size: int
     priority: int
     outcome: str
 
@@ -105,7 +105,7 @@ def logged(observation: Observation) -> Iterator[LoggedRequest]:
                 input_length=use.prompt_tokens,
                 output_length=output_tokens,
                 hash_ids=hash_ids,
-                page_size=observation.page_size,
+                block_size=observation.block_size,
                 priority=observation.priority,
                 outcome=observation.outcome,
             )

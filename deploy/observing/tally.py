@@ -33,7 +33,7 @@ TOKEN_SECONDS = _decades(-4, 0)
 """0.1 ms to 7 s: tiny models take less than a millisecond a token, large ones on a crowded CPU more than one second."""
 
 TOKENS = tuple(float(2**power) for power in range(18))
-"""1 to 131,072 in powers of two, as pages and the lengths of models are; the last one is the usual cap of `max_model_len`."""
+"""1 to 131,072 in powers of two, as blocks and the lengths of models are; the last one is the usual cap of `max_model_len`."""
 
 
 @dataclass(frozen=True, slots=True)

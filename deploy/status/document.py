@@ -70,7 +70,7 @@ class Totals(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     started_tokens: int = 0
     cached_tokens: int = 0
-    miss_inside_page: int = 0
+    miss_inside_block: int = 0
     miss_routed: int = 0
     miss_evicted: int = 0
     miss_cold: int = 0
@@ -88,7 +88,7 @@ class StatusDocument(msgspec.Struct, frozen=True, kw_only=True):
     phase: str
     connected: bool
     model: str
-    page_size: int
+    block_size: int
     progress: tuple[str, ...]
     starting: tuple[GroupStart, ...]
     uptime_s: float

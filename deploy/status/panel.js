@@ -26,7 +26,7 @@ const LEGEND = [
 // Field of the totals, name, meaning. The parts sum up to `started_tokens`.
 const CACHE = [
   ["cached_tokens", "found", "in the group’s cache"],
-  ["miss_inside_page", "inside a page", "beyond the last full page"],
+  ["miss_inside_block", "inside a block", "beyond the last full block"],
   ["miss_routed", "routed away", "another group has them"],
   ["miss_evicted", "evicted", "were there before"],
   ["miss_cold", "cold", "never seen"],
@@ -101,9 +101,9 @@ export class Panel {
     this.showTotals(answer.totals);
   }
 
-  showLegend({ groups, page_size: pageSize, blocks_per_cell: per }) {
+  showLegend({ groups, block_size: blockSize, blocks_per_cell: per }) {
     for (const { state, number } of this.legend) write(number, count(groups.reduce((sum, group) => sum + group[state], 0)));
-    write(this.$("cell"), `a cell is ${per === 1 ? "a block" : `${per} blocks`} of ${plural(pageSize, "token")}`);
+    write(this.$("cell"), `a cell is ${per === 1 ? "a block" : `${per} blocks`} of ${plural(blockSize, "token")}`);
   }
 
   showCache(totals) {

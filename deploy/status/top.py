@@ -224,7 +224,7 @@ def _cache(document: StatusDocument) -> list[Text]:
         return []
     parts = {
         "found": totals.cached_tokens,
-        "inside a page": totals.miss_inside_page,
+        "inside a block": totals.miss_inside_block,
         "routed away": totals.miss_routed,
         "evicted": totals.miss_evicted,
         "cold": totals.miss_cold,

@@ -95,7 +95,7 @@ class Watch:
             phase=status.phase,
             connected=self._service.connected,
             model=self._service.model.name,
-            page_size=status.page_size,
+            block_size=status.block_size,
             progress=status.progress,
             starting=status.starting,
             uptime_s=round(status.uptime_s, 1),

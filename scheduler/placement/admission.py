@@ -40,7 +40,7 @@ class Admission:
 
         Those that find no room are passed over, within bounds: `MOST_TRIES` and `MOST_PASSED` in one event, and `skip_s` for
         the first. What a try has found out is remembered: nobody is tried twice while no room has come up, nor before as many
-        pages are available as it cannot do without.
+        blocks are available as it cannot do without.
         """
         self._expire()
         state, waiting = self._state, self._state.waiting
@@ -56,7 +56,7 @@ class Admission:
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 newcomer = self._sharing.look(sequence)
                 if (promise := self._sharing.promised(newcomer)) is not None:
-                    waiting.defer(sequence, promise.author, promise.pages)
+                    waiting.defer(sequence, promise.author, promise.blocks)
                     continue
                 if self._place(newcomer):
                     waiting.leave(sequence, state.now_s)
@@ -65,7 +65,7 @@ class Admission:
                     continue
                 tries -= 1
                 sequence.tried = waiting.rooms
-                sequence.needs = state.pages_for(sequence, sequence.committed) - len(newcomer.match.nodes)
+                sequence.needs = state.blocks_for(sequence, sequence.committed) - len(newcomer.match.nodes)
             passed.append(sequence)
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
                 break
@@ -110,8 +110,8 @@ class Admission:
             self._state.waiting.leave(sequence, self._state.now_s)
 
     def _place(self, newcomer: Newcomer, *, only: ResidentGroup | None = None) -> bool:
-        """Routes, pins the hit and reserves new pages in one step; False if there is no room anywhere now. only: there."""
-        state, page_size = self._state, self._state.config.page_size
+        """Routes, pins the hit and reserves new blocks in one step; False if there is no room anywhere now. only: there."""
+        state, block_size = self._state, self._state.config.block_size
         sequence, reusable, match, peers = newcomer
         if peers:
             self._sharing.show(newcomer)
@@ -120,13 +120,13 @@ class Admission:
         if offer is None:
             return False
         group, _, source = offer
-        depth, pages = match.depth(group.group), state.pages_for(sequence, sequence.committed)
+        depth, needed = match.depth(group.group), state.blocks_for(sequence, sequence.committed)
         held = part = None
         if source is None:
             part = parts.get(group.group)
         else:  # pinned first: the reservation evicts, and a match is good until then
             held = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part)
-        blocks = state.table.reserve(group.group, match, depth, pages - depth, sequence.salt, part)
+        blocks = state.table.reserve(group.group, match, depth, needed - depth, sequence.salt, part)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         if source is not None and held is not None:
@@ -134,30 +134,30 @@ class Admission:
             return True
         if sequence.cached_tokens is None:
             self._count_start(sequence, len(match.nodes), depth, blocks.inherited)
-        self._start(group, sequence, depth * page_size + blocks.inherited)
+        self._start(group, sequence, depth * block_size + blocks.inherited)
         return True
 
     # ---- a prefix that is fetched first
 
     def _fetch(self, group: ResidentGroup, sequence: Sequence, source: Source, held: SequenceBlocks, known: int) -> None:
-        """The sequence has its pages; what `source` has of its prefix, `held`, is sent to them before it starts."""
+        """The sequence has its blocks; what `source` has of its prefix, `held`, is sent to them before it starts."""
         assert sequence.blocks is not None
         sequence.state = State.FETCHING
         group.fetching[sequence] = sequence.committed - source.tokens
-        self._state.open_pages.turn_to(sequence, source.depth)
+        self._state.open_blocks.turn_to(sequence, source.depth)
         part = source.part.tokens if source.part else 0
-        self._transfers.begin(sequence, held, sequence.blocks, part=part, known_pages=known)
+        self._transfers.begin(sequence, held, sequence.blocks, part=part, known_blocks=known)
 
     def arrive(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
         """A fetch is over. The sequence that waits for it starts, and computes itself what has not arrived."""
-        state, page_size = self._state, self._state.config.page_size
+        state, block_size = self._state, self._state.config.block_size
         blocks, sequence, awaited = transfer.blocks, transfer.author, transfer.awaited
         assert blocks is not None
         self._transfers.arrived(transfer)
         self._count_transfer(transfer, ok)
         if ok:
             for index in range(transfer.first, transfer.tokens_end):
-                state.table.publish(blocks, sequence.page(index, page_size), sequence.hashes[index])
+                state.table.publish(blocks, sequence.content_of(index, block_size), sequence.hashes[index])
         if not awaited:
             state.table.release(blocks)
         elif group.draining:
@@ -168,12 +168,12 @@ class Admission:
             group.fetching.pop(sequence, None)
             part = transfer.part if ok else 0
             if sequence.cached_tokens is None:
-                self._count_start(sequence, transfer.known_pages, len(blocks.nodes), part)
-            self._start(group, sequence, len(blocks.nodes) * page_size + part)
+                self._count_start(sequence, transfer.known_blocks, len(blocks.nodes), part)
+            self._start(group, sequence, len(blocks.nodes) * block_size + part)
 
     def _count_transfer(self, transfer: Transfer, ok: bool) -> None:
         counters = self._state.counters
-        tokens = (transfer.tokens_end - transfer.first) * self._state.config.page_size + transfer.part
+        tokens = (transfer.tokens_end - transfer.first) * self._state.config.block_size + transfer.part
         if not ok:
             counters.failed_transfers += 1
         elif is_host(transfer.target):
@@ -186,24 +186,24 @@ class Admission:
             counters.fetched_tokens += tokens
 
     def give_up_fetch(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """The sequence does not wait for its prefix any more; its pages stay with the transfer until that is over."""
+        """The sequence does not wait for its prefix any more; its blocks stay with the transfer until that is over."""
         group.fetching.pop(sequence, None)
         group.touch()
         sequence.blocks = None
-        self._state.open_pages.close(sequence)
+        self._state.open_blocks.close(sequence)
         self._state.waiting.withdraw(sequence)
 
     # ---- the start
 
     def _count_start(self, sequence: Sequence, known: int, depth: int, part_tokens: int) -> None:
-        """Its first start. known: pages of its prefix that some group has."""
+        """Its first start. known: blocks of its prefix that some group has."""
         state = self._state
-        sequence.cached_tokens = depth * state.config.page_size + part_tokens
+        sequence.cached_tokens = depth * state.config.block_size + part_tokens
         sequence.started_s = state.now_s
-        candidates = sequence.hashes[known : self._sharing.reusable(sequence) // state.config.page_size]
+        candidates = sequence.hashes[known : self._sharing.reusable(sequence) // state.config.block_size]
         count_start(
-            state.counters, page_size=state.config.page_size, prompt_tokens=sequence.prompt_tokens, hit_pages=depth,
-            known_pages=known, evicted_pages=state.table.evicted(candidates), candidate_pages=known + len(candidates),
+            state.counters, block_size=state.config.block_size, prompt_tokens=sequence.prompt_tokens, hit_blocks=depth,
+            known_blocks=known, evicted_blocks=state.table.evicted(candidates), candidate_blocks=known + len(candidates),
             part_tokens=part_tokens,
         )  # fmt: skip
 
@@ -219,9 +219,9 @@ class Admission:
         sequence.lease = LeaseId(self._serials << ROW_BITS | row)
         group.starts += 1
         group.seat(sequence, row, sequence.lease, sequence.committed - cached_tokens)
-        full = cached_tokens // self._state.config.page_size
+        full = cached_tokens // self._state.config.block_size
         self._paging.schedule(group, sequence, row, sequence.committed, full)
-        self._state.open_pages.turn_to(sequence, full)
+        self._state.open_blocks.turn_to(sequence, full)
         self._inherit(group, sequence.blocks)
         group.issue(
             Start(
@@ -233,7 +233,7 @@ class Admission:
         )  # fmt: skip
 
     def _inherit(self, group: ResidentGroup, blocks: SequenceBlocks) -> None:
-        """Where the hit ends inside a page: the copy that begins the sequence's own, unless it goes on in the page itself."""
+        """Where the hit ends inside a block: the copy that begins the sequence's own, unless it goes on in the block itself."""
         if blocks.source is not None:
             group.issue(Copy(blocks.source, blocks.blocks[len(blocks.nodes)], blocks.inherited))
             blocks.source = None

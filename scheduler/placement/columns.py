@@ -17,9 +17,9 @@ Ints = npt.NDArray[np.int64]
 
 
 class GroupColumns:
-    """groups: in the order in which they came up. backlog, running: as in `policy.GroupLoad`. room: pages that a
-    newcomer may take, below 0 where none may start. free, available, blocks: pages of the pool. receiving: pages on their way
-    to it. senders: the groups, by id, that can exchange pages with others.
+    """groups: in the order in which they came up. backlog, running: as in `policy.GroupLoad`. room: blocks that a
+    newcomer may take, below 0 where none may start. free, available, blocks: blocks of the pool. receiving: blocks on their way
+    to it. senders: the groups, by id, that can exchange blocks with others.
 
     Invariant: a row says what its group does, unless the group is in `watch.touched`; so call `refresh` before you look.
     """
@@ -62,7 +62,7 @@ class GroupColumns:
         return tuple(self._rows[:, at].tolist())
 
     def most_room(self) -> int:
-        """Pages that a newcomer could have at most, in the group that has most; below 0 if none takes any."""
+        """Blocks that a newcomer could have at most, in the group that has most; below 0 if none takes any."""
         self.refresh()
         return int(self.room.max(initial=-1))
 

@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 class Way(msgspec.Struct, frozen=True):
     """One way to serve a sequence: in a group, as it is or with a fetch from `source`.
 
-    hit_tokens: of its prefix, fetched_tokens of them from `source`. evicted_pages: that would be lost. cost: in prefill tokens,
-    the sum of `policy.Terms`, which follow.
+    hit_tokens: of its prefix, fetched_tokens of them from `source`. evicted_blocks: that would be lost. cost: in prefill
+    tokens, the sum of `policy.Terms`, which follow.
     """
 
     group: int
     hit_tokens: int
     source: int | None
     fetched_tokens: int
-    evicted_pages: int
+    evicted_blocks: int
     cost: float
     uncached: float
     queued: float
@@ -84,15 +84,15 @@ def log(decision: Decision) -> None:
     logger.debug("routed", extra=fields(**said))
 
 
-def rank(seen: Iterable[Seen], tokens: int, page_size: int) -> list[Way]:
+def rank(seen: Iterable[Seen], tokens: int, block_size: int) -> list[Way]:
     """The admissible ways, the cheapest first, as `policy.route` orders them. seen: by group, each group's ways in order."""
     order = []
     for at, each in enumerate(seen):
         if policy.admissible(each.load):
-            terms = policy.terms(each.load, tokens, page_size)
+            terms = policy.terms(each.load, tokens, block_size)
             way = Way(
                 each.group, each.load.hit_tokens, each.source, each.load.hit_tokens - each.own_tokens,
-                max(0, each.load.new_pages - each.load.free), sum(terms), *terms,
+                max(0, each.load.new_blocks - each.load.free), sum(terms), *terms,
             )  # fmt: skip
             order.append((way.cost, -each.load.available, at, way))
     return [way for *_, way in sorted(order, key=lambda each: each[:3])]

@@ -51,7 +51,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
     tokens: int32 buffer, prompt and whatever was emitted before a restart. prompt_tokens: how many of them are prompt, so that
     penalties and min/max tokens count the rest as output. cached_tokens: the KV of this many leading tokens stands already in
-    `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of page ids in
+    `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
     block-table order. stop_ids: ids that end the output. max_tokens: output tokens in all, those before a restart included.
     """
 
@@ -68,10 +68,10 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """Extends one lease by whole pages.
+    """Extends one lease by whole blocks.
 
-    blocks: page ids in the receiving group's pool, in block-table order.
-    Invariant: each page is held by `lease` until the core commits its end; a grant for an ended lease is a no-op.
+    blocks: block ids in the receiving group's pool, in block-table order.
+    Invariant: each block is held by `lease` until the core commits its end; a grant for an ended lease is a no-op.
     """
 
     lease: LeaseId
@@ -79,9 +79,9 @@ class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Remap(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """The page at `index` of the lease's block table has a published twin with the same content: use `block` from now on.
+    """The block at `index` of the lease's block table has a published twin with the same content: use `block` from now on.
 
-    The former page is free for others once this command has been applied; later commands of the log may grant it.
+    The former block is free for others once this command has been applied; later commands of the log may grant it.
     """
 
     lease: LeaseId
@@ -90,7 +90,7 @@ class Remap(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
 
 
 class Drop(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
-    """The lease has ended (preempted, aborted, or stopped by the front end). Forget it; its pages may be granted again."""
+    """The lease has ended (preempted, aborted, or stopped by the front end). Forget it; its blocks may be granted again."""
 
     lease: LeaseId
 
@@ -102,10 +102,10 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
 
 
 class Copy(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
-    """The first `tokens` slots of page `target` get the KV of those of page `source`: copy on write.
+    """The first `tokens` slots of block `target` get the KV of those of block `source`: copy on write.
 
     On the stream of the steps, in the order of the log: after every step launched before it and before every later one, so
-    `source` may be granted again at once. It comes before the `Start` of the lease whose page `target` is.
+    `source` may be granted again at once. It comes before the `Start` of the lease whose block `target` is.
     """
 
     source: int
@@ -114,46 +114,46 @@ class Copy(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
 
 
 class Send(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
-    """Whole pages go to the same ranks of another group; each rank sends its shard, off the stream of the steps.
+    """Whole blocks go to the same ranks of another group; each rank sends its shard, off the stream of the steps.
 
-    transfer: the same number as in the other group's `Receive`; never reused. pages: int32 buffer of page ids, in the order in
+    transfer: the same number as in the other group's `Receive`; never reused. blocks: int32 buffer of ids, in the order in
     which they are received. group, epoch: who receives. Each side answers with one `Moved`; until the scheduler has it, the
-    pages are held there: nobody overwrites them.
+    blocks are held there: nobody overwrites them.
     """
 
     transfer: int
-    pages: bytes
+    blocks: bytes
     group: int
     epoch: int
 
 
 class Receive(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
-    """The other end of `Send`. pages: int32 buffer, to be overwritten once the steps launched before this command are done.
+    """The other end of `Send`. blocks: int32 buffer, to be overwritten once the steps launched before this command are done.
 
     group, epoch: who sends. ports: "host:port" of each of its ranks, where this group's rank of the same number fetches.
     """
 
     transfer: int
-    pages: bytes
+    blocks: bytes
     group: int
     epoch: int
     ports: tuple[str, ...]
 
 
 class Offload(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
-    """Pages are copied to slots of each rank's host memory, off the stream of the steps. pages, slots: int32 buffers."""
+    """Blocks are copied to slots of each rank's host memory, off the stream of the steps. blocks, slots: int32 buffers."""
 
     transfer: int
-    pages: bytes
+    blocks: bytes
     slots: bytes
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
-    """Slots of each rank's host memory are copied to pages, once the steps launched before this command are done."""
+    """Slots of each rank's host memory are copied to blocks, once the steps launched before this command are done."""
 
     transfer: int
     slots: bytes
-    pages: bytes
+    blocks: bytes
 
 
 class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
@@ -180,10 +180,10 @@ class Commands(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """A group's leader opens its stream. blocks: pages in the pool. rows: sequences that it can hold at once.
+    """A group's leader opens its stream. blocks: blocks in the pool. rows: sequences that it can hold at once.
 
-    slots: pages of host memory that each rank keeps for its group; 0: no host tier. ports: "host:port" of each rank, where
-    others fetch pages; empty: it takes no part in transfers. Only groups with equally many ranks exchange pages.
+    slots: blocks of host memory that each rank keeps for its group; 0: no host tier. ports: "host:port" of each rank, where
+    others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
     """
 
     token: str
@@ -220,7 +220,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 class Moved(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     """A `Send`, `Receive`, `Offload` or `Load` is over on every rank of the group. Sent when it is, between reports.
 
-    ok: all pages have arrived; otherwise what stands in them is arbitrary, and `message` says why. elapsed_s: from the first
+    ok: all blocks have arrived; otherwise what stands in them is arbitrary, and `message` says why. elapsed_s: from the first
     byte to the last on the slowest rank. bytes: of all ranks.
     """
 
@@ -246,7 +246,7 @@ class Connect(msgspec.Struct, frozen=True, array_like=True, tag=10):
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One prompt. Its `params.n` choices use the stream numbers stream, stream + 1, ..., chosen by the front end.
 
-    tokens: int32 buffer [prompt_tokens]. hashes: uint64 buffer [full pages of the prompt], `kvcache.hashing.hash_pages`.
+    tokens: int32 buffer [prompt_tokens]. hashes: uint64 buffer [full blocks of the prompt], `kvcache.hashing.hash_blocks`.
     stop_ids: ids that end the output, the model's own included unless ignored. salt: isolates tenants in the prefix index.
     priority: lower goes first; equal ones by what their tenants were served, then by age. tenant: on whose account.
     deadline_s: seconds from now within which it must have ended; None: it has the time that it needs.
@@ -308,9 +308,9 @@ Opening = Hello | Connect
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """page_size in tokens: what `Request.hashes` must be computed with."""
+    """block_size in tokens: what `Request.hashes` must be computed with."""
 
-    page_size: int
+    block_size: int
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):

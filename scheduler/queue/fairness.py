@@ -17,8 +17,8 @@ class FairQueue:
     """The queue, and a counter of served tokens for each tenant.
 
     A start adds the prompt tokens that it has to compute, those of the first start alone: recomputing is not the tenant's
-    doing. Output counts `OUTPUT_WEIGHT` a token, in arrears: when a page fills, when the sequence is preempted and when it
-    ends. So nothing is added per step, and a counter is late by at most OUTPUT_WEIGHT * page_size tokens
+    doing. Output counts `OUTPUT_WEIGHT` a token, in arrears: when a block fills, when the sequence is preempted and when it
+    ends. So nothing is added per step, and a counter is late by at most OUTPUT_WEIGHT * block_size tokens
     for each of the tenant's running sequences. That much, and what one request may add, is how far tenants of one priority can
     be apart while both always have something waiting; what starts out of turn (`waiting`) comes on top, and is made up for.
 
@@ -56,7 +56,7 @@ class FairQueue:
         tenant.live -= 1
 
     def enter(self, sequence: Sequence) -> None:
-        """It has no pages: a stay begins. `push` says when its turn may come."""
+        """It has no blocks: a stay begins. `push` says when its turn may come."""
         tenant = sequence.tenant
         if not tenant.stays:
             tenant.served = max(tenant.served, self.floor())

@@ -9,10 +9,10 @@ import random
 import msgspec
 import numpy as np
 
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from scheduler.placement.admission import Admission
 from scheduler.protocol.messages import Failure, Request
-from scheduler.queue.limits import RequestRefused, output_limit, pages_for, queue_room
+from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room
 from scheduler.running.resident import ProtocolError
 from scheduler.sequence import PRIORITY_SHIFT, Sequence, Tokens
 from scheduler.state import ClusterState
@@ -38,7 +38,7 @@ class Intake:
         prompt, params = np.frombuffer(request.tokens, np.int32), request.params
         largest = state.largest_pool()
         max_tokens = output_limit(
-            len(prompt), params.max_tokens, config.max_model_len, config.page_size, largest, state.lost
+            len(prompt), params.max_tokens, config.max_model_len, config.block_size, largest, state.lost
         )
         if not (state.groups or config.wait_for_groups):
             raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
@@ -47,7 +47,7 @@ class Intake:
             if (front_end, request.stream + choice) in state.sequences:
                 raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
         hashes = self._hashes(request, prompt)
-        pages = pages_for(len(prompt) + max_tokens - 1, config.page_size)
+        blocks = blocks_for(len(prompt) + max_tokens - 1, config.block_size)
         deadline_s = math.inf if request.deadline_s is None else state.now_s + request.deadline_s
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         for choice in range(params.n):
@@ -57,7 +57,7 @@ class Intake:
                 number=self._numbers, place=(request.priority << PRIORITY_SHIFT) + self._numbers, arrived_s=state.now_s,
                 front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
                 stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
-                pages_at_most=pages, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
+                blocks_at_most=blocks, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
                 tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s,
             )  # fmt: skip
             self._numbers += 1
@@ -70,10 +70,10 @@ class Intake:
         state.counters.prompt_tokens += len(prompt)
 
     def _hashes(self, request: Request, prompt: Tokens) -> list[int]:
-        """Of the prompt's full pages: the front end's, if it brought them."""
-        page_size = self._config.page_size
-        if len(request.hashes) != 8 * (len(prompt) // page_size):
-            return hash_pages(prompt, page_size, request.salt)
+        """Of the prompt's full blocks: the front end's, if it brought them."""
+        block_size = self._config.block_size
+        if len(request.hashes) != 8 * (len(prompt) // block_size):
+            return hash_blocks(prompt, block_size, request.salt)
         hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
         return hashes
 

@@ -1,4 +1,4 @@
-"""What can be served at all. Pure arithmetic on lengths and pages.
+"""What can be served at all. Pure arithmetic on lengths and blocks.
 
 Imports `config`, `messages` and `waiting`.
 """
@@ -24,16 +24,16 @@ class RequestRefused(ValueError):
         self.retry_after_s = retry_after_s
 
 
-def pages_for(tokens: int, page_size: int) -> int:
-    return -(-tokens // page_size)
+def blocks_for(tokens: int, block_size: int) -> int:
+    return -(-tokens // block_size)
 
 
 def output_limit(
-    prompt: int, max_tokens: int | None, max_model_len: int, page_size: int, largest_pool: int | None, lost: str = ""
+    prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = ""
 ) -> int:
     """Output tokens that the request may have: max_tokens, or all that model and pools leave if it names none.
 
-    largest_pool: pages of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
+    largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
     The KV of the last token is never written, so prompt + max_tokens - 1 slots are enough.
     Errors: RequestRefused.
     """
@@ -50,13 +50,13 @@ def output_limit(
         )
     room = max_model_len - prompt
     if largest_pool is not None:
-        if pages_for(prompt + least - 1, page_size) > largest_pool:
+        if blocks_for(prompt + least - 1, block_size) > largest_pool:
             raise RequestRefused(
-                f"{prompt} prompt tokens and max_tokens={least} need {pages_for(prompt + least - 1, page_size)} pages of "
-                f"{page_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or "
+                f"{prompt} prompt tokens and max_tokens={least} need {blocks_for(prompt + least - 1, block_size)} blocks of "
+                f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or "
                 "raise kv_memory"
             )
-        room = min(room, largest_pool * page_size + 1 - prompt)
+        room = min(room, largest_pool * block_size + 1 - prompt)
     return room if max_tokens is None else max_tokens
 
 

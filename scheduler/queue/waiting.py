@@ -65,7 +65,7 @@ class WaitingRoom:
         self.join([sequence])
 
     def leave(self, sequence: Sequence, now_s: float) -> None:
-        """It has ended while it waited, or got its pages."""
+        """It has ended while it waited, or got its blocks."""
         self.count -= 1
         self.tokens -= sequence.committed
         sequence.ticket = 0
@@ -111,10 +111,10 @@ class WaitingRoom:
                 self._counters.aged += 1
 
     def take(self, largest_pool: int) -> Sequence | None:
-        """Takes out whose turn it is, None if nobody is left. Parks those that need more pages than the largest pool has."""
+        """Takes out whose turn it is, None if nobody is left. Parks those that need more blocks than the largest pool has."""
         while True:
             sequence = (self._oldest() or self.fair.pop()) if self._aged_next else (self.fair.pop() or self._oldest())
-            if sequence is None or sequence.pages_at_most <= largest_pool:
+            if sequence is None or sequence.blocks_at_most <= largest_pool:
                 self._aged_next = not self._aged_next
                 return sequence
             sequence.ticket = 0
@@ -133,10 +133,10 @@ class WaitingRoom:
         if settled:
             self._settled = self._changes
 
-    def defer(self, sequence: Sequence, author: Sequence, pages: int) -> None:
-        """One that was taken out waits until `author` has computed so many full pages, of which it needs the last."""
+    def defer(self, sequence: Sequence, author: Sequence, blocks: int) -> None:
+        """One that was taken out waits until `author` has computed so many full blocks, of which it needs the last."""
         sequence.state, sequence.ticket = State.DEFERRED, 0
-        self.awaited.wait(sequence, author, pages)
+        self.awaited.wait(sequence, author, blocks)
 
     # ---- what happens elsewhere
 
@@ -145,13 +145,13 @@ class WaitingRoom:
         self.rooms += 1
         self._changes += 1
 
-    def published(self, author: Sequence, pages: int) -> None:
-        """`author` has computed so many full pages, or its `WHOLE_PROMPT`. Whoever waited for no more comes back."""
+    def published(self, author: Sequence, blocks: int) -> None:
+        """`author` has computed so many full blocks, or its `WHOLE_PROMPT`. Whoever waited for no more comes back."""
         if author in self.awaited.authors:
-            self.join(self.awaited.published(author, pages))
+            self.join(self.awaited.published(author, blocks))
 
     def withdraw(self, author: Sequence) -> None:
-        """`author` runs no more: there is room, and whoever waited for its pages comes back."""
+        """`author` runs no more: there is room, and whoever waited for its blocks comes back."""
         self.made_room()
         self.published(author, WHOLE_PROMPT)
 

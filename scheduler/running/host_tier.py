@@ -1,6 +1,6 @@
 """A second, larger cache for each group, in its host's memory: what a sequence has published is copied there when it leaves.
 
-So eviction loses nothing and takes no time; `admission` brings pages back when that is cheaper than to compute them. The tier
+So eviction loses nothing and takes no time; `admission` brings blocks back when that is cheaper than to compute them. The tier
 holds what the device holds and more (inclusive, as SGLang's HiCache is), which keeps prefixes whole there: it is a pool of the
 table like others, with its own order of eviction. Imports `state`, `transfers` and the table.
 """
@@ -24,7 +24,7 @@ class HostTier:
         self._transfers = transfers
 
     def offload(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """The sequence is about to give its pages back: what the tier has not is copied, off the stream of the steps.
+        """The sequence is about to give its blocks back: what the tier has not is copied, off the stream of the steps.
 
         Not all of it where the tier is busy, and nothing where room is short, as after a preemption.
         """
@@ -38,7 +38,7 @@ class HostTier:
             self._begin(group, sequence, match, depth, new)
 
     def keep(self, group: ResidentGroup, sequence: Sequence) -> bool:
-        """The same for one that runs on: it holds its pages anyway. Whether all are there, or on their way."""
+        """The same for one that runs on: it holds its blocks anyway. Whether all are there, or on their way."""
         assert sequence.blocks is not None
         match = self._state.table.chain(sequence.blocks)
         depth = match.depth(host_of(group.group))

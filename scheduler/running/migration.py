@@ -1,7 +1,7 @@
-"""Live migration: a running sequence goes to another group with its pages.
+"""Live migration: a running sequence goes to another group with its blocks.
 
     begin    what it has published goes ahead, while it decodes on
-    follow   that has arrived: it stops; the pages that it has filled since, and the last one, are fetched; it starts there
+    follow   that has arrived: it stops; the blocks that it has filled since, and the last one, are fetched; it starts there
 
 After Llumnix (arXiv 2406.03243), whose last stage is the stop here too. Imports `state`, `admission`, `paging`, `transfers`.
 """
@@ -37,12 +37,12 @@ class Migration:
         if target is None:
             return False
         match = table.chain(blocks)
-        depth, pages = match.depth(target), len(match.nodes)
-        if depth == pages:
+        depth, published = match.depth(target), len(match.nodes)
+        if depth == published:
             self.follow(sequence, lease, target)
             return True
-        held = table.hold(group.group, match, pages, blocks.salt)
-        ahead = table.reserve(target, match, depth, pages - depth, blocks.salt)
+        held = table.hold(group.group, match, published, blocks.salt)
+        ahead = table.reserve(target, match, depth, published - depth, blocks.salt)
         assert ahead is not None, "the target was chosen for its room"
         self._transfers.begin(sequence, held, ahead, moves=lease)
         return True
@@ -55,18 +55,18 @@ class Migration:
             return  # it has ended, or was restarted, meanwhile
         self._state.counters.migrations += 1
         self._paging.interrupt(group, sequence)
-        self._paging.extend(group, [])  # others there may have waited for its pages
+        self._paging.extend(group, [])  # others there may have waited for its blocks
         self._admission.place_in(self._state.groups[target], sequence)
 
     def target(self, group: ResidentGroup, sequence: Sequence, *, calm: bool = False) -> GroupId | None:
-        """The least loaded group that has room for it. calm: so much that it will not be short of pages itself soon."""
+        """The least loaded group that has room for it. calm: so much that it will not be short of blocks itself soon."""
         assert sequence.blocks is not None
         wanted = len(sequence.blocks.blocks)
         able = [
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()
             if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
-            and other.blocks >= sequence.pages_at_most and other.rows_left > 0
+            and other.blocks >= sequence.blocks_at_most and other.rows_left > 0
             and self._state.table.available(other.group) > wanted + (2 * other.shortage if calm else 0)
         ]  # fmt: skip
         return min(able)[1] if able else None

@@ -1,4 +1,4 @@
-"""The pages of those who run: what they fill is published, those who run low get more, somebody may have to give way.
+"""The blocks of those who run: what they fill is published, those who run low get more, somebody may have to give way.
 
 Imports `state`, `victims` and the table.
 """
@@ -25,15 +25,15 @@ class Paging:
         self._state = state
         self._host_tier = host_tier
         self._awaited = state.waiting.awaited.authors
-        self._page_size = state.config.page_size
-        self._least_part = state.config.stride or state.config.page_size  # tokens; a whole page is no part
+        self._block_size = state.config.block_size
+        self._least_part = state.config.stride or state.config.block_size  # tokens; a whole block is no part
 
     def advance(self, group: ResidentGroup, sequence: Sequence, row: int) -> bool:
         """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
-        blocks, page_size = sequence.blocks, self._page_size
+        blocks, block_size = sequence.blocks, self._block_size
         assert blocks is not None
         length, pending = group.length.item(row), group.pending.item(row)
-        full = (length - pending) // page_size
+        full = (length - pending) // block_size
         if full > len(blocks.nodes):
             sequence.charge(length)
             self._publish(group, sequence, blocks, full)
@@ -42,43 +42,43 @@ class Paging:
         return self.schedule(group, sequence, row, length, full)
 
     def schedule(self, group: ResidentGroup, sequence: Sequence, row: int, length: int, full: int) -> bool:
-        """Says when a row is due next: the length at which it fills a page or runs low, while it decodes.
+        """Says when a row is due next: the length at which it fills a block or runs low, while it decodes.
 
-        length: its tokens. full: pages that it has filled. Returns whether it runs low already.
+        length: its tokens. full: blocks that it has filled. Returns whether it runs low already.
         """
         assert sequence.blocks is not None
-        page_size, pages = self._page_size, len(sequence.blocks.blocks)
-        filled = (full + 1) * page_size + 1
-        low = pages * page_size - self._state.config.grant_ahead + 1
-        group.due[row] = filled if pages == sequence.pages_at_most or filled < low else low
-        return length >= low and pages < sequence.pages_at_most
+        block_size, blocks = self._block_size, len(sequence.blocks.blocks)
+        filled = (full + 1) * block_size + 1
+        low = blocks * block_size - self._state.config.grant_ahead + 1
+        group.due[row] = filled if blocks == sequence.blocks_at_most or filled < low else low
+        return length >= low and blocks < sequence.blocks_at_most
 
-    def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, pages: int) -> None:
-        """Publishes pages that the committed computation has filled, up to `pages`; a twin published first is adopted."""
-        page_size, hashes = self._page_size, sequence.hashes
+    def _publish(self, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, full: int) -> None:
+        """Publishes blocks that the committed computation has filled, up to `full`; a twin published first is adopted."""
+        block_size, hashes = self._block_size, sequence.hashes
         assert sequence.lease is not None
-        group.write_back(sequence, pages * page_size)
+        group.write_back(sequence, full * block_size)
         if not self._state.config.prefix_caching:
             return
-        for index in range(len(blocks.nodes), pages):
-            page = sequence.page(index, page_size)
-            hash_ = hashes[index] if index < len(hashes) else sequence.hash_page(page)
-            adopted = self._state.table.publish(blocks, page, hash_)
+        for index in range(len(blocks.nodes), full):
+            content = sequence.content_of(index, block_size)
+            hash_ = hashes[index] if index < len(hashes) else sequence.hash_block(content)
+            adopted = self._state.table.publish(blocks, content, hash_)
             if adopted is not None:
                 group.issue(Remap(sequence.lease, index, adopted))
-        self._state.open_pages.turn_to(sequence, pages)
+        self._state.open_blocks.turn_to(sequence, full)
         if sequence in self._awaited:
-            self._state.waiting.published(sequence, pages)
+            self._state.waiting.published(sequence, full)
 
     def _is_part(self, blocks: SequenceBlocks, tokens: int) -> bool:
-        """Whether so many tokens of the page that a sequence fills at the moment are worth to be published.
+        """Whether so many tokens of the block that a sequence fills at the moment are worth to be published.
 
-        What it begins with, if that was copied, is known by the page that it was copied from, until a step has added to it.
+        What it begins with, if that was copied, is known by the block that it was copied from, until a step has added to it.
         """
         return tokens >= self._least_part and tokens > blocks.inherited
 
     def extend(self, group: ResidentGroup, needy: list[Sequence]) -> None:
-        """Grants pages to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
+        """Grants blocks to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
         if group.starved:
             needy = list({*group.starved, *needy})
             group.starved.clear()
@@ -88,12 +88,12 @@ class Paging:
                 self._grant(group, sequence)
 
     def _grant(self, group: ResidentGroup, sequence: Sequence) -> None:
-        """Extends a lease; without a free page a later sequence gives its pages up, in this same call."""
+        """Extends a lease; without a free block a later sequence gives its blocks up, in this same call."""
         assert sequence.blocks is not None
         assert sequence.lease is not None
         length = group.length.item(sequence.row)
-        wanted = self._state.pages_for(sequence, length) - len(sequence.blocks.blocks)
-        while (pages := self._state.table.grow(sequence.blocks, wanted)) is None:
+        wanted = self._state.blocks_for(sequence, length) - len(sequence.blocks.blocks)
+        while (blocks := self._state.table.grow(sequence.blocks, wanted)) is None:
             victim = find_victim(self._state.table, group, sequence)
             if victim is None:
                 group.lease_waits += 1
@@ -101,11 +101,11 @@ class Paging:
                 group.touch()
                 return
             self.preempt(group, victim)
-        group.issue(Grant(sequence.lease, tuple(pages)))
-        self.schedule(group, sequence, sequence.row, length, group.computed(sequence.row) // self._page_size)
+        group.issue(Grant(sequence.lease, tuple(blocks)))
+        self.schedule(group, sequence, sequence.row, length, group.computed(sequence.row) // self._block_size)
 
     def preempt(self, group: ResidentGroup, victim: Sequence) -> None:
-        """Its pages are wanted. What it had stays cached as long as it can."""
+        """Its blocks are wanted. What it had stays cached as long as it can."""
         self._state.counters.preemptions += 1
         self._state.counters.recomputed_tokens += group.computed(victim.row)
         victim.preemptions += 1
@@ -120,15 +120,15 @@ class Paging:
         self._state.waiting.enter(sequence, self._state.now_s)
 
     def leave(self, group: ResidentGroup, sequence: Sequence, *, release: bool = True) -> None:
-        """The lease is over: the row and the pages are given back, what they hold stays cached as long as it can.
+        """The lease is over: the row and the blocks are given back, what they hold stays cached as long as it can.
 
         release: not if the group is lost. Tokens that are still needed have been written back.
         """
         assert sequence.blocks is not None
-        self._state.open_pages.close(sequence)
+        self._state.open_blocks.close(sequence)
         if release:
             computed = group.computed(sequence.row)
-            start = computed // self._page_size * self._page_size
+            start = computed // self._block_size * self._block_size
             if self._is_part(sequence.blocks, computed - start):
                 self._state.table.publish_tail(sequence.blocks, group.tail(sequence, start, computed).tobytes())
             if group.slots:

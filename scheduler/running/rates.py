@@ -1,4 +1,4 @@
-"""How fast prompts are computed and pages move, as the workers report it. Pure; no clock."""
+"""How fast prompts are computed and blocks move, as the workers report it. Pure; no clock."""
 
 FETCH_PRIOR = 0.1
 """Time to fetch a token, in times to compute one, until both are measured: what a network of 25 GB/s and a large model have."""
@@ -26,7 +26,7 @@ class Rate:
 
 
 class Rates:
-    """compute: steps, most of whose tokens are of prompts. fetch, load: pages from other groups, and from host memory."""
+    """compute: steps, most of whose tokens are of prompts. fetch, load: blocks from other groups, and from host memory."""
 
     def __init__(self) -> None:
         self.compute = Rate()

@@ -1,8 +1,8 @@
-"""A group that is about to run out of pages: before somebody has to give way, that one leaves, or what it has is kept.
+"""A group that is about to run out of blocks: before somebody has to give way, that one leaves, or what it has is kept.
 
-    move       it goes on in another group, with its pages, which are copied while it decodes on (`migration`)
-    keep       its pages are copied to host memory while it decodes on; when it has given way, they come back from there
-    recompute  nothing: it gives way when no page is left, and computes what has been evicted until it starts again
+    move       it goes on in another group, with its blocks, which are copied while it decodes on (`migration`)
+    keep       its blocks are copied to host memory while it decodes on; when it has given way, they come back from there
+    recompute  nothing: it gives way when no block is left, and computes what has been evicted until it starts again
 
 Whichever is the cheapest, by the measured rates. Imports `state`, `victims`, `policy`, `migration` and `host_tier`.
 """
@@ -27,18 +27,18 @@ RETRY_S = 1.0
 class Plan:
     """For the sequence that would give way next, as long as it has this lease.
 
-    pages: of it, that have been copied to host memory or are on their way there. again_s: when to choose anew.
+    blocks: of it, that have been copied to host memory or are on their way there. again_s: when to choose anew.
     """
 
     sequence: Sequence
     lease: LeaseId | None
     way: policy.Relief
-    pages: int
+    blocks: int
     again_s: float
 
 
 class Relief:
-    """Works on the shared state; has one plan for each group that is short of pages."""
+    """Works on the shared state; has one plan for each group that is short of blocks."""
 
     def __init__(self, state: ClusterState, migration: Migration, host_tier: HostTier) -> None:
         self._state = state
@@ -47,7 +47,7 @@ class Relief:
         self._plans: dict[GroupId, Plan] = {}
 
     def look_after(self, group: ResidentGroup) -> None:
-        """Called when pages have been granted. Costs a comparison while there are enough."""
+        """Called when blocks have been granted. Costs a comparison while there are enough."""
         if self._state.table.available(group.group) >= group.shortage or not self._state.config.relieve:
             return
         plan = self._plans.get(group.group)
@@ -60,18 +60,18 @@ class Relief:
         self._plans.pop(group, None)
 
     def _plan(self, group: ResidentGroup) -> Plan | None:
-        """Chooses who would give way to the first, as if no page were left, and does what is the cheapest for it."""
+        """Chooses who would give way to the first, as if no block were left, and does what is the cheapest for it."""
         state = self._state
         victim = find_victim(state.table, group, min(group.running)) if len(group.running) > 1 else None
         if victim is None or victim.blocks is None:
             return None
         lease = victim.lease  # a move may end it at once
         lost = cost_of(state.table, group, victim).lost_tokens
-        pages, page_size, rates = len(victim.blocks.nodes), state.config.page_size, state.rates
+        blocks, block_size, rates = len(victim.blocks.nodes), state.config.block_size, state.rates
         target = self._migration.target(group, victim, calm=True)
-        move = policy.fetch_work(rates.fetch_cost, page_size, pages + group.sending) if target is not None else None
-        has_room = group.slots > 0 and state.table.available(host_of(group.group)) >= pages
-        keep = 2 * policy.fetch_work(rates.load_cost, page_size, pages) if has_room else None
+        move = policy.fetch_work(rates.fetch_cost, block_size, blocks + group.sending) if target is not None else None
+        has_room = group.slots > 0 and state.table.available(host_of(group.group)) >= blocks
+        keep = 2 * policy.fetch_work(rates.load_cost, block_size, blocks) if has_room else None
         way = policy.relief(lost, move, keep)
         if way is policy.Relief.MOVE and target is not None:
             self._migration.begin(group, victim, target)
@@ -83,6 +83,6 @@ class Relief:
     def _keep(self, group: ResidentGroup, plan: Plan) -> None:
         """Copies what it has published since the last time."""
         blocks = plan.sequence.blocks
-        if blocks is not None and len(blocks.nodes) > plan.pages and self._host_tier.keep(group, plan.sequence):
-            self._state.counters.kept_for_room += plan.pages == 0
-            plan.pages = len(blocks.nodes)
+        if blocks is not None and len(blocks.nodes) > plan.blocks and self._host_tier.keep(group, plan.sequence):
+            self._state.counters.kept_for_room += plan.blocks == 0
+            plan.blocks = len(blocks.nodes)

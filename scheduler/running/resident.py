@@ -4,8 +4,8 @@
     lease        [17«16 18«16+1  -1 ...]        who sits there; -1 is free
     length       [ 301   77  ...]               committed tokens, prompt included
     pending      [   1   40  ...]               committed tokens without KV yet: 1 while decoding, more while prefilling
-    due          [ 513  ...]                    length at which a page fills or a grant is wanted (decoding rows)
-    ring         [rows, ring]  int32            sampled tokens by position, until a page of them is written back
+    due          [ 513  ...]                    length at which a block fills or a grant is wanted (decoding rows)
+    ring         [rows, ring]  int32            sampled tokens by position, until a block of them is written back
 
 Imports NumPy, `messages`, `policy`, `sequence` and `kvcache` ids.
 """
@@ -77,11 +77,11 @@ class ResidentGroup:
     Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
     """
 
-    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, page_size: int, watch: Watch) -> None:
+    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, block_size: int, watch: Watch) -> None:
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
-        self.ring_size = 2 * page_size  # a power of two; at most a page and one report are not yet written back
+        self.ring_size = 2 * block_size  # a power of two; at most a block and one report are not yet written back
         self._ring_mask = self.ring_size - 1
         self.lease = np.full(rows, -1, np.int64)
         self.length = np.zeros(rows, np.int64)
@@ -93,11 +93,11 @@ class ResidentGroup:
         self.sequences: list[Sequence | None] = [None] * rows
         self.running: set[Sequence] = set()
         self.starved: list[Sequence] = []
-        self.fetching: dict[Sequence, int] = {}  # have pages here, wait for their prefix, keep a row; tokens to compute then
-        self.ports: tuple[str, ...] = ()  # of each rank, where others fetch pages; empty: no transfers
-        self.slots = 0  # pages of host memory of each rank
+        self.fetching: dict[Sequence, int] = {}  # have blocks here, wait for their prefix, keep a row; tokens to compute then
+        self.ports: tuple[str, ...] = ()  # of each rank, where others fetch blocks; empty: no transfers
+        self.slots = 0  # blocks of host memory of each rank
         self.shortage = shortage(blocks)
-        self.sending = self.receiving = 0  # pages on their way
+        self.sending = self.receiving = 0  # blocks on their way
         self.backlog = 0
         self.free_rows = list(range(rows - 1, -1, -1))
         self.reports = 0
@@ -144,7 +144,7 @@ class ResidentGroup:
         self.touch()
 
     def touch(self) -> None:
-        """Its load may have changed: what waits or runs there, or the pages that are left."""
+        """Its load may have changed: what waits or runs there, or the blocks that are left."""
         if not self.touched:
             self.touched = True
             self._watch.touched.append(self)
@@ -188,7 +188,7 @@ class ResidentGroup:
         self.touch()
 
     def computed(self, row: int) -> int:
-        """Tokens of the row whose KV stands in its pages."""
+        """Tokens of the row whose KV stands in its blocks."""
         return self.length.item(row) - self.pending.item(row)
 
     def ahead_of(self, row: int) -> int:
@@ -212,9 +212,9 @@ class ResidentGroup:
             sequence.append(ring[first:last])
 
     def tail(self, sequence: Sequence, start: int, end: int) -> Tokens:
-        """[end - start] the tokens from the page border `start` on, less than a page of them; a view."""
+        """[end - start] the tokens from the block border `start` on, less than a block of them; a view."""
         if sequence.committed <= start:
-            first = start & self._ring_mask  # the ring is two pages: what begins with one does not wrap around inside it
+            first = start & self._ring_mask  # the ring is two blocks: what begins with one does not wrap around inside it
             return self.ring[sequence.row, first : first + end - start]
         self.write_back(sequence, end)
         return sequence.buffer[start:end]

@@ -1,7 +1,7 @@
-"""Pages on their way from one pool to another, beside the steps: who holds them meanwhile, and what follows when they arrive.
+"""Blocks on their way from one pool to another, beside the steps: who holds them meanwhile, and what follows when they arrive.
 
-    fetch    a group's pages to another group   Send to the one, Receive to the other; each answers once: Moved
-    offload  a group's pages to its host memory  Offload; one answer
+    fetch    a group's blocks to another group   Send to the one, Receive to the other; each answers once: Moved
+    offload  a group's blocks to its host memory  Offload; one answer
     load     and back                            Load; one answer
 
 Both ends are pinned until the side that reads or writes them has answered, or is gone.
@@ -22,12 +22,12 @@ from scheduler.state import ClusterState
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Pages of one prefix. Mutated by `Transfers` alone.
+    """Blocks of one prefix. Mutated by `Transfers` alone.
 
-    source, target: pools. held: the source's pages, pinned until they are read; None afterwards. blocks: the target's, pinned
-    likewise; its pages from `first` to `end` arrive. part: tokens that the last of them is filled with, 0 if it is full.
-    author: whose tokens they are; it waits for them if `blocks` are its own. known_pages: of its prefix, held anywhere, then.
-    moves: the author follows its pages when they have arrived, if it still has `lease`.
+    source, target: pools. held: the source's blocks, pinned until they are read; None afterwards. blocks: the target's, pinned
+    likewise; its blocks from `first` to `end` arrive. part: tokens that the last of them is filled with, 0 if it is full.
+    author: whose tokens they are; it waits for them if `blocks` are its own. known_blocks: of its prefix, held anywhere, then.
+    moves: the author follows its blocks when they have arrived, if it still has `lease`.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Transfer:
     first: int
     end: int
     part: int
-    known_pages: int
+    known_blocks: int
     moves: LeaseId | None = None
 
     @property
     def tokens_end(self) -> int:
-        """Whole pages that the target has when all have arrived."""
+        """Whole blocks that the target has when all have arrived."""
         return self.end - (1 if self.part else 0)
 
     @property
@@ -71,13 +71,13 @@ class Transfers:
         return list(self._under_way.values())
 
     def begin(
-        self, author: Sequence, held: SequenceBlocks, blocks: SequenceBlocks, *, part: int = 0, known_pages: int = 0,
+        self, author: Sequence, held: SequenceBlocks, blocks: SequenceBlocks, *, part: int = 0, known_blocks: int = 0,
         moves: LeaseId | None = None,
     ) -> None:  # fmt: skip
-        """Brings the pages of `held` that `blocks` has no content for to the same places there."""
+        """Brings the blocks of `held` that `blocks` has no content for to the same places there."""
         first, end = len(blocks.nodes), len(held.blocks)
         transfer = Transfer(
-            self._numbers, held.group, blocks.group, author, held, blocks, first, end, part, known_pages, moves
+            self._numbers, held.group, blocks.group, author, held, blocks, first, end, part, known_blocks, moves
         )
         self._numbers += 1
         self._under_way[transfer.number] = transfer
@@ -96,23 +96,23 @@ class Transfers:
             target.issue(Load(transfer.number, read, written))
 
     def answered(self, group: ResidentGroup, moved: Moved) -> Transfer | None:
-        """One side is done. Returns the transfer if its pages have been written: the caller takes its `blocks` over."""
+        """One side is done. Returns the transfer if its blocks have been written: the caller takes its `blocks` over."""
         transfer = self._under_way.get(moved.transfer)
         if transfer is None:
             return None
         reads = transfer.source == group.group or is_host(transfer.source)
         writes = transfer.target == group.group or is_host(transfer.target)
-        pages = transfer.end - transfer.first
+        blocks = transfer.end - transfer.first
         if reads and transfer.held is not None:
-            group.sending -= 0 if is_host(transfer.source) else pages
+            group.sending -= 0 if is_host(transfer.source) else blocks
             self._state.table.release(transfer.held)
             transfer.held = None
             self._forget(transfer)
         if not writes or transfer.blocks is None:
             return None
-        group.receiving -= 0 if is_host(transfer.target) else pages
+        group.receiving -= 0 if is_host(transfer.target) else blocks
         if moved.ok:
-            tokens, rates = pages * self._state.config.page_size, self._state.rates
+            tokens, rates = blocks * self._state.config.block_size, self._state.rates
             if not is_host(transfer.target):
                 (rates.load if is_host(transfer.source) else rates.fetch).measured(tokens, moved.elapsed_s)
         return transfer
@@ -138,7 +138,7 @@ class Transfers:
                 self._state.groups[other].issue(Cut(group.group, group.epoch))
 
     def moving(self, sequence: Sequence) -> bool:
-        """Its pages are on their way to where it will go on."""
+        """Its blocks are on their way to where it will go on."""
         return any(transfer.moves == sequence.lease and transfer.author is sequence for transfer in self._under_way.values())
 
     def _forget(self, transfer: Transfer) -> None:

@@ -17,7 +17,7 @@ MOST_WEIGHED = 64
 
 
 def find_victim(table: BlockTable, group: ResidentGroup, needy: Sequence) -> Sequence | None:
-    """Who gives its pages to `needy`; None if nobody may. Called when the pool is full.
+    """Who gives its blocks to `needy`; None if nobody may. Called when the pool is full.
 
     Only those later in the order of service, which never changes: so the first of a group always progresses, and nothing waits
     for nothing.
@@ -27,7 +27,7 @@ def find_victim(table: BlockTable, group: ResidentGroup, needy: Sequence) -> Seq
         later = sorted(later, key=attrgetter("place"))[-MOST_WEIGHED:]
     rows = [sequence.row for sequence in later]
     lengths, pending = group.length.take(rows).tolist(), group.pending.take(rows).tolist()
-    choice = choose_victim(map(partial(_cost, table), later, lengths, pending), table.page_size)
+    choice = choose_victim(map(partial(_cost, table), later, lengths, pending), table.block_size)
     return None if choice is None else later[choice]
 
 
@@ -43,13 +43,13 @@ def _cost(table: BlockTable, sequence: Sequence, length: int, pending: int) -> V
     shared = _shared(table, blocks)
     kept = max(shared, _elsewhere(table, blocks))
     return VictimCost(
-        max(0, length - pending - kept * table.page_size), len(blocks.blocks) - shared, length - sequence.prompt_tokens,
+        max(0, length - pending - kept * table.block_size), len(blocks.blocks) - shared, length - sequence.prompt_tokens,
         sequence.place,
     )  # fmt: skip
 
 
 def _shared(table: BlockTable, blocks: SequenceBlocks) -> int:
-    """Pages, from the first on, that others in the group hold as well. Reference counts never grow down a chain."""
+    """Blocks, from the first on, that others in the group hold as well. Reference counts never grow down a chain."""
     refs, held = table.pools[blocks.group].refs, blocks.blocks
     if not held or refs[held[0]] < 2:
         return 0
@@ -57,7 +57,7 @@ def _shared(table: BlockTable, blocks: SequenceBlocks) -> int:
 
 
 def _elsewhere(table: BlockTable, blocks: SequenceBlocks) -> int:
-    """Pages, from the first on, that some other group has. Groups only drop out on the way down a chain."""
+    """Blocks, from the first on, that some other group has. Groups only drop out on the way down a chain."""
     holders, here, nodes = table.index.holders, 1 << blocks.group, blocks.nodes
     if not nodes or holders[nodes[0]] == here:
         return 0

@@ -89,7 +89,7 @@ class SchedulerServer:
         self.core.now_s = time.monotonic()
         return ClusterStatus(
             phase="ready" if self.core.groups else "degraded",
-            page_size=self.core.config.page_size,
+            block_size=self.core.config.block_size,
             engine=snapshot(self.core),
             maps=pool_maps(self.core) if maps else (),
             tallies=self.tallies.snapshot(),
@@ -151,7 +151,7 @@ class SchedulerServer:
         front_end = self._front_end_count
         self._front_end_count += 1
         self._front_ends[front_end] = writer
-        write_frame(writer, Welcome(self.core.config.page_size))
+        write_frame(writer, Welcome(self.core.config.block_size))
         try:
             while (payload := await read_frame(reader)) is not None:
                 message = self._requests.decode(payload)
@@ -178,7 +178,7 @@ class SchedulerServer:
     # ---- what goes out
 
     def _deliver(self) -> None:
-        """Logs before deltas: a page is never promised to a client before its group was told.
+        """Logs before deltas: a block is never promised to a client before its group was told.
 
         What is taken out here is told to each, whatever becomes of the others: nobody would say it again.
         """

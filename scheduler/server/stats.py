@@ -15,9 +15,9 @@ class GroupStats(msgspec.Struct, frozen=True):
     """One group at one moment. total_blocks = free_blocks + held_blocks + cached_blocks. running: sequences with a lease.
     fetching: those whose prefix is on its way there.
 
-    shared_blocks: held by more than one sequence. starved: running sequences that wait for a page. draining: takes no new
+    shared_blocks: held by more than one sequence. starved: running sequences that wait for a block. draining: takes no new
     sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
-    their time and the tokens that they computed and sampled; lease_waits: times a sequence found no page to grow into.
+    their time and the tokens that they computed and sampled; lease_waits: times a sequence found no block to grow into.
     """
 
     group: int
@@ -44,7 +44,7 @@ class GroupStats(msgspec.Struct, frozen=True):
 class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
     """The cluster at one moment, and its counters since the start, frozen as it is sent.
 
-    waiting: sequences without pages; preempted: those of them that had one before. waiting_tokens: their prompt and output
+    waiting: sequences without blocks; preempted: those of them that had one before. waiting_tokens: their prompt and output
     so far; waiting_tenants: whose they are. oldest_wait_s: how long the longest-waiting newcomer has waited. tokens_per_s:
     recently computed, cluster-wide.
     """
@@ -85,7 +85,7 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     phase: str
     model: str = ""
-    page_size: int = 0
+    block_size: int = 0
     epoch: int = 0
     progress: tuple[str, ...] = ()
     starting: tuple[GroupStart, ...] = ()

@@ -31,12 +31,12 @@ def test_two_groups_of_two_ranks_with_a_fetch() -> None:
         stats = llm.stats()
     assert stats.fetches >= 1
     assert stats.failed_transfers == 0
-    assert stats.fetched_tokens >= 304, "all full pages of the prefix"
+    assert stats.fetched_tokens >= 304, "all full blocks of the prefix"
     assert all(group.steps for group in stats.groups)
 
 
-def test_a_group_that_runs_short_of_pages_gives_a_sequence_away() -> None:
-    """Both long outputs begin in one group, which has not the pages for them; the short ones in the other end soon."""
+def test_a_group_that_runs_short_of_blocks_gives_a_sequence_away() -> None:
+    """Both long outputs begin in one group, which has not the blocks for them; the short ones in the other end soon."""
     prompts = [list(range(first, first + 40)) for first in (300, 400, 500, 600)]
     lengths = [SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True) for tokens in (400, 4, 400, 4)]
     with open_llm(local=True) as llm:
@@ -45,5 +45,5 @@ def test_a_group_that_runs_short_of_pages_gives_a_sequence_away() -> None:
         assert tokens(llm.generate(prompts, lengths, progress=False)) == expected
         stats = llm.stats()
     assert stats.moved_for_room >= 1
-    assert stats.migrations + stats.preemptions >= 1, "it had gone before the last page was taken, or just not"
+    assert stats.migrations + stats.preemptions >= 1, "it had gone before the last block was taken, or just not"
     assert stats.failed_transfers == 0

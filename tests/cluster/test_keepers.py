@@ -83,7 +83,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[SchedulerKeeper]:
-    keeper = SchedulerKeeper(CoreConfig(page_size=16), check_invariants=True, log_format="text")
+    keeper = SchedulerKeeper(CoreConfig(block_size=16), check_invariants=True, log_format="text")
     keeper.start(PATIENCE_S)
     try:
         yield keeper
@@ -142,7 +142,7 @@ def test_a_scheduler_that_is_long_in_coming_is_waited_for(
 
 
 def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
-    keeper = SchedulerKeeper(CoreConfig(page_size=16), check_invariants=True, log_format="text")
+    keeper = SchedulerKeeper(CoreConfig(block_size=16), check_invariants=True, log_format="text")
     with pytest.raises(EngineError, match=r"not ready within 0\.01 s: .*start_timeout_s"):
         keeper.start(0.01)
     keeper.close()

@@ -21,7 +21,7 @@ def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
         if streams == [0]:
             raise RuntimeError("not this one")
 
-    core = CoreConfig(page_size=16, max_model_len=64)
+    core = CoreConfig(block_size=16, max_model_len=64)
     engine = LocalEngine(core, cast(WorkerConfig, None), cast(Groups, None), hear, lambda _: None)
     too_long = np.zeros(65, np.int32).tobytes()
     engine.submit([Request(stream, too_long, b"", SamplingParams()) for stream in range(3)])

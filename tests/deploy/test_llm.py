@@ -21,7 +21,7 @@ from deploy.frontend.outputs import GenerationError, Logprob
 from deploy.llm import LLM
 from deploy.text.prompts import PromptError, Source
 from deploy.text.tokenizer import Tokenizer
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import Failure
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, Open
@@ -60,7 +60,7 @@ def test_generate(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> No
     request = engine.requests[0]
     tokens = np.array(tokenizer.encode(prompts[0]), dtype=np.int32)
     assert request.tokens == tokens.tobytes()
-    assert np.frombuffer(request.hashes, dtype=np.uint64).tolist() == hash_pages(tokens, engine.page_size)
+    assert np.frombuffer(request.hashes, dtype=np.uint64).tolist() == hash_blocks(tokens, engine.block_size)
     assert request.stop_ids == (EOS,)
 
 

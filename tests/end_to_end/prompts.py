@@ -1,4 +1,4 @@
-"""Prompts whose lengths lie around page borders, many of them with a common beginning, and what to sample for each."""
+"""Prompts whose lengths lie around block borders, many of them with a common beginning, and what to sample for each."""
 
 import random
 from typing import Any
@@ -16,7 +16,7 @@ def draw(length: int, seed: int) -> list[int]:
 
 SHARED = draw(300, seed=1)
 WORK = [  # prompt, output tokens
-    (SHARED[:250], 48),  # in one page of 256 at first, in two soon after; so are the next five
+    (SHARED[:250], 48),  # in one block of 256 at first, in two soon after; so are the next five
     ([*SHARED[:32], *draw(219, seed=2)], 48),
     (draw(249, seed=3), 48),
     ([*SHARED[:240], *draw(9, seed=4)], 48),
@@ -27,7 +27,7 @@ WORK = [  # prompt, output tokens
     (SHARED[:257], 16),
     (SHARED, 20),
     ([*SHARED[:256], *draw(5, seed=6)], 12),
-    (draw(15, seed=7), 18),  # 15 + 18 - 1 slots are exactly two pages of 16, and so with 16 and 17 below
+    (draw(15, seed=7), 18),  # 15 + 18 - 1 slots are exactly two blocks of 16, and so with 16 and 17 below
     (draw(16, seed=8), 17),
     (draw(17, seed=9), 33),
     (draw(1, seed=10), 32),

@@ -24,8 +24,8 @@ from tests.end_to_end.settings import ARCHITECTURES, MISTRAL, QWEN2, QWEN3, gree
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle
 from tests.processes import descendants, wait_gone
 
-PAGE = 16
-PAGES = 8
+BLOCK = 16
+BLOCKS = 8
 
 
 @pytest.fixture
@@ -95,11 +95,11 @@ def unsupported_architecture(folder: Path) -> None:
 def test_a_checkpoint_that_cannot_be_served(
     spoil: Callable[[Path], None], words: str, groups: int, size: int, copy: Path
 ) -> None:
-    memory = kv_memory(copy, PAGES, PAGE)
+    memory = kv_memory(copy, BLOCKS, BLOCK)
     spoil(copy)
     options: dict[str, Any] = {"groups": groups, "tensor_parallel_size": size, "kv_memory": memory, "threads": 1}
     with nothing_left_behind(), pytest.raises(ValueError, match=words):
-        LLM(copy, local=True, block_size=PAGE, **options)
+        LLM(copy, local=True, block_size=BLOCK, **options)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_cannot_be_served(
         ({"tensor_parallel_size": 3}, r"3 does not divide the model's 4 attention heads: choose one of \[1, 2, 4\]"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is below 1: raise it"),
         ({"groups": 0}, "groups=0 is below 1: raise it"),
-        ({"kv_memory": 100}, "100 bytes of KV memory hold no page: one page of 16 tokens takes .* raise kv_memory or lower"),
+        ({"kv_memory": 100}, "100 bytes of KV memory hold no block: one block of 16 tokens takes .* raise kv_memory or lower"),
         ({"kv_memory": "1 parsec"}, "is not a size: .*4GiB"),
         ({"block_size": 24}, "block_size=24 is not a power of two from 16 up"),
         ({"block_size": 8}, "block_size=8 is not a power of two from 16 up"),
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_cannot_be_served(
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_settings_that_cannot_be(options: dict[str, Any], words: str, checkpoints: dict[str, Path]) -> None:
-    usual: dict[str, Any] = {"local": True, "block_size": PAGE, "kv_memory": "1MiB", "threads": 1}
+    usual: dict[str, Any] = {"local": True, "block_size": BLOCK, "kv_memory": "1MiB", "threads": 1}
     with nothing_left_behind(), pytest.raises(ValueError, match=words):
         LLM(checkpoints[QWEN3], **usual | options)
 
@@ -133,7 +133,7 @@ def test_settings_that_cannot_be(options: dict[str, Any], words: str, checkpoint
 @pytest.fixture(scope="module")
 def small(checkpoints: dict[str, Path]) -> Iterator[LLM]:
     """A pool of 128 tokens for a model of 512; two groups."""
-    with open_llm(checkpoints[QWEN2], page=PAGE, pages=PAGES, groups=2) as llm:
+    with open_llm(checkpoints[QWEN2], block=BLOCK, blocks=BLOCKS, groups=2) as llm:
         yield llm
 
 
@@ -169,10 +169,10 @@ def test_a_prompt_that_cannot_be(prompt: Any, words: str, small: LLM, answer: li
 @pytest.mark.parametrize(
     ("length", "max_tokens", "words"),
     [
-        (100, 30, "need 9 pages of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
-        (129, 1, "need 9 pages of 16 tokens, but the largest pool has 8: shorten the prompt, lower max_tokens"),
+        (100, 30, "need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
+        (129, 1, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt, lower max_tokens"),
         (500, 13, "500 prompt tokens and max_tokens=13 are above the length of 512 tokens .*: shorten the prompt"),
-        (129, None, "need 9 pages of 16 tokens, but the largest pool has 8: shorten the prompt"),
+        (129, None, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt"),
     ],
 )
 def test_a_request_that_never_fits(
@@ -240,7 +240,7 @@ def test_results_as_json_lines(checkpoints: dict[str, Path], tmp_path: Path) -> 
     assert result.exit_code == DONE, result.output
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["prompt_token_ids"] for record in records] == prompts
-    with open_llm(checkpoints[MISTRAL], page=PAGE) as llm:
+    with open_llm(checkpoints[MISTRAL], block=BLOCK) as llm:
         expected = tokens(run(llm, prompts, [greedy(9), greedy(5)]))
     assert [[choice["token_ids"] for choice in record["outputs"]] for record in records] == expected
     assert len(records[1]["outputs"][0]["logprobs"]) == 5
@@ -295,7 +295,7 @@ def test_one_request_of_a_file_that_never_fits(checkpoints: dict[str, Path], tmp
     lines = [{"prompt_token_ids": [1, 2, 3]}, {"prompt_token_ids": draw(400, seed=94)}]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    pool = str(kv_memory(checkpoints[MISTRAL], PAGES, PAGE))
+    pool = str(kv_memory(checkpoints[MISTRAL], BLOCKS, BLOCK))
     with nothing_left_behind():
         result = manta(checkpoints[MISTRAL], *files, "--max-tokens", "4", "--kv-memory", pool)
     assert result.exit_code == FAILED

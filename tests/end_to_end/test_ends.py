@@ -18,7 +18,7 @@ from tests.end_to_end.reference import Reference
 from tests.end_to_end.settings import LLAMA, QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.waiting import wait_idle
 
-PAGE = 16
+BLOCK = 16
 PROMPT = draw(40, seed=21)
 CODE = "def add(a, b):\n"
 
@@ -26,14 +26,14 @@ CODE = "def add(a, b):\n"
 @pytest.fixture(scope="module")
 def llm(checkpoints: dict[str, Path]) -> Iterator[LLM]:
     """One group, ids only; chunks of 33 tokens."""
-    with open_llm(checkpoints[QWEN3], page=PAGE, dtype="float64", max_num_batched_tokens=33) as engine:
+    with open_llm(checkpoints[QWEN3], block=BLOCK, dtype="float64", max_num_batched_tokens=33) as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def writer() -> Iterator[LLM]:
     """The example checkpoint, which has a tokenizer."""
-    with open_llm(EMBEDDED_MODEL, page=PAGE, dtype="float32", size=2) as engine:
+    with open_llm(EMBEDDED_MODEL, block=BLOCK, dtype="float32", size=2) as engine:
         yield engine
 
 
@@ -66,7 +66,7 @@ def test_the_models_own_end_stops_unless_ignored(llm: LLM, checkpoints: dict[str
     shutil.copytree(checkpoints[QWEN3], folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": free[9]}))
-    with open_llm(folder, page=PAGE, dtype="float64") as other:
+    with open_llm(folder, block=BLOCK, dtype="float64") as other:
         stopped, ignored = run(other, [PROMPT] * 2, [greedy(30), greedy(30, ignore_eos=True)])
     assert stopped.outputs[0].token_ids == free[: free.index(free[9]) + 1]
     assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", None)
@@ -74,21 +74,21 @@ def test_the_models_own_end_stops_unless_ignored(llm: LLM, checkpoints: dict[str
 
 
 @pytest.mark.parametrize("max_tokens", [1, 15, 16, 17, 18, 32, 33, 34])
-def test_max_tokens_at_a_page_border(llm: LLM, max_tokens: int) -> None:
+def test_max_tokens_at_a_block_border(llm: LLM, max_tokens: int) -> None:
     prompt = draw(16, seed=22)
     free = tokens(run(llm, [prompt], greedy(48)))[0][0]
     output = run(llm, [prompt], greedy(max_tokens))[0].outputs[0]
     assert (output.token_ids, output.finish_reason) == (free[:max_tokens], "length")
 
 
-def test_the_last_token_needs_no_page(checkpoints: dict[str, Path]) -> None:
+def test_the_last_token_needs_no_block(checkpoints: dict[str, Path]) -> None:
     """16 prompt tokens and 17 of output fill 32 slots: the last token's KV is never written."""
     prompt = draw(16, seed=22)
-    with open_llm(checkpoints[QWEN3], page=PAGE, pages=2) as small:
+    with open_llm(checkpoints[QWEN3], block=BLOCK, blocks=2) as small:
         assert len(run(small, [prompt] * 3, greedy(17))[0].outputs[0].token_ids) == 17
         most = run(small, [prompt], SamplingParams(temperature=0.0, max_tokens=None))[0].outputs[0]
         assert (len(most.token_ids), most.finish_reason) == (17, "length"), "all that the pool allows"
-        with pytest.raises(GenerationError, match="need 3 pages of 16 tokens, but the largest pool has 2"):
+        with pytest.raises(GenerationError, match="need 3 blocks of 16 tokens, but the largest pool has 2"):
             run(small, [prompt], greedy(18))
         wait_idle(small)
 
@@ -164,7 +164,7 @@ def test_logprobs_are_those_of_transformers(
         SamplingParams(temperature=1.0, seed=4, max_tokens=20, logprobs=0, repetition_penalty=1.5),
     ]
     prompts = [PROMPT, draw(257, seed=23), draw(17, seed=24)]
-    with open_llm(checkpoints[LLAMA], page=PAGE, size=size, max_num_batched_tokens=64) as llm:
+    with open_llm(checkpoints[LLAMA], block=BLOCK, size=size, max_num_batched_tokens=64) as llm:
         outputs = run(llm, prompts, params)
     for prompt, each, output in zip(prompts, params, outputs, strict=True):
         choice = output.outputs[0]
@@ -214,13 +214,13 @@ def test_one_new_prefix_in_one_batch_is_computed_once(llm: LLM) -> None:
         assert (alone.num_cached_tokens, alone.outputs[0].token_ids) == (0, output.outputs[0].token_ids)
 
 
-def test_twins_share_the_pages_that_they_generate(checkpoints: dict[str, Path]) -> None:
-    """Equal sequences in step: each adopts the page published first, and its own copy is soon another's."""
+def test_twins_share_the_blocks_that_they_generate(checkpoints: dict[str, Path]) -> None:
+    """Equal sequences in step: each adopts the block published first, and its own copy is soon another's."""
     twin, counts = draw(20, seed=34), [100, 70, 90, 40, 100, 80]
     others = [draw(9, seed=35 + i) for i in range(6)]
-    with open_llm(checkpoints[QWEN3], page=PAGE) as roomy:
+    with open_llm(checkpoints[QWEN3], block=BLOCK) as roomy:
         expected = [tokens(run(roomy, [prompt], greedy(100)))[0][0] for prompt in (twin, *others)]
-    with open_llm(checkpoints[QWEN3], page=PAGE, pages=20) as tight:
+    with open_llm(checkpoints[QWEN3], block=BLOCK, blocks=20) as tight:
         for _ in range(2):
             outputs = tokens(run(tight, [twin] * 6 + others, [*map(greedy, counts), *[greedy(100)] * 6]))
             assert [output[0] for output in outputs] == [*(expected[0][:count] for count in counts), *expected[1:]]
@@ -229,7 +229,7 @@ def test_twins_share_the_pages_that_they_generate(checkpoints: dict[str, Path]) 
 
 def test_nothing_is_cached_where_it_is_switched_off(checkpoints: dict[str, Path]) -> None:
     prompt = draw(64, seed=33)
-    with open_llm(checkpoints[QWEN3], page=PAGE, enable_prefix_caching=False) as plain:
+    with open_llm(checkpoints[QWEN3], block=BLOCK, enable_prefix_caching=False) as plain:
         outputs = [run(plain, [prompt] * 2, greedy(8)) for _ in range(2)]
         stats = plain.stats()
     assert all(output.num_cached_tokens == 0 for turn in outputs for output in turn)

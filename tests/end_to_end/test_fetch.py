@@ -30,7 +30,7 @@ def test_two_groups_with_a_fetch(size: int, checkpoints: dict[str, Path], expect
         stats = llm.stats()
     assert stats.fetches >= 1
     assert stats.failed_transfers == 0
-    assert stats.fetched_tokens >= 304, "all full pages of the prefix"
+    assert stats.fetched_tokens >= 304, "all full blocks of the prefix"
     assert all(group.steps for group in stats.groups)
 
 

@@ -79,7 +79,7 @@ def test_every_output_matches_its_grammar(how: dict[str, Any]) -> None:
         for seed in range(8)
         for grammar in (JSON, REGEX, CHOICE)
     ]
-    with open_llm(TINY, page=32, dtype="float32") as llm:
+    with open_llm(TINY, block=32, dtype="float32") as llm:
         for output, (_, params) in zip(run(llm, work), work, strict=True):
             assert params.grammar is not None
             require_match(output, params.grammar)
@@ -96,12 +96,12 @@ MIXED = [
 @pytest.fixture(scope="module")
 def plain() -> list[RequestOutput]:
     """Every request by itself, so that nothing can depend on what else is in the batch."""
-    with open_llm(TINY, page=32, dtype="float64") as llm:
+    with open_llm(TINY, block=32, dtype="float64") as llm:
         return [output for one in MIXED for output in run(llm, [one])]
 
 
 @pytest.mark.parametrize(
-    ("size", "groups", "depth", "pages", "budget", "report_steps"),
+    ("size", "groups", "depth", "blocks", "budget", "report_steps"),
     [
         (1, 1, 0, None, 2048, 1),
         (2, 1, 0, None, 64, 1),
@@ -115,22 +115,22 @@ def test_the_same_tokens_under_every_setting(
     size: int,
     groups: int,
     depth: int,
-    pages: int | None,
+    blocks: int | None,
     budget: int,
     report_steps: int,
     plain: list[RequestOutput],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """pages: of 16 tokens, where sequences are preempted and start again with the output they had."""
+    """blocks: of 16 tokens, where sequences are preempted and start again with the output they had."""
     monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
     with open_llm(
-        TINY, page=16 if pages else 32, pages=pages, dtype="float64", size=size, groups=groups, report_steps=report_steps,
+        TINY, block=16 if blocks else 32, blocks=blocks, dtype="float64", size=size, groups=groups, report_steps=report_steps,
         max_num_batched_tokens=budget,
     ) as llm:  # fmt: skip
         for output, expected, (prompt, params) in zip(run(llm, MIXED), plain, MIXED, strict=True):
             require_equal(output, expected, f"{prompt!r}, {params}")
         wait_idle(llm)
-        assert (llm.stats().preemptions > 0) == (pages is not None)
+        assert (llm.stats().preemptions > 0) == (blocks is not None)
 
 
 def test_a_grammar_that_the_checkpoint_cannot_follow_fails_its_request_only() -> None:

@@ -1,4 +1,4 @@
-"""Prompts whose pages have left the pool come back from host memory: the same tokens, not computed again."""
+"""Prompts whose blocks have left the pool come back from host memory: the same tokens, not computed again."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.end_to_end.settings import QWEN3, greedy, kv_memory, open_llm, run, t
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
 
 PROMPTS = [draw(200, seed=200 + number) for number in range(6)]
-PAGES = 32  # of 16 tokens: two of the prompts with their output
+BLOCKS = 32  # of 16 tokens: two of the prompts with their output
 OUTPUT = greedy(24)
 
 
@@ -18,10 +18,10 @@ def test_what_was_evicted_comes_back_from_host_memory(size: int, checkpoints: di
     path = checkpoints[QWEN3]
     with open_llm(path, dtype="float64", size=size) as llm:
         expected = tokens(run(llm, PROMPTS, OUTPUT))
-    host = kv_memory(path, 6 * PAGES, 16, "float64", size)
+    host = kv_memory(path, 6 * BLOCKS, 16, "float64", size)
     with (
         nothing_left_behind(),
-        open_llm(path, dtype="float64", size=size, pages=PAGES, host_kv_memory=host, max_num_batched_tokens=32) as llm,
+        open_llm(path, dtype="float64", size=size, blocks=BLOCKS, host_kv_memory=host, max_num_batched_tokens=32) as llm,
     ):
         for prompt, output in zip(PROMPTS, expected, strict=True):
             assert tokens(run(llm, [prompt], OUTPUT)) == [output]

@@ -12,10 +12,10 @@ from tests.end_to_end.turns import turns
 from workers.config import WorkerConfig
 
 PLAIN = Setting(QWEN3, budget=8192)
-TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, page=16, caching=True, small=True)
-ONE_RANK = Setting(QWEN3, budget=2048, page=16, caching=True, small=True)
-ROOMY = Setting(QWEN3, budget=33, page=16, caching=True)
-LARGE_PAGES = Setting(QWEN3, budget=2048, page=256, caching=True)
+TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, block=16, caching=True, small=True)
+ONE_RANK = Setting(QWEN3, budget=2048, block=16, caching=True, small=True)
+ROOMY = Setting(QWEN3, budget=33, block=16, caching=True)
+LARGE_BLOCKS = Setting(QWEN3, budget=2048, block=256, caching=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def plain(checkpoints: dict[str, Path]) -> list[RequestOutput]:
         (ONE_RANK, 1, 4),
         (ONE_RANK, 1, 1),
         (ROOMY, 0, 16),
-        (LARGE_PAGES, 2, 7),
+        (LARGE_BLOCKS, 2, 7),
     ],
     ids=lambda value: str(value),
 )

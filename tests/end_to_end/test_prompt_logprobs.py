@@ -91,22 +91,23 @@ def test_they_are_those_of_transformers(architecture: str, size: int, budget: in
 
 
 @pytest.mark.parametrize(
-    ("size", "budget", "depth", "pages"), [(1, 2048, 1, None), (2, 100, 0, None), (1, 100, 1, 35), (1, 2048, 0, 35)]
+    ("size", "budget", "depth", "blocks"), [(1, 2048, 1, None), (2, 100, 0, None), (1, 100, 1, 35), (1, 2048, 0, 35)]
 )
 def test_they_do_not_depend_on_what_else_is_in_the_step(
     size: int,
     budget: int,
     depth: int,
-    pages: int | None,
+    blocks: int | None,
     checkpoints: dict[str, Path],
     alone: list[RequestOutput],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """pages: of 16 tokens, where sequences are preempted and their prompts computed again. A second run may hit the cache."""
+    """blocks: of 16 tokens, where sequences are preempted and their prompts computed again. A second run may hit the cache."""
     monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
-    with open_llm(checkpoints[QWEN3], size=size, dtype="float64", max_num_batched_tokens=budget, page=16, pages=pages) as llm:
+    budgeted = {"max_num_batched_tokens": budget}
+    with open_llm(checkpoints[QWEN3], size=size, dtype="float64", block=16, blocks=blocks, **budgeted) as llm:
         runs = [ask(llm, others=True) for _ in range(2)]
-        assert (llm.stats().preemptions > 0) == (pages is not None)
+        assert (llm.stats().preemptions > 0) == (blocks is not None)
     for outputs in runs:
         for output, expected in zip(outputs, alone, strict=True):
             require_same(output.prompt_logprobs or [], expected.prompt_logprobs or [])

@@ -1,4 +1,4 @@
-"""Groups of real workers that run short of pages: who will have to give way goes on elsewhere, or comes back from host memory,
+"""Groups of real workers that run short of blocks: who will have to give way goes on elsewhere, or comes back from host memory,
 with the tokens that it would have had undisturbed."""
 
 import threading
@@ -16,7 +16,7 @@ from tests.end_to_end.settings import QWEN3, greedy, kv_memory, open_llm, run, t
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle, wait_until
 
 PROMPTS = [draw(90, seed=240 + number) for number in range(2)]
-PAGES = 32  # of 16 tokens: not both prompts with their outputs
+BLOCKS = 32  # of 16 tokens: not both prompts with their outputs
 LONG = greedy(300)
 OTHER = GroupId(1)
 
@@ -29,7 +29,7 @@ def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
 
 @pytest.fixture(autouse=True)
 def in_good_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages count as short while half of them are there, so that copies are done before none is left."""
+    """Blocks count as short while half of them are there, so that copies are done before none is left."""
     monkeypatch.setattr(policy, "SHORTAGE", 0.5)
 
 
@@ -41,12 +41,12 @@ def take_newcomers(llm: LLM, group: GroupId, takes: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
-def test_a_group_that_is_short_of_pages_gives_a_sequence_away_and_none_stops(
+def test_a_group_that_is_short_of_blocks_gives_a_sequence_away_and_none_stops(
     size: int, checkpoints: dict[str, Path], expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = checkpoints[QWEN3]
     monkeypatch.setattr(policy, "SHORTAGE", 0.2)  # of the other group too
-    with nothing_left_behind(), open_llm(path, dtype="float64", size=size, groups=2, pages=PAGES) as llm:
+    with nothing_left_behind(), open_llm(path, dtype="float64", size=size, groups=2, blocks=BLOCKS) as llm:
         take_newcomers(llm, OTHER, False)
         outputs: list[RequestOutput] = []
         work = threading.Thread(target=lambda: outputs.extend(run(llm, PROMPTS, LONG)))
@@ -66,8 +66,8 @@ def test_what_had_to_give_way_comes_back_from_host_memory(
     checkpoints: dict[str, Path], expected: list[list[list[int]]]
 ) -> None:
     path = checkpoints[QWEN3]
-    host = kv_memory(path, 4 * PAGES, 16, "float64", 1)
-    with nothing_left_behind(), open_llm(path, dtype="float64", pages=PAGES, host_kv_memory=host) as llm:
+    host = kv_memory(path, 4 * BLOCKS, 16, "float64", 1)
+    with nothing_left_behind(), open_llm(path, dtype="float64", blocks=BLOCKS, host_kv_memory=host) as llm:
         outputs = run(llm, PROMPTS, LONG)
         wait_idle(llm)
         stats = llm.stats()

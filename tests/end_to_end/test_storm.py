@@ -75,14 +75,14 @@ def test_nobody_is_disturbed_and_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = requests(seed)
-    with open_llm(checkpoints[MISTRAL], page=256, dtype="float64", enable_prefix_caching=False) as llm:
+    with open_llm(checkpoints[MISTRAL], block=256, dtype="float64", enable_prefix_caching=False) as llm:
         expected = tokens(run(llm, [prompt for prompt, _ in work], [params for _, params in work]))
     monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
     break_ranks("manta-group0", STEPS_OF_THE_LOST_GROUP)
     with (
         nothing_left_behind(),
         open_llm(
-            checkpoints[MISTRAL], page=16, pages=30, dtype="float64", groups=groups, size=size, max_num_seqs=6,
+            checkpoints[MISTRAL], block=16, blocks=30, dtype="float64", groups=groups, size=size, max_num_seqs=6,
             max_num_batched_tokens=24, report_steps=report_steps,
         ) as llm,
     ):  # fmt: skip

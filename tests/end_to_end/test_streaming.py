@@ -20,7 +20,7 @@ LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=400)
 def llm(checkpoints: dict[str, Path]) -> Iterator[LLM]:
     """Two groups of two sequences each, prompts in chunks of 8."""
     with open_llm(
-        checkpoints[LLAMA], page=16, dtype="float64", groups=2, max_num_seqs=2, max_num_batched_tokens=8
+        checkpoints[LLAMA], block=16, dtype="float64", groups=2, max_num_seqs=2, max_num_batched_tokens=8
     ) as engine:
         yield engine
 

@@ -16,7 +16,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def shared(model: Path) -> Iterator[Stepped]:
-    """float32, pages of 16, graphs; 16 rows. Use `rank`, which leaves it empty."""
+    """float32, blocks of 16, graphs; 16 rows. Use `rank`, which leaves it empty."""
     stepped = works.loop(model)
     yield stepped
     stepped.close()

@@ -36,11 +36,11 @@ PARAMS = [greedy(count) for count in OUTPUTS]
 ROWS = 12
 LENGTH = 8192  # more than can be said before a process is killed
 SCRATCH = 1
-"""A page that padding writes to, out of the memory for pages."""
+"""A block that padding writes to, out of the memory for blocks."""
 TABLE: list[tuple[Setting, dict[str, Any]]] = [
-    (Setting(LLAMA, 33, page=16, caching=True, small=True), {}),
-    (Setting(QWEN3, 2048, page=16, caching=True, small=True), {"cuda_graphs": False}),
-    (Setting(MISTRAL, 2048, page=256, caching=False, small=False), {"kv_memory": None}),
+    (Setting(LLAMA, 33, block=16, caching=True, small=True), {}),
+    (Setting(QWEN3, 2048, block=16, caching=True, small=True), {"cuda_graphs": False}),
+    (Setting(MISTRAL, 2048, block=256, caching=False, small=False), {"kv_memory": None}),
 ]
 """Pools in which sequences are preempted and prefixes are hit, with graphs and without; and one that measures its memory."""
 
@@ -61,7 +61,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def sampled_on_cpu(checkpoints: dict[str, Path]) -> dict[str, list[RequestOutput]]:
     outputs = {}
     for name, path in checkpoints.items():
-        with open_llm(path, page=256, device="cpu", max_num_batched_tokens=8192) as llm:
+        with open_llm(path, block=256, device="cpu", max_num_batched_tokens=8192) as llm:
             outputs[name] = run(llm, PROMPTS, SAMPLING)
     return outputs
 
@@ -83,10 +83,10 @@ def test_same_tokens(
     """Greedy as transformers, sampled as on a CPU, but for near ties: of either, one may be parted by rounding."""
     path, ledger = checkpoints[setting.architecture], Ledger()
     reference = Reference(path)
-    pages = (SMALL_POOL_TOKENS[setting.page] if setting.small else LARGE_POOL_TOKENS) // setting.page
-    options = {"max_num_seqs": ROWS, "kv_memory": kv_memory(path, pages + SCRATCH, setting.page)} | options
+    blocks = (SMALL_POOL_TOKENS[setting.block] if setting.small else LARGE_POOL_TOKENS) // setting.block
+    options = {"max_num_seqs": ROWS, "kv_memory": kv_memory(path, blocks + SCRATCH, setting.block)} | options
     options |= {"max_num_batched_tokens": setting.budget, "enable_prefix_caching": setting.caching}
-    with open_llm(path, page=setting.page, device=DEVICE, **options) as llm:
+    with open_llm(path, block=setting.block, device=DEVICE, **options) as llm:
         for turn, outputs in enumerate(turns(llm, setting, PARAMS)):
             for prompt, output, count in zip(PROMPTS, outputs, OUTPUTS, strict=True):
                 assert len(output.outputs[0].token_ids) == count

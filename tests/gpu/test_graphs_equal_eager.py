@@ -1,5 +1,5 @@
 """Graphs say what single launches say, and both what transformers says: at batches that cross the ladder's steps, whatever the
-architecture and the page."""
+architecture and the block."""
 
 import contextlib
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Judge]:
 
 
 def greedy(**how: Any) -> list[Work]:
-    """Prompts around the borders of pages, which end one after another: batches from 12 down to 1."""
+    """Prompts around the borders of blocks, which end one after another: batches from 12 down to 1."""
     return [
         Work(prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, **how))
         for prompt, count in zip(PROMPTS, OUTPUTS, strict=True)
@@ -70,11 +70,11 @@ def watching(rank: Stepped) -> Iterator[set[tuple[int, int]]]:
         runner._whole.fit = kept  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("page", [16, 256])
+@pytest.mark.parametrize("block", [16, 256])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_equals_transformers_with_graphs_and_without(architecture: str, page: int, judges: dict[str, Judge]) -> None:
+def test_float32_equals_transformers_with_graphs_and_without(architecture: str, block: int, judges: dict[str, Judge]) -> None:
     judge = judges[architecture]
-    options = {"block_size": page, "max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
+    options = {"block_size": block, "max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
     with contextlib.closing(loop(judge.path, **options)) as rank:
         with watching(rank) as seen:
             graphs = rank.generate(greedy())
@@ -83,11 +83,11 @@ def test_float32_equals_transformers_with_graphs_and_without(architecture: str, 
             eager, eager_sampled = rank.generate(greedy()), rank.generate(mixture(14, 24))
     require_padded_batches(seen)
     for lease in graphs:
-        judge.require_best(lease, f"{architecture}, pages of {page}, graphs")
+        judge.require_best(lease, f"{architecture}, blocks of {block}, graphs")
     pairs = zip([*graphs, *sampled], [*eager, *eager_sampled], strict=True)
     for lease, other in pairs:
         assert len(lease.tokens) == lease.work.most
-        judge.require_same(lease, other, f"{architecture}, pages of {page}, graphs | eager")
+        judge.require_same(lease, other, f"{architecture}, blocks of {block}, graphs | eager")
     judge.require_rare()
 
 

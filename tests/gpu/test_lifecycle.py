@@ -51,13 +51,13 @@ def midway(rank: Stepped, count: int = 12) -> list[Lease]:
 
 
 def test_an_abort_leaves_the_others_alone(stepped: Stepped, undisturbed: list[list[int]]) -> None:
-    """And its row and pages go to newcomers with the very same turn."""
+    """And its row and blocks go to newcomers with the very same turn."""
     leases = midway(stepped)
     for at in (1, 4, 9):
         stepped.drop(leases[at])
         newcomer = stepped.start(leases[at].work)
         assert newcomer.row == leases[at].row
-        assert newcomer.pages[0] == leases[at].pages[0]
+        assert newcomer.blocks[0] == leases[at].blocks[0]
         leases[at] = newcomer
         stepped.turn()
     stepped.run()
@@ -77,22 +77,22 @@ def test_a_preempted_sequence_goes_on_where_it_was(stepped: Stepped, undisturbed
     assert tokens_of(leases) == undisturbed
 
 
-def test_a_page_that_is_remapped(stepped: Stepped, undisturbed: list[list[int]]) -> None:
-    """Its twin is read from now on; the former page has somebody else's numbers at once."""
+def test_a_block_that_is_remapped(stepped: Stepped, undisturbed: list[list[int]]) -> None:
+    """Its twin is read from now on; the former block has somebody else's numbers at once."""
     leases = midway(stepped)
-    moved = [lease for lease in leases if len(lease.pages) > 2]
+    moved = [lease for lease in leases if len(lease.blocks) > 2]
     assert len(moved) > 4
     for index in (0, 1):
         former = [stepped.remap(lease, index) for lease in moved]
         stepped.turn()
-        stepped.pool.data[[page for page in former if page in stepped.free_pages]] = torch.nan
+        stepped.pool.data[[block for block in former if block in stepped.free_blocks]] = torch.nan
         stepped.turn()
     stepped.run()
     assert tokens_of(leases) == undisturbed
 
 
 def test_a_prefix_that_is_copied_on_write(stepped: Stepped) -> None:
-    """A newcomer begins with part of a page of one that decodes, and with whole pages that both read."""
+    """A newcomer begins with part of a block of one that decodes, and with whole blocks that both read."""
     prompt = draw(60, seed=3)
     how: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0}
     first = Work(prompt, SamplingParams(**how), 1)
@@ -102,9 +102,9 @@ def test_a_prefix_that_is_copied_on_write(stepped: Stepped) -> None:
     stepped.prefill([source])
     for _ in range(3):
         stepped.turn()
-    target = stepped.free_pages.popleft()
-    stepped.say(Copy(source.pages[2], target, 41 - 2 * stepped.page))
-    copy = stepped.start(second, cached=41, pages=[*source.pages[:2], target])
+    target = stepped.free_blocks.popleft()
+    stepped.say(Copy(source.blocks[2], target, 41 - 2 * stepped.block))
+    copy = stepped.start(second, cached=41, own=[*source.blocks[:2], target])
     stepped.turn()
     stepped.run()
     assert tokens_of([source, copy]) == alone

@@ -1,4 +1,4 @@
-"""No row ever writes to another's page: a pool full of a bit pattern, padded graphs, and every slot that nobody was given.
+"""No row ever writes to another's block: a pool full of a bit pattern, padded graphs, and every slot that nobody was given.
 
 The pattern is a NaN where only our own kernels read, so whoever reads a slot that was not written shows it in its tokens.
 """
@@ -123,7 +123,7 @@ def test_tokens_are_those_of_a_clean_pool(rank: Stepped) -> None:
     assert [lease.tokens for lease in rank.generate(mixture(12, 30))] == clean
 
 
-def test_large_pages_and_narrow_numbers(model: Path) -> None:
+def test_large_blocks_and_narrow_numbers(model: Path) -> None:
     with contextlib.closing(loop(model, dtype="bfloat16", block_size=256, max_num_seqs=6)) as rank:
         fill(rank, FINITE)
         leases = beside_chunks(rank, mixture(4, 30))

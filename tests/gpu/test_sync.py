@@ -42,7 +42,7 @@ def warm(rank: Stepped) -> None:
 
 
 def prefilled(rank: Stepped, works: list[Work]) -> list[Lease]:
-    """All of them in the batch, decoding; pages for all that follows."""
+    """All of them in the batch, decoding; blocks for all that follows."""
     leases = [rank.start(work) for work in works]
     rank.prefill(leases)
     return leases
@@ -90,12 +90,12 @@ def test_prompts_come_and_go_beside_the_decodes(rank: Stepped) -> None:
     assert made == [2 * STEPS] * len(leases), "none of the six has sat out"
 
 
-def test_copies_of_pages(rank: Stepped) -> None:
+def test_copies_of_blocks(rank: Stepped) -> None:
     warm(rank)
     leases = prefilled(rank, mixture(4, 2 * STEPS))
     with no_waiting():
         for tokens in (16, 5, 1):
-            rank.say(Copy(leases[2].pages[0], rank.free_pages[-1], tokens))
+            rank.say(Copy(leases[2].blocks[0], rank.free_blocks[-1], tokens))
             rank.turn()
     rank.run()
 

@@ -5,27 +5,27 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvcache import BlockId, BlockTable, GroupId, NodeId, SequenceBlocks, audit, hash_pages
+from kvcache import BlockId, BlockTable, GroupId, NodeId, SequenceBlocks, audit, hash_blocks
 
-PAGE = 16
+BLOCK = 16
 ZERO = GroupId(0)
 
 
 def healthy() -> tuple[BlockTable, list[SequenceBlocks]]:
     """Group 0: blocks 0 and 1 held by two sequences, 2 and 3 private, 4 and 5 cached (5 is the child), 6 and 7 free."""
-    table = BlockTable(PAGE)
+    table = BlockTable(BLOCK)
     table.add_group(ZERO, 8)
     table.add_group(GroupId(1), 2)
-    tokens = np.repeat(np.array([1, 2, 8, 9], np.int32), PAGE)
-    shared, cached = tokens[: 2 * PAGE], tokens[2 * PAGE :]
+    tokens = np.repeat(np.array([1, 2, 8, 9], np.int32), BLOCK)
+    shared, cached = tokens[: 2 * BLOCK], tokens[2 * BLOCK :]
 
     def start(prompt: np.ndarray[tuple[int], np.dtype[np.int32]], new_blocks: int) -> SequenceBlocks:
-        hashes = hash_pages(prompt, PAGE)
+        hashes = hash_blocks(prompt, BLOCK)
         match = table.match(prompt, hashes, "", 2)
         seq = table.reserve(ZERO, match, match.depth(ZERO), new_blocks, "")
         assert seq is not None
         for at in range(len(seq.nodes), 2):
-            table.publish(seq, prompt[at * PAGE : (at + 1) * PAGE].tobytes(), hashes[at])
+            table.publish(seq, prompt[at * BLOCK : (at + 1) * BLOCK].tobytes(), hashes[at])
         return seq
 
     first = start(shared, 3)

@@ -1,4 +1,4 @@
-"""Lists of pages that begin alike: against plain lists, and what they keep of pages that begin like no other."""
+"""Lists of blocks that begin alike: against plain lists, and what they keep of blocks that begin like no other."""
 
 import random
 
@@ -33,7 +33,7 @@ def test_lists_are_those_of_a_model(seed: int) -> None:
     assert heads == HeadLists(), "nothing is left behind"
 
 
-def test_a_page_that_begins_like_no_other_has_no_links() -> None:
+def test_a_block_that_begins_like_no_other_has_no_links() -> None:
     heads = HeadLists()
     for key in range(3):
         heads.add(key, NodeId(key + 1))

@@ -4,24 +4,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import PrefixIndex
 from kvcache.match import Match, groups_of
 
-PAGE = 16
+BLOCK = 16
 ZERO, ONE, TWO = GroupId(0), GroupId(1), GroupId(2)
 Tokens = npt.NDArray[np.int32]
 
 
-def pages(*values: int) -> Tokens:
-    """A prompt of one page for each value."""
-    return np.repeat(np.array(values, np.int32), PAGE)
+def filled(*values: int) -> Tokens:
+    """A prompt of one block for each value."""
+    return np.repeat(np.array(values, np.int32), BLOCK)
 
 
 @pytest.fixture
 def index() -> PrefixIndex:
-    index = PrefixIndex(PAGE)
+    index = PrefixIndex(BLOCK)
     for group in (ZERO, ONE, TWO):
         index.add_group(group)
     return index
@@ -30,15 +30,15 @@ def index() -> PrefixIndex:
 def hold(
     index: PrefixIndex, group: GroupId, *values: int, salt: str = "", hashes: list[int] | None = None
 ) -> list[NodeId]:
-    """Makes `group` hold the chain of these pages, in blocks of the same numbers as the nodes."""
+    """Makes `group` hold the chain of these blocks, in blocks of the same numbers as the nodes."""
     nodes: list[NodeId] = []
-    chain = hash_pages(pages(*values), PAGE, salt) if hashes is None else hashes
+    chain = hash_blocks(filled(*values), BLOCK, salt) if hashes is None else hashes
     for value, hash_ in zip(values, chain, strict=True):
-        page = pages(value).tobytes()
+        block = filled(value).tobytes()
         parent = nodes[-1] if nodes else index.root(salt)
-        node = index.child(parent, hash_, page)
+        node = index.child(parent, hash_, block)
         if not node:
-            node = index.add(group, BlockId(0), parent, hash_, page)
+            node = index.add(group, BlockId(0), parent, hash_, block)
             index.blocks[group][node] = BlockId(node)
         elif node not in index.blocks[group]:
             index.hold(group, node, BlockId(node))
@@ -47,8 +47,8 @@ def hold(
 
 
 def match(index: PrefixIndex, *values: int, salt: str = "", limit: int = 99) -> Match:
-    tokens = pages(*values)
-    return index.match(tokens, hash_pages(tokens, PAGE, salt), salt, limit)
+    tokens = filled(*values)
+    return index.match(tokens, hash_blocks(tokens, BLOCK, salt), salt, limit)
 
 
 def test_a_match_tells_the_depth_of_every_group(index: PrefixIndex) -> None:
@@ -62,15 +62,15 @@ def test_a_match_tells_the_depth_of_every_group(index: PrefixIndex) -> None:
 
 def test_a_match_is_limited_by_limit_hashes_and_tokens(index: PrefixIndex) -> None:
     hold(index, ZERO, 1, 2, 3)
-    tokens = pages(1, 2, 3)
-    hashes = hash_pages(tokens, PAGE)
+    tokens = filled(1, 2, 3)
+    hashes = hash_blocks(tokens, BLOCK)
     assert match(index, 1, 2, 3, limit=2).depths == {ZERO: 2}
     assert match(index, 1, 2, 3, limit=0).depths == match(index, 1, 2, 3, limit=-1).depths == {}
     assert index.match(tokens, hashes[:1], "", 99).depths == {ZERO: 1}
-    assert index.match(tokens[: 2 * PAGE + 3], hashes, "", 99).depths == {ZERO: 2}
+    assert index.match(tokens[: 2 * BLOCK + 3], hashes, "", 99).depths == {ZERO: 2}
 
 
-def test_a_page_in_another_place_is_no_match(index: PrefixIndex) -> None:
+def test_a_block_in_another_place_is_no_match(index: PrefixIndex) -> None:
     hold(index, ZERO, 1, 2)
     assert match(index, 2).nodes == []
     assert match(index, 2, 1).nodes == []
@@ -78,7 +78,7 @@ def test_a_page_in_another_place_is_no_match(index: PrefixIndex) -> None:
 
 
 def test_a_match_survives_512_groups() -> None:
-    index = PrefixIndex(PAGE)
+    index = PrefixIndex(BLOCK)
     for group in range(512):
         index.add_group(GroupId(group))
         hold(index, GroupId(group), *range(group % 5))
@@ -96,13 +96,13 @@ def test_salts_are_isolated_even_where_hashes_collide(index: PrefixIndex) -> Non
     mine = hold(index, ZERO, 1, 2, salt="a", hashes=[5, 6])
     theirs = hold(index, ZERO, 1, 2, salt="b", hashes=[5, 6])
     assert not set(mine) & set(theirs)
-    assert index.match(pages(1, 2), [5, 6], "a", 9).nodes == mine
-    assert index.match(pages(1, 2), [5, 6], "b", 9).nodes == theirs
-    assert index.match(pages(1, 2), [5, 6], "", 9).nodes == []
+    assert index.match(filled(1, 2), [5, 6], "a", 9).nodes == mine
+    assert index.match(filled(1, 2), [5, 6], "b", 9).nodes == theirs
+    assert index.match(filled(1, 2), [5, 6], "", 9).nodes == []
 
 
 def test_equal_hashes_never_make_a_match(index: PrefixIndex) -> None:
-    """All pages collide: parent and tokens alone must tell them apart."""
+    """All blocks collide: parent and tokens alone must tell them apart."""
     first = hold(index, ZERO, 1, 2, hashes=[7, 7])
     second = hold(index, ONE, 2, 1, hashes=[7, 7])
     third = hold(index, TWO, 1, 1, hashes=[7, 7])
@@ -115,7 +115,7 @@ def test_equal_hashes_never_make_a_match(index: PrefixIndex) -> None:
         ((2, 2), {ONE: 1}),
         ((3, 1), {}),
     ]:
-        assert index.match(pages(*values), [7, 7], "", 9).depths == depths
+        assert index.match(filled(*values), [7, 7], "", 9).depths == depths
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
@@ -123,7 +123,7 @@ def test_a_node_leaves_a_chain_of_collisions_from_any_place(index: PrefixIndex, 
     nodes = [hold(index, ZERO, value, hashes=[7])[0] for value in (1, 2, 3)]
     index.forget(ZERO, nodes[victim])
     for at, value in enumerate((1, 2, 3)):
-        assert index.match(pages(value), [7], "", 1).nodes == ([] if at == victim else [nodes[at]])
+        assert index.match(filled(value), [7], "", 1).nodes == ([] if at == victim else [nodes[at]])
     for at in {0, 1, 2} - {victim}:
         index.forget(ZERO, nodes[at])
     assert not index.by_hash
@@ -148,7 +148,7 @@ def test_ids_of_dead_nodes_and_roots_are_reused(index: PrefixIndex) -> None:
         chain = hold(index, ZERO, 1, 2, salt=salt)
         for node in reversed(chain):
             index.forget(ZERO, node)
-    assert len(index.parents) == 1 + 3  # NO_NODE, a root and two pages
+    assert len(index.parents) == 1 + 3  # NO_NODE, a root and two blocks
 
 
 def test_a_reused_id_is_not_found_by_its_former_name(index: PrefixIndex) -> None:

@@ -1,14 +1,14 @@
-"""Reuse inside a page: which part matches, who copies, who takes over, and what the index forgets and keeps."""
+"""Reuse inside a block: which part matches, who copies, who takes over, and what the index forgets and keeps."""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvcache import BlockTable, GroupId, SequenceBlocks, audit, hash_pages
+from kvcache import BlockTable, GroupId, SequenceBlocks, audit, hash_blocks
 from kvcache.index import MAX_CANDIDATES
 from kvcache.match import Part, common_prefix
 
-PAGE, STRIDE = 16, 4
+BLOCK, STRIDE = 16, 4
 ZERO, ONE = GroupId(0), GroupId(1)
 
 Tokens = npt.NDArray[np.int32]
@@ -20,7 +20,7 @@ def ids(*runs: tuple[int, int]) -> Tokens:
 
 
 def make_table(*sizes: int) -> BlockTable:
-    table = BlockTable(PAGE, STRIDE)
+    table = BlockTable(BLOCK, STRIDE)
     for group, blocks in enumerate(sizes):
         table.add_group(GroupId(group), blocks)
     return table
@@ -28,28 +28,28 @@ def make_table(*sizes: int) -> BlockTable:
 
 def find(table: BlockTable, tokens: Tokens, salt: str = "", limit: int | None = None) -> dict[GroupId, Part]:
     limit = len(tokens) if limit is None else limit
-    match = table.match(tokens, hash_pages(tokens, PAGE, salt), salt, limit // PAGE)
+    match = table.match(tokens, hash_blocks(tokens, BLOCK, salt), salt, limit // BLOCK)
     return table.parts(match, tokens, salt, limit)
 
 
 def start(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "", blocks: int = 0) -> SequenceBlocks:
-    """A sequence on all that the group has of `tokens`, with pages for them, or `blocks` in all."""
-    match = table.match(tokens, hash_pages(tokens, PAGE, salt), salt, len(tokens) // PAGE)
+    """A sequence on all that the group has of `tokens`, with blocks for them, or `blocks` in all."""
+    match = table.match(tokens, hash_blocks(tokens, BLOCK, salt), salt, len(tokens) // BLOCK)
     parts = table.parts(match, tokens, salt, len(tokens))
     depth = match.depth(group)
-    total = blocks or -(-len(tokens) // PAGE)
+    total = blocks or -(-len(tokens) // BLOCK)
     seq = table.reserve(group, match, depth, total - depth, salt, parts.get(group))
     assert seq is not None
     return seq
 
 
 def compute(table: BlockTable, seq: SequenceBlocks, tokens: Tokens) -> SequenceBlocks:
-    """The sequence has computed `tokens`, all that it has: full pages and the tail are published."""
-    hashes = hash_pages(tokens, PAGE, seq.salt)
+    """The sequence has computed `tokens`, all that it has: full blocks and the tail are published."""
+    hashes = hash_blocks(tokens, BLOCK, seq.salt)
     for at in range(len(seq.nodes), len(hashes)):
-        table.publish(seq, tokens[at * PAGE : (at + 1) * PAGE].tobytes(), hashes[at])
-    if len(tokens) % PAGE >= STRIDE:
-        table.publish_tail(seq, tokens[len(hashes) * PAGE :].tobytes())
+        table.publish(seq, tokens[at * BLOCK : (at + 1) * BLOCK].tobytes(), hashes[at])
+    if len(tokens) % BLOCK >= STRIDE:
+        table.publish_tail(seq, tokens[len(hashes) * BLOCK :].tobytes())
     return seq
 
 
@@ -71,23 +71,23 @@ def test_common_prefix(content: list[int], tokens: list[int], expected: int) -> 
     assert common_prefix(np.array(content, np.int32).tobytes(), np.array(tokens, np.int32).tobytes()) == expected
 
 
-def test_a_match_inside_a_full_page_is_exact_to_the_token() -> None:
+def test_a_match_inside_a_full_block_is_exact_to_the_token() -> None:
     table = make_table(4)
     cache(table, ids((7, 10), (8, 6)))
     for same in range(STRIDE, 11):
         assert common(table, ids((7, same), (9, 6))) == same
     assert common(table, ids((7, STRIDE - 1), (9, 6))) == 0, "fewer than a stride is not looked for"
-    assert common(table, ids((7, 10), (8, 4))) == 14, "the page goes on beyond the prompt"
+    assert common(table, ids((7, 10), (8, 4))) == 14, "the block goes on beyond the prompt"
 
 
-def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_its_page() -> None:
+def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_its_block() -> None:
     table = make_table(4)
     cache(table, ids((1, 16), (2, 7)))
     turn = ids((1, 16), (2, 7), (3, 20))
     used = table.usage(ZERO)
     seq = start(table, turn)
     assert (seq.inherited, seq.source) == (7, None)
-    assert table.usage(ZERO).free == used.free - 1, "43 tokens need three pages, of which two were there"
+    assert table.usage(ZERO).free == used.free - 1, "43 tokens need three blocks, of which two were there"
     compute(table, seq, turn)
     audit(table, [seq])
     table.release(seq)
@@ -95,7 +95,7 @@ def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_it
     audit(table, [])
 
 
-def test_what_a_running_sequence_has_computed_of_its_page_is_copied_while_it_goes_on() -> None:
+def test_what_a_running_sequence_has_computed_of_its_block_is_copied_while_it_goes_on() -> None:
     table = make_table(4)
     author = compute(table, start(table, ids((1, 9)), blocks=2), ids((1, 9)))
     second = start(table, ids((1, 7), (2, 2)))
@@ -107,7 +107,7 @@ def test_what_a_running_sequence_has_computed_of_its_page_is_copied_while_it_goe
     assert common(table, ids((1, 7), (2, 4))) == 11
 
 
-def test_a_page_that_others_use_is_copied_whole_or_in_part() -> None:
+def test_a_block_that_others_use_is_copied_whole_or_in_part() -> None:
     table = make_table(6)
     reader = compute(table, start(table, ids((1, 16))), ids((1, 16)))
     other = start(table, ids((1, 12), (2, 4)))
@@ -117,7 +117,7 @@ def test_a_page_that_others_use_is_copied_whole_or_in_part() -> None:
     assert common(table, ids((1, 16), (3, 4))[:15]) == 15, "it is still there"
 
 
-def test_a_cached_page_with_free_pages_beside_it_is_copied_so_that_both_ends_stay() -> None:
+def test_a_cached_block_with_free_blocks_beside_it_is_copied_so_that_both_ends_stay() -> None:
     table = make_table(3)
     cache(table, ids((1, 10), (2, 4)))
     seq = start(table, ids((1, 10), (3, 4)))
@@ -128,8 +128,8 @@ def test_a_cached_page_with_free_pages_beside_it_is_copied_so_that_both_ends_sta
     assert common(table, ids((1, 10), (3, 4))) == 14
 
 
-@pytest.mark.parametrize("rest", [4, 6], ids=["a tail", "a full page"])
-def test_without_a_free_page_a_cached_one_is_taken_over_and_its_rest_unpublished(rest: int) -> None:
+@pytest.mark.parametrize("rest", [4, 6], ids=["a tail", "a full block"])
+def test_without_a_free_block_a_cached_one_is_taken_over_and_its_rest_unpublished(rest: int) -> None:
     table = make_table(1)
     cache(table, ids((1, 10), (2, rest)))
     seq = start(table, ids((1, 10), (3, 4)))
@@ -141,7 +141,7 @@ def test_without_a_free_page_a_cached_one_is_taken_over_and_its_rest_unpublished
     assert common(table, ids((1, 10), (3, 4))) == 14
 
 
-def test_a_page_with_something_behind_it_is_never_taken_over() -> None:
+def test_a_block_with_something_behind_it_is_never_taken_over() -> None:
     table = make_table(3)
     cache(table, ids((1, 16), (2, 16), (3, 16)))
     seq = start(table, ids((1, 16), (2, 9), (4, 7)))
@@ -155,7 +155,7 @@ def test_a_part_is_given_up_where_there_is_no_room_for_it() -> None:
     table = make_table(2)
     cache(table, ids((1, 16), (2, 16)))
     seq = start(table, ids((1, 9), (3, 7), (4, 16)))
-    assert (seq.inherited, seq.source, len(seq.blocks)) == (0, None, 2), "both pages are needed: nothing is left to copy from"
+    assert (seq.inherited, seq.source, len(seq.blocks)) == (0, None, 2), "both blocks are needed: nothing is left to copy from"
     audit(table, [seq])
 
 
@@ -184,7 +184,7 @@ def test_a_twin_in_another_group_does_not_matter_to_a_tail() -> None:
     assert first.nodes == second.nodes
 
 
-def test_a_second_tail_that_begins_like_another_is_not_published_and_its_page_is_free_afterwards() -> None:
+def test_a_second_tail_that_begins_like_another_is_not_published_and_its_block_is_free_afterwards() -> None:
     table = make_table(3)
     first = compute(table, start(table, ids((1, 9)), blocks=1), ids((1, 9)))
     second = table.reserve(ZERO, table.match(ids(), [], "", 0), 0, 1, "")
@@ -227,7 +227,7 @@ def test_an_evicted_tail_is_forgotten() -> None:
     audit(table, [held])
 
 
-def test_the_newest_of_many_pages_that_begin_alike_are_compared() -> None:
+def test_the_newest_of_many_blocks_that_begin_alike_are_compared() -> None:
     table = make_table(2 * MAX_CANDIDATES + 2)
     for last in range(2 * MAX_CANDIDATES):
         cache(table, ids((1, 8), (100 + last, 4)))
@@ -236,18 +236,18 @@ def test_the_newest_of_many_pages_that_begin_alike_are_compared() -> None:
     assert common(table, ids((1, 8), (oldest, 4))) == 8
 
 
-def test_without_a_stride_only_whole_pages_match() -> None:
-    table = BlockTable(PAGE)
+def test_without_a_stride_only_whole_blocks_match() -> None:
+    table = BlockTable(BLOCK)
     table.add_group(ZERO, 4)
     seq = table.reserve(ZERO, table.match(ids((1, 16)), [], "", 1), 0, 1, "")
     assert seq is not None
-    table.publish(seq, ids((1, 16)).tobytes(), hash_pages(ids((1, 16)), PAGE)[0])
+    table.publish(seq, ids((1, 16)).tobytes(), hash_blocks(ids((1, 16)), BLOCK)[0])
     assert find(table, ids((1, 12))) == {}
     assert not table.index.heads.newest
     audit(table, [seq])
 
 
-@pytest.mark.parametrize("tokens", [STRIDE - 1, PAGE])
+@pytest.mark.parametrize("tokens", [STRIDE - 1, BLOCK])
 def test_what_is_no_part_cannot_be_published_as_one(tokens: int) -> None:
     table = make_table(2)
     seq = start(table, ids((1, 20)))
@@ -255,7 +255,7 @@ def test_what_is_no_part_cannot_be_published_as_one(tokens: int) -> None:
         table.publish_tail(seq, ids((1, tokens)).tobytes())
 
 
-@pytest.mark.parametrize("stride", [-1, PAGE])
-def test_a_stride_is_inside_a_page(stride: int) -> None:
-    with pytest.raises(ValueError, match="is not inside a page"):
-        BlockTable(PAGE, stride)
+@pytest.mark.parametrize("stride", [-1, BLOCK])
+def test_a_stride_is_inside_a_block(stride: int) -> None:
+    with pytest.raises(ValueError, match="is not inside a block"):
+        BlockTable(BLOCK, stride)

@@ -1,18 +1,18 @@
-"""One rank's pages: the views that attention gets, copies of part of a page, pages as bytes."""
+"""One rank's blocks: the views that attention gets, copies of part of a block, blocks as bytes."""
 
 import resource
 
 import pytest
 import torch
 
-from kvcache.layout import DTYPE_BYTES, PageLayout
+from kvcache.layout import DTYPE_BYTES, BlockLayout
 from kvcache.pool import KVPool
 
-LAYOUT = PageLayout(page_size=16, layers=3, kv_heads=2, head_dim=8, dtype="float32")
+LAYOUT = BlockLayout(block_size=16, layers=3, kv_heads=2, head_dim=8, dtype="float32")
 
 
-def filled(pages: int = 4, layout: PageLayout = LAYOUT) -> KVPool:
-    pool = KVPool(layout, pages, "cpu")
+def filled(blocks: int = 4, layout: BlockLayout = LAYOUT) -> KVPool:
+    pool = KVPool(layout, blocks, "cpu")
     pool.data.copy_(torch.arange(pool.data.numel()).view(pool.data.shape))
     return pool
 
@@ -22,19 +22,19 @@ def test_views_are_strided_and_share_the_memory() -> None:
     for layer in range(LAYOUT.layers):
         for which, view in enumerate((pool.keys(layer), pool.values(layer))):
             assert view.shape == (4, 16, 2, 8)
-            assert view.stride() == (LAYOUT.page_bytes // 4, 16, 8, 1)
+            assert view.stride() == (LAYOUT.block_bytes // 4, 16, 8, 1)
             view[3, 5, 1] = -1
             assert (pool.data[3, layer, which, 5, 1] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", list(DTYPE_BYTES))
-def test_a_page_is_one_run_of_bytes(dtype: str) -> None:
-    layout = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=8, dtype=dtype)
+def test_a_block_is_one_run_of_bytes(dtype: str) -> None:
+    layout = BlockLayout(block_size=16, layers=2, kv_heads=2, head_dim=8, dtype=dtype)
     pool, other = filled(layout=layout), KVPool(layout, 2, "cpu")
-    content = pool.export_page(3)
-    assert content.shape == (layout.page_bytes,)
-    assert content.data_ptr() == pool.data.data_ptr() + 3 * layout.page_bytes
-    other.import_page(1, content)
+    content = pool.export_block(3)
+    assert content.shape == (layout.block_bytes,)
+    assert content.data_ptr() == pool.data.data_ptr() + 3 * layout.block_bytes
+    other.import_block(1, content)
     assert torch.equal(other.data[1], pool.data[3])
 
 
@@ -45,14 +45,14 @@ def test_copy_takes_the_first_tokens_of_every_layer_and_nothing_else() -> None:
         expected[2, :, :, :tokens] = expected[0, :, :, :tokens]
         pool.copy(0, 2, tokens)
         assert torch.equal(pool.data, expected)
-    with pytest.raises(ValueError, match="17 tokens of a page of 16"):
+    with pytest.raises(ValueError, match="17 tokens of a block of 16"):
         filled().copy(0, 1, 17)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("tokens", [1, 100, 256])
 def test_a_copy_is_one_launch_and_no_wait_cuda(tokens: int) -> None:
-    layout = PageLayout(page_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
+    layout = BlockLayout(block_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
     pool = KVPool(layout, 4, "cuda")
     pool.data[0].normal_()
     pool.copy(0, 1, tokens)
@@ -68,21 +68,21 @@ def test_a_copy_is_one_launch_and_no_wait_cuda(tokens: int) -> None:
     assert not pool.data[2, :, :, tokens:].any()
 
 
-def test_a_foreign_page_is_refused() -> None:
-    with pytest.raises(ValueError, match="same page_size"):
-        filled().import_page(0, torch.zeros(LAYOUT.page_bytes - 1, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="same page_size"):
-        filled().import_page(0, torch.zeros(LAYOUT.page_bytes // 4))
+def test_a_foreign_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="same block_size"):
+        filled().import_block(0, torch.zeros(LAYOUT.block_bytes - 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="same block_size"):
+        filled().import_block(0, torch.zeros(LAYOUT.block_bytes // 4))
 
 
-def test_no_page_is_no_pool() -> None:
-    with pytest.raises(ValueError, match=f"one page takes {LAYOUT.page_bytes:,} bytes"):
+def test_no_block_is_no_pool() -> None:
+    with pytest.raises(ValueError, match=f"one block takes {LAYOUT.block_bytes:,} bytes"):
         KVPool(LAYOUT, 0, "cpu")
 
 
 def test_memory_is_committed_only_where_it_is_written() -> None:
-    layout = PageLayout(page_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
+    layout = BlockLayout(block_size=256, layers=28, kv_heads=8, head_dim=128, dtype="bfloat16")
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pool = KVPool(layout, layout.pages_in(4 << 30), "cpu")
+    pool = KVPool(layout, layout.blocks_in(4 << 30), "cpu")
     pool.data[0].zero_()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < (1 << 20)

@@ -7,32 +7,32 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvcache import BlockTable, GroupId, GroupUsage, Match, SequenceBlocks, audit, hash_pages
+from kvcache import BlockTable, GroupId, GroupUsage, Match, SequenceBlocks, audit, hash_blocks
 from kvcache import hashing as hashing_module
 
-PAGE = 16
+BLOCK = 16
 ZERO, ONE = GroupId(0), GroupId(1)
 
 
-def pages(*values: int, page_size: int = PAGE) -> npt.NDArray[np.int32]:
-    """A prompt of one page for each value."""
-    return np.repeat(np.array(values, np.int32), page_size)
+def filled(*values: int, block_size: int = BLOCK) -> npt.NDArray[np.int32]:
+    """A prompt of one block for each value."""
+    return np.repeat(np.array(values, np.int32), block_size)
 
 
-def make_table(*sizes: int, page_size: int = PAGE) -> BlockTable:
-    table = BlockTable(page_size)
+def make_table(*sizes: int, block_size: int = BLOCK) -> BlockTable:
+    table = BlockTable(block_size)
     for group, blocks in enumerate(sizes):
         table.add_group(GroupId(group), blocks)
     return table
 
 
 def match(table: BlockTable, *values: int, salt: str = "", limit: int = 99) -> Match:
-    tokens = pages(*values, page_size=table.page_size)
-    return table.match(tokens, hash_pages(tokens, table.page_size, salt), salt, limit)
+    tokens = filled(*values, block_size=table.block_size)
+    return table.match(tokens, hash_blocks(tokens, table.block_size, salt), salt, limit)
 
 
 def start(table: BlockTable, group: GroupId, *values: int, salt: str = "") -> SequenceBlocks:
-    """Reserves a sequence that holds these pages, reusing what it can."""
+    """Reserves a sequence that holds these blocks, reusing what it can."""
     found = match(table, *values, salt=salt)
     depth = found.depth(group)
     seq = table.reserve(group, found, depth, len(values) - depth, salt)
@@ -41,10 +41,10 @@ def start(table: BlockTable, group: GroupId, *values: int, salt: str = "") -> Se
 
 
 def publish(table: BlockTable, seq: SequenceBlocks, *values: int) -> list[int | None]:
-    """Publishes all pages of the sequence that are not, as `values`; returns the adopted blocks."""
-    size = table.page_size
-    tokens = pages(*values, page_size=size)
-    hashes = hash_pages(tokens, size, seq.salt)
+    """Publishes all blocks of the sequence that are not, as `values`; returns the adopted blocks."""
+    size = table.block_size
+    tokens = filled(*values, block_size=size)
+    hashes = hash_blocks(tokens, size, seq.salt)
     return [
         table.publish(seq, tokens[at * size : (at + 1) * size].tobytes(), hashes[at])
         for at in range(len(seq.nodes), len(values))
@@ -71,9 +71,9 @@ def state(table: BlockTable) -> Any:
     return copy.deepcopy((columns, pools))
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
-def test_a_prompt_is_found_again(page_size: int) -> None:
-    table = make_table(4, 4, page_size=page_size)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+def test_a_prompt_is_found_again(block_size: int) -> None:
+    table = make_table(4, 4, block_size=block_size)
     first = compute(table, ZERO, 1, 2, 3)
     table.release(first)
     audit(table, [])
@@ -123,7 +123,7 @@ def test_only_what_is_published_is_found() -> None:
     table = make_table(4)
     seq = start(table, ZERO, 1, 2)
     assert match(table, 1, 2).nodes == []
-    table.publish(seq, pages(1).tobytes(), hash_pages(pages(1), PAGE)[0])
+    table.publish(seq, filled(1).tobytes(), hash_blocks(filled(1), BLOCK)[0])
     assert match(table, 1, 2).depths == {ZERO: 1}
     table.release(seq)
     assert table.usage(ZERO) == GroupUsage(total=4, free=3, held=0, cached=1)
@@ -145,9 +145,9 @@ def test_a_hit_on_a_prefix_keeps_leaves_before_parents() -> None:
     table = make_table(5)
     cache(table, ZERO, 1, 2, 3)
     prefix = start(table, ZERO, 1)
-    table.release(prefix)  # the root page is now the most recent, its leaves the oldest
+    table.release(prefix)  # the root block is now the most recent, its leaves the oldest
     cache(table, ZERO, 7)
-    seq = table.reserve(ZERO, match(table), 0, 3, "")  # one free, then pages 3 and 2
+    seq = table.reserve(ZERO, match(table), 0, 3, "")  # one free, then blocks 3 and 2
     assert seq is not None
     assert match(table, 1, 2, 3).depths == {ZERO: 1}
     audit(table, [seq])
@@ -169,7 +169,7 @@ def test_a_hit_is_never_evicted_by_its_own_reservation() -> None:
 
 
 def test_less_than_the_match_may_be_reserved() -> None:
-    """The last page of a fully cached prompt is computed anew, and its twin adopted."""
+    """The last block of a fully cached prompt is computed anew, and its twin adopted."""
     table = make_table(4)
     cache(table, ZERO, 1, 2)
     seq = table.reserve(ZERO, match(table, 1, 2), 1, 1, "")
@@ -207,7 +207,7 @@ def test_grow_is_all_or_nothing() -> None:
     assert seq.blocks == blocks + grown
     assert table.grow(seq, 0) == []
     assert table.grow(seq, 1) is None
-    assert match(table, 9).nodes == []  # the cached page was the last to go
+    assert match(table, 9).nodes == []  # the cached block was the last to go
     audit(table, [seq])
 
 
@@ -225,7 +225,7 @@ def test_twins_share_one_block_once_published() -> None:
     assert table.usage(ZERO).held == 2
 
 
-def test_twins_that_interleave_hold_each_others_pages() -> None:
+def test_twins_that_interleave_hold_each_others_blocks() -> None:
     table = make_table(8)
     first, second = start(table, ZERO, 1, 2), start(table, ZERO, 1, 2)
     publish(table, first, 1)
@@ -236,7 +236,7 @@ def test_twins_that_interleave_hold_each_others_pages() -> None:
     audit(table, [first])
 
 
-def test_a_twin_revives_the_page_that_was_released_meanwhile() -> None:
+def test_a_twin_revives_the_block_that_was_released_meanwhile() -> None:
     table = make_table(4)
     first, second = start(table, ZERO, 1), start(table, ZERO, 1)
     publish(table, first, 1)
@@ -247,7 +247,7 @@ def test_a_twin_revives_the_page_that_was_released_meanwhile() -> None:
     audit(table, [second])
 
 
-def test_the_same_page_in_two_groups_is_one_node() -> None:
+def test_the_same_block_in_two_groups_is_one_node() -> None:
     table = make_table(4, 4)
     here, there = compute(table, ZERO, 1, 2), compute(table, ONE, 1)
     assert there.nodes == here.nodes[:1]
@@ -340,10 +340,10 @@ def test_impossible_requests_change_nothing() -> None:
     table = make_table(4)
     seq = compute(table, ZERO, 1)
     before = state(table)
-    with pytest.raises(AssertionError, match="holds 1 matched pages, not 2"):
+    with pytest.raises(AssertionError, match="holds 1 matched blocks, not 2"):
         table.reserve(ZERO, match(table, 1), 2, 0, "")
-    with pytest.raises(ValueError, match="page 1 with 64 bytes"):
-        table.publish(seq, pages(2).tobytes(), 0)
+    with pytest.raises(ValueError, match="block 1 with 64 bytes"):
+        table.publish(seq, filled(2).tobytes(), 0)
     with pytest.raises(ValueError, match="it exists"):
         table.add_group(ZERO, 4)
     with pytest.raises(ValueError, match="at least one block"):
@@ -353,9 +353,9 @@ def test_impossible_requests_change_nothing() -> None:
     assert state(table) == before
     grown = start(table, ZERO, 1, 2)
     before = state(table)
-    for other in (pages(2)[:-1], pages(2).astype(np.int64)):
+    for other in (filled(2)[:-1], filled(2).astype(np.int64)):
         with pytest.raises(ValueError, match=f"{other.nbytes} bytes"):
             table.publish(grown, other.tobytes(), 0)
     assert state(table) == before
-    with pytest.raises(ValueError, match="page_size"):
+    with pytest.raises(ValueError, match="block_size"):
         BlockTable(0)

@@ -1,6 +1,6 @@
 """Random walks over the block table, with a model of what each block contains and an audit after every step.
 
-The alphabet is tiny (four kinds of pages that begin alike, three groups of eight blocks), so that hits, parts of pages, twins
+The alphabet is tiny (four kinds of blocks that begin alike, three groups of eight blocks), so that hits, parts of blocks, twins
 and evictions happen all the time; `test_the_walks_go_where_the_bugs_are` counts them. The idea is that of the radix tree tests
 in TGI.
 """
@@ -14,16 +14,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcache import BlockId, BlockTable, GroupId, SequenceBlocks, audit, hash_pages
+from kvcache import BlockId, BlockTable, GroupId, SequenceBlocks, audit, hash_blocks
 from kvcache.index import MAX_CANDIDATES
 
-PAGE, STRIDE = 16, 4
+BLOCK, STRIDE = 16, 4
 GROUPS = [GroupId(0), GroupId(1), GroupId(2)]
 BLOCKS = 8
-ZEROS = [PAGE, 0, 6, 10]
-"""Leading zeros of each kind of page; ones follow."""
+ZEROS = [BLOCK, 0, 6, 10]
+"""Leading zeros of each kind of block; ones follow."""
 Content = tuple[str, tuple[int, ...]]
-"""What a page's KV depends on: the salt and all tokens up to the last one that is computed in it."""
+"""What a block's KV depends on: the salt and all tokens up to the last one that is computed in it."""
 
 groups = st.sampled_from([*GROUPS, GroupId(0), GroupId(0)])
 kinds = st.integers(0, len(ZEROS) - 1)
@@ -32,8 +32,8 @@ salts = st.sampled_from(["", "", "", "tenant"])
 which = st.integers(0, 99)
 
 
-def page(kind: int) -> list[int]:
-    return [0] * ZEROS[kind] + [1] * (PAGE - ZEROS[kind])
+def block(kind: int) -> list[int]:
+    return [0] * ZEROS[kind] + [1] * (BLOCK - ZEROS[kind])
 
 
 def agree(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -55,7 +55,7 @@ class Running:
 class BlockTableMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.table = BlockTable(PAGE, STRIDE)
+        self.table = BlockTable(BLOCK, STRIDE)
         self.live: list[Running] = []
         self.written: dict[tuple[GroupId, BlockId], Content] = {}
         """The model's GPU memory: what was last written to each block."""
@@ -73,36 +73,36 @@ class BlockTableMachine(RuleBasedStateMachine):
         for block, node in enumerate(pool.nodes):
             if node:
                 salt, tokens = self.written[group, BlockId(block)]
-                start = (len(tokens) - 1) // PAGE * PAGE
+                start = (len(tokens) - 1) // BLOCK * BLOCK
                 shown.append((salt, tokens[: start + len(contents[node]) // 4]))
         return shown
 
     def best_part(self, group: GroupId, salt: str, tokens: tuple[int, ...], depth: int) -> int:
-        """Tokens of the page after `depth` that some published page of the group begins with."""
-        start = depth * PAGE
+        """Tokens of the block after `depth` that some published block of the group begins with."""
+        start = depth * BLOCK
         prefix = tokens[:start]
         commons = [
-            agree(known[start : start + PAGE], tokens[start:])
+            agree(known[start : start + BLOCK], tokens[start:])
             for other, known in self.published(group)
-            if other == salt and len(known) > start and known[:start] == prefix and (len(known) - 1) // PAGE == depth
+            if other == salt and len(known) > start and known[:start] == prefix and (len(known) - 1) // BLOCK == depth
         ]
         return max([common for common in commons if common >= STRIDE], default=0)
 
-    @rule(group=groups, values=prompts, rest=st.integers(0, PAGE - 1), salt=salts, extra=st.integers(0, 2),
+    @rule(group=groups, values=prompts, rest=st.integers(0, BLOCK - 1), salt=salts, extra=st.integers(0, 2),
           skip=st.sampled_from([0, 0, 0, 1]))  # fmt: skip
     def reserve(self, group: GroupId, values: list[int], rest: int, salt: str, extra: int, skip: int) -> None:
-        """Starts a sequence on what the group holds of `values`, the last page but for `rest` tokens, less `skip` pages."""
+        """Starts a sequence on what the group holds of `values`, the last block but for `rest` tokens, less `skip` blocks."""
         if group not in self.table.pools:
             return
-        tokens = [token for value in values for token in page(value)]
+        tokens = [token for value in values for token in block(value)]
         tokens = tokens[: len(tokens) - rest]
         array, limit = np.array(tokens, np.int32), len(tokens) - 1
-        match = self.table.match(array, hash_pages(array, PAGE, salt), salt, limit // PAGE)
+        match = self.table.match(array, hash_blocks(array, BLOCK, salt), salt, limit // BLOCK)
         parts = self.table.parts(match, array, salt, limit)
         for other in self.table.pools:
-            known = {content for content in self.published(other) if not len(content[1]) % PAGE}
+            known = {content for content in self.published(other) if not len(content[1]) % BLOCK}
             depth = 0
-            while (depth + 1) * PAGE <= limit and (salt, tuple(tokens[: (depth + 1) * PAGE])) in known:
+            while (depth + 1) * BLOCK <= limit and (salt, tuple(tokens[: (depth + 1) * BLOCK])) in known:
                 depth += 1
             assert match.depth(other) == depth
             best = self.best_part(other, salt, tuple(tokens[:limit]), depth)
@@ -117,7 +117,7 @@ class BlockTableMachine(RuleBasedStateMachine):
         seq = self.table.reserve(group, match, depth, new, salt, part)
         assert (seq is None) == (new + cached > before.free + before.cached)
         self.events["hit"] += depth > 0
-        self.events["hit on a cached page"] += cached > 0
+        self.events["hit on a cached block"] += cached > 0
         self.events["refused"] += seq is None
         self.events["refused for its own hit"] += seq is None and new <= before.free + before.cached
         if seq is None:
@@ -126,23 +126,23 @@ class BlockTableMachine(RuleBasedStateMachine):
         self.events["evicted"] += before.free < new
         assert len(seq.blocks) == depth + new
         for at in range(depth):  # the safety of prefix caching: a hit is what computing would have written
-            assert self.written[group, seq.blocks[at]] == (salt, tuple(tokens[: (at + 1) * PAGE]))
+            assert self.written[group, seq.blocks[at]] == (salt, tuple(tokens[: (at + 1) * BLOCK]))
         if part is not None:
             self.use_part(seq, salt, tokens, depth, part.tokens)
-        self.live.append(Running(seq, tokens, depth * PAGE + seq.inherited))
+        self.live.append(Running(seq, tokens, depth * BLOCK + seq.inherited))
 
     def use_part(self, seq: SequenceBlocks, salt: str, tokens: list[int], depth: int, expected: int) -> None:
-        """The sequence's first private page begins with tokens that are in the group's memory: in it, or in another."""
+        """The sequence's first private block begins with tokens that are in the group's memory: in it, or in another."""
         assert seq.inherited in (0, expected)
         self.events["part without room"] += not seq.inherited
         if not seq.inherited:
             return
         target = seq.blocks[depth]
         known = self.written[seq.group, target if seq.source is None else seq.source]
-        end = depth * PAGE + seq.inherited
+        end = depth * BLOCK + seq.inherited
         assert (known[0], known[1][:end]) == (salt, tuple(tokens[:end]))
         if seq.source is None:
-            self.events["part of a tail taken over" if seq.tail else "part of a page taken over"] += 1
+            self.events["part of a tail taken over" if seq.tail else "part of a block taken over"] += 1
         else:
             assert target != seq.source
             self.events["part copied"] += 1
@@ -165,36 +165,36 @@ class BlockTableMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(at=which, count=st.integers(1, 40), kind=kinds, show=st.booleans())
     def compute(self, at: int, count: int, kind: int, show: bool) -> None:
-        """Computes up to `count` tokens, of a page of `kind` where the prompt does not say, and publishes the full pages.
+        """Computes up to `count` tokens, of a block of `kind` where the prompt does not say, and publishes the full blocks.
 
-        show: what the last page is filled with so far, too.
+        show: what the last block is filled with so far, too.
         """
         run = self.live[at % len(self.live)]
         for _ in range(count):
-            if run.computed == len(run.seq.blocks) * PAGE:
+            if run.computed == len(run.seq.blocks) * BLOCK:
                 break
             if run.computed == len(run.tokens):
-                run.tokens.append(page(kind)[run.computed % PAGE])
+                run.tokens.append(block(kind)[run.computed % BLOCK])
             run.computed += 1
             content = (run.seq.salt, tuple(run.tokens[: run.computed]))
-            self.written[run.seq.group, run.seq.blocks[(run.computed - 1) // PAGE]] = content
-            if run.computed % PAGE == 0:
-                self.publish_page(run)
+            self.written[run.seq.group, run.seq.blocks[(run.computed - 1) // BLOCK]] = content
+            if run.computed % BLOCK == 0:
+                self.publish_block(run)
         if show:
             self.publish_tail(run)
 
-    def publish_page(self, run: Running) -> None:
+    def publish_block(self, run: Running) -> None:
         seq, at = run.seq, len(run.seq.nodes)
         content = (seq.salt, tuple(run.tokens[: run.computed]))
         twin = any(
-            self.written[seq.group, BlockId(block)] == content and len(self.table.index.contents[node]) == 4 * PAGE
+            self.written[seq.group, BlockId(block)] == content and len(self.table.index.contents[node]) == 4 * BLOCK
             for block, node in enumerate(self.table.pools[seq.group].nodes)
             if node
         )
         private = seq.blocks[at]
         grown = bool(seq.tail)
-        hashes = hash_pages(run.array(), PAGE, seq.salt)
-        adopted = self.table.publish(seq, run.array(at * PAGE, run.computed).tobytes(), hashes[at])
+        hashes = hash_blocks(run.array(), BLOCK, seq.salt)
+        adopted = self.table.publish(seq, run.array(at * BLOCK, run.computed).tobytes(), hashes[at])
         assert (adopted is not None) == twin
         assert seq.blocks[at] == (private if adopted is None else adopted)
         assert self.written[seq.group, seq.blocks[at]] == content
@@ -203,7 +203,7 @@ class BlockTableMachine(RuleBasedStateMachine):
         self.events["a tail became full"] += grown
 
     def publish_tail(self, run: Running) -> None:
-        start = len(run.seq.nodes) * PAGE
+        start = len(run.seq.nodes) * BLOCK
         if run.computed - start >= STRIDE:
             known = run.seq.tail
             self.table.publish_tail(run.seq, run.array(start, run.computed).tobytes())

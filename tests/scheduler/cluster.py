@@ -1,7 +1,7 @@
 """A cluster in a test: the production core, simulated groups, and front ends that check every token as it comes in.
 
 Commands travel down and reports travel up only when the test says so, in order, through the wire encoding. The
-simulated pages hold digests of what was written to them, so a stale page, a wrong hit or a lost write shows as a wrong
+simulated blocks hold digests of what was written to them, so a stale block, a wrong hit or a lost write shows as a wrong
 token.
 """
 
@@ -134,18 +134,18 @@ class SimulatedGroup:
         self.copies.pop(transfer, None)
         receive = self.receives.pop(transfer, None)
         if receive is not None and not ok:
-            self.cache[np.frombuffer(receive.pages, np.int32)] = UNWRITTEN  # arbitrary
+            self.cache[np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN  # arbitrary
         moved = Moved(self.epoch, transfer, ok, 0.001, 1)
         self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(moved), type=Moved))
 
     def copy(self, transfer: int) -> None:
         """Between the device and host memory, at this moment."""
         command = self.copies[transfer]
-        pages, slots = np.frombuffer(command.pages, np.int32), np.frombuffer(command.slots, np.int32)
+        blocks, slots = np.frombuffer(command.blocks, np.int32), np.frombuffer(command.slots, np.int32)
         if isinstance(command, Offload):
-            self.host[slots] = self.cache[pages]
+            self.host[slots] = self.cache[blocks]
         else:
-            self.cache[pages] = self.host[slots]
+            self.cache[blocks] = self.host[slots]
 
     def _take_movement(self, command: Command) -> None:
         if isinstance(command, Send):
@@ -163,16 +163,16 @@ class SimulatedGroup:
 
 
 class Cluster:
-    """page_size and pools (pages of each group) are small, so that everything happens soon.
+    """block_size and pools (blocks of each group) are small, so that everything happens soon.
 
-    depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole pages only, unless a test is about parts of them.
+    depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole blocks only, unless a test is about parts of them.
     """
 
     def __init__(
         self,
         pools: tuple[int, ...] = (8,),
         *,
-        page_size: int = 4,
+        block_size: int = 4,
         rows: int = 4,
         budget: int = 64,
         depth: int = 0,
@@ -194,7 +194,7 @@ class Cluster:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
             CoreConfig(
-                page_size=page_size,
+                block_size=block_size,
                 max_model_len=model_len,
                 grant_ahead=ahead,
                 hash_stride=hash_stride,
@@ -208,7 +208,7 @@ class Cluster:
                 relieve=relieve,
             )
         )
-        self.page_size, self.pools, self.rows, self.budget = page_size, pools, rows, budget
+        self.block_size, self.pools, self.rows, self.budget = block_size, pools, rows, budget
         self.depth, self.steps, self.model_len = depth, steps, model_len
         self._ports = ("here:1",) if fetch else ()
         self._slots = slots
@@ -223,16 +223,16 @@ class Cluster:
     # ---- groups
 
     def bring_up(self, group: int) -> None:
-        """A new epoch of the group, with empty pages. The one before, if it still runs, is a ghost from now on."""
-        name, epoch, pages = GroupId(group), self.epochs[group], self.pools[group]
+        """A new epoch of the group, with empty blocks. The one before, if it still runs, is a ghost from now on."""
+        name, epoch, blocks = GroupId(group), self.epochs[group], self.pools[group]
         self.epochs[group] += 1
         if name in self.groups:
             self.ghosts.append(self.groups.pop(name))
-        batch = ResidentBatch(self.rows, self.page_size, self.budget, self.model_len)
-        executor = SimulatedExecutor(pages, self.page_size, self.rows, VOCABULARY)
+        batch = ResidentBatch(self.rows, self.block_size, self.budget, self.model_len)
+        executor = SimulatedExecutor(blocks, self.block_size, self.rows, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._slots)
-        self.core.group_up(name, epoch, pages, self.rows, slots=self._slots, ports=self._ports)
+        self.core.group_up(name, epoch, blocks, self.rows, slots=self._slots, ports=self._ports)
         self.settle()
 
     def lose(self, group: int, *, returning: bool = False) -> None:
@@ -282,7 +282,7 @@ class Cluster:
         """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
-        room = max_tokens or max(self.pools) * self.page_size + 1 - len(prompt)
+        room = max_tokens or max(self.pools) * self.block_size + 1 - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY)
         tokens = np.array(prompt, np.int32).tobytes()
         request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s)
@@ -344,7 +344,7 @@ class Cluster:
         return sorted([*both, *(number for group in self.groups.values() for number in group.copies)])
 
     def move(self, transfer: int, *, ok: bool = True) -> None:
-        """The pages of a transfer cross, at this moment; or they do not. Both sides know of it and have not said so yet."""
+        """The blocks of a transfer cross, at this moment; or they do not. Both sides know of it and have not said so yet."""
         for group in self.groups.values():
             if transfer in group.copies:
                 if ok:
@@ -353,9 +353,9 @@ class Cluster:
                 return
         source = next(group for group in self.groups.values() if transfer in group.sends)
         target = next(group for group in self.groups.values() if transfer in group.receives)
-        pages = np.frombuffer(source.sends[transfer].pages, np.int32)
+        blocks = np.frombuffer(source.sends[transfer].blocks, np.int32)
         if ok:
-            target.cache[np.frombuffer(target.receives[transfer].pages, np.int32)] = source.cache[pages]
+            target.cache[np.frombuffer(target.receives[transfer].blocks, np.int32)] = source.cache[blocks]
         source.answer(transfer, ok=ok)
         target.answer(transfer, ok=ok)
 
@@ -372,15 +372,15 @@ class Cluster:
     def settle(self) -> None:
         """What follows from every event: the invariants hold, the logs travel, the front ends are told."""
         check(self.core)
-        self._check_pages()
+        self._check_blocks()
         for name, batch in self.core.take_logs():
             self.groups[name].take(batch)
         assert all(group.drain() is None for group in self.core.groups.values()), "a log was not handed out"
         for front_end, deltas in self.core.outbox.drain():
             self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
 
-    def _check_pages(self) -> None:
-        """What the index names stands in the pages of the groups that hold it: the digests of exactly those tokens."""
+    def _check_blocks(self) -> None:
+        """What the index names stands in the blocks of the groups that hold it: the digests of exactly those tokens."""
         index = self.core.table.index
         pools = {name: group.cache for name, group in self.groups.items()}
         pools |= {host_of(name): group.host for name, group in self.groups.items()}
@@ -394,7 +394,7 @@ class Cluster:
                     expected.append(state)
                 states[node] = state
                 found = cache[block, : len(expected)].tolist()
-                assert found == expected, f"pool {name}: node {node} does not stand in page {block}"
+                assert found == expected, f"pool {name}: node {node} does not stand in block {block}"
 
     def _depth(self, node: int) -> int:
         parents, depth = self.core.table.index.parents, 0
@@ -455,6 +455,6 @@ class Cluster:
         return stream.finished.reason
 
 
-def pages(*values: int, page_size: int = 4) -> list[int]:
-    """A prompt of full pages, each of one repeated token: few distinct ones, hence many hits."""
-    return [value for value in values for _ in range(page_size)]
+def filled(*values: int, block_size: int = 4) -> list[int]:
+    """A prompt of full blocks, each of one repeated token: few distinct ones, hence many hits."""
+    return [value for value in values for _ in range(block_size)]

@@ -1,6 +1,6 @@
 """Random walks over the core with simulated groups: every rule of the design after every event, every token right.
 
-Two tokens, pages of four, groups of five to eight blocks and four rows: hits, twins, preemptions, starving and losses
+Two tokens, blocks of four, groups of five to eight blocks and four rows: hits, twins, preemptions, starving and losses
 happen all the time; `test_the_walks_go_where_the_bugs_are` counts them.
 """
 
@@ -16,7 +16,7 @@ from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.queue.awaited import WHOLE_PROMPT
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import State
-from tests.scheduler.cluster import LOST, Cluster, Stream, pages
+from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
 which = st.integers(0, 99)
 counts = st.integers(1, 3)
@@ -97,7 +97,7 @@ class CoreMachine(RuleBasedStateMachine):
         tenant: str = "",
         deadline_s: float | None = None,
     ) -> None:
-        prompt = pages(*values) + tail
+        prompt = filled(*values) + tail
         core = self.cluster.core
         largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
         fits = len(prompt) > 0 and -(-(len(prompt) + (max_tokens or 1) - 1) // 4) <= largest
@@ -124,7 +124,7 @@ class CoreMachine(RuleBasedStateMachine):
             self.events["submitted"] += n
             waits = [needed for waiters in core.waiting.awaited.authors.values() for needed, _ in waiters]
             self.events["waits for a prompt's end"] += WHOLE_PROMPT in waits
-            self.events["waits for a page"] += any(needed < WHOLE_PROMPT for needed in waits)
+            self.events["waits for a block"] += any(needed < WHOLE_PROMPT for needed in waits)
             running = [sequence.blocks for group in core.groups.values() for sequence in group.running]
             self.events["shows what it fills"] += any(blocks is not None and blocks.tail for blocks in running)
 
@@ -219,7 +219,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(at=which, ok=st.integers(0, 4))
     def move(self, at: int, ok: int) -> None:
-        """The pages of one of the transfers under way arrive, or do not."""
+        """The blocks of one of the transfers under way arrive, or do not."""
         if transfers := self.cluster.moves():
             self.events["transfers" if ok else "failed transfers"] += 1
             self.cluster.move(transfers[at % len(transfers)], ok=ok > 0)
@@ -344,7 +344,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "aborted while deferred", "aborted while prefilling", "aborted while decoding",
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
         "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
-        "parts copied", "parts taken over", "waits for a page", "waits for a prompt's end", "shows what it fills",
+        "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
         "moved_for_room", "kept_for_room", "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}

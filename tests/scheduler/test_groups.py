@@ -10,7 +10,7 @@ from scheduler.protocol.messages import FinishReason, Request, Start
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import State
-from tests.scheduler.cluster import LOST, Cluster, pages
+from tests.scheduler.cluster import LOST, Cluster, filled
 
 
 def test_the_sequences_of_a_lost_group_start_again_in_another_with_the_same_tokens() -> None:
@@ -66,7 +66,7 @@ def test_a_replacement_that_will_not_come_after_all_fails_who_waited_for_it() ->
 
 def test_what_fits_no_surviving_group_fails_and_the_rest_goes_on() -> None:
     cluster = Cluster((8, 4))
-    large = cluster.submit(pages(0, 1, 0), max_tokens=12)[0]
+    large = cluster.submit(filled(0, 1, 0), max_tokens=12)[0]
     small = cluster.submit([1], max_tokens=6)[0]
     cluster.step()
     cluster.lose(0)
@@ -97,7 +97,7 @@ def test_an_output_without_a_limit_that_is_longer_already_ends_there() -> None:
 def test_one_that_waits_for_a_larger_group_to_come_back_does_not_hold_up_the_others() -> None:
     cluster = Cluster((8, 4))
     cluster.lose(0, returning=True)
-    large = cluster.submit(pages(0, 1, 0, 1), max_tokens=8)[0]
+    large = cluster.submit(filled(0, 1, 0, 1), max_tokens=8)[0]
     small = cluster.submit([1], max_tokens=6)[0]
     assert cluster.sequence(small).state is State.RUNNING
     cluster.step(times=8)
@@ -110,11 +110,11 @@ def test_one_that_waits_for_a_larger_group_to_come_back_does_not_hold_up_the_oth
 
 def test_nothing_of_a_lost_group_s_cache_is_hit_in_its_next_epoch() -> None:
     cluster = Cluster((8,))
-    cluster.submit(pages(0, 1, 0), max_tokens=2)
+    cluster.submit(filled(0, 1, 0), max_tokens=2)
     cluster.run()
     cluster.lose(0, returning=True)
     cluster.bring_up(0)
-    stream = cluster.submit(pages(0, 1, 0), max_tokens=2)[0]
+    stream = cluster.submit(filled(0, 1, 0), max_tokens=2)[0]
     cluster.run()
     assert cluster.cached_tokens(stream) == 0
 
@@ -124,7 +124,7 @@ def test_requests_wait_for_a_group_of_unknown_size() -> None:
     cluster.lose(0)
     cluster.core.expect(GroupId(0))
     fits = cluster.submit([1], max_tokens=4)[0]
-    too_large = cluster.submit(pages(0, 0, 0, 0), max_tokens=4)[0]
+    too_large = cluster.submit(filled(0, 0, 0, 0), max_tokens=4)[0]
     open_ended = cluster.submit([0], max_tokens=None)[0]
     cluster.bring_up(0)
     assert cluster.reason(too_large) is FinishReason.FAILED
@@ -134,7 +134,7 @@ def test_requests_wait_for_a_group_of_unknown_size() -> None:
 
 
 def test_a_request_after_the_last_loss_is_refused_with_its_reason() -> None:
-    core = SchedulerCore(CoreConfig(page_size=16))
+    core = SchedulerCore(CoreConfig(block_size=16))
     core.group_up(GroupId(0), 0, 8, 4)
     core.group_down(GroupId(0), "its worker process died")
     with pytest.raises(RequestRefused, match="its worker process died"):

@@ -40,11 +40,11 @@ def test_json_is_an_object_a_line() -> None:
 
 def test_json_keeps_the_traceback() -> None:
     try:
-        raise ValueError("out of pages")
+        raise ValueError("out of blocks")
     except ValueError:
         failed = logging.LogRecord("workers.loop.rank", logging.ERROR, __file__, 1, "a rank failed", (), sys.exc_info())
-    assert "ValueError: out of pages" in json.loads(JsonFormatter({}).format(failed))["exception"]
-    assert "ValueError: out of pages" in TextFormatter({}).format(failed)
+    assert "ValueError: out of blocks" in json.loads(JsonFormatter({}).format(failed))["exception"]
+    assert "ValueError: out of blocks" in TextFormatter({}).format(failed)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

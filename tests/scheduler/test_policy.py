@@ -11,9 +11,9 @@ from scheduler import policy
 from scheduler.policy import GroupLoad, VictimCost, admissible, choose_victim, terms, time_to_first_token
 
 IDLE = GroupLoad(
-    hit_tokens=0, new_pages=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
+    hit_tokens=0, new_blocks=4, free=100, available=100, total=100, free_rows=8, running=0, backlog=0, starving=False
 )
-TOKENS, PAGE = 1024, 256
+TOKENS, BLOCK = 1024, 256
 
 
 Ways = Sequence[GroupLoad]
@@ -21,7 +21,7 @@ Ways = Sequence[GroupLoad]
 
 
 def choose(groups: Sequence[Ways], revived: Sequence[int] = ()) -> tuple[tuple[int, int] | None, list[int]]:
-    """What `route` chooses, and where it took a closer look. revived: pages of each hit that it learns only there."""
+    """What `route` chooses, and where it took a closer look. revived: blocks of each hit that it learns only there."""
     looks: list[int] = []
 
     def look(at: int) -> Ways:
@@ -29,52 +29,52 @@ def choose(groups: Sequence[Ways], revived: Sequence[int] = ()) -> tuple[tuple[i
         return groups[at]
 
     loads = [ways[0] for ways in groups]
-    new = np.array([load.new_pages for load in loads], np.int64) - (np.array(revived, np.int64) if revived else 0)
+    new = np.array([load.new_blocks for load in loads], np.int64) - (np.array(revived, np.int64) if revived else 0)
     room = np.array([policy.room(load.available, load.total, load.running) for load in loads], np.int64)
     backlog, running = (np.array([getattr(load, name) for load in loads]) for name in ("backlog", "running"))
     open_ = np.array([load.free_rows > 0 and not load.starving for load in loads], np.bool_)
     evicted = new - np.array([load.free for load in loads], np.int64)
     available = np.array([load.available for load in loads], np.int64)
-    least = policy.least_costs(np.array([TOKENS - load.hit_tokens for load in loads]), backlog, running, evicted, PAGE)
+    least = policy.least_costs(np.array([TOKENS - load.hit_tokens for load in loads]), backlog, running, evicted, BLOCK)
     fetched = np.array([TOKENS - ways[-1].hit_tokens for ways in groups])
     fetch_work = np.array([ways[-1].fetch_work for ways in groups])
-    least = np.minimum(least, policy.least_costs(fetched, backlog, running, evicted, PAGE, fetch_work))
-    return policy.route(least, open_ & (new <= room), available, look, TOKENS, PAGE), looks
+    least = np.minimum(least, policy.least_costs(fetched, backlog, running, evicted, BLOCK, fetch_work))
+    return policy.route(least, open_ & (new <= room), available, look, TOKENS, BLOCK), looks
 
 
-def route(loads: Sequence[GroupLoad], tokens: int, page: int) -> int | None:
-    assert (tokens, page) == (TOKENS, PAGE)
+def route(loads: Sequence[GroupLoad], tokens: int, block: int) -> int | None:
+    assert (tokens, block) == (TOKENS, BLOCK)
     choice, _ = choose([(load,) for load in loads])
     return None if choice is None else choice[0]
 
 
 def test_a_prefix_attracts() -> None:
-    assert route([IDLE, IDLE._replace(hit_tokens=3 * PAGE, new_pages=1)], TOKENS, PAGE) == 1
+    assert route([IDLE, IDLE._replace(hit_tokens=3 * BLOCK, new_blocks=1)], TOKENS, BLOCK) == 1
 
 
 def test_the_longest_prefix_loses_to_an_idle_group_when_its_own_is_loaded() -> None:
-    hit = IDLE._replace(hit_tokens=3 * PAGE, new_pages=1)
-    assert route([IDLE, hit._replace(backlog=3000)], TOKENS, PAGE) == 1
-    assert route([IDLE, hit._replace(backlog=3200)], TOKENS, PAGE) == 0
-    assert route([IDLE, hit._replace(running=180)], TOKENS, PAGE) == 1
-    assert route([IDLE, hit._replace(running=200)], TOKENS, PAGE) == 0
+    hit = IDLE._replace(hit_tokens=3 * BLOCK, new_blocks=1)
+    assert route([IDLE, hit._replace(backlog=3000)], TOKENS, BLOCK) == 1
+    assert route([IDLE, hit._replace(backlog=3200)], TOKENS, BLOCK) == 0
+    assert route([IDLE, hit._replace(running=180)], TOKENS, BLOCK) == 1
+    assert route([IDLE, hit._replace(running=200)], TOKENS, BLOCK) == 0
 
 
-def test_pages_that_would_be_evicted_cost() -> None:
+def test_blocks_that_would_be_evicted_cost() -> None:
     full = IDLE._replace(free=0, available=50)
-    assert time_to_first_token(full, TOKENS, PAGE) > time_to_first_token(IDLE, TOKENS, PAGE)
-    assert route([full, IDLE._replace(running=1)], TOKENS, PAGE) == 1
+    assert time_to_first_token(full, TOKENS, BLOCK) > time_to_first_token(IDLE, TOKENS, BLOCK)
+    assert route([full, IDLE._replace(running=1)], TOKENS, BLOCK) == 1
 
 
-def test_ties_go_to_the_group_with_more_pages_then_to_the_first() -> None:
-    assert route([IDLE, IDLE, IDLE], TOKENS, PAGE) == 0
-    assert route([IDLE, IDLE._replace(available=101)], TOKENS, PAGE) == 1
+def test_ties_go_to_the_group_with_more_blocks_then_to_the_first() -> None:
+    assert route([IDLE, IDLE, IDLE], TOKENS, BLOCK) == 0
+    assert route([IDLE, IDLE._replace(available=101)], TOKENS, BLOCK) == 1
 
 
 def test_equal_requests_spread_over_equal_groups() -> None:
     loads = [IDLE] * 4
     for _ in range(8):
-        chosen = route(loads, TOKENS, PAGE)
+        chosen = route(loads, TOKENS, BLOCK)
         assert chosen is not None
         loads[chosen] = loads[chosen]._replace(running=loads[chosen].running + 1)
     assert [load.running for load in loads] == [2] * 4
@@ -96,57 +96,57 @@ def test_equal_requests_spread_over_equal_groups() -> None:
 )
 def test_the_admission_watermark(load: GroupLoad, may_start: bool) -> None:
     assert admissible(load) is may_start
-    assert (route([load], TOKENS, PAGE) == 0) is may_start
+    assert (route([load], TOKENS, BLOCK) == 0) is may_start
 
 
 def test_no_group_at_all() -> None:
-    assert route([], TOKENS, PAGE) is None
+    assert route([], TOKENS, BLOCK) is None
 
 
 # ---- victims
 
-FULL = VictimCost(lost_tokens=1024, freed_pages=4, output_tokens=300, place=7)
+FULL = VictimCost(lost_tokens=1024, freed_blocks=4, output_tokens=300, place=7)
 
 
-def test_the_cheapest_to_rebuild_for_each_page_freed_gives_way() -> None:
+def test_the_cheapest_to_rebuild_for_each_block_freed_gives_way() -> None:
     half = FULL._replace(lost_tokens=512)
-    assert choose_victim([FULL, half], PAGE) == 1
-    assert choose_victim([FULL, half._replace(freed_pages=2)], PAGE) == 0, "equal cost a page: the first has as much output"
-    assert choose_victim([FULL, half._replace(freed_pages=1)], PAGE) == 0
-    assert choose_victim([FULL, FULL._replace(lost_tokens=0)], PAGE) == 1, "it has computed nothing, or others have it all"
+    assert choose_victim([FULL, half], BLOCK) == 1
+    assert choose_victim([FULL, half._replace(freed_blocks=2)], BLOCK) == 0, "equal cost a block: the first has as much output"
+    assert choose_victim([FULL, half._replace(freed_blocks=1)], BLOCK) == 0
+    assert choose_victim([FULL, FULL._replace(lost_tokens=0)], BLOCK) == 1, "it has computed nothing, or others have it all"
 
 
-def test_how_full_the_last_page_is_does_not_decide() -> None:
-    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=1000, place=6)], PAGE) == 0
-    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=800, place=6)], PAGE) == 1
+def test_how_full_the_last_block_is_does_not_decide() -> None:
+    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=1000, place=6)], BLOCK) == 0
+    assert choose_victim([FULL._replace(lost_tokens=1020), FULL._replace(lost_tokens=800, place=6)], BLOCK) == 1
 
 
 def test_equal_costs_go_by_progress_then_priority_then_age() -> None:
-    assert choose_victim([FULL, FULL._replace(output_tokens=20, place=1)], PAGE) == 1
-    assert choose_victim([FULL, FULL._replace(output_tokens=290, place=8)], PAGE) == 1, "in the same page of output"
+    assert choose_victim([FULL, FULL._replace(output_tokens=20, place=1)], BLOCK) == 1
+    assert choose_victim([FULL, FULL._replace(output_tokens=290, place=8)], BLOCK) == 1, "in the same block of output"
     urgent = FULL._replace(place=(-1 << 48) + 900)
-    assert choose_victim([urgent, FULL], PAGE) == 1
-    assert choose_victim([FULL, FULL._replace(place=6)], PAGE) == 0
+    assert choose_victim([urgent, FULL], BLOCK) == 1
+    assert choose_victim([FULL, FULL._replace(place=6)], BLOCK) == 0
 
 
 def test_who_frees_nothing_gives_way_last_but_does() -> None:
-    shared = FULL._replace(lost_tokens=0, freed_pages=0, place=9)
-    assert choose_victim([shared, FULL], PAGE) == 1
-    assert choose_victim([shared._replace(place=8), shared], PAGE) == 1, "all share with each other: the last"
-    assert choose_victim([], PAGE) is None
+    shared = FULL._replace(lost_tokens=0, freed_blocks=0, place=9)
+    assert choose_victim([shared, FULL], BLOCK) == 1
+    assert choose_victim([shared._replace(place=8), shared], BLOCK) == 1, "all share with each other: the last"
+    assert choose_victim([], BLOCK) is None
 
 
 @st.composite
 def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
-    """Groups of few distinct numbers, so that ties are usual, and how many pages of each hit nobody holds."""
+    """Groups of few distinct numbers, so that ties are usual, and how many blocks of each hit nobody holds."""
     groups: list[Ways] = []
     revived = []
     for _ in range(draw(st.integers(1, 8))):
         hit, free, cached = draw(st.integers(0, 3)), draw(st.integers(0, 4)), draw(st.integers(0, 4))
         revived.append(draw(st.integers(0, min(hit, cached))))
         load = GroupLoad(
-            hit_tokens=hit * PAGE + draw(st.sampled_from((0, 64))),
-            new_pages=4 - hit + revived[-1],
+            hit_tokens=hit * BLOCK + draw(st.sampled_from((0, 64))),
+            new_blocks=4 - hit + revived[-1],
             free=free,
             available=free + cached,
             total=draw(st.sampled_from((8, 400))),
@@ -155,7 +155,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
             backlog=draw(st.sampled_from((0, 100, 1024, 4096))),
             starving=draw(st.integers(0, 5)) == 0,
         )
-        fetch = load._replace(hit_tokens=3 * PAGE + 64, fetch_work=draw(st.sampled_from((10, 300, 2000))))
+        fetch = load._replace(hit_tokens=3 * BLOCK + 64, fetch_work=draw(st.sampled_from((10, 300, 2000))))
         groups.append((load, fetch) if draw(st.booleans()) else (load,))
     return groups, revived
 
@@ -164,7 +164,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
 def test_a_closer_look_at_few_chooses_as_one_at_all(cluster: tuple[list[Ways], list[int]]) -> None:
     groups, revived = cluster
     costs = [
-        (time_to_first_token(load, TOKENS, PAGE), -load.available, at, way)
+        (time_to_first_token(load, TOKENS, BLOCK), -load.available, at, way)
         for at, ways in enumerate(groups)
         for way, load in enumerate(ways)
         if admissible(load)
@@ -176,15 +176,15 @@ def test_a_closer_look_at_few_chooses_as_one_at_all(cluster: tuple[list[Ways], l
 
 def test_of_many_equal_groups_it_looks_at_one_and_of_full_ones_at_none() -> None:
     assert choose([(IDLE,)] * 100) == ((0, 0), [0])
-    hit = IDLE._replace(hit_tokens=PAGE, new_pages=3)
+    hit = IDLE._replace(hit_tokens=BLOCK, new_blocks=3)
     assert choose([*[(IDLE,)] * 100, (hit,)]) == ((100, 0), [100])
-    fetch = IDLE._replace(hit_tokens=PAGE, fetch_work=25)
+    fetch = IDLE._replace(hit_tokens=BLOCK, fetch_work=25)
     assert choose([(hit._replace(backlog=9000),), *[(IDLE, fetch)] * 100]) == ((1, 1), [1])
     assert choose([(IDLE._replace(free_rows=0),)] * 100) == (None, [])
 
 
 def test_the_parts_of_a_cost_are_its_sum() -> None:
-    load = IDLE._replace(hit_tokens=256, backlog=100, running=2, free=0, new_pages=3, fetch_work=150)
-    parts = terms(load, TOKENS, PAGE)
+    load = IDLE._replace(hit_tokens=256, backlog=100, running=2, free=0, new_blocks=3, fetch_work=150)
+    parts = terms(load, TOKENS, BLOCK)
     assert parts == (4 * 768, 100, 50 + 150, 32, 3 * 64)
-    assert time_to_first_token(load, TOKENS, PAGE) == sum(parts)
+    assert time_to_first_token(load, TOKENS, BLOCK) == sum(parts)

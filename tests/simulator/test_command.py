@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from manta.commands import app
 from tests.simulator.excerpts import conversations
 
-POOLS = ("--groups", "2", "--pages", "400", "--quiet")
+POOLS = ("--groups", "2", "--blocks", "400", "--quiet")
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ def test_a_table_and_one_object(trace: str) -> None:
         assert outcome["requests"] == 24
         assert wanted <= outcome.keys()
         assert {"p50", "p99"} <= outcome["ttft_s"].keys()
+
+
+def test_old_spellings_are_taken_and_named(trace: str) -> None:
+    policy = ("--policy", "manta", "--quiet", "--groups", "2", "--json")
+    old = CliRunner().invoke(app, ["replay", trace, "--pages=400", "--page-size", "128", *policy])
+    new = CliRunner().invoke(app, ["replay", trace, "--blocks", "400", "--block-size", "128", *policy])
+    assert "--pages is called --blocks now" in old.stderr
+    assert "--page-size is called --block-size now" in old.stderr
+    assert not new.stderr
+    hit_rates = [json.loads(result.stdout.splitlines()[-1])["manta"]["token_hit_rate"] for result in (old, new)]
+    assert hit_rates[0] == hit_rates[1] > 0
 
 
 def test_failures_and_limits(trace: str) -> None:
@@ -80,7 +91,7 @@ def test_a_synthetic_trace_that_cannot_be_is_one_line() -> None:
         (("--fail", "soon"), "is not GROUP@SECONDS"),
         (("--fail", "7@1"), "groups 0 to 1"),
         (("--drain", "7@1"), "groups 0 to 1"),
-        (("--page-size", "100"), "power of two"),
+        (("--block-size", "100"), "power of two"),
         (("--calibrate", "nowhere.json"), "nowhere.json"),
         (("--speed-up", "0"), "above 0"),
     ],

@@ -14,16 +14,16 @@ from workers.loop.batch import ResidentBatch
 
 GROUP = GroupId(0)
 TIME = TimeModel(prefill_tokens_per_s=1000.0, decode_step_s=0.01, sequence_s=0.001, context_token_s=1e-6)
-PAGES, PAGE, ROWS = 12, 16, 4
+BLOCKS, BLOCK, ROWS = 12, 16, 4
 
 
 class Pair:
     """A core, one group, and what its front end heard: (time, token) by stream."""
 
     def __init__(self, *, cut_every_step: bool = False) -> None:
-        self.core = SchedulerCore(CoreConfig(page_size=PAGE, max_model_len=1024))
-        self.core.group_up(GROUP, 0, PAGES, ROWS)
-        self.group = SimulatedGroup(0, ResidentBatch(ROWS, PAGE, 32, 256), TIME, self.core.config.grant_ahead)
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, max_model_len=1024))
+        self.core.group_up(GROUP, 0, BLOCKS, ROWS)
+        self.group = SimulatedGroup(0, ResidentBatch(ROWS, BLOCK, 32, 256), TIME, self.core.config.grant_ahead)
         self.heard: dict[int, list[int]] = {}
         self.ended_s: dict[int, float] = {}
         self.preemptions = 0
@@ -91,7 +91,7 @@ def test_runs_are_the_steps_one_by_one() -> None:
 
 
 def test_a_full_pool_preempts_and_goes_on_with_the_same_tokens() -> None:
-    runs, steps = both((40, 60), (40, 60), (40, 60))  # 7 pages each at the end, 12 in the pool
+    runs, steps = both((40, 60), (40, 60), (40, 60))  # 7 blocks each at the end, 12 in the pool
     assert runs.preemptions > 0
     assert runs.preemptions == steps.preemptions
     assert runs.heard == steps.heard
@@ -109,7 +109,7 @@ def test_time_is_the_model_s() -> None:
 
 def test_a_command_cuts_a_run_at_the_end_of_the_step_under_way() -> None:
     pair = Pair()
-    pair.submit(0, 2, 6)  # far from a page's end, which would cut the run too
+    pair.submit(0, 2, 6)  # far from a block's end, which would cut the run too
     pair.now_s = pair.group.run.end_s if pair.group.run else 0.0
     pair.core.report(GROUP, pair.group.end())
     pair._settle()

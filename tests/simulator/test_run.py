@@ -12,7 +12,7 @@ from simulator.time_model import TimeModel
 from simulator.traces import TraceRequest, read_trace
 from tests.simulator.excerpts import conversations
 
-SHAPE = ClusterShape(groups=3, pages=200, rows=16, step_tokens=1024, time=TimeModel(prefill_tokens_per_s=5000.0))
+SHAPE = ClusterShape(groups=3, blocks=200, rows=16, step_tokens=1024, time=TimeModel(prefill_tokens_per_s=5000.0))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ def test_what_another_group_has_is_fetched_and_the_wait_is_shorter_for_it(outcom
 
 
 def test_what_was_evicted_comes_back_from_host_memory(trace: list[TraceRequest]) -> None:
-    small = replace(SHAPE, pages=80, host_pages=2000)
+    small = replace(SHAPE, blocks=80, host_blocks=2000)
     fetching, hosting = (replay(trace, policy, Scenario(small)) for policy in ("manta-fetch", "manta-host"))
     assert fetching.loaded_tokens == 0 < hosting.loaded_tokens
     assert hosting.token_hit_rate > fetching.token_hit_rate
     assert hosting.ttft_s.mean < fetching.ttft_s.mean
 
 
-def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_pages(trace: list[TraceRequest]) -> None:
+def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_blocks(trace: list[TraceRequest]) -> None:
     drains = (Drain(0, 8.0), Drain(1, 12.0, 0.5))
     plain, moving = (replay(trace, policy, Scenario(SHAPE, drains=drains)) for policy in ("manta", "manta-fetch"))
     assert plain.requests == moving.requests == len(trace)
@@ -64,8 +64,8 @@ def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_pages(trace: lis
     assert moving.preemptions < plain.preemptions
 
 
-def test_a_group_that_is_short_of_pages_gives_sequences_away(trace: list[TraceRequest]) -> None:
-    small = replace(SHAPE, pages=60)
+def test_a_group_that_is_short_of_blocks_gives_sequences_away(trace: list[TraceRequest]) -> None:
+    small = replace(SHAPE, blocks=60)
     helped, left = (replay(trace, "manta-fetch", Scenario(replace(small, relieve=relieve))) for relieve in (True, False))
     assert helped.migrations > 0 == left.migrations
     assert helped.preemptions <= left.preemptions
@@ -81,7 +81,7 @@ def test_infinite_hits_are_those_of_the_trace(trace: list[TraceRequest], outcome
         hits += 512 * next((at for at, name in enumerate(names) if name not in seen), full)
         seen.update(names)
     ideal = hits / sum(request.prompt_tokens for request in trace)
-    assert ideal * 0.97 <= outcomes["infinite"].token_hit_rate <= ideal + 0.05  # pages are half a name's block
+    assert ideal * 0.97 <= outcomes["infinite"].token_hit_rate <= ideal + 0.05  # blocks are half a name's block
 
 
 def test_equal_seeds_are_equal_runs(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
@@ -110,12 +110,12 @@ def test_load_is_felt(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -
 
 
 def test_what_fits_no_pool_is_refused(trace: list[TraceRequest]) -> None:
-    tiny = ClusterShape(groups=2, pages=20, rows=4)
+    tiny = ClusterShape(groups=2, blocks=20, rows=4)
     outcome = replay(trace, "manta", Scenario(tiny))
     assert outcome.refused == sum(each.prompt_tokens + each.output_tokens - 1 > 20 * 256 for each in trace) > 0
     assert outcome.requests == len(trace) - outcome.refused
 
 
-def test_small_pages_replay_too(trace: list[TraceRequest]) -> None:
-    outcome = replay(trace[:30], "manta", Scenario(ClusterShape(groups=2, pages=3200, page_size=16, rows=16)))
+def test_small_blocks_replay_too(trace: list[TraceRequest]) -> None:
+    outcome = replay(trace[:30], "manta", Scenario(ClusterShape(groups=2, blocks=3200, block_size=16, rows=16)))
     assert outcome.requests == 30

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from deploy.observing.request_log import LoggedRequest
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from simulator.traces import MOONCAKE_BUCKET_S, TraceError, read_trace
 from tests.simulator.excerpts import conversations
 
@@ -49,9 +49,9 @@ def test_jitter_is_the_seed_s(tmp_path: Path) -> None:
 
 
 def test_own_request_log_shares_what_its_hashes_share(tmp_path: Path) -> None:
-    page, prompts = 16, [np.arange(40, dtype=np.int32), np.arange(56, dtype=np.int32)]
+    block, prompts = 16, [np.arange(40, dtype=np.int32), np.arange(56, dtype=np.int32)]
     logged = [
-        LoggedRequest(1_700_000_000_000 + 250 * at, len(prompt), 3, hash_pages(prompt, page), page, 2, "stop")
+        LoggedRequest(1_700_000_000_000 + 250 * at, len(prompt), 3, hash_blocks(prompt, block), block, 2, "stop")
         for at, prompt in enumerate(prompts)
     ]
     path = tmp_path / "requests.jsonl"
@@ -60,7 +60,7 @@ def test_own_request_log_shares_what_its_hashes_share(tmp_path: Path) -> None:
     assert second.arrived_s == pytest.approx(0.25)
     assert first.priority == 2
     assert (first.tokens()[:32] == second.tokens()[:32]).all()
-    assert (first.tokens()[32:] != second.tokens()[32:40]).any(), "the log names full pages alone"
+    assert (first.tokens()[32:] != second.tokens()[32:40]).any(), "the log names full blocks alone"
 
 
 @pytest.mark.parametrize(

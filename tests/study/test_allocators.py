@@ -1,9 +1,9 @@
-"""Contiguous memory and pages under a full server, on cases that fit on a hand."""
+"""Contiguous memory and blocks under a full server, on cases that fit on a hand."""
 
 import pytest
 
 from benchmarks.study.allocators import Contiguous, FullServer, Paged, paged_steps, power_of_two
-from benchmarks.study.fragmentation import wasted_at_end, wasted_contiguous, wasted_in_pages
+from benchmarks.study.fragmentation import wasted_at_end, wasted_contiguous, wasted_in_blocks
 from tests.study.requests import ask, workload
 
 
@@ -28,9 +28,9 @@ def test_reservations() -> None:
     assert [Contiguous(64, way, 9).size(request) for way in ("max", "power of two", "exact")] == [16, 8, 6]
 
 
-def test_pages_are_granted_ahead_up_to_what_a_sequence_can_need() -> None:
+def test_blocks_are_granted_ahead_up_to_what_a_sequence_can_need() -> None:
     memory = Paged(64, 4)
-    assert memory.admit(0, ask([1] * 3, 4))  # 3 + 4 ahead: 2 pages; at most 6 tokens: 2 pages
+    assert memory.admit(0, ask([1] * 3, 4))  # 3 + 4 ahead: 2 blocks; at most 6 tokens: 2 blocks
     assert memory.allocated == 8
     assert memory.next_growth(0, 3) is None
     assert memory.admit(1, ask([1] * 3, 9))
@@ -42,7 +42,7 @@ def test_pages_are_granted_ahead_up_to_what_a_sequence_can_need() -> None:
     assert memory.allocated == 0
 
 
-def test_equal_full_pages_of_prompts_are_held_once() -> None:
+def test_equal_full_blocks_of_prompts_are_held_once() -> None:
     memory = Paged(64, 4, unit=1)
     for number in range(3):
         assert memory.admit(number, ask([1, 2, 3, 4, 10 + number], 1))
@@ -55,28 +55,28 @@ def test_equal_full_pages_of_prompts_are_held_once() -> None:
 
 
 def test_a_full_server_step_by_step() -> None:
-    requests = workload(*(ask([9, 9, number], 2) for number in range(5)))  # 3, then 4 tokens: one page of 4
+    requests = workload(*(ask([9, 9, number], 2) for number in range(5)))  # 3, then 4 tokens: one block of 4
     found = FullServer(Paged(8, 4), requests, rows=100).run(8)
     assert (found.steps, found.running, found.held, found.allocated) == (4, 2.0, 7.0, 8.0)
     reserved = FullServer(Contiguous(8, "max", 8), requests, rows=100).run(8)
     assert (reserved.steps, reserved.running, reserved.held) == (8, 1.0, 3.5)
 
 
-def test_without_a_page_the_youngest_starts_again() -> None:
-    requests = workload(*(ask([number], 12) for number in range(3)))  # up to 12 tokens: 3 pages of 4; at first 2
+def test_without_a_block_the_youngest_starts_again() -> None:
+    requests = workload(*(ask([number], 12) for number in range(3)))  # up to 12 tokens: 3 blocks of 4; at first 2
     found = FullServer(Paged(16, 4), requests, rows=100).run(16)
     assert found.preemptions == 1
     assert found.steps > 12
 
 
-@pytest.mark.parametrize(("first", "last", "page"), [(1, 1, 4), (3, 9, 4), (16, 33, 16), (5, 5, 256)])
-def test_page_steps(first: int, last: int, page: int) -> None:
-    assert paged_steps(first, last, page) == sum(-(-tokens // page) * page for tokens in range(first, last + 1))
+@pytest.mark.parametrize(("first", "last", "block"), [(1, 1, 4), (3, 9, 4), (16, 33, 16), (5, 5, 256)])
+def test_block_steps(first: int, last: int, block: int) -> None:
+    assert paged_steps(first, last, block) == sum(-(-tokens // block) * block for tokens in range(first, last + 1))
 
 
 def test_waste_by_hand() -> None:
     lengths = [(3, 4), (5, 5)]  # tokens held: 3 + 4 + 5
-    assert wasted_in_pages(lengths, 4) == 1 - 12 / (4 + 4 + 8)
+    assert wasted_in_blocks(lengths, 4) == 1 - 12 / (4 + 4 + 8)
     assert wasted_at_end(lengths, 4) == 1.5
     assert wasted_contiguous(lengths, "max") == 1 - 12 / 24
     assert wasted_contiguous(lengths, "power of two") == 1 - 12 / (4 + 4 + 8)

@@ -16,20 +16,20 @@ from workers.model.decoder import Decoder, load_model
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup
 
-PAGE_SIZE, PAGES_EACH, SEQUENCES = 16, 8, 4
+BLOCK_SIZE, BLOCKS_EACH, SEQUENCES = 16, 8, 4
 CPU = torch.device("cpu")
 
 
 def make_step(chunks: Sequence[tuple[int, int, Sequence[int]]]) -> StepInput:
     """chunks: (sequence number, first position, tokens), decodes first. Every chunk's last token is sampled.
 
-    Sequence i holds the pages [i * PAGES_EACH, (i + 1) * PAGES_EACH).
+    Sequence i holds the blocks [i * BLOCKS_EACH, (i + 1) * BLOCKS_EACH).
     """
-    tables = np.stack([np.arange(PAGES_EACH, dtype=np.int32) + seq * PAGES_EACH for seq, _, _ in chunks])
+    tables = np.stack([np.arange(BLOCKS_EACH, dtype=np.int32) + seq * BLOCKS_EACH for seq, _, _ in chunks])
     lengths = np.array([len(tokens) for _, _, tokens in chunks], np.int32)
     contexts = np.array([first + len(tokens) for _, first, tokens in chunks], np.int32)
     positions = np.concatenate([np.arange(first, first + len(tokens)) for _, first, tokens in chunks])
-    bases = np.repeat([seq * PAGES_EACH * PAGE_SIZE for seq, _, _ in chunks], lengths)
+    bases = np.repeat([seq * BLOCKS_EACH * BLOCK_SIZE for seq, _, _ in chunks], lengths)
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32))).astype(np.int32)
     return StepInput(
         tokens=torch.tensor([token for _, _, tokens in chunks for token in tokens]),
@@ -59,7 +59,7 @@ class Ranks:
 
         def load(comm: Communicator) -> Decoder:
             shape = self.config.shard(comm.rank, comm.size)
-            attention = DenseAttention(shape, dtype, SEQUENCES * PAGES_EACH, PAGE_SIZE, device)
+            attention = DenseAttention(shape, dtype, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE, device)
             return load_model(path, self.config, comm, dtype, device, attention)
 
         self.decoders = list(self._threads.map(load, comms))

@@ -13,7 +13,7 @@ FINITE = 0x3D2B3D2B
 
 
 def words(rank: Stepped) -> Tensor:
-    """[page, layer, k|v, slot, words of a slot] int32, a view of the pool."""
+    """[block, layer, k|v, slot, words of a slot] int32, a view of the pool."""
     data = rank.pool.data
     return data.view(*data.shape[:4], -1).view(torch.int32)
 
@@ -23,26 +23,26 @@ def fill(rank: Stepped, pattern: int) -> None:
 
 
 def require_untouched(rank: Stepped, pattern: int, leases: list[Lease]) -> None:
-    """Every slot but those that the leases have computed, and the scratch page, has the pattern still; of those none has.
+    """Every slot but those that the leases have computed, and the scratch block, has the pattern still; of those none has.
 
     Who was stopped by a token may have been a step further: that has been launched before the token was known.
     """
     pool = words(rank)
-    given = torch.zeros(pool.shape[0], rank.page, dtype=torch.bool)  # the scratch page is the last
+    given = torch.zeros(pool.shape[0], rank.block, dtype=torch.bool)  # the scratch block is the last
     for lease in leases:
         for position in range(lease.computed):
-            given[lease.pages[position // rank.page], position % rank.page] = True
+            given[lease.blocks[position // rank.block], position % rank.block] = True
     further = [
-        [lease.pages[lease.computed // rank.page], lease.computed % rank.page]
+        [lease.blocks[lease.computed // rank.block], lease.computed % rank.block]
         for lease in leases
-        if lease.finish is FinishReason.STOP and lease.computed // rank.page < len(lease.pages)
+        if lease.finish is FinishReason.STOP and lease.computed // rank.block < len(lease.blocks)
     ]
     same = (pool == pattern).flatten(4).all(-1).all(2).all(1).cpu()
-    scratch = rank.built.pages
+    scratch = rank.built.blocks
     wrong = (~same & ~given).nonzero().tolist()
     assert [place for place in wrong if place[0] != scratch and place not in further] == [], (
-        "(page, slot) written that nobody was given"
+        "(block, slot) written that nobody was given"
     )
     missing = (same & given).nonzero().tolist()
-    assert missing == [], "(page, slot) that should have been written"
-    assert [slot for page, slot in wrong if page == scratch] in ([], [0]), "padding writes to the first slot of its page"
+    assert missing == [], "(block, slot) that should have been written"
+    assert [slot for block, slot in wrong if block == scratch] in ([], [0]), "padding writes to the first slot of its block"

@@ -1,4 +1,4 @@
-"""One rank, built as a worker builds it and stepped by hand: rows and pages come from a scheduler of a few lines.
+"""One rank, built as a worker builds it and stepped by hand: rows and blocks come from a scheduler of a few lines.
 
 Imports the workers and the wire types. No engine, no threads: a turn is a turn, and what it did is known at once.
 """
@@ -43,7 +43,7 @@ OPTIONS: dict[str, Any] = {
     "kv_memory": 1 << 28, "threads": 1,
 }  # fmt: skip
 AHEAD = 3
-"""Free slots below which a lease gets another page: a step is under way, and one follows."""
+"""Free slots below which a lease gets another block: a step is under way, and one follows."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Work:
 
 @dataclass(eq=False)
 class Lease:
-    """What has become of a `Work`. pages: granted, in block-table order."""
+    """What has become of a `Work`. blocks: granted, in block-table order."""
 
     work: Work
     id: LeaseId
-    pages: list[int]
+    blocks: list[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -83,9 +83,9 @@ class Lease:
 
 
 class Stepped:
-    """A `Rank` with whoever grants it rows and pages. depth: steps under way while the next is planned.
+    """A `Rank` with whoever grants it rows and blocks. depth: steps under way while the next is planned.
 
-    options: of `EngineConfig`, over `OPTIONS`. Pages are granted in an order that is drawn once, one by one as they are needed.
+    options: of `EngineConfig`, over `OPTIONS`. Blocks are granted in an order that is drawn once, one by one as needed.
     """
 
     def __init__(self, checkpoint: Path, *, device: str, depth: int = 1, **options: Any) -> None:
@@ -94,26 +94,26 @@ class Stepped:
         self.built = build_rank(self.config, Solo())
         self.rank = Rank(self.built.rank.batch, self.built.rank.executor, depth)
         self.pool = self.built.pool
-        self.page = self.config.page_size
+        self.block = self.config.block_size
         self.turns = 0
         self._ends = read_config(checkpoint).eos_ids
-        order = list(range(self.built.pages))
+        order = list(range(self.built.blocks))
         random.Random(1).shuffle(order)
-        self.free_pages = deque(order)
+        self.free_blocks = deque(order)
         self.free_rows = deque(range(self.config.rows))
         self.leases: dict[LeaseId, Lease] = {}
-        self._holders: Counter[int] = Counter()  # of each page
+        self._holders: Counter[int] = Counter()  # of each block
         self._commands: list[Command] = []
         self._serial = 0
 
     # ---- what a scheduler says
 
-    def start(self, work: Work, *, output: Sequence[int] = (), cached: int = 0, pages: Sequence[int] | None = None) -> Lease:
-        """Puts it into the batch with the next turn. output: emitted before a restart. pages: another lease's, or taken from
-        `free_pages` by the caller, in which the KV of `cached` tokens stands already."""
+    def start(self, work: Work, *, output: Sequence[int] = (), cached: int = 0, own: Sequence[int] | None = None) -> Lease:
+        """Puts it into the batch with the next turn. output: emitted before a restart. own: another lease's, or taken from
+        `free_blocks` by the caller, in which the KV of `cached` tokens stands already."""
         tokens = [*work.prompt, *output]
-        blocks = list(pages) if pages is not None else []
-        blocks += [self.free_pages.popleft() for _ in range(self._pages_for(len(tokens)) - len(blocks))]
+        blocks = list(own) if own is not None else []
+        blocks += [self.free_blocks.popleft() for _ in range(self._blocks_for(len(tokens)) - len(blocks))]
         self._holders.update(blocks)
         self._serial += 1
         lease = Lease(work, LeaseId(self._serial << ROW_BITS | self.free_rows.popleft()), blocks, list(output))
@@ -140,15 +140,15 @@ class Stepped:
         self._commands += commands
 
     def drop(self, lease: Lease) -> None:
-        """With the next turn; its row and its pages may be granted again in the same one."""
+        """With the next turn; its row and its blocks may be granted again in the same one."""
         self._commands.append(Drop(lease.id))
         self._give_back(lease)
 
     def remap(self, lease: Lease, index: int) -> int:
-        """With the next turn a twin of a page takes its place. Returns the former page, which is free again at once."""
-        twin, former = self.free_pages.popleft(), lease.pages[index]
-        self._commands += [Copy(former, twin, self.page), Remap(lease.id, index, twin)]
-        lease.pages[index] = twin
+        """With the next turn a twin of a block takes its place. Returns the former block, which is free again at once."""
+        twin, former = self.free_blocks.popleft(), lease.blocks[index]
+        self._commands += [Copy(former, twin, self.block), Remap(lease.id, index, twin)]
+        lease.blocks[index] = twin
         self._holders[twin] += 1
         self._release(former)
         return former
@@ -174,7 +174,7 @@ class Stepped:
         """Until there is nothing left to do."""
         while self._commands or self.leases or not self.rank.idle:
             self.turn()
-            assert self._commands or not (self.leases and self.rank.idle), "somebody has no page and gets none"
+            assert self._commands or not (self.leases and self.rank.idle), "somebody has no block and gets none"
 
     def generate(self, works: Iterable[Work]) -> list[Lease]:
         """All of them, as many at once as there are rows."""
@@ -207,19 +207,19 @@ class Stepped:
 
     # ---- inside
 
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page)
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block)
 
     def _grant(self) -> None:
         batch = self.rank.batch
         for lease in self.leases.values():
             known = int(batch.known[lease.row]) if batch.holds(lease.id) else len(lease.work.prompt) + len(lease.tokens)
             wanted = min(known + AHEAD, len(lease.work.prompt) + lease.work.most)
-            missing = self._pages_for(wanted) - len(lease.pages)
+            missing = self._blocks_for(wanted) - len(lease.blocks)
             if missing > 0:
-                blocks = [self.free_pages.popleft() for _ in range(missing)]
+                blocks = [self.free_blocks.popleft() for _ in range(missing)]
                 self._holders.update(blocks)
-                lease.pages += blocks
+                lease.blocks += blocks
                 self._commands.append(Grant(lease.id, tuple(blocks)))
 
     def _take(self, result: StepResult) -> None:
@@ -249,10 +249,10 @@ class Stepped:
         """Whoever comes next gets them."""
         del self.leases[lease.id]
         self.free_rows.appendleft(lease.row)
-        for page in reversed(lease.pages):
-            self._release(page)
+        for block in reversed(lease.blocks):
+            self._release(block)
 
-    def _release(self, page: int) -> None:
-        self._holders[page] -= 1
-        if not self._holders[page]:
-            self.free_pages.appendleft(page)
+    def _release(self, block: int) -> None:
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            self.free_blocks.appendleft(block)

@@ -1,4 +1,4 @@
-"""From birth to the step loop: how many pages a rank gets, and the largest step that a GPU's memory is measured by."""
+"""From birth to the step loop: how many blocks a rank gets, and the largest step that a GPU's memory is measured by."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from workers import build
 from workers.build import build_rank
 from workers.config import WorkerConfig
@@ -21,43 +21,43 @@ from workers.model.weights import Stored
 from workers.parallel.in_process import Solo, ThreadGroup
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-LAYOUT = PageLayout(page_size=16, layers=4, kv_heads=2, head_dim=64, dtype="float32")
+LAYOUT = BlockLayout(block_size=16, layers=4, kv_heads=2, head_dim=64, dtype="float32")
 CONFIG = WorkerConfig(
-    model=str(TINY), device="cpu", dtype="float32", page_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=128,
+    model=str(TINY), device="cpu", dtype="float32", block_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=128,
     rows=4, step_tokens=64, report_steps=1, attention="auto", threads=1, ranks_on_host=2,
 )  # fmt: skip
 
 
-def test_told_memory_is_cut_into_whole_pages() -> None:
-    built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.page_bytes + 1), Solo())
-    assert built.pages == 5
+def test_told_memory_is_cut_into_whole_blocks() -> None:
+    built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes + 1), Solo())
+    assert built.blocks == 5
 
 
-def test_no_more_pages_than_all_rows_could_fill() -> None:
-    built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.page_bytes), Solo())
-    assert built.pages == CONFIG.rows * CONFIG.max_model_len // CONFIG.page_size
+def test_no_more_blocks_than_all_rows_could_fill() -> None:
+    built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.block_bytes), Solo())
+    assert built.blocks == CONFIG.rows * CONFIG.max_model_len // CONFIG.block_size
 
 
 def test_host_memory_is_cut_into_slots_of_the_same_size() -> None:
-    config = replace(CONFIG, kv_memory=5 * LAYOUT.page_bytes)
+    config = replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes)
     assert build_rank(config, Solo()).slots == 0
-    built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.page_bytes + 1), Solo())
+    built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.block_bytes + 1), Solo())
     assert built.host is not None
-    assert (built.pages, built.slots, built.host.layout) == (5, 9, LAYOUT)
-    with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no page"):
+    assert (built.blocks, built.slots, built.host.layout) == (5, 9, LAYOUT)
+    with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no block"):
         build_rank(replace(config, host_kv_memory=1), Solo())
 
 
-def test_memory_for_less_than_a_page_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=rf"{LAYOUT.page_bytes:,} bytes"):
-        build_rank(replace(CONFIG, kv_memory=LAYOUT.page_bytes - 1), Solo())
+def test_memory_for_less_than_a_block_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=rf"{LAYOUT.block_bytes:,} bytes"):
+        build_rank(replace(CONFIG, kv_memory=LAYOUT.block_bytes - 1), Solo())
 
 
 def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 20 * LAYOUT.page_bytes
+    free = 20 * LAYOUT.block_bytes
     monkeypatch.setattr(build, "_available_memory", lambda: free)
     built = build_rank(CONFIG, Solo())
-    assert built.pages == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks_on_host // LAYOUT.page_bytes
+    assert built.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks_on_host // LAYOUT.block_bytes
 
 
 def test_the_host_says_how_much_is_free() -> None:
@@ -67,7 +67,7 @@ def test_the_host_says_how_much_is_free() -> None:
 def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -> None:
     """Ten million positions, of which 128 are used."""
     folder = copy_of_tiny(tmp_path, max_position_embeddings=10_485_760)
-    built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.page_bytes), Solo())
+    built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.block_bytes), Solo())
     assert isinstance(built.rank.executor, ModelRunner)
     assert built.rank.executor._model.rotary.table.shape[0] == CONFIG.max_model_len
 

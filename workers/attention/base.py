@@ -1,4 +1,4 @@
-"""The interfaces of the attention backends: write this step's KV into the pool, attend over pages.
+"""The interfaces of the attention backends: write this step's KV into the pool, attend over blocks.
 
 Imports torch and `workers.execution.step`.
 """
@@ -14,8 +14,8 @@ from workers.execution.step import StepInput
 class AttentionBackend(Protocol):
     """Paged attention over one rank's shard of the pool, to which it was bound when it was made.
 
-    Safety: the caller guarantees that every slot of the step lies in a page that its sequence holds, and that no page is
-    written by two sequences. Order: all calls of a group run on one stream, so a page may be reused by the next step.
+    Safety: the caller guarantees that every slot of the step lies in a block that its sequence holds, and that no block is
+    written by two sequences. Order: all calls of a group run on one stream, so a block may be reused by the next step.
     """
 
     name: str
@@ -54,10 +54,10 @@ class PagedAttention(Protocol):
 
     name: str
 
-    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> Any:
+    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> Any:
         """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32.
 
-        pages: the width of the block tables, for backends that plan ahead only where they know it.
+        blocks: the width of the block tables, for backends that plan ahead only where they know it.
         """
         ...
 
@@ -67,7 +67,7 @@ class PagedAttention(Protocol):
         """query [batch, heads, head_dim] -> the same, in `out` where it is given.
 
         block_tables [batch, any width] int32: its width costs nothing. context_lens [batch] int32, as planned; a row that
-        only pads has context 1 and a page of its own.
+        only pads has context 1 and a block of its own.
         """
         ...
 

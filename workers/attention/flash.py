@@ -2,13 +2,13 @@
 
 Imports torch, the pool and the step; flash-attn only inside `load_kernels`, triton only for the fused write.
 
-    generation  imported as                             pages of      what it cannot do
+    generation  imported as                             blocks of      what it cannot do
     2           flash_attn                              256, 512, ..  splits KV only when every query has length 1
     3           flash_attn_interface, or behind 2's     any           runs on Hopper only
                 names (version "2.x+fa3...")
     4           flash_attn.cute                         any           head_dim 64, 96, 128; no split KV on Hopper
 
-All of them take the pool's per-layer views, whose pages lie far apart: strides are free but for the last dimension.
+All of them take the pool's per-layer views, whose blocks lie far apart: strides are free but for the last dimension.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class FlashPlan:
 
 
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, DecodePlan], Tensor]
-"""query [decodes, heads, head_dim], keys, values [page, slot, kv_head, head_dim], lengths, tables, plan -> like query."""
+"""query [decodes, heads, head_dim], keys, values [block, slot, kv_head, head_dim], lengths, tables, plan -> like query."""
 Chunk = Callable[[Tensor, Tensor, Tensor, ChunkPlan], Tensor]
 """query [chunk tokens, heads, head_dim], keys and values as above, plan -> like query."""
 Schedule = Callable[..., Tensor]
@@ -63,7 +63,7 @@ class FlashKernels:
     """One generation of flash-attn: what it accepts and how it is called."""
 
     version: str
-    page_multiple: int
+    block_multiple: int
     head_dims: frozenset[int]
     capabilities: tuple[int, ...]  # major CUDA compute capabilities
     decode: Decode
@@ -172,10 +172,10 @@ class FlashAttention:
         layout = pool.layout
         if pool.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"flash-attn serves bfloat16 and float16, not {layout.dtype}: choose another dtype or attention")
-        if layout.page_size % kernels.page_multiple:
+        if layout.block_size % kernels.block_multiple:
             raise ValueError(
-                f"flash-attn {kernels.version} wants pages of a multiple of {kernels.page_multiple} tokens, not "
-                f"{layout.page_size}: choose block_size {kernels.page_multiple} or another attention"
+                f"flash-attn {kernels.version} wants blocks of a multiple of {kernels.block_multiple} tokens, not "
+                f"{layout.block_size}: choose block_size {kernels.block_multiple} or another attention"
             )
         if layout.head_dim not in kernels.head_dims:
             raise ValueError(
@@ -214,15 +214,15 @@ class FlashAttention:
             parts.append(self.chunks(layer, query[plan.decodes :], plan.chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> DecodePlan:
-        """pages: the width of the block tables; without it generation 3 plans each layer anew, for nothing but time."""
+    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> DecodePlan:
+        """blocks: the width of the block tables; without it generation 3 plans each layer anew, for nothing but time."""
         layout, schedule = self._pool.layout, self._kernels.schedule
         metadata = None
-        if schedule is not None and pages is not None:
+        if schedule is not None and blocks is not None:
             metadata = schedule(
-                batch_size=batch, max_seqlen_q=1, max_seqlen_k=pages * layout.page_size, num_heads_q=self._heads,
+                batch_size=batch, max_seqlen_q=1, max_seqlen_k=blocks * layout.block_size, num_heads_q=self._heads,
                 num_heads_kv=layout.kv_heads, headdim=layout.head_dim, cache_seqlens=context_lens[:batch],
-                qkv_dtype=self._pool.dtype, page_size=layout.page_size, causal=True,
+                qkv_dtype=self._pool.dtype, block_size=layout.block_size, causal=True,
             )  # fmt: skip
         starts = torch.arange(batch + 1, dtype=torch.int32, device=context_lens.device)
         return DecodePlan(starts, metadata)

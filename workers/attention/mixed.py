@@ -15,8 +15,8 @@ class MixedAttention:
         self._decodes = decodes
         self._chunks = chunks
 
-    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> Any:
-        return self._decodes.plan_decode(context_lens, batch, pages)
+    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> Any:
+        return self._decodes.plan_decode(context_lens, batch, blocks)
 
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None

@@ -110,7 +110,7 @@ def _flash(pool: KVPool, heads: int) -> FlashAttention:
     except ImportError as error:
         raise ValueError(f"{error}: install flash-attn or choose attention backend triton") from error
     backend = FlashAttention(pool, kernels, heads)
-    logger.info("attention: flash, flash-attn %s with pages of %d tokens", kernels.version, pool.layout.page_size)
+    logger.info("attention: flash, flash-attn %s with blocks of %d tokens", kernels.version, pool.layout.block_size)
     return backend
 
 
@@ -120,5 +120,5 @@ def _triton(pool: KVPool, heads: int) -> "TritonAttention":
     except ImportError as error:
         raise ValueError(f"attention backend triton cannot be imported ({error}): install triton or flash-attn") from error
     backend = TritonAttention(pool, heads)
-    logger.info("attention: triton, paged split-KV kernels with pages of %d tokens", pool.layout.page_size)
+    logger.info("attention: triton, paged split-KV kernels with blocks of %d tokens", pool.layout.block_size)
     return backend

@@ -21,12 +21,12 @@ FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 
 
 @triton.jit
-def _write(key, value, keys, values, slots, key_stride, value_stride, page_stride, PAGE: tl.constexpr, ROW: tl.constexpr,
+def _write(key, value, keys, values, slots, key_stride, value_stride, block_stride, KV_BLOCK: tl.constexpr, ROW: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     """One program writes the key and the value of one token, ROW = kv_heads * head_dim numbers each."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)  # int64, as everything that is multiplied by a page's stride must be
-    target = slot // PAGE * page_stride + slot % PAGE * ROW
+    slot = tl.load(slots + token)  # int64, as everything that is multiplied by a block's stride must be
+    target = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * ROW
     at = tl.arange(0, BLOCK)
     mask = at < ROW
     tl.store(keys + target + at, tl.load(key + token * key_stride + at, mask=mask), mask=mask)
@@ -50,7 +50,7 @@ class TritonWriter:
         key, value = dense_rows(key), dense_rows(value)
         _write[(len(rows),)](
             key, value, pool.keys(layer), pool.values(layer), rows, key.stride(0), value.stride(0), pool.data.stride(0),
-            PAGE=pool.layout.page_size, ROW=size, BLOCK=triton.next_power_of_2(size),
+            KV_BLOCK=pool.layout.block_size, ROW=size, BLOCK=triton.next_power_of_2(size),
         )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ class TritonAttention:
             self.decode(layer, query[rows], step.block_tables[rows], step.context_lens[rows], plan, out[rows])
         return out
 
-    def plan_decode(self, context_lens: Tensor, batch: int, pages: int | None = None) -> TritonPlan:  # noqa: ARG002
+    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> TritonPlan:  # noqa: ARG002
         """Raises ValueError where a capture would have to make room for more rows than were reserved."""
         if batch > self._decode.max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.reserve(triton.next_power_of_2(batch))

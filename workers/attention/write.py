@@ -29,16 +29,16 @@ class RowWriter:
 
     def __init__(self, pool: KVPool) -> None:
         layout = pool.layout
-        self._page_size = layout.page_size
-        self._page_rows = layout.layers * 2 * layout.page_size
+        self._block_size = layout.block_size
+        self._block_rows = layout.layers * 2 * layout.block_size
         rows = pool.data.view(-1, layout.kv_heads, layout.head_dim)
-        starts = range(0, self._page_rows, 2 * layout.page_size)
+        starts = range(0, self._block_rows, 2 * layout.block_size)
         self._keys = [rows[start:] for start in starts]
-        self._values = [rows[start + layout.page_size :] for start in starts]
+        self._values = [rows[start + layout.block_size :] for start in starts]
 
     def rows(self, slots: Tensor) -> Tensor:
         """slots [tokens] int64 -> [tokens] int64, for `write`."""
-        return slots + slots.div(self._page_size, rounding_mode="floor") * (self._page_rows - self._page_size)
+        return slots + slots.div(self._block_size, rounding_mode="floor") * (self._block_rows - self._block_size)
 
     def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
         """key, value [tokens, kv_heads, head_dim]."""

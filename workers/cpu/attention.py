@@ -21,7 +21,7 @@ class Sequence:
     start: int
     stop: int
     context: int
-    pages: Tensor  # [pages] int64
+    blocks: Tensor  # [blocks] int64
     mask: Tensor | None  # [stop - start, context] bool; None for a decode, and for a chunk that is the whole context
 
 
@@ -53,7 +53,7 @@ class CpuAttention:
             mask = None
             if 1 < queries < context:
                 mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
-            sequences.append(Sequence(start, start + queries, context, table[: layout.pages_for(context)], mask))
+            sequences.append(Sequence(start, start + queries, context, table[: layout.blocks_for(context)], mask))
             start += queries
         return CpuPlan(self._writer.rows(step.slots), sequences)
 
@@ -88,6 +88,6 @@ class CpuAttention:
 
 
 def _context(cache: Tensor, seq: Sequence) -> Tensor:
-    """[page, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim]: a view of a single page, a copy of several."""
-    pages = cache[seq.pages[0]] if len(seq.pages) == 1 else cache[seq.pages].flatten(0, 1)
-    return pages[: seq.context].transpose(0, 1)[None]
+    """[block, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim]: a view of a single block, a copy of several."""
+    blocks = cache[seq.blocks[0]] if len(seq.blocks) == 1 else cache[seq.blocks].flatten(0, 1)
+    return blocks[: seq.context].transpose(0, 1)[None]

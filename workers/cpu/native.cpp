@@ -19,9 +19,9 @@
 #endif
 
 struct Geometry {  // mirrored by native.py, field by field
-    int64_t threads, heads, kv_heads, head_dim, page_size, page_stride, max_pages;
+    int64_t threads, heads, kv_heads, head_dim, block_size, block_stride, max_blocks;
     int64_t tokens, decodes, by_sequence, decode_tasks, chunk_tasks;
-    const int32_t *block_tables;   // [sequences, max_pages]
+    const int32_t *block_tables;   // [sequences, max_blocks]
     const int32_t *context_lens;   // [sequences]
     const int32_t *query_starts;   // [sequences + 1]
     const int32_t *task_starts;    // [decodes + 1], the first decode task of each sequence
@@ -135,7 +135,7 @@ template <class T, class A>
 void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const T *keys, const T *values, A *out) {
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim;
     const int64_t first = run * RUN, count = std::min(RUN, g.context_lens[seq] - first);
-    const int32_t *table = g.block_tables + seq * g.max_pages;
+    const int32_t *table = g.block_tables + seq * g.max_blocks;
     A *p = workspace<A>(g.heads * (RUN + dim)), *q = p + g.heads * RUN;
 
     // step(heads, first of them, key j, rows of keys j to j + 3) in the order of memory, and four keys ahead are fetched,
@@ -143,7 +143,7 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     auto for_all = [&](const T *cache, auto step) {
         auto at = [&](int64_t j) {
             const int64_t key = first + std::min(j, count - 1);
-            return cache + table[key / g.page_size] * g.page_stride + key % g.page_size * row;
+            return cache + table[key / g.block_size] * g.block_stride + key % g.block_size * row;
         };
         const T *rows[4] = {at(0), at(1), at(2), at(3)};
         for (int64_t j = 0; j < count; j += 4) {
@@ -228,7 +228,7 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
     const int64_t first = g.query_starts[seq] + tile[1], tokens = std::min(R / group, g.query_starts[seq + 1] - first);
     const int64_t seen = g.context_lens[seq] - (g.query_starts[seq + 1] - first) + 1;  // keys that the first token sees
     const int64_t context = seen + tokens - 1;                                         // and the last one
-    const int32_t *table = g.block_tables + seq * g.max_pages;
+    const int32_t *table = g.block_tables + seq * g.max_blocks;
     const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
     A *q = workspace<A>(2 * dim * R + RUN * (R + dim)), *acc = q + dim * R, *p = acc + dim * R, *kv_block = p + RUN * R;
     A top[R], weight[R] = {}, limit[R];
@@ -248,7 +248,7 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
     auto gather = [&](const T *cache, int64_t block, int64_t count) {  // keys or values of one block, the rest zero
         for (int64_t j = 0; j < RUN; j++) {
             const int64_t at = block + std::min(j, count - 1);
-            const T *from = cache + table[at / g.page_size] * g.page_stride + at % g.page_size * row + kv * dim;
+            const T *from = cache + table[at / g.block_size] * g.block_stride + at % g.block_size * row + kv * dim;
             for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, j < count ? load(from + d) : Vec<A>{});
         }
     };
@@ -292,7 +292,7 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const T *ke
             int64_t value_stride, T *keys, T *values, T *out) {
     const int64_t row = g.kv_heads * g.head_dim, partial = g.heads * (g.head_dim + 2);
     auto write = [&](int64_t t) {
-        const int64_t at = g.slots[t] / g.page_size * g.page_stride + g.slots[t] % g.page_size * row;
+        const int64_t at = g.slots[t] / g.block_size * g.block_stride + g.slots[t] % g.block_size * row;
         std::memcpy(keys + at, key + t * key_stride, row * sizeof(T));
         std::memcpy(values + at, value + t * value_stride, row * sizeof(T));
     };

@@ -38,8 +38,8 @@ class Geometry(ctypes.Structure):
     """The struct of the same name in native.cpp: sizes, then host addresses."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("threads", "heads", "kv_heads", "head_dim", "page_size", "page_stride")),
-        *((name, ctypes.c_int64) for name in ("max_pages", "tokens", "decodes", "by_sequence", "decode_tasks")),
+        *((name, ctypes.c_int64) for name in ("threads", "heads", "kv_heads", "head_dim", "block_size", "block_stride")),
+        *((name, ctypes.c_int64) for name in ("max_blocks", "tokens", "decodes", "by_sequence", "decode_tasks")),
         ("chunk_tasks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "query_starts", "task_starts")),
         *((name, ctypes.c_void_p) for name in ("task_sequence", "tiles", "slots", "partials")),
@@ -100,9 +100,9 @@ class NativeAttention:
             heads=self._heads,
             kv_heads=layout.kv_heads,
             head_dim=layout.head_dim,
-            page_size=layout.page_size,
-            page_stride=self._pool.data.stride(0),
-            max_pages=tables.shape[1],
+            block_size=layout.block_size,
+            block_stride=self._pool.data.stride(0),
+            max_blocks=tables.shape[1],
             tokens=len(slots),
             decodes=decodes,
             by_sequence=bool(decodes) and int(runs.max()) * 2 * threads <= len(task_sequence),  # none is a long tail

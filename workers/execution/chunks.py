@@ -83,7 +83,7 @@ class ChunkInputs:
     def fill(self, batch: ResidentBatch, step: Launched, tokens: int) -> None:
         """The same, filled up to so many tokens and `PADDED_CHUNKS` sequences, where `padded(tokens)` finds it.
 
-        What fills it up belongs to no sequence, writes to the scratch page, and is sampled for the row of padding.
+        What fills it up belongs to no sequence, writes to the scratch block, and is sampled for the row of padding.
         """
         self._send_padded(self._parts(batch, step), tokens)
 
@@ -118,8 +118,8 @@ class ChunkInputs:
         starts = np.concatenate([[0], np.cumsum(counts)])
         owner = np.repeat(np.arange(len(rows)), counts)
         positions = np.arange(starts[-1]) - starts[owner] + first[owner]
-        page, offset = np.divmod(positions, batch.page_size)
-        slots = batch.block_table[rows[owner], page].astype(np.int64) * batch.page_size + offset
+        block, offset = np.divmod(positions, batch.block_size)
+        slots = batch.block_table[rows[owner], block].astype(np.int64) * batch.block_size + offset
         tokens = [batch.tokens[row][begin:end] for row, begin, end in zip(rows, first, context, strict=True)]
         wanted = [starts[1:][samples] - 1]
         wanted += [starts[part.index - decodes] + np.arange(part.count) for part in step.measured]

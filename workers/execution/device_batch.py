@@ -4,10 +4,10 @@
     position    [rows + 1]        int32   of the token to compute next; each decode moves it on
     order       [most]            int32   rows of the next decode step, then padding
     settings    [rows + 1, 16]    int32   how each row samples (`sampling.settings`)
-    tables      [rows + 1, pages] int32   block tables
+    tables      [rows + 1, blocks] int32   block tables
 
 All of it is one tensor, so whatever has changed on the host since the last step is one list of (place, value), one pinned copy
-and one kernel; where nothing has changed, nothing is sent. The last row is padding: its pages are the scratch page, which no
+and one kernel; where nothing has changed, nothing is sent. The last row is padding: its blocks are the scratch block, which no
 sequence is ever granted, and its position stays 0. Imports torch, NumPy and the kernels of the batch.
 """
 
@@ -30,35 +30,35 @@ IN_FLIGHT = 4
 
 
 class DeviceBatch:
-    """rows: of the resident batch. pages: width of a block table. most: sequences in one decode step. scratch_page: where
+    """rows: of the resident batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
     padding writes.
 
     Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
     """
 
     def __init__(
-        self, *, rows: int, pages: int, page_size: int, most: int, scratch_page: int, device: torch.device
+        self, *, rows: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device
     ) -> None:
         self.padding = rows
-        self.scratch_slot = scratch_page * page_size
-        self.longest = pages * page_size
-        self._page_size = page_size
-        self._width = pages
-        sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * pages)
+        self.scratch_slot = scratch_block * block_size
+        self.longest = blocks * block_size
+        self._block_size = block_size
+        self._width = blocks
+        sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * blocks)
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._last_token, self._position, self._order, self._settings, self._tables = starts[:-1]
         state = np.zeros(starts[-1], np.int32)
         state[self._order : self._order + most] = self.padding
-        state[starts[-1] - pages :] = scratch_page
+        state[starts[-1] - blocks :] = scratch_block
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
         self.settings = parts[3].view(rows + 1, WORDS)
-        self.tables = parts[4].view(rows + 1, pages)
+        self.tables = parts[4].view(rows + 1, blocks)
         # the inputs of a decode step, where a graph reads them
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self.slots = torch.zeros(most, dtype=torch.int64, device=device)
-        self.step_tables = torch.zeros(most, pages, dtype=torch.int32, device=device)
+        self.step_tables = torch.zeros(most, blocks, dtype=torch.int32, device=device)
         # the host's idea of what the device holds
         self._known_order = np.full(most, self.padding, np.int32)
         self._known_position = np.zeros(rows + 1, np.int64)
@@ -86,7 +86,7 @@ class DeviceBatch:
         """The inputs of a decode step of the first `padded` of `order`; on the device alone, so it may be captured."""
         gather(
             self.order, self.last_token, self.position, self.tables, tokens=self.tokens, positions=self.positions,
-            slots=self.slots, contexts=self.contexts, step_tables=self.step_tables, page_size=self._page_size, batch=padded,
+            slots=self.slots, contexts=self.contexts, step_tables=self.step_tables, block_size=self._block_size, batch=padded,
         )  # fmt: skip
 
     def _changes(

@@ -57,9 +57,9 @@ class GpuParts:
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
         graphs take, which are run and captured here."""
-        pages = self._spec.layout.pages_for(self._spec.config.step_tokens)
-        probe = (pages + 1) * self._spec.layout.page_bytes
-        runner = self._make(pages)
+        blocks = self._spec.layout.blocks_for(self._spec.config.step_tokens)
+        probe = (blocks + 1) * self._spec.layout.block_bytes
+        runner = self._make(blocks)
         self._compile(runner)
         torch.cuda.reset_peak_memory_stats()
         self._run_largest_step(runner)
@@ -73,9 +73,9 @@ class GpuParts:
         others = total - free - torch.cuda.memory_reserved()
         return int(total * self._spec.config.gpu_memory_fraction) - others - peak - graphs - MARGIN_BYTES
 
-    def runner(self, pages: int, captured: Captured) -> GpuRunner:
-        """The one that serves, over a pool of so many pages and the scratch page."""
-        runner = self._make(pages)
+    def runner(self, blocks: int, captured: Captured) -> GpuRunner:
+        """The one that serves, over a pool of so many blocks and the scratch block."""
+        runner = self._make(blocks)
         self._compile(runner)
         if self._graphs:
             runner.capture(ladder(self._most), chunk_ladder(self._largest), captured)
@@ -94,42 +94,42 @@ class GpuParts:
                 self._run_prefill(runner, min(tokens, self._spec.config.step_tokens))
         torch.cuda.synchronize()
 
-    def _make(self, pages: int) -> GpuRunner:
+    def _make(self, blocks: int) -> GpuRunner:
         assert self._decoder is not None, "made before it is loaded"
         config = self._spec.config
-        pool = KVPool(self._spec.layout, pages + 1, self._spec.device)
+        pool = KVPool(self._spec.layout, blocks + 1, self._spec.device)
         attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
         state = DeviceBatch(
             rows=config.rows,
-            pages=self._spec.layout.pages_for(config.max_model_len),
-            page_size=config.page_size,
+            blocks=self._spec.layout.blocks_for(config.max_model_len),
+            block_size=config.block_size,
             most=self._most,
-            scratch_page=pages,
+            scratch_block=blocks,
             device=self._spec.device,
         )
         model = FusedDecoder(self._decoder, pool)
         return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
-        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch page."""
+        """A prefill of as many tokens as a step may have, then `most` decodes in the scratch block."""
         self._run_prefill(runner, self._spec.config.step_tokens)
         runner.run_padding(self._most)
 
     def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
-        """Prompts of so many tokens together, in pages which nobody has been granted yet: what they hold does not matter, so
+        """Prompts of so many tokens together, in blocks which nobody has been granted yet: what they hold does not matter, so
         where there are few, several prompts write to one."""
         config = self._spec.config
-        batch = ResidentBatch(config.rows, config.page_size, config.step_tokens, config.max_model_len)
-        left, page = max(2, tokens), 0
+        batch = ResidentBatch(config.rows, config.block_size, config.step_tokens, config.max_model_len)
+        left, block = max(2, tokens), 0
         for row in range(config.rows):
             length = min(left, config.max_model_len - 1)
             if length < 2:
                 break  # a single token were a decode
-            pages = self._spec.layout.pages_for(length)
-            batch.block_table[row, :pages] = (page + np.arange(pages)) % (runner.pool.pages - 1)
+            blocks = self._spec.layout.blocks_for(length)
+            batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
             batch.known[row], batch.slots[row], batch.lease[row] = length, length, row
             batch.tokens[row] = np.zeros(length, np.int32)
-            left, page = left - length, page + pages
+            left, block = left - length, block + blocks
         runner.execute(batch, batch.launch(batch.plan())).wait()
 
     def _measure_graphs(self, runner: GpuRunner) -> int:

@@ -57,7 +57,7 @@ class Part:
 class GpuRunner:
     """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
 
-    model, attention: bound to one pool, whose last page is the scratch page of `state`. small: what attends in steps whose
+    model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps whose
     chunks are captured, since some libraries want to know lengths on the host. most: decodes in one step. largest: prefill
     tokens of a step that may be captured.
     """

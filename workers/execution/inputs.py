@@ -23,9 +23,9 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
     starts = np.concatenate([[0], np.cumsum(counts)])
     owner = np.repeat(np.arange(len(rows)), counts)
     positions = np.arange(starts[-1]) - starts[owner] + step.first[owner]
-    page = positions // batch.page_size
-    slots = batch.block_table[rows[owner], page].astype(np.int64) * batch.page_size + positions % batch.page_size
-    width = int(-(-context.max() // batch.page_size))
+    block = positions // batch.block_size
+    slots = batch.block_table[rows[owner], block].astype(np.int64) * batch.block_size + positions % batch.block_size
+    width = int(-(-context.max() // batch.block_size))
     tables = batch.block_table[rows, :width]
     decodes = step.plan.decodes
     spans = zip(rows[decodes:], step.first[decodes:], context[decodes:], strict=True)

@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class ModelRunner:
-    """The `Executor` that computes. pool: the pages that the model's attention is bound to. rows: of the resident batch."""
+    """The `Executor` that computes. pool: the blocks that the model's attention is bound to. rows: of the resident batch."""
 
     def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, rows: int, pool: KVPool) -> None:
         self.pool = pool

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from workers.config import WorkerConfig
 from workers.model.architectures import ModelConfig, RankShape
 from workers.parallel.communicator import Communicator
@@ -13,11 +13,11 @@ from workers.sampling.constraints import Constraints
 
 @dataclass(frozen=True, slots=True)
 class RunnerSpec:
-    """One rank's. dtype: of weights, activations and pages. constraints: closed by who made them."""
+    """One rank's. dtype: of weights, activations and blocks. constraints: closed by who made them."""
 
     config: WorkerConfig
     model: ModelConfig
-    layout: PageLayout
+    layout: BlockLayout
     comm: Communicator
     dtype: torch.dtype
     device: torch.device

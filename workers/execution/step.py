@@ -20,12 +20,12 @@ class StepInput:
 
     tokens: Tensor  # [tokens] int64, ids to embed
     positions: Tensor  # [tokens] int64, 0-based position in the sequence
-    slots: Tensor  # [tokens] int64, where the token's KV goes: page id * page_size + offset in the page
+    slots: Tensor  # [tokens] int64, where the token's KV goes: block id * block_size + offset in the block
     query_starts: Tensor  # [seqs + 1] int32, prefix sums of the query lengths
     context_lens: Tensor  # [seqs] int32, tokens in the cache once this step's are written
-    block_tables: Tensor  # [seqs, max_pages] int32, page ids; entries past a sequence's pages are 0 and never read
+    block_tables: Tensor  # [seqs, max_blocks] int32, block ids; entries past a sequence's blocks are 0 and never read
     sample_at: Tensor  # [wanted] int64, indices into `tokens` whose logits are wanted: to sample from, then to measure
     decodes: int  # the first so many sequences have query length 1
     host_query_lens: npt.NDArray[np.int32]  # [seqs]
     host_context_lens: npt.NDArray[np.int32]  # [seqs]
-    host_block_tables: npt.NDArray[np.int32]  # [seqs, max_pages]
+    host_block_tables: npt.NDArray[np.int32]  # [seqs, max_blocks]

@@ -28,17 +28,17 @@ def scatter(state: Tensor, edits: Tensor, count: int) -> None:
 
 @triton.jit
 def _gather(order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, scratch, width,
-            PAGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            KV_BLOCK: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One program is one sequence of the step."""
     i = tl.program_id(0)
     row = tl.load(order + i).to(tl.int64)
     at = tl.load(position + row)
-    page = tl.load(tables + row * width + at // PAGE)
+    block = tl.load(tables + row * width + at // KV_BLOCK)
     tl.store(tokens + i, tl.load(last_token + row))
     tl.store(positions + i, at)
-    tl.store(slots + i, page.to(tl.int64) * PAGE + at % PAGE)
+    tl.store(slots + i, block.to(tl.int64) * KV_BLOCK + at % KV_BLOCK)
     tl.store(contexts + i, at + 1)
-    held = at // PAGE + 1
+    held = at // KV_BLOCK + 1
     for first in range(0, held, BLOCK):
         entry = first + tl.arange(0, BLOCK)
         mask = entry < held
@@ -57,16 +57,16 @@ def gather(
     slots: Tensor,
     contexts: Tensor,
     step_tables: Tensor,
-    page_size: int,
+    block_size: int,
     batch: int,
 ) -> None:
     """The inputs of a decode step of `batch` sequences; each row of it but the last (padding) moves on by one position.
 
-    order: [batch or more] int32 rows of the step. last_token, position: [rows + 1] int32. tables: [rows + 1, pages] int32.
-    Written: tokens, positions, contexts [batch] int32, slots [batch] int64, and of step_tables [batch, pages] int32 as much as
+    order: [batch or more] int32 rows of the step. last_token, position: [rows + 1] int32. tables: [rows + 1, blocks] int32.
+    Written: tokens, positions, contexts [batch] int32, slots [batch] int64, and of step_tables [batch, blocks] int32 as much as
     each sequence holds: so the cost does not depend on the width.
     """
     _gather[(batch,)](
         order, last_token, position, tables, tokens, positions, slots, contexts, step_tables, last_token.shape[0] - 1,
-        tables.shape[1], PAGE=page_size, BLOCK=32,
+        tables.shape[1], KV_BLOCK=block_size, BLOCK=32,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Causal attention of prefill chunks over pages: all chunks of a step, however long, in one launch a layer.
+"""Causal attention of prefill chunks over blocks: all chunks of a step, however long, in one launch a layer.
 
-FlashAttention's tiles: so many query rows (tokens x the query heads that share a KV head) against blocks of keys, of which
+FlashAttention's tiles: so many query rows (tokens x the query heads that share a KV head) against spans of keys, of which
 only those at the diagonal and at the end carry masks. The device makes the table of tiles itself; the launch geometry
 depends on the counts of tokens and sequences alone.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
-from workers.kernels.decode_attention import LOG2_E, block_kv, block_pages
+from workers.kernels.decode_attention import LOG2_E, span_blocks, span_kv
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan
@@ -28,10 +28,10 @@ class ChunkConfig:
     """How chunks are tiled; no field changes what is computed beyond rounding."""
 
     rows: int = 128  # of a tile: tokens x query heads of a KV head
-    keys: int = 64  # of a block
-    stages: int = 3  # blocks in flight
+    keys: int = 64  # of a span
+    stages: int = 3  # spans in flight
     warps: int = 8
-    descriptor: bool = False  # full blocks by the tensor memory accelerator instead of by pointers
+    descriptor: bool = False  # full spans by the tensor memory accelerator instead of by pointers
 
 
 def choose_config(pool: KVPool) -> ChunkConfig:
@@ -76,7 +76,7 @@ def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.con
 
 @triton.jit
 def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block into the online softmax, in base 2. seen: keys that each row sees."""
+    """One span into the online softmax, in base 2. seen: keys that each row sees."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
@@ -90,7 +90,7 @@ def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, LAYERS: tl.constexpr,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
             DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: one tile of query rows x one KV head. `source` is the pool's descriptor, or the pool again."""
@@ -104,7 +104,7 @@ def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, que
     before = tl.load(at + 3)
     context = tl.load(contexts + seq)
     TOKENS: tl.constexpr = ROWS // GROUP
-    PAGE_ROWS: tl.constexpr = LAYERS * 2 * PAGE
+    KV_BLOCK_ROWS: tl.constexpr = LAYERS * 2 * KV_BLOCK
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
@@ -119,20 +119,20 @@ def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, que
     weight = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     table = tables + seq.to(tl.int64) * table_stride
-    base = layer * (2 * PAGE)
-    full = (before + first + 1) // KEYS  # blocks that every row sees wholly
-    blocks = tl.cdiv(before + first + last, KEYS)
-    # a block's page is read one block ahead, as in a decode
-    page = block_pages(table, 0, context, PAGE, KEYS)
-    for block in tl.range(0, full, num_stages=STAGES):
-        k, v = block_kv(source, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, PAGE_ROWS, KEYS,
+    base = layer * (2 * KV_BLOCK)
+    full = (before + first + 1) // KEYS  # spans that every row sees wholly
+    spans = tl.cdiv(before + first + last, KEYS)
+    # a span's block is read one span ahead, as in a decode
+    block = span_blocks(table, 0, context, KV_BLOCK, KEYS)
+    for span in tl.range(0, full, num_stages=STAGES):
+        k, v = span_kv(source, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS,
                         DESCRIPTOR, False)  # fmt: skip
-        page = block_pages(table, tl.minimum(block + 1, blocks - 1), context, PAGE, KEYS)
+        block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
         top, weight, acc = _fold(q, k, v, seen, seen, top, weight, acc, scale, False, PRECISION)
-    for block in tl.range(full, blocks, num_stages=1):
-        k, v = block_kv(pool, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, PAGE_ROWS, KEYS, False, True)
-        page = block_pages(table, tl.minimum(block + 1, blocks - 1), context, PAGE, KEYS)
-        position = block * KEYS + tl.arange(0, KEYS)
+    for span in tl.range(full, spans, num_stages=1):
+        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False, True)
+        block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
+        position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, seen, position, top, weight, acc, scale, True, PRECISION)
     acc = acc / weight[:, None]
     tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
@@ -142,7 +142,7 @@ def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, que
 class ChunkAttention:
     """Causal attention of chunks over one rank's pool. heads: query heads of this rank.
 
-    Safety: block_tables name pages of the pool for each sequence's context, whose keys and values stand there already.
+    Safety: block_tables name blocks of the pool for each sequence's context, whose keys and values stand there already.
     """
 
     def __init__(self, pool: KVPool, heads: int, config: ChunkConfig | None = None) -> None:
@@ -153,7 +153,7 @@ class ChunkAttention:
         self.config = config = config or choose_config(pool)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
         self._source: Tensor | TensorDescriptor = pool.data
-        if config.descriptor and config.keys <= layout.page_size and self._dim == layout.head_dim:
+        if config.descriptor and config.keys <= layout.block_size and self._dim == layout.head_dim:
             rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
             self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
 
@@ -179,7 +179,7 @@ class ChunkAttention:
         _attend[(len(tiles) * layout.kv_heads,)](
             query, self._pool.data, self._source, block_tables, tiles, context_lens, out, layer,
             layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0),
-            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, PAGE=layout.page_size,
+            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             DESCRIPTOR=isinstance(self._source, TensorDescriptor),
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,

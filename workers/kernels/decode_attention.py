@@ -1,4 +1,4 @@
-"""Decode attention over pages, driven by device tensors alone: a plan a step, one launch a layer, capturable in a CUDA graph.
+"""Decode attention over blocks, driven by device tensors alone: a plan a step, one launch a layer, capturable in a CUDA graph.
 
 The keys of a step are cut into pieces of about equal length (flash-decoding's split KV, with a work list that the device
 makes itself), so that one sequence of 32,768 tokens and 256 of 1,024 fill the multiprocessors alike. The launch geometry
@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
 
-FIELDS = 8  # of a work item: row, KV head, first and last block, context, pieces, piece, slot
+FIELDS = 8  # of a work item: row, KV head, first and last span, context, pieces, piece, slot
 PLANNED_ITEMS = 64  # by one program of the plan
 PLANNED_ROWS = 64  # that it looks at together
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
@@ -30,14 +30,14 @@ LOG2_E = 1.4426950408889634
 class DecodeConfig:
     """How a decode is cut and computed; no field changes what is computed beyond rounding."""
 
-    keys: int = 64  # of a block
-    stages: int = 3  # blocks in flight
+    keys: int = 64  # of a span
+    stages: int = 3  # spans in flight
     warps: int = 4
     shares: int = 1  # pieces wanted for each multiprocessor
-    least: int = 4  # blocks of a piece, at least
-    descriptor: bool = False  # blocks by the tensor memory accelerator instead of by pointers
+    least: int = 4  # spans of a piece, at least
+    descriptor: bool = False  # spans by the tensor memory accelerator instead of by pointers
     transposed: bool = False  # keys x queries instead of queries x keys: keys fill the matrix unit's rows
-    peeled: bool = False  # full blocks without masks, the last one apart
+    peeled: bool = False  # full spans without masks, the last one apart
     atomic: bool = True  # a row's last piece merges; else a kernel of its own does
     dependent: bool = False  # programmatic dependent launch: the grid may start before its predecessor's end
 
@@ -62,7 +62,7 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
 @triton.jit(do_not_specialize=["batch", "shares"])
 def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.constexpr, KEYS: tl.constexpr,
           LEAST: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
-    """Cuts every row's blocks into pieces of at most `share` blocks. Each program writes ITEMS items; none waits for another.
+    """Cuts every row's spans into pieces of at most `share` spans. Each program writes ITEMS items; none waits for another.
 
     Items run over rows, then pieces, then KV heads, so that programs that start together read neighbouring memory. At most
     shares + batch * KV_HEADS items have work, at most 2 * shares of them belong to rows of several pieces: only those have a
@@ -84,8 +84,8 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
     for first in range(0, batch, ROWS):
         row = first + tl.arange(0, ROWS)
         context = tl.load(contexts + row, mask=row < batch, other=0)
-        blocks = tl.where(row < batch, tl.maximum(tl.cdiv(context, KEYS), 1), 0)
-        pieces = tl.cdiv(blocks, share)
+        spans = tl.where(row < batch, tl.maximum(tl.cdiv(context, KEYS), 1), 0)
+        pieces = tl.cdiv(spans, share)
         count = pieces * KV_HEADS
         split = tl.where(pieces > 1, count, 0)
         past = ((planned + tl.cumsum(count, 0))[None, :] <= item[:, None]) & (row < batch)[None, :]
@@ -100,15 +100,15 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
 
     exists = owner < batch
     context = tl.load(contexts + owner, mask=exists, other=0)
-    blocks = tl.maximum(tl.cdiv(context, KEYS), 1)
-    pieces = tl.cdiv(blocks, share)
+    spans = tl.maximum(tl.cdiv(context, KEYS), 1)
+    pieces = tl.cdiv(spans, share)
     head = (item - start) % KV_HEADS
     piece = (item - start) // KV_HEADS
     at = items + item * 8
     tl.store(at, owner)
     tl.store(at + 1, head)
-    tl.store(at + 2, tl.where(exists, piece * blocks // pieces, 0))
-    tl.store(at + 3, tl.where(exists, (piece + 1) * blocks // pieces, 0))
+    tl.store(at + 2, tl.where(exists, piece * spans // pieces, 0))
+    tl.store(at + 3, tl.where(exists, (piece + 1) * spans // pieces, 0))
     tl.store(at + 4, context)
     tl.store(at + 5, pieces)
     tl.store(at + 6, piece)
@@ -116,59 +116,59 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
 
 
 @triton.jit
-def block_pages(table, block, context, PAGE: tl.constexpr, KEYS: tl.constexpr):
-    """The block's page id, or [KEYS] page ids where a block is longer than a page; 0 past the context."""
-    if KEYS <= PAGE:
-        pages = tl.load(table + block * KEYS // PAGE)
+def span_blocks(table, span, context, KV_BLOCK: tl.constexpr, KEYS: tl.constexpr):
+    """The span's block id, or [KEYS] block ids where a span is longer than a block; 0 past the context."""
+    if KEYS <= KV_BLOCK:
+        blocks = tl.load(table + span * KEYS // KV_BLOCK)
     else:
-        position = block * KEYS + tl.arange(0, KEYS)
-        pages = tl.load(table + position // PAGE, mask=position < context, other=0)
-    return pages
+        position = span * KEYS + tl.arange(0, KEYS)
+        blocks = tl.load(table + position // KV_BLOCK, mask=position < context, other=0)
+    return blocks
 
 
 @triton.jit
-def block_kv(pool, page, block, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-           PAGE_ROWS: tl.constexpr, KEYS: tl.constexpr, DESCRIPTOR: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Keys and values [KEYS, BLOCK_DIM] of one block. Values past the context are zeros where MASKED; keys are anything.
+def span_kv(pool, block, span, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
+           KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, DESCRIPTOR: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Keys and values [KEYS, BLOCK_DIM] of one span. Values past the context are zeros where MASKED; keys are anything.
 
-    base: the layer's first row in a page, in rows of KV_HEADS * DIM numbers; its values stand PAGE rows behind its keys.
+    base: the layer's first row in a block, in rows of KV_HEADS * DIM numbers; its values stand KV_BLOCK rows behind its keys.
     """
     ROW: tl.constexpr = KV_HEADS * DIM
     BLOCK_DIM: tl.constexpr = dims.shape[0]
     step = tl.arange(0, KEYS)
-    written = block * KEYS + step < context
+    written = span * KEYS + step < context
     if DESCRIPTOR:
-        row = page * PAGE_ROWS + base + block * KEYS % PAGE
+        row = block * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK
         k = pool.load([row, head * DIM])
-        v = pool.load([row + PAGE, head * DIM])
+        v = pool.load([row + KV_BLOCK, head * DIM])
         if MASKED:
             v = tl.where(written[:, None], v, tl.zeros_like(v))
     else:
-        if KEYS <= PAGE:
-            start = pool + (page.to(tl.int64) * PAGE_ROWS + base + block * KEYS % PAGE) * ROW + head * DIM
+        if KEYS <= KV_BLOCK:
+            start = pool + (block.to(tl.int64) * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK) * ROW + head * DIM
             at = start + (step * ROW)[:, None] + dims[None, :]
         else:
-            place = page.to(tl.int64) * PAGE_ROWS + base + (block * KEYS + step) % PAGE
+            place = block.to(tl.int64) * KV_BLOCK_ROWS + base + (span * KEYS + step) % KV_BLOCK
             at = pool + (place * ROW)[:, None] + (head * DIM + dims)[None, :]
         inside = (dims < DIM)[None, :]
         if DIM != BLOCK_DIM:
             k = tl.load(at, mask=inside, other=0.0)
-            v = tl.load(at + PAGE * ROW, mask=written[:, None] & inside, other=0.0)
+            v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None] & inside, other=0.0)
         elif MASKED:
             k = tl.load(at)
-            v = tl.load(at + PAGE * ROW, mask=written[:, None], other=0.0)
+            v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None], other=0.0)
         else:
             k = tl.load(at)
-            v = tl.load(at + PAGE * ROW)
+            v = tl.load(at + KV_BLOCK * ROW)
     return k, v
 
 
 @triton.jit
-def _fold(q, k, v, block, context, top, weight, acc, scale, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
+def _fold(q, k, v, span, context, top, weight, acc, scale, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
-    """One block into the online softmax, in base 2. q is [ROWS, dim] and acc like it, or both transposed."""
+    """One span into the online softmax, in base 2. q is [ROWS, dim] and acc like it, or both transposed."""
     KEYS: tl.constexpr = k.shape[0]
-    written = block * KEYS + tl.arange(0, KEYS) < context
+    written = span * KEYS + tl.arange(0, KEYS) < context
     if TRANSPOSED:
         scores = tl.dot(k, q, input_precision=PRECISION) * scale
         if MASKED:
@@ -218,7 +218,7 @@ def _merged(partial, lse, slot, pieces, first, GROUP: tl.constexpr, ROWS: tl.con
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scale, query_stride, table_stride,
-            out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+            out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
             LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr,
             STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr, DESCRIPTOR: tl.constexpr,
             TRANSPOSED: tl.constexpr, PEELED: tl.constexpr, ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -245,7 +245,7 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     real = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
     q = tl.load(query + row.to(tl.int64) * query_stride + (head * GROUP + rows)[:, None] * DIM + dims[None, :],
                 mask=real, other=0.0)  # fmt: skip
-    top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a block without a written key weighs nothing
+    top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a span without a written key weighs nothing
     weight = tl.zeros([ROWS], tl.float32)
     if TRANSPOSED:
         q = tl.trans(q)
@@ -253,19 +253,19 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     else:
         acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     table = tables + row.to(tl.int64) * table_stride
-    base = layer * (2 * PAGE)
+    base = layer * (2 * KV_BLOCK)
     full = high
     if PEELED:
         full = tl.minimum(high, context // KEYS)
-    # a block's page is read one block ahead, so that the loop's loads hang on no load of the same turn and all run ahead
-    page = block_pages(table, low, context, PAGE, KEYS)
-    for block in tl.range(low, full, num_stages=STAGES):
-        k, v = block_kv(pool, page, block, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
+    # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
+    block = span_blocks(table, low, context, KV_BLOCK, KEYS)
+    for span in tl.range(low, full, num_stages=STAGES):
+        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
                       DESCRIPTOR, not PEELED)  # fmt: skip
-        page = block_pages(table, tl.minimum(block + 1, high - 1), context, PAGE, KEYS)
-        top, weight, acc = _fold(q, k, v, block, context, top, weight, acc, scale, not PEELED, TRANSPOSED, PRECISION)
+        block = span_blocks(table, tl.minimum(span + 1, high - 1), context, KV_BLOCK, KEYS)
+        top, weight, acc = _fold(q, k, v, span, context, top, weight, acc, scale, not PEELED, TRANSPOSED, PRECISION)
     if PEELED and full < high:
-        k, v = block_kv(pool, page, full, base, head, context, dims, KV_HEADS, DIM, PAGE, LAYERS * 2 * PAGE, KEYS,
+        k, v = span_kv(pool, block, full, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
                       DESCRIPTOR, True)  # fmt: skip
         top, weight, acc = _fold(q, k, v, full, context, top, weight, acc, scale, True, TRANSPOSED, PRECISION)
 
@@ -314,7 +314,7 @@ class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
     heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs.
-    Safety: block_tables name pages of the pool for each row's context, and one page even where the context is 0 (whose
+    Safety: block_tables name blocks of the pool for each row's context, and one block even where the context is 0 (whose
     output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
     """
@@ -334,7 +334,7 @@ class DecodeAttention:
             processors = torch.cuda.get_device_properties(pool.device).multi_processor_count
         self._shares = processors * config.shares
         self._source: Tensor | TensorDescriptor = pool.data
-        if config.descriptor and config.keys <= layout.page_size and self._dim == layout.head_dim:
+        if config.descriptor and config.keys <= layout.block_size and self._dim == layout.head_dim:
             rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
             self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
         slots = 2 * self._shares * self._group
@@ -390,8 +390,8 @@ class DecodeAttention:
         _attend[(self._programs(batch),)](
             query, self._source, block_tables, self._items, out, self._partial, self._lse, self._counters, layer,
             layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
-            KV_HEADS=layout.kv_heads, PAGE=layout.page_size, LAYERS=layout.layers, ROWS=max(16, merge_rows), KEYS=config.keys,
-            STAGES=config.stages, MERGE_ROWS=merge_rows,
+            KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=max(16, merge_rows),
+            KEYS=config.keys, STAGES=config.stages, MERGE_ROWS=merge_rows,
             MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)),
             DESCRIPTOR=isinstance(self._source, TensorDescriptor), TRANSPOSED=config.transposed, PEELED=config.peeled,
             ATOMIC=config.atomic, DEPENDENT=config.dependent,

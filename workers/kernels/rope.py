@@ -13,9 +13,9 @@ FEW_TOKENS = 16  # up to here the latency of one program decides, above it how m
 
 
 @triton.jit
-def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, values, out, qkv_stride, page_stride,
+def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, values, out, qkv_stride, block_stride,
                         slot_stride, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-                        PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+                        KV_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
                         PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS heads of one token, out of the queries', the keys' and the values' heads as they lie in `qkv`.
 
@@ -58,7 +58,7 @@ def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, 
     query = out + (token * HEADS + head[:, None]) * DIM + at[None, :]
     tl.store(query, turned_low, mask=is_query[:, None] & inside)
     tl.store(query + HALF, turned_high, mask=is_query[:, None] & inside)
-    slot_at = slot // PAGE * page_stride + slot % PAGE * slot_stride
+    slot_at = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * slot_stride
     key = keys + slot_at + (head[:, None] - HEADS) * DIM + at[None, :]
     tl.store(key, turned_low, mask=is_key[:, None] & inside)
     tl.store(key + HALF, turned_high, mask=is_key[:, None] & inside)
@@ -87,8 +87,8 @@ def qk_norm_rope_write(
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. q_weight, k_weight
     [head_dim]: both or neither, the weights of the norms before the rotation. table [max_position, cos | signed sin,
-    head_dim] as `Rotary` makes it, contiguous. positions, slots [tokens] int32 or int64; a slot is page * page_size +
-    offset. keys, values [page, slot, kv_head, head_dim]: `KVPool.keys` and `values` of the layer. out [tokens, heads,
+    head_dim] as `Rotary` makes it, contiguous. positions, slots [tokens] int32 or int64; a slot is block * block_size +
+    offset. keys, values [block, slot, kv_head, head_dim]: `KVPool.keys` and `values` of the layer. out [tokens, heads,
     head_dim], contiguous; returned.
     """
     tokens, dim = qkv.shape[0], keys.shape[3]
@@ -101,7 +101,7 @@ def qk_norm_rope_write(
     norm = q_weight is not None
     _qk_norm_rope_write[(tokens, triton.cdiv(total, rows))](
         qkv, q_weight if norm else table, k_weight if norm else table, table, positions, slots, keys, values, out,
-        qkv.stride(0), keys.stride(0), keys.stride(1), eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PAGE=keys.shape[1],
+        qkv.stride(0), keys.stride(0), keys.stride(1), eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, KV_BLOCK=keys.shape[1],
         ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2, launch_pdl=pdl,
     )  # fmt: skip
     return out

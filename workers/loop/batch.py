@@ -6,7 +6,7 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
     row            0      1      2  ...      the row is part of the lease, chosen by the scheduler
     known        [ 301    77     0 ...]      tokens, sampled ones included (also those still on the device)
     computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
-    block_table  [rows, pages] int32         page ids; past a row's pages: 0, never read
+    block_table  [rows, blocks] int32         block ids; past a row's blocks: 0, never read
 
 Imports `scheduler.protocol.messages` and `scheduler.batching`.
 """
@@ -62,12 +62,12 @@ class Launched:
 class ResidentBatch:
     """Mutated by `apply`, `launch` and `collect`, in the order of the log and the steps.
 
-    Safety: a step's rows write only to slots of pages granted to their lease. A lease may end while a step with it is under
-    way; that step still writes to its pages, but any later holder's writes come after it on the same stream.
+    Safety: a step's rows write only to slots of blocks granted to their lease. A lease may end while a step with it is under
+    way; that step still writes to its blocks, but any later holder's writes come after it on the same stream.
     """
 
-    def __init__(self, rows: int, page_size: int, budget: int, model_len: int) -> None:
-        self.page_size = page_size
+    def __init__(self, rows: int, block_size: int, budget: int, model_len: int) -> None:
+        self.block_size = block_size
         self.budget = budget
         self.applied = 0
         self.ended: str | None = None
@@ -77,8 +77,8 @@ class ResidentBatch:
         self.computed = np.zeros(rows, np.int64)
         self.slots = np.zeros(rows, np.int64)
         self.limit = np.zeros(rows, np.int64)
-        self.pages = np.zeros(rows, np.int64)
-        self.block_table = np.zeros((rows, -(-model_len // page_size)), np.int32)
+        self.blocks = np.zeros(rows, np.int64)
+        self.block_table = np.zeros((rows, -(-model_len // block_size)), np.int32)
         self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * rows
         self._least = np.zeros(rows, np.int64)  # length from which a stop id ends the sequence
         self._stop_ids = np.full((rows, 1), NO_TOKEN, np.int64)  # [rows, width], padded
@@ -88,7 +88,7 @@ class ResidentBatch:
     # ---- the log
 
     def apply(self, command: Command) -> None:
-        """Applies the next command of the log. What touches pages and no row is counted here and done by the rank."""
+        """Applies the next command of the log. What touches blocks and no row is counted here and done by the rank."""
         self.applied += 1
         if isinstance(command, Start):
             self._start(command)
@@ -132,17 +132,17 @@ class ResidentBatch:
         self._stop_ids[row, : len(ids)] = ids
 
     def _append(self, row: int, blocks: npt.NDArray[np.int32]) -> None:
-        pages = int(self.pages[row])
-        self.block_table[row, pages : pages + len(blocks)] = blocks
-        self.edited.append((row, pages, pages + len(blocks)))
-        self.pages[row] += len(blocks)
-        self.slots[row] = self.pages[row] * self.page_size
+        held = int(self.blocks[row])
+        self.block_table[row, held : held + len(blocks)] = blocks
+        self.edited.append((row, held, held + len(blocks)))
+        self.blocks[row] += len(blocks)
+        self.slots[row] = self.blocks[row] * self.block_size
 
     def _clear(self, row: int) -> None:
         if self.lease[row] != -1:
             self.vacated.append(row)
         self.lease[row] = -1
-        self.known[row] = self.computed[row] = self.slots[row] = self.pages[row] = 0
+        self.known[row] = self.computed[row] = self.slots[row] = self.blocks[row] = 0
         self._measured.pop(row, None)
 
     # ---- steps

@@ -22,7 +22,7 @@ OnMoved = Callable[[Moved], None]
 
 
 class Greeting(msgspec.Struct, frozen=True, array_like=True):
-    """A peer opens its stream to the leader. port: "host:port" where other groups fetch its pages; "" for nowhere."""
+    """A peer opens its stream to the leader. port: "host:port" where other groups fetch its blocks; "" for nowhere."""
 
     token: str
     rank: int
@@ -94,7 +94,7 @@ class SocketFeed:
             watch = threading.Thread(target=_watch, args=(peer, on_lost, on_moved), name="manta-peer-watch", daemon=True)
             watch.start()
         self.ports = tuple(port for _, port in sorted(ports.items()))
-        """Where each peer's pages are fetched, by rank."""
+        """Where each peer's blocks are fetched, by rank."""
 
     def send(self, commands: Sequence[Command]) -> None:
         message = Commands(0, tuple(commands))

@@ -45,7 +45,7 @@ class Executor(Protocol):
         ...
 
     def copy(self, source: int, target: int, tokens: int) -> None:
-        """The first `tokens` slots of page `target` get what page `source` holds: after the steps launched so far, before
+        """The first `tokens` slots of block `target` get what block `source` holds: after the steps launched so far, before
         every later one, without a wait on the host."""
         ...
 
@@ -59,7 +59,7 @@ class Executor(Protocol):
 
 
 class Mover(Protocol):
-    """Moves whole pages beside the steps, and says by itself when it has."""
+    """Moves whole blocks beside the steps, and says by itself when it has."""
 
     def take(self, movement: Movement) -> None:
         """The next movement of the log; the steps of the commands before it have been launched. Must not wait."""

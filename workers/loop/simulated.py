@@ -1,6 +1,6 @@
-"""A group without a model: the executor whose tokens depend on every token before them, read back from simulated pages.
+"""A group without a model: the executor whose tokens depend on every token before them, read back from simulated blocks.
 
-Each slot of a page holds a digest of the sequence up to it, computed from the digest in the slot before. So a stale page, a
+Each slot of a block holds a digest of the sequence up to it, computed from the digest in the slot before. So a stale block, a
 wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model.
 Pure NumPy. Used by tests and replay.
 """
@@ -53,10 +53,10 @@ class Ready:
 
 
 class SimulatedExecutor:
-    """The `Executor` of a group of `pages` pages. vocabulary: token ids are below it."""
+    """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it."""
 
-    def __init__(self, pages: int, page_size: int, rows: int, vocabulary: int) -> None:
-        self.cache: npt.NDArray[np.uint64] = np.full((pages, page_size), UNWRITTEN)
+    def __init__(self, blocks: int, block_size: int, rows: int, vocabulary: int) -> None:
+        self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
         self._vocabulary = vocabulary
         self._last = [0] * rows
 
@@ -85,9 +85,9 @@ class SimulatedExecutor:
 
     def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""
-        page_size = self.cache.shape[1]
-        state = int(self.cache[table[(first - 1) // page_size], (first - 1) % page_size]) if first else 0
+        block_size = self.cache.shape[1]
+        state = int(self.cache[table[(first - 1) // block_size], (first - 1) % block_size]) if first else 0
         for position, token in enumerate(tokens, first):
             state = digest(state, token)
-            self.cache[table[position // page_size], position % page_size] = state
+            self.cache[table[position // block_size], position % block_size] = state
         return state

@@ -61,7 +61,7 @@ class FusedDecoder:
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], page * page_size + offset; rows [wanted] int32.
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32.
         """
         if len(tokens) <= self._few_tokens and rows is None:
             return self._few(tokens, positions, slots, attend)

@@ -1,1 +1,1 @@
-"""Pages that move beside the steps: between groups, and to host memory and back."""
+"""Blocks that move beside the steps: between groups, and to host memory and back."""

@@ -4,7 +4,7 @@
              ◀──Challenge──           a number drawn for this connection
              ───Fetch──────▶          what is wanted, and proof that the receiver knows the cluster's token
              ◀──Offer──────           proof that the sender does
-             ◀══ pages ════           as the two have agreed: over this connection, or beside it
+             ◀══ blocks ════           as the two have agreed: over this connection, or beside it
              ───Done───────▶
 
 The token itself never travels. Every wait ends after `timeout_s` without a byte, or with `shut` from another thread.
@@ -44,8 +44,8 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     of_group: int
     of_epoch: int
     rank: int
-    pages: int
-    page_bytes: int
+    blocks: int
+    block_bytes: int
     pair: int
     nonce: bytes
     proof: bytes = b""
@@ -82,7 +82,7 @@ class Connection:
 
     def __init__(self, connected: socket.socket, timeout_s: float) -> None:
         self._socket = connected
-        connected.setblocking(True)  # blocking calls move whole pages without Python's lock; the system keeps the time
+        connected.setblocking(True)  # blocking calls move whole blocks without Python's lock; the system keeps the time
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.timeout(timeout_s)
 

@@ -1,4 +1,4 @@
-"""Pages between groups that share a process: copied straight from pool to pool. Imports the mover's types and the pool."""
+"""Blocks between groups that share a process: copied straight from pool to pool. Imports the mover's types and the pool."""
 
 import time
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from threading import Condition
 from kvcache.pool import KVPool
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
-from workers.moving.side import copy_pages
+from workers.moving.side import copy_blocks
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +57,7 @@ class LocalTransport:
             began_s = time.perf_counter()
             try:
                 if not changed.wait_for(lambda: offer.taken or offer.over or shard.abort.reason, self._timeout_s):
-                    raise TransferFailed(f"nobody fetched the pages within {self._timeout_s:g} s")
+                    raise TransferFailed(f"nobody fetched the blocks within {self._timeout_s:g} s")
                 began_s = time.perf_counter()
                 changed.wait_for(lambda: offer.over or shard.abort.reason)
                 shard.abort.check()
@@ -73,10 +73,10 @@ class LocalTransport:
         began_s = time.perf_counter()
         failure = ""
         try:
-            if len(offer.shard.pages) != len(shard.pages) or offer.pool.layout != self._pool.layout:
-                raise TransferFailed("the two sides do not agree on the pages")
+            if len(offer.shard.blocks) != len(shard.blocks) or offer.pool.layout != self._pool.layout:
+                raise TransferFailed("the two sides do not agree on the blocks")
             with shard.side.after(shard.ready, offer.shard.ready):
-                copy_pages(offer.pool, offer.shard.pages, self._pool, shard.pages, shard.abort)
+                copy_blocks(offer.pool, offer.shard.blocks, self._pool, shard.blocks, shard.abort)
             shard.side.finish(self._timeout_s, shard.abort.check)
         except Exception as error:
             failure = f"the receiver failed: {error}"
@@ -86,7 +86,7 @@ class LocalTransport:
             with self._exchange.changed:
                 offer.over, offer.failure = True, failure
                 self._exchange.changed.notify_all()
-        if offer.withdrawn:  # its pages may have been granted again while they were read
+        if offer.withdrawn:  # its blocks may have been granted again while they were read
             raise TransferFailed("the sender withdrew")
         return time.perf_counter() - began_s
 
@@ -95,7 +95,7 @@ class LocalTransport:
         exchange = self._exchange
         with shard.abort.waking(exchange.wake), exchange.changed:
             if not exchange.changed.wait_for(lambda: key in exchange.offers or shard.abort.reason, self._timeout_s):
-                raise TransferFailed(f"nobody sent the pages within {self._timeout_s:g} s")
+                raise TransferFailed(f"nobody sent the blocks within {self._timeout_s:g} s")
             shard.abort.check()
             offer = exchange.offers[key]
             offer.taken = True

@@ -9,7 +9,7 @@ Job = Callable[[], None]
 
 
 class TransferFailed(RuntimeError):
-    """The pages have not arrived; why, in words for the log."""
+    """The blocks have not arrived; why, in words for the log."""
 
 
 class Abort:

@@ -1,7 +1,7 @@
-"""Moves one rank's pages beside its steps: to and from the same rank of other groups, to and from this host's memory.
+"""Moves one rank's blocks beside its steps: to and from the same rank of other groups, to and from this host's memory.
 
 Commands come from the step loop in the order of the log; it never waits here. Threads do the work, one at a time for each
-other group and direction and one for host memory. Imports torch's side of pages; transports come from outside.
+other group and direction and one for host memory. Imports torch's side of blocks; transports come from outside.
 """
 
 import logging
@@ -16,7 +16,7 @@ import numpy as np
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
 from workers.moving.lane import Abort, Lane, TransferFailed
-from workers.moving.side import Ready, Side, copy_pages
+from workers.moving.side import Ready, Side, copy_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ JOIN_S = 10.0
 MOST_PAIRS = 32
 """Pairs of groups and direction that keep what they have made for one another: a communicator on a GPU holds memory there."""
 
-Pages = list[int]
+Blocks = list[int]
 LaneKey = tuple[str, int, int]
 """("send", "receive" or "host", group, epoch)"""
 
@@ -36,13 +36,13 @@ LaneKey = tuple[str, int, int]
 class Shard:
     """This rank's part in one transfer. group, epoch: of the other side. port: "host:port" where to fetch; "" for a sender.
 
-    ready: the steps that were launched before; before they are done, no page of it may be read or written.
+    ready: the steps that were launched before; before they are done, no block of it may be read or written.
     """
 
     transfer: int
     group: int
     epoch: int
-    pages: Pages
+    blocks: Blocks
     side: Side
     ready: Ready
     abort: Abort
@@ -50,9 +50,9 @@ class Shard:
 
 
 class Transport(Protocol):
-    """Carries pages between ranks of equal numbers. Its calls come from lanes: in order for one pair of epochs and direction.
+    """Carries blocks between ranks of equal numbers. Its calls come from lanes: in order for one pair of epochs and direction.
 
-    address: "host:port" where others fetch this rank's pages.
+    address: "host:port" where others fetch this rank's blocks.
     """
 
     address: str
@@ -62,7 +62,7 @@ class Transport(Protocol):
         ...
 
     def receive(self, shard: Shard) -> float:
-        """Returns once all pages are here and the device is done with them."""
+        """Returns once all blocks are here and the device is done with them."""
         ...
 
     def forget(self, group: int, epoch: int, *, sending: bool) -> None:
@@ -74,8 +74,8 @@ class Transport(Protocol):
         ...
 
 
-class PageMover:
-    """The `Mover` of a rank. rank: its number. host: its pages in host memory, if any. moved: called from any thread, once for
+class BlockMover:
+    """The `Mover` of a rank. rank: its number. host: its blocks in host memory, if any. moved: called from any thread, once for
     each transfer; must not raise. Whatever goes wrong is said by `Moved`: a transfer takes neither steps nor group along."""
 
     def __init__(
@@ -93,9 +93,9 @@ class PageMover:
         self._transport = transport
         self._moved = moved
         self._rank, self._epoch = rank, epoch
-        self._lanes: dict[LaneKey, _PageLane] = {}
+        self._lanes: dict[LaneKey, _BlockLane] = {}
         self._recent: dict[LaneKey, None] = {}  # who may have a communicator, the last used last
-        self._leaving: list[_PageLane] = []  # cut off, perhaps still at work
+        self._leaving: list[_BlockLane] = []  # cut off, perhaps still at work
         self._cut: dict[int, int] = {}  # group -> newest epoch that has gone
 
     def take(self, command: Movement) -> None:
@@ -120,11 +120,11 @@ class PageMover:
             if not lane.join(JOIN_S):
                 logger.warning("%s does not end", lane.name)
 
-    def _lane(self, kind: str, group: int, epoch: int) -> "_PageLane":
+    def _lane(self, kind: str, group: int, epoch: int) -> "_BlockLane":
         key = (kind, group, epoch)
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _PageLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
+            lane = self._lanes[key] = _BlockLane(f"manta-{kind}-{group}.{epoch}-rank{self._rank}", self._pool)
             if kind != "host" and epoch <= self._cut.get(group, -1):
                 lane.abort.set(f"epoch {epoch} of group {group} has gone")
             elif kind != "host":
@@ -166,44 +166,44 @@ class PageMover:
         except Exception as error:  # a communicator that breaks as it is closed has been closed all the same
             logger.warning("%s group %d, epoch %d: %s", *key, error)
 
-    def _run(self, command: Send | Receive | Offload | Load, lane: "_PageLane", ready: Ready) -> None:
+    def _run(self, command: Send | Receive | Offload | Load, lane: "_BlockLane", ready: Ready) -> None:
         try:
             lane.abort.check()
-            pages = _ids(command.pages, self._pool)
-            elapsed_s = self._move(command, pages, lane, ready)
-            moved = Moved(self._epoch, command.transfer, True, elapsed_s, len(pages) * self._pool.layout.page_bytes)
+            blocks = _ids(command.blocks, self._pool)
+            elapsed_s = self._move(command, blocks, lane, ready)
+            moved = Moved(self._epoch, command.transfer, True, elapsed_s, len(blocks) * self._pool.layout.block_bytes)
         except Exception as error:  # sockets, devices, memory: the scheduler computes anew what did not arrive
             reason = lane.abort.reason or str(error) or type(error).__name__
             logger.warning("transfer %d failed: %s", command.transfer, reason)
             moved = Moved(self._epoch, command.transfer, False, message=reason)
         self._moved(moved)
 
-    def _move(self, command: Send | Receive | Offload | Load, pages: Pages, lane: "_PageLane", ready: Ready) -> float:
+    def _move(self, command: Send | Receive | Offload | Load, blocks: Blocks, lane: "_BlockLane", ready: Ready) -> float:
         if isinstance(command, Offload | Load):
-            return self._copy(command, pages, lane, ready)
+            return self._copy(command, blocks, lane, ready)
         if self._transport is None:
             raise TransferFailed("this rank takes no part in transfers")
         port = command.ports[self._rank] if isinstance(command, Receive) else ""
-        shard = Shard(command.transfer, command.group, command.epoch, pages, lane.side, ready, lane.abort, port)
+        shard = Shard(command.transfer, command.group, command.epoch, blocks, lane.side, ready, lane.abort, port)
         return self._transport.receive(shard) if isinstance(command, Receive) else self._transport.send(shard)
 
-    def _copy(self, command: Offload | Load, pages: Pages, lane: "_PageLane", ready: Ready) -> float:
+    def _copy(self, command: Offload | Load, blocks: Blocks, lane: "_BlockLane", ready: Ready) -> float:
         if self._host is None:
-            raise TransferFailed("this rank keeps no pages in host memory")
+            raise TransferFailed("this rank keeps no blocks in host memory")
         slots = _ids(command.slots, self._host)
         began_s = time.perf_counter()
         try:
             with lane.side.after(ready):
                 if isinstance(command, Offload):
-                    copy_pages(self._pool, pages, self._host, slots, lane.abort)
+                    copy_blocks(self._pool, blocks, self._host, slots, lane.abort)
                 else:
-                    copy_pages(self._host, slots, self._pool, pages, lane.abort)
+                    copy_blocks(self._host, slots, self._pool, blocks, lane.abort)
         finally:
             lane.side.drain()  # also after an error: what is under way ends by itself, and soon
         return time.perf_counter() - began_s
 
 
-class _PageLane(Lane):
+class _BlockLane(Lane):
     """A lane with its place on the pool's device."""
 
     def __init__(self, name: str, pool: KVPool) -> None:
@@ -211,9 +211,9 @@ class _PageLane(Lane):
         self.side = Side(pool.device)
 
 
-def _ids(buffer: bytes, pool: KVPool) -> Pages:
-    """Errors: TransferFailed for a page that the pool does not have, which must not become somebody else's bytes."""
-    ids: Pages = np.frombuffer(buffer, np.int32).tolist()
-    if not ids or min(ids) < 0 or max(ids) >= pool.pages:
-        raise TransferFailed(f"a transfer of {len(ids)} pages names one that is not among the {pool.pages} here")
+def _ids(buffer: bytes, pool: KVPool) -> Blocks:
+    """Errors: TransferFailed for a block that the pool does not have, which must not become somebody else's bytes."""
+    ids: Blocks = np.frombuffer(buffer, np.int32).tolist()
+    if not ids or min(ids) < 0 or max(ids) >= pool.blocks:
+        raise TransferFailed(f"a transfer of {len(ids)} blocks names one that is not among the {pool.blocks} here")
     return ids

@@ -1,6 +1,6 @@
-"""Pages through torch.distributed, point to point: NCCL between GPUs, gloo where one asks for it on CPUs. Imports torch.
+"""Blocks through torch.distributed, point to point: NCCL between GPUs, gloo where one asks for it on CPUs. Imports torch.
 
-A communicator joins one sender and one receiver, each a rank of its own group: made when the two first exchange pages, kept
+A communicator joins one sender and one receiver, each a rank of its own group: made when the two first exchange blocks, kept
 until one of them fails or goes. The keys by which the two find each other travel over the transfer's own connection, whose
 sides have proved that they know the cluster's token; a TCPStore would answer anybody.
 """
@@ -23,7 +23,7 @@ from workers.moving.connection import Connection, Entry
 from workers.moving.mover import TIMEOUT_S, Shard
 
 STAGE_BYTES = 64 << 20
-"""Pages are gathered into messages of about this size."""
+"""Blocks are gathered into messages of about this size."""
 
 SLOWEST_BYTES_S = 50e6
 """A transfer that is slower than this for its whole length counts as stuck."""
@@ -101,7 +101,7 @@ class PairWire:
     def __init__(self, pool: KVPool, timeout_s: float = TIMEOUT_S, stage_bytes: int = STAGE_BYTES) -> None:
         self._pool = pool
         self._timeout_s = timeout_s
-        self._batch = max(1, stage_bytes // pool.layout.page_bytes)
+        self._batch = max(1, stage_bytes // pool.layout.block_bytes)
         self._pairs: dict[tuple[int, int, int], Pair] = {}  # (group, epoch, this side's rank)
         self._made = 0
         self._lock = threading.Lock()
@@ -160,7 +160,7 @@ class PairWire:
                 shard.abort.check()
                 connection.check()
 
-            patience_s = self._timeout_s + len(shard.pages) * self._pool.layout.page_bytes / SLOWEST_BYTES_S
+            patience_s = self._timeout_s + len(shard.blocks) * self._pool.layout.block_bytes / SLOWEST_BYTES_S
             shard.side.finish(patience_s, check)
         except BaseException:
             self._drop(key)
@@ -170,12 +170,12 @@ class PairWire:
     def _ids(self, shard: Shard) -> Tensor:
         """On the device. This copy waits for the side stream: so it goes before what that waits for."""
         with shard.side.after():
-            return torch.tensor(shard.pages, device=self._pool.device)
+            return torch.tensor(shard.blocks, device=self._pool.device)
 
     def _messages(self, ids: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
-        """(page ids of a message, where to put it), in two stages by turns."""
-        batch = min(self._batch, len(shard.pages))
-        stages = [self._pool.rows.new_empty(batch, self._pool.layout.page_bytes) for _ in range(2)]
+        """(block ids of a message, where to put it), in two stages by turns."""
+        batch = min(self._batch, len(shard.blocks))
+        stages = [self._pool.rows.new_empty(batch, self._pool.layout.block_bytes) for _ in range(2)]
         for turn, index in enumerate(torch.split(ids, batch)):
             shard.abort.check()
             yield index, stages[turn % 2][: len(index)]

@@ -1,4 +1,4 @@
-"""Pages off the stream of the steps: a stream of its own on a GPU, the calling thread on a CPU. Imports torch and the pool."""
+"""Blocks off the stream of the steps: a stream of its own on a GPU, the calling thread on a CPU. Imports torch and the pool."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,18 +67,18 @@ class Side:
             self._stream.synchronize()
 
 
-def copy_pages(source: KVPool, pages: Sequence[int], target: KVPool, targets: Sequence[int], abort: Abort) -> None:
-    """Whole pages from pool to pool, in order; on a GPU launched on the current stream, not waited for.
+def copy_blocks(source: KVPool, blocks: Sequence[int], target: KVPool, targets: Sequence[int], abort: Abort) -> None:
+    """Whole blocks from pool to pool, in order; on a GPU launched on the current stream, not waited for.
 
-    On a CPU by NumPy: it leaves Python's lock for the time of a page and starts no threads, as torch would for large copies.
-    Errors: TransferFailed between two pages once `abort` is set.
+    On a CPU by NumPy: it leaves Python's lock for the time of a block and starts no threads, as torch would for large copies.
+    Errors: TransferFailed between two blocks once `abort` is set.
     """
     if source.device.type == target.device.type == "cpu":
         read, write = source.rows.numpy(), target.rows.numpy()
-        for page, to in zip(pages, targets, strict=True):
+        for block, to in zip(blocks, targets, strict=True):
             abort.check()
-            np.copyto(write[to], read[page])
+            np.copyto(write[to], read[block])
         return
-    for page, to in zip(pages, targets, strict=True):
+    for block, to in zip(blocks, targets, strict=True):
         abort.check()
-        target.rows[to].copy_(source.rows[page], non_blocking=True)
+        target.rows[to].copy_(source.rows[block], non_blocking=True)

@@ -1,4 +1,4 @@
-"""Pages between ranks of different processes: who fetches what from whom. How the bytes travel is a `Wire`'s business.
+"""Blocks between ranks of different processes: who fetches what from whom. How the bytes travel is a `Wire`'s business.
 
 The receiver connects to the sender, once for each transfer, so a failure is a socket that ends, on both sides, and touches
 no other transfer. Imports the mover's types, `connection` and the pool.
@@ -30,7 +30,7 @@ ACCEPT_AGAIN_S = 0.1
 
 
 class Wire(Protocol):
-    """How the pages of one transfer cross once both sides have met.
+    """How the blocks of one transfer cross once both sides have met.
 
     pair: a number that names what the two ranks keep between transfers, such as a communicator; 0: nothing.
     """
@@ -44,11 +44,11 @@ class Wire(Protocol):
         ...
 
     def send(self, connection: Connection, shard: Shard, pair: int) -> None:
-        """Returns once the pages have been read."""
+        """Returns once the blocks have been read."""
         ...
 
     def receive(self, connection: Connection, shard: Shard, pair: int) -> None:
-        """Returns once the pages are here and the device is done with them."""
+        """Returns once the blocks are here and the device is done with them."""
         ...
 
     def forget(self, group: int, epoch: int, *, sending: bool) -> None: ...
@@ -57,7 +57,7 @@ class Wire(Protocol):
 
 
 class SocketWire:
-    """Straight from page to socket to page, for pools in host memory. Adjacent pages go in one call.
+    """Straight from block to socket to block, for pools in host memory. Adjacent blocks go in one call.
 
     gloo was the alternative: `benchmarks/transfer.py` compares them. It copies once more, and can be neither interrupted nor
     told who may connect.
@@ -92,22 +92,22 @@ class SocketWire:
 
     def _runs(self, shard: Shard) -> Iterator[memoryview]:
         rows = self._pool.rows
-        for first, end in runs(shard.pages):
+        for first, end in runs(shard.blocks):
             yield rows[first:end].view(-1).numpy().data
 
 
 class SocketTransport:
     """The `Transport` of one rank. host: what it listens on, and nothing else. token: the cluster's secret, which both sides
-    of a connection prove to know before a page travels; what follows is neither encrypted nor signed."""
+    of a connection prove to know before a block travels; what follows is neither encrypted nor signed."""
 
     def __init__(
-        self, wire: Wire, *, host: str, token: str, group: int, epoch: int, rank: int, page_bytes: int,
+        self, wire: Wire, *, host: str, token: str, group: int, epoch: int, rank: int, block_bytes: int,
         timeout_s: float = TIMEOUT_S,
     ) -> None:  # fmt: skip
         self._wire = wire
         self._token = token
         self._me = (group, epoch, rank)
-        self._page_bytes = page_bytes
+        self._block_bytes = block_bytes
         self._timeout_s = timeout_s
         self._arrived: dict[tuple[int, int, int], tuple[Connection, Fetch, float]] = {}
         self._open: set[Connection] = set()
@@ -123,8 +123,8 @@ class SocketTransport:
     def send(self, shard: Shard) -> float:
         connection, fetch = self._await(shard)
         with closing(connection), shard.abort.waking(connection.shut):
-            if (fetch.pages, fetch.page_bytes) != (len(shard.pages), self._page_bytes):
-                raise TransferFailed("the two sides do not agree on the pages")
+            if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), self._block_bytes):
+                raise TransferFailed("the two sides do not agree on the blocks")
             pair = self._wire.agree(shard, fetch.pair)
             connection.send(Offer(pair, prove(self._token, b"offer", fetch.nonce)))
             began_s = time.perf_counter()
@@ -138,7 +138,7 @@ class SocketTransport:
             challenge = connection.receive(Challenge)
             group, epoch, rank = self._me
             fetch = Fetch(
-                shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.pages), self._page_bytes,
+                shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks), self._block_bytes,
                 self._wire.standing(shard), nonce(),
             )  # fmt: skip
             connection.send(msgspec.structs.replace(fetch, proof=self._proof(challenge, fetch)))
@@ -178,7 +178,7 @@ class SocketTransport:
             came = self._changed.wait_for(lambda: key in self._arrived or shard.abort.reason or self._closed, self._timeout_s)
             shard.abort.check()
             if not came or self._closed:
-                raise TransferFailed(f"nobody fetched the pages within {self._timeout_s:g} s")
+                raise TransferFailed(f"nobody fetched the blocks within {self._timeout_s:g} s")
             connection, fetch, _ = self._arrived.pop(key)
         return connection, fetch
 
@@ -193,7 +193,7 @@ class SocketTransport:
             except OSError as error:
                 if self._closed:
                     return
-                logger.warning("a connection for pages could not be taken: %s", error)
+                logger.warning("a connection for blocks could not be taken: %s", error)
                 time.sleep(ACCEPT_AGAIN_S)
                 continue
             thread = threading.Thread(target=self._greet, args=(connection,), name="manta-move-greet", daemon=True)
@@ -216,7 +216,7 @@ class SocketTransport:
             if (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:
                 raise TransferFailed("it wants another rank, or one that was here before")
         except TransferFailed as error:
-            logger.warning("refused a connection for pages: %s", error)
+            logger.warning("refused a connection for blocks: %s", error)
             with self._changed:
                 self._open.discard(connection)
             connection.close()
@@ -246,18 +246,18 @@ def open_transport(pool: KVPool, *, host: str, token: str, group: int, epoch: in
     """The transport of a rank, with the wire that suits its device."""
     wire = PairWire(pool) if pool.device.type == "cuda" else SocketWire(pool)
     return SocketTransport(
-        wire, host=host, token=token, group=group, epoch=epoch, rank=rank, page_bytes=pool.layout.page_bytes
+        wire, host=host, token=token, group=group, epoch=epoch, rank=rank, block_bytes=pool.layout.block_bytes
     )
 
 
-def runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[first, end) of pages that follow one another, in order."""
+def runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[first, end) of blocks that follow one another, in order."""
     first = end = -1
-    for page in pages:
-        if page != end and end >= 0:
+    for block in blocks:
+        if block != end and end >= 0:
             yield first, end
-        if page != end:
-            first = page
-        end = page + 1
+        if block != end:
+            first = block
+        end = block + 1
     if end >= 0:
         yield first, end

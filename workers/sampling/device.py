@@ -53,7 +53,7 @@ class DeviceSampler:
 
     @staticmethod
     def table_bytes(vocab_size: int, rows: int) -> int:
-        """What the tables take, in bytes: to be set aside before the pages of the KV cache."""
+        """What the tables take, in bytes: to be set aside before the blocks of the KV cache."""
         return (rows + 1) * (vocab_size * 8 + -(-vocab_size // 32) * 4)
 
     def admit(

@@ -10,61 +10,61 @@ from benchmarks.study.report.parts import Results, Section, between, commands, i
 def section(results: Results, folder: Path) -> Section:
     result = results["cpu"]
     found = result["workloads"]
-    pages = [int(page) for page in next(iter(found.values()))["waste"]]
-    draw(result, pages, folder / "fragmentation.svg")
+    blocks = [int(block) for block in next(iter(found.values()))["waste"]]
+    draw(result, blocks, folder / "fragmentation.svg")
     body = [
         "Share of the memory that holds no token, over all decode steps of all requests (prompt at once, then a token a "
         "step). Contiguous: one run for each sequence, as long as the power of two above the workload's longest sequence, "
         "as the power of two above its own final length, or as that length exactly, which no server knows:",
-        waste_table(found, pages),
-        "Share of the prompt tokens that a cache without eviction finds, by page size, and with reuse by the token at "
-        f"pages of 256 (a match inside a page needs {result['stride']} tokens):",
+        waste_table(found, blocks),
+        "Share of the prompt tokens that a cache without eviction finds, by block size, and with reuse by the token at "
+        f"blocks of 256 (a match inside a block needs {result['stride']} tokens):",
         hits_table(found),
         "The production core in a replay, in a pool that never evicts, beside the model (without answers, which a replay "
         "makes of its own):",
         replayed_table(found),
-        image("fragmentation.svg", "Waste and hit rate by page size"),
+        image("fragmentation.svg", "Waste and hit rate by block size"),
     ]
     return Section(
-        "3. Fragmentation: what do partly filled pages waste?", answer(result, pages), body, commands(results),
+        "3. Fragmentation: what do partly filled blocks waste?", answer(result, blocks), body, commands(results),
         "Exact for these lengths, but a model: slots granted ahead (4 a sequence) and what sharing saves are left to "
-        "question 4. A trace names blocks of 512 tokens, so what smaller pages would find inside a block is not in it; the "
+        "question 4. A trace names blocks of 512 tokens, so what smaller blocks would find inside a block is not in it; the "
         "line *if continued* is a bound from above, where each turn repeats the turn before to the end of its answer. "
         "vLLM's figure is its authors' (June 2023, blocks of 16), not measured here.",
     )  # fmt: skip
 
 
-def answer(result: dict[str, Any], pages: list[int]) -> str:
-    found, small, large = result["workloads"], str(pages[0]), str(pages[-1])
-    lost = [e["hits"]["every token"] - e["hits"][f"pages of {large}"] for e in found.values() if e["hits"]["every token"]]
-    token = f"pages of {large}, stride {result['stride']}"
+def answer(result: dict[str, Any], blocks: list[int]) -> str:
+    found, small, large = result["workloads"], str(blocks[0]), str(blocks[-1])
+    lost = [e["hits"]["every token"] - e["hits"][f"blocks of {large}"] for e in found.values() if e["hits"]["every token"]]
+    token = f"blocks of {large}, stride {result['stride']}"
     won = [
-        (e["hits"][token] - e["hits"][f"pages of {large}"]) / (e["hits"]["every token"] - e["hits"][f"pages of {large}"])
+        (e["hits"][token] - e["hits"][f"blocks of {large}"]) / (e["hits"]["every token"] - e["hits"][f"blocks of {large}"])
         for e in found.values()
-        if e["hits"]["every token"] > e["hits"][f"pages of {large}"]
+        if e["hits"]["every token"] > e["hits"][f"blocks of {large}"]
     ]
-    text = (f"Partly filled pages waste {between([e['waste'][small] for e in found.values()])} of the memory "
-            f"at pages of {small} and {between([e['waste'][large] for e in found.values()])} at {large} (vLLM: "
+    text = (f"Partly filled blocks waste {between([e['waste'][small] for e in found.values()])} of the memory "
+            f"at blocks of {small} and {between([e['waste'][large] for e in found.values()])} at {large} (vLLM: "
             f"under {percent(result['vllm_waste'], 0)}), against "
             f"{between([e['contiguous']['max'] for e in found.values()])} for contiguous memory of maximal "
             f"length and {between([e['contiguous']['power of two'] for e in found.values()])} for powers of "
             "two.")  # fmt: skip
     if won:
-        text += (f" Pages of {large} also lose {between(lost)} of all prompt tokens as hits that end inside a "
-                 f"page; reuse by the token wins {between(won, 0)} of that back.")  # fmt: skip
+        text += (f" Blocks of {large} also lose {between(lost)} of all prompt tokens as hits that end inside a "
+                 f"block; reuse by the token wins {between(won, 0)} of that back.")  # fmt: skip
     return text
 
 
-def waste_table(found: dict[str, Any], pages: list[int]) -> str:
+def waste_table(found: dict[str, Any], blocks: list[int]) -> str:
     rows = [
         [
-            name, f"{each['mean_tokens']:,}", *(percent(each["waste"][str(page)], 2) for page in pages),
+            name, f"{each['mean_tokens']:,}", *(percent(each["waste"][str(block)], 2) for block in blocks),
             *(percent(each["contiguous"][way]) for way in ("max", "power of two", "exact")),
         ]
         for name, each in found.items()
     ]  # fmt: skip
     return table(
-        ["workload", "mean tokens", *(f"pages of {page}" for page in pages), "longest", "power of two", "exact"], rows
+        ["workload", "mean tokens", *(f"blocks of {block}" for block in blocks), "longest", "power of two", "exact"], rows
     )
 
 
@@ -89,28 +89,28 @@ def replayed_table(found: dict[str, Any]) -> str:
     return table(["workload", *columns], rows)
 
 
-def draw(result: dict[str, Any], pages: list[int], path: Path) -> None:
+def draw(result: dict[str, Any], blocks: list[int], path: Path) -> None:
     found = result["workloads"]
     made, (waste, hits) = plots.figure(2, height=3.7)
     for name, each in found.items():
         colour = plots.COLOURS[name]
-        waste.plot(pages, [100 * each["waste"][str(page)] for page in pages], "o-", label=name, color=colour)
+        waste.plot(blocks, [100 * each["waste"][str(block)] for block in blocks], "o-", label=name, color=colour)
         if not each["hits"]["every token"]:
             continue
         kind = each.get("hits_if_continued", each["hits"])
-        lost = [100 * (kind["every token"] - kind[f"pages of {page}"]) for page in pages]
+        lost = [100 * (kind["every token"] - kind[f"blocks of {block}"]) for block in blocks]
         shown = f"{name}, if continued" if kind is not each["hits"] else name
-        hits.plot(pages, lost, "o-", label=shown, color=colour)
-        token = 100 * (kind["every token"] - kind[f"pages of {pages[-1]}, stride {result['stride']}"])
-        hits.plot([pages[-1]], [token], "D", color=colour, markerfacecolor="white", markersize=6)
+        hits.plot(blocks, lost, "o-", label=shown, color=colour)
+        token = 100 * (kind["every token"] - kind[f"blocks of {blocks[-1]}, stride {result['stride']}"])
+        hits.plot([blocks[-1]], [token], "D", color=colour, markerfacecolor="white", markersize=6)
     waste.axhline(100 * result["vllm_waste"], color="#444c56", linewidth=1, linestyle="--")
-    limit = (pages[0], 100 * result["vllm_waste"])
+    limit = (blocks[0], 100 * result["vllm_waste"])
     waste.annotate("vLLM: under 4%", limit, xytext=(0, 3), textcoords="offset points", fontsize=8)
-    hits.plot([], [], "D", color="#444c56", markerfacecolor="white", label="by the token, pages of 256")
-    plots.page_axis(waste, pages)
-    plots.page_axis(hits, pages)
-    plots.label(waste, "Memory in partly filled pages", "page size, tokens", "memory without a token, %")
-    plots.label(hits, "Hits that end inside a page", "page size, tokens", "prompt tokens not found for it, %")
+    hits.plot([], [], "D", color="#444c56", markerfacecolor="white", label="by the token, blocks of 256")
+    plots.block_axis(waste, blocks)
+    plots.block_axis(hits, blocks)
+    plots.label(waste, "Memory in partly filled blocks", "block size, tokens", "memory without a token, %")
+    plots.label(hits, "Hits that end inside a block", "block size, tokens", "prompt tokens not found for it, %")
     plots.below(waste, 3)
     plots.below(hits, 3)
     plots.save(made, path)

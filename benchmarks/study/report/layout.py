@@ -9,26 +9,26 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from benchmarks.study.report import plots
 from benchmarks.study.report.parts import Results, Section, commands, device_name, image, number, spread, table
 
-WAYS = ("page-first", "layer-first", "per layer")
+WAYS = ("block-first", "layer-first", "per layer")
 
 
 def section(results: Results, folder: Path) -> Section:
     body: list[str] = []
     for device, result in results.items():
         clock = f"{result.get('clock', 'wall')} time"
-        body += [f"On {device_name(result)}, microseconds a page of {clock}, median (range):", copies_table(result)]
+        body += [f"On {device_name(result)}, microseconds a block of {clock}, median (range):", copies_table(result)]
         if result["attention_ms"]:
             threads = f", {result['threads']} thread{'s'[: result['threads'] > 1]}" if device == "cpu" else ""
             body += [f"Attention, ms a layer of {clock}{threads}:", attention_table(result)]
     draw(results, folder / "layout.svg")
     first = next(iter(results.values()))
-    body.insert(0, f"Pages of {first['page']} tokens of the {first['shape']} shape in bf16: "
-                   f"{number(first['page_bytes'] / 2**20)} MiB, one run of bytes page-first, {first['runs']} "
+    body.insert(0, f"Blocks of {first['block']} tokens of the {first['shape']} shape in bf16: "
+                   f"{number(first['block_bytes'] / 2**20)} MiB, one run of bytes block-first, {first['runs']} "
                    "runs layer-first.")  # fmt: skip
-    body.append(image("layout.svg", "Cost of copies by layout, and of attention page-first over per layer"))
+    body.append(image("layout.svg", "Cost of copies by layout, and of attention block-first over per layer"))
     return Section(
-        "1. Memory layout: page-first or layer-first?", answer(results), body, commands(results),
-        "Pages that lie in one process's memory; a network card that takes scatter lists would narrow the gap in sending. "
+        "1. Memory layout: block-first or layer-first?", answer(results), body, commands(results),
+        "Blocks that lie in one process's memory; a network card that takes scatter lists would narrow the gap in sending. "
         "Copies of the three layouts take turns, so caches are warm to the same degree for all."
         + ("" if "cuda" in results else " The GPU's figures are missing: `manta study --questions 1,5 --device cuda` adds "
                                         "them."),
@@ -36,9 +36,9 @@ def section(results: Results, folder: Path) -> Section:
 
 
 def factor(result: dict[str, Any], operation: str, way: str = "per layer") -> float:
-    """How many times as long as page-first."""
+    """How many times as long as block-first."""
     times = result["copies_us"][operation]
-    return float(times[way]["median"] / times["page-first"]["median"])
+    return float(times[way]["median"] / times["block-first"]["median"])
 
 
 def answer(results: Results) -> str:
@@ -48,12 +48,12 @@ def answer(results: Results) -> str:
         factors = {name: factor(result, name) for name in names}
         most, least = max(names, key=factors.__getitem__), min(names, key=factors.__getitem__)
         where = "On the CPU" if device == "cpu" else f"On the {result['machine']['device']}"
-        text = (f"{where} operations on a page of a tensor for each layer take {factors[least]:.2f} ({least}) "
-                f"to {factors[most]:.1f} times ({most}) as long as page-first")  # fmt: skip
+        text = (f"{where} operations on a block of a tensor for each layer take {factors[least]:.2f} ({least}) "
+                f"to {factors[most]:.1f} times ({most}) as long as block-first")  # fmt: skip
         if result["attention_ms"]:
             ratios = [row["ratio"]["median"] for row in result["attention_ms"]]
             inside = sum(row["ratio"]["low"] <= 1 <= row["ratio"]["high"] for row in result["attention_ms"])
-            text += (f"; attention over the page-first view takes {min(ratios):.2f} to {max(ratios):.2f} times "
+            text += (f"; attention over the block-first view takes {min(ratios):.2f} to {max(ratios):.2f} times "
                      f"what it takes over a tensor for each layer, and in {inside} of {len(ratios)} cases the "
                      "rounds straddle 1")  # fmt: skip
         sentences.append(text + ".")
@@ -62,18 +62,18 @@ def answer(results: Results) -> str:
 
 def copies_table(result: dict[str, Any]) -> str:
     rows = [
-        [name, *(spread(times[way]) for way in WAYS), f"{times['per layer']['median'] / times['page-first']['median']:.2f}"]
+        [name, *(spread(times[way]) for way in WAYS), f"{times['per layer']['median'] / times['block-first']['median']:.2f}"]
         for name, times in result["copies_us"].items()
     ]
-    return table(["", *WAYS, "per layer / page-first"], rows)
+    return table(["", *WAYS, "per layer / block-first"], rows)
 
 
 def attention_table(result: dict[str, Any]) -> str:
     rows = [
-        [row["case"], row["backend"], spread(row["page-first"]), spread(row["per layer"]), spread(row["ratio"])]
+        [row["case"], row["backend"], spread(row["block-first"]), spread(row["per layer"]), spread(row["ratio"])]
         for row in result["attention_ms"]
     ]
-    return table(["batch", "backend", "page-first", "per layer", "page-first / per layer"], rows)
+    return table(["batch", "backend", "block-first", "per layer", "block-first / per layer"], rows)
 
 
 def draw(results: Results, path: Path) -> None:
@@ -91,7 +91,7 @@ def draw(results: Results, path: Path) -> None:
         left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         left.xaxis.set_minor_formatter(NullFormatter())
         left.grid(visible=False, axis="y")
-        plots.label(left, f"A page by layout, {result['machine']['device']}", "microseconds a page (log)", "")
+        plots.label(left, f"A block by layout, {result['machine']['device']}", "microseconds a block (log)", "")
         left.legend(loc="lower center", bbox_to_anchor=(0.3, -0.36), ncols=3)
         draw_attention(right, result)
     plots.save(made, path)
@@ -107,4 +107,4 @@ def draw_attention(axes: Axes, result: dict[str, Any]) -> None:
     axes.axvline(1.0, color="#444c56", linewidth=1)
     axes.set_yticks(range(len(rows)), [f"{row['case']}, {row['backend']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    plots.label(axes, "Attention, page-first / per layer", "ratio of times, median and range", "")
+    plots.label(axes, "Attention, block-first / per layer", "ratio of times, median and range", "")

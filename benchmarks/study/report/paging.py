@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.study.report import plots
 from benchmarks.study.report.parts import Results, Section, commands, image, number, percent, table
 
-PAGED = "pages of 256"
+PAGED = "blocks of 256"
 
 
 def section(results: Results, folder: Path) -> Section:
@@ -17,19 +17,19 @@ def section(results: Results, folder: Path) -> Section:
     body = [
         f"A full server in the memory of {result['longest_that_fit']} sequences of maximal length, a queue that is never "
         "empty, first come, first served. Sequences that run at once on average, and their tokens over the memory (above "
-        "100%: shared pages count for each):",
+        "100%: shared blocks count for each):",
         server_table(result["full_server"]),
         f"Bookkeeping by pool size: a prompt of {books['prompt']:,} tokens comes and goes, new in a pool full of cached "
-        "pages (each page evicts one), or all cached. Microseconds of CPU time, median; hashing apart:",
+        "blocks (each block evicts one), or all cached. Microseconds of CPU time, median; hashing apart:",
         laps_table(books),
         f"nano-vLLM takes {number(books['nano_vllm']['hit_us']['8192'] / 1e3)} ms for a hit of 32 blocks of 256 with 8,192 "
         f"free blocks and {number(books['nano_vllm']['hit_us']['65536'] / 1e3)} ms with 65,536, since it searches its list "
         "of free blocks (measured elsewhere).",
-        "By batch: one decode step. Manta: the whole report (tokens, pages, ends, commands, deltas). vLLM: "
+        "By batch: one decode step. Manta: the whole report (tokens, blocks, ends, commands, deltas). vLLM: "
         "`allocate_slots` for each sequence alone, without `schedule` and `update`. Microseconds of CPU time, mean of the "
         "quietest round:",
         steps_table(books),
-        f"A block of Manta's pool takes {number(memory['pool_bytes'])} bytes of bookkeeping, a published page of 256 tokens "
+        f"A block of Manta's pool takes {number(memory['pool_bytes'])} bytes of bookkeeping, a published block of 256 tokens "
         f"{number(memory['published_bytes'])} more, 1,024 of which are its tokens, which a hit is compared with.",
         image("paging.svg", "Memory in use by allocator, bookkeeping by pool size and by batch"),
     ]
@@ -47,14 +47,14 @@ def answer(result: dict[str, Any]) -> str:
     servers = result["full_server"].values()
     ratios = {
         way: [each[PAGED]["running"] / each[way]["running"] for each in servers if each[PAGED] and each[way]]
-        for way in ("contiguous, longest", "contiguous, power of two", "contiguous, exact", "pages of 16")
+        for way in ("contiguous, longest", "contiguous, power of two", "contiguous, exact", "blocks of 16")
     }
     text = "The whole workload fits at once, so nothing can be compared."
     if all(ratios.values()):
         longest, power, exact, small = (f"{min(values):.2f} to {max(values):.2f} times" for values in ratios.values())
         text = (
-            f"Pages of 256 run {longest} as many sequences in the same memory as contiguous runs of maximal length, {power} "
-            f"as many as powers of two, {exact} as many as runs of the exact length, and {small} as many as pages of 16."
+            f"Blocks of 256 run {longest} as many sequences in the same memory as contiguous runs of maximal length, {power} "
+            f"as many as powers of two, {exact} as many as runs of the exact length, and {small} as many as blocks of 16."
         )
     return text + " " + prompt_cost(result["bookkeeping"])
 
@@ -65,11 +65,11 @@ def prompt_cost(books: dict[str, Any]) -> str:
     small, large = books["256"]["manta"][pools[0]], books["256"]["manta"][pools[-1]]
     text = (
         f"With {int(pools[-1]):,} blocks a new prompt of {books['prompt']:,} tokens costs Manta {number(total(large))} us "
-        f"with pages of 256, hashing included ({total(large) / total(small):.2f} times what it costs with "
-        f"{int(pools[0]):,}), and {number(total(books['16']['manta'][pools[-1]]))} with pages of 16"
+        f"with blocks of 256, hashing included ({total(large) / total(small):.2f} times what it costs with "
+        f"{int(pools[0]):,}), and {number(total(books['16']['manta'][pools[-1]]))} with blocks of 16"
     )
     if books["256"]["vllm"]:
-        peers = {page: total(books[page]["vllm"]["pools"][pools[-1]]) for page in ("256", "16")}
+        peers = {block: total(books[block]["vllm"]["pools"][pools[-1]]) for block in ("256", "16")}
         text += f"; vLLM's manager {number(peers['256'])} with blocks of 256 and {number(peers['16'])} with its usual 16"
     return text + "."
 
@@ -92,14 +92,14 @@ def _running(found: dict[str, float] | None) -> str:
 
 def laps_table(books: dict[str, Any]) -> str:
     rows = []
-    for page in ("256", "16"):
-        engines = {"Manta": books[page]["manta"]}
-        if books[page]["vllm"]:
-            engines[f"vLLM {books[page]['vllm']['version']}"] = books[page]["vllm"]["pools"]
+    for block in ("256", "16"):
+        engines = {"Manta": books[block]["manta"]}
+        if books[block]["vllm"]:
+            engines[f"vLLM {books[block]['vllm']['version']}"] = books[block]["vllm"]["pools"]
         for name, pools in engines.items():
             hashed = list(pools.values())[-1]["hash"]
             rows.append([
-                f"{name}, pages of {page}", *(f"{number(lap['cold'])} / {number(lap['hit'])}" for lap in pools.values()),
+                f"{name}, blocks of {block}", *(f"{number(lap['cold'])} / {number(lap['hit'])}" for lap in pools.values()),
                 number(hashed),
             ])  # fmt: skip
     pools = list(books["256"]["manta"])
@@ -109,11 +109,11 @@ def laps_table(books: dict[str, Any]) -> str:
 def steps_table(books: dict[str, Any]) -> str:
     batches = list(books["256"]["manta_steps"])
     rows = []
-    for page in ("256", "16"):
-        rows.append([f"Manta, pages of {page}", *(number(books[page]["manta_steps"][batch]) for batch in batches)])
-        if books[page]["vllm"]:
-            steps = books[page]["vllm"]["steps"]
-            rows.append([f"vLLM, blocks of {page}: allocate_slots", *(number(steps[batch]) for batch in batches)])
+    for block in ("256", "16"):
+        rows.append([f"Manta, blocks of {block}", *(number(books[block]["manta_steps"][batch]) for batch in batches)])
+        if books[block]["vllm"]:
+            steps = books[block]["vllm"]["steps"]
+            rows.append([f"vLLM, blocks of {block}: allocate_slots", *(number(steps[batch]) for batch in batches)])
     nano = books["nano_vllm"]["step_us"]
     rows.append(["nano-vLLM, schedule and postprocess, measured "
                  "elsewhere", *(number(nano[b]) if b in nano else "" for b in batches)])
@@ -123,7 +123,7 @@ def steps_table(books: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], path: Path) -> None:
     made, (used, pools, steps) = plots.figure(3, width=13.0, height=3.9)
     servers = result["full_server"]
-    ways = [way for way in next(iter(servers.values())) if way not in ("total_tokens", "pages of 256, shared")]
+    ways = [way for way in next(iter(servers.values())) if way not in ("total_tokens", "blocks of 256, shared")]
     series = {
         way: [None if each[way] is None else 100 * each[way]["used"] for each in servers.values()] for way in ways
     }
@@ -131,16 +131,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plots.label(used, "Memory that holds tokens, full server", "", "% of the pool")
     plots.below(used, 2)
     books = result["bookkeeping"]
-    for page, colour in (("256", plots.CHOICES[0]), ("16", plots.CHOICES[1])):
-        sizes = [int(pool) for pool in books[page]["manta"]]
-        batches = [int(batch) for batch in books[page]["manta_steps"]]
-        pools.plot(sizes, [lap["cold"] for lap in books[page]["manta"].values()], "o-", color=colour, label=f"Manta, {page}")
-        steps.plot(batches, list(books[page]["manta_steps"].values()), "o-", color=colour, label=f"Manta, {page}")
-        if books[page]["vllm"]:
-            laps = books[page]["vllm"]["pools"].values()
-            pools.plot(sizes, [lap["cold"] for lap in laps], "s--", color=colour, label=f"vLLM, {page}")
-            slots = list(books[page]["vllm"]["steps"].values())
-            steps.plot(batches, slots, "s--", color=colour, label=f"vLLM, {page} (slots only)")
+    for block, colour in (("256", plots.CHOICES[0]), ("16", plots.CHOICES[1])):
+        sizes = [int(pool) for pool in books[block]["manta"]]
+        batches = [int(batch) for batch in books[block]["manta_steps"]]
+        pools.plot(sizes, [lap["cold"] for lap in books[block]["manta"].values()], "o-", color=colour, label=f"Manta, {block}")
+        steps.plot(batches, list(books[block]["manta_steps"].values()), "o-", color=colour, label=f"Manta, {block}")
+        if books[block]["vllm"]:
+            laps = books[block]["vllm"]["pools"].values()
+            pools.plot(sizes, [lap["cold"] for lap in laps], "s--", color=colour, label=f"vLLM, {block}")
+            slots = list(books[block]["vllm"]["steps"].values())
+            steps.plot(batches, slots, "s--", color=colour, label=f"vLLM, {block} (slots only)")
     nano = books["nano_vllm"]["step_us"]
     steps.plot([int(b) for b in nano], list(nano.values()), "^:", color=plots.CHOICES[4], label="nano-vLLM, elsewhere")
     for axes in (pools, steps):

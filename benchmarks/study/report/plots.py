@@ -83,8 +83,8 @@ def below(axes: Axes, columns: int) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns, handlelength=1.4, columnspacing=1.2)
 
 
-def page_axis(axes: Axes, pages: Sequence[int]) -> None:
-    """Page sizes on a logarithmic axis, each with its number."""
+def block_axis(axes: Axes, blocks: Sequence[int]) -> None:
+    """Block sizes on a logarithmic axis, each with its number."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(list(pages), [str(page) for page in pages])
+    axes.set_xticks(list(blocks), [str(block) for block in blocks])
     axes.minorticks_off()

@@ -19,11 +19,11 @@ def section(results: Results, folder: Path) -> Section:
     found = result["workloads"]
     draw(found, folder / "reuse.svg", result)
     body = [
-        f"Pages of {result['page']} tokens, one pool. Without eviction, and with a pool of a tenth of the distinct pages:",
+        f"Blocks of {result['block']} tokens, one pool. Without eviction, and with a pool of a tenth of the distinct blocks:",
         reuse_table(found),
-        "How long pages live (that pool), how long after its last use a page is used again (no eviction), and who hits it:",
+        "How long blocks live (that pool), how long after its last use a block is used again (no eviction), and who hits it:",
         life_table(found),
-        image("reuse.svg", "Hit rate by pool size, pages by reuse count, who reuses, and how long pages live"),
+        image("reuse.svg", "Hit rate by pool size, blocks by reuse count, who reuses, and how long blocks live"),
         check(result),
     ]
     return Section(
@@ -42,12 +42,12 @@ def answer(found: dict[str, Any]) -> str:
     by_conversation = [name for name, share in own.items() if share >= 0.5]
     by_others = [name for name, share in own.items() if share < 0.5]
     text = (f"Of all prompt tokens {between([each['hit_rate'] for each in reused.values()])} are found again "
-            "where anything is shared, and a pool of a tenth of the distinct pages finds "
-            f"{between([e['pool']['hit_rate'] for e in reused.values()])}; {between(never)} of the pages are "
+            "where anything is shared, and a pool of a tenth of the distinct blocks finds "
+            f"{between([e['pool']['hit_rate'] for e in reused.values()])}; {between(never)} of the blocks are "
             "never reused.")  # fmt: skip
     if by_conversation:
         shares = between([own[name] for name in by_conversation])
-        text += f" In {' and '.join(by_conversation)} it is the same conversation that reuses ({shares} of the pages hit)"
+        text += f" In {' and '.join(by_conversation)} it is the same conversation that reuses ({shares} of the blocks hit)"
         text += f"; in {' and '.join(by_others)} it is others." if by_others else "."
     return text
 
@@ -56,14 +56,14 @@ def reuse_table(found: dict[str, Any]) -> str:
     rows = [
         [
             name, f"{each['requests']:,}", f"{each['cached_tokens'] / 1e6:.2f} / {each['prompt_tokens'] / 1e6:.2f}",
-            percent(each["hit_rate"]), percent(each["pool"]["hit_rate"]), f"{each['distinct_pages']:,}",
+            percent(each["hit_rate"]), percent(each["pool"]["hit_rate"]), f"{each['distinct_blocks']:,}",
             percent(each["reuses"]["0"]), percent(each["top_share"]), f"{each['most_reused']:,}",
         ]
         for name, each in found.items()
     ]  # fmt: skip
     return table(
-        ["workload", "requests", "cached / prompt tokens, M", "hit rate", "in a tenth", "distinct pages", "never reused",
-         "reuses on the top 1% of pages", "most reused page"], rows,
+        ["workload", "requests", "cached / prompt tokens, M", "hit rate", "in a tenth", "distinct blocks", "never reused",
+         "reuses on the top 1% of blocks", "most reused block"], rows,
     )  # fmt: skip
 
 
@@ -82,10 +82,10 @@ def _seconds(points: dict[str, float] | None) -> str:
 
 def check(result: dict[str, Any]) -> str:
     parts = [
-        f"{name}, {each['pages']:,} pages: model {percent(each['model'], 2)}, core {percent(each['core'], 2)}"
+        f"{name}, {each['blocks']:,} blocks: model {percent(each['model'], 2)}, core {percent(each['core'], 2)}"
         for name, each in result["check"].items()
     ]
-    return "The production core in a replay (whole pages alone), as a check of the model: " + "; ".join(parts) + "."
+    return "The production core in a replay (whole blocks alone), as a check of the model: " + "; ".join(parts) + "."
 
 
 def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
@@ -98,17 +98,17 @@ def draw(found: dict[str, Any], path: Path, result: dict[str, Any]) -> None:
     curve.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     curve.minorticks_off()
     curve.set_ylim(-3, 103)
-    plots.label(curve, "Hit rate by pool size", "pool, % of the workload's distinct pages", "prompt tokens found, %")
+    plots.label(curve, "Hit rate by pool size", "pool, % of the workload's distinct blocks", "prompt tokens found, %")
     plots.below(curve, 3)
     names = list(found)
     ranges = list(next(iter(found.values()))["reuses"])
     plots.stacked(counts, names, {key: [100 * found[n]["reuses"][key] for n in names] for key in ranges}, plots.SHADES)
-    plots.label(counts, "Pages by how often reused", f"pages of {result['page']}, % (no eviction)", "")
+    plots.label(counts, "Blocks by how often reused", f"blocks of {result['block']}, % (no eviction)", "")
     plots.below(counts, 4)
     shared = [name for name in names if found[name]["relations"]]
     relations = {key: [100 * found[n]["relations"].get(key, 0.0) for n in shared] for key in RELATIONS}
     plots.stacked(who, shared, relations, plots.CHOICES)
-    plots.label(who, "Who reuses", "pages hit, %", "")
+    plots.label(who, "Who reuses", "blocks hit, %", "")
     plots.below(who, 2)
     draw_times(times, found)
     plots.save(made, path)
@@ -133,5 +133,5 @@ def draw_times(axes: Axes, found: dict[str, Any]) -> None:
     axes.set_yticks(range(len(found)), list(found))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    plots.label(axes, "How long pages live (a tenth of the pages)", "seconds, p10 to p90 and median", "")
+    plots.label(axes, "How long blocks live (a tenth of the blocks)", "seconds, p10 to p90 and median", "")
     plots.below(axes, 2)

@@ -13,7 +13,7 @@ def section(results: Results, folder: Path) -> Section:
     result = results["cpu"]
     body = [*hit_rate(result), *token_costs(results), *memory(result), *kernels(results), *short_prompts(result)]
     draw(results, folder / "tradeoffs.svg")
-    body.append(image("tradeoffs.svg", "Pool size, hit rate and latency; the engine's reuse; page size and kernels"))
+    body.append(image("tradeoffs.svg", "Pool size, hit rate and latency; the engine's reuse; block size and kernels"))
     return Section(
         "5. Impact and trade-offs: what pays?", answer(results), body, commands(results),
         "Replayed seconds come from the time model of `docs/replay.md`, not from GPUs. The engine runs have random "
@@ -26,7 +26,7 @@ def section(results: Results, folder: Path) -> Section:
 def answer(results: Results) -> str:
     """A line for each part."""
     result = results["cpu"]
-    verdicts = [impact(result), hashing(result), tiers(result), page_sizes(results), packing(result)]
+    verdicts = [impact(result), hashing(result), tiers(result), block_sizes(results), packing(result)]
     return "\n".join(f"- {verdict}" for verdict in verdicts if verdict)
 
 
@@ -34,7 +34,7 @@ def impact(result: dict[str, Any]) -> str:
     sweep = result["sweep"]
     low, high = sweep["rows"][0], sweep["rows"][-1]
     text = (
-        f"**Hit rate.** From {low['pages']:,} to {high['pages']:,} pages a group the hit rate of the {sweep['workload']} "
+        f"**Hit rate.** From {low['blocks']:,} to {high['blocks']:,} blocks a group the hit rate of the {sweep['workload']} "
         f"goes from {percent(low['hit_rate'])} to {percent(high['hit_rate'])}, the mean time to first token from "
         f"{number(low['ttft_mean_s'])} to {number(high['ttft_mean_s'])} s, and overloaded throughput grows by a factor of "
         f"{high['requests_per_s'] / low['requests_per_s']:.2f}."
@@ -51,7 +51,7 @@ def impact(result: dict[str, Any]) -> str:
 def hashing(result: dict[str, Any]) -> str:
     costs = result["token_ns"]["256"]
     spent_ns = costs["hash"] + costs["verify"]
-    text = f"**Hashing.** Hashing a token and comparing it cost {spent_ns:.2g} ns at pages of 256"
+    text = f"**Hashing.** Hashing a token and comparing it cost {spent_ns:.2g} ns at blocks of 256"
     if "engine" in result:
         saved_us = compute_us(result["engine"])
         text += f", computing it {number(saved_us)} us on this CPU: some {rounded(saved_us * 1e3 / spent_ns)} times as much"
@@ -80,16 +80,16 @@ def tiers(result: dict[str, Any]) -> str:
     return text
 
 
-def page_sizes(results: Results) -> str:
+def block_sizes(results: Results) -> str:
     parts = []
     for result in results.values():
         found: dict[tuple[str, str], dict[int, float]] = {}
         for row in result.get("kernels") or []:
-            found.setdefault((row["case"], row["backend"]), {})[row["page"]] = row["ms"]["median"]
+            found.setdefault((row["case"], row["backend"]), {})[row["block"]] = row["ms"]["median"]
         ratios = [own[16] / own[256] for own in found.values() if 16 in own and 256 in own]
         if ratios:
             parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} times as long on {device_name(result)}")
-    return f"**Page size.** Attention over pages of 16 takes {', '.join(parts)} as over pages of 256." if parts else ""
+    return f"**Block size.** Attention over blocks of 16 takes {', '.join(parts)} as over blocks of 256." if parts else ""
 
 
 def packing(result: dict[str, Any]) -> str:
@@ -111,7 +111,7 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
     sweep = result["sweep"]
     rows = [
         [
-            f"{row['pages']:,}", f"{row['tokens'] / 1e6:.1f}", percent(row["hit_rate"]), number(row["ttft_mean_s"]),
+            f"{row['blocks']:,}", f"{row['tokens'] / 1e6:.1f}", percent(row["hit_rate"]), number(row["ttft_mean_s"]),
             number(row["ttft_p50_s"]), number(row["ttft_p99_s"]), number(row["tpot_p50_s"] * 1e3),
             percent(row["full_hit_rate"]), number(row["requests_per_s"]),
         ]
@@ -121,7 +121,7 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
         "### 5a. Hit rate against latency and throughput",
         f"The production core, {sweep['groups']} groups, the first {sweep['requests']:,} requests of {sweep['workload']}, "
         f"virtual seconds; the last two columns at {sweep['speed_up']:g} times the load, where every pool is overloaded:",
-        table(["pages a group", "M tokens in all", "hit rate", "TTFT mean, s", "p50", "p99", "TPOT p50, ms",
+        table(["blocks a group", "M tokens in all", "hit rate", "TTFT mean, s", "p50", "p99", "TPOT p50, ms",
                "hit rate, overloaded", "requests/s, overloaded"], rows),
     ]  # fmt: skip
     if "engine" in result:
@@ -141,13 +141,13 @@ def hit_rate(result: dict[str, Any]) -> list[str]:
 def token_costs(results: Results) -> list[str]:
     result = results["cpu"]
     rows = [
-        [f"pages of {page}", *(number(costs[name]) for name in ("hash", "verify", "publish")), number(costs["part_us"])]
-        for page, costs in result["token_ns"].items()
+        [f"blocks of {block}", *(number(costs[name]) for name in ("hash", "verify", "publish")), number(costs["part_us"])]
+        for block, costs in result["token_ns"].items()
     ]
     body = [
         "### 5b. What reuse costs against the compute that it saves",
         "Nanoseconds a token: hashing a prompt, finding all of it with every token compared, publishing it new. And "
-        "microseconds for a match that ends inside a page, once a prompt:",
+        "microseconds for a match that ends inside a block, once a prompt:",
         table(["", "hash", "find and verify", "publish", "a part, us"], rows),
     ]
     copies = [
@@ -159,7 +159,7 @@ def token_costs(results: Results) -> list[str]:
     ]  # fmt: skip
     if copies:
         body += [
-            "Copying the part of a page that is reused, all layers, microseconds:",
+            "Copying the part of a block that is reused, all layers, microseconds:",
             table(["", "32 tokens", "128 tokens", "a token"], copies),
         ]
     if "engine" in result:
@@ -183,7 +183,7 @@ def memory(result: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     body = [
         "### 5c. Memory against recompute, and fetching ahead",
-        f"A second tier of host memory beside a pool that holds a twentieth of {tier['workload']}'s distinct pages (hit "
+        f"A second tier of host memory beside a pool that holds a twentieth of {tier['workload']}'s distinct blocks (hit "
         f"rate alone {percent(tier['hit_rate'])}), for the model that the time model stands for "
         f"({tier['token_bytes'] / 1024:.0f} KiB of KV a token), fetched at {tier['bandwidth'] / 1e9:.0f} GB/s a group:",
         table(["tier", "hit rate", "M tokens won", "computing them, ms a request", "fetching them, ms a request"], rows),
@@ -197,8 +197,8 @@ def memory(result: dict[str, Any]) -> list[str]:
         for policy, row in moved["rows"].items()
     ]  # fmt: skip
     body += [
-        f"The production core with {moved['groups']} groups of {moved['pages']:,} pages (a tenth of the distinct pages in "
-        "all), which computes what its group lacks, or moves pages from where they are:",
+        f"The production core with {moved['groups']} groups of {moved['blocks']:,} blocks (a tenth of the distinct blocks in "
+        "all), which computes what its group lacks, or moves blocks from where they are:",
         table(["policy", "hit rate", "TTFT mean, s", "p99", "M tokens from other groups"], replayed),
     ]
     if "engine" in result:
@@ -219,17 +219,17 @@ def kernels(results: Results) -> list[str]:
     measured = {device: each for device, each in results.items() if each.get("kernels")}
     if not measured:
         return []
-    body = ["### 5d. Page size against kernel speed", "Attention, ms a layer, median (range); on the CPU in CPU time:"]
+    body = ["### 5d. Block size against kernel speed", "Attention, ms a layer, median (range); on the CPU in CPU time:"]
     for result in measured.values():
-        pages = sorted({row["page"] for row in result["kernels"]})
+        blocks = sorted({row["block"] for row in result["kernels"]})
         names = dict.fromkeys((row["case"], row["backend"]) for row in result["kernels"])
-        found = {(row["case"], row["backend"], row["page"]): row["ms"] for row in result["kernels"]}
+        found = {(row["case"], row["backend"], row["block"]): row["ms"] for row in result["kernels"]}
         rows = [
-            [case, backend, *(spread(found[case, backend, page]) if (case, backend, page) in found else "" for page in pages)]
+            [case, backend, *(spread(found[key]) if (key := (case, backend, block)) in found else "" for block in blocks)]
             for case, backend in names
         ]
         body.append(table([f"{result['kernel_shape']} on "
-                           f"{device_name(result)}", "backend", *(f"pages of {page}" for page in pages)], rows))
+                           f"{device_name(result)}", "backend", *(f"blocks of {block}" for block in blocks)], rows))
     return body
 
 
@@ -293,20 +293,20 @@ def draw_engine(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def draw_kernels(axes: Axes, results: Results) -> None:
-    """Each batch relative to pages of 256 on the same backend."""
+    """Each batch relative to blocks of 256 on the same backend."""
     at = 0
     for device, result in results.items():
         rows = result.get("kernels") or []
         for case, backend in dict.fromkeys((row["case"], row["backend"]) for row in rows):
-            own = {row["page"]: row["ms"]["median"] for row in rows if (row["case"], row["backend"]) == (case, backend)}
+            own = {row["block"]: row["ms"]["median"] for row in rows if (row["case"], row["backend"]) == (case, backend)}
             if 256 in own:
-                axes.plot(list(own), [own[page] / own[256] for page in own], "o--" if device == "cuda" else "o-",
+                axes.plot(list(own), [own[block] / own[256] for block in own], "o--" if device == "cuda" else "o-",
                           color=plots.CHOICES[at % len(plots.CHOICES)], label=f"{case}, {backend}")  # fmt: skip
                 at += 1
     if not at:
         axes.set_visible(False)
         return
-    plots.page_axis(axes, [16, 32, 64, 128, 256])
+    plots.block_axis(axes, [16, 32, 64, 128, 256])
     axes.set_ylim(bottom=0)
-    plots.label(axes, "Attention by page size", "page size, tokens", "time, over pages of 256")
+    plots.label(axes, "Attention by block size", "block size, tokens", "time, over blocks of 256")
     plots.below(axes, 2)

@@ -91,7 +91,7 @@ def test_the_service_and_the_endpoint_answer_the_same(tmp_path: Path) -> None:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """In the place of the job's engine."""
-    fake = FakeEngine([50, 51, 52], page_size=256)
+    fake = FakeEngine([50, 51, 52], block_size=256)
     monkeypatch.setattr("cluster.local.engine.start_local", fake.start)
     return fake
 

@@ -315,7 +315,7 @@ def test_help_says_units_and_defaults() -> None:
     result = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
     for words in (
-        "Tokens in a KV page: a power of two from 16 up. Default: 256.",
+        "Tokens in a KV block: a power of two from 16 up. Default: 256.",
         "Default: 128.",
         "seconds. Default: 300.0.",
     ):

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.config import EngineConfig
 from deploy.config.serve import ServeConfig
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from scheduler.protocol.sampling import SamplingParams
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -42,7 +42,7 @@ def test_what_a_message_says_to_change_can_be_changed(room: str) -> None:
     assert not [(where, name) for where, name in advised if name not in OPTIONS | FIELDS]
 
 
-def test_a_pool_that_holds_no_page() -> None:
-    layout = PageLayout(page_size=256, layers=4, kv_heads=2, head_dim=16, dtype="float32")
+def test_a_pool_that_holds_no_block() -> None:
+    layout = BlockLayout(block_size=256, layers=4, kv_heads=2, head_dim=16, dtype="float32")
     with pytest.raises(ValueError, match="raise kv_memory or lower block_size"):
-        layout.pages_in(1000)
+        layout.blocks_in(1000)

@@ -40,7 +40,7 @@ class FakeEngine:
     retry_after_s: float = 0.0
     lose_after: int | None = None
     steps_per_delta: int = 1
-    page_size: int = 16
+    block_size: int = 16
     starts: int = 0
     config: EngineConfig | None = None
     requests: list[Request] = field(default_factory=list)

@@ -20,7 +20,7 @@ SERVED = Observation(
     preemptions=1,
     priority=2,
     prompts=(PromptUse(300, np.array([2**63 + 1, 7], "<u8").tobytes(), (11,)),),
-    page_size=128,
+    block_size=128,
 )
 """0.1 s in the queue, the first of 11 tokens after 0.5 s, the last after 1.5 s."""
 

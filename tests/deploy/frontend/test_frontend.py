@@ -36,7 +36,7 @@ def deltas(tokens: Mapping[int, int], positions: Mapping[int, int], ends: tuple[
 class BusyEngine:
     """`stop` waits for a lock that the engine holds until it has delivered."""
 
-    page_size = 16
+    block_size = 16
 
     def __init__(self) -> None:
         self.delivered, self.stopping = threading.Event(), threading.Event()
@@ -124,7 +124,7 @@ class BrokenTokenizer:
 class Listening:
     """An engine that notes what it is told."""
 
-    page_size = 16
+    block_size = 16
 
     def __init__(self) -> None:
         self.aborted: list[int] = []

@@ -22,12 +22,12 @@ GROUP = GroupStats(
 ENGINE = EngineStats(
     groups=(GROUP, GroupStats(5, False, 60, 0, 0, 0, 0)), waiting=79, preempted=7, waiting_tokens=73, oldest_wait_s=74.5,
     requests=101, prompt_tokens=102, cached_tokens=103, output_tokens=104, preemptions=105, recomputed_tokens=106, finished=107,
-    refused=108, started_tokens=103 + 110 + 111 + 112 + 113, miss_inside_page=110, miss_routed=111, miss_evicted=112,
+    refused=108, started_tokens=103 + 110 + 111 + 112 + 113, miss_inside_block=110, miss_routed=111, miss_evicted=112,
     miss_cold=113, routed_by_prefix=114, routed_by_load=115, waiting_tenants=116, expired=117, skipped=118, aged=119,
     given_up=120,
 )  # fmt: skip
 READY = ClusterStatus(
-    phase="ready", model="/models/tiny", page_size=16, epoch=91, engine=ENGINE, uptime_s=92.5, busy_s=93.5, front_ends=94,
+    phase="ready", model="/models/tiny", block_size=16, epoch=91, engine=ENGINE, uptime_s=92.5, busy_s=93.5, front_ends=94,
     target_groups=95,
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ def samples(status: ClusterStatus) -> dict[tuple[str, tuple[tuple[str, str], ...
 
 def test_every_number_that_the_scheduler_tells_is_shown() -> None:
     shown = set(samples(READY).values())
-    elsewhere = {"waiting", "total_blocks", "group", "page_size", "tokens_per_s"}  # as parts, labels, or rates of counters
+    elsewhere = {"waiting", "total_blocks", "group", "block_size", "tokens_per_s"}  # as parts, labels, or rates of counters
     for facts in (GROUP, ENGINE, READY):
         for name, value in msgspec.structs.asdict(facts).items():
             if isinstance(value, int | float) and name not in elsewhere:

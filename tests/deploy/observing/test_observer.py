@@ -204,8 +204,8 @@ def test_the_metrics_of_a_real_engine_add_up() -> None:
     assert shown["manta_requests_total", "length"] == shown["manta_time_to_first_token_seconds_count",] == 3
     assert shown["manta_output_tokens_total",] == shown["manta_request_output_tokens_sum",] == 15
     assert shown["manta_prompt_tokens_total",] == shown["manta_request_prompt_tokens_sum",] == 120
-    assert shown["manta_prefix_cache_hit_tokens_total",] == 2 * 32, "two full pages of 16, twice"
-    misses = [shown["manta_prefix_cache_miss_tokens_total", why] for why in ("cold", "evicted", "routed_away", "inside_page")]
+    assert shown["manta_prefix_cache_hit_tokens_total",] == 2 * 32, "two full blocks of 16, twice"
+    misses = [shown["manta_prefix_cache_miss_tokens_total", why] for why in ("cold", "evicted", "routed_away", "inside_block")]
     assert misses == [32, 0, 0, 24]
     assert shown["manta_prefix_cache_queried_tokens_total",] == 120
     assert shown["manta_step_tokens_sum", "0"] == 120 - 64 + 3 * 4, "prompts without hits, and the outputs that were fed back"

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.frontend.observation import PromptUse
 from deploy.observing.request_log import RequestLog
-from kvcache.hashing import hash_pages
+from kvcache.hashing import hash_blocks
 from tests.deploy.frontend.observations import observation
 
 
@@ -26,20 +26,20 @@ def test_a_line_has_the_keys_of_mooncakes_traces_and_no_content(tmp_path: Path) 
     assert read(tmp_path / "requests.jsonl") == [
         {
             "timestamp": 1_750_000_000_250, "input_length": 300, "output_length": 11, "hash_ids": [2**63 + 1, 7],
-            "page_size": 128, "priority": 2, "outcome": "stop",
+            "block_size": 128, "priority": 2, "outcome": "stop",
         }
     ]  # fmt: skip
 
 
 def test_each_choice_of_each_prompt_is_a_line_as_the_scheduler_sees_it(tmp_path: Path) -> None:
     tokens = np.arange(40, dtype=np.int32)
-    hashes = np.array(hash_pages(tokens, 16), "<u8").tobytes()
+    hashes = np.array(hash_blocks(tokens, 16), "<u8").tobytes()
     log = RequestLog(str(tmp_path / "requests.jsonl"))
     log.write(observation(prompts=(PromptUse(40, hashes, (3, 5)), PromptUse(7, b"", (2,)))))
     log.close()
     lines = read(tmp_path / "requests.jsonl")
     assert [(line["input_length"], line["output_length"]) for line in lines] == [(40, 3), (40, 5), (7, 2)]
-    assert [line["hash_ids"] for line in lines] == [hash_pages(tokens, 16)] * 2 + [[]]
+    assert [line["hash_ids"] for line in lines] == [hash_blocks(tokens, 16)] * 2 + [[]]
 
 
 def test_two_processes_may_share_a_file(tmp_path: Path) -> None:

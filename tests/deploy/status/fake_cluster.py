@@ -19,7 +19,7 @@ from scheduler.server.stats import ClusterStatus, EngineStats, GroupStart, Group
 from scheduler.server.tallies import Tallies
 from tests.deploy.frontend.fake_engine import FakeEngine
 
-PAGE = 256
+BLOCK = 256
 STEP_S = 0.03
 PREFIXES, PREFIX_BLOCKS = 12, 24
 
@@ -132,7 +132,7 @@ class FakeCluster:
         return ClusterStatus(
             phase=self.phase or ("ready" if up else "degraded"),
             model="/models/Qwen3-8B",
-            page_size=PAGE,
+            block_size=BLOCK,
             epoch=self.epoch,
             progress=self.progress,
             starting=self.starting,
@@ -198,7 +198,7 @@ class FakeCluster:
             pool.step_tokens += tokens
             if sequence.tokens_left <= 0:
                 self._end(pool, sequence)
-            elif self._chance.random() < tokens / PAGE and (block := pool.take()) is not None:
+            elif self._chance.random() < tokens / BLOCK and (block := pool.take()) is not None:
                 sequence.blocks.append(block)
         pool.steps += steps if pool.running else 0
         wanted = int(self.load * tide * self._chance.uniform(0.8, 1.2))
@@ -220,7 +220,7 @@ class FakeCluster:
         blocks = shared + [block for block in taken if block is not None]
         pool.prefixes.setdefault(prefix, blocks[: min(PREFIX_BLOCKS, len(blocks))])
         pool.running.append(Sequence(blocks, self._chance.randrange(60, 900)))
-        prompt, cached = len(blocks) * PAGE, len(shared) * PAGE
+        prompt, cached = len(blocks) * BLOCK, len(shared) * BLOCK
         pool.step_tokens += prompt - cached
         counters = self.counters
         counters.requests += 1
@@ -228,11 +228,11 @@ class FakeCluster:
         counters.started_tokens += prompt
         counters.cached_tokens += cached
         missed = prompt - cached
-        counters.miss_inside_page += min(missed, 90)
+        counters.miss_inside_block += min(missed, 90)
         counters.miss_routed += (missed - min(missed, 90)) // 9
         counters.miss_evicted += (missed - min(missed, 90)) // 4
         counters.miss_cold = (
-            counters.started_tokens - counters.cached_tokens - counters.miss_inside_page - counters.miss_routed
+            counters.started_tokens - counters.cached_tokens - counters.miss_inside_block - counters.miss_routed
             - counters.miss_evicted
         )  # fmt: skip
         return True

@@ -82,7 +82,7 @@ def test_a_generating_endpoint_is_seen(address: str, open_page: Open) -> None:
     document = msgspec.json.decode(shown.content, type=StatusDocument)
     totals = document.totals
     assert totals.output_tokens == REQUESTS * TOKENS
-    misses = totals.miss_inside_page + totals.miss_routed + totals.miss_evicted + totals.miss_cold
+    misses = totals.miss_inside_block + totals.miss_routed + totals.miss_evicted + totals.miss_cold
     assert totals.started_tokens == totals.cached_tokens + misses > 0
     assert totals.cached_tokens > 0
     for group in document.groups:

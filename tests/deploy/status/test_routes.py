@@ -87,7 +87,7 @@ def test_the_document_is_the_cluster() -> None:
         assert document.now.epoch == 0
         assert document.totals.started_tokens == engine.started_tokens > 0
         totals = document.totals
-        misses = totals.miss_inside_page + totals.miss_routed + totals.miss_evicted + totals.miss_cold
+        misses = totals.miss_inside_block + totals.miss_routed + totals.miss_evicted + totals.miss_cold
         assert totals.cached_tokens + misses == totals.started_tokens
         for line, group, pool in zip(document.groups, engine.groups, cluster.pools, strict=True):
             assert line.free + line.held + line.shared + line.cached == line.total == 500

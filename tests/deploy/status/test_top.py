@@ -53,7 +53,7 @@ def line(states: list[int], **changes: object) -> GroupLine:
 
 def document(**changes: object) -> StatusDocument:
     one = StatusDocument(
-        phase="ready", connected=True, model="tiny", page_size=256, progress=(), starting=(), uptime_s=61.0, front_ends=1,
+        phase="ready", connected=True, model="tiny", block_size=256, progress=(), starting=(), uptime_s=61.0, front_ends=1,
         target_groups=1, oldest_wait_s=0.25, waiting_tokens=0, blocks_per_cell=1, groups=(line([1, 1, 2, 3, 0, 0]),),
         totals=Totals(started_tokens=100, cached_tokens=25, miss_cold=75),
         now=Sample(5.0, 0, 12, 3, 1, 8412.0, 31_200.0, 0.25, 84.0, 1410.0, 9.5, 23.0, 0.5, 0.16, 0.031),

@@ -7,13 +7,13 @@ from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.queue.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.queue.pace import Pace
 from scheduler.server.stats import EngineStats, pool_maps, snapshot
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 
 def parts(cluster: Cluster) -> dict[str, int]:
     """Where the prompt tokens of all that have started came from."""
     stats = snapshot(cluster.core)
-    names = ("cached_tokens", "miss_inside_page", "miss_routed", "miss_evicted", "miss_cold")
+    names = ("cached_tokens", "miss_inside_block", "miss_routed", "miss_evicted", "miss_cold")
     return {name: getattr(stats, name) for name in names}
 
 
@@ -124,7 +124,7 @@ def test_lower_priority_numbers_go_first_and_equal_ones_by_age() -> None:
     assert order == ["urgent", "first", "second", "late"]
 
 
-def test_pages_are_taken_from_the_less_urgent_whoever_came_first() -> None:
+def test_blocks_are_taken_from_the_less_urgent_whoever_came_first() -> None:
     cluster = Cluster((5,), prefix_caching=False)
     calm = cluster.submit([0] * 3, max_tokens=12, priority=1)[0]
     urgent = cluster.submit([1] * 3, max_tokens=12, priority=0)[0]
@@ -175,29 +175,29 @@ def test_the_last_group_and_the_only_one_large_enough_stay() -> None:
 # ---- hits and misses
 
 
-def test_a_prompt_seen_for_the_first_time_is_cold_but_for_the_page_that_no_hit_can_cover() -> None:
+def test_a_prompt_seen_for_the_first_time_is_cold_but_for_the_block_that_no_hit_can_cover() -> None:
     cluster = Cluster((8,))
-    cluster.submit([*pages(0, 1), 1, 1], max_tokens=1)
+    cluster.submit([*filled(0, 1), 1, 1], max_tokens=1)
     assert parts(cluster) == {
-        "cached_tokens": 0, "miss_inside_page": 2, "miss_routed": 0, "miss_evicted": 0, "miss_cold": 8,
+        "cached_tokens": 0, "miss_inside_block": 2, "miss_routed": 0, "miss_evicted": 0, "miss_cold": 8,
     }  # fmt: skip
     cluster.run()
-    cluster.submit(pages(0, 1), max_tokens=1)
+    cluster.submit(filled(0, 1), max_tokens=1)
     assert parts(cluster) == {
-        "cached_tokens": 4, "miss_inside_page": 6, "miss_routed": 0, "miss_evicted": 0, "miss_cold": 8,
+        "cached_tokens": 4, "miss_inside_block": 6, "miss_routed": 0, "miss_evicted": 0, "miss_cold": 8,
     }  # fmt: skip
     assert (stats_of(cluster).routed_by_load, stats_of(cluster).routed_by_prefix) == (1, 1)
     cluster.run()
 
 
-def test_an_evicted_page_is_told_from_one_never_seen() -> None:
+def test_an_evicted_block_is_told_from_one_never_seen() -> None:
     cluster = Cluster((4,))
-    for values in ((0, 0, 0), (1, 1, 1)):  # the second takes the first one's pages
-        cluster.submit([*pages(*values), 1], max_tokens=1)
+    for values in ((0, 0, 0), (1, 1, 1)):  # the second takes the first one's blocks
+        cluster.submit([*filled(*values), 1], max_tokens=1)
         cluster.run()
     assert stats_of(cluster).groups[0].evictions > 0
     before = parts(cluster)
-    cluster.submit([*pages(0, 0, 0), 1], max_tokens=1)
+    cluster.submit([*filled(0, 0, 0), 1], max_tokens=1)
     cluster.run()
     after = parts(cluster)
     lost = after["miss_evicted"] - before["miss_evicted"]
@@ -207,7 +207,7 @@ def test_an_evicted_page_is_told_from_one_never_seen() -> None:
 
 def test_a_prefix_that_another_group_has_is_routed_away() -> None:
     cluster = Cluster((16, 16), rows=2)
-    cluster.submit([*pages(0, 0), 1], max_tokens=1)
+    cluster.submit([*filled(0, 0), 1], max_tokens=1)
     cluster.run()
     (home,) = [name for name in cluster.core.groups if cluster.core.table.usage(name).cached]
     blockers = [cluster.submit([1] * 3, max_tokens=8)[0] for _ in range(4)]
@@ -217,26 +217,26 @@ def test_a_prefix_that_another_group_has_is_routed_away() -> None:
                 if stream.finished is None and cluster.sequence(stream) in cluster.core.groups[name].running:
                     cluster.abort(stream)
     assert not cluster.core.groups[home].free_rows
-    cluster.submit([*pages(0, 0), 1], max_tokens=1)
+    cluster.submit([*filled(0, 0), 1], max_tokens=1)
     assert parts(cluster)["miss_routed"] == 8
     cluster.run()
 
 
 def test_a_request_for_prompt_logprobs_takes_no_hit_but_its_siblings_do() -> None:
     cluster = Cluster((16,))
-    cluster.submit([*pages(0, 1), 1], max_tokens=1)
+    cluster.submit([*filled(0, 1), 1], max_tokens=1)
     cluster.run()
-    first, second = cluster.submit([*pages(0, 1), 1], n=2, max_tokens=2, prompt_logprobs=1)
+    first, second = cluster.submit([*filled(0, 1), 1], n=2, max_tokens=2, prompt_logprobs=1)
     cluster.run()
     assert (cluster.cached_tokens(first), cluster.cached_tokens(second)) == (0, 8)
 
 
 def test_the_map_shows_each_block_in_its_state() -> None:
     cluster = Cluster((6,))
-    cluster.submit([*pages(0), 1], max_tokens=1)
+    cluster.submit([*filled(0), 1], max_tokens=1)
     cluster.run()
     for _ in range(2):
-        cluster.submit([*pages(0), 1], max_tokens=3)
+        cluster.submit([*filled(0), 1], max_tokens=3)
     (group,) = pool_maps(cluster.core)
     stats = stats_of(cluster).groups[0]
     assert sorted(group.states).count(2) == stats.shared_blocks == 1

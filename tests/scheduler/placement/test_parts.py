@@ -1,4 +1,4 @@
-"""Reuse inside a page, through the core and simulated groups: the cluster checks tokens, the tests how much was computed."""
+"""Reuse inside a block, through the core and simulated groups: the cluster checks tokens, the tests how much was computed."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from kvcache.ids import GroupId
 from scheduler.protocol.messages import Copy, Start
 from scheduler.sequence import State
 from scheduler.server.stats import snapshot
-from tests.scheduler.cluster import Cluster, Stream, pages
+from tests.scheduler.cluster import Cluster, Stream, filled
 
 
 def cluster_of_parts(*pools: int, **options: int | bool) -> Cluster:
@@ -29,14 +29,14 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new() -> None:
     first = finish(cluster, [0, 1, 1], max_tokens=4)
     said = [0, 1, 1, *first.tokens]
     second = cluster.submit([*said, 1, 0], max_tokens=2)[0]
-    assert not issued(cluster, Copy), "nobody uses the last page of the first turn: the second goes on in it"
+    assert not issued(cluster, Copy), "nobody uses the last block of the first turn: the second goes on in it"
     cluster.run()
     assert cluster.cached_tokens(second) == 6, "all but the last token of the first turn, whose KV was never written"
     third = finish(cluster, [*said, 1, 0, *second.tokens, 0])
     assert cluster.cached_tokens(third) == 10
 
 
-def test_a_prompt_that_diverges_inside_a_page_of_a_running_sequence_copies_what_they_share() -> None:
+def test_a_prompt_that_diverges_inside_a_block_of_a_running_sequence_copies_what_they_share() -> None:
     cluster = cluster_of_parts()
     author = cluster.submit([0, 1, 1], max_tokens=8)[0]
     cluster.step()
@@ -55,27 +55,27 @@ def test_a_prompt_that_diverges_inside_a_page_of_a_running_sequence_copies_what_
 
 def test_a_source_that_is_granted_again_at_once_is_copied_before_it_is_overwritten() -> None:
     cluster = cluster_of_parts(3)
-    finish(cluster, [*pages(0, 1), 1])
-    reader = cluster.submit([*pages(0), 1, 1, 1, 0], max_tokens=1)[0]
+    finish(cluster, [*filled(0, 1), 1])
+    reader = cluster.submit([*filled(0), 1, 1, 1, 0], max_tokens=1)[0]
     assert issued(cluster, Copy)
     cluster.abort(reader)
-    other = cluster.submit([1] * 11, max_tokens=2)[0]  # takes every page, the source and the target too
+    other = cluster.submit([1] * 11, max_tokens=2)[0]  # takes every block, the source and the target too
     cluster.run()
     assert cluster.cached_tokens(other) == 0
 
 
-def test_choices_of_one_prompt_share_its_last_page_too() -> None:
+def test_choices_of_one_prompt_share_its_last_block_too() -> None:
     cluster = cluster_of_parts(8)
-    cluster.submit([*pages(0), 1, 0, 1], n=3, max_tokens=4)
+    cluster.submit([*filled(0), 1, 0, 1], n=3, max_tokens=4)
     cluster.run()
     counters = cluster.core.counters
     assert (counters.started_tokens, counters.cached_tokens, counters.part_tokens) == (21, 12, 4)
     assert counters.parts_copied == 2
 
 
-def test_a_preempted_sequence_goes_on_in_the_page_where_it_was() -> None:
+def test_a_preempted_sequence_goes_on_in_the_block_where_it_was() -> None:
     cluster = cluster_of_parts(5, grant_ahead=1)
-    old = cluster.submit(pages(0, 0), max_tokens=12)[0]
+    old = cluster.submit(filled(0, 0), max_tokens=12)[0]
     young = cluster.submit([1, 1, 1], max_tokens=8)[0]
     while not cluster.core.counters.preemptions:
         cluster.step()
@@ -87,12 +87,12 @@ def test_a_preempted_sequence_goes_on_in_the_page_where_it_was() -> None:
     assert len(young.tokens) == 8
 
 
-def test_what_was_dropped_in_the_middle_of_a_page_is_found_by_its_successor() -> None:
+def test_what_was_dropped_in_the_middle_of_a_block_is_found_by_its_successor() -> None:
     cluster = cluster_of_parts()
-    gone = cluster.submit([*pages(1), 0, 0], max_tokens=8)[0]
+    gone = cluster.submit([*filled(1), 0, 0], max_tokens=8)[0]
     cluster.step(times=2)
     cluster.abort(gone)
-    again = finish(cluster, [*pages(1), 0, 0, 1, 0])
+    again = finish(cluster, [*filled(1), 0, 0, 1, 0])
     assert cluster.cached_tokens(again) == 6
 
 
@@ -116,7 +116,7 @@ def test_hits_and_misses_sum_up_with_and_without_parts(stride: int) -> None:
     for prompt in ([0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 1, 0], [0, 1, 0, 0], [1] * 9, [1] * 10, [0, 1, 1, 0, 1, 1, 1]):
         finish(cluster, prompt, max_tokens=2)
     stats = snapshot(cluster.core)
-    missed = stats.miss_cold + stats.miss_evicted + stats.miss_routed + stats.miss_inside_page
+    missed = stats.miss_cold + stats.miss_evicted + stats.miss_routed + stats.miss_inside_block
     assert stats.cached_tokens + missed == stats.started_tokens == 42
     assert (stats.part_tokens > 0) == (stride > 0)
 
@@ -129,24 +129,24 @@ def test_a_prompt_whose_own_log_probabilities_are_wanted_takes_no_part() -> None
     assert cluster.cached_tokens(stream) == 0
 
 
-def test_what_a_running_sequence_has_decoded_of_its_page_is_found_when_somebody_asks() -> None:
-    cluster = cluster_of_parts(12, page_size=8)
+def test_what_a_running_sequence_has_decoded_of_its_block_is_found_when_somebody_asks() -> None:
+    cluster = cluster_of_parts(12, block_size=8)
     author = cluster.submit([0, 1, 1], max_tokens=20)[0]
     cluster.step(times=3)
-    assert not cluster.core.table.index.heads.newest, "nothing of its page is published as long as nobody asks"
+    assert not cluster.core.table.index.heads.newest, "nothing of its block is published as long as nobody asks"
     computed = [0, 1, 1, *author.tokens[:-1]]
     reader = cluster.submit([*computed, 1 - author.tokens[-1], 0], max_tokens=2)[0]
     assert cluster.sequence(reader).cached_tokens == len(computed) == 5
     cluster.step(times=8)
     computed = [0, 1, 1, *author.tokens[:-1]]
-    assert len(computed) > 8, "the author has turned to another page, which it has not filled"
+    assert len(computed) > 8, "the author has turned to another block, which it has not filled"
     later = cluster.submit([*computed, 0, 0], max_tokens=2)[0]
     assert cluster.sequence(later).cached_tokens == len(computed)
     cluster.run()
 
 
 def test_a_running_sequence_shows_nothing_to_a_prompt_that_goes_on_differently() -> None:
-    cluster = cluster_of_parts(12, page_size=8)
+    cluster = cluster_of_parts(12, block_size=8)
     author = cluster.submit([0, 1, 1, 0], max_tokens=3)[0]
     cluster.step()
     cluster.submit([0, 0, 1, 0, 1], max_tokens=2)
@@ -156,8 +156,8 @@ def test_a_running_sequence_shows_nothing_to_a_prompt_that_goes_on_differently()
     cluster.run()
 
 
-def test_a_burst_of_prompts_that_share_less_than_a_page_computes_it_once() -> None:
-    cluster = cluster_of_parts(16, page_size=8)
+def test_a_burst_of_prompts_that_share_less_than_a_block_computes_it_once() -> None:
+    cluster = cluster_of_parts(16, block_size=8)
     common = [0, 1, 1, 0, 0]
     streams = [cluster.submit([*common, end, end], max_tokens=2)[0] for end in (0, 1, 0, 1)]
     states = [cluster.sequence(stream).state for stream in streams]
@@ -171,10 +171,10 @@ def test_a_burst_of_prompts_that_share_less_than_a_page_computes_it_once() -> No
     assert min(cached[2:]) >= len(common)
 
 
-def test_a_burst_waits_for_the_page_in_which_its_prompts_part_not_for_the_whole_first_prompt() -> None:
-    cluster = cluster_of_parts(16, page_size=4, budget=4)
-    long = cluster.submit([*pages(0), 1, 1, 0, *pages(1, 1, 0, 1)], max_tokens=2)[0]
-    other = cluster.submit([*pages(0), 1, 1, 1, 1], max_tokens=2)[0]
+def test_a_burst_waits_for_the_block_in_which_its_prompts_part_not_for_the_whole_first_prompt() -> None:
+    cluster = cluster_of_parts(16, block_size=4, budget=4)
+    long = cluster.submit([*filled(0), 1, 1, 0, *filled(1, 1, 0, 1)], max_tokens=2)[0]
+    other = cluster.submit([*filled(0), 1, 1, 1, 1], max_tokens=2)[0]
     assert cluster.sequence(other).state is State.DEFERRED
     cluster.step(times=2)
     assert cluster.sequence(other).state is State.RUNNING
@@ -184,7 +184,7 @@ def test_a_burst_waits_for_the_page_in_which_its_prompts_part_not_for_the_whole_
 
 
 def test_little_in_common_is_not_waited_for() -> None:
-    cluster = cluster_of_parts(16, page_size=8)
+    cluster = cluster_of_parts(16, block_size=8)
     streams = [cluster.submit([0, 1, 1, end, end, 0], max_tokens=2)[0] for end in (0, 1)]
     assert {cluster.sequence(stream).state for stream in streams} == {State.RUNNING}
     cluster.run()
@@ -192,7 +192,7 @@ def test_little_in_common_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("how", ["abort", "group lost"])
 def test_whoever_waits_for_a_part_goes_on_when_its_author_leaves(how: str) -> None:
-    cluster = cluster_of_parts(8, 8, page_size=8)
+    cluster = cluster_of_parts(8, 8, block_size=8)
     author = cluster.submit([0, 1, 1, 0, 0], max_tokens=2)[0]
     other = cluster.submit([0, 1, 1, 0, 0, 1], max_tokens=2)[0]
     assert cluster.sequence(other).state is State.DEFERRED

@@ -10,16 +10,16 @@ from scheduler.invariants import check
 from scheduler.protocol.messages import Remap, Report, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.sequence import State
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 
 def test_a_stale_hash_entry_is_not_hit_after_its_block_was_reused() -> None:
     cluster = Cluster((4,))
-    cluster.submit([*pages(0, 1), 0], max_tokens=2)
+    cluster.submit([*filled(0, 1), 0], max_tokens=2)
     cluster.run()
-    other = cluster.submit([*pages(1, 1), 1], max_tokens=8)[0]  # takes all blocks, those of the first prompt too
+    other = cluster.submit([*filled(1, 1), 1], max_tokens=8)[0]  # takes all blocks, those of the first prompt too
     cluster.run()
-    again = cluster.submit([*pages(0, 1), 0], max_tokens=2)[0]
+    again = cluster.submit([*filled(0, 1), 0], max_tokens=2)[0]
     cluster.run()
     assert cluster.cached_tokens(other) == 0
     assert cluster.cached_tokens(again) == 0
@@ -27,9 +27,9 @@ def test_a_stale_hash_entry_is_not_hit_after_its_block_was_reused() -> None:
 
 def test_a_prompt_whose_every_block_is_cached_still_computes_its_last_token() -> None:
     cluster = Cluster((8,))
-    first = cluster.submit(pages(0, 1, 0), max_tokens=2)[0]
+    first = cluster.submit(filled(0, 1, 0), max_tokens=2)[0]
     cluster.run()
-    again = cluster.submit(pages(0, 1, 0), max_tokens=2)[0]
+    again = cluster.submit(filled(0, 1, 0), max_tokens=2)[0]
     assert cluster.core.groups[GroupId(0)].pending[cluster.sequence(again).row] == 4
     cluster.run()
     assert cluster.cached_tokens(again) == 8
@@ -38,9 +38,9 @@ def test_a_prompt_whose_every_block_is_cached_still_computes_its_last_token() ->
 
 def test_a_prompt_may_hit_what_another_one_s_output_filled() -> None:
     cluster = Cluster((8,))
-    first = cluster.submit(pages(0), max_tokens=9)[0]
+    first = cluster.submit(filled(0), max_tokens=9)[0]
     cluster.run()
-    again = cluster.submit([*pages(0), *first.tokens], max_tokens=1)[0]
+    again = cluster.submit([*filled(0), *first.tokens], max_tokens=1)[0]
     cluster.run()
     assert cluster.cached_tokens(again) == 12
 
@@ -48,23 +48,23 @@ def test_a_prompt_may_hit_what_another_one_s_output_filled() -> None:
 def test_without_prefix_caching_nothing_is_published() -> None:
     cluster = Cluster((8,), prefix_caching=False)
     for _ in range(2):
-        stream = cluster.submit(pages(0, 1), max_tokens=6)[0]
+        stream = cluster.submit(filled(0, 1), max_tokens=6)[0]
         cluster.run()
         assert cluster.cached_tokens(stream) == 0
     assert cluster.core.table.usage(GroupId(0)).cached == 0
 
 
-def test_tenants_do_not_hit_each_other_s_pages() -> None:
+def test_tenants_do_not_hit_each_other_s_blocks() -> None:
     cluster = Cluster((8,))
     for salt, hit in (("a", 0), ("b", 0), ("a", 4), ("", 0)):
-        stream = cluster.submit([*pages(0), 1], salt=salt, max_tokens=1)[0]
+        stream = cluster.submit([*filled(0), 1], salt=salt, max_tokens=1)[0]
         cluster.run()
         assert cluster.cached_tokens(stream) == hit
 
 
 def test_twins_in_one_batch_compute_both_and_the_second_adopts_the_first_one_s_blocks() -> None:
     cluster = Cluster((8,), wait_for_prefix=False)
-    first, second = (cluster.submit([*pages(0, 1), 0], max_tokens=2)[0] for _ in range(2))
+    first, second = (cluster.submit([*filled(0, 1), 0], max_tokens=2)[0] for _ in range(2))
     cluster.deliver()
     assert cluster.held() == 6
     cluster.turn()
@@ -81,10 +81,10 @@ def test_twins_in_one_batch_compute_both_and_the_second_adopts_the_first_one_s_b
 
 def test_a_second_request_with_the_same_new_prefix_waits_and_then_hits() -> None:
     cluster = Cluster((8,), budget=4)
-    first, second = (cluster.submit([*pages(0, 1), tail], max_tokens=2)[0] for tail in (0, 1))
+    first, second = (cluster.submit([*filled(0, 1), tail], max_tokens=2)[0] for tail in (0, 1))
     assert cluster.sequence(second).state is State.DEFERRED
     cluster.step()
-    assert cluster.sequence(second).state is State.DEFERRED, "the first shared page is there, the second is not"
+    assert cluster.sequence(second).state is State.DEFERRED, "the first shared block is there, the second is not"
     cluster.step()
     assert cluster.sequence(second).state is State.RUNNING
     cluster.run()
@@ -94,7 +94,7 @@ def test_a_second_request_with_the_same_new_prefix_waits_and_then_hits() -> None
 
 def test_siblings_start_once_the_first_one_s_prompt_is_published() -> None:
     cluster = Cluster((8,), budget=4)
-    streams = cluster.submit([*pages(0, 1), 0], n=3, max_tokens=3)
+    streams = cluster.submit([*filled(0, 1), 0], n=3, max_tokens=3)
     states = [cluster.sequence(stream).state for stream in streams]
     assert states == [State.RUNNING, State.DEFERRED, State.DEFERRED]
     cluster.step(times=2)
@@ -103,7 +103,7 @@ def test_siblings_start_once_the_first_one_s_prompt_is_published() -> None:
     assert [cluster.cached_tokens(stream) for stream in streams] == [0, 8, 8]
 
 
-def test_siblings_of_a_prompt_shorter_than_a_page_start_at_once() -> None:
+def test_siblings_of_a_prompt_shorter_than_a_block_start_at_once() -> None:
     cluster = Cluster((8,))
     streams = cluster.submit([0, 1], n=3, max_tokens=3)
     assert {cluster.sequence(stream).state for stream in streams} == {State.RUNNING}
@@ -133,8 +133,8 @@ def test_what_is_long_in_coming_is_computed_where_nothing_is_queued(queued: int,
 def test_what_is_long_in_coming_is_waited_for_if_there_is_nowhere_else_to_go() -> None:
     cluster = Cluster((64,), budget=4)
     cluster.submit([1, 0] * 15, max_tokens=1)
-    cluster.submit([*pages(0), 1], max_tokens=1)
-    other = cluster.submit([*pages(0), 0], max_tokens=1)[0]
+    cluster.submit([*filled(0), 1], max_tokens=1)
+    other = cluster.submit([*filled(0), 0], max_tokens=1)[0]
     assert cluster.sequence(other).state is State.DEFERRED
     cluster.run()
     assert cluster.cached_tokens(other) == 4
@@ -143,8 +143,8 @@ def test_what_is_long_in_coming_is_waited_for_if_there_is_nowhere_else_to_go() -
 @pytest.mark.parametrize("how", ["abort", "stop", "front end gone", "group lost"])
 def test_whoever_waits_for_an_author_goes_on_when_it_leaves(how: str) -> None:
     cluster = Cluster((8, 8), budget=4)
-    author = cluster.submit([*pages(0, 1, 1), 0], front_end=0)[0]
-    waiters = [cluster.submit([*pages(0, 1, 1), 1], front_end=1, max_tokens=2)[0] for _ in range(2)]
+    author = cluster.submit([*filled(0, 1, 1), 0], front_end=0)[0]
+    waiters = [cluster.submit([*filled(0, 1, 1), 1], front_end=1, max_tokens=2)[0] for _ in range(2)]
     cluster.step()
     home = cluster.sequence(author).blocks
     assert home is not None
@@ -168,8 +168,8 @@ def test_whoever_waits_for_an_author_goes_on_when_it_is_preempted() -> None:
     cluster = Cluster((7,), budget=2)
     cluster.submit([0], max_tokens=28)
     cluster.step(times=7)
-    author = cluster.submit([*pages(1, 1), 1], max_tokens=3)[0]
-    waiter = cluster.submit([*pages(1, 1), 0], max_tokens=3)[0]
+    author = cluster.submit([*filled(1, 1), 1], max_tokens=3)[0]
+    waiter = cluster.submit([*filled(1, 1), 0], max_tokens=3)[0]
     while not cluster.sequence(author).preemptions:
         assert cluster.sequence(waiter).state is State.DEFERRED
         cluster.step()
@@ -177,20 +177,20 @@ def test_whoever_waits_for_an_author_goes_on_when_it_is_preempted() -> None:
     cluster.run()
 
 
-def test_a_waiter_that_was_aborted_stays_ended_when_the_page_comes() -> None:
+def test_a_waiter_that_was_aborted_stays_ended_when_the_block_comes() -> None:
     cluster = Cluster((8,), budget=4)
-    cluster.submit([*pages(0, 1), 0], max_tokens=2)
-    waiter = cluster.submit([*pages(0, 1), 1], max_tokens=2)[0]
+    cluster.submit([*filled(0, 1), 0], max_tokens=2)
+    waiter = cluster.submit([*filled(0, 1), 1], max_tokens=2)[0]
     cluster.abort(waiter)
     cluster.run()
     assert waiter.tokens == []
 
 
-def test_equal_hashes_of_different_pages_cost_a_wait_and_nothing_else() -> None:
+def test_equal_hashes_of_different_blocks_cost_a_wait_and_nothing_else() -> None:
     """As if xxhash collided throughout: the tokens decide what is a hit, and nobody waits for ever."""
     cluster = Cluster((16,))
     core, group = cluster.core, cluster.groups[GroupId(0)]
-    prompts = [pages(0, 1, 0), pages(0, 1, 1), pages(1, 1, 1), pages(1, 1, 1)]
+    prompts = [filled(0, 1, 0), filled(0, 1, 1), filled(1, 1, 1), filled(1, 1, 1)]
     for stream, prompt in enumerate(prompts):
         hashes = np.full(len(prompt) // 4, 7, np.uint64).tobytes()
         tokens = np.array(prompt, np.int32).tobytes()
@@ -214,10 +214,10 @@ def test_equal_hashes_of_different_pages_cost_a_wait_and_nothing_else() -> None:
 
 def test_shared_blocks_are_held_until_the_last_holder_ends() -> None:
     cluster = Cluster((16,))
-    cluster.submit([*pages(0, 1), 0], max_tokens=1)
+    cluster.submit([*filled(0, 1), 0], max_tokens=1)
     cluster.run()
-    short = cluster.submit([*pages(0, 1), 0], max_tokens=2)[0]
-    longer = cluster.submit([*pages(0, 1), 1], max_tokens=8)[0]
+    short = cluster.submit([*filled(0, 1), 0], max_tokens=2)[0]
+    longer = cluster.submit([*filled(0, 1), 1], max_tokens=8)[0]
     table = cluster.core.table
     assert table.shared(GroupId(0)) == 2
     blocks = cluster.sequence(longer).blocks
@@ -233,8 +233,8 @@ def test_shared_blocks_are_held_until_the_last_holder_ends() -> None:
 
 
 def test_a_wrong_number_of_hashes_is_not_trusted() -> None:
-    core = SchedulerCore(CoreConfig(page_size=4))
+    core = SchedulerCore(CoreConfig(block_size=4))
     core.group_up(GroupId(0), 0, 8, 4)
-    core.submit(0, Request(0, np.array(pages(0, 1), np.int32).tobytes(), b"\0" * 8, SamplingParams()))
+    core.submit(0, Request(0, np.array(filled(0, 1), np.int32).tobytes(), b"\0" * 8, SamplingParams()))
     assert len(core.sequences[0, 0].hashes) == 2
     check(core)

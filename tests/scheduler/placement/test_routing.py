@@ -27,8 +27,8 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
             sequence.hash_up_to(limit // 4, 4)
             match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
-            source, pages = routing._best_source(match, parts), cluster.core._state.pages_for(sequence, len(tokens))
-            placed = Prompt(sequence, match, parts, pages, source, 4)
+            source, blocks = routing._best_source(match, parts), cluster.core._state.blocks_for(sequence, len(tokens))
+            placed = Prompt(sequence, match, parts, blocks, source, 4)
             few, many = routing._of_few(placed), routing._of_many(placed)
             assert few == many
             found += few is not None and few.source is not None

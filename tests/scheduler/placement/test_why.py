@@ -5,14 +5,14 @@ import logging
 import pytest
 
 from scheduler.placement.why import Decision
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 
 def test_what_is_told_is_what_was_done() -> None:
     cluster = Cluster((64, 64), fetch=True)
     told: list[Decision] = []
     cluster.core.explain(told.append)
-    prefix = pages(*[0, 1] * 4)
+    prefix = filled(*[0, 1] * 4)
     cluster.submit(prefix, max_tokens=1)
     cluster.run()
     cluster.submit([1] * 60, max_tokens=1)

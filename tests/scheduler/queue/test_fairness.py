@@ -14,7 +14,7 @@ from scheduler.queue.limits import RequestRefused
 from scheduler.queue.waiting import WaitingRoom
 from scheduler.sequence import OUTPUT_WEIGHT, PRIORITY_SHIFT, Sequence, State
 from scheduler.server.stats import snapshot
-from tests.scheduler.cluster import Cluster, Stream, pages
+from tests.scheduler.cluster import Cluster, Stream, filled
 
 numbers = itertools.count()
 
@@ -23,7 +23,7 @@ def waiting(queue: FairQueue, tenant: str, tokens: int = 10, priority: int = 0) 
     number = next(numbers)
     return Sequence(
         number=number, place=(priority << PRIORITY_SHIFT) + number, arrived_s=0.0, front_end=0, stream=number, choice=0,
-        params=SamplingParams(), seed=0, stop_ids=(), salt="", prompt_tokens=tokens, max_tokens=8, pages_at_most=1, hashes=[],
+        params=SamplingParams(), seed=0, stop_ids=(), salt="", prompt_tokens=tokens, max_tokens=8, blocks_at_most=1, hashes=[],
         buffer=np.zeros(tokens, np.int32), committed=tokens, tenant=queue.open(tenant), ticket=1 + number,
     )  # fmt: skip
 
@@ -178,19 +178,19 @@ def test_a_tenant_that_floods_the_queue_does_not_delay_another() -> None:
 
 
 def test_tenants_are_charged_for_what_was_computed_and_what_came_out() -> None:
-    cluster = Cluster((16,), page_size=4)
+    cluster = Cluster((16,), block_size=4)
     served = cluster.core.waiting.fair.served
-    cluster.submit([*pages(0, 1), 1], max_tokens=1, tenant="first")
+    cluster.submit([*filled(0, 1), 1], max_tokens=1, tenant="first")
     assert served("first") == 9, "the prompt, when it starts"
     cluster.run()
     assert served("first") == 9 + OUTPUT_WEIGHT
     base = served("first")  # of the one that waited last: whoever comes now is lifted to it
-    stream = cluster.submit([*pages(0, 1), 1], max_tokens=7, tenant="second")[0]
-    assert served("second") == base + 1, "two pages are cached"
+    stream = cluster.submit([*filled(0, 1), 1], max_tokens=7, tenant="second")[0]
+    assert served("second") == base + 1, "two blocks are cached"
     while stream.finished is None:
         cluster.step()
         late = base + 1 + OUTPUT_WEIGHT * len(stream.tokens) - served("second")
-        assert 0 <= late <= OUTPUT_WEIGHT * 4, "output is charged by the page"
+        assert 0 <= late <= OUTPUT_WEIGHT * 4, "output is charged by the block"
     assert served("second") == base + 1 + OUTPUT_WEIGHT * 7
 
 

@@ -1,4 +1,4 @@
-"""A request's life: refused, ended in every state, exact at the page border, and told once."""
+"""A request's life: refused, ended in every state, exact at the block border, and told once."""
 
 from collections.abc import Callable
 
@@ -6,21 +6,21 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import FinishReason
-from scheduler.queue.limits import RequestRefused, output_limit, pages_for
+from scheduler.queue.limits import RequestRefused, blocks_for, output_limit
 from scheduler.running.resident import ProtocolError
 from scheduler.sequence import State
 from scheduler.server.stats import snapshot
-from tests.scheduler.cluster import Cluster, Stream, pages
+from tests.scheduler.cluster import Cluster, Stream, filled
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 5, 8])
 @pytest.mark.parametrize("output", [1, 4, 5, 8, 9])
 @pytest.mark.parametrize(("depth", "steps"), [(0, 1), (1, 1), (1, 4)])
-def test_lengths_around_the_page_border(prompt: int, output: int, depth: int, steps: int) -> None:
-    """A prompt that exactly fills a page; an output that ends with one. Never is a page more held than needed."""
+def test_lengths_around_the_block_border(prompt: int, output: int, depth: int, steps: int) -> None:
+    """A prompt that exactly fills a block; an output that ends with one. Never is a block more held than needed."""
     cluster = Cluster((8,), depth=depth, steps=steps)
     stream = cluster.submit([1] * prompt, max_tokens=output)[0]
-    needed = pages_for(prompt + output - 1, 4)
+    needed = blocks_for(prompt + output - 1, 4)
     most = 0
     while stream.finished is None:
         most = max(most, cluster.held())
@@ -33,16 +33,16 @@ def test_lengths_around_the_page_border(prompt: int, output: int, depth: int, st
 
 def test_the_largest_request_that_fits_the_pool_uses_all_of_it() -> None:
     cluster = Cluster((3,))
-    stream = cluster.submit(pages(0), max_tokens=9)[0]
+    stream = cluster.submit(filled(0), max_tokens=9)[0]
     cluster.run()
     assert len(stream.tokens) == 9
     with pytest.raises(RequestRefused):
-        cluster.submit(pages(0), max_tokens=10)
+        cluster.submit(filled(0), max_tokens=10)
 
 
 def test_max_tokens_none_goes_on_to_the_end_of_the_pool() -> None:
     cluster = Cluster((3,))
-    stream = cluster.submit(pages(0), max_tokens=None)[0]
+    stream = cluster.submit(filled(0), max_tokens=None)[0]
     cluster.run()
     assert cluster.reason(stream) is FinishReason.LENGTH
     assert len(stream.tokens) == 3 * 4 + 1 - 4
@@ -50,7 +50,7 @@ def test_max_tokens_none_goes_on_to_the_end_of_the_pool() -> None:
 
 def test_max_tokens_none_goes_on_to_the_end_of_the_model() -> None:
     cluster = Cluster((16,), model_len=10)
-    stream = cluster.submit(pages(0), max_tokens=None)[0]
+    stream = cluster.submit(filled(0), max_tokens=None)[0]
     cluster.run()
     assert len(stream.tokens) == 6
 
@@ -64,8 +64,8 @@ def test_max_tokens_none_goes_on_to_the_end_of_the_model() -> None:
         (0, 1, 99, 9, ["empty"]),
         (90, 10, 99, 99, ["90 prompt tokens", "max_tokens=10", "99 tokens", "raise max_model_len"]),
         (99, None, 99, 99, ["99 prompt tokens", "max_tokens=1", "99 tokens"]),
-        (30, 8, 99, 9, ["30 prompt tokens", "max_tokens=8", "10 pages of 4", "has 9", "raise kv_memory"]),
-        (38, None, 99, 9, ["38 prompt tokens", "10 pages of 4", "has 9"]),
+        (30, 8, 99, 9, ["30 prompt tokens", "max_tokens=8", "10 blocks of 4", "has 9", "raise kv_memory"]),
+        (38, None, 99, 9, ["38 prompt tokens", "10 blocks of 4", "has 9"]),
         (1, 1, 99, 0, ["no group of workers"]),
     ],
 )
@@ -107,24 +107,24 @@ def test_a_stream_number_in_use_is_an_error() -> None:
 
 
 def queued(cluster: Cluster) -> Stream:
-    cluster.submit(pages(0, 0, 0, 0), max_tokens=17)
-    return cluster.submit(pages(1, 1, 1, 1, 1), max_tokens=2)[0]
+    cluster.submit(filled(0, 0, 0, 0), max_tokens=17)
+    return cluster.submit(filled(1, 1, 1, 1, 1), max_tokens=2)[0]
 
 
 def deferred(cluster: Cluster) -> Stream:
-    cluster.submit([*pages(0, 1), 0], max_tokens=2)
-    return cluster.submit([*pages(0, 1), 1], max_tokens=2)[0]
+    cluster.submit([*filled(0, 1), 0], max_tokens=2)
+    return cluster.submit([*filled(0, 1), 1], max_tokens=2)[0]
 
 
 def prefilling(cluster: Cluster) -> Stream:
-    stream = cluster.submit(pages(0, 1, 1), max_tokens=2)[0]
+    stream = cluster.submit(filled(0, 1, 1), max_tokens=2)[0]
     cluster.step()
     assert not stream.tokens
     return stream
 
 
 def decoding(cluster: Cluster) -> Stream:
-    stream = cluster.submit(pages(0), max_tokens=9)[0]
+    stream = cluster.submit(filled(0), max_tokens=9)[0]
     cluster.step(times=3)
     assert stream.tokens
     return stream
@@ -210,7 +210,7 @@ def test_a_front_end_that_goes_takes_its_requests_along() -> None:
 
 def test_counters_and_statistics() -> None:
     cluster = Cluster((8,))
-    cluster.submit([*pages(0, 1), 0], n=2, max_tokens=3)
+    cluster.submit([*filled(0, 1), 0], n=2, max_tokens=3)
     cluster.run()
     cluster.core.expect(GroupId(1), 8)
     stats = snapshot(cluster.core)

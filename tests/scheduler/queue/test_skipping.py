@@ -19,7 +19,7 @@ def running(cluster: Cluster, stream: Stream) -> bool:
 
 def test_a_small_one_passes_a_large_one_that_finds_no_room() -> None:
     cluster = Cluster((8,), rows=8, prefix_caching=False)
-    cluster.submit([0] * 4, max_tokens=13)  # four pages at most
+    cluster.submit([0] * 4, max_tokens=13)  # four blocks at most
     large = cluster.submit([0] * 24, max_tokens=4)[0]
     small = cluster.submit([1], max_tokens=2)[0]
     assert running(cluster, small)
@@ -168,7 +168,7 @@ def test_a_request_without_any_time_ends_at_once(choices: int) -> None:
     cluster.run()
 
 
-def test_a_running_sequence_ends_at_the_next_page_and_its_pages_are_free() -> None:
+def test_a_running_sequence_ends_at_the_next_block_and_its_blocks_are_free() -> None:
     cluster = Cluster((8,), rows=2)
     late, other = cluster.submit([1] * 4, max_tokens=20, deadline_s=3.0)[0], cluster.submit([0] * 4, max_tokens=20)[0]
     cluster.step(times=3)

@@ -1,12 +1,12 @@
 """A group counts what it will have to compute of those whose prefix is still on its way there."""
 
 from scheduler.sequence import State
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 
 def test_what_those_who_fetch_will_compute_is_seen_by_who_comes_next() -> None:
     cluster = Cluster((64, 64), fetch=True)
-    prefix = pages(*[0, 1] * 4)
+    prefix = filled(*[0, 1] * 4)
     cluster.submit(prefix, max_tokens=1)
     cluster.run()
     busy = cluster.submit([1] * 60, max_tokens=1)[0]

@@ -10,13 +10,13 @@ from scheduler.invariants import check
 from scheduler.protocol.messages import NO_TOKEN, Drop, FinishReason, Grant, Report, Request, Start
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.running.resident import ProtocolError
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 HERE = GroupId(0)
 
 
 def test_a_decode_step_sends_nothing_down() -> None:
-    cluster = Cluster((8,), page_size=16)
+    cluster = Cluster((8,), block_size=16)
     cluster.submit([1], max_tokens=30)
     cluster.step(times=2)
     for _ in range(8):
@@ -36,7 +36,7 @@ def test_commands_are_numbered_without_a_gap_from_0_in_each_epoch() -> None:
 
 
 def test_only_those_who_were_told_something_are_handed_out_and_no_former_epoch_is() -> None:
-    core = SchedulerCore(CoreConfig(page_size=4, max_model_len=64))
+    core = SchedulerCore(CoreConfig(block_size=4, max_model_len=64))
     for group in range(3):
         core.group_up(GroupId(group), 0, 8, 4)
     for stream in range(2):
@@ -66,7 +66,7 @@ def test_a_gap_in_the_reports_is_an_error_that_names_both_numbers() -> None:
 
 @pytest.mark.parametrize("steps", [0, 5])
 def test_a_report_of_too_many_steps_is_an_error(steps: int) -> None:
-    """The scheduler keeps one page and one report of tokens that are not yet written back."""
+    """The scheduler keeps one block and one report of tokens that are not yet written back."""
     cluster = Cluster((8,))
     stream = cluster.submit([1], max_tokens=20)[0]
     lease = cluster.sequence(stream).lease
@@ -77,7 +77,7 @@ def test_a_report_of_too_many_steps_is_an_error(steps: int) -> None:
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5])
-def test_reports_of_a_whole_page_of_steps_lose_no_token(prompt: int) -> None:
+def test_reports_of_a_whole_block_of_steps_lose_no_token(prompt: int) -> None:
     cluster = Cluster((16,), steps=4, depth=1)
     streams = [cluster.submit([1] * (prompt + more), max_tokens=25)[0] for more in range(3)]
     cluster.run()
@@ -111,11 +111,11 @@ def test_a_row_is_reused_at_once_and_the_former_lease_s_late_tokens_are_not_take
 
 def test_a_block_may_be_granted_again_before_the_leader_has_heard_of_the_drop() -> None:
     cluster = Cluster((4,), depth=1, prefix_caching=False)
-    gone = cluster.submit(pages(0, 1), max_tokens=8)[0]
+    gone = cluster.submit(filled(0, 1), max_tokens=8)[0]
     cluster.step(times=4)
     cluster.turn()
     cluster.abort(gone)
-    new = cluster.submit(pages(1, 1, 0), max_tokens=4)[0]
+    new = cluster.submit(filled(1, 1, 0), max_tokens=4)[0]
     cluster.turn()  # the commands are still on their way: another step of the old lease, in blocks of the new one
     cluster.arrive()
     cluster.run()
@@ -168,7 +168,7 @@ def test_a_report_of_a_group_that_is_gone_is_discarded() -> None:
 
 
 def test_log_probabilities_go_to_the_stream_of_their_lease_and_no_further_than_the_cut() -> None:
-    core = SchedulerCore(CoreConfig(page_size=16))
+    core = SchedulerCore(CoreConfig(block_size=16))
     core.group_up(HERE, 0, 8, 4)
     for front_end in (0, 1, 2):
         params = SamplingParams(max_tokens=9, logprobs=1)
@@ -202,7 +202,7 @@ def test_log_probabilities_go_to_the_stream_of_their_lease_and_no_further_than_t
 
 
 def test_log_probabilities_of_a_prompt_come_with_the_chunk_that_sampled_nothing() -> None:
-    core = SchedulerCore(CoreConfig(page_size=16))
+    core = SchedulerCore(CoreConfig(block_size=16))
     core.group_up(HERE, 0, 8, 4)
     core.submit(0, Request(7, np.ones(9, np.int32).tobytes(), b"", SamplingParams(max_tokens=2, prompt_logprobs=0)))
     lease = core.groups[HERE].lease[:1].tobytes()
@@ -225,9 +225,9 @@ def test_log_probabilities_alone_are_told_too() -> None:
     cluster.run()
 
 
-def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_pages() -> None:
+def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_blocks() -> None:
     """No token came with the step that failed, but its KV was computed."""
-    core = SchedulerCore(CoreConfig(page_size=16))
+    core = SchedulerCore(CoreConfig(block_size=16))
     core.group_up(HERE, 0, 8, 4)
     core.submit(0, Request(7, np.ones(16, np.int32).tobytes(), b"", SamplingParams(max_tokens=9)))
     lease = core.groups[HERE].lease[:1]

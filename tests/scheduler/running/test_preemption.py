@@ -9,7 +9,7 @@ from scheduler.running import paging
 from scheduler.running.resident import ResidentGroup
 from scheduler.running.victims import find_victim
 from scheduler.sequence import Sequence, State
-from tests.scheduler.cluster import Cluster, pages
+from tests.scheduler.cluster import Cluster, filled
 
 HERE = GroupId(0)
 
@@ -39,21 +39,21 @@ def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypat
     cluster.run()
 
 
-def test_whoever_others_keep_the_pages_of_gives_way_first() -> None:
+def test_whoever_others_keep_the_blocks_of_gives_way_first() -> None:
     cluster = Cluster((24, 24), rows=8)
     core = cluster.core
-    for other in (GroupId(1), HERE):  # both get the same two pages
+    for other in (GroupId(1), HERE):  # both get the same two blocks
         core.groups[other].draining = True
-        cluster.submit([*pages(0, 1), 1], max_tokens=1)
+        cluster.submit([*filled(0, 1), 1], max_tokens=1)
         cluster.run()
         core.groups[other].draining = False
     core.groups[GroupId(1)].draining = True
     needy = cluster.submit([1], max_tokens=8)[0]
-    known = cluster.submit([*pages(0, 1), 0], max_tokens=8)[0]
-    alone = [cluster.submit([*pages(1, 0), 0], max_tokens=8, salt=salt)[0] for salt in ("one", "other")]
+    known = cluster.submit([*filled(0, 1), 0], max_tokens=8)[0]
+    alone = [cluster.submit([*filled(1, 0), 0], max_tokens=8, salt=salt)[0] for salt in ("one", "other")]
     cluster.step(times=2)
     group = core.groups[HERE]
-    assert find_victim(core.table, group, cluster.sequence(needy)) is cluster.sequence(known), "the other group has its pages"
+    assert find_victim(core.table, group, cluster.sequence(needy)) is cluster.sequence(known), "the other group has its blocks"
     cluster.lose(1)
     assert find_victim(core.table, group, cluster.sequence(needy)) is cluster.sequence(alone[1]), "now equal: the youngest"
     assert find_victim(core.table, group, cluster.sequence(alone[0])) is cluster.sequence(alone[1])
@@ -61,25 +61,25 @@ def test_whoever_others_keep_the_pages_of_gives_way_first() -> None:
     cluster.run()
 
 
-def test_pages_shared_with_the_others_of_the_group_are_neither_lost_nor_freed() -> None:
+def test_blocks_shared_with_the_others_of_the_group_are_neither_lost_nor_freed() -> None:
     cluster = Cluster((24,), rows=8)
-    cluster.submit([*pages(0, 1), 1], max_tokens=1)
+    cluster.submit([*filled(0, 1), 1], max_tokens=1)
     cluster.run()
-    needy = cluster.submit([*pages(0, 1), 1], max_tokens=8)[0]
-    sharing = cluster.submit([*pages(0, 1), 0], max_tokens=8)[0]  # one private page
+    needy = cluster.submit([*filled(0, 1), 1], max_tokens=8)[0]
+    sharing = cluster.submit([*filled(0, 1), 0], max_tokens=8)[0]  # one private block
     cluster.step()
-    alone = cluster.submit([*pages(1, 1), 0], max_tokens=8)[0]  # three
+    alone = cluster.submit([*filled(1, 1), 0], max_tokens=8)[0]  # three
     group, core = cluster.core.groups[HERE], cluster.core
     first = cluster.sequence(needy)
     assert find_victim(core.table, group, first) is cluster.sequence(alone), "it has computed nothing yet"
     cluster.step(times=2)
-    assert find_victim(core.table, group, first) is cluster.sequence(sharing), "its one page is less full than those three"
+    assert find_victim(core.table, group, first) is cluster.sequence(sharing), "its one block is less full than those three"
     cluster.run()
 
 
 def test_a_preempted_sequence_hits_its_own_blocks_when_it_starts_again() -> None:
     cluster = Cluster((8,))
-    old = cluster.submit([0], max_tokens=23)[0]  # at most 6 pages
+    old = cluster.submit([0], max_tokens=23)[0]  # at most 6 blocks
     young = cluster.submit([1], max_tokens=18)[0]
     while not cluster.sequence(young).preemptions:
         cluster.step()
@@ -126,8 +126,8 @@ def test_a_sequence_without_a_grant_sits_out_and_is_served_first() -> None:
 
 def test_nothing_is_preempted_for_one_that_only_waits() -> None:
     cluster = Cluster((4,))
-    runs = cluster.submit(pages(0, 1), max_tokens=8)[0]
-    waits = cluster.submit(pages(1, 1, 1), max_tokens=2)[0]
+    runs = cluster.submit(filled(0, 1), max_tokens=8)[0]
+    waits = cluster.submit(filled(1, 1, 1), max_tokens=2)[0]
     while runs.finished is None:
         assert cluster.sequence(waits).state is State.WAITING
         cluster.step()
@@ -140,7 +140,7 @@ def test_nothing_is_preempted_for_one_that_only_waits() -> None:
 def test_every_token_is_right_under_pressure(pool: int, depth: int, steps: int) -> None:
     cluster = Cluster((pool, pool), depth=depth, steps=steps, budget=5, grant_ahead=1)
     for number in range(12):
-        cluster.submit(pages(0) if number % 2 else [1] * (number % 3 + 1), max_tokens=16, n=1 + number % 2)
+        cluster.submit(filled(0) if number % 2 else [1] * (number % 3 + 1), max_tokens=16, n=1 + number % 2)
     cluster.run()
     assert cluster.core.counters.output_tokens == 18 * 16
     assert cluster.core.counters.preemptions > 0

@@ -1,4 +1,4 @@
-"""A group that runs out of pages while another has some, or host memory: who would have to give way leaves in time, or what it
+"""A group that runs out of blocks while another has some, or host memory: who would have to give way leaves in time, or what it
 has is kept. The cluster checks that the tokens stay the same."""
 
 import pytest
@@ -7,7 +7,7 @@ from kvcache.ids import GroupId
 from scheduler import policy
 from scheduler.policy import Relief
 from scheduler.sequence import State
-from tests.scheduler.cluster import Cluster, Stream, pages
+from tests.scheduler.cluster import Cluster, Stream, filled
 
 ZERO, ONE = GroupId(0), GroupId(1)
 
@@ -15,12 +15,12 @@ ZERO, ONE = GroupId(0), GroupId(1)
 def crowded(
     pools: tuple[int, ...] = (8, 16), *, fetch: bool = False, slots: int = 0, relieve: bool = True
 ) -> tuple[Cluster, Stream, Stream]:
-    """Two sequences in the first group, which has not the pages for both; the others are empty."""
+    """Two sequences in the first group, which has not the blocks for both; the others are empty."""
     cluster = Cluster(pools, grant_ahead=1, fetch=fetch, slots=slots, relieve=relieve)
     for group in range(1, len(pools)):
         cluster.core.groups[GroupId(group)].draining = True
-    old = cluster.submit(pages(0, 1), max_tokens=20)[0]
-    young = cluster.submit(pages(1, 1), max_tokens=20)[0]
+    old = cluster.submit(filled(0, 1), max_tokens=20)[0]
+    young = cluster.submit(filled(1, 1), max_tokens=20)[0]
     assert {sequence.blocks.group for sequence in cluster.core.sequences.values() if sequence.blocks} == {ZERO}
     for group in range(1, len(pools)):
         cluster.core.groups[GroupId(group)].draining = False
@@ -35,13 +35,13 @@ def test_who_would_have_to_give_way_goes_where_there_is_room_and_does_not_stop()
     assert (counters.moved_for_room, counters.migrations, counters.preemptions) == (1, 1, 0)
     assert (len(old.tokens), len(young.tokens)) == (20, 20)
     prompt_again = cluster.core.groups[ONE].step_tokens - computed - 20
-    assert prompt_again < 8, "its pages came with it: at most its last one is computed again"
+    assert prompt_again < 8, "its blocks came with it: at most its last one is computed again"
 
 
 def test_nobody_moves_to_a_group_that_would_be_short_itself() -> None:
     cluster, _, young = crowded((8, 8), fetch=True)
     cluster.core.groups[ZERO].draining = True
-    cluster.submit(pages(0, 0, 0), max_tokens=16)
+    cluster.submit(filled(0, 0, 0), max_tokens=16)
     cluster.core.groups[ZERO].draining = False
     cluster.step(times=4)
     assert cluster.core.counters.moved_for_room == 0
@@ -67,7 +67,7 @@ def test_what_it_computes_while_it_runs_on_is_kept_too(monkeypatch: pytest.Monke
     monkeypatch.setattr(policy, "SHORTAGE", 0.5)
     cluster = Cluster((40,), grant_ahead=1, slots=64, rows=4)
     for first in (0, 1):
-        cluster.submit(pages(first, 0, 1, 1), max_tokens=80)
+        cluster.submit(filled(first, 0, 1, 1), max_tokens=80)
     while not cluster.core.counters.kept_for_room:
         cluster.step()
     kept = cluster.core.counters.offloaded_tokens

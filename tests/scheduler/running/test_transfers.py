@@ -1,6 +1,6 @@
-"""Pages that move: a prefix is fetched from another group, kept in host memory and loaded, or follows its sequence.
+"""Blocks that move: a prefix is fetched from another group, kept in host memory and loaded, or follows its sequence.
 
-The cluster checks every token, and after every event that what the index names stands in the pages.
+The cluster checks every token, and after every event that what the index names stands in the blocks.
 """
 
 import numpy as np
@@ -8,9 +8,9 @@ import numpy as np
 from kvcache.ids import GroupId, host_of
 from scheduler.protocol.messages import Cut, Load, Moved, Offload, Receive, Send, Start
 from scheduler.sequence import State
-from tests.scheduler.cluster import Cluster, Stream, pages
+from tests.scheduler.cluster import Cluster, Stream, filled
 
-PREFIX = pages(0, 1, 0, 1, 1)
+PREFIX = filled(0, 1, 0, 1, 1)
 ZERO, ONE = GroupId(0), GroupId(1)
 
 
@@ -31,7 +31,7 @@ def commands(cluster: Cluster, group: int, *kinds: type) -> list[object]:
     return [command for command in cluster.groups[GroupId(group)].down if isinstance(command, kinds)]
 
 
-def pages_of(buffer: bytes) -> list[int]:
+def blocks_of(buffer: bytes) -> list[int]:
     ids: list[int] = np.frombuffer(buffer, np.int32).tolist()
     return ids
 
@@ -59,8 +59,8 @@ def test_a_prefix_is_fetched_where_its_holder_has_no_row() -> None:
     assert (send.group, receive.group) == (ONE, ZERO)
     holder = cluster.sequence(busy).blocks
     assert holder is not None
-    assert pages_of(send.pages) == holder.blocks[:5]
-    assert pages_of(receive.pages) == sequence.blocks.blocks[:5]
+    assert blocks_of(send.blocks) == holder.blocks[:5]
+    assert blocks_of(receive.blocks) == sequence.blocks.blocks[:5]
     assert not commands(cluster, 1, Start), "it starts when its prefix is there"
     cluster.run()
     assert cluster.cached_tokens(stream) == 20
@@ -72,11 +72,11 @@ def test_a_prefix_is_fetched_where_its_holder_has_no_row() -> None:
     assert counters.fetches == 1, "the copy is a copy like any other"
 
 
-def test_the_last_page_of_a_conversation_comes_along() -> None:
+def test_the_last_block_of_a_conversation_comes_along() -> None:
     cluster = Cluster((16, 16), rows=1, fetch=True, hash_stride=2)
     cluster.submit([*PREFIX, 1, 0, 1], max_tokens=1)
     cluster.run()
-    blocker = cluster.sequence(cluster.submit(pages(1, 1), max_tokens=16)[0]).blocks
+    blocker = cluster.sequence(cluster.submit(filled(1, 1), max_tokens=16)[0]).blocks
     assert blocker is not None
     assert blocker.group == ZERO
     stream = cluster.submit([*PREFIX, 1, 0, 1, 1, 1], max_tokens=1)[0]
@@ -101,7 +101,7 @@ def test_a_source_that_is_lost_cuts_the_fetch_and_the_sequence_computes_its_pref
     cluster.turn(1)
     cluster.lose(0)
     assert commands(cluster, 1, Cut) == [Cut(ZERO, 0)]
-    assert cluster.sequence(stream).state is State.FETCHING, "its pages may still be written to until the cut is answered"
+    assert cluster.sequence(stream).state is State.FETCHING, "its blocks may still be written to until the cut is answered"
     cluster.run()
     assert len(stream.tokens) == 2
     assert len(busy.tokens) == 12
@@ -141,7 +141,7 @@ def test_a_target_that_is_lost_takes_nothing_with_it() -> None:
     assert cluster.core.groups[ZERO].sending == 0
 
 
-def test_pages_stay_held_on_both_sides_until_each_has_answered() -> None:
+def test_blocks_stay_held_on_both_sides_until_each_has_answered() -> None:
     cluster, busy = busy_holder()
     stream = cluster.submit([*PREFIX, 0, 0], max_tokens=2)[0]
     cluster.abort(busy)
@@ -210,8 +210,8 @@ def test_only_what_is_new_is_offloaded() -> None:
 
 def test_a_preemption_does_not_wait_for_an_offload() -> None:
     cluster = Cluster((6,), slots=16, grant_ahead=1)
-    cluster.submit(pages(0, 0), max_tokens=12)
-    cluster.submit(pages(1), max_tokens=12)
+    cluster.submit(filled(0, 0), max_tokens=12)
+    cluster.submit(filled(1), max_tokens=12)
     for _ in range(20):
         cluster.step()
         if cluster.core.counters.preemptions:
@@ -236,7 +236,7 @@ def test_host_memory_goes_with_its_group() -> None:
 # ---- migration
 
 
-def test_a_running_sequence_moves_with_its_pages_and_says_the_same() -> None:
+def test_a_running_sequence_moves_with_its_blocks_and_says_the_same() -> None:
     cluster = Cluster((16, 16), fetch=True, hash_stride=2)
     stream = cluster.submit([*PREFIX, 0, 1], max_tokens=16)[0]
     cluster.step(times=3)
@@ -244,7 +244,7 @@ def test_a_running_sequence_moves_with_its_pages_and_says_the_same() -> None:
     assert cluster.migrate(stream)
     lease = before.lease
     cluster.step(0)
-    assert cluster.sequence(stream).lease == lease, "it decodes on while its pages go ahead"
+    assert cluster.sequence(stream).lease == lease, "it decodes on while its blocks go ahead"
     cluster.run()
     counters = cluster.core.counters
     assert (counters.migrations, counters.preemptions, counters.recomputed_tokens) == (1, 0, 0)
@@ -254,7 +254,7 @@ def test_a_running_sequence_moves_with_its_pages_and_says_the_same() -> None:
     assert counters.fetched_tokens >= computed - 16, "nearly nothing is computed twice"
 
 
-def test_a_sequence_that_ends_while_its_pages_go_ahead_has_ended() -> None:
+def test_a_sequence_that_ends_while_its_blocks_go_ahead_has_ended() -> None:
     cluster = Cluster((16, 16), fetch=True)
     stream = cluster.submit([*PREFIX, 0, 1], max_tokens=16)[0]
     cluster.step(times=3)
@@ -276,7 +276,7 @@ def test_nobody_moves_where_there_is_no_other_group_or_no_room() -> None:
     assert not tight.migrate(stream)
 
 
-def test_a_draining_group_gives_its_sequences_away_with_their_pages() -> None:
+def test_a_draining_group_gives_its_sequences_away_with_their_blocks() -> None:
     cluster = Cluster((16, 16), fetch=True, hash_stride=2)
     streams = [cluster.submit([*PREFIX, last], max_tokens=12)[0] for last in (0, 1)]
     cluster.step(times=2)

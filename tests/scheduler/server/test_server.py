@@ -44,7 +44,7 @@ from scheduler.running.resident import ProtocolError
 from scheduler.server.server import SchedulerServer
 
 TOKEN = "secret"
-PAGE = 16
+BLOCK = 16
 PATIENCE_S = 60.0
 """After which a message that was lost counts as lost."""
 
@@ -53,7 +53,7 @@ class Served:
     """A server on a thread of its own, and clients that speak to it."""
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-        self.core = SchedulerCore(CoreConfig(page_size=PAGE, max_model_len=256))
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, max_model_len=256))
         self.clients: list[FrameSocket] = []
         self.loop = new_loop()
         self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
@@ -97,7 +97,7 @@ class Served:
 
     def front_end(self) -> FrameSocket:
         client = self.connect(Connect(TOKEN))
-        assert read(client, Welcome).page_size == PAGE
+        assert read(client, Welcome).block_size == BLOCK
         return client
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ def test_a_refused_request_ends_with_the_numbers(served: Served) -> None:
     front_end.send(Submit((request(1, prompt=200, max_tokens=20, n=2),)))
     ends = read(front_end, Deltas).finished
     assert [end.stream for end in ends] == [1, 2]
-    assert all(end.reason == FinishReason.FAILED and "14 pages" in end.message and "has 8" in end.message for end in ends)
+    assert all(end.reason == FinishReason.FAILED and "14 blocks" in end.message and "has 8" in end.message for end in ends)
 
 
 def test_a_lost_leader_sends_its_requests_to_another_group_with_their_tokens(served: Served) -> None:

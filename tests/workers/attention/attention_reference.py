@@ -1,4 +1,4 @@
-"""What attention over pages must give: dense float64 softmax, sequence by sequence; and the steps to compare it on.
+"""What attention over blocks must give: dense float64 softmax, sequence by sequence; and the steps to compare it on.
 
 Imports torch, the pool and the step; no backend.
 """
@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.execution.step import StepInput
 
-SPARE_PAGES = 3
+SPARE_BLOCKS = 3
 
 
-def make_step(query_lens: list[int], context_lens: list[int], page_size: int, seed: int = 0) -> StepInput:
-    """A step on the CPU with shuffled pages. Page 0 belongs to nobody, though unused block-table entries name it."""
-    needed = [-(-context // page_size) for context in context_lens]
-    pages = 1 + np.random.default_rng(seed).permutation(sum(needed) + SPARE_PAGES - 1)
+def make_step(query_lens: list[int], context_lens: list[int], block_size: int, seed: int = 0) -> StepInput:
+    """A step on the CPU with shuffled blocks. Block 0 belongs to nobody, though unused block-table entries name it."""
+    needed = [-(-context // block_size) for context in context_lens]
+    blocks = 1 + np.random.default_rng(seed).permutation(sum(needed) + SPARE_BLOCKS - 1)
     tables = np.zeros((len(needed), max(needed) + 1), np.int32)
     for row, (count, end) in enumerate(zip(needed, np.cumsum(needed), strict=True)):
-        tables[row, :count] = pages[end - count : end]
+        tables[row, :count] = blocks[end - count : end]
     ranges = [np.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)]
     positions = np.concatenate(ranges).astype(np.int64)
     owner = np.repeat(np.arange(len(needed)), query_lens)
-    slots = tables[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
     queries, contexts = np.array(query_lens, np.int32), np.array(context_lens, np.int32)
     return StepInput(
         tokens=torch.zeros(len(positions), dtype=torch.int64),
@@ -44,9 +44,9 @@ def make_step(query_lens: list[int], context_lens: list[int], page_size: int, se
     )
 
 
-def pages_of(step: StepInput, page_size: int) -> int:
+def blocks_of(step: StepInput, block_size: int) -> int:
     """How large a pool the step wants."""
-    return int((-(-step.host_context_lens // page_size)).sum()) + SPARE_PAGES
+    return int((-(-step.host_context_lens // block_size)).sum()) + SPARE_BLOCKS
 
 
 def to_device(step: StepInput, device: str) -> StepInput:
@@ -67,9 +67,9 @@ class Problem:
     expected: Tensor  # [tokens, heads, head_dim] float64, on the CPU
 
 
-def make_problem(step: StepInput, layout: PageLayout, heads: int, device: str = "cpu", seed: int = 0) -> Problem:
+def make_problem(step: StepInput, layout: BlockLayout, heads: int, device: str = "cpu", seed: int = 0) -> Problem:
     """Every slot that must not be read holds NaN, the step's own slots included until the backend writes them."""
-    pool = KVPool(layout, pages_of(step, layout.page_size), device)
+    pool = KVPool(layout, blocks_of(step, layout.block_size), device)
     pool.data.fill_(float("nan"))
     layer = layout.layers - 1
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,7 @@ def make_problem(step: StepInput, layout: PageLayout, heads: int, device: str = 
         query = torch.randn(new, heads, layout.head_dim, generator=generator).to(pool.dtype)
         key, value = torch.randn(2, context, layout.kv_heads, layout.head_dim, generator=generator).to(pool.dtype)
         position = torch.arange(context - new)
-        at = torch.from_numpy(table).long()[position // layout.page_size].to(device), (position % layout.page_size).to(device)
+        at = torch.from_numpy(table).long()[position // layout.block_size].to(device), (position % layout.block_size).to(device)
         pool.keys(layer)[at] = key[: context - new].to(device)
         pool.values(layer)[at] = value[: context - new].to(device)
         queries.append(query)

@@ -19,20 +19,20 @@ class DenseAttention:
         self,
         shape: RankShape,
         dtype: torch.dtype,
-        pages: int = 32,
-        page_size: int = 16,
+        blocks: int = 32,
+        block_size: int = 16,
         device: torch.device | None = None,
     ) -> None:
-        self._page_size = page_size
+        self._block_size = block_size
         self._group = shape.heads // shape.kv_heads
-        sizes = (shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim)
+        sizes = (shape.layers, 2, blocks * block_size, shape.kv_heads, shape.head_dim)
         self.cache = torch.zeros(sizes, dtype=dtype, device=device)
 
     def plan(self, step: StepInput) -> list[Tensor]:
         """The slots of each sequence's context, in order."""
         slots = []
         for table, context in zip(step.host_block_tables, step.host_context_lens.tolist(), strict=True):
-            rows = torch.from_numpy(table).long()[:, None] * self._page_size + torch.arange(self._page_size)
+            rows = torch.from_numpy(table).long()[:, None] * self._block_size + torch.arange(self._block_size)
             slots.append(rows.flatten()[:context].to(self.cache.device))
         return slots
 

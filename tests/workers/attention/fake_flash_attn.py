@@ -42,8 +42,8 @@ def _add(monkeypatch: pytest.MonkeyPatch, name: str, attributes: Mapping[str, ob
 
 
 class Paged:
-    def __init__(self, page_multiple: int) -> None:
-        self._page_multiple = page_multiple
+    def __init__(self, block_multiple: int) -> None:
+        self._block_multiple = block_multiple
 
     def varlen_2(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
@@ -74,13 +74,13 @@ class Paged:
 
     def metadata_3(
         self, *, batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads_q: int, num_heads_kv: int, headdim: int,
-        cache_seqlens: Tensor, qkv_dtype: torch.dtype, page_size: int, causal: bool,
+        cache_seqlens: Tensor, qkv_dtype: torch.dtype, block_size: int, causal: bool,
     ) -> Tensor:  # fmt: skip
         assert causal
         assert max_seqlen_q == 1
         assert len(cache_seqlens) == batch_size
         assert qkv_dtype in (torch.float16, torch.bfloat16)
-        facts = [*cache_seqlens.tolist(), max_seqlen_k, num_heads_q, page_size, num_heads_kv, headdim]
+        facts = [*cache_seqlens.tolist(), max_seqlen_k, num_heads_q, block_size, num_heads_kv, headdim]
         return torch.tensor(facts, dtype=torch.int32)
 
     def varlen_4(
@@ -97,7 +97,7 @@ class Paged:
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_query: int, lens: Tensor, table: Tensor, causal: bool
     ) -> Tensor:
-        pages, page_size, kv_heads, dim = k.shape
+        blocks, block_size, kv_heads, dim = k.shape
         assert v.shape == k.shape
         assert q.dim() == 3
         assert q.shape[2] == dim
@@ -105,7 +105,7 @@ class Paged:
         assert q.dtype == k.dtype == v.dtype
         assert q.dtype in (torch.float16, torch.bfloat16)
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == table.stride(-1) == 1
-        assert page_size % self._page_multiple == 0
+        assert block_size % self._block_multiple == 0
         assert starts.dtype == lens.dtype == table.dtype == torch.int32
         assert len(starts) - 1 == len(lens) == len(table)
         assert starts[0] == 0
@@ -114,8 +114,8 @@ class Paged:
         assert causal
         out = torch.empty_like(q)
         for row, (start, stop) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
-            used = table[row, : -(-int(lens[row]) // page_size)].long()
-            assert used.max() < pages
+            used = table[row, : -(-int(lens[row]) // block_size)].long()
+            assert used.max() < blocks
             key, value = (cache[used].flatten(0, 1)[: lens[row]].double() for cache in (k, v))
             out[start:stop] = dense(q[start:stop].double(), key, value).to(q.dtype)
         return out

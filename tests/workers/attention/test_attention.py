@@ -1,4 +1,4 @@
-"""Every attention backend against dense float64 attention: ragged batches, page borders, shared heads, dtypes, garbage."""
+"""Every attention backend against dense float64 attention: ragged batches, block borders, shared heads, dtypes, garbage."""
 
 import importlib.util
 import logging
@@ -12,7 +12,7 @@ import pytest
 import torch
 from _pytest.mark import ParameterSet
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.attention import fake_flash_attn
 from tests.workers.attention.attention_reference import Problem, make_problem, make_step
@@ -110,23 +110,23 @@ def check(make: Make, problem: Problem) -> None:
     assert out.shape == problem.query.shape
     assert out.dtype == pool.dtype
     torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[pool.layout.dtype], rtol=0)
-    page, slot = step.slots // pool.layout.page_size, step.slots % pool.layout.page_size
-    before[page, layer, 0, slot], before[page, layer, 1, slot] = problem.key, problem.value
+    block, slot = step.slots // pool.layout.block_size, step.slots % pool.layout.block_size
+    before[block, layer, 0, slot], before[block, layer, 1, slot] = problem.key, problem.value
     assert torch.equal(before.nan_to_num(7.0), pool.data.nan_to_num(7.0))
 
 
 @every_backend
-def test_mixed_batch_over_page_borders(backend: str, dtype: str, device: str) -> None:
-    page = 256 if backend == "flash" else 16
-    contexts = [1, page - 1, page, page + 1, 3 * page + 5, page - 1, page, page + 1, 2 * page + 7]
-    queries = [1] * 5 + [page - 1, 2, page + 1, 20]
-    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
-    check(MAKE[backend], make_problem(make_step(queries, contexts, page), layout, heads=4, device=device))
+def test_mixed_batch_over_block_borders(backend: str, dtype: str, device: str) -> None:
+    block = 256 if backend == "flash" else 16
+    contexts = [1, block - 1, block, block + 1, 3 * block + 5, block - 1, block, block + 1, 2 * block + 7]
+    queries = [1] * 5 + [block - 1, 2, block + 1, 20]
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    check(MAKE[backend], make_problem(make_step(queries, contexts, block), layout, heads=4, device=device))
 
 
 @every_backend
-def test_pages_of_256(backend: str, dtype: str, device: str) -> None:
-    layout = PageLayout(page_size=256, layers=2, kv_heads=1, head_dim=64, dtype=dtype)
+def test_blocks_of_256(backend: str, dtype: str, device: str) -> None:
+    layout = BlockLayout(block_size=256, layers=2, kv_heads=1, head_dim=64, dtype=dtype)
     step = make_step([1, 1, 1, 70, 3], [255, 256, 517, 70, 258], 256)
     check(MAKE[backend], make_problem(step, layout, heads=2, device=device))
 
@@ -134,35 +134,35 @@ def test_pages_of_256(backend: str, dtype: str, device: str) -> None:
 @every_backend
 @pytest.mark.parametrize("group", [1, 2, 3, 7, 8])
 def test_query_heads_share_kv_heads(backend: str, dtype: str, device: str, group: int) -> None:
-    page = 256 if backend == "flash" else 16
-    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
-    step = make_step([1, 1, 13], [5, 35, 30], page)
+    block = 256 if backend == "flash" else 16
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    step = make_step([1, 1, 13], [5, 35, 30], block)
     check(MAKE[backend], make_problem(step, layout, heads=2 * group, device=device))
 
 
 @every_backend
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_head_sizes(backend: str, dtype: str, device: str, head_dim: int) -> None:
-    page = 256 if backend == "flash" else 32
-    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=head_dim, dtype=dtype)
-    check(MAKE[backend], make_problem(make_step([1, 1, 9], [3, 70, 40], page), layout, heads=4, device=device))
+    block = 256 if backend == "flash" else 32
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=2, head_dim=head_dim, dtype=dtype)
+    check(MAKE[backend], make_problem(make_step([1, 1, 9], [3, 70, 40], block), layout, heads=4, device=device))
 
 
 @every_backend
 @pytest.mark.parametrize("queries", [[1, 1, 1], [40, 2]], ids=["decodes", "chunks"])
 def test_only_decodes_or_only_chunks(backend: str, dtype: str, device: str, queries: list[int]) -> None:
-    page = 256 if backend == "flash" else 16
-    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    block = 256 if backend == "flash" else 16
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
     contexts = [count + extra for count, extra in zip(queries, (0, 15, 64), strict=False)]
-    check(MAKE[backend], make_problem(make_step(queries, contexts, page), layout, heads=4, device=device))
+    check(MAKE[backend], make_problem(make_step(queries, contexts, block), layout, heads=4, device=device))
 
 
 @every_backend
 def test_views_of_a_fused_projection(backend: str, dtype: str, device: str) -> None:
     """Query, key and value may be slices of one [tokens, (heads + 2 kv_heads) * head_dim] tensor."""
-    page = 256 if backend == "flash" else 16
-    layout = PageLayout(page_size=page, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
-    problem = make_problem(make_step([1, 5], [20, 21], page), layout, heads=4, device=device)
+    block = 256 if backend == "flash" else 16
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1, 5], [20, 21], block), layout, heads=4, device=device)
     fused = torch.cat((problem.query, problem.key, problem.value), dim=1)
     query, key, value = fused[:, :4], fused[:, 4:6], fused[:, 6:]
     bound = MAKE[backend](problem.pool, 4)
@@ -173,7 +173,7 @@ def test_views_of_a_fused_projection(backend: str, dtype: str, device: str) -> N
 @pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
 def test_few_decodes_split_their_keys(backend: str, dtype: str, device: str) -> None:
     """One sequence so long that its keys are split, beside one that is a single block."""
-    layout = PageLayout(page_size=256, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    layout = BlockLayout(block_size=256, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
     check(MAKE[backend], make_problem(make_step([1, 1], [1030, 3], 256), layout, heads=2, device=device))
 
 
@@ -183,9 +183,9 @@ device_backends = pytest.mark.parametrize(("backend", "dtype", "device"), _cases
 @device_backends
 def test_attending_without_writing(backend: str, dtype: str, device: str) -> None:
     """Decodes and chunks by their own calls, over tables far wider than they need, into what the caller gives or into new."""
-    page = 256 if backend == "flash" else 16
-    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
-    problem = make_problem(make_step([1, 1, 9, 30], [5, page + 9, 9, page + 30], page), layout, heads=4, device=device)
+    block = 256 if backend == "flash" else 16
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    problem = make_problem(make_step([1, 1, 9, 30], [5, block + 9, 9, block + 30], block), layout, heads=4, device=device)
     if device == "cuda" and backend == "flash":
         problem.pool.data.nan_to_num_(FINITE_GARBAGE)
     bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
@@ -194,7 +194,7 @@ def test_attending_without_writing(backend: str, dtype: str, device: str) -> Non
     tables = torch.nn.functional.pad(step.block_tables, (0, 500))
     plan = bound.plan_decode(step.context_lens[:2], 2, tables.shape[1])
     bound.decode(problem.layer, problem.query[:2], tables[:2], step.context_lens[:2], plan, out[:2])
-    chunks = Chunks(step.query_starts[2:] - 2, step.context_lens[2:], tables[2:], 39, 30, page + 30)
+    chunks = Chunks(step.query_starts[2:] - 2, step.context_lens[2:], tables[2:], 39, 30, block + 30)
     given = bound.plan_chunks(chunks)
     assert bound.chunks(problem.layer, problem.query[2:], given, out[2:]).data_ptr() == out[2:].data_ptr()
     torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[dtype], rtol=0)
@@ -205,7 +205,7 @@ def test_attending_without_writing(backend: str, dtype: str, device: str) -> Non
 
 @pytest.mark.parametrize(("backend", "dtype", "device"), _cases("triton"))
 def test_more_decodes_than_reserved_make_room(backend: str, dtype: str, device: str) -> None:
-    layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
     problem = make_problem(make_step([1] * 5, [3, 4, 5, 6, 7], 16), layout, heads=1, device=device)
 
     def small(pool: KVPool, heads: int) -> AttentionBackend:
@@ -219,7 +219,7 @@ def test_more_decodes_than_reserved_make_room(backend: str, dtype: str, device: 
 
 def test_wide_scores_stay_finite() -> None:
     """Scores far apart and far from zero: the softmax must subtract the maximum, masked keys must weigh nothing."""
-    layout = PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float32")
+    layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float32")
     for make in (CpuAttention, _native):
         problem = make_problem(make_step([1, 40], [200, 90], 16), layout, heads=2)
         problem.query.mul_(100)
@@ -231,7 +231,7 @@ def test_wide_scores_stay_finite() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES["native"])
 def test_a_sequence_keeps_its_bits_in_any_batch_and_on_any_threads(dtype: str) -> None:
-    layout = PageLayout(page_size=16, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    layout = BlockLayout(block_size=16, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
     problem = make_problem(make_step([1] * 5 + [50], [300, 170, 64, 290, 210, 130], 16), layout, heads=4)
     backend = _native(problem.pool, 4)
     torch.set_num_threads(3)
@@ -251,7 +251,7 @@ def test_a_sequence_keeps_its_bits_in_any_batch_and_on_any_threads(dtype: str) -
 def test_no_compiler_and_no_kernel_for_a_dtype_fall_back_to_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    half = KVPool(PageLayout(page_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float16"), 1, "cpu")
+    half = KVPool(BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float16"), 1, "cpu")
     assert isinstance(select_backend("cpu", pool=half, heads=1, cache_folder=tmp_path), CpuAttention)
     assert "not float16" in caplog.text
     monkeypatch.setattr("shutil.which", lambda _name: None)
@@ -294,26 +294,26 @@ def test_the_kernels_bring_no_second_openmp_runtime() -> None:
 # ---- flash-attn ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("generation", "page"), [("2", 256), ("2+fa3", 16), ("3", 16), ("4", 16)])
-def test_every_generation_of_flash_attn(monkeypatch: pytest.MonkeyPatch, generation: str, page: int) -> None:
+@pytest.mark.parametrize(("generation", "block"), [("2", 256), ("2+fa3", 16), ("3", 16), ("4", 16)])
+def test_every_generation_of_flash_attn(monkeypatch: pytest.MonkeyPatch, generation: str, block: int) -> None:
     fake_flash_attn.install(monkeypatch, generation)
-    layout = PageLayout(page_size=page, layers=2, kv_heads=2, head_dim=64, dtype="bfloat16")
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=2, head_dim=64, dtype="bfloat16")
     for queries in ([1, 1, 9, 30], [1, 1], [9, 30]):
-        step = make_step(queries, [count + 17 for count in queries], page)
+        step = make_step(queries, [count + 17 for count in queries], block)
         check(_flash, make_problem(step, layout, heads=4))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"page_size": 128}, "block_size 256"),
+        ({"block_size": 128}, "block_size 256"),
         ({"dtype": "float32"}, "bfloat16 and float16"),
         ({"head_dim": 60}, "head_dim 60"),
     ],
 )
 def test_flash_attn_says_what_it_cannot_do(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FlashAttention(_pool(**{"page_size": 256, "dtype": "bfloat16"} | change), load_kernels(), 2)
+        FlashAttention(_pool(**{"block_size": 256, "dtype": "bfloat16"} | change), load_kernels(), 2)
 
 
 def test_without_flash_attn_the_error_names_each_generation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,8 +326,8 @@ def test_without_flash_attn_the_error_names_each_generation(monkeypatch: pytest.
 
 
 def _pool(**change: object) -> KVPool:
-    sizes: dict[str, object] = {"page_size": 16, "layers": 1, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
-    return KVPool(PageLayout(**(sizes | change)), 2, "cpu")  # type: ignore[arg-type]
+    sizes: dict[str, object] = {"block_size": 16, "layers": 1, "kv_heads": 2, "head_dim": 64, "dtype": "float32"}
+    return KVPool(BlockLayout(**(sizes | change)), 2, "cpu")  # type: ignore[arg-type]
 
 
 def test_auto_on_a_cpu_says_what_it_took(caplog: pytest.LogCaptureFixture) -> None:
@@ -349,8 +349,8 @@ def test_a_choice_that_cannot_work_says_what_to_change(name: str, heads: int, me
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_auto_on_cuda_falls_back_to_triton_for_pages_or_dtypes_that_flash_attn_refuses() -> None:
-    layout = PageLayout(page_size=16, layers=1, kv_heads=2, head_dim=64, dtype="float32")
+def test_auto_on_cuda_falls_back_to_triton_for_blocks_or_dtypes_that_flash_attn_refuses() -> None:
+    layout = BlockLayout(block_size=16, layers=1, kv_heads=2, head_dim=64, dtype="float32")
     assert select_backend("auto", pool=KVPool(layout, 2, "cuda"), heads=4).name == "triton"
 
 
@@ -358,7 +358,7 @@ def test_auto_on_cuda_falls_back_to_triton_for_pages_or_dtypes_that_flash_attn_r
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["triton", "flash"])
 def test_decodes_replay_in_a_cuda_graph_as_contexts_grow_cuda(backend: str) -> None:
-    layout = PageLayout(page_size=256, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    layout = BlockLayout(block_size=256, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
     problem = make_problem(make_step([1, 1], [300, 5], 256), layout, heads=4, device="cuda")
     problem.pool.data.nan_to_num_(FINITE_GARBAGE)
     bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
@@ -384,7 +384,7 @@ def test_decodes_replay_in_a_cuda_graph_as_contexts_grow_cuda(backend: str) -> N
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_chunks_replay_in_a_cuda_graph_as_their_lengths_change_cuda() -> None:
     """Captured for 64 tokens of 2 sequences, replayed for fewer: the tiles are found on the device."""
-    layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
+    layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
     problem = make_problem(make_step([40, 21], [140, 21], 64), layout, heads=4, device="cuda")
     step = problem.step
     bound = cast(DeviceAttention, MAKE["triton"](problem.pool, 4))

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 Ints = npt.NDArray[np.int64]
 
-ROWS, PAGE, MODEL_LEN, SCRATCH = 5, 16, 160, 99
+ROWS, BLOCK, MODEL_LEN, SCRATCH = 5, 16, 160, 99
 WORDS = 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -23,9 +23,9 @@ class Pair:
     """A resident batch, and the device's picture of it after each step."""
 
     def __init__(self) -> None:
-        self.host = ResidentBatch(ROWS, PAGE, 64, MODEL_LEN)
+        self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN)
         self.device = DeviceBatch(
-            rows=ROWS, pages=MODEL_LEN // PAGE, page_size=PAGE, most=8, scratch_page=SCRATCH, device=DEVICE
+            rows=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE
         )
         self.sent: list[int] = []
         self._send = self.device._send
@@ -49,14 +49,14 @@ class Pair:
         rows, first = step.plan.rows[: step.plan.decodes], step.first[: step.plan.decodes]
         n, device = len(rows), self.device
         tables = self.host.block_table[rows]
-        pages = tables[np.arange(n), first // PAGE].astype(np.int64)
+        blocks = tables[np.arange(n), first // BLOCK].astype(np.int64)
         assert device.positions[:n].tolist() == first.tolist()
         assert device.contexts[:n].tolist() == (first + 1).tolist()
-        assert device.slots[:n].tolist() == (pages * PAGE + first % PAGE).tolist()
+        assert device.slots[:n].tolist() == (blocks * BLOCK + first % BLOCK).tolist()
         for at, context in enumerate((first + 1).tolist()):
-            held = -(-context // PAGE)
+            held = -(-context // BLOCK)
             assert device.step_tables[at, :held].tolist() == tables[at, :held].tolist()
-        assert device.slots[n:padded].tolist() == [SCRATCH * PAGE] * (padded - n), "padding writes to the scratch page alone"
+        assert device.slots[n:padded].tolist() == [SCRATCH * BLOCK] * (padded - n), "padding writes to the scratch block alone"
         assert device.contexts[n:padded].tolist() == [1] * (padded - n)
 
 
@@ -81,7 +81,7 @@ def test_grants_remaps_drops_and_new_rows_arrive_before_the_step_that_needs_them
         pair.host.apply(start(lease(1, row), tokens=16, cached=15, blocks=(row,), max_tokens=60))
         pair.device.admit(row, row, np.zeros(WORDS, np.int32))
     pair.step(8)
-    assert pair.host.plan().rows.tolist() == [], "their page is full"
+    assert pair.host.plan().rows.tolist() == [], "their block is full"
     for row in range(4):
         pair.host.apply(Grant(lease(1, row), (10 + row, 20 + row)))
     pair.step(4)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from tests.checkpoints import make_checkpoint
 from workers.config import WorkerConfig
 from workers.loop.batch import Launched, ResidentBatch
@@ -27,16 +27,16 @@ from workers.execution.spec import RunnerSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = WorkerConfig(
-    model="", device=DEVICE.type, dtype="float32", page_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=64,
+    model="", device=DEVICE.type, dtype="float32", block_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=64,
     rows=3, step_tokens=40, report_steps=1, attention="triton", threads=1, ranks_on_host=1, cuda_graphs=False,
 )  # fmt: skip
 MIB = 1 << 20
 
 
-def parts(config: WorkerConfig) -> tuple[gpu.GpuParts, PageLayout]:
+def parts(config: WorkerConfig) -> tuple[gpu.GpuParts, BlockLayout]:
     model = read_config(Path(config.model))
     shape = model.shard(0, 1)
-    layout = PageLayout(config.page_size, shape.layers, shape.kv_heads, shape.head_dim, config.dtype)
+    layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, config.dtype)
     constraints = Constraints(partial(load_tokenizer, Path(config.model), shape.vocab, model.eos_ids), shape.vocab, 1)
     return gpu.GpuParts(RunnerSpec(config, model, layout, Solo(), torch.float32, DEVICE, constraints)), layout
 
@@ -51,11 +51,11 @@ def test_the_largest_step_fills_the_budget(
     config: WorkerConfig, max_model_len: int, written: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its peak decides the pool: it has as many tokens as a step may have, of several prompts where one cannot be so long, and
-    touches no page but those of the step and the one for padding."""
+    touches no block but those of the step and the one for padding."""
     made, layout = parts(replace(config, max_model_len=max_model_len))
     made.load(lambda *_: None)
-    pages = layout.pages_for(config.step_tokens)
-    runner = made._make(pages + 2)
+    blocks = layout.blocks_for(config.step_tokens)
+    runner = made._make(blocks + 2)
     launched = []
     execute = runner.execute
 
@@ -67,20 +67,20 @@ def test_the_largest_step_fills_the_budget(
     runner.pool.data.fill_(float("nan"))
     made._run_largest_step(runner)
     assert launched == [config.step_tokens]
-    has = ~torch.isnan(runner.pool.data).flatten(-2).any(-1)  # [page, layer, k|v, slot]
+    has = ~torch.isnan(runner.pool.data).flatten(-2).any(-1)  # [block, layer, k|v, slot]
     assert bool((has == has[:, :1, :1]).all()), "all layers, keys and values alike"
     assert has[:, 0, 0].sum(-1).tolist() == [*written, 0, 0, 1]
 
 
 def test_a_small_pool_is_not_written_beyond(config: WorkerConfig) -> None:
-    """Kernels are compiled by prompts of up to 100 tokens, though there may be a single page."""
+    """Kernels are compiled by prompts of up to 100 tokens, though there may be a single block."""
     made, _ = parts(config)
     made.load(lambda *_: None)
     runner = made._make(1)
     runner.pool.data.fill_(float("nan"))
     made._run_prefill(runner, 20)
     assert not torch.isnan(runner.pool.data[0]).any()
-    assert torch.isnan(runner.pool.data[1]).all(), "the page for padding"
+    assert torch.isnan(runner.pool.data[1]).all(), "the block for padding"
 
 
 @dataclass
@@ -121,11 +121,11 @@ def test_a_gpu_keeps_what_steps_graphs_and_others_need(
     """total * fraction - what others hold - the peak without the probing pool - all graphs - a margin."""
     made, layout = parts(replace(config, cuda_graphs=graphs))
     device = Device()
-    monkeypatch.setattr(made, "_make", lambda pages: FakeRunner(device))  # noqa: ARG005
+    monkeypatch.setattr(made, "_make", lambda blocks: FakeRunner(device))  # noqa: ARG005
     monkeypatch.setattr(made, "_compile", lambda runner: None)  # noqa: ARG005
     monkeypatch.setattr(made, "_run_largest_step", lambda runner: None)  # noqa: ARG005
     monkeypatch.setattr(torch, "cuda", device.cuda())
-    probe = (layout.pages_for(config.step_tokens) + 1) * layout.page_bytes
+    probe = (layout.blocks_for(config.step_tokens) + 1) * layout.block_bytes
     kinds = max(len(ladder(config.rows)), len(chunk_ladder(config.step_tokens)))
     captured = (30 + 2 * kinds) * MIB if graphs else 0
     others = device.total - device.free - device.reserved

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from tests.workers.attention.attention_reference import Problem, make_problem, make_step
 from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_attention_dtype, one_attention_dtype
 
@@ -17,11 +17,11 @@ from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
 def decode(problem: Problem, config: DecodeConfig | None = None, width: int = 0, padding: int = 0) -> torch.Tensor:
     """Writes the step's own keys and values, then attends; `width` widens the tables, `padding` rows come behind."""
     step, pool, layer = problem.step, problem.pool, problem.layer
-    page, slot = step.slots // pool.layout.page_size, step.slots % pool.layout.page_size
-    pool.data[page, layer, 0, slot], pool.data[page, layer, 1, slot] = problem.key, problem.value
+    block, slot = step.slots // pool.layout.block_size, step.slots % pool.layout.block_size
+    pool.data[block, layer, 0, slot], pool.data[block, layer, 1, slot] = problem.key, problem.value
     rows = len(problem.query) + padding
     tables = torch.zeros((rows, step.block_tables.shape[1] + width), dtype=torch.int32, device=pool.device)
-    tables[:, step.block_tables.shape[1] :] = 1 << 30  # no page: must not be followed
+    tables[:, step.block_tables.shape[1] :] = 1 << 30  # no block: must not be followed
     tables[: len(problem.query), : step.block_tables.shape[1]] = step.block_tables
     contexts = torch.zeros(rows, dtype=torch.int32, device=pool.device)
     contexts[: len(problem.query)] = step.context_lens
@@ -44,16 +44,16 @@ def check(problem: Problem, result: torch.Tensor) -> None:
     assert not result[rows:].any()
 
 
-def ragged(page: int, kv_heads: int, group: int, head_dim: int, dtype: str, device: str) -> Problem:
-    contexts = [1, page - 1, page, page + 1, 130, 64, 2]
-    layout = PageLayout(page_size=page, layers=2, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-    return make_problem(make_step([1] * len(contexts), contexts, page), layout, heads=kv_heads * group, device=device)
+def ragged(block: int, kv_heads: int, group: int, head_dim: int, dtype: str, device: str) -> Problem:
+    contexts = [1, block - 1, block, block + 1, 130, 64, 2]
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    return make_problem(make_step([1] * len(contexts), contexts, block), layout, heads=kv_heads * group, device=device)
 
 
 @every_attention_dtype
-@pytest.mark.parametrize("page", [16, 64, 256])
-def test_ragged_rows_over_page_borders(dtype: str, device: str, page: int) -> None:
-    problem = ragged(page, 2, 2, 64, dtype, device)
+@pytest.mark.parametrize("block", [16, 64, 256])
+def test_ragged_rows_over_block_borders(dtype: str, device: str, block: int) -> None:
+    problem = ragged(block, 2, 2, 64, dtype, device)
     check(problem, decode(problem))
 
 
@@ -83,14 +83,14 @@ SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens a
     ids=str,
 )
 def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeConfig) -> None:
-    for page in (16, 64) if CUDA else (16 if config.keys > SHORT.keys else 64,):
-        problem = ragged(page, 1, 3, 64, dtype, device)
+    for block in (16, 64) if CUDA else (16 if config.keys > SHORT.keys else 64,):
+        problem = ragged(block, 1, 3, 64, dtype, device)
         check(problem, decode(problem, config, width=5, padding=4))
 
 
 @one_attention_dtype
 def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> None:
-    layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
+    layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)
     problem = make_problem(make_step([1] * 3, [3, 700, 7], 64), layout, heads=4, device=device)
     config = replace(SHORT, keys=32, shares=8)
     check(problem, decode(problem, config, width=1000, padding=66))  # more rows than the plan looks at together
@@ -135,7 +135,7 @@ def test_more_rows_than_the_buffers_hold_is_refused() -> None:
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "kernel"])
 def test_a_captured_step_follows_its_contexts_cuda(atomic: bool) -> None:
-    layout = PageLayout(page_size=64, layers=1, kv_heads=2, head_dim=64, dtype="float16")
+    layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype="float16")
     contexts = [700, 64, 3]
     problem = make_problem(make_step([1] * 3, contexts, 64), layout, heads=4, device="cuda")
     check(problem, decode(problem))

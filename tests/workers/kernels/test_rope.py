@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.kernels.devices import DEVICES, DTYPES, apart, close, exact_norm, poisoned
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.rotary import Rope, Rotary, Turns
 
-EPS, LAYER, PAGES, PAGE, POSITIONS = 1e-6, 1, 5, 16, 200
+EPS, LAYER, BLOCKS, BLOCK, POSITIONS = 1e-6, 1, 5, 16, 200
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -37,14 +37,14 @@ def _expected(heads: Tensor, weight: Tensor | None, rotary: Rotary, positions: T
 def test_equals_the_layers(
     device: str, dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, dim: int, norm: bool, ids: torch.dtype
 ) -> None:
-    pool = KVPool(PageLayout(PAGE, 3, kv_heads, dim, NAMES[dtype]), PAGES, device)
+    pool = KVPool(BlockLayout(BLOCK, 3, kv_heads, dim, NAMES[dtype]), BLOCKS, device)
     pool.data.copy_(torch.randn(pool.data.shape))
     before = pool.data.clone()
     rotary = Rotary(Rope(theta=1e4), dim, POSITIONS, dtype, torch.device(device))
     qkv = apart(3 * torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=device).to(dtype))
     q_weight, k_weight = (torch.randn(dim, device=device).to(dtype) if norm else None for _ in range(2))
     positions = torch.randint(POSITIONS, (tokens,), device=device).to(ids)
-    slots = torch.randperm(PAGES * PAGE, device=device)[:tokens].to(ids)
+    slots = torch.randperm(BLOCKS * BLOCK, device=device)[:tokens].to(ids)
     out = poisoned(tokens, heads, dim, dtype=dtype, device=device)
     keys, values = pool.keys(LAYER), pool.values(LAYER)
     returned = qk_norm_rope_write(
@@ -53,23 +53,23 @@ def test_equals_the_layers(
     assert returned is out
 
     query, key, value = qkv.view(tokens, -1, dim).split_with_sizes((heads, kv_heads, kv_heads), 1)
-    page, slot = slots.long() // PAGE, slots.long() % PAGE
+    block, slot = slots.long() // BLOCK, slots.long() % BLOCK
     close(out, _expected(query, q_weight, rotary, positions), dtype)
-    close(keys[page, slot], _expected(key, k_weight, rotary, positions), dtype)
-    assert torch.equal(values[page, slot], value)
-    pool.data[page, LAYER, :, slot] = before[page, LAYER, :, slot]
+    close(keys[block, slot], _expected(key, k_weight, rotary, positions), dtype)
+    assert torch.equal(values[block, slot], value)
+    pool.data[block, LAYER, :, slot] = before[block, LAYER, :, slot]
     assert torch.equal(pool.data, before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_slots_beyond_two_to_the_31_numbers_in(device: str) -> None:
-    """A pool's stride times a page number needs 64 bits. Pages here share memory, so that the test needs little of it."""
-    dim, page = 2, 3
-    memory = torch.zeros(4 * PAGE * dim, device=device)
-    keys = memory.as_strided((2**30, PAGE, 1, dim), (0, dim, dim, 1))
+    """A pool's stride times a block number needs 64 bits. Blocks here share memory, so that the test needs little of it."""
+    dim, block = 2, 3
+    memory = torch.zeros(4 * BLOCK * dim, device=device)
+    keys = memory.as_strided((2**30, BLOCK, 1, dim), (0, dim, dim, 1))
     out = poisoned(1, 1, dim, dtype=torch.float32, device=device)
     rotary = Rotary(Rope(theta=1e4), dim, 4, torch.float32, torch.device(device))
-    slots = torch.tensor([(2**30 - 1) * PAGE + page], device=device)
+    slots = torch.tensor([(2**30 - 1) * BLOCK + block], device=device)
     qkv = torch.randn(1, 3 * dim, device=device)
     qk_norm_rope_write(
         qkv, None, None, EPS, rotary.table, torch.zeros(1, dtype=torch.int64, device=device), slots, keys, keys, 1, 1, out,

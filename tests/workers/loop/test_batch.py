@@ -78,28 +78,28 @@ def test_a_start_fills_its_row() -> None:
     assert (launched.plan.rows.tolist(), launched.plan.counts.tolist(), launched.first.tolist()) == ([2], [2], [4])
 
 
-PAGES = np.arange(2, dtype=np.int32).tobytes()
+BLOCKS = np.arange(2, dtype=np.int32).tobytes()
 
 
 @pytest.mark.parametrize(
     "command",
     [
         Copy(1, 0, 3),
-        Send(1, PAGES, 1, 0),
-        Receive(1, PAGES, 1, 0, ("host:1",)),
-        Offload(1, PAGES, PAGES),
-        Load(1, PAGES, PAGES),
+        Send(1, BLOCKS, 1, 0),
+        Receive(1, BLOCKS, 1, 0, ("host:1",)),
+        Offload(1, BLOCKS, BLOCKS),
+        Load(1, BLOCKS, BLOCKS),
         Cut(1, 0),
     ],
     ids=lambda command: type(command).__name__,
 )
-def test_what_moves_pages_counts_as_applied_and_changes_no_row(command: Command) -> None:
+def test_what_moves_blocks_counts_as_applied_and_changes_no_row(command: Command) -> None:
     resident, untouched = batch(), batch()
     resident.apply(start(lease(1, 0)))
     untouched.apply(start(lease(1, 0)))
     resident.apply(command)
     assert (resident.applied, resident.vacated) == (2, [])
-    for name in ("lease", "known", "computed", "slots", "pages", "block_table"):
+    for name in ("lease", "known", "computed", "slots", "blocks", "block_table"):
         assert (getattr(resident, name) == getattr(untouched, name)).all()
 
 

@@ -1,4 +1,4 @@
-"""A sequence that starts inside a copied page says what it says undisturbed: real model, one rank and two, steps under way."""
+"""A sequence that starts inside a copied block says what it says undisturbed: real model, one rank and two, steps under way."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +35,7 @@ def make(checkpoint: Path) -> Iterator[Make]:
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_start_inside_a_copied_page(make: Make, size: int, dtype: str, depth: int) -> None:
+def test_a_start_inside_a_copied_block(make: Make, size: int, dtype: str, depth: int) -> None:
     group = make(size, dtype, depth)
     undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     assert len(undisturbed) == OUTPUT
@@ -44,7 +44,7 @@ def test_a_start_inside_a_copied_page(make: Make, size: int, dtype: str, depth: 
 
 
 def test_without_the_copy_it_says_something_else(make: Make) -> None:
-    """The other tests can fail: what the page held before is not what the sequence wants."""
+    """The other tests can fail: what the block held before is not what the sequence wants."""
     group = make(1, "float32", 0)
     undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     group.output(lease(2, 0), start(lease(2, 0), (5, 6, 9, 8, 7), tokens=PROMPT[::-1]))
@@ -54,7 +54,7 @@ def test_without_the_copy_it_says_something_else(make: Make) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_the_source_is_granted_again_at_once(make: Make, depth: int) -> None:
-    """Copied while its owner decodes; in the same run of the log the owner is dropped and a newcomer overwrites its pages."""
+    """Copied while its owner decodes; in the same run of the log the owner is dropped and a newcomer overwrites its blocks."""
     group = make(1, "float64", depth)
     undisturbed = group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     first, second, third = lease(2, 0), lease(3, 1), lease(4, 0)

@@ -14,7 +14,7 @@ from workers.loop.link import Greeting, SocketFeed, SocketInbox, SocketLink
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 from workers.loop.simulated import SimulatedExecutor
-from workers.moving.mover import PageMover
+from workers.moving.mover import BlockMover
 
 
 def simulated() -> Rank:
@@ -96,7 +96,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
 
     def leader() -> None:
         rank, gathered = simulated(), Gathered(2)
-        rank.mover = PageMover(pools[0], hosts[0], None, gathered.add, rank=0, epoch=3)
+        rank.mover = BlockMover(pools[0], hosts[0], None, gathered.add, rank=0, epoch=3)
         feed = SocketFeed(feed_listener, 1, TOKEN, ends.append, gathered.add, PATIENCE_S)
         link = SocketLink("127.0.0.1", scheduler.port, Hello(TOKEN, 0, 3, 8, 2, 5, ("here:1", *feed.ports)))
         gathered.send = link.send
@@ -107,7 +107,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     def peer() -> None:
         rank = simulated()
         inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], Greeting(TOKEN, 1, "there:2"), ends.append)
-        rank.mover = PageMover(pools[1], hosts[1], None, inbox.moved, rank=1, epoch=3)
+        rank.mover = BlockMover(pools[1], hosts[1], None, inbox.moved, rank=1, epoch=3)
         ends.append(follow(rank, inbox))
         rank.close()
         inbox.close()
@@ -119,7 +119,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     scheduler.command(Offload(7, ids([1, 2]), ids([3, 4])))
     moved = scheduler.hear()
     assert isinstance(moved, Moved)
-    assert (moved.transfer, moved.ok, moved.bytes) == (7, True, 2 * 2 * LAYOUT.page_bytes)
+    assert (moved.transfer, moved.ok, moved.bytes) == (7, True, 2 * 2 * LAYOUT.block_bytes)
     for pool, host in zip(pools, hosts, strict=True):
         assert (host.rows[3:5] == pool.rows[1:3]).all()
     scheduler.command(End("enough"))

@@ -1,4 +1,4 @@
-"""The simulated group notices what a real model would: stale pages, wrong tables, hits on what was never computed."""
+"""The simulated group notices what a real model would: stale blocks, wrong tables, hits on what was never computed."""
 
 import numpy as np
 import pytest
@@ -38,14 +38,14 @@ def test_a_hit_on_what_was_never_computed_does_not() -> None:
 
 
 @pytest.mark.parametrize("copied", [0, 1])
-def test_a_hit_inside_a_page_reads_what_was_copied(copied: int) -> None:
+def test_a_hit_inside_a_block_reads_what_was_copied(copied: int) -> None:
     executor = SimulatedExecutor(8, 4, 2, VOCABULARY)
     output(executor, 0, (3, 1, 6))
     made = output(executor, 5, (3, 0, 2), Copy(1, 0, copied))
     assert (made == continuation(PROMPT, 3, VOCABULARY)) is (copied == 1)
 
 
-def test_a_stale_or_wrong_page_does_not() -> None:
+def test_a_stale_or_wrong_block_does_not() -> None:
     executor = SimulatedExecutor(8, 4, 2, VOCABULARY)
     output(executor, 0, (3, 1, 6))
     assert output(executor, 4, (1, 0, 2)) != continuation(PROMPT, 3, VOCABULARY)

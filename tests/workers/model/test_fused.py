@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.checkpoints import make_checkpoint
-from tests.workers.decoding import PAGE_SIZE, PAGES_EACH, SEQUENCES, make_step
+from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
 from workers.model.architectures import read_config
@@ -40,9 +40,9 @@ class Fused:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         config = read_config(path)
         shape = config.shard(0, 1)
-        layout = PageLayout(PAGE_SIZE, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
-        self.pool = KVPool(layout, SEQUENCES * PAGES_EACH, DEVICE)
-        self.plain = KVPool(layout, SEQUENCES * PAGES_EACH, "cpu")
+        layout = BlockLayout(BLOCK_SIZE, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+        self.pool = KVPool(layout, SEQUENCES * BLOCKS_EACH, DEVICE)
+        self.plain = KVPool(layout, SEQUENCES * BLOCKS_EACH, "cpu")
         self.attention = CpuAttention(self.plain, shape.heads)
         self.decoder: Decoder = load_model(path, config, Solo(), dtype, DEVICE, None)
         self.fused = FusedDecoder(self.decoder, self.pool)
@@ -82,7 +82,7 @@ def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path:
     path = make_checkpoint(tmp_path, architecture, **fields)
     config = read_config(path)
     fused = Fused(path, dtype)
-    plain_pool = KVPool(fused.plain.layout, SEQUENCES * PAGES_EACH, "cpu")
+    plain_pool = KVPool(fused.plain.layout, SEQUENCES * BLOCKS_EACH, "cpu")
     plain = load_model(path, config, Solo(), dtype, torch.device("cpu"), CpuAttention(plain_pool, config.heads))
     for chunks in STEPS:
         step = make_step(chunks)

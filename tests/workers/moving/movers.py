@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Moved, Movement, Receive, Send
 from workers.moving.exchange import Exchange, LocalTransport
-from workers.moving.mover import PageMover, Transport
+from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire
 from workers.moving.transport import SocketTransport, SocketWire
 
-LAYOUT = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=8, dtype="bfloat16")
-PAGES = 40
+LAYOUT = BlockLayout(block_size=16, layers=2, kv_heads=2, head_dim=8, dtype="bfloat16")
+BLOCKS = 40
 TOKEN = "the cluster's secret"
 PATIENCE_S = 60.0
 KINDS = ("local", "socket", "gloo")
@@ -26,12 +26,12 @@ NCCL = pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() <
 """Between the two devices, in threads of one process: groups of an odd number sit on the second."""
 
 
-def ids(pages: Sequence[int]) -> bytes:
-    return np.array(pages, np.int32).tobytes()
+def ids(blocks: Sequence[int]) -> bytes:
+    return np.array(blocks, np.int32).tobytes()
 
 
-def random_pool(pages: int = PAGES, seed: int = 0, layout: PageLayout = LAYOUT, device: str = "cpu") -> KVPool:
-    pool = KVPool(layout, pages, device)
+def random_pool(blocks: int = BLOCKS, seed: int = 0, layout: BlockLayout = LAYOUT, device: str = "cpu") -> KVPool:
+    pool = KVPool(layout, blocks, device)
     pool.rows.copy_(torch.randint(0, 256, pool.rows.shape, generator=torch.Generator().manual_seed(seed)))
     return pool
 
@@ -63,7 +63,7 @@ class Site:
     group: int
     epoch: int
     pool: KVPool
-    mover: PageMover
+    mover: BlockMover
     transport: Transport | None
     said: Said
 
@@ -76,12 +76,12 @@ class Site:
         for movement in movements:
             self.mover.take(movement)
 
-    def send(self, transfer: int, to: "Site", pages: Sequence[int]) -> None:
-        self.take(Send(transfer, ids(pages), to.group, to.epoch))
+    def send(self, transfer: int, to: "Site", blocks: Sequence[int]) -> None:
+        self.take(Send(transfer, ids(blocks), to.group, to.epoch))
 
-    def receive(self, transfer: int, of: "Site", pages: Sequence[int]) -> None:
+    def receive(self, transfer: int, of: "Site", blocks: Sequence[int]) -> None:
         assert of.transport is not None
-        self.take(Receive(transfer, ids(pages), of.group, of.epoch, (of.transport.address,)))
+        self.take(Receive(transfer, ids(blocks), of.group, of.epoch, (of.transport.address,)))
 
 
 @dataclass
@@ -99,17 +99,17 @@ class World:
         if pool is None:
             pool = random_pool(seed=group, device=f"cuda:{group % 2}" if self.kind == "nccl" else "cpu")
         transport, said = self._transport(pool, group, epoch, token), Said()
-        mover = PageMover(pool, host, transport, said.add, rank=0, epoch=epoch)
+        mover = BlockMover(pool, host, transport, said.add, rank=0, epoch=epoch)
         self.sites.append(Site(group, epoch, pool, mover, transport, said))
         return self.sites[-1]
 
     def _transport(self, pool: KVPool, group: int, epoch: int, token: str) -> Transport:
         if self.kind == "local":
             return LocalTransport(self.exchange, pool, group=group, epoch=epoch, rank=0, timeout_s=self.timeout_s)
-        small = 3 * pool.layout.page_bytes  # several messages for each transfer
+        small = 3 * pool.layout.block_bytes  # several messages for each transfer
         wire = SocketWire(pool) if self.kind == "socket" else PairWire(pool, self.timeout_s, stage_bytes=small)
         return SocketTransport(
-            wire, host="127.0.0.1", token=token, group=group, epoch=epoch, rank=0, page_bytes=pool.layout.page_bytes,
+            wire, host="127.0.0.1", token=token, group=group, epoch=epoch, rank=0, block_bytes=pool.layout.block_bytes,
             timeout_s=self.timeout_s,
         )  # fmt: skip
 

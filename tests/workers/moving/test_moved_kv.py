@@ -13,7 +13,7 @@ from tests.workers.moving.movers import TOKEN, Said, ids
 from tests.workers.parallel.real_groups import PROMPT, Group, start
 from workers.loop.leader import Gathered
 from workers.moving.exchange import Exchange, LocalTransport
-from workers.moving.mover import PageMover, Transport
+from workers.moving.mover import BlockMover, Transport
 from workers.moving.transport import open_transport
 
 Make = Callable[..., "Movable"]
@@ -41,7 +41,7 @@ class Movable:
             else:
                 transport = open_transport(built.pool, host="127.0.0.1", token=TOKEN, group=number, epoch=0, rank=rank)
             transports.append(transport)
-            mover = PageMover(built.pool, built.host, transport, gathered.add, rank=rank, epoch=0)
+            mover = BlockMover(built.pool, built.host, transport, gathered.add, rank=rank, epoch=0)
             built.rank.mover = mover
         self.ports = tuple(transport.address for transport in transports)
 
@@ -79,7 +79,7 @@ def test_a_prefix_from_another_group(make: Make, kind: str, depth: int, size: in
             side.group.turn()
         moved = side.said.wait(1)
         assert moved.ok, moved.message
-        assert moved.bytes == 2 * sum(built.pool.layout.page_bytes for built in side.group.built)
+        assert moved.bytes == 2 * sum(built.pool.layout.block_bytes for built in side.group.built)
     there.group.turn(Drop(lease(1, 0)))
     name = lease(2, 1)
     assert there.group.output(name, start(name, (11, 7, 6, 8, 9), cached=32)) == undisturbed

@@ -1,4 +1,4 @@
-"""Pages between groups and to host memory: every byte where it belongs, every failure said, no thread left behind."""
+"""Blocks between groups and to host memory: every byte where it belongs, every failure said, no thread left behind."""
 
 import threading
 import time
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Offload, Send
-from tests.workers.moving.movers import KINDS, LAYOUT, NCCL, PAGES, PATIENCE_S, Said, World, ids, random_pool
+from tests.workers.moving.movers import BLOCKS, KINDS, LAYOUT, NCCL, PATIENCE_S, Said, World, ids, random_pool
 from workers.moving import exchange, mover, side
 from workers.moving.lane import Abort
-from workers.moving.mover import PageMover
+from workers.moving.mover import BlockMover
 
 Make = Callable[..., World]
 
@@ -46,7 +46,7 @@ def test_every_byte_arrives_and_nothing_else_changes(make: Make, kind: str) -> N
     there.receive(4, here, targets)
     for site in (here, there):
         moved = site.said.wait(4)
-        assert (moved.ok, moved.message, moved.bytes) == (True, "", len(sources) * LAYOUT.page_bytes)
+        assert (moved.ok, moved.message, moved.bytes) == (True, "", len(sources) * LAYOUT.block_bytes)
         assert moved.elapsed_s > 0.0
     assert torch.equal(there.rows, expected)
     assert torch.equal(here.rows, before)
@@ -63,8 +63,8 @@ def test_many_at_once_in_all_directions(make: Make, kind: str) -> None:
     for transfer in range(30):
         sender, receiver = random.choice(3, 2, replace=False).tolist()
         count = int(random.integers(1, 5))
-        sources = random.choice(PAGES // 2, count, replace=False).tolist()  # the lower half is read, the upper written
-        targets = [PAGES // 2 + at for at in random.choice(PAGES // 2, count, replace=False).tolist()]
+        sources = random.choice(BLOCKS // 2, count, replace=False).tolist()  # the lower half is read, the upper written
+        targets = [BLOCKS // 2 + at for at in random.choice(BLOCKS // 2, count, replace=False).tolist()]
         commands.append((transfer, sender, receiver, sources, targets))
     free: dict[int, set[int]] = {site: set() for site in range(3)}
     kept = []
@@ -185,7 +185,7 @@ def test_after_a_failure_the_pair_goes_on(make: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, NCCL])
 def test_sides_that_do_not_agree_fail_both(make: Make, kind: str) -> None:
     world = make(kind)
-    wider = PageLayout(page_size=16, layers=2, kv_heads=2, head_dim=16, dtype="bfloat16")
+    wider = BlockLayout(block_size=16, layers=2, kv_heads=2, head_dim=16, dtype="bfloat16")
     device = "cuda:0" if kind == "nccl" else "cpu"
     here, there = world.site(1), world.site(2, pool=random_pool(layout=wider, device=device))
     here.send(1, there, [0])
@@ -205,18 +205,18 @@ def test_closing_fails_what_is_under_way_and_ends_all_threads(make: Make, kind: 
     assert not here.said.wait(2).ok
 
 
-def test_a_sender_that_withdraws_while_its_pages_are_read_spoils_the_transfer(
+def test_a_sender_that_withdraws_while_its_blocks_are_read_spoils_the_transfer(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pages may be granted again once it has said that the transfer failed."""
+    """Its blocks may be granted again once it has said that the transfer failed."""
     began, go_on = threading.Event(), threading.Event()
 
-    def slow(source: KVPool, pages: list[int], target: KVPool, targets: list[int], abort: Abort) -> None:
+    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: Abort) -> None:
         began.set()
         assert go_on.wait(PATIENCE_S)
-        side.copy_pages(source, pages, target, targets, abort)
+        side.copy_blocks(source, blocks, target, targets, abort)
 
-    monkeypatch.setattr(exchange, "copy_pages", slow)
+    monkeypatch.setattr(exchange, "copy_blocks", slow)
     world = make("local")
     here, there = world.site(1), world.site(2)
     here.send(1, there, [0])
@@ -238,7 +238,7 @@ def test_offload_and_load_bring_back_every_byte(make: Make) -> None:
     before = here.pool.rows.clone()
     here.take(Offload(1, ids([4, 9, 2]), ids([11, 0, 5])))
     moved = here.said.wait(1)
-    assert (moved.ok, moved.bytes) == (True, 3 * LAYOUT.page_bytes)
+    assert (moved.ok, moved.bytes) == (True, 3 * LAYOUT.block_bytes)
     assert torch.equal(host.rows[[11, 0, 5]], before[[4, 9, 2]])
     here.pool.rows.zero_()
     here.take(Load(2, ids([0, 11]), ids([30, 31])), Offload(3, ids([30]), ids([7])))
@@ -251,22 +251,22 @@ def test_offload_and_load_bring_back_every_byte(make: Make) -> None:
 
 def test_without_host_memory_or_transport_movements_fail_one_by_one() -> None:
     said = Said()
-    bare = PageMover(random_pool(), None, None, said.add, rank=0, epoch=3)
+    bare = BlockMover(random_pool(), None, None, said.add, rank=0, epoch=3)
     bare.take(Offload(1, ids([0]), ids([0])))
     bare.take(Send(2, ids([0]), 5, 0))
-    assert said.wait(1).message == "this rank keeps no pages in host memory"
+    assert said.wait(1).message == "this rank keeps no blocks in host memory"
     assert said.wait(2).message == "this rank takes no part in transfers"
     assert {moved.epoch for moved in said.moved} == {3}
     bare.close()
 
 
-def test_a_page_or_slot_that_is_not_there_fails_its_transfer_alone(make: Make) -> None:
+def test_a_block_or_slot_that_is_not_there_fails_its_transfer_alone(make: Make) -> None:
     here = make("socket").site(1, host=KVPool(LAYOUT, 2, "cpu"))
     here.take(
         Offload(1, ids([0]), ids([2])),
-        Offload(2, ids([PAGES]), ids([1])),
+        Offload(2, ids([BLOCKS]), ids([1])),
         Load(3, ids([-1]), ids([1])),
-        Send(4, ids([PAGES + 5]), 2, 0),
+        Send(4, ids([BLOCKS + 5]), 2, 0),
         Offload(5, ids([0]), ids([1])),
     )
     for transfer in (1, 2, 3, 4):
@@ -303,7 +303,7 @@ def test_pool_to_pool_and_pinned_memory_and_back_cuda(make: Make) -> None:
 
 @gpu
 def test_what_is_moved_waits_for_the_steps_before_it_and_they_for_nothing_cuda(make: Make) -> None:
-    """A step that takes long writes a page that is then offloaded, and reads one that is then overwritten."""
+    """A step that takes long writes a block that is then offloaded, and reads one that is then overwritten."""
     host = KVPool(LAYOUT, 4, "cpu", pinned=True)
     here = make("local").site(1, pool=random_pool(seed=1, device="cuda"), host=host)
     before = here.rows

@@ -1,4 +1,4 @@
-"""Who may fetch pages, and what a transfer does when the other side hangs, dies or lies."""
+"""Who may fetch blocks, and what a transfer does when the other side hangs, dies or lies."""
 
 import hmac
 import multiprocessing
@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 
-from kvcache.layout import PageLayout
+from kvcache.layout import BlockLayout
 from scheduler.protocol.messages import Cut, Receive
 from scheduler.protocol.wire import frame
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
@@ -23,7 +23,7 @@ from workers.moving.connection import Challenge, Connection, Fetch, Offer, nonce
 from workers.moving.lane import TransferFailed
 from workers.moving.transport import runs
 
-LARGE = PageLayout(page_size=256, layers=8, kv_heads=4, head_dim=64, dtype="float32")  # 4 MiB a page
+LARGE = BlockLayout(block_size=256, layers=8, kv_heads=4, head_dim=64, dtype="float32")  # 4 MiB a block
 FORWARD = 16  # of them: more than any socket buffers
 
 
@@ -34,13 +34,15 @@ def world() -> Iterator[World]:
     one.close()
 
 
-def greet(site: Site, transfer: int, *, token: str = TOKEN, epoch: int = 0, pages: int = 1, page_bytes: int = 0) -> Connection:
+def greet(
+    site: Site, transfer: int, *, token: str = TOKEN, epoch: int = 0, blocks: int = 1, block_bytes: int = 0
+) -> Connection:
     """A receiver by hand, group 2, epoch 0, up to its request."""
     assert site.transport is not None
     connection = Connection.connect(site.transport.address, PATIENCE_S)
     challenge = connection.receive(Challenge)
-    size = page_bytes or site.pool.layout.page_bytes
-    fetch = Fetch(transfer, 2, 0, site.group, epoch, 0, pages, size, 0, nonce())
+    size = block_bytes or site.pool.layout.block_bytes
+    fetch = Fetch(transfer, 2, 0, site.group, epoch, 0, blocks, size, 0, nonce())
     proof = prove(token, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
     connection.send(msgspec.structs.replace(fetch, proof=proof))
     return connection
@@ -58,7 +60,7 @@ def test_a_receiver_by_hand_gets_the_bytes(world: World) -> None:
     connection = greet(here, 1)
     offer = connection.receive(Offer)
     assert len(offer.proof) == 32
-    content = bytearray(LAYOUT.page_bytes)
+    content = bytearray(LAYOUT.block_bytes)
     connection.receive_bytes(memoryview(content))
     assert bytes(content) == here.pool.rows[5].numpy().tobytes()
     connection.close()
@@ -86,7 +88,7 @@ def test_a_recorded_greeting_is_worth_nothing(world: World) -> None:
     second = Connection.connect(here.transport.address, PATIENCE_S)
     challenge = first.receive(Challenge)
     assert second.receive(Challenge) != challenge
-    fetch = Fetch(1, 2, 0, 1, 0, 0, 1, LAYOUT.page_bytes, 0, nonce())
+    fetch = Fetch(1, 2, 0, 1, 0, 0, 1, LAYOUT.block_bytes, 0, nonce())
     proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
     second.send(msgspec.structs.replace(fetch, proof=proof))
     with pytest.raises(TransferFailed, match="has gone"):
@@ -156,7 +158,7 @@ def test_a_cut_in_the_midst_of_the_bytes(world: World) -> None:
     """A receiver that takes no more than the first bytes: the sender hangs in its socket until it is told."""
     here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
     here.send(1, other(here), range(FORWARD))
-    connection = greet(here, 1, pages=FORWARD)
+    connection = greet(here, 1, blocks=FORWARD)
     connection.receive(Offer)
     connection.receive_bytes(memoryview(bytearray(1000)))
     assert here.said.moved == []
@@ -170,7 +172,7 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
     world = World("socket", timeout_s=0.3)
     try:
         here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
-        connection = greet(here, 1, pages=FORWARD)
+        connection = greet(here, 1, blocks=FORWARD)
         here.send(1, other(here), range(FORWARD))
         connection.receive(Offer)
         assert "silent for 0.3 s" in here.said.wait(1).message
@@ -180,7 +182,7 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
 
 
 def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
-    """A sender that stops after half a page."""
+    """A sender that stops after half a block."""
     there = world.site(2)
     begun = threading.Event()
 
@@ -189,7 +191,7 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
         connection.send(Challenge(nonce()))
         fetch = connection.receive(Fetch)
         connection.send(Offer(0, prove(TOKEN, b"offer", fetch.nonce)))
-        connection.send_bytes(memoryview(bytes(LAYOUT.page_bytes // 2)))
+        connection.send_bytes(memoryview(bytes(LAYOUT.block_bytes // 2)))
         begun.set()
         with pytest.raises(TransferFailed):
             connection.receive(Offer)  # until the receiver hangs up
@@ -207,10 +209,10 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
 
 
 def _receive_and_stop(address: str, pipe: Any) -> None:
-    """In another process: asks for many pages, takes a few bytes, and is killed."""
+    """In another process: asks for many blocks, takes a few bytes, and is killed."""
     connection = Connection.connect(address, PATIENCE_S)
     challenge = connection.receive(Challenge)
-    fetch = Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.page_bytes, 0, nonce())
+    fetch = Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.block_bytes, 0, nonce())
     proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
     connection.send(msgspec.structs.replace(fetch, proof=proof))
     connection.receive(Offer)
@@ -240,8 +242,8 @@ def test_a_receiver_that_is_killed_in_the_midst(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pages", "expected"),
+    ("blocks", "expected"),
     [([], []), ([3], [(3, 4)]), ([3, 4, 5, 9, 10, 0], [(3, 6), (9, 11), (0, 1)]), ([2, 1, 0], [(2, 3), (1, 2), (0, 1)])],
 )
-def test_adjacent_pages_are_one_run(pages: list[int], expected: list[tuple[int, int]]) -> None:
-    assert list(runs(pages)) == expected
+def test_adjacent_blocks_are_one_run(blocks: list[int], expected: list[tuple[int, int]]) -> None:
+    assert list(runs(blocks)) == expected

@@ -17,7 +17,7 @@ from workers.parallel.in_process import Solo, ThreadGroup
 
 PROMPT = np.random.default_rng(7).integers(0, 199, 45).tolist()
 OUTPUT = 20
-PAGES = 12  # of 16 tokens
+BLOCKS = 12  # of 16 tokens
 
 
 class Group:
@@ -25,14 +25,14 @@ class Group:
 
     def __init__(self, model: Path, size: int, dtype: str, depth: int, *, host_kv_memory: int = 0) -> None:
         config = replace(
-            CONFIG, model=str(model), dtype=dtype, kv_memory=PAGES << 20, max_model_len=96, host_kv_memory=host_kv_memory
+            CONFIG, model=str(model), dtype=dtype, kv_memory=BLOCKS << 20, max_model_len=96, host_kv_memory=host_kv_memory
         )
         self.threads = ThreadPoolExecutor(size)
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
 
         def build(comm: Communicator) -> Built:
             built = build_rank(config, comm)
-            assert built.pages >= PAGES
+            assert built.blocks >= BLOCKS
             return replace(built, rank=Rank(built.rank.batch, built.rank.executor, depth))
 
         self.built = list(self.threads.map(build, comms))

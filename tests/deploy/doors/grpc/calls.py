@@ -8,7 +8,7 @@ from typing import Any
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 
-PAGE_SIZE = 16
+BLOCK_SIZE = 16
 PATIENCE_S = 60.0
 PROMPT = "def fibonacci(n):\n    if n < 2:\n        return n\n"
 

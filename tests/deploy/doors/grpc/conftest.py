@@ -16,7 +16,7 @@ from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import ServedModel, Service
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
-from tests.deploy.doors.grpc.calls import PAGE_SIZE, consumed, until
+from tests.deploy.doors.grpc.calls import BLOCK_SIZE, consumed, until
 
 Connect = Callable[..., tuple[Any, grpc.aio.Channel]]
 """Door, and the server's configuration if it matters."""
@@ -29,7 +29,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 def new_service() -> Service:
-    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, block_size=PAGE_SIZE)
+    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, block_size=BLOCK_SIZE)
     return Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(engine))
 
 

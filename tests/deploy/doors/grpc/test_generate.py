@@ -11,7 +11,7 @@ from deploy.doors.grpc.writing import merged
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 from scheduler.protocol.sampling import SamplingParams
-from tests.deploy.doors.grpc.calls import PAGE_SIZE, PROMPT, ids, text
+from tests.deploy.doors.grpc.calls import BLOCK_SIZE, PROMPT, ids, text
 
 Answer = Callable[[Awaitable[Any]], Any]
 Generate = Callable[[pb.GenerateRequest], list[pb.GenerateResponse]]
@@ -69,7 +69,7 @@ def test_cached_tokens_are_told_and_a_salt_keeps_prompts_apart(generate: Generat
     prompt = "import asyncio\n" * 20
     first, again = (merged(generate(text(prompt, temperature=0.0))) for _ in range(2))
     assert first.usage.cached_tokens == 0
-    assert again.usage.cached_tokens >= PAGE_SIZE
+    assert again.usage.cached_tokens >= BLOCK_SIZE
     assert again.choices == first.choices
     salted = text(prompt, temperature=0.0)
     salted.cache_salt = "mine"

@@ -192,7 +192,7 @@ def test_cached_tokens_are_exact(client: openai.OpenAI, tokenizer: Tokenizer, st
         return stats().cached_tokens - before.cached_tokens
 
     salted = {"extra_body": {"cache_salt": "exact"}}
-    all_but_one = len(tokenizer.encode(LONG_PROMPT)) - 1  # in pages of 256 whole pages would be less
+    all_but_one = len(tokenizer.encode(LONG_PROMPT)) - 1  # in blocks of 256 whole blocks would be less
     assert all_but_one % 256 >= 32
     before = stats()
     assert (cached_tokens(complete(client, LONG_PROMPT, **salted)), hits(before)) == (0, 0)

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[2] / "docs" / "api.md"
+PAGE = HERE.parents[3] / "docs" / "api.md"
 CHECKS: list[CheckFunction] = [
     not_a_server_error,
     status_code_conformance,

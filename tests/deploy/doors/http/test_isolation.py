@@ -21,7 +21,7 @@ ANN, BOB = "key of ann", "key of bob"
 
 
 def secret(test: str) -> str:
-    """Text of a few pages that only one test sends."""
+    """Text of a few blocks that only one test sends."""
     return f"The code of the safe, in {test}, is 4711. " * 20
 
 

@@ -1,4 +1,4 @@
-"""Which page each running sequence fills, so that whoever is to fill the same one finds it.
+"""Which block each running sequence fills, so that whoever is to fill the same one finds it.
 
 Imports `sequence` and the hashing.
 """
@@ -10,35 +10,35 @@ from kvcache.hashing import hash_run
 from scheduler.sequence import Sequence
 
 MOST_TOKENS = 32
-"""Of the beginning of a page, by which it is found, where no stride says how many."""
+"""Of the beginning of a block, by which it is found, where no stride says how many."""
 
 MOST_FILLERS = 16
-"""Sequences that fill a page which begins alike, of those that are looked at for one prompt, the newest first."""
+"""Sequences that fill a block which begins alike, of those that are looked at for one prompt, the newest first."""
 
 
-class OpenPages:
-    """By the chained hash of the first `stride` tokens of the page, if they are known; otherwise by that of the page before,
-    as where a page begins with decoded tokens. Looked up by both, so that either is found; a collision costs a comparison.
+class OpenBlocks:
+    """By the chained hash of the first `stride` tokens of the block, if they are known; otherwise by that of the block before,
+    as where a block begins with decoded tokens. Looked up by both, so that either is found; a collision costs a comparison.
 
-    Costs a dictionary entry for each running sequence, changed when a page is full, and nothing at any other step.
+    Costs a dictionary entry for each running sequence, changed when a block is full, and nothing at any other step.
     Invariant: who is alone under its key is in `_alone`, all others are in `_crowds`; a crowd is two or more.
     """
 
-    def __init__(self, page_size: int, stride: int, *, enabled: bool) -> None:
-        """stride: 0 if parts of pages are not reused, only whole ones. enabled: otherwise nothing is kept."""
-        self._page_size = page_size
-        self.stride = stride or min(MOST_TOKENS, page_size)
+    def __init__(self, block_size: int, stride: int, *, enabled: bool) -> None:
+        """stride: 0 if parts of blocks are not reused, only whole ones. enabled: otherwise nothing is kept."""
+        self._block_size = block_size
+        self.stride = stride or min(MOST_TOKENS, block_size)
         self._enabled = enabled
         self._alone: dict[int, Sequence] = {}
         self._crowds: dict[int, dict[Sequence, None]] = {}
 
-    def turn_to(self, sequence: Sequence, page: int) -> None:
-        """From now on this is the page that `sequence` fills."""
+    def turn_to(self, sequence: Sequence, block: int) -> None:
+        """From now on this is the block that `sequence` fills."""
         if not self._enabled:
             return
         self.close(sequence)
-        start = page * self._page_size
-        key = sequence.hash_before(page)
+        start = block * self._block_size
+        key = sequence.hash_before(block)
         if sequence.committed - start >= self.stride:
             key = self._begins(sequence, start, key)
         sequence.open_key = key
@@ -59,15 +59,15 @@ class OpenPages:
             del self._crowds[key]
             self._alone[key] = crowd.popitem()[0]
 
-    def alike(self, sequence: Sequence, page: int, tokens: int) -> list[Sequence]:
-        """Who fills, as far as is known here, what could be this page of `sequence`, whose first `tokens` tokens count.
+    def alike(self, sequence: Sequence, block: int, tokens: int) -> list[Sequence]:
+        """Who fills, as far as is known here, what could be this block of `sequence`, whose first `tokens` tokens count.
 
         The tokens before it are the same but for a collision; those in it may differ from the first one on.
         """
-        start = page * self._page_size
+        start = block * self._block_size
         if tokens - start < self.stride or not (self._alone or self._crowds):
             return []
-        before = sequence.hash_before(page)
+        before = sequence.hash_before(block)
         return [*self._under(self._begins(sequence, start, before)), *self._under(before)]
 
     def everyone(self) -> dict[Sequence, int]:

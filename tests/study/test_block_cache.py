@@ -1,21 +1,21 @@
-"""Reuse counts, lifetimes and relations, on pools of two pages of two tokens."""
+"""Reuse counts, lifetimes and relations, on pools of two blocks of two tokens."""
 
 import pytest
 
-from benchmarks.study.page_cache import PageCache, tell
+from benchmarks.study.block_cache import BlockCache, tell
 from benchmarks.study.reuse import relations, reuse_histogram, top_share
 from benchmarks.study.streams import UNKNOWN
 from tests.study.requests import ask, workload
 
 
-def test_a_page_is_born_reused_and_evicted() -> None:
+def test_a_block_is_born_reused_and_evicted() -> None:
     story = tell(
         workload(
             ask([1, 2, 3], [4], at_s=0.0, user=1, conversation=1),
             ask([1, 2, 5], [6], at_s=10.0, user=2, conversation=2),
             ask([7, 8, 9, 10, 11], [12], at_s=30.0, user=2, conversation=3),
         ),
-        page=2, capacity=2,
+        block=2, capacity=2,
     )  # fmt: skip
     assert (story.hit_tokens, story.prompt_tokens) == (2, 11)
     assert story.lives_s == [30.0]
@@ -38,22 +38,22 @@ def test_a_trace_knows_conversations_alone() -> None:
     assert tell(workload(one, two), 2, None).relations == {"other conversation": 1}
 
 
-def test_the_deepest_page_is_evicted_first() -> None:
-    cache = PageCache(2, 2)
+def test_the_deepest_block_is_evicted_first() -> None:
+    cache = BlockCache(2, 2)
     long = ask([1, 2, 3, 4, 5, 6, 7], 1)
     assert cache.take(long, 1) == 0
     assert len(cache) == 2
     assert cache.take(long, 1) == 2
 
 
-def test_a_prompt_that_is_cached_to_its_end_computes_its_last_page() -> None:
-    cache = PageCache(2, None)
+def test_a_prompt_that_is_cached_to_its_end_computes_its_last_block() -> None:
+    cache = BlockCache(2, None)
     cache.take(ask([1, 2], [3, 4]), 1)
     assert cache.take(ask([1, 2], 1), 1) == 0
 
 
-def test_answers_that_a_trace_does_not_name_fill_pages_that_nobody_finds() -> None:
-    cache = PageCache(2, None)
+def test_answers_that_a_trace_does_not_name_fill_blocks_that_nobody_finds() -> None:
+    cache = BlockCache(2, None)
     cache.take(ask([1, 2], 5), 1)
     assert len(cache) == 3
     cache.take(ask([1, 2], 5), 1)
