@@ -67,7 +67,7 @@ class Endpoint:
 def serving(model: Path, options: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """Manta, ready on a free port. Errors: ServingError with the end of its log."""
     port = _free_port()
-    command = [sys.executable, "-m", "deploy", "serve", "--model", str(model), "--port", str(port), *options]
+    command = [sys.executable, "-m", "manta", "serve", "--model", str(model), "--port", str(port), *options]
     haproxy = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(_free_port()) for name in ("METRICS", "STATS")}  # else fixed ones
     return _running(command, haproxy, port, "/ready", log)
 

@@ -167,6 +167,11 @@ class Ingress(GrpcIngress):
 def build(args: Mapping[str, Any]) -> Application:
     """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
     config = endpoint_config(args)
+    if "groups" in args.get("engine", {}):
+        logger.warning(
+            "engine.groups stands below args, where a change of it starts everything anew: below deployments, as the Engine's "
+            "user_config: {groups: N}, groups come and go while requests run"
+        )
     keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
     return application(config.engine, config.serve, keys, config.engine.threads or 1)
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
 OWN_FOLDER = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="mt-")  # short: sockets' paths begin with it
 if OWN_FOLDER is not None:
     os.environ["RAY_TMPDIR"] = OWN_FOLDER  # xdist's processes have it, too

@@ -307,7 +307,7 @@ def test_one_request_of_a_file_that_never_fits(checkpoints: dict[str, Path], tmp
 
 def test_interrupted_in_mid_generation() -> None:
     """Ctrl-C: a word, the exit code, and no process left."""
-    command = [sys.executable, "-m", "deploy", "generate", "--local", "--groups", "2", "--kv-memory", "64MiB"]
+    command = [sys.executable, "-m", "manta", "generate", "--local", "--groups", "2", "--kv-memory", "64MiB"]
     process = subprocess.Popen(
         [*command, "def f(x):", "--max-tokens", "2000", "--ignore-eos", "--max-model-len", "2048", "--stream"],
         cwd=EMBEDDED_MODEL.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

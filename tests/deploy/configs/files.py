@@ -75,6 +75,12 @@ def rank_of(engine: EngineConfig) -> dict[str, float]:
     return rank_resources(resolve(placed, engine.device, engine.tensor_parallel_size, threads=1)[1])
 
 
+def front_ends(name: str) -> int:
+    """How many replicas of the Ingress the application of that file has."""
+    deployments = {each["name"]: each for each in serve_tree(name)["applications"][0]["deployments"]}
+    return int(deployments["Ingress"]["num_replicas"])
+
+
 def nodes_for_all_groups(types: dict[str, Any], head: str, engine: EngineConfig) -> dict[str, int]:
     """The nodes that Ray's autoscaler adds to a head for the pending placement groups of `max_groups` groups.
 

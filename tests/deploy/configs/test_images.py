@@ -4,10 +4,12 @@ import io
 import json
 import re
 import shlex
+import tomllib
 from typing import Any
 
 import pytest
 from dockerfile_parse import DockerfileParser
+from setuptools import find_packages
 
 from manta.commands import app
 from tests.deploy.configs.files import CONFIGS, PINS, PROJECT, REPOSITORY, serve_tree, tree
@@ -38,15 +40,13 @@ def test_what_is_copied_exists_and_is_all_that_a_build_needs(name: str) -> None:
     sources = [source for words in copied if not words[0].startswith("--from") for source in words[:-1]]
     assert all((REPOSITORY / source).exists() for source in sources)
     assert {f"!{source}" for source in sources} <= set(IGNORE), "the context leaves out what it does not name"
-    packages = {package.partition(".")[0] for package in setuptools_packages()}
-    assert packages | {"pyproject.toml", "setup.py", PROJECT["readme"], *PROJECT["license-files"]} <= set(sources)
+    assert setuptools_packages() | {"pyproject.toml", "setup.py", PROJECT["readme"], *PROJECT["license-files"]} <= set(sources)
 
 
-def setuptools_packages() -> list[str]:
-    import tomllib
-
-    found: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
-    return list(found["packages"])
+def setuptools_packages() -> set[str]:
+    """The folders of those at the top."""
+    said: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    return {package.partition(".")[0] for package in find_packages(str(REPOSITORY), include=said["find"]["include"])}
 
 
 @pytest.mark.parametrize("name", FILES)

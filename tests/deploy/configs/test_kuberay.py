@@ -13,6 +13,7 @@ from tests.deploy.configs.files import (
     SERVICE_FILES,
     documents,
     engine_of,
+    front_ends,
     holds_a_group,
     nodes_for_all_groups,
     serve_tree,
@@ -83,7 +84,7 @@ def test_pending_groups_bring_worker_nodes_and_fit_nowhere_else(name: str, serve
 def test_scheduler_and_front_ends_fit_on_cpu_nodes_alone(name: str, serves: str) -> None:
     types = node_types(name)
     front = types.get("front", types["headgroup"])
-    replicas = 1 + serve_tree(serves)["applications"][0]["args"]["serve"]["replicas"]
+    replicas = 1 + front_ends(serves)
     assert front["resources"]["front"] >= replicas
     assert front["resources"]["CPU"] >= replicas - 1
     assert [kind for kind, node in types.items() if "front" in node["resources"]] == [

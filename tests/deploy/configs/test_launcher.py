@@ -11,9 +11,9 @@ from tests.deploy.configs.files import (
     PROJECT,
     REPOSITORY,
     engine_of,
+    front_ends,
     holds_a_group,
     nodes_for_all_groups,
-    serve_tree,
     tree,
 )
 
@@ -43,7 +43,7 @@ def test_pending_groups_bring_gpu_machines_and_the_rest_fits_on_the_head() -> No
     assert nodes_for_all_groups(types, "head", engine).keys() == {"gpu"}
     assert config["max_workers"] == types["gpu"]["max_workers"]
     assert not holds_a_group(head, engine)
-    assert head["front"] >= 1 + serve_tree(SERVES)["applications"][0]["args"]["serve"]["replicas"]
+    assert head["front"] >= 1 + front_ends(SERVES)
     assert "front" not in gpu
 
 

@@ -57,6 +57,25 @@ def test_the_application_builds_and_has_the_deployments_that_are_named(name: str
     assert named in (set(), {deployment.name for deployment in built.deployments})
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_numbers_of_groups_and_front_ends_stand_where_a_change_is_no_outage(name: str) -> None:
+    """Serve starts everything anew when `args` have changed, whatever it is."""
+    args, deployments = application(name)["args"], {each["name"]: each for each in application(name)["deployments"]}
+    assert "groups" not in args["engine"]
+    assert "replicas" not in args["serve"]
+    assert deployments["Engine"]["user_config"] == {"groups": 1}
+    assert deployments["Ingress"]["num_replicas"] >= 1
+
+
+def test_groups_that_a_change_would_be_an_outage_for_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    build: Callable[..., Any] = import_attr(application("serve.yaml")["import_path"])
+    args = application("serve.yaml")["args"]
+    build(args)
+    assert not caplog.records
+    build({**args, "engine": {**args["engine"], "groups": 2}})
+    assert "as the Engine's user_config: {groups: N}" in caplog.text
+
+
 def test_an_idle_engine_logs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Front ends ask it once a second how the cluster is."""
     monkeypatch.setenv(KEYS_VARIABLE, "a-key")

@@ -17,7 +17,7 @@ PATIENCE_S = 300.0
 
 @contextlib.contextmanager
 def served(log: Path, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "deploy", "serve", "--local", "--kv-memory", "32MiB", "--dtype", "float32", *options]
+    command = [sys.executable, "-m", "manta", "serve", "--local", "--kv-memory", "32MiB", "--dtype", "float32", *options]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
     try:

@@ -33,8 +33,6 @@ from tests.processes import (
     alive,
     all_named,
     descendants,
-    named,
-    signal_all,
     stopped_in_the_midst,
     wait_gone,
 )
@@ -45,6 +43,19 @@ PATIENCE_S = 180.0
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
 LONG, ENDLESS = 500, 1900
 
+GATED = """
+import sys, time
+from pathlib import Path
+
+class Gate:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        while name == "workers.life" and not Path({gate!r}).exists():
+            time.sleep(0.05)
+
+sys.meta_path.insert(0, Gate)
+"""
+"""A `sitecustomize` with which no rank goes on with its start before a file is there."""
 
 T = TypeVar("T")
 
@@ -62,13 +73,15 @@ class Endpoint:
     """The process, and its clients."""
 
     def __init__(self, folder: Path) -> None:
-        self.log = folder / "serve.log"
+        self.log, self.gate = folder / "serve.log", folder / "gate"
+        (folder / "sitecustomize.py").write_text(GATED.format(gate=str(self.gate)))
         port, grpc_port, *own_ports = free_ports(2 + len(PROXY_PORTS))
         self.port = port
-        command = [sys.executable, "-m", "deploy", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
+        command = [sys.executable, "-m", "manta", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
         command += ["--dtype", "float32", "--port", str(port), "--grpc-port", str(grpc_port)]
         variables = [variable for variable, _ in PROXY_PORTS.values()]  # fixed ports: another endpoint may have them
         self.environment = os.environ | {name: str(free) for name, free in zip(variables, own_ports, strict=True)}
+        self.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S)
@@ -230,14 +243,10 @@ def expected(endpoint: Endpoint) -> list[str]:
 
 
 def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) -> None:
-    held = until("no worker was started", lambda: named(WORKER, endpoint.process.pid))
-    signal_all(held, signal.SIGSTOP)  # so that it stays in the midst of its start
-    try:
-        refused = until("requests are not refused", lambda: endpoint.refusal())
-    finally:
-        signal_all(held, signal.SIGCONT)
+    refused = until("requests are not refused", lambda: endpoint.refusal())
     assert refused.headers["Retry-After"] == "1"
     assert "is ready at" not in endpoint.said
+    endpoint.gate.touch()
     until("it does not say that it is ready", lambda: f"tiny is ready at {endpoint.address}" in endpoint.said)
     assert endpoint.complete().status_code == 200
     assert endpoint.http.get("/health").json() == {"status": "ok"}
@@ -253,7 +262,7 @@ def test_haproxys_files_are_for_this_account_alone(whole: Endpoint) -> None:
 
 
 def test_a_second_endpoint_on_its_port_is_refused_at_once(whole: Endpoint) -> None:
-    command = [sys.executable, "-m", "deploy", "serve", "--port", str(whole.port)]
+    command = [sys.executable, "-m", "manta", "serve", "--port", str(whole.port)]
     second = subprocess.run(command, env=whole.environment, capture_output=True, text=True)
     assert second.returncode == 2
     assert f"port {whole.port} on 127.0.0.1, for HTTP, cannot be had" in second.stderr
