@@ -60,9 +60,7 @@ def gaps_ms(llm: LLM, prompt: list[int], way: str) -> list[float]:
         if times or len(output.outputs[0].token_ids) >= BEFORE:
             times.append(time.perf_counter())
         if len(times) == 1:
-            with engine._event() as core:
-                ((_, stream),) = core.sequences
-                disturb(core, way, stream)
+            engine.call(lambda core: disturb(core, way, next(iter(core.sequences))[1]))
     return [(after - before) * 1000 for before, after in itertools.pairwise(times)]
 
 

@@ -7,6 +7,7 @@ its own queue and its own index. Imports the core and `groups`; told what time i
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ import numpy.typing as npt
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import Deltas, Report, Request
+from scheduler.protocol.messages import Commands, Deltas, Report, Request
 from scheduler.protocol.sampling import SamplingParams
+from scheduler.server.shell import Shell
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch
 from simulator.time_model import TimeModel
@@ -23,6 +25,7 @@ from simulator.transfers import LinkModel, Transfers
 from workers.loop.batch import ResidentBatch
 
 NEVER_S = float("inf")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,15 @@ class Engine:
             prefix_fetch=features.fetch, relieve=shape.relieve, seed=seed,
         )  # fmt: skip
         self.core = SchedulerCore(config)
-        self._stopwatch = stopwatch
+        self._now_s = 0.0
+        self._first_tokens = False  # whether some of what is being told may be first tokens
+        self._shell = Shell(
+            self.core,
+            self._tell_group,
+            lambda _, deltas: self._hear(deltas, self._first_tokens),
+            clock=lambda: self._now_s,
+            inside=stopwatch,
+        )
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.computed = {GroupId(group): 0 for group in groups}  # prompt tokens, by former epochs of each group
         self._shape = shape
@@ -117,7 +128,7 @@ class Engine:
 
     def submit(self, request: Request, now_s: float) -> None:
         """Errors: RequestRefused."""
-        self._call(partial(self.core.submit, 0, request), now_s)
+        self._call(lambda core: core.submit(0, request), now_s)
 
     def _run_ended(self, group: GroupId, now_s: float) -> None:
         simulated = self.groups.get(group)
@@ -136,27 +147,20 @@ class Engine:
         self.computed[group] += simulated.prefilled
         self._transfers.group_down(group, now_s)
         self._expect_transfers()
-        self._call(partial(self.core.group_down, group, "its workers died in the replay", returning=True), now_s)
+        self._call(lambda core: core.group_down(group, "its workers died in the replay", returning=True), now_s)
 
     def drain(self, group: GroupId, now_s: float) -> bool:
         """It takes nobody new. False if it cannot be spared, or is down."""
-        drained = False
-
-        def change() -> None:
-            nonlocal drained
-            drained = self.core.drain(group)
-
-        self._call(change, now_s)
-        return drained
+        return self._call(lambda core: core.drain(group), now_s)
 
     def vacate(self, group: GroupId, now_s: float) -> None:
         """Who runs there goes on elsewhere."""
         if group in self.groups:
-            self._call(partial(self.core.vacate, group), now_s)
+            self._call(lambda core: core.vacate(group), now_s)
 
     def forget_all(self, now_s: float) -> None:
         """The router sends elsewhere what it had sent here."""
-        self._call(partial(self.core.front_end_down, 0), now_s)
+        self._call(lambda core: core.front_end_down(0), now_s)
 
     def bring_up(self, group: GroupId, now_s: float) -> None:
         """Workers are ready, with empty pools."""
@@ -168,32 +172,26 @@ class Engine:
         self._transfers.group_up(group, epoch)
         slots = shape.host_blocks if self._features.host else 0
         ports = (f"group-{group}:0",) if self._features.fetch else ()
-        self._call(partial(self.core.group_up, group, epoch, shape.blocks, shape.rows, slots=slots, ports=ports), now_s)
+        self._call(lambda core: core.group_up(group, epoch, shape.blocks, shape.rows, slots=slots, ports=ports), now_s)
 
     # ---- the shell
 
     def _report(self, group: GroupId, report: Report, now_s: float) -> None:
-        self._call(partial(self.core.report, group, report), now_s, first_tokens=report.steps == 1)
+        self._first_tokens = report.steps == 1
+        self._call(lambda core: core.report(group, report), now_s)
+        self._first_tokens = False
 
-    def _call(self, change: Callable[[], None], now_s: float, *, first_tokens: bool = False) -> None:
-        """One call into the core, and delivery of what follows, as `SchedulerServer` does it."""
-        core = self.core
-        core.now_s = now_s
-        with self._stopwatch.running():
-            try:
-                change()
-            finally:
-                logs = core.take_logs()
-                told = core.outbox.drain()
-        for name, log in logs:
-            simulated = self.groups[name]
-            simulated.take(log.commands, now_s)
-            if simulated.run is None:
-                self._begin(name, now_s)
-            else:
-                self._schedule(name, simulated.run.end_s)
-        for _, deltas in told:
-            self._hear(deltas, first_tokens)
+    def _call(self, change: Callable[[SchedulerCore], T], now_s: float) -> T:
+        self._now_s = now_s
+        return self._shell.call(change)
+
+    def _tell_group(self, group: GroupId, log: Commands) -> None:
+        simulated = self.groups[group]
+        simulated.take(log.commands, self._now_s)
+        if simulated.run is None:
+            self._begin(group, self._now_s)
+        else:
+            self._schedule(group, simulated.run.end_s)
 
     def _begin(self, group: GroupId, now_s: float) -> None:
         simulated = self.groups[group]
@@ -222,7 +220,7 @@ class Engine:
             self._looks_s = NEVER_S
         for group, answer in self._transfers.finished(now_s):
             if group in self.groups:
-                self._call(partial(self.core.moved, group, answer), now_s)
+                self._call(partial(SchedulerCore.moved, group_id=group, moved=answer), now_s)
         self._expect_transfers()
 
 

@@ -4,12 +4,12 @@ On CPUs the ranks are threads of this process (`local_groups`): for debugging an
 millisecond, which the front end's work must not lengthen: there the groups have a process of their own (`local_process`).
 """
 
-import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -21,11 +21,21 @@ from cluster.worker_config import resolve
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.placement import why
-from scheduler.protocol.messages import Deltas, Moved, Report, Request, TalliedMetric
-from scheduler.queue.limits import RequestRefused
-from scheduler.server.delivery import refuse
+from scheduler.protocol.messages import (
+    Abort,
+    Commands,
+    Deltas,
+    FromFrontEnd,
+    FromLeader,
+    Moved,
+    Request,
+    Stop,
+    Submit,
+    TalliedMetric,
+    Tally,
+)
+from scheduler.server.shell import Shell
 from scheduler.server.stats import PoolMap, pool_maps, snapshot
 from scheduler.server.tallies import Tallies
 from workers.config import WorkerConfig
@@ -33,6 +43,7 @@ from workers.config import WorkerConfig
 logger = logging.getLogger(__name__)
 
 FRONT_END = 0
+T = TypeVar("T")
 
 
 def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "LocalEngine":
@@ -56,7 +67,7 @@ def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure
 class LocalEngine:
     """The `Engine` without Ray. groups: not started yet.
 
-    All calls into the core hold the lock; what it hands out is delivered before release.
+    All calls into the core hold the lock; what it hands out is delivered before release, so orders are kept.
     """
 
     def __init__(
@@ -70,15 +81,12 @@ class LocalEngine:
         check_invariants: bool = False,
     ) -> None:
         self.block_size = core.block_size
-        self.tallies = Tallies()
-        self.busy_s = 0.0
-        """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
         self._core = SchedulerCore(core)
+        self._shell = Shell(self._core, self._tell_group, self._tell_front_end, check_invariants=check_invariants)
         self._worker = worker
         self._groups = groups
         self._on_deltas = on_deltas
         self._on_failure = on_failure
-        self._check = check_invariants
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._closed = False
@@ -88,27 +96,27 @@ class LocalEngine:
     def submit(self, requests: Sequence[Request]) -> None:
         if self._failure is not None or self._closed:
             raise EngineError(self._failure or "the engine was shut down")
-        with self._event() as core:
-            for request in requests:
-                try:
-                    core.submit(FRONT_END, request)
-                except RequestRefused as refusal:
-                    self._tell(refuse(request, refusal))
+        self._take(Submit(tuple(requests)))
 
     def abort(self, streams: Sequence[int]) -> None:
-        with self._event() as core:
-            for stream in streams:
-                core.abort(FRONT_END, stream)
+        self._take(Abort(tuple(streams)))
 
     def stop(self, stream: int, keep_tokens: int) -> None:
-        with self._event() as core:
-            core.end(FRONT_END, stream, keep_tokens)
+        self._take(Stop(stream, keep_tokens))
 
     def tally(self, metrics: Sequence[TalliedMetric]) -> None:
         if self._failure is not None or self._closed:
             raise EngineError(self._failure or "the engine was shut down")
-        with self._lock:
-            self.tallies.add(metrics)
+        self._take(Tally(tuple(metrics)))
+
+    @property
+    def tallies(self) -> Tallies:
+        return self._shell.tallies
+
+    @property
+    def busy_s(self) -> float:
+        """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
+        return self._shell.busy_s
 
     def stats(self) -> EngineStats:
         with self._lock:
@@ -137,49 +145,38 @@ class LocalEngine:
         progress(f"{groups} group(s) are ready")
 
     def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        with self._event() as core:
-            core.group_up(group, EPOCH, blocks, self._worker.rows, slots=slots, ports=ports)
+        self.call(lambda core: core.group_up(group, EPOCH, blocks, self._worker.rows, slots=slots, ports=ports))
 
     def group_lost(self, group: GroupId, reason: str) -> None:
-        with self._event() as core:
+        with self._lock:
             if self._closed:
                 return
-            core.group_down(group, reason)
-            lost = not core.groups
+            self._shell.call(lambda core: core.group_down(group, reason))
+            lost = not self._core.groups
             if lost:
                 self._failure = reason
         if lost:
             self._on_failure(reason)
 
-    def report(self, group: GroupId, report: Report) -> None:
-        with self._event() as core:
-            core.report(group, report)
-
-    def moved(self, group: GroupId, moved: Moved) -> None:
-        with self._event() as core:
-            if not self._closed:
-                core.moved(group, moved)
-
-    @contextlib.contextmanager
-    def _event(self) -> Iterator[SchedulerCore]:
-        """One call into the core; what follows from it is delivered before the lock is released, so orders are kept."""
+    def hear(self, group: GroupId, message: FromLeader) -> None:
         with self._lock:
-            began_s = self._core.now_s = time.monotonic()
-            try:
-                yield self._core
-            finally:  # what was committed before an error is told all the same
-                self._deliver()
-                self.busy_s += time.monotonic() - began_s
+            if not (self._closed and isinstance(message, Moved)):  # there is nothing more to start
+                self._shell.leader_says(group, message)
 
-    def _deliver(self) -> None:
-        if self._check:
-            check(self._core)
-        for name, batch in self._core.take_logs():
-            self._groups.command(name, batch.commands)
-        for _, deltas in self._core.outbox.drain():
-            self._tell(deltas)
+    # ---- the shell's
 
-    def _tell(self, deltas: Deltas) -> None:
+    def call(self, change: Callable[[SchedulerCore], T]) -> T:
+        with self._lock:
+            return self._shell.call(change)
+
+    def _take(self, message: FromFrontEnd) -> None:
+        with self._lock:
+            self._shell.front_end_says(FRONT_END, message)
+
+    def _tell_group(self, group: GroupId, commands: Commands) -> None:
+        self._groups.command(group, commands.commands)
+
+    def _tell_front_end(self, _: int, deltas: Deltas) -> None:
         """A front end that raises has missed these, and will see it by their positions; its groups go on."""
         try:
             self._on_deltas(deltas)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Command, End, Moved, Report
+from scheduler.protocol.messages import Command, End, FromLeader
 from workers.build import Built, build_rank
 from workers.config import WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
@@ -34,9 +34,7 @@ class GroupHost(Protocol):
         """The group's ranks are built; commands may follow. slots: blocks of host memory. ports: where blocks are fetched."""
         ...
 
-    def report(self, group: GroupId, report: Report) -> None: ...
-
-    def moved(self, group: GroupId, moved: Moved) -> None: ...
+    def hear(self, group: GroupId, message: FromLeader) -> None: ...
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         """A group that was up has failed; nothing more comes from it."""
@@ -105,12 +103,9 @@ class LocalLink:
             received += self.commands.get()
         return received
 
-    def send(self, message: Report | Moved) -> None:
+    def send(self, message: FromLeader) -> None:
         assert self.host is not None, "sent before the start"
-        if isinstance(message, Moved):
-            self.host.moved(self._group, message)
-        else:
-            self.host.report(self._group, message)
+        self.host.hear(self._group, message)
 
 
 class LocalFeed:

@@ -22,7 +22,7 @@ from cluster.engine import EngineError
 from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
 from scheduler.logs import configure
-from scheduler.protocol.messages import Command, Moved, Report
+from scheduler.protocol.messages import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
 from workers.build import settle
 from workers.config import WorkerConfig
@@ -37,9 +37,9 @@ class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
     ports: tuple[str, ...]
 
 
-class GroupReport(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class GroupSays(msgspec.Struct, frozen=True, array_like=True, tag=1):
     group: GroupId
-    report: Report | Moved
+    message: FromLeader
 
 
 class GroupLost(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -59,7 +59,7 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag=4):
     error: bytes = b""
 
 
-FromChild = GroupUp | GroupReport | GroupLost | Doing | Started
+FromChild = GroupUp | GroupSays | GroupLost | Doing | Started
 
 
 class GroupCommands(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -137,10 +137,8 @@ class ProcessGroups:
 
     def _handle(self, host: GroupHost, message: FromChild) -> None:
         match message:
-            case GroupReport(group, Report() as report):
-                host.report(group, report)
-            case GroupReport(group, Moved() as moved):
-                host.moved(group, moved)
+            case GroupSays(group, said):
+                host.hear(group, said)
             case GroupUp(group, blocks, slots, ports):
                 host.group_up(group, blocks, slots, ports)
             case GroupLost(group, reason):
@@ -161,11 +159,8 @@ class _Parent:
     def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
         self._connection.send(GroupUp(group, blocks, slots, ports))
 
-    def report(self, group: GroupId, report: Report) -> None:
-        self._connection.send(GroupReport(group, report))
-
-    def moved(self, group: GroupId, moved: Moved) -> None:
-        self._connection.send(GroupReport(group, moved))
+    def hear(self, group: GroupId, message: FromLeader) -> None:
+        self._connection.send(GroupSays(group, message))
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         self._connection.send(GroupLost(group, reason))

@@ -1,6 +1,6 @@
 """The core behind a socket: leaders and front ends connect, calls go in, what the core decides goes out. One event loop.
 
-Every call into the core is synchronous, so the loop makes it atomic. Imports the core, `wire` and asyncio; no Ray.
+Every call into the core is synchronous, so the loop makes it atomic. Imports `shell`, `wire` and asyncio; no Ray.
 """
 
 import asyncio
@@ -8,33 +8,27 @@ import hmac
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import msgspec
 
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
-from scheduler.invariants import check
 from scheduler.protocol.messages import (
-    Abort,
+    Commands,
     Connect,
+    Deltas,
     End,
     FromFrontEnd,
     FromLeader,
     Hello,
-    Moved,
     Opening,
-    Submit,
-    Tally,
     Welcome,
 )
 from scheduler.protocol.wire import read_frame, write_frame
-from scheduler.queue.limits import RequestRefused
 from scheduler.running.resident import ProtocolError
-from scheduler.server.delivery import refuse
+from scheduler.server.shell import Shell
 from scheduler.server.stats import ClusterStatus, pool_maps, snapshot
-from scheduler.server.tallies import Tallies
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +43,13 @@ class SchedulerServer:
 
     def __init__(self, core: SchedulerCore, token: str, *, check_invariants: bool = False) -> None:
         self.core = core
-        self.tallies = Tallies()
+        self._shell = Shell(core, self._tell_leader, self._tell_front_end, check_invariants=check_invariants)
         self._token = token
-        self._check = check_invariants
         self._server: asyncio.Server | None = None
         self._leaders: dict[GroupId, asyncio.StreamWriter] = {}
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
         self._started_s = time.monotonic()
-        self._busy_s = 0.0
         self._openings = msgspec.msgpack.Decoder(Opening)
         self._from_leaders = msgspec.msgpack.Decoder(FromLeader)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
@@ -69,13 +61,8 @@ class SchedulerServer:
         return port
 
     def call(self, change: Callable[[SchedulerCore], T]) -> T:
-        """Runs one call into the core and delivers what follows from it."""
-        began_s = self.core.now_s = time.monotonic()
-        try:
-            return change(self.core)
-        finally:  # what was committed before an error is told all the same
-            self._deliver()
-            self._busy_s += time.monotonic() - began_s
+        """One call into the core, see `Shell.call`."""
+        return self._shell.call(change)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         """The group will not come back. Its leader may not have heard yet that it ended: what it says counts no more."""
@@ -92,17 +79,15 @@ class SchedulerServer:
             block_size=self.core.config.block_size,
             engine=snapshot(self.core),
             maps=pool_maps(self.core) if maps else (),
-            tallies=self.tallies.snapshot(),
+            tallies=self._shell.tallies.snapshot(),
             uptime_s=self.core.now_s - self._started_s,
-            busy_s=self._busy_s,
+            busy_s=self._shell.busy_s,
             front_ends=len(self._front_ends),
         )
 
     async def close(self) -> None:
         """Closes every group's log, then every connection."""
-        for group in self.core.groups.values():
-            group.issue(End("the scheduler was shut down"))
-        self._deliver()
+        self.call(_end_logs)
         if self._server is not None:
             self._server.close()
         for writer in [*self._leaders.values(), *self._front_ends.values()]:
@@ -131,7 +116,7 @@ class SchedulerServer:
         try:
             self.call(lambda core: self._greet(core, hello, writer))
             while (payload := await read_frame(reader)) is not None:
-                self.call(partial(_hear, group=group, message=self._from_leaders.decode(payload)))
+                self._shell.leader_says(group, self._from_leaders.decode(payload))
         except (ProtocolError, msgspec.DecodeError) as error:
             why = str(error)
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
@@ -154,51 +139,27 @@ class SchedulerServer:
         write_frame(writer, Welcome(self.core.config.block_size))
         try:
             while (payload := await read_frame(reader)) is not None:
-                message = self._requests.decode(payload)
-                self.call(partial(self._take, front_end=front_end, message=message))
+                self._shell.front_end_says(front_end, self._requests.decode(payload))
         finally:
             del self._front_ends[front_end]
             self.call(lambda core: core.front_end_down(front_end))
 
-    def _take(self, core: SchedulerCore, front_end: int, message: FromFrontEnd) -> None:
-        if isinstance(message, Submit):
-            for request in message.requests:
-                try:
-                    core.submit(front_end, request)
-                except RequestRefused as refusal:
-                    write_frame(self._front_ends[front_end], refuse(request, refusal))
-        elif isinstance(message, Abort):
-            for stream in message.streams:
-                core.abort(front_end, stream)
-        elif isinstance(message, Tally):
-            self.tallies.add(message.metrics)
-        else:
-            core.end(front_end, message.stream, message.keep_tokens)
-
     # ---- what goes out
 
-    def _deliver(self) -> None:
-        """Logs before deltas: a block is never promised to a client before its group was told.
+    def _tell_leader(self, group: GroupId, commands: Commands) -> None:
+        if (leader := self._leaders.get(group)) is not None:
+            write_frame(leader, commands)
 
-        What is taken out here is told to each, whatever becomes of the others: nobody would say it again.
-        """
-        if self._check:
-            check(self.core)
-        for name, commands in self.core.take_logs():
-            if (leader := self._leaders.get(name)) is not None:
-                write_frame(leader, commands)
-        for front_end, deltas in self.core.outbox.drain():
-            writer = self._front_ends.get(front_end)
-            if writer is None:
-                continue
-            write_frame(writer, deltas)
-            if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-                logger.error("front end %d does not read its tokens: cut off", front_end)
-                writer.transport.abort()
+    def _tell_front_end(self, front_end: int, deltas: Deltas) -> None:
+        writer = self._front_ends.get(front_end)
+        if writer is None:
+            return
+        write_frame(writer, deltas)
+        if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            logger.error("front end %d does not read its tokens: cut off", front_end)
+            writer.transport.abort()
 
 
-def _hear(core: SchedulerCore, group: GroupId, message: FromLeader) -> None:
-    if isinstance(message, Moved):
-        core.moved(group, message)
-    else:
-        core.report(group, message)
+def _end_logs(core: SchedulerCore) -> None:
+    for group in core.groups.values():
+        group.issue(End("the scheduler was shut down"))

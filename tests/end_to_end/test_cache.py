@@ -11,6 +11,7 @@ import pytest
 from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
+from scheduler.core import SchedulerCore
 from scheduler.sequence import State
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens
@@ -108,9 +109,12 @@ def engine_of(llm: LLM) -> LocalEngine:
 
 def migrate_all(llm: LLM) -> int:
     """Lets every running sequence go to the other group; returns how many can."""
-    with engine_of(llm)._event() as core:
+
+    def migrate(core: SchedulerCore) -> int:
         running = [stream for (_, stream), sequence in core.sequences.items() if sequence.state is State.RUNNING]
         return sum(core.migrate(FRONT_END, stream) for stream in running)
+
+    return engine_of(llm).call(migrate)
 
 
 PROMPTS = [draw(100, seed=220 + i) for i in range(4)]

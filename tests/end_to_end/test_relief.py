@@ -36,8 +36,7 @@ def in_good_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def take_newcomers(llm: LLM, group: GroupId, takes: bool) -> None:
     engine = llm._engine
     assert isinstance(engine, LocalEngine)
-    with engine._event() as core:
-        core.groups[group].draining = not takes
+    engine.call(lambda core: setattr(core.groups[group], "draining", not takes))
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")

@@ -15,7 +15,7 @@ def test_only_what_runs_inside_counts() -> None:
     watch = Stopwatch()
     spin(0.02)
     assert watch.look() == 0
-    with watch.running():
+    with watch:
         spin(0.05)
     spin(0.05)
     inside_s = watch.look()
@@ -25,7 +25,7 @@ def test_only_what_runs_inside_counts() -> None:
 
 def test_time_that_the_thread_did_not_get_is_taken_out() -> None:
     watch = Stopwatch()
-    with watch.running():
+    with watch:
         time.sleep(0.3)
         spin(0.01)
     assert watch.look() < 0.2

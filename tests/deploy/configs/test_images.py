@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from dockerfile_parse import DockerfileParser
-from setuptools import find_packages
+from setuptools import find_packages  # type: ignore[import-untyped]
 
 from manta.commands import app
 from tests.deploy.configs.files import CONFIGS, PINS, PROJECT, REPOSITORY, serve_tree, tree
