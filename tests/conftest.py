@@ -1,10 +1,11 @@
 """For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; Ray's files are
-in a folder of this run, so that nobody later takes its clusters for living ones; no test depends on how fast this machine is;
-and which tests share a process where xdist runs several (`make test`)."""
+in a folder of this run, so that nobody later takes its clusters for living ones; no test depends on how fast this machine is,
+or on the shell that starts it; and which tests share a process where xdist runs several (`make test`)."""
 
 import functools
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: what the tests start would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 OWN_FOLDER = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="mt-")  # short: sockets' paths begin with it
 if OWN_FOLDER is not None:
     os.environ["RAY_TMPDIR"] = OWN_FOLDER  # xdist's processes have it, too
