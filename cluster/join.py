@@ -16,6 +16,7 @@ import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, Progress
@@ -72,7 +73,13 @@ def check_address(address: str) -> None:
                 f"the Ray cluster at {found} wants a token: write it into ~/.ray/auth_token and leave RAY_AUTH_MODE unset, or "
                 "set RAY_AUTH_TOKEN and RAY_AUTH_MODE=token"
             )
-        header = AuthenticationTokenLoader.instance().get_token_for_http_header() or {}
+        try:
+            header = AuthenticationTokenLoader.instance().get_token_for_http_header() or {}
+        except AuthenticationError as error:
+            raise EngineError(
+                f"the Ray cluster at {found} wants a token, and RAY_AUTH_MODE=token finds none here: write it into "
+                "~/.ray/auth_token, or set RAY_AUTH_TOKEN"
+            ) from error
         code = _ask(found, header)
         if code is grpc.StatusCode.UNAUTHENTICATED:
             raise EngineError(

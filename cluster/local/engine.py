@@ -1,7 +1,7 @@
 """An engine without Ray: the same core under a lock, which stands in for the scheduler actor's event loop, and groups.
 
-On CPUs the ranks are threads of this process (`local_groups`): for debugging and fast tests. On a GPU a step takes a
-millisecond, which the front end's work must not lengthen: there the groups have a process of their own (`local_process`).
+On CPUs the ranks are threads of this process (`groups`): for debugging and fast tests. On a GPU a step takes a
+millisecond, which the front end's work must not lengthen: there the groups have a process of their own (`process`).
 """
 
 import logging

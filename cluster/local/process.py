@@ -1,9 +1,9 @@
 """The groups of a local engine in a process of their own, so that nobody else's Python holds up their steps.
 
-    this process: front end, scheduler core  ──commands──▶  child: `local_groups.ThreadGroups`, one thread a rank
+    this process: front end, scheduler core  ──commands──▶  child: `groups.ThreadGroups`, one thread a rank
                                              ◀──reports──
 One socket pair joins them. When either end has gone the other notices at once: the child ends itself, the parent says that
-its groups are lost. Imports `local_groups` and `scheduler.protocol.wire`; no Ray.
+its groups are lost. Imports `groups` and `scheduler.protocol.wire`; no Ray.
 """
 
 import contextlib

@@ -79,6 +79,7 @@ def test_the_note_of_a_cluster_that_has_gone_is_named_as_such(tmp_path: Path) ->
 
 def test_a_cluster_that_wants_a_token(protected: str, tmp_path: Path) -> None:
     assert "wants a token: write it into ~/.ray/auth_token" in join(protected, tmp_path)
+    assert "finds none here: write it into ~/.ray/auth_token" in join(protected, tmp_path, RAY_AUTH_MODE="token")
     assert "refuses our token" in join(protected, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
     assert join(protected, tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) == "joined"
 

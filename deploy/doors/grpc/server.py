@@ -1,7 +1,7 @@
 """The gRPC endpoint: what each method of `manta.proto` does, once for both transports, and a plain server for one of them.
 
     client ──▶ grpc.aio server ──▶ GrpcDoor ──▶ Service          `start_server`: one process, one service
-    client ──▶ Serve's proxy ──Ray──▶ GrpcDoor ──▶ Service       `grpc_ingress`: the door is in the ingress replica
+    client ──▶ Serve's proxy ──Ray──▶ GrpcDoor ──▶ Service       `ingress`: the door is in the ingress replica
 
 Imports grpc, no ray. An error is the call's status: it never leaves a method as an exception.
 """

@@ -209,7 +209,7 @@ class FakeCluster:
 
 
 @given(configs, st.data())
-@settings(max_examples=150)
+@settings(max_examples=40)
 def test_bounds_and_cooldowns_hold_whatever_comes(config: ScalingConfig, data: st.DataObject) -> None:
     cluster = FakeCluster(config)
     idle_since: dict[int, int] = {}
@@ -239,7 +239,7 @@ def test_bounds_and_cooldowns_hold_whatever_comes(config: ScalingConfig, data: s
     blocks_each=st.sampled_from((1, 8, 10)),
     start_s=st.integers(0, 200),
 )
-@settings(max_examples=100)
+@settings(max_examples=30)
 def test_a_constant_load_ends_in_rest(load: int, most: int, packed: bool, blocks_each: int, start_s: int) -> None:
     """A load of so many sequences, 10 to a group, packed or spread: after growing or shrinking once, nothing moves."""
     config = ScalingConfig(min_groups=1, max_groups=most, idle_s=60, down_cooldown_s=30)
