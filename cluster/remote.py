@@ -12,6 +12,7 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
+from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
 from scheduler.protocol.wire import FrameSocket
 
@@ -38,10 +39,13 @@ class SchedulerStream:
 
     def __init__(self, host: str, port: int, token: str, on_deltas: OnDeltas, on_failure: OnFailure) -> None:
         self._socket = FrameSocket.connect(host, port)
-        self._socket.send(Connect(token))
+        try:
+            introduce(self._socket, token, Connect())
+        except Stranger as error:
+            raise EngineError("the scheduler refused the connection: the token is that of another cluster") from error
         welcome = self._socket.receive()
         if welcome is None:
-            raise EngineError("the scheduler refused the connection: the token is that of another cluster")
+            raise ConnectionError("the scheduler has gone")
         self.block_size = msgspec.msgpack.decode(welcome, type=Welcome).block_size
         self._on_deltas = on_deltas
         self._on_failure = on_failure

@@ -89,10 +89,10 @@ class RankLife:
         )
         self._attach_mover(transport, gathered.add)
         hello = Hello(
-            scheduler.token, self._group, self._epoch, self._built.blocks, self._config.rows, self._built.slots,
+            self._group, self._epoch, self._built.blocks, self._config.rows, self._built.slots,
             (transport.address, *feed.ports) if transport is not None else (),
         )  # fmt: skip
-        link = SocketLink(scheduler.host, scheduler.port, hello)
+        link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello)
         gathered.send = link.send
         try:
             return lead(self._built.rank, link, feed, self._config.reporter(self._epoch))
@@ -105,8 +105,10 @@ class RankLife:
         assert self._comm is not None
         assert self._rendezvous is not None
         transport = self._open_transport(scheduler)
-        greeting = Greeting(scheduler.token, self._rank, transport.address if transport is not None else "")
-        inbox = SocketInbox(self._rendezvous.host, self._rendezvous.feed_port, greeting, self._comm.abort)
+        greeting = Greeting(self._rank, transport.address if transport is not None else "")
+        inbox = SocketInbox(
+            self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, greeting, self._comm.abort
+        )
         self._attach_mover(transport, inbox.moved)
         try:
             return follow(self._built.rank, inbox)

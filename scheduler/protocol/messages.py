@@ -186,7 +186,6 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
     """
 
-    token: str
     group: int
     epoch: int
     blocks: int
@@ -239,8 +238,6 @@ FromLeader = Report | Moved
 
 class Connect(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """A front end opens its stream; answered by `Welcome`."""
-
-    token: str
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):

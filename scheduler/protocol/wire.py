@@ -102,6 +102,16 @@ class FrameSocket:
                 return
             yield message
 
+    @contextlib.contextmanager
+    def patience(self, seconds: float) -> Iterator[None]:
+        """Within it a wait of that long ends as if the other side had gone; the socket is of no use then."""
+        self._socket.settimeout(seconds)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it may have been closed meanwhile
+                self._socket.settimeout(None)
+
     def close(self) -> None:
         """Ends both directions; a thread in `receive` wakes up with None."""
         with contextlib.suppress(OSError):  # the other side was faster

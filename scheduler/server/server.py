@@ -4,7 +4,6 @@ Every call into the core is synchronous, so the loop makes it atomic. Imports `s
 """
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ import msgspec
 
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
+from scheduler.protocol.handshake import Stranger, identify_stream
 from scheduler.protocol.messages import (
     Commands,
-    Connect,
     Deltas,
     End,
     FromFrontEnd,
@@ -33,13 +32,14 @@ from scheduler.server.stats import ClusterStatus, pool_maps, snapshot
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OPENING: type[Opening] = Opening  # type: ignore[assignment]  # a union is not a type to mypy
 
 MAX_UNSENT_BYTES = 64 << 20
 """A front end that leaves so much unread is cut off: its requests end, and the others go on."""
 
 
 class SchedulerServer:
-    """token: the secret that every connection must open with. check_invariants: after every event."""
+    """token: the secret that whoever connects must prove to know. check_invariants: after every event."""
 
     def __init__(self, core: SchedulerCore, token: str, *, check_invariants: bool = False) -> None:
         self.core = core
@@ -50,7 +50,6 @@ class SchedulerServer:
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
         self._started_s = time.monotonic()
-        self._openings = msgspec.msgpack.Decoder(Opening)
         self._from_leaders = msgspec.msgpack.Decoder(FromLeader)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
 
@@ -97,14 +96,13 @@ class SchedulerServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            payload = await read_frame(reader)
-            opening = self._openings.decode(payload) if payload is not None else None
-            if opening is None or not hmac.compare_digest(opening.token, self._token):
-                logger.warning("refused a connection from %s without the cluster's token", writer.get_extra_info("peername"))
-            elif isinstance(opening, Hello):
+            opening = await identify_stream(reader, writer, self._token, OPENING)
+            if isinstance(opening, Hello):
                 await self._serve_leader(opening, reader, writer)
-            elif isinstance(opening, Connect):
+            else:
                 await self._serve_front_end(reader, writer)
+        except Stranger as error:
+            logger.warning("refused a connection from %s: %s", writer.get_extra_info("peername"), error)
         except (ProtocolError, msgspec.DecodeError) as error:
             logger.error("a connection sent what is not the protocol: %s", error)
         finally:

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.engine import EngineError
 from cluster.remote import EncodedSubmit, SchedulerStream, merged
+from scheduler.protocol.handshake import identify
 from scheduler.protocol.messages import Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.protocol.wire import FrameSocket, listen
@@ -30,8 +31,7 @@ class Scheduler:
             port = listener.getsockname()[1]
             threading.Thread(target=lambda: opening.put(self._open(port)), daemon=True).start()
             self.socket = FrameSocket(listener.accept()[0])
-            connect = msgspec.msgpack.decode(self.socket.receive() or b"", type=Connect)
-            assert connect.token == TOKEN
+            identify(self.socket, TOKEN, Connect)
             self.socket.send(Welcome(16))
             self.stream = opening.get(timeout=PATIENCE_S)
 

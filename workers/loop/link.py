@@ -5,7 +5,6 @@ collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol.
 """
 
 import contextlib
-import hmac
 import queue
 import socket
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from scheduler.protocol.handshake import Stranger, identify, introduce
 from scheduler.protocol.messages import Command, Commands, Hello, Moved, Report
 from scheduler.protocol.wire import FrameSocket
 from workers.loop.leader import LinkClosed
@@ -24,7 +24,6 @@ OnMoved = Callable[[Moved], None]
 class Greeting(msgspec.Struct, frozen=True, array_like=True):
     """A peer opens its stream to the leader. port: "host:port" where other groups fetch its blocks; "" for nowhere."""
 
-    token: str
     rank: int
     port: str
 
@@ -32,11 +31,12 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
 class SocketLink:
     """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
 
-    def __init__(self, host: str, port: int, hello: Hello) -> None:
+    def __init__(self, host: str, port: int, token: str, hello: Hello) -> None:
+        """Errors: OSError if nobody listens there, or somebody who does not know the token."""
         self._socket = FrameSocket.connect(host, port)
+        introduce(self._socket, token, hello)
         self._received: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
         self._expected = 0
-        self._socket.send(hello)
         threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
 
     def receive(self, *, wait: bool) -> Sequence[Command]:
@@ -84,9 +84,12 @@ class SocketFeed:
         while len(self._peers) < peers:
             connection, _ = listener.accept()
             peer = FrameSocket(connection)
-            greeting = _greeting(peer.receive() or b"")
-            known = greeting is not None and hmac.compare_digest(greeting.token.encode(), token.encode())
-            if greeting is None or not known or greeting.rank in self._peers:
+            try:
+                greeting = identify(peer, token, Greeting)
+            except (Stranger, OSError):
+                peer.close()
+                continue
+            if greeting.rank in self._peers:
                 peer.close()
                 continue
             self._peers[greeting.rank] = peer
@@ -112,11 +115,12 @@ class SocketFeed:
 class SocketInbox:
     """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone."""
 
-    def __init__(self, host: str, port: int, greeting: Greeting, on_lost: OnLost) -> None:
+    def __init__(self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost) -> None:
+        """Errors: OSError if nobody listens there, or somebody who does not know the token."""
         self._socket = FrameSocket.connect(host, port)
+        introduce(self._socket, token, greeting)
         self._turns: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
         self._on_lost = on_lost
-        self._socket.send(greeting)
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
 
     def receive(self) -> Sequence[Command]:
@@ -138,13 +142,6 @@ class SocketInbox:
             self._turns.put(turn.commands)
         self._turns.put(None)
         self._on_lost("the leader has gone")
-
-
-def _greeting(payload: bytes) -> Greeting | None:
-    try:
-        return msgspec.msgpack.decode(payload, type=Greeting)
-    except msgspec.DecodeError:
-        return None
 
 
 def _watch(peer: FrameSocket, on_lost: OnLost, on_moved: OnMoved) -> None:

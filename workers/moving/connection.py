@@ -1,18 +1,15 @@
 """The socket of one transfer between two ranks: who may use it, a few small frames, then bytes. No torch.
 
     receiver ──connects──▶ sender
-             ◀──Challenge──           a number drawn for this connection
-             ───Fetch──────▶          what is wanted, and proof that the receiver knows the cluster's token
-             ◀──Offer──────           proof that the sender does
+             ◀──handshake──▶          `scheduler.protocol.handshake`; the claim's opening is a `Fetch`: what is wanted
+             ◀──Offer──────           by which communicator
              ◀══ blocks ════           as the two have agreed: over this connection, or beside it
              ───Done───────▶
 
-The token itself never travels. Every wait ends after `timeout_s` without a byte, or with `shut` from another thread.
+Every wait ends after `timeout_s` without a byte, or with `shut` from another thread.
 """
 
 import contextlib
-import hmac
-import secrets
 import socket
 import struct
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from typing import TypeVar
 
 import msgspec
 
+from scheduler.protocol.handshake import Challenge, Claim, Confirmed
 from scheduler.protocol.wire import frame
 from workers.moving.lane import TransferFailed
 
@@ -30,13 +28,9 @@ _LENGTH = struct.Struct("<I")
 T = TypeVar("T")
 
 
-class Challenge(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    nonce: bytes
-
-
 class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """group, epoch: the receiver's. of_group, of_epoch, rank: whom it wants to talk to. pair: the communicator that it has with
-    the sender, 0 for none. proof: `prove` of the challenge and of everything else here."""
+    the sender, 0 for none."""
 
     transfer: int
     group: int
@@ -47,15 +41,12 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     blocks: int
     block_bytes: int
     pair: int
-    nonce: bytes
-    proof: bytes = b""
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """pair: the communicator to use: the one that both have, or a new one. proof: of the fetch's nonce."""
+    """pair: the communicator to use: the one that both have, or a new one."""
 
     pair: int
-    proof: bytes
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, tag=3):
@@ -67,14 +58,6 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, tag=3):
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """The receiver has everything."""
-
-
-def prove(token: str, *parts: bytes) -> bytes:
-    return hmac.digest(token.encode(), b"\0".join(parts), "sha256")
-
-
-def nonce() -> bytes:
-    return secrets.token_bytes(16)
 
 
 class Connection:
@@ -103,7 +86,7 @@ class Connection:
 
     # ---- frames
 
-    def send(self, message: Challenge | Fetch | Offer | Entry | Done) -> None:
+    def send(self, message: Challenge | Claim | Confirmed | Offer | Entry | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
     def receive(self, kind: type[T]) -> T:

@@ -5,7 +5,6 @@ no other transfer. Imports the mover's types, `connection` and the pool.
 """
 
 import contextlib
-import hmac
 import logging
 import socket
 import threading
@@ -17,8 +16,9 @@ from typing import Protocol
 import msgspec
 
 from kvcache.pool import KVPool
+from scheduler.protocol.handshake import Challenge, Claim, Confirmed, Stranger, challenge, check_confirmed, claim, confirm
 from scheduler.protocol.wire import listen
-from workers.moving.connection import Challenge, Connection, Done, Fetch, Offer, nonce, prove
+from workers.moving.connection import Connection, Done, Fetch, Offer
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.pairs import PairWire
@@ -126,7 +126,7 @@ class SocketTransport:
             if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), self._block_bytes):
                 raise TransferFailed("the two sides do not agree on the blocks")
             pair = self._wire.agree(shard, fetch.pair)
-            connection.send(Offer(pair, prove(self._token, b"offer", fetch.nonce)))
+            connection.send(Offer(pair))
             began_s = time.perf_counter()
             self._wire.send(connection, shard, pair)
             connection.receive_done()
@@ -135,16 +135,18 @@ class SocketTransport:
     def receive(self, shard: Shard) -> float:
         connection = Connection.connect(shard.port, self._timeout_s)
         with closing(connection), shard.abort.waking(connection.shut):
-            challenge = connection.receive(Challenge)
             group, epoch, rank = self._me
             fetch = Fetch(
                 shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks), self._block_bytes,
-                self._wire.standing(shard), nonce(),
+                self._wire.standing(shard),
             )  # fmt: skip
-            connection.send(msgspec.structs.replace(fetch, proof=self._proof(challenge, fetch)))
+            said = claim(self._token, connection.receive(Challenge), fetch)
+            connection.send(said)
+            try:
+                check_confirmed(self._token, said, connection.receive(Confirmed))
+            except Stranger as error:
+                raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token") from error
             offer = connection.receive(Offer)
-            if not hmac.compare_digest(offer.proof, prove(self._token, b"offer", fetch.nonce)):
-                raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token")
             began_s = time.perf_counter()
             self._wire.receive(connection, shard, offer.pair)
             connection.send(Done())
@@ -208,14 +210,14 @@ class SocketTransport:
     def _greet(self, connection: Connection) -> None:
         """Leaves the connection for `_await` if whoever connects knows the token and means this rank."""
         try:
-            challenge = Challenge(nonce())
-            connection.send(challenge)
-            fetch = connection.receive(Fetch)
-            if not hmac.compare_digest(fetch.proof, self._proof(challenge, fetch)):
-                raise TransferFailed("it does not know the cluster's token")
+            asked = challenge()
+            connection.send(asked)
+            said = connection.receive(Claim)
+            answer, fetch = confirm(self._token, asked, said), msgspec.msgpack.decode(said.opening, type=Fetch)
             if (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:
                 raise TransferFailed("it wants another rank, or one that was here before")
-        except TransferFailed as error:
+            connection.send(answer)
+        except (TransferFailed, Stranger, msgspec.DecodeError) as error:
             logger.warning("refused a connection for blocks: %s", error)
             with self._changed:
                 self._open.discard(connection)
@@ -236,10 +238,6 @@ class SocketTransport:
         since_s = time.monotonic() - 2 * self._timeout_s
         for key in [key for key, (*_, came_s) in self._arrived.items() if came_s < since_s]:
             self._arrived.pop(key)[0].close()
-
-    def _proof(self, challenge: Challenge, fetch: Fetch) -> bytes:
-        bare = msgspec.structs.replace(fetch, proof=b"")
-        return prove(self._token, b"fetch", challenge.nonce, msgspec.msgpack.encode(bare))
 
 
 def open_transport(pool: KVPool, *, host: str, token: str, group: int, epoch: int, rank: int) -> SocketTransport:

@@ -19,6 +19,7 @@ import uvloop
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
+from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.messages import (
     Commands,
     Connect,
@@ -85,18 +86,19 @@ class Served:
         self.loop.call_soon_threadsafe(end)
         assert done.wait(PATIENCE_S)
 
-    def connect(self, opening: Hello | Connect) -> FrameSocket:
+    def connect(self, opening: Hello | Connect, token: str = TOKEN) -> FrameSocket:
+        """Errors: Stranger."""
         client = FrameSocket.connect("127.0.0.1", self.port)
+        introduce(client, token, opening)
         client._socket.settimeout(PATIENCE_S)
-        client.send(opening)
         self.clients.append(client)  # held: a forgotten socket is a closed one
         return client
 
     def leader(self, group: int = 0, epoch: int = 0) -> FrameSocket:
-        return self.connect(Hello(TOKEN, group, epoch, blocks=8, rows=4))
+        return self.connect(Hello(group, epoch, blocks=8, rows=4))
 
     def front_end(self) -> FrameSocket:
-        client = self.connect(Connect(TOKEN))
+        client = self.connect(Connect())
         assert read(client, Welcome).block_size == BLOCK
         return client
 
@@ -149,7 +151,7 @@ def first_token(start: Start, epoch: int = 0, number: int = 0, token: int = 7) -
 
 
 def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: Served) -> None:
-    leader = served.connect(Hello(TOKEN, 0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
+    leader = served.connect(Hello(0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
     front_end = served.front_end()
     front_end.send(Submit((request(1),)))
     start = read(leader, Commands).commands[0]
@@ -163,8 +165,9 @@ def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: 
 
 
 def test_without_the_token_nobody_is_heard(served: Served) -> None:
-    for opening in (Hello("guess", 0, 0, 8, 4), Connect("guess")):
-        assert served.connect(opening).receive() is None
+    for opening in (Hello(0, 0, 8, 4), Connect()):
+        with pytest.raises(Stranger):
+            served.connect(opening, token="guess")
     assert served.ask(lambda core: list(core.groups)) == []
 
 
@@ -182,6 +185,7 @@ def test_tallies_outlive_the_front_ends_that_sent_them(served: Served) -> None:
 def test_what_is_not_the_protocol_closes_the_connection(served: Served) -> None:
     client = FrameSocket.connect("127.0.0.1", served.port)
     client.send({"hello": "world"})
+    assert client.receive() is not None, "the challenge, which everybody gets"
     assert client.receive() is None
 
 
@@ -365,7 +369,7 @@ def test_a_leader_that_has_gone_takes_nothing_from_the_other_groups(served: Serv
 def test_a_front_end_that_has_gone_before_it_is_welcomed_leaves_nothing_behind(served: Served) -> None:
     served.leader()
     for _ in range(8):
-        reset(served.connect(Connect(TOKEN)))
+        reset(served.connect(Connect()))
     stays = served.front_end()  # answered after them
     stays.send(Submit((request(1),)))
     read(served.clients[0], Commands)

@@ -5,7 +5,8 @@ import threading
 import msgspec
 import pytest
 
-from scheduler.protocol.messages import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
+from scheduler.protocol.handshake import Stranger, identify, introduce
+from scheduler.protocol.messages import Command, Commands, Connect, End, FromLeader, Hello, Moved, Offload, Report
 from scheduler.protocol.wire import FrameSocket, listen
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
 from workers.loop.batch import ResidentBatch
@@ -53,13 +54,19 @@ def test_a_scheduler_that_has_gone_is_the_step_loop_s_to_notice() -> None:
 @pytest.mark.parametrize("nonsense", [{"hello": "world"}, 7, [99, "x"]])
 def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> None:
     with listen("127.0.0.1") as listener:
-        link = SocketLink("127.0.0.1", listener.getsockname()[1], Hello(TOKEN, 0, 0, blocks=8, rows=2))
-        other = FrameSocket(listener.accept()[0])
-        other.send(nonsense)
+
+        def talk() -> None:
+            other = FrameSocket(listener.accept()[0])
+            identify(other, TOKEN, Hello)
+            other.send(nonsense)
+
+        other = threading.Thread(target=talk)
+        other.start()
+        link = SocketLink("127.0.0.1", listener.getsockname()[1], TOKEN, Hello(0, 0, blocks=8, rows=2))
         with pytest.raises(LinkClosed, match="gone"):
             link.receive(wait=True)
         link.close()
-        other.close()
+        other.join()
 
 
 class Scheduler:
@@ -72,7 +79,7 @@ class Scheduler:
 
     def accept(self) -> Hello:
         self._socket = FrameSocket(self._listener.accept()[0])
-        return msgspec.msgpack.decode(self._socket.receive() or b"", type=Hello)
+        return identify(self._socket, TOKEN, Hello)
 
     def command(self, *commands: Command) -> None:
         self._socket.send(Commands(self._sent, commands))
@@ -98,7 +105,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
         rank, gathered = simulated(), Gathered(2)
         rank.mover = BlockMover(pools[0], hosts[0], None, gathered.add, rank=0, epoch=3)
         feed = SocketFeed(feed_listener, 1, TOKEN, ends.append, gathered.add, PATIENCE_S)
-        link = SocketLink("127.0.0.1", scheduler.port, Hello(TOKEN, 0, 3, 8, 2, 5, ("here:1", *feed.ports)))
+        link = SocketLink("127.0.0.1", scheduler.port, TOKEN, Hello(0, 3, 8, 2, 5, ("here:1", *feed.ports)))
         gathered.send = link.send
         ends.append(lead(rank, link, feed, Reporter(3)))
         rank.close()
@@ -106,7 +113,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
 
     def peer() -> None:
         rank = simulated()
-        inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], Greeting(TOKEN, 1, "there:2"), ends.append)
+        inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], TOKEN, Greeting(1, "there:2"), ends.append)
         rank.mover = BlockMover(pools[1], hosts[1], None, inbox.moved, rank=1, epoch=3)
         ends.append(follow(rank, inbox))
         rank.close()
@@ -130,20 +137,48 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     feed_listener.close()
 
 
-@pytest.mark.parametrize("greeting", [Greeting("guessed", 1, ""), "not a greeting", Greeting("gu\u00e4\u00dft", 1, "")])
-def test_a_stranger_is_no_peer(greeting: object) -> None:
+@pytest.mark.parametrize("words", ["a guess", "no greeting", "not the protocol", "a second rank 1"])
+def test_a_stranger_is_no_peer(words: str) -> None:
     listener = listen("127.0.0.1")
-    port = listener.getsockname()[1]
-    stranger = FrameSocket.connect("127.0.0.1", port)
-    stranger.send(greeting)
-    friend = FrameSocket.connect("127.0.0.1", port)
-    friend.send(Greeting(TOKEN, 1, "p:1"))
-    feed = SocketFeed(listener, 1, TOKEN, lambda _: None, lambda _: None, PATIENCE_S)
-    assert feed.ports == ("p:1",)
-    assert stranger.receive() is None
+    host, port = listener.getsockname()
+    refused: list[bool] = []
+
+    def stranger() -> None:
+        connection = FrameSocket.connect(host, port)
+        try:
+            if words == "not the protocol":
+                connection.send({"hello": "world"})
+            else:
+                token = "gu\u00e4\u00dft" if words == "a guess" else TOKEN
+                introduce(connection, token, Connect() if words == "no greeting" else Greeting(1, ""))
+            refused.append(False)
+        except Stranger:
+            refused.append(True)
+        connection.receive()
+        connection.close()
+
+    def friend() -> None:
+        inbox = SocketInbox(host, port, TOKEN, Greeting(2, "p:2"), lambda _: None)
+        assert inbox.receive() == (End("done"),)
+        inbox.close()
+
+    feeds: list[SocketFeed] = []
+    accepting = threading.Thread(
+        target=lambda: feeds.append(SocketFeed(listener, 2, TOKEN, lambda _: None, lambda _: None, PATIENCE_S))
+    )
+    accepting.start()
+    first = FrameSocket.connect(host, port)
+    introduce(first, TOKEN, Greeting(1, "p:1"))
+    others = [threading.Thread(target=each) for each in (stranger, friend)]
+    others[0].start()
+    others[0].join(PATIENCE_S)  # closed by the leader, which still waits for its second peer
+    others[1].start()
+    accepting.join(PATIENCE_S)
+    (feed,) = feeds
+    assert feed.ports == ("p:1", "p:2")
     feed.send([End("done")])
-    assert friend.receive() is not None
     feed.close()
-    friend.close()
-    stranger.close()
+    others[1].join(PATIENCE_S)
+    assert refused == [words in ("a guess", "no greeting")], "a second rank 1 knows the token, and is closed all the same"
+    first.close()
     listener.close()

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from kvcache.layout import BlockLayout
+from scheduler.protocol.handshake import Challenge, Claim, Confirmed, challenge, claim, confirm
 from scheduler.protocol.messages import Cut, Receive
 from scheduler.protocol.wire import frame
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
-from workers.moving.connection import Challenge, Connection, Fetch, Offer, nonce, prove
+from workers.moving.connection import Connection, Fetch, Offer
 from workers.moving.lane import TransferFailed
 from workers.moving.transport import runs
 
@@ -40,11 +41,9 @@ def greet(
     """A receiver by hand, group 2, epoch 0, up to its request."""
     assert site.transport is not None
     connection = Connection.connect(site.transport.address, PATIENCE_S)
-    challenge = connection.receive(Challenge)
     size = block_bytes or site.pool.layout.block_bytes
-    fetch = Fetch(transfer, 2, 0, site.group, epoch, 0, blocks, size, 0, nonce())
-    proof = prove(token, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
-    connection.send(msgspec.structs.replace(fetch, proof=proof))
+    asked = connection.receive(Challenge)
+    connection.send(claim(token, asked, Fetch(transfer, 2, 0, site.group, epoch, 0, blocks, size, 0)))
     return connection
 
 
@@ -58,8 +57,8 @@ def test_a_receiver_by_hand_gets_the_bytes(world: World) -> None:
     here = world.site(1)
     here.send(1, other(here), [5])
     connection = greet(here, 1)
-    offer = connection.receive(Offer)
-    assert len(offer.proof) == 32
+    assert len(connection.receive(Confirmed).proof) == 32
+    connection.receive(Offer)
     content = bytearray(LAYOUT.block_bytes)
     connection.receive_bytes(memoryview(content))
     assert bytes(content) == here.pool.rows[5].numpy().tobytes()
@@ -74,7 +73,7 @@ def test_who_does_not_know_the_token_or_means_another_gets_nothing(world: World,
     here.send(1, other(here), [5])
     stranger = greet(here, 1, **wrong)
     with pytest.raises(TransferFailed, match="has gone"):
-        stranger.receive(Offer)
+        stranger.receive(Confirmed)
     stranger.close()
     assert here.said.moved == []
     greet(here, 1).close()  # one who does is heard all the same
@@ -86,13 +85,11 @@ def test_a_recorded_greeting_is_worth_nothing(world: World) -> None:
     assert here.transport is not None
     first = Connection.connect(here.transport.address, PATIENCE_S)
     second = Connection.connect(here.transport.address, PATIENCE_S)
-    challenge = first.receive(Challenge)
-    assert second.receive(Challenge) != challenge
-    fetch = Fetch(1, 2, 0, 1, 0, 0, 1, LAYOUT.block_bytes, 0, nonce())
-    proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
-    second.send(msgspec.structs.replace(fetch, proof=proof))
+    asked = first.receive(Challenge)
+    assert second.receive(Challenge) != asked
+    second.send(claim(TOKEN, asked, Fetch(1, 2, 0, 1, 0, 0, 1, LAYOUT.block_bytes, 0)))
     with pytest.raises(TransferFailed, match="has gone"):
-        second.receive(Offer)
+        second.receive(Confirmed)
     first.close()
     second.close()
 
@@ -123,10 +120,13 @@ def test_the_token_does_not_travel_and_an_impostor_is_found_out(world: World) ->
 
     def impostor(listener: socket.socket) -> None:
         connection = Connection(listener.accept()[0], PATIENCE_S)
-        connection.send(Challenge(nonce()))
-        fetch = connection.receive(Fetch)
-        heard.append(frame(fetch))
-        connection.send(Offer(0, prove("guessed", b"offer", fetch.nonce)))
+        asked = challenge()
+        connection.send(asked)
+        said = connection.receive(Claim)
+        heard.append(frame(said))
+        guessed = claim("guessed", asked, msgspec.Raw(said.opening))
+        connection.send(confirm("guessed", asked, guessed))
+        connection.send(Offer(0))
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -159,6 +159,7 @@ def test_a_cut_in_the_midst_of_the_bytes(world: World) -> None:
     here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
     here.send(1, other(here), range(FORWARD))
     connection = greet(here, 1, blocks=FORWARD)
+    connection.receive(Confirmed)
     connection.receive(Offer)
     connection.receive_bytes(memoryview(bytearray(1000)))
     assert here.said.moved == []
@@ -173,6 +174,7 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
     try:
         here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
         connection = greet(here, 1, blocks=FORWARD)
+        connection.receive(Confirmed)
         here.send(1, other(here), range(FORWARD))
         connection.receive(Offer)
         assert "silent for 0.3 s" in here.said.wait(1).message
@@ -188,9 +190,10 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
 
     def sender(listener: socket.socket) -> None:
         connection = Connection(listener.accept()[0], PATIENCE_S)
-        connection.send(Challenge(nonce()))
-        fetch = connection.receive(Fetch)
-        connection.send(Offer(0, prove(TOKEN, b"offer", fetch.nonce)))
+        asked = challenge()
+        connection.send(asked)
+        connection.send(confirm(TOKEN, asked, connection.receive(Claim)))
+        connection.send(Offer(0))
         connection.send_bytes(memoryview(bytes(LAYOUT.block_bytes // 2)))
         begun.set()
         with pytest.raises(TransferFailed):
@@ -211,10 +214,9 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
 def _receive_and_stop(address: str, pipe: Any) -> None:
     """In another process: asks for many blocks, takes a few bytes, and is killed."""
     connection = Connection.connect(address, PATIENCE_S)
-    challenge = connection.receive(Challenge)
-    fetch = Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.block_bytes, 0, nonce())
-    proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
-    connection.send(msgspec.structs.replace(fetch, proof=proof))
+    asked = connection.receive(Challenge)
+    connection.send(claim(TOKEN, asked, Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.block_bytes, 0)))
+    connection.receive(Confirmed)
     connection.receive(Offer)
     pipe.send("begun")
     time.sleep(PATIENCE_S)
