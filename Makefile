@@ -15,9 +15,9 @@ export HF_HUB_OFFLINE := 1
 run: $(STAMP)
 	$(BIN)/manta generate --groups 2 --tensor-parallel-size 2 --input examples/prompts.jsonl --stream
 
-# Two processes: one waits for Ray clusters while the other computes (tests/conftest.py).
+# Three processes: two wait for Ray clusters most of the time while the third computes (tests/conftest.py).
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

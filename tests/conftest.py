@@ -19,7 +19,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a s
     signal.signal(signal.SIGINT, signal.default_int_handler)
 OWN_FOLDER = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="mt-")  # short: sockets' paths begin with it
 if OWN_FOLDER is not None:
-    os.environ["RAY_TMPDIR"] = OWN_FOLDER  # xdist's processes have it, too
+    os.environ["RAY_TMPDIR"] = OWN_FOLDER
+if (PROCESS := os.environ.get("PYTEST_XDIST_WORKER")) is not None:  # each has a folder of its own in that of the whole run
+    os.environ["RAY_TMPDIR"] = os.path.join(os.environ["RAY_TMPDIR"], PROCESS)
+    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted
@@ -29,6 +32,10 @@ settings.load_profile("manta")
 
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
+SECOND_LANE = (
+    "tests/cluster/test_autoscaling.py", "tests/deploy/batch/test_ray_job.py", "tests/deploy/serving/test_live_change.py",
+)  # fmt: skip
+"""About half of what takes long of the tests that start Ray."""
 NOTES = pytest.StashKey[list[str]]()
 
 
@@ -44,8 +51,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """One process has all that starts Ray, one after the other. One has all of `end_to_end`, whose references are dear. The
-    rest goes file by file to whoever is free."""
+    """Two processes have all that starts Ray, one after the other: it waits more than it computes. One has all of
+    `end_to_end`, whose references are dear. The rest goes file by file to whoever is free."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -60,7 +67,9 @@ def together(file: str) -> str:
     """Files of one name share a process."""
     if file.startswith(END_TO_END):
         return END_TO_END
-    return "ray" if "pytest.mark.ray" in (ROOT / file).read_text() else file
+    if "pytest.mark.ray" not in (ROOT / file).read_text():
+        return file
+    return "ray, too" if file in SECOND_LANE else "ray"
 
 
 @pytest.hookimpl(optionalhook=True)
