@@ -113,15 +113,6 @@ class Tokenizer:
         """The text is one token of the vocabulary, by itself."""
         return text in self._implementation.get_added_vocab()
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation: of its `chat_text`, which has its own special tokens. Errors: as there."""
-        return self.encode(self.chat_text(messages, tools, template_kwargs), around=False)
-
     def chat_text(
         self,
         messages: Sequence[Message],
@@ -138,10 +129,20 @@ class Tokenizer:
         taken = inspect.signature(self._implementation.apply_chat_template).parameters.keys() & (template_kwargs or {}).keys()
         if taken:
             raise ValueError(f"chat_template_kwargs: {min(taken)} is no variable of a template: leave it out")
-        text = self._render(messages, tools, template_kwargs or {})
-        if tools and text == self._render(messages, None, template_kwargs or {}):
+        if tools and not self._shows_tools:
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
-        return text
+        return self._render(messages, tools, template_kwargs or {})
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        """Whether the template writes anything else with a tool than without. One that refuses this conversation is taken to
+        show them."""
+        messages = [{"role": "user", "content": TURN}]
+        tool = {"type": "function", "function": {"name": TURN, "parameters": {"type": "object", "properties": {}}}}
+        try:
+            return self._render(messages, [tool], {}) != self._render(messages, None, {})
+        except ValueError:
+            return True
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]

@@ -5,29 +5,18 @@ Imports the generated messages and what HTTP checks by too; no gRPC.
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import REQUEST_ID
-from deploy.doors.openai.reading import at_most, check_model, field_named_by, fitting
+from deploy.doors.access import REQUEST_ID, Caller
+from deploy.doors.openai.reading import at_most, check_model, sampling_params
 from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
-from deploy.text.prompts import Prompt, PromptError
+from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Conversation, Prompt, PromptError, Terms
 from scheduler.protocol.sampling import Grammar, SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One valid request."""
-
-    request_id: str
-    prompt: Prompt
-    params: SamplingParams
-    priority: int
 
 
 class Reader:
@@ -38,19 +27,29 @@ class Reader:
         self._config = config
         self._grammars = Grammars(service.model)
 
-    async def job(self, request: pb.GenerateRequest, request_id: str, account: str) -> Job:
-        """request_id: as `named` gave it. account: of the API key. Errors: RequestError."""
-        check_model(request.model or None, self._service.model)
-        params = await self._params(request, account)
-        return Job(request_id, await self.prompt(request.prompt, request.cache_salt), params, request.priority)
+    async def request(self, request: pb.GenerateRequest, caller: Caller) -> Prompt:
+        """Errors: RequestError."""
+        self.check_model(request.model)
+        params = await self._params(request, caller.account)
+        terms = caller.terms(self._config, request.cache_salt, request.priority)
+        return await self.prompt(request.prompt, params, terms)
 
-    async def prompt(self, prompt: pb.Prompt, salt: str = "") -> Prompt:
+    async def prompt(
+        self, prompt: pb.Prompt, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS
+    ) -> Prompt:  # fmt: skip
         """Errors: RequestError."""
         kind = prompt.WhichOneof("kind")
-        if kind is None:
-            raise RequestError.invalid("the prompt is missing: give text, token_ids or chat", "prompt")
         try:
-            return await self._service.prompt(_source(prompt, kind) | ({"cache_salt": salt} if salt else {}))
+            match kind:
+                case None:
+                    raise RequestError.invalid("the prompt is missing: give text, token_ids or chat", "prompt")
+                case "text":
+                    return await self._service.prompt(prompt.text, params, terms)
+                case "token_ids":
+                    return await self._service.prompt(list(prompt.token_ids.ids), params, terms)
+                case _:
+                    messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
+                    return await self._service.prompt(Conversation(messages), params, terms)
         except PromptError as error:
             raise RequestError.of_prompt(error, f"prompt.{kind}") from None
 
@@ -81,13 +80,10 @@ class Reader:
         given |= {"logit_bias": dict(sampling.logit_bias), "grammar": grammar}
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
-        try:
-            params = SamplingParams(**given)
-        except ValueError as error:
-            raise RequestError.invalid(str(error), field_named_by(str(error))) from None
+        params = sampling_params(self._service.parser, **given)
         if grammar is not None:
             await self._grammars.check(grammar, grammar_field, account)
-        return fitting(params, self._service)
+        return params
 
 
 def named(request_id: str) -> str:
@@ -96,16 +92,6 @@ def named(request_id: str) -> str:
         said = "request_id takes up to 128 letters, digits and any of . _ : / + = -; or leave it to the server"
         raise RequestError.invalid(said, "request_id")
     return request_id or uuid.uuid4().hex
-
-
-def _source(prompt: pb.Prompt, kind: str) -> dict[str, Any]:
-    match kind:
-        case "text":
-            return {"prompt": prompt.text}
-        case "token_ids":
-            return {"prompt_token_ids": list(prompt.token_ids.ids)}
-        case _:
-            return {"messages": [{"role": message.role, "content": message.content} for message in prompt.chat.messages]}
 
 
 def _grammar(sampling: pb.SamplingParams) -> Grammar | None:
