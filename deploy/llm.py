@@ -16,7 +16,7 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -171,9 +171,10 @@ class LLM:
         parsed = self._parse(sources, read_source, sampling_params, _terms(tenant, deadline_s, priority))
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
-            return self._run(_all_or_none(parsed), each_token=True)
-        refusals = {position: _refusal(sources[position], error) for position, error in refused.items()}
-        return self._run_others(parsed, refusals)
+            return self._run(dict(enumerate(_all_or_none(parsed))), each_token=True)
+        valid = {position: each for position, each in enumerate(parsed) if isinstance(each, Prompt)}
+        refusals = [(position, _refusal(sources[position], error)) for position, error in refused.items()]
+        return self._run(valid, each_token=True, refusals=refusals)
 
     # ---- asyncio ----
 
@@ -262,7 +263,7 @@ class LLM:
 
         outputs: dict[int, RequestOutput] = {}
         with request_bar(len(prompts), shown=progress) as advance:
-            for position, output in self._run(prompts, each_token=False):
+            for position, output in self._run(dict(enumerate(prompts)), each_token=False):
                 outputs[position] = output
                 advance(output)
         ordered = [outputs[position] for position in range(len(prompts))]
@@ -270,20 +271,15 @@ class LLM:
             raise GenerationError.of(ordered)
         return ordered
 
-    def _run_others(
-        self, parsed: Sequence[Prompt | PromptError], refusals: Mapping[int, RequestOutput]
+    def _run(
+        self, prompts: Mapping[int, Prompt], each_token: bool, refusals: Iterable[tuple[int, RequestOutput]] = ()
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Tells the refusals, then runs what was not refused."""
-        yield from refusals.items()
-        places = [position for position in range(len(parsed)) if position not in refusals]
-        for at, output in self._run(_all_or_none([parsed[place] for place in places]), each_token=True):
-            yield places[at], output
-
-    def _run(self, prompts: list[Prompt], each_token: bool) -> Iterator[tuple[int, RequestOutput]]:
+        """prompts: by their positions. refusals: of others; they are told first."""
+        yield from refusals
         grown: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         submitted_s = time.monotonic()
-        generations = self._frontend.submit(prompts, grown.put, each_token) if prompts else []
-        positions = {generation.stream: position for position, generation in enumerate(generations)}
+        generations = self._frontend.submit([*prompts.values()], grown.put, each_token) if prompts else []
+        positions = {generation.stream: position for position, generation in zip(prompts, generations, strict=True)}
         due = deque(_by_deadline(generations, submitted_s))
         try:
             left = len(generations)

@@ -95,8 +95,7 @@ class Service:
         self._frontend: FrontEnd | None = None
         self._lost = asyncio.Event()
         self._calls: dict[str, list[_Call]] = {}  # by request id
-        self._waiters: dict[int, asyncio.Event] = {}
-        self._grown: deque[Generation] = deque()
+        self._grown: deque[_Call] = deque()
         self._waking = False
         self.under_way = 0
         """Requests that have not ended."""
@@ -224,21 +223,16 @@ class Service:
     def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> list[Generation]:
         loop = asyncio.get_running_loop()
 
-        def notify(generation: Generation) -> None:
+        def notify(_: Generation) -> None:
             """From the front end's thread: one wake-up of the loop for all that has grown since it last ran."""
-            self._grown.append(generation)
+            self._grown.append(call)
             if not self._waking:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        generations = call.frontend.submit(prompts, notify)
-        for generation in generations:
-            self._waiters[id(generation)] = call.grown
-        return generations
+        return call.frontend.submit(prompts, notify)
 
     def _forget(self, request_id: str, call: "_Call") -> None:
-        for generation in call.generations:
-            self._waiters.pop(id(generation), None)
         calls = self._calls[request_id]
         calls.remove(call)
         if not calls:
@@ -247,9 +241,7 @@ class Service:
     def _wake(self) -> None:
         self._waking = False
         while self._grown:
-            waiter = self._waiters.get(id(self._grown.popleft()))
-            if waiter is not None:
-                waiter.set()
+            self._grown.popleft().grown.set()
 
     async def _follow(self, call: "_Call") -> AsyncIterator[tuple[int, OutputDelta]]:
         live = dict(enumerate(call.generations))

@@ -106,12 +106,12 @@ def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Ite
 
 def as_chat(source: Source) -> Source:
     """A text prompt as a user's message; conversations as they are. Errors: PromptError."""
-    text = source.get("prompt") if isinstance(source, Mapping) else source
-    if isinstance(text, str):
-        extra = {key: value for key, value in source.items() if key != "prompt"} if isinstance(source, Mapping) else {}
-        return extra | {"messages": [{"role": "user", "content": text}]}
-    if isinstance(source, Mapping) and "messages" in source:
-        return source
+    given: Mapping[str, Any] = source if isinstance(source, Mapping) else {"prompt": source}
+    if isinstance(text := given.get("prompt"), str):
+        rest = {key: value for key, value in given.items() if key != "prompt"}
+        return rest | {"messages": [{"role": "user", "content": text}]}
+    if "messages" in given:
+        return given
     raise PromptError("token ids cannot be put through a chat template: give text or messages")
 
 

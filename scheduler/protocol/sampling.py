@@ -15,14 +15,14 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 
 
 class InvalidField(ValueError):
-    """A setting that cannot be. field: its name. The message begins with it."""
+    """A setting that cannot be. field: its name, with which the message begins. said: how it goes on."""
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(field, message)
+    def __init__(self, field: str, said: str) -> None:
+        super().__init__(field, said)
         self.field = field
 
     def __str__(self) -> str:
-        return str(self.args[1])
+        return "".join(self.args)
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -84,21 +84,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, 1, math.inf)
             if self.min_tokens > self.max_tokens:
-                said = f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: lower it"
-                raise InvalidField("min_tokens", said)
+                raise InvalidField("min_tokens", f"={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.grammar is not None and self.min_tokens:
-            said = "min_tokens and a grammar exclude each other: the grammar says where the output may end"
-            raise InvalidField("min_tokens", said)
+            raise InvalidField("min_tokens", " and a grammar exclude each other: the grammar says where the output may end")
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**63 - 1)
         for token, bias in self.logit_bias.items():
             _check("logit_bias", bias, -100.0, 100.0, at=f"[{token}]")
         if any(not text for text in self.stop):
-            raise InvalidField("stop", "stop: an empty string would stop at once; leave it out")
+            raise InvalidField("stop", ": an empty string would stop at once; leave it out")
 
 
 def _check(field: str, value: float, low: float, high: float, open_low: bool = False, at: str = "") -> None:
@@ -106,8 +104,7 @@ def _check(field: str, value: float, low: float, high: float, open_low: bool = F
     try:
         finite = math.isfinite(value)
     except TypeError:
-        said = f"{field}{at}={value!r} is not a number: give one from {low} to {high}"
-        raise InvalidField(field, said) from None
+        raise InvalidField(field, f"{at}={value!r} is not a number: give one from {low} to {high}") from None
     if not finite or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise InvalidField(field, f"{field}{at}={value} is outside {bracket}{low}, {high}]: choose a value inside")
+        raise InvalidField(field, f"{at}={value} is outside {bracket}{low}, {high}]: choose a value inside")

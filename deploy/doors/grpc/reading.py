@@ -9,14 +9,14 @@ from typing import Any
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, Caller
-from deploy.doors.openai.reading import at_most, check_model, sampling_params
+from deploy.doors.openai.reading import at_most, check_model, check_numbers, sampling_params
 from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Conversation, Prompt, PromptError, Terms
-from scheduler.protocol.sampling import Grammar, SamplingParams
+from scheduler.protocol.sampling import SamplingParams
 
 
 class Reader:
@@ -71,18 +71,20 @@ class Reader:
     async def _params(self, request: pb.GenerateRequest, account: str) -> SamplingParams:
         """What the request does not set is left to the defaults of `SamplingParams`."""
         sampling = request.sampling
-        at_most("n", sampling.n, self._config.max_choices, "max_choices")
-        at_most("stop", len(sampling.stop) + len(sampling.stop_token_ids), self._config.max_stops, "max_stops")
-        at_most("logit_bias", len(sampling.logit_bias), self._config.max_logit_bias, "max_logit_bias")
-        grammar_field, grammar = sampling.WhichOneof("grammar"), _grammar(sampling)
-        given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields() if field.name != grammar_field}
+        stops = len(sampling.stop) + len(sampling.stop_token_ids)
+        check_numbers(self._config, sampling.n, stops, len(sampling.logit_bias))
+        given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields()}
+        guide = sampling.WhichOneof("grammar")
+        asked: dict[str, Any] = {} if guide is None else {guide: given.pop(guide)}
+        if guide == "guided_choice":
+            asked[guide] = list(asked[guide].texts)
+        grammar = grammar_of(**asked)
         given |= {name: tuple(given[name]) for name in ("stop", "stop_token_ids") if name in given}
         given |= {"logit_bias": dict(sampling.logit_bias), "grammar": grammar}
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
         params = sampling_params(self._service.parser, **given)
-        if grammar is not None:
-            await self._grammars.check(grammar, grammar_field, account)
+        await self._grammars.check(grammar, guide or "", account)
         return params
 
 
@@ -92,18 +94,3 @@ def named(request_id: str) -> str:
         said = "request_id takes up to 128 letters, digits and any of . _ : / + = -; or leave it to the server"
         raise RequestError.invalid(said, "request_id")
     return request_id or uuid.uuid4().hex
-
-
-def _grammar(sampling: pb.SamplingParams) -> Grammar | None:
-    """Errors: RequestError."""
-    match sampling.WhichOneof("grammar"):
-        case "guided_json":
-            return grammar_of(guided_json=sampling.guided_json)
-        case "guided_regex":
-            return grammar_of(guided_regex=sampling.guided_regex)
-        case "guided_choice":
-            return grammar_of(guided_choice=list(sampling.guided_choice.texts))
-        case "guided_grammar":
-            return grammar_of(guided_grammar=sampling.guided_grammar)
-        case _:
-            return None

@@ -55,9 +55,7 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     if request.stream and request.prompt_logprobs is not None:
         raise RequestError.invalid("prompt_logprobs cannot be streamed: leave stream out", "prompt_logprobs")
     stops = len(stop_strings(request)) + len(request.stop_token_ids or ())
-    at_most("n", request.n or 1, config.max_choices, "max_choices")
-    at_most("stop", stops, config.max_stops, "max_stops")
-    at_most("logit_bias", len(request.logit_bias or ()), config.max_logit_bias, "max_logit_bias")
+    check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
 def check_model(asked: str | None, model: ServedModel) -> None:
@@ -67,6 +65,13 @@ def check_model(asked: str | None, model: ServedModel) -> None:
             Fault.NOT_FOUND, f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}", param="model",
             code="model_not_found",
         )  # fmt: skip
+
+
+def check_numbers(config: ServeConfig, choices: int, stops: int, biases: int) -> None:
+    """What one request may have. Errors: RequestError."""
+    at_most("n", choices, config.max_choices, "max_choices")
+    at_most("stop", stops, config.max_stops, "max_stops")
+    at_most("logit_bias", biases, config.max_logit_bias, "max_logit_bias")
 
 
 def at_most(name: str, number: int, limit: int, option: str) -> None:

@@ -86,6 +86,21 @@ def test_a_template_that_shows_no_tools(tokenizer: Tokenizer) -> None:
     assert ids_of(tokenizer, Conversation([USER], tools=[]))
 
 
+def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation([USER], tools=[TOOL])
+    ids_of(qwen, conversation)  # the first with tools asks whether the template shows any
+    written: list[object] = []
+    render = qwen._render
+
+    def watch(*given: Any) -> str:
+        written.append(given)
+        return render(*given)
+
+    monkeypatch.setattr(qwen, "_render", watch)
+    ids_of(qwen, conversation)
+    assert written == [([USER], [TOOL], {})]
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_marks_of_calls_are_text(make_checkpoint: MakeCheckpoint, special: bool) -> None:
     tokenizer = opened(make_checkpoint(QWEN_TEMPLATE, TOOL_TOKENS, special))
