@@ -16,7 +16,7 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -30,16 +30,8 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput
 from deploy.text.files import writable
-from deploy.text.prompts import (
-    Prompt,
-    PromptError,
-    PromptParser,
-    Source,
-    read_deadline,
-    read_model_limits,
-    read_priority,
-    read_tenant,
-)
+from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits
+from deploy.text.sources import Source, read_conversation, read_params, read_source, read_terms
 from deploy.text.tokenizer import Message, Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 
@@ -139,8 +131,8 @@ class LLM:
         that are higher. All three hold for prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        requests = self._parse(_as_list(prompts), self._parser.parse, sampling_params, tenant, deadline_s, priority)
-        return self._complete(requests, progress)
+        call = _terms(tenant, deadline_s, priority)
+        return self._complete(_all_or_none(self._parse(_as_list(prompts), read_source, sampling_params, call)), progress)
 
     def chat(
         self,
@@ -155,8 +147,9 @@ class LLM:
         """Answers one conversation or several, through the checkpoint's chat template. Otherwise as `generate`."""
         single = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        requests = self._parse(conversations, self._parser.chat, sampling_params, tenant, deadline_s, priority)
-        return self._complete(requests, progress)
+        call = _terms(tenant, deadline_s, priority)
+        parsed = self._parse(conversations, lambda each, terms: (read_conversation(each), terms), sampling_params, call)
+        return self._complete(_all_or_none(parsed), progress)
 
     def iterate(
         self,
@@ -175,12 +168,13 @@ class LLM:
         where others can. Errors: PromptError.
         """
         sources = _as_list(prompts)
-        parsed = self._parse_each(sources, self._parser.parse, sampling_params, tenant, deadline_s, priority)
+        parsed = self._parse(sources, read_source, sampling_params, _terms(tenant, deadline_s, priority))
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
-            return self._run(self._all_or_none(parsed), each_token=True)
-        refusals = {position: _refusal(sources[position], error) for position, error in refused.items()}
-        return self._run_others(parsed, refusals)
+            return self._run(dict(enumerate(_all_or_none(parsed))), each_token=True)
+        valid = {position: each for position, each in enumerate(parsed) if isinstance(each, Prompt)}
+        refusals = [(position, _refusal(sources[position], error)) for position, error in refused.items()]
+        return self._run(valid, each_token=True, refusals=refusals)
 
     # ---- asyncio ----
 
@@ -198,10 +192,10 @@ class LLM:
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
         aborts the request. tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it fails.
         """
-        request = self._parse([prompt], self._parser.parse, sampling_params, tenant, deadline_s, priority)
+        parsed = _all_or_none(self._parse([prompt], read_source, sampling_params, _terms(tenant, deadline_s, priority)))
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
         submitted_s = loop.time()
-        generations = self._frontend.submit(request, lambda _: loop.call_soon_threadsafe(grown.set))
+        generations = self._frontend.submit(parsed, lambda _: loop.call_soon_threadsafe(grown.set))
         timers = [loop.call_at(due_s, self._frontend.expire, late) for due_s, late in _by_deadline(generations, submitted_s)]
         try:
             while True:
@@ -240,74 +234,52 @@ class LLM:
     # ---- common ----
 
     def _parse(
-        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None,
-        priority: int,
-    ) -> list[tuple[Prompt, SamplingParams]]:
-        """Errors: PromptError that names the first source that is not valid."""
-        return self._all_or_none(self._parse_each(sources, parse, params, tenant, deadline_s, priority))
-
-    def _parse_each(
-        self, sources: Sequence[S], parse: Callable[[S], Prompt], params: Params, tenant: str, deadline_s: float | None,
-        priority: int,
-    ) -> list[tuple[Prompt, SamplingParams] | PromptError]:
+        self, sources: Sequence[S], read: Callable[[S, Terms], tuple[Content, Terms]], params: Params, call: Terms
+    ) -> list[Prompt | PromptError]:
         """Errors: PromptError for what is wrong with the call as a whole."""
-        call = (read_tenant(tenant), read_deadline(deadline_s), read_priority(priority))
-        one_for_all = params is None or isinstance(params, SamplingParams)
         if params is None or isinstance(params, SamplingParams):
-            every = [self._parser.params(params or SamplingParams())] * len(sources)
+            every, known = [self._fit(params or SamplingParams())] * len(sources), True
         else:
-            every = list(params)
+            every, known = list(params), False
         if len(every) != len(sources):
             raise PromptError(
                 f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all"
             )
-        parsed: list[tuple[Prompt, SamplingParams] | PromptError] = []
+        parsed: list[Prompt | PromptError] = []
         for source, each in zip(sources, every, strict=True):
             try:
-                parsed.append((parse(source).of_call(*call), each if one_for_all else self._parser.params(each)))
+                content, terms = read(source, call)
+                parsed.append(self._parser.prompt(content, each if known else self._fit(each), terms))
             except PromptError as error:
                 parsed.append(error)
         return parsed
 
-    @staticmethod
-    def _all_or_none(parsed: Sequence[tuple[Prompt, SamplingParams] | PromptError]) -> list[tuple[Prompt, SamplingParams]]:
+    def _fit(self, params: SamplingParams) -> SamplingParams:
         """Errors: PromptError."""
-        requests = []
-        for position, each in enumerate(parsed):
-            if isinstance(each, PromptError):
-                raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
-            requests.append(each)
-        return requests
+        return self._parser.fit(read_params(params))
 
-    def _complete(self, requests: list[tuple[Prompt, SamplingParams]], progress: bool) -> list[RequestOutput]:
+    def _complete(self, prompts: list[Prompt], progress: bool) -> list[RequestOutput]:
         from deploy.cli.display import request_bar
 
         outputs: dict[int, RequestOutput] = {}
-        with request_bar(len(requests), shown=progress) as advance:
-            for position, output in self._run(requests, each_token=False):
+        with request_bar(len(prompts), shown=progress) as advance:
+            for position, output in self._run(dict(enumerate(prompts)), each_token=False):
                 outputs[position] = output
                 advance(output)
-        ordered = [outputs[position] for position in range(len(requests))]
+        ordered = [outputs[position] for position in range(len(prompts))]
         if any(output.error for output in ordered):
             raise GenerationError.of(ordered)
         return ordered
 
-    def _run_others(
-        self, parsed: Sequence[tuple[Prompt, SamplingParams] | PromptError], refusals: Mapping[int, RequestOutput]
-    ) -> Iterator[tuple[int, RequestOutput]]:
-        """Tells the refusals, then runs what was not refused."""
-        yield from refusals.items()
-        places = [position for position in range(len(parsed)) if position not in refusals]
-        for at, output in self._run(self._all_or_none([parsed[place] for place in places]), each_token=True):
-            yield places[at], output
-
     def _run(
-        self, requests: list[tuple[Prompt, SamplingParams]], each_token: bool
+        self, prompts: Mapping[int, Prompt], each_token: bool, refusals: Iterable[tuple[int, RequestOutput]] = ()
     ) -> Iterator[tuple[int, RequestOutput]]:
+        """prompts: by their positions. refusals: of others; they are told first."""
+        yield from refusals
         grown: queue.SimpleQueue[Generation] = queue.SimpleQueue()
         submitted_s = time.monotonic()
-        generations = self._frontend.submit(requests, grown.put, each_token) if requests else []
-        positions = {generation.stream: position for position, generation in enumerate(generations)}
+        generations = self._frontend.submit([*prompts.values()], grown.put, each_token) if prompts else []
+        positions = {generation.stream: position for position, generation in zip(prompts, generations, strict=True)}
         due = deque(_by_deadline(generations, submitted_s))
         try:
             left = len(generations)
@@ -341,10 +313,24 @@ def engine_starter(config: EngineConfig) -> StartEngine:
     return start_on_ray
 
 
+def _terms(tenant: str, deadline_s: float | None, priority: int) -> Terms:
+    """Of a call. Errors: PromptError."""
+    return read_terms({"tenant": tenant, "deadline_s": deadline_s, "priority": priority})
+
+
+def _all_or_none(parsed: Sequence[Prompt | PromptError]) -> list[Prompt]:
+    """Errors: PromptError that names the first that is not valid."""
+    prompts = []
+    for position, each in enumerate(parsed):
+        if isinstance(each, PromptError):
+            raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
+        prompts.append(each)
+    return prompts
+
+
 def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[tuple[float, Generation]]:
     """(when it must have ended, the generation) of those with a deadline, the earliest first."""
-    limits = ((generation.prompt.deadline_s, generation) for generation in generations)
-    timed = [(submitted_s + limit_s, generation) for limit_s, generation in limits if limit_s is not None]
+    timed = [(submitted_s + generation.prompt.terms.deadline_s, generation) for generation in generations]
     return sorted((each for each in timed if each[0] < math.inf), key=itemgetter(0))
 
 

@@ -17,10 +17,10 @@ from deploy.batch.backend import Answer
 from deploy.batch.lines import BatchRequest
 from deploy.config.load import Config
 from deploy.config.serve import ServeConfig, model_name
+from deploy.doors.access import Caller
 from deploy.doors.openai.answers.responses import ChatCompletion, Completion
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
-from deploy.doors.openai.jobs import Caller
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest
 from deploy.doors.openai.tools.grammars import Grammars

@@ -20,7 +20,8 @@ from deploy.cli.records import RecordWriter
 from deploy.config.load import Config, load_config
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.files import decode, split_lines
-from deploy.text.prompts import PromptError, Source, as_chat, as_token_ids, read_jsonl
+from deploy.text.prompts import PromptError
+from deploy.text.sources import Source, as_chat, as_token_ids, read_jsonl
 from scheduler.protocol.sampling import SamplingParams
 
 

@@ -20,7 +20,7 @@ from cluster.engine import EngineStats
 from deploy.config.serve import ServeConfig
 from deploy.frontend.outputs import RequestOutput
 from deploy.text.files import writable
-from deploy.text.prompts import PROMPT_KEYS, Source
+from deploy.text.sources import PROMPT_KEYS, Source
 from scheduler.server.stats import ClusterStatus
 
 LABEL_CHARACTERS = 60

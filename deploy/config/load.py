@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from cluster.config import EngineConfig
+from deploy.config.faults import where
 from deploy.config.serve import ServeConfig
 from scheduler.protocol.sampling import SamplingParams
 
@@ -243,9 +244,9 @@ def _convert(values: Mapping[str, Any], target: type[T]) -> T:
     try:
         return msgspec.convert(values, target, str_keys=True)
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at ")
-        where = path.strip("`").removeprefix("$").removeprefix(".")
-        raise ConfigError(f"{where}: {message[:1].lower()}{message[1:]}" if where else message) from None
+        fault = where(error)
+        said = f"{fault.said[:1].lower()}{fault.said[1:]}"
+        raise ConfigError(f"{fault.path}: {said}" if fault.path else fault.said) from None
 
 
 def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -1,13 +1,16 @@
-"""Who may come in, and with how much: API keys, request ids, the size of a body. Pure ASGI, no state between requests.
+"""Who may come in, with how much, and on which terms: API keys, request ids, the size of a body. Pure ASGI, no state between
+requests.
 
-Imports starlette and the door's errors.
+Imports starlette, the terms of prompts and the door's errors.
 """
 
 import hashlib
 import hmac
+import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +18,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deploy.config.serve import ServeConfig
 from deploy.doors.openai.errors import error_body, error_headers
 from deploy.frontend.errors import Fault, RequestError
+from deploy.text.prompts import MOST_URGENT, Terms
 
 REQUEST_ID_HEADER = "x-request-id"
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
@@ -66,15 +71,34 @@ class ApiKeys:
         return self._priorities.get(account, default)
 
 
-def check_priority(asked: int, best: int) -> int:
-    """Nobody goes before others just by asking. Errors: RequestError."""
-    if asked < best:
-        raise RequestError.invalid(
-            f"priority={asked} goes before what may be asked for here, which is {best} or more: send that, or let the server "
-            "allow it (best_priority for all, `priority=` behind the key in the file of keys)",
-            "priority",
-        )
-    return asked
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. request_id: the door's. traceparent: of W3C's trace context, if there is one. account: of the API key.
+    best_priority: the most urgent one that it may ask for. patience_s: the time that it gives the call as a whole."""
+
+    request_id: str
+    traceparent: str | None = None
+    account: str = ""
+    best_priority: int = MOST_URGENT
+    patience_s: float = math.inf
+
+    def terms(
+        self, config: ServeConfig, salt: str, priority: int, timeout_s: float | None = None, user: str | None = None
+    ) -> Terms:
+        """salt, priority, timeout_s: as the request asks for them; it may ask for an earlier deadline than the server's.
+        user: on whose account it is where there are no keys. KV is found by the same tenant with the same salt alone, whatever
+        salts others choose, unless the server shares it: the length in front makes two different pairs two different salts.
+        Errors: RequestError for a priority that goes before others' just by asking."""
+        if priority < self.best_priority:
+            raise RequestError.invalid(
+                f"priority={priority} goes before what may be asked for here, which is {self.best_priority} or more: send "
+                "that, or let the server allow it (best_priority for all, `priority=` behind the key in the file of keys)",
+                "priority",
+            )
+        tenant = self.account or account(user or "")
+        own = f"{len(tenant)}:{tenant}{salt}" if tenant or salt else ""
+        deadline_s = min(config.request_timeout_s, self.patience_s, timeout_s or math.inf)
+        return Terms(salt if config.share_prefix_cache else own, tenant, priority, deadline_s)
 
 
 def account(name: str) -> str:

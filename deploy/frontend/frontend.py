@@ -22,7 +22,6 @@ from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, Request, TokenLogprobs
-from scheduler.protocol.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +51,19 @@ class FrontEnd:
         self._thread = threading.Thread(target=self._pump, name="manta-frontend", daemon=True)
         self._thread.start()
 
-    def submit(
-        self, prompts: Sequence[tuple[Prompt, SamplingParams]], notify: Notify, each_token: bool = True
-    ) -> list[Generation]:
-        """Queues valid prompts. notify: called from another thread when `take` has something new: after each token, or
+    def submit(self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True) -> list[Generation]:
+        """Queues prompts. notify: called from another thread when `take` has something new: after each token, or
         only at the end.
         Errors: EngineError once the engine is lost or closed."""
         with self._lock:
             stream = self._next_stream
-            self._next_stream += sum(params.n for _, params in prompts)
+            self._next_stream += sum(prompt.params.n for prompt in prompts)
         generations, requests = [], []
-        for prompt, params in prompts:
-            request = self._request(stream, prompt, params)
+        for prompt in prompts:
+            request = self._request(stream, prompt)
             requests.append(request)
             generations.append(Generation(request, prompt, self._tokenizer, notify, each_token))
-            stream += params.n
+            stream += prompt.params.n
         with self._lock:
             if self._lost is not None:
                 raise EngineError(self._lost)
@@ -85,7 +82,7 @@ class FrontEnd:
 
     def expire(self, generation: Generation) -> None:
         """Its deadline has passed: what of it has not ended ends as TIMED_OUT, whether or not the scheduler answers."""
-        message = f"the request did not end within {generation.prompt.deadline_s:g} s"
+        message = f"the request did not end within {generation.prompt.terms.deadline_s:g} s"
         self._abort(self._end_failed(generation.streams, Failure.TIMED_OUT, message))
 
     def close(self) -> None:
@@ -102,22 +99,23 @@ class FrontEnd:
             if threading.current_thread() is not self._thread:
                 self._thread.join(timeout=5.0)
 
-    def _request(self, stream: int, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, stream: int, prompt: Prompt) -> Request:
         """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
+        params, terms = prompt.params, prompt.terms
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *self._limits.eos_ids)
         tokens = np.array(prompt.token_ids, dtype="<i4")
-        hashes = np.array(hash_blocks(tokens, self.engine.block_size, prompt.salt), dtype="<u8")
+        hashes = np.array(hash_blocks(tokens, self.engine.block_size, terms.salt), dtype="<u8")
         return Request(
             stream=stream,
             tokens=tokens.tobytes(),
             hashes=hashes.tobytes(),
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
-            salt=prompt.salt,
-            priority=prompt.priority or 0,
-            tenant=prompt.tenant or "",
-            deadline_s=None if prompt.deadline_s == math.inf else prompt.deadline_s,
+            salt=terms.salt,
+            priority=terms.priority,
+            tenant=terms.tenant,
+            deadline_s=None if terms.deadline_s == math.inf else terms.deadline_s,
         )
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:

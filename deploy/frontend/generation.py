@@ -27,7 +27,6 @@ from deploy.text.prompts import Prompt
 from deploy.text.stops import StopStrings
 from deploy.text.tokenizer import Detokenizer, Tokenizer
 from scheduler.protocol.messages import Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
-from scheduler.protocol.sampling import SamplingParams
 
 Notify = Callable[["Generation"], object]
 
@@ -46,26 +45,25 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, prompt: Prompt, params: SamplingParams, stop_ids: frozenset[int], tokenizer: Tokenizer | None,
-        each_token: bool,
-    ) -> None:  # fmt: skip
+        self, index: int, prompt: Prompt, stop_ids: frozenset[int], tokenizer: Tokenizer | None, each_token: bool
+    ) -> None:
         """each_token: False where only the whole output matters; its text is then decoded once, at the end."""
         self.index = index
         self.token_ids: list[int] = []
         self.text = ""
-        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.logprobs: list[dict[int, Logprob]] | None = None if prompt.params.logprobs is None else []
         self.finish_reason: FinishWord | None = None
         self.stop_reason: int | str | None = None
         self.finished: Finished | None = None
         self._prompt_tokens = len(prompt.token_ids)
-        self._params = params
+        self._params = prompt.params
         self._stop_ids = stop_ids
         self._tokenizer = tokenizer
         before = [] if prompt.answered else prompt.token_ids
         self._detokenizer = Detokenizer(tokenizer.decode, before, tokenizer.special) if tokenizer else None
         self._begins = tokenizer is not None and tokenizer.first_shown(before) is None  # its text has not begun
-        self._stops = StopStrings(params.stop, tokenizer.special if tokenizer else None)
-        self._at_once = not each_token and not params.stop
+        self._stops = StopStrings(prompt.params.stop, tokenizer.special if tokenizer else None)
+        self._at_once = not each_token and not prompt.params.stop
         self._shown = (0, 0, False)  # its extent when it was last taken
 
     def extend(self, position: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> int | None:
@@ -203,12 +201,12 @@ class Generation:
         self, request: Request, prompt: Prompt, tokenizer: Tokenizer | None, notify: Notify, each_token: bool
     ) -> None:
         """request: the prompt as the engine gets it. notify, each_token: as in `FrontEnd.submit`."""
-        params, stop_ids = request.params, frozenset(request.stop_ids)
+        params, stop_ids = prompt.params, frozenset(request.stop_ids)
         self.prompt = prompt
         self.stream = request.stream
         self.hashes = request.hashes
         self._lock = threading.Lock()
-        self._choices = [Choice(index, prompt, params, stop_ids, tokenizer, each_token) for index in range(params.n)]
+        self._choices = [Choice(index, prompt, stop_ids, tokenizer, each_token) for index in range(params.n)]
         self._prompt_logprobs = None if params.prompt_logprobs is None else PromptTable(prompt, tokenizer)
         self._notify = notify
         self._each_token = each_token

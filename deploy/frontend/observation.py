@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from deploy.frontend.errors import RequestError
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import OutputDelta
+from deploy.text.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,12 @@ Observe = Callable[[Observation], None]
 class RequestRecord:
     """Gathers the one `Observation` of a request."""
 
-    def __init__(
-        self, request_id: str, priority: int, traceparent: str | None, prompts: Sequence[tuple[int, int]]
-    ) -> None:
-        """prompts: the tokens and the choices of each."""
+    def __init__(self, request_id: str, traceparent: str | None, prompts: Sequence[Prompt]) -> None:
         self._id = request_id
-        self._priority = priority
+        self._priority = prompts[0].terms.priority
         self._traceparent = traceparent
-        self._prompt_tokens = [tokens for tokens, _ in prompts]
-        self._output_tokens = [[0] * choices for _, choices in prompts]
+        self._prompt_tokens = [len(prompt.token_ids) for prompt in prompts]
+        self._output_tokens = [[0] * prompt.params.n for prompt in prompts]
         self._started_unix_s = time.time()
         self._started_s = time.monotonic()
         self._first_s: float | None = None

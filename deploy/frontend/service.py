@@ -1,7 +1,8 @@
-"""One model behind every door: HTTP, gRPC and batch parse their own words, then all call `Service`.
+"""One model behind every door: HTTP, gRPC and batch read their own words, then all call `Service`.
 
-    door ──prompt, params──▶ generate ──▶ FrontEnd ──Submit──▶ scheduler
-    door ◀──OutputDelta───── generate ◀── FrontEnd ◀─Deltas───
+    door ──content, params, terms──▶ prompt ──Prompt──▶ door
+    door ──Prompts──▶ generate ──▶ FrontEnd ──Submit──▶ scheduler
+    door ◀─OutputDelta── generate ◀── FrontEnd ◀─Deltas───
 
 Runs on one event loop; the front end's threads do the detokenising. Imports no ray: how the cluster is reached comes from
 outside as a `Cluster`.
@@ -10,6 +11,7 @@ outside as a `Cluster`.
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +24,18 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.frontend.observation import Observe, RequestRecord
 from deploy.frontend.outputs import OutputDelta
-from deploy.text.prompts import ModelLimits, Prompt, PromptError, PromptParser, Source, read_model_limits
-from deploy.text.tokenising import Tokenising, has_text, is_long
+from deploy.text.prompts import (
+    USUAL_PARAMS,
+    USUAL_TERMS,
+    Content,
+    ModelLimits,
+    Prompt,
+    PromptError,
+    PromptParser,
+    Terms,
+    read_model_limits,
+)
+from deploy.text.tokenising import Tokenising, is_long
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
@@ -83,8 +95,7 @@ class Service:
         self._frontend: FrontEnd | None = None
         self._lost = asyncio.Event()
         self._calls: dict[str, list[_Call]] = {}  # by request id
-        self._waiters: dict[int, asyncio.Event] = {}
-        self._grown: deque[Generation] = deque()
+        self._grown: deque[_Call] = deque()
         self._waking = False
         self.under_way = 0
         """Requests that have not ended."""
@@ -156,39 +167,25 @@ class Service:
 
     # ---- requests ----
 
-    async def prompt(self, source: Source) -> Prompt:
-        """Parses one source; text off the event loop, where it may have to wait for others. Errors: PromptError."""
-        if not has_text(source):
-            return self.parser.parse(source)
-        return await self._tokenising.run(lambda: self.parser.parse(source), long=is_long(source))
-
-    async def prompts(self, sources: Sequence[Source]) -> list[Prompt]:
-        """Parses several, one after the other, so that many of one request hold up nobody else's. Errors: PromptError of
-        the first that has one; the rest is not read."""
-        return [await self.prompt(source) for source in sources]
+    async def prompt(
+        self, content: Content, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS
+    ) -> Prompt:  # fmt: skip
+        """As `parser.prompt`; text off the event loop, where it may have to wait for others. Errors: PromptError."""
+        if isinstance(content, list):
+            return self.parser.prompt(content, params, terms)
+        return await self._tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
 
     async def generate(
-        self,
-        prompts: Sequence[tuple[Prompt, SamplingParams]],
-        *,
-        request_id: str,
-        priority: int = 0,
-        timeout_s: float | None = None,
-        traceparent: str | None = None,
-        tenant: str = "",
-        share_prefix_cache: bool = False,
+        self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
-        timeout_s: the scheduler knows of it too, so that a request is refused early if its turn would come too late. tenant: on
-        whose account, for fairness, and whose KV a prompt may find: its own alone, unless share_prefix_cache lets it find that
-        of all tenants.
-        Errors: RequestError, once and for the whole request, the first fault of any choice; PromptError for sampling
-        parameters that do not fit the model.
+        prompts: of one request, hence on the same terms. The scheduler knows of the deadline too, so that a request is refused
+        early if its turn would come too late.
+        Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
-        valid = [(prompt, self.parser.params(params)) for prompt, params in prompts]
-        log = RequestRecord(request_id, priority, traceparent, [(len(prompt.token_ids), params.n) for prompt, params in valid])
+        log = RequestRecord(request_id, traceparent, prompts)
         frontend = self._frontend
         if frontend is None:
             starting = "no scheduler can be reached yet: the cluster is starting"
@@ -196,14 +193,11 @@ class Service:
             self._observe(log.end([], 0))
             raise error
         call = _Call(frontend)
-        deadline = call.end_after(timeout_s)
+        deadline = call.end_after(prompts[0].terms.deadline_s)
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            asked = [(prompt.of_call(tenant, timeout_s, priority), params) for prompt, params in valid]
-            if not share_prefix_cache:
-                asked = [(prompt.of_tenant_alone(), params) for prompt, params in asked]
-            call.generations = self._submit(call, asked)
+            call.generations = self._submit(call, prompts)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
@@ -226,24 +220,19 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    def _submit(self, call: "_Call", prompts: Sequence[tuple[Prompt, SamplingParams]]) -> list[Generation]:
+    def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> list[Generation]:
         loop = asyncio.get_running_loop()
 
-        def notify(generation: Generation) -> None:
+        def notify(_: Generation) -> None:
             """From the front end's thread: one wake-up of the loop for all that has grown since it last ran."""
-            self._grown.append(generation)
+            self._grown.append(call)
             if not self._waking:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        generations = call.frontend.submit(prompts, notify)
-        for generation in generations:
-            self._waiters[id(generation)] = call.grown
-        return generations
+        return call.frontend.submit(prompts, notify)
 
     def _forget(self, request_id: str, call: "_Call") -> None:
-        for generation in call.generations:
-            self._waiters.pop(id(generation), None)
         calls = self._calls[request_id]
         calls.remove(call)
         if not calls:
@@ -252,9 +241,7 @@ class Service:
     def _wake(self) -> None:
         self._waking = False
         while self._grown:
-            waiter = self._waiters.get(id(self._grown.popleft()))
-            if waiter is not None:
-                waiter.set()
+            self._grown.popleft().grown.set()
 
     async def _follow(self, call: "_Call") -> AsyncIterator[tuple[int, OutputDelta]]:
         live = dict(enumerate(call.generations))
@@ -306,9 +293,9 @@ class _Call:
             self.grown.set()
             self.frontend.abort(self.generations)
 
-    def end_after(self, timeout_s: float | None) -> asyncio.TimerHandle | None:
+    def end_after(self, timeout_s: float) -> asyncio.TimerHandle | None:
         """None: no deadline."""
-        if timeout_s is None:
+        if timeout_s == math.inf:
             return None
         error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code=DEADLINE_EXCEEDED)
         return asyncio.get_running_loop().call_later(timeout_s, self.end, error)

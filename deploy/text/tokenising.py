@@ -5,11 +5,11 @@ there anyway. Imports the types of prompts.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from deploy.text.prompts import Source
+from deploy.text.prompts import Content, Conversation
 
 LONG_CHARACTERS = 8192
 SHORT_AT_ONCE, LONG_AT_ONCE = 4, 2
@@ -29,15 +29,12 @@ class Tokenising:
         return await asyncio.get_running_loop().run_in_executor(self._long if long else self._short, work)
 
 
-def has_text(source: Source) -> bool:
-    """Whether there is something to tokenise: token ids are only looked through."""
-    return "prompt_token_ids" not in source if isinstance(source, Mapping) else isinstance(source, str)
-
-
-def is_long(source: Any) -> bool:
-    """Whether a source, of whatever shape, holds more than `LONG_CHARACTERS` of text or as many parts. Looks at no more of
-    it than that."""
-    left, parts = LONG_CHARACTERS, [source]
+def is_long(content: Content | Sequence[int]) -> bool:
+    """Whether it holds more than `LONG_CHARACTERS` of text or as many parts. Looks at no more of it than that."""
+    left = LONG_CHARACTERS
+    parts: list[Any] = [content]
+    if isinstance(content, Conversation):
+        parts = [content.messages, content.tools, content.template_kwargs]
     while parts and left >= 0:
         part = parts.pop()
         left -= len(part) if isinstance(part, str | Mapping | list | tuple) else 1

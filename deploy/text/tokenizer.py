@@ -113,15 +113,6 @@ class Tokenizer:
         """The text is one token of the vocabulary, by itself."""
         return text in self._implementation.get_added_vocab()
 
-    def encode_chat(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation: of its `chat_text`, which has its own special tokens. Errors: as there."""
-        return self.encode(self.chat_text(messages, tools, template_kwargs), around=False)
-
     def chat_text(
         self,
         messages: Sequence[Message],
@@ -138,10 +129,20 @@ class Tokenizer:
         taken = inspect.signature(self._implementation.apply_chat_template).parameters.keys() & (template_kwargs or {}).keys()
         if taken:
             raise ValueError(f"chat_template_kwargs: {min(taken)} is no variable of a template: leave it out")
-        text = self._render(messages, tools, template_kwargs or {})
-        if tools and text == self._render(messages, None, template_kwargs or {}):
+        if tools and not self._shows_tools:
             raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
-        return text
+        return self._render(messages, tools, template_kwargs or {})
+
+    @cached_property
+    def _shows_tools(self) -> bool:
+        """Whether the template writes anything else with a tool than without. One that refuses this conversation is taken to
+        show them."""
+        messages = [{"role": "user", "content": TURN}]
+        tool = {"type": "function", "function": {"name": TURN, "parameters": {"type": "object", "properties": {}}}}
+        try:
+            return self._render(messages, [tool], {}) != self._render(messages, None, {})
+        except ValueError:
+            return True
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]
@@ -161,10 +162,7 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
-        if self._backend is not None:
-            return str(self._backend.decode(list(tokens), skip_special_tokens=True))
-        text = self._implementation.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return self._text(tokens, skip_special_tokens=True)
 
     def token_text(self, token: int, begins: bool = False) -> str:
         """One token as it stands in a text, and special tokens by their names. begins: nothing stands before it, where some
@@ -201,27 +199,31 @@ class Tokenizer:
         if self._is_bytes:
             known = all(character in BYTE_CHARACTERS for character in piece)
             return bytes(BYTE_CHARACTERS[character] for character in piece) if known else piece.encode()
-        text = self._alone((token,)) if begins else self._after_another(token)
+        text = self._text((token,)) if begins else self._after_another(token)
         if REPLACEMENT in text and (byte := BYTE_TOKEN.fullmatch(piece)) is not None:
             return bytes((int(byte[1], 16),))
         return text.encode()
 
-    def _alone(self, tokens: Sequence[int]) -> str:
+    def _text(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
         if self._backend is not None:
-            return str(self._backend.decode(list(tokens), skip_special_tokens=False))
-        return str(self._implementation.decode(list(tokens), clean_up_tokenization_spaces=False))
+            return str(self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        return str(
+            self._implementation.decode(
+                list(tokens), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+        )
 
     def _after_another(self, token: int) -> str:
         """What is new with it in a text that has begun."""
         another, text = self._another
-        both = self._alone((another, token))
-        return both[len(text) :] if both.startswith(text) else self._alone((token,))
+        both = self._text((another, token))
+        return both[len(text) :] if both.startswith(text) else self._text((token,))
 
     @cached_property
     def _another(self) -> tuple[int, str]:
         """A token for others to stand behind, and its text."""
         token = self._implementation.encode("a", add_special_tokens=False)[-1]
-        return token, self._alone((token,))
+        return token, self._text((token,))
 
 
 class Detokenizer:

@@ -14,6 +14,17 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 """A logit is divided by it, or multiplied with it: beyond these it would not stay finite."""
 
 
+class InvalidField(ValueError):
+    """A setting that cannot be. field: its name, with which the message begins. said: how it goes on."""
+
+    def __init__(self, field: str, said: str) -> None:
+        super().__init__(field, said)
+        self.field = field
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+
 class Grammar(msgspec.Struct, frozen=True):
     """What an output must match, from its first token to its last.
 
@@ -38,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     token's comes with any value, 0 included); None for none. prompt_logprobs: the same for the prompt's tokens; such a
     request computes its whole prompt and takes no prefix hit. grammar: what the output must match; it ends where nothing
     more may follow.
-    Errors: ValueError that names the field, the value given and the legal range.
+    Errors: InvalidField, whose message has the value given and the legal range.
     """
 
     n: int = 1
@@ -73,26 +84,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, 1, math.inf)
             if self.min_tokens > self.max_tokens:
-                raise ValueError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
+                raise InvalidField("min_tokens", f"={self.min_tokens} is above max_tokens={self.max_tokens}: lower it")
         if self.logprobs is not None:
             _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.grammar is not None and self.min_tokens:
-            raise ValueError("min_tokens and a grammar exclude each other: the grammar says where the output may end")
+            raise InvalidField("min_tokens", " and a grammar exclude each other: the grammar says where the output may end")
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**63 - 1)
         for token, bias in self.logit_bias.items():
-            _check(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            _check("logit_bias", bias, -100.0, 100.0, at=f"[{token}]")
         if any(not text for text in self.stop):
-            raise ValueError("stop: an empty string would stop at once; leave it out")
+            raise InvalidField("stop", ": an empty string would stop at once; leave it out")
 
 
-def _check(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+def _check(field: str, value: float, low: float, high: float, open_low: bool = False, at: str = "") -> None:
+    """at: which of the field's values."""
     try:
         finite = math.isfinite(value)
     except TypeError:
-        raise ValueError(f"{name}={value!r} is not a number: give one from {low} to {high}") from None
+        raise InvalidField(field, f"{at}={value!r} is not a number: give one from {low} to {high}") from None
     if not finite or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low else "["
-        raise ValueError(f"{name}={value} is outside {bracket}{low}, {high}]: choose a value inside")
+        raise InvalidField(field, f"{at}={value} is outside {bracket}{low}, {high}]: choose a value inside")

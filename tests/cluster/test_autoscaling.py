@@ -181,7 +181,7 @@ def begin(frontend: FrontEnd) -> list[Generation]:
 def submit(frontend: FrontEnd) -> list[Generation]:
     """As many as the two groups run at once."""
     params = msgspec.structs.replace(LONG, max_tokens=MANY_TOKENS)
-    return frontend.submit([(Prompt([500 + i, 7]), params) for i in range(4)], lambda _: None)
+    return frontend.submit([Prompt([500 + i, 7], params) for i in range(4)], lambda _: None)
 
 
 def tokens(generation: Generation) -> list[int]:

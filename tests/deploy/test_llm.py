@@ -19,7 +19,8 @@ from cluster.engine import EngineError
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError, Logprob
 from deploy.llm import LLM
-from deploy.text.prompts import PromptError, Source
+from deploy.text.prompts import PromptError
+from deploy.text.sources import Source
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import Failure

@@ -10,7 +10,7 @@ from typing import Any
 
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
-from deploy.text.prompts import Source
+from deploy.text.sources import Source
 from kvcache.layout import BlockLayout
 from workers.model.architectures import read_config
 

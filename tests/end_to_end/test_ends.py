@@ -12,7 +12,7 @@ from deploy import LLM, SamplingParams
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError
-from deploy.text.prompts import Source
+from deploy.text.sources import Source
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.reference import Reference
 from tests.end_to_end.settings import LLAMA, QWEN3, greedy, open_llm, run, tokens

@@ -5,29 +5,18 @@ Imports the generated messages and what HTTP checks by too; no gRPC.
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import REQUEST_ID
-from deploy.doors.openai.reading import at_most, check_model, field_named_by, fitting
+from deploy.doors.access import REQUEST_ID, Caller
+from deploy.doors.openai.reading import at_most, check_model, check_numbers, sampling_params
 from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
-from deploy.text.prompts import Prompt, PromptError
-from scheduler.protocol.sampling import Grammar, SamplingParams
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One valid request."""
-
-    request_id: str
-    prompt: Prompt
-    params: SamplingParams
-    priority: int
+from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Conversation, Prompt, PromptError, Terms
+from scheduler.protocol.sampling import SamplingParams
 
 
 class Reader:
@@ -38,19 +27,29 @@ class Reader:
         self._config = config
         self._grammars = Grammars(service.model)
 
-    async def job(self, request: pb.GenerateRequest, request_id: str, account: str) -> Job:
-        """request_id: as `named` gave it. account: of the API key. Errors: RequestError."""
-        check_model(request.model or None, self._service.model)
-        params = await self._params(request, account)
-        return Job(request_id, await self.prompt(request.prompt, request.cache_salt), params, request.priority)
+    async def request(self, request: pb.GenerateRequest, caller: Caller) -> Prompt:
+        """Errors: RequestError."""
+        self.check_model(request.model)
+        params = await self._params(request, caller.account)
+        terms = caller.terms(self._config, request.cache_salt, request.priority)
+        return await self.prompt(request.prompt, params, terms)
 
-    async def prompt(self, prompt: pb.Prompt, salt: str = "") -> Prompt:
+    async def prompt(
+        self, prompt: pb.Prompt, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS
+    ) -> Prompt:  # fmt: skip
         """Errors: RequestError."""
         kind = prompt.WhichOneof("kind")
-        if kind is None:
-            raise RequestError.invalid("the prompt is missing: give text, token_ids or chat", "prompt")
         try:
-            return await self._service.prompt(_source(prompt, kind) | ({"cache_salt": salt} if salt else {}))
+            match kind:
+                case None:
+                    raise RequestError.invalid("the prompt is missing: give text, token_ids or chat", "prompt")
+                case "text":
+                    return await self._service.prompt(prompt.text, params, terms)
+                case "token_ids":
+                    return await self._service.prompt(list(prompt.token_ids.ids), params, terms)
+                case _:
+                    messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
+                    return await self._service.prompt(Conversation(messages), params, terms)
         except PromptError as error:
             raise RequestError.of_prompt(error, f"prompt.{kind}") from None
 
@@ -72,22 +71,21 @@ class Reader:
     async def _params(self, request: pb.GenerateRequest, account: str) -> SamplingParams:
         """What the request does not set is left to the defaults of `SamplingParams`."""
         sampling = request.sampling
-        at_most("n", sampling.n, self._config.max_choices, "max_choices")
-        at_most("stop", len(sampling.stop) + len(sampling.stop_token_ids), self._config.max_stops, "max_stops")
-        at_most("logit_bias", len(sampling.logit_bias), self._config.max_logit_bias, "max_logit_bias")
-        grammar_field, grammar = sampling.WhichOneof("grammar"), _grammar(sampling)
-        given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields() if field.name != grammar_field}
+        stops = len(sampling.stop) + len(sampling.stop_token_ids)
+        check_numbers(self._config, sampling.n, stops, len(sampling.logit_bias))
+        given: dict[str, Any] = {field.name: value for field, value in sampling.ListFields()}
+        guide = sampling.WhichOneof("grammar")
+        asked: dict[str, Any] = {} if guide is None else {guide: given.pop(guide)}
+        if guide == "guided_choice":
+            asked[guide] = list(asked[guide].texts)
+        grammar = grammar_of(**asked)
         given |= {name: tuple(given[name]) for name in ("stop", "stop_token_ids") if name in given}
         given |= {"logit_bias": dict(sampling.logit_bias), "grammar": grammar}
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
-        try:
-            params = SamplingParams(**given)
-        except ValueError as error:
-            raise RequestError.invalid(str(error), field_named_by(str(error))) from None
-        if grammar is not None:
-            await self._grammars.check(grammar, grammar_field, account)
-        return fitting(params, self._service)
+        params = sampling_params(self._service.parser, **given)
+        await self._grammars.check(grammar, guide or "", account)
+        return params
 
 
 def named(request_id: str) -> str:
@@ -96,28 +94,3 @@ def named(request_id: str) -> str:
         said = "request_id takes up to 128 letters, digits and any of . _ : / + = -; or leave it to the server"
         raise RequestError.invalid(said, "request_id")
     return request_id or uuid.uuid4().hex
-
-
-def _source(prompt: pb.Prompt, kind: str) -> dict[str, Any]:
-    match kind:
-        case "text":
-            return {"prompt": prompt.text}
-        case "token_ids":
-            return {"prompt_token_ids": list(prompt.token_ids.ids)}
-        case _:
-            return {"messages": [{"role": message.role, "content": message.content} for message in prompt.chat.messages]}
-
-
-def _grammar(sampling: pb.SamplingParams) -> Grammar | None:
-    """Errors: RequestError."""
-    match sampling.WhichOneof("grammar"):
-        case "guided_json":
-            return grammar_of(guided_json=sampling.guided_json)
-        case "guided_regex":
-            return grammar_of(guided_regex=sampling.guided_regex)
-        case "guided_choice":
-            return grammar_of(guided_choice=list(sampling.guided_choice.texts))
-        case "guided_grammar":
-            return grammar_of(guided_grammar=sampling.guided_grammar)
-        case _:
-            return None

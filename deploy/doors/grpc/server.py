@@ -8,6 +8,7 @@ Imports grpc, no ray. An error is the call's status: it never leaves a method as
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, Protocol
@@ -18,13 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deploy.config.serve import ServeConfig, is_loopback
-from deploy.doors.access import ApiKeys, check_priority
+from deploy.doors.access import ApiKeys, Caller
 from deploy.doors.connections import BoundedCalls
-from deploy.doors.grpc.reading import Job, Reader, named
+from deploy.doors.grpc.reading import Reader, named
 from deploy.doors.grpc.writing import Writer, merged
 from deploy.doors.openai.errors import error_headers
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.outputs import OutputDelta
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
@@ -201,20 +201,20 @@ class GrpcDoor:
 
     async def _responses(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: RequestError."""
-        job = await self._reader.job(request, named(request.request_id), self._account(context))
-        check_priority(job.priority, self._keys.best_priority(self._account(context), self._config.best_priority))
-        async with aclosing(self._deltas(job, context)) as deltas:
-            writer = Writer(job)
+        caller = self._caller(request.request_id, context)
+        prompt = await self._reader.request(request, caller)
+        writer = Writer(caller.request_id, len(prompt.token_ids))
+        generated = self._service.generate([prompt], request_id=caller.request_id, traceparent=caller.traceparent)
+        async with aclosing(generated) as deltas:
             async for _, delta in deltas:
                 yield writer.response(delta)
 
-    def _deltas(self, job: Job, context: Context) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        remaining_s, limit_s = context.time_remaining(), self._config.request_timeout_s
-        return self._service.generate(
-            [(job.prompt, job.params)], request_id=job.request_id, priority=job.priority,
-            timeout_s=limit_s if remaining_s is None else min(limit_s, remaining_s),
-            traceparent=_metadata(context, "traceparent"), tenant=self._account(context),
-            share_prefix_cache=self._config.share_prefix_cache,
+    def _caller(self, request_id: str, context: Context) -> Caller:
+        """Errors: RequestError."""
+        account, patience_s = self._account(context), context.time_remaining()
+        return Caller(
+            named(request_id), _metadata(context, "traceparent"), account,
+            self._keys.best_priority(account, self._config.best_priority), math.inf if patience_s is None else patience_s,
         )  # fmt: skip
 
     async def _result(self, request: pb.GenerateRequest, context: Context) -> pb.BatchResult:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 
-from deploy.doors.grpc.reading import Job
 from deploy.frontend.outputs import ChoiceDelta, Logprob, OutputDelta
 from deploy.proto import manta_pb2 as pb
 
@@ -17,9 +16,9 @@ FINISH_REASONS = {
 class Writer:
     """The output of one request."""
 
-    def __init__(self, job: Job) -> None:
-        self._request_id = job.request_id
-        self._usage = pb.Usage(prompt_tokens=len(job.prompt.token_ids))
+    def __init__(self, request_id: str, prompt_tokens: int) -> None:
+        self._request_id = request_id
+        self._usage = pb.Usage(prompt_tokens=prompt_tokens)
 
     def response(self, delta: OutputDelta) -> pb.GenerateResponse:
         """What is new; with the last delta the usage of all."""

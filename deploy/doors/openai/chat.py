@@ -10,6 +10,7 @@ from contextlib import aclosing
 from msgspec import UNSET
 
 from deploy.config.serve import ServeConfig
+from deploy.doors.access import Caller
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import UsageMeter, WholeChoice, gather
 from deploy.doors.openai.answers.logprobs import TokenNames, chat_logprobs, vllm_prompt_logprobs
@@ -23,8 +24,8 @@ from deploy.doors.openai.answers.responses import (
     ChatDelta,
     ChatMessage,
 )
-from deploy.doors.openai.jobs import Caller, Job
-from deploy.doors.openai.messages import chat_source
+from deploy.doors.openai.jobs import Job
+from deploy.doors.openai.messages import for_template
 from deploy.doors.openai.schemas import ChatRequest, StreamOptions
 from deploy.doors.openai.sse import event
 from deploy.doors.openai.tools.grammars import Grammars
@@ -33,7 +34,7 @@ from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta
 from deploy.frontend.service import Service
-from deploy.text.prompts import PromptError
+from deploy.text.prompts import Conversation, PromptError
 from scheduler.protocol.sampling import Grammar, SamplingParams
 
 
@@ -55,14 +56,15 @@ class Chat:
         if tools is not None:
             grammar, asked_by = tools.grammar(grammar), "tools"
         await self._grammars.check(grammar, asked_by, caller.account)
-        params = reading.fitting(self._params(request, grammar), self._service)
-        shown = request.tools if tools is not None else None
-        source = chat_source(request.messages, shown, request.chat_template_kwargs, request.cache_salt)
+        params = self._params(request, grammar)
+        terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
+        messages = for_template(request.messages)
+        conversation = Conversation(messages, None if tools is None else tools.specs, request.chat_template_kwargs)
         try:
-            prompt = await self._service.prompt(source)
+            prompt = await self._service.prompt(conversation, params, terms)
         except PromptError as error:
             raise RequestError.of_prompt(error, "messages") from None
-        return Job.of(caller, "chatcmpl", request, [(prompt, params)], self._service, self._config, tools)
+        return Job.of(caller, "chatcmpl", self._service.model.name, [prompt], tools)
 
     async def whole(self, request: ChatRequest, job: Job) -> ChatCompletion:
         """Errors: RequestError."""
@@ -107,7 +109,8 @@ class Chat:
         max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
         return reading.sampling(
             request,
-            choices=request.n or 1,
+            self._service.parser,
+            n=request.n or 1,
             max_tokens=max_tokens,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             prompt_logprobs=request.prompt_logprobs,

@@ -6,22 +6,24 @@ Knows nothing of HTTP: a request's record comes in, a response's record or encod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import chain
+from typing import cast
 
 from msgspec import UNSET
 
 from deploy.config.serve import ServeConfig
+from deploy.doors.access import Caller
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import UsageMeter, WholeChoice, gather
 from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, TokenNames, of_prompt, sampled, vllm_prompt_logprobs
 from deploy.doors.openai.answers.responses import Completion, CompletionChoice
-from deploy.doors.openai.jobs import Caller, Job
+from deploy.doors.openai.jobs import Job
 from deploy.doors.openai.schemas import CompletionRequest, StreamOptions
 from deploy.doors.openai.sse import event
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta
 from deploy.frontend.service import Service
-from deploy.text.prompts import Prompt, PromptError, Source
+from deploy.text.prompts import Prompt, PromptError, Terms
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar, SamplingParams
 
@@ -42,9 +44,9 @@ class Completions:
         reading.check(request, self._service.model, self._config)
         grammar, asked_by = reading.format_asked(request)
         await self._grammars.check(grammar, asked_by, caller.account)
-        params = reading.fitting(self._params(request, grammar), self._service)
-        prompts = [(prompt, params) for prompt in await self._prompts(request)]
-        return Job.of(caller, "cmpl", request, prompts, self._service, self._config)
+        params = self._params(request, grammar)
+        terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
+        return Job.of(caller, "cmpl", self._service.model.name, await self._prompts(request, params, terms))
 
     async def whole(self, request: CompletionRequest, job: Job) -> Completion:
         """Errors: RequestError."""
@@ -89,7 +91,8 @@ class Completions:
             logprobs = logprobs or 0
         return reading.sampling(
             request,
-            choices=request.best_of or request.n or 1,
+            self._service.parser,
+            n=request.best_of or request.n or 1,
             max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -103,35 +106,29 @@ class Completions:
         if best_of < (request.n or 1):
             raise RequestError.invalid(f"best_of={best_of} is below n={request.n}: raise it", "best_of")
 
-    async def _prompts(self, request: CompletionRequest) -> list[Prompt]:
-        texts = _sources(request.prompt)
-        reading.at_most("prompt", len(texts), self._config.max_prompts, "max_prompts")
+    async def _prompts(self, request: CompletionRequest, params: SamplingParams, terms: Terms) -> list[Prompt]:
+        """One after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first that has
+        one; the rest is not read."""
+        contents = _contents(request.prompt)
+        reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
         if request.echo and self._tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
-        salt = {"cache_salt": request.cache_salt} if request.cache_salt else {}
-        sources: list[Source] = [
-            ({"prompt": text} if isinstance(text, str) else {"prompt_token_ids": text}) | salt if salt else text
-            for text in texts
-        ]
         try:
-            return await self._service.prompts(sources)
+            return [await self._service.prompt(content, params, terms) for content in contents]
         except PromptError as error:
             raise RequestError.of_prompt(error, "prompt") from None
 
 
-def _sources(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+def _contents(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """One prompt or several: a list of integers is one. Errors: RequestError."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
         raise RequestError.invalid("prompt is an empty list: give at least one prompt", "prompt")
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return [ids]
-    several = [item for item in prompt if not isinstance(item, int)]
-    if ids or len({type(item) for item in several}) > 1:
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
         raise RequestError.invalid("prompt mixes texts and token ids: give lists of one kind", "prompt")
-    return several
+    return [cast(list[int], prompt)] if kinds == {int} else cast(list[str | list[int]], prompt)
 
 
 def _best(choices: list[WholeChoice], request: CompletionRequest) -> list[WholeChoice]:
@@ -158,7 +155,7 @@ class _Rendering:
         number = position * (self._request.n or 1) + index
         text, rows = part.text, sampled(part.logprobs or ())
         if self._request.echo and self._tokenizer is not None and number not in self._tables:
-            prompt, _ = self._job.prompts[position]
+            prompt = self._job.prompts[position]
             text = (self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
             rows = chain(of_prompt(prompt.token_ids, prompt_logprobs, self._tokenizer), rows)
         table = self._tables.setdefault(number, CompletionTable(self._names))

@@ -2,23 +2,9 @@
 
 from typing import Any
 
-import msgspec
-
-from deploy.doors.openai.schemas import ContentPart, Message
+from deploy.doors.openai.schemas import ContentPart, Message, ToolCall
 from deploy.frontend.errors import RequestError
-from deploy.text.prompts import Source
-
-
-def chat_source(
-    messages: list[Message], tools: list[dict[str, Any]] | None, template_kwargs: dict[str, Any] | None, salt: str | None = None
-) -> Source:
-    """A conversation as `Service.prompt` takes it. tools: for the template to show. Errors: RequestError."""
-    return {
-        "messages": for_template(messages),
-        "tools": tools,
-        "chat_template_kwargs": template_kwargs,
-        "cache_salt": salt or "",
-    }
+from deploy.text.sources import arguments_shown
 
 
 def for_template(messages: list[Message]) -> list[dict[str, Any]]:
@@ -31,18 +17,20 @@ def _for_template(message: Message, path: str) -> dict[str, Any]:
         raise RequestError.invalid(f"{path} says nothing: give it content", f"{path}.content")
     if message.role == "tool" and message.tool_call_id is None:
         raise RequestError.invalid(f"{path}: say which call it answers, in tool_call_id", f"{path}.tool_call_id")
-    role = "system" if message.role == "developer" else message.role
-    shown: dict[str, Any] = {"role": role, "content": _text(message.content or "", path)}
-    if message.tool_calls:
-        shown["tool_calls"] = [
-            {"id": call.id, "type": call.type, "function": msgspec.structs.asdict(call.function)} for call in message.tool_calls
-        ]
-    extra = {
+    shown = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content or "", path),
+        "tool_calls": [_call(call) for call in message.tool_calls or ()] or None,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
         "reasoning_content": message.reasoning_content,
     }
-    return shown | {name: value for name, value in extra.items() if value is not None}
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": arguments_shown(call.function.arguments)}
+    return {"id": call.id, "type": call.type, "function": function}
 
 
 def _text(content: str | list[ContentPart], path: str) -> str:

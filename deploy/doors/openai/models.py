@@ -1,12 +1,12 @@
 """`/v1/models`, `/tokenize` and `/detokenize`: what the model is, and what text is to it. No HTTP."""
 
 from deploy.doors.openai.answers.responses import ModelCard, ModelList, Text, Tokens
-from deploy.doors.openai.messages import chat_source
+from deploy.doors.openai.messages import for_template
 from deploy.doors.openai.reading import check_model
 from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
-from deploy.text.prompts import Prompt, PromptError
+from deploy.text.prompts import Conversation, Prompt, PromptError
 
 
 class Models:
@@ -54,8 +54,8 @@ class Models:
         try:
             if request.messages is None:
                 return await self._service.prompt(request.prompt or "")
-            source = chat_source(request.messages, request.tools, request.chat_template_kwargs)
-            return await self._service.prompt(source)
+            messages = for_template(request.messages)
+            return await self._service.prompt(Conversation(messages, request.tools, request.chat_template_kwargs))
         except PromptError as error:
             raise RequestError.of_prompt(error, "prompt" if request.messages is None else "messages") from None
 

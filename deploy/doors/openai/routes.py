@@ -8,12 +8,11 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import ApiKeys, account_of, request_id_of
+from deploy.doors.access import ApiKeys, Caller, account_of, request_id_of
 from deploy.doors.openai.answers.responses import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
-from deploy.doors.openai.jobs import Caller
 from deploy.doors.openai.models import Models
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest

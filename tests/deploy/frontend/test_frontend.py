@@ -79,7 +79,7 @@ def test_the_engine_never_waits_for_a_front_end_that_waits_for_the_engine(tokeni
     engine, ended = BusyEngine(), threading.Event()
     front_end = FrontEnd(engine.start, LIMITS, tokenizer)
     params = SamplingParams(stop=(tokenizer.decode([token]),), max_tokens=8)
-    [generation] = front_end.submit([(Prompt(PROMPT), params)], lambda _: ended.set(), each_token=False)
+    [generation] = front_end.submit([Prompt(PROMPT, params)], lambda _: ended.set(), each_token=False)
     delta = deltas({0: token}, {0: 1})
     thread = threading.Thread(target=engine.deliver, args=(delta,), daemon=True)
     thread.start()
@@ -94,7 +94,7 @@ def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
     engine = BusyEngine()
     front_end = FrontEnd(engine.start, LIMITS, None)
     wait_for_close = engine.delivered.wait
-    [generation] = front_end.submit([(Prompt(PROMPT), SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
+    [generation] = front_end.submit([Prompt(PROMPT, SamplingParams(max_tokens=8))], lambda _: wait_for_close(60))
     engine.on_deltas(deltas({0: 7}, {0: 1}))
     engine.on_failure("the scheduler has gone")
     front_end.close()
@@ -160,7 +160,7 @@ class Host:
         self.output_tokens: Counter[int] = Counter()
 
     def submit(self, n: int = 1, each_token: bool = True) -> Generation:
-        return self.front_end.submit([(Prompt(PROMPT), SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
+        return self.front_end.submit([Prompt(PROMPT, SamplingParams(n=n, max_tokens=8))], lambda _: None, each_token)[0]
 
     def commit(self, tokens: dict[int, int], *ended: int) -> Deltas:
         """One token for each of the streams; the ends of others."""

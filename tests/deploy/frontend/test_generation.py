@@ -1,6 +1,7 @@
 """A generation without a front end: what is told, and when."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ class Caller:
         stop_ids: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         request = Request(STREAM, b"", b"", params, stop_ids)
-        self.generation = Generation(request, prompt, tokenizer, self._count, each_token)
+        self.generation = Generation(request, replace(prompt, params=params), tokenizer, self._count, each_token)
         self.woken = 0
         self.prompt_tokens = len(prompt.token_ids)
         self.committed = [0] * params.n

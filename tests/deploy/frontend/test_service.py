@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -11,13 +12,13 @@ from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.observation import Observation
 from deploy.frontend.service import ServedModel, Service
-from deploy.text.prompts import Prompt
+from deploy.text.prompts import Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.frontend.running import connected
 
 PATIENCE_S = 60.0
 ENDLESS = SamplingParams(max_tokens=1900, ignore_eos=True)
-PROMPT = Prompt([5, 6, 7])
+PROMPT = Prompt([5, 6, 7], ENDLESS)
 
 
 def connected_service(observed: list[Observation] | None = None) -> AbstractAsyncContextManager[Service]:
@@ -40,7 +41,7 @@ def test_an_abort_by_id_ends_a_request_whose_caller_is_busy() -> None:
     async def scenario() -> None:
         observed: list[Observation] = []
         async with connected_service(observed) as service:
-            async with aclosing(service.generate([(PROMPT, ENDLESS)], request_id="mine")) as deltas:
+            async with aclosing(service.generate([PROMPT], request_id="mine")) as deltas:
                 await anext(deltas)
                 assert service.abort("somebody else's") == 0
                 assert service.abort("mine") == 1
@@ -60,7 +61,7 @@ def test_a_deadline_ends_a_request_whose_caller_is_busy_and_spares_the_caller() 
     async def scenario() -> None:
         async with (
             connected_service() as service,
-            aclosing(service.generate([(PROMPT, ENDLESS)], request_id="late", timeout_s=1.0)) as deltas,
+            aclosing(service.generate([replace(PROMPT, terms=Terms(deadline_s=1.0))], request_id="late")) as deltas,
         ):
             await anext(deltas)
             await blocks_are_back(service)  # a task that was cancelled here would not come out of this wait
@@ -78,7 +79,7 @@ def test_requests_of_one_id_are_aborted_together() -> None:
 
             async def ask() -> Fault:
                 with pytest.raises(RequestError) as ended:
-                    async for _ in service.generate([(PROMPT, ENDLESS)], request_id="twice"):
+                    async for _ in service.generate([PROMPT], request_id="twice"):
                         pass
                 return ended.value.fault
 

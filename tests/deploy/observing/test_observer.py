@@ -66,8 +66,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def ask(service: Service, **params: Any) -> None:
-    prompt = await service.prompt(PROMPT)
-    async for _ in service.generate([(prompt, SamplingParams(**params))], request_id="cmpl-7"):
+    prompt = await service.prompt(PROMPT, SamplingParams(**params))
+    async for _ in service.generate([prompt], request_id="cmpl-7"):
         pass
 
 

@@ -59,7 +59,7 @@ def test_the_scheduler_of_one_process_says_how_busy_it_is() -> None:
         before = await service.cluster.status()
         for _ in range(3):
             assert (await service.cluster.status(maps=True)).busy_s == before.busy_s
-        asked = [(await service.prompt("def add("), SamplingParams(max_tokens=16, ignore_eos=True))]
+        asked = [await service.prompt("def add(", SamplingParams(max_tokens=16, ignore_eos=True))]
         async for _ in service.generate(asked, request_id="a"):
             pass
         after = await service.cluster.status()

@@ -3,22 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cluster.config import EngineConfig
 from cluster.worker_config import MAX_MODEL_LEN_DEFAULT, resolve
 from deploy.frontend.service import ServedModel
-from deploy.text.prompts import (
-    ModelLimits,
-    PromptError,
-    PromptParser,
-    Source,
-    as_chat,
-    as_token_ids,
-    read_jsonl,
-    read_model_limits,
-)
+from deploy.text.prompts import Content, Conversation, ModelLimits, Prompt, PromptError, PromptParser, Terms, read_model_limits
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER
@@ -26,6 +16,7 @@ from tests.tokenizers import CHATML, TURN_END, byte_level, save
 from tests.tokenizers import EOS as TOKENIZER_EOS
 
 LIMITS = ModelLimits(vocab_size=400, max_tokens=MAX_TOKENS, eos_ids=(EOS,))
+HELLO = {"role": "user", "content": "hello"}
 
 
 @pytest.fixture
@@ -34,21 +25,15 @@ def parser(tokenizer: Tokenizer) -> PromptParser:
 
 
 def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("hello world")
-    assert parser.parse("hello world").token_ids == ids
-    assert parser.parse({"prompt": "hello world", "cache_salt": "me"}).salt == "me"
-    own = parser.parse({"prompt": "hello world", "tenant": "ann", "deadline_s": 3})
-    assert (own.tenant, own.deadline_s) == ("ann", 3.0)
-    assert (parser.parse("hello world").tenant, parser.parse(ids).deadline_s) == (None, None)
-    assert parser.parse("hello world").text == "hello world"
-    assert parser.parse(ids).text is None
-    assert parser.parse({"prompt_token_ids": np.array(ids)}).token_ids == ids
-    chat = parser.parse({"messages": [{"role": "user", "content": "hello"}]})
-    assert chat.token_ids == [USER, *tokenizer.encode("hello\n")]
+    ids, params, terms = tokenizer.encode("hello world"), SamplingParams(n=2), Terms("salt", "ann", 3, 1.5)
+    assert parser.prompt("hello world", params, terms) == Prompt(ids, params, terms, "hello world")
+    assert parser.prompt(ids, params, terms) == Prompt(ids, params, terms)
+    chat = [USER, *tokenizer.encode("hello\n")]
+    assert parser.prompt(Conversation([HELLO]), params, terms) == Prompt(chat, params, terms, answered=True)
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("content", "message"),
     [
         ("", "the prompt is empty"),
         ([], "the prompt is empty"),
@@ -58,94 +43,43 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
             [5] * MAX_TOKENS,
             f"the prompt has {MAX_TOKENS} tokens and the model takes {MAX_TOKENS}, output included: shorten it to 511",
         ),
-        ([1.5], "must be a list of integers"),
-        ({"prompt_token_ids": "12"}, "must be a list of integers"),
-        ({"prompt": [1]}, "prompt must be a string, not list"),
-        (
-            {"prompt": "a", "messages": []},
-            "give exactly one of prompt, prompt_token_ids, messages; found prompt and messages",
-        ),
-        ({}, "found none"),
-        ({"prompt": "a", "tenant": 1}, "tenant must be a string, not int"),
-        ({"prompt": "a", "deadline_s": "1"}, "deadline_s must be a number of seconds, not '1'"),
-        ({"messages": []}, "at least one entry"),
-        ({"messages": [{"content": "x"}]}, "not a chat message"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "chat template refuses these messages: no tools here"),
+        (Conversation([{"role": "tool", "content": "x"}]), "chat template refuses these messages: no tools here"),
     ],
 )
-def test_refusals(parser: PromptParser, source: Source, message: str) -> None:
+def test_refusals(parser: PromptParser, content: Content, message: str) -> None:
     with pytest.raises(PromptError) as caught:
-        parser.parse(source)
+        parser.prompt(content)
     assert message in str(caught.value)
 
 
 def test_longest_prompt_leaves_room_for_one_token(parser: PromptParser) -> None:
-    assert len(parser.parse([5] * (MAX_TOKENS - 1)).token_ids) == MAX_TOKENS - 1
+    assert len(parser.prompt([5] * (MAX_TOKENS - 1)).token_ids) == MAX_TOKENS - 1
 
 
 def test_without_tokenizer() -> None:
     bare = PromptParser(LIMITS, None)
-    assert bare.parse([3, 4]).token_ids == [3, 4]
-    for source in ("text", {"messages": [{"role": "user", "content": "x"}]}):
+    assert bare.prompt([3, 4]).token_ids == [3, 4]
+    for content in ("text", Conversation([HELLO])):
         with pytest.raises(PromptError, match="no tokenizer: give prompt_token_ids"):
-            bare.parse(source)
+            bare.prompt(content)
     with pytest.raises(PromptError, match="use stop_token_ids"):
-        bare.params(SamplingParams(stop=("x",)))
+        bare.fit(SamplingParams(stop=("x",)))
 
 
-def test_without_chat_template(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_chat_template(parser: PromptParser, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer._implementation, "chat_template", None)
     with pytest.raises(PromptError, match="no chat template: give the prompt as text or as token ids"):
-        PromptParser(LIMITS, tokenizer).chat([{"role": "user", "content": "x"}])
-
-
-def test_hand_made_parameters(parser: PromptParser) -> None:
-    assert parser.params(SamplingParams(stop="END")).stop == ("END",)  # type: ignore[arg-type]
-    assert parser.params(SamplingParams(stop=["a"])).stop == ("a",)  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="stop_token_ids: token id 400 is outside"):
-        parser.params(SamplingParams(stop_token_ids=(400,)))
-    with pytest.raises(PromptError, match="logit_bias: token id 999 is outside"):
-        parser.params(SamplingParams(logit_bias={999: 1.0}))
-    with pytest.raises(PromptError, match="max_tokens: expected `int \\| null`, got `float`"):
-        parser.params(SamplingParams(max_tokens=1.5))  # type: ignore[arg-type]
-
-
-def test_jsonl() -> None:
-    lines = ['{"prompt": "a", "max_tokens": 3}', "", '{"prompt_token_ids": [1], "logit_bias": {"7": 2}}']
-    default = SamplingParams(temperature=0.0)
-    (first, params), (second, biased) = read_jsonl(lines, "file", default)
-    assert (first, params) == ({"prompt": "a"}, SamplingParams(temperature=0.0, max_tokens=3))
-    assert (second, biased.logit_bias) == ({"prompt_token_ids": [1]}, {7: 2.0})
+        parser.prompt(Conversation([HELLO]))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a"', "not valid JSON: Expecting ',' delimiter at column 15"),
-        ('"a"', "expected an object such as"),
-        ('{"promt": "a"}', "unknown key 'promt': did you mean 'prompt'?"),
-        ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
-        ('{"prompt": "a", "deadline": 1}', "did you mean 'deadline_s'?"),
-        ('{"prompt": "a", "top_p": 2}', "top_p=2.0 is outside (0.0, 1.0]"),
-        ('{"prompt": "a", "max_tokens": "9"}', "max_tokens: expected `int | null`, got `str`"),
-    ],
+    ("params", "field"),
+    [(SamplingParams(stop_token_ids=(400,)), "stop_token_ids"), (SamplingParams(logit_bias={400: 1.0}), "logit_bias")],
 )
-def test_bad_jsonl_names_the_line(line: str, message: str) -> None:
-    with pytest.raises(PromptError) as caught:
-        list(read_jsonl(['{"prompt": "fine"}', line], "prompts.jsonl", SamplingParams()))
-    assert str(caught.value).startswith("prompts.jsonl, line 2: ")
-    assert message in str(caught.value)
-
-
-def test_texts_as_messages_and_ids() -> None:
-    assert as_chat("hi") == {"messages": [{"role": "user", "content": "hi"}]}
-    salted = as_chat({"prompt": "hi", "cache_salt": "s"})
-    assert salted == {"cache_salt": "s", "messages": [{"role": "user", "content": "hi"}]}
-    assert as_token_ids("1, 2 3\n") == [1, 2, 3]
-    with pytest.raises(PromptError, match="not token ids: '1 x'"):
-        as_token_ids("1 x")
-    with pytest.raises(PromptError, match="cannot be put through a chat template"):
-        as_chat({"prompt_token_ids": [1]})
+def test_parameters_are_held_against_the_model(parser: PromptParser, params: SamplingParams, field: str) -> None:
+    with pytest.raises(PromptError, match=f"^{field}: token id 400 is outside") as caught:
+        parser.fit(params)
+    assert caught.value.field == field
 
 
 def settings(folder: Path, source: Path, **fields: object) -> Path:

@@ -21,6 +21,7 @@ from deploy.doors.http import create_app
 from deploy.frontend.errors import CONTEXT_EXCEEDED, RequestError
 from deploy.frontend.service import ServedModel, Service
 from deploy.proto import manta_pb2 as pb
+from deploy.text.prompts import Content, Conversation
 from deploy.text.tokenising import LONG_AT_ONCE, LONG_CHARACTERS, is_long
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import ScriptedCluster
@@ -256,19 +257,19 @@ def test_what_nobody_waits_for_is_not_tokenised(slow: SlowTokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "long"),
+    ("content", "long"),
     [
         ("a" * LONG_CHARACTERS, False),
         ("a" * (LONG_CHARACTERS + 1), True),
-        ({"prompt": "a" * LONG_CHARACTERS}, True),
-        ({"messages": said("a" * 4000) * 2}, False),
-        ({"messages": said("a" * 4000) * 3}, True),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 9000}]}]}, True),
-        ({"messages": said("a"), "tools": [{"x" * 9000: None}]}, True),
-        ({"messages": said("a") * 3000}, True),
+        (Conversation(said("a" * 4000) * 2), False),
+        (Conversation(said("a" * 4000) * 3), True),
+        (Conversation([{"role": "user", "content": [{"type": "text", "text": "a" * 9000}]}]), True),
+        (Conversation(said("a"), tools=[{"x" * 9000: None}]), True),
+        (Conversation(said("a"), template_kwargs={"x": "a" * 9000}), True),
+        (Conversation(said("a") * 3000), True),
         ([1] * 10_000, True),
-        ({"prompt": None}, False),
+        ([1], False),
     ],
 )
-def test_what_is_long(source: Any, long: bool) -> None:
-    assert is_long(source) == long
+def test_what_is_long(content: Content, long: bool) -> None:
+    assert is_long(content) == long

@@ -1,12 +1,13 @@
 """Sampling parameters are valid or they do not exist; the error names the field, the value and the range."""
 
 import math
+import pickle
 from typing import Any
 
 import msgspec
 import pytest
 
-from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
+from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, InvalidField, SamplingParams
 
 OUTSIDE: list[tuple[str, Any]] = [
     ("n", 0),
@@ -53,9 +54,11 @@ LIMITS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("field", "value"), OUTSIDE)
 def test_a_value_outside_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{field}=.*outside [\[(].*\]") as caught:
+    with pytest.raises(InvalidField, match=rf"^{field}=.*outside [\[(].*\]") as caught:
         SamplingParams(**{field: value})
     assert str(value) in str(caught.value)
+    assert caught.value.field == field
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize(("field", "value"), LIMITS)

@@ -78,7 +78,7 @@ class WholePrompt:
 
 async def gather(deltas: Deltas, job: Job) -> tuple[list[WholePrompt], Usage]:
     """Waits for every choice of every prompt. Errors: RequestError."""
-    prompts = [WholePrompt([WholeChoice() for _ in range(params.n)]) for _, params in job.prompts]
+    prompts = [WholePrompt([WholeChoice() for _ in range(prompt.params.n)]) for prompt in job.prompts]
     meter = UsageMeter(job.prompt_tokens)
     async with aclosing(deltas):
         async for position, delta in deltas:

@@ -35,7 +35,7 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 def grammar_of(
-    response_format: Any = None,
+    response_format: Mapping[str, Any] | None = None,
     guided_regex: str | None = None,
     guided_choice: Sequence[str] | None = None,
     guided_json: str | Mapping[str, Any] | None = None,
@@ -105,7 +105,7 @@ def check_nesting(schema: Mapping[str, Any], param: str) -> None:
         )
 
 
-def _response_grammar(response_format: Any) -> Grammar | None:
+def _response_grammar(response_format: Mapping[str, Any] | None) -> Grammar | None:
     match response_format:
         case None | {"type": "text"}:
             return None
@@ -126,7 +126,7 @@ def _response_grammar(response_format: Any) -> Grammar | None:
 
 def _choice_grammar(choices: Sequence[str]) -> Grammar:
     """One of a few texts, as a regular expression: no text can break out of an escaped one."""
-    if isinstance(choices, str) or not choices or not all(isinstance(choice, str) and choice for choice in choices):
+    if not choices or not all(choices):
         raise RequestError.invalid("guided_choice must be a list of texts that are not empty", "guided_choice")
     return Grammar("regex", "|".join(map(re.escape, choices)))
 

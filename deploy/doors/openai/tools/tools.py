@@ -111,13 +111,16 @@ class Tools:
         return text if self.dialect.marked_by_tokens else json.dumps(text)
 
 
-def read_tools(tools: Any, tool_choice: Any, parallel_tool_calls: bool | None, dialect: ToolDialect | None) -> Tools | None:
+def read_tools(
+    tools: Sequence[Mapping[str, Any]] | None, tool_choice: str | Mapping[str, Any] | None, parallel_tool_calls: bool | None,
+    dialect: ToolDialect | None,
+) -> Tools | None:  # fmt: skip
     """Errors: RequestError INVALID with the path of the field. None: the model is to know of no tools."""
     if not tools:
         if tool_choice not in (None, "none", "auto"):
             raise RequestError.invalid("tool_choice asks for a call, and no tools are given: add them", "tool_choice")
         return None
-    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
+    if len(tools) > MAX_TOOLS:
         raise RequestError.invalid(f"tools must be a list of at most {MAX_TOOLS} functions", "tools")
     schemas: dict[str, Mapping[str, Any]] = {}
     for position, tool in enumerate(tools):
@@ -137,7 +140,7 @@ def read_tools(tools: Any, tool_choice: Any, parallel_tool_calls: bool | None, d
     return Tools(dialect, tools, schemas, forced, parallel_tool_calls is not False)
 
 
-def _read_function(tool: Any, path: str) -> tuple[str, Mapping[str, Any]]:
+def _read_function(tool: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
     """A function's name and the schema of its arguments."""
     match tool:
         case {"type": "function", "function": {"name": str(name), **rest}}:
@@ -160,7 +163,7 @@ def _read_function(tool: Any, path: str) -> tuple[str, Mapping[str, Any]]:
     return name, schema
 
 
-def _read_choice(choice: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+def _read_choice(choice: str | Mapping[str, Any] | None, names: tuple[str, ...]) -> tuple[str, ...]:
     """The functions of which one must be called."""
     match choice:
         case None | "none" | "auto":

@@ -34,7 +34,7 @@ class BusyService(Service):
     """Has no room for some."""
 
     def generate(self, prompts: Any, **more: Any) -> AsyncGenerator[Any, None]:
-        if prompts[0][0].salt == FULL:
+        if prompts[0].terms.salt.endswith(FULL):
             raise RequestError(Fault.OVERLOADED, "the queue is full", code="queue_full", retry_after_s=4.0)
         return super().generate(prompts, **more)
 

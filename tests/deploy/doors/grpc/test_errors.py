@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import grpc
@@ -14,6 +14,7 @@ from deploy.doors.grpc.server import STATUS, GrpcDoor, start_server
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
+from deploy.text.prompts import Prompt
 from tests.deploy.doors.grpc.calls import PROMPT, consumed, ids, text
 from tests.deploy.doors.grpc.conftest import Connect
 
@@ -131,9 +132,9 @@ def test_a_call_is_on_the_account_of_its_key(
     told: list[str] = []
     generate = service.generate
 
-    def watch(*given: Any, tenant: str, **named: Any) -> Any:
-        told.append(tenant)
-        return generate(*given, tenant=tenant, **named)
+    def watch(prompts: Sequence[Prompt], **named: Any) -> Any:
+        told.extend(prompt.terms.tenant for prompt in prompts)
+        return generate(prompts, **named)
 
     monkeypatch.setattr(service, "generate", watch)
     stub, _ = connect(GrpcDoor(service, ServeConfig(), ApiKeys(["one", "other"])))

@@ -2,13 +2,14 @@
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.service import ServedModel, Service
-from deploy.text.prompts import Prompt, Source
+from deploy.text.prompts import Content, Prompt
 from deploy.text.tokenising import LONG_AT_ONCE, is_long
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, ScriptedCluster, until
@@ -30,18 +31,18 @@ def test_a_client_that_goes_away_is_not_waited_for(host: Host, path: str, body: 
     assert loaded is not None
     slow = SlowTokenizer(loaded._implementation)
     model = replace(ServedModel.read(MODEL, EMBEDDED_MODEL, None), tokenizer=slow)
-    begun: list[Source] = []
-    ended: list[Source] = []
+    begun: list[Content] = []
+    ended: list[Content] = []
 
     class Watched(Service):
-        async def prompt(self, source: Source) -> Prompt:
-            if not is_long(source):
-                return await super().prompt(source)
-            begun.append(source)
+        async def prompt(self, content: Content, *more: Any) -> Prompt:
+            if not is_long(content):
+                return await super().prompt(content, *more)
+            begun.append(content)
             try:
-                return await super().prompt(source)
+                return await super().prompt(content, *more)
             except asyncio.CancelledError:
-                ended.append(source)
+                ended.append(content)
                 raise
 
     url = host.serve(Watched(model, ScriptedCluster(FakeEngine(reply=[5]))))

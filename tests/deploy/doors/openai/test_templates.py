@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from deploy.text.prompts import ModelLimits, PromptError, PromptParser
+from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
+from deploy.text.sources import read_source
 from deploy.text.tokenizer import Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
 from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
@@ -22,8 +23,12 @@ def called(arguments: Any) -> dict[str, Any]:
 
 def shown(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> str:
     """The prompt as text, special tokens included."""
-    prompt = PromptParser(LIMITS, tokenizer).parse({"messages": messages, **more})
-    return "".join(map(tokenizer.token_text, prompt.token_ids))
+    content, _ = read_source({"messages": messages, **more})
+    return "".join(map(tokenizer.token_text, ids_of(tokenizer, content)))
+
+
+def ids_of(tokenizer: Tokenizer, content: Content) -> list[int]:
+    return PromptParser(LIMITS, tokenizer).prompt(content).token_ids
 
 
 def test_tools_are_shown(qwen: Tokenizer, llama: Tokenizer) -> None:
@@ -47,7 +52,7 @@ def test_arguments_that_are_no_json_are_shown_as_they_are(qwen: Tokenizer) -> No
 
 
 def test_the_marks_of_a_call_are_single_tokens(qwen: Tokenizer) -> None:
-    ids = qwen.encode_chat([USER, {**called({}), "content": ""}])
+    ids = ids_of(qwen, Conversation([USER, {**called({}), "content": ""}]))
     assert [text for text in map(qwen.token_text, ids) if text in TOOL_TOKENS] == list(TOOL_TOKENS)
 
 
@@ -71,14 +76,29 @@ def test_a_template_can_be_told_more(qwen: Tokenizer) -> None:
 )
 def test_refusals(qwen: Tokenizer, source: dict[str, Any], message: str) -> None:
     with pytest.raises(PromptError) as caught:
-        PromptParser(LIMITS, qwen).parse(source)
+        ids_of(qwen, read_source(source)[0])
     assert message in str(caught.value)
 
 
 def test_a_template_that_shows_no_tools(tokenizer: Tokenizer) -> None:
     with pytest.raises(PromptError, match="chat template does not show tools to the model: leave tools out"):
-        PromptParser(LIMITS, tokenizer).chat([USER], tools=[TOOL])
-    assert PromptParser(LIMITS, tokenizer).chat([USER], tools=[]).token_ids
+        ids_of(tokenizer, Conversation([USER], tools=[TOOL]))
+    assert ids_of(tokenizer, Conversation([USER], tools=[]))
+
+
+def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation([USER], tools=[TOOL])
+    ids_of(qwen, conversation)  # the first with tools asks whether the template shows any
+    written: list[object] = []
+    render = qwen._render
+
+    def watch(*given: Any) -> str:
+        written.append(given)
+        return render(*given)
+
+    monkeypatch.setattr(qwen, "_render", watch)
+    ids_of(qwen, conversation)
+    assert written == [([USER], [TOOL], {})]
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -1,0 +1,99 @@
+"""What users hand over in Python and in files is read, or refused with what to change."""
+
+import math
+
+import numpy as np
+import pytest
+
+from deploy.text.prompts import Conversation, PromptError, Terms
+from deploy.text.sources import Source, as_chat, as_token_ids, read_jsonl, read_params, read_source
+from scheduler.protocol.sampling import SamplingParams
+
+CALL = Terms(tenant="of the call", deadline_s=5.0, priority=1)
+
+
+def test_every_kind() -> None:
+    assert read_source("hello", CALL) == ("hello", CALL)
+    assert read_source([5, 6], CALL) == ([5, 6], CALL)
+    content, _ = read_source({"prompt_token_ids": np.array([5, 6])})
+    assert isinstance(content, list)
+    assert (content, {type(token) for token in content}) == ([5, 6], {int})
+    messages = [{"role": "user", "content": "hello"}]
+    asked = {"messages": messages, "tools": [{}], "chat_template_kwargs": {"a": 1}}
+    assert read_source(asked)[0] == Conversation(messages, [{}], {"a": 1})
+
+
+def test_a_prompt_s_own_terms_go_before_those_of_the_call() -> None:
+    own = {"cache_salt": "me", "tenant": "ann", "deadline_s": 3, "priority": -2}
+    assert read_source({"prompt": "a", **own}, CALL) == ("a", Terms("me", "ann", -2, 3.0))
+    assert read_source({"prompt": "a", **dict.fromkeys(own)}, CALL) == ("a", CALL)
+    assert read_source({"prompt": "a", "deadline_s": math.inf}, CALL)[1].deadline_s == math.inf
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([1.5], "must be a list of integers"),
+        ({"prompt_token_ids": "12"}, "must be a list of integers"),
+        ({"prompt": [1]}, "prompt must be a string, not list"),
+        (
+            {"prompt": "a", "messages": []},
+            "give exactly one of prompt, prompt_token_ids, messages; found prompt and messages",
+        ),
+        ({}, "found none"),
+        ({"prompt": "a", "cache_salt": 1}, "cache_salt must be a string, not int"),
+        ({"prompt": "a", "tenant": 1}, "tenant must be a string, not int"),
+        ({"prompt": "a", "deadline_s": "1"}, "deadline_s must be a number of seconds, not '1'"),
+        ({"messages": []}, "at least one entry"),
+        ({"messages": [{"content": "x"}]}, "not a chat message"),
+    ],
+)
+def test_refusals(source: Source, message: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        read_source(source)
+    assert message in str(caught.value)
+
+
+def test_hand_made_parameters() -> None:
+    assert read_params(SamplingParams(stop="END")).stop == ("END",)  # type: ignore[arg-type]
+    assert read_params(SamplingParams(stop=["a"])).stop == ("a",)  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="max_tokens: expected `int \\| null`, got `float`"):
+        read_params(SamplingParams(max_tokens=1.5))  # type: ignore[arg-type]
+
+
+def test_jsonl() -> None:
+    lines = ['{"prompt": "a", "max_tokens": 3}', "", '{"prompt_token_ids": [1], "logit_bias": {"7": 2}}']
+    default = SamplingParams(temperature=0.0)
+    (first, params), (second, biased) = read_jsonl(lines, "file", default)
+    assert (first, params) == ({"prompt": "a"}, SamplingParams(temperature=0.0, max_tokens=3))
+    assert (second, biased.logit_bias) == ({"prompt_token_ids": [1]}, {7: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "not valid JSON: Expecting ',' delimiter at column 15"),
+        ('"a"', "expected an object such as"),
+        ('{"promt": "a"}', "unknown key 'promt': did you mean 'prompt'?"),
+        ('{"prompt": "a", "temprature": 1}', "did you mean 'temperature'?"),
+        ('{"prompt": "a", "deadline": 1}', "did you mean 'deadline_s'?"),
+        ('{"prompt": "a", "top_p": 2}', "top_p=2.0 is outside (0.0, 1.0]"),
+        ('{"prompt": "a", "max_tokens": "9"}', "max_tokens: expected `int | null`, got `str`"),
+    ],
+)
+def test_bad_jsonl_names_the_line(line: str, message: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        list(read_jsonl(['{"prompt": "fine"}', line], "prompts.jsonl", SamplingParams()))
+    assert str(caught.value).startswith("prompts.jsonl, line 2: ")
+    assert message in str(caught.value)
+
+
+def test_texts_as_messages_and_ids() -> None:
+    assert as_chat("hi") == {"messages": [{"role": "user", "content": "hi"}]}
+    salted = as_chat({"prompt": "hi", "cache_salt": "s"})
+    assert salted == {"cache_salt": "s", "messages": [{"role": "user", "content": "hi"}]}
+    assert as_token_ids("1, 2 3\n") == [1, 2, 3]
+    with pytest.raises(PromptError, match="not token ids: '1 x'"):
+        as_token_ids("1 x")
+    with pytest.raises(PromptError, match="cannot be put through a chat template"):
+        as_chat({"prompt_token_ids": [1]})
