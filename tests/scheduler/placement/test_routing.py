@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.placement.routing import FEW_GROUPS, Prompt, Routing
+from scheduler.placement.routing import FEW_GROUPS, Prompt
 from tests.scheduler.cluster import Cluster
 
 
@@ -13,7 +13,7 @@ from tests.scheduler.cluster import Cluster
 def test_many_groups_are_placed_as_few_are(seed: int) -> None:
     draw = random.Random(seed)
     cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, slots=12)
-    routing, found = Routing(cluster.core._state), 0
+    routing, found = cluster.core.routing, 0
     for _ in range(60):
         prompt = [draw.randrange(2) for _ in range(draw.randint(1, 24))]
         stream = cluster.submit(prompt, max_tokens=draw.randint(1, 12))[0]
