@@ -8,23 +8,17 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
-import math
-import random
-
-import msgspec
 import numpy as np
 
-from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig
 from scheduler.placement.admission import Admission
 from scheduler.placement.migration import Migration
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import NO_TOKEN, Commands, Failure, FinishReason, Moved, Report, Request
-from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room
+from scheduler.protocol.messages import NO_TOKEN, Commands, FinishReason, Moved, Report, Request
+from scheduler.queue.intake import take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
-from scheduler.sequence import PRIORITY_SHIFT, Sequence, Tokens
 from scheduler.state import ClusterState
 
 GAVE_UP = (
@@ -49,8 +43,6 @@ class SchedulerCore:
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
-        self._numbers = 0  # of sequences
-        self._random = random.Random(config.seed)  # seeds of requests that bring none
 
     @property
     def now_s(self) -> float:
@@ -179,7 +171,7 @@ class SchedulerCore:
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
-        for sequence in self._sequences(front_end, request):
+        for sequence in take_in(self._state, front_end, request):
             if request.params.n > 1 or not self._admission.start_at_once(sequence):
                 self.waiting.enter(sequence, self.now_s)
             if request.deadline_s is not None:
@@ -234,11 +226,11 @@ class SchedulerCore:
         ]
         for lease, reason in report.finished:
             if (sequence := state.holder(group, lease)) is not None:
-                output = group.output_tokens(sequence)
+                output = state.output_of(sequence)
                 leases.leave(state, group, sequence)
                 failed = reason == FinishReason.FAILED
                 self.counters.given_up += failed
-                state.finish(sequence, FinishReason(reason), output, GAVE_UP if failed else "")
+                leases.finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
         leases.extend(state, group, needy)
         if needy:
             self._migration.relieve(group)
@@ -277,61 +269,14 @@ class SchedulerCore:
             due = group.commit_mixed(roster, tokens, computed)
             self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
             size = int(computed.sum())
-            self._state.rates.compute.measured(size, report.elapsed_s)
+            self._state.rates.computed(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self._state.now_s)
         told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
         self.outbox.tokens(roster.audience, told, advanced)
         return due
 
-    # ---- beginnings and ends ------------------------------------------------------------------------------------------
-
-    def _sequences(self, front_end: int, request: Request) -> list[Sequence]:
-        """One for each choice, known from now on. Errors: as in `submit`."""
-        state, config = self._state, self.config
-        prompt, params = np.frombuffer(request.tokens, np.int32), request.params
-        max_tokens = output_limit(
-            len(prompt), params.max_tokens, config.max_model_len, config.block_size, state.largest, state.lost
-        )
-        if not (state.groups or config.wait_for_groups):
-            raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
-        try:
-            queue_room(config, self.waiting, request, len(prompt), state.now_s)
-        except RequestRefused:
-            self.counters.refused += 1
-            raise
-        for choice in range(params.n):
-            if (front_end, request.stream + choice) in self.sequences:
-                raise ProtocolError(f"front end {front_end} submitted stream {request.stream}, which has not ended")
-        hashes = self._hashes(request, prompt)
-        blocks = blocks_for(len(prompt) + max_tokens - 1, config.block_size)
-        deadline_s = math.inf if request.deadline_s is None else state.now_s + request.deadline_s
-        seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        sequences = []
-        for choice in range(params.n):
-            if choice == 1 and params.prompt_logprobs is not None:  # the first choice measures the prompt for all
-                params = msgspec.structs.replace(params, prompt_logprobs=None)
-            sequence = Sequence(
-                number=self._numbers, place=(request.priority << PRIORITY_SHIFT) + self._numbers, arrived_s=state.now_s,
-                front_end=front_end, stream=request.stream + choice, choice=choice, params=params, seed=seed,
-                stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
-                blocks_at_most=blocks, hashes=hashes if choice == 0 else hashes.copy(), buffer=prompt, committed=len(prompt),
-                tenant=self.waiting.fair.open(request.tenant), deadline_s=deadline_s,
-            )  # fmt: skip
-            self._numbers += 1
-            self.sequences[front_end, sequence.stream] = sequence
-            sequences.append(sequence)
-        self.counters.requests += 1
-        self.counters.prompt_tokens += len(prompt)
-        return sequences
-
-    def _hashes(self, request: Request, prompt: Tokens) -> list[int]:
-        """Of the prompt's full blocks: the front end's, if it brought them."""
-        block_size = self.config.block_size
-        if len(request.hashes) != 8 * (len(prompt) // block_size):
-            return hash_blocks(prompt, block_size, request.salt)
-        hashes: list[int] = np.frombuffer(request.hashes, np.uint64).tolist()
-        return hashes
+    # ---- ends ---------------------------------------------------------------------------------------------------------
 
     def _end(self, front_end: int, stream: int, reason: FinishReason, keep_tokens: int | None = None) -> None:
         sequence = self.sequences.get((front_end, stream))

@@ -146,6 +146,10 @@ class Sequence:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
 
+    def blocks_for(self, length: int, block_size: int) -> int:
+        """Blocks that hold `length` tokens, no more than it can ever need."""
+        return min(-(-length // block_size), self.blocks_at_most)
+
     def content_of(self, index: int, block_size: int) -> bytes:
         """The tokens of a full block that has been written back, int32."""
         return self.buffer[index * block_size : (index + 1) * block_size].tobytes()

@@ -1,5 +1,6 @@
 """What the scheduler knows: every group, every sequence, the global block table. Shared by those who decide.
 
+    queue.intake         a request becomes sequences, or is refused
     core                 the calls that come from outside: groups, front ends, reports
     placement.admission  a waiting one starts: match, wait for a prefix or not, route, reserve
     placement.migration  one that runs is placed anew, before it would have to give way
@@ -8,19 +9,21 @@
 Imports the data that it holds; decides nothing.
 """
 
+import itertools
+import random
+
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig, Counters
-from scheduler.protocol.messages import ROW_MASK, Failure, FinishReason
+from scheduler.protocol.messages import ROW_MASK
 from scheduler.queue.deadlines import Deadlines
-from scheduler.queue.limits import blocks_for
 from scheduler.queue.pace import Pace
 from scheduler.queue.waiting import WaitingRoom
-from scheduler.running.prefixes import WHOLE_PROMPT, Prefixes
+from scheduler.running.prefixes import Prefixes
 from scheduler.running.rates import Rates
 from scheduler.running.resident import ResidentGroup, Watch
 from scheduler.running.transfers import Transfers
-from scheduler.sequence import Sequence, State
+from scheduler.sequence import Sequence
 from scheduler.server.outbox import Outbox
 
 
@@ -30,12 +33,12 @@ class ClusterState:
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their blocks, 0 if unknown. largest_up: blocks of the largest pool that is up. largest: of the largest pool; 0 without any
     group, None while one of unknown size is expected. computed: tokens that were computed lately. lost: why the last group
-    went for good.
+    went for good. numbers: of sequences. random: draws the seeds of requests that bring none.
     """
 
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
-        self.block_size = config.block_size
+        self.block_size, self.stride = config.block_size, config.stride
         self.now_s = 0.0
         self.table = BlockTable(config.block_size, config.stride)
         self.groups: dict[GroupId, ResidentGroup] = {}
@@ -51,6 +54,8 @@ class ClusterState:
         self.watch = Watch()
         self.computed = Pace()
         self.lost = ""
+        self.numbers = itertools.count()
+        self.random = random.Random(config.seed)
         self.pools_changed()
 
     def pools_changed(self) -> None:
@@ -58,10 +63,6 @@ class ClusterState:
         self.largest_up = max((group.blocks for group in self.groups.values()), default=0)
         expected = self.expected.values()
         self.largest = None if 0 in expected else max([self.largest_up, *expected])
-
-    def blocks_for(self, sequence: Sequence, length: int) -> int:
-        """Blocks that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
-        return min(blocks_for(length + self.config.grant_ahead, self.block_size), sequence.blocks_at_most)
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None
@@ -76,29 +77,4 @@ class ClusterState:
         group = self.group_of(sequence)
         if group is None or sequence.lease is None:
             return sequence.committed - sequence.prompt_tokens
-        return group.output_tokens(sequence)
-
-    # ---- what follows, whoever decided it
-
-    def published(self, author: Sequence, blocks: int) -> None:
-        """`author` has computed so many full blocks, or its `WHOLE_PROMPT`. Whoever waited for no more comes back."""
-        self.waiting.join(self.prefixes.published(author, blocks))
-
-    def withdraw(self, author: Sequence) -> None:
-        """`author` has given its blocks up: there is room, and whoever waited for them comes back."""
-        self.prefixes.close(author)
-        self.waiting.made_room()
-        self.published(author, WHOLE_PROMPT)
-
-    def finish(
-        self, sequence: Sequence, reason: FinishReason, output: int, message: str = "", failure: Failure = Failure.FAULT
-    ) -> None:
-        """The one end of a sequence that holds nothing any more. output: its tokens."""
-        if sequence.state in (State.WAITING, State.DEFERRED):
-            self.waiting.leave(sequence, self.now_s)
-        sequence.charge(sequence.prompt_tokens + output)
-        self.waiting.fair.close(sequence.tenant)
-        sequence.state = State.ENDED
-        del self.sequences[sequence.front_end, sequence.stream]
-        self.counters.finished += 1
-        self.outbox.finished(sequence, reason, output, message, failure)
+        return group.length.item(sequence.row) - sequence.prompt_tokens  # that in the ring included

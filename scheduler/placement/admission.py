@@ -32,13 +32,14 @@ MOST_PASSED = 8
 class Newcomer(NamedTuple):
     """A waiting sequence, and what is there of its prefix. reusable: tokens that a hit may cover. match: its full blocks.
 
-    peers: who fills, as it seems, the block that it needs next.
+    peers: who fills, as it seems, the block that it needs next. blocks: at the start, those of the match included.
     """
 
     sequence: Sequence
     reusable: int
     match: Match
     peers: Listing[Sequence]
+    blocks: int
 
 
 class Admission:
@@ -82,7 +83,7 @@ class Admission:
                     continue
                 tries -= 1
                 sequence.tried = waiting.rooms
-                sequence.needs = state.blocks_for(sequence, sequence.committed) - len(newcomer.match.nodes)
+                sequence.needs = newcomer.blocks - len(newcomer.match.nodes)
             passed.append(sequence)
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
                 break
@@ -113,7 +114,9 @@ class Admission:
         limit = reusable // state.block_size
         sequence.hash_up_to(limit, state.block_size)
         match = state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
-        return Newcomer(sequence, reusable, match, state.prefixes.peers(sequence, len(match.nodes), reusable))
+        peers = state.prefixes.peers(sequence, len(match.nodes), reusable)
+        blocks = sequence.blocks_for(sequence.committed + state.config.grant_ahead, state.block_size)
+        return Newcomer(sequence, reusable, match, peers, blocks)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
@@ -124,7 +127,7 @@ class Admission:
 
     def _promised(self, newcomer: Newcomer) -> Promise | None:
         """What is worth to be waited for: not if much else is computed before it, while another group would begin at once."""
-        sequence, reusable, match, peers = newcomer
+        sequence, reusable, match, peers, _ = newcomer
         prefixes, known = self._state.prefixes, len(match.nodes)
         if not (peers and self._state.config.wait_for_prefix):
             return None
@@ -139,8 +142,8 @@ class Admission:
     def _place(self, newcomer: Newcomer, *, only: ResidentGroup | None = None) -> bool:
         """Takes the cheapest offer, pins the hit, reserves the rest; False if there is no room anywhere now. only: there."""
         state, counters = self._state, self._state.counters
-        sequence, reusable, match, peers = newcomer
-        known, needed = len(match.nodes), state.blocks_for(sequence, sequence.committed)
+        sequence, reusable, match, peers, needed = newcomer
+        known = len(match.nodes)
         if peers:
             state.prefixes.show(sequence, known, peers)
         parts = state.table.parts(match, sequence.tokens, sequence.salt, reusable)

@@ -4,7 +4,8 @@ All groups stand side by side, as columns: who is worth a closer look when a seq
 Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but its columns.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -141,42 +142,33 @@ class Routing:
         least = self._state.block_size if only is None else 1  # one that moves stands still: its last part comes too
         prompt = Prompt(sequence, match, parts, blocks, self._best_source(match, parts), least)
         few = only is not None or len(self.groups) <= FEW_GROUPS
-        offer = self._of_few(prompt, only) if few else self._of_many(prompt)
+        offer = self._choose(prompt, self._each(prompt, only) if few else self._promising(prompt))
         if offer is not None and (tell := why.listener(self.explain)) is not None:
             tell(self._why(prompt))
         return offer
 
-    def _of_few(self, prompt: Prompt, only: ResidentGroup | None = None) -> Offer | None:
-        """Each group, one after the other; ties as in `policy.route`."""
-        block_size, tokens, at_most = self._state.block_size, prompt.sequence.committed, prompt.sequence.blocks_at_most
-        best: tuple[float, int, int, int] | None = None
-        offer: Offer | None = None
-        for at, group in enumerate(self.groups):
-            if group.blocks < at_most or group.draining or (only is not None and group is not only):
-                continue
-            for way, (load, source) in enumerate(self._ways(group, prompt)):
-                if policy.admissible(load):
-                    found = policy.time_to_first_token(load, tokens, block_size), -load.available, at, way
-                    if best is None or found < best:
-                        best, offer = found, Offer(group, source)
-        return offer
+    def _choose(self, prompt: Prompt, bounds: Iterable[policy.Bound]) -> Offer | None:
+        groups = self.groups
+        choice = policy.route(
+            bounds, lambda at: self._ways(groups[at], prompt), prompt.sequence.committed, self._state.block_size
+        )
+        return None if choice is None else Offer(groups[choice[0]], choice[1])
 
-    def _of_many(self, prompt: Prompt) -> Offer | None:
-        """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
+    def _each(self, prompt: Prompt, only: ResidentGroup | None = None) -> list[policy.Bound]:
+        """Of few groups each is looked at."""
+        at_most = prompt.sequence.blocks_at_most
+        return [
+            (-math.inf, 0, at) for at, group in enumerate(self.groups)
+            if group.blocks >= at_most and not group.draining and only in (None, group)
+        ]  # fmt: skip
+
+    def _promising(self, prompt: Prompt) -> Iterator[policy.Bound]:
+        """Costs a few array operations over all groups."""
         self.refresh()
-        block_size = self._state.block_size
         depths = self._spread(prompt.match.depths)
-        hits = depths * block_size + self._spread({pool: part.tokens for pool, part in prompt.parts.items()})
+        hits = depths * self._state.block_size + self._spread({pool: part.tokens for pool, part in prompt.parts.items()})
         fits = (prompt.blocks - depths <= self.room) & (self.blocks >= prompt.sequence.blocks_at_most)
-        least = self._least_costs(prompt, depths, hits)
-        seen: dict[int, list[Way]] = {}
-
-        def look(at: int) -> list[policy.GroupLoad]:
-            seen[at] = self._ways(self.groups[at], prompt)
-            return [load for load, _ in seen[at]]
-
-        choice = policy.route(least, fits, self.available, look, prompt.sequence.committed, block_size)
-        return None if choice is None else Offer(self.groups[choice[0]], seen[choice[0]][choice[1]][1])
+        return policy.cheapest_first(self._least_costs(prompt, depths, hits), fits, self.available)
 
     def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""

@@ -137,16 +137,16 @@ class WaitingRoom:
 
     # ---- what happens elsewhere
 
-    def made_room(self) -> None:
-        """Somebody may fit who did not before."""
+    def made_room(self, back: Iterable[Sequence] = ()) -> None:
+        """Somebody may fit who did not before. back: who waited for something else until now."""
         self.rooms += 1
         self._changes += 1
+        self.join(back)
 
     def unpark(self) -> None:
         """The groups have changed."""
-        self.made_room()
         parked, self.parked = self.parked, []
-        self.join(parked)
+        self.made_room(parked)
 
     def queued(self) -> list[Sequence]:
         """All whose turn may come, for the invariants."""

@@ -39,7 +39,7 @@ def advance(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> bo
         sequence.charge(length)
         _publish(state, group, sequence, blocks, full)
     if pending == 1 and sequence in state.prefixes.waiters:
-        state.published(sequence, WHOLE_PROMPT)
+        state.waiting.join(state.prefixes.published(sequence, WHOLE_PROMPT))
     return group.schedule(sequence, length, full)
 
 
@@ -58,7 +58,7 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
             group.issue(Remap(sequence.lease, index, adopted))
     state.prefixes.turn_to(sequence, full)
     if sequence in state.prefixes.waiters:
-        state.published(sequence, full)
+        state.waiting.join(state.prefixes.published(sequence, full))
 
 
 # ---- it gets more
@@ -80,7 +80,7 @@ def _grant(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> Non
     assert sequence.blocks is not None
     assert sequence.lease is not None
     length = group.length.item(sequence.row)
-    wanted = state.blocks_for(sequence, length) - len(sequence.blocks.blocks)
+    wanted = sequence.blocks_for(length + state.config.grant_ahead, state.block_size) - len(sequence.blocks.blocks)
     while (blocks := state.table.grow(sequence.blocks, wanted)) is None:
         victim = find_victim(state.table, group, sequence)
         if victim is None:
@@ -179,17 +179,17 @@ def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost
             _release(state, group, sequence)
         group.unseat(sequence)
     sequence.blocks = None
-    state.withdraw(sequence)
+    state.waiting.made_room(state.prefixes.give_up(sequence))
 
 
 def _release(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
     """What the blocks hold stays cached as long as it can: the part of the last one, too, and a copy in host memory."""
     blocks, computed = sequence.blocks, group.computed(sequence.row)
     assert blocks is not None
-    start = computed // state.block_size * state.block_size
-    # What its last block begins with, if that was copied, is known by the block that it was copied from.
-    if state.config.stride and computed - start >= state.config.stride and computed - start > blocks.inherited:
-        state.table.publish_tail(blocks, group.tail(sequence, start, computed).tobytes())
+    filled = computed % state.block_size
+    # What the last block begins with, if that was copied, is known by the block that it was copied from.
+    if 0 < state.stride <= filled and filled > blocks.inherited:
+        state.table.publish_tail(blocks, group.tail(sequence, computed - filled, computed).tobytes())
     if group.slots:
         state.transfers.offload(group, sequence)
     state.table.release(blocks)
@@ -206,9 +206,24 @@ def end(
     group, output = state.group_of(sequence), state.output_of(sequence)
     if group is not None:
         drop(state, group, sequence)
-    state.finish(sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
+    finish(state, sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
     if group is not None:
         extend(state, group, [])  # somebody there may have waited for its blocks
+
+
+def finish(
+    state: ClusterState, sequence: Sequence, reason: FinishReason, output: int, message: str = "",
+    failure: Failure = Failure.FAULT,
+) -> None:  # fmt: skip
+    """The one end of a sequence that holds nothing any more. output: its tokens."""
+    if sequence.state in (State.WAITING, State.DEFERRED):
+        state.waiting.leave(sequence, state.now_s)
+    sequence.charge(sequence.prompt_tokens + output)
+    state.waiting.fair.close(sequence.tenant)
+    sequence.state = State.ENDED
+    del state.sequences[sequence.front_end, sequence.stream]
+    state.counters.finished += 1
+    state.outbox.finished(sequence, reason, output, message, failure)
 
 
 def expire(state: ClusterState) -> None:

@@ -75,7 +75,7 @@ class Prefixes:
         """From now on this is the block that `sequence` fills."""
         if not self._enabled:
             return
-        self.close(sequence)
+        self._close(sequence)
         start = block * self._block_size
         key = sequence.hash_before(block)
         if sequence.committed - start >= self.stride:
@@ -83,8 +83,12 @@ class Prefixes:
         sequence.open_key = key
         self._fillers.setdefault(key, {})[sequence] = None
 
-    def close(self, sequence: Sequence) -> None:
-        """It fills none, or another."""
+    def give_up(self, sequence: Sequence) -> list[Sequence]:
+        """It fills none any more. Returns who waited for it."""
+        self._close(sequence)
+        return self.published(sequence, WHOLE_PROMPT)
+
+    def _close(self, sequence: Sequence) -> None:
         key, sequence.open_key = sequence.open_key, None
         if key is not None:
             fillers = self._fillers[key]

@@ -222,10 +222,6 @@ class ResidentGroup:
         older = (self.lease >= 0) & (self.lease < self.lease[row])
         return int((self.pending[older] - 1).sum())
 
-    def output_tokens(self, sequence: Sequence) -> int:
-        """Committed output, that in the ring included."""
-        return self.length.item(sequence.row) - sequence.prompt_tokens
-
     def write_back(self, sequence: Sequence, end: int | None = None) -> None:
         """Moves the tokens at positions committed..end, None: all of them, from the ring into the sequence."""
         start = sequence.committed

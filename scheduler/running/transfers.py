@@ -159,7 +159,7 @@ class Transfers:
             return None
         group.receiving -= 0 if stores else blocks
         if moved.ok and not stores:
-            (self._rates.load if loads else self._rates.fetch).measured(blocks * self._table.block_size, moved.elapsed_s)
+            (self._rates.loaded if loads else self._rates.fetched)(blocks * self._table.block_size, moved.elapsed_s)
         return transfer
 
     def settle(self, transfer: Transfer, *, ok: bool) -> bool:

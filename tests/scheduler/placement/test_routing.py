@@ -27,9 +27,10 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
             sequence.hash_up_to(limit // 4, 4)
             match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
-            source, blocks = routing._best_source(match, parts), cluster.core._state.blocks_for(sequence, len(tokens))
+            source = routing._best_source(match, parts)
+            blocks = sequence.blocks_for(len(tokens) + cluster.core.config.grant_ahead, 4)
             placed = Prompt(sequence, match, parts, blocks, source, 4)
-            few, many = routing._of_few(placed), routing._of_many(placed)
+            few, many = (routing._choose(placed, bounds(placed)) for bounds in (routing._each, routing._promising))
             assert few == many
             found += few is not None and few.source is not None
     assert found, "some would be fetched or loaded"
