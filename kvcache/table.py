@@ -22,7 +22,8 @@ Copy = Callable[[BlockId, BlockId, int], None]
 
 @dataclass(slots=True)
 class SequenceBlocks:
-    """One running sequence's row in the global block table. Only `BlockTable` changes it.
+    """One running sequence's row in the global block table: it owns the blocks that it lists, and nothing else says who does.
+    Reference counts, the index and the worker's table follow from it. Only `BlockTable` changes it.
 
     blocks: in block-table order; each is pinned once by this sequence.
     nodes: the published prefix, its own blocks or shared ones: nodes[i] is the node of blocks[i].

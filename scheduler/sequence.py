@@ -71,7 +71,7 @@ class Sequence:
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
-    open_key: under which `open_blocks` finds it.
+    open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
 
