@@ -214,7 +214,7 @@ class SchedulerCore:
         group.step_s += report.elapsed_s
         due = self._commit(group, report)
         for lease, payload in report.logprobs:
-            if (sequence := self._state.holder(group, lease)) is not None:
+            if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
         if not (due or report.finished):
             return  # nothing that could let anyone publish, grow or start
@@ -225,7 +225,7 @@ class SchedulerCore:
             if (sequence := group.sequences[row]) is not None and leases.advance(state, group, sequence)
         ]
         for lease, reason in report.finished:
-            if (sequence := state.holder(group, lease)) is not None:
+            if (sequence := group.holder(lease)) is not None:
                 output = state.output_of(sequence)
                 leases.leave(state, group, sequence)
                 failed = reason == FinishReason.FAILED

@@ -44,7 +44,7 @@ def _check_prefixes(core: SchedulerCore) -> None:
     """Who runs, or will when its prefix has come, and nobody else, is found by the block that it fills."""
     found, config = core.prefixes.everyone(), core.config
     placed = {sequence for group in core.groups.values() for sequence in (*group.running, *group.fetching)}
-    assert found.keys() == (placed if config.prefix_caching else set()), "who has blocks is found by one, nobody else is"
+    assert found.keys() == placed, "who has blocks is found by one, nobody else is"
     for sequence, key in found.items():
         if sequence.state is State.FETCHING:
             continue  # by the block that follows what comes

@@ -15,7 +15,6 @@ import random
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.config import CoreConfig, Counters
-from scheduler.protocol.messages import ROW_MASK
 from scheduler.queue.deadlines import Deadlines
 from scheduler.queue.pace import Pace
 from scheduler.queue.waiting import WaitingRoom
@@ -66,11 +65,6 @@ class ClusterState:
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None
-
-    def holder(self, group: ResidentGroup, lease: int) -> Sequence | None:
-        """The sequence that still holds `lease`, None if it has ended."""
-        sequence = group.sequences[lease & ROW_MASK]
-        return sequence if sequence is not None and sequence.lease == lease else None
 
     def output_of(self, sequence: Sequence) -> int:
         """Its committed tokens of output, wherever it is."""

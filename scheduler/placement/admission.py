@@ -60,7 +60,8 @@ class Admission:
         blocks are available as it cannot do without.
         """
         state, waiting = self._state, self._state.waiting
-        leases.expire(state)
+        if state.deadlines.next_s <= state.now_s:
+            leases.expire(state)
         if not (waiting.count and state.groups) or waiting.settled():
             return
         room: int | None = None
@@ -91,9 +92,10 @@ class Admission:
 
     def start_at_once(self, sequence: Sequence) -> bool:
         """Starts a newcomer past the queue if nobody waits, as it is mostly; False if it has to wait."""
-        waiting = self._state.waiting
-        leases.expire(self._state)
-        if waiting.count or not self._state.groups:
+        state, waiting = self._state, self._state.waiting
+        if state.deadlines.next_s <= state.now_s:
+            leases.expire(state)
+        if waiting.count or not state.groups:
             return False
         newcomer = self._look(sequence)
         if self._promised(newcomer) is not None:

@@ -159,7 +159,7 @@ class Routing:
         at_most = prompt.sequence.blocks_at_most
         return [
             (-math.inf, 0, at) for at, group in enumerate(self.groups)
-            if group.blocks >= at_most and not group.draining and only in (None, group)
+            if group.blocks >= at_most and not group.draining and (only is None or group is only)
         ]  # fmt: skip
 
     def _promising(self, prompt: Prompt) -> Iterator[policy.Bound]:
@@ -245,10 +245,9 @@ class Routing:
     def _why(self, prompt: Prompt) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
-        groups = [group for group in self.groups if group.blocks >= sequence.blocks_at_most]
-        ways = [(group, self._ways(group, prompt)) for group in groups if not group.draining]
+        ways = [(self.groups[at], self._ways(self.groups[at], prompt)) for _, _, at in self._each(prompt)]
         seen = [
-            why.Seen(group.group, load, of_group[0][0].hit_tokens, source.pool if source else None)
+            (group.group, load, of_group[0][0].hit_tokens, source.pool if source else None)
             for group, of_group in ways
             for load, source in of_group
         ]

@@ -5,6 +5,7 @@ Imports `config`, `fairness`, `pace` and `sequence`. Says whose turn it is; whet
 
 import heapq
 from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 
 from scheduler.config import CoreConfig, Counters
 from scheduler.queue.fairness import FairQueue
@@ -137,11 +138,12 @@ class WaitingRoom:
 
     # ---- what happens elsewhere
 
-    def made_room(self, back: Iterable[Sequence] = ()) -> None:
+    def made_room(self, back: Listing[Sequence] = ()) -> None:
         """Somebody may fit who did not before. back: who waited for something else until now."""
         self.rooms += 1
         self._changes += 1
-        self.join(back)
+        if back:
+            self.join(back)
 
     def unpark(self) -> None:
         """The groups have changed."""

@@ -66,15 +66,12 @@ class Prefixes:
         self._groups = groups
         self._block_size = config.block_size
         self._parts = config.stride > 0
-        self._enabled = config.prefix_caching
         self._least = max(1, int(WORTH_WAITING * config.block_size))
 
     # ---- who fills which block
 
     def turn_to(self, sequence: Sequence, block: int) -> None:
         """From now on this is the block that `sequence` fills."""
-        if not self._enabled:
-            return
         self._close(sequence)
         start = block * self._block_size
         key = sequence.hash_before(block)
@@ -86,7 +83,7 @@ class Prefixes:
     def give_up(self, sequence: Sequence) -> list[Sequence]:
         """It fills none any more. Returns who waited for it."""
         self._close(sequence)
-        return self.published(sequence, WHOLE_PROMPT)
+        return self.published(sequence, WHOLE_PROMPT) if sequence in self.waiters else []
 
     def _close(self, sequence: Sequence) -> None:
         key, sequence.open_key = sequence.open_key, None
@@ -158,10 +155,9 @@ class Prefixes:
         self.waiters.setdefault(promise.author, []).append((promise.blocks, sequence))
 
     def published(self, author: Sequence, blocks: int) -> list[Sequence]:
-        """`author` has computed so many full blocks of its prompt, or its `WHOLE_PROMPT`. Returns who waits no longer."""
-        waiters = self.waiters.pop(author, None)
-        if waiters is None:
-            return []
+        """`author`, for whom somebody waits, has computed so many full blocks of its prompt, or its `WHOLE_PROMPT`. Returns who
+        waits no longer."""
+        waiters = self.waiters.pop(author)
         if left := [waiter for waiter in waiters if waiter[0] > blocks]:
             self.waiters[author] = left
         return [sequence for needed, sequence in waiters if needed <= blocks]

@@ -213,6 +213,11 @@ class ResidentGroup:
         self.due[sequence.row] = filled if blocks == sequence.blocks_at_most or filled < low else low
         return length >= low and blocks < sequence.blocks_at_most
 
+    def holder(self, lease: int) -> Sequence | None:
+        """The sequence that still holds it, None if it has ended."""
+        sequence = self.sequences[lease & ROW_MASK]
+        return sequence if sequence is not None and sequence.lease == lease else None
+
     def computed(self, row: int) -> int:
         """Tokens of the row whose KV stands in its blocks."""
         return self.length.item(row) - self.pending.item(row)
