@@ -73,7 +73,7 @@ class Admission:
                 room = self.routing.most_room()
             if sequence.tried != waiting.rooms and (room is None or sequence.needs <= room):
                 newcomer = self._look(sequence)
-                if (promise := self._promised(newcomer)) is not None:
+                if newcomer.peers and (promise := self._promised(newcomer)) is not None:
                     waiting.defer(sequence)
                     state.prefixes.wait(sequence, promise)
                     continue
@@ -98,7 +98,7 @@ class Admission:
         if waiting.count or not state.groups:
             return False
         newcomer = self._look(sequence)
-        if self._promised(newcomer) is not None:
+        if newcomer.peers and self._promised(newcomer) is not None:
             return False
         waiting.fair.pass_by(sequence.tenant)
         return self._place(newcomer)
@@ -128,10 +128,11 @@ class Admission:
         return sequence.committed - 1
 
     def _promised(self, newcomer: Newcomer) -> Promise | None:
-        """What is worth to be waited for: not if much else is computed before it, while another group would begin at once."""
+        """What is worth to be waited for: not if much else is computed before it, while another group would begin at once.
+        Asked where there are peers."""
         sequence, reusable, match, peers, _ = newcomer
         prefixes, known = self._state.prefixes, len(match.nodes)
-        if not (peers and self._state.config.wait_for_prefix):
+        if not self._state.config.wait_for_prefix:
             return None
         promise = prefixes.promised(sequence, known, reusable, peers)
         if promise is None or (queued := self.routing.least_backlog()) is None:
@@ -143,7 +144,7 @@ class Admission:
 
     def _place(self, newcomer: Newcomer, *, only: ResidentGroup | None = None) -> bool:
         """Takes the cheapest offer, pins the hit, reserves the rest; False if there is no room anywhere now. only: there."""
-        state, counters = self._state, self._state.counters
+        state = self._state
         sequence, reusable, match, peers, needed = newcomer
         known = len(match.nodes)
         if peers:
@@ -163,8 +164,9 @@ class Admission:
         if source is not None and held is not None:
             self._fetch(group, sequence, source, held, known)
             return True
-        counters.parts_copied += blocks.copied
-        counters.parts_taken += blocks.inherited > 0 and not blocks.copied
+        if blocks.inherited:
+            state.counters.parts_copied += blocks.copied
+            state.counters.parts_taken += not blocks.copied
         self._start(group, sequence, known, blocks.inherited)
         return True
 

@@ -6,6 +6,7 @@ Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -148,11 +149,9 @@ class Routing:
         return offer
 
     def _choose(self, prompt: Prompt, bounds: Iterable[policy.Bound]) -> Offer | None:
-        groups = self.groups
-        choice = policy.route(
-            bounds, lambda at: self._ways(groups[at], prompt), prompt.sequence.committed, self._state.block_size
-        )
-        return None if choice is None else Offer(groups[choice[0]], choice[1])
+        look = partial(self._ways, prompt)
+        choice = policy.route(bounds, look, prompt.sequence.committed, self._state.block_size)
+        return None if choice is None else Offer(self.groups[choice[0]], choice[1])
 
     def _each(self, prompt: Prompt, only: ResidentGroup | None = None) -> list[policy.Bound]:
         """Of few groups each is looked at."""
@@ -186,12 +185,14 @@ class Routing:
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
-    def _ways(self, group: ResidentGroup, prompt: Prompt) -> list[Way]:
+    def _ways(self, prompt: Prompt, at: int) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
-        source, bare, rates = prompt.source, self._load(group, prompt), self._state.rates
+        group, source = self.groups[at], prompt.source
+        bare = self._load(group, prompt)
         ways: list[Way] = [(bare, None)]
         if source is None and not group.slots:
             return ways
+        rates = self._state.rates
         found: list[tuple[Source, int, float]] = []  # with the blocks that go there first, and the cost of a token
         if source is not None and source.sender is not group and len(source.sender.ports) == len(group.ports):
             found.append((source, group.receiving + source.sender.sending, rates.fetch_cost))
@@ -245,9 +246,9 @@ class Routing:
     def _why(self, prompt: Prompt) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
-        ways = [(self.groups[at], self._ways(self.groups[at], prompt)) for _, _, at in self._each(prompt)]
+        ways = [(self.groups[at].group, self._ways(prompt, at)) for _, _, at in self._each(prompt)]
         seen = [
-            (group.group, load, of_group[0][0].hit_tokens, source.pool if source else None)
+            (group, load, of_group[0][0].hit_tokens, source.pool if source else None)
             for group, of_group in ways
             for load, source in of_group
         ]
