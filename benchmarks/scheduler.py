@@ -29,7 +29,7 @@ from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.running.victims import find_victim
+from scheduler.running.leases import find_victim
 
 SIZES = (64, 256, 1024)
 HITS = (0, 50, 100)

@@ -3,7 +3,7 @@
 Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,16 +16,20 @@ from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import NO_NODE, PrefixIndex
 from kvcache.match import Match, Part
 
+Copy = Callable[[BlockId, BlockId, int], None]
+"""(source, target, tokens): the first tokens of one block of the group go to another, before any step launched later."""
+
 
 @dataclass(slots=True)
 class SequenceBlocks:
-    """One running sequence's row in the global block table. Only `BlockTable` changes it.
+    """One running sequence's row in the global block table: it owns the blocks that it lists, and nothing else says who does.
+    Reference counts, the index and the worker's table follow from it. Only `BlockTable` changes it.
 
     blocks: in block-table order; each is pinned once by this sequence.
     nodes: the published prefix, its own blocks or shared ones: nodes[i] is the node of blocks[i].
     tail: of blocks[len(nodes)], the block that it fills at the moment, once a part of it is published; never shared.
     inherited: tokens that the first block after the hit begins with, found in the cache at the reservation; 0 once it is full.
-    source: the block from which they must be copied before the first step; None if the block itself was taken over.
+    copied: they were copied there from a block that others may use, at the reservation; otherwise the block was taken over.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 
@@ -35,7 +39,7 @@ class SequenceBlocks:
     salt: str
     tail: NodeId = NO_NODE
     inherited: int = 0
-    source: BlockId | None = None
+    copied: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -156,12 +160,14 @@ class BlockTable:
         return depth - first
 
     def reserve(
-        self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None
-    ) -> SequenceBlocks | None:
+        self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None,
+        copy: Copy | None = None,
+    ) -> SequenceBlocks | None:  # fmt: skip
         """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room.
 
         part: what the group has of the block after them; it is given up where there is no room to use it, so `inherited` says
-        what became of it. Pinning comes before allocating, so that a reservation never evicts its own hit.
+        what became of it. copy: puts a copy into the group's log, at once; without it a part is only taken over. Pinning comes
+        before allocating, so that a reservation never evicts its own hit.
         """
         pool = self.pools[group]
         self._require(match, group, depth)
@@ -180,8 +186,8 @@ class BlockTable:
         elif self._may_take(group, part, new_blocks):
             self._take(pool, seq, part)
             pool.allocate_to(blocks, new_blocks - 1)
-        elif spare or pool.refs[held[part.node]]:
-            self._copy(pool, seq, part, new_blocks)
+        elif copy is not None and (spare or pool.refs[held[part.node]]):
+            self._copy(pool, seq, part, new_blocks, copy)
         else:
             pool.allocate_to(blocks, new_blocks)
         return seq
@@ -229,16 +235,18 @@ class BlockTable:
             pool.unpublish(block)
             index.forget(seq.group, part.node)
 
-    def _copy(self, pool: BlockPool, seq: SequenceBlocks, part: Part, new_blocks: int) -> None:
-        """The first of the new blocks begins as a copy. Once the command is in the group's log, the source may go."""
-        seq.source = self.index.blocks[seq.group][part.node]
-        seq.inherited = part.tokens
-        cached = not pool.refs[seq.source]
+    def _copy(self, pool: BlockPool, seq: SequenceBlocks, part: Part, new_blocks: int, copy: Copy) -> None:
+        """The first of the new blocks begins as a copy. The command is in the log before the source may go, so whoever is
+        granted it next writes to it later: nobody has to remember the source."""
+        source, at = self.index.blocks[seq.group][part.node], len(seq.blocks)
+        cached = not pool.refs[source]
         if cached:
-            pool.pin(seq.source)
+            pool.pin(source)
         pool.allocate_to(seq.blocks, new_blocks)
+        copy(source, seq.blocks[at], part.tokens)
+        seq.inherited, seq.copied = part.tokens, True
         if cached:
-            pool.unpin(seq.source)
+            pool.unpin(source)
 
     def grow(self, seq: SequenceBlocks, blocks: int) -> list[BlockId] | None:
         """Appends `blocks` private blocks to the sequence and returns them; None if there are not so many."""

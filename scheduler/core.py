@@ -13,15 +13,12 @@ import numpy as np
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig
 from scheduler.placement.admission import Admission
+from scheduler.placement.migration import Migration
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import NO_TOKEN, Commands, Drop, FinishReason, Moved, Report, Request
-from scheduler.queue.intake import Intake
-from scheduler.running.host_tier import HostTier
-from scheduler.running.migration import Migration
-from scheduler.running.paging import Paging
-from scheduler.running.relief import Relief
+from scheduler.protocol.messages import NO_TOKEN, Commands, FinishReason, Moved, Report, Request
+from scheduler.queue.intake import take_in
+from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
-from scheduler.running.transfers import Transfers
 from scheduler.state import ClusterState
 
 GAVE_UP = (
@@ -39,16 +36,11 @@ class SchedulerCore:
     def __init__(self, config: CoreConfig) -> None:
         self.config = config
         self._state = state = ClusterState(config)
-        self.transfers = Transfers(state)
-        host_tier = HostTier(state, self.transfers)
-        self._paging = Paging(state, host_tier)
-        self._admission = Admission(state, self._paging, self.transfers)
-        self._intake = Intake(state, self._admission)
-        self._migration = Migration(state, self.transfers, self._paging, self._admission)
-        self._relief = Relief(state, self._migration, host_tier)
+        self._admission = Admission(state)
+        self._migration = Migration(state, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
-        self.columns, self.open_blocks = state.columns, state.open_blocks
+        self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
         self.outbox = state.outbox  # drained by the shell after each call, after `take_logs`
         self._epochs: dict[GroupId, int] = {}
 
@@ -63,7 +55,7 @@ class SchedulerCore:
 
     def explain(self, tell: Tell) -> None:
         """From now on `tell` is called for every sequence that goes to a group, with the reasons. It must not call the core."""
-        self._state.explain = tell
+        self.routing.explain = tell
 
     def take_logs(self) -> list[tuple[GroupId, Commands]]:
         """What has been issued since the last call, by group, in the order in which they were first told something.
@@ -101,7 +93,7 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.block_size, self._state.watch)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config, self._state.watch)
         self.groups[group].ports, self.groups[group].slots = ports, slots
         if slots:
             self.table.add_group(host_of(group), slots)
@@ -124,13 +116,11 @@ class SchedulerCore:
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
-            self._relief.group_down(group)
-            for sequence in sorted(lost.fetching):
-                self._admission.give_up_fetch(lost, sequence)
-                self.waiting.enter(sequence, self.now_s)
-            for sequence in sorted(lost.running):
-                lost.write_back(sequence)
-                self._paging.leave(lost, sequence, release=False)
+            self._migration.group_down(group)
+            for sequence in [*sorted(lost.fetching), *sorted(lost.running)]:
+                if sequence.lease is not None:
+                    lost.write_back(sequence)
+                leases.leave(self._state, lost, sequence, lost=True)
                 self.waiting.enter(sequence, self.now_s)
             self.table.remove_group(group)
             if lost.slots:
@@ -139,7 +129,7 @@ class SchedulerCore:
         self._admission.admit()
 
     def _regroup(self) -> None:
-        self._state.columns.replace(self.groups.values())
+        self.routing.regroup()
         self._state.pools_changed()
 
     def drain(self, group: GroupId) -> bool:
@@ -160,7 +150,7 @@ class SchedulerCore:
         leaving = self.groups[group]
         for sequence in sorted(leaving.running, reverse=True):
             if not self._migration.begin(leaving, sequence):
-                self._paging.preempt(leaving, sequence)
+                leases.preempt(self._state, leaving, sequence)
         self._admission.admit()
 
     def migrate(self, front_end: int, stream: int) -> bool:
@@ -181,16 +171,20 @@ class SchedulerCore:
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
-        self._intake.take(front_end, request)
+        for sequence in take_in(self._state, front_end, request):
+            if request.params.n > 1 or not self._admission.start_at_once(sequence):
+                self.waiting.enter(sequence, self.now_s)
+            if request.deadline_s is not None:
+                self._state.deadlines.add(sequence)
         self._admission.admit()
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
-        self._finish_early(front_end, stream, FinishReason.ABORTED)
+        self._end(front_end, stream, FinishReason.ABORTED)
 
     def end(self, front_end: int, stream: int, keep_tokens: int) -> None:
         """The front end found a stop string after `keep_tokens` output tokens. The first end to be committed wins."""
-        self._finish_early(front_end, stream, FinishReason.STOP, keep_tokens)
+        self._end(front_end, stream, FinishReason.STOP, keep_tokens)
 
     def front_end_down(self, front_end: int) -> None:
         """A front end is gone: all its requests are aborted, the youngest first, so that none starts only to be aborted."""
@@ -220,25 +214,26 @@ class SchedulerCore:
         group.step_s += report.elapsed_s
         due = self._commit(group, report)
         for lease, payload in report.logprobs:
-            if (sequence := self._state.holder(group, lease)) is not None:
+            if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
         if not (due or report.finished):
             return  # nothing that could let anyone publish, grow or start
+        state = self._state
         needy = [
             sequence
             for row in due
-            if (sequence := group.sequences[row]) is not None and self._paging.advance(group, sequence, row)
+            if (sequence := group.sequences[row]) is not None and leases.advance(state, group, sequence)
         ]
         for lease, reason in report.finished:
-            if (sequence := self._state.holder(group, lease)) is not None:
-                output = group.output_tokens(sequence)
-                self._paging.leave(group, sequence)
+            if (sequence := group.holder(lease)) is not None:
+                output = state.output_of(sequence)
+                leases.leave(state, group, sequence)
                 failed = reason == FinishReason.FAILED
                 self.counters.given_up += failed
-                self._state.finish(sequence, FinishReason(reason), output, GAVE_UP if failed else "")
-        self._paging.extend(group, needy)
+                leases.finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
+        leases.extend(state, group, needy)
         if needy:
-            self._relief.look_after(group)
+            self._migration.relieve(group)
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:
@@ -249,11 +244,12 @@ class SchedulerCore:
         group.touch()
         transfer = self.transfers.answered(group, moved)
         if transfer is not None:
-            self._admission.arrive(group, transfer, ok=moved.ok)
-            if transfer.moves is not None and moved.ok:
+            if self.transfers.settle(transfer, ok=moved.ok):
+                self._admission.arrived(group, transfer, ok=moved.ok)
+            elif transfer.moves is not None and moved.ok:
                 self._migration.follow(transfer.author, transfer.moves, transfer.target)
         self.waiting.made_room()  # blocks may have become free,
-        self._paging.extend(group, [])  # and rows that starve may wait for nothing else
+        leases.extend(self._state, group, [])  # and rows that starve may wait for nothing else
         self._admission.admit()
 
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
@@ -273,7 +269,7 @@ class SchedulerCore:
             due = group.commit_mixed(roster, tokens, computed)
             self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
             size = int(computed.sum())
-            self._state.rates.compute.measured(size, report.elapsed_s)
+            self._state.rates.computed(size, report.elapsed_s)
         group.step_tokens += size
         self.computed.count(size, self._state.now_s)
         told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
@@ -282,27 +278,16 @@ class SchedulerCore:
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 
-    def _finish_early(self, front_end: int, stream: int, reason: FinishReason, keep_tokens: int | None = None) -> None:
+    def _end(self, front_end: int, stream: int, reason: FinishReason, keep_tokens: int | None = None) -> None:
         sequence = self.sequences.get((front_end, stream))
-        if sequence is None:
-            return
-        output = sequence.committed - sequence.prompt_tokens
-        group = self._state.group_of(sequence)
-        if group is not None and sequence.lease is not None:
-            output = group.output_tokens(sequence)
-            group.issue(Drop(sequence.lease))
-            self._paging.leave(group, sequence)
-        elif group is not None:
-            self._admission.give_up_fetch(group, sequence)
-        self._state.finish(sequence, reason, output if keep_tokens is None else min(keep_tokens, output))
-        if group is not None:
-            self._paging.extend(group, [])
-        self._admission.admit()
+        if sequence is not None:
+            leases.end(self._state, sequence, reason, keep_tokens=keep_tokens)
+            self._admission.admit()
 
     def _reconsider(self, reason: str) -> None:
         """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
         self.waiting.unpark()
-        largest = self._state.largest_pool()
+        largest = self._state.largest
         if largest is None:
             return
         for sequence in [s for s in self.sequences.values() if s.blocks_at_most > largest]:
@@ -311,8 +296,8 @@ class SchedulerCore:
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or room < 1:
                 message = f"no group can serve the request any more: {reason}"
-                self._state.finish(sequence, FinishReason.FAILED, output, message)
+                leases.end(self._state, sequence, FinishReason.FAILED, message)
             elif output >= room:
-                self._state.finish(sequence, FinishReason.LENGTH, output)
+                leases.end(self._state, sequence, FinishReason.LENGTH)
             else:
                 sequence.max_tokens, sequence.blocks_at_most = room, largest

@@ -27,24 +27,24 @@ def check(core: SchedulerCore) -> None:
     _check_membership(core, running)
     for sequence in core.sequences.values():
         _check_sequence(core, sequence)
-    _check_columns(core)
-    _check_open_blocks(core)
+    _check_routing(core)
+    _check_prefixes(core)
 
 
-def _check_columns(core: SchedulerCore) -> None:
+def _check_routing(core: SchedulerCore) -> None:
     """What routing sees of each group is what the group says itself."""
-    columns = core.columns
-    assert columns.groups == list(core.groups.values()), "routing sees other groups"
-    for at, group in enumerate(columns.groups):
-        seen, row = columns.seen(at), columns.row(group)
+    routing = core.routing
+    assert routing.groups == list(core.groups.values()), "routing sees other groups"
+    for at, group in enumerate(routing.groups):
+        seen, row = routing.seen(at), routing.row(group)
         assert group.touched or seen == row, f"group {group.group}: routing sees {seen}, it has {row}"
 
 
-def _check_open_blocks(core: SchedulerCore) -> None:
+def _check_prefixes(core: SchedulerCore) -> None:
     """Who runs, or will when its prefix has come, and nobody else, is found by the block that it fills."""
-    found, config = core.open_blocks.everyone(), core.config
+    found, config = core.prefixes.everyone(), core.config
     placed = {sequence for group in core.groups.values() for sequence in (*group.running, *group.fetching)}
-    assert found.keys() == (placed if config.prefix_caching else set()), "who has blocks is found by one, nobody else is"
+    assert found.keys() == placed, "who has blocks is found by one, nobody else is"
     for sequence, key in found.items():
         if sequence.state is State.FETCHING:
             continue  # by the block that follows what comes
@@ -52,7 +52,7 @@ def _check_open_blocks(core: SchedulerCore) -> None:
         block = len(sequence.blocks.nodes)
         before = sequence.hashes[block - 1] if block else salt_seed(sequence.salt)
         start = block * config.block_size
-        begins = hash_run(sequence.buffer[start : start + core.open_blocks.stride].tobytes(), before)
+        begins = hash_run(sequence.buffer[start : start + core.prefixes.stride].tobytes(), before)
         assert sequence.open_key == key in (before, begins), f"sequence {sequence.number} is found elsewhere than it is"
 
 
@@ -61,7 +61,8 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     in_line = core.waiting.queued()
     assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
     queued = [*in_line, *(sequence for sequence in core.waiting.parked if sequence.state is State.WAITING)]
-    deferred = [sequence for sequence in core.waiting.awaited.waiters() if sequence.state is State.DEFERRED]
+    waiters = [sequence for waiters in core.prefixes.waiters.values() for _, sequence in waiters]
+    deferred = [sequence for sequence in waiters if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
     live = sorted(sequence.number for sequence in core.sequences.values())
     assert places == live, f"each live sequence in exactly one of running, fetching, waiting, deferred: {places} against {live}"
@@ -79,7 +80,7 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     parts = core.counters
     misses = parts.miss_cold + parts.miss_evicted + parts.miss_routed + parts.miss_inside_block
     assert parts.cached_tokens + misses == parts.started_tokens, "hits and misses by reason sum up to what was started"
-    authors = core.waiting.awaited.authors.keys()
+    authors = core.prefixes.waiters.keys()
     assert authors <= set(running), "a sequence waits for a prefix that nobody computes"
 
 
@@ -156,7 +157,6 @@ def _check_tail(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -
     """What is published of the block that a sequence fills is its own tokens, computed and committed."""
     name, blocks = f"group {group.group}, sequence {sequence.number}", sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
-    assert blocks.source is None, f"{name}: runs without the copy that its first block begins with"
     if blocks.tail:
         shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
         start = len(blocks.nodes) * core.config.block_size

@@ -3,9 +3,9 @@
 Imports nothing of Manta. To try another policy, replace a function here; the core asks nothing else.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+T = TypeVar("T")
 
 UNCACHED_WEIGHT = 4.0
 """How much more a prompt token to compute counts than one that is queued already. The queue delays this sequence alone, once;
@@ -144,29 +145,44 @@ def fetch_work(cost: float, block_size: int, blocks: Any) -> Any:
     return cost * block_size * blocks // 1
 
 
-def route(
-    least: Floats, fits: Bools, available: Ints, look: Callable[[int], Iterable[GroupLoad]], tokens: int, block_size: int
-) -> tuple[int, int] | None:
-    """The cheapest admissible way: (index of its group, which of those that `look` shows there). None: wait.
+Bound = tuple[float, int, int]
+"""A group before a closer look: what a sequence costs there at least, its available blocks below 0, its index."""
 
-    Ties go to the group with more available blocks, then to the first, there to the first way. least: [groups] what each costs
-    at least; it is used up. fits: [groups] whether it may be admissible. look: a closer look at one group, as it is and with a
-    fetch; it is taken at few: only at those that cost less, at least, than the cheapest seen so far.
+
+def cheapest_first(least: Floats, fits: Bools, available: Ints) -> Iterator[Bound]:
+    """The groups that may be admissible, those first that may be the cheapest, as far as somebody asks.
+
+    least: [groups] what each costs at least; it is used up. fits: [groups] whether it may be admissible.
     """
     least[~fits] = np.inf
-    best = None
-    while len(least):
-        lowest = float(least.min())
+    while len(least) and (lowest := float(least.min())) < np.inf:
         ties = np.flatnonzero(least == lowest)
         at = int(ties[available[ties].argmax()])
-        if lowest == np.inf or (best is not None and best < (lowest, -int(available[at]), at)):
-            break
         least[at] = np.inf
-        for way, load in enumerate(look(at)):
+        yield lowest, -int(available[at]), at
+
+
+def route(
+    bounds: Iterable[Bound], look: Callable[[int], Iterable[tuple[GroupLoad, T]]], tokens: int, block_size: int
+) -> tuple[int, T] | None:
+    """The cheapest admissible way: (index of its group, what `look` shows there with its load). None: wait.
+
+    Ties go to the group with more available blocks, then to the first, there to the first way. bounds: in ascending order.
+    look: a closer look at one group, as it is and with a fetch; it is taken at few: only at those that cost less, at least,
+    than the cheapest seen so far.
+    """
+    best: tuple[float, int, int, int] | None = None
+    choice: tuple[int, T] | None = None
+    for bound in bounds:
+        if best is not None and best < bound:
+            break
+        at = bound[2]
+        for number, (load, way) in enumerate(look(at)):
             if admissible(load):
-                cost = time_to_first_token(load, tokens, block_size), -load.available, at, way
-                best = cost if best is None else min(best, cost)
-    return None if best is None else best[2:]
+                cost = time_to_first_token(load, tokens, block_size), -load.available, at, number
+                if best is None or cost < best:
+                    best, choice = cost, (at, way)
+    return choice
 
 
 def shortage(total: int) -> int:

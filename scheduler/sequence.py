@@ -71,7 +71,7 @@ class Sequence:
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
-    open_key: under which `open_blocks` finds it.
+    open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
 
@@ -145,6 +145,10 @@ class Sequence:
         if 0 < self.charged < length:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
+
+    def blocks_for(self, length: int, block_size: int) -> int:
+        """Blocks that hold `length` tokens, no more than it can ever need."""
+        return min(-(-length // block_size), self.blocks_at_most)
 
     def content_of(self, index: int, block_size: int) -> bytes:
         """The tokens of a full block that has been written back, int32."""

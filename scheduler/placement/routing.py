@@ -1,8 +1,12 @@
 """The ways to serve a waiting sequence, and the cheapest of them: facts for `policy`, gathered from few of many groups.
 
-Imports `state`, `policy`, `why` and the table. Changes nothing.
+All groups stand side by side, as columns: who is worth a closer look when a sequence is to be placed, however many there are.
+Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but its columns.
 """
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +26,11 @@ FEW_GROUPS = 8
 class Source(NamedTuple):
     """A pool that what it has of a prefix could be brought from: whole blocks, and perhaps part of one. tokens: of all.
 
-    sender: the group that would send it; None for a group's own host memory.
+    sender: the group that would send it, or read it from its own host memory.
     """
 
     pool: GroupId
-    sender: ResidentGroup | None
+    sender: ResidentGroup
     depth: int
     part: Part | None
     tokens: int
@@ -41,11 +45,10 @@ Way = tuple[policy.GroupLoad, Source | None]
 
 
 class Offer(NamedTuple):
-    """A way to serve a sequence: in this group, as it is or with the prefix of another. load: what policy sees of it."""
+    """Where a sequence goes: to this group, as it is or with the prefix of another."""
 
     group: ResidentGroup
-    load: policy.GroupLoad
-    source: Source | None = None
+    source: Source | None
 
 
 class Prompt(NamedTuple):
@@ -63,108 +66,152 @@ class Prompt(NamedTuple):
 
 
 class Routing:
-    """Works on the shared state; has none of its own."""
+    """groups: in the order in which they came up. backlog, running: as in `policy.GroupLoad`. room: blocks that a
+    newcomer may take, below 0 where none may start. free, available, blocks: blocks of the pool. receiving: blocks on their way
+    to it. senders: the groups, by id, that can exchange blocks with others. explain: who is told of every decision.
+
+    Invariant: a row of the columns says what its group does, unless the group is in `watch.touched`; so `refresh` comes before
+    every look. It costs nothing for the groups that nothing has happened to.
+    """
 
     def __init__(self, state: ClusterState) -> None:
+        self.explain: why.Tell | None = None
         self._state = state
+        self.regroup()
+
+    # ---- all groups
+
+    def regroup(self) -> None:
+        """A group has come or gone."""
+        self.groups = list(self._state.groups.values())
+        self._at = {group.group: at for at, group in enumerate(self.groups)}
+        self._rows = np.zeros((6, len(self.groups)), np.int64)
+        self.backlog, self.running, self.room, self.free, self.available, self.receiving = self._rows
+        self.blocks = np.array([group.blocks for group in self.groups], np.int64)
+        self.senders = {group.group: group for group in self.groups if group.ports}
+        for group in self.groups:
+            group.touch()
+
+    def refresh(self) -> None:
+        touched = self._state.watch.touched
+        for group in touched:
+            group.touched = False
+            at = self._at.get(group.group)
+            if at is not None and self.groups[at] is group:  # else it has gone
+                self._rows[:, at] = self.row(group)
+        touched.clear()
+
+    def row(self, group: ResidentGroup) -> tuple[int, int, int, int, int, int]:
+        """(backlog, running, room, free, available, receiving) of one group, read from itself."""
+        pool, running = self._state.table.pools[group.group], len(group.running) + len(group.fetching)
+        available = pool.available
+        takes = group.rows_left > 0 and not group.starved and not group.draining
+        room = policy.room(available, group.blocks, running) if takes else -1
+        return group.coming, running, room, pool.free, available, group.receiving
+
+    def seen(self, at: int) -> tuple[int, ...]:
+        """What `row` was at the last look."""
+        return tuple(self._rows[:, at].tolist())
+
+    def most_room(self) -> int:
+        """Blocks that a newcomer could have at most, in the group that has most; below 0 if none takes any."""
+        self.refresh()
+        return int(self.room.max(initial=-1))
+
+    def least_backlog(self) -> int | None:
+        """Of the groups that take a newcomer; None if none does."""
+        self.refresh()
+        backlogs = self.backlog[self.room > 0]
+        return int(backlogs.min()) if len(backlogs) else None
+
+    def _spread(self, values: Mapping[GroupId, int]) -> policy.Ints:
+        """[groups] of these, and 0 for the others. What belongs to no group, as host memory does, is left out."""
+        column = np.zeros(len(self.groups), np.int64)
+        places = [at for pool in values if (at := self._at.get(pool)) is not None]
+        column[places] = [value for pool, value in values.items() if pool in self._at]
+        return column
+
+    # ---- one prompt
 
     def cheapest(
-        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], only: ResidentGroup | None = None
+        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], blocks: int, only: ResidentGroup | None = None
     ) -> Offer | None:
-        """None if there is no room anywhere now. only: look at this group alone.
+        """blocks: needed at the start. None if there is no room anywhere now. only: look at this group alone.
 
         Of many groups only those are looked at closely that may be the cheapest: one, as a rule.
         """
-        state, few = self._state, only is not None or len(self._state.columns.groups) <= FEW_GROUPS
-        least = state.config.block_size if only is None else 1  # one that moves stands still: its last part comes too
-        blocks = state.blocks_for(sequence, sequence.committed)
+        least = self._state.block_size if only is None else 1  # one that moves stands still: its last part comes too
         prompt = Prompt(sequence, match, parts, blocks, self._best_source(match, parts), least)
-        offer = self._of_few(prompt, only) if few else self._of_many(prompt)
-        if offer is not None and (tell := why.listener(state.explain)) is not None:
+        few = only is not None or len(self.groups) <= FEW_GROUPS
+        offer = self._choose(prompt, self._each(prompt, only) if few else self._promising(prompt))
+        if offer is not None and (tell := why.listener(self.explain)) is not None:
             tell(self._why(prompt))
         return offer
 
-    def _of_few(self, prompt: Prompt, only: ResidentGroup | None = None) -> Offer | None:
-        """Each group, one after the other; ties as in `policy.route`."""
-        block_size, tokens, at_most = self._state.config.block_size, prompt.sequence.committed, prompt.sequence.blocks_at_most
-        best: tuple[float, int, int, int] | None = None
-        offer: Offer | None = None
-        for at, group in enumerate(self._state.columns.groups):
-            if group.blocks < at_most or group.draining or (only is not None and group is not only):
-                continue
-            for way, (load, source) in enumerate(self._ways(group, prompt)):
-                if policy.admissible(load):
-                    found = policy.time_to_first_token(load, tokens, block_size), -load.available, at, way
-                    if best is None or found < best:
-                        best, offer = found, Offer(group, load, source)
-        return offer
+    def _choose(self, prompt: Prompt, bounds: Iterable[policy.Bound]) -> Offer | None:
+        look = partial(self._ways, prompt)
+        choice = policy.route(bounds, look, prompt.sequence.committed, self._state.block_size)
+        return None if choice is None else Offer(self.groups[choice[0]], choice[1])
 
-    def _of_many(self, prompt: Prompt) -> Offer | None:
-        """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
-        columns, block_size = self._state.columns, self._state.config.block_size
-        columns.refresh()
-        depths = columns.spread(prompt.match.depths)
-        hits = depths * block_size + columns.spread({pool: part.tokens for pool, part in prompt.parts.items()})
-        fits = (prompt.blocks - depths <= columns.room) & (columns.blocks >= prompt.sequence.blocks_at_most)
-        least = self._least_costs(prompt, depths, hits)
-        seen: dict[int, list[Way]] = {}
+    def _each(self, prompt: Prompt, only: ResidentGroup | None = None) -> list[policy.Bound]:
+        """Of few groups each is looked at."""
+        at_most = prompt.sequence.blocks_at_most
+        return [
+            (-math.inf, 0, at) for at, group in enumerate(self.groups)
+            if group.blocks >= at_most and not group.draining and (only is None or group is only)
+        ]  # fmt: skip
 
-        def look(at: int) -> list[policy.GroupLoad]:
-            seen[at] = self._ways(columns.groups[at], prompt)
-            return [load for load, _ in seen[at]]
-
-        choice = policy.route(least, fits, columns.available, look, prompt.sequence.committed, block_size)
-        return None if choice is None else Offer(columns.groups[choice[0]], *seen[choice[0]][choice[1]])
+    def _promising(self, prompt: Prompt) -> Iterator[policy.Bound]:
+        """Costs a few array operations over all groups."""
+        self.refresh()
+        depths = self._spread(prompt.match.depths)
+        hits = depths * self._state.block_size + self._spread({pool: part.tokens for pool, part in prompt.parts.items()})
+        fits = (prompt.blocks - depths <= self.room) & (self.blocks >= prompt.sequence.blocks_at_most)
+        return policy.cheapest_first(self._least_costs(prompt, depths, hits), fits, self.available)
 
     def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
-        columns, block_size, rates = self._state.columns, self._state.config.block_size, self._state.rates
+        block_size, rates = self._state.block_size, self._state.rates
         tokens, source = prompt.sequence.committed, prompt.source
-        there = columns.backlog, columns.running, prompt.blocks - depths - columns.free, block_size
+        there = self.backlog, self.running, prompt.blocks - depths - self.free, block_size
         least = policy.least_costs(tokens - hits, *there)
-        if source is not None and source.sender is not None:
-            moving = np.maximum(0, source.blocks - depths) + columns.receiving + source.sender.sending
+        if source is not None:
+            moving = np.maximum(0, source.blocks - depths) + self.receiving + source.sender.sending
             work = policy.fetch_work(rates.fetch_cost, block_size, moving)
             least = np.minimum(least, policy.least_costs(tokens - source.tokens, *there, work))
         if hosts := {group_of(pool): depth for pool, depth in prompt.match.depths.items() if is_host(pool)}:
-            in_host = columns.spread(hosts)
-            work = policy.fetch_work(rates.load_cost, block_size, np.maximum(0, in_host - depths) + columns.receiving)
+            in_host = self._spread(hosts)
+            work = policy.fetch_work(rates.load_cost, block_size, np.maximum(0, in_host - depths) + self.receiving)
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
-    def _ways(self, group: ResidentGroup, prompt: Prompt) -> list[Way]:
+    def _ways(self, prompt: Prompt, at: int) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
-        source, bare = prompt.source, self._load(group, prompt)
+        group, source = self.groups[at], prompt.source
+        bare = self._load(group, prompt)
         ways: list[Way] = [(bare, None)]
         if source is None and not group.slots:
             return ways
         rates = self._state.rates
-        if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
-            ways += self._with(group, bare, source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
-        if group.slots and (depth := prompt.match.depth(host_of(group.group))):
-            host = Source(host_of(group.group), None, depth, None, depth * self._state.config.block_size)
-            ways += self._with(group, bare, host, prompt, group.receiving, rates.load_cost)
+        found: list[tuple[Source, int, float]] = []  # with the blocks that go there first, and the cost of a token
+        if source is not None and source.sender is not group and len(source.sender.ports) == len(group.ports):
+            found.append((source, group.receiving + source.sender.sending, rates.fetch_cost))
+        if group.slots and (depth := prompt.match.depth(host := host_of(group.group))):
+            tokens = depth * self._state.block_size
+            found.append((Source(host, group, depth, None, tokens), group.receiving, rates.load_cost))
+        for source, queued, cost in found:
+            if source.tokens - bare.hit_tokens >= prompt.least:
+                moving = source.blocks - prompt.match.depth(group.group) + queued
+                work = policy.fetch_work(cost, self._state.block_size, moving)
+                ways.append((bare._replace(hit_tokens=source.tokens, fetch_work=work), source))
         return ways
-
-    def _with(
-        self, group: ResidentGroup, bare: policy.GroupLoad, source: Source, prompt: Prompt, queued: int, cost: float
-    ) -> list[Way]:
-        """The group, once it has what `source` has, if that is enough more. queued: blocks that go there first.
-
-        cost: of moving a token, in times to compute one.
-        """
-        block_size = self._state.config.block_size
-        if source.sender is group or source.tokens - bare.hit_tokens < prompt.least:
-            return []
-        work = policy.fetch_work(cost, block_size, source.blocks - prompt.match.depth(group.group) + queued)
-        return [(bare._replace(hit_tokens=source.tokens, fetch_work=work), source)]
 
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.
 
         A host tier is its own group's alone.
         """
-        state, senders = self._state, self._state.columns.senders
+        state, senders = self._state, self.senders
         if not state.config.prefix_fetch or len(senders) < 2:
             return None
         depths = match.depths
@@ -179,7 +226,7 @@ class Routing:
             pool = min(pool for pool, depth in depths.items() if depth == deepest and pool in senders)
         if pool is None:
             return None
-        return Source(pool, senders[pool], deepest, part, deepest * state.config.block_size + (part.tokens if part else 0))
+        return Source(pool, senders[pool], deepest, part, deepest * state.block_size + (part.tokens if part else 0))
 
     def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
@@ -199,14 +246,13 @@ class Routing:
     def _why(self, prompt: Prompt) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
-        groups = [group for group in self._state.columns.groups if group.blocks >= sequence.blocks_at_most]
-        ways = [(group, self._ways(group, prompt)) for group in groups if not group.draining]
+        ways = [(self.groups[at].group, self._ways(prompt, at)) for _, _, at in self._each(prompt)]
         seen = [
-            why.Seen(group.group, load, of_group[0][0].hit_tokens, source.pool if source else None)
+            (group, load, of_group[0][0].hit_tokens, source.pool if source else None)
             for group, of_group in ways
             for load, source in of_group
         ]
-        best, *others = why.rank(seen, sequence.committed, self._state.config.block_size)
+        best, *others = why.rank(seen, sequence.committed, self._state.block_size)
         return why.Decision(
             now_s, sequence.front_end, sequence.stream, sequence.committed, now_s - sequence.arrived_s,
             sequence.preemptions, 1 + len(others), best, others[0] if others else None,

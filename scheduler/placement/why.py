@@ -1,6 +1,6 @@
 """Why a sequence went where it did: one record for each decision, for debug logs and for replays. Built only if somebody asks.
 
-Imports `policy` and `logs`.
+Imports `policy`, `logs` and the ids.
 """
 
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from kvcache.ids import GroupId
 from scheduler import policy
 from scheduler.logs import fields
 
@@ -51,14 +52,8 @@ class Decision(msgspec.Struct, frozen=True):
     runner_up: Way | None
 
 
-class Seen(msgspec.Struct, frozen=True):
-    """A way as routing sees it. own_tokens: of the hit, those that the group has itself."""
-
-    group: int
-    load: policy.GroupLoad
-    own_tokens: int
-    source: int | None
-
+Seen = tuple[GroupId, policy.GroupLoad, int, GroupId | None]
+"""A way as routing sees it: the group, with its load; tokens of the hit that it has itself; the source of the others."""
 
 Tell = Callable[[Decision], None]
 
@@ -87,12 +82,9 @@ def log(decision: Decision) -> None:
 def rank(seen: Iterable[Seen], tokens: int, block_size: int) -> list[Way]:
     """The admissible ways, the cheapest first, as `policy.route` orders them. seen: by group, each group's ways in order."""
     order = []
-    for at, each in enumerate(seen):
-        if policy.admissible(each.load):
-            terms = policy.terms(each.load, tokens, block_size)
-            way = Way(
-                each.group, each.load.hit_tokens, each.source, each.load.hit_tokens - each.own_tokens,
-                max(0, each.load.new_blocks - each.load.free), sum(terms), *terms,
-            )  # fmt: skip
-            order.append((way.cost, -each.load.available, at, way))
+    for at, (group, load, own_tokens, source) in enumerate(seen):
+        if policy.admissible(load):
+            terms, evicted = policy.terms(load, tokens, block_size), max(0, load.new_blocks - load.free)
+            way = Way(group, load.hit_tokens, source, load.hit_tokens - own_tokens, evicted, sum(terms), *terms)
+            order.append((way.cost, -load.available, at, way))
     return [way for *_, way in sorted(order, key=lambda each: each[:3])]

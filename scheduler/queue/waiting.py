@@ -1,13 +1,13 @@
-"""Who has no lease: the queue, those behind a prefix that is being computed, those too large for the groups that are up.
+"""Who has no lease: the queue, those behind a prefix in the making, those too large for the groups that are up.
 
-Imports `awaited`, `config`, `fairness`, `pace` and `sequence`. Says whose turn it is; whether there is room, others know.
+Imports `config`, `fairness`, `pace` and `sequence`. Says whose turn it is; whether there is room, others know.
 """
 
 import heapq
 from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 
 from scheduler.config import CoreConfig, Counters
-from scheduler.queue.awaited import WHOLE_PROMPT, Awaited
 from scheduler.queue.fairness import FairQueue
 from scheduler.queue.pace import QueuePace
 from scheduler.sequence import Sequence, State
@@ -29,15 +29,14 @@ class WaitingRoom:
     pass it any more and until those who run have ended. A prefix that is being computed can add the time that this takes.
 
     parked: they fit no group that is up, only one that is expected. Invariant: a WAITING sequence is either queued, once, under
-    its `ticket`, or in `parked`; a DEFERRED one is in `awaited`. count, tokens: all of them, and their tokens; `enter` and
-    `leave` are called once for each stay. rooms: grows whenever somebody might fit who did not before.
+    its `ticket`, or in `parked`; a DEFERRED one is among the `waiters` of `Prefixes`. count, tokens: all of them, and their
+    tokens; `enter` and `leave` are called once for each stay. rooms: grows whenever somebody might fit who did not before.
     """
 
     def __init__(self, config: CoreConfig, counters: Counters) -> None:
         self.fair = FairQueue()
         self.aged: list[ByAge] = []
         self.parked: list[Sequence] = []
-        self.awaited = Awaited()
         self.pace = QueuePace()
         self.count = 0
         self.tokens = 0
@@ -133,33 +132,23 @@ class WaitingRoom:
         if settled:
             self._settled = self._changes
 
-    def defer(self, sequence: Sequence, author: Sequence, blocks: int) -> None:
-        """One that was taken out waits until `author` has computed so many full blocks, of which it needs the last."""
+    def defer(self, sequence: Sequence) -> None:
+        """One that was taken out waits for a prefix in the making, until it may `join` again."""
         sequence.state, sequence.ticket = State.DEFERRED, 0
-        self.awaited.wait(sequence, author, blocks)
 
     # ---- what happens elsewhere
 
-    def made_room(self) -> None:
-        """Somebody may fit who did not before."""
+    def made_room(self, back: Listing[Sequence] = ()) -> None:
+        """Somebody may fit who did not before. back: who waited for something else until now."""
         self.rooms += 1
         self._changes += 1
-
-    def published(self, author: Sequence, blocks: int) -> None:
-        """`author` has computed so many full blocks, or its `WHOLE_PROMPT`. Whoever waited for no more comes back."""
-        if author in self.awaited.authors:
-            self.join(self.awaited.published(author, blocks))
-
-    def withdraw(self, author: Sequence) -> None:
-        """`author` runs no more: there is room, and whoever waited for its blocks comes back."""
-        self.made_room()
-        self.published(author, WHOLE_PROMPT)
+        if back:
+            self.join(back)
 
     def unpark(self) -> None:
         """The groups have changed."""
-        self.made_room()
         parked, self.parked = self.parked, []
-        self.join(parked)
+        self.made_room(parked)
 
     def queued(self) -> list[Sequence]:
         """All whose turn may come, for the invariants."""

@@ -13,35 +13,32 @@ LEAST_TOKENS = 64
 """A step or a transfer of fewer says more of latency than of a rate."""
 
 
-class Rate:
-    """Seconds a token, averaged over the cluster; 0: not measured yet."""
-
-    def __init__(self) -> None:
-        self.token_s = 0.0
-
-    def measured(self, tokens: int, elapsed_s: float) -> None:
-        if tokens >= LEAST_TOKENS and elapsed_s > 0:
-            newest = elapsed_s / tokens
-            self.token_s = self.token_s + SMOOTHING * (newest - self.token_s) if self.token_s else newest
-
-
 class Rates:
-    """compute: steps, most of whose tokens are of prompts. fetch, load: blocks from other groups, and from host memory."""
+    """fetch_cost, load_cost: what fetching a token from another group, and loading it from host memory, takes, in times to
+    compute one. All averaged over the cluster."""
 
     def __init__(self) -> None:
-        self.compute = Rate()
-        self.fetch = Rate()
-        self.load = Rate()
+        self.fetch_cost = FETCH_PRIOR
+        self.load_cost = LOAD_PRIOR
+        self._token_s: dict[str, float] = {}  # what has been measured
 
-    @property
-    def fetch_cost(self) -> float:
-        """What fetching a token takes, in times to compute one."""
-        return self._cost(self.fetch, FETCH_PRIOR)
+    def computed(self, tokens: int, elapsed_s: float) -> None:
+        """By a step, most of whose tokens are of prompts."""
+        self._measured("compute", tokens, elapsed_s)
 
-    @property
-    def load_cost(self) -> float:
-        """What loading a token from host memory takes, in times to compute one."""
-        return self._cost(self.load, LOAD_PRIOR)
+    def fetched(self, tokens: int, elapsed_s: float) -> None:
+        self._measured("fetch", tokens, elapsed_s)
 
-    def _cost(self, rate: Rate, prior: float) -> float:
-        return rate.token_s / self.compute.token_s if rate.token_s and self.compute.token_s else prior
+    def loaded(self, tokens: int, elapsed_s: float) -> None:
+        self._measured("load", tokens, elapsed_s)
+
+    def _measured(self, what: str, tokens: int, elapsed_s: float) -> None:
+        if tokens < LEAST_TOKENS or elapsed_s <= 0:
+            return
+        newest, token_s = elapsed_s / tokens, self._token_s
+        known = token_s.get(what, newest)
+        token_s[what] = known + SMOOTHING * (newest - known)
+        if "compute" in token_s and "fetch" in token_s:
+            self.fetch_cost = token_s["fetch"] / token_s["compute"]
+        if "compute" in token_s and "load" in token_s:
+            self.load_cost = token_s["load"] / token_s["compute"]

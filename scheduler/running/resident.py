@@ -7,7 +7,7 @@
     due          [ 513  ...]                    length at which a block fills or a grant is wanted (decoding rows)
     ring         [rows, ring]  int32            sampled tokens by position, until a block of them is written back
 
-Imports NumPy, `messages`, `policy`, `sequence` and `kvcache` ids.
+Imports NumPy, `config`, `messages`, `policy`, `sequence` and `kvcache` ids.
 """
 
 from dataclasses import dataclass, field
@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.ids import GroupId
+from kvcache.ids import BlockId, GroupId
+from scheduler.config import CoreConfig
 from scheduler.policy import shortage
-from scheduler.protocol.messages import NO_TOKEN, ROW_MASK, Command, Commands, LeaseId
-from scheduler.sequence import Sequence, Tokens
+from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId
+from scheduler.sequence import Sequence, State, Tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -77,11 +78,13 @@ class ResidentGroup:
     Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
     """
 
-    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, block_size: int, watch: Watch) -> None:
+    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, config: CoreConfig, watch: Watch) -> None:
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
-        self.ring_size = 2 * block_size  # a power of two; at most a block and one report are not yet written back
+        self._block_size = config.block_size
+        self._grant_ahead = config.grant_ahead
+        self.ring_size = 2 * config.block_size  # a power of two; at most a block and one report are not yet written back
         self._ring_mask = self.ring_size - 1
         self.lease = np.full(rows, -1, np.int64)
         self.length = np.zeros(rows, np.int64)
@@ -143,6 +146,10 @@ class ResidentGroup:
         self._log.append(command)
         self.touch()
 
+    def copy(self, source: BlockId, target: BlockId, tokens: int) -> None:
+        """The part of a block that a hit ends with; once this is in the log, `source` may be granted again."""
+        self.issue(Copy(source, target, tokens))
+
     def touch(self) -> None:
         """Its load may have changed: what waits or runs there, or the blocks that are left."""
         if not self.touched:
@@ -160,17 +167,23 @@ class ResidentGroup:
 
     # ---- rows
 
-    def seat(self, sequence: Sequence, row: int, lease: LeaseId, uncached: int) -> None:
-        """Puts a sequence into a row taken from `free_rows`; `uncached` of its tokens have no KV yet."""
+    def seat(self, sequence: Sequence, serial: int, cached_tokens: int) -> LeaseId:
+        """Gives a sequence that has its blocks a row and a new lease; the KV of its first `cached_tokens` stands in them."""
+        row = self.free_rows.pop()
+        lease, pending = LeaseId(serial << ROW_BITS | row), sequence.committed - cached_tokens
+        sequence.state, sequence.row, sequence.lease = State.RUNNING, row, lease
         self.lease[row] = lease
         self.length[row] = sequence.committed
-        self.pending[row] = uncached
+        self.pending[row] = pending
         self.slot[row] = self._slots.setdefault(sequence.front_end, len(self._slots))
         self.stream[row] = sequence.stream
         self.sequences[row] = sequence
         self.running.add(sequence)
-        self.backlog += uncached - 1
+        self.backlog += pending - 1
+        self.starts += 1
+        self.schedule(sequence, sequence.committed, cached_tokens // self._block_size)
         self.touch()
+        return lease
 
     def unseat(self, sequence: Sequence) -> None:
         """Takes it out. Its lease is over: what is still reported of it is discarded."""
@@ -184,8 +197,26 @@ class ResidentGroup:
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
+        sequence.lease, sequence.row = None, -1
         self._roster = None
         self.touch()
+
+    def schedule(self, sequence: Sequence, length: int, full: int) -> bool:
+        """Says when its row is due next: the length at which it fills a block or runs low, while it decodes.
+
+        length: its tokens. full: blocks that it has filled. Returns whether it runs low already.
+        """
+        assert sequence.blocks is not None
+        block_size, blocks = self._block_size, len(sequence.blocks.blocks)
+        filled = (full + 1) * block_size + 1
+        low = blocks * block_size - self._grant_ahead + 1
+        self.due[sequence.row] = filled if blocks == sequence.blocks_at_most or filled < low else low
+        return length >= low and blocks < sequence.blocks_at_most
+
+    def holder(self, lease: int) -> Sequence | None:
+        """The sequence that still holds it, None if it has ended."""
+        sequence = self.sequences[lease & ROW_MASK]
+        return sequence if sequence is not None and sequence.lease == lease else None
 
     def computed(self, row: int) -> int:
         """Tokens of the row whose KV stands in its blocks."""
@@ -195,10 +226,6 @@ class ResidentGroup:
         """Tokens to compute of those who started before the row: as a rule those come first."""
         older = (self.lease >= 0) & (self.lease < self.lease[row])
         return int((self.pending[older] - 1).sum())
-
-    def output_tokens(self, sequence: Sequence) -> int:
-        """Committed output, that in the ring included."""
-        return self.length.item(sequence.row) - sequence.prompt_tokens
 
     def write_back(self, sequence: Sequence, end: int | None = None) -> None:
         """Moves the tokens at positions committed..end, None: all of them, from the ring into the sequence."""

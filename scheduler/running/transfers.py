@@ -5,19 +5,29 @@
     load     and back                            Load; one answer
 
 Both ends are pinned until the side that reads or writes them has answered, or is gone.
-Imports `state` and the table.
+
+Host memory is a second, larger cache for each group: what a sequence has published is copied there when it leaves. So eviction
+loses nothing and takes no time; `placement` brings blocks back when that is cheaper than to compute them. The tier holds what
+the device holds and more (inclusive, as SGLang's HiCache is), which keeps prefixes whole there: it is a pool of the table like
+others, with its own order of eviction. Imports `resident`, `rates`, `sequence` and the table.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvcache.ids import BlockId, GroupId, host_of, is_host
-from kvcache.table import SequenceBlocks
+from kvcache.match import Match
+from kvcache.table import BlockTable, SequenceBlocks
+from scheduler.config import Counters
 from scheduler.protocol.messages import Cut, LeaseId, Load, Moved, Offload, Receive, Send
+from scheduler.running.rates import Rates
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence
-from scheduler.state import ClusterState
+
+OFFLOADING_SHARE = 4
+"""Of a pool, one part in so many may be on its way to host memory: what is pinned for that is no room for others."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,8 +66,13 @@ class Transfer:
 class Transfers:
     """Those under way, by number. Its own are the numbers."""
 
-    def __init__(self, state: ClusterState) -> None:
-        self._state = state
+    def __init__(
+        self, table: BlockTable, groups: Mapping[GroupId, ResidentGroup], rates: Rates, counters: Counters
+    ) -> None:
+        self._table = table
+        self._groups = groups
+        self._rates = rates
+        self._counters = counters
         self._under_way: dict[int, Transfer] = {}
         self._numbers = 0
 
@@ -70,57 +85,109 @@ class Transfers:
     def under_way(self) -> list[Transfer]:
         return list(self._under_way.values())
 
+    # ---- on their way
+
     def begin(
         self, author: Sequence, held: SequenceBlocks, blocks: SequenceBlocks, *, part: int = 0, known_blocks: int = 0,
         moves: LeaseId | None = None,
     ) -> None:  # fmt: skip
         """Brings the blocks of `held` that `blocks` has no content for to the same places there."""
         first, end = len(blocks.nodes), len(held.blocks)
-        transfer = Transfer(
-            self._numbers, held.group, blocks.group, author, held, blocks, first, end, part, known_blocks, moves
+        number, self._numbers = self._numbers, self._numbers + 1
+        self._under_way[number] = Transfer(
+            number, held.group, blocks.group, author, held, blocks, first, end, part, known_blocks, moves
         )
-        self._numbers += 1
-        self._under_way[transfer.number] = transfer
-        source, target = self._state.groups.get(held.group), self._state.groups.get(blocks.group)
+        source, target = self._groups.get(held.group), self._groups.get(blocks.group)
         read, written = _ids(held.blocks[first:]), _ids(blocks.blocks[first:end])
         if source is not None:
             source.sending += end - first
         if target is not None:
             target.receiving += end - first
         if source is not None and target is not None:
-            source.issue(Send(transfer.number, read, target.group, target.epoch))
-            target.issue(Receive(transfer.number, written, source.group, source.epoch, source.ports))
+            source.issue(Send(number, read, target.group, target.epoch))
+            target.issue(Receive(number, written, source.group, source.epoch, source.ports))
         elif source is not None:
-            source.issue(Offload(transfer.number, read, written))
+            source.issue(Offload(number, read, written))
         elif target is not None:
-            target.issue(Load(transfer.number, read, written))
+            target.issue(Load(number, read, written))
+
+    def offload(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """The sequence is about to give its blocks back: what the host tier has not is copied there.
+
+        Not all of it where the tier is busy, and nothing where room is short, as after a preemption.
+        """
+        assert sequence.blocks is not None
+        match = self._table.chain(sequence.blocks)
+        depth = match.depth(host_of(group.group))
+        new = min(len(match.nodes) - depth, group.blocks // OFFLOADING_SHARE - group.sending)
+        if 0 < new <= self._table.available(group.group):
+            self._store(group, sequence, match, depth, new)
+
+    def keep(self, group: ResidentGroup, sequence: Sequence) -> bool:
+        """The same for one that runs on: it holds its blocks anyway. Whether all are there, or on their way."""
+        assert sequence.blocks is not None
+        match = self._table.chain(sequence.blocks)
+        depth = match.depth(host_of(group.group))
+        new = len(match.nodes) - depth
+        return new == 0 or self._store(group, sequence, match, depth, new)
+
+    def _store(self, group: ResidentGroup, sequence: Sequence, match: Match, depth: int, new: int) -> bool:
+        """False, and nothing has changed, if host memory is full of what is on its way."""
+        held = self._table.hold(group.group, match, depth + new, sequence.salt)
+        stored = self._table.reserve(host_of(group.group), match, depth, new, sequence.salt)
+        if stored is None:
+            self._table.release(held)
+            return False
+        self.begin(sequence, held, stored)
+        return True
+
+    # ---- answers
 
     def answered(self, group: ResidentGroup, moved: Moved) -> Transfer | None:
-        """One side is done. Returns the transfer if its blocks have been written: the caller takes its `blocks` over."""
+        """One side is done. Returns the transfer if its blocks have been written, or will not be: to be settled."""
         transfer = self._under_way.get(moved.transfer)
         if transfer is None:
             return None
-        reads = transfer.source == group.group or is_host(transfer.source)
-        writes = transfer.target == group.group or is_host(transfer.target)
+        loads, stores = is_host(transfer.source), is_host(transfer.target)
         blocks = transfer.end - transfer.first
-        if reads and transfer.held is not None:
-            group.sending -= 0 if is_host(transfer.source) else blocks
-            self._state.table.release(transfer.held)
+        if transfer.held is not None and (loads or transfer.source == group.group):
+            group.sending -= 0 if loads else blocks
+            self._table.release(transfer.held)
             transfer.held = None
             self._forget(transfer)
-        if not writes or transfer.blocks is None:
+        if transfer.blocks is None or not (stores or transfer.target == group.group):
             return None
-        group.receiving -= 0 if is_host(transfer.target) else blocks
-        if moved.ok:
-            tokens, rates = blocks * self._state.config.block_size, self._state.rates
-            if not is_host(transfer.target):
-                (rates.load if is_host(transfer.source) else rates.fetch).measured(tokens, moved.elapsed_s)
+        group.receiving -= 0 if stores else blocks
+        if moved.ok and not stores:
+            (self._rates.loaded if loads else self._rates.fetched)(blocks * self._table.block_size, moved.elapsed_s)
         return transfer
 
-    def arrived(self, transfer: Transfer) -> None:
-        """The target's side is settled."""
+    def settle(self, transfer: Transfer, *, ok: bool) -> bool:
+        """What has arrived is published where it went. Returns whether the author waits for it; else nobody holds it now."""
+        blocks, author, awaited, block_size = transfer.blocks, transfer.author, transfer.awaited, self._table.block_size
+        assert blocks is not None
+        self._count(transfer, ok)
+        for index in range(transfer.first, transfer.tokens_end) if ok else ():
+            self._table.publish(blocks, author.content_of(index, block_size), author.hashes[index])
+        if not awaited:
+            self._table.release(blocks)
         transfer.blocks = None
         self._forget(transfer)
+        return awaited
+
+    def _count(self, transfer: Transfer, ok: bool) -> None:
+        counters = self._counters
+        tokens = (transfer.tokens_end - transfer.first) * self._table.block_size + transfer.part
+        if not ok:
+            counters.failed_transfers += 1
+        elif is_host(transfer.target):
+            counters.offloaded_tokens += tokens
+        elif is_host(transfer.source):
+            counters.loads += 1
+            counters.loaded_tokens += tokens
+        else:
+            counters.fetches += 1
+            counters.fetched_tokens += tokens
 
     def group_down(self, group: ResidentGroup) -> None:
         """What was on its way from there will not arrive, as its target is told; what was on its way to it is not sent."""
@@ -134,8 +201,8 @@ class Transfers:
                 others.add(transfer.source)
             self._forget(transfer)
         for other in sorted(others.difference(gone)):
-            if other in self._state.groups:
-                self._state.groups[other].issue(Cut(group.group, group.epoch))
+            if other in self._groups:
+                self._groups[other].issue(Cut(group.group, group.epoch))
 
     def moving(self, sequence: Sequence) -> bool:
         """Its blocks are on their way to where it will go on."""

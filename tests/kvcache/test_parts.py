@@ -5,6 +5,7 @@ import numpy.typing as npt
 import pytest
 
 from kvcache import BlockTable, GroupId, SequenceBlocks, audit, hash_blocks
+from kvcache.ids import BlockId
 from kvcache.index import MAX_CANDIDATES
 from kvcache.match import Part, common_prefix
 
@@ -32,13 +33,22 @@ def find(table: BlockTable, tokens: Tokens, salt: str = "", limit: int | None = 
     return table.parts(match, tokens, salt, limit)
 
 
-def start(table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "", blocks: int = 0) -> SequenceBlocks:
+class Log(list[tuple[BlockId, BlockId, int]]):
+    """The copies of a group, in order: (source, target, tokens)."""
+
+    def copy_part(self, source: BlockId, target: BlockId, tokens: int) -> None:
+        self.append((source, target, tokens))
+
+
+def start(
+    table: BlockTable, tokens: Tokens, group: GroupId = ZERO, salt: str = "", blocks: int = 0, log: Log | None = None
+) -> SequenceBlocks:
     """A sequence on all that the group has of `tokens`, with blocks for them, or `blocks` in all."""
     match = table.match(tokens, hash_blocks(tokens, BLOCK, salt), salt, len(tokens) // BLOCK)
     parts = table.parts(match, tokens, salt, len(tokens))
     depth = match.depth(group)
     total = blocks or -(-len(tokens) // BLOCK)
-    seq = table.reserve(group, match, depth, total - depth, salt, parts.get(group))
+    seq = table.reserve(group, match, depth, total - depth, salt, parts.get(group), (Log() if log is None else log).copy_part)
     assert seq is not None
     return seq
 
@@ -86,7 +96,7 @@ def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_it
     turn = ids((1, 16), (2, 7), (3, 20))
     used = table.usage(ZERO)
     seq = start(table, turn)
-    assert (seq.inherited, seq.source) == (7, None)
+    assert (seq.inherited, seq.copied) == (7, False)
     assert table.usage(ZERO).free == used.free - 1, "43 tokens need three blocks, of which two were there"
     compute(table, seq, turn)
     audit(table, [seq])
@@ -98,8 +108,9 @@ def test_the_end_of_a_finished_sequence_is_found_and_the_next_turn_goes_on_in_it
 def test_what_a_running_sequence_has_computed_of_its_block_is_copied_while_it_goes_on() -> None:
     table = make_table(4)
     author = compute(table, start(table, ids((1, 9)), blocks=2), ids((1, 9)))
-    second = start(table, ids((1, 7), (2, 2)))
-    assert (second.inherited, second.source) == (7, author.blocks[0])
+    log = Log()
+    second = start(table, ids((1, 7), (2, 2)), log=log)
+    assert (second.inherited, log) == (7, [(author.blocks[0], second.blocks[0], 7)])
     compute(table, author, ids((1, 16)))
     compute(table, second, ids((1, 7), (2, 9)))
     audit(table, [author, second])
@@ -110,8 +121,9 @@ def test_what_a_running_sequence_has_computed_of_its_block_is_copied_while_it_go
 def test_a_block_that_others_use_is_copied_whole_or_in_part() -> None:
     table = make_table(6)
     reader = compute(table, start(table, ids((1, 16))), ids((1, 16)))
-    other = start(table, ids((1, 12), (2, 4)))
-    assert (other.inherited, other.source) == (12, reader.blocks[0])
+    log = Log()
+    other = start(table, ids((1, 12), (2, 4)), log=log)
+    assert (other.inherited, log) == (12, [(reader.blocks[0], other.blocks[0], 12)])
     table.release(reader)
     audit(table, [other])
     assert common(table, ids((1, 16), (3, 4))[:15]) == 15, "it is still there"
@@ -121,7 +133,7 @@ def test_a_cached_block_with_free_blocks_beside_it_is_copied_so_that_both_ends_s
     table = make_table(3)
     cache(table, ids((1, 10), (2, 4)))
     seq = start(table, ids((1, 10), (3, 4)))
-    assert (seq.inherited, seq.source is None) == (10, False)
+    assert (seq.inherited, seq.copied) == (10, True)
     compute(table, seq, ids((1, 10), (3, 4)))
     audit(table, [seq])
     assert common(table, ids((1, 10), (2, 4))) == 14
@@ -133,7 +145,7 @@ def test_without_a_free_block_a_cached_one_is_taken_over_and_its_rest_unpublishe
     table = make_table(1)
     cache(table, ids((1, 10), (2, rest)))
     seq = start(table, ids((1, 10), (3, 4)))
-    assert (seq.inherited, seq.source) == (10, None)
+    assert (seq.inherited, seq.copied) == (10, False)
     audit(table, [seq])
     assert common(table, ids((1, 10), (2, rest))) == (10 if seq.tail else 0), "what is overwritten is not found any more"
     compute(table, seq, ids((1, 10), (3, 4)))
@@ -146,16 +158,43 @@ def test_a_block_with_something_behind_it_is_never_taken_over() -> None:
     cache(table, ids((1, 16), (2, 16), (3, 16)))
     seq = start(table, ids((1, 16), (2, 9), (4, 7)))
     assert seq.inherited == 9
-    assert seq.source is not None
+    assert seq.copied
     audit(table, [seq])
     assert common(table, ids((1, 16), (2, 12))) == 12
+
+
+def test_what_is_copied_is_held_until_the_copy_is_in_the_log() -> None:
+    table = make_table(3)
+    cache(table, ids((1, 16), (2, 16)))
+    held = list[int]()
+
+    def copy(source: BlockId, target: BlockId, _: int) -> None:
+        held.extend(table.pools[ZERO].refs[block] for block in (source, target))
+
+    tokens = ids((1, 9), (3, 7))
+    parts = find(table, tokens)
+    seq = table.reserve(ZERO, table.match(tokens, hash_blocks(tokens, BLOCK), "", 0), 0, 1, "", parts[ZERO], copy)
+    assert seq is not None
+    assert held == [1, 1]
+    audit(table, [seq])
+
+
+def test_without_a_log_to_put_a_copy_in_a_part_is_not_copied() -> None:
+    table = make_table(3)
+    cache(table, ids((1, 16), (2, 16)))
+    tokens = ids((1, 9), (3, 7))
+    parts = find(table, tokens)
+    seq = table.reserve(ZERO, table.match(tokens, hash_blocks(tokens, BLOCK), "", 0), 0, 1, "", parts[ZERO])
+    assert seq is not None
+    assert (seq.inherited, seq.copied) == (0, False)
+    audit(table, [seq])
 
 
 def test_a_part_is_given_up_where_there_is_no_room_for_it() -> None:
     table = make_table(2)
     cache(table, ids((1, 16), (2, 16)))
     seq = start(table, ids((1, 9), (3, 7), (4, 16)))
-    assert (seq.inherited, seq.source, len(seq.blocks)) == (0, None, 2), "both blocks are needed: nothing is left to copy from"
+    assert (seq.inherited, seq.copied, len(seq.blocks)) == (0, False, 2), "both blocks are needed: nothing is left to copy from"
     audit(table, [seq])
 
 
@@ -164,8 +203,9 @@ def test_a_tail_gives_way_to_a_twin_that_was_full_first() -> None:
     slow = compute(table, start(table, ids((1, 16)), blocks=2), ids((1, 6)))
     fast = compute(table, start(table, ids((2, 16)), blocks=1), ids((2, 4)))
     table.release(fast)
-    fast = start(table, ids((1, 16)))
-    assert fast.source == slow.blocks[0]
+    log = Log()
+    fast = start(table, ids((1, 16)), log=log)
+    assert [source for source, _, _ in log] == slow.blocks[:1]
     compute(table, fast, ids((1, 16)))
     private = slow.blocks[0]
     compute(table, slow, ids((1, 16)))

@@ -114,7 +114,8 @@ class BlockTableMachine(RuleBasedStateMachine):
         new = len(values) - depth + extra
         before, cached = self.table.usage(group), self.table.cached_in_match(group, match, depth)
         assert cached == sum(self.holders(group, match.nodes[at]) == 0 for at in range(depth))
-        seq = self.table.reserve(group, match, depth, new, salt, part)
+        sources: list[BlockId] = []
+        seq = self.table.reserve(group, match, depth, new, salt, part, lambda source, *_: sources.append(source))
         assert (seq is None) == (new + cached > before.free + before.cached)
         self.events["hit"] += depth > 0
         self.events["hit on a cached block"] += cached > 0
@@ -128,23 +129,26 @@ class BlockTableMachine(RuleBasedStateMachine):
         for at in range(depth):  # the safety of prefix caching: a hit is what computing would have written
             assert self.written[group, seq.blocks[at]] == (salt, tuple(tokens[: (at + 1) * BLOCK]))
         if part is not None:
-            self.use_part(seq, salt, tokens, depth, part.tokens)
+            self.use_part(seq, salt, tokens, depth, part.tokens, sources)
         self.live.append(Running(seq, tokens, depth * BLOCK + seq.inherited))
 
-    def use_part(self, seq: SequenceBlocks, salt: str, tokens: list[int], depth: int, expected: int) -> None:
+    def use_part(
+        self, seq: SequenceBlocks, salt: str, tokens: list[int], depth: int, expected: int, sources: list[BlockId]
+    ) -> None:
         """The sequence's first private block begins with tokens that are in the group's memory: in it, or in another."""
+        assert len(sources) == seq.copied
         assert seq.inherited in (0, expected)
         self.events["part without room"] += not seq.inherited
         if not seq.inherited:
             return
         target = seq.blocks[depth]
-        known = self.written[seq.group, target if seq.source is None else seq.source]
+        known = self.written[seq.group, sources[0] if seq.copied else target]
         end = depth * BLOCK + seq.inherited
         assert (known[0], known[1][:end]) == (salt, tuple(tokens[:end]))
-        if seq.source is None:
+        if not seq.copied:
             self.events["part of a tail taken over" if seq.tail else "part of a block taken over"] += 1
         else:
-            assert target != seq.source
+            assert target != sources[0]
             self.events["part copied"] += 1
         self.written[seq.group, target] = (salt, tuple(tokens[:end]))
 

@@ -427,7 +427,7 @@ class Cluster:
             assert rounds < limit, f"no end in sight: {list(self.core.sequences.values())}"
         self.step(times=2 + self.depth)
         assert all(stream.finished is not None for stream in self.streams.values())
-        assert not self.core.waiting.awaited.authors
+        assert not self.core.prefixes.waiters
         for name, group in self.core.groups.items():
             usage = self.core.table.usage(name)
             assert usage.held == 0

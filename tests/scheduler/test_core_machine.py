@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import Failure, FinishReason
-from scheduler.queue.awaited import WHOLE_PROMPT
 from scheduler.queue.limits import RequestRefused
+from scheduler.running.prefixes import WHOLE_PROMPT
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
@@ -122,7 +122,7 @@ class CoreMachine(RuleBasedStateMachine):
         else:
             assert fits
             self.events["submitted"] += n
-            waits = [needed for waiters in core.waiting.awaited.authors.values() for needed, _ in waiters]
+            waits = [needed for waiters in core.prefixes.waiters.values() for needed, _ in waiters]
             self.events["waits for a prompt's end"] += WHOLE_PROMPT in waits
             self.events["waits for a block"] += any(needed < WHOLE_PROMPT for needed in waits)
             running = [sequence.blocks for group in core.groups.values() for sequence in group.running]

@@ -24,9 +24,9 @@ def choose(groups: Sequence[Ways], revived: Sequence[int] = ()) -> tuple[tuple[i
     """What `route` chooses, and where it took a closer look. revived: blocks of each hit that it learns only there."""
     looks: list[int] = []
 
-    def look(at: int) -> Ways:
+    def look(at: int) -> list[tuple[GroupLoad, int]]:
         looks.append(at)
-        return groups[at]
+        return [(load, way) for way, load in enumerate(groups[at])]
 
     loads = [ways[0] for ways in groups]
     new = np.array([load.new_blocks for load in loads], np.int64) - (np.array(revived, np.int64) if revived else 0)
@@ -39,7 +39,8 @@ def choose(groups: Sequence[Ways], revived: Sequence[int] = ()) -> tuple[tuple[i
     fetched = np.array([TOKENS - ways[-1].hit_tokens for ways in groups])
     fetch_work = np.array([ways[-1].fetch_work for ways in groups])
     least = np.minimum(least, policy.least_costs(fetched, backlog, running, evicted, BLOCK, fetch_work))
-    return policy.route(least, open_ & (new <= room), available, look, TOKENS, BLOCK), looks
+    bounds = policy.cheapest_first(least, open_ & (new <= room), available)
+    return policy.route(bounds, look, TOKENS, BLOCK), looks
 
 
 def route(loads: Sequence[GroupLoad], tokens: int, block: int) -> int | None:

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.placement.routing import FEW_GROUPS, Prompt, Routing
+from scheduler.placement.routing import FEW_GROUPS, Prompt
 from tests.scheduler.cluster import Cluster
 
 
@@ -13,7 +13,7 @@ from tests.scheduler.cluster import Cluster
 def test_many_groups_are_placed_as_few_are(seed: int) -> None:
     draw = random.Random(seed)
     cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, slots=12)
-    routing, found = Routing(cluster.core._state), 0
+    routing, found = cluster.core.routing, 0
     for _ in range(60):
         prompt = [draw.randrange(2) for _ in range(draw.randint(1, 24))]
         stream = cluster.submit(prompt, max_tokens=draw.randint(1, 12))[0]
@@ -27,9 +27,10 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
             sequence.hash_up_to(limit // 4, 4)
             match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
-            source, blocks = routing._best_source(match, parts), cluster.core._state.blocks_for(sequence, len(tokens))
+            source = routing._best_source(match, parts)
+            blocks = sequence.blocks_for(len(tokens) + cluster.core.config.grant_ahead, 4)
             placed = Prompt(sequence, match, parts, blocks, source, 4)
-            few, many = routing._of_few(placed), routing._of_many(placed)
+            few, many = (routing._choose(placed, bounds(placed)) for bounds in (routing._each, routing._promising))
             assert few == many
             found += few is not None and few.source is not None
     assert found, "some would be fetched or loaded"

@@ -5,9 +5,9 @@ import pytest
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.protocol.messages import Start
-from scheduler.running import paging
+from scheduler.running import leases
+from scheduler.running.leases import find_victim
 from scheduler.running.resident import ResidentGroup
-from scheduler.running.victims import find_victim
 from scheduler.sequence import Sequence, State
 from tests.scheduler.cluster import Cluster, filled
 
@@ -23,7 +23,7 @@ def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypat
             chosen.append((needy.number, victim.number))
         return victim
 
-    monkeypatch.setattr(paging, "find_victim", watch)
+    monkeypatch.setattr(leases, "find_victim", watch)
     cluster = Cluster((6,))
     streams = [cluster.submit([token, token], max_tokens=20)[0] for token in (0, 1, 0, 1)]
     done = 0
