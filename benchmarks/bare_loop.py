@@ -75,9 +75,9 @@ class BareLoop:
 
     def __init__(self, checkpoint: Path, **options: object) -> None:
         config = EngineConfig(model=str(checkpoint), local=True, device="cuda", **options)  # type: ignore[arg-type]
-        _, self._config = resolve(config, "cuda", 1, 1)
+        self._config = config
         begun = time.perf_counter()
-        self._built = build_rank(self._config, Solo())
+        self._built = build_rank(config, resolve(config, "cuda"), Solo())
         self.start_s = time.perf_counter() - begun
         self._timed = self._built.rank.executor = Timed(self._built.rank.executor)
         self._serial = 1

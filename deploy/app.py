@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +63,9 @@ class Engine:
 
     def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int) -> None:
         configure(limits.log_format, role="engine")
-        core, worker = plan(engine, threads)
-        worker = replace(worker, log_format=limits.log_format)
-        core = replace(
-            core,
-            max_queued_requests=limits.max_queued_requests,
-            max_queued_tokens=limits.max_queued_tokens,
-            wait_for_groups=False,
-        )
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
-        self._fleet = Fleet(engine, core, worker, self._fail)
+        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format)
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
 

@@ -11,7 +11,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 import numpy as np
 
 from kvcache.ids import GroupId, host_of
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.why import Tell
 from scheduler.protocol.messages import NO_TOKEN, Commands, Drop, FinishReason, Moved, Report, Request
@@ -36,9 +36,10 @@ class SchedulerCore:
     Invariants are written out and checked in `scheduler.invariants`.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
-        self._state = state = ClusterState(config)
+    def __init__(self, config: CoreConfig, resolved: Resolved | None = None, bounds: QueueBounds | None = None) -> None:
+        """bounds: None where whoever submits is willing to wait, however long the queue."""
+        self.config, self.resolved = config, resolved or Resolved()
+        self._state = state = ClusterState(config, self.resolved, bounds)
         self.transfers = Transfers(state)
         host_tier = HostTier(state, self.transfers)
         self._paging = Paging(state, host_tier)

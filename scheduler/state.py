@@ -13,7 +13,7 @@ Imports the data that it holds; decides nothing.
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig, Counters
+from scheduler.config import CoreConfig, Counters, QueueBounds, Resolved
 from scheduler.placement.columns import GroupColumns
 from scheduler.placement.open_blocks import OpenBlocks
 from scheduler.placement.why import Tell
@@ -36,8 +36,8 @@ class ClusterState:
     lost: why the last group went for good. explain: who is told of every decision, with its reasons.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
+    def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None) -> None:
+        self.config, self.resolved, self.bounds = config, resolved, bounds
         self.now_s = 0.0
         self.table = BlockTable(config.block_size, config.stride)
         self.groups: dict[GroupId, ResidentGroup] = {}
@@ -46,7 +46,7 @@ class ClusterState:
         self.deadlines = Deadlines(self.sequences)
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
-        self.open_blocks = OpenBlocks(config.block_size, config.stride, enabled=config.prefix_caching)
+        self.open_blocks = OpenBlocks(config.block_size, config.stride, enabled=config.enable_prefix_caching)
         self.outbox = Outbox()
         self.watch = Watch()
         self.columns = GroupColumns(self.table, self.watch)
@@ -81,7 +81,7 @@ class ClusterState:
 
     def blocks_for(self, sequence: Sequence, length: int) -> int:
         """Blocks that hold `length` tokens and the slots granted ahead, no more than the sequence can ever need."""
-        return min(blocks_for(length + self.config.grant_ahead, self.config.block_size), sequence.blocks_at_most)
+        return min(blocks_for(length + self.resolved.grant_ahead, self.config.block_size), sequence.blocks_at_most)
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None

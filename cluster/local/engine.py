@@ -6,20 +6,19 @@ millisecond, which the front end's work must not lengthen: there the groups have
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.local.groups import EPOCH, Groups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.worker_config import resolve
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.placement import why
@@ -28,7 +27,6 @@ from scheduler.queue.limits import RequestRefused
 from scheduler.server.delivery import refuse
 from scheduler.server.stats import PoolMap, pool_maps, snapshot
 from scheduler.server.tallies import Tallies
-from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +36,13 @@ FRONT_END = 0
 def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "LocalEngine":
     """See `cluster.engine.StartEngine`."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = config.groups * config.tensor_parallel_size
-    core, worker = resolve(config, device, ranks, max(1, (os.cpu_count() or 1) // ranks))
-    if core.log_decisions:
+    resolved = resolve(config, device, own_threads(config))
+    if config.log_decisions:
         why.show()
     make = ProcessGroups if device == "cuda" else ThreadGroups
-    groups = make(worker, config.groups, config.tensor_parallel_size)
-    engine = LocalEngine(core, worker, groups, on_deltas, on_failure, check_invariants=config.check_invariants)
+    engine = LocalEngine(config, resolved, make(config, resolved), on_deltas, on_failure)
     try:
-        engine.start(config.groups, progress)
+        engine.start(progress)
     except BaseException:
         engine.close()
         raise
@@ -61,24 +57,21 @@ class LocalEngine:
 
     def __init__(
         self,
-        core: CoreConfig,
-        worker: WorkerConfig,
+        config: EngineConfig,
+        resolved: Resolved,
         groups: Groups,
         on_deltas: OnDeltas,
         on_failure: OnFailure,
-        *,
-        check_invariants: bool = False,
     ) -> None:
-        self.block_size = core.block_size
+        self.block_size = config.block_size
         self.tallies = Tallies()
         self.busy_s = 0.0
         """Of the core: what requests and reports have cost, as the scheduler actor counts it; looks do not count."""
-        self._core = SchedulerCore(core)
-        self._worker = worker
+        self._config = config
+        self._core = SchedulerCore(config, resolved)
         self._groups = groups
         self._on_deltas = on_deltas
         self._on_failure = on_failure
-        self._check = check_invariants
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._closed = False
@@ -129,16 +122,16 @@ class LocalEngine:
 
     # ---- groups
 
-    def start(self, groups: int, progress: Progress) -> None:
+    def start(self, progress: Progress) -> None:
         """Returns when all ranks are ready. Errors: the first rank's error."""
-        for number in range(groups):
+        for number in range(self._config.groups):
             self._core.expect(GroupId(number))
         self._groups.start(self, progress)
-        progress(f"{groups} group(s) are ready")
+        progress(f"{self._config.groups} group(s) are ready")
 
     def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
         with self._event() as core:
-            core.group_up(group, EPOCH, blocks, self._worker.rows, slots=slots, ports=ports)
+            core.group_up(group, EPOCH, blocks, self._config.max_num_seqs, slots=slots, ports=ports)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._event() as core:
@@ -172,7 +165,7 @@ class LocalEngine:
                 self.busy_s += time.monotonic() - began_s
 
     def _deliver(self) -> None:
-        if self._check:
+        if self._config.check_invariants:
             check(self._core)
         for name, batch in self._core.take_logs():
             self._groups.command(name, batch.commands)

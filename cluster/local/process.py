@@ -25,7 +25,7 @@ from scheduler.logs import configure
 from scheduler.protocol.messages import Command, Moved, Report
 from scheduler.protocol.wire import FrameSocket
 from workers.build import settle
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -79,10 +79,10 @@ CODE = "import sys; sys.path[:] = {path!r}; from cluster.local.process import ma
 class ProcessGroups:
     """`ThreadGroups` behind a socket, in a child that ends with this process."""
 
-    def __init__(self, worker: WorkerConfig, groups: int, size: int) -> None:
-        self._asked = pickle.dumps((worker, groups, size))
-        self._model = worker.model
-        self._groups = [GroupId(number) for number in range(groups)]
+    def __init__(self, config: WorkerConfig, resolved: ResolvedWorker) -> None:
+        self._asked = pickle.dumps((config, resolved))
+        self._model = config.model
+        self._groups = [GroupId(number) for number in range(config.groups)]
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: FrameSocket | None = None
         self._host: GroupHost | None = None
@@ -181,9 +181,8 @@ def main(descriptor: int) -> None:
     asked = connection.receive()
     if asked is None:
         return
-    worker, number, size = pickle.loads(msgspec.msgpack.decode(asked, type=bytes))
-    configure(worker.log_format)
-    groups = ThreadGroups(worker, number, size)
+    configure("text")
+    groups = ThreadGroups(*pickle.loads(msgspec.msgpack.decode(asked, type=bytes)))
     parent = _Parent(connection)
     threading.Thread(target=_start, args=(groups, parent, connection), name="manta-local-start", daemon=True).start()
     message: ToChild

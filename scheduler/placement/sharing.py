@@ -60,7 +60,7 @@ class Sharing:
     def reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
         log-probabilities are wanted."""
-        if not self._state.config.prefix_caching or sequence.params.prompt_logprobs is not None:
+        if not self._state.config.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
             return 0
         return sequence.committed - 1
 

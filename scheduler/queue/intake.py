@@ -38,9 +38,9 @@ class Intake:
         prompt, params = np.frombuffer(request.tokens, np.int32), request.params
         largest = state.largest_pool()
         max_tokens = output_limit(
-            len(prompt), params.max_tokens, config.max_model_len, config.block_size, largest, state.lost
+            len(prompt), params.max_tokens, state.resolved.max_model_len, config.block_size, largest, state.lost
         )
-        if not (state.groups or config.wait_for_groups):
+        if not state.groups and state.bounds is not None:
             raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
         self._require_room(request, len(prompt))
         for choice in range(params.n):
@@ -80,7 +80,7 @@ class Intake:
     def _require_room(self, request: Request, tokens: int) -> None:
         """Errors: RequestRefused if it may not wait, or would wait longer than it can."""
         try:
-            queue_room(self._config, self._state.waiting, request, tokens, self._state.now_s)
+            queue_room(self._state.bounds, self._state.waiting, request, tokens, self._state.now_s)
         except RequestRefused:
             self._state.counters.refused += 1
             raise

@@ -49,7 +49,7 @@ class Paging:
         assert sequence.blocks is not None
         block_size, blocks = self._block_size, len(sequence.blocks.blocks)
         filled = (full + 1) * block_size + 1
-        low = blocks * block_size - self._state.config.grant_ahead + 1
+        low = blocks * block_size - self._state.resolved.grant_ahead + 1
         group.due[row] = filled if blocks == sequence.blocks_at_most or filled < low else low
         return length >= low and blocks < sequence.blocks_at_most
 
@@ -58,7 +58,7 @@ class Paging:
         block_size, hashes = self._block_size, sequence.hashes
         assert sequence.lease is not None
         group.write_back(sequence, full * block_size)
-        if not self._state.config.prefix_caching:
+        if not self._state.config.enable_prefix_caching:
             return
         for index in range(len(blocks.nodes), full):
             content = sequence.content_of(index, block_size)

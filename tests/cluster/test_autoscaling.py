@@ -103,8 +103,7 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 def fleet() -> Iterator[Fleet]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
     config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
-    core, worker = plan(config)
-    opened = Fleet(config, core, worker)
+    opened = Fleet(config, plan(config))
     try:
         opened.start(lambda _: None)
         yield opened

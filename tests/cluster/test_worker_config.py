@@ -1,5 +1,6 @@
-"""What the user asked for, as each worker is told."""
+"""What the user asked for, as scheduler and workers take it, and what is settled for them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
 
 
 @pytest.mark.parametrize(
-    ("options", "transfers"),
+    ("options", "exchanges"),
     [
         ({}, False),
         ({"groups": 2}, True),
@@ -21,21 +22,27 @@ TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
         ({"groups": 2, "enable_prefix_caching": False}, False),
     ],
 )
-def test_ranks_open_a_port_for_others_only_where_there_can_be_others(options: dict[str, Any], transfers: bool) -> None:
-    core, worker = resolve(EngineConfig(TINY, **options), "cpu", 1, 1)
-    assert worker.transfers is transfers
-    assert core.prefix_fetch is transfers
+def test_ranks_open_a_port_for_others_only_where_there_can_be_others(options: dict[str, Any], exchanges: bool) -> None:
+    assert EngineConfig(model=TINY, **options).exchanges_blocks is exchanges
 
 
-def test_host_memory_is_what_was_asked_for() -> None:
-    assert resolve(EngineConfig(TINY), "cpu", 1, 1)[1].host_kv_memory == 0
-    assert resolve(EngineConfig(TINY, host_kv_memory=5 << 20), "cpu", 1, 1)[1].host_kv_memory == 5 << 20
+def test_what_was_left_open_is_settled_by_the_device() -> None:
+    cpu, cuda = (resolve(EngineConfig(model=TINY), device, threads=3) for device in ("cpu", "cuda"))
+    assert (cpu.depth, cpu.report_steps, cpu.report_hold_s, cpu.grant_ahead, cpu.threads) == (0, 1, math.inf, 2, 3)
+    assert (cuda.depth, cuda.report_steps, cuda.report_hold_s, cuda.grant_ahead) == (1, 8, 0.004, 18)
 
 
-def test_the_bounds_of_the_queue_reach_the_scheduler() -> None:
-    core, _ = resolve(EngineConfig(TINY), "cpu", 1, 1)
-    assert (core.skip_s, core.age_s) == (2.0, 30.0)
-    core, _ = resolve(EngineConfig(TINY, queue_skip_s=0.0, queue_age_s=7.0), "cpu", 1, 1)
-    assert (core.skip_s, core.age_s) == (0.0, 7.0)
-    with pytest.raises(ValueError, match="queue_age_s=-1"):
-        EngineConfig(TINY, queue_age_s=-1)
+def test_what_was_asked_for_is_what_is_settled() -> None:
+    config = EngineConfig(model=TINY, threads=2, report_steps=5, max_model_len=100, block_size=16)
+    resolved = resolve(config, "cuda", threads=3)
+    assert (resolved.threads, resolved.report_steps, resolved.report_hold_s) == (2, 5, math.inf)
+    assert (resolved.max_model_len, resolved.grant_ahead) == (100, 12)
+
+
+def test_bounds_are_checked_where_settings_are_declared() -> None:
+    with pytest.raises(ValueError, match=r"queue_age_s=-1 is below 0: raise it"):
+        EngineConfig(model=TINY, queue_age_s=-1)
+    with pytest.raises(ValueError, match=r"node_timeout_s=nan is not above 0: give it seconds to start in"):
+        EngineConfig(model=TINY, node_timeout_s=math.nan)
+    with pytest.raises(ValueError, match=r"\(--engine-seed\) is outside"):
+        EngineConfig(model=TINY, seed=-1)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import GroupId, host_of
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.messages import (
@@ -179,34 +179,30 @@ class Cluster:
         steps: int = 1,
         grant_ahead: int | None = None,
         hash_stride: int = 0,
-        prefix_caching: bool = True,
+        enable_prefix_caching: bool = True,
         wait_for_prefix: bool = True,
         model_len: int = 256,
-        max_queued_requests: int | None = None,
-        max_queued_tokens: int | None = None,
-        wait_for_groups: bool = True,
+        bounds: QueueBounds | None = None,
         fetch: bool = False,
         slots: int = 0,
-        skip_s: float = 2.0,
-        age_s: float = 30.0,
+        queue_skip_s: float = 2.0,
+        queue_age_s: float = 30.0,
         relieve: bool = True,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
             CoreConfig(
                 block_size=block_size,
-                max_model_len=model_len,
-                grant_ahead=ahead,
                 hash_stride=hash_stride,
-                prefix_caching=prefix_caching,
+                enable_prefix_caching=enable_prefix_caching,
                 wait_for_prefix=wait_for_prefix,
-                max_queued_requests=max_queued_requests,
-                max_queued_tokens=max_queued_tokens,
-                wait_for_groups=wait_for_groups,
-                skip_s=skip_s,
-                age_s=age_s,
+                seed=0,
+                queue_skip_s=queue_skip_s,
+                queue_age_s=queue_age_s,
                 relieve=relieve,
-            )
+            ),
+            Resolved(model_len, ahead),
+            bounds,
         )
         self.block_size, self.pools, self.rows, self.budget = block_size, pools, rows, budget
         self.depth, self.steps, self.model_len = depth, steps, model_len

@@ -63,7 +63,7 @@ class CoreMachine(RuleBasedStateMachine):
             fetch=fetch,
             slots=slots,
             model_len=64,
-            age_s=5.0,
+            queue_age_s=5.0,
         )
 
     # ---- clients

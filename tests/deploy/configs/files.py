@@ -72,7 +72,7 @@ def rank_of(engine: EngineConfig) -> dict[str, float]:
     """What one rank asks of its node, as `cluster.fleet.group` says."""
     assert engine.device in ("cpu", "cuda"), "while no GPU node is up, auto would mean the CPU"
     placed = replace(engine, model=str(EMBEDDED_MODEL))  # the file's own is on the cluster
-    return rank_resources(resolve(placed, engine.device, engine.tensor_parallel_size, threads=1)[1])
+    return rank_resources(resolve(placed, engine.device))
 
 
 def nodes_for_all_groups(types: dict[str, Any], head: str, engine: EngineConfig) -> dict[str, int]:

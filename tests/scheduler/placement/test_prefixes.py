@@ -46,7 +46,7 @@ def test_a_prompt_may_hit_what_another_one_s_output_filled() -> None:
 
 
 def test_without_prefix_caching_nothing_is_published() -> None:
-    cluster = Cluster((8,), prefix_caching=False)
+    cluster = Cluster((8,), enable_prefix_caching=False)
     for _ in range(2):
         stream = cluster.submit(filled(0, 1), max_tokens=6)[0]
         cluster.run()

@@ -17,7 +17,7 @@ import pytest
 import uvloop
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import (
     Commands,
@@ -53,7 +53,7 @@ class Served:
     """A server on a thread of its own, and clients that speak to it."""
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, max_model_len=256))
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK), Resolved(max_model_len=256))
         self.clients: list[FrameSocket] = []
         self.loop = new_loop()
         self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
