@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from scheduler.config import CoreConfig
 from scheduler.options import above_0, at_least, check, option
+from scheduler.server.scaling import ScalingConfig
 from workers.config import WorkerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(CoreConfig, WorkerConfig):
+class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
     """One cluster: `groups` groups of `tensor_parallel_size` ranks, each group a whole copy of one model.
 
     Errors: ValueError that names the field, the value given and what is legal.
@@ -22,10 +23,6 @@ class EngineConfig(CoreConfig, WorkerConfig):
     local: bool = option(False, "Everything in this one process, without Ray; ranks are threads.")
     ray_address: str | None = option(None, "Ray cluster to join: an address or auto.", shown="a new one on this machine")
     max_group_restarts: int = option(2, "Times a group whose worker died is started again.", at_least(0))
-    scale_wait_s: float = option(2.0, "Wait of a newcomer, in seconds, beyond which another group is asked for.", at_least(0))
-    scale_idle_s: float = option(300.0, "Seconds without work after which a group beyond `groups` goes.", at_least(0))
-    scale_cooldown_s: float = option(60.0, "Seconds between two changes of the number of groups.", at_least(0))
-    scale_dry_run: bool = option(False, "Log what the autoscaler would do, and why, without doing it.")
     node_timeout_s: float = option(
         1800.0, "Longest wait of an added group for its node and its start, in seconds.", above_0("give it seconds to start in")
     )
