@@ -94,8 +94,9 @@ def check(kind: str, params: list[SamplingParams], scale: float, steps: int, dev
     """Steps of the kernels beside the CPU's sampler, which is given the same logits and the tokens that it drew itself."""
     batch = Batch(params, VOCAB, device)
     cpu = Sampler(
-        vocab_size=VOCAB, local_vocab=VOCAB, comm=Solo(), rows=len(params), device=torch.device("cpu"), dtype=torch.float32
-    )
+        vocab_size=VOCAB, local_vocab=VOCAB, comm=Solo(), max_num_seqs=len(params), device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
     for row, p in enumerate(params):
         prompt, nothing = batch.prompts[row], np.zeros(0, np.int32)
         cpu.admit(row, params=p, seed=row, choice=0, stop_ids=(), prompt=prompt, output=nothing)

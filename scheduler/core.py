@@ -88,11 +88,12 @@ class SchedulerCore:
         self._state.pools_changed()
 
     def group_up(
-        self, group: GroupId, epoch: int, blocks: int, rows: int, *, slots: int = 0, ports: tuple[str, ...] = ()
+        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, *, host_blocks: int = 0,
+        ports: tuple[str, ...] = (),
     ) -> None:
         """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
 
-        slots: blocks of host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
+        host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         Errors: ProtocolError for an epoch that is not newer than the last one.
         """
         if epoch <= self._epochs.get(group, -1):
@@ -102,10 +103,10 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config.block_size, self._state.watch)
-        self.groups[group].ports, self.groups[group].slots = ports, slots
-        if slots:
-            self.table.add_group(host_of(group), slots)
+        self.groups[group] = ResidentGroup(group, epoch, blocks, max_num_seqs, self.config.block_size, self._state.watch)
+        self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
+        if host_blocks:
+            self.table.add_group(host_of(group), host_blocks)
         self._regroup()
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
@@ -134,7 +135,7 @@ class SchedulerCore:
                 self._paging.leave(lost, sequence, release=False)
                 self.waiting.enter(sequence, self.now_s)
             self.table.remove_group(group)
-            if lost.slots:
+            if lost.host_blocks:
                 self.table.remove_group(host_of(group))
         self._reconsider(reason)
         self._admission.admit()

@@ -154,13 +154,13 @@ class Engine:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
-        model_len = min(self.core.resolved.max_model_len, shape.blocks * shape.block_size + shape.block_size)
-        batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, model_len)
+        max_model_len = min(self.core.resolved.max_model_len, shape.blocks * shape.block_size + shape.block_size)
+        batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len)
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.resolved.grant_ahead)
         self._transfers.group_up(group, epoch)
-        slots = shape.host_blocks if self._features.host else 0
+        host_blocks = shape.host_blocks if self._features.host else 0
         ports = (f"group-{group}:0",) if self._features.fetch else ()
-        up = partial(self.core.group_up, group, epoch, shape.blocks, shape.max_num_seqs, slots=slots, ports=ports)
+        up = partial(self.core.group_up, group, epoch, shape.blocks, shape.max_num_seqs, host_blocks=host_blocks, ports=ports)
         self._call(up, now_s)
 
     # ---- the shell

@@ -61,8 +61,8 @@ class Built:
     blocks: int
 
     @property
-    def slots(self) -> int:
-        """Blocks of host memory; equal on all ranks of a group."""
+    def host_blocks(self) -> int:
+        """Equal on all ranks of a group."""
         return self.host.blocks if self.host is not None else 0
 
 
@@ -143,7 +143,7 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     pool = KVPool(spec.layout, blocks, device)
     model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     sampler = Sampler(
-        vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.max_num_seqs, device=device,
+        vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, max_num_seqs=config.max_num_seqs, device=device,
         dtype=spec.dtype,
     )  # fmt: skip
     return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, pool), blocks
@@ -170,10 +170,10 @@ def _host_pool(config: WorkerConfig, layout: BlockLayout, comm: Communicator, de
     phase(PINNING, 0, 0)
     if config.host_kv_memory < layout.block_bytes:
         raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no block: one takes {layout.block_bytes:,} bytes")
-    slots = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
+    host_blocks = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
     if comm.rank == 0:
-        logger.info("host tier: %d blocks, %s bytes a rank", slots, f"{slots * layout.block_bytes:,}")
-    return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
+        logger.info("host tier: %d blocks, %s bytes a rank", host_blocks, f"{host_blocks * layout.block_bytes:,}")
+    return KVPool(layout, host_blocks, "cpu", pinned=device.type == "cuda")
 
 
 def _useful_blocks(spec: RunnerSpec, memory: int) -> int:

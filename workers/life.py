@@ -90,7 +90,7 @@ class RankLife:
         )
         self._attach_mover(transport, gathered.add)
         hello = Hello(
-            scheduler.token, self._group, self._epoch, self._built.blocks, self._config.max_num_seqs, self._built.slots,
+            scheduler.token, self._group, self._epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks,
             (transport.address, *feed.ports) if transport is not None else (),
         )  # fmt: skip
         link = SocketLink(scheduler.host, scheduler.port, hello)

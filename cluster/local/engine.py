@@ -129,9 +129,9 @@ class LocalEngine:
         self._groups.start(self, progress)
         progress(f"{self._config.groups} group(s) are ready")
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
         with self._event() as core:
-            core.group_up(group, EPOCH, blocks, self._config.max_num_seqs, slots=slots, ports=ports)
+            core.group_up(group, EPOCH, blocks, self._config.max_num_seqs, host_blocks=host_blocks, ports=ports)
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._event() as core:

@@ -31,8 +31,8 @@ CLOSE_TIMEOUT_S = 30.0
 class GroupHost(Protocol):
     """Who hears of the groups. Every method may be called from any thread."""
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        """The group's ranks are built; commands may follow. slots: blocks of host memory. ports: where blocks are fetched."""
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+        """The group's ranks are built; commands may follow. host_blocks: in host memory. ports: where blocks are fetched."""
         ...
 
     def report(self, group: GroupId, report: Report) -> None: ...
@@ -176,7 +176,7 @@ class _GroupStart:
             with contextlib.closing(built.rank):
                 self._attach_mover(number, built)
                 if number == 0:
-                    self._host.group_up(self.group, built.blocks, built.slots, self._ports())
+                    self._host.group_up(self.group, built.blocks, built.host_blocks, self._ports())
                 self._ready[number].set()
                 loop(built.rank)
         except BaseException as error:

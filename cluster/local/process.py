@@ -33,7 +33,7 @@ class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
     group: GroupId
     blocks: int
-    slots: int
+    host_blocks: int
     ports: tuple[str, ...]
 
 
@@ -141,8 +141,8 @@ class ProcessGroups:
                 host.report(group, report)
             case GroupReport(group, Moved() as moved):
                 host.moved(group, moved)
-            case GroupUp(group, blocks, slots, ports):
-                host.group_up(group, blocks, slots, ports)
+            case GroupUp(group, blocks, host_blocks, ports):
+                host.group_up(group, blocks, host_blocks, ports)
             case GroupLost(group, reason):
                 host.group_lost(group, reason)
             case Doing(what):
@@ -158,8 +158,8 @@ class _Parent:
     def __init__(self, connection: FrameSocket) -> None:
         self._connection = connection
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        self._connection.send(GroupUp(group, blocks, slots, ports))
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+        self._connection.send(GroupUp(group, blocks, host_blocks, ports))
 
     def report(self, group: GroupId, report: Report) -> None:
         self._connection.send(GroupReport(group, report))

@@ -136,12 +136,12 @@ class Routing:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
         source, bare = prompt.source, self._load(group, prompt)
         ways: list[Way] = [(bare, None)]
-        if source is None and not group.slots:
+        if source is None and not group.host_blocks:
             return ways
         rates = self._state.rates
         if source is not None and source.sender is not None and len(source.sender.ports) == len(group.ports):
             ways += self._with(group, bare, source, prompt, group.receiving + source.sender.sending, rates.fetch_cost)
-        if group.slots and (depth := prompt.match.depth(host_of(group.group))):
+        if group.host_blocks and (depth := prompt.match.depth(host_of(group.group))):
             host = Source(host_of(group.group), None, depth, None, depth * self._state.config.block_size)
             ways += self._with(group, bare, host, prompt, group.receiving, rates.load_cost)
         return ways

@@ -29,7 +29,7 @@ class HostTier:
         Not all of it where the tier is busy, and nothing where room is short, as after a preemption.
         """
         table, blocks = self._state.table, sequence.blocks
-        if not group.slots or blocks is None:
+        if not group.host_blocks or blocks is None:
             return
         match = table.chain(blocks)
         depth = match.depth(host_of(group.group))

@@ -131,7 +131,7 @@ class Paging:
             start = computed // self._block_size * self._block_size
             if self._is_part(sequence.blocks, computed - start):
                 self._state.table.publish_tail(sequence.blocks, group.tail(sequence, start, computed).tobytes())
-            if group.slots:
+            if group.host_blocks:
                 self._host_tier.offload(group, sequence)
             self._state.table.release(sequence.blocks)
         group.unseat(sequence)

@@ -70,7 +70,7 @@ class Relief:
         blocks, block_size, rates = len(victim.blocks.nodes), state.config.block_size, state.rates
         target = self._migration.target(group, victim, calm=True)
         move = policy.fetch_work(rates.fetch_cost, block_size, blocks + group.sending) if target is not None else None
-        has_room = group.slots > 0 and state.table.available(host_of(group.group)) >= blocks
+        has_room = group.host_blocks > 0 and state.table.available(host_of(group.group)) >= blocks
         keep = 2 * policy.fetch_work(rates.load_cost, block_size, blocks) if has_room else None
         way = policy.relief(lost, move, keep)
         if way is policy.Relief.MOVE and target is not None:

@@ -36,12 +36,12 @@ def test_no_more_blocks_than_all_rows_could_fill() -> None:
     assert built.blocks == CONFIG.max_num_seqs * RESOLVED.max_model_len // CONFIG.block_size
 
 
-def test_host_memory_is_cut_into_slots_of_the_same_size() -> None:
+def test_host_memory_is_cut_into_blocks_of_the_same_size() -> None:
     config = replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes)
-    assert build_rank(config, RESOLVED, Solo()).slots == 0
+    assert build_rank(config, RESOLVED, Solo()).host_blocks == 0
     built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.block_bytes + 1), RESOLVED, Solo())
     assert built.host is not None
-    assert (built.blocks, built.slots, built.host.layout) == (5, 9, LAYOUT)
+    assert (built.blocks, built.host_blocks, built.host.layout) == (5, 9, LAYOUT)
     with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no block"):
         build_rank(replace(config, host_kv_memory=1), RESOLVED, Solo())
 

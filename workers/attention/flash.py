@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.base import Chunks
-from workers.attention.write import KvWriter, RowWriter, dense_rows
+from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
 
 
@@ -44,7 +44,7 @@ class ChunkPlan:
 class FlashPlan:
     """The step: decodes and chunks in calls of their own."""
 
-    rows: Tensor  # [tokens] for the writer
+    targets: Tensor  # [tokens] for the writer
     decodes: int
     decode: DecodePlan | None
     chunk: ChunkPlan | None
@@ -201,10 +201,10 @@ class FlashAttention:
             contexts, tables = step.context_lens[decodes:], step.block_tables[decodes:]
             chunk = self.plan_chunks(Chunks(starts, contexts, tables, len(step.tokens) - decodes, *longest))
         decode = self.plan_decode(step.context_lens, decodes, step.block_tables.shape[1]) if decodes else None
-        return FlashPlan(self._writer.rows(step.slots), decodes, decode, chunk)
+        return FlashPlan(self._writer.targets(step.slots), decodes, decode, chunk)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan) -> Tensor:
-        self._writer.write(layer, key, value, plan.rows)
+        self._writer.write(layer, key, value, plan.targets)
         rows = slice(plan.decodes)
         parts = []
         if plan.decode is not None:
@@ -249,6 +249,6 @@ def _writer(pool: KVPool) -> KvWriter:
         try:
             from workers.attention.triton import TritonWriter
         except ImportError:
-            return RowWriter(pool)
+            return TorchWriter(pool)
         return TritonWriter(pool)
-    return RowWriter(pool)
+    return TorchWriter(pool)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.attention.write import RowWriter
+from workers.attention.write import TorchWriter
 from workers.execution.step import StepInput
 
 
@@ -27,7 +27,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    rows: Tensor  # [tokens] int64
+    targets: Tensor  # [tokens] int64
     sequences: list[Sequence]
 
 
@@ -42,7 +42,7 @@ class CpuAttention:
     def __init__(self, pool: KVPool, heads: int) -> None:
         self._pool = pool
         self._group = heads // pool.layout.kv_heads
-        self._writer = RowWriter(pool)
+        self._writer = TorchWriter(pool)
 
     def plan(self, step: StepInput) -> CpuPlan:
         layout = self._pool.layout
@@ -55,7 +55,7 @@ class CpuAttention:
                 mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
             sequences.append(Sequence(start, start + queries, context, table[: layout.blocks_for(context)], mask))
             start += queries
-        return CpuPlan(self._writer.rows(step.slots), sequences)
+        return CpuPlan(self._writer.targets(step.slots), sequences)
 
     def attend(
         self,
@@ -66,7 +66,7 @@ class CpuAttention:
         step: StepInput,  # noqa: ARG002
         plan: CpuPlan,
     ) -> Tensor:
-        self._writer.write(layer, key, value, plan.rows)
+        self._writer.write(layer, key, value, plan.targets)
         keys, values = self._pool.keys(layer), self._pool.values(layer)
         out = query.new_empty(query.shape)
         for seq in plan.sequences:

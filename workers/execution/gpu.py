@@ -43,7 +43,7 @@ class GpuParts:
         self._graphs = config.cuda_graphs and not self._threads
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
-            vocab_size=spec.model.vocab_size, comm=comm, rows=config.max_num_seqs,
+            vocab_size=spec.model.vocab_size, comm=comm, max_num_seqs=config.max_num_seqs,
             samples=max(config.max_num_seqs, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
         )  # fmt: skip
 
@@ -100,7 +100,7 @@ class GpuParts:
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device)
         attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
         state = DeviceBatch(
-            rows=config.max_num_seqs,
+            max_num_seqs=config.max_num_seqs,
             blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),
             block_size=config.block_size,
             most=self._most,
@@ -128,7 +128,7 @@ class GpuParts:
                 break  # a single token were a decode
             blocks = self._spec.layout.blocks_for(length)
             batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
-            batch.known[row], batch.slots[row], batch.lease[row] = length, length, row
+            batch.known[row], batch.granted[row], batch.lease[row] = length, length, row
             batch.tokens[row] = np.zeros(length, np.int32)
             left, block = left - length, block + blocks
         runner.execute(batch, batch.launch(batch.plan())).wait()

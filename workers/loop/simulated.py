@@ -55,10 +55,10 @@ class Ready:
 class SimulatedExecutor:
     """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it."""
 
-    def __init__(self, blocks: int, block_size: int, rows: int, vocabulary: int) -> None:
+    def __init__(self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int) -> None:
         self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
         self._vocabulary = vocabulary
-        self._last = [0] * rows
+        self._last = [0] * max_num_seqs
 
     def admit(self, start: Start) -> None:
         self._last[row_of(start)] = int(np.frombuffer(start.tokens, np.int32)[-1])

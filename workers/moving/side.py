@@ -74,11 +74,11 @@ def copy_blocks(source: KVPool, blocks: Sequence[int], target: KVPool, targets: 
     Errors: TransferFailed between two blocks once `abort` is set.
     """
     if source.device.type == target.device.type == "cpu":
-        read, write = source.rows.numpy(), target.rows.numpy()
+        read, write = source.raw.numpy(), target.raw.numpy()
         for block, to in zip(blocks, targets, strict=True):
             abort.check()
             np.copyto(write[to], read[block])
         return
     for block, to in zip(blocks, targets, strict=True):
         abort.check()
-        target.rows[to].copy_(source.rows[block], non_blocking=True)
+        target.raw[to].copy_(source.raw[block], non_blocking=True)

@@ -91,9 +91,9 @@ class SocketWire:
         """Nothing is kept."""
 
     def _runs(self, shard: Shard) -> Iterator[memoryview]:
-        rows = self._pool.rows
+        raw = self._pool.raw
         for first, end in runs(shard.blocks):
-            yield rows[first:end].view(-1).numpy().data
+            yield raw[first:end].view(-1).numpy().data
 
 
 class SocketTransport:

@@ -26,7 +26,7 @@ def stats_of(cluster: Cluster) -> EngineStats:
 
 
 def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
-    cluster = Cluster((8,), rows=1, bounds=QueueBounds(max_queued_requests=2))
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=2))
     cluster.submit([1] * 4)
     first, second = cluster.submit([1] * 4)[0], cluster.submit([0] * 4)[0]
     with pytest.raises(RequestRefused, match="2 requests with 8 tokens are waiting and 2 requests may") as refusal:
@@ -41,7 +41,7 @@ def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
 
 
 def test_the_queue_is_bounded_by_tokens_too_but_an_empty_one_takes_anything() -> None:
-    cluster = Cluster((8,), rows=1, bounds=QueueBounds(max_queued_tokens=10))
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_tokens=10))
     cluster.submit([1] * 4)
     cluster.submit([1] * 12)
     with pytest.raises(RequestRefused, match="10 tokens may"):
@@ -59,7 +59,7 @@ def test_a_preempted_sequence_comes_back_to_a_full_queue() -> None:
 
 
 def test_the_wait_until_a_retry_follows_the_pace_of_the_queue() -> None:
-    cluster = Cluster((8,), rows=1, bounds=QueueBounds(max_queued_requests=4))
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=4))
     core = cluster.core
     core.now_s = 1_000.0  # hours without a queue say nothing about its pace
     for _ in range(5):
@@ -96,7 +96,7 @@ def test_without_a_group_a_request_waits_or_is_refused_as_configured() -> None:
 
 
 def test_the_longest_wait_and_the_time_in_the_queue_are_known() -> None:
-    cluster = Cluster((8,), rows=1)
+    cluster = Cluster((8,), max_num_seqs=1)
     core = cluster.core
     core.now_s = 10.0
     cluster.submit([1] * 4, max_tokens=2)
@@ -114,7 +114,7 @@ def test_the_longest_wait_and_the_time_in_the_queue_are_known() -> None:
 
 
 def test_lower_priority_numbers_go_first_and_equal_ones_by_age() -> None:
-    cluster = Cluster((8,), rows=1)
+    cluster = Cluster((8,), max_num_seqs=1)
     cluster.submit([0] * 4, max_tokens=1)
     names = {"late": 1, "first": 0, "second": 0, "urgent": -5}
     streams = {name: cluster.submit([1] * 4, max_tokens=1, priority=priority)[0] for name, priority in names.items()}
@@ -207,7 +207,7 @@ def test_an_evicted_block_is_told_from_one_never_seen() -> None:
 
 
 def test_a_prefix_that_another_group_has_is_routed_away() -> None:
-    cluster = Cluster((16, 16), rows=2)
+    cluster = Cluster((16, 16), max_num_seqs=2)
     cluster.submit([*filled(0, 0), 1], max_tokens=1)
     cluster.run()
     (home,) = [name for name in cluster.core.groups if cluster.core.table.usage(name).cached]

@@ -12,7 +12,7 @@ from tests.scheduler.cluster import Cluster
 @pytest.mark.parametrize("seed", range(3))
 def test_many_groups_are_placed_as_few_are(seed: int) -> None:
     draw = random.Random(seed)
-    cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, slots=12)
+    cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, host_blocks=12)
     routing, found = Routing(cluster.core._state), 0
     for _ in range(60):
         prompt = [draw.randrange(2) for _ in range(draw.randint(1, 24))]

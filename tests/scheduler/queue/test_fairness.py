@@ -169,7 +169,7 @@ def starts(cluster: Cluster, streams: dict[str, list[Stream]]) -> list[str]:
 
 
 def test_a_tenant_that_floods_the_queue_does_not_delay_another() -> None:
-    cluster = Cluster((8,), rows=1, enable_prefix_caching=False)
+    cluster = Cluster((8,), max_num_seqs=1, enable_prefix_caching=False)
     heavy = [cluster.submit([0] * 4, max_tokens=2, tenant="heavy")[0] for _ in range(10)]
     light = [cluster.submit([1] * 4, max_tokens=2, tenant="light")[0] for _ in range(3)]
     assert snapshot(cluster.core).waiting_tenants == 2
@@ -206,7 +206,7 @@ def test_a_preemption_is_not_charged_twice() -> None:
 
 
 def test_a_full_queue_still_takes_a_tenant_that_has_less_than_its_share() -> None:
-    cluster = Cluster((8,), rows=1, bounds=QueueBounds(max_queued_requests=4))
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=4))
     for _ in range(5):
         cluster.submit([0] * 4, tenant="heavy")
     with pytest.raises(RequestRefused):

@@ -97,7 +97,7 @@ def test_a_late_report_of_a_dropped_lease_is_discarded_and_the_others_in_it_comm
 
 
 def test_a_row_is_reused_at_once_and_the_former_lease_s_late_tokens_are_not_taken_for_the_new_one_s() -> None:
-    cluster = Cluster((16,), rows=1, depth=1)
+    cluster = Cluster((16,), max_num_seqs=1, depth=1)
     gone = cluster.submit([0], max_tokens=20)[0]
     cluster.step(times=3)
     cluster.turn()

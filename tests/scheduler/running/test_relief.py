@@ -13,10 +13,10 @@ ZERO, ONE = GroupId(0), GroupId(1)
 
 
 def crowded(
-    pools: tuple[int, ...] = (8, 16), *, fetch: bool = False, slots: int = 0, relieve: bool = True
+    pools: tuple[int, ...] = (8, 16), *, fetch: bool = False, host_blocks: int = 0, relieve: bool = True
 ) -> tuple[Cluster, Stream, Stream]:
     """Two sequences in the first group, which has not the blocks for both; the others are empty."""
-    cluster = Cluster(pools, grant_ahead=1, fetch=fetch, slots=slots, relieve=relieve)
+    cluster = Cluster(pools, grant_ahead=1, fetch=fetch, host_blocks=host_blocks, relieve=relieve)
     for group in range(1, len(pools)):
         cluster.core.groups[GroupId(group)].draining = True
     old = cluster.submit(filled(0, 1), max_tokens=20)[0]
@@ -50,7 +50,7 @@ def test_nobody_moves_to_a_group_that_would_be_short_itself() -> None:
 
 
 def test_what_somebody_has_who_will_have_to_give_way_is_kept_in_host_memory() -> None:
-    cluster, _, young = crowded((8,), slots=32)
+    cluster, _, young = crowded((8,), host_blocks=32)
     while not cluster.core.counters.preemptions:
         cluster.step()
     assert cluster.core.counters.kept_for_room == 1
@@ -65,7 +65,7 @@ def test_what_somebody_has_who_will_have_to_give_way_is_kept_in_host_memory() ->
 
 def test_what_it_computes_while_it_runs_on_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "SHORTAGE", 0.5)
-    cluster = Cluster((40,), grant_ahead=1, slots=64, rows=4)
+    cluster = Cluster((40,), grant_ahead=1, host_blocks=64, max_num_seqs=4)
     for first in (0, 1):
         cluster.submit(filled(first, 0, 1, 1), max_tokens=80)
     while not cluster.core.counters.kept_for_room:

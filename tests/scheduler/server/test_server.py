@@ -93,7 +93,7 @@ class Served:
         return client
 
     def leader(self, group: int = 0, epoch: int = 0) -> FrameSocket:
-        return self.connect(Hello(TOKEN, group, epoch, blocks=8, rows=4))
+        return self.connect(Hello(TOKEN, group, epoch, blocks=8, max_num_seqs=4))
 
     def front_end(self) -> FrameSocket:
         client = self.connect(Connect(TOKEN))
@@ -149,7 +149,7 @@ def first_token(start: Start, epoch: int = 0, number: int = 0, token: int = 7) -
 
 
 def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: Served) -> None:
-    leader = served.connect(Hello(TOKEN, 0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
+    leader = served.connect(Hello(TOKEN, 0, 0, blocks=8, max_num_seqs=4, host_blocks=3, ports=("here:1", "here:2")))
     front_end = served.front_end()
     front_end.send(Submit((request(1),)))
     start = read(leader, Commands).commands[0]

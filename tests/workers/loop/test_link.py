@@ -53,7 +53,7 @@ def test_a_scheduler_that_has_gone_is_the_step_loop_s_to_notice() -> None:
 @pytest.mark.parametrize("nonsense", [{"hello": "world"}, 7, [99, "x"]])
 def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> None:
     with listen("127.0.0.1") as listener:
-        link = SocketLink("127.0.0.1", listener.getsockname()[1], Hello(TOKEN, 0, 0, blocks=8, rows=2))
+        link = SocketLink("127.0.0.1", listener.getsockname()[1], Hello(TOKEN, 0, 0, blocks=8, max_num_seqs=2))
         other = FrameSocket(listener.accept()[0])
         other.send(nonsense)
         with pytest.raises(LinkClosed, match="gone"):
@@ -121,7 +121,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     assert isinstance(moved, Moved)
     assert (moved.transfer, moved.ok, moved.bytes) == (7, True, 2 * 2 * LAYOUT.block_bytes)
     for pool, host in zip(pools, hosts, strict=True):
-        assert (host.rows[3:5] == pool.rows[1:3]).all()
+        assert (host.raw[3:5] == pool.raw[1:3]).all()
     scheduler.command(End("enough"))
     for thread in threads:
         thread.join(PATIENCE_S)

@@ -141,7 +141,7 @@ def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int)
     assert script.sent
     replay = Script(*script.fed)
     assert follow(peer, replay) == "done"
-    for name in ("lease", "known", "computed", "slots", "block_table"):
+    for name in ("lease", "known", "computed", "granted", "block_table"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
 
 

@@ -62,7 +62,7 @@ def test_a_receiver_by_hand_gets_the_bytes(world: World) -> None:
     assert len(offer.proof) == 32
     content = bytearray(LAYOUT.block_bytes)
     connection.receive_bytes(memoryview(content))
-    assert bytes(content) == here.pool.rows[5].numpy().tobytes()
+    assert bytes(content) == here.pool.raw[5].numpy().tobytes()
     connection.close()
     moved = here.said.wait(1)
     assert (moved.ok, moved.message) == (False, "the other side has gone"), "it never said that it has everything"
@@ -238,7 +238,7 @@ def test_a_receiver_that_is_killed_in_the_midst(world: World) -> None:
     here.send(2, there, [0, 1])
     there.receive(2, here, [2, 3])
     assert there.said.wait(2).ok
-    assert torch.equal(there.pool.rows[2:4], here.pool.rows[0:2])
+    assert torch.equal(there.pool.raw[2:4], here.pool.raw[0:2])
 
 
 @pytest.mark.parametrize(

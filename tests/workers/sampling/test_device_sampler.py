@@ -45,7 +45,7 @@ class Driven:
 
         self.vocab = vocab
         self.rows = np.array(rows if rows is not None else range(len(requests)), np.int64)
-        self.sampler = DeviceSampler(vocab_size=vocab, comm=ALONE, rows=ROWS, samples=ROWS, device=DEVICE, dtype=dtype)
+        self.sampler = DeviceSampler(vocab_size=vocab, comm=ALONE, max_num_seqs=ROWS, samples=ROWS, device=DEVICE, dtype=dtype)
         self.table = torch.zeros(ROWS + 1, WORDS, dtype=torch.int32, device=DEVICE)
         self.last = torch.zeros(ROWS + 1, dtype=torch.int64, device=DEVICE)
         for row, request in zip(self.rows.tolist(), requests, strict=True):
@@ -306,7 +306,7 @@ def test_ranks_put_their_columns_together() -> None:
     comm: Any = Halves(logits[:, 26:].contiguous())
     driven = Driven(requests, 51, logits.dtype)
     again = Driven([], 51, logits.dtype)
-    again.sampler = DeviceSampler(vocab_size=51, comm=comm, rows=ROWS, samples=ROWS, device=DEVICE, dtype=logits.dtype)
+    again.sampler = DeviceSampler(vocab_size=51, comm=comm, max_num_seqs=ROWS, samples=ROWS, device=DEVICE, dtype=logits.dtype)
     again.rows = driven.rows
     for row, request in enumerate(requests):
         again.admit(row, request)
