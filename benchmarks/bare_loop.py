@@ -17,7 +17,7 @@ from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.rank import Executor, Pending, Tokens
+from workers.loop.rank import Executor, Pending, StepTokens
 from workers.parallel.in_process import Solo
 
 
@@ -63,7 +63,7 @@ class _TimedPending:
     pending: Pending
     timeline: Timeline
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         begun = time.perf_counter()
         tokens = self.pending.wait()
         self.timeline.wait_s += time.perf_counter() - begun

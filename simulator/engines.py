@@ -20,7 +20,7 @@ from scheduler.protocol.sampling import SamplingParams
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch
 from simulator.time_model import TimeModel
-from simulator.transfers import LinkModel, Transfers
+from simulator.transfers import LinkModel, SimulatedTransfers
 from workers.config import BatchConfig
 from workers.loop.batch import ResidentBatch
 
@@ -62,7 +62,7 @@ class Features:
     host: bool = False
 
 
-class Engine:
+class SimulatedEngine:
     """at: called with (when, what is to be called then) for every run of steps that begins or is cut short, and for transfers.
     hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one step.
 
@@ -88,7 +88,7 @@ class Engine:
         self._shape = shape
         self._features = features
         self._at = at
-        self._transfers = Transfers(shape.links, shape.block_size)
+        self._transfers = SimulatedTransfers(shape.links, shape.block_size)
         self._looks_s = NEVER_S
         self._hear = hear
         self._epochs = dict.fromkeys(self.computed, 0)

@@ -9,7 +9,7 @@ import time
 
 from cluster.engine import EngineError
 from cluster.fleet.fleet import Fleet
-from scheduler.server.scaling import Decision, Scaler
+from scheduler.server.scaling import Scaler, ScalingDecision
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Autoscaler:
             if not self._scaler.config.scale_dry_run:
                 self._act(decision)
 
-    def _act(self, decision: Decision) -> None:
+    def _act(self, decision: ScalingDecision) -> None:
         if decision.action == "add":
             self._fleet.add_group()
         elif decision.group is not None and (self._draining is None or not self._draining.is_alive()):

@@ -32,7 +32,7 @@ class Plan:
 
     sequence: Sequence
     lease: LeaseId | None
-    way: policy.Relief
+    way: policy.Remedy
     blocks: int
     again_s: float
 
@@ -53,7 +53,7 @@ class Relief:
         plan = self._plans.get(group.group)
         if plan is None or plan.sequence.lease != plan.lease or plan.again_s <= self._state.now_s:
             plan = self._plan(group)
-        if plan is not None and plan.way is policy.Relief.KEEP:
+        if plan is not None and plan.way is policy.Remedy.KEEP:
             self._keep(group, plan)
 
     def group_down(self, group: GroupId) -> None:
@@ -73,10 +73,10 @@ class Relief:
         has_room = group.host_blocks > 0 and state.table.available(host_of(group.group)) >= blocks
         keep = 2 * policy.fetch_work(rates.load_cost, block_size, blocks) if has_room else None
         way = policy.relief(lost, move, keep)
-        if way is policy.Relief.MOVE and target is not None:
+        if way is policy.Remedy.MOVE and target is not None:
             self._migration.begin(group, victim, target)
             state.counters.moved_for_room += 1
-        again_s = state.now_s + RETRY_S if way is policy.Relief.RECOMPUTE else float("inf")
+        again_s = state.now_s + RETRY_S if way is policy.Remedy.RECOMPUTE else float("inf")
         plan = self._plans[group.group] = Plan(victim, lease, way, 0, again_s)
         return plan
 

@@ -31,7 +31,7 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScalingDecision:
     """What to do now, and why, in words with the numbers. group: which one to drain."""
 
     action: Literal["add", "drain", "none"]
@@ -63,7 +63,7 @@ class Scaler:
         self._added_s = float("-inf")
         self._drained_s = float("-inf")
 
-    def decide(self, now_s: float, stats: EngineStats, target: int, starting: int) -> Decision:
+    def decide(self, now_s: float, stats: EngineStats, target: int, starting: int) -> ScalingDecision:
         """now_s: by any clock that does not go back. target: groups wanted so far, draining ones left out.
 
         starting: those of them that are not up yet. An action is taken as carried out; the next `target` should show it.
@@ -108,18 +108,18 @@ class Scaler:
             return float("inf")
         return at.starting * max(1.0, sum(group.running for group in at.active) / len(at.active))
 
-    def _grow(self, at: _Moment, need: str) -> Decision:
+    def _grow(self, at: _Moment, need: str) -> ScalingDecision:
         config, since_s = self.config, at.now_s - self._added_s
         if at.target >= self.max_groups:
-            return Decision("none", f"{need}; but max_groups={self.max_groups} is reached")
+            return ScalingDecision("none", f"{need}; but max_groups={self.max_groups} is reached")
         if since_s < config.scale_cooldown_s:
             cooldown = f"scale_cooldown_s={config.scale_cooldown_s:g}"
-            return Decision("none", f"{need}; but the last one was added {since_s:.0f} s ago ({cooldown})")
+            return ScalingDecision("none", f"{need}; but the last one was added {since_s:.0f} s ago ({cooldown})")
         self._added_s = at.now_s
         self._low_since_s = None
-        return Decision("add", f"{need}; {at.target} groups become {at.target + 1}")
+        return ScalingDecision("add", f"{need}; {at.target} groups become {at.target + 1}")
 
-    def _shrink(self, at: _Moment) -> Decision:
+    def _shrink(self, at: _Moment) -> ScalingDecision:
         """The newest of those that are idle, if it has been idle for long: it is what a node was brought for, so that a node
         gets empty. An older one goes only while every newer one works: all that stand idle leave in turn, the newest first."""
         idle = [group for group in at.active if group.group in self._idle_since_s]
@@ -127,13 +127,13 @@ class Scaler:
         idle_s = at.now_s - self._idle_since_s[leaving.group] if leaving is not None else 0.0
         bound = f"scale_idle_s={self.config.scale_idle_s:g}"
         if leaving is None or idle_s < self.config.scale_idle_s:
-            return Decision("none", f"{at.target} groups suffice, none has been idle for {bound}")
+            return ScalingDecision("none", f"{at.target} groups suffice, none has been idle for {bound}")
         why = f"group {leaving.group} has been idle for {idle_s:.0f} s ({bound})"
         if (obstacle := self._obstacle(at, leaving)) is not None:
-            return Decision("none", f"{why}; but {obstacle}")
+            return ScalingDecision("none", f"{why}; but {obstacle}")
         self._drained_s = at.now_s
         lost = f"{leaving.cached_blocks} cached blocks are lost"
-        return Decision("drain", f"{why}; {lost}, {at.target} groups become {at.target - 1}", leaving.group)
+        return ScalingDecision("drain", f"{why}; {lost}, {at.target} groups become {at.target - 1}", leaving.group)
 
     def _obstacle(self, at: _Moment, leaving: GroupStats) -> str | None:
         """Why an idle group stays; None if it may go."""

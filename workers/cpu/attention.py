@@ -15,7 +15,7 @@ from workers.execution.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class SequenceSpan:
     """One sequence of the step: where its queries lie in the batch and its keys in the pool."""
 
     start: int
@@ -28,7 +28,7 @@ class Sequence:
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
     targets: Tensor  # [tokens] int64
-    sequences: list[Sequence]
+    sequences: list[SequenceSpan]
 
 
 class CpuAttention:
@@ -53,7 +53,7 @@ class CpuAttention:
             mask = None
             if 1 < queries < context:
                 mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
-            sequences.append(Sequence(start, start + queries, context, table[: layout.blocks_for(context)], mask))
+            sequences.append(SequenceSpan(start, start + queries, context, table[: layout.blocks_for(context)], mask))
             start += queries
         return CpuPlan(self._writer.targets(step.slots), sequences)
 
@@ -87,7 +87,7 @@ class CpuAttention:
         return out[0].transpose(0, 1)
 
 
-def _context(cache: Tensor, seq: Sequence) -> Tensor:
+def _context(cache: Tensor, seq: SequenceSpan) -> Tensor:
     """[block, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim]: a view of a single block, a copy of several."""
     blocks = cache[seq.blocks[0]] if len(seq.blocks) == 1 else cache[seq.blocks].flatten(0, 1)
     return blocks[: seq.context].transpose(0, 1)[None]

@@ -51,7 +51,7 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     proof: bytes = b""
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True, tag=2):
+class PairOffer(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """pair: the communicator to use: the one that both have, or a new one. proof: of the fetch's nonce."""
 
     pair: int
@@ -103,7 +103,7 @@ class Connection:
 
     # ---- frames
 
-    def send(self, message: Challenge | Fetch | Offer | Entry | Done) -> None:
+    def send(self, message: Challenge | Fetch | PairOffer | Entry | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
     def receive(self, kind: type[T]) -> T:

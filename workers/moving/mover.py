@@ -15,7 +15,7 @@ import numpy as np
 
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
-from workers.moving.lane import Abort, Lane, TransferFailed
+from workers.moving.lane import Lane, LaneAbort, TransferFailed
 from workers.moving.side import Ready, Side, copy_blocks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Shard:
     blocks: Blocks
     side: Side
     ready: Ready
-    abort: Abort
+    abort: LaneAbort
     port: str = ""
 
 

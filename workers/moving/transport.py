@@ -18,7 +18,7 @@ import msgspec
 
 from kvcache.pool import KVPool
 from scheduler.protocol.wire import listen
-from workers.moving.connection import Challenge, Connection, Done, Fetch, Offer, nonce, prove
+from workers.moving.connection import Challenge, Connection, Done, Fetch, PairOffer, nonce, prove
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.pairs import PairWire
@@ -126,7 +126,7 @@ class SocketTransport:
             if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), self._block_bytes):
                 raise TransferFailed("the two sides do not agree on the blocks")
             pair = self._wire.agree(shard, fetch.pair)
-            connection.send(Offer(pair, prove(self._token, b"offer", fetch.nonce)))
+            connection.send(PairOffer(pair, prove(self._token, b"offer", fetch.nonce)))
             began_s = time.perf_counter()
             self._wire.send(connection, shard, pair)
             connection.receive_done()
@@ -142,7 +142,7 @@ class SocketTransport:
                 self._wire.standing(shard), nonce(),
             )  # fmt: skip
             connection.send(msgspec.structs.replace(fetch, proof=self._proof(challenge, fetch)))
-            offer = connection.receive(Offer)
+            offer = connection.receive(PairOffer)
             if not hmac.compare_digest(offer.proof, prove(self._token, b"offer", fetch.nonce)):
                 raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token")
             began_s = time.perf_counter()

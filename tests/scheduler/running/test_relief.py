@@ -5,7 +5,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler import policy
-from scheduler.policy import Relief
+from scheduler.policy import Remedy
 from scheduler.sequence import State
 from tests.scheduler.cluster import Cluster, Stream, filled
 
@@ -101,14 +101,14 @@ def test_without_relief_it_gives_way(fetch: bool, relieve: bool) -> None:
 @pytest.mark.parametrize(
     ("lost", "move", "keep", "way"),
     [
-        (100, None, None, Relief.RECOMPUTE),
-        (100, 10.0, None, Relief.MOVE),
-        (100, None, 10.0, Relief.KEEP),
-        (100, 10.0, 5.0, Relief.KEEP),
-        (100, 10.0, 10.0, Relief.MOVE),
-        (4, 10.0, 5.0, Relief.RECOMPUTE),
-        (10, 10.0, 10.0, Relief.MOVE),
+        (100, None, None, Remedy.RECOMPUTE),
+        (100, 10.0, None, Remedy.MOVE),
+        (100, None, 10.0, Remedy.KEEP),
+        (100, 10.0, 5.0, Remedy.KEEP),
+        (100, 10.0, 10.0, Remedy.MOVE),
+        (4, 10.0, 5.0, Remedy.RECOMPUTE),
+        (10, 10.0, 10.0, Remedy.MOVE),
     ],
 )
-def test_the_cheapest_way_is_taken(lost: int, move: float | None, keep: float | None, way: Relief) -> None:
+def test_the_cheapest_way_is_taken(lost: int, move: float | None, keep: float | None, way: Remedy) -> None:
     assert policy.relief(lost, move, keep) is way

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.server.scaling import Decision, Scaler, ScalingConfig
+from scheduler.server.scaling import Scaler, ScalingConfig, ScalingDecision
 from scheduler.server.stats import EngineStats, GroupStats
 
 BLOCKS = 100
@@ -29,7 +29,9 @@ def stats(*groups: GroupStats, waiting: int = 0, wait_s: float = 0.0) -> EngineS
     return EngineStats(groups=groups, waiting=waiting, oldest_wait_s=wait_s)
 
 
-def last(scaler: Scaler, seconds: int, snapshot: EngineStats, target: int, starting: int = 0, start_s: int = 0) -> Decision:
+def last(
+    scaler: Scaler, seconds: int, snapshot: EngineStats, target: int, starting: int = 0, start_s: int = 0
+) -> ScalingDecision:
     """The same snapshot each second; the decision of the last one. None before it may act."""
     for now_s in range(start_s, start_s + seconds):
         assert scaler.decide(now_s, snapshot, target, starting).action == "none"
@@ -165,7 +167,7 @@ class FakeCluster:
     start_s: int = 3
     groups: dict[int, int] = field(default_factory=dict)
     draining: set[int] = field(default_factory=set)
-    actions: list[tuple[int, Decision]] = field(default_factory=list)
+    actions: list[tuple[int, ScalingDecision]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.groups = dict.fromkeys(range(self.bounds[0]), 0)
@@ -178,7 +180,7 @@ class FakeCluster:
     def target(self) -> int:
         return len(self.groups.keys() - self.draining)
 
-    def tick(self, now_s: int, load: dict[int, GroupStats], waiting: int, wait_s: float) -> Decision:
+    def tick(self, now_s: int, load: dict[int, GroupStats], waiting: int, wait_s: float) -> ScalingDecision:
         """load: what each group that is up reports."""
         shown = [load.get(name, group(name, up=False)) for name in self.groups]
         starting = self.target - len(self.up(now_s))

@@ -13,7 +13,7 @@ from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Offload, Send
 from tests.workers.moving.movers import BLOCKS, KINDS, LAYOUT, NCCL, PATIENCE_S, Said, World, ids, random_pool
 from workers.moving import exchange, mover, side
-from workers.moving.lane import Abort
+from workers.moving.lane import LaneAbort
 from workers.moving.mover import BlockMover
 
 Make = Callable[..., World]
@@ -211,7 +211,7 @@ def test_a_sender_that_withdraws_while_its_blocks_are_read_spoils_the_transfer(
     """Its blocks may be granted again once it has said that the transfer failed."""
     began, go_on = threading.Event(), threading.Event()
 
-    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: Abort) -> None:
+    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: LaneAbort) -> None:
         began.set()
         assert go_on.wait(PATIENCE_S)
         side.copy_blocks(source, blocks, target, targets, abort)

@@ -19,7 +19,7 @@ from kvcache.layout import BlockLayout
 from scheduler.protocol.messages import Cut, Receive
 from scheduler.protocol.wire import frame
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
-from workers.moving.connection import Challenge, Connection, Fetch, Offer, nonce, prove
+from workers.moving.connection import Challenge, Connection, Fetch, PairOffer, nonce, prove
 from workers.moving.lane import TransferFailed
 from workers.moving.transport import runs
 
@@ -58,7 +58,7 @@ def test_a_receiver_by_hand_gets_the_bytes(world: World) -> None:
     here = world.site(1)
     here.send(1, other(here), [5])
     connection = greet(here, 1)
-    offer = connection.receive(Offer)
+    offer = connection.receive(PairOffer)
     assert len(offer.proof) == 32
     content = bytearray(LAYOUT.block_bytes)
     connection.receive_bytes(memoryview(content))
@@ -74,7 +74,7 @@ def test_who_does_not_know_the_token_or_means_another_gets_nothing(world: World,
     here.send(1, other(here), [5])
     stranger = greet(here, 1, **wrong)
     with pytest.raises(TransferFailed, match="has gone"):
-        stranger.receive(Offer)
+        stranger.receive(PairOffer)
     stranger.close()
     assert here.said.moved == []
     greet(here, 1).close()  # one who does is heard all the same
@@ -92,7 +92,7 @@ def test_a_recorded_greeting_is_worth_nothing(world: World) -> None:
     proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
     second.send(msgspec.structs.replace(fetch, proof=proof))
     with pytest.raises(TransferFailed, match="has gone"):
-        second.receive(Offer)
+        second.receive(PairOffer)
     first.close()
     second.close()
 
@@ -126,7 +126,7 @@ def test_the_token_does_not_travel_and_an_impostor_is_found_out(world: World) ->
         connection.send(Challenge(nonce()))
         fetch = connection.receive(Fetch)
         heard.append(frame(fetch))
-        connection.send(Offer(0, prove("guessed", b"offer", fetch.nonce)))
+        connection.send(PairOffer(0, prove("guessed", b"offer", fetch.nonce)))
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -159,7 +159,7 @@ def test_a_cut_in_the_midst_of_the_bytes(world: World) -> None:
     here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
     here.send(1, other(here), range(FORWARD))
     connection = greet(here, 1, blocks=FORWARD)
-    connection.receive(Offer)
+    connection.receive(PairOffer)
     connection.receive_bytes(memoryview(bytearray(1000)))
     assert here.said.moved == []
     here.take(Cut(2, 0))
@@ -174,7 +174,7 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
         here = world.site(1, pool=random_pool(FORWARD, layout=LARGE))
         connection = greet(here, 1, blocks=FORWARD)
         here.send(1, other(here), range(FORWARD))
-        connection.receive(Offer)
+        connection.receive(PairOffer)
         assert "silent for 0.3 s" in here.said.wait(1).message
         connection.close()
     finally:
@@ -190,11 +190,11 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
         connection = Connection(listener.accept()[0], PATIENCE_S)
         connection.send(Challenge(nonce()))
         fetch = connection.receive(Fetch)
-        connection.send(Offer(0, prove(TOKEN, b"offer", fetch.nonce)))
+        connection.send(PairOffer(0, prove(TOKEN, b"offer", fetch.nonce)))
         connection.send_bytes(memoryview(bytes(LAYOUT.block_bytes // 2)))
         begun.set()
         with pytest.raises(TransferFailed):
-            connection.receive(Offer)  # until the receiver hangs up
+            connection.receive(PairOffer)  # until the receiver hangs up
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -215,7 +215,7 @@ def _receive_and_stop(address: str, pipe: Any) -> None:
     fetch = Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.block_bytes, 0, nonce())
     proof = prove(TOKEN, b"fetch", challenge.nonce, msgspec.msgpack.encode(fetch))
     connection.send(msgspec.structs.replace(fetch, proof=proof))
-    connection.receive(Offer)
+    connection.receive(PairOffer)
     pipe.send("begun")
     time.sleep(PATIENCE_S)
 

@@ -150,7 +150,7 @@ FILTERED = [
 @pytest.mark.parametrize(("splits", "block", "rounds"), [(1, 256, 1), (4, 32, 2), (2, 64, 0)])
 def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capacity: int) -> None:
     """capacity 16: more candidates than can be collected, so that they are found in passes over the row."""
-    from workers.kernels.sample import Geometry, Tables, Workspace, sample
+    from workers.kernels.sample import SampleGeometry, Tables, Workspace, sample
 
     vocab = 141
     logits = torch.from_numpy(random_logits(1, len(FILTERED), vocab, scale=1.0)[0]).to(torch.bfloat16)
@@ -167,7 +167,7 @@ def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capac
         driven.last,
         vocab_size=vocab,
         workspace=Workspace(len(FILTERED), DEVICE, capacity=capacity),
-        plan=Geometry(splits=splits, block=block, rounds=rounds, finish_block=128),
+        plan=SampleGeometry(splits=splits, block=block, rounds=rounds, finish_block=128),
     )
     every = np.arange(len(FILTERED))
     want = build(ALONE, FILTERED, vocab, dtype=torch.float32).sample(logits, every, np.full(len(every), 3)).tokens
