@@ -48,7 +48,7 @@ class Offer(NamedTuple):
     source: Source | None = None
 
 
-class Prompt(NamedTuple):
+class PromptMatch(NamedTuple):
     """What is to be placed. parts: by group, what it has of the block after its whole blocks. blocks: needed at the start.
 
     source: what could be sent by the group that has most of it. least: tokens that a transfer must bring, to be worth it.
@@ -78,13 +78,13 @@ class Routing:
         state, few = self._state, only is not None or len(self._state.columns.groups) <= FEW_GROUPS
         least = state.config.block_size if only is None else 1  # one that moves stands still: its last part comes too
         blocks = state.blocks_for(sequence, sequence.committed)
-        prompt = Prompt(sequence, match, parts, blocks, self._best_source(match, parts), least)
+        prompt = PromptMatch(sequence, match, parts, blocks, self._best_source(match, parts), least)
         offer = self._of_few(prompt, only) if few else self._of_many(prompt)
         if offer is not None and (tell := why.listener(state.explain)) is not None:
             tell(self._why(prompt))
         return offer
 
-    def _of_few(self, prompt: Prompt, only: ResidentGroup | None = None) -> Offer | None:
+    def _of_few(self, prompt: PromptMatch, only: ResidentGroup | None = None) -> Offer | None:
         """Each group, one after the other; ties as in `policy.route`."""
         block_size, tokens, at_most = self._state.config.block_size, prompt.sequence.committed, prompt.sequence.blocks_at_most
         best: tuple[float, int, int, int] | None = None
@@ -99,7 +99,7 @@ class Routing:
                         best, offer = found, Offer(group, load, source)
         return offer
 
-    def _of_many(self, prompt: Prompt) -> Offer | None:
+    def _of_many(self, prompt: PromptMatch) -> Offer | None:
         """Costs a few array operations over all groups, for what each of them costs at least, and few close looks."""
         columns, block_size = self._state.columns, self._state.config.block_size
         columns.refresh()
@@ -116,7 +116,7 @@ class Routing:
         choice = policy.route(least, fits, columns.available, look, prompt.sequence.committed, block_size)
         return None if choice is None else Offer(columns.groups[choice[0]], *seen[choice[0]][choice[1]])
 
-    def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
+    def _least_costs(self, prompt: PromptMatch, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
         columns, block_size, rates = self._state.columns, self._state.config.block_size, self._state.rates
         tokens, source = prompt.sequence.committed, prompt.source
@@ -132,7 +132,7 @@ class Routing:
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
-    def _ways(self, group: ResidentGroup, prompt: Prompt) -> list[Way]:
+    def _ways(self, group: ResidentGroup, prompt: PromptMatch) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
         source, bare = prompt.source, self._load(group, prompt)
         ways: list[Way] = [(bare, None)]
@@ -147,7 +147,7 @@ class Routing:
         return ways
 
     def _with(
-        self, group: ResidentGroup, bare: policy.GroupLoad, source: Source, prompt: Prompt, queued: int, cost: float
+        self, group: ResidentGroup, bare: policy.GroupLoad, source: Source, prompt: PromptMatch, queued: int, cost: float
     ) -> list[Way]:
         """The group, once it has what `source` has, if that is enough more. queued: blocks that go there first.
 
@@ -181,7 +181,7 @@ class Routing:
             return None
         return Source(pool, senders[pool], deepest, part, deepest * state.config.block_size + (part.tokens if part else 0))
 
-    def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
+    def _load(self, group: ResidentGroup, prompt: PromptMatch) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
         table, depth, part = self._state.table, prompt.match.depths.get(group.group, 0), prompt.parts.get(group.group)
         pool, hit, new = table.pools[group.group], 0, prompt.blocks
@@ -196,7 +196,7 @@ class Routing:
             group.coming if fetching else group.backlog, bool(group.starved),
         )  # fmt: skip
 
-    def _why(self, prompt: Prompt) -> why.Decision:
+    def _why(self, prompt: PromptMatch) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
         groups = [group for group in self._state.columns.groups if group.blocks >= sequence.blocks_at_most]

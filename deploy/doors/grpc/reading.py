@@ -21,7 +21,7 @@ from scheduler.protocol.sampling import Grammar, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class GrpcJob:
     """One valid request."""
 
     request_id: str
@@ -38,11 +38,11 @@ class Reader:
         self._config = config
         self._grammars = Grammars(service.model)
 
-    async def job(self, request: pb.GenerateRequest, request_id: str, account: str) -> Job:
+    async def job(self, request: pb.GenerateRequest, request_id: str, account: str) -> GrpcJob:
         """request_id: as `named` gave it. account: of the API key. Errors: RequestError."""
         check_model(request.model or None, self._service.model)
         params = await self._params(request, account)
-        return Job(request_id, await self.prompt(request.prompt, request.cache_salt), params, request.priority)
+        return GrpcJob(request_id, await self.prompt(request.prompt, request.cache_salt), params, request.priority)
 
     async def prompt(self, prompt: pb.Prompt, salt: str = "") -> Prompt:
         """Errors: RequestError."""

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from deploy.config.serve import ServeConfig, is_loopback
 from deploy.doors.access import ApiKeys, check_priority
 from deploy.doors.connections import BoundedCalls
-from deploy.doors.grpc.reading import Job, Reader, named
+from deploy.doors.grpc.reading import GrpcJob, Reader, named
 from deploy.doors.grpc.writing import Writer, merged
 from deploy.doors.openai.errors import error_headers
 from deploy.frontend.errors import Fault, RequestError
@@ -208,7 +208,7 @@ class GrpcDoor:
             async for _, delta in deltas:
                 yield writer.response(delta)
 
-    def _deltas(self, job: Job, context: Context) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    def _deltas(self, job: GrpcJob, context: Context) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         remaining_s, limit_s = context.time_remaining(), self._config.request_timeout_s
         return self._service.generate(
             [(job.prompt, job.params)], request_id=job.request_id, priority=job.priority,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from deploy.doors.grpc.reading import Job
+from deploy.doors.grpc.reading import GrpcJob
 from deploy.frontend.outputs import ChoiceDelta, Logprob, OutputDelta
 from deploy.proto import manta_pb2 as pb
 
@@ -17,7 +17,7 @@ FINISH_REASONS = {
 class Writer:
     """The output of one request."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: GrpcJob) -> None:
         self._request_id = job.request_id
         self._usage = pb.Usage(prompt_tokens=len(job.prompt.token_ids))
 

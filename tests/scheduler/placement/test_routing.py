@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.placement.routing import FEW_GROUPS, Prompt, Routing
+from scheduler.placement.routing import FEW_GROUPS, PromptMatch, Routing
 from tests.scheduler.cluster import Cluster
 
 
@@ -28,7 +28,7 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
             match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
             source, blocks = routing._best_source(match, parts), cluster.core._state.blocks_for(sequence, len(tokens))
-            placed = Prompt(sequence, match, parts, blocks, source, 4)
+            placed = PromptMatch(sequence, match, parts, blocks, source, 4)
             few, many = routing._of_few(placed), routing._of_many(placed)
             assert few == many
             found += few is not None and few.source is not None
