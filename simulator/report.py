@@ -133,7 +133,7 @@ def table_bytes(engine: SimulatedEngine) -> int:
         for column in (pool.refs, pool.nodes, pool.before, pool.after)
     )
     index: PrefixIndex = table.index
-    columns = (index.parents, index.hashes, index.holders, index.children, index.twins)
+    columns = (index.parents, index.hashes, index.holders, index.children, index.namesakes)
     nodes = sum(sys.getsizeof(column) for column in columns) + 32 * 2 * len(index.hashes)
     maps = sys.getsizeof(index.by_hash) + sum(sys.getsizeof(blocks) for blocks in index.blocks.values())
     return pools + nodes + maps + sum(sys.getsizeof(block) for block in index.contents)

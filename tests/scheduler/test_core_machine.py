@@ -1,6 +1,6 @@
 """Random walks over the core with simulated groups: every rule of the design after every event, every token right.
 
-Two tokens, blocks of four, groups of five to eight blocks and four max_num_seqs: hits, twins, preemptions, starving and losses
+Two tokens, blocks of four, groups of five to eight blocks and four rows: hits, twins, preemptions, starving and losses
 happen all the time; `test_the_walks_go_where_the_bugs_are` counts them.
 """
 
