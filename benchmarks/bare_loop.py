@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu_works import Work
 from cluster.config import EngineConfig
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank

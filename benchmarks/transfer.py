@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.report import Spread, table
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start

@@ -16,7 +16,7 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import rank_resources
 from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from scheduler.protocol.messages import Request, TalliedMetric
 from workers.config import ResolvedWorker
 

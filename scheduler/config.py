@@ -69,7 +69,7 @@ class QueueBounds:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What no setting says, known once the checkpoint and the device are (`cluster.worker_config`).
+    """What no setting says, known once the checkpoint and the device are (`cluster.resolve`).
 
     max_model_len: prompt and output tokens of one sequence at most. grant_ahead: tokens before the end of its blocks at which a
     lease is extended, about two report intervals.

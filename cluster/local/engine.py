@@ -16,7 +16,7 @@ from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.local.groups import EPOCH, Groups, ThreadGroups
 from cluster.local.process import ProcessGroups
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from kvcache.ids import GroupId
 from scheduler.config import Resolved
 from scheduler.core import SchedulerCore

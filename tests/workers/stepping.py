@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from cluster.config import EngineConfig
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from scheduler.protocol.messages import (
     NO_TOKEN,
     ROW_BITS,

@@ -19,7 +19,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
 from cluster.config import EngineConfig
 from cluster.fleet.group import rank_resources
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from deploy.config.load import EMBEDDED_MODEL, endpoint_config
 
 REPOSITORY = Path(__file__).parents[3]

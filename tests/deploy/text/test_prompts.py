@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.worker_config import MAX_MODEL_LEN_DEFAULT, resolve
+from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
 from deploy.frontend.service import ServedModel
 from deploy.text.prompts import (
     ModelLimits,

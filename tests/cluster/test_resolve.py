@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 
 TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
 
