@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.gpu_works import Work
 from cluster.config import EngineConfig
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.rank import Executor, Pending, Tokens
+from workers.loop.rank import Executor, Pending, StepTokens
 from workers.parallel.in_process import Solo
 
 
@@ -63,7 +63,7 @@ class _TimedPending:
     pending: Pending
     timeline: Timeline
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         begun = time.perf_counter()
         tokens = self.pending.wait()
         self.timeline.wait_s += time.perf_counter() - begun
@@ -75,9 +75,9 @@ class BareLoop:
 
     def __init__(self, checkpoint: Path, **options: object) -> None:
         config = EngineConfig(model=str(checkpoint), local=True, device="cuda", **options)  # type: ignore[arg-type]
-        _, self._config = resolve(config, "cuda", 1, 1)
+        self._config = config
         begun = time.perf_counter()
-        self._built = build_rank(self._config, Solo())
+        self._built = build_rank(config, resolve(config, "cuda"), Solo())
         self.start_s = time.perf_counter() - begun
         self._timed = self._built.rank.executor = Timed(self._built.rank.executor)
         self._serial = 1

@@ -255,7 +255,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block-size", type=int, help="Manta's tokens per block; its default if not given")
     parser.add_argument(
-        "--max-num-batched-tokens", type=int, help="Manta's step budget; its default if not given"
+        "--max-num-batched-tokens", type=int, help="tokens in a step of Manta's; its default if not given"
     )
     parser.add_argument(
         "--cache", type=Path, default=cache, help="folder of checkpoints and logs (%(default)s)"

@@ -15,7 +15,7 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
-from workers.kernels.matvec import MAX_TOKENS, Config, matvec
+from workers.kernels.matvec import MAX_TOKENS, Tiling, matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.rotary import Rope, Rotary
@@ -150,7 +150,7 @@ class Operands:
         self.norm = normal(p.k)
         self.out = normal(self.tokens, p.n) if p.residual else poisoned(self.tokens, p.n)
 
-    def run(self, pdl: bool = False, config: Config | None = None) -> Tensor:
+    def run(self, pdl: bool = False, config: Tiling | None = None) -> Tensor:
         p = self.product
         return matvec(
             self.x, self.weight, norm_weight=self.norm if p.norm else None, eps=EPS,
@@ -185,7 +185,7 @@ class Operands:
             y = F.silu(gate) * up
         return y + self.out.double() if p.residual else y
 
-    def error(self, pdl: bool = False, config: Config | None = None) -> float:
+    def error(self, pdl: bool = False, config: Tiling | None = None) -> float:
         exact = self.exact()
         return frobenius(self.run(pdl, config), exact)
 

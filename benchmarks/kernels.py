@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import DTYPE, SHAPES, Case, Operands, Product, all_cases
 from benchmarks.report import table
-from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Config, matvec
+from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
 
 BEYOND_L2_BYTES = 200_000_000
 MAX_SETS = 64
@@ -101,7 +101,7 @@ def show(row: Row) -> list[str]:
 
 HEADERS = ["case", "by", "us", "limit", "share", "GB/s", "TFLOP/s", "error"]
 
-Task = tuple[Product, int, bool, Config | None]
+Task = tuple[Product, int, bool, Tiling | None]
 
 
 @lru_cache(maxsize=2)
@@ -128,7 +128,7 @@ def _compile(task: Task) -> str:
     return ""
 
 
-def _like(tokens: int, config: Config | None) -> int:
+def _like(tokens: int, config: Tiling | None) -> int:
     """Another number of tokens that the same compiled kernel takes."""
     if config is None or tokens <= 2:
         return tokens
@@ -157,21 +157,21 @@ def products_of_cases(only: str) -> Iterator[Task]:
 
 
 STREAMS = (
-    Config(1, 1024, 4), Config(2, 512, 2), Config(2, 1024, 4), Config(4, 512, 2), Config(4, 512, 4), Config(4, 1024, 4),
-    Config(8, 256, 1), Config(8, 512, 2), Config(8, 512, 4), Config(8, 1024, 4), Config(8, 1024, 8), Config(16, 512, 8),
-    Config(4, 2048, 8), Config(2, 2048, 8), Config(4, 1024, 4, 3), Config(8, 1024, 4, 3), Config(8, 512, 4, 4),
-    Config(16, 512, 4, 4),
+    Tiling(1, 1024, 4), Tiling(2, 512, 2), Tiling(2, 1024, 4), Tiling(4, 512, 2), Tiling(4, 512, 4), Tiling(4, 1024, 4),
+    Tiling(8, 256, 1), Tiling(8, 512, 2), Tiling(8, 512, 4), Tiling(8, 1024, 4), Tiling(8, 1024, 8), Tiling(16, 512, 8),
+    Tiling(4, 2048, 8), Tiling(2, 2048, 8), Tiling(4, 1024, 4, 3), Tiling(8, 1024, 4, 3), Tiling(8, 512, 4, 4),
+    Tiling(16, 512, 4, 4),
 )  # fmt: skip
 TILES = (
-    Config(8, 512, 4, 3, 4), Config(8, 1024, 8, 3, 8), Config(16, 256, 4, 4, 4), Config(16, 512, 4, 3, 4),
-    Config(16, 512, 4, 4, 4), Config(16, 512, 8, 3, 8), Config(16, 1024, 8, 2, 8), Config(32, 256, 4, 4, 4),
-    Config(32, 512, 8, 3, 8), Config(16, 256, 2, 4, 2), Config(32, 256, 4, 3, 2), Config(16, 256, 4, 3, 2),
+    Tiling(8, 512, 4, 3, 4), Tiling(8, 1024, 8, 3, 8), Tiling(16, 256, 4, 4, 4), Tiling(16, 512, 4, 3, 4),
+    Tiling(16, 512, 4, 4, 4), Tiling(16, 512, 8, 3, 8), Tiling(16, 1024, 8, 2, 8), Tiling(32, 256, 4, 4, 4),
+    Tiling(32, 512, 8, 3, 8), Tiling(16, 256, 2, 4, 2), Tiling(32, 256, 4, 3, 2), Tiling(16, 256, 4, 3, 2),
 )  # fmt: skip
 SWEPT = (1, 4, 8, 16)
 BEST = 3
 
 
-def candidates(product: Product, tokens: int) -> list[Config]:
+def candidates(product: Product, tokens: int) -> list[Tiling]:
     configs = STREAMS if tokens <= STREAM_TOKENS else TILES if tokens == MAX_TOKENS else TILES + STREAMS
     return [config for config in configs if product.k % config.columns == 0]
 
@@ -181,7 +181,7 @@ def sweep(only: str, bytes_us: float) -> list[Row]:
     products = [(shape.name, product) for shape in SHAPES for product in shape.products()]
     products = [(name, product) for name, product in products if only in f"matvec {product.name} {name}"]
     compile_all((p, tokens, False, c) for _, p in products for tokens in SWEPT for c in candidates(p, tokens))
-    found: list[tuple[str, Product, int, list[tuple[float, Config]]]] = []
+    found: list[tuple[str, Product, int, list[tuple[float, Tiling]]]] = []
     for name, product in products:
         sets = max(1, -(-BEYOND_L2_BYTES // product.bytes(1)))
         for tokens in SWEPT:
@@ -207,11 +207,11 @@ def sweep(only: str, bytes_us: float) -> list[Row]:
     return rows
 
 
-def _config_us(operands: list[Operands], pdl: bool, config: Config) -> float:
+def _config_us(operands: list[Operands], pdl: bool, config: Tiling) -> float:
     return graph_us([partial(one.run, pdl, config) for one in operands], 32, 3)
 
 
-def _short(config: Config) -> str:
+def _short(config: Tiling) -> str:
     """rows x columns, warps, stages, splits"""
     return f"{config.rows}x{config.columns}w{config.warps}s{config.stages}k{config.splits}"
 

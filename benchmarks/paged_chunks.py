@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
 from workers.attention.base import Chunks
-from workers.attention.flash import ChunkPlan, FlashKernels, load_kernels
+from workers.attention.flash import FlashChunkPlan, FlashKernels, load_kernels
 from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig
 
 MAIN = Heads(16, 8, 128)
@@ -106,7 +106,7 @@ def ours(world: World, query: Tensor, chunks: Chunks, config: ChunkConfig) -> Ca
 
 
 def theirs(world: World, query: Tensor, chunks: Chunks, kernels: FlashKernels) -> Callable[[], None]:
-    plan = ChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
+    plan = FlashChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
 
     def run() -> None:
         for layer in range(LAYERS):

@@ -31,7 +31,7 @@ SCALE_SECONDS = {1: 32.0, 8: 16.0, 32: 16.0, 128: 8.0, 512: 4.0}
 REQUESTS_PER_S = 31.25
 """Of each group: 1,000 a second on 32 groups."""
 
-SCALE_SHAPE = ClusterShape(blocks=2500, step_tokens=4096, time=TimeModel(50_000.0, 0.012, 3e-5, 5e-9))
+SCALE_SHAPE = ClusterShape(blocks=2500, max_num_batched_tokens=4096, time=TimeModel(50_000.0, 0.012, 3e-5, 5e-9))
 """Near an 8B model on one H100 (estimated): about 230 sequences of 1,000 prompt and 250 output tokens run at that rate."""
 
 Row = list[str]

@@ -25,7 +25,7 @@ from scheduler.protocol.sampling import SamplingParams
 from workers.kernels import sample as kernels
 from workers.kernels.draw import MAX_SPLITS
 from workers.kernels.marks import IN_PROMPT
-from workers.kernels.sample import Geometry, Tables, Workspace, geometry
+from workers.kernels.sample import SampleGeometry, Tables, Workspace, geometry
 from workers.parallel.in_process import Solo
 from workers.sampling import settings
 from workers.sampling.sampler import Sampler
@@ -74,7 +74,7 @@ class Batch:
         self.last = torch.zeros(samples + 1, dtype=torch.int64, device=device)
         self.workspace = Workspace(samples, device)
 
-    def sample(self, logits: Tensor, plan: Geometry | None = None) -> None:
+    def sample(self, logits: Tensor, plan: SampleGeometry | None = None) -> None:
         kernels.sample(
             logits, self.rows, self.positions, self.settings, self.tables, self.out, self.last,
             vocab_size=self.vocab, workspace=self.workspace, plan=plan,
@@ -94,8 +94,9 @@ def check(kind: str, params: list[SamplingParams], scale: float, steps: int, dev
     """Steps of the kernels beside the CPU's sampler, which is given the same logits and the tokens that it drew itself."""
     batch = Batch(params, VOCAB, device)
     cpu = Sampler(
-        vocab_size=VOCAB, local_vocab=VOCAB, comm=Solo(), rows=len(params), device=torch.device("cpu"), dtype=torch.float32
-    )
+        vocab_size=VOCAB, local_vocab=VOCAB, comm=Solo(), max_num_seqs=len(params), device=torch.device("cpu"),
+        dtype=torch.float32,
+    )  # fmt: skip
     for row, p in enumerate(params):
         prompt, nothing = batch.prompts[row], np.zeros(0, np.int32)
         cpu.admit(row, params=p, seed=row, choice=0, stop_ids=(), prompt=prompt, output=nothing)
@@ -144,7 +145,7 @@ def alone_and_together(device: torch.device) -> None:
 # ---- how long --------------------------------------------------------------------------------------------------------
 
 
-def time_us(batch: Batch, buffers: list[Tensor], plan: Geometry) -> float:
+def time_us(batch: Batch, buffers: list[Tensor], plan: SampleGeometry) -> float:
     """Microseconds a step, median over replays of a graph that samples from every buffer once."""
     for logits in buffers[:2]:
         batch.sample(logits, plan)
@@ -169,7 +170,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def plans(samples: int, wide: bool) -> list[Geometry]:
+def plans(samples: int, wide: bool) -> list[SampleGeometry]:
     usual = geometry(samples)
     if not wide:
         return [usual]
@@ -214,14 +215,14 @@ def compile_all(quick: bool) -> None:
             done.result()
 
 
-def compile_one(plan: Geometry, marked: bool) -> None:
+def compile_one(plan: SampleGeometry, marked: bool) -> None:
     device = torch.device("cuda")
     batch = Batch([KINDS["penalties" if marked else "greedy"]], VOCAB, device)
     batch.sample(make_logits(1, 1.0, device), plan)
     torch.cuda.synchronize()
 
 
-def describe(plan: Geometry) -> str:
+def describe(plan: SampleGeometry) -> str:
     shape = f"splits {plan.splits} block {plan.block} warps {plan.warps} stages {plan.stages}"
     return f"{shape} registers {plan.registers} rounds {plan.rounds}"
 

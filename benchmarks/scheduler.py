@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import figure, table
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
 from scheduler.protocol.sampling import SamplingParams
@@ -56,7 +56,7 @@ class DecodingGroup:
         self._random = np.random.default_rng(seed)
         blocks = -(-(sum(OUTPUT_TOKENS) // 2 + block_size) // block_size)
         self.group = GroupId(0)
-        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16))
+        self.core = SchedulerCore(CoreConfig(block_size=block_size), Resolved(max_model_len=1 << 16))
         self.core.group_up(self.group, 0, size * (blocks + 2), size)
         self._streams = itertools.count()
         self._report = itertools.count()
@@ -126,7 +126,7 @@ class Intake:
     def __init__(self, hit: int, block_size: int, *, part: int = 0, fetch: bool = False) -> None:
         self._random = np.random.default_rng(hit)
         self._stream = itertools.count()
-        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16))
+        self.core = SchedulerCore(CoreConfig(block_size=block_size), Resolved(max_model_len=1 << 16))
         for group in range(GROUPS):
             ports = ("",) if fetch else ()
             self.core.group_up(GroupId(group), 0, 64 * PROMPT_TOKENS // block_size, 256, ports=ports)
@@ -175,7 +175,7 @@ class Crowd:
     def __init__(self, size: int, block_size: int) -> None:
         self._random = np.random.default_rng(size)
         self._streams = itertools.count()
-        self.core = SchedulerCore(CoreConfig(block_size=block_size, max_model_len=1 << 16, wait_for_prefix=False))
+        self.core = SchedulerCore(CoreConfig(block_size=block_size, wait_for_prefix=False), Resolved(max_model_len=1 << 16))
         self.home, self.other = GroupId(0), GroupId(1)
         for group in (self.home, self.other):
             self.core.group_up(group, 0, (size + 2) * (PROMPT_TOKENS // block_size + 4), size)

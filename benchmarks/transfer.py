@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.report import Spread, table
+from cluster.resolve import resolve
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
@@ -197,14 +198,12 @@ class Loop:
         self.first = SEQUENCES * per_sequence  # blocks from here on are moved
         self.options = options
         config = WorkerConfig(
-            model=str(ensure_checkpoint(options.shape, options.cache)), device=options.device, dtype=options.dtype,
-            block_size=options.block_size, kv_memory=(self.first + options.blocks) * layout.block_bytes,
-            gpu_memory_fraction=0.9, max_model_len=options.max_model_len,
-            rows=SEQUENCES + -(-options.blocks // per_sequence), step_tokens=2048, report_steps=1,
-            attention="auto", threads=options.threads, ranks_on_host=1,
-            host_kv_memory=options.blocks * layout.block_bytes, transfers=True,
+            model=str(ensure_checkpoint(options.shape, options.cache)), dtype=options.dtype, block_size=options.block_size,
+            kv_memory=(self.first + options.blocks) * layout.block_bytes,
+            host_kv_memory=options.blocks * layout.block_bytes,
+            max_num_seqs=SEQUENCES + -(-options.blocks // per_sequence), max_model_len=options.max_model_len, report_steps=1,
         )  # fmt: skip
-        built = build_rank(config, Solo())
+        built = build_rank(config, resolve(config, options.device, options.threads), Solo())
         assert built.blocks == self.first + options.blocks
         self.rank: Rank = built.rank
         kind = "sockets" if options.device == "cpu" else "NCCL"

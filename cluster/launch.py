@@ -16,10 +16,9 @@ from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import rank_resources
 from cluster.join import connect_ray
 from cluster.remote import SchedulerStream
-from cluster.worker_config import resolve
-from scheduler.config import CoreConfig
+from cluster.resolve import resolve
 from scheduler.protocol.messages import Request, TalliedMetric
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
 
@@ -27,34 +26,32 @@ logger = logging.getLogger(__name__)
 def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "RayEngine":
     """See `cluster.engine.StartEngine`. Joins the Ray that is running or named, else starts one on this machine."""
     threads = own_threads(config)
-    resolve(config, "cpu", 1, threads)  # the user's mistakes, before anything is started
-    owns_ray = connect_ray(config, config.groups * config.tensor_parallel_size * threads, progress)
+    resolve(config, "cpu")  # the user's mistakes, before anything is started
+    owns_ray = connect_ray(config, config.ranks * threads, progress)
     engine = RayEngine(config, on_failure, owns_ray=owns_ray)
     try:
-        core, worker = plan(config, threads if owns_ray else 1)
-        engine.start(core, worker, on_deltas, progress)
+        engine.start(plan(config, threads if owns_ray else 1), on_deltas, progress)
     except BaseException:
         engine.close()
         raise
     return engine
 
 
-def plan(config: EngineConfig, threads: int = 1) -> tuple[CoreConfig, WorkerConfig]:
-    """What scheduler and workers are told on the Ray cluster that this process has joined. threads: of a CPU rank.
+def plan(config: EngineConfig, threads: int = 1) -> ResolvedWorker:
+    """What the configuration comes to on the Ray cluster that this process has joined. threads: of a CPU rank.
 
     Errors: CheckpointError, ValueError; EngineError if the cluster has no room.
     """
     device = config.device
     if device == "auto":
         device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-    core, worker = resolve(config, device, config.groups * config.tensor_parallel_size, threads)
-    _check_resources(config, worker)
-    return core, worker
+    resolved = resolve(config, device, threads)
+    _check_resources(config, rank_resources(resolved))
+    return resolved
 
 
-def _check_resources(config: EngineConfig, worker: WorkerConfig) -> None:
+def _check_resources(config: EngineConfig, per_rank: dict[str, float]) -> None:
     """Errors: EngineError that says what is missing, instead of waiting for a node that may never come."""
-    per_rank = rank_resources(worker)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     places = sum(
         int(min(node.get(name, 0) // (amount * config.tensor_parallel_size) for name, amount in per_rank.items()))
@@ -84,9 +81,9 @@ class RayEngine:
         self._closing = threading.Lock()
         self._closed = False
 
-    def start(self, core: CoreConfig, worker: WorkerConfig, on_deltas: OnDeltas, progress: Progress) -> None:
+    def start(self, resolved: ResolvedWorker, on_deltas: OnDeltas, progress: Progress) -> None:
         """Errors: the first group's error."""
-        self._fleet = Fleet(self._config, core, worker, self._lost)
+        self._fleet = Fleet(self._config, resolved, self._lost)
         self._fleet.start(progress)
         self._autoscaler = Autoscaler.of(self._fleet)
         address = self._fleet.scheduler.current().address

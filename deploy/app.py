@@ -1,4 +1,4 @@
-"""The endpoint on Ray Serve: one `Engine` that owns the cluster, and stateless `Ingress` replicas before it.
+"""The endpoint on Ray Serve: one `EngineReplica` that owns the cluster, and stateless `Ingress` replicas before it.
 
     client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
                               └──────────address, status──────▶ Engine (owns scheduler and groups)
@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
 
-class Engine:
+class EngineReplica:
     """Owns the fleet: scheduler and groups end with this replica. Serve starts another if it dies or is lost for good.
 
     It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
@@ -64,17 +63,9 @@ class Engine:
 
     def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int) -> None:
         configure(limits.log_format, role="engine")
-        core, worker = plan(engine, threads)
-        worker = replace(worker, log_format=limits.log_format)
-        core = replace(
-            core,
-            max_queued_requests=limits.max_queued_requests,
-            max_queued_tokens=limits.max_queued_tokens,
-            wait_for_groups=False,
-        )
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
-        self._fleet = Fleet(engine, core, worker, self._fail)
+        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format)
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
 
@@ -182,7 +173,7 @@ def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, thread
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
         user_config={"groups": engine.groups},
-    )(Engine)  # fmt: skip
+    )(EngineReplica)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=10,

@@ -167,7 +167,7 @@ def _live_nodes(index: PrefixIndex) -> set[NodeId]:
             _check(not index.is_tail(node), f"node {node} is only partly filled but found by the hash of a block")
             live.add(node)
             blocks.add(block)
-            node = index.twins.get(node, NodeId(0))
+            node = index.namesakes.get(node, NodeId(0))
     return live | _alike(index, live)
 
 
@@ -201,8 +201,8 @@ def _audit_dead(index: PrefixIndex, alive: set[NodeId]) -> None:
     ids = set(range(1, len(index.parents)))
     _check(len(set(dead)) == len(dead), f"a node id is free twice: {dead}")
     _check(set(dead) == ids - alive, f"free node ids {sorted(dead)}, but {sorted(ids - alive)} are dead")
-    twins = set(index.twins) | set(index.twins.values())
-    _check(twins <= alive, f"dead nodes {sorted(twins - alive)} are twins of others")
+    namesakes = set(index.namesakes) | set(index.namesakes.values())
+    _check(namesakes <= alive, f"dead nodes {sorted(namesakes - alive)} are namesakes of others")
     for node in (NodeId(0), *dead):
         blank = not (index.parents[node] or index.contents[node] or index.holders[node] or index.children[node])
         _check(blank, f"dead node {node} still has a parent, tokens, a holder or a child")

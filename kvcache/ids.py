@@ -19,7 +19,7 @@ HOST = 1 << 10
 
 
 def host_of(group: GroupId) -> GroupId:
-    """The pool of the blocks that a group keeps in host memory: slots instead of blocks."""
+    """The pool of the blocks that a group keeps in host memory."""
     return GroupId(HOST + group)
 
 

@@ -28,7 +28,7 @@ class PrefixIndex:
 
     A node is an index into flat columns, not an object: `parents`, `hashes`, `contents` (the block's tokens as bytes),
     `holders` (bit g is set where group g holds it) and `children` (a count). `by_hash` finds a node from the chained hash,
-    `twins` the next node of the same hash, of which there is none unless xxhash collides, and `blocks[g]` group g's block
+    `namesakes` the next node of the same hash, of which there is none unless xxhash collides, and `blocks[g]` group g's block
     of a node: at most one. A block matches only if its hash, its parent and its tokens are equal, so a collision can cost
     a comparison but never a wrong hit, and salts are isolated even if their hashes were not.
 
@@ -61,11 +61,11 @@ class PrefixIndex:
         "hashes",
         "heads",
         "holders",
+        "namesakes",
         "parents",
         "roots",
         "salts",
         "stride",
-        "twins",
     )
 
     def __init__(self, block_size: int, stride: int = 0) -> None:
@@ -85,7 +85,7 @@ class PrefixIndex:
         self.contents = [b""]
         self.holders = [0]
         self.children = [0]
-        self.twins: dict[NodeId, NodeId] = {}
+        self.namesakes: dict[NodeId, NodeId] = {}
         self.heads = HeadLists()
         self.free_ids: list[NodeId] = []
 
@@ -266,10 +266,10 @@ class PrefixIndex:
 
     def _collided(self, node: NodeId, parent: NodeId, block: bytes) -> NodeId:
         """The node of this block among those that share the hash of `node` and follow it."""
-        twin = self.twins.get(node, NO_NODE)
-        while twin and (self.parents[twin] != parent or self.contents[twin] != block):
-            twin = self.twins.get(twin, NO_NODE)
-        return twin
+        namesake = self.namesakes.get(node, NO_NODE)
+        while namesake and (self.parents[namesake] != parent or self.contents[namesake] != block):
+            namesake = self.namesakes.get(namesake, NO_NODE)
+        return namesake
 
     def _head(self, content: bytes | memoryview, parent: NodeId) -> int:
         """The key of `heads`: the hash of the first `stride` tokens, chained to the block before."""
@@ -319,21 +319,21 @@ class PrefixIndex:
 
     def _list_by_hash(self, node: NodeId, hash_: int) -> None:
         self.evicted.pop(hash_, None)
-        twin = self.by_hash.setdefault(hash_, node)
-        if twin != node:
-            self.twins[node] = twin
+        namesake = self.by_hash.setdefault(hash_, node)
+        if namesake != node:
+            self.namesakes[node] = namesake
             self.by_hash[hash_] = node
 
     def _unlist_by_hash(self, node: NodeId) -> None:
         hash_ = self.hashes[node]
-        after, head = self.twins.pop(node, None), self.by_hash[hash_]
+        after, head = self.namesakes.pop(node, None), self.by_hash[hash_]
         if head != node:
-            while self.twins[head] != node:
-                head = self.twins[head]
+            while self.namesakes[head] != node:
+                head = self.namesakes[head]
             if after is not None:
-                self.twins[head] = after
+                self.namesakes[head] = after
             else:
-                del self.twins[head]
+                del self.namesakes[head]
         elif after is not None:
             self.by_hash[hash_] = after
         else:

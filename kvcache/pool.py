@@ -57,7 +57,7 @@ class KVPool:
         return self.data[:, layer, 1]
 
     @property
-    def rows(self) -> Tensor:
+    def raw(self) -> Tensor:
         """[block, block_bytes] uint8, all blocks as `export_block` gives them, a view."""
         return self.data.view(self.blocks, -1).view(torch.uint8)
 

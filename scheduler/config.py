@@ -1,47 +1,82 @@
-"""What the core is told at its start, and what it counts. Imports nothing of Manta."""
+"""What the core is told at its start, and what it counts. Imports nothing of Manta but how a setting is declared."""
 
 from dataclasses import dataclass
 
 import msgspec
 
+from scheduler.options import Rule, at_least, option
 
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """block_size in tokens, a power of two from 16 up. max_model_len: prompt and output tokens of one sequence at most.
+BLOCK_SIZES = Rule(lambda size: size >= 16 and not size & (size - 1), "is not a power of two from 16 up: try 256")
 
-    grant_ahead: free slots (tokens) at which a lease is extended, about two report intervals.
-    hash_stride: tokens in common from which a part of a block is reused, at most half a block; 0: only whole blocks are.
-    prefix_caching: publish blocks and reuse them. wait_for_prefix: a sequence whose next block a running one is about to
-    compute waits for it instead of computing it too. prefix_fetch: a prefix that another group has may be moved instead of
-    computed, where the workers can. relieve: who will have to give way for want of blocks is moved to another group, or kept in
-    host memory, in time, where that is cheaper than to compute it again. seed: draws the seeds of requests that bring none;
-    None: anew each time.
-    max_queued_requests, max_queued_tokens: choices, and their prompt tokens, that may wait at once; None: no bound.
-    wait_for_groups: requests that come while no group is up wait for one that is expected, instead of being turned away.
-    skip_s: so long may others start before the first in the queue, from when it found no room on; 0: never. age_s: whoever has
-    waited so long goes before priorities and fairness. log_decisions: a debug line of `scheduler.placement.why` for each start.
-    """
 
-    block_size: int = 256
-    max_model_len: int = 1 << 20
-    grant_ahead: int = 4
-    hash_stride: int = 32
-    prefix_caching: bool = True
-    wait_for_prefix: bool = True
-    prefix_fetch: bool = True
-    relieve: bool = True
-    seed: int | None = 0
-    max_queued_requests: int | None = None
-    max_queued_tokens: int | None = None
-    wait_for_groups: bool = True
-    skip_s: float = 2.0
-    age_s: float = 30.0
-    log_decisions: bool = False
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How KV is kept and reused: the scheduler and its workers are told the same."""
+
+    block_size: int = option(256, "Tokens in a KV block: a power of two from 16 up.", BLOCK_SIZES)
+    enable_prefix_caching: bool = option(True, "Reuse the KV of prompts that begin alike.")
+    hash_stride: int = option(
+        32,
+        "Tokens in common from which a part of a block is reused; 0: whole blocks only. Half a block at most is taken.",
+        at_least(0),
+    )
+    prefix_fetch: bool = option(
+        True,
+        "Fetch the KV of a prefix from another group where that is faster than computing it.",
+        shown="yes, where there are at least two groups",
+    )
 
     @property
     def stride(self) -> int:
         """The hash stride that blocks of this size allow; 0 without prefix caching."""
-        return min(self.hash_stride, self.block_size // 2) if self.prefix_caching else 0
+        return min(self.hash_stride, self.block_size // 2) if self.enable_prefix_caching else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig(CacheConfig):
+    """The scheduler's settings.
+
+    wait_for_prefix: a sequence whose next block a running one is about to compute waits for it instead of computing it too.
+    relieve: who will have to give way for want of blocks is moved to another group, or kept in host memory, in time, where that
+    is cheaper than to compute it again.
+    """
+
+    seed: int | None = option(
+        None,
+        "Draws the seeds of requests that bring none: an integer.",
+        Rule(lambda seed: 0 <= seed < 2**63, "(--engine-seed) is outside [0, 2^63): choose a value inside"),
+        shown="drawn anew each time",
+    )
+    queue_skip_s: float = option(
+        2.0, "Seconds that others may start before the first in the queue while it finds no room.", at_least(0)
+    )
+    queue_age_s: float = option(
+        30.0, "Wait, in seconds, after which a request goes before priorities and fairness.", at_least(0)
+    )
+    log_decisions: bool = option(False, "Log why each sequence goes where it does: a line each, from the scheduler.")
+    check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
+    wait_for_prefix: bool = True
+    relieve: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueBounds:
+    """An endpoint's: how much may wait for a group at once. Who has bounds also turns away what comes while no group is up."""
+
+    max_queued_requests: int = option(4096, "Requests that may wait for a group; further ones get 429.", at_least(1))
+    max_queued_tokens: int = option(4 << 20, "Prompt tokens that may wait for a group; further requests get 429.", at_least(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What no setting says, known once the checkpoint and the device are (`cluster.resolve`).
+
+    max_model_len: prompt and output tokens of one sequence at most. grant_ahead: tokens before the end of its blocks at which a
+    lease is extended, about two report intervals.
+    """
+
+    max_model_len: int = 1 << 20
+    grant_ahead: int = 4
 
 
 class Counters(msgspec.Struct, kw_only=True):
@@ -51,7 +86,7 @@ class Counters(msgspec.Struct, kw_only=True):
     sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
     whatever reason. given_up: of these, those for which a worker could choose no token. refused: requests that were turned
     away because of the queue. expired: sequences whose deadline passed before they ended. skipped: starts before one that had
-    found no room. aged: sequences that waited for `age_s`.
+    found no room. aged: sequences that waited for `queue_age_s`.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
     prompt tokens of all that have started (started_tokens): miss_inside_block: beyond the last that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.

@@ -11,7 +11,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 import numpy as np
 
 from kvcache.ids import GroupId, host_of
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.migration import Migration
 from scheduler.placement.why import Tell
@@ -33,9 +33,10 @@ class SchedulerCore:
     Invariants are written out and checked in `scheduler.invariants`.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
-        self._state = state = ClusterState(config)
+    def __init__(self, config: CoreConfig, resolved: Resolved | None = None, bounds: QueueBounds | None = None) -> None:
+        """bounds: None where whoever submits is willing to wait, however long the queue."""
+        self.config, self.resolved = config, resolved or Resolved()
+        self._state = state = ClusterState(config, self.resolved, bounds)
         self._admission = Admission(state)
         self._migration = Migration(state, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
@@ -79,11 +80,12 @@ class SchedulerCore:
         self._state.pools_changed()
 
     def group_up(
-        self, group: GroupId, epoch: int, blocks: int, rows: int, *, slots: int = 0, ports: tuple[str, ...] = ()
+        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, *, host_blocks: int = 0,
+        ports: tuple[str, ...] = (),
     ) -> None:
         """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
 
-        slots: blocks of host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
+        host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         Errors: ProtocolError for an epoch that is not newer than the last one.
         """
         if epoch <= self._epochs.get(group, -1):
@@ -93,10 +95,12 @@ class SchedulerCore:
         self._epochs[group] = epoch
         self.expected.pop(group, None)
         self.table.add_group(group, blocks)
-        self.groups[group] = ResidentGroup(group, epoch, blocks, rows, self.config, self._state.watch)
-        self.groups[group].ports, self.groups[group].slots = ports, slots
-        if slots:
-            self.table.add_group(host_of(group), slots)
+        self.groups[group] = ResidentGroup(
+            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch
+        )
+        self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
+        if host_blocks:
+            self.table.add_group(host_of(group), host_blocks)
         self._regroup()
         self._reconsider("the pools of the groups that are up are too small")
         self._admission.admit()
@@ -123,7 +127,7 @@ class SchedulerCore:
                 leases.leave(self._state, lost, sequence, lost=True)
                 self.waiting.enter(sequence, self.now_s)
             self.table.remove_group(group)
-            if lost.slots:
+            if lost.host_blocks:
                 self.table.remove_group(host_of(group))
         self._reconsider(reason)
         self._admission.admit()

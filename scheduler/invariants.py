@@ -144,12 +144,12 @@ def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) 
     block_size, row, blocks = core.config.block_size, sequence.row, sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
     length, held = int(group.length[row]), len(blocks.blocks)
-    low = held < sequence.blocks_at_most and held * block_size - length < core.config.grant_ahead
+    low = held < sequence.blocks_at_most and held * block_size - length < core.resolved.grant_ahead
     assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
     assert low or group.due[row] > group.computed(row), f"{name}: due at {group.due[row]} already, with {length} tokens"
     filled = (group.computed(row) // block_size + 1) * block_size + 1
     assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
-    full = group.computed(row) // block_size if core.config.prefix_caching else 0
+    full = group.computed(row) // block_size if core.config.enable_prefix_caching else 0
     assert len(blocks.nodes) == full, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
 
 

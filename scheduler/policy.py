@@ -39,7 +39,7 @@ SHORTAGE = 0.005
 more, several times as many are moved for the same effect. See docs/replay.md."""
 
 
-class Relief(Enum):
+class Remedy(Enum):
     """What is done for the sequence that will have to give way: see `relief`."""
 
     MOVE = "move"
@@ -190,17 +190,17 @@ def shortage(total: int) -> int:
     return max(2, int(total * SHORTAGE))
 
 
-def relief(lost_tokens: int, move: float | None, keep: float | None) -> Relief:
+def relief(lost_tokens: int, move: float | None, keep: float | None) -> Remedy:
     """The cheapest for one that will have to give way. All in prefill tokens: those that it would compute again; what it takes
     to move its blocks to another group, and to host memory and back; None where that is not possible.
 
     Moving wins a tie, as it frees the blocks and the sequence does not stop.
     """
-    ways: list[tuple[float, int, Relief]] = [(lost_tokens, 2, Relief.RECOMPUTE)]
+    ways: list[tuple[float, int, Remedy]] = [(lost_tokens, 2, Remedy.RECOMPUTE)]
     if move is not None:
-        ways.append((move, 0, Relief.MOVE))
+        ways.append((move, 0, Remedy.MOVE))
     if keep is not None:
-        ways.append((keep, 1, Relief.KEEP))
+        ways.append((keep, 1, Remedy.KEEP))
     return min(ways, key=lambda way: way[:2])[2]
 
 

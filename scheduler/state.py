@@ -14,7 +14,7 @@ import random
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.config import CoreConfig, Counters
+from scheduler.config import CoreConfig, Counters, QueueBounds, Resolved
 from scheduler.queue.deadlines import Deadlines
 from scheduler.queue.pace import Pace
 from scheduler.queue.waiting import WaitingRoom
@@ -35,8 +35,8 @@ class ClusterState:
     went for good. numbers: of sequences. random: draws the seeds of requests that bring none.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
+    def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None) -> None:
+        self.config, self.resolved, self.bounds = config, resolved, bounds
         self.block_size, self.stride = config.block_size, config.stride
         self.now_s = 0.0
         self.table = BlockTable(config.block_size, config.stride)

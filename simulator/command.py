@@ -53,9 +53,15 @@ PolicyOption = Annotated[
 GroupsOption = Annotated[int, _option("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
 BlocksOption = Annotated[int, _option("--blocks", f"Blocks in the pool of each group. Default: {SHAPE.blocks}.")]
 BlockSizeOption = Annotated[int, _option("--block-size", f"Tokens in a block, a power of two. Default: {SHAPE.block_size}.")]
-RowsOption = Annotated[int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.rows}.")]
-BudgetOption = Annotated[
-    int, _option("--max-num-batched-tokens", f"Tokens that one step of a group computes. Default: {SHAPE.step_tokens}.")
+SequencesOption = Annotated[
+    int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.max_num_seqs}.")
+]
+TokensOption = Annotated[
+    int,
+    _option(
+        "--max-num-batched-tokens",
+        f"Tokens that one step of a group computes. Default: {SHAPE.max_num_batched_tokens}.",
+    ),
 ]
 StrideOption = Annotated[
     int,
@@ -144,8 +150,8 @@ def command(
     groups: GroupsOption = SHAPE.groups,
     blocks: BlocksOption = SHAPE.blocks,
     block_size: BlockSizeOption = SHAPE.block_size,
-    max_num_seqs: RowsOption = SHAPE.rows,
-    max_num_batched_tokens: BudgetOption = SHAPE.step_tokens,
+    max_num_seqs: SequencesOption = SHAPE.max_num_seqs,
+    max_num_batched_tokens: TokensOption = SHAPE.max_num_batched_tokens,
     hash_stride: StrideOption = SHAPE.hash_stride,
     wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
     relieve: RelieveOption = SHAPE.relieve,
@@ -180,8 +186,9 @@ def command(
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
         times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
         shape = ClusterShape(
-            groups, blocks, block_size, max_num_seqs, max_num_batched_tokens, host_blocks, hash_stride, wait_for_prefix,
-            relieve, times, LinkModel(fetch_rate, host_rate),
+            groups=groups, blocks=blocks, block_size=block_size, max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens, host_blocks=host_blocks, hash_stride=hash_stride,
+            wait_for_prefix=wait_for_prefix, relieve=relieve, time=times, links=LinkModel(fetch_rate, host_rate),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)
         drains = tuple(Drain(*_event("--drain", text)) for text in drain)

@@ -15,50 +15,44 @@ import numpy.typing as npt
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
+from scheduler.options import check
 from scheduler.protocol.messages import Commands, Deltas, Report, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.shell import Shell
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch
 from simulator.time_model import TimeModel
-from simulator.transfers import LinkModel, Transfers
+from simulator.transfers import LinkModel, SimulatedTransfers
+from workers.config import BatchConfig
 from workers.loop.batch import ResidentBatch
 
 NEVER_S = float("inf")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterShape:
-    """groups, each with a pool of `blocks` blocks of `block_size` tokens, `rows` sequences and `step_tokens` tokens a step.
-
-    host_blocks: in the host memory of each group, where the policy uses it. hash_stride, wait_for_prefix, relieve: as in
-    `CoreConfig`.
-    """
+@dataclass(frozen=True, kw_only=True)
+class ClusterShape(BatchConfig, CoreConfig):
+    """Its core's settings, its groups' batches, and what a real cluster would measure: groups, each with a pool of `blocks`
+    blocks, and so many in its host memory where the policy uses it."""
 
     groups: int = 8
     blocks: int = 8000
-    block_size: int = 256
-    rows: int = 256
-    step_tokens: int = 2048
     host_blocks: int = 32000
-    hash_stride: int = 32
-    wait_for_prefix: bool = True
-    relieve: bool = True
     time: TimeModel = field(default_factory=TimeModel)
     links: LinkModel = field(default_factory=LinkModel)
 
     def __post_init__(self) -> None:
-        for name in ("groups", "blocks", "rows", "step_tokens"):
+        check(self)
+        for name in ("groups", "blocks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size must be a power of two from 16 up, not {self.block_size}")
+                raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
 
     def pooled(self, blocks: int) -> "ClusterShape":
         """One group with the compute of all, and `blocks` blocks."""
-        rows, step_tokens = min(self.rows * self.groups, 1 << 15), self.step_tokens * self.groups
-        return replace(self, groups=1, blocks=blocks, rows=rows, step_tokens=step_tokens, time=self.time.times(self.groups))
+        return replace(
+            self, groups=1, blocks=blocks, max_num_seqs=min(self.max_num_seqs * self.groups, 1 << 15),
+            max_num_batched_tokens=self.max_num_batched_tokens * self.groups, time=self.time.times(self.groups),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +65,7 @@ class Features:
     host: bool = False
 
 
-class Engine:
+class SimulatedEngine:
     """at: called with (when, what is to be called then) for every run of steps that begins or is cut short, and for transfers.
     hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one step.
 
@@ -88,11 +82,9 @@ class Engine:
         stopwatch: Stopwatch,
         features: Features,
     ) -> None:
-        config = CoreConfig(
-            block_size=shape.block_size, hash_stride=shape.hash_stride, wait_for_prefix=features.wait_for_prefix,
-            prefix_fetch=features.fetch, relieve=shape.relieve, seed=seed,
-        )  # fmt: skip
-        self.core = SchedulerCore(config)
+        self.core = SchedulerCore(
+            replace(shape, wait_for_prefix=features.wait_for_prefix, prefix_fetch=features.fetch, seed=seed)
+        )
         self._now_s = 0.0
         self._first_tokens = False  # whether some of what is being told may be first tokens
         self._shell = Shell(
@@ -107,7 +99,7 @@ class Engine:
         self._shape = shape
         self._features = features
         self._at = at
-        self._transfers = Transfers(shape.links, shape.block_size)
+        self._transfers = SimulatedTransfers(shape.links, shape.block_size)
         self._looks_s = NEVER_S
         self._hear = hear
         self._epochs = dict.fromkeys(self.computed, 0)
@@ -166,13 +158,18 @@ class Engine:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
-        model_len = min(self.core.config.max_model_len, shape.blocks * shape.block_size + shape.block_size)
-        batch = ResidentBatch(shape.rows, shape.block_size, shape.step_tokens, model_len)
-        self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.config.grant_ahead)
+        max_model_len = min(self.core.resolved.max_model_len, shape.blocks * shape.block_size + shape.block_size)
+        batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len)
+        self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.resolved.grant_ahead)
         self._transfers.group_up(group, epoch)
-        slots = shape.host_blocks if self._features.host else 0
+        host_blocks = shape.host_blocks if self._features.host else 0
         ports = (f"group-{group}:0",) if self._features.fetch else ()
-        self._call(lambda core: core.group_up(group, epoch, shape.blocks, shape.rows, slots=slots, ports=ports), now_s)
+        self._call(
+            lambda core: core.group_up(
+                group, epoch, shape.blocks, shape.max_num_seqs, host_blocks=host_blocks, ports=ports
+            ),
+            now_s,
+        )
 
     # ---- the shell
 

@@ -101,7 +101,7 @@ class SimulatedGroup:
         batch, block = self.batch, self.batch.block_size
         known = batch.known[rows]
         filled = block - (known - 1) % block
-        low = batch.slots[rows] - self._ahead + 1 - known
+        low = batch.granted[rows] - self._ahead + 1 - known
         last = np.minimum(filled, batch.limit[rows] - known)
         return max(1, int(np.where(low > 0, np.minimum(last, low), last).min()))
 

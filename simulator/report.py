@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.index import PrefixIndex
-from simulator.engines import Engine
+from simulator.engines import SimulatedEngine
 from simulator.traces import TraceRequest
 
 
@@ -21,7 +21,7 @@ class Target:
     tpot_s: float = 0.5
 
 
-class Record:
+class ReplayRecord:
     """What the clients saw, by request: virtual seconds, NaN for what did not happen. marks: when half of the requests have
     come, and all: the virtual time, the time inside the cores so far, and the sequences that live. core_s: that time in all."""
 
@@ -85,7 +85,9 @@ class Outcome(msgspec.Struct, frozen=True):
     index_bytes: int
 
 
-def outcome(policy: str, trace: Listing[TraceRequest], engines: Listing[Engine], record: Record, target: Target) -> Outcome:
+def outcome(
+    policy: str, trace: Listing[TraceRequest], engines: Listing[SimulatedEngine], record: ReplayRecord, target: Target
+) -> Outcome:
     output = np.array([request.output_tokens for request in trace])
     served = ~np.isnan(record.ended_s) & ~record.refused
     ttft_s = (record.first_s - record.arrived_s)[served]
@@ -122,7 +124,7 @@ def outcome(policy: str, trace: Listing[TraceRequest], engines: Listing[Engine],
     )
 
 
-def table_bytes(engine: Engine) -> int:
+def table_bytes(engine: SimulatedEngine) -> int:
     """Memory of an engine's pools and index: the columns, and the integers and blocks that they refer to, about."""
     table = engine.core.table
     pools = sum(
@@ -131,7 +133,7 @@ def table_bytes(engine: Engine) -> int:
         for column in (pool.refs, pool.nodes, pool.before, pool.after)
     )
     index: PrefixIndex = table.index
-    columns = (index.parents, index.hashes, index.holders, index.children, index.twins)
+    columns = (index.parents, index.hashes, index.holders, index.children, index.namesakes)
     nodes = sum(sys.getsizeof(column) for column in columns) + 32 * 2 * len(index.hashes)
     maps = sys.getsizeof(index.by_hash) + sum(sys.getsizeof(blocks) for blocks in index.blocks.values())
     return pools + nodes + maps + sum(sys.getsizeof(block) for block in index.contents)

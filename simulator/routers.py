@@ -10,18 +10,18 @@ from collections.abc import Sequence as Listing
 from typing import NamedTuple, Protocol
 
 from scheduler.policy import DECODE_WEIGHT, UNCACHED_WEIGHT
-from simulator.engines import Engine
+from simulator.engines import SimulatedEngine
 
 Hashes = list[int]
 
 
 class Router(Protocol):
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:
         """Which engine takes a prompt of `tokens` tokens whose full blocks have these hashes."""
         ...
 
 
-class Load(NamedTuple):
+class EngineLoad(NamedTuple):
     """prefill_tokens: queued or started, not yet computed. sequences: all that have not ended."""
 
     up: bool
@@ -29,7 +29,7 @@ class Load(NamedTuple):
     sequences: int
 
     @classmethod
-    def of(cls, engine: Engine) -> "Load":
+    def of(cls, engine: SimulatedEngine) -> "EngineLoad":
         core = engine.core
         backlog = sum(group.backlog for group in core.groups.values())
         return cls(engine.up, core.waiting.tokens + backlog, len(core.sequences))
@@ -40,13 +40,13 @@ class Load(NamedTuple):
         return self.prefill_tokens + DECODE_WEIGHT * self.sequences
 
 
-def cheapest(loads: Listing[Load], costs: Iterable[float | tuple[float, ...]]) -> int:
+def cheapest(loads: Listing[EngineLoad], costs: Iterable[float | tuple[float, ...]]) -> int:
     """The engine of the least cost among those that are up; ties go to the first. All are down: the first."""
     candidates = [(cost, at) for at, (load, cost) in enumerate(zip(loads, costs, strict=True)) if load.up]
     return min(candidates)[1] if candidates else 0
 
 
-def cost(load: Load, tokens: int, hit: int) -> float:
+def cost(load: EngineLoad, tokens: int, hit: int) -> float:
     """Manta's own formula, as far as a router can know its parts."""
     return UNCACHED_WEIGHT * (tokens - hit) + load.work
 
@@ -62,7 +62,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = -1
 
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
         for _ in engines:
             self._turn = (self._turn + 1) % len(engines)
             if engines[self._turn].up:
@@ -73,8 +73,8 @@ class RoundRobin:
 class LeastLoad:
     """Least work that is queued or running, known exactly and at once; blind to prefixes."""
 
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
-        loads = [Load.of(engine) for engine in engines]
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+        loads = [EngineLoad.of(engine) for engine in engines]
         return cheapest(loads, [load.work for load in loads])
 
 
@@ -86,8 +86,8 @@ class ApproximateIndex:
         self._blocks = blocks
         self._block_size = block_size
 
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
-        loads = [Load.of(engine) for engine in engines]
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+        loads = [EngineLoad.of(engine) for engine in engines]
         hits = [depth(hashes, sent) * self._block_size for sent in self._sent]
         choice = cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
         sent = self._sent[choice]
@@ -106,12 +106,12 @@ class MirroredIndex:
         self._block_size = block_size
         self._lag_s = lag_s
         self._seen_s = float("-inf")
-        self._loads: list[Load] = []
+        self._loads: list[EngineLoad] = []
         self._held: list[Collection[int]] = []
 
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:
         if now_s - self._seen_s >= self._lag_s:
-            self._loads = [Load.of(engine) for engine in engines]
+            self._loads = [EngineLoad.of(engine) for engine in engines]
             self._held = [engine.core.table.index.by_hash.keys() for engine in engines]
             if self._lag_s:
                 self._held = [frozenset(held) for held in self._held]
@@ -124,7 +124,7 @@ class MirroredIndex:
 class LongestPrefix:
     """The longest prefix by the engines' own indexes, then the least load."""
 
-    def choose(self, engines: Listing[Engine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
-        loads = [Load.of(engine) for engine in engines]
+    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+        loads = [EngineLoad.of(engine) for engine in engines]
         hits = [depth(hashes, engine.core.table.index.by_hash.keys()) for engine in engines]
         return cheapest(loads, [(-hit, load.work) for hit, load in zip(hits, loads, strict=True)])

@@ -18,8 +18,8 @@ from kvcache.ids import GroupId
 from scheduler.placement.why import Decision
 from scheduler.protocol.messages import NO_TOKEN, Deltas
 from scheduler.queue.limits import RequestRefused, blocks_for
-from simulator.engines import ClusterShape, Engine, Features, as_request
-from simulator.report import Outcome, Record, Target, outcome
+from simulator.engines import ClusterShape, Features, SimulatedEngine, as_request
+from simulator.report import Outcome, ReplayRecord, Target, outcome
 from simulator.routers import ApproximateIndex, LeastLoad, LongestPrefix, MirroredIndex, RoundRobin, Router
 from simulator.stopwatch import Stopwatch
 from simulator.traces import TraceRequest
@@ -112,7 +112,7 @@ class Replay:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._now_s = 0.0
-        self._record = Record(len(trace))
+        self._record = ReplayRecord(len(trace))
         self._place = np.full(len(trace), -1, np.int64)  # the engine that has each request now
         shape = self._shape()
         one_core = policy.startswith("manta") or policy in BOUNDS
@@ -122,7 +122,7 @@ class Replay:
         features = Features(waits, policy in ("manta-fetch", "manta-host"), policy == "manta-host")
         self._stopwatch = Stopwatch()
         self._engines = [
-            Engine(part, shape, scenario.seed, self._at, self._hear, self._stopwatch, features) for part in parts
+            SimulatedEngine(part, shape, scenario.seed, self._at, self._hear, self._stopwatch, features) for part in parts
         ]
         self._router = None if one_core else self._make_router()
 
@@ -210,7 +210,7 @@ class Replay:
         if engine.drain(group, self._now_s):
             self._at(self._now_s + drain.stay_s, lambda: engine.vacate(group, self._now_s))
 
-    def _return(self, engine: Engine, group: GroupId) -> None:
+    def _return(self, engine: SimulatedEngine, group: GroupId) -> None:
         engine.bring_up(group, self._now_s)
 
     # ---- the front end

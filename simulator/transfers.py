@@ -52,7 +52,7 @@ class Flow:
     rate: float = 0.0
 
 
-class Transfers:
+class SimulatedTransfers:
     """Of one engine. A `Send` and its `Receive` start when both groups have come to them in their logs.
 
     Told what time it is by every call, in order. `finished` collects answers, `next_s` says when the next one is due.

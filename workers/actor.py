@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from scheduler.logs import configure
-from workers.config import SchedulerAddress, WorkerConfig
+from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 
 if TYPE_CHECKING:
     from workers.life import Rendezvous
@@ -18,11 +18,20 @@ class WorkerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.fleet.group`), with the group's resources, never restarted or
     retried: a rank that dies takes its group's epoch with it. Two calls may run at once: the long one, and `phase`."""
 
-    def __init__(self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float) -> None:
-        configure(config.log_format, group=group, epoch=epoch, rank=rank)
+    def __init__(
+        self,
+        config: WorkerConfig,
+        resolved: ResolvedWorker,
+        group: int,
+        epoch: int,
+        rank: int,
+        timeout_s: float,
+        log_format: str,
+    ) -> None:
+        configure(log_format, group=group, epoch=epoch, rank=rank)
         from workers.life import RankLife
 
-        self._life = RankLife(config, group, epoch, rank, size, timeout_s, ray.util.get_node_ip_address())
+        self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, ray.util.get_node_ip_address())
 
     def open(self) -> "Rendezvous":
         """Rank 0 only: opens the ports at which its peers meet it."""

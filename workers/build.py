@@ -17,7 +17,7 @@ import torch
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.select import select_backend
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.execution.spec import RunnerSpec
 from workers.loop.batch import ResidentBatch
@@ -61,32 +61,36 @@ class Built:
     blocks: int
 
     @property
-    def slots(self) -> int:
-        """Blocks of host memory; equal on all ranks of a group."""
+    def host_blocks(self) -> int:
+        """Equal on all ranks of a group."""
         return self.host.blocks if self.host is not None else 0
 
 
 def build_rank(
-    config: WorkerConfig, comm: Communicator, phase: Phase = lambda *_: None, arithmetic: Arithmetic | None = None
+    config: WorkerConfig,
+    resolved: ResolvedWorker,
+    comm: Communicator,
+    phase: Phase = lambda *_: None,
+    arithmetic: Arithmetic | None = None,
 ) -> Built:
     """Loads this rank's shard. All ranks of the group call it together.
 
     arithmetic: what the device computes in; None: it is asked. Errors: CheckpointError, ValueError (memory, attention backend),
     torch's out-of-memory error.
     """
-    torch.set_num_threads(config.threads)
-    device = torch.device(config.device)
+    torch.set_num_threads(resolved.threads)
+    device = torch.device(resolved.device)
     model_config = read_config(Path(config.model))
     shape = model_config.shard(comm.rank, comm.size)
     dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
     layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
-    threads = max(config.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks_on_host))
+    threads = max(resolved.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks))
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
-        runner, blocks = make(RunnerSpec(config, model_config, layout, comm, dtype, device, constraints), phase)
+        runner, blocks = make(RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints), phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         constraints.close()
@@ -94,8 +98,8 @@ def build_rank(
     if comm.rank == 0:
         logger.info("KV pool: %d blocks of %d tokens, %s bytes a rank", blocks, config.block_size,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
-    batch = ResidentBatch(config.rows, config.block_size, config.step_tokens, config.max_model_len)
-    return Built(Rank(batch, runner, config.depth), runner.pool, host, blocks)
+    batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
+    return Built(Rank(batch, runner, resolved.depth), runner.pool, host, blocks)
 
 
 def settle() -> None:
@@ -117,9 +121,9 @@ def _choose_dtype(
         stored = checkpoint.stored()
     least = partial(_least, comm, device)
     together = replace(arithmetic, bfloat16=bool(least(arithmetic.bfloat16)), float16=bool(least(arithmetic.float16)))
-    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // config.ranks_on_host
+    share = int(_memory("MemTotal", "SC_PHYS_PAGES") * WIDE_WEIGHTS_FRACTION) * comm.size // config.ranks
     room = least(min(share, _available_memory()))
-    choice = choose(model.dtype, stored, together, config.rows, room)
+    choice = choose(model.dtype, stored, together, config.max_num_seqs, room)
     if comm.rank == 0:
         logger.info("dtype %s: %s", str(choice.dtype).removeprefix("torch."), choice.why)
     return choice.dtype
@@ -129,19 +133,20 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     """What executes on a CPU, and how many blocks it has."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
     model = load_model(
-        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), config.max_model_len
+        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), spec.resolved.max_model_len
     )
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:
-        memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks_on_host
-    blocks = _agree_on_blocks(comm, _useful_blocks(config, spec.layout, memory), device)
+        memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks
+    blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
     pool = KVPool(spec.layout, blocks, device)
     model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
     sampler = Sampler(
-        vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, rows=config.rows, device=device, dtype=spec.dtype
-    )
-    return ModelRunner(model, sampler, spec.constraints, config.rows, pool), blocks
+        vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, max_num_seqs=config.max_num_seqs, device=device,
+        dtype=spec.dtype,
+    )  # fmt: skip
+    return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, pool), blocks
 
 
 def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
@@ -153,7 +158,7 @@ def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
     phase(MEASURING, 0, 0)
     config, layout = spec.config, spec.layout
     memory = config.kv_memory if config.kv_memory is not None else parts.measure()
-    blocks = _agree_on_blocks(spec.comm, _useful_blocks(config, layout, memory - layout.block_bytes), spec.device)
+    blocks = _agree_on_blocks(spec.comm, _useful_blocks(spec, memory - layout.block_bytes), spec.device)
     return parts.runner(blocks, partial(phase, CAPTURING)), blocks
 
 
@@ -165,15 +170,16 @@ def _host_pool(config: WorkerConfig, layout: BlockLayout, comm: Communicator, de
     phase(PINNING, 0, 0)
     if config.host_kv_memory < layout.block_bytes:
         raise ValueError(f"host_kv_memory={config.host_kv_memory:,} holds no block: one takes {layout.block_bytes:,} bytes")
-    slots = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
+    host_blocks = _agree_on_blocks(comm, layout.blocks_in(config.host_kv_memory), device)
     if comm.rank == 0:
-        logger.info("host tier: %d blocks, %s bytes a rank", slots, f"{slots * layout.block_bytes:,}")
-    return KVPool(layout, slots, "cpu", pinned=device.type == "cuda")
+        logger.info("host tier: %d blocks, %s bytes a rank", host_blocks, f"{host_blocks * layout.block_bytes:,}")
+    return KVPool(layout, host_blocks, "cpu", pinned=device.type == "cuda")
 
 
-def _useful_blocks(config: WorkerConfig, layout: BlockLayout, memory: int) -> int:
+def _useful_blocks(spec: RunnerSpec, memory: int) -> int:
     """Whole blocks in `memory`, no more than all rows at full length could fill. Errors: ValueError if not even one fits."""
-    return min(layout.blocks_in(memory), config.rows * layout.blocks_for(config.max_model_len))
+    longest = spec.layout.blocks_for(spec.resolved.max_model_len)
+    return min(spec.layout.blocks_in(memory), spec.config.max_num_seqs * longest)
 
 
 def _agree_on_blocks(comm: Communicator, blocks: int, device: torch.device) -> int:

@@ -1,10 +1,17 @@
-"""What each worker is told: its settings, and where its scheduler listens. Imports what gathers reports, but no torch: whoever
-places workers needs none."""
+"""What each worker is told: its settings, and where its scheduler listens. Imports the settings that the scheduler shares, and
+no torch: whoever places workers needs none."""
 
 import math
 from dataclasses import dataclass
 
-from workers.loop.reports import Reporter
+from scheduler.config import CacheConfig, Resolved
+from scheduler.options import Rule, at_least, at_most, one_of, option
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
+MAX_ROWS = 1 << 16
+"""A lease id keeps 16 bits for the row (`scheduler.protocol.messages.ROW_BITS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,40 +23,86 @@ class SchedulerAddress:
     token: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """What every rank of a cluster is told. dtype: "auto" or a name in `architectures.DTYPES`. kv_memory: bytes of each
-    rank, or None.
-
-    host_kv_memory: bytes of host memory in which each rank keeps blocks beside its pool; 0: none. transfers: whether its groups
-    exchange blocks. ranks_on_host: over how many ranks a CPU host's memory is divided. device: "cpu" or "cuda". cuda_graphs:
-    whether a GPU's decode steps are captured. report_steps, report_hold_s: as in `Reporter`. log_format: "text" or "json".
-    """
+@dataclass(frozen=True, kw_only=True)
+class GroupsConfig:
+    """What is served, and by how many."""
 
     model: str
-    device: str
-    dtype: str
-    block_size: int
-    kv_memory: int | None
-    gpu_memory_fraction: float
-    max_model_len: int
-    rows: int
-    step_tokens: int
-    report_steps: int
-    attention: str
-    threads: int
-    ranks_on_host: int
-    log_format: str = "text"
-    host_kv_memory: int = 0
-    transfers: bool = False
-    cuda_graphs: bool = True
-    report_hold_s: float = math.inf
-
-    def reporter(self, epoch: int) -> Reporter:
-        """What gathers the steps of one epoch into reports."""
-        return Reporter(epoch, self.report_steps, hold_s=self.report_hold_s)
+    tensor_parallel_size: int = option(
+        1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.", at_least(1)
+    )
+    groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.", at_least(1))
+    max_groups: int | None = option(None, "Groups at most; load adds them, idleness removes them.", shown="as many as groups")
 
     @property
-    def depth(self) -> int:
-        """Steps under way while the host plans the next: on a CPU the host is the device."""
-        return 1 if self.device == "cuda" else 0
+    def ranks(self) -> int:
+        """Of all groups at the start."""
+        return self.groups * self.tensor_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How much a group computes at once."""
+
+    max_num_seqs: int = option(256, "Sequences that one group runs at once.", at_least(1), at_most(MAX_ROWS))
+    max_num_batched_tokens: int = option(
+        2048, "Tokens that one step of a group computes; longer prompts go in chunks.", at_least(1)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
+    """A rank's settings."""
+
+    device: str = option(
+        "auto", f"Where ranks compute: {', '.join(DEVICES)}. auto: on GPUs where the cluster has any.", one_of(DEVICES)
+    )
+    dtype: str = option(
+        "auto",
+        f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",
+        one_of(DTYPES),
+    )
+    kv_memory: int | None = option(
+        None, 'KV cache of each rank, in bytes or as "4GiB".', at_least(1), shown="measured from free memory", size=True
+    )
+    host_kv_memory: int = option(
+        0,
+        'Host memory of each rank for blocks that leave its KV cache, in bytes or as "4GiB".',
+        at_least(0),
+        shown="none",
+        size=True,
+    )
+    gpu_memory_fraction: float = option(
+        0.9,
+        "Share of a GPU's memory that weights, activations and KV may fill, 0 to 1.",
+        Rule(lambda share: 0.0 < share <= 1.0, "is outside (0, 1]: try 0.9"),
+    )
+    max_model_len: int | None = option(None, "Longest prompt plus output, in tokens.", at_least(1), shown="the model's own")
+    attention: str = option("auto", f"Attention kernels: {', '.join(ATTENTION_BACKENDS)}.", one_of(ATTENTION_BACKENDS))
+    threads: int | None = option(
+        None, "CPU threads of each rank.", at_least(1), shown="all cores for a single local rank, otherwise 1"
+    )
+    report_steps: int | None = option(
+        None,
+        "Steps that one report of a group to the scheduler covers.",
+        at_least(1),
+        shown="1 on CPUs; on GPUs those of 4 ms, up to 8",
+    )
+    cuda_graphs: bool = option(True, "Capture decode steps on a GPU as CUDA graphs; off: launch by launch, for debugging.")
+
+    @property
+    def exchanges_blocks(self) -> bool:
+        """Whether ranks open a port for others: not where there is, and will be, only one group."""
+        return self.prefix_fetch and self.enable_prefix_caching and max(self.groups, self.max_groups or 0) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedWorker(Resolved):
+    """The same for a rank. device: "cpu" or "cuda". threads: of a CPU rank. report_steps, report_hold_s: as in `Reporter`.
+    depth: steps under way while the host plans the next."""
+
+    device: str = "cpu"
+    threads: int = 1
+    report_steps: int = 1
+    report_hold_s: float = math.inf
+    depth: int = 0

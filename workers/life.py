@@ -11,9 +11,10 @@ import torch
 from scheduler.protocol.messages import Hello
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
-from workers.config import SchedulerAddress, WorkerConfig
+from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
+from workers.loop.reports import Reporter
 from workers.moving.mover import BlockMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import Communicator
@@ -34,11 +35,11 @@ class RankLife:
     thread than the one that works."""
 
     def __init__(
-        self, config: WorkerConfig, group: int, epoch: int, rank: int, size: int, timeout_s: float, host: str
+        self, config: WorkerConfig, resolved: ResolvedWorker, group: int, epoch: int, rank: int, timeout_s: float, host: str
     ) -> None:
-        self._config = config
+        self._config, self._resolved = config, resolved
         self._group, self._epoch = group, epoch
-        self._rank, self._size = rank, size
+        self._rank, self._size = rank, config.tensor_parallel_size
         self._timeout_s = timeout_s
         self._host = host
         self._listener: socket.socket | None = None
@@ -58,10 +59,10 @@ class RankLife:
     def build(self, rendezvous: Rendezvous) -> int:
         """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""
         address = f"{rendezvous.host}:{rendezvous.store_port}"
-        device = torch.device(self._config.device, 0) if self._config.device == "cuda" else torch.device(self._config.device)
+        device = torch.device("cuda", 0) if self._resolved.device == "cuda" else torch.device("cpu")
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
-        self._built = build_rank(self._config, self._comm, self._enter)
+        self._built = build_rank(self._config, self._resolved, self._comm, self._enter)
         settle()
         return self._built.blocks
 
@@ -89,16 +90,19 @@ class RankLife:
         )
         self._attach_mover(transport, gathered.add)
         hello = Hello(
-            self._group, self._epoch, self._built.blocks, self._config.rows, self._built.slots,
+            self._group, self._epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks,
             (transport.address, *feed.ports) if transport is not None else (),
         )  # fmt: skip
         link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello)
         gathered.send = link.send
         try:
-            return lead(self._built.rank, link, feed, self._config.reporter(self._epoch))
+            return lead(self._built.rank, link, feed, self._reporter())
         finally:
             link.close()
             feed.close()
+
+    def _reporter(self) -> Reporter:
+        return Reporter(self._epoch, self._resolved.report_steps, hold_s=self._resolved.report_hold_s)
 
     def _follow(self, scheduler: SchedulerAddress) -> str:
         assert self._built is not None
@@ -117,7 +121,7 @@ class RankLife:
 
     def _open_transport(self, scheduler: SchedulerAddress) -> SocketTransport | None:
         """Where other groups fetch this rank's blocks; None if groups exchange none."""
-        if not self._config.transfers:
+        if not self._config.exchanges_blocks:
             return None
         assert self._built is not None
         return open_transport(

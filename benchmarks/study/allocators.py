@@ -16,7 +16,7 @@ from benchmarks.study.prefixes import block_keys
 from benchmarks.study.streams import StudyRequest, Workload
 
 GRANT_AHEAD = 4
-"""Slots that Manta grants before they are needed: `CoreConfig.grant_ahead`."""
+"""Slots that Manta grants before they are needed: `Resolved.grant_ahead`."""
 
 
 def power_of_two(tokens: int) -> int:

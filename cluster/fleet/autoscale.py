@@ -6,11 +6,10 @@ Imports `fleet` and the scheduler's `scaling`. Nodes are Ray's business: an adde
 import logging
 import threading
 import time
-from dataclasses import replace
 
 from cluster.engine import EngineError
 from cluster.fleet.fleet import Fleet
-from scheduler.server.scaling import Decision, Scaler, ScalingConfig
+from scheduler.server.scaling import Scaler, ScalingDecision
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +20,9 @@ JOIN_TIMEOUT_S = 10.0
 class Autoscaler:
     """One thread beside a fleet. Every decision but "none" is logged with its reason, also in a dry run."""
 
-    def __init__(self, fleet: Fleet, config: ScalingConfig) -> None:
+    def __init__(self, fleet: Fleet, max_groups: int) -> None:
         self._fleet = fleet
-        self._scaler = Scaler(config)
+        self._scaler = Scaler(fleet.config, fleet.wanted, max_groups)
         self._draining: threading.Thread | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-autoscaler", daemon=True)
@@ -32,21 +31,8 @@ class Autoscaler:
     @classmethod
     def of(cls, fleet: Fleet) -> "Autoscaler | None":
         """As the fleet's configuration says; None where the number of groups is fixed."""
-        config = fleet.config
-        if config.max_groups is None:
-            return None
-        return cls(
-            fleet,
-            ScalingConfig(
-                min_groups=fleet.wanted,
-                max_groups=config.max_groups,
-                target_wait_s=config.scale_wait_s,
-                idle_s=config.scale_idle_s,
-                up_cooldown_s=config.scale_cooldown_s,
-                down_cooldown_s=config.scale_cooldown_s,
-                dry_run=config.scale_dry_run,
-            ),
-        )
+        most = fleet.config.max_groups
+        return None if most is None else cls(fleet, most)
 
     def close(self) -> None:
         self._closing.set()
@@ -63,19 +49,18 @@ class Autoscaler:
         status = self._fleet.status()
         if status.engine is None:
             return
-        if self._scaler.config.min_groups != self._fleet.wanted and self._fleet.config.max_groups is not None:
-            self._scaler.config = replace(self._scaler.config, min_groups=self._fleet.wanted)
+        self._scaler.min_groups = self._fleet.wanted
         draining = sum(group.draining for group in status.engine.groups)
         target = self._fleet.target - draining
         starting = target - sum(group.up and not group.draining for group in status.engine.groups)
         decision = self._scaler.decide(time.monotonic(), status.engine, target, max(0, starting))
         if decision.action != "none":
-            dry = " (dry run)" if self._scaler.config.dry_run else ""
+            dry = " (dry run)" if self._scaler.config.scale_dry_run else ""
             logger.warning("autoscaler: %s%s: %s", decision.action, dry, decision.reason)
-            if not self._scaler.config.dry_run:
+            if not self._scaler.config.scale_dry_run:
                 self._act(decision)
 
-    def _act(self, decision: Decision) -> None:
+    def _act(self, decision: ScalingDecision) -> None:
         if decision.action == "add":
             self._fleet.add_group()
         elif decision.group is not None and (self._draining is None or not self._draining.is_alive()):

@@ -16,9 +16,9 @@ from cluster.engine import EngineError, OnFailure, Progress
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.health import GroupKeeper
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
-from scheduler.config import CoreConfig
+from scheduler.config import QueueBounds
 from scheduler.server.stats import ClusterStatus, GroupStats
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
 
@@ -30,17 +30,21 @@ class Fleet:
     """One scheduler, `config.groups` groups at first, as many as `resize` says from then on. Every method may be called from
     any thread.
 
-    on_lost: told once, from a thread, when the last group will not come back, and why.
+    on_lost: told once, from a thread, when the last group will not come back, and why. bounds, log_format: an endpoint's.
     """
 
     def __init__(
-        self, config: EngineConfig, core: CoreConfig, worker: WorkerConfig, on_lost: OnFailure = logger.error
+        self,
+        config: EngineConfig,
+        resolved: ResolvedWorker,
+        on_lost: OnFailure = logger.error,
+        bounds: QueueBounds | None = None,
+        log_format: str = "text",
     ) -> None:
         self.config = config
-        self.worker = worker
-        self.scheduler = SchedulerKeeper(
-            core, check_invariants=config.check_invariants, log_format=worker.log_format
-        )
+        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format)
+        self._resolved = resolved
+        self._log_format = log_format
         self._on_lost = on_lost
         self._keepers: dict[int, GroupKeeper] = {}
         self._epochs: dict[int, int] = {}
@@ -55,7 +59,7 @@ class Fleet:
         """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
         config, wanted = self.config, self._wanted
         deadline = time.monotonic() + config.start_timeout_s
-        workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self.worker.device} rank(s)"
+        workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self._resolved.device} rank(s)"
         self._say(f"starting the scheduler and {workers}", progress)
         keepers = [self._add(config.start_timeout_s) for _ in range(wanted)]
         self.scheduler.start(config.start_timeout_s)
@@ -193,7 +197,7 @@ class Fleet:
         return keeper
 
     def _handle(self, group: int, epoch: int) -> GroupHandle:
-        return GroupHandle(group, epoch, self.config.tensor_parallel_size, self.worker)
+        return GroupHandle(group, epoch, self.config, self._resolved, self._log_format)
 
     def _running(self, group: int) -> int:
         return sum(stats.running + stats.fetching for stats in self.groups() if stats.group == group)

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.engine import EngineError
 from scheduler.server.stats import GroupStart
 from workers.actor import WorkerActor
-from workers.config import SchedulerAddress, WorkerConfig
+from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +31,18 @@ class GroupHandle:
     A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch.
     """
 
-    def __init__(self, group: int, epoch: int, size: int, config: WorkerConfig) -> None:
+    def __init__(self, group: int, epoch: int, config: WorkerConfig, resolved: ResolvedWorker, log_format: str) -> None:
         self.group = group
         self.epoch = epoch
-        self.size = size
-        self._config = config
+        self.size = config.tensor_parallel_size
+        self.resources = rank_resources(resolved)
+        self._config, self._resolved = config, resolved
+        self._log_format = log_format
         self._placement: PlacementGroup | None = None
         self._ranks: list[Any] = []
         self._killed = False
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What Ray must set aside for each rank."""
-        return rank_resources(self._config)
 
     def start(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """Places the ranks, builds them, and sets their loops running; returns when the pools stand.
@@ -84,7 +81,8 @@ class GroupHandle:
                 max_task_retries=0,
                 scheduling_strategy=strategy,
             )
-            self._ranks.append(options.remote(self._config, self.group, self.epoch, rank, self.size, _left(deadline)))
+            told = (self._config, self._resolved, self.group, self.epoch, rank, _left(deadline), self._log_format)
+            self._ranks.append(options.remote(*told))
 
     def wait(self, timeout_s: float) -> str | None:
         """Waits for the group to end; why it did, or None if it still runs."""
@@ -128,9 +126,9 @@ class GroupHandle:
             return f"group {self.group}, rank {rank}: its worker process died"
 
 
-def rank_resources(config: WorkerConfig) -> dict[str, float]:
-    """One GPU, or as many logical CPUs as the rank has threads."""
-    return {"GPU": 1.0, "CPU": 1.0} if config.device == "cuda" else {"CPU": float(config.threads)}
+def rank_resources(resolved: ResolvedWorker) -> dict[str, float]:
+    """What Ray must set aside for each rank: one GPU, or as many logical CPUs as it has threads."""
+    return {"GPU": 1.0, "CPU": 1.0} if resolved.device == "cuda" else {"CPU": float(resolved.threads)}
 
 
 def _left(deadline: float) -> float:

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.server.actor import SchedulerActor
 from scheduler.server.stats import ClusterStatus
 from workers.config import SchedulerAddress
@@ -44,11 +44,9 @@ class SchedulerKeeper:
     `CALL_TIMEOUT_S`.
     """
 
-    def __init__(self, config: CoreConfig, *, check_invariants: bool, log_format: str) -> None:
-        self._config = config
-        self._check = check_invariants
-        self._log_format = log_format
+    def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None, log_format: str) -> None:
         self._token = secrets.token_hex(16)
+        self._told = (config, resolved, bounds, self._token, log_format)
         self._changed = threading.Condition()
         self._live: LiveScheduler | None = None
         self._last_epoch = -1
@@ -128,7 +126,7 @@ class SchedulerKeeper:
         # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
-        actor = options.remote(self._config, self._token, self._check, self._log_format)
+        actor = options.remote(*self._told)
         try:
             host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:

@@ -5,7 +5,6 @@ millisecond, which the front end's work must not lengthen: there the groups have
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ from typing import TypeVar
 
 import torch
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, own_threads
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.local.groups import EPOCH, Groups, ThreadGroups
 from cluster.local.process import ProcessGroups
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement import why
 from scheduler.protocol.messages import (
@@ -38,7 +37,6 @@ from scheduler.protocol.messages import (
 from scheduler.server.shell import Shell
 from scheduler.server.stats import PoolMap, pool_maps, snapshot
 from scheduler.server.tallies import Tallies
-from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +47,13 @@ T = TypeVar("T")
 def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "LocalEngine":
     """See `cluster.engine.StartEngine`."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = config.groups * config.tensor_parallel_size
-    core, worker = resolve(config, device, ranks, max(1, (os.cpu_count() or 1) // ranks))
-    if core.log_decisions:
+    resolved = resolve(config, device, own_threads(config))
+    if config.log_decisions:
         why.show()
     make = ProcessGroups if device == "cuda" else ThreadGroups
-    groups = make(worker, config.groups, config.tensor_parallel_size)
-    engine = LocalEngine(core, worker, groups, on_deltas, on_failure, check_invariants=config.check_invariants)
+    engine = LocalEngine(config, resolved, make(config, resolved), on_deltas, on_failure)
     try:
-        engine.start(config.groups, progress)
+        engine.start(progress)
     except BaseException:
         engine.close()
         raise
@@ -72,18 +68,18 @@ class LocalEngine:
 
     def __init__(
         self,
-        core: CoreConfig,
-        worker: WorkerConfig,
+        config: EngineConfig,
+        resolved: Resolved,
         groups: Groups,
         on_deltas: OnDeltas,
         on_failure: OnFailure,
-        *,
-        check_invariants: bool = False,
     ) -> None:
-        self.block_size = core.block_size
-        self._core = SchedulerCore(core)
-        self._shell = Shell(self._core, self._tell_group, self._tell_front_end, check_invariants=check_invariants)
-        self._worker = worker
+        self.block_size = config.block_size
+        self._config = config
+        self._core = SchedulerCore(config, resolved)
+        self._shell = Shell(
+            self._core, self._tell_group, self._tell_front_end, check_invariants=config.check_invariants
+        )
         self._groups = groups
         self._on_deltas = on_deltas
         self._on_failure = on_failure
@@ -137,15 +133,16 @@ class LocalEngine:
 
     # ---- groups
 
-    def start(self, groups: int, progress: Progress) -> None:
+    def start(self, progress: Progress) -> None:
         """Returns when all ranks are ready. Errors: the first rank's error."""
-        for number in range(groups):
+        for number in range(self._config.groups):
             self._core.expect(GroupId(number))
         self._groups.start(self, progress)
-        progress(f"{groups} group(s) are ready")
+        progress(f"{self._config.groups} group(s) are ready")
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        self.call(lambda core: core.group_up(group, EPOCH, blocks, self._worker.rows, slots=slots, ports=ports))
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+        rows = self._config.max_num_seqs
+        self.call(lambda core: core.group_up(group, EPOCH, blocks, rows, host_blocks=host_blocks, ports=ports))
 
     def group_lost(self, group: GroupId, reason: str) -> None:
         with self._lock:

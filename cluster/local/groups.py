@@ -13,9 +13,10 @@ from typing import Protocol
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import Command, End, FromLeader
 from workers.build import Built, build_rank
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
+from workers.loop.reports import Reporter
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import BlockMover
 from workers.parallel.connect import PeerLost
@@ -30,8 +31,8 @@ CLOSE_TIMEOUT_S = 30.0
 class GroupHost(Protocol):
     """Who hears of the groups. Every method may be called from any thread."""
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        """The group's ranks are built; commands may follow. slots: blocks of host memory. ports: where blocks are fetched."""
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+        """The group's ranks are built; commands may follow. host_blocks: in host memory. ports: where blocks are fetched."""
         ...
 
     def hear(self, group: GroupId, message: FromLeader) -> None: ...
@@ -58,22 +59,21 @@ class Groups(Protocol):
 
 
 class ThreadGroups:
-    """`groups` groups of `size` ranks as threads of this process."""
+    """Every rank is a thread of this process."""
 
-    def __init__(self, worker: WorkerConfig, groups: int, size: int) -> None:
-        self.worker = worker
+    def __init__(self, config: WorkerConfig, resolved: ResolvedWorker) -> None:
+        self.config, self.resolved = config, resolved
         self.exchange = Exchange()
-        self._size = size
-        self._links = {GroupId(number): LocalLink(GroupId(number)) for number in range(groups)}
+        self._links = {GroupId(number): LocalLink(GroupId(number)) for number in range(config.groups)}
         self._threads: list[threading.Thread] = []
 
     def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
         starts = []
         for group, link in self._links.items():
             link.host = host
-            starts.append(_GroupStart(self, host, group, link, self._size))
+            starts.append(_GroupStart(self, host, group, link))
         for start in starts:
-            progress(f"group {start.group}: loading {self.worker.model}")
+            progress(f"group {start.group}: loading {self.config.model}")
             self._threads += start.threads()
         for start in starts:
             start.wait()
@@ -137,7 +137,8 @@ class LocalInbox:
 class _GroupStart:
     """The threads of one group: build, say ready, run. Any rank's error ends all of them."""
 
-    def __init__(self, groups: ThreadGroups, host: GroupHost, group: GroupId, link: LocalLink, size: int) -> None:
+    def __init__(self, groups: ThreadGroups, host: GroupHost, group: GroupId, link: LocalLink) -> None:
+        size = groups.config.tensor_parallel_size
         self.group = group
         self._groups = groups
         self._host = host
@@ -166,11 +167,11 @@ class _GroupStart:
     def _run(self, number: int) -> None:
         loop: Callable[[Rank], str] = self._lead if number == 0 else lambda rank: follow(rank, self._feed.inboxes[number - 1])
         try:
-            built = build_rank(self._groups.worker, self._comms[number])
+            built = build_rank(self._groups.config, self._groups.resolved, self._comms[number])
             with contextlib.closing(built.rank):
                 self._attach_mover(number, built)
                 if number == 0:
-                    self._host.group_up(self.group, built.blocks, built.slots, self._ports())
+                    self._host.group_up(self.group, built.blocks, built.host_blocks, self._ports())
                 self._ready[number].set()
                 loop(built.rank)
         except BaseException as error:
@@ -179,16 +180,18 @@ class _GroupStart:
     def _attach_mover(self, number: int, built: Built) -> None:
         """What the rank says of a transfer goes straight to the leader's side: they share the process."""
         transport = None
-        if self._groups.worker.transfers:
+        if self._groups.config.exchanges_blocks:
             transport = LocalTransport(self._groups.exchange, built.pool, group=self.group, epoch=EPOCH, rank=number)
         built.rank.mover = BlockMover(built.pool, built.host, transport, self._gathered.add, rank=number, epoch=EPOCH)
 
     def _ports(self) -> tuple[str, ...]:
         """In one process a rank is found by its number: there is no port."""
-        return tuple(f"local:{number}" for number in range(len(self._comms))) if self._groups.worker.transfers else ()
+        return tuple(f"local:{number}" for number in range(len(self._comms))) if self._groups.config.exchanges_blocks else ()
 
     def _lead(self, rank: Rank) -> str:
-        return lead(rank, self._link, self._feed, self._groups.worker.reporter(EPOCH))
+        resolved = self._groups.resolved
+        reporter = Reporter(EPOCH, resolved.report_steps, hold_s=resolved.report_hold_s)
+        return lead(rank, self._link, self._feed, reporter)
 
     def _fail(self, number: int, error: BaseException) -> None:
         """The first error is the cause; what the other ranks see afterwards is its consequence."""

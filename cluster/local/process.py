@@ -25,7 +25,7 @@ from scheduler.logs import configure
 from scheduler.protocol.messages import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
 from workers.build import settle
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 
 
 class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
@@ -33,7 +33,7 @@ class GroupUp(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
     group: GroupId
     blocks: int
-    slots: int
+    host_blocks: int
     ports: tuple[str, ...]
 
 
@@ -79,10 +79,10 @@ CODE = "import sys; sys.path[:] = {path!r}; from cluster.local.process import ma
 class ProcessGroups:
     """`ThreadGroups` behind a socket, in a child that ends with this process."""
 
-    def __init__(self, worker: WorkerConfig, groups: int, size: int) -> None:
-        self._asked = pickle.dumps((worker, groups, size))
-        self._model = worker.model
-        self._groups = [GroupId(number) for number in range(groups)]
+    def __init__(self, config: WorkerConfig, resolved: ResolvedWorker) -> None:
+        self._asked = pickle.dumps((config, resolved))
+        self._model = config.model
+        self._groups = [GroupId(number) for number in range(config.groups)]
         self._child: subprocess.Popen[bytes] | None = None
         self._socket: FrameSocket | None = None
         self._host: GroupHost | None = None
@@ -139,8 +139,8 @@ class ProcessGroups:
         match message:
             case GroupSays(group, said):
                 host.hear(group, said)
-            case GroupUp(group, blocks, slots, ports):
-                host.group_up(group, blocks, slots, ports)
+            case GroupUp(group, blocks, host_blocks, ports):
+                host.group_up(group, blocks, host_blocks, ports)
             case GroupLost(group, reason):
                 host.group_lost(group, reason)
             case Doing(what):
@@ -156,8 +156,8 @@ class _Parent:
     def __init__(self, connection: FrameSocket) -> None:
         self._connection = connection
 
-    def group_up(self, group: GroupId, blocks: int, slots: int, ports: tuple[str, ...]) -> None:
-        self._connection.send(GroupUp(group, blocks, slots, ports))
+    def group_up(self, group: GroupId, blocks: int, host_blocks: int, ports: tuple[str, ...]) -> None:
+        self._connection.send(GroupUp(group, blocks, host_blocks, ports))
 
     def hear(self, group: GroupId, message: FromLeader) -> None:
         self._connection.send(GroupSays(group, message))
@@ -176,9 +176,8 @@ def main(descriptor: int) -> None:
     asked = connection.receive()
     if asked is None:
         return
-    worker, number, size = pickle.loads(msgspec.msgpack.decode(asked, type=bytes))
-    configure(worker.log_format)
-    groups = ThreadGroups(worker, number, size)
+    configure("text")
+    groups = ThreadGroups(*pickle.loads(msgspec.msgpack.decode(asked, type=bytes)))
     parent = _Parent(connection)
     threading.Thread(target=_start, args=(groups, parent, connection), name="manta-local-start", daemon=True).start()
     message: ToChild

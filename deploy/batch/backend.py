@@ -7,7 +7,7 @@ from deploy.batch.lines import BatchRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LineAnswer:
     """body: JSON. output_tokens: of all choices."""
 
     status: int
@@ -18,7 +18,7 @@ class Answer:
 class Backend(Protocol):
     """Answers many requests at a time."""
 
-    async def answer(self, request: BatchRequest) -> Answer:
+    async def answer(self, request: BatchRequest) -> LineAnswer:
         """Errors: RequestError for a request that failed or cannot be served now; EngineError once none ever will be again;
         ConfigError if the job was set up wrong."""
         ...

@@ -17,10 +17,9 @@ from deploy.cli.exits import interrupts_held
 from deploy.config.load import ConfigError
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.service import Cluster
-from scheduler.config import CoreConfig
 from scheduler.protocol.messages import Deltas
 from scheduler.server.stats import ClusterStatus
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker
 
 
 @contextmanager
@@ -77,11 +76,11 @@ def _nobody_asked(deltas: Deltas) -> None:
 class FleetCluster:
     """Groups on Ray. The scheduler and the groups come back when they die; once no group will, all is lost."""
 
-    def __init__(self, config: EngineConfig, core: CoreConfig, worker: WorkerConfig) -> None:
+    def __init__(self, config: EngineConfig, resolved: ResolvedWorker) -> None:
         from cluster.fleet.fleet import Fleet
 
         self._lost: str | None = None
-        self.fleet = Fleet(config, core, worker, self._lose)
+        self.fleet = Fleet(config, resolved, self._lose)
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         address = self.fleet.current().address
@@ -106,10 +105,10 @@ def _fleet(config: EngineConfig, progress: Progress) -> Iterator[FleetCluster]:
     threads = own_threads(config)
     stack = ExitStack()
     try:
-        owns_ray = connect_ray(config, config.groups * config.tensor_parallel_size * threads, progress)
+        owns_ray = connect_ray(config, config.ranks * threads, progress)
         if owns_ray:
             stack.callback(ray.shutdown)
-        cluster = FleetCluster(config, *plan(config, threads if owns_ray else config.threads or 1))
+        cluster = FleetCluster(config, plan(config, threads if owns_ray else 1))
         stack.callback(cluster.fleet.close)
         cluster.fleet.start(progress)
         if (autoscaler := Autoscaler.of(cluster.fleet)) is not None:

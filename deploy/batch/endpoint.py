@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from deploy.batch.backend import Answer
+from deploy.batch.backend import LineAnswer
 from deploy.batch.lines import BatchRequest
 from deploy.config.load import ConfigError
 from deploy.doors.openai.errors import error_body
@@ -26,7 +26,7 @@ class EndpointBackend:
     def __init__(self, client: "httpx.AsyncClient") -> None:
         self._client = client
 
-    async def answer(self, request: BatchRequest) -> Answer:
+    async def answer(self, request: BatchRequest) -> LineAnswer:
         from httpx import TransportError
 
         headers = {"content-type": "application/json", "x-request-id": request.id}
@@ -78,14 +78,14 @@ class _Failure(msgspec.Struct):
     error: _Detail
 
 
-def _answer(response: "httpx.Response") -> Answer:
+def _answer(response: "httpx.Response") -> LineAnswer:
     """What is not JSON comes from something in between, and is told as an error."""
     try:
         usage = msgspec.json.decode(response.content, type=_Body).usage
     except ValueError:
         error = RequestError(Fault.INTERNAL, f"the answer is not a JSON object: {response.text[:200]!r}")
-        return Answer(response.status_code, error_body(error))
-    return Answer(response.status_code, response.content, usage.completion_tokens if usage else 0)
+        return LineAnswer(response.status_code, error_body(error))
+    return LineAnswer(response.status_code, response.content, usage.completion_tokens if usage else 0)
 
 
 def _message(response: "httpx.Response") -> str:

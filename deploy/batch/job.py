@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from cluster.engine import EngineError
-from deploy.batch.backend import Answer, Backend
+from deploy.batch.backend import Backend, LineAnswer
 from deploy.batch.journal import Journal
 from deploy.batch.lines import (
     BadLine,
@@ -35,7 +35,7 @@ from deploy.batch.lines import (
     read_lines,
     result_id,
 )
-from deploy.batch.progress import Tally
+from deploy.batch.progress import JobTally
 from deploy.config.load import ConfigError
 from deploy.doors.openai.errors import error_body
 from deploy.frontend.errors import Fault, RequestError
@@ -90,11 +90,11 @@ class Window:
         self._left.set()
 
 
-class Job:
+class BatchJob:
     """One run over one input: `catch_up`, then `run` if anything is left. What it does not finish, the next run on the same
     journal does."""
 
-    def __init__(self, file: BinaryIO, journal: Journal, limits: Limits, tally: Tally) -> None:
+    def __init__(self, file: BinaryIO, journal: Journal, limits: Limits, tally: JobTally) -> None:
         self._journal = journal
         self._limits = limits
         self._input: Iterator[Line] = read_lines(file, limits.line_bytes)
@@ -184,7 +184,7 @@ class Job:
         finally:
             self._window.leave(request.tokens)
 
-    async def _answer(self, request: BatchRequest, backend: Backend) -> Answer:
+    async def _answer(self, request: BatchRequest, backend: Backend) -> LineAnswer:
         """Waits out a full queue for as long as it takes, an absence for `retries` times. Errors: ConfigError, EngineError."""
         absences = 0
         for backoff_s in _backoffs_s():
@@ -193,7 +193,7 @@ class Job:
             except RequestError as error:
                 absences += error.fault is Fault.UNAVAILABLE
                 if error.fault not in (Fault.OVERLOADED, Fault.UNAVAILABLE):
-                    return Answer(error.fault.status, error_body(error))
+                    return LineAnswer(error.fault.status, error_body(error))
                 if absences > self._limits.retries:
                     raise EngineError(f"{error.message} (tried {absences} times)") from error
                 await asyncio.sleep(max(error.retry_after_s, backoff_s))
@@ -201,7 +201,8 @@ class Job:
                 raise
             except Exception:
                 logger.exception("request %s failed", request.id)
-                return Answer(500, error_body(RequestError(Fault.INTERNAL, "a fault of Manta's: the job's log has the reason")))
+                fault = RequestError(Fault.INTERNAL, "a fault of Manta's: the job's log has the reason")
+                return LineAnswer(500, error_body(fault))
         raise AssertionError("backoffs do not end")
 
     async def _write(self, result: bytes) -> None:

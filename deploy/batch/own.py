@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.engine import EngineError
-from deploy.batch.backend import Answer
+from deploy.batch.backend import LineAnswer
 from deploy.batch.lines import BatchRequest
 from deploy.config.load import Config
 from deploy.config.serve import ServeConfig, model_name
@@ -41,14 +41,14 @@ class ServiceBackend:
         self._completions = Completions(service, limits, grammars)
         self._chat = Chat(service, limits, grammars)
 
-    async def answer(self, request: BatchRequest) -> Answer:
+    async def answer(self, request: BatchRequest) -> LineAnswer:
         try:
             whole = await (self._converse(request) if request.url == CHAT_URL else self._complete(request))
         except RequestError as error:
             if error.fault is Fault.UNAVAILABLE:
                 _refuse_stopped(await self._cluster.status())
             raise
-        return Answer(200, msgspec.json.encode(whole), whole.usage.completion_tokens if whole.usage else 0)
+        return LineAnswer(200, msgspec.json.encode(whole), whole.usage.completion_tokens if whole.usage else 0)
 
     async def _complete(self, request: BatchRequest) -> Completion:
         asked = read(request.body, CompletionRequest)

@@ -5,7 +5,7 @@ from datetime import timedelta
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
-class Tally:
+class JobTally:
     """What this run has done: each line was answered, has failed, or was skipped. total_bytes: of the input; it measures
     progress, since nobody has counted the lines."""
 

@@ -15,9 +15,9 @@ import typer
 
 from cluster.engine import Progress
 from deploy.batch.backend import Backend
-from deploy.batch.job import Job, Limits
+from deploy.batch.job import BatchJob, Limits
 from deploy.batch.journal import open_journal
-from deploy.batch.progress import Tally
+from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location
 from deploy.cli.display import start_progress
 from deploy.cli.exits import DONE
@@ -50,7 +50,7 @@ def run(task: Task, config: Config, shown: bool) -> int:
 
     shown: tell on stderr how far it is.
     """
-    tally = Tally(task.input.size_bytes())
+    tally = JobTally(task.input.size_bytes())
     with ExitStack() as stack:
         file = stack.enter_context(task.input.open())
         journal = stack.enter_context(closing(open_journal(task.output)))
@@ -59,7 +59,7 @@ def run(task: Task, config: Config, shown: bool) -> int:
         if task.output.in_job_folder:
             progress(f"{task.output} lies where Ray unpacked this job, and goes with it: a path beyond it, or a store, lasts")
         progress(f"looking for what {task.output} has already")
-        job = Job(file, journal, task.limits, tally)
+        job = BatchJob(file, journal, task.limits, tally)
         if not job.catch_up():
             return DONE
         door = stack.enter_context(_find_backend(task, config, progress))
@@ -70,7 +70,7 @@ def run(task: Task, config: Config, shown: bool) -> int:
             signal.signal(signal.SIGTERM, terminate)  # the loop had it, and leaves the default behind
 
 
-def _tell_end(tally: Tally, task: Task, shown: bool) -> None:
+def _tell_end(tally: JobTally, task: Task, shown: bool) -> None:
     if shown:
         typer.echo(f"{tally.summary(time.monotonic())}; results go to {task.output}", err=True)
 
@@ -92,7 +92,7 @@ def _find_backend(task: Task, config: Config, progress: Progress) -> Iterator[Op
         yield lambda: open_backend(cluster, config)
 
 
-async def _work(job: Job, tally: Tally, door: Open, progress: Progress) -> None:
+async def _work(job: BatchJob, tally: JobTally, door: Open, progress: Progress) -> None:
     async with door() as backend:
         tally.start(time.monotonic())
         reporting = asyncio.create_task(_report(tally, progress))
@@ -104,7 +104,7 @@ async def _work(job: Job, tally: Tally, door: Open, progress: Progress) -> None:
                 await reporting
 
 
-async def _report(tally: Tally, progress: Progress) -> None:
+async def _report(tally: JobTally, progress: Progress) -> None:
     while True:
         await asyncio.sleep(REPORT_S)
         progress(tally.words(time.monotonic()))

@@ -8,7 +8,6 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -17,6 +16,7 @@ import typer
 from cluster.config import EngineConfig
 from deploy.config.load import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ServeConfig
+from scheduler.options import options
 from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
 SAMPLING_HELP: dict[str, tuple[type[Any], str]] = {
@@ -58,22 +58,22 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that a command takes as keyword arguments `engine`, `serve` or `sampling`, each those given by field
     name; the last are for `sampling_values`."""
     groups: dict[str, dict[str, inspect.Parameter]] = {
-        "sampling": dict(zip(SAMPLING_HELP, _sampling_options(), strict=True)),
-        "serve": {f.name: option for f, option in zip(fields(ServeConfig), _options(ServeConfig, "Endpoint"), strict=True)},
-        "engine": {f.name: option for f, option in zip(fields(EngineConfig), _options(EngineConfig, "Engine"), strict=True)},
+        "sampling": dict(_sampling_options()),
+        "serve": dict(_options(ServeConfig, "Endpoint")),
+        "engine": dict(_options(EngineConfig, "Engine")),
     }
     signature = inspect.signature(command)
-    taken = {name: options for name, options in groups.items() if name in signature.parameters}
+    taken = {name: group for name, group in groups.items() if name in signature.parameters}
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         values = {
-            name: {field: given.pop(option.name) for field, option in options.items()} for name, options in taken.items()
+            name: {field: given.pop(option.name) for field, option in group.items()} for name, group in taken.items()
         }
         command(**values, **given)
 
     own = [p for p in signature.parameters.values() if p.name not in taken]
-    every = [*own, *(option for options in taken.values() for option in options.values())]
+    every = [*own, *(option for group in taken.values() for option in group.values())]
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in every}
     return run
@@ -87,20 +87,21 @@ def sampling_values(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _sampling_options() -> Iterator[inspect.Parameter]:
+def _sampling_options() -> Iterator[tuple[str, inspect.Parameter]]:
     assert SAMPLING_HELP.keys() | FILE_ONLY == set(SamplingParams.__struct_fields__), "every sampling field has its help"
     for name, (kind, help_text) in SAMPLING_HELP.items():
-        yield _option(name, kind, help_text, "Sampling")
+        yield name, _option(name, kind, help_text, "Sampling")
 
 
-def _options(record: type[EngineConfig | ServeConfig], panel: str) -> Iterator[inspect.Parameter]:
+def _options(record: type[EngineConfig | ServeConfig], panel: str) -> Iterator[tuple[str, inspect.Parameter]]:
+    """By the names of the fields."""
     hints = get_type_hints(record)
-    for f in fields(record):
+    for f in options(record):
         flag = ENGINE_FLAGS.get(f.name, f.name)
         if f.name == "model":
             embedded = "/".join(EMBEDDED_MODEL.parts[-2:])
             help_text = f"Folder of a Hugging Face checkpoint. Default: {embedded}, which comes with Manta."
-            yield _option(flag, str, help_text, panel)
+            yield f.name, _option(flag, str, help_text, panel)
             continue
         kind = str if f.metadata["size"] else hints[f.name]
         if get_origin(kind) is tuple:
@@ -108,7 +109,7 @@ def _options(record: type[EngineConfig | ServeConfig], panel: str) -> Iterator[i
         if isinstance(kind, types.UnionType):
             kind = next(part for part in get_args(kind) if part is not types.NoneType)
         shown = {"True": "yes", "False": "no"}.get(f.metadata["shown"], f.metadata["shown"])
-        yield _option(flag, kind, f"{f.metadata['help']} Default: {shown}.", panel)
+        yield f.name, _option(flag, kind, f"{f.metadata['help']} Default: {shown}.", panel)
 
 
 def _option(name: str, kind: Any, help_text: str, panel: str) -> inspect.Parameter:

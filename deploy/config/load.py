@@ -19,7 +19,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ import msgspec
 from cluster.config import EngineConfig
 from deploy.config.faults import where
 from deploy.config.serve import ServeConfig
+from scheduler.options import options
 from scheduler.protocol.sampling import SamplingParams
 
 EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -52,8 +53,8 @@ PROXY_PORTS = {
     "the gRPC proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "9500"),
 }
 SECTIONS = ("engine", "serve", "sampling")
-ENGINE_KEYS = tuple(f.name for f in fields(EngineConfig))
-SERVE_KEYS = tuple(f.name for f in fields(ServeConfig))
+ENGINE_KEYS = tuple(f.name for f in options(EngineConfig))
+SERVE_KEYS = tuple(f.name for f in options(ServeConfig))
 SAMPLING_KEYS = SamplingParams.__struct_fields__
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -235,8 +236,8 @@ def _given(flags: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _settings(values: Mapping[str, Any], target: type[S]) -> S:
     """A record of settings from values by field name; sizes may have units."""
-    reject_unknown(values, [f.name for f in fields(target)])
-    sizes = [f.name for f in fields(target) if f.metadata.get("size") and values.get(f.name) is not None]
+    reject_unknown(values, [f.name for f in options(target)])
+    sizes = [f.name for f in options(target) if f.metadata.get("size") and values.get(f.name) is not None]
     return _convert({**values, **{name: parse_size(name, values[name]) for name in sizes}}, target)
 
 

@@ -167,7 +167,7 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         try:
             heavy.join()
             view.say("starting Ray Serve: its controller and proxies")
-            with _application(config, keys, threads if owns_ray else engine.threads or 1) as owner:
+            with _application(config, keys, threads if owns_ray else 1) as owner:
                 view.say("starting the front ends and the engine")
                 _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), config, view)
                 view.say(f"waiting for an answer from {config.serve.base_url}")

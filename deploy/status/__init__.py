@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from deploy.frontend.service import Service
 from deploy.status.history import History
-from deploy.status.watch import Watch
+from deploy.status.watch import StatusWatch
 
 FOLDER = Path(__file__).parent
 ASSETS = {
@@ -36,7 +36,7 @@ PAGE_HEADERS = {
 
 def status_routes(service: Service) -> APIRouter:
     """Routes of the page and its data. Their lifespan keeps the history; without it, it only grows while someone looks."""
-    watch = Watch(service, History())
+    watch = StatusWatch(service, History())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -27,7 +27,7 @@ WATCHED_S = 5.0
 STATUS_TIMEOUT_S = 5.0
 
 
-class Answer:
+class StatusAnswer:
     """One status, as JSON. Each form is made once, when the first viewer asks for it."""
 
     def __init__(self, document: StatusDocument, taken_s: float, has_maps: bool) -> None:
@@ -46,13 +46,13 @@ class Answer:
         return body
 
 
-class Watch:
+class StatusWatch:
     """Samples the cluster of one service; its methods belong to the service's event loop."""
 
     def __init__(self, service: Service, history: History) -> None:
         self._service = service
         self._history = history
-        self._answer: Answer | None = None
+        self._answer: StatusAnswer | None = None
         self._wanted_s = -WATCHED_S
         self._looking = asyncio.Lock()
 
@@ -64,7 +64,7 @@ class Watch:
                 await self._look()
             await asyncio.sleep(max(0.0, began_s + PERIOD_S - time.monotonic()))
 
-    async def latest(self) -> Answer:
+    async def latest(self) -> StatusAnswer:
         """The newest answer with maps; taken now if there is none, or if `run` is not running."""
         self._wanted_s = time.monotonic()
         async with self._looking:
@@ -72,11 +72,11 @@ class Watch:
                 return await self._look()
             return self._answer
 
-    async def _look(self) -> Answer:
+    async def _look(self) -> StatusAnswer:
         maps = time.monotonic() - self._wanted_s < WATCHED_S
         status, now_s = await self._status(maps), time.monotonic()
         self._history.observe(status, time.time(), now_s)
-        self._answer = Answer(self._describe(status), now_s, maps)
+        self._answer = StatusAnswer(self._describe(status), now_s, maps)
         return self._answer
 
     async def _status(self, maps: bool) -> ClusterStatus:

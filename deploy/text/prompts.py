@@ -172,7 +172,7 @@ class PromptParser:
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
-    from cluster.worker_config import model_length  # brings torch
+    from cluster.resolve import model_length  # brings torch
     from workers.model.architectures import read_config
 
     model = read_config(checkpoint)

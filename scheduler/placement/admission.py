@@ -117,13 +117,13 @@ class Admission:
         sequence.hash_up_to(limit, state.block_size)
         match = state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
         peers = state.prefixes.peers(sequence, len(match.nodes), reusable)
-        blocks = sequence.blocks_for(sequence.committed + state.config.grant_ahead, state.block_size)
+        blocks = sequence.blocks_for(sequence.committed + state.resolved.grant_ahead, state.block_size)
         return Newcomer(sequence, reusable, match, peers, blocks)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
         log-probabilities are wanted."""
-        if not self._state.config.prefix_caching or sequence.params.prompt_logprobs is not None:
+        if not self._state.config.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
             return 0
         return sequence.committed - 1
 

@@ -38,7 +38,7 @@ class Plan:
 
     sequence: Sequence
     lease: LeaseId | None
-    way: policy.Relief
+    way: policy.Remedy
     blocks: int
     again_s: float
 
@@ -109,7 +109,7 @@ class Migration:
         plan = self._plans.get(group.group)
         if plan is None or plan.sequence.lease != plan.lease or plan.again_s <= self._state.now_s:
             plan = self._plan(group)
-        if plan is not None and plan.way is policy.Relief.KEEP:
+        if plan is not None and plan.way is policy.Remedy.KEEP:
             self._keep(group, plan)
 
     def group_down(self, group: GroupId) -> None:
@@ -126,13 +126,13 @@ class Migration:
         blocks, block_size, rates = len(victim.blocks.nodes), state.block_size, state.rates
         target = self._target(group, victim, calm=True)
         move = policy.fetch_work(rates.fetch_cost, block_size, blocks + group.sending) if target is not None else None
-        has_room = group.slots > 0 and state.table.available(host_of(group.group)) >= blocks
+        has_room = group.host_blocks > 0 and state.table.available(host_of(group.group)) >= blocks
         keep = 2 * policy.fetch_work(rates.load_cost, block_size, blocks) if has_room else None
         way = policy.relief(lost, move, keep)
-        if way is policy.Relief.MOVE and target is not None:
+        if way is policy.Remedy.MOVE and target is not None:
             self.begin(group, victim, target)
             state.counters.moved_for_room += 1
-        again_s = state.now_s + RETRY_S if way is policy.Relief.RECOMPUTE else math.inf
+        again_s = state.now_s + RETRY_S if way is policy.Remedy.RECOMPUTE else math.inf
         plan = self._plans[group.group] = Plan(victim, lease, way, 0, again_s)
         return plan
 

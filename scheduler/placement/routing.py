@@ -51,7 +51,7 @@ class Offer(NamedTuple):
     source: Source | None
 
 
-class Prompt(NamedTuple):
+class PromptMatch(NamedTuple):
     """What is to be placed. parts: by group, what it has of the block after its whole blocks. blocks: needed at the start.
 
     source: what could be sent by the group that has most of it. least: tokens that a transfer must bring, to be worth it.
@@ -141,19 +141,19 @@ class Routing:
         Of many groups only those are looked at closely that may be the cheapest: one, as a rule.
         """
         least = self._state.block_size if only is None else 1  # one that moves stands still: its last part comes too
-        prompt = Prompt(sequence, match, parts, blocks, self._best_source(match, parts), least)
+        prompt = PromptMatch(sequence, match, parts, blocks, self._best_source(match, parts), least)
         few = only is not None or len(self.groups) <= FEW_GROUPS
         offer = self._choose(prompt, self._each(prompt, only) if few else self._promising(prompt))
         if offer is not None and (tell := why.listener(self.explain)) is not None:
             tell(self._why(prompt))
         return offer
 
-    def _choose(self, prompt: Prompt, bounds: Iterable[policy.Bound]) -> Offer | None:
+    def _choose(self, prompt: PromptMatch, bounds: Iterable[policy.Bound]) -> Offer | None:
         look = partial(self._ways, prompt)
         choice = policy.route(bounds, look, prompt.sequence.committed, self._state.block_size)
         return None if choice is None else Offer(self.groups[choice[0]], choice[1])
 
-    def _each(self, prompt: Prompt, only: ResidentGroup | None = None) -> list[policy.Bound]:
+    def _each(self, prompt: PromptMatch, only: ResidentGroup | None = None) -> list[policy.Bound]:
         """Of few groups each is looked at."""
         at_most = prompt.sequence.blocks_at_most
         return [
@@ -161,7 +161,7 @@ class Routing:
             if group.blocks >= at_most and not group.draining and (only is None or group is only)
         ]  # fmt: skip
 
-    def _promising(self, prompt: Prompt) -> Iterator[policy.Bound]:
+    def _promising(self, prompt: PromptMatch) -> Iterator[policy.Bound]:
         """Costs a few array operations over all groups."""
         self.refresh()
         depths = self._spread(prompt.match.depths)
@@ -169,7 +169,7 @@ class Routing:
         fits = (prompt.blocks - depths <= self.room) & (self.blocks >= prompt.sequence.blocks_at_most)
         return policy.cheapest_first(self._least_costs(prompt, depths, hits), fits, self.available)
 
-    def _least_costs(self, prompt: Prompt, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
+    def _least_costs(self, prompt: PromptMatch, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
         block_size, rates = self._state.block_size, self._state.rates
         tokens, source = prompt.sequence.committed, prompt.source
@@ -185,18 +185,18 @@ class Routing:
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
-    def _ways(self, prompt: Prompt, at: int) -> list[Way]:
+    def _ways(self, prompt: PromptMatch, at: int) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix."""
         group, source = self.groups[at], prompt.source
         bare = self._load(group, prompt)
         ways: list[Way] = [(bare, None)]
-        if source is None and not group.slots:
+        if source is None and not group.host_blocks:
             return ways
         rates = self._state.rates
         found: list[tuple[Source, int, float]] = []  # with the blocks that go there first, and the cost of a token
         if source is not None and source.sender is not group and len(source.sender.ports) == len(group.ports):
             found.append((source, group.receiving + source.sender.sending, rates.fetch_cost))
-        if group.slots and (depth := prompt.match.depth(host := host_of(group.group))):
+        if group.host_blocks and (depth := prompt.match.depth(host := host_of(group.group))):
             tokens = depth * self._state.block_size
             found.append((Source(host, group, depth, None, tokens), group.receiving, rates.load_cost))
         for source, queued, cost in found:
@@ -228,7 +228,7 @@ class Routing:
             return None
         return Source(pool, senders[pool], deepest, part, deepest * state.block_size + (part.tokens if part else 0))
 
-    def _load(self, group: ResidentGroup, prompt: Prompt) -> policy.GroupLoad:
+    def _load(self, group: ResidentGroup, prompt: PromptMatch) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
         table, depth, part = self._state.table, prompt.match.depths.get(group.group, 0), prompt.parts.get(group.group)
         pool, hit, new = table.pools[group.group], 0, prompt.blocks
@@ -243,7 +243,7 @@ class Routing:
             group.coming if fetching else group.backlog, bool(group.starved),
         )  # fmt: skip
 
-    def _why(self, prompt: Prompt) -> why.Decision:
+    def _why(self, prompt: PromptMatch) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
         sequence, now_s = prompt.sequence, self._state.now_s
         ways = [(self.groups[at].group, self._ways(prompt, at)) for _, _, at in self._each(prompt)]

@@ -141,18 +141,18 @@ class Receive(msgspec.Struct, frozen=True, array_like=True, tag=7, gc=False):
 
 
 class Offload(msgspec.Struct, frozen=True, array_like=True, tag=8, gc=False):
-    """Blocks are copied to slots of each rank's host memory, off the stream of the steps. blocks, slots: int32 buffers."""
+    """Blocks are copied to each rank's host memory, off the stream of the steps. blocks, host_blocks: ids, int32 buffers."""
 
     transfer: int
     blocks: bytes
-    slots: bytes
+    host_blocks: bytes
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True, tag=9, gc=False):
     """Slots of each rank's host memory are copied to blocks, once the steps launched before this command are done."""
 
     transfer: int
-    slots: bytes
+    host_blocks: bytes
     blocks: bytes
 
 
@@ -180,17 +180,17 @@ class Commands(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """A group's leader opens its stream. blocks: blocks in the pool. rows: sequences that it can hold at once.
+    """A group's leader opens its stream. blocks: blocks in the pool. max_num_seqs: sequences that it can hold at once.
 
-    slots: blocks of host memory that each rank keeps for its group; 0: no host tier. ports: "host:port" of each rank, where
+    host_blocks: that each rank keeps in host memory for its group; 0: no host tier. ports: "host:port" of each rank, where
     others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
     """
 
     group: int
     epoch: int
     blocks: int
-    rows: int
-    slots: int = 0
+    max_num_seqs: int
+    host_blocks: int = 0
     ports: tuple[str, ...] = ()
 
 

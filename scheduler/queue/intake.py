@@ -25,12 +25,12 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     config, params = state.config, request.params
     prompt = np.frombuffer(request.tokens, np.int32)
     max_tokens = output_limit(
-        len(prompt), params.max_tokens, config.max_model_len, config.block_size, state.largest, state.lost
+        len(prompt), params.max_tokens, state.resolved.max_model_len, config.block_size, state.largest, state.lost
     )
-    if not (state.groups or config.wait_for_groups):
+    if not state.groups and state.bounds is not None:
         raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
     try:
-        queue_room(config, state.waiting, request, len(prompt), state.now_s)
+        queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
     except RequestRefused:
         state.counters.refused += 1
         raise

@@ -5,7 +5,7 @@ Imports `config`, `messages` and `waiting`.
 
 import math
 
-from scheduler.config import CoreConfig
+from scheduler.config import QueueBounds
 from scheduler.protocol.messages import Failure, Request
 from scheduler.queue.waiting import WaitingRoom
 
@@ -60,7 +60,7 @@ def output_limit(
     return room if max_tokens is None else max_tokens
 
 
-def queue_room(config: CoreConfig, waiting: WaitingRoom, request: Request, tokens: int, now_s: float) -> None:
+def queue_room(bounds: QueueBounds | None, waiting: WaitingRoom, request: Request, tokens: int, now_s: float) -> None:
     """May the request, with a prompt of so many tokens, wait? An empty queue takes anything.
 
     A full queue still takes a tenant that has less than an equal share of it waiting, up to twice its bounds, so that nobody
@@ -75,12 +75,14 @@ def queue_room(config: CoreConfig, waiting: WaitingRoom, request: Request, token
         wait_s = _wait_s(waiting, request, now_s)
         if wait_s > deadline_s:
             raise _refusal(f"its turn would come in about {wait_s:.0f} s, after its deadline of {deadline_s:g} s", wait_s)
-    bounds = (
-        ("requests", config.max_queued_requests, waiting.count, choices, 0),
-        ("tokens", config.max_queued_tokens, waiting.tokens, choices * tokens, 1),
+    if bounds is None:
+        return
+    kinds = (
+        ("requests", bounds.max_queued_requests, waiting.count, choices, 0),
+        ("tokens", bounds.max_queued_tokens, waiting.tokens, choices * tokens, 1),
     )
-    for name, most, there, more, kind in bounds:
-        if most is None or there + more <= most:
+    for name, most, there, more, kind in kinds:
+        if there + more <= most:
             continue
         own = waiting.fair.waiting(request.tenant)
         share = most / (waiting.fair.tenants + (own[0] == 0))

@@ -100,7 +100,7 @@ class WaitingRoom:
     def begin(self, now_s: float) -> None:
         """Who has waited too long goes first from now on."""
         self._aged_next = not self._aged_last
-        while self._by_age and (self._by_age[0][0] <= now_s - self._config.age_s or _is_void(self._by_age[0])):
+        while self._by_age and (self._by_age[0][0] <= now_s - self._config.queue_age_s or _is_void(self._by_age[0])):
             entry = heapq.heappop(self._by_age)
             if not _is_void(entry):
                 sequence = entry[3]
@@ -123,7 +123,7 @@ class WaitingRoom:
         """It found no room. May those behind it start? Not for ever, once it was the first."""
         if first and sequence.passed_s is None:
             sequence.passed_s = now_s
-        return sequence.passed_s is None or now_s - sequence.passed_s < self._config.skip_s
+        return sequence.passed_s is None or now_s - sequence.passed_s < self._config.queue_skip_s
 
     def put_back(self, sequences: Iterable[Sequence], *, settled: bool) -> None:
         """They did not start. settled: nobody else could have, either, as things are."""

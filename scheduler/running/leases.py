@@ -48,7 +48,7 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
     block_size, hashes = state.block_size, sequence.hashes
     assert sequence.lease is not None
     group.write_back(sequence, full * block_size)
-    if not state.config.prefix_caching:
+    if not state.config.enable_prefix_caching:
         return
     for index in range(len(blocks.nodes), full):
         content = sequence.content_of(index, block_size)
@@ -80,7 +80,7 @@ def _grant(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> Non
     assert sequence.blocks is not None
     assert sequence.lease is not None
     length = group.length.item(sequence.row)
-    wanted = sequence.blocks_for(length + state.config.grant_ahead, state.block_size) - len(sequence.blocks.blocks)
+    wanted = sequence.blocks_for(length + state.resolved.grant_ahead, state.block_size) - len(sequence.blocks.blocks)
     while (blocks := state.table.grow(sequence.blocks, wanted)) is None:
         victim = find_victim(state.table, group, sequence)
         if victim is None:
@@ -190,7 +190,7 @@ def _release(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> N
     # What the last block begins with, if that was copied, is known by the block that it was copied from.
     if 0 < state.stride <= filled and filled > blocks.inherited:
         state.table.publish_tail(blocks, group.tail(sequence, computed - filled, computed).tobytes())
-    if group.slots:
+    if group.host_blocks:
         state.transfers.offload(group, sequence)
     state.table.release(blocks)
 

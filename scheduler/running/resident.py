@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId, GroupId
-from scheduler.config import CoreConfig
 from scheduler.policy import shortage
 from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId
 from scheduler.sequence import Sequence, State, Tokens
@@ -78,40 +77,42 @@ class ResidentGroup:
     Invariant: `sequences[row]` is the RUNNING sequence whose lease is `lease[row]`; backlog is the sum of pending - 1.
     """
 
-    def __init__(self, group: GroupId, epoch: int, blocks: int, rows: int, config: CoreConfig, watch: Watch) -> None:
+    def __init__(
+        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, block_size: int, grant_ahead: int, watch: Watch
+    ) -> None:
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
-        self._block_size = config.block_size
-        self._grant_ahead = config.grant_ahead
-        self.ring_size = 2 * config.block_size  # a power of two; at most a block and one report are not yet written back
+        self._block_size = block_size
+        self._grant_ahead = grant_ahead
+        self.ring_size = 2 * block_size  # a power of two; at most a block and one report are not yet written back
         self._ring_mask = self.ring_size - 1
-        self.lease = np.full(rows, -1, np.int64)
-        self.length = np.zeros(rows, np.int64)
-        self.pending = np.zeros(rows, np.int64)
-        self.due = np.zeros(rows, np.int64)
-        self.slot = np.zeros(rows, np.uint16)
-        self.stream = np.zeros(rows, np.int64)
-        self.ring = np.zeros((rows, self.ring_size + RING_PADDING), np.int32)
-        self.sequences: list[Sequence | None] = [None] * rows
+        self.lease = np.full(max_num_seqs, -1, np.int64)
+        self.length = np.zeros(max_num_seqs, np.int64)
+        self.pending = np.zeros(max_num_seqs, np.int64)
+        self.due = np.zeros(max_num_seqs, np.int64)
+        self.front_end = np.zeros(max_num_seqs, np.uint16)
+        self.stream = np.zeros(max_num_seqs, np.int64)
+        self.ring = np.zeros((max_num_seqs, self.ring_size + RING_PADDING), np.int32)
+        self.sequences: list[Sequence | None] = [None] * max_num_seqs
         self.running: set[Sequence] = set()
         self.starved: list[Sequence] = []
         self.fetching: dict[Sequence, int] = {}  # have blocks here, wait for their prefix, keep a row; tokens to compute then
         self.ports: tuple[str, ...] = ()  # of each rank, where others fetch blocks; empty: no transfers
-        self.slots = 0  # blocks of host memory of each rank
+        self.host_blocks = 0  # of each rank
         self.shortage = shortage(blocks)
         self.sending = self.receiving = 0  # blocks on their way
         self.backlog = 0
-        self.free_rows = list(range(rows - 1, -1, -1))
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
         self.applied = 0
         self._draining = False
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
-        self._all_rows = np.arange(rows)
+        self._all_rows = np.arange(max_num_seqs)
         self._ring_starts = self._all_rows * self.ring.shape[1]
-        self._slots: dict[int, int] = {}  # front end -> the number in `slot` that stands for it
+        self._front_ends: dict[int, int] = {}  # front end -> the number that stands for it in `front_end`
         self._issued = 0
         self._log: list[Command] = []
         self.touched = False
@@ -175,7 +176,7 @@ class ResidentGroup:
         self.lease[row] = lease
         self.length[row] = sequence.committed
         self.pending[row] = pending
-        self.slot[row] = self._slots.setdefault(sequence.front_end, len(self._slots))
+        self.front_end[row] = self._front_ends.setdefault(sequence.front_end, len(self._front_ends))
         self.stream[row] = sequence.stream
         self.sequences[row] = sequence
         self.running.add(sequence)
@@ -193,7 +194,7 @@ class ResidentGroup:
         self.sequences[row] = None
         self.running.discard(sequence)
         if not self.running:
-            self._slots.clear()
+            self._front_ends.clear()
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
@@ -272,16 +273,16 @@ class ResidentGroup:
     def _group(self, places: Ints | slice, count: int) -> tuple[Ints | None, tuple[Listener, ...]]:
         """(order, audience) of a roster with so many rows."""
         streams, lengths, ends, order = self.stream[places], self.length[places], [count], None
-        if len(self._slots) > 1:
+        if len(self._front_ends) > 1:
             # NumPy sorts both by radix, and half the bytes in half the time.
-            slots = self.slot[places].astype(np.uint8 if len(self._slots) <= 1 << 8 else np.uint16)
-            order = slots.argsort(kind="stable")
+            numbers = self.front_end[places].astype(np.uint8 if len(self._front_ends) <= 1 << 8 else np.uint16)
+            order = numbers.argsort(kind="stable")
             streams, lengths = streams.take(order), lengths.take(order)
-            ends = np.bincount(slots, minlength=len(self._slots)).cumsum().tolist()
+            ends = np.bincount(numbers, minlength=len(self._front_ends)).cumsum().tolist()
         positions = lengths.astype(np.int32)
         return order, tuple(
             Listener(front_end, first, end, streams[first:end].tobytes(), positions[first:end].tobytes())
-            for front_end, first, end in zip(self._slots, [0, *ends], ends, strict=False)
+            for front_end, first, end in zip(self._front_ends, [0, *ends], ends, strict=False)
             if end > first
         )
 

@@ -8,7 +8,7 @@ import asyncio
 import ray
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.logs import configure
@@ -20,12 +20,14 @@ from scheduler.server.stats import ClusterStatus
 class SchedulerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.launch`). Every method runs on the actor's one event loop."""
 
-    def __init__(self, config: CoreConfig, token: str, check_invariants: bool = False, log_format: str = "text") -> None:
+    def __init__(
+        self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None, token: str, log_format: str
+    ) -> None:
         configure(log_format, role="scheduler")
         if config.log_decisions:
             why.show()
-        self._core = SchedulerCore(config)
-        self._server = SchedulerServer(self._core, token, check_invariants=check_invariants)
+        self._core = SchedulerCore(config, resolved, bounds)
+        self._server = SchedulerServer(self._core, token, check_invariants=config.check_invariants)
         self._closed = asyncio.Event()
 
     async def listen(self) -> tuple[str, int]:

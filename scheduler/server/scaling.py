@@ -1,54 +1,37 @@
 """How many groups there should be: one decision at a time, over a snapshot. Pure; the time is an argument.
 
-Imports `stats` only. `cluster.fleet.autoscale` asks once a second and carries out what is decided; an added group starts as a
-pending placement group, for which Ray's autoscaler brings a node if there is none.
+Imports `stats` and `options`. `cluster.fleet.autoscale` asks once a second and carries out what is decided; an added group
+starts as a pending placement group, for which Ray's autoscaler brings a node if there is none.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
+from scheduler.options import at_least, option
 from scheduler.server.stats import EngineStats, GroupStats
 
 REST_HEADROOM = 2.0
 """A group goes only if the others keep this many times `low_headroom`, so that its going cannot ask for it back."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """min_groups, max_groups: bounds, inclusive. target_wait_s: a newcomer that waits longer asks for another group.
+    """When groups come and go. A change waits for the last one's `scale_cooldown_s`.
 
     low_headroom: share of blocks that nobody holds (free or cached); below it for headroom_s, another group is asked for.
-    idle_s: a group that has run nothing for this long may go. up_cooldown_s: between two additions. down_cooldown_s: between
-    any action and a drain. dry_run: decisions are logged, not carried out. Errors: ValueError.
     """
 
-    min_groups: int = 1
-    max_groups: int = 1
-    target_wait_s: float = 2.0
+    scale_wait_s: float = option(2.0, "Wait of a newcomer, in seconds, beyond which another group is asked for.", at_least(0))
+    scale_idle_s: float = option(300.0, "Seconds without work after which a group beyond `groups` goes.", at_least(0))
+    scale_cooldown_s: float = option(60.0, "Seconds between two changes of the number of groups.", at_least(0))
+    scale_dry_run: bool = option(False, "Log what the autoscaler would do, and why, without doing it.")
     low_headroom: float = 0.1
     headroom_s: float = 30.0
-    idle_s: float = 300.0
-    up_cooldown_s: float = 60.0
-    down_cooldown_s: float = 120.0
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.min_groups < 1:
-            raise ValueError(f"min_groups={self.min_groups} is below 1: without a group requests fail; raise it")
-        if self.max_groups < self.min_groups:
-            raise ValueError(
-                f"max_groups={self.max_groups} is below groups={self.min_groups}: raise it or lower groups"
-            )
-        if not 0.0 <= self.low_headroom < 1.0 / REST_HEADROOM:
-            raise ValueError(f"low_headroom={self.low_headroom} is outside [0, {1 / REST_HEADROOM:g}): try 0.1")
-        for name in (f.name for f in fields(self) if f.name.endswith("_s")):
-            if not getattr(self, name) >= 0.0:
-                raise ValueError(f"{name}={getattr(self, name)} is below 0: give it seconds")
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScalingDecision:
     """What to do now, and why, in words with the numbers. group: which one to drain."""
 
     action: Literal["add", "drain", "none"]
@@ -68,17 +51,19 @@ class _Moment:
 
 
 class Scaler:
-    """Remembers since when what has been true. At most one action a call, never below min_groups or above max_groups."""
+    """Remembers since when what has been true. At most one action a call, never below min_groups, which may change meanwhile,
+    or above max_groups."""
 
-    def __init__(self, config: ScalingConfig) -> None:
+    def __init__(self, config: ScalingConfig, min_groups: int, max_groups: int) -> None:
         self.config = config
+        self.min_groups, self.max_groups = min_groups, max_groups
         self._low_since_s: float | None = None
         self._up_since_s: dict[int, float] = {}
         self._idle_since_s: dict[int, float] = {}
         self._added_s = float("-inf")
         self._drained_s = float("-inf")
 
-    def decide(self, now_s: float, stats: EngineStats, target: int, starting: int) -> Decision:
+    def decide(self, now_s: float, stats: EngineStats, target: int, starting: int) -> ScalingDecision:
         """now_s: by any clock that does not go back. target: groups wanted so far, draining ones left out.
 
         starting: those of them that are not up yet. An action is taken as carried out; the next `target` should show it.
@@ -101,11 +86,11 @@ class Scaler:
     def _need(self, at: _Moment) -> str | None:
         """Why one more group is needed; None if it is not."""
         config, waiting, wait_s = self.config, at.stats.waiting, at.stats.oldest_wait_s
-        if at.target < config.min_groups:
-            return f"{at.target} groups are below min_groups={config.min_groups}"
-        if waiting > self._taken_soon(at) and wait_s > config.target_wait_s:
+        if at.target < self.min_groups:
+            return f"{at.target} groups are below min_groups={self.min_groups}"
+        if waiting > self._taken_soon(at) and wait_s > config.scale_wait_s:
             return (
-                f"{waiting} sequences wait, the oldest for {wait_s:.1f} s, above target_wait_s={config.target_wait_s:g}, and "
+                f"{waiting} sequences wait, the oldest for {wait_s:.1f} s, above scale_wait_s={config.scale_wait_s:g}, and "
                 f"{at.starting} groups are starting"
             )
         if self._low_since_s is None or at.starting or at.now_s - self._low_since_s < config.headroom_s:
@@ -123,43 +108,43 @@ class Scaler:
             return float("inf")
         return at.starting * max(1.0, sum(group.running for group in at.active) / len(at.active))
 
-    def _grow(self, at: _Moment, need: str) -> Decision:
+    def _grow(self, at: _Moment, need: str) -> ScalingDecision:
         config, since_s = self.config, at.now_s - self._added_s
-        if at.target >= config.max_groups:
-            return Decision("none", f"{need}; but max_groups={config.max_groups} is reached")
-        if since_s < config.up_cooldown_s:
-            return Decision(
-                "none", f"{need}; but the last one was added {since_s:.0f} s ago (up_cooldown_s={config.up_cooldown_s:g})"
-            )
+        if at.target >= self.max_groups:
+            return ScalingDecision("none", f"{need}; but max_groups={self.max_groups} is reached")
+        if since_s < config.scale_cooldown_s:
+            cooldown = f"scale_cooldown_s={config.scale_cooldown_s:g}"
+            return ScalingDecision("none", f"{need}; but the last one was added {since_s:.0f} s ago ({cooldown})")
         self._added_s = at.now_s
         self._low_since_s = None
-        return Decision("add", f"{need}; {at.target} groups become {at.target + 1}")
+        return ScalingDecision("add", f"{need}; {at.target} groups become {at.target + 1}")
 
-    def _shrink(self, at: _Moment) -> Decision:
+    def _shrink(self, at: _Moment) -> ScalingDecision:
         """The newest of those that are idle, if it has been idle for long: it is what a node was brought for, so that a node
         gets empty. An older one goes only while every newer one works: all that stand idle leave in turn, the newest first."""
         idle = [group for group in at.active if group.group in self._idle_since_s]
         leaving = max(idle, key=lambda group: (self._up_since_s[group.group], group.group), default=None)
         idle_s = at.now_s - self._idle_since_s[leaving.group] if leaving is not None else 0.0
-        if leaving is None or idle_s < self.config.idle_s:
-            return Decision("none", f"{at.target} groups suffice, none has been idle for idle_s={self.config.idle_s:g}")
-        why = f"group {leaving.group} has been idle for {idle_s:.0f} s (idle_s={self.config.idle_s:g})"
+        bound = f"scale_idle_s={self.config.scale_idle_s:g}"
+        if leaving is None or idle_s < self.config.scale_idle_s:
+            return ScalingDecision("none", f"{at.target} groups suffice, none has been idle for {bound}")
+        why = f"group {leaving.group} has been idle for {idle_s:.0f} s ({bound})"
         if (obstacle := self._obstacle(at, leaving)) is not None:
-            return Decision("none", f"{why}; but {obstacle}")
+            return ScalingDecision("none", f"{why}; but {obstacle}")
         self._drained_s = at.now_s
         lost = f"{leaving.cached_blocks} cached blocks are lost"
-        return Decision("drain", f"{why}; {lost}, {at.target} groups become {at.target - 1}", leaving.group)
+        return ScalingDecision("drain", f"{why}; {lost}, {at.target} groups become {at.target - 1}", leaving.group)
 
     def _obstacle(self, at: _Moment, leaving: GroupStats) -> str | None:
         """Why an idle group stays; None if it may go."""
         config = self.config
-        if min(at.target, len(at.active)) <= config.min_groups:
-            return f"{at.target} are wanted, {len(at.active)} are up, and min_groups={config.min_groups}"
+        if min(at.target, len(at.active)) <= self.min_groups:
+            return f"{at.target} are wanted, {len(at.active)} are up, and min_groups={self.min_groups}"
         if at.starting or at.stats.waiting:
             return f"{at.starting} groups are starting and {at.stats.waiting} sequences wait"
         since_s = at.now_s - max(self._added_s, self._drained_s)
-        if since_s < config.down_cooldown_s:
-            return f"the last change was {since_s:.0f} s ago (down_cooldown_s={config.down_cooldown_s:g})"
+        if since_s < config.scale_cooldown_s:
+            return f"the last change was {since_s:.0f} s ago (scale_cooldown_s={config.scale_cooldown_s:g})"
         rest = _headroom([group for group in at.active if group is not leaving])
         if rest < REST_HEADROOM * config.low_headroom:
             return f"only {rest:.1%} of the other groups' blocks are free or cached (low_headroom={config.low_headroom:g})"

@@ -126,8 +126,9 @@ class SchedulerServer:
     def _greet(self, core: SchedulerCore, hello: Hello, writer: asyncio.StreamWriter) -> None:
         """Only an epoch that the core accepts gets the group's log."""
         core.group_up(
-            GroupId(hello.group), hello.epoch, hello.blocks, hello.rows, slots=hello.slots, ports=hello.ports
-        )
+            GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
+            ports=hello.ports,
+        )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
 
     async def _serve_front_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -21,7 +21,6 @@ from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
-from scheduler.server.scaling import ScalingConfig
 from scheduler.server.stats import EngineStats
 from tests.autoscaling_ray import autoscaling_ray
 from tests.processes import WORKER, all_named, stopped_in_the_midst
@@ -103,8 +102,7 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 def fleet() -> Iterator[Fleet]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
     config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
-    core, worker = plan(config)
-    opened = Fleet(config, core, worker)
+    opened = Fleet(config, plan(config))
     try:
         opened.start(lambda _: None)
         yield opened
@@ -127,13 +125,18 @@ def both_are_up(fleet: Fleet) -> bool:
 
 
 def test_a_dry_run_says_what_it_would_do_and_why(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
-    config = ScalingConfig(min_groups=1, max_groups=2, idle_s=1.0, up_cooldown_s=0.0, down_cooldown_s=0.0, dry_run=True)
-    autoscaler = Autoscaler(fleet, config)
+    config = fleet.config
+    fleet.config = replace(config, max_groups=2, scale_idle_s=1.0, scale_cooldown_s=0.0, scale_dry_run=True)
+    fleet.resize(1)
+    autoscaler = Autoscaler.of(fleet)
+    assert autoscaler is not None
     try:
         until("nothing was decided twice", lambda: caplog.text.count("autoscaler: drain (dry run): group 1 has been idle") > 1)
     finally:
         autoscaler.close()
-    assert "(idle_s=1); 0 cached blocks are lost, 2 groups become 1" in caplog.text
+        fleet.resize(2)
+        fleet.config = config
+    assert "(scale_idle_s=1); 0 cached blocks are lost, 2 groups become 1" in caplog.text
     assert fleet.target == 2
     assert both_are_up(fleet)
 

@@ -18,7 +18,7 @@ from cluster.fleet import scheduler_keeper
 from cluster.fleet.group import GroupHandle, _get
 from cluster.fleet.health import GroupKeeper
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
 from tests.processes import SCHEDULER, alive, all_named, named
 from workers.config import SchedulerAddress
@@ -83,7 +83,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def scheduler() -> Iterator[SchedulerKeeper]:
-    keeper = SchedulerKeeper(CoreConfig(block_size=16), check_invariants=True, log_format="text")
+    keeper = SchedulerKeeper(CoreConfig(block_size=16, check_invariants=True), Resolved(), None, "text")
     keeper.start(PATIENCE_S)
     try:
         yield keeper
@@ -142,7 +142,7 @@ def test_a_scheduler_that_is_long_in_coming_is_waited_for(
 
 
 def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:
-    keeper = SchedulerKeeper(CoreConfig(block_size=16), check_invariants=True, log_format="text")
+    keeper = SchedulerKeeper(CoreConfig(block_size=16, check_invariants=True), Resolved(), None, "text")
     with pytest.raises(EngineError, match=r"not ready within 0\.01 s: .*start_timeout_s"):
         keeper.start(0.01)
     keeper.close()

@@ -4,12 +4,12 @@ from typing import cast
 
 import numpy as np
 
+from cluster.config import EngineConfig
 from cluster.local.engine import LocalEngine
 from cluster.local.groups import Groups
-from scheduler.config import CoreConfig
+from scheduler.config import Resolved
 from scheduler.protocol.messages import Deltas, Request
 from scheduler.protocol.sampling import SamplingParams
-from workers.config import WorkerConfig
 
 
 def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
@@ -21,8 +21,8 @@ def test_a_front_end_that_raises_takes_nothing_from_what_follows() -> None:
         if streams == [0]:
             raise RuntimeError("not this one")
 
-    core = CoreConfig(block_size=16, max_model_len=64)
-    engine = LocalEngine(core, cast(WorkerConfig, None), cast(Groups, None), hear, lambda _: None)
+    config, resolved = EngineConfig(model="none", block_size=16), Resolved(max_model_len=64)
+    engine = LocalEngine(config, resolved, cast(Groups, None), hear, lambda _: None)
     too_long = np.zeros(65, np.int32).tobytes()
     engine.submit([Request(stream, too_long, b"", SamplingParams()) for stream in range(3)])
     assert told == [0, 1, 2]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import GroupId, host_of
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.messages import (
@@ -83,7 +83,7 @@ class Stream:
 class SimulatedGroup:
     """One epoch of a group: its leader, and what is on its way to and from it."""
 
-    def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter, slots: int) -> None:
+    def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter, host_blocks: int) -> None:
         self.group = group
         self.epoch = epoch
         self.rank = rank
@@ -95,7 +95,7 @@ class SimulatedGroup:
         self.sends: dict[int, Send] = {}
         self.receives: dict[int, Receive] = {}
         self.copies: dict[int, Offload | Load] = {}
-        self.host = np.full((slots, self.cache.shape[1]), UNWRITTEN)
+        self.host = np.full((host_blocks, self.cache.shape[1]), UNWRITTEN)
 
     def take(self, batch: Commands) -> None:
         """Puts newly issued commands on their way; their numbers have no gap."""
@@ -116,7 +116,7 @@ class SimulatedGroup:
         for command in commands:
             self._take_movement(command)
         batch = self.rank.batch
-        assert (batch.computed <= np.maximum(batch.slots, 0) + (batch.known >= batch.limit)).all()
+        assert (batch.computed <= np.maximum(batch.granted, 0) + (batch.known >= batch.limit)).all()
         if result is not None:
             self.reporter.add(result, batch.applied)
         for report in self.reporter.take(flush=self.rank.idle):
@@ -141,11 +141,11 @@ class SimulatedGroup:
     def copy(self, transfer: int) -> None:
         """Between the device and host memory, at this moment."""
         command = self.copies[transfer]
-        blocks, slots = np.frombuffer(command.blocks, np.int32), np.frombuffer(command.slots, np.int32)
+        blocks, host_blocks = np.frombuffer(command.blocks, np.int32), np.frombuffer(command.host_blocks, np.int32)
         if isinstance(command, Offload):
-            self.host[slots] = self.cache[blocks]
+            self.host[host_blocks] = self.cache[blocks]
         else:
-            self.cache[blocks] = self.host[slots]
+            self.cache[blocks] = self.host[host_blocks]
 
     def _take_movement(self, command: Command) -> None:
         if isinstance(command, Send):
@@ -173,45 +173,42 @@ class Cluster:
         pools: tuple[int, ...] = (8,),
         *,
         block_size: int = 4,
-        rows: int = 4,
-        budget: int = 64,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 64,
         depth: int = 0,
         steps: int = 1,
         grant_ahead: int | None = None,
         hash_stride: int = 0,
-        prefix_caching: bool = True,
+        enable_prefix_caching: bool = True,
         wait_for_prefix: bool = True,
-        model_len: int = 256,
-        max_queued_requests: int | None = None,
-        max_queued_tokens: int | None = None,
-        wait_for_groups: bool = True,
+        max_model_len: int = 256,
+        bounds: QueueBounds | None = None,
         fetch: bool = False,
-        slots: int = 0,
-        skip_s: float = 2.0,
-        age_s: float = 30.0,
+        host_blocks: int = 0,
+        queue_skip_s: float = 2.0,
+        queue_age_s: float = 30.0,
         relieve: bool = True,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
             CoreConfig(
                 block_size=block_size,
-                max_model_len=model_len,
-                grant_ahead=ahead,
                 hash_stride=hash_stride,
-                prefix_caching=prefix_caching,
+                enable_prefix_caching=enable_prefix_caching,
                 wait_for_prefix=wait_for_prefix,
-                max_queued_requests=max_queued_requests,
-                max_queued_tokens=max_queued_tokens,
-                wait_for_groups=wait_for_groups,
-                skip_s=skip_s,
-                age_s=age_s,
+                seed=0,
+                queue_skip_s=queue_skip_s,
+                queue_age_s=queue_age_s,
                 relieve=relieve,
-            )
+            ),
+            Resolved(max_model_len, ahead),
+            bounds,
         )
-        self.block_size, self.pools, self.rows, self.budget = block_size, pools, rows, budget
-        self.depth, self.steps, self.model_len = depth, steps, model_len
+        self.block_size, self.pools = block_size, pools
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.depth, self.steps, self.max_model_len = depth, steps, max_model_len
         self._ports = ("here:1",) if fetch else ()
-        self._slots = slots
+        self._host_blocks = host_blocks
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.ghosts: list[SimulatedGroup] = []
         self.streams: dict[tuple[int, int], Stream] = {}
@@ -228,11 +225,11 @@ class Cluster:
         self.epochs[group] += 1
         if name in self.groups:
             self.ghosts.append(self.groups.pop(name))
-        batch = ResidentBatch(self.rows, self.block_size, self.budget, self.model_len)
-        executor = SimulatedExecutor(blocks, self.block_size, self.rows, VOCABULARY)
+        batch = ResidentBatch(self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len)
+        executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
-        self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._slots)
-        self.core.group_up(name, epoch, blocks, self.rows, slots=self._slots, ports=self._ports)
+        self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._host_blocks)
+        self.core.group_up(name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports)
         self.settle()
 
     def lose(self, group: int, *, returning: bool = False) -> None:

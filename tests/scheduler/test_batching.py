@@ -14,7 +14,7 @@ from scheduler.batching import OTHERS_SHARE, StepPlan, plan_step
 class Row:
     known: int
     computed: int
-    slots: int
+    granted: int
     age: int
 
 
@@ -30,9 +30,9 @@ def rows(draw: st.DrawFn) -> list[Row]:
 
 
 def plan(made: list[Row], budget: int) -> StepPlan:
-    columns = [[row.known for row in made], [row.computed for row in made], [row.slots for row in made]]
-    known, computed, slots = (np.array(column, np.int64) for column in columns)
-    return plan_step(known, computed, slots, np.array([row.age for row in made], np.int64), budget)
+    columns = [[row.known for row in made], [row.computed for row in made], [row.granted for row in made]]
+    known, computed, granted = (np.array(column, np.int64) for column in columns)
+    return plan_step(known, computed, granted, np.array([row.age for row in made], np.int64), budget)
 
 
 @given(rows(), st.integers(1, 50))
@@ -43,16 +43,16 @@ def test_every_plan_keeps_its_promises(made: list[Row], budget: int) -> None:
     assert all(count >= 1 for count in counts)
     assert sum(counts) <= budget
     for row, count in zip(chosen, counts, strict=True):
-        assert made[row].computed + count <= min(made[row].known, made[row].slots)
+        assert made[row].computed + count <= min(made[row].known, made[row].granted)
     decodes, chunks = chosen[: step.decodes], chosen[step.decodes :]
     assert all(made[row].known - made[row].computed == 1 for row in decodes)
     assert all(made[row].known - made[row].computed > 1 for row in chunks)
     assert [made[row].age for row in chunks] == sorted(made[row].age for row in chunks)
-    left_out = [row for row, it in enumerate(made) if it.computed < min(it.known, it.slots) and row not in chosen]
+    left_out = [row for row, it in enumerate(made) if it.computed < min(it.known, it.granted) and row not in chosen]
     if left_out:
         assert sum(counts) == budget, "budget is left while somebody could have used it"
     if len(chunks) > 1:
-        left, wanted = budget - step.decodes, [min(it.known, it.slots) - it.computed for it in made]
+        left, wanted = budget - step.decodes, [min(it.known, it.granted) - it.computed for it in made]
         assert counts[step.decodes] >= min(wanted[chunks[0]], left - left // OTHERS_SHARE), "the oldest is sure of most"
         cut = [row for row, count in zip(chunks, counts[step.decodes :], strict=True) if count < wanted[row]]
         assert len(set(cut) - {chunks[0]}) <= 1, "besides the oldest, one at most is cut"

@@ -31,39 +31,39 @@ class CoreMachine(RuleBasedStateMachine):
 
     @initialize(
         pools=st.sampled_from([(8, 8), (8, 5), (8, 8, 8), (8, 8, 6), (8, 24)]),
-        budget=st.sampled_from([3, 7, 16, 64]),
+        max_num_batched_tokens=st.sampled_from([3, 7, 16, 64]),
         depth=st.integers(0, 1),
         steps=st.sampled_from([1, 1, 2, 4]),
         wait_for_prefix=st.booleans(),
         grant_ahead=st.sampled_from([None, None, 1]),
         hash_stride=st.sampled_from([0, 1, 2, 2]),
         fetch=st.booleans(),
-        slots=st.sampled_from([0, 0, 6, 12]),
+        host_blocks=st.sampled_from([0, 0, 6, 12]),
     )
     def start(
         self,
         pools: tuple[int, ...],
-        budget: int,
+        max_num_batched_tokens: int,
         depth: int,
         steps: int,
         wait_for_prefix: bool,
         grant_ahead: int | None,
         hash_stride: int,
         fetch: bool,
-        slots: int,
+        host_blocks: int,
     ) -> None:
         self.cluster = Cluster(
             pools,
-            budget=budget,
+            max_num_batched_tokens=max_num_batched_tokens,
             depth=depth,
             steps=steps,
             wait_for_prefix=wait_for_prefix,
             grant_ahead=grant_ahead,
             hash_stride=hash_stride,
             fetch=fetch,
-            slots=slots,
-            model_len=64,
-            age_s=5.0,
+            host_blocks=host_blocks,
+            max_model_len=64,
+            queue_age_s=5.0,
         )
 
     # ---- clients

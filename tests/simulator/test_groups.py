@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.messages import NO_TOKEN, Request
@@ -21,9 +21,9 @@ class Pair:
     """A core, one group, and what its front end heard: (time, token) by stream."""
 
     def __init__(self, *, cut_every_step: bool = False) -> None:
-        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, max_model_len=1024))
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK), Resolved(max_model_len=1024))
         self.core.group_up(GROUP, 0, BLOCKS, ROWS)
-        self.group = SimulatedGroup(0, ResidentBatch(ROWS, BLOCK, 32, 256), TIME, self.core.config.grant_ahead)
+        self.group = SimulatedGroup(0, ResidentBatch(ROWS, BLOCK, 32, 256), TIME, self.core.resolved.grant_ahead)
         self.heard: dict[int, list[int]] = {}
         self.ended_s: dict[int, float] = {}
         self.preemptions = 0

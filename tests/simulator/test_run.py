@@ -12,7 +12,9 @@ from simulator.time_model import TimeModel
 from simulator.traces import TraceRequest, read_trace
 from tests.simulator.excerpts import conversations
 
-SHAPE = ClusterShape(groups=3, blocks=200, rows=16, step_tokens=1024, time=TimeModel(prefill_tokens_per_s=5000.0))
+SHAPE = ClusterShape(
+    groups=3, blocks=200, max_num_seqs=16, max_num_batched_tokens=1024, time=TimeModel(prefill_tokens_per_s=5000.0)
+)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +112,12 @@ def test_load_is_felt(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -
 
 
 def test_what_fits_no_pool_is_refused(trace: list[TraceRequest]) -> None:
-    tiny = ClusterShape(groups=2, blocks=20, rows=4)
+    tiny = ClusterShape(groups=2, blocks=20, max_num_seqs=4)
     outcome = replay(trace, "manta", Scenario(tiny))
     assert outcome.refused == sum(each.prompt_tokens + each.output_tokens - 1 > 20 * 256 for each in trace) > 0
     assert outcome.requests == len(trace) - outcome.refused
 
 
 def test_small_blocks_replay_too(trace: list[TraceRequest]) -> None:
-    outcome = replay(trace[:30], "manta", Scenario(ClusterShape(groups=2, blocks=3200, block_size=16, rows=16)))
+    outcome = replay(trace[:30], "manta", Scenario(ClusterShape(groups=2, blocks=3200, block_size=16, max_num_seqs=16)))
     assert outcome.requests == 30

@@ -5,7 +5,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import Cut, Load, Offload, Receive, Send
-from simulator.transfers import LinkModel, Transfers
+from simulator.transfers import LinkModel, SimulatedTransfers
 
 BLOCK = 10
 LINKS = LinkModel(fetch_tokens_per_s=100.0, host_tokens_per_s=200.0, latency_s=0.5, token_bytes=2)
@@ -16,19 +16,19 @@ def filled(count: int) -> bytes:
     return np.arange(count, dtype=np.int32).tobytes()
 
 
-def transfers() -> Transfers:
-    made = Transfers(LINKS, BLOCK)
+def transfers() -> SimulatedTransfers:
+    made = SimulatedTransfers(LINKS, BLOCK)
     for group in (A, B, C):
         made.group_up(group, 7)
     return made
 
 
-def fetch(to: Transfers, number: int, sender: GroupId, receiver: GroupId, count: int, at_s: float) -> None:
+def fetch(to: SimulatedTransfers, number: int, sender: GroupId, receiver: GroupId, count: int, at_s: float) -> None:
     to.begin(sender, Send(number, filled(count), receiver, 7), at_s)
     to.begin(receiver, Receive(number, filled(count), sender, 7, ()), at_s)
 
 
-def ends(of: Transfers) -> list[tuple[float, int, GroupId, bool]]:
+def ends(of: SimulatedTransfers) -> list[tuple[float, int, GroupId, bool]]:
     """(when, transfer, who is told, whether it has arrived) of all that are under way, to the end."""
     told = []
     while (when_s := of.next_s) is not None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from cluster.config import EngineConfig
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from scheduler.protocol.messages import (
     NO_TOKEN,
     ROW_BITS,
@@ -89,9 +89,9 @@ class Stepped:
     """
 
     def __init__(self, checkpoint: Path, *, device: str, depth: int = 1, **options: Any) -> None:
-        config = EngineConfig(model=str(checkpoint), local=True, device=device, **OPTIONS | options)
-        _, self.config = resolve(config, device, 1, 1)
-        self.built = build_rank(self.config, Solo())
+        self.config = config = EngineConfig(model=str(checkpoint), local=True, device=device, **OPTIONS | options)
+        self.resolved = resolve(config, device)
+        self.built = build_rank(config, self.resolved, Solo())
         self.rank = Rank(self.built.rank.batch, self.built.rank.executor, depth)
         self.pool = self.built.pool
         self.block = self.config.block_size
@@ -100,7 +100,7 @@ class Stepped:
         order = list(range(self.built.blocks))
         random.Random(1).shuffle(order)
         self.free_blocks = deque(order)
-        self.free_rows = deque(range(self.config.rows))
+        self.free_rows = deque(range(self.config.max_num_seqs))
         self.leases: dict[LeaseId, Lease] = {}
         self._holders: Counter[int] = Counter()  # of each block
         self._commands: list[Command] = []

@@ -12,7 +12,7 @@ import torch
 from kvcache.layout import BlockLayout
 from workers import build
 from workers.build import build_rank
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.model.architectures import CheckpointError
 from workers.model.dtype import Arithmetic, choose
@@ -22,42 +22,40 @@ from workers.parallel.in_process import Solo, ThreadGroup
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 LAYOUT = BlockLayout(block_size=16, layers=4, kv_heads=2, head_dim=64, dtype="float32")
-CONFIG = WorkerConfig(
-    model=str(TINY), device="cpu", dtype="float32", block_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=128,
-    rows=4, step_tokens=64, report_steps=1, attention="auto", threads=1, ranks_on_host=2,
-)  # fmt: skip
+CONFIG = WorkerConfig(model=str(TINY), groups=2, dtype="float32", block_size=16, max_num_seqs=4, max_num_batched_tokens=64)
+RESOLVED = ResolvedWorker(max_model_len=128)
 
 
 def test_told_memory_is_cut_into_whole_blocks() -> None:
-    built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes + 1), Solo())
+    built = build_rank(replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes + 1), RESOLVED, Solo())
     assert built.blocks == 5
 
 
 def test_no_more_blocks_than_all_rows_could_fill() -> None:
-    built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.block_bytes), Solo())
-    assert built.blocks == CONFIG.rows * CONFIG.max_model_len // CONFIG.block_size
+    built = build_rank(replace(CONFIG, kv_memory=1000 * LAYOUT.block_bytes), RESOLVED, Solo())
+    assert built.blocks == CONFIG.max_num_seqs * RESOLVED.max_model_len // CONFIG.block_size
 
 
-def test_host_memory_is_cut_into_slots_of_the_same_size() -> None:
+def test_host_memory_is_cut_into_blocks_of_the_same_size() -> None:
     config = replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes)
-    assert build_rank(config, Solo()).slots == 0
-    built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.block_bytes + 1), Solo())
+    assert build_rank(config, RESOLVED, Solo()).host_blocks == 0
+    built = build_rank(replace(config, host_kv_memory=9 * LAYOUT.block_bytes + 1), RESOLVED, Solo())
     assert built.host is not None
-    assert (built.blocks, built.slots, built.host.layout) == (5, 9, LAYOUT)
+    assert (built.blocks, built.host_blocks, built.host.layout) == (5, 9, LAYOUT)
     with pytest.raises(ValueError, match=r"host_kv_memory=1 holds no block"):
-        build_rank(replace(config, host_kv_memory=1), Solo())
+        build_rank(replace(config, host_kv_memory=1), RESOLVED, Solo())
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=rf"{LAYOUT.block_bytes:,} bytes"):
-        build_rank(replace(CONFIG, kv_memory=LAYOUT.block_bytes - 1), Solo())
+        build_rank(replace(CONFIG, kv_memory=LAYOUT.block_bytes - 1), RESOLVED, Solo())
 
 
 def test_without_a_word_the_ranks_of_a_host_share_a_part_of_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 20 * LAYOUT.block_bytes
     monkeypatch.setattr(build, "_available_memory", lambda: free)
-    built = build_rank(CONFIG, Solo())
-    assert built.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks_on_host // LAYOUT.block_bytes
+    built = build_rank(CONFIG, RESOLVED, Solo())
+    assert built.blocks == int(free * build.CPU_KV_FRACTION) // CONFIG.ranks // LAYOUT.block_bytes
 
 
 def test_the_host_says_how_much_is_free() -> None:
@@ -67,9 +65,9 @@ def test_the_host_says_how_much_is_free() -> None:
 def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -> None:
     """Ten million positions, of which 128 are used."""
     folder = copy_of_tiny(tmp_path, max_position_embeddings=10_485_760)
-    built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.block_bytes), Solo())
+    built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.block_bytes), RESOLVED, Solo())
     assert isinstance(built.rank.executor, ModelRunner)
-    assert built.rank.executor._model.rotary.table.shape[0] == CONFIG.max_model_len
+    assert built.rank.executor._model.rotary.table.shape[0] == RESOLVED.max_model_len
 
 
 def copy_of_tiny(folder: Path, **fields: object) -> Path:
@@ -113,7 +111,7 @@ def test_a_rank_says_which_dtype_it_takes_and_why(
     caplog: pytest.LogCaptureFixture, arithmetic: Arithmetic, dtype: torch.dtype
 ) -> None:
     with caplog.at_level("INFO", "workers.build"):
-        built = build_rank(replace(CONFIG, dtype="auto", kv_memory=4 << 20), Solo(), arithmetic=arithmetic)
+        built = build_rank(replace(CONFIG, dtype="auto", kv_memory=4 << 20), RESOLVED, Solo(), arithmetic=arithmetic)
     assert built.pool.dtype == dtype
     assert f"dtype {str(dtype).removeprefix('torch.')}: " in caplog.text
 
@@ -123,7 +121,7 @@ def test_ranks_of_one_group_take_one_dtype() -> None:
 
     def build_one(comm: ThreadGroup) -> torch.dtype:
         config = replace(CONFIG, dtype="auto", kv_memory=4 << 20)
-        return build_rank(config, comm, arithmetic=(FULL, AVX2)[comm.rank]).pool.dtype
+        return build_rank(config, RESOLVED, comm, arithmetic=(FULL, AVX2)[comm.rank]).pool.dtype
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(build_one, ThreadGroup.create(2))) == [torch.float32, torch.float32]
@@ -139,4 +137,4 @@ def test_this_processor_is_known() -> None:
 
 def test_a_checkpoint_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
-        build_rank(replace(CONFIG, model=str(tmp_path / "nowhere")), Solo())
+        build_rank(replace(CONFIG, model=str(tmp_path / "nowhere")), RESOLVED, Solo())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.base import Chunks
-from workers.attention.write import KvWriter, RowWriter, dense_rows
+from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
 
 
@@ -33,7 +33,7 @@ class DecodePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkPlan:
+class FlashChunkPlan:
     """Chunks as flash-attn wants them."""
 
     chunks: Chunks
@@ -44,15 +44,15 @@ class ChunkPlan:
 class FlashPlan:
     """The step: decodes and chunks in calls of their own."""
 
-    rows: Tensor  # [tokens] for the writer
+    targets: Tensor  # [tokens] for the writer
     decodes: int
     decode: DecodePlan | None
-    chunk: ChunkPlan | None
+    chunk: FlashChunkPlan | None
 
 
 Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, DecodePlan], Tensor]
 """query [decodes, heads, head_dim], keys, values [block, slot, kv_head, head_dim], lengths, tables, plan -> like query."""
-Chunk = Callable[[Tensor, Tensor, Tensor, ChunkPlan], Tensor]
+Chunk = Callable[[Tensor, Tensor, Tensor, FlashChunkPlan], Tensor]
 """query [chunk tokens, heads, head_dim], keys and values as above, plan -> like query."""
 Schedule = Callable[..., Tensor]
 """Generation 3's `get_scheduler_metadata`."""
@@ -97,7 +97,7 @@ def _load_2() -> FlashKernels:
         out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True, **more)
         return _first(out)[:, 0]
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
         chunks = plan.chunks
         out: Tensor = flash_attn_varlen_func(
             query, keys, values, chunks.query_starts, plan.context_starts, chunks.max_query, chunks.max_context,
@@ -122,7 +122,7 @@ def _load_3() -> FlashKernels:
         out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True, **more)
         return _first(out)[:, 0]
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
         chunks = plan.chunks
         out = flash_attn_with_kvcache(
             query, keys, values, cache_seqlens=chunks.context_lens, page_table=chunks.block_tables,
@@ -143,7 +143,7 @@ def _load_4() -> FlashKernels:
             )
         )
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: ChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
         chunks = plan.chunks
         return _first(
             flash_attn_varlen_func(
@@ -201,10 +201,10 @@ class FlashAttention:
             contexts, tables = step.context_lens[decodes:], step.block_tables[decodes:]
             chunk = self.plan_chunks(Chunks(starts, contexts, tables, len(step.tokens) - decodes, *longest))
         decode = self.plan_decode(step.context_lens, decodes, step.block_tables.shape[1]) if decodes else None
-        return FlashPlan(self._writer.rows(step.slots), decodes, decode, chunk)
+        return FlashPlan(self._writer.targets(step.slots), decodes, decode, chunk)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan) -> Tensor:
-        self._writer.write(layer, key, value, plan.rows)
+        self._writer.write(layer, key, value, plan.targets)
         rows = slice(plan.decodes)
         parts = []
         if plan.decode is not None:
@@ -235,10 +235,10 @@ class FlashAttention:
         result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan)
         return result if out is None else out.copy_(result)
 
-    def plan_chunks(self, chunks: Chunks) -> ChunkPlan:
-        return ChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
+    def plan_chunks(self, chunks: Chunks) -> FlashChunkPlan:
+        return FlashChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
 
-    def chunks(self, layer: int, query: Tensor, plan: ChunkPlan, out: Tensor | None = None) -> Tensor:
+    def chunks(self, layer: int, query: Tensor, plan: FlashChunkPlan, out: Tensor | None = None) -> Tensor:
         result = self._kernels.chunk(dense_rows(query), self._pool.keys(layer), self._pool.values(layer), plan)
         return result if out is None else out.copy_(result)
 
@@ -249,6 +249,6 @@ def _writer(pool: KVPool) -> KvWriter:
         try:
             from workers.attention.triton import TritonWriter
         except ImportError:
-            return RowWriter(pool)
+            return TorchWriter(pool)
         return TritonWriter(pool)
-    return RowWriter(pool)
+    return TorchWriter(pool)

@@ -41,15 +41,15 @@ class TritonWriter:
             raise ValueError("Triton's kernels need a CUDA device; on a CPU choose the attention backend 'cpu'")
         self._pool = pool
 
-    def rows(self, slots: Tensor) -> Tensor:
+    def targets(self, slots: Tensor) -> Tensor:
         return slots
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
-        """key, value [tokens, kv_heads, head_dim], tokens may lie apart; rows [tokens] int64 slots."""
+    def write(self, layer: int, key: Tensor, value: Tensor, targets: Tensor) -> None:
+        """key, value [tokens, kv_heads, head_dim], tokens may lie apart; targets [tokens] int64 slots."""
         pool, size = self._pool, self._pool.layout.kv_heads * self._pool.layout.head_dim
         key, value = dense_rows(key), dense_rows(value)
-        _write[(len(rows),)](
-            key, value, pool.keys(layer), pool.values(layer), rows, key.stride(0), value.stride(0), pool.data.stride(0),
+        _write[(len(targets),)](
+            key, value, pool.keys(layer), pool.values(layer), targets, key.stride(0), value.stride(0), pool.data.stride(0),
             KV_BLOCK=pool.layout.block_size, ROW=size, BLOCK=triton.next_power_of_2(size),
         )  # fmt: skip
 

@@ -11,39 +11,39 @@ from kvcache.pool import KVPool
 
 
 class KvWriter(Protocol):
-    """Writes a step's KV. `rows` turns the step's slots into what `write` wants, once for all layers."""
+    """Writes a step's KV. `targets` turns the step's slots into what `write` wants, once for all layers."""
 
-    def rows(self, slots: Tensor) -> Tensor: ...
+    def targets(self, slots: Tensor) -> Tensor: ...
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
-        """key, value [tokens, kv_heads, head_dim]; rows [tokens] int64."""
+    def write(self, layer: int, key: Tensor, value: Tensor, targets: Tensor) -> None:
+        """key, value [tokens, kv_heads, head_dim]; targets [tokens] int64."""
         ...
 
 
-class RowWriter:
-    """The pool seen as rows [kv_heads, head_dim]: one slot of one layer's keys or values each.
+class TorchWriter:
+    """The pool seen as one list of [kv_heads, head_dim]: one slot of one layer's keys or values each.
 
-    A slot's row differs between layers and k|v by a constant only. So the rows of a step are computed once, and each
-    layer's view of the pool begins at its own constant.
+    A slot's place in it differs between layers and k|v by a constant only. So the places of a step are computed once, and
+    each layer's view of the pool begins at its own constant.
     """
 
     def __init__(self, pool: KVPool) -> None:
         layout = pool.layout
         self._block_size = layout.block_size
-        self._block_rows = layout.layers * 2 * layout.block_size
-        rows = pool.data.view(-1, layout.kv_heads, layout.head_dim)
-        starts = range(0, self._block_rows, 2 * layout.block_size)
-        self._keys = [rows[start:] for start in starts]
-        self._values = [rows[start + layout.block_size :] for start in starts]
+        self._block_places = layout.layers * 2 * layout.block_size
+        flat = pool.data.view(-1, layout.kv_heads, layout.head_dim)
+        starts = range(0, self._block_places, 2 * layout.block_size)
+        self._keys = [flat[start:] for start in starts]
+        self._values = [flat[start + layout.block_size :] for start in starts]
 
-    def rows(self, slots: Tensor) -> Tensor:
+    def targets(self, slots: Tensor) -> Tensor:
         """slots [tokens] int64 -> [tokens] int64, for `write`."""
-        return slots + slots.div(self._block_size, rounding_mode="floor") * (self._block_rows - self._block_size)
+        return slots + slots.div(self._block_size, rounding_mode="floor") * (self._block_places - self._block_size)
 
-    def write(self, layer: int, key: Tensor, value: Tensor, rows: Tensor) -> None:
+    def write(self, layer: int, key: Tensor, value: Tensor, targets: Tensor) -> None:
         """key, value [tokens, kv_heads, head_dim]."""
-        self._keys[layer].index_copy_(0, rows, key)
-        self._values[layer].index_copy_(0, rows, value)
+        self._keys[layer].index_copy_(0, targets, key)
+        self._values[layer].index_copy_(0, targets, value)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

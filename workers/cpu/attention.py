@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.attention.write import RowWriter
+from workers.attention.write import TorchWriter
 from workers.execution.step import StepInput
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class SequenceSpan:
     """One sequence of the step: where its queries lie in the batch and its keys in the pool."""
 
     start: int
@@ -27,8 +27,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class CpuPlan:
-    rows: Tensor  # [tokens] int64
-    sequences: list[Sequence]
+    targets: Tensor  # [tokens] int64
+    sequences: list[SequenceSpan]
 
 
 class CpuAttention:
@@ -42,7 +42,7 @@ class CpuAttention:
     def __init__(self, pool: KVPool, heads: int) -> None:
         self._pool = pool
         self._group = heads // pool.layout.kv_heads
-        self._writer = RowWriter(pool)
+        self._writer = TorchWriter(pool)
 
     def plan(self, step: StepInput) -> CpuPlan:
         layout = self._pool.layout
@@ -53,9 +53,9 @@ class CpuAttention:
             mask = None
             if 1 < queries < context:
                 mask = torch.ones(queries, context, dtype=torch.bool).tril(context - queries)
-            sequences.append(Sequence(start, start + queries, context, table[: layout.blocks_for(context)], mask))
+            sequences.append(SequenceSpan(start, start + queries, context, table[: layout.blocks_for(context)], mask))
             start += queries
-        return CpuPlan(self._writer.rows(step.slots), sequences)
+        return CpuPlan(self._writer.targets(step.slots), sequences)
 
     def attend(
         self,
@@ -66,7 +66,7 @@ class CpuAttention:
         step: StepInput,  # noqa: ARG002
         plan: CpuPlan,
     ) -> Tensor:
-        self._writer.write(layer, key, value, plan.rows)
+        self._writer.write(layer, key, value, plan.targets)
         keys, values = self._pool.keys(layer), self._pool.values(layer)
         out = query.new_empty(query.shape)
         for seq in plan.sequences:
@@ -87,7 +87,7 @@ class CpuAttention:
         return out[0].transpose(0, 1)
 
 
-def _context(cache: Tensor, seq: Sequence) -> Tensor:
+def _context(cache: Tensor, seq: SequenceSpan) -> Tensor:
     """[block, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim]: a view of a single block, a copy of several."""
     blocks = cache[seq.blocks[0]] if len(seq.blocks) == 1 else cache[seq.blocks].flatten(0, 1)
     return blocks[: seq.context].transpose(0, 1)[None]

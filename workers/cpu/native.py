@@ -34,7 +34,7 @@ class NativeUnavailable(Exception):
     """The compiled kernels cannot serve here; the message says why. Plain torch can."""
 
 
-class Geometry(ctypes.Structure):
+class AttentionGeometry(ctypes.Structure):
     """The struct of the same name in native.cpp: sizes, then host addresses."""
 
     _fields_ = [
@@ -48,7 +48,7 @@ class Geometry(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class NativePlan:
-    geometry: Geometry
+    geometry: AttentionGeometry
     kept: tuple[object, ...]  # owners of the memory that `geometry` points to
 
 
@@ -95,7 +95,7 @@ class NativeAttention:
         accumulator = torch.float64 if self._pool.dtype == torch.float64 else torch.float32
         partials = torch.empty(len(task_sequence) * partial, dtype=accumulator)
         slots = step.slots.contiguous()
-        geometry = Geometry(
+        geometry = AttentionGeometry(
             threads=threads,
             heads=self._heads,
             kv_heads=layout.kv_heads,

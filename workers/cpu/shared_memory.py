@@ -3,11 +3,11 @@
 Imports torch and the Linux system calls of the standard library. The memory is a memfd: it has no name, so it can
 neither leak nor need tidying, whatever kills a rank, and the size of /dev/shm in a container does not matter.
 
-    ┌ words ───────────────────────┬ buffer 0 ───────────────────┬ buffer 1 ──────────────────┐
-    │ rank 0: arrived summed left  │ slot of rank 0, rank 1, ... │ slot of rank 0, rank 1, ...│
-    └ a cache line for each rank ──┴─────────────────────────────┴────────────────────────────┘
+    ┌ words ───────────────────────┬ buffer 0 ──────────────────────┬ buffer 1 ──────────────────────┐
+    │ rank 0: arrived summed left  │ section of rank 0, rank 1, ... │ section of rank 0, rank 1, ... │
+    └ a cache line for each rank ──┴────────────────────────────────┴────────────────────────────────┘
 
-Collective number n uses buffer n % 2. A rank copies its tensor into its slot, sets arrived = n, and waits until all
+Collective number n uses buffer n % 2. A rank copies its tensor into its section, sets arrived = n, and waits until all
 ranks have arrived. One wait is enough: who has arrived at n + 1 has finished reading n, whose buffer is
 used again only at n + 2.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from workers.parallel.in_process import PeerLost, sum_in_rank_order
 
-SLOT_BYTES = 1 << 20
+SECTION_BYTES = 1 << 20
 SHARED_SUM_BYTES = 1 << 18
 """Above this size each rank sums only its share and copies the rest: a second wait, but less memory traffic."""
 WORDS_PER_RANK = 8  # a cache line of int64
@@ -43,10 +43,10 @@ def is_supported() -> bool:
     return hasattr(os, "memfd_create") and platform.machine() in ("x86_64", "AMD64")
 
 
-def create_segment(size: int, slot_bytes: int = SLOT_BYTES) -> int:
+def create_segment(size: int, section_bytes: int = SECTION_BYTES) -> int:
     """A file descriptor of zeroed shared memory for `size` ranks. Close it once every rank has mapped it."""
     descriptor = os.memfd_create("tensor-parallel")
-    os.ftruncate(descriptor, _segment_bytes(size, slot_bytes))
+    os.ftruncate(descriptor, _segment_bytes(size, section_bytes))
     return descriptor
 
 
@@ -81,13 +81,13 @@ class SharedMemoryGroup:
         *,
         timeout_s: float,
         alive: Callable[[], bool] = lambda: True,
-        slot_bytes: int = SLOT_BYTES,
+        section_bytes: int = SECTION_BYTES,
     ) -> None:
         self.rank, self.size = rank, size
-        memory = mmap.mmap(descriptor, _segment_bytes(size, slot_bytes))
+        memory = mmap.mmap(descriptor, _segment_bytes(size, section_bytes))
         self._words = memoryview(memory).cast("q")
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)
-        self._slot_bytes = slot_bytes
+        self._section_bytes = section_bytes
         self._peers = [peer for peer in range(size) if peer != rank]
         self._spins = SPINS if size <= len(os.sched_getaffinity(0)) else SPINS // 25
         self._timeout_s, self._alive = timeout_s, alive
@@ -101,14 +101,14 @@ class SharedMemoryGroup:
         tensor = tensor.contiguous()
         if tensor.nbytes <= SHARED_SUM_BYTES:
             return sum_in_rank_order(self._exchange(tensor), tensor)
-        for part in tensor.view(-1).split(self._slot_bytes // tensor.itemsize):  # type: ignore[no-untyped-call]
+        for part in tensor.view(-1).split(self._section_bytes // tensor.itemsize):  # type: ignore[no-untyped-call]
             self._sum_together(part)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        if tensor.nbytes <= self._slot_bytes:
+        if tensor.nbytes <= self._section_bytes:
             return torch.stack(self._exchange(tensor))
-        parts = tensor.reshape(-1).split(self._slot_bytes // tensor.itemsize)  # type: ignore[no-untyped-call]
+        parts = tensor.reshape(-1).split(self._section_bytes // tensor.itemsize)  # type: ignore[no-untyped-call]
         gathered = torch.cat([torch.stack(self._exchange(part)) for part in parts], 1)
         return gathered.view(self.size, *tensor.shape)
 
@@ -124,37 +124,37 @@ class SharedMemoryGroup:
     def _exchange(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order: views of shared memory, valid until the next collective but one."""
         self._number += 1
-        slots = self._slots(tensor)
-        slots[self.rank].copy_(tensor)
+        sections = self._sections(tensor)
+        sections[self.rank].copy_(tensor)
         self._say(ARRIVED)
         self._wait(ARRIVED)
-        return slots
+        return sections
 
     def _sum_together(self, tensor: Tensor) -> None:
-        """Each rank sums its share of the elements into rank 0's slot, from where all copy the whole."""
-        slots = self._exchange(tensor)
+        """Each rank sums its share of the elements into rank 0's section, from where all copy the whole."""
+        sections = self._exchange(tensor)
         share = -(-tensor.numel() // self.size)
         start = min(self.rank * share, tensor.numel())
-        mine = [slot[start : start + share] for slot in slots]
+        mine = [section[start : start + share] for section in sections]
         sum_in_rank_order(mine, mine[0])
         self._say(SUMMED)
         self._wait(SUMMED)
-        tensor.copy_(slots[0])
+        tensor.copy_(sections[0])
 
-    def _slots(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's slot of the current buffer, seen as such a tensor."""
+    def _sections(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's section of the current buffer, seen as such a tensor."""
         key = (tensor.dtype, tensor.shape)
         views = self._views.get(key)
         if views is None:
             if len(self._views) == MAX_CACHED_VIEWS:
                 self._views.clear()
             with torch.inference_mode(False):
-                views = [[self._slot(buffer, rank, tensor) for rank in range(self.size)] for buffer in (0, 1)]
+                views = [[self._section(buffer, rank, tensor) for rank in range(self.size)] for buffer in (0, 1)]
             self._views[key] = views
         return views[self._number % 2]
 
-    def _slot(self, buffer: int, rank: int, tensor: Tensor) -> Tensor:
-        start = _words_bytes(self.size) + (buffer * self.size + rank) * self._slot_bytes
+    def _section(self, buffer: int, rank: int, tensor: Tensor) -> Tensor:
+        start = _words_bytes(self.size) + (buffer * self.size + rank) * self._section_bytes
         return self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _say(self, what: int) -> None:
@@ -202,5 +202,5 @@ def _words_bytes(size: int) -> int:
     return -(-size * WORDS_PER_RANK * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _segment_bytes(size: int, slot_bytes: int) -> int:
-    return _words_bytes(size) + 2 * size * slot_bytes
+def _segment_bytes(size: int, section_bytes: int) -> int:
+    return _words_bytes(size) + 2 * size * section_bytes

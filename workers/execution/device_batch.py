@@ -30,21 +30,21 @@ IN_FLIGHT = 4
 
 
 class DeviceBatch:
-    """rows: of the resident batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
+    """max_num_seqs: rows of the batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
     padding writes.
 
     Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
     """
 
     def __init__(
-        self, *, rows: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device
+        self, *, max_num_seqs: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device
     ) -> None:
-        self.padding = rows
+        self.padding = max_num_seqs
         self.scratch_slot = scratch_block * block_size
         self.longest = blocks * block_size
         self._block_size = block_size
         self._width = blocks
-        sizes = (rows + 1, rows + 1, most, (rows + 1) * WORDS, (rows + 1) * blocks)
+        sizes = (max_num_seqs + 1, max_num_seqs + 1, most, (max_num_seqs + 1) * WORDS, (max_num_seqs + 1) * blocks)
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._last_token, self._position, self._order, self._settings, self._tables = starts[:-1]
         state = np.zeros(starts[-1], np.int32)
@@ -53,15 +53,15 @@ class DeviceBatch:
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
-        self.settings = parts[3].view(rows + 1, WORDS)
-        self.tables = parts[4].view(rows + 1, blocks)
+        self.settings = parts[3].view(max_num_seqs + 1, WORDS)
+        self.tables = parts[4].view(max_num_seqs + 1, blocks)
         # the inputs of a decode step, where a graph reads them
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self.slots = torch.zeros(most, dtype=torch.int64, device=device)
         self.step_tables = torch.zeros(most, blocks, dtype=torch.int32, device=device)
         # the host's idea of what the device holds
         self._known_order = np.full(most, self.padding, np.int32)
-        self._known_position = np.zeros(rows + 1, np.int64)
+        self._known_position = np.zeros(max_num_seqs + 1, np.int64)
         self._admitted: dict[int, tuple[int, Int32s]] = {}
         self._ring = PinnedRing(device, IN_FLIGHT, 4096)
         self._edits = torch.zeros(8192, dtype=torch.int32, device=device)

@@ -36,28 +36,28 @@ class GpuParts:
     def __init__(self, spec: RunnerSpec) -> None:
         config, comm = spec.config, spec.comm
         self._spec = spec
-        self._most = min(config.rows, config.step_tokens)
-        self._largest = chunk_ladder(config.step_tokens)[-1]
+        self._most = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._largest = chunk_ladder(config.max_num_batched_tokens)[-1]
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
         self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
         self._graphs = config.cuda_graphs and not self._threads
         self._decoder: Decoder | None = None
         self._sampler = DeviceSampler(
-            vocab_size=spec.model.vocab_size, comm=comm, rows=config.rows,
-            samples=max(config.rows, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
+            vocab_size=spec.model.vocab_size, comm=comm, max_num_seqs=config.max_num_seqs,
+            samples=max(config.max_num_seqs, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
         )  # fmt: skip
 
     def load(self, progress: Progress) -> None:
         """Errors: CheckpointError, torch's out-of-memory error."""
         spec = self._spec
         self._decoder = load_model(
-            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.config.max_model_len
+            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.resolved.max_model_len
         )
 
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
         graphs take, which are run and captured here."""
-        blocks = self._spec.layout.blocks_for(self._spec.config.step_tokens)
+        blocks = self._spec.layout.blocks_for(self._spec.config.max_num_batched_tokens)
         probe = (blocks + 1) * self._spec.layout.block_bytes
         runner = self._make(blocks)
         self._compile(runner)
@@ -91,7 +91,7 @@ class GpuParts:
             for size in chunk_ladder(self._largest):
                 runner.run_padded_prefill(size)
             for tokens in (2, 16, 100):
-                self._run_prefill(runner, min(tokens, self._spec.config.step_tokens))
+                self._run_prefill(runner, min(tokens, self._spec.config.max_num_batched_tokens))
         torch.cuda.synchronize()
 
     def _make(self, blocks: int) -> GpuRunner:
@@ -100,8 +100,8 @@ class GpuParts:
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device)
         attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
         state = DeviceBatch(
-            rows=config.rows,
-            blocks=self._spec.layout.blocks_for(config.max_model_len),
+            max_num_seqs=config.max_num_seqs,
+            blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),
             block_size=config.block_size,
             most=self._most,
             scratch_block=blocks,
@@ -112,22 +112,23 @@ class GpuParts:
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
         """A prefill of as many tokens as a step may have, then `most` decodes in the scratch block."""
-        self._run_prefill(runner, self._spec.config.step_tokens)
+        self._run_prefill(runner, self._spec.config.max_num_batched_tokens)
         runner.run_padding(self._most)
 
     def _run_prefill(self, runner: GpuRunner, tokens: int) -> None:
         """Prompts of so many tokens together, in blocks which nobody has been granted yet: what they hold does not matter, so
         where there are few, several prompts write to one."""
         config = self._spec.config
-        batch = ResidentBatch(config.rows, config.block_size, config.step_tokens, config.max_model_len)
+        max_model_len = self._spec.resolved.max_model_len
+        batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, max_model_len)
         left, block = max(2, tokens), 0
-        for row in range(config.rows):
-            length = min(left, config.max_model_len - 1)
+        for row in range(config.max_num_seqs):
+            length = min(left, max_model_len - 1)
             if length < 2:
                 break  # a single token were a decode
             blocks = self._spec.layout.blocks_for(length)
             batch.block_table[row, :blocks] = (block + np.arange(blocks)) % (runner.pool.blocks - 1)
-            batch.known[row], batch.slots[row], batch.lease[row] = length, length, row
+            batch.known[row], batch.granted[row], batch.lease[row] = length, length, row
             batch.tokens[row] = np.zeros(length, np.int32)
             left, block = left - length, block + blocks
         runner.execute(batch, batch.launch(batch.plan())).wait()

@@ -37,7 +37,7 @@ Captured = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StepPart:
     """The decodes of a launched step, or its chunks: logits [samples or more, vocab], and the tokens drawn from them.
 
     rows, positions, out: [samples or more] int32: rows of the batch, positions of the new tokens, the tokens themselves.
@@ -142,7 +142,7 @@ class GpuRunner:
         rows = step.plan.rows[samples]
         padded = (self._whole.fit(decodes) if self._whole is not None and decodes else None) or decodes
         self._state.update(batch, step, padded)
-        parts: list[Part] = []
+        parts: list[StepPart] = []
         if decodes:
             parts.append(self._launch_decodes(decodes, padded, self._constraints.any(rows[:decodes])))
         if decodes < len(step.plan.rows):
@@ -159,12 +159,12 @@ class GpuRunner:
 
     # ---- decodes
 
-    def _launch_decodes(self, decodes: int, padded: int, constrained: bool) -> Part:
+    def _launch_decodes(self, decodes: int, padded: int, constrained: bool) -> StepPart:
         """constrained: a grammar has a say, so they are not sampled yet."""
         graphs = self._unsampled if constrained else self._whole
         launch = self._decode if constrained else self._decode_and_sample
         logits = graphs.replay(padded) if graphs is not None else launch(padded)
-        return Part(logits, decodes, self._state.order, self._state.contexts, self._decoded, not constrained)
+        return StepPart(logits, decodes, self._state.order, self._state.contexts, self._decoded, not constrained)
 
     def _decode(self, size: int) -> Tensor:
         """Device tensors alone, at addresses that stay: may be captured."""
@@ -190,7 +190,7 @@ class GpuRunner:
 
     # ---- prefill
 
-    def _launch_chunks(self, batch: ResidentBatch, step: Launched, constrained: bool) -> Part:
+    def _launch_chunks(self, batch: ResidentBatch, step: Launched, constrained: bool) -> StepPart:
         """By a graph where one holds them; in steps so large that the device takes longer than the host, launch by launch."""
         decodes = step.plan.decodes
         samples = int(step.samples[decodes:].sum())
@@ -201,10 +201,10 @@ class GpuRunner:
                 self._chunk_inputs.fill(batch, step, size)
                 logits = self._prefills.replay(size)
                 chunks = self._chunk_inputs.padded(size)
-                return Part(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
+                return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
         chunks = self._chunk_inputs.build(batch, step)
         logits = self._prefill(chunks, self._attention)
-        return Part(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False)
+        return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False)
 
     def _prefill_padded(self, tokens: int) -> Tensor:
         """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
@@ -225,7 +225,7 @@ class GpuRunner:
     # ---- back to the host
 
     def _to_host(
-        self, step: Launched, samples: Ints, parts: Sequence[Part], measured: list[PromptPart]
+        self, step: Launched, samples: Ints, parts: Sequence[StepPart], measured: list[PromptPart]
     ) -> DeviceTokens:
         rows = step.plan.rows[samples]
         host, at = self._ring.take(len(samples)), 0

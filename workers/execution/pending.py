@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scheduler.protocol.messages import NO_TOKEN
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.rank import Tokens
+from workers.loop.rank import StepTokens
 from workers.sampling.constraints import Allowed, Constraints
 from workers.sampling.logprobs import Logprobs, PromptPart
 
@@ -57,9 +57,9 @@ class DeviceTokens:
         self._logprobs = logprobs
         self._measured = measured
         self._arrived = arrived
-        self._read: Tokens | None = None
+        self._read: StepTokens | None = None
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         """Once or more often; the same answer each time."""
         if self._read is None:
             self._arrived()
@@ -72,7 +72,7 @@ class DeviceTokens:
             if self._logprobs is not None:
                 told = [(int(self._samples[at]), payload) for at, payload in self._logprobs.payloads()]
                 payloads += [(index, payload) for index, payload in told if ids[index] != NO_TOKEN]
-            self._read = Tokens(ids, payloads)
+            self._read = StepTokens(ids, payloads)
         return self._read
 
 
@@ -86,7 +86,7 @@ class ConstrainedTokens:
         self._allowed = allowed
         self._followed = False
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         """Once or more often: by the next constrained step, which needs to know, and when the host commits this one."""
         tokens = self._tokens.wait()
         if not self._followed:

@@ -21,15 +21,16 @@ Ints = npt.NDArray[np.int64]
 
 
 class ModelRunner:
-    """The `Executor` that computes. pool: the blocks that the model's attention is bound to. rows: of the resident batch."""
+    """The `Executor` that computes. pool: the blocks that the model's attention is bound to. max_num_seqs: rows of the
+    resident batch."""
 
-    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, rows: int, pool: KVPool) -> None:
+    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
         self.pool = pool
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
         self._following = Following(constraints)
-        self._last_tokens = torch.zeros(rows, dtype=torch.int64, device=pool.device)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=pool.device)
 
     def admit(self, start: Start) -> None:
         row, tokens = row_of(start), np.frombuffer(start.tokens, np.int32)

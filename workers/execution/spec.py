@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcache.layout import BlockLayout
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.architectures import ModelConfig, RankShape
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
@@ -16,12 +16,16 @@ class RunnerSpec:
     """One rank's. dtype: of weights, activations and blocks. constraints: closed by who made them."""
 
     config: WorkerConfig
+    resolved: ResolvedWorker
     model: ModelConfig
     layout: BlockLayout
     comm: Communicator
     dtype: torch.dtype
-    device: torch.device
     constraints: Constraints
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.resolved.device)
 
     @property
     def shape(self) -> RankShape:

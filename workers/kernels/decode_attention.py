@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
 
-FIELDS = 8  # of a work item: row, KV head, first and last span, context, pieces, piece, slot
+FIELDS = 8  # of a work item: row, KV head, first and last span, context, pieces, piece, entry
 PLANNED_ITEMS = 64  # by one program of the plan
 PLANNED_ROWS = 64  # that it looks at together
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
@@ -60,13 +60,13 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
 
 
 @triton.jit(do_not_specialize=["batch", "shares"])
-def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.constexpr, KEYS: tl.constexpr,
+def _plan(contexts, items, row_pieces, row_entries, batch, shares, KV_HEADS: tl.constexpr, KEYS: tl.constexpr,
           LEAST: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     """Cuts every row's spans into pieces of at most `share` spans. Each program writes ITEMS items; none waits for another.
 
     Items run over rows, then pieces, then KV heads, so that programs that start together read neighbouring memory. At most
     shares + batch * KV_HEADS items have work, at most 2 * shares of them belong to rows of several pieces: only those have a
-    slot for a partial result.
+    entry for a partial result.
     """
     total = 0
     for first in range(0, batch, ROWS):
@@ -80,7 +80,7 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
     start = tl.zeros([ITEMS], tl.int32)
     base = tl.zeros([ITEMS], tl.int32)
     planned = 0
-    slots = 0
+    entries = 0
     for first in range(0, batch, ROWS):
         row = first + tl.arange(0, ROWS)
         context = tl.load(contexts + row, mask=row < batch, other=0)
@@ -94,9 +94,9 @@ def _plan(contexts, items, row_pieces, row_slots, batch, shares, KV_HEADS: tl.co
         base += tl.sum(tl.where(past, split[None, :], 0), 1)
         if tl.program_id(0) == 0:
             tl.store(row_pieces + row, pieces, mask=row < batch)
-            tl.store(row_slots + row, slots + tl.cumsum(split, 0) - split, mask=row < batch)
+            tl.store(row_entries + row, entries + tl.cumsum(split, 0) - split, mask=row < batch)
         planned += tl.sum(count, 0)
-        slots += tl.sum(split, 0)
+        entries += tl.sum(split, 0)
 
     exists = owner < batch
     context = tl.load(contexts + owner, mask=exists, other=0)
@@ -191,9 +191,9 @@ def _fold(q, k, v, span, context, top, weight, acc, scale, MASKED: tl.constexpr,
 
 
 @triton.jit
-def _merged(partial, lse, slot, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+def _merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
             BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `slot` on merged in order."""
+    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `entry` on merged in order."""
     head = first + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     top = tl.full([ROWS], -1e30, tl.float32)
@@ -202,7 +202,7 @@ def _merged(partial, lse, slot, pieces, first, GROUP: tl.constexpr, ROWS: tl.con
     for start in range(0, pieces, PIECES):
         piece = start + tl.arange(0, PIECES)
         there = (piece < pieces)[:, None] & (head < GROUP)[None, :]
-        row = (slot + piece).to(tl.int64)[:, None] * GROUP + head[None, :]
+        row = (entry + piece).to(tl.int64)[:, None] * GROUP + head[None, :]
         # another multiprocessor wrote them: what this one's L1 holds may be older
         part = tl.load(partial + row[:, :, None] * DIM + dims[None, None, :],
                        mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
@@ -236,7 +236,7 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     context = tl.load(at + 4)
     pieces = tl.load(at + 5)
     piece = tl.load(at + 6)
-    slot = tl.load(at + 7)
+    entry = tl.load(at + 7)
     if DEPENDENT:
         gdc_launch_dependents()
 
@@ -277,21 +277,21 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     if pieces == 1:
         tl.store(whole + rows[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=real)
     else:
-        place = slot.to(tl.int64) * GROUP + rows
+        place = entry.to(tl.int64) * GROUP + rows
         tl.store(partial + place[:, None] * DIM + dims[None, :], acc, mask=real)
         tl.store(lse + place, top + tl.log2(some), mask=rows < GROUP)
         if ATOMIC:
             tl.debug_barrier()  # every thread's stores come before the count
             if tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
                 tl.store(counters + row * KV_HEADS + head, 0)
-                result = _merged(partial, lse, slot - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
+                result = _merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
                 heads = tl.arange(0, MERGE_ROWS)
                 tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
                          mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
 
 
 @triton.jit
-def _merge(partial, lse, out, row_pieces, row_slots, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
+def _merge(partial, lse, out, row_pieces, row_entries, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
            BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """One program: one query head of one row, if the row has several pieces."""
     if DEPENDENT:
@@ -301,10 +301,10 @@ def _merge(partial, lse, out, row_pieces, row_slots, out_stride, GROUP: tl.const
     pieces = tl.load(row_pieces + row)
     if pieces <= 1:
         return
-    slot = tl.load(row_slots + row) + head // GROUP * pieces
+    entry = tl.load(row_entries + row) + head // GROUP * pieces
     if DEPENDENT:
         gdc_launch_dependents()
-    result = _merged(partial, lse, slot, pieces, head % GROUP, GROUP, 1, DIM, BLOCK_DIM, PIECES)
+    result = _merged(partial, lse, entry, pieces, head % GROUP, GROUP, 1, DIM, BLOCK_DIM, PIECES)
     dims = tl.arange(0, BLOCK_DIM)
     at = out + row.to(tl.int64) * out_stride + head * DIM + tl.arange(0, 1)[:, None] + dims[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
@@ -337,9 +337,9 @@ class DecodeAttention:
         if config.descriptor and config.keys <= layout.block_size and self._dim == layout.head_dim:
             rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
             self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
-        slots = 2 * self._shares * self._group
-        self._partial = torch.empty((slots, layout.head_dim), dtype=torch.float32, device=pool.device)
-        self._lse = torch.empty(slots, dtype=torch.float32, device=pool.device)
+        entries = 2 * self._shares * self._group
+        self._partial = torch.empty((entries, layout.head_dim), dtype=torch.float32, device=pool.device)
+        self._lse = torch.empty(entries, dtype=torch.float32, device=pool.device)
         self._kept: list[Tensor] = []
         self._make_rows(max_batch)
 

@@ -30,7 +30,7 @@ MAX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class Tiling:
     """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
 
     rows: int  # of W that a program takes
@@ -276,7 +276,7 @@ def matvec(
     swiglu: bool = False,
     out: Tensor | None = None,
     pdl: bool = False,
-    config: Config | None = None,
+    config: Tiling | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
 
@@ -321,18 +321,18 @@ def matvec(
     return target
 
 
-def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Config:
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
     """The configuration for an output of n numbers from k, by shape alone.
 
     One token: the best of a sweep on an H200 over the products of the 0.6B and the 8B shape (`benchmarks/kernels.py --sweep`).
     """
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
-            return Config(4, 2048, 8)
+            return Tiling(4, 2048, 8)
         if k <= 1024 and not swiglu:
-            return Config(4, 512, 2)
-        return Config(4, 512, 4) if k >= 8192 else Config(4, 1024, 4)
+            return Tiling(4, 512, 2)
+        return Tiling(4, 512, 4) if k >= 8192 else Tiling(4, 1024, 4)
     if tokens <= STREAM_TOKENS or dtype == torch.float32 or k % 256:
         rows = 2 if n < 2048 or swiglu else 4
-        return Config(rows, min(1024, int(triton.next_power_of_2(k))), 4)
-    return Config(16, 256 if k % 512 else 512, 4, 3, 4)
+        return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+    return Tiling(16, 256 if k % 512 else 512, 4, 3, 4)

@@ -267,7 +267,7 @@ class Tables:
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
+class SampleGeometry:
     """How `sample` is launched.
 
     splits, block: powers of two. rounds: launches that look into filtered rows. stages: tiles on their way to a program.
@@ -283,16 +283,16 @@ class Geometry:
     rounds: int = ROUNDS
 
 
-def geometry(samples: int, processors: int = 132) -> Geometry:
+def geometry(samples: int, processors: int = 132) -> SampleGeometry:
     """Enough programs for eight on each multiprocessor, and splits of a few blocks at least."""
     wanted = max(1, processors * 8 // max(1, samples))
-    return Geometry(splits=min(MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
+    return SampleGeometry(splits=min(MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
 
 
 class Workspace:
     """Scratch memory for steps of up to `samples` samples, which may share it one after the other.
 
-    rounds: the most that a `Geometry` may have. capacity: of ids collected for a row with top_k, a power of two.
+    rounds: the most that a `SampleGeometry` may have. capacity: of ids collected for a row with top_k, a power of two.
     """
 
     def __init__(self, samples: int, device: torch.device, rounds: int = ROUNDS, capacity: int = CAPACITY) -> None:
@@ -332,7 +332,7 @@ def sample(
     *,
     vocab_size: int,
     workspace: Workspace,
-    plan: Geometry | None = None,
+    plan: SampleGeometry | None = None,
 ) -> None:
     """Draws a token for each sample, as `workers.sampling.sampler.Sampler` does. Waits for nothing, allocates nothing.
 

@@ -66,22 +66,22 @@ class ResidentBatch:
     way; that step still writes to its blocks, but any later holder's writes come after it on the same stream.
     """
 
-    def __init__(self, rows: int, block_size: int, budget: int, model_len: int) -> None:
+    def __init__(self, max_num_seqs: int, block_size: int, max_num_batched_tokens: int, max_model_len: int) -> None:
         self.block_size = block_size
-        self.budget = budget
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.applied = 0
         self.ended: str | None = None
         self.vacated: list[int] = []  # rows whose lease has ended, for the executor; emptied by `Rank`
-        self.lease = np.full(rows, -1, np.int64)
-        self.known = np.zeros(rows, np.int64)
-        self.computed = np.zeros(rows, np.int64)
-        self.slots = np.zeros(rows, np.int64)
-        self.limit = np.zeros(rows, np.int64)
-        self.blocks = np.zeros(rows, np.int64)
-        self.block_table = np.zeros((rows, -(-model_len // block_size)), np.int32)
-        self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * rows
-        self._least = np.zeros(rows, np.int64)  # length from which a stop id ends the sequence
-        self._stop_ids = np.full((rows, 1), NO_TOKEN, np.int64)  # [rows, width], padded
+        self.lease = np.full(max_num_seqs, -1, np.int64)
+        self.known = np.zeros(max_num_seqs, np.int64)
+        self.computed = np.zeros(max_num_seqs, np.int64)
+        self.granted = np.zeros(max_num_seqs, np.int64)
+        self.limit = np.zeros(max_num_seqs, np.int64)
+        self.blocks = np.zeros(max_num_seqs, np.int64)
+        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
+        self._least = np.zeros(max_num_seqs, np.int64)  # length from which a stop id ends the sequence
+        self._stop_ids = np.full((max_num_seqs, 1), NO_TOKEN, np.int64)  # [rows, width], padded
         self.edited: list[tuple[int, int, int]] = []  # (row, first, end) of the block table; `Rank` empties it
         self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
 
@@ -136,29 +136,29 @@ class ResidentBatch:
         self.block_table[row, held : held + len(blocks)] = blocks
         self.edited.append((row, held, held + len(blocks)))
         self.blocks[row] += len(blocks)
-        self.slots[row] = self.blocks[row] * self.block_size
+        self.granted[row] = self.blocks[row] * self.block_size
 
     def _clear(self, row: int) -> None:
         if self.lease[row] != -1:
             self.vacated.append(row)
         self.lease[row] = -1
-        self.known[row] = self.computed[row] = self.slots[row] = self.blocks[row] = 0
+        self.known[row] = self.computed[row] = self.granted[row] = self.blocks[row] = 0
         self._measured.pop(row, None)
 
     # ---- steps
 
     def plan(self) -> StepPlan:
-        slots = self._usable_slots() if self._measured else self.slots
-        return plan_step(self.known, self.computed, slots, self.lease, self.budget)
+        granted = self._usable() if self._measured else self.granted
+        return plan_step(self.known, self.computed, granted, self.lease, self.max_num_batched_tokens)
 
-    def _usable_slots(self) -> Ints:
+    def _usable(self) -> Ints:
         """Fewer than were granted where prompts are measured: they share `MEASURED_TOKENS` a step, oldest first."""
-        slots = self.slots.copy()
+        granted = self.granted.copy()
         left = MEASURED_TOKENS
         for row in sorted(self._measured, key=lambda row: int(self.lease[row])):
-            slots[row] = min(slots[row], self.computed[row] + left)
-            left -= max(0, min(int(slots[row]), int(self.known[row])) - int(self.computed[row]))
-        return slots
+            granted[row] = min(granted[row], self.computed[row] + left)
+            left -= max(0, min(int(granted[row]), int(self.known[row])) - int(self.computed[row]))
+        return granted
 
     def launch(self, plan: StepPlan) -> Launched:
         """Accounts for a step that is about to run: its KV counts as written, its sampled tokens as known."""

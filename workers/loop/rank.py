@@ -17,7 +17,7 @@ from workers.loop.batch import Launched, ResidentBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class StepTokens:
     """What a step sampled. ids: [n] int64, any value where the step took no sample, NO_TOKEN where sampling failed.
 
     logprobs: (index, opaque payload) in the order in which the front end is to read them.
@@ -30,7 +30,7 @@ class Tokens:
 class Pending(Protocol):
     """A step whose tokens may still be on the device."""
 
-    def wait(self) -> Tokens: ...
+    def wait(self) -> StepTokens: ...
 
 
 class Executor(Protocol):
@@ -75,7 +75,7 @@ class StepResult:
     """A committed step. live: [n] leases that had not ended when its tokens came in."""
 
     step: Launched
-    tokens: Tokens
+    tokens: StepTokens
     live: npt.NDArray[np.bool_]
     finished: list[tuple[int, FinishReason]]
 

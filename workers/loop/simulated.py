@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from scheduler.protocol.messages import Start
 from workers.loop.batch import Launched, ResidentBatch
-from workers.loop.rank import Tokens, row_of
+from workers.loop.rank import StepTokens, row_of
 
 _MASK = (1 << 64) - 1
 UNWRITTEN = np.uint64(0xDEAD_BEEF_DEAD_BEEF)
@@ -46,19 +46,19 @@ def continuation(prompt: list[int], tokens: int, vocabulary: int) -> list[int]:
 class Ready:
     """A step whose tokens are known at once."""
 
-    tokens: Tokens
+    tokens: StepTokens
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         return self.tokens
 
 
 class SimulatedExecutor:
     """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it."""
 
-    def __init__(self, blocks: int, block_size: int, rows: int, vocabulary: int) -> None:
+    def __init__(self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int) -> None:
         self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
         self._vocabulary = vocabulary
-        self._last = [0] * rows
+        self._last = [0] * max_num_seqs
 
     def admit(self, start: Start) -> None:
         self._last[row_of(start)] = int(np.frombuffer(start.tokens, np.int32)[-1])
@@ -81,7 +81,7 @@ class SimulatedExecutor:
             state = self._write(batch.block_table[row], first, tokens)
             if step.samples[index]:
                 self._last[row] = ids[index] = next_token(state, self._vocabulary)
-        return Ready(Tokens(ids))
+        return Ready(StepTokens(ids))
 
     def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""

@@ -18,7 +18,7 @@ from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
-from workers.model.weights import Checkpoint, Part, Piece, Progress
+from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class Decoder:
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
         return self.outer.head(self.outer.norm(hidden))[:samples]
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ModelPart]:
         """What `Checkpoint.load` fills, one after another."""
         return [self.outer, *self.layers]
 

@@ -39,27 +39,27 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """A dtype, and why in words."""
 
     dtype: torch.dtype
     why: str
 
 
-def choose(config_dtype: torch.dtype | None, stored: Stored, arithmetic: Arithmetic, rows: int, room: int) -> Choice:
-    """For `--dtype auto`. config_dtype: as config.json says; None: as the weights are stored. rows: sequences that run at once
-    at most. room: bytes of memory that there are for all of a group's weights.
+def choose(config_dtype: torch.dtype | None, stored: Stored, arithmetic: Arithmetic, max_num_seqs: int, room: int) -> Chosen:
+    """For `--dtype auto`. config_dtype: as config.json says; None: as the weights are stored. max_num_seqs: that run at
+    once. room: bytes of memory that there are for all of a group's weights.
 
     The same on all ranks that are told the same.
     """
     dtype = config_dtype or stored.dtype
     source = "as the weights are stored" if config_dtype is None else "as config.json says"
     if arithmetic.has(dtype):
-        return Choice(dtype, source)
+        return Chosen(dtype, source)
     name, wide = str(dtype).removeprefix("torch."), 4 * stored.numbers
     lacking = f"this processor ({arithmetic.name}) has no {name} arithmetic"
-    if rows == 1:
-        return Choice(dtype, f"{source}; {lacking}, but a row by itself is bound by memory, and these weights are small")
+    if max_num_seqs == 1:
+        return Chosen(dtype, f"{source}; {lacking}, but a row by itself is bound by memory, and these weights are small")
     if wide > room:
-        return Choice(dtype, f"{source}; {lacking}, but weights in float32 take {wide:,} bytes, and there is room for {room:,}")
-    return Choice(torch.float32, f"{lacking}, and several rows are faster in float32; --dtype {name} keeps the weights small")
+        return Chosen(dtype, f"{source}; {lacking}, but weights in float32 take {wide:,} bytes, and there is room for {room:,}")
+    return Chosen(torch.float32, f"{lacking}, and several rows are faster in float32; --dtype {name} keeps the weights small")

@@ -63,7 +63,7 @@ class Stored:
     numbers: int
 
 
-class Part(Protocol):
+class ModelPart(Protocol):
     """Something that is filled as one: the embedding, a layer, the head."""
 
     def pieces(self) -> list[Piece]: ...
@@ -124,7 +124,7 @@ class Checkpoint:
         blocks = ((at, min(at + COMPARED_ROWS, stop)) for at in range(start, stop, COMPARED_ROWS))
         return all(torch.equal(first[a:b].to(dtype), second[a:b].to(dtype)) for a, b in blocks)
 
-    def load(self, parts: Sequence[Part], progress: Progress | None = None) -> None:
+    def load(self, parts: Sequence[ModelPart], progress: Progress | None = None) -> None:
         """Fill `parts` one after another, so that at most one of them exists twice while it is being packed. Together they
         read every tensor of the checkpoint, on each rank a share of it."""
         plan = [part.pieces() for part in parts]

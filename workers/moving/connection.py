@@ -2,7 +2,7 @@
 
     receiver ──connects──▶ sender
              ◀──handshake──▶          `scheduler.protocol.handshake`; the claim's opening is a `Fetch`: what is wanted
-             ◀──Offer──────           by which communicator
+             ◀──PairOffer──────           by which communicator
              ◀══ blocks ════           as the two have agreed: over this connection, or beside it
              ───Done───────▶
 
@@ -43,7 +43,7 @@ class Fetch(msgspec.Struct, frozen=True, array_like=True, tag=1):
     pair: int
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True, tag=2):
+class PairOffer(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """pair: the communicator to use: the one that both have, or a new one."""
 
     pair: int
@@ -86,7 +86,7 @@ class Connection:
 
     # ---- frames
 
-    def send(self, message: Challenge | Claim | Confirmed | Offer | Entry | Done) -> None:
+    def send(self, message: Challenge | Claim | Confirmed | PairOffer | Entry | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
     def receive(self, kind: type[T]) -> T:

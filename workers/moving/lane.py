@@ -12,7 +12,7 @@ class TransferFailed(RuntimeError):
     """The blocks have not arrived; why, in words for the log."""
 
 
-class Abort:
+class LaneAbort:
     """Ends from one thread what another waits for, once and for good."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.abort = Abort()
+        self.abort = LaneAbort()
         self._lock = threading.Lock()
         self._jobs: deque[Job] = deque()
         self._thread: threading.Thread | None = None  # the last one, which may have ended

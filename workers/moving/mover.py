@@ -15,7 +15,7 @@ import numpy as np
 
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
-from workers.moving.lane import Abort, Lane, TransferFailed
+from workers.moving.lane import Lane, LaneAbort, TransferFailed
 from workers.moving.side import Ready, Side, copy_blocks
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Shard:
     blocks: Blocks
     side: Side
     ready: Ready
-    abort: Abort
+    abort: LaneAbort
     port: str = ""
 
 
@@ -190,14 +190,14 @@ class BlockMover:
     def _copy(self, command: Offload | Load, blocks: Blocks, lane: "_BlockLane", ready: Ready) -> float:
         if self._host is None:
             raise TransferFailed("this rank keeps no blocks in host memory")
-        slots = _ids(command.slots, self._host)
+        host_blocks = _ids(command.host_blocks, self._host)
         began_s = time.perf_counter()
         try:
             with lane.side.after(ready):
                 if isinstance(command, Offload):
-                    copy_blocks(self._pool, blocks, self._host, slots, lane.abort)
+                    copy_blocks(self._pool, blocks, self._host, host_blocks, lane.abort)
                 else:
-                    copy_blocks(self._host, slots, self._pool, blocks, lane.abort)
+                    copy_blocks(self._host, host_blocks, self._pool, blocks, lane.abort)
         finally:
             lane.side.drain()  # also after an error: what is under way ends by itself, and soon
         return time.perf_counter() - began_s

@@ -125,7 +125,7 @@ class PairWire:
             for index, stage in self._messages(ids, shard):
                 if len(works) > 1:  # the message before the last was in this stage
                     link.wait(works.popleft())
-                torch.index_select(self._pool.rows, 0, index, out=stage)
+                torch.index_select(self._pool.raw, 0, index, out=stage)
                 works.append(link.send(stage))
             for work in works:
                 link.wait(work)
@@ -135,7 +135,7 @@ class PairWire:
         with self._using(connection, shard, pair, RECEIVER) as link:
             for index, stage in self._messages(ids, shard):
                 link.wait(link.receive(stage))
-                self._pool.rows.index_copy_(0, index, stage)
+                self._pool.raw.index_copy_(0, index, stage)
 
     def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         self._drop((group, epoch, SENDER if sending else RECEIVER))
@@ -175,7 +175,7 @@ class PairWire:
     def _messages(self, ids: Tensor, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
         """(block ids of a message, where to put it), in two stages by turns."""
         batch = min(self._batch, len(shard.blocks))
-        stages = [self._pool.rows.new_empty(batch, self._pool.layout.block_bytes) for _ in range(2)]
+        stages = [self._pool.raw.new_empty(batch, self._pool.layout.block_bytes) for _ in range(2)]
         for turn, index in enumerate(torch.split(ids, batch)):
             shard.abort.check()
             yield index, stages[turn % 2][: len(index)]

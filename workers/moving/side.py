@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kvcache.pool import KVPool
-from workers.moving.lane import Abort, TransferFailed
+from workers.moving.lane import LaneAbort, TransferFailed
 
 POLL_S = 200e-6
 
@@ -67,18 +67,18 @@ class Side:
             self._stream.synchronize()
 
 
-def copy_blocks(source: KVPool, blocks: Sequence[int], target: KVPool, targets: Sequence[int], abort: Abort) -> None:
+def copy_blocks(source: KVPool, blocks: Sequence[int], target: KVPool, targets: Sequence[int], abort: LaneAbort) -> None:
     """Whole blocks from pool to pool, in order; on a GPU launched on the current stream, not waited for.
 
     On a CPU by NumPy: it leaves Python's lock for the time of a block and starts no threads, as torch would for large copies.
     Errors: TransferFailed between two blocks once `abort` is set.
     """
     if source.device.type == target.device.type == "cpu":
-        read, write = source.rows.numpy(), target.rows.numpy()
+        read, write = source.raw.numpy(), target.raw.numpy()
         for block, to in zip(blocks, targets, strict=True):
             abort.check()
             np.copyto(write[to], read[block])
         return
     for block, to in zip(blocks, targets, strict=True):
         abort.check()
-        target.rows[to].copy_(source.rows[block], non_blocking=True)
+        target.raw[to].copy_(source.raw[block], non_blocking=True)

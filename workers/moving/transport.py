@@ -18,7 +18,7 @@ import msgspec
 from kvcache.pool import KVPool
 from scheduler.protocol.handshake import Challenge, Claim, Confirmed, Stranger, challenge, check_confirmed, claim, confirm
 from scheduler.protocol.wire import listen
-from workers.moving.connection import Connection, Done, Fetch, Offer
+from workers.moving.connection import Connection, Done, Fetch, PairOffer
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
 from workers.moving.pairs import PairWire
@@ -91,9 +91,9 @@ class SocketWire:
         """Nothing is kept."""
 
     def _runs(self, shard: Shard) -> Iterator[memoryview]:
-        rows = self._pool.rows
+        raw = self._pool.raw
         for first, end in runs(shard.blocks):
-            yield rows[first:end].view(-1).numpy().data
+            yield raw[first:end].view(-1).numpy().data
 
 
 class SocketTransport:
@@ -126,7 +126,7 @@ class SocketTransport:
             if (fetch.blocks, fetch.block_bytes) != (len(shard.blocks), self._block_bytes):
                 raise TransferFailed("the two sides do not agree on the blocks")
             pair = self._wire.agree(shard, fetch.pair)
-            connection.send(Offer(pair))
+            connection.send(PairOffer(pair))
             began_s = time.perf_counter()
             self._wire.send(connection, shard, pair)
             connection.receive_done()
@@ -146,7 +146,7 @@ class SocketTransport:
                 check_confirmed(self._token, said, connection.receive(Confirmed))
             except Stranger as error:
                 raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token") from error
-            offer = connection.receive(Offer)
+            offer = connection.receive(PairOffer)
             began_s = time.perf_counter()
             self._wire.receive(connection, shard, offer.pair)
             connection.send(Done())

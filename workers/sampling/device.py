@@ -28,33 +28,33 @@ INTERPRETED_PROCESSORS = 1
 class DeviceSampler:
     """One rank's sampler. All ranks make the same calls in the same order and get the same tokens.
 
-    vocab_size: real ids; columns beyond are padding. rows: of the resident batch; row `rows`, which no sequence has, is for
+    vocab_size: real ids; columns beyond are padding. max_num_seqs: rows of the batch; one more, which no sequence has, is for
     samples that pad a batch. samples: in a step, at most. dtype: of the logits; arithmetic is float32.
     Tables of [rows + 1, vocab_size] are allocated here, once: see `table_bytes`.
     Invariant: a row's token depends on its own logits, settings and history only, never on the rest of the batch.
     """
 
     def __init__(
-        self, *, vocab_size: int, comm: Communicator, rows: int, samples: int, device: torch.device, dtype: torch.dtype
+        self, *, vocab_size: int, comm: Communicator, max_num_seqs: int, samples: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         if dtype == torch.float64:
             raise ValueError("the GPU's sampler takes bfloat16, float16 and float32 logits, not float64; choose one of them")
         self._vocab_size = vocab_size
         self._comm = comm
         self._device = device
-        self._marks = torch.zeros(rows + 1, vocab_size, dtype=torch.int32, device=device)
-        self._bias = torch.zeros(rows + 1, vocab_size, dtype=torch.float32, device=device)
-        self._mask = torch.full((rows + 1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
+        self._marks = torch.zeros(max_num_seqs + 1, vocab_size, dtype=torch.int32, device=device)
+        self._bias = torch.zeros(max_num_seqs + 1, vocab_size, dtype=torch.float32, device=device)
+        self._mask = torch.full((max_num_seqs + 1, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)
         self._workspace = Workspace(samples, device)
-        self._logprobs = np.full(rows, logprobs.NOT_ASKED, np.int64)
+        self._logprobs = np.full(max_num_seqs, logprobs.NOT_ASKED, np.int64)
         self._processors = INTERPRETED_PROCESSORS
         if device.type == "cuda":
             self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     @staticmethod
-    def table_bytes(vocab_size: int, rows: int) -> int:
+    def table_bytes(vocab_size: int, max_num_seqs: int) -> int:
         """What the tables take, in bytes: to be set aside before the blocks of the KV cache."""
-        return (rows + 1) * (vocab_size * 8 + -(-vocab_size // 32) * 4)
+        return (max_num_seqs + 1) * (vocab_size * 8 + -(-vocab_size // 32) * 4)
 
     def admit(
         self,
@@ -107,7 +107,7 @@ class DeviceSampler:
     ) -> None:
         """Draws one token for each of `rows` from this rank's `logits` [samples, local columns], which are left as they were.
 
-        rows, positions: [samples] int32. table: [rows + 1, WORDS] int32, the records, row `rows` all zeros. out_tokens:
+        rows, positions: [samples] int32. table: [rows + 1, WORDS] int32, the records, the last all zeros. out_tokens:
         [samples], written: NO_TOKEN where nothing can be drawn. last_token: [rows + 1], written where sampled. Both int32 or
         int64.
         """

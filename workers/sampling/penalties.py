@@ -21,13 +21,13 @@ Ints = npt.NDArray[np.integer]
 
 @dataclass(frozen=True, slots=True)
 class _RowEdits:
-    """One resident row. Columns: indices into this rank's shard. slot: its place in the count tables, if it has one."""
+    """One resident row. Columns: indices into this rank's shard. place: its place in the count tables, if it has one."""
 
     bias_columns: npt.NDArray[np.int64]
     bias: npt.NDArray[np.float64]
     stop_columns: npt.NDArray[np.int64]
     stop_from: int  # the first position at which a stop id may be sampled
-    slot: int | None
+    place: int | None
     params: SamplingParams
 
 
@@ -42,17 +42,17 @@ class LogitEdits:
         self._width = local_vocab
         self._device = device
         self._rows: dict[int, _RowEdits] = {}
-        self._free_slots: list[int] = []
-        # [slots, local_vocab]: how often an id was emitted, and whether it is in the prompt
+        self._free_places: list[int] = []
+        # [places, local_vocab]: how often an id was emitted, and whether it is in the prompt
         self._output = torch.zeros(0, local_vocab, dtype=torch.int32, device=device)
         self._prompt = torch.zeros(0, local_vocab, dtype=torch.bool, device=device)
 
     def admit(self, row: int, params: SamplingParams, stop_ids: tuple[int, ...], prompt: Ints, output: Ints) -> bool:
         """Takes over `row`. Returns whether its logits will ever be changed."""
         self.release(row)
-        slot = self._take_slot(prompt, output) if settings.penalises(params) else None
+        place = self._take_place(prompt, output) if settings.penalises(params) else None
         stops = stop_ids if params.min_tokens > 0 else ()
-        if slot is None and not params.logit_bias and not stops:
+        if place is None and not params.logit_bias and not stops:
             return False
         bias_ids = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
         bias = np.fromiter(params.logit_bias.values(), np.float64, len(params.logit_bias))
@@ -62,15 +62,15 @@ class LogitEdits:
             bias=bias[owned],
             stop_columns=self._columns(np.unique(np.array(stops, np.int64))),
             stop_from=len(prompt) + params.min_tokens,
-            slot=slot,
+            place=place,
             params=params,
         )
         return True
 
     def release(self, row: int) -> None:
         edits = self._rows.pop(row, None)
-        if edits is not None and edits.slot is not None:
-            self._free_slots.append(edits.slot)
+        if edits is not None and edits.place is not None:
+            self._free_places.append(edits.place)
 
     def apply(self, logits: Tensor, rows: Ints, positions: Ints, allowed: Allowed | None = None) -> Tensor:
         """Returns edited logits [samples, local_vocab]; the argument is left as it was."""
@@ -111,49 +111,49 @@ class LogitEdits:
 
     def count(self, tokens: Tensor, rows: Ints) -> None:
         """Counts the sampled `tokens` [samples] as output of their rows."""
-        counted = [(i, slot) for i, row in enumerate(rows.tolist()) if (slot := self._slot(row)) is not None]
+        counted = [(i, place) for i, row in enumerate(rows.tolist()) if (place := self._place(row)) is not None]
         if not counted:
             return
-        samples, slots = self._put(np.array(counted, np.int64).T)
+        samples, places = self._put(np.array(counted, np.int64).T)
         columns = tokens[samples] - self._first_id
         owned = (columns >= 0) & (columns < self._width)
-        at = slots * self._width + columns.clamp(0, self._width - 1)
+        at = places * self._width + columns.clamp(0, self._width - 1)
         self._output.view(-1).index_add_(0, at, owned.int())
 
     def _penalise(self, logits: Tensor, edits: Iterable[tuple[int, _RowEdits]]) -> None:
-        penalised = [(sample, row.slot, row.params) for sample, row in edits if row.slot is not None]
+        penalised = [(sample, row.place, row.params) for sample, row in edits if row.place is not None]
         if not penalised:
             return
         factors = self._put(np.array([settings.penalties(params) for _, _, params in penalised], np.float64)).to(logits.dtype)
         if not logits.is_cpu:
-            samples, slots = self._put(np.array([(sample, slot) for sample, slot, _ in penalised], np.int64).T)
-            output, prompt = self._output[slots], self._prompt[slots]
+            samples, places = self._put(np.array([(sample, place) for sample, place, _ in penalised], np.int64).T)
+            output, prompt = self._output[places], self._prompt[places]
             logits[samples] = _penalise(logits[samples], output, prompt, factors.T[:, :, None])
             return
-        for (sample, slot, _), factor in zip(penalised, factors, strict=True):  # only the ids seen, without waiting
-            output, prompt = self._output[slot], self._prompt[slot]
+        for (sample, place, _), factor in zip(penalised, factors, strict=True):  # only the ids seen, without waiting
+            output, prompt = self._output[place], self._prompt[place]
             seen = torch.from_numpy(np.flatnonzero(((output > 0) | prompt).numpy()))
             logits[sample, seen] = _penalise(logits[sample, seen], output[seen], prompt[seen], factor)
 
-    def _slot(self, row: int) -> int | None:
+    def _place(self, row: int) -> int | None:
         edits = self._rows.get(row)
-        return None if edits is None else edits.slot
+        return None if edits is None else edits.place
 
-    def _take_slot(self, prompt: Ints, output: Ints) -> int:
-        if not self._free_slots:
+    def _take_place(self, prompt: Ints, output: Ints) -> int:
+        if not self._free_places:
             self._grow()
-        slot = self._free_slots.pop()
+        place = self._free_places.pop()
         emitted = self._put(self._columns(output))
-        self._output[slot] = 0
-        self._output[slot].index_add_(0, emitted, torch.ones_like(emitted, dtype=torch.int32))
-        self._prompt[slot] = False
-        self._prompt[slot].index_fill_(0, self._put(self._columns(prompt)), True)
-        return slot
+        self._output[place] = 0
+        self._output[place].index_add_(0, emitted, torch.ones_like(emitted, dtype=torch.int32))
+        self._prompt[place] = False
+        self._prompt[place].index_fill_(0, self._put(self._columns(prompt)), True)
+        return place
 
     def _grow(self) -> None:
-        slots = len(self._output)
-        more = max(4, slots)
-        self._free_slots = list(range(slots + more - 1, slots - 1, -1))
+        places = len(self._output)
+        more = max(4, places)
+        self._free_places = list(range(places + more - 1, places - 1, -1))
         with torch.inference_mode(False):  # else a table grown inside inference mode could not be updated outside it
             self._output = torch.cat([self._output, self._output.new_zeros(more, self._width)])
             self._prompt = torch.cat([self._prompt, self._prompt.new_zeros(more, self._width)])

@@ -69,7 +69,7 @@ class Sampler:
     """One rank's sampler. All ranks make the same calls in the same order and get the same tokens.
 
     vocab_size: real ids; higher ones are padding, whose logits must be -inf. local_vocab: columns of this rank, which
-    owns ids [rank * local_vocab, (rank + 1) * local_vocab). rows: size of the resident batch. dtype: of the logits; the
+    owns ids [rank * local_vocab, (rank + 1) * local_vocab). max_num_seqs: rows of the resident batch. dtype: of the logits; the
     arithmetic is float64 for float64 and float32 otherwise.
     Invariant: a row's token depends on its own logits, parameters and history only, never on the rest of the batch.
     """
@@ -80,7 +80,7 @@ class Sampler:
         vocab_size: int,
         local_vocab: int,
         comm: Communicator,
-        rows: int,
+        max_num_seqs: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -90,10 +90,10 @@ class Sampler:
         self._device = device
         self._dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._edits = LogitEdits(first_id=self._first_id, local_vocab=local_vocab, device=device)
-        self._plain = np.ones(rows, np.bool_)  # greedy, and nothing else to do
-        self._streams = np.zeros(rows, np.uint64)
-        self._settings = np.zeros((rows, 4), np.float64)  # temperature, top_k (0: all), top_p (inf: all), min_p
-        self._logprobs = np.full(rows, logprobs.NOT_ASKED, np.int64)
+        self._plain = np.ones(max_num_seqs, np.bool_)  # greedy, and nothing else to do
+        self._streams = np.zeros(max_num_seqs, np.uint64)
+        self._settings = np.zeros((max_num_seqs, 4), np.float64)  # temperature, top_k (0: all), top_p (inf: all), min_p
+        self._logprobs = np.full(max_num_seqs, logprobs.NOT_ASKED, np.int64)
 
     def admit(
         self,

@@ -29,7 +29,7 @@ from deploy.doors.openai.messages import for_template
 from deploy.doors.openai.schemas import ChatRequest, StreamOptions
 from deploy.doors.openai.sse import event
 from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.tools.tool_calls import CallArguments, CallBegin, Event, Text
+from deploy.doors.openai.tools.tool_calls import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta
@@ -169,7 +169,7 @@ def _sorted(events: Iterable[Event], in_parts: bool) -> tuple[str, list[CalledTo
     arguments: dict[int, str] = {}
     for each in events:
         match each:
-            case Text(text):
+            case PlainText(text):
                 content += text
             case CallBegin(index):
                 begins[index], arguments[index] = each, ""

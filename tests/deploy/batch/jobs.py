@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deploy.batch.backend import Answer
-from deploy.batch.job import Job, Limits
+from deploy.batch.backend import LineAnswer
+from deploy.batch.job import BatchJob, Limits
 from deploy.batch.journal import Journal, open_journal
 from deploy.batch.lines import BatchRequest
-from deploy.batch.progress import Tally
+from deploy.batch.progress import JobTally
 from deploy.batch.storage import Location
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -49,7 +49,7 @@ class FakeBackend:
         self.asked: list[str] = []
         self.under_way = self.most_under_way = self.tokens = self.most_tokens = 0
 
-    async def answer(self, request: BatchRequest) -> Answer:
+    async def answer(self, request: BatchRequest) -> LineAnswer:
         self.asked.append(request.custom_id)
         self.under_way += 1
         self.tokens += request.tokens
@@ -59,7 +59,7 @@ class FakeBackend:
             self._before(request, len(self.asked) - 1)
             for _ in range(len(self.asked) % 7):  # out of order
                 await asyncio.sleep(0)
-            return Answer(200, json.dumps({"echo": request.custom_id}).encode(), output_tokens=3)
+            return LineAnswer(200, json.dumps({"echo": request.custom_id}).encode(), output_tokens=3)
         finally:
             self.under_way -= 1
             self.tokens -= request.tokens
@@ -71,13 +71,13 @@ def journal_at(path: Path | str) -> Journal:
 
 def run_job(
     content: bytes | BinaryIO, output: Path | str, backend: FakeBackend, limits: Limits | None = None, total_bytes: int = 0
-) -> Tally:
+) -> JobTally:
     """One whole run."""
-    tally = Tally(total_bytes)
+    tally = JobTally(total_bytes)
     file = io.BytesIO(content) if isinstance(content, bytes) else content
     journal = journal_at(output)
 
-    job = Job(file, journal, limits or Limits(), tally)
+    job = BatchJob(file, journal, limits or Limits(), tally)
     try:
         if job.catch_up():
             asyncio.run(job.run(backend))

@@ -15,10 +15,10 @@ from cluster.engine import EngineError, OnDeltas, OnFailure
 from deploy.batch.backend import Backend
 from deploy.batch.clusters import open_cluster
 from deploy.batch.endpoint import EndpointBackend, open_endpoint
-from deploy.batch.job import Job, Limits
+from deploy.batch.job import BatchJob, Limits
 from deploy.batch.lines import Line, parse
 from deploy.batch.own import ServiceBackend, open_backend, open_service
-from deploy.batch.progress import Tally
+from deploy.batch.progress import JobTally
 from deploy.config.load import EMBEDDED_MODEL, Config, ConfigError, load_config
 from deploy.doors.access import ApiKeys, account
 from deploy.doors.http import create_app
@@ -48,7 +48,7 @@ def configured(**engine: Any) -> Config:
 
 async def run(backend: Backend, output: Path, content: bytes, limits: Limits | None = None) -> None:
     with closing(journal_at(output)) as journal:
-        job = Job(io.BytesIO(content), journal, limits or Limits(), Tally(0))
+        job = BatchJob(io.BytesIO(content), journal, limits or Limits(), JobTally(0))
         if job.catch_up():
             await job.run(backend)
 

@@ -12,9 +12,9 @@ import pytest
 
 from cluster.engine import EngineError
 from deploy.batch import job as jobs
-from deploy.batch.job import READ_LINES, Job, Limits
+from deploy.batch.job import READ_LINES, BatchJob, Limits
 from deploy.batch.lines import BatchRequest
-from deploy.batch.progress import Tally
+from deploy.batch.progress import JobTally
 from deploy.config.load import ConfigError
 from deploy.frontend.errors import Fault, RequestError
 from tests.deploy.batch.jobs import FakeBackend, as_lines, custom_ids, entry, journal_at, read, run_job
@@ -263,7 +263,7 @@ def test_cancelled_runs_leave_whole_results_and_together_do_each_request_once(ou
 
         journal = journal_at(url or output)
         try:
-            job = Job(io.BytesIO(as_lines(entries)), journal, Limits(requests=16), Tally(0))
+            job = BatchJob(io.BytesIO(as_lines(entries)), journal, Limits(requests=16), JobTally(0))
             if job.catch_up():
                 await job.run(FakeBackend(cancel))
         except asyncio.CancelledError:
@@ -288,7 +288,7 @@ def test_cancelled_runs_leave_whole_results_and_together_do_each_request_once(ou
 
 
 def test_progress_says_how_far_how_fast_and_how_long() -> None:
-    tally = Tally(4_000_000)
+    tally = JobTally(4_000_000)
     tally.start(100.0)
     for _ in range(2000):
         tally.skip(1000)
@@ -301,7 +301,7 @@ def test_progress_says_how_far_how_fast_and_how_long() -> None:
 
 
 def test_a_run_that_has_not_begun_tells_no_duration() -> None:
-    tally = Tally(1000)
+    tally = JobTally(1000)
     tally.skip(500)
     tally.count(500, failed=True)
     assert tally.summary(2670.0) == "0 answered, 1 failed, 1 done before"
@@ -310,13 +310,13 @@ def test_a_run_that_has_not_begun_tells_no_duration() -> None:
 def test_whoever_answers_is_not_needed_where_nothing_is_left(output: Path) -> None:
     content = b"oops\n" + as_lines([entry("a"), entry("a")])
     with closing(journal_at(output)) as journal:
-        assert Job(io.BytesIO(content), journal, Limits(), Tally(0)).catch_up()
+        assert BatchJob(io.BytesIO(content), journal, Limits(), JobTally(0)).catch_up()
     assert [each["error"]["line"] for each in read(output)] == [1]
     run_job(content, output, FakeBackend())
     finished = output.read_bytes()
     with closing(journal_at(output)) as journal:
-        tally = Tally(0)
-        assert not Job(io.BytesIO(content), journal, Limits(), tally).catch_up()
+        tally = JobTally(0)
+        assert not BatchJob(io.BytesIO(content), journal, Limits(), tally).catch_up()
     assert (tally.answered, tally.failed, tally.skipped) == (0, 0, 3)
     assert output.read_bytes() == finished
 
@@ -324,7 +324,7 @@ def test_whoever_answers_is_not_needed_where_nothing_is_left(output: Path) -> No
 def test_an_empty_input_is_done_at_once(output: Path) -> None:
     assert run_job(b"", output, FakeBackend()).answered == 0
     assert output.read_bytes() == b""
-    assert Tally(0).words(1.0).startswith("0 answered, 0 failed, 100.0% of 0 bytes")
+    assert JobTally(0).words(1.0).startswith("0 answered, 0 failed, 100.0% of 0 bytes")
 
 
 @pytest.mark.parametrize("wrong", [{"requests": 0}, {"tokens": 0}, {"retries": -1}])

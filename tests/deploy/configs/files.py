@@ -19,7 +19,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 
 from cluster.config import EngineConfig
 from cluster.fleet.group import rank_resources
-from cluster.worker_config import resolve
+from cluster.resolve import resolve
 from deploy.config.load import EMBEDDED_MODEL, endpoint_config
 
 REPOSITORY = Path(__file__).parents[3]
@@ -72,7 +72,7 @@ def rank_of(engine: EngineConfig) -> dict[str, float]:
     """What one rank asks of its node, as `cluster.fleet.group` says."""
     assert engine.device in ("cpu", "cuda"), "while no GPU node is up, auto would mean the CPU"
     placed = replace(engine, model=str(EMBEDDED_MODEL))  # the file's own is on the cluster
-    return rank_resources(resolve(placed, engine.device, engine.tensor_parallel_size, threads=1)[1])
+    return rank_resources(resolve(placed, engine.device))
 
 
 def front_ends(name: str) -> int:

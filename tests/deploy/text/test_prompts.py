@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import EngineConfig
-from cluster.worker_config import MAX_MODEL_LEN_DEFAULT, resolve
+from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
 from deploy.frontend.service import ServedModel
 from deploy.text.prompts import Content, Conversation, ModelLimits, Prompt, PromptError, PromptParser, Terms, read_model_limits
 from deploy.text.tokenizer import Tokenizer
@@ -99,8 +99,8 @@ def test_the_length_of_a_stretched_model(bare_checkpoint: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="max_model_len=2049 is above the 2048 tokens"):
         read_model_limits(stretched, 4 * MAX_TOKENS + 1)
     long = settings(tmp_path / "long", bare_checkpoint, max_position_embeddings=10_485_760)
-    core, worker = resolve(EngineConfig(str(long)), "cpu", 1, 1)
-    assert read_model_limits(long, None).max_tokens == core.max_model_len == worker.max_model_len == MAX_MODEL_LEN_DEFAULT
+    resolved = resolve(EngineConfig(model=str(long)), "cpu")
+    assert read_model_limits(long, None).max_tokens == resolved.max_model_len == MAX_MODEL_LEN_DEFAULT
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 
 from kvcache.ids import GroupId
+from scheduler.config import QueueBounds
 from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.queue.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.queue.pace import Pace
@@ -25,7 +26,7 @@ def stats_of(cluster: Cluster) -> EngineStats:
 
 
 def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
-    cluster = Cluster((8,), rows=1, max_queued_requests=2)
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=2))
     cluster.submit([1] * 4)
     first, second = cluster.submit([1] * 4)[0], cluster.submit([0] * 4)[0]
     with pytest.raises(RequestRefused, match="2 requests with 8 tokens are waiting and 2 requests may") as refusal:
@@ -40,7 +41,7 @@ def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:
 
 
 def test_the_queue_is_bounded_by_tokens_too_but_an_empty_one_takes_anything() -> None:
-    cluster = Cluster((8,), rows=1, max_queued_tokens=10)
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_tokens=10))
     cluster.submit([1] * 4)
     cluster.submit([1] * 12)
     with pytest.raises(RequestRefused, match="10 tokens may"):
@@ -49,7 +50,7 @@ def test_the_queue_is_bounded_by_tokens_too_but_an_empty_one_takes_anything() ->
 
 
 def test_a_preempted_sequence_comes_back_to_a_full_queue() -> None:
-    cluster = Cluster((5,), max_queued_requests=1, prefix_caching=False)
+    cluster = Cluster((5,), bounds=QueueBounds(max_queued_requests=1), enable_prefix_caching=False)
     streams = [cluster.submit([value] * 3, max_tokens=12)[0] for value in (0, 1)]
     cluster.submit([1] * 3)
     cluster.run()
@@ -58,7 +59,7 @@ def test_a_preempted_sequence_comes_back_to_a_full_queue() -> None:
 
 
 def test_the_wait_until_a_retry_follows_the_pace_of_the_queue() -> None:
-    cluster = Cluster((8,), rows=1, max_queued_requests=4)
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=4))
     core = cluster.core
     core.now_s = 1_000.0  # hours without a queue say nothing about its pace
     for _ in range(5):
@@ -81,7 +82,7 @@ def test_the_wait_until_a_retry_follows_the_pace_of_the_queue() -> None:
 
 def test_without_a_group_a_request_waits_or_is_refused_as_configured() -> None:
     for patient in (True, False):
-        cluster = Cluster((8,), wait_for_groups=patient)
+        cluster = Cluster((8,), bounds=None if patient else QueueBounds())
         cluster.lose(0, returning=True)
         if patient:
             cluster.submit([1] * 4)
@@ -95,7 +96,7 @@ def test_without_a_group_a_request_waits_or_is_refused_as_configured() -> None:
 
 
 def test_the_longest_wait_and_the_time_in_the_queue_are_known() -> None:
-    cluster = Cluster((8,), rows=1)
+    cluster = Cluster((8,), max_num_seqs=1)
     core = cluster.core
     core.now_s = 10.0
     cluster.submit([1] * 4, max_tokens=2)
@@ -113,7 +114,7 @@ def test_the_longest_wait_and_the_time_in_the_queue_are_known() -> None:
 
 
 def test_lower_priority_numbers_go_first_and_equal_ones_by_age() -> None:
-    cluster = Cluster((8,), rows=1)
+    cluster = Cluster((8,), max_num_seqs=1)
     cluster.submit([0] * 4, max_tokens=1)
     names = {"late": 1, "first": 0, "second": 0, "urgent": -5}
     streams = {name: cluster.submit([1] * 4, max_tokens=1, priority=priority)[0] for name, priority in names.items()}
@@ -125,7 +126,7 @@ def test_lower_priority_numbers_go_first_and_equal_ones_by_age() -> None:
 
 
 def test_blocks_are_taken_from_the_less_urgent_whoever_came_first() -> None:
-    cluster = Cluster((5,), prefix_caching=False)
+    cluster = Cluster((5,), enable_prefix_caching=False)
     calm = cluster.submit([0] * 3, max_tokens=12, priority=1)[0]
     urgent = cluster.submit([1] * 3, max_tokens=12, priority=0)[0]
     cluster.run()
@@ -206,7 +207,7 @@ def test_an_evicted_block_is_told_from_one_never_seen() -> None:
 
 
 def test_a_prefix_that_another_group_has_is_routed_away() -> None:
-    cluster = Cluster((16, 16), rows=2)
+    cluster = Cluster((16, 16), max_num_seqs=2)
     cluster.submit([*filled(0, 0), 1], max_tokens=1)
     cluster.run()
     (home,) = [name for name in cluster.core.groups if cluster.core.table.usage(name).cached]

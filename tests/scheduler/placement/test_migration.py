@@ -5,7 +5,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler import policy
-from scheduler.policy import Relief
+from scheduler.policy import Remedy
 from scheduler.sequence import State
 from tests.scheduler.cluster import Cluster, Stream, filled
 
@@ -71,10 +71,10 @@ def test_a_draining_group_gives_its_sequences_away_with_their_blocks() -> None:
 
 
 def crowded(
-    pools: tuple[int, ...] = (8, 16), *, fetch: bool = False, slots: int = 0, relieve: bool = True
+    pools: tuple[int, ...] = (8, 16), *, fetch: bool = False, host_blocks: int = 0, relieve: bool = True
 ) -> tuple[Cluster, Stream, Stream]:
     """Two sequences in the first group, which has not the blocks for both; the others are empty."""
-    cluster = Cluster(pools, grant_ahead=1, fetch=fetch, slots=slots, relieve=relieve)
+    cluster = Cluster(pools, grant_ahead=1, fetch=fetch, host_blocks=host_blocks, relieve=relieve)
     for group in range(1, len(pools)):
         cluster.core.groups[GroupId(group)].draining = True
     old = cluster.submit(filled(0, 1), max_tokens=20)[0]
@@ -108,7 +108,7 @@ def test_nobody_moves_to_a_group_that_would_be_short_itself() -> None:
 
 
 def test_what_somebody_has_who_will_have_to_give_way_is_kept_in_host_memory() -> None:
-    cluster, _, young = crowded((8,), slots=32)
+    cluster, _, young = crowded((8,), host_blocks=32)
     while not cluster.core.counters.preemptions:
         cluster.step()
     assert cluster.core.counters.kept_for_room == 1
@@ -123,7 +123,7 @@ def test_what_somebody_has_who_will_have_to_give_way_is_kept_in_host_memory() ->
 
 def test_what_it_computes_while_it_runs_on_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "SHORTAGE", 0.5)
-    cluster = Cluster((40,), grant_ahead=1, slots=64, rows=4)
+    cluster = Cluster((40,), grant_ahead=1, host_blocks=64, max_num_seqs=4)
     for first in (0, 1):
         cluster.submit(filled(first, 0, 1, 1), max_tokens=80)
     while not cluster.core.counters.kept_for_room:
@@ -159,14 +159,14 @@ def test_without_relief_it_gives_way(fetch: bool, relieve: bool) -> None:
 @pytest.mark.parametrize(
     ("lost", "move", "keep", "way"),
     [
-        (100, None, None, Relief.RECOMPUTE),
-        (100, 10.0, None, Relief.MOVE),
-        (100, None, 10.0, Relief.KEEP),
-        (100, 10.0, 5.0, Relief.KEEP),
-        (100, 10.0, 10.0, Relief.MOVE),
-        (4, 10.0, 5.0, Relief.RECOMPUTE),
-        (10, 10.0, 10.0, Relief.MOVE),
+        (100, None, None, Remedy.RECOMPUTE),
+        (100, 10.0, None, Remedy.MOVE),
+        (100, None, 10.0, Remedy.KEEP),
+        (100, 10.0, 5.0, Remedy.KEEP),
+        (100, 10.0, 10.0, Remedy.MOVE),
+        (4, 10.0, 5.0, Remedy.RECOMPUTE),
+        (10, 10.0, 10.0, Remedy.MOVE),
     ],
 )
-def test_the_cheapest_way_is_taken(lost: int, move: float | None, keep: float | None, way: Relief) -> None:
+def test_the_cheapest_way_is_taken(lost: int, move: float | None, keep: float | None, way: Remedy) -> None:
     assert policy.relief(lost, move, keep) is way

@@ -98,7 +98,7 @@ def test_what_was_dropped_in_the_middle_of_a_block_is_found_by_its_successor() -
 
 def test_the_part_goes_where_the_sequence_goes() -> None:
     """Each group is asked for what it has itself: a part in a busy group does not count for an idle one."""
-    cluster = cluster_of_parts(8, 8, rows=1)
+    cluster = cluster_of_parts(8, 8, max_num_seqs=1)
     busy = cluster.sequence(cluster.submit([0, 0, 1], max_tokens=8)[0]).blocks
     cluster.step()
     other = cluster.submit([0, 0, 1, 1], max_tokens=1)[0]
@@ -172,7 +172,7 @@ def test_a_burst_of_prompts_that_share_less_than_a_block_computes_it_once() -> N
 
 
 def test_a_burst_waits_for_the_block_in_which_its_prompts_part_not_for_the_whole_first_prompt() -> None:
-    cluster = cluster_of_parts(16, block_size=4, budget=4)
+    cluster = cluster_of_parts(16, block_size=4, max_num_batched_tokens=4)
     long = cluster.submit([*filled(0), 1, 1, 0, *filled(1, 1, 0, 1)], max_tokens=2)[0]
     other = cluster.submit([*filled(0), 1, 1, 1, 1], max_tokens=2)[0]
     assert cluster.sequence(other).state is State.DEFERRED

@@ -5,14 +5,14 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.placement.routing import FEW_GROUPS, Prompt
+from scheduler.placement.routing import FEW_GROUPS, PromptMatch
 from tests.scheduler.cluster import Cluster
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_many_groups_are_placed_as_few_are(seed: int) -> None:
     draw = random.Random(seed)
-    cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, slots=12)
+    cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, host_blocks=12)
     routing, found = cluster.core.routing, 0
     for _ in range(60):
         prompt = [draw.randrange(2) for _ in range(draw.randint(1, 24))]
@@ -28,8 +28,8 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
             match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
             parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
             source = routing._best_source(match, parts)
-            blocks = sequence.blocks_for(len(tokens) + cluster.core.config.grant_ahead, 4)
-            placed = Prompt(sequence, match, parts, blocks, source, 4)
+            blocks = sequence.blocks_for(len(tokens) + cluster.core.resolved.grant_ahead, 4)
+            placed = PromptMatch(sequence, match, parts, blocks, source, 4)
             few, many = (routing._choose(placed, bounds(placed)) for bounds in (routing._each, routing._promising))
             assert few == many
             found += few is not None and few.source is not None

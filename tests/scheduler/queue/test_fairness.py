@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from scheduler.config import CoreConfig, Counters
+from scheduler.config import CoreConfig, Counters, QueueBounds
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue import fairness
 from scheduler.queue.fairness import FairQueue
@@ -169,7 +169,7 @@ def starts(cluster: Cluster, streams: dict[str, list[Stream]]) -> list[str]:
 
 
 def test_a_tenant_that_floods_the_queue_does_not_delay_another() -> None:
-    cluster = Cluster((8,), rows=1, prefix_caching=False)
+    cluster = Cluster((8,), max_num_seqs=1, enable_prefix_caching=False)
     heavy = [cluster.submit([0] * 4, max_tokens=2, tenant="heavy")[0] for _ in range(10)]
     light = [cluster.submit([1] * 4, max_tokens=2, tenant="light")[0] for _ in range(3)]
     assert snapshot(cluster.core).waiting_tenants == 2
@@ -195,7 +195,7 @@ def test_tenants_are_charged_for_what_was_computed_and_what_came_out() -> None:
 
 
 def test_a_preemption_is_not_charged_twice() -> None:
-    cluster = Cluster((5,), prefix_caching=False)
+    cluster = Cluster((5,), enable_prefix_caching=False)
     for tenant in ("old", "young"):
         cluster.submit([0] * 3, max_tokens=12, tenant=tenant)
     cluster.run()
@@ -206,7 +206,7 @@ def test_a_preemption_is_not_charged_twice() -> None:
 
 
 def test_a_full_queue_still_takes_a_tenant_that_has_less_than_its_share() -> None:
-    cluster = Cluster((8,), rows=1, max_queued_requests=4)
+    cluster = Cluster((8,), max_num_seqs=1, bounds=QueueBounds(max_queued_requests=4))
     for _ in range(5):
         cluster.submit([0] * 4, tenant="heavy")
     with pytest.raises(RequestRefused):
@@ -229,7 +229,7 @@ def test_a_full_queue_still_takes_a_tenant_that_has_less_than_its_share() -> Non
 
 
 def test_a_wait_under_a_ticket_is_over_when_it_starts_or_ends() -> None:
-    room = WaitingRoom(CoreConfig(age_s=10.0), Counters())
+    room = WaitingRoom(CoreConfig(queue_age_s=10.0), Counters())
     first, second = waiting(room.fair, "one"), waiting(room.fair, "one")
     room.enter(first, 0.0)
     room.enter(second, 5.0)

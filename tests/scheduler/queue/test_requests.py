@@ -49,7 +49,7 @@ def test_max_tokens_none_goes_on_to_the_end_of_the_pool() -> None:
 
 
 def test_max_tokens_none_goes_on_to_the_end_of_the_model() -> None:
-    cluster = Cluster((16,), model_len=10)
+    cluster = Cluster((16,), max_model_len=10)
     stream = cluster.submit(filled(0), max_tokens=None)[0]
     cluster.run()
     assert len(stream.tokens) == 6
@@ -144,7 +144,7 @@ def preempted(cluster: Cluster) -> Stream:
 @pytest.mark.parametrize("in_flight", [False, True])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_abort_in_every_state(reach: Callable[[Cluster], Stream], in_flight: bool, depth: int) -> None:
-    cluster = Cluster((8,), budget=4, depth=depth)
+    cluster = Cluster((8,), max_num_batched_tokens=4, depth=depth)
     stream = reach(cluster)
     if in_flight:  # a step with it is done, its report not yet here
         cluster.deliver()

@@ -18,7 +18,7 @@ def running(cluster: Cluster, stream: Stream) -> bool:
 
 
 def test_a_small_one_passes_a_large_one_that_finds_no_room() -> None:
-    cluster = Cluster((8,), rows=8, prefix_caching=False)
+    cluster = Cluster((8,), max_num_seqs=8, enable_prefix_caching=False)
     cluster.submit([0] * 4, max_tokens=13)  # four blocks at most
     large = cluster.submit([0] * 24, max_tokens=4)[0]
     small = cluster.submit([1], max_tokens=2)[0]
@@ -29,7 +29,7 @@ def test_a_small_one_passes_a_large_one_that_finds_no_room() -> None:
 
 
 def test_nobody_passes_it_once_it_has_waited_for_skip_s_and_room_is_kept() -> None:
-    cluster = Cluster((8,), rows=8, prefix_caching=False, skip_s=2.0)
+    cluster = Cluster((8,), max_num_seqs=8, enable_prefix_caching=False, queue_skip_s=2.0)
     cluster.submit([0] * 4, max_tokens=13)
     large = cluster.submit([0] * 24, max_tokens=4)[0]
     cluster.wait(1.9)
@@ -45,7 +45,7 @@ def test_nobody_passes_it_once_it_has_waited_for_skip_s_and_room_is_kept() -> No
 
 
 def test_with_skip_s_0_the_order_is_strict() -> None:
-    cluster = Cluster((8,), rows=8, prefix_caching=False, skip_s=0.0)
+    cluster = Cluster((8,), max_num_seqs=8, enable_prefix_caching=False, queue_skip_s=0.0)
     cluster.submit([0] * 4, max_tokens=13)
     large = cluster.submit([0] * 24, max_tokens=4)[0]
     small = cluster.submit([1], max_tokens=2)[0]
@@ -55,7 +55,7 @@ def test_with_skip_s_0_the_order_is_strict() -> None:
 
 
 def test_an_event_tries_a_few_and_none_twice_for_the_same_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster((16,), rows=16, prefix_caching=False)
+    cluster = Cluster((16,), max_num_seqs=16, enable_prefix_caching=False)
     cluster.submit([0] * 48, max_tokens=8)
     tries: list[int] = []
     match = cluster.core.table.index.match
@@ -81,7 +81,7 @@ def test_an_event_tries_a_few_and_none_twice_for_the_same_room(monkeypatch: pyte
 
 
 def test_whoever_has_waited_long_goes_before_the_more_urgent() -> None:
-    cluster = Cluster((8,), rows=1, age_s=10.0)
+    cluster = Cluster((8,), max_num_seqs=1, queue_age_s=10.0)
     cluster.submit([0] * 4, max_tokens=3)
     calm = cluster.submit([0] * 4, max_tokens=1, priority=5)[0]
     cluster.wait(5.0)
@@ -101,7 +101,7 @@ def test_whoever_has_waited_long_goes_before_the_more_urgent() -> None:
 
 
 def test_a_flood_that_has_aged_gets_only_every_second_start() -> None:
-    cluster = Cluster((8,), rows=1, age_s=1.0, prefix_caching=False)
+    cluster = Cluster((8,), max_num_seqs=1, queue_age_s=1.0, enable_prefix_caching=False)
     flood = [cluster.submit([0] * 4, max_tokens=1, tenant="flood")[0] for _ in range(12)]
     cluster.wait(2.0)
     guests = [cluster.submit([1] * 4, max_tokens=1, tenant="guest")[0] for _ in range(3)]
@@ -123,7 +123,7 @@ def test_nobody_starves_whatever_comes(seed: int) -> None:
     """The bound of `WaitingRoom`, under a stream of small and urgent requests of other tenants that never ends. A round is a
     second; who runs, runs for 8 at most."""
     skip_s, age_s, longest = 2.0, 20.0, 8.0
-    cluster = Cluster((8,), rows=3, prefix_caching=False, skip_s=skip_s, age_s=age_s)
+    cluster = Cluster((8,), max_num_seqs=3, enable_prefix_caching=False, queue_skip_s=skip_s, queue_age_s=age_s)
     large = [cluster.submit([0] * (24 - seed), max_tokens=5, priority=3, tenant="large")[0] for _ in range(3)]
     started: dict[int, float] = {}
     second = 0
@@ -143,7 +143,7 @@ def test_nobody_starves_whatever_comes(seed: int) -> None:
 
 
 def test_a_waiting_sequence_ends_with_its_deadline() -> None:
-    cluster = Cluster((8,), rows=1)
+    cluster = Cluster((8,), max_num_seqs=1)
     cluster.submit([0] * 4, max_tokens=20)
     late, patient = cluster.submit([1] * 4, deadline_s=3.0)[0], cluster.submit([1] * 4, deadline_s=300.0)[0]
     cluster.wait(2.9)
@@ -169,7 +169,7 @@ def test_a_request_without_any_time_ends_at_once(choices: int) -> None:
 
 
 def test_a_running_sequence_ends_at_the_next_block_and_its_blocks_are_free() -> None:
-    cluster = Cluster((8,), rows=2)
+    cluster = Cluster((8,), max_num_seqs=2)
     late, other = cluster.submit([1] * 4, max_tokens=20, deadline_s=3.0)[0], cluster.submit([0] * 4, max_tokens=20)[0]
     cluster.step(times=3)
     held = cluster.held()
@@ -184,7 +184,7 @@ def test_a_running_sequence_ends_at_the_next_block_and_its_blocks_are_free() -> 
 
 
 def test_a_request_that_would_meet_its_deadline_in_the_queue_is_refused() -> None:
-    cluster = Cluster((8,), rows=1, prefix_caching=False)
+    cluster = Cluster((8,), max_num_seqs=1, enable_prefix_caching=False)
     cluster.submit([0] * 4, max_tokens=1)
     for _ in range(12):
         cluster.submit([0] * 4, max_tokens=1, tenant="heavy")

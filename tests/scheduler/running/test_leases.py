@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.messages import NO_TOKEN, Drop, FinishReason, Grant, Report, Request, Start
@@ -36,7 +36,7 @@ def test_commands_are_numbered_without_a_gap_from_0_in_each_epoch() -> None:
 
 
 def test_only_those_who_were_told_something_are_handed_out_and_no_former_epoch_is() -> None:
-    core = SchedulerCore(CoreConfig(block_size=4, max_model_len=64))
+    core = SchedulerCore(CoreConfig(block_size=4), Resolved(max_model_len=64))
     for group in range(3):
         core.group_up(GroupId(group), 0, 8, 4)
     for stream in range(2):
@@ -97,7 +97,7 @@ def test_a_late_report_of_a_dropped_lease_is_discarded_and_the_others_in_it_comm
 
 
 def test_a_row_is_reused_at_once_and_the_former_lease_s_late_tokens_are_not_taken_for_the_new_one_s() -> None:
-    cluster = Cluster((16,), rows=1, depth=1)
+    cluster = Cluster((16,), max_num_seqs=1, depth=1)
     gone = cluster.submit([0], max_tokens=20)[0]
     cluster.step(times=3)
     cluster.turn()
@@ -110,7 +110,7 @@ def test_a_row_is_reused_at_once_and_the_former_lease_s_late_tokens_are_not_take
 
 
 def test_a_block_may_be_granted_again_before_the_leader_has_heard_of_the_drop() -> None:
-    cluster = Cluster((4,), depth=1, prefix_caching=False)
+    cluster = Cluster((4,), depth=1, enable_prefix_caching=False)
     gone = cluster.submit(filled(0, 1), max_tokens=8)[0]
     cluster.step(times=4)
     cluster.turn()

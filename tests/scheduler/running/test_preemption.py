@@ -40,7 +40,7 @@ def test_the_victim_is_always_younger_and_the_oldest_always_progresses(monkeypat
 
 
 def test_whoever_others_keep_the_blocks_of_gives_way_first() -> None:
-    cluster = Cluster((24, 24), rows=8)
+    cluster = Cluster((24, 24), max_num_seqs=8)
     core = cluster.core
     for other in (GroupId(1), HERE):  # both get the same two blocks
         core.groups[other].draining = True
@@ -62,7 +62,7 @@ def test_whoever_others_keep_the_blocks_of_gives_way_first() -> None:
 
 
 def test_blocks_shared_with_the_others_of_the_group_are_neither_lost_nor_freed() -> None:
-    cluster = Cluster((24,), rows=8)
+    cluster = Cluster((24,), max_num_seqs=8)
     cluster.submit([*filled(0, 1), 1], max_tokens=1)
     cluster.run()
     needy = cluster.submit([*filled(0, 1), 1], max_tokens=8)[0]
@@ -115,7 +115,7 @@ def test_a_sequence_without_a_grant_sits_out_and_is_served_first() -> None:
         if not group.starved:
             break
         cluster.step()  # `SimulatedGroup.turn` checks that it writes to no slot that it was not granted
-        assert batch.computed[row] <= batch.slots[row]
+        assert batch.computed[row] <= batch.granted[row]
     assert len(young.tokens) <= before + 3
     refused = cluster.submit([1, 1], max_tokens=2)[0]
     if group.starved:
@@ -138,7 +138,7 @@ def test_nothing_is_preempted_for_one_that_only_waits() -> None:
 @pytest.mark.parametrize(("depth", "steps"), [(0, 1), (1, 1), (1, 3)])
 @pytest.mark.parametrize("pool", [6, 7, 8])
 def test_every_token_is_right_under_pressure(pool: int, depth: int, steps: int) -> None:
-    cluster = Cluster((pool, pool), depth=depth, steps=steps, budget=5, grant_ahead=1)
+    cluster = Cluster((pool, pool), depth=depth, steps=steps, max_num_batched_tokens=5, grant_ahead=1)
     for number in range(12):
         cluster.submit(filled(0) if number % 2 else [1] * (number % 3 + 1), max_tokens=16, n=1 + number % 2)
     cluster.run()

@@ -46,7 +46,7 @@ def test_a_prompt_may_hit_what_another_one_s_output_filled() -> None:
 
 
 def test_without_prefix_caching_nothing_is_published() -> None:
-    cluster = Cluster((8,), prefix_caching=False)
+    cluster = Cluster((8,), enable_prefix_caching=False)
     for _ in range(2):
         stream = cluster.submit(filled(0, 1), max_tokens=6)[0]
         cluster.run()
@@ -80,7 +80,7 @@ def test_twins_in_one_batch_compute_both_and_the_second_adopts_the_first_one_s_b
 
 
 def test_a_second_request_with_the_same_new_prefix_waits_and_then_hits() -> None:
-    cluster = Cluster((8,), budget=4)
+    cluster = Cluster((8,), max_num_batched_tokens=4)
     first, second = (cluster.submit([*filled(0, 1), tail], max_tokens=2)[0] for tail in (0, 1))
     assert cluster.sequence(second).state is State.DEFERRED
     cluster.step()
@@ -93,7 +93,7 @@ def test_a_second_request_with_the_same_new_prefix_waits_and_then_hits() -> None
 
 
 def test_siblings_start_once_the_first_one_s_prompt_is_published() -> None:
-    cluster = Cluster((8,), budget=4)
+    cluster = Cluster((8,), max_num_batched_tokens=4)
     streams = cluster.submit([*filled(0, 1), 0], n=3, max_tokens=3)
     states = [cluster.sequence(stream).state for stream in streams]
     assert states == [State.RUNNING, State.DEFERRED, State.DEFERRED]
@@ -116,7 +116,7 @@ def test_siblings_of_a_prompt_shorter_than_a_block_start_at_once() -> None:
     pytest.param(30, 8, True, id="long to come, but much"),
 ])  # fmt: skip
 def test_what_is_long_in_coming_is_computed_where_nothing_is_queued(queued: int, shared: int, waits: bool) -> None:
-    cluster = Cluster((64, 64), budget=4)
+    cluster = Cluster((64, 64), max_num_batched_tokens=4)
     cluster.lose(1, returning=True)
     cluster.submit([1, 0] * (queued // 2), max_tokens=1)
     prefix = [at // 4 % 2 for at in range(4 * shared)]
@@ -131,7 +131,7 @@ def test_what_is_long_in_coming_is_computed_where_nothing_is_queued(queued: int,
 
 
 def test_what_is_long_in_coming_is_waited_for_if_there_is_nowhere_else_to_go() -> None:
-    cluster = Cluster((64,), budget=4)
+    cluster = Cluster((64,), max_num_batched_tokens=4)
     cluster.submit([1, 0] * 15, max_tokens=1)
     cluster.submit([*filled(0), 1], max_tokens=1)
     other = cluster.submit([*filled(0), 0], max_tokens=1)[0]
@@ -142,7 +142,7 @@ def test_what_is_long_in_coming_is_waited_for_if_there_is_nowhere_else_to_go() -
 
 @pytest.mark.parametrize("how", ["abort", "stop", "front end gone", "group lost"])
 def test_whoever_waits_for_an_author_goes_on_when_it_leaves(how: str) -> None:
-    cluster = Cluster((8, 8), budget=4)
+    cluster = Cluster((8, 8), max_num_batched_tokens=4)
     author = cluster.submit([*filled(0, 1, 1), 0], front_end=0)[0]
     waiters = [cluster.submit([*filled(0, 1, 1), 1], front_end=1, max_tokens=2)[0] for _ in range(2)]
     cluster.step()
@@ -165,7 +165,7 @@ def test_whoever_waits_for_an_author_goes_on_when_it_leaves(how: str) -> None:
 
 
 def test_whoever_waits_for_an_author_goes_on_when_it_is_preempted() -> None:
-    cluster = Cluster((7,), budget=2)
+    cluster = Cluster((7,), max_num_batched_tokens=2)
     cluster.submit([0], max_tokens=28)
     cluster.step(times=7)
     author = cluster.submit([*filled(1, 1), 1], max_tokens=3)[0]
@@ -178,7 +178,7 @@ def test_whoever_waits_for_an_author_goes_on_when_it_is_preempted() -> None:
 
 
 def test_a_waiter_that_was_aborted_stays_ended_when_the_block_comes() -> None:
-    cluster = Cluster((8,), budget=4)
+    cluster = Cluster((8,), max_num_batched_tokens=4)
     cluster.submit([*filled(0, 1), 0], max_tokens=2)
     waiter = cluster.submit([*filled(0, 1), 1], max_tokens=2)[0]
     cluster.abort(waiter)

@@ -16,7 +16,7 @@ ZERO, ONE = GroupId(0), GroupId(1)
 
 def busy_holder(**options: int) -> tuple[Cluster, Stream]:
     """Group 0 has PREFIX in its cache and its only row taken; group 1 is idle. Returns the one who takes the row."""
-    cluster = Cluster((16, 16), rows=1, fetch=True, hash_stride=2, **options)  # type: ignore[arg-type]
+    cluster = Cluster((16, 16), max_num_seqs=1, fetch=True, hash_stride=2, **options)  # type: ignore[arg-type]
     cluster.submit([*PREFIX, 1], max_tokens=1)
     cluster.run()
     busy = cluster.submit([*PREFIX, 0], max_tokens=12)[0]
@@ -73,7 +73,7 @@ def test_a_prefix_is_fetched_where_its_holder_has_no_row() -> None:
 
 
 def test_the_last_block_of_a_conversation_comes_along() -> None:
-    cluster = Cluster((16, 16), rows=1, fetch=True, hash_stride=2)
+    cluster = Cluster((16, 16), max_num_seqs=1, fetch=True, hash_stride=2)
     cluster.submit([*PREFIX, 1, 0, 1], max_tokens=1)
     cluster.run()
     blocker = cluster.sequence(cluster.submit(filled(1, 1), max_tokens=16)[0]).blocks
@@ -170,7 +170,7 @@ def test_an_answer_of_a_stale_epoch_or_of_nothing_changes_nothing() -> None:
 
 
 def test_groups_without_ports_or_with_other_ranks_do_not_exchange() -> None:
-    cluster = Cluster((16, 16), rows=1)
+    cluster = Cluster((16, 16), max_num_seqs=1)
     cluster.submit([*PREFIX, 1], max_tokens=1)
     cluster.run()
     cluster.submit([*PREFIX, 0], max_tokens=12)
@@ -184,7 +184,7 @@ def test_groups_without_ports_or_with_other_ranks_do_not_exchange() -> None:
 
 
 def test_what_was_evicted_comes_back_from_host_memory() -> None:
-    cluster = Cluster((24,), slots=32)
+    cluster = Cluster((24,), host_blocks=32)
     first = cluster.submit([*PREFIX, 1], max_tokens=1)[0]
     cluster.run()
     assert cluster.core.counters.offloaded_tokens == 20
@@ -201,7 +201,7 @@ def test_what_was_evicted_comes_back_from_host_memory() -> None:
 
 
 def test_only_what_is_new_is_offloaded() -> None:
-    cluster = Cluster((24,), slots=32)
+    cluster = Cluster((24,), host_blocks=32)
     for last in (0, 1):
         cluster.submit([*PREFIX, *[last] * 5], max_tokens=1)
         cluster.run()
@@ -209,7 +209,7 @@ def test_only_what_is_new_is_offloaded() -> None:
 
 
 def test_a_preemption_does_not_wait_for_an_offload() -> None:
-    cluster = Cluster((6,), slots=16, grant_ahead=1)
+    cluster = Cluster((6,), host_blocks=16, grant_ahead=1)
     cluster.submit(filled(0, 0), max_tokens=12)
     cluster.submit(filled(1), max_tokens=12)
     for _ in range(20):
@@ -222,7 +222,7 @@ def test_a_preemption_does_not_wait_for_an_offload() -> None:
 
 
 def test_host_memory_goes_with_its_group() -> None:
-    cluster = Cluster((8,), slots=16)
+    cluster = Cluster((8,), host_blocks=16)
     cluster.submit([*PREFIX, 1], max_tokens=1)
     cluster.run()
     cluster.lose(0, returning=True)

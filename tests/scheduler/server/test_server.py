@@ -17,7 +17,7 @@ import pytest
 import uvloop
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.messages import (
@@ -54,7 +54,7 @@ class Served:
     """A server on a thread of its own, and clients that speak to it."""
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, max_model_len=256))
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK), Resolved(max_model_len=256))
         self.clients: list[FrameSocket] = []
         self.loop = new_loop()
         self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
@@ -95,7 +95,7 @@ class Served:
         return client
 
     def leader(self, group: int = 0, epoch: int = 0) -> FrameSocket:
-        return self.connect(Hello(group, epoch, blocks=8, rows=4))
+        return self.connect(Hello(group, epoch, blocks=8, max_num_seqs=4))
 
     def front_end(self) -> FrameSocket:
         client = self.connect(Connect())
@@ -151,7 +151,7 @@ def first_token(start: Start, epoch: int = 0, number: int = 0, token: int = 7) -
 
 
 def test_a_leader_says_its_ports_and_what_has_moved_between_its_reports(served: Served) -> None:
-    leader = served.connect(Hello(0, 0, blocks=8, rows=4, slots=3, ports=("here:1", "here:2")))
+    leader = served.connect(Hello(0, 0, blocks=8, max_num_seqs=4, host_blocks=3, ports=("here:1", "here:2")))
     front_end = served.front_end()
     front_end.send(Submit((request(1),)))
     start = read(leader, Commands).commands[0]

@@ -25,7 +25,7 @@ class Pair:
     def __init__(self) -> None:
         self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN)
         self.device = DeviceBatch(
-            rows=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE
+            max_num_seqs=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE
         )
         self.sent: list[int] = []
         self._send = self.device._send

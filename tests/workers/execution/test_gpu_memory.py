@@ -11,7 +11,7 @@ import torch
 
 from kvcache.layout import BlockLayout
 from tests.checkpoints import make_checkpoint
-from workers.config import WorkerConfig
+from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending
 from workers.model.architectures import read_config
@@ -27,18 +27,18 @@ from workers.execution.spec import RunnerSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = WorkerConfig(
-    model="", device=DEVICE.type, dtype="float32", block_size=16, kv_memory=None, gpu_memory_fraction=0.9, max_model_len=64,
-    rows=3, step_tokens=40, report_steps=1, attention="triton", threads=1, ranks_on_host=1, cuda_graphs=False,
-)  # fmt: skip
+    model="", dtype="float32", block_size=16, max_num_seqs=3, max_num_batched_tokens=40, attention="triton", cuda_graphs=False
+)
 MIB = 1 << 20
 
 
-def parts(config: WorkerConfig) -> tuple[gpu.GpuParts, BlockLayout]:
+def parts(config: WorkerConfig, max_model_len: int = 64) -> tuple[gpu.GpuParts, BlockLayout]:
     model = read_config(Path(config.model))
     shape = model.shard(0, 1)
     layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, config.dtype)
     constraints = Constraints(partial(load_tokenizer, Path(config.model), shape.vocab, model.eos_ids), shape.vocab, 1)
-    return gpu.GpuParts(RunnerSpec(config, model, layout, Solo(), torch.float32, DEVICE, constraints)), layout
+    resolved = ResolvedWorker(max_model_len=max_model_len, device=DEVICE.type)
+    return gpu.GpuParts(RunnerSpec(config, resolved, model, layout, Solo(), torch.float32, constraints)), layout
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def test_the_largest_step_fills_the_budget(
 ) -> None:
     """Its peak decides the pool: it has as many tokens as a step may have, of several prompts where one cannot be so long, and
     touches no block but those of the step and the one for padding."""
-    made, layout = parts(replace(config, max_model_len=max_model_len))
+    made, layout = parts(config, max_model_len)
     made.load(lambda *_: None)
-    blocks = layout.blocks_for(config.step_tokens)
+    blocks = layout.blocks_for(config.max_num_batched_tokens)
     runner = made._make(blocks + 2)
     launched = []
     execute = runner.execute
@@ -66,7 +66,7 @@ def test_the_largest_step_fills_the_budget(
     monkeypatch.setattr(runner, "execute", note)
     runner.pool.data.fill_(float("nan"))
     made._run_largest_step(runner)
-    assert launched == [config.step_tokens]
+    assert launched == [config.max_num_batched_tokens]
     has = ~torch.isnan(runner.pool.data).flatten(-2).any(-1)  # [block, layer, k|v, slot]
     assert bool((has == has[:, :1, :1]).all()), "all layers, keys and values alike"
     assert has[:, 0, 0].sum(-1).tolist() == [*written, 0, 0, 1]
@@ -125,8 +125,8 @@ def test_a_gpu_keeps_what_steps_graphs_and_others_need(
     monkeypatch.setattr(made, "_compile", lambda runner: None)  # noqa: ARG005
     monkeypatch.setattr(made, "_run_largest_step", lambda runner: None)  # noqa: ARG005
     monkeypatch.setattr(torch, "cuda", device.cuda())
-    probe = (layout.blocks_for(config.step_tokens) + 1) * layout.block_bytes
-    kinds = max(len(ladder(config.rows)), len(chunk_ladder(config.step_tokens)))
+    probe = (layout.blocks_for(config.max_num_batched_tokens) + 1) * layout.block_bytes
+    kinds = max(len(ladder(config.max_num_seqs)), len(chunk_ladder(config.max_num_batched_tokens)))
     captured = (30 + 2 * kinds) * MIB if graphs else 0
     others = device.total - device.free - device.reserved
     assert made.measure() == int(device.total * 0.9) - others - (device.peak - probe) - captured - gpu.MARGIN_BYTES

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, DTYPES, apart, close, exact_norm, gpu, poisoned
-from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Config, choose, matvec
+from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
 
 EPS = 1e-6
 CONFIGS = {
-    "edges in both": Config(8, 128, 4),
-    "through shared memory": Config(4, 64, 4, 3),
-    "tensor cores": Config(16, 64, 4, 2, 4),
+    "edges in both": Tiling(8, 128, 4),
+    "through shared memory": Tiling(4, 64, 4, 3),
+    "tensor cores": Tiling(16, 64, 4, 2, 4),
 }
 N, K = 12, 192
 
@@ -73,11 +73,11 @@ def test_a_row_is_the_same_in_any_batch_of_its_kernel(device: str) -> None:
     x, weight = torch.randn(MAX_TOKENS, K, device=device).half(), torch.randn(N, K, device=device).half()
     norm = torch.randn(K, device=device).half()
 
-    def rows(tokens: int, config: Config) -> Tensor:
+    def rows(tokens: int, config: Tiling) -> Tensor:
         return matvec(x[-tokens:], weight, norm_weight=norm, eps=EPS, config=config)[-1]
 
     for config, counts in (
-        (Config(8, 64, 4), (1, 2, 3, STREAM_TOKENS, 7)),
+        (Tiling(8, 64, 4), (1, 2, 3, STREAM_TOKENS, 7)),
         (CONFIGS["tensor cores"], (2, 5, MAX_TOKENS)),
     ):
         first, *rest = (rows(tokens, config) for tokens in counts)

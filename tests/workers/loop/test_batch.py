@@ -56,8 +56,8 @@ def start(
     )
 
 
-def batch(rows: int = 3, budget: int = 64) -> ResidentBatch:
-    return ResidentBatch(rows, 4, budget, 32)
+def batch(max_num_seqs: int = 3, max_num_batched_tokens: int = 64) -> ResidentBatch:
+    return ResidentBatch(max_num_seqs, 4, max_num_batched_tokens, 32)
 
 
 def step(resident: ResidentBatch) -> Launched:
@@ -72,7 +72,7 @@ def test_a_start_fills_its_row() -> None:
     resident = batch()
     resident.apply(start(lease(1, 2), tokens=6, cached=4, blocks=(7, 5)))
     assert resident.applied == 1
-    assert (resident.known[2], resident.computed[2], resident.slots[2]) == (6, 4, 8)
+    assert (resident.known[2], resident.computed[2], resident.granted[2]) == (6, 4, 8)
     assert resident.block_table[2, :2].tolist() == [7, 5]
     launched = step(resident)
     assert (launched.plan.rows.tolist(), launched.plan.counts.tolist(), launched.first.tolist()) == ([2], [2], [4])
@@ -99,7 +99,7 @@ def test_what_moves_blocks_counts_as_applied_and_changes_no_row(command: Command
     untouched.apply(start(lease(1, 0)))
     resident.apply(command)
     assert (resident.applied, resident.vacated) == (2, [])
-    for name in ("lease", "known", "computed", "slots", "blocks", "block_table"):
+    for name in ("lease", "known", "computed", "granted", "blocks", "block_table"):
         assert (getattr(resident, name) == getattr(untouched, name)).all()
 
 
@@ -111,7 +111,7 @@ def test_grants_and_remaps_change_the_block_table_of_their_lease_only() -> None:
     resident.apply(Remap(lease(2, 1), 0, 6))
     assert resident.block_table[0, :4].tolist() == [0, 1, 8, 9]
     assert resident.block_table[1, :2].tolist() == [6, 4]
-    assert resident.slots[:2].tolist() == [16, 8]
+    assert resident.granted[:2].tolist() == [16, 8]
 
 
 @pytest.mark.parametrize("late", [Grant(lease(1, 0), (8,)), Remap(lease(1, 0), 0, 8), Drop(lease(1, 0))])
@@ -122,11 +122,11 @@ def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop, reu
     resident.apply(Drop(lease(1, 0)))
     if reused:
         resident.apply(start(lease(2, 0), blocks=(3, 4)))
-    before = (resident.lease.tolist(), resident.slots.tolist(), resident.block_table.tolist(), resident.known.tolist())
+    before = (resident.lease.tolist(), resident.granted.tolist(), resident.block_table.tolist(), resident.known.tolist())
     resident.apply(late)
     assert before == (
         resident.lease.tolist(),
-        resident.slots.tolist(),
+        resident.granted.tolist(),
         resident.block_table.tolist(),
         resident.known.tolist(),
     )
@@ -175,7 +175,7 @@ def test_a_row_s_stop_ids_are_forgotten_with_its_lease() -> None:
 
 
 def test_a_chunk_that_does_not_end_the_prompt_samples_nothing() -> None:
-    resident = batch(budget=4)
+    resident = batch(max_num_batched_tokens=4)
     resident.apply(start(lease(1, 0), tokens=6, stop_ids=(7,), max_tokens=1))
     launched = step(resident)
     assert launched.samples.tolist() == [False]
@@ -258,8 +258,8 @@ def test_no_token_ends_a_sequence_as_failed(stop_ids: tuple[int, ...]) -> None:
 # ---- log-probabilities of prompts
 
 
-def measured(rows: int = 3, budget: int = 1024) -> ResidentBatch:
-    return ResidentBatch(rows, 256, budget, 2048)
+def measured(max_num_seqs: int = 3, max_num_batched_tokens: int = 1024) -> ResidentBatch:
+    return ResidentBatch(max_num_seqs, 256, max_num_batched_tokens, 2048)
 
 
 def test_a_measured_prompt_is_cut_into_bounded_chunks() -> None:

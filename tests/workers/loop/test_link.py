@@ -62,7 +62,7 @@ def test_a_scheduler_that_talks_nonsense_counts_as_gone(nonsense: object) -> Non
 
         other = threading.Thread(target=talk)
         other.start()
-        link = SocketLink("127.0.0.1", listener.getsockname()[1], TOKEN, Hello(0, 0, blocks=8, rows=2))
+        link = SocketLink("127.0.0.1", listener.getsockname()[1], TOKEN, Hello(0, 0, blocks=8, max_num_seqs=2))
         with pytest.raises(LinkClosed, match="gone"):
             link.receive(wait=True)
         link.close()
@@ -128,7 +128,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     assert isinstance(moved, Moved)
     assert (moved.transfer, moved.ok, moved.bytes) == (7, True, 2 * 2 * LAYOUT.block_bytes)
     for pool, host in zip(pools, hosts, strict=True):
-        assert (host.rows[3:5] == pool.rows[1:3]).all()
+        assert (host.raw[3:5] == pool.raw[1:3]).all()
     scheduler.command(End("enough"))
     for thread in threads:
         thread.join(PATIENCE_S)

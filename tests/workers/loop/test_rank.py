@@ -7,7 +7,7 @@ from scheduler.protocol.messages import Command, Copy, Drop, End, FinishReason, 
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import follow, lead
-from workers.loop.rank import Rank, StepResult, Tokens
+from workers.loop.rank import Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
 from workers.loop.simulated import SimulatedExecutor, continuation
 
@@ -37,9 +37,9 @@ class Recorder:
         self._rows = len(step.plan.rows)
         return self
 
-    def wait(self) -> Tokens:
+    def wait(self) -> StepTokens:
         self._next += 1
-        return Tokens(np.full(self._rows, self._next - 1))
+        return StepTokens(np.full(self._rows, self._next - 1))
 
 
 def rank(depth: int) -> tuple[Rank, Recorder]:
@@ -141,7 +141,7 @@ def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int)
     assert script.sent
     replay = Script(*script.fed)
     assert follow(peer, replay) == "done"
-    for name in ("lease", "known", "computed", "slots", "block_table"):
+    for name in ("lease", "known", "computed", "granted", "block_table"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from scheduler.batching import StepPlan
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Report
 from workers.loop.batch import Launched
-from workers.loop.rank import StepResult, Tokens
+from workers.loop.rank import StepResult, StepTokens
 from workers.loop.reports import Reporter
 
 
@@ -25,7 +25,7 @@ def result(
     ids = np.where(samples, tokens, 12345)  # any value where none was sampled
     step = Launched(plan, np.array(leases, np.int64), np.zeros(n, np.int64), samples)
     alive = np.array([True] * n if live is None else live, bool)
-    return StepResult(step, Tokens(ids, logprobs), alive, list(finished))
+    return StepResult(step, StepTokens(ids, logprobs), alive, list(finished))
 
 
 def ints(buffer: bytes, dtype: type = np.int32) -> list[int]:

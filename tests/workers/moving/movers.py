@@ -32,7 +32,7 @@ def ids(blocks: Sequence[int]) -> bytes:
 
 def random_pool(blocks: int = BLOCKS, seed: int = 0, layout: BlockLayout = LAYOUT, device: str = "cpu") -> KVPool:
     pool = KVPool(layout, blocks, device)
-    pool.rows.copy_(torch.randint(0, 256, pool.rows.shape, generator=torch.Generator().manual_seed(seed)))
+    pool.raw.copy_(torch.randint(0, 256, pool.raw.shape, generator=torch.Generator().manual_seed(seed)))
     return pool
 
 
@@ -70,7 +70,7 @@ class Site:
     @property
     def rows(self) -> Tensor:
         """The pool's bytes as they are now, on the CPU."""
-        return self.pool.rows.cpu().clone()
+        return self.pool.raw.cpu().clone()
 
     def take(self, *movements: Movement) -> None:
         for movement in movements:

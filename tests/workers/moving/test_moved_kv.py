@@ -88,7 +88,7 @@ def test_a_prefix_from_another_group(make: Make, kind: str, depth: int, size: in
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_prefix_that_was_kept_in_host_memory(make: Make, size: int) -> None:
     one = make(1, size, 1, Exchange(), host_kv_memory=1 << 20)
-    assert all(built.slots == one.group.built[0].slots > 8 for built in one.group.built)
+    assert all(built.host_blocks == one.group.built[0].host_blocks > 8 for built in one.group.built)
     undisturbed = one.group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     one.move(Offload(1, ids([0, 1]), ids([6, 3])))
     assert one.said.wait(1).ok

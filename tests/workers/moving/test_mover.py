@@ -13,7 +13,7 @@ from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Offload, Send
 from tests.workers.moving.movers import BLOCKS, KINDS, LAYOUT, NCCL, PATIENCE_S, Said, World, ids, random_pool
 from workers.moving import exchange, mover, side
-from workers.moving.lane import Abort
+from workers.moving.lane import LaneAbort
 from workers.moving.mover import BlockMover
 
 Make = Callable[..., World]
@@ -58,7 +58,7 @@ def test_many_at_once_in_all_directions(make: Make, kind: str) -> None:
     world = make(kind)
     sites = [world.site(group) for group in range(3)]
     random = np.random.default_rng(3)
-    expected = [site.pool.rows.clone() for site in sites]
+    expected = [site.pool.raw.clone() for site in sites]
     commands = []
     for transfer in range(30):
         sender, receiver = random.choice(3, 2, replace=False).tolist()
@@ -72,7 +72,7 @@ def test_many_at_once_in_all_directions(make: Make, kind: str) -> None:
         if free[receiver].isdisjoint(targets):  # transfers of two pairs may end in any order
             free[receiver].update(targets)
             kept.append((transfer, sender, receiver, sources, targets))
-            expected[receiver][targets] = sites[sender].pool.rows[sources]
+            expected[receiver][targets] = sites[sender].pool.raw[sources]
     assert len(kept) > 10
     for transfer, sender, receiver, sources, _ in kept:
         sites[sender].send(transfer, sites[receiver], sources)
@@ -82,7 +82,7 @@ def test_many_at_once_in_all_directions(make: Make, kind: str) -> None:
         assert sites[sender].said.wait(transfer).ok
         assert sites[receiver].said.wait(transfer).ok
     for site, rows in zip(sites, expected, strict=True):
-        assert torch.equal(site.pool.rows, rows)
+        assert torch.equal(site.pool.raw, rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +211,7 @@ def test_a_sender_that_withdraws_while_its_blocks_are_read_spoils_the_transfer(
     """Its blocks may be granted again once it has said that the transfer failed."""
     began, go_on = threading.Event(), threading.Event()
 
-    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: Abort) -> None:
+    def slow(source: KVPool, blocks: list[int], target: KVPool, targets: list[int], abort: LaneAbort) -> None:
         began.set()
         assert go_on.wait(PATIENCE_S)
         side.copy_blocks(source, blocks, target, targets, abort)
@@ -235,18 +235,18 @@ def test_a_sender_that_withdraws_while_its_blocks_are_read_spoils_the_transfer(
 def test_offload_and_load_bring_back_every_byte(make: Make) -> None:
     host = KVPool(LAYOUT, 12, "cpu")
     here = make("local").site(1, host=host)
-    before = here.pool.rows.clone()
+    before = here.pool.raw.clone()
     here.take(Offload(1, ids([4, 9, 2]), ids([11, 0, 5])))
     moved = here.said.wait(1)
     assert (moved.ok, moved.bytes) == (True, 3 * LAYOUT.block_bytes)
-    assert torch.equal(host.rows[[11, 0, 5]], before[[4, 9, 2]])
-    here.pool.rows.zero_()
+    assert torch.equal(host.raw[[11, 0, 5]], before[[4, 9, 2]])
+    here.pool.raw.zero_()
     here.take(Load(2, ids([0, 11]), ids([30, 31])), Offload(3, ids([30]), ids([7])))
     assert here.said.wait(2).ok
     assert here.said.wait(3).ok
-    assert torch.equal(here.pool.rows[[30, 31]], before[[9, 4]])
-    assert torch.equal(host.rows[7], before[9])
-    assert not here.pool.rows[:30].any()
+    assert torch.equal(here.pool.raw[[30, 31]], before[[9, 4]])
+    assert torch.equal(host.raw[7], before[9])
+    assert not here.pool.raw[:30].any()
 
 
 def test_without_host_memory_or_transport_movements_fail_one_by_one() -> None:
@@ -295,7 +295,7 @@ def test_pool_to_pool_and_pinned_memory_and_back_cuda(make: Make) -> None:
     assert torch.equal(there.rows, expected)
     here.take(Offload(2, ids([5, 6]), ids([11, 2])))
     assert here.said.wait(2).ok
-    assert torch.equal(host.rows[[11, 2]], before[[5, 6]])
+    assert torch.equal(host.raw[[11, 2]], before[[5, 6]])
     here.take(Load(3, ids([2]), ids([38])))
     assert here.said.wait(3).ok
     assert torch.equal(here.rows[38], before[6])
@@ -307,17 +307,17 @@ def test_what_is_moved_waits_for_the_steps_before_it_and_they_for_nothing_cuda(m
     host = KVPool(LAYOUT, 4, "cpu", pinned=True)
     here = make("local").site(1, pool=random_pool(seed=1, device="cuda"), host=host)
     before = here.rows
-    host.rows.fill_(7)
+    host.raw.fill_(7)
     torch.cuda._sleep(LONG_CYCLES)  # type: ignore[no-untyped-call]
-    here.pool.rows[0].fill_(9)
-    read = here.pool.rows[1].clone()
+    here.pool.raw[0].fill_(9)
+    read = here.pool.raw[1].clone()
     launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
     launched.record()
     here.take(Offload(1, ids([0]), ids([0])), Load(2, ids([3]), ids([1])))
     assert not launched.query(), "the step loop has not waited"  # type: ignore[no-untyped-call]
     assert here.said.wait(1).ok
     assert here.said.wait(2).ok
-    assert (host.rows[0] == 9).all()
+    assert (host.raw[0] == 9).all()
     assert torch.equal(read.cpu(), before[1])
     assert (here.rows[1] == 7).all()
 

@@ -20,7 +20,7 @@ from scheduler.protocol.handshake import Challenge, Claim, Confirmed, challenge,
 from scheduler.protocol.messages import Cut, Receive
 from scheduler.protocol.wire import frame
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
-from workers.moving.connection import Connection, Fetch, Offer
+from workers.moving.connection import Connection, Fetch, PairOffer
 from workers.moving.lane import TransferFailed
 from workers.moving.transport import runs
 
@@ -58,10 +58,10 @@ def test_a_receiver_by_hand_gets_the_bytes(world: World) -> None:
     here.send(1, other(here), [5])
     connection = greet(here, 1)
     assert len(connection.receive(Confirmed).proof) == 32
-    connection.receive(Offer)
+    connection.receive(PairOffer)
     content = bytearray(LAYOUT.block_bytes)
     connection.receive_bytes(memoryview(content))
-    assert bytes(content) == here.pool.rows[5].numpy().tobytes()
+    assert bytes(content) == here.pool.raw[5].numpy().tobytes()
     connection.close()
     moved = here.said.wait(1)
     assert (moved.ok, moved.message) == (False, "the other side has gone"), "it never said that it has everything"
@@ -126,7 +126,7 @@ def test_the_token_does_not_travel_and_an_impostor_is_found_out(world: World) ->
         heard.append(frame(said))
         guessed = claim("guessed", asked, msgspec.Raw(said.opening))
         connection.send(confirm("guessed", asked, guessed))
-        connection.send(Offer(0))
+        connection.send(PairOffer(0))
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -160,7 +160,7 @@ def test_a_cut_in_the_midst_of_the_bytes(world: World) -> None:
     here.send(1, other(here), range(FORWARD))
     connection = greet(here, 1, blocks=FORWARD)
     connection.receive(Confirmed)
-    connection.receive(Offer)
+    connection.receive(PairOffer)
     connection.receive_bytes(memoryview(bytearray(1000)))
     assert here.said.moved == []
     here.take(Cut(2, 0))
@@ -176,7 +176,7 @@ def test_a_silent_receiver_is_left_after_the_timeout() -> None:
         connection = greet(here, 1, blocks=FORWARD)
         connection.receive(Confirmed)
         here.send(1, other(here), range(FORWARD))
-        connection.receive(Offer)
+        connection.receive(PairOffer)
         assert "silent for 0.3 s" in here.said.wait(1).message
         connection.close()
     finally:
@@ -193,11 +193,11 @@ def test_a_cut_in_the_midst_on_the_receiving_side(world: World) -> None:
         asked = challenge()
         connection.send(asked)
         connection.send(confirm(TOKEN, asked, connection.receive(Claim)))
-        connection.send(Offer(0))
+        connection.send(PairOffer(0))
         connection.send_bytes(memoryview(bytes(LAYOUT.block_bytes // 2)))
         begun.set()
         with pytest.raises(TransferFailed):
-            connection.receive(Offer)  # until the receiver hangs up
+            connection.receive(PairOffer)  # until the receiver hangs up
         connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -217,7 +217,7 @@ def _receive_and_stop(address: str, pipe: Any) -> None:
     asked = connection.receive(Challenge)
     connection.send(claim(TOKEN, asked, Fetch(1, 2, 0, 1, 0, 0, FORWARD, LARGE.block_bytes, 0)))
     connection.receive(Confirmed)
-    connection.receive(Offer)
+    connection.receive(PairOffer)
     pipe.send("begun")
     time.sleep(PATIENCE_S)
 
@@ -240,7 +240,7 @@ def test_a_receiver_that_is_killed_in_the_midst(world: World) -> None:
     here.send(2, there, [0, 1])
     there.receive(2, here, [2, 3])
     assert there.said.wait(2).ok
-    assert torch.equal(there.pool.rows[2:4], here.pool.rows[0:2])
+    assert torch.equal(there.pool.raw[2:4], here.pool.raw[0:2])
 
 
 @pytest.mark.parametrize(

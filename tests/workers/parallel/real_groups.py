@@ -9,7 +9,7 @@ import numpy as np
 
 from scheduler.protocol.messages import Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
-from tests.workers.test_build import CONFIG
+from tests.workers.test_build import CONFIG, RESOLVED
 from workers.build import Built, build_rank
 from workers.loop.rank import Rank
 from workers.parallel.communicator import Communicator
@@ -24,14 +24,13 @@ class Group:
     """Ranks as threads, all of which make the same turns."""
 
     def __init__(self, model: Path, size: int, dtype: str, depth: int, *, host_kv_memory: int = 0) -> None:
-        config = replace(
-            CONFIG, model=str(model), dtype=dtype, kv_memory=BLOCKS << 20, max_model_len=96, host_kv_memory=host_kv_memory
-        )
+        config = replace(CONFIG, model=str(model), dtype=dtype, kv_memory=BLOCKS << 20, host_kv_memory=host_kv_memory)
+        resolved = replace(RESOLVED, max_model_len=96)
         self.threads = ThreadPoolExecutor(size)
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
 
         def build(comm: Communicator) -> Built:
-            built = build_rank(config, comm)
+            built = build_rank(config, resolved, comm)
             assert built.blocks >= BLOCKS
             return replace(built, rank=Rank(built.rank.batch, built.rank.executor, depth))
 

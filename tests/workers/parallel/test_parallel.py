@@ -111,17 +111,17 @@ def test_threads_abort() -> None:
 
 def shared_threads(size: int, **options: Any) -> list[SharedMemoryGroup]:
     """The ranks of a shared-memory group, all in this process."""
-    slot_bytes = options.pop("slot_bytes", 1 << 16)
-    descriptor = create_segment(size, slot_bytes)
+    section_bytes = options.pop("section_bytes", 1 << 16)
+    descriptor = create_segment(size, section_bytes)
     options.setdefault("timeout_s", 60.0)
-    groups = [SharedMemoryGroup(rank, size, descriptor, slot_bytes=slot_bytes, **options) for rank in range(size)]
+    groups = [SharedMemoryGroup(rank, size, descriptor, section_bytes=section_bytes, **options) for rank in range(size)]
     os.close(descriptor)
     return groups
 
 
 @needs_shared_memory
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_shared_memory_in_small_slots(size: int) -> None:
+def test_shared_memory_in_small_sections(size: int) -> None:
     """Slots smaller than the tensors, and one result used while the next is under way."""
     with ThreadPoolExecutor(size) as threads:
         for results in threads.map(collect, shared_threads(size)):

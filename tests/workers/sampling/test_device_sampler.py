@@ -45,7 +45,7 @@ class Driven:
 
         self.vocab = vocab
         self.rows = np.array(rows if rows is not None else range(len(requests)), np.int64)
-        self.sampler = DeviceSampler(vocab_size=vocab, comm=ALONE, rows=ROWS, samples=ROWS, device=DEVICE, dtype=dtype)
+        self.sampler = DeviceSampler(vocab_size=vocab, comm=ALONE, max_num_seqs=ROWS, samples=ROWS, device=DEVICE, dtype=dtype)
         self.table = torch.zeros(ROWS + 1, WORDS, dtype=torch.int32, device=DEVICE)
         self.last = torch.zeros(ROWS + 1, dtype=torch.int64, device=DEVICE)
         for row, request in zip(self.rows.tolist(), requests, strict=True):
@@ -150,7 +150,7 @@ FILTERED = [
 @pytest.mark.parametrize(("splits", "block", "rounds"), [(1, 256, 1), (4, 32, 2), (2, 64, 0)])
 def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capacity: int) -> None:
     """capacity 16: more candidates than can be collected, so that they are found in passes over the row."""
-    from workers.kernels.sample import Geometry, Tables, Workspace, sample
+    from workers.kernels.sample import SampleGeometry, Tables, Workspace, sample
 
     vocab = 141
     logits = torch.from_numpy(random_logits(1, len(FILTERED), vocab, scale=1.0)[0]).to(torch.bfloat16)
@@ -167,7 +167,7 @@ def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capac
         driven.last,
         vocab_size=vocab,
         workspace=Workspace(len(FILTERED), DEVICE, capacity=capacity),
-        plan=Geometry(splits=splits, block=block, rounds=rounds, finish_block=128),
+        plan=SampleGeometry(splits=splits, block=block, rounds=rounds, finish_block=128),
     )
     every = np.arange(len(FILTERED))
     want = build(ALONE, FILTERED, vocab, dtype=torch.float32).sample(logits, every, np.full(len(every), 3)).tokens
@@ -306,7 +306,7 @@ def test_ranks_put_their_columns_together() -> None:
     comm: Any = Halves(logits[:, 26:].contiguous())
     driven = Driven(requests, 51, logits.dtype)
     again = Driven([], 51, logits.dtype)
-    again.sampler = DeviceSampler(vocab_size=51, comm=comm, rows=ROWS, samples=ROWS, device=DEVICE, dtype=logits.dtype)
+    again.sampler = DeviceSampler(vocab_size=51, comm=comm, max_num_seqs=ROWS, samples=ROWS, device=DEVICE, dtype=logits.dtype)
     again.rows = driven.rows
     for row, request in enumerate(requests):
         again.admit(row, request)

@@ -151,7 +151,7 @@ def build(
     comm: Rank, requests: list[Request], vocab: int, rows: list[int] | None = None, dtype: torch.dtype = torch.float64
 ) -> Sampler:
     width = -(-vocab // comm.size)
-    sampler = Sampler(vocab_size=vocab, local_vocab=width, comm=comm, rows=64, device=CPU, dtype=dtype)
+    sampler = Sampler(vocab_size=vocab, local_vocab=width, comm=comm, max_num_seqs=64, device=CPU, dtype=dtype)
     for row, request in zip(rows or range(len(requests)), requests, strict=True):
         admit(sampler, row, request)
     return sampler

@@ -41,7 +41,7 @@ LLAMA = ToolFormat("llama", begin="", end=";", join="; ", arguments="parameters"
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class PlainText:
     """Text of the answer that belongs to no call."""
 
     text: str
@@ -64,7 +64,7 @@ class CallArguments:
     text: str
 
 
-Event = Text | CallBegin | CallArguments
+Event = PlainText | CallBegin | CallArguments
 
 
 class ToolCallParser:
@@ -104,7 +104,7 @@ class ToolCallParser:
         """The output has ended: returns whatever was held back. Called once, last."""
         self._feed.ended = True
         events = self._advance()
-        return [*events, Text(self._space)] if self._space else events
+        return [*events, PlainText(self._space)] if self._space else events
 
     def _advance(self) -> list[Event]:
         next(self._reading, None)
@@ -215,7 +215,7 @@ class ToolCallParser:
         """Text of the answer. White space at its end waits for what follows."""
         bare = text.rstrip()
         if bare:
-            self._events.append(Text(self._space + bare))
+            self._events.append(PlainText(self._space + bare))
             self._space = ""
         self._space += text[len(bare) :]
 

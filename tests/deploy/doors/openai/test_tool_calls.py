@@ -15,7 +15,7 @@ from deploy.doors.openai.tools.tool_calls import (
     CallArguments,
     CallBegin,
     Event,
-    Text,
+    PlainText,
     ToolCallParser,
     ToolFormat,
 )
@@ -34,8 +34,8 @@ def whole(events: Sequence[Event]) -> list[Event]:
     merged: list[Event] = []
     for event in events:
         match merged[-1:], event:
-            case [Text(before)], Text(text):
-                merged[-1] = Text(before + text)
+            case [PlainText(before)], PlainText(text):
+                merged[-1] = PlainText(before + text)
             case [CallArguments(index, before)], CallArguments(same, text) if index == same:
                 merged[-1] = CallArguments(index, before + text)
             case _:
@@ -54,7 +54,7 @@ def call(index: int, name: str, arguments: str) -> list[Event]:
 
 
 def told(text: str) -> list[Event]:
-    return [Text(text)] if text else []
+    return [PlainText(text)] if text else []
 
 
 WEATHER = '{"city": "Paris", "unit": "°C"}'
@@ -64,7 +64,7 @@ HERMES_SAMPLES: list[tuple[str, list[Event]]] = [
     (
         'Let me see.\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, {}]}}\n</tool_call>\n'
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\nDone.',
-        [Text("Let me see."), *call(0, "add", '{"a": 1, "b": [2, {}]}'), *call(1, "f", "{}"), Text("Done.")],
+        [PlainText("Let me see."), *call(0, "add", '{"a": 1, "b": [2, {}]}'), *call(1, "f", "{}"), PlainText("Done.")],
     ),
     # Hermes 2 wrote the arguments first
     ('<tool_call>\n{"arguments": {"s": "}<\\"/"}, "name": "f"}\n</tool_call>', call(0, "f", '{"s": "}<\\"/"}')),
@@ -79,11 +79,11 @@ HERMES_SAMPLES: list[tuple[str, list[Event]]] = [
         [*call(0, "f", "{}"), *call(1, "add", "{}")],
     ),
     ('<tool_call>{"name": "f", "arguments": {}, "id": "x"}</tool_call>', call(0, "f", "{}")),
-    ('<tool_call>{"name": "f", "arguments": {}} and then', [*call(0, "f", "{}"), Text("and then")]),
-    ('<tool_call>{"name": "f", "arguments": {}}, "and', [*call(0, "f", "{}"), Text(', "and')]),
+    ('<tool_call>{"name": "f", "arguments": {}} and then', [*call(0, "f", "{}"), PlainText("and then")]),
+    ('<tool_call>{"name": "f", "arguments": {}}, "and', [*call(0, "f", "{}"), PlainText(', "and')]),
     # cut off by the length
     ('<tool_call>\n{"name": "f", "arguments": {"a": "x', call(0, "f", '{"a": "x')),
-    ('<tool_call><tool_call>{"name": "f", "arguments": {}}', [Text("<tool_call>"), *call(0, "f", "{}")]),
+    ('<tool_call><tool_call>{"name": "f", "arguments": {}}', [PlainText("<tool_call>"), *call(0, "f", "{}")]),
 ]  # fmt: skip
 
 LLAMA_SAMPLES: list[tuple[str, list[Event]]] = [
@@ -94,8 +94,8 @@ LLAMA_SAMPLES: list[tuple[str, list[Event]]] = [
         [*call(0, "add", '{"a": "1; 2"}'), *call(1, "f", "{}")],
     ),
     ('{"name": "f", "parameters": {}}\n{"name": "add", "parameters": {}}', call(0, "f", "{}") + call(1, "add", "{}")),
-    ('{"name": "f", "parameters": {}}; sorry', [*call(0, "f", "{}"), Text("sorry")]),
-    ('{"name": "f", "parameters": {}} {"name": "no"}', [*call(0, "f", "{}"), Text('{"name": "no"}')]),
+    ('{"name": "f", "parameters": {}}; sorry', [*call(0, "f", "{}"), PlainText("sorry")]),
+    ('{"name": "f", "parameters": {}} {"name": "no"}', [*call(0, "f", "{}"), PlainText('{"name": "no"}')]),
 ]  # fmt: skip
 
 ANSWERS = [
@@ -131,16 +131,16 @@ def test_samples(form: ToolFormat, text: str, events: list[Event], size: int) ->
 def test_told_as_soon_as_it_is_certain() -> None:
     parser = ToolCallParser(HERMES, NAMES, numbered())
     steps: list[tuple[str, list[Event]]] = [
-        ("Hello", [Text("Hello")]),
-        (" you <", [Text(" you")]),
-        ("b>", [Text(" <b>")]),
+        ("Hello", [PlainText("Hello")]),
+        (" you <", [PlainText(" you")]),
+        ("b>", [PlainText(" <b>")]),
         (' <tool_call>{"name": "add"', []),
         (', "arguments":', []),
         ('{"a', [CallBegin(0, "call_0", "add"), CallArguments(0, '{"a')]),
         ('": "\\', [CallArguments(0, '": "\\')]),
         ('"}"', [CallArguments(0, '"}"')]),
         ("} }</tool_call>", [CallArguments(0, "}")]),
-        ("bye", [Text("bye")]),
+        ("bye", [PlainText("bye")]),
     ]
     for text, events in steps:
         assert parser.push(text) == events
@@ -151,8 +151,8 @@ def test_told_as_soon_as_it_is_certain() -> None:
 def test_json_that_is_no_call_is_shown_at_its_first_strange_key() -> None:
     parser = ToolCallParser(LLAMA, NAMES, numbered())
     assert parser.push('{"answer') == []
-    assert parser.push('": 4') == [Text('{"answer": 4')]
-    assert parser.push("2") == [Text("2")]
+    assert parser.push('": 4') == [PlainText('{"answer": 4')]
+    assert parser.push("2") == [PlainText("2")]
     assert not parser.called
 
 
@@ -167,7 +167,7 @@ def test_long_outputs_are_read_once(form: ToolFormat) -> None:
     """Nested attempts that all fail at the end: a reader that begins anew after each takes minutes."""
     attempt = (form.begin or "{") + '{"id": ['
     text = attempt * 20_000
-    assert parse(form, [text[:1000], text[1000:], "]}" * 20_000]) == [Text(text + "]}" * 20_000)]
+    assert parse(form, [text[:1000], text[1000:], "]}" * 20_000]) == [PlainText(text + "]}" * 20_000)]
 
 
 JSON = st.recursive(

@@ -1,0 +1,50 @@
+"""Settles what the user left open, for scheduler and workers. Reads the checkpoint's config.json, nothing else.
+
+Imports torch through `workers.model.architectures`.
+"""
+
+import math
+from pathlib import Path
+
+from workers.config import ResolvedWorker, WorkerConfig
+from workers.model.architectures import CheckpointError, ModelConfig, read_config
+
+MAX_MODEL_LEN_DEFAULT = 1 << 17
+"""Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
+
+REPORTING = {"cpu": (1, math.inf), "cuda": (8, 0.004)}
+"""Steps in a report at most, and seconds that one of them may be kept back. A GPU's steps are so short that a report of each
+would cost front ends and scheduler more than the step; a text that comes 4 ms late is not noticed."""
+
+DEPTH = {"cpu": 0, "cuda": 1}
+"""Steps under way while the host plans the next: on a CPU the host is the device."""
+
+
+def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWorker:
+    """Checks the request against the checkpoint and settles what it left open. device: "cpu" or "cuda". threads: of a rank,
+    where nobody says.
+
+    Errors: CheckpointError, ValueError: before anything is started.
+    """
+    model = read_config(Path(config.model))
+    model.shard(0, config.tensor_parallel_size)
+    steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
+    steps = min(steps, config.block_size)
+    return ResolvedWorker(
+        max_model_len=model_length(model, config.max_model_len),
+        grant_ahead=2 * (steps + DEPTH[device]),
+        device=device,
+        threads=config.threads or threads,
+        report_steps=steps,
+        report_hold_s=hold_s,
+        depth=DEPTH[device],
+    )
+
+
+def model_length(model: ModelConfig, asked: int | None) -> int:
+    """Tokens of a sequence, prompt and output together. Errors: CheckpointError if the model takes fewer than asked for."""
+    if asked is None:
+        return min(model.max_position, MAX_MODEL_LEN_DEFAULT)
+    if asked > model.max_position:
+        raise CheckpointError(f"max_model_len={asked} is above the {model.max_position} tokens that the model takes: lower it")
+    return asked

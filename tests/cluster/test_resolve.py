@@ -1,0 +1,48 @@
+"""What the user asked for, as scheduler and workers take it, and what is settled for them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import EngineConfig
+from cluster.resolve import resolve
+
+TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "exchanges"),
+    [
+        ({}, False),
+        ({"groups": 2}, True),
+        ({"max_groups": 2}, True),
+        ({"groups": 2, "prefix_fetch": False}, False),
+        ({"groups": 2, "enable_prefix_caching": False}, False),
+    ],
+)
+def test_ranks_open_a_port_for_others_only_where_there_can_be_others(options: dict[str, Any], exchanges: bool) -> None:
+    assert EngineConfig(model=TINY, **options).exchanges_blocks is exchanges
+
+
+def test_what_was_left_open_is_settled_by_the_device() -> None:
+    cpu, cuda = (resolve(EngineConfig(model=TINY), device, threads=3) for device in ("cpu", "cuda"))
+    assert (cpu.depth, cpu.report_steps, cpu.report_hold_s, cpu.grant_ahead, cpu.threads) == (0, 1, math.inf, 2, 3)
+    assert (cuda.depth, cuda.report_steps, cuda.report_hold_s, cuda.grant_ahead) == (1, 8, 0.004, 18)
+
+
+def test_what_was_asked_for_is_what_is_settled() -> None:
+    config = EngineConfig(model=TINY, threads=2, report_steps=5, max_model_len=100, block_size=16)
+    resolved = resolve(config, "cuda", threads=3)
+    assert (resolved.threads, resolved.report_steps, resolved.report_hold_s) == (2, 5, math.inf)
+    assert (resolved.max_model_len, resolved.grant_ahead) == (100, 12)
+
+
+def test_bounds_are_checked_where_settings_are_declared() -> None:
+    with pytest.raises(ValueError, match=r"queue_age_s=-1 is below 0: raise it"):
+        EngineConfig(model=TINY, queue_age_s=-1)
+    with pytest.raises(ValueError, match=r"node_timeout_s=nan is not above 0: give it seconds to start in"):
+        EngineConfig(model=TINY, node_timeout_s=math.nan)
+    with pytest.raises(ValueError, match=r"\(--engine-seed\) is outside"):
+        EngineConfig(model=TINY, seed=-1)
