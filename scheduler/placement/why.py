@@ -92,7 +92,7 @@ def rank(seen: Iterable[Seen], tokens: int, block_size: int) -> list[Way]:
             terms = policy.terms(each.load, tokens, block_size)
             way = Way(
                 each.group, each.load.hit_tokens, each.source, each.load.hit_tokens - each.own_tokens,
-                max(0, each.load.new_blocks - each.load.free), sum(terms), *terms,
+                each.load.evicted, sum(terms), *terms,
             )  # fmt: skip
             order.append((way.cost, -each.load.available, at, way))
     return [way for *_, way in sorted(order, key=lambda each: each[:3])]
