@@ -27,8 +27,10 @@ DECODE_WEIGHT = 16.0
 FETCH_WEIGHT = 1.0
 """How much a fetch counts beside the wait for it: it takes bandwidth from others, and room for a second copy."""
 
-EVICTION_WEIGHT = 0.25
-"""Share of an evicted block's tokens that is expected to be asked for again, hence computed again."""
+EVICTION_WEIGHT = 0.25 * UNCACHED_WEIGHT
+"""How much a token of a cached block that would be lost counts: a quarter of such blocks is asked for again (in replays 5 to
+38%, the more the smaller the pools), and then each of its tokens is one to compute. So a fetch pays for what its copies crowd
+out, while a hit where it lies evicts nothing."""
 
 WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
@@ -63,13 +65,19 @@ class GroupLoad(NamedTuple):
     backlog: int  # prefill tokens granted but not yet computed
     starving: bool  # a running sequence there waits for a block
     fetch_work: float = 0.0  # what the fetch takes, in prefill tokens; those queued before are computed meanwhile
+    revived: int = 0  # of the new blocks, those of its hit that nobody holds: they are taken from the cached ones, and stay
+
+    @property
+    def evicted(self) -> int:
+        """Cached blocks that would be lost."""
+        return max(0, self.new_blocks - self.revived - self.free)
 
 
 class Terms(NamedTuple):
     """What a sequence costs in a group, in prefill tokens: the work before its first token, and what it does to others.
 
     uncached: of its prompt, to be computed. queued: prefill before it. fetch: beyond the queue's time. decoding: those who run.
-    evicted: cached blocks that would be lost.
+    evicted: cached blocks that would be lost, for a fetch those included that make room for the copies.
     """
 
     uncached: float
@@ -94,13 +102,12 @@ def admissible(load: GroupLoad) -> bool:
 
 def terms(load: GroupLoad, tokens: int, block_size: int) -> Terms:
     """The parts of `time_to_first_token`."""
-    evicted = max(0, load.new_blocks - load.free)
     return Terms(
         uncached=UNCACHED_WEIGHT * (tokens - load.hit_tokens),
         queued=float(load.backlog),
         fetch=max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work,
         decoding=DECODE_WEIGHT * load.running,
-        evicted=EVICTION_WEIGHT * block_size * evicted,
+        evicted=EVICTION_WEIGHT * block_size * load.evicted,
     )
 
 
@@ -110,7 +117,7 @@ def time_to_first_token(load: GroupLoad, tokens: int, block_size: int) -> float:
     Uncached prompt, prefill queued before it, decode load, and cached blocks that would be lost. Taking the longest prefix
     first and the load second collapses on real traces, where all requests share a first block: costs must be added up.
     """
-    evicted = load.new_blocks - load.free
+    evicted = load.new_blocks - load.revived - load.free
     cost = UNCACHED_WEIGHT * (tokens - load.hit_tokens) + load.backlog + DECODE_WEIGHT * load.running
     if load.fetch_work:
         cost += max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work
@@ -120,7 +127,7 @@ def time_to_first_token(load: GroupLoad, tokens: int, block_size: int) -> float:
 def least_costs(
     uncached: Ints | int, backlog: Ints, running: Ints, evicted: Ints, block_size: int, fetch_work: Floats | float = 0.0
 ) -> Floats:
-    """[groups] `time_to_first_token` of each, if no block of its hit had to be revived: never more than it is.
+    """[groups] `time_to_first_token` of each.
 
     uncached: tokens. evicted: blocks, below 0 where so many more are free. The rest is as in `GroupLoad`. Sums are exact in any
     order as long as the weights are whole numbers of quarters.

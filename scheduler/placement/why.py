@@ -84,7 +84,7 @@ def rank(seen: Iterable[Seen], tokens: int, block_size: int) -> list[Way]:
     order = []
     for at, (group, load, own_tokens, source) in enumerate(seen):
         if policy.admissible(load):
-            terms, evicted = policy.terms(load, tokens, block_size), max(0, load.new_blocks - load.free)
-            way = Way(group, load.hit_tokens, source, load.hit_tokens - own_tokens, evicted, sum(terms), *terms)
+            terms = policy.terms(load, tokens, block_size)
+            way = Way(group, load.hit_tokens, source, load.hit_tokens - own_tokens, load.evicted, sum(terms), *terms)
             order.append((way.cost, -load.available, at, way))
     return [way for *_, way in sorted(order, key=lambda each: each[:3])]

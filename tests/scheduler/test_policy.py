@@ -67,6 +67,23 @@ def test_blocks_that_would_be_evicted_cost() -> None:
     assert route([full, IDLE._replace(running=1)], TOKENS, BLOCK) == 1
 
 
+def test_a_hit_evicts_nothing_where_it_lies_and_a_fetch_pays_for_the_room_of_its_copies() -> None:
+    full = IDLE._replace(free=0, available=50)
+    hit = full._replace(hit_tokens=3 * BLOCK, revived=3)
+    fetch = full._replace(hit_tokens=3 * BLOCK, fetch_work=76)
+    assert (hit.evicted, full.evicted, fetch.evicted) == (1, 4, 4)
+    copies = 3 * policy.EVICTION_WEIGHT * BLOCK
+    assert terms(fetch, TOKENS, BLOCK).evicted - terms(hit, TOKENS, BLOCK).evicted == copies
+
+    def chosen(backlog: int, free: int) -> tuple[int, int] | None:
+        ways = [load._replace(free=free) for load in (full, fetch)]
+        return choose([(hit._replace(backlog=backlog),), ways], (3, 0))[0]
+
+    assert chosen(800, free=0) == (0, 0), "waiting is cheaper than what the copies crowd out"
+    assert chosen(1000, free=0) == (1, 1)
+    assert chosen(800, free=4) == (1, 1), "there is room for them"
+
+
 def test_ties_go_to_the_group_with_more_blocks_then_to_the_first() -> None:
     assert route([IDLE, IDLE, IDLE], TOKENS, BLOCK) == 0
     assert route([IDLE, IDLE._replace(available=101)], TOKENS, BLOCK) == 1
@@ -155,6 +172,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[Ways], list[int]]:
             running=draw(st.integers(0, 2)),
             backlog=draw(st.sampled_from((0, 100, 1024, 4096))),
             starving=draw(st.integers(0, 5)) == 0,
+            revived=revived[-1],
         )
         fetch = load._replace(hit_tokens=3 * BLOCK + 64, fetch_work=draw(st.sampled_from((10, 300, 2000))))
         groups.append((load, fetch) if draw(st.booleans()) else (load,))
@@ -187,5 +205,5 @@ def test_of_many_equal_groups_it_looks_at_one_and_of_full_ones_at_none() -> None
 def test_the_parts_of_a_cost_are_its_sum() -> None:
     load = IDLE._replace(hit_tokens=256, backlog=100, running=2, free=0, new_blocks=3, fetch_work=150)
     parts = terms(load, TOKENS, BLOCK)
-    assert parts == (4 * 768, 100, 50 + 150, 32, 3 * 64)
+    assert parts == (4 * 768, 100, 50 + 150, 32, 3 * 256)
     assert time_to_first_token(load, TOKENS, BLOCK) == sum(parts)

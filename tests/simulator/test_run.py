@@ -67,7 +67,7 @@ def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_blocks(trace: li
 
 
 def test_a_group_that_is_short_of_blocks_gives_sequences_away(trace: list[TraceRequest]) -> None:
-    small = replace(SHAPE, blocks=60)
+    small = replace(SHAPE, blocks=54)
     helped, left = (replay(trace, "manta-fetch", Scenario(replace(small, relieve=relieve))) for relieve in (True, False))
     assert helped.migrations > 0 == left.migrations
     assert helped.preemptions <= left.preemptions
