@@ -133,13 +133,13 @@ class Ingress(GrpcIngress):
         pages = status_routes(self._service)
         return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
 
-    async def abort_here(self, request_id: str) -> int:
-        """Ends what this replica has under way by that id; how many requests that were."""
-        return self._service.abort(request_id)
+    async def abort_here(self, request_id: str, account: str) -> int:
+        """Ends what this replica has under way by that id on that account; how many requests that were."""
+        return self._service.abort(request_id, account)
 
-    async def _abort_everywhere(self, request_id: str) -> int:
+    async def _abort_everywhere(self, request_id: str, account: str) -> int:
         replicas = serve.get_deployment_handle("Ingress", app_name=serve.get_replica_context().app_name)
-        return sum(await replicas.broadcast("abort_here", request_id).results_async(timeout_s=CALL_TIMEOUT_S))
+        return sum(await replicas.broadcast("abort_here", request_id, account).results_async(timeout_s=CALL_TIMEOUT_S))
 
     async def check_health(self) -> None:
         """Errors: whatever ended a task that never should."""

@@ -192,7 +192,7 @@ class Service:
             error = log.fail(RequestError(Fault.UNAVAILABLE, starting, retry_after_s=1.0))
             self._observe(log.end([], 0))
             raise error
-        call = _Call(frontend)
+        call = _Call(frontend, prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
@@ -213,9 +213,10 @@ class Service:
             frontend.abort(call.generations)
             self._observe(log.end(call.generations, frontend.engine.block_size))
 
-    def abort(self, request_id: str) -> int:
-        """Ends the requests of this id as CANCELLED, at once. Returns how many there were in this process."""
-        calls = self._calls.get(request_id, [])
+    def abort(self, request_id: str, tenant: str = "") -> int:
+        """Ends the requests of this id as CANCELLED, at once. tenant: only its own; "" for everybody's. Returns how many there
+        were in this process."""
+        calls = [call for call in self._calls.get(request_id, ()) if tenant in ("", call.tenant)]
         for call in calls:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
@@ -282,6 +283,7 @@ class _Call:
     cancelled, since a task that is in the midst of a caller's write would take that for a client that went away."""
 
     frontend: FrontEnd
+    tenant: str
     generations: Sequence[Generation] = ()
     grown: asyncio.Event = field(default_factory=asyncio.Event)
     error: RequestError | None = None

@@ -66,8 +66,8 @@ STATUS = {
 }
 """How a fault is said here. Trailing metadata has the rest: retry-after (seconds), error-code, error-param."""
 
-AbortEverywhere = Callable[[str], Awaitable[int]]
-"""Request id -> how many requests it ended, in all processes that may have one."""
+AbortEverywhere = Callable[[str, str], Awaitable[int]]
+"""Request id, and the account whose requests may be ended ("": everybody's) -> how many were, in all processes that have one."""
 
 
 class Context(Protocol):
@@ -139,9 +139,10 @@ class GrpcDoor:
             self._check(request, context)
             if not request.request_id:
                 raise RequestError.invalid("request_id is missing: say which request shall end", "request_id")
+            whose = request.request_id, self._account(context)
             if self._abort_everywhere is None:
-                return pb.AbortResponse(aborted=self._service.abort(request.request_id))
-            return pb.AbortResponse(aborted=await self._abort_everywhere(request.request_id))
+                return pb.AbortResponse(aborted=self._service.abort(*whose))
+            return pb.AbortResponse(aborted=await self._abort_everywhere(*whose))
         return pb.AbortResponse()
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

@@ -55,12 +55,12 @@ class Door(GrpcIngress):
         engine = (await self._service.cluster.status()).engine
         return self._service.under_way, sum(group.held_blocks for group in engine.groups) if engine else 0
 
-    async def abort(self, request_id: str) -> int:
-        return self._service.abort(request_id)
+    async def abort(self, request_id: str, account: str) -> int:
+        return self._service.abort(request_id, account)
 
-    async def _abort_everywhere(self, request_id: str) -> int:
+    async def _abort_everywhere(self, request_id: str, account: str) -> int:
         replicas = serve.get_deployment_handle(DEPLOYMENT, APP)
-        return sum(await replicas.broadcast("abort", request_id).results_async())
+        return sum(await replicas.broadcast("abort", request_id, account).results_async())
 
 
 def main(grpc_port: int, http_port: int) -> None:

@@ -113,10 +113,10 @@ def test_one_request_of_a_batch_is_aborted_by_its_id(runner: asyncio.Runner, stu
 
 
 def test_an_abort_goes_wherever_the_request_may_be(runner: asyncio.Runner, connect: Connect, service: Service) -> None:
-    asked: list[str] = []
+    asked: list[tuple[str, str]] = []
 
-    async def everywhere(request_id: str) -> int:
-        asked.append(request_id)
+    async def everywhere(request_id: str, account: str) -> int:
+        asked.append((request_id, account))
         return 3
 
     stub, _ = connect(GrpcDoor(service, ServeConfig(), ApiKeys(), everywhere))
@@ -125,4 +125,4 @@ def test_an_abort_goes_wherever_the_request_may_be(runner: asyncio.Runner, conne
         assert (await stub.Abort(pb.AbortRequest(request_id="far"))).aborted == 3
 
     runner.run(scenario())
-    assert asked == ["far"]
+    assert asked == [("far", "")]

@@ -1,8 +1,9 @@
-"""What one API key has asked, no other key finds in the prefix cache."""
+"""What one API key has asked, no other key finds in the prefix cache, nor ends."""
 
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from deploy.config.serve import ServeConfig
@@ -10,7 +11,7 @@ from deploy.doors.access import ApiKeys, account
 from deploy.doors.grpc.server import GrpcDoor
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
-from tests.deploy.doors.grpc.calls import consumed, text
+from tests.deploy.doors.grpc.calls import consumed, endless, text
 from tests.deploy.doors.grpc.conftest import Connect
 
 KEYS = ("key of ann", "key of bob")
@@ -44,3 +45,23 @@ def test_a_key_finds_its_own_prompts(
     assert cached(runner, stub, bob, request, batch) == (known if shared else 0)
     request.cache_salt = f"16:{account(ann)}"
     assert cached(runner, stub, bob, request, batch) == 0
+
+
+def test_a_key_ends_its_own_requests_alone(runner: asyncio.Runner, service: Service, connect: Connect) -> None:
+    stub, _ = connect(GrpcDoor(service, ServeConfig(), ApiKeys(KEYS)))
+    ann, bob = ((("authorization", f"Bearer {key}"),) for key in KEYS)
+
+    async def scenario() -> None:
+        call = stub.Generate(endless(request_id="ann's"), metadata=ann)
+        parts = aiter(call)
+        await anext(parts)
+        wanted = pb.AbortRequest(request_id="ann's")
+        assert (await stub.Abort(wanted, metadata=bob)).aborted == 0
+        await anext(parts)
+        assert (await stub.Abort(wanted, metadata=ann)).aborted == 1
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            async for _ in parts:
+                pass
+        assert ended.value.code() is grpc.StatusCode.CANCELLED
+
+    runner.run(scenario())
