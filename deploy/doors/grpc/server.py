@@ -67,7 +67,7 @@ STATUS = {
 """How a fault is said here. Trailing metadata has the rest: retry-after (seconds), error-code, error-param."""
 
 AbortEverywhere = Callable[[str, str], Awaitable[int]]
-"""Request id, and the account whose requests may be ended ("": everybody's) -> how many were, in all processes that have one."""
+"""Request id, and the account whose requests may be ended ("": everybody's) -> how many were, in all processes."""
 
 
 class Context(Protocol):

@@ -52,10 +52,10 @@ def test_a_key_ends_its_own_requests_alone(runner: asyncio.Runner, service: Serv
     ann, bob = ((("authorization", f"Bearer {key}"),) for key in KEYS)
 
     async def scenario() -> None:
-        call = stub.Generate(endless(request_id="ann's"), metadata=ann)
+        call = stub.Generate(endless(request_id="of-ann"), metadata=ann)
         parts = aiter(call)
         await anext(parts)
-        wanted = pb.AbortRequest(request_id="ann's")
+        wanted = pb.AbortRequest(request_id="of-ann")
         assert (await stub.Abort(wanted, metadata=bob)).aborted == 0
         await anext(parts)
         assert (await stub.Abort(wanted, metadata=ann)).aborted == 1
