@@ -8,13 +8,13 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from scheduler.protocol.sampling import Grammar
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import open_llm
 from tests.end_to_end.waiting import wait_idle
-from workers.config import WorkerConfig
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PERSON: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_the_same_tokens_under_every_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """blocks: of 16 tokens, where sequences are preempted and start again with the output they had."""
-    monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
+    monkeypatch.setitem(DEPTH, "cpu", depth)
     with open_llm(
         TINY, block=16 if blocks else 32, blocks=blocks, dtype="float64", size=size, groups=groups, report_steps=report_steps,
         max_num_batched_tokens=budget,

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.resolve import DEPTH
 from deploy.frontend.outputs import RequestOutput
 from tests.end_to_end.prompts import PROMPTS, SAMPLING
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.settings import QWEN3, Setting, open_setting, run
 from tests.end_to_end.turns import turns
-from workers.config import WorkerConfig
 
 PLAIN = Setting(QWEN3, budget=8192)
 TWO_GROUPS = Setting(QWEN3, budget=33, size=2, groups=2, block=16, caching=True, small=True)
@@ -44,7 +44,7 @@ def test_same_outputs(
     plain: list[RequestOutput],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
+    monkeypatch.setitem(DEPTH, "cpu", depth)
     with open_setting(checkpoints[QWEN3], setting, "float64", report_steps=report_steps) as llm:
         for turn, outputs in enumerate(turns(llm, setting, SAMPLING)):
             for position, (output, expected) in enumerate(zip(outputs, plain, strict=True)):

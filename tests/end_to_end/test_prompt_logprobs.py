@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import Logprob, PromptEntries, RequestOutput
 from tests.checkpoints import load_reference
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.settings import LLAMA, QWEN3, open_llm, run
 from tests.end_to_end.waiting import wait_idle
-from workers.config import WorkerConfig
 
 MOST = 4
 ROUNDING = 1e-9  # of float64, between one way to run and another
@@ -103,7 +103,7 @@ def test_they_do_not_depend_on_what_else_is_in_the_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """blocks: of 16 tokens, where sequences are preempted and their prompts computed again. A second run may hit the cache."""
-    monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
+    monkeypatch.setitem(DEPTH, "cpu", depth)
     budgeted = {"max_num_batched_tokens": budget}
     with open_llm(checkpoints[QWEN3], size=size, dtype="float64", block=16, blocks=blocks, **budgeted) as llm:
         runs = [ask(llm, others=True) for _ in range(2)]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
 from tests.end_to_end.faults import BreakRanks
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.settings import MISTRAL, open_llm, run, tokens
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
-from workers.config import WorkerConfig
 
 REQUESTS = 40
 STEPS_OF_THE_LOST_GROUP = 30
@@ -77,7 +77,7 @@ def test_nobody_is_disturbed_and_nothing_is_lost(
     work = requests(seed)
     with open_llm(checkpoints[MISTRAL], block=256, dtype="float64", enable_prefix_caching=False) as llm:
         expected = tokens(run(llm, [prompt for prompt, _ in work], [params for _, params in work]))
-    monkeypatch.setattr(WorkerConfig, "depth", property(lambda _: depth))
+    monkeypatch.setitem(DEPTH, "cpu", depth)
     break_ranks("manta-group0", STEPS_OF_THE_LOST_GROUP)
     with (
         nothing_left_behind(),
