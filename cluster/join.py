@@ -7,12 +7,14 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 
 import grpc
 import ray
+from ray._common.network_utils import parse_address
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -22,7 +24,9 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, Progress
 from cluster.shadows import job_environment, refuse_unclaimed
 
-ANSWER_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
+"""Whoever listens may be busy, and is waited for longer than one that is not there."""
+
 QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 OTHERWISE = "start a cluster with `ray start --head`, or leave ray_address (--ray-address) out: Manta then starts its own"
 
@@ -104,6 +108,11 @@ def _resolve(address: str) -> str:
 
 def _ask(address: str, header: dict[str, str] | None = None) -> grpc.StatusCode:
     """How Ray's GCS answers; a message without content is one that it understands."""
+    host, port = parse_address(address) or ("", "")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return grpc.StatusCode.UNAVAILABLE
     metadata = [(name.lower(), value) for name, value in (header or {}).items()]
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(QUESTION, request_serializer=bytes, response_deserializer=bytes)
