@@ -7,9 +7,6 @@ from collections.abc import Callable
 
 from kvcache.ids import BlockId, NodeId
 
-LOOK_AHEAD = 4
-"""Cached blocks, the least recently used first, among which an eviction chooses."""
-
 UNPUBLISHED = NodeId(0)
 """The node of a block that the index does not name. Real nodes count from 1."""
 
@@ -39,15 +36,14 @@ class BlockPool:
     releases its deepest block first. By (1) a cached parent has no held child. When the parent entered the list at
     its last release, each child that its releaser held had entered just before, by (2), and every other one earlier;
     and while the parent stays in the list no child can be revived or published, as that would pin the parent first.
-    So along the list children always precede parents, and whoever evicts another than the first must only see to it that it
-    is no parent of those before it: `choose`.
+    So along the list children always precede parents.
 
     Held in lists of plain integers: indexing an `array` would build an int at every read, and an object per block
     would cost ten times the memory and be walked by the garbage collector.
     """
 
     __slots__ = (
-        "_forget", "after", "before", "cached", "choose", "evictions", "free_stack", "nodes", "refs", "shared", "total"
+        "_forget", "after", "before", "cached", "evictions", "free_stack", "nodes", "refs", "shared", "total"
     )  # fmt: skip
 
     def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
@@ -66,8 +62,6 @@ class BlockPool:
         self.after = [total] * (total + 1)
         self.free_stack = [BlockId(block) for block in range(total - 1, -1, -1)]
         self._forget = forget
-        self.choose: Callable[[list[NodeId]], int] | None = None
-        """Asked which of the nodes next in turn, at most `LOOK_AHEAD`, is to be evicted; None: always the first."""
 
     @property
     def free(self) -> int:
@@ -90,10 +84,10 @@ class BlockPool:
             return block
         if not self.cached:
             return None
-        block = self._next_to_go()
-        before, after = self.before[block], self.after[block]
-        self.after[before] = after
-        self.before[after] = before
+        block = BlockId(self.after[self.total])
+        after = self.after[block]
+        self.after[self.total] = after
+        self.before[after] = self.total
         self.cached -= 1
         self.evictions += 1
         node = self.nodes[block]
@@ -115,18 +109,6 @@ class BlockPool:
             cached = self.allocate()
             assert cached is not None, "the pool promised more blocks than it has"
             blocks.append(cached)
-
-    def _next_to_go(self) -> BlockId:
-        """Of the cached blocks the least recently used one, unless `choose` would rather have one of those after it."""
-        at = self.after[self.total]
-        if self.choose is None:
-            return BlockId(at)
-        blocks, nodes = [at], [self.nodes[at]]
-        for _ in range(min(LOOK_AHEAD, self.cached) - 1):
-            at = self.after[at]
-            blocks.append(at)
-            nodes.append(self.nodes[at])
-        return BlockId(blocks[self.choose(nodes)])
 
     def pin(self, *blocks: BlockId) -> None:
         """Adds a holder to published blocks; a cached one is held again. Sharing a private block is a bug."""

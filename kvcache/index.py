@@ -241,16 +241,6 @@ class PrefixIndex:
             assert not self.children[node], f"node {node} was evicted before its children"
             self._bury(node)
 
-    def dispensable(self, nodes: list[NodeId]) -> int:
-        """Which of these nodes of one group, each before its parents, to evict: the first that another pool has as well,
-        unless that is a parent of one before it; without such a node the first. Last copies so stay longer than duplicates."""
-        holders, parents = self.holders, self.parents
-        for at, node in enumerate(nodes):
-            mask = holders[node]
-            if mask & (mask - 1):
-                return at if node not in [parents[before] for before in nodes[:at]] else 0
-        return 0
-
     def add_group(self, group: GroupId) -> None:
         self.blocks[group] = {}
 

@@ -87,7 +87,6 @@ class BlockTable:
             raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
         self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
         self.index.add_group(group)
-        self._pools_changed()
 
     def remove_group(self, group: GroupId) -> None:
         """Forgets the group's every block, in time linear in the cached and shared ones.
@@ -96,7 +95,6 @@ class BlockTable:
         """
         del self.pools[group]
         self.index.remove_group(group)
-        self._pools_changed()
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
         """The longest chain of full blocks of `tokens` [tokens] held anywhere, at most `limit` blocks of it.
@@ -329,11 +327,6 @@ class BlockTable:
         seq.blocks.clear()
         seq.nodes.clear()
         seq.tail = NO_NODE
-
-    def _pools_changed(self) -> None:
-        """Where there is one pool there are no duplicates to be evicted first."""
-        for pool in self.pools.values():
-            pool.choose = self.index.dispensable if len(self.pools) > 1 else None
 
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""

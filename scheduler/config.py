@@ -37,8 +37,6 @@ class CoreConfig(CacheConfig):
     """The scheduler's settings.
 
     wait_for_prefix: a sequence whose next block a running one is about to compute waits for it instead of computing it too.
-    relieve: who will have to give way for want of blocks is moved to another group, or kept in host memory, in time, where that
-    is cheaper than to compute it again.
     """
 
     seed: int | None = option(
@@ -56,7 +54,6 @@ class CoreConfig(CacheConfig):
     log_decisions: bool = option(False, "Log why each sequence goes where it does: a line each, from the scheduler.")
     check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
     wait_for_prefix: bool = True
-    relieve: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +91,6 @@ class Counters(msgspec.Struct, kw_only=True):
     copied, and taken over from nobody; restarts count too. fetches, fetched_tokens: transfers that brought a prefix from
     another group, and its tokens; loads, loaded_tokens: the same from host memory; offloaded_tokens: copied there;
     failed_transfers: those that did not arrive. migrations: running sequences that went on elsewhere with their blocks.
-    moved_for_room, kept_for_room: sequences that, as their group was short of blocks, began to move, or were copied to host
-    memory while they ran on.
     routed_by_prefix, routed_by_load: starts in the group with the longest prefix, and elsewhere because it costs less.
     """
 
@@ -125,8 +120,6 @@ class Counters(msgspec.Struct, kw_only=True):
     offloaded_tokens: int = 0
     failed_transfers: int = 0
     migrations: int = 0
-    moved_for_room: int = 0
-    kept_for_room: int = 0
     expired: int = 0
     skipped: int = 0
     aged: int = 0

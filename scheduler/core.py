@@ -120,7 +120,6 @@ class SchedulerCore:
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
-            self._migration.group_down(group)
             for sequence in [*sorted(lost.fetching), *sorted(lost.running)]:
                 if sequence.lease is not None:
                     lost.write_back(sequence)
@@ -236,8 +235,6 @@ class SchedulerCore:
                 self.counters.given_up += failed
                 leases.finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
         leases.extend(state, group, needy)
-        if needy:
-            self._migration.relieve(group)
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:

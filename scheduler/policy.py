@@ -4,7 +4,6 @@ Imports nothing of Manta. To try another policy, replace a function here; the co
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -34,19 +33,6 @@ out, while a hit where it lies evicts nothing."""
 
 WATERMARK = 0.01
 """Share of a pool that admission leaves to the growth of the sequences that run there."""
-
-
-SHORTAGE = 0.005
-"""Share of a pool: with less available, somebody will have to give way soon. Half of what admission leaves for growth: with
-more, several times as many are moved for the same effect. See docs/replay.md."""
-
-
-class Remedy(Enum):
-    """What is done for the sequence that will have to give way: see `relief`."""
-
-    MOVE = "move"
-    KEEP = "keep"
-    RECOMPUTE = "recompute"
 
 
 class GroupLoad(NamedTuple):
@@ -190,25 +176,6 @@ def route(
                 if best is None or cost < best:
                     best, choice = cost, (at, way)
     return choice
-
-
-def shortage(total: int) -> int:
-    """Blocks: with fewer available than this a group is short."""
-    return max(2, int(total * SHORTAGE))
-
-
-def relief(lost_tokens: int, move: float | None, keep: float | None) -> Remedy:
-    """The cheapest for one that will have to give way. All in prefill tokens: those that it would compute again; what it takes
-    to move its blocks to another group, and to host memory and back; None where that is not possible.
-
-    Moving wins a tie, as it frees the blocks and the sequence does not stop.
-    """
-    ways: list[tuple[float, int, Remedy]] = [(lost_tokens, 2, Remedy.RECOMPUTE)]
-    if move is not None:
-        ways.append((move, 0, Remedy.MOVE))
-    if keep is not None:
-        ways.append((keep, 1, Remedy.KEEP))
-    return min(ways, key=lambda way: way[:2])[2]
 
 
 class VictimCost(NamedTuple):

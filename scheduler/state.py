@@ -3,7 +3,7 @@
     queue.intake         a request becomes sequences, or is refused
     core                 the calls that come from outside: groups, front ends, reports
     placement.admission  a waiting one starts: match, wait for a prefix or not, route, reserve
-    placement.migration  one that runs is placed anew, before it would have to give way
+    placement.migration  one that runs is placed anew, with its blocks
     running.leases       a running one fills blocks, publishes them, gets more, or gives them up
 
 Imports the data that it holds; decides nothing.

@@ -76,13 +76,6 @@ WaitOption = Annotated[
         "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
     ),
 ]
-RelieveOption = Annotated[
-    bool,
-    _option(
-        "--relieve/--no-relieve",
-        "Where blocks can move, a group short of them moves or keeps who would have to give way. Default: it does.",
-    ),
-]
 HostOption = Annotated[
     int, _option("--host-blocks", f"Blocks in the host memory of each group, for manta-host. Default: {SHAPE.host_blocks}.")
 ]
@@ -131,17 +124,23 @@ QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default
 
 
 class OldSpellings(TyperCommand):
-    """Takes what these options were called before version 0.1, too, and says so."""
+    """Takes what these options were called before version 0.1, too, and those that have lost their meaning, and says so."""
 
     RENAMED: ClassVar = {"--pages": "--blocks", "--page-size": "--block-size", "--host-pages": "--host-blocks"}
+    GONE: ClassVar = {"--relieve", "--no-relieve"}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for at, argument in enumerate(args):
+        taken = []
+        for argument in args:
             name, equals, value = argument.partition("=")
+            if name in self.GONE:
+                sys.stderr.write(f"{name} does nothing any more; it goes with the next version\n")
+                continue
             if (now := self.RENAMED.get(name)) is not None:
                 sys.stderr.write(f"{name} is called {now} now; the old name goes with the next version\n")
-                args[at] = now + equals + value
-        return super().parse_args(ctx, args)
+                argument = now + equals + value
+            taken.append(argument)
+        return super().parse_args(ctx, taken)
 
 
 def command(
@@ -154,7 +153,6 @@ def command(
     max_num_batched_tokens: TokensOption = SHAPE.max_num_batched_tokens,
     hash_stride: StrideOption = SHAPE.hash_stride,
     wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
-    relieve: RelieveOption = SHAPE.relieve,
     host_blocks: HostOption = SHAPE.host_blocks,
     fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
     host_rate: HostRateOption = LINKS.host_tokens_per_s,
@@ -188,7 +186,7 @@ def command(
         shape = ClusterShape(
             groups=groups, blocks=blocks, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, host_blocks=host_blocks, hash_stride=hash_stride,
-            wait_for_prefix=wait_for_prefix, relieve=relieve, time=times, links=LinkModel(fetch_rate, host_rate),
+            wait_for_prefix=wait_for_prefix, time=times, links=LinkModel(fetch_rate, host_rate),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)
         drains = tuple(Drain(*_event("--drain", text)) for text in drain)

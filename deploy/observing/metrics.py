@@ -89,10 +89,6 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
     Metric("manta_transfers_failed_total", "Transfers of blocks that did not arrive.", lambda e: e.failed_transfers),
     Metric("manta_migrations_total", "Running sequences that moved to another group with their KV.", lambda e: e.migrations),
     Metric(
-        "manta_reliefs_total", "Running sequences that, short of blocks, began to move, or were copied to host memory in time.",
-        {"move": lambda e: e.moved_for_room, "keep": lambda e: e.kept_for_room}, "how",
-    ),
-    Metric(
         "manta_prefix_cache_miss_tokens_total",
         "Of these, to be computed: never seen, evicted since, cached in another group, or in the last, partly filled block.",
         {

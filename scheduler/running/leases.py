@@ -108,11 +108,6 @@ def find_victim(table: BlockTable, group: ResidentGroup, needy: Sequence) -> Seq
     return None if choice is None else later[choice]
 
 
-def cost_of(table: BlockTable, group: ResidentGroup, sequence: Sequence) -> VictimCost:
-    """What it costs to preempt this one, which runs in the group, now."""
-    return _cost(table, sequence, group.length.item(sequence.row), group.pending.item(sequence.row))
-
-
 def _cost(table: BlockTable, sequence: Sequence, length: int, pending: int) -> VictimCost:
     """length: committed tokens. pending: those of them without KV."""
     blocks = sequence.blocks

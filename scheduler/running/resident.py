@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId, GroupId
-from scheduler.policy import shortage
 from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId
 from scheduler.sequence import Sequence, State, Tokens
 
@@ -100,7 +99,6 @@ class ResidentGroup:
         self.fetching: dict[Sequence, int] = {}  # have blocks here, wait for their prefix, keep a row; tokens to compute then
         self.ports: tuple[str, ...] = ()  # of each rank, where others fetch blocks; empty: no transfers
         self.host_blocks = 0  # of each rank
-        self.shortage = shortage(blocks)
         self.sending = self.receiving = 0  # blocks on their way
         self.backlog = 0
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))

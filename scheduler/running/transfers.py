@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcache.ids import BlockId, GroupId, host_of, is_host
-from kvcache.match import Match
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.config import Counters
 from scheduler.protocol.messages import Cut, LeaseId, Load, Moved, Offload, Receive, Send
@@ -120,26 +119,14 @@ class Transfers:
         match = self._table.chain(sequence.blocks)
         depth = match.depth(host_of(group.group))
         new = min(len(match.nodes) - depth, group.blocks // OFFLOADING_SHARE - group.sending)
-        if 0 < new <= self._table.available(group.group):
-            self._store(group, sequence, match, depth, new)
-
-    def keep(self, group: ResidentGroup, sequence: Sequence) -> bool:
-        """The same for one that runs on: it holds its blocks anyway. Whether all are there, or on their way."""
-        assert sequence.blocks is not None
-        match = self._table.chain(sequence.blocks)
-        depth = match.depth(host_of(group.group))
-        new = len(match.nodes) - depth
-        return new == 0 or self._store(group, sequence, match, depth, new)
-
-    def _store(self, group: ResidentGroup, sequence: Sequence, match: Match, depth: int, new: int) -> bool:
-        """False, and nothing has changed, if host memory is full of what is on its way."""
+        if not 0 < new <= self._table.available(group.group):
+            return
         held = self._table.hold(group.group, match, depth + new, sequence.salt)
         stored = self._table.reserve(host_of(group.group), match, depth, new, sequence.salt)
-        if stored is None:
+        if stored is None:  # host memory is full of what is on its way
             self._table.release(held)
-            return False
-        self.begin(sequence, held, stored)
-        return True
+        else:
+            self.begin(sequence, held, stored)
 
     # ---- answers
 

@@ -187,7 +187,6 @@ class Cluster:
         host_blocks: int = 0,
         queue_skip_s: float = 2.0,
         queue_age_s: float = 30.0,
-        relieve: bool = True,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -199,7 +198,6 @@ class Cluster:
                 seed=0,
                 queue_skip_s=queue_skip_s,
                 queue_age_s=queue_age_s,
-                relieve=relieve,
             ),
             Resolved(max_model_len, ahead),
             bounds,

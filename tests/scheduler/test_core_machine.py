@@ -325,7 +325,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
         self.events["parts copied"] += self.cluster.core.counters.parts_copied
         self.events["parts taken over"] += self.cluster.core.counters.parts_taken
-        for name in ("expired", "skipped", "aged", "moved_for_room", "kept_for_room"):
+        for name in ("expired", "skipped", "aged"):
             self.events[name] += getattr(self.cluster.core.counters, name)
 
 
@@ -345,7 +345,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "drained", "moved", "transfers", "failed transfers", "lost a source", "lost a target", "aborted while fetching",
         "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
         "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
-        "moved_for_room", "kept_for_room", "expired", "skipped", "aged", "progressed", "refused by its deadline",
+        "expired", "skipped", "aged", "progressed", "refused by its deadline",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -373,7 +373,7 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
 def walk(seed: int, events: int) -> Counter[str]:
     draw = random.Random(seed)
     machine = CoreMachine()
-    roomy = seed % 3 == 2  # nobody waits, as a rule, and who will have to give way can go elsewhere
+    roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
     machine.start(
         (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3,
         seed % 2 == 0, None, 2, True, 0 if roomy else 12,

@@ -41,6 +41,15 @@ def test_old_spellings_are_taken_and_named(trace: str) -> None:
     assert hit_rates[0] == hit_rates[1] > 0
 
 
+def test_an_option_that_is_gone_is_taken_and_does_nothing(trace: str) -> None:
+    arguments = ["replay", trace, *POOLS, "--policy", "manta-fetch", "--json"]
+    for gone in ("--relieve", "--no-relieve"):
+        result = CliRunner().invoke(app, [*arguments, gone])
+        assert result.exit_code == 0, result.output
+        assert f"{gone} does nothing any more" in result.stderr
+    assert "relieve" not in CliRunner().invoke(app, ["replay", "--help"]).stdout
+
+
 def test_failures_and_limits(trace: str) -> None:
     arguments = [*POOLS, "--policy", "manta", "--limit", "9", "--fail", "1@2:3", "--speed-up", "2", "--json"]
     result = CliRunner().invoke(app, ["replay", trace, *arguments])

@@ -66,13 +66,6 @@ def test_a_drained_group_s_sequences_go_on_elsewhere_with_their_blocks(trace: li
     assert moving.preemptions < plain.preemptions
 
 
-def test_a_group_that_is_short_of_blocks_gives_sequences_away(trace: list[TraceRequest]) -> None:
-    small = replace(SHAPE, blocks=54)
-    helped, left = (replay(trace, "manta-fetch", Scenario(replace(small, relieve=relieve))) for relieve in (True, False))
-    assert helped.migrations > 0 == left.migrations
-    assert helped.preemptions <= left.preemptions
-
-
 def test_infinite_hits_are_those_of_the_trace(trace: list[TraceRequest], outcomes: dict[str, Outcome]) -> None:
     """Counted by names, with a cache that never forgets: Manta's infinite pool may miss what is still being computed."""
     seen: set[tuple[int, ...]] = set()
