@@ -22,8 +22,8 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.server.stats import EngineStats
-from tests.autoscaling_ray import autoscaling_ray
 from tests.processes import WORKER, all_named, stopped_in_the_midst
+from tests.ray_heads import autoscaling_ray
 
 pytestmark = pytest.mark.ray
 

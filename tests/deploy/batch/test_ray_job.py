@@ -22,6 +22,7 @@ from deploy.doors.access import ApiKeys
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
 from tests.ports import free_ports
 from tests.processes import SCHEDULER, all_named
+from tests.ray_heads import ray_head
 
 pytestmark = pytest.mark.ray
 
@@ -31,15 +32,14 @@ ENTRIES = [entry(f"def f{number}(", max_tokens=60, ignore_eos=True) for number i
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[JobSubmissionClient]:
-    """Jobs need the dashboard, and its agent listens on a fixed port: no other Ray may run on this machine."""
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobSubmissionClient]:
+    """Jobs need the dashboard and its agent."""
     (port,) = free_ports(1)
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port,
-        _node_ip_address="127.0.0.2", log_to_driver=False,
-    )  # fmt: skip
-    yield JobSubmissionClient(f"http://127.0.0.1:{port}")
-    ray.shutdown()
+    options = ("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}")
+    with ray_head(tmp_path_factory.mktemp("ray"), 8, *options) as address:
+        ray.init(address=address, log_to_driver=False)
+        yield JobSubmissionClient(f"http://127.0.0.1:{port}")
+        ray.shutdown()
 
 
 def submit(client: JobSubmissionClient, folder: Path, *arguments: str) -> str:

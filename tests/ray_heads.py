@@ -1,7 +1,4 @@
-"""A Ray cluster on this machine whose autoscaler adds and removes nodes: real raylets, faked machines.
-
-Ray's own `AutoscalingCluster` ends every Ray on the machine when it starts; this one ends what it started.
-"""
+"""Ray clusters that `ray start` starts on this machine, for what `ray.init` cannot say."""
 
 import contextlib
 import json
@@ -22,17 +19,17 @@ PATIENCE_S = 180.0
 
 
 @contextlib.contextmanager
-def autoscaling_ray(folder: Path, head_cpus: int, worker_cpus: int, max_workers: int) -> Iterator[str]:
-    """Yields the address to join. A worker node that is idle for some seconds is taken away."""
-    config = folder / "autoscaling.json"
-    (port,) = free_ports(1, HOST)
-    config.write_text(json.dumps(_config(f"{HOST}:{port}", head_cpus, worker_cpus, max_workers)))
+def ray_head(folder: Path, cpus: int, *options: str, **environment: str) -> Iterator[str]:
+    """A head as a process of its own, below this one; yields the address to join. Its agent has a port of its own, too, which
+    `ray.init` cannot say: where it is fixed, another cluster on this machine may have it, and take the jobs."""
+    port, agent_port = free_ports(2, HOST)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
-    command += [f"--num-cpus={head_cpus}", f"--node-ip-address={HOST}", "--include-dashboard=false"]
-    command += [f"--autoscaling-config={config}", "--disable-usage-stats"]
-    environment = os.environ | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", f"--dashboard-agent-listen-port={agent_port}"]
     log = (folder / "ray.log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--disable-usage-stats", *options], stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         yield _address(process, folder / "ray.log")
     finally:
@@ -45,6 +42,18 @@ def autoscaling_ray(folder: Path, head_cpus: int, worker_cpus: int, max_workers:
                 os.kill(pid, signal.SIGKILL)
         process.kill()
         log.close()
+
+
+@contextlib.contextmanager
+def autoscaling_ray(folder: Path, head_cpus: int, worker_cpus: int, max_workers: int) -> Iterator[str]:
+    """One whose autoscaler adds and removes nodes: real raylets, faked machines. A worker node that is idle for some seconds is
+    taken away. Ray's own `AutoscalingCluster` ends every Ray on the machine when it starts; this one ends what it started."""
+    config = folder / "autoscaling.json"
+    (port,) = free_ports(1, HOST)
+    config.write_text(json.dumps(_config(f"{HOST}:{port}", head_cpus, worker_cpus, max_workers)))
+    options = [f"--port={port}", "--include-dashboard=false", f"--autoscaling-config={config}"]
+    with ray_head(folder, head_cpus, *options, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1") as address:
+        yield address
 
 
 def _address(process: "subprocess.Popen[bytes]", log: Path) -> str:
