@@ -285,9 +285,9 @@ def choose_view(labels: Sequence[str], stream: bool, quiet: bool) -> View:
 
 
 def label(source: Source) -> str:
-    """The end of a prompt on one line: prompts that share a beginning differ there."""
+    """The end of a prompt on one line: prompts that share a beginning differ there. Of any type: nobody has read it yet."""
     value = next((source[key] for key in PROMPT_KEYS if key in source), "") if isinstance(source, Mapping) else source
-    if not isinstance(value, str) and len(value) and isinstance(value[-1], Mapping):
+    if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
         value = value[-1].get("content", "")  # the last message of a conversation
     line = " ".join(writable(str(value)).split())
     return line if len(line) <= LABEL_CHARACTERS else "…" + line[1 - LABEL_CHARACTERS :]

@@ -21,7 +21,8 @@ from scheduler.protocol.sampling import SamplingParams
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 TERM_KEYS = ("cache_salt", "tenant", "priority", "deadline_s")
-LINE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS, *SAMPLING_KEYS)
+SOURCE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS)
+LINE_KEYS = (*SOURCE_KEYS, *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
@@ -34,8 +35,14 @@ _ITS_OWN = 'one is for all prompts of a call, and in {"prompt": ...} a prompt ha
 
 def read_source(source: Source, call: Terms = USUAL_TERMS) -> tuple[Content, Terms]:
     """call: the terms of the call. Errors: PromptError."""
+    if isinstance(source, bytes | bytearray):
+        raise PromptError(f"a prompt is text or token ids, not {type(source).__name__}: decode it first")
     if not isinstance(source, Mapping):
         return source if isinstance(source, str) else _ids(source), call
+    try:
+        reject_unknown(source, SOURCE_KEYS)
+    except ConfigError as error:
+        raise PromptError(str(error)) from None
     kinds = [key for key in PROMPT_KEYS if key in source]
     if len(kinds) != 1:
         raise PromptError(f"give exactly one of {', '.join(PROMPT_KEYS)}; found {' and '.join(kinds) or 'none'}")
@@ -136,6 +143,8 @@ def arguments_shown(arguments: str) -> Any:
 
 def _ids(given: Sequence[Any]) -> list[int]:
     try:
+        if bool in set(map(type, given)):
+            raise TypeError("a truth value is no token id")
         return [index(token) for token in given]
     except TypeError as error:
         raise PromptError("prompt_token_ids must be a list of integers") from error

@@ -82,7 +82,10 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
     Errors: LinkClosed, and whatever the executor raises; the caller lets the group die then.
     """
     while True:
-        commands = link.receive(wait=rank.idle)
+        slept = rank.idle
+        commands = link.receive(wait=slept)
+        if slept:
+            reporter.wake()
         feed.send(commands)
         result = rank.turn(commands)
         if rank.batch.ended is not None:

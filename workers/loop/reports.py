@@ -34,6 +34,10 @@ class Reporter:
         self._since = clock()
         self._ready: list[Report] = []
 
+    def wake(self) -> None:
+        """The group has slept, with nothing to report: its next step is measured from here."""
+        self._since = self._clock()
+
     def add(self, result: StepResult, applied: int) -> None:
         """Takes a committed step in. applied: commands applied so far."""
         self._applied = applied

@@ -44,3 +44,6 @@ def test_labels() -> None:
     assert label(long) == "…" + long[-LABEL_CHARACTERS + 1 :]
     assert label({"prompt_token_ids": [1, 2]}) == "[1, 2]"
     assert label({"messages": [{"role": "user", "content": "hi"}]}) == "hi"
+    for nonsense in (5, None, True, {"a": 1}):  # a line of a file, which is refused when its turn comes
+        assert label({"prompt": nonsense}) == str(nonsense)
+        assert label({"messages": nonsense}) == str(nonsense)

@@ -34,6 +34,9 @@ def test_a_prompt_s_own_terms_go_before_those_of_the_call() -> None:
     ("source", "message"),
     [
         ([1.5], "must be a list of integers"),
+        ([True], "must be a list of integers"),
+        (b"text", "a prompt is text or token ids, not bytes"),
+        ({"prompt": "a", "teneant": "x"}, "unknown key 'teneant': did you mean 'tenant'?"),
         ({"prompt_token_ids": "12"}, "must be a list of integers"),
         ({"prompt": [1]}, "prompt must be a string, not list"),
         (

@@ -1,12 +1,17 @@
 """Reports: which steps travel together, how they are numbered, and what they say of each lease."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from scheduler.batching import StepPlan
-from scheduler.protocol.messages import NO_TOKEN, FinishReason, Report
-from workers.loop.batch import Launched
-from workers.loop.rank import StepResult, StepTokens
+from scheduler.protocol.messages import NO_TOKEN, Command, End, FinishReason, Moved, Report
+from tests.workers.loop.test_batch import lease, start
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.leader import lead
+from workers.loop.rank import Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
+from workers.loop.simulated import SimulatedExecutor
 
 
 def result(
@@ -124,3 +129,38 @@ def test_no_step_is_kept_back_for_longer_than_said() -> None:
         reporter.add(result([8], [step]), step)
         sent.append([report.steps for report in reporter.take(flush=False)])
     assert sent == [[], [], [3], [], [], [3], [], []]
+
+
+class Sleeper:
+    """The leader's link: sleeps for 100 s before each command, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.sent: list[Report] = []
+        self.commands: list[list[Command]] = [[start(lease(1, 0), 6, max_tokens=2)], [End("enough")]]
+
+    def receive(self, *, wait: bool) -> list[Command]:
+        if not wait:
+            self.now_s += 0.01  # a step
+            return []
+        self.now_s += 100.0
+        return self.commands.pop(0)
+
+    def send(self, message: Report | Moved) -> None:
+        assert isinstance(message, Report)
+        self.sent.append(message)
+
+
+class Alone:
+    """A group of one rank has no peers."""
+
+    def send(self, commands: Sequence[Command]) -> None: ...
+
+
+def test_a_group_s_sleep_is_no_step() -> None:
+    """Routing weighs moves by what steps took, and operators read the same figure."""
+    link = Sleeper()
+    rank = Rank(ResidentBatch(2, 4, 64, 32), SimulatedExecutor(8, 4, 2, 50))
+    assert lead(rank, link, Alone(), Reporter(0, clock=lambda: link.now_s)) == "enough"
+    assert sum(report.steps for report in link.sent) == 2
+    assert sum(report.elapsed_s for report in link.sent) < 1.0
