@@ -209,7 +209,7 @@ def test_iterate_shows_growth_and_aborts_when_left(open_llm: Open, script: list[
 
 
 def test_async_stream(open_llm: Open, script: list[int]) -> None:
-    llm, _ = open_llm(script)
+    llm, engine = open_llm(script, hold_after=2)  # so that a part is read before the rest comes, however slow the reader is
 
     async def collect() -> list[str]:
         texts, tokens = [""], 0
@@ -220,14 +220,16 @@ def test_async_stream(open_llm: Open, script: list[int]) -> None:
             assert texts[-1] == texts[-2] + choice.delta
             assert len(choice.token_ids) == tokens
             assert (choice.finish_reason is not None) == output.finished
+            engine.hold_after = None
+            engine.released.set()
         return texts
 
     async def both() -> list[list[str]]:
         return list(await asyncio.gather(collect(), collect()))
 
-    for texts in asyncio.run(both()):
-        assert texts[-1] == TEXT
-        assert len(texts) > 2
+    streams = asyncio.run(both())
+    assert [texts[-1] for texts in streams] == [TEXT, TEXT]
+    assert max(map(len, streams)) > 2, "whoever read a part before the release has the rest apart"
 
 
 def test_async_cancel_aborts(open_llm: Open, script: list[int]) -> None:
