@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from cluster.engine import EngineError
+from scheduler.logs import ROOMS
 
 CLAIM = "manta.names.claim"
-ROOMS = ("kvcache", "scheduler", "workers", "cluster", "deploy", "simulator")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption
+from deploy.cli.options import DebugOption, flag
 from deploy.config.load import ConfigError
 from scheduler.placement.why import Decision
 from simulator.engines import ClusterShape
@@ -35,9 +35,6 @@ WIDTH = 120
 SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), Target()
 
 
-def _option(name: str, help: str) -> Any:
-    return typer.Option(name, help=help, show_default=False)
-
 
 TraceArgument = Annotated[
     str,
@@ -48,79 +45,79 @@ TraceArgument = Annotated[
     ),
 ]
 PolicyOption = Annotated[
-    list[str], _option("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
+    list[str], flag("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
 ]
-GroupsOption = Annotated[int, _option("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
-BlocksOption = Annotated[int, _option("--blocks", f"Blocks in the pool of each group. Default: {SHAPE.blocks}.")]
-BlockSizeOption = Annotated[int, _option("--block-size", f"Tokens in a block, a power of two. Default: {SHAPE.block_size}.")]
+GroupsOption = Annotated[int, flag("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
+BlocksOption = Annotated[int, flag("--blocks", f"Blocks in the pool of each group. Default: {SHAPE.blocks}.")]
+BlockSizeOption = Annotated[int, flag("--block-size", f"Tokens in a block, a power of two. Default: {SHAPE.block_size}.")]
 SequencesOption = Annotated[
-    int, _option("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.max_num_seqs}.")
+    int, flag("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.max_num_seqs}.")
 ]
 TokensOption = Annotated[
     int,
-    _option(
+    flag(
         "--max-num-batched-tokens",
         f"Tokens that one step of a group computes. Default: {SHAPE.max_num_batched_tokens}.",
     ),
 ]
 StrideOption = Annotated[
     int,
-    _option(
+    flag(
         "--hash-stride", f"Tokens in common from which part of a block is reused; 0: none is. Default: {SHAPE.hash_stride}."
     ),
 ]
 WaitOption = Annotated[
     bool,
-    _option(
+    flag(
         "--wait-for-prefix/--no-wait-for-prefix",
         "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
     ),
 ]
 HostOption = Annotated[
-    int, _option("--host-blocks", f"Blocks in the host memory of each group, for manta-host. Default: {SHAPE.host_blocks}.")
+    int, flag("--host-blocks", f"Blocks in the host memory of each group, for manta-host. Default: {SHAPE.host_blocks}.")
 ]
 FetchOption = Annotated[
     float,
-    _option("--fetch-rate", f"Tokens a second that a group sends, or receives. Default: {LINKS.fetch_tokens_per_s:.0f}."),
+    flag("--fetch-rate", f"Tokens a second that a group sends, or receives. Default: {LINKS.fetch_tokens_per_s:.0f}."),
 ]
 HostRateOption = Annotated[
     float,
-    _option("--host-rate", f"Tokens a second to host memory, or from it. Default: {LINKS.host_tokens_per_s:.0f}."),
+    flag("--host-rate", f"Tokens a second to host memory, or from it. Default: {LINKS.host_tokens_per_s:.0f}."),
 ]
-SpeedOption = Annotated[float, _option("--speed-up", "Load, as a multiple of the trace's own. Default: 1.0.")]
-LimitOption = Annotated[int | None, _option("--limit", "Only so many requests, the first in the file. Default: all.")]
-SeedOption = Annotated[int, _option("--seed", "Makes a replay repeatable: equal seeds, equal results. Default: 0.")]
+SpeedOption = Annotated[float, flag("--speed-up", "Load, as a multiple of the trace's own. Default: 1.0.")]
+LimitOption = Annotated[int | None, flag("--limit", "Only so many requests, the first in the file. Default: all.")]
+SeedOption = Annotated[int, flag("--seed", "Makes a replay repeatable: equal seeds, equal results. Default: 0.")]
 FailOption = Annotated[
     list[str],
-    _option("--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."),
+    flag("--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."),
 ]
 DrainOption = Annotated[
     list[str],
-    _option("--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."),
+    flag("--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."),
 ]
-LagOption = Annotated[float, _option("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
+LagOption = Annotated[float, flag("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
 CalibrateOption = Annotated[
     str | None,
-    _option("--calibrate", "FILE[:MODEL]: times from the output of benchmarks/engine.py --json. Default: the four below."),
+    flag("--calibrate", "FILE[:MODEL]: times from the output of benchmarks/engine.py --json. Default: the four below."),
 ]
 RateOption = Annotated[
-    float | None, _option("--prefill-rate", f"Prompt tokens a second of one group. Default: {TIMES.prefill_tokens_per_s:.0f}.")
+    float | None, flag("--prefill-rate", f"Prompt tokens a second of one group. Default: {TIMES.prefill_tokens_per_s:.0f}.")
 ]
-StepOption = Annotated[float | None, _option("--decode-step", f"Seconds of any step. Default: {TIMES.decode_step_s}.")]
+StepOption = Annotated[float | None, flag("--decode-step", f"Seconds of any step. Default: {TIMES.decode_step_s}.")]
 SequenceOption = Annotated[
-    float | None, _option("--sequence-time", f"Seconds more for each decoding sequence. Default: {TIMES.sequence_s}.")
+    float | None, flag("--sequence-time", f"Seconds more for each decoding sequence. Default: {TIMES.sequence_s}.")
 ]
 ContextOption = Annotated[
-    float | None, _option("--context-time", f"Seconds more for each token of its context. Default: {TIMES.context_token_s}.")
+    float | None, flag("--context-time", f"Seconds more for each token of its context. Default: {TIMES.context_token_s}.")
 ]
-TtftOption = Annotated[float, _option("--ttft", f"Seconds to the first token that goodput allows. Default: {TARGET.ttft_s}.")]
-TpotOption = Annotated[float, _option("--tpot", f"Seconds a token after it that goodput allows. Default: {TARGET.tpot_s}.")]
+TtftOption = Annotated[float, flag("--ttft", f"Seconds to the first token that goodput allows. Default: {TARGET.ttft_s}.")]
+TpotOption = Annotated[float, flag("--tpot", f"Seconds a token after it that goodput allows. Default: {TARGET.tpot_s}.")]
 WhyOption = Annotated[
     Path | None,
-    _option("--why", "A file for one JSON line each time Manta sends a request to a group: why there. Default: none."),
+    flag("--why", "A file for one JSON line each time Manta sends a request to a group: why there. Default: none."),
 ]
-JsonOption = Annotated[bool, _option("--json", "One JSON object, by policy, as the last line of stdout. Default: no.")]
-QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default: no.")]
+JsonOption = Annotated[bool, flag("--json", "One JSON object, by policy, as the last line of stdout. Default: no.")]
+QuietOption = Annotated[bool, flag("--quiet", "No progress on stderr. Default: no.")]
 
 
 class OldSpellings(TyperCommand):

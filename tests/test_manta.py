@@ -98,9 +98,10 @@ for environment in ({}, {"worker_process_setup_hook": cluster.shadows.CLAIM}):
 
 def test_the_names_are_those_of_the_packages_and_nothing_is_hidden_at_home() -> None:
     from cluster import shadows
+    from scheduler import logs
 
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert set(ROOMS) == set(shadows.ROOMS) == packages - {"manta", "benchmarks", "tests"}
+    assert set(ROOMS) == set(logs.ROOMS) == packages - {"manta", "benchmarks", "tests"}
     assert shadows.ROOT == ROOT
     assert os.getcwd() != str(ROOT) or shadows.job_environment() is None
 

@@ -8,12 +8,10 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
-
-import typer
+from typing import Annotated
 
 from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption
+from deploy.cli.options import DebugOption, flag
 from deploy.config.load import ConfigError, bound_openmp_spin
 
 MODULES = {"1": "layout", "2": "reuse", "3": "fragmentation", "4": "paging", "5": "tradeoffs"}
@@ -21,28 +19,25 @@ ON_GPU = ("1", "5")
 """Questions that a GPU says something about."""
 
 
-def _option(name: str, help: str) -> Any:
-    return typer.Option(name, help=help, show_default=False)
 
-
-QuickOption = Annotated[bool, _option("--quick", "Small workloads, no model, seconds: for a look at the page. Default: no.")]
-OutputOption = Annotated[Path, _option("--output", "Folder of kv-study.md; plots and results go to kv-study/. Default: docs.")]
+QuickOption = Annotated[bool, flag("--quick", "Small workloads, no model, seconds: for a look at the page. Default: no.")]
+OutputOption = Annotated[Path, flag("--output", "Folder of kv-study.md; plots and results go to kv-study/. Default: docs.")]
 TraceOption = Annotated[
-    Path | None, _option("--trace", "A trace that manta replay reads. Default: none, the synthetic workloads alone.")
+    Path | None, flag("--trace", "A trace that manta replay reads. Default: none, the synthetic workloads alone.")
 ]
-QuestionsOption = Annotated[str, _option("--questions", "Which, apart by commas. Default: 1,2,3,4,5, with a GPU 1,5.")]
-DeviceOption = Annotated[str, _option("--device", "cpu or cuda: where copies and kernels are measured. Default: cpu.")]
+QuestionsOption = Annotated[str, flag("--questions", "Which, apart by commas. Default: 1,2,3,4,5, with a GPU 1,5.")]
+DeviceOption = Annotated[str, flag("--device", "cpu or cuda: where copies and kernels are measured. Default: cpu.")]
 FromOption = Annotated[
-    list[Path], _option("--from", "Saved results to write the page from, without a run; repeatable. Default: none.")
+    list[Path], flag("--from", "Saved results to write the page from, without a run; repeatable. Default: none.")
 ]
 VllmOption = Annotated[
-    Path | None, _option("--vllm-python", "An interpreter that has vLLM, for question 4. Default: none, vLLM is left out.")
+    Path | None, flag("--vllm-python", "An interpreter that has vLLM, for question 4. Default: none, vLLM is left out.")
 ]
-ThreadsOption = Annotated[int | None, _option("--threads", "CPU threads of torch. Default: as many as there are cores.")]
+ThreadsOption = Annotated[int | None, flag("--threads", "CPU threads of torch. Default: as many as there are cores.")]
 LimitOption = Annotated[
-    int | None, _option("--limit", "Only so many requests of the trace in the replays of question 5. Default: all.")
+    int | None, flag("--limit", "Only so many requests of the trace in the replays of question 5. Default: all.")
 ]
-SeedOption = Annotated[int, _option("--seed", "Of workloads, prompts and replays. Default: 0.")]
+SeedOption = Annotated[int, flag("--seed", "Of workloads, prompts and replays. Default: 0.")]
 
 
 def command(

@@ -10,7 +10,7 @@ import typer
 
 from deploy.batch.job import Limits
 from deploy.cli.exits import reported_errors
-from deploy.cli.options import ENGINE_FLAGS, ConfigOption, DebugOption, with_options
+from deploy.cli.options import ENGINE_FLAGS, ConfigOption, DebugOption, flag, with_options
 from deploy.config.load import ConfigError, load_config
 
 OF_RUNNING = ("ray_address", "start_timeout_s", "max_model_len")
@@ -18,9 +18,6 @@ OF_RUNNING = ("ray_address", "start_timeout_s", "max_model_len")
 
 DEFAULTS = Limits()
 
-
-def _option(name: str, help: str) -> Any:
-    return typer.Option(name, help=help, show_default=False)
 
 
 InputOption = Annotated[
@@ -33,28 +30,28 @@ OutputOption = Annotated[
     ),
 ]
 UrlOption = Annotated[
-    str | None, _option("--url", "Address of a running deployment, http://host:port. Default: groups of the job's own.")
+    str | None, flag("--url", "Address of a running deployment, http://host:port. Default: groups of the job's own.")
 ]
 AppOption = Annotated[
-    str | None, _option("--app", "Manta's application on this Ray cluster's Serve. Default: groups of the job's own.")
+    str | None, flag("--app", "Manta's application on this Ray cluster's Serve. Default: groups of the job's own.")
 ]
-KeyOption = Annotated[str | None, _option("--api-key-file", "File with the API key for --url. Default: $MANTA_API_KEYS.")]
+KeyOption = Annotated[str | None, flag("--api-key-file", "File with the API key for --url. Default: $MANTA_API_KEYS.")]
 NameOption = Annotated[
-    str | None, _option("--served-model-name", "Name that requests ask for. Default: the checkpoint folder's name.")
+    str | None, flag("--served-model-name", "Name that requests ask for. Default: the checkpoint folder's name.")
 ]
-RequestsOption = Annotated[int, _option("--concurrency", f"Requests under way at once. Default: {DEFAULTS.requests}.")]
+RequestsOption = Annotated[int, flag("--concurrency", f"Requests under way at once. Default: {DEFAULTS.requests}.")]
 TokensOption = Annotated[
     int,
-    _option(
+    flag(
         "--concurrency-tokens",
         f"Tokens under way at once, outputs at their longest, about. Default: {DEFAULTS.tokens}.",
     ),
 ]
 RetriesOption = Annotated[
     int,
-    _option("--retries", f"Times that a request nobody answers is sent again; then the job ends. Default: {DEFAULTS.retries}."),
+    flag("--retries", f"Times that a request nobody answers is sent again; then the job ends. Default: {DEFAULTS.retries}."),
 ]
-QuietOption = Annotated[bool, _option("--quiet", "No progress on stderr. Default: no.")]
+QuietOption = Annotated[bool, flag("--quiet", "No progress on stderr. Default: no.")]
 
 
 @with_options

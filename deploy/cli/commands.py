@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.cli.exits import interrupts_held, reported_errors
-from deploy.cli.options import ConfigOption, DebugOption, sampling_values, with_options
+from deploy.cli.options import ConfigOption, DebugOption, flag, sampling_values, with_options
 from deploy.cli.records import RecordWriter
 from deploy.config.load import Config, load_config
 from deploy.frontend.outputs import GenerationError, RequestOutput
@@ -33,17 +33,14 @@ class InputFormat(StrEnum):
     text = "text"
 
 
-def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
-
 
 PromptArguments = Annotated[
     list[str] | None, typer.Argument(help="Prompts. Without any, --input or stdin is read.", show_default=False)
 ]
-InputOption = Annotated[Path | None, _option("--input", "-i", help="File of prompts; - is stdin. Default: none.")]
+InputOption = Annotated[Path | None, flag("--input", short="-i", help="File of prompts; - is stdin. Default: none.")]
 FormatOption = Annotated[
     InputFormat | None,
-    _option(
+    flag(
         "--format",
         help='What --input or stdin holds. jsonl: on each line an object with "prompt", "prompt_token_ids" or '
         '"messages", and what holds for it: sampling fields, "tenant", "deadline_s", "priority", "cache_salt". '
@@ -51,18 +48,18 @@ FormatOption = Annotated[
         "Default: jsonl for files, text for stdin.",
     ),
 ]
-ChatOption = Annotated[bool, _option("--chat", help="Prompts are users' messages for the chat template. Default: no.")]
+ChatOption = Annotated[bool, flag("--chat", help="Prompts are users' messages for the chat template. Default: no.")]
 TokenIdsOption = Annotated[
-    bool, _option("--token-ids", help="Prompts are token ids, apart by spaces or commas. Default: no.")
+    bool, flag("--token-ids", help="Prompts are token ids, apart by spaces or commas. Default: no.")
 ]
 OutputOption = Annotated[
-    Path | None, _option("--output", "-o", help="Write results here as JSON lines; - is stdout. Default: none.")
+    Path | None, flag("--output", short="-o", help="Write results here as JSON lines; - is stdout. Default: none.")
 ]
 StreamOption = Annotated[
     bool | None,
-    _option("--stream/--no-stream", help="Show text while it grows. Default: yes, unless --output is given."),
+    flag("--stream/--no-stream", help="Show text while it grows. Default: yes, unless --output is given."),
 ]
-QuietOption = Annotated[bool, _option("--quiet", "-q", help="No progress, no closing table on stderr. Default: no.")]
+QuietOption = Annotated[bool, flag("--quiet", short="-q", help="No progress, no closing table on stderr. Default: no.")]
 
 def version() -> None:
     """Print the version."""

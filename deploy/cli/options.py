@@ -54,6 +54,11 @@ DebugOption = Annotated[
 ]
 
 
+def flag(name: str, help: str, short: str = "") -> Any:
+    """An option of one command. help: says the default itself, in words."""
+    return typer.Option(name, *filter(None, (short,)), help=help, show_default=False)
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that a command takes as keyword arguments `engine`, `serve` or `sampling`, each those given by field
     name; the last are for `sampling_values`."""

@@ -1,28 +1,25 @@
 """`manta top` as a user types it."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption
+from deploy.cli.options import DebugOption, flag
 from deploy.config.load import read_api_keys
 from deploy.config.serve import ServeConfig
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def _option(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
-
 
 def top(
     url: Annotated[str, typer.Argument(help="Address of an endpoint.", show_default=False)] = DEFAULT_URL,
     api_key_file: Annotated[
-        str | None, _option("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
+        str | None, flag("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
     ] = None,
-    interval: Annotated[float, _option("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
-    once: Annotated[bool, _option("--once", help="Look once and end. Default: only into a pipe.")] = False,
+    interval: Annotated[float, flag("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
+    once: Annotated[bool, flag("--once", help="Look once and end. Default: only into a pipe.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Watch an endpoint: its pools block by block, what runs and waits, rates and latencies. q ends it."""
