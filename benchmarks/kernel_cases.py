@@ -23,6 +23,7 @@ from workers.model.rotary import Rope, Rotary
 EPS = 1e-6
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+COUNTERS = torch.zeros(1 << 14, dtype=torch.int32, device=DEVICE)
 OURS, OURS_PDL = "manta", "manta pdl"
 Runs = dict[str, Callable[[], object]]
 
@@ -155,7 +156,7 @@ class Operands:
         return matvec(
             self.x, self.weight, norm_weight=self.norm if p.norm else None, eps=EPS,
             residual=self.out if p.residual else None, swiglu=p.swiglu, out=None if p.residual else self.out, pdl=pdl,
-            config=config,
+            counters=COUNTERS, config=config,
         )  # fmt: skip
 
     def torch(self) -> Tensor:
@@ -216,11 +217,12 @@ class LayerProblem:
     def ours(self, pdl: bool) -> None:
         qkv, o, gate_up, down = self.parts
         hidden, rope = self.hidden, self.rope
-        matvec(hidden, qkv.weight, norm_weight=qkv.norm, eps=EPS, out=qkv.out, pdl=pdl)
+        run = partial(matvec, eps=EPS, pdl=pdl, counters=COUNTERS)
+        run(hidden, qkv.weight, norm_weight=qkv.norm, out=qkv.out)
         rope.run(qkv.out, pdl)
-        matvec(rope.out.view(self.tokens, -1), o.weight, residual=hidden, pdl=pdl)
-        matvec(hidden, gate_up.weight, norm_weight=gate_up.norm, eps=EPS, swiglu=True, out=gate_up.out, pdl=pdl)
-        matvec(gate_up.out, down.weight, residual=hidden, pdl=pdl)
+        run(rope.out.view(self.tokens, -1), o.weight, residual=hidden)
+        run(hidden, gate_up.weight, norm_weight=gate_up.norm, swiglu=True, out=gate_up.out)
+        run(gate_up.out, down.weight, residual=hidden)
 
     def separate(self, pdl: bool) -> None:
         """cuBLAS, and our kernels between its products."""

@@ -14,8 +14,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import DTYPE, SHAPES, Case, Operands, Product, all_cases
+from benchmarks.kernel_cases import COUNTERS, DTYPE, SHAPES, Case, Operands, Product, all_cases
 from benchmarks.report import table
-from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
+from workers.kernels.matvec import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
 
 BEYOND_L2_BYTES = 200_000_000
 MAX_SETS = 64
@@ -120,7 +121,7 @@ def _compile(task: Task) -> str:
         matvec(
             x[:tokens], weight, norm_weight=norm if product.norm else None, eps=1e-6, swiglu=product.swiglu, pdl=pdl,
             residual=out[:tokens] if product.residual else None, out=None if product.residual else out[:tokens],
-            config=config,
+            counters=COUNTERS, config=config,
         )  # fmt: skip
         torch.cuda.synchronize()
     except Exception as failure:
@@ -132,7 +133,7 @@ def _like(tokens: int, config: Tiling | None) -> int:
     """Another number of tokens that the same compiled kernel takes."""
     if config is None or tokens <= 2:
         return tokens
-    return MAX_TOKENS if config.splits > 1 else STREAM_TOKENS
+    return max(LEAST_TILE_TOKENS, 1 << (tokens - 1).bit_length()) if config.splits else STREAM_TOKENS
 
 
 def compile_all(tasks: Iterable[Task]) -> None:
@@ -163,28 +164,33 @@ STREAMS = (
     Tiling(16, 512, 4, 4),
 )  # fmt: skip
 TILES = (
-    Tiling(8, 512, 4, 3, 4), Tiling(8, 1024, 8, 3, 8), Tiling(16, 256, 4, 4, 4), Tiling(16, 512, 4, 3, 4),
-    Tiling(16, 512, 4, 4, 4), Tiling(16, 512, 8, 3, 8), Tiling(16, 1024, 8, 2, 8), Tiling(32, 256, 4, 4, 4),
-    Tiling(32, 512, 8, 3, 8), Tiling(16, 256, 2, 4, 2), Tiling(32, 256, 4, 3, 2), Tiling(16, 256, 4, 3, 2),
+    Tiling(16, 256, 4, 3, 4), Tiling(16, 512, 4, 3, 4), Tiling(16, 256, 8, 4, 8), Tiling(32, 256, 4, 3, 4),
+    Tiling(32, 128, 4, 4, 1), Tiling(64, 64, 4, 5, 1), Tiling(64, 128, 4, 4, 1),
 )  # fmt: skip
-SWEPT = (1, 4, 8, 16)
+PARTS = (1, 2, 4, 8)
+PROGRAMS = range(96, 900)  # wanted of a product: enough to fill the device, and not too short
+SWEPT = (1, 4, 8, 16, 32, 64)
 BEST = 3
 
 
 def candidates(product: Product, tokens: int) -> list[Tiling]:
-    configs = STREAMS if tokens <= STREAM_TOKENS else TILES if tokens == MAX_TOKENS else TILES + STREAMS
-    return [config for config in configs if product.k % config.columns == 0]
+    if tokens <= STREAM_TOKENS:
+        return [config for config in STREAMS if product.k % config.columns == 0]
+    tiles = [replace(config, parts=parts) for config in TILES for parts in PARTS]
+    fit = [tile for tile in tiles if product.k % (tile.columns * tile.parts) == 0]
+    programs = {tile: -(-product.n // tile.rows) * tile.parts for tile in fit}
+    return [tile for tile in fit if programs[tile] in PROGRAMS or (tile.parts == 1 and programs[tile] >= PROGRAMS.start)]
 
 
-def sweep(only: str, bytes_us: float) -> list[Row]:
+def sweep(only: str, swept: Sequence[int], bytes_us: float) -> list[Row]:
     """The fastest configurations of each product, without PDL, and the same with it."""
     products = [(shape.name, product) for shape in SHAPES for product in shape.products()]
     products = [(name, product) for name, product in products if only in f"matvec {product.name} {name}"]
-    compile_all((p, tokens, False, c) for _, p in products for tokens in SWEPT for c in candidates(p, tokens))
+    compile_all((p, tokens, False, c) for _, p in products for tokens in swept for c in candidates(p, tokens))
     found: list[tuple[str, Product, int, list[tuple[float, Tiling]]]] = []
     for name, product in products:
         sets = max(1, -(-BEYOND_L2_BYTES // product.bytes(1)))
-        for tokens in SWEPT:
+        for tokens in swept:
             operands = [Operands(product, tokens) for _ in range(sets)]
             times = []
             for config in candidates(product, tokens):
@@ -192,7 +198,9 @@ def sweep(only: str, bytes_us: float) -> list[Row]:
                     times.append((_config_us(operands, False, config), config))
             times.sort(key=lambda pair: pair[0])
             found.append((name, product, tokens, times))
-            print(f"{name} {product.name} {tokens}:", ", ".join(f"{_short(c)} {us:.2f}" for us, c in times), flush=True)
+            library = graph_us([one.separate for one in operands], 32, 3)
+            listed = ", ".join(f"{_short(config)} {us:.2f}" for us, config in times)
+            print(f"{name} {product.name} {tokens}: cuBLAS, our norms {library:.2f}, {listed}", flush=True)
     compile_all((p, tokens, True, c) for _, p, tokens, times in found for _, c in times[:BEST])
     rows: list[Row] = []
     for name, product, tokens, times in found:
@@ -212,8 +220,8 @@ def _config_us(operands: list[Operands], pdl: bool, config: Tiling) -> float:
 
 
 def _short(config: Tiling) -> str:
-    """rows x columns, warps, stages, splits"""
-    return f"{config.rows}x{config.columns}w{config.warps}s{config.stages}k{config.splits}"
+    """rows x columns, warps, stages, splits, parts"""
+    return f"{config.rows}x{config.columns}w{config.warps}s{config.stages}k{config.splits}p{config.parts}"
 
 
 def invariance() -> None:
@@ -236,6 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, as a list of objects")
     parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains this")
     parser.add_argument("--sweep", action="store_true", help="configurations of the small-batch products")
+    parser.add_argument("--tokens", type=int, nargs="+", default=SWEPT, help="of the sweep")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels needs a CUDA device")
@@ -245,7 +254,7 @@ def main() -> None:
     rows: list[Row] = [{"case": "ceilings", "by": "torch", "GB/s": bytes_us / 1000, "TFLOP/s": flops_us / 1e6}]
     with torch.inference_mode():
         if options.sweep:
-            rows += sweep(options.only, bytes_us)
+            rows += sweep(options.only, options.tokens, bytes_us)
             print(table(HEADERS, [show(row) for row in rows[1:]]))
         else:
             rows += _all(options.only, bytes_us, flops_us)

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from torch import Tensor
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
+from workers.kernels.prefixes import SharedPrefixes
 
 LAYERS = 8
 BLOCK = 256
@@ -61,17 +62,8 @@ EVERY = (
     replace(BASE, keys=128, stages=2),
     replace(BASE, keys=128, stages=3),
     replace(BASE, keys=128, stages=2, warps=8),
-    replace(BASE, peeled=True),
+    replace(BASE, tile=32),
     replace(BASE, atomic=False),
-    replace(BASE, transposed=True, stages=2),
-    replace(BASE, transposed=True, stages=3),
-    replace(BASE, transposed=True, peeled=True),
-    replace(BASE, transposed=True, keys=128, stages=2),
-    replace(BASE, peeled=True, descriptor=True),
-    replace(BASE, peeled=True, descriptor=True, stages=4),
-    replace(BASE, peeled=True, descriptor=True, keys=128, stages=2),
-    replace(BASE, transposed=True, peeled=True, descriptor=True),
-    replace(BASE, transposed=True, peeled=True, descriptor=True, keys=128, stages=2),
     replace(BASE, dependent=True),
     replace(BASE, dependent=True, atomic=False),
 )
@@ -80,12 +72,12 @@ FEW = (
     replace(BASE, stages=4),
     replace(BASE, keys=128, stages=2),
     replace(BASE, atomic=False),
-    replace(BASE, transposed=True, stages=2),
-    replace(BASE, peeled=True, descriptor=True),
-    replace(BASE, transposed=True, peeled=True, descriptor=True),
+    replace(BASE, tile=32),
 )
 SHARES = (1, 2, 3, 4, 6, 8)
 CASES = ((1, 512), (1, 32_768), (32, 1_024), (256, 1_024))
+RAGGED = (16, 32, 64, 96, 128, 192, 256)  # rows of 128 to 2,027 tokens
+SHARED = ((64, 2_048), (256, 2_048), (32, 512))  # rows, common tokens; 96 of each row's own
 
 
 def label(config: DecodeConfig) -> str:
@@ -96,13 +88,14 @@ def label(config: DecodeConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Rows of one length over `LAYERS` layers and so many block tables as the cache must be emptied by."""
+    """Rows over `LAYERS` layers and so many block tables as the cache must be emptied by. shared: what is told of prefixes."""
 
     pool: KVPool
     query: Tensor
     out: Tensor
     contexts: Tensor
     tables: list[Tensor]
+    shared: SharedPrefixes | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -127,6 +120,18 @@ def make_world(heads: Heads, contexts: list[int], sets: int | None = None) -> Wo
     query = torch.randn((len(contexts), heads.heads, heads.dim), device="cuda").to(pool.dtype)
     lens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
     return World(pool, query, torch.empty_like(query), lens, tables)
+
+
+def with_prefix(world: World, common: int, told: bool) -> World:
+    """The same rows, beginning with the same blocks; `told`: in sets, so that these are read once for several rows."""
+    rows, blocks = len(world.contexts), common // BLOCK
+    for table in world.tables:
+        table[:, :blocks] = table[0, :blocks].clone()
+    limits = DecodeAttention(world.pool, world.query.shape[1], rows).prefixes
+    sets = [(at, min(limits.rows, rows - at), common) for at in range(0, rows, limits.rows)]
+    tensors = [[common] * rows, [number for one in sets for number in one], list(range(rows))]
+    shared = SharedPrefixes(*(torch.tensor(numbers, dtype=torch.int32, device="cuda") for numbers in tensors))
+    return replace(world, shared=shared if told else None)
 
 
 def reference(world: World, layer: int) -> Tensor:
@@ -204,7 +209,7 @@ def copy_rate() -> float:
 
 def ours(world: World, config: DecodeConfig, tables: list[Tensor] | None = None) -> tuple[Callable[[], None], int]:
     attention = DecodeAttention(world.pool, world.query.shape[1], len(world.query), config)
-    attention.plan(world.contexts, len(world.query))
+    attention.plan(world.contexts, len(world.query), world.shared)
 
     def run() -> None:
         for table in tables or world.tables:
@@ -318,6 +323,20 @@ def plan_us(batch: int, context: int) -> float:
     return graph_us(run, 50)
 
 
+def shared_us(rows: int, common: int) -> tuple[float, float]:
+    """Of a call where each row reads the prefix, and where sets of rows do; the results are compared."""
+    world = make_world(MAIN, [common + 96] * rows)
+    results, times = [], []
+    for told in (False, True):
+        run, calls = ours(with_prefix(world, common, told), BASE)
+        times.append(graph_us(run, calls))
+        results.append(world.out.clone())
+    error = float((results[0].double() - results[1].double()).abs().max())
+    if not error < TOLERANCE[MAIN.dtype]:
+        raise RuntimeError(f"{rows} rows with {common} common tokens: the sets' result is {error} off")
+    return times[0], times[1]
+
+
 def decode_report(seconds: float) -> dict[str, Any]:
     """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file."""
     begin = time.perf_counter()
@@ -333,8 +352,8 @@ def decode_report(seconds: float) -> dict[str, Any]:
     print(f"checked in {time.perf_counter() - begin:.0f} s; copy {limit:.0f} GB/s", flush=True)
     report: dict[str, Any] = {"limit_gb_s": limit, "checks": checks, "rows": []}
     flash = flash_kernels()
-    ragged = [128 + (row * 7919) % 1900 for row in range(256)]
-    work = [(MAIN, [context] * batch, EVERY) for batch, context in CASES] + [(MAIN, ragged, FEW)]
+    work: list[tuple[Heads, list[int], Sequence[DecodeConfig]]] = [(MAIN, [context] * batch, EVERY) for batch, context in CASES]
+    work += [(MAIN, [128 + (row * 7919) % 1900 for row in range(rows)], FEW) for rows in RAGGED]
     work += [(heads, [context] * batch, FEW) for heads in OTHERS for batch, context in CASES[1:]]
     for heads, contexts, configs in work:
         if time.perf_counter() - begin > seconds:
@@ -344,6 +363,8 @@ def decode_report(seconds: float) -> dict[str, Any]:
         rows = time_case(heads, contexts, usable, flash, limit)
         show(rows, 8 if heads == MAIN else 3)
         report["rows"] += rows
+    report["shared_us"] = {f"{rows} x ({common} + 96)": shared_us(rows, common) for rows, common in SHARED}
+    print(f"rows with a shared prefix, us, each reads it / sets read it: {report['shared_us']}", flush=True)
     report["plan_us"] = {f"{batch} x {context}": plan_us(batch, context) for batch, context in CASES}
     print(f"plan, us: {report['plan_us']}; {time.perf_counter() - begin:.0f} s in all")
     return report

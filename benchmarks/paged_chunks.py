@@ -33,10 +33,6 @@ EVERY = (
     replace(BASE, rows=64, warps=4),
     replace(BASE, rows=64, warps=4, keys=128, stages=2),
     replace(BASE, warps=4),
-    replace(BASE, descriptor=True),
-    replace(BASE, descriptor=True, keys=128, stages=2),
-    replace(BASE, descriptor=True, keys=128),
-    replace(BASE, descriptor=True, rows=64, warps=4),
 )
 CASES = (("1 x 4,096", [(4096, 4096)]), ("2 x 4,096", [(4096, 4096)] * 2), ("8 x 1,024", [(1024, 1024)] * 8),
          ("2,048 after 30,000", [(2048, 32_048)]))  # fmt: skip

@@ -12,7 +12,7 @@ from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
-from tests.end_to_end.prompts import OUTPUTS, PROMPTS, SAMPLING
+from tests.end_to_end.prompts import OUTPUTS, PROMPTS, SAMPLING, draw
 from tests.end_to_end.reference import Ledger, Reference
 from tests.end_to_end.settings import (
     LARGE_POOL_TOKENS,
@@ -98,6 +98,23 @@ def test_same_tokens(
     print(f"{setting}: {ledger.compared} greedy outputs, near ties {ledger.exempt}")
     print(f"{setting}: sampled otherwise than on a CPU: {different}")
     assert len(different) <= 1
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_sequences_that_share_a_long_prompt_say_what_each_says_alone(checkpoints: dict[str, Path], graphs: bool) -> None:
+    """Two prompts, many questions: their blocks are read for several sequences at once, whoever comes and goes meanwhile."""
+    common = [draw(608, seed=1), draw(400, seed=2)]
+    prompts = [common[number % 3 == 0] + draw(1 + number * 5 % 37, seed=10 + number) for number in range(24)]
+    lengths = [5 + number * 7 % 30 for number in range(24)]
+    reference, ledger = Reference(checkpoints[QWEN3]), Ledger()
+    options: dict[str, Any] = {"device": DEVICE, "max_num_seqs": 20, "max_num_batched_tokens": 2048, "cuda_graphs": graphs}
+    with open_llm(checkpoints[QWEN3], block=16, **options) as llm:
+        for turn in ("cold", "cached"):
+            for prompt, output, length in zip(prompts, run(llm, prompts, [greedy(n) for n in lengths]), lengths, strict=True):
+                assert len(output.outputs[0].token_ids) == length
+                reference.require_same(prompt, output.outputs[0].token_ids, ledger, turn)
+        wait_idle(llm)
+    ledger.require_rare()
 
 
 def test_a_lost_process_in_the_middle_of_replay_fails_what_is_under_way(checkpoints: dict[str, Path]) -> None:

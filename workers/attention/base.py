@@ -1,6 +1,6 @@
 """The interfaces of the attention backends: write this step's KV into the pool, attend over blocks.
 
-Imports torch and `workers.execution.step`.
+Imports torch, `workers.execution.step` and `workers.kernels.prefixes`.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from workers.execution.step import StepInput
+from workers.kernels.prefixes import PrefixLimits, SharedPrefixes
 
 
 class AttentionBackend(Protocol):
@@ -53,11 +54,15 @@ class PagedAttention(Protocol):
     """
 
     name: str
+    prefixes: PrefixLimits
 
-    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> Any:
+    def plan_decode(
+        self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None
+    ) -> Any:
         """Work shared by all layers of `batch` rows of one query token each. context_lens [>= batch] int32.
 
-        blocks: the width of the block tables, for backends that plan ahead only where they know it.
+        blocks: the width of the block tables, for backends that plan ahead only where they know it. shared: prefixes that may
+        be read once for several rows, within `prefixes`.
         """
         ...
 

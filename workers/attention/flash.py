@@ -22,6 +22,7 @@ from kvcache.pool import KVPool
 from workers.attention.base import Chunks
 from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
+from workers.kernels.prefixes import NOT_SHARED, SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class FlashAttention:
     """
 
     name = "flash"
+    prefixes = NOT_SHARED
 
     def __init__(self, pool: KVPool, kernels: FlashKernels, heads: int) -> None:
         layout = pool.layout
@@ -214,7 +216,9 @@ class FlashAttention:
             parts.append(self.chunks(layer, query[plan.decodes :], plan.chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> DecodePlan:
+    def plan_decode(
+        self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None  # noqa: ARG002
+    ) -> DecodePlan:
         """blocks: the width of the block tables; without it generation 3 plans each layer anew, for nothing but time."""
         layout, schedule = self._pool.layout, self._kernels.schedule
         metadata = None

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from workers.attention.base import Chunks, PagedAttention
+from workers.kernels.prefixes import SharedPrefixes
 
 
 class MixedAttention:
@@ -12,11 +13,14 @@ class MixedAttention:
 
     def __init__(self, decodes: PagedAttention, chunks: PagedAttention) -> None:
         self.name = f"{decodes.name} for decodes, {chunks.name} for chunks"
+        self.prefixes = decodes.prefixes
         self._decodes = decodes
         self._chunks = chunks
 
-    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> Any:
-        return self._decodes.plan_decode(context_lens, batch, blocks)
+    def plan_decode(
+        self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None
+    ) -> Any:
+        return self._decodes.plan_decode(context_lens, batch, blocks, shared)
 
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None

@@ -16,6 +16,7 @@ from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.chunk_attention import ChunkAttention
 from workers.kernels.decode_attention import FEW_ROWS, DecodeAttention
+from workers.kernels.prefixes import SharedPrefixes
 
 FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 
@@ -82,6 +83,7 @@ class TritonAttention:
         self._few = DecodeAttention(pool, heads, FEW_ROWS)
         self._decode = DecodeAttention(pool, heads, max(max_batch, FEW_ROWS + 1))
         self._chunk = ChunkAttention(pool, heads)
+        self.prefixes = self._decode.prefixes  # those of few decodes too: they depend on the pool alone
 
     @property
     def memory_bytes(self) -> int:
@@ -113,12 +115,14 @@ class TritonAttention:
             self.decode(layer, query[rows], step.block_tables[rows], step.context_lens[rows], plan, out[rows])
         return out
 
-    def plan_decode(self, context_lens: Tensor, batch: int, blocks: int | None = None) -> TritonPlan:  # noqa: ARG002
+    def plan_decode(
+        self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None  # noqa: ARG002
+    ) -> TritonPlan:
         """Raises ValueError where a capture would have to make room for more rows than were reserved."""
         if batch > self._decode.max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.reserve(triton.next_power_of_2(batch))
         chosen = self._few if batch <= FEW_ROWS else self._decode
-        chosen.plan(context_lens, batch)
+        chosen.plan(context_lens, batch, shared)
         return TritonPlan(batch, None)
 
     def decode(

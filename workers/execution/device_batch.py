@@ -5,6 +5,7 @@
     order       [most]            int32   rows of the next decode step, then padding
     settings    [rows + 1, 16]    int32   how each row samples (`sampling.settings`)
     tables      [rows + 1, blocks] int32   block tables
+    prefixes    [most], [sets * 3], [most] int32   which of the next decode step share a prefix (`kernels.prefixes`)
 
 All of it is one tensor, so whatever has changed on the host since the last step is one list of (place, value), one pinned copy
 and one kernel; where nothing has changed, nothing is sent. The last row is padding: its blocks are the scratch block, which no
@@ -18,7 +19,9 @@ import numpy.typing as npt
 import torch
 
 from workers.execution.pinned import PinnedRing
+from workers.execution.prefixes import LEAST_SAVED_TOKENS, PrefixFinder
 from workers.kernels.batch import gather, scatter
+from workers.kernels.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.loop.batch import Launched, ResidentBatch
 from workers.sampling.settings import WORDS
 
@@ -31,30 +34,38 @@ IN_FLIGHT = 4
 
 class DeviceBatch:
     """max_num_seqs: rows of the batch. blocks: width of a block table. most: sequences in one decode step. scratch_block: where
-    padding writes.
+    padding writes. prefixes: how attention shares them.
 
     Invariant: before each decode step the device's positions of its rows are the host's, and nothing else of it is read.
     """
 
     def __init__(
-        self, *, max_num_seqs: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device
-    ) -> None:
+        self, *, max_num_seqs: int, blocks: int, block_size: int, most: int, scratch_block: int, device: torch.device,
+        prefixes: PrefixLimits = NOT_SHARED,
+    ) -> None:  # fmt: skip
         self.padding = max_num_seqs
         self.scratch_slot = scratch_block * block_size
         self.longest = blocks * block_size
         self._block_size = block_size
         self._width = blocks
-        sizes = (max_num_seqs + 1, max_num_seqs + 1, most, (max_num_seqs + 1) * WORDS, (max_num_seqs + 1) * blocks)
+        self._limits = prefixes
+        self._finder = PrefixFinder(
+            prefixes.rows, max(1, prefixes.tokens // block_size), -(-LEAST_SAVED_TOKENS // block_size)
+        )
+        self._of_prefixes = most, prefixes.sets(most) * SET_FIELDS, most
+        rows = max_num_seqs + 1
+        sizes = (rows, rows, most, sum(self._of_prefixes), rows * WORDS, rows * blocks)
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        self._last_token, self._position, self._order, self._settings, self._tables = starts[:-1]
+        self._last_token, self._position, self._order, self._prefixes, self._settings, self._tables = starts[:-1]
         state = np.zeros(starts[-1], np.int32)
         state[self._order : self._order + most] = self.padding
         state[starts[-1] - blocks :] = scratch_block
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
-        self.settings = parts[3].view(max_num_seqs + 1, WORDS)
-        self.tables = parts[4].view(max_num_seqs + 1, blocks)
+        self.prefixes = SharedPrefixes(*parts[3].split_with_sizes(self._of_prefixes))
+        self.settings = parts[4].view(rows, WORDS)
+        self.tables = parts[5].view(rows, blocks)
         # the inputs of a decode step, where a graph reads them
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self.slots = torch.zeros(most, dtype=torch.int64, device=device)
@@ -62,6 +73,7 @@ class DeviceBatch:
         # the host's idea of what the device holds
         self._known_order = np.full(most, self.padding, np.int32)
         self._known_position = np.zeros(max_num_seqs + 1, np.int64)
+        self._known_prefixes = np.zeros(sum(self._of_prefixes), np.int32)
         self._admitted: dict[int, tuple[int, Int32s]] = {}
         self._ring = PinnedRing(device, IN_FLIGHT, 4096)
         self._edits = torch.zeros(8192, dtype=torch.int32, device=device)
@@ -105,9 +117,30 @@ class DeviceBatch:
         if len(moved):
             self._known_order[:padded] = order
             yield self._order + moved, order[moved]
+        if self._limits.rows > 1 and (len(moved) or self._remapped(batch)):
+            prefixes = self._find_prefixes(batch.block_table[rows], first)
+            changed = np.flatnonzero(prefixes != self._known_prefixes)
+            self._known_prefixes = prefixes
+            yield self._prefixes + changed, prefixes[changed]
         stale = rows[self._known_position[rows] != first]
         if len(stale):
             yield self._position + stale, first[self._known_position[rows] != first]
+
+    def _remapped(self, batch: ResidentBatch) -> bool:
+        """A block that holds a sequence's beginning is another one now."""
+        return any(begin * self._block_size < self._known_position[row] for row, begin, _ in batch.edited)
+
+    def _find_prefixes(self, tables: Int32s, first: Ints) -> Int32s:
+        """What `prefixes` is to say. tables: of the decodes; first: [decodes] their positions."""
+        found = self._finder.find(tables, first // self._block_size)
+        kept = self._limits.sets(len(tables))
+        counts, common = found.counts[:kept], found.blocks[:kept] * self._block_size
+        ends = np.cumsum(counts)
+        rows = found.members[: counts.sum()]
+        tokens, sets, members = (np.zeros(size, np.int32) for size in self._of_prefixes)
+        tokens[rows], members[: len(rows)] = np.repeat(common, counts), rows
+        sets[: SET_FIELDS * len(counts)] = np.stack([ends - counts, counts, common], 1).ravel()
+        return np.concatenate([tokens, sets, members])
 
     def _send(self, places: Ints, values: Ints) -> None:
         count = len(places)

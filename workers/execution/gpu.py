@@ -106,6 +106,7 @@ class GpuParts:
             most=self._most,
             scratch_block=blocks,
             device=self._spec.device,
+            prefixes=attention.prefixes,
         )
         model = FusedDecoder(self._decoder, pool)
         return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)

@@ -171,7 +171,7 @@ class GpuRunner:
         state = self._state
         state.gather(size)
         contexts, tables = state.contexts[:size], state.step_tables[:size]
-        plan = self._attention.plan_decode(contexts, size, tables.shape[1])
+        plan = self._attention.plan_decode(contexts, size, tables.shape[1], state.prefixes)
 
         def attend(layer: int, query: Tensor) -> Tensor:
             return self._attention.decode(layer, query, tables, contexts, plan)

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
 from workers.kernels.decode_attention import LOG2_E, span_blocks, span_kv
@@ -31,7 +30,6 @@ class ChunkConfig:
     keys: int = 64  # of a span
     stages: int = 3  # spans in flight
     warps: int = 8
-    descriptor: bool = False  # full spans by the tensor memory accelerator instead of by pointers
 
 
 def choose_config(pool: KVPool) -> ChunkConfig:
@@ -89,11 +87,11 @@ def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
+def _attend(query, pool, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-            DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: one tile of query rows x one KV head. `source` is the pool's descriptor, or the pool again."""
+            PRECISION: tl.constexpr):  # fmt: skip
+    """One program: one tile of query rows x one KV head."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
     head = tl.program_id(0) % KV_HEADS
     seq = tl.load(at)
@@ -125,12 +123,11 @@ def _attend(query, pool, source, tables, tiles, contexts, out, layer, scale, que
     # a span's block is read one span ahead, as in a decode
     block = span_blocks(table, 0, context, KV_BLOCK, KEYS)
     for span in tl.range(0, full, num_stages=STAGES):
-        k, v = span_kv(source, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS,
-                        DESCRIPTOR, False)  # fmt: skip
+        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
         top, weight, acc = _fold(q, k, v, seen, seen, top, weight, acc, scale, False, PRECISION)
     for span in tl.range(full, spans, num_stages=1):
-        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False, True)
+        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, seen, position, top, weight, acc, scale, True, PRECISION)
@@ -152,10 +149,6 @@ class ChunkAttention:
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
         self.config = config = config or choose_config(pool)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
-        self._source: Tensor | TensorDescriptor = pool.data
-        if config.descriptor and config.keys <= layout.block_size and self._dim == layout.head_dim:
-            rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
-            self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
         """The table of tiles, for all layers of a step. A captured plan follows what the tensors say when it is replayed.
@@ -177,10 +170,9 @@ class ChunkAttention:
         """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same."""
         layout, config = self._pool.layout, self.config
         _attend[(len(tiles) * layout.kv_heads,)](
-            query, self._pool.data, self._source, block_tables, tiles, context_lens, out, layer,
+            query, self._pool.data, block_tables, tiles, context_lens, out, layer,
             layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0),
             KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
-            DESCRIPTOR=isinstance(self._source, TensorDescriptor),
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip

@@ -1,8 +1,10 @@
 """Decode attention over blocks, driven by device tensors alone: a plan a step, one launch a layer, capturable in a CUDA graph.
 
 The keys of a step are cut into pieces of about equal length (flash-decoding's split KV, with a work list that the device
-makes itself), so that one sequence of 32,768 tokens and 256 of 1,024 fill the multiprocessors alike. The launch geometry
-depends on the batch alone, the work on the contexts alone; the width of the block table matters to nothing.
+makes itself), so that one sequence of 32,768 tokens and 256 of 1,024 fill the multiprocessors alike; the longest pieces begin
+first. Rows whose tables begin with the same blocks have these read once for several of them (cascade attention, after Hydragen,
+arXiv 2402.05099): query rows which a tile of the matrix unit has room for anyway. The launch geometry depends on the batch
+alone, the work on contexts and shared prefixes alone; the width of the block table matters to nothing.
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
@@ -14,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvcache.pool import KVPool
+from workers.kernels.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
-FIELDS = 8  # of a work item: row, KV head, first and last span, context, pieces, piece, entry
+FIELDS = 8  # of a work item: member, members and KV head, first and last span, keys, pieces, piece, entry
 PLANNED_ITEMS = 64  # by one program of the plan
-PLANNED_ROWS = 64  # that it looks at together
+PLANNED_UNITS = 64  # that it looks at together
+COMPARED_UNITS = 128  # that it puts them in order with
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4
 LOG2_E = 1.4426950408889634
@@ -35,9 +38,7 @@ class DecodeConfig:
     warps: int = 4
     shares: int = 1  # pieces wanted for each multiprocessor
     least: int = 4  # spans of a piece, at least
-    descriptor: bool = False  # spans by the tensor memory accelerator instead of by pointers
-    transposed: bool = False  # keys x queries instead of queries x keys: keys fill the matrix unit's rows
-    peeled: bool = False  # full spans without masks, the last one apart
+    tile: int = 16  # query rows of a program, at least: heads of a KV head, times rows that share a prefix
     atomic: bool = True  # a row's last piece merges; else a kernel of its own does
     dependent: bool = False  # programmatic dependent launch: the grid may start before its predecessor's end
 
@@ -59,60 +60,83 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
     return DecodeConfig()
 
 
-@triton.jit(do_not_specialize=["batch", "shares"])
-def _plan(contexts, items, row_pieces, row_entries, batch, shares, KV_HEADS: tl.constexpr, KEYS: tl.constexpr,
-          LEAST: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
-    """Cuts every row's spans into pieces of at most `share` spans. Each program writes ITEMS items; none waits for another.
+@triton.jit
+def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr):
+    """Of units of work: rows, without what their set does for them (at least 1: a row without a context gets zeros), then sets;
+    0 past the last."""
+    is_row = unit < batch
+    context = tl.load(contexts + unit, mask=is_row, other=0)
+    skipped = tl.load(shared + unit, mask=is_row, other=0) // KEYS
+    tokens = tl.load(sets + (unit - batch) * 3 + 2, mask=(unit >= batch) & (unit < units), other=0)
+    return tl.where(is_row, tl.maximum(tl.cdiv(context, KEYS) - skipped, 1), tokens // KEYS)
 
-    Items run over rows, then pieces, then KV heads, so that programs that start together read neighbouring memory. At most
-    shares + batch * KV_HEADS items have work, at most 2 * shares of them belong to rows of several pieces: only those have a
-    entry for a partial result.
+
+@triton.jit(do_not_specialize=["batch", "units", "shares"])
+def _plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, KV_HEADS: tl.constexpr,
+          KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
+          ITEMS: tl.constexpr):  # fmt: skip
+    """Cuts every unit's spans into pieces of at most `share` spans. Each program writes ITEMS items; none waits for another.
+
+    Items run from the units with the longest pieces to those with the shortest, then over pieces, then KV heads, so that
+    programs that start together read neighbouring memory. At most shares + units * KV_HEADS items have work. A row of
+    several pieces, those of its set counted first, has an entry for the partial result of each.
     """
     total = 0
-    for first in range(0, batch, ROWS):
-        row = first + tl.arange(0, ROWS)
-        context = tl.load(contexts + row, mask=row < batch, other=0)
-        total += tl.sum(tl.where(row < batch, tl.maximum(tl.cdiv(context, KEYS), 1), 0), 0)
+    for begin in range(0, units, COMPARED):
+        total += tl.sum(_spans(contexts, shared, sets, begin + tl.arange(0, COMPARED), batch, units, KEYS), 0)
     share = tl.maximum(tl.cdiv(total * KV_HEADS, shares), LEAST)
 
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
-    owner = tl.zeros([ITEMS], tl.int32)
+    owner = tl.full([ITEMS], -1, tl.int32)
     start = tl.zeros([ITEMS], tl.int32)
     base = tl.zeros([ITEMS], tl.int32)
-    planned = 0
     entries = 0
-    for first in range(0, batch, ROWS):
-        row = first + tl.arange(0, ROWS)
-        context = tl.load(contexts + row, mask=row < batch, other=0)
-        spans = tl.where(row < batch, tl.maximum(tl.cdiv(context, KEYS), 1), 0)
+    for begin in range(0, units, UNITS):
+        unit = begin + tl.arange(0, UNITS)
+        spans = _spans(contexts, shared, sets, unit, batch, units, KEYS)
         pieces = tl.cdiv(spans, share)
-        count = pieces * KV_HEADS
-        split = tl.where(pieces > 1, count, 0)
-        past = ((planned + tl.cumsum(count, 0))[None, :] <= item[:, None]) & (row < batch)[None, :]
-        owner += tl.sum(past.to(tl.int32), 1)
-        start += tl.sum(tl.where(past, count[None, :], 0), 1)
-        base += tl.sum(tl.where(past, split[None, :], 0), 1)
+        length = tl.cdiv(spans, tl.maximum(pieces, 1))
+        before = tl.zeros([UNITS], tl.int32)
+        for other in range(0, units, COMPARED):
+            rival = other + tl.arange(0, COMPARED)
+            its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS)
+            its_pieces = tl.cdiv(its_spans, share)
+            its_length = tl.cdiv(its_spans, tl.maximum(its_pieces, 1))
+            longer = its_length[None, :] > length[:, None]
+            ahead = longer | ((its_length[None, :] == length[:, None]) & (rival[None, :] < unit[:, None]))
+            before += tl.sum(tl.where(ahead, its_pieces[None, :] * KV_HEADS, 0), 1)
+        skipped = tl.load(shared + unit, mask=unit < batch, other=0) // KEYS
+        of_row = tl.where(unit < batch, pieces + tl.cdiv(skipped, share), 0)
+        split = tl.where(of_row > 1, of_row * KV_HEADS, 0)
+        entry = entries + tl.cumsum(split, 0) - split
         if tl.program_id(0) == 0:
-            tl.store(row_pieces + row, pieces, mask=row < batch)
-            tl.store(row_entries + row, entries + tl.cumsum(split, 0) - split, mask=row < batch)
-        planned += tl.sum(count, 0)
+            tl.store(row_pieces + unit, of_row, mask=unit < batch)
+            tl.store(row_entries + unit, entry, mask=unit < batch)
+        mine = (before[None, :] <= item[:, None]) & (item[:, None] < (before + pieces * KV_HEADS)[None, :])
+        owner += tl.sum(tl.where(mine, unit[None, :] + 1, 0), 1)
+        start += tl.sum(tl.where(mine, before[None, :], 0), 1)
+        base += tl.sum(tl.where(mine, entry[None, :], 0), 1)
         entries += tl.sum(split, 0)
 
-    exists = owner < batch
-    context = tl.load(contexts + owner, mask=exists, other=0)
-    spans = tl.maximum(tl.cdiv(context, KEYS), 1)
-    pieces = tl.cdiv(spans, share)
+    exists = owner >= 0
+    owner = tl.where(exists, owner, units)
+    is_row, is_set = owner < batch, exists & (owner >= batch)
+    spans = _spans(contexts, shared, sets, owner, batch, units, KEYS)
+    pieces = tl.maximum(tl.cdiv(spans, share), 1)
+    first = tl.load(shared + owner, mask=is_row, other=0) // KEYS
+    done = tl.cdiv(first, share)
     head = (item - start) % KV_HEADS
     piece = (item - start) // KV_HEADS
+    at_set = sets + (owner - batch) * 3
     at = items + item * 8
-    tl.store(at, owner)
-    tl.store(at + 1, head)
-    tl.store(at + 2, tl.where(exists, piece * spans // pieces, 0))
-    tl.store(at + 3, tl.where(exists, (piece + 1) * spans // pieces, 0))
-    tl.store(at + 4, context)
-    tl.store(at + 5, pieces)
-    tl.store(at + 6, piece)
-    tl.store(at + 7, base + head * pieces + piece)
+    tl.store(at, tl.where(is_set, tl.load(at_set, mask=is_set, other=0), owner))
+    tl.store(at + 1, tl.load(at_set + 1, mask=is_set, other=1) * KV_HEADS + head)
+    tl.store(at + 2, tl.where(exists, first + piece * spans // pieces, 0))
+    tl.store(at + 3, tl.where(exists, first + (piece + 1) * spans // pieces, 0))
+    tl.store(at + 4, tl.load(contexts + owner, mask=is_row, other=0) + tl.load(at_set + 2, mask=is_set, other=0))
+    tl.store(at + 5, tl.where(is_set, 2, done + pieces))  # a member of a set has a piece of its own besides
+    tl.store(at + 6, done + piece)
+    tl.store(at + 7, base + head * (done + pieces) + done + piece)
 
 
 @triton.jit
@@ -128,7 +152,7 @@ def span_blocks(table, span, context, KV_BLOCK: tl.constexpr, KEYS: tl.constexpr
 
 @triton.jit
 def span_kv(pool, block, span, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
-           KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, DESCRIPTOR: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+           KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Keys and values [KEYS, BLOCK_DIM] of one span. Values past the context are zeros where MASKED; keys are anything.
 
     base: the layer's first row in a block, in rows of KV_HEADS * DIM numbers; its values stand KV_BLOCK rows behind its keys.
@@ -137,56 +161,37 @@ def span_kv(pool, block, span, base, head, context, dims, KV_HEADS: tl.constexpr
     BLOCK_DIM: tl.constexpr = dims.shape[0]
     step = tl.arange(0, KEYS)
     written = span * KEYS + step < context
-    if DESCRIPTOR:
-        row = block * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK
-        k = pool.load([row, head * DIM])
-        v = pool.load([row + KV_BLOCK, head * DIM])
-        if MASKED:
-            v = tl.where(written[:, None], v, tl.zeros_like(v))
+    if KEYS <= KV_BLOCK:
+        start = pool + (block.to(tl.int64) * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK) * ROW + head * DIM
+        at = start + (step * ROW)[:, None] + dims[None, :]
     else:
-        if KEYS <= KV_BLOCK:
-            start = pool + (block.to(tl.int64) * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK) * ROW + head * DIM
-            at = start + (step * ROW)[:, None] + dims[None, :]
-        else:
-            place = block.to(tl.int64) * KV_BLOCK_ROWS + base + (span * KEYS + step) % KV_BLOCK
-            at = pool + (place * ROW)[:, None] + (head * DIM + dims)[None, :]
-        inside = (dims < DIM)[None, :]
-        if DIM != BLOCK_DIM:
-            k = tl.load(at, mask=inside, other=0.0)
-            v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None] & inside, other=0.0)
-        elif MASKED:
-            k = tl.load(at)
-            v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None], other=0.0)
-        else:
-            k = tl.load(at)
-            v = tl.load(at + KV_BLOCK * ROW)
+        place = block.to(tl.int64) * KV_BLOCK_ROWS + base + (span * KEYS + step) % KV_BLOCK
+        at = pool + (place * ROW)[:, None] + (head * DIM + dims)[None, :]
+    inside = (dims < DIM)[None, :]
+    if DIM != BLOCK_DIM:
+        k = tl.load(at, mask=inside, other=0.0)
+        v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None] & inside, other=0.0)
+    elif MASKED:
+        k = tl.load(at)
+        v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None], other=0.0)
+    else:
+        k = tl.load(at)
+        v = tl.load(at + KV_BLOCK * ROW)
     return k, v
 
 
 @triton.jit
-def _fold(q, k, v, span, context, top, weight, acc, scale, MASKED: tl.constexpr, TRANSPOSED: tl.constexpr,
-          PRECISION: tl.constexpr):  # fmt: skip
-    """One span into the online softmax, in base 2. q is [ROWS, dim] and acc like it, or both transposed."""
+def _fold(q, k, v, span, context, top, weight, acc, scale, PRECISION: tl.constexpr):
+    """One span into the online softmax, in base 2."""
     KEYS: tl.constexpr = k.shape[0]
     written = span * KEYS + tl.arange(0, KEYS) < context
-    if TRANSPOSED:
-        scores = tl.dot(k, q, input_precision=PRECISION) * scale
-        if MASKED:
-            scores = tl.where(written[:, None], scores, float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, 0))
-        p = tl.exp2(scores - peak[None, :])
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + tl.sum(p, 0)
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * factor[None, :], input_precision=PRECISION)
-    else:
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if MASKED:
-            scores = tl.where(written[None, :], scores, float("-inf"))
-        peak = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - peak[:, None])
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.where(written[None, :], scores, float("-inf"))
+    peak = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - peak[:, None])
+    factor = tl.exp2(top - peak)
+    weight = weight * factor + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
     return peak, weight, acc
 
 
@@ -217,13 +222,13 @@ def _merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scale, query_stride, table_stride,
-            out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
-            LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr,
-            STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr, DESCRIPTOR: tl.constexpr,
-            TRANSPOSED: tl.constexpr, PEELED: tl.constexpr, ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """One program: one work item, that is one piece of one row's keys for all query heads that share one KV head."""
+def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, partial, lse, counters, layer, scale,
+            query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+            KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+            KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
+            ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One program: one work item, that is one piece of the keys of a row, or of those that the rows of a set share, for all
+    query heads that share one KV head."""
     if DEPENDENT:
         gdc_wait()
     at = items + tl.program_id(0) * 8
@@ -232,7 +237,8 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
     if low >= high:
         return
     row = tl.load(at)
-    head = tl.load(at + 1)
+    head = tl.load(at + 1) % KV_HEADS
+    count = tl.load(at + 1) // KV_HEADS
     context = tl.load(at + 4)
     pieces = tl.load(at + 5)
     piece = tl.load(at + 6)
@@ -242,52 +248,53 @@ def _attend(query, pool, tables, items, out, partial, lse, counters, layer, scal
 
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    real = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
-    q = tl.load(query + row.to(tl.int64) * query_stride + (head * GROUP + rows)[:, None] * DIM + dims[None, :],
-                mask=real, other=0.0)  # fmt: skip
+    lane = rows % GROUP
+    member = members + row + rows // GROUP
+    owner = tl.zeros([ROWS], tl.int32) + row
+    entries = tl.zeros([ROWS], tl.int32) + entry
+    if count > 1:
+        owner = tl.load(member, mask=rows // GROUP < count, other=0)
+        entries = tl.load(row_entries + owner) + head * tl.load(row_pieces + owner) + piece
+        row = tl.load(members + row)
+    real = (rows < count * GROUP)[:, None] & (dims < DIM)[None, :]
+    columns = (head * GROUP + lane)[:, None] * DIM + dims[None, :]
+    q = tl.load(query + owner.to(tl.int64)[:, None] * query_stride + columns, mask=real, other=0.0)
     top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a span without a written key weighs nothing
     weight = tl.zeros([ROWS], tl.float32)
-    if TRANSPOSED:
-        q = tl.trans(q)
-        acc = tl.zeros([BLOCK_DIM, ROWS], tl.float32)
-    else:
-        acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     table = tables + row.to(tl.int64) * table_stride
     base = layer * (2 * KV_BLOCK)
-    full = high
-    if PEELED:
-        full = tl.minimum(high, context // KEYS)
     # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
     block = span_blocks(table, low, context, KV_BLOCK, KEYS)
-    for span in tl.range(low, full, num_stages=STAGES):
+    for span in tl.range(low, high, num_stages=STAGES):
         k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
-                      DESCRIPTOR, not PEELED)  # fmt: skip
+                       True)  # fmt: skip
         block = span_blocks(table, tl.minimum(span + 1, high - 1), context, KV_BLOCK, KEYS)
-        top, weight, acc = _fold(q, k, v, span, context, top, weight, acc, scale, not PEELED, TRANSPOSED, PRECISION)
-    if PEELED and full < high:
-        k, v = span_kv(pool, block, full, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
-                      DESCRIPTOR, True)  # fmt: skip
-        top, weight, acc = _fold(q, k, v, full, context, top, weight, acc, scale, True, TRANSPOSED, PRECISION)
+        top, weight, acc = _fold(q, k, v, span, context, top, weight, acc, scale, PRECISION)
 
-    if TRANSPOSED:
-        acc = tl.trans(acc)
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
-    whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
     if pieces == 1:
-        tl.store(whole + rows[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=real)
+        tl.store(out + row.to(tl.int64) * out_stride + columns, acc.to(out.dtype.element_ty), mask=real)
     else:
-        place = entry.to(tl.int64) * GROUP + rows
+        place = entries.to(tl.int64) * GROUP + lane
         tl.store(partial + place[:, None] * DIM + dims[None, :], acc, mask=real)
-        tl.store(lse + place, top + tl.log2(some), mask=rows < GROUP)
+        tl.store(lse + place, top + tl.log2(some), mask=rows < count * GROUP)
         if ATOMIC:
             tl.debug_barrier()  # every thread's stores come before the count
-            if tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
-                tl.store(counters + row * KV_HEADS + head, 0)
-                result = _merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
-                heads = tl.arange(0, MERGE_ROWS)
-                tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
-                         mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
+            entry -= piece
+            for other in range(count):
+                if count > 1:
+                    row = tl.load(members + tl.load(at) + other)
+                    pieces = tl.load(row_pieces + row)
+                    entry = tl.load(row_entries + row) + head * pieces
+                if tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
+                    tl.store(counters + row * KV_HEADS + head, 0)
+                    result = _merged(partial, lse, entry, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
+                    heads = tl.arange(0, MERGE_ROWS)
+                    whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
+                    tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
+                             mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
 
 
 @triton.jit
@@ -329,52 +336,58 @@ class DecodeAttention:
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
         config = config or choose_config(pool, max_batch)
         self.config = config
+        self._tile = max(config.tile, triton.next_power_of_2(self._group))
+        self.prefixes = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
         processors = INTERPRETED_PROCESSORS
         if pool.device.type == "cuda":
             processors = torch.cuda.get_device_properties(pool.device).multi_processor_count
         self._shares = processors * config.shares
-        self._source: Tensor | TensorDescriptor = pool.data
-        if config.descriptor and config.keys <= layout.block_size and self._dim == layout.head_dim:
-            rows, row = pool.data.numel() // (layout.kv_heads * layout.head_dim), layout.kv_heads * layout.head_dim
-            self._source = TensorDescriptor(pool.data, [rows, row], [row, 1], [config.keys, layout.head_dim])
-        entries = 2 * self._shares * self._group
-        self._partial = torch.empty((entries, layout.head_dim), dtype=torch.float32, device=pool.device)
-        self._lse = torch.empty(entries, dtype=torch.float32, device=pool.device)
         self._kept: list[Tensor] = []
         self._make_rows(max_batch)
 
     def _make_rows(self, max_batch: int) -> None:
         device, kv_heads = self._pool.device, self._pool.layout.kv_heads
         self.max_batch = max_batch
-        items = triton.cdiv(self._shares + max_batch * kv_heads, PLANNED_ITEMS) * PLANNED_ITEMS
+        entries = 2 * self._shares  # of rows that are cut: their pieces are at least half as long as those wanted
+        if self.prefixes.rows > 1:  # of rows with a set: a piece of their own, and the set's for each of its members
+            entries += max_batch * kv_heads + self.prefixes.rows * (self._shares + self.prefixes.sets(max_batch) * kv_heads)
+        self._partial = torch.empty(entries * self._group, self._pool.layout.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(entries * self._group, dtype=torch.float32, device=device)
+        items = triton.cdiv(self._programs(max_batch), PLANNED_ITEMS) * PLANNED_ITEMS
         self._items = torch.zeros((items, FIELDS), dtype=torch.int32, device=device)
         self._counters = torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device)
         self._rows = torch.zeros((2, max_batch), dtype=torch.int32, device=device)
+        nothing = torch.zeros(max(max_batch, SET_FIELDS * self.prefixes.sets(max_batch)), dtype=torch.int32, device=device)
+        self._alone = SharedPrefixes(nothing, nothing, nothing)
+        self._planned = self._alone
 
     def reserve(self, max_batch: int) -> None:
         """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
-        self._kept += [self._items, self._counters, self._rows]
+        self._kept += self._buffers()
         self._make_rows(max_batch)
+
+    def _buffers(self) -> list[Tensor]:
+        return [self._partial, self._lse, self._items, self._counters, self._rows, self._alone.tokens]
 
     @property
     def memory_bytes(self) -> int:
-        tensors = [self._partial, self._lse, self._items, self._counters, self._rows, *self._kept]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in [*self._buffers(), *self._kept])
 
     def _programs(self, batch: int) -> int:
-        return self._shares + batch * self._pool.layout.kv_heads
+        return self._shares + (batch + self.prefixes.sets(batch)) * self._pool.layout.kv_heads
 
-    def plan(self, context_lens: Tensor, batch: int) -> None:
+    def plan(self, context_lens: Tensor, batch: int, shared: SharedPrefixes | None = None) -> None:
         """Cut the step's work, once for all its layers. context_lens: [>= batch] int32, on the pool's device.
 
         Raises ValueError for a batch larger than the buffers.
         """
         if batch > self.max_batch:
             raise ValueError(f"{batch} decodes do not fit the buffers made for {self.max_batch}: reserve {batch} first")
+        self._planned = shared = shared or self._alone
         _plan[(triton.cdiv(self._programs(batch), PLANNED_ITEMS),)](
-            context_lens, self._items, self._rows[0], self._rows[1], batch, self._shares,
-            KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least, ROWS=PLANNED_ROWS,
-            ITEMS=PLANNED_ITEMS,
+            context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch,
+            batch + self.prefixes.sets(batch), self._shares, KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys,
+            LEAST=self.config.least, UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=PLANNED_ITEMS,
         )  # fmt: skip
 
     def run(self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor) -> None:
@@ -388,14 +401,13 @@ class DecodeAttention:
         shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
         _attend[(self._programs(batch),)](
-            query, self._source, block_tables, self._items, out, self._partial, self._lse, self._counters, layer,
-            layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
-            KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=max(16, merge_rows),
-            KEYS=config.keys, STAGES=config.stages, MERGE_ROWS=merge_rows,
-            MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)),
-            DESCRIPTOR=isinstance(self._source, TensorDescriptor), TRANSPOSED=config.transposed, PEELED=config.peeled,
-            ATOMIC=config.atomic, DEPENDENT=config.dependent,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps, **launch,
+            query, self._pool.data, block_tables, self._items, self._planned.members, self._rows[0], self._rows[1], out,
+            self._partial, self._lse, self._counters, layer, layout.head_dim**-0.5 * LOG2_E, query.stride(0),
+            block_tables.stride(0), out.stride(0), **shape, KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size,
+            LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys, STAGES=config.stages, MERGE_ROWS=merge_rows,
+            MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)), ATOMIC=config.atomic,
+            DEPENDENT=config.dependent, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=config.warps, **launch,
         )  # fmt: skip
         if not config.atomic:
             _merge[(batch, self._heads)](

@@ -5,10 +5,11 @@ it, a decode layer is six launches. Two kernels:
 
 - `_stream`, up to 4 tokens: multiplies and adds in float32 while W streams through registers. A norm's scale is one number per
   token, so it is applied to the sums: x is read once, and nothing is rounded before the end.
-- `_tiles`, up to 16 tokens, 16-bit: tensor cores. K is split among the warps of a program, whose sums are added in a fixed
-  order. x times the norm's weight is rounded to the dtype, the norm's scale is applied to the sums.
+- `_tiles`, up to 64 tokens, 16-bit: tensor cores. K may be split among the warps of a program and among programs, of which the
+  last to end adds the sums in a fixed order. x times the norm's weight is rounded to the dtype, the norm's scale is applied to
+  the sums.
 
-Neither has atomics or a second pass: results do not change from run to run. A row's result depends on the kernel that took it
+No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape: `benchmarks/kernels.py --sweep` shows
 what others would give.
 
@@ -26,7 +27,8 @@ from workers.kernels.launch import fetch_rows, interpreted
 from workers.kernels.norm import rms_norm
 
 STREAM_TOKENS = 4  # of one program of `_stream`; more tokens are more programs
-MAX_TOKENS = 16
+MAX_TOKENS = 64
+LEAST_TILE_TOKENS = 8  # of the tensor cores' products
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Tiling:
     columns: int  # of W that it takes at a time
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
-    splits: int = 1  # `_tiles`: into how many parts K is split among the warps
+    splits: int = 0  # `_tiles`: into how many parts K is split among the warps; 0: `_stream`
+    parts: int = 1  # `_tiles`: and among so many programs
 
 
 @triton.jit
@@ -209,60 +212,105 @@ def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N:
         _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
 
 
+@triton.jit
+def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """What the programs of one tile have left at their places from `first` on, added in their order."""
+    total = tl.load(partial + first * SIZE + at, cache_modifier=".cg")
+    for other in tl.static_range(1, PARTS):
+        total += tl.load(partial + (first + other) * SIZE + at, cache_modifier=".cg")
+    return total
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def _tiles(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
-           K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-           NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-           PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of W (twice as many where GATED) times 16 tokens. COLUMNS divides K."""
-    TOKENS: tl.constexpr = 16
-    PART: tl.constexpr = COLUMNS // SPLITS
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
+           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           SPLITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
+
+    partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
+    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS.
+    """
+    SPLIT: tl.constexpr = COLUMNS // SPLITS
+    SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
+    block = tl.program_id(0) // PARTS
+    row = tl.arange(0, ROWS)
+    rows = block * ROWS + row
     safe = (rows if N % ROWS == 0 else tl.minimum(rows, N - 1)).to(tl.int64)
     half = weight + N * weight_stride if GATED else weight
-    split = tl.arange(0, SPLITS)[:, None, None]
     token = tl.arange(0, TOKENS)
-    part = tl.arange(0, PART)
+    begin = tl.program_id(0) % PARTS * (K // PARTS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight, safe, weight_stride, ROWS, K)
+        fetch_rows(weight + begin, safe, weight_stride, ROWS, K // PARTS)
         if GATED:
-            fetch_rows(half, safe, weight_stride, ROWS, K)
+            fetch_rows(half + begin, safe, weight_stride, ROWS, K // PARTS)
         tl.extra.cuda.gdc_wait()
 
-    x_at = token.to(tl.int64)[None, :, None] * x_stride + split * PART + part[None, None, :]
-    w_at = safe[None, None, :] * weight_stride + split * PART + part[None, :, None]
-    scale_at = split * PART + part[None, None, :]
-    sums = tl.zeros([SPLITS, TOKENS, ROWS], tl.float32)
-    gated = tl.zeros([SPLITS, TOKENS, ROWS], tl.float32)
-    squares = tl.zeros([SPLITS, TOKENS], tl.float32)
-    for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+    if SPLITS == 1:
+        column = begin + tl.arange(0, COLUMNS)
+        w_at = safe[:, None] * weight_stride + column[None, :]
+        x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
+        there = (token < tokens)[None, :]
+        scale_at = column[:, None]
+        sums = tl.zeros([ROWS, TOKENS], tl.float32)
+        squares = tl.zeros([TOKENS], tl.float32)
+    else:
+        column = begin + tl.arange(0, SPLITS)[:, None] * SPLIT + tl.arange(0, SPLIT)[None, :]
+        w_at = safe[None, :, None] * weight_stride + column[:, None, :]
+        x_at = token.to(tl.int64)[None, None, :] * x_stride + column[:, :, None]
+        there = (token < tokens)[None, None, :]
+        scale_at = column[:, :, None]
+        sums = tl.zeros([SPLITS, ROWS, TOKENS], tl.float32)
+        squares = tl.zeros([SPLITS, TOKENS], tl.float32)
+    gated = sums
+    for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
-        a = tl.load(x + start + x_at, mask=(token < tokens)[None, :, None], other=0.0)
+        a = tl.load(x + start + x_at, mask=there, other=0.0)
         if NORM:
             plain = a.to(tl.float32)
-            squares += tl.sum(plain * plain, 2)
+            squares += tl.sum(plain * plain, len(plain.shape) - 2)
             a = (plain * tl.load(norm_weight + start + scale_at).to(tl.float32)).to(a.dtype)
-        sums = tl.dot(a, tile, sums)
+        sums = tl.dot(tile, a, sums)
         if GATED:
-            gated = tl.dot(a, tl.load(half + start + w_at, eviction_policy="evict_first"), gated)
-    total = tl.sum(sums, 0)
-    if NORM:
-        total *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
-    if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[None, :]
-    mask = (token < tokens)[:, None] & (rows < N)[None, :]
-    at = out + token.to(tl.int64)[:, None] * out_stride + rows[None, :]
-    if GATED:
-        up = tl.sum(gated, 0)
+            gated = tl.dot(tl.load(half + start + w_at, eviction_policy="evict_first"), a, gated)
+    total, up = sums, gated
+    if SPLITS > 1:
+        total, up, squares = tl.sum(sums, 0), tl.sum(gated, 0), tl.sum(squares, 0)
+
+    if PARTS > 1:
+        at = row[:, None] * TOKENS + token[None, :]
+        here = partial + tl.program_id(0) * SIZE
+        tl.store(here + at, total)
+        if GATED:
+            tl.store(here + ROWS * TOKENS + at, up)
         if NORM:
-            up *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[:, None]
+            tl.store(here + SIZE - TOKENS + token, squares)
+        tl.debug_barrier()  # every thread's stores come before the count
+        if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
+            return
+        tl.store(counters + block, 0)
+        total = _sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
+        if GATED:
+            up = _sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        if NORM:
+            squares = _sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
+
+    if NORM:
+        total *= tl.rsqrt(squares / K + eps)[None, :]
+    if BIAS:
+        total += tl.load(bias + safe).to(tl.float32)[:, None]
+    mask = (token < tokens)[None, :] & (rows < N)[:, None]
+    place = out + token.to(tl.int64)[None, :] * out_stride + rows[:, None]
+    if GATED:
+        if NORM:
+            up *= tl.rsqrt(squares / K + eps)[None, :]
         if BIAS:
-            up += tl.load(bias + N + safe).to(tl.float32)[None, :]
+            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
         total = total / (1 + tl.exp(-total)) * up
     if RESIDUAL:
-        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
 
 def matvec(
@@ -276,15 +324,18 @@ def matvec(
     swiglu: bool = False,
     out: Tensor | None = None,
     pdl: bool = False,
+    counters: Tensor | None = None,
     config: Tiling | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
 
     norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
-    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. `config` replaces the fixed choice of `choose`.
+    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
+    zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice
+    of `choose`.
 
-    Raises ValueError for more tokens, and for what `out` or `residual` and `swiglu` cannot be at once.
+    Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
     """
     tokens, k = x.shape
     n = weight.shape[0] // 2 if swiglu else weight.shape[0]
@@ -300,7 +351,7 @@ def matvec(
     if config is None:
         config = choose(n, k, tokens, x.dtype, swiglu)
     pdl = pdl and not interpreted()
-    tiled = config.splits > 1
+    tiled = config.splits > 0
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
@@ -314,7 +365,17 @@ def matvec(
     )  # fmt: skip
     programs = triton.cdiv(n, config.rows)
     if tiled:
-        _tiles[(programs,)](*operands, SPLITS=config.splits, **flags)
+        padded = max(LEAST_TILE_TOKENS, triton.next_power_of_2(tokens))
+        partial = target
+        if config.parts > 1:
+            sums = programs * config.parts * (2 * config.rows + 1) * padded
+            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
+            if counters is None or len(counters) < programs:
+                raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
+        _tiles[(programs * config.parts,)](
+            *operands[:5], partial, target if counters is None else counters, *operands[5:], TOKENS=padded,
+            SPLITS=config.splits, PARTS=config.parts, **flags,
+        )  # fmt: skip
     else:
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
         _stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)

@@ -7,7 +7,9 @@ import torch
 
 from scheduler.protocol.messages import Drop, Grant, Remap
 from tests.workers.loop.test_batch import lease, start
+from workers.execution import device_batch
 from workers.execution.device_batch import DeviceBatch
+from workers.kernels.prefixes import SET_FIELDS, PrefixLimits
 from workers.loop.batch import Launched, ResidentBatch
 
 pytest.importorskip("triton")
@@ -15,6 +17,7 @@ pytest.importorskip("triton")
 Ints = npt.NDArray[np.int64]
 
 ROWS, BLOCK, MODEL_LEN, SCRATCH = 5, 16, 160, 99
+LIMITS = PrefixLimits(rows=3, tokens=32)
 WORDS = 16
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -25,8 +28,9 @@ class Pair:
     def __init__(self) -> None:
         self.host = ResidentBatch(ROWS, BLOCK, 64, MODEL_LEN)
         self.device = DeviceBatch(
-            max_num_seqs=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE
-        )
+            max_num_seqs=ROWS, blocks=MODEL_LEN // BLOCK, block_size=BLOCK, most=8, scratch_block=SCRATCH, device=DEVICE,
+            prefixes=LIMITS,
+        )  # fmt: skip
         self.sent: list[int] = []
         self._send = self.device._send
         self.device._send = self._note  # type: ignore[method-assign]
@@ -34,6 +38,15 @@ class Pair:
     def _note(self, places: Ints, values: Ints) -> None:
         self.sent.append(len(places))
         self._send(places, values)
+
+    def sets(self) -> list[tuple[list[int], int]]:
+        """(rows of the step, common tokens) as the device is told; every row's tokens are those of its set."""
+        prefixes = self.device.prefixes
+        sets = [one for one in prefixes.sets.view(-1, SET_FIELDS).tolist() if one[2]]
+        found = [(prefixes.members[begin : begin + count].tolist(), tokens) for begin, count, tokens in sets]
+        told = {row: tokens for rows, tokens in found for row in rows}
+        assert prefixes.tokens.tolist() == [told.get(row, 0) for row in range(8)]
+        return found
 
     def step(self, padded: int) -> Launched:
         """Launches the next step, with the device's inputs of its decodes checked against the host's batch."""
@@ -113,3 +126,34 @@ def test_a_row_that_sat_out_goes_on_where_it_was() -> None:
     assert lengths == [[0, 1], [0, 1], [0, 1], [1]]
     pair.host.apply(Grant(lease(1, 0), (3,)))
     assert pair.step(2).first.tolist() == [16, 17]
+
+
+def test_prefixes_follow_who_is_in_the_step_and_which_blocks_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_batch, "LEAST_SAVED_TOKENS", 32)
+    pair = Pair()
+
+    def enter(serial: int, row: int, blocks: tuple[int, ...]) -> None:
+        last = len(blocks) * BLOCK - 10
+        pair.host.apply(start(lease(serial, row), tokens=last, cached=last - 1, blocks=blocks, max_tokens=30))
+        pair.device.admit(row, row, np.zeros(WORDS, np.int32))
+
+    for row, blocks in enumerate([(1, 2, 3, 4), (5, 6, 7), (1, 2, 3, 8), (1, 2, 9)]):
+        enter(1, row, blocks)
+    pair.step(4)
+    assert pair.sets() == [([0, 2, 3], 32)], "three blocks of two are no multiple of what is read at a time"
+    pair.sent.clear()
+    pair.step(4)
+    assert pair.sent == [], "nobody came or went"
+    enter(1, 4, (5, 6, 11))
+    pair.step(8)
+    assert pair.sets() == [([0, 2, 3], 32), ([1, 4], 32)]
+    pair.host.apply(Drop(lease(1, 0)))
+    pair.step(4)
+    assert pair.sets() == [([1, 2], 32), ([0, 3], 32)], "the rows of the step have moved up"
+    pair.host.apply(Drop(lease(1, 2)))
+    enter(2, 2, (20, 21, 22))
+    pair.step(4)
+    assert pair.sets() == [([0, 3], 32)], "the same rows, but another sequence in one of them"
+    pair.host.apply(Remap(lease(1, 1), 0, 30))
+    pair.step(4)
+    assert pair.sets() == [], "a copy is as good, but each reads its own"

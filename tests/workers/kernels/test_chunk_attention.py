@@ -57,7 +57,7 @@ def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
 @one_attention_dtype
 @pytest.mark.parametrize(
     "config",
-    [SMALL, replace(SMALL, descriptor=True), replace(SMALL, keys=64), replace(SMALL, rows=64, stages=2)],
+    [SMALL, replace(SMALL, keys=64), replace(SMALL, rows=64, stages=2)],
     ids=str,
 )
 def test_every_way_to_tile(dtype: str, device: str, config: ChunkConfig) -> None:

@@ -12,9 +12,12 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_atten
 pytest.importorskip("triton")
 
 from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
+from workers.kernels.prefixes import SET_FIELDS, SharedPrefixes
 
 
-def decode(problem: Problem, config: DecodeConfig | None = None, width: int = 0, padding: int = 0) -> torch.Tensor:
+def decode(
+    problem: Problem, config: DecodeConfig | None = None, width: int = 0, padding: int = 0, shared: SharedPrefixes | None = None
+) -> torch.Tensor:
     """Writes the step's own keys and values, then attends; `width` widens the tables, `padding` rows come behind."""
     step, pool, layer = problem.step, problem.pool, problem.layer
     block, slot = step.slots // pool.layout.block_size, step.slots % pool.layout.block_size
@@ -30,11 +33,27 @@ def decode(problem: Problem, config: DecodeConfig | None = None, width: int = 0,
     attention = DecodeAttention(pool, problem.query.shape[1], rows, config)
     out = torch.full_like(query, float("nan"))
     for _ in range(2):  # what the first left in the buffers must not disturb the second
-        attention.plan(contexts, rows)
+        attention.plan(contexts, rows, shared)
         attention.run(layer, query, tables, out)
         assert not out.isnan().any()
         result, out = out, torch.full_like(query, float("nan"))
     return result
+
+
+def sharing(problem: Problem, rows: int, sets: list[tuple[list[int], int]]) -> SharedPrefixes:
+    """sets: (rows, common tokens); the rows' tables begin with the same blocks afterwards, and what is expected follows."""
+    tokens, members = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    table = torch.zeros((rows, SET_FIELDS), dtype=torch.int32)
+    taken = 0
+    for number, (of, common) in enumerate(sets):
+        blocks = common // problem.pool.layout.block_size
+        problem.step.block_tables[of, :blocks] = problem.step.block_tables[of[0], :blocks].clone()
+        tokens[of] = common
+        members[taken : taken + len(of)] = torch.tensor(of)
+        table[number] = torch.tensor([taken, len(of), common])
+        taken += len(of)
+    device = problem.pool.device
+    return SharedPrefixes(tokens.to(device), table.to(device), members.to(device))
 
 
 def check(problem: Problem, result: torch.Tensor) -> None:
@@ -73,10 +92,6 @@ SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens a
     [
         SHORT,
         replace(SHORT, atomic=False),
-        replace(SHORT, peeled=True),
-        replace(SHORT, transposed=True),
-        replace(SHORT, transposed=True, peeled=True, descriptor=True),
-        replace(SHORT, peeled=True, descriptor=True, atomic=False),
         replace(SHORT, keys=32, shares=32),
         replace(SHORT, shares=1),
     ],
@@ -118,6 +133,49 @@ def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -
         assert torch.equal(decode(problem, config), first)
     by_kernel = decode(problem, replace(config, atomic=False))
     torch.testing.assert_close(by_kernel, first, atol=2e-3, rtol=0)
+
+
+@one_attention_dtype
+@pytest.mark.parametrize("group", [2, 4, 7])
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "kernel"])
+def test_rows_that_share_a_prefix_read_it_once(dtype: str, device: str, group: int, atomic: bool) -> None:
+    """With their sets the same as without, and as the reference, however the common keys and their own are cut."""
+    block = 16
+    contexts = [70, 33, 130, 49, 97, 1, 64, 300]
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=1 if group > 2 else 2, head_dim=32, dtype=dtype)
+    step = make_step([1] * len(contexts), contexts, block)
+    problem = make_problem(step, layout, heads=layout.kv_heads * group, device=device)
+    config = replace(SHORT, shares=4, atomic=atomic)
+    most = DecodeAttention(problem.pool, problem.query.shape[1], len(contexts), config).prefixes.rows
+    assert most == 16 // group
+    sets = [([0, 3], 48), ([2, 4, 7][:most], 96)]
+    shared = sharing(problem, len(contexts), sets)
+    alone = decode(problem, config)
+    together = decode(problem, config, shared=shared)
+    tolerance = ATTENTION_TOLERANCE[dtype]
+    torch.testing.assert_close(together, alone, atol=tolerance, rtol=0)
+    pool = problem.pool
+    for row, context in enumerate(contexts):
+        blocks = problem.step.block_tables[row, : -(-context // block)].long()
+        key, value = (
+            view[blocks].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
+            for view in (pool.keys(0), pool.values(0))
+        )
+        scores = torch.einsum("hd,khd->hk", problem.query[row].double(), key) * layout.head_dim**-0.5
+        exact = torch.einsum("hk,khd->hd", scores.softmax(-1), value)
+        torch.testing.assert_close(together[row].double(), exact, atol=tolerance, rtol=0)
+
+
+@one_attention_dtype
+def test_a_shared_prefix_is_read_where_its_set_says(dtype: str, device: str) -> None:
+    """A member's own table is not followed where its set reads for it: there is nothing there."""
+    block, contexts = 16, [70, 70, 70]
+    layout = BlockLayout(block_size=block, layers=1, kv_heads=2, head_dim=32, dtype=dtype)
+    problem = make_problem(make_step([1] * 3, contexts, block), layout, heads=4, device=device)
+    shared = sharing(problem, 3, [([1, 0, 2], 64)])
+    expected = decode(problem, SHORT, shared=shared)
+    problem.step.block_tables[[0, 2], :4] = 1 << 30
+    assert torch.equal(decode(problem, SHORT, shared=shared), expected)
 
 
 def test_more_rows_than_the_buffers_hold_is_refused() -> None:
