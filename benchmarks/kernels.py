@@ -11,6 +11,7 @@ Needs a CUDA device. May import `kvcache` and `workers`.
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -150,7 +151,7 @@ def compile_all(tasks: Iterable[Task]) -> None:
 def products_of_cases(only: str) -> Iterator[Task]:
     for shape in SHAPES:
         for product in (*shape.products(), *shape.shards(2)):
-            if only not in f"matvec layer {product.name} {shape.name}" and only not in ("matvec", "layer"):
+            if not re.search(only, f"matvec layer {product.name} {shape.name}"):
                 continue
             for tokens in (1, 2, 4, 8):
                 for pdl in (False, True):
@@ -185,7 +186,7 @@ def candidates(product: Product, tokens: int) -> list[Tiling]:
 def sweep(only: str, swept: Sequence[int], bytes_us: float) -> list[Row]:
     """The fastest configurations of each product, without PDL, and the same with it."""
     products = [(shape.name, product) for shape in SHAPES for product in shape.products()]
-    products = [(name, product) for name, product in products if only in f"matvec {product.name} {name}"]
+    products = [(name, product) for name, product in products if re.search(only, f"matvec {product.name} {name}")]
     compile_all((p, tokens, False, c) for _, p in products for tokens in swept for c in candidates(p, tokens))
     found: list[tuple[str, Product, int, list[tuple[float, Tiling]]]] = []
     for name, product in products:
@@ -242,7 +243,7 @@ def invariance() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, as a list of objects")
-    parser.add_argument("--only", default="", metavar="NAME", help="cases whose name contains this")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases in whose name this is found")
     parser.add_argument("--sweep", action="store_true", help="configurations of the small-batch products")
     parser.add_argument("--tokens", type=int, nargs="+", default=SWEPT, help="of the sweep")
     options = parser.parse_args()
@@ -263,7 +264,7 @@ def main() -> None:
 
 
 def _all(only: str, bytes_us: float, flops_us: float) -> list[Row]:
-    cases = [case for case in all_cases() if only in case.name]
+    cases = [case for case in all_cases() if re.search(only, case.name)]
     if any(case.name.startswith(("matvec", "layer")) for case in cases):
         compile_all(products_of_cases(only))
         invariance()
