@@ -55,7 +55,7 @@ class PrefixFinder:
         if len(self._passing) <= (highest := int(blocks.max(initial=0))):
             self._passing = np.zeros(2 * highest + 1, np.int64)
         np.add.at(self._passing, blocks, 1)
-        passing = np.where(complete, self._passing[tables], 0)
+        passing = np.where(complete, self._passing[np.where(complete, tables, 0)], 0)  # what stands behind may be anything
         self._passing[blocks] = 0
         return passing
 

@@ -21,9 +21,9 @@ from kvcache.pool import KVPool
 from workers.kernels.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
 FIELDS = 8  # of a work item: member, members and KV head, first and last span, keys, pieces, piece, entry
-PLANNED_ITEMS = 64  # by one program of the plan
-PLANNED_UNITS = 64  # that it looks at together
-COMPARED_UNITS = 128  # that it puts them in order with
+PLANNED_UNITS = 16  # by one program of the plan
+COMPARED_UNITS = 256  # that it puts them in order with at a time
+WRITTEN_ITEMS = 32  # of each unit at a time
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4
 LOG2_E = 1.4426950408889634
@@ -71,11 +71,11 @@ def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr):
     return tl.where(is_row, tl.maximum(tl.cdiv(context, KEYS) - skipped, 1), tokens // KEYS)
 
 
-@triton.jit(do_not_specialize=["batch", "units", "shares"])
-def _plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, KV_HEADS: tl.constexpr,
+@triton.jit(do_not_specialize=["batch", "units", "shares", "programs"])
+def _plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, programs, KV_HEADS: tl.constexpr,
           KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
           ITEMS: tl.constexpr):  # fmt: skip
-    """Cuts every unit's spans into pieces of at most `share` spans. Each program writes ITEMS items; none waits for another.
+    """Cuts every unit's spans into pieces of at most `share` spans. Each program plans UNITS units; none waits for another.
 
     Items run from the units with the longest pieces to those with the shortest, then over pieces, then KV heads, so that
     programs that start together read neighbouring memory. At most shares + units * KV_HEADS items have work. A row of
@@ -86,57 +86,59 @@ def _plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, 
         total += tl.sum(_spans(contexts, shared, sets, begin + tl.arange(0, COMPARED), batch, units, KEYS), 0)
     share = tl.maximum(tl.cdiv(total * KV_HEADS, shares), LEAST)
 
-    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
-    owner = tl.full([ITEMS], -1, tl.int32)
-    start = tl.zeros([ITEMS], tl.int32)
-    base = tl.zeros([ITEMS], tl.int32)
-    entries = 0
-    for begin in range(0, units, UNITS):
-        unit = begin + tl.arange(0, UNITS)
-        spans = _spans(contexts, shared, sets, unit, batch, units, KEYS)
-        pieces = tl.cdiv(spans, share)
-        length = tl.cdiv(spans, tl.maximum(pieces, 1))
-        before = tl.zeros([UNITS], tl.int32)
-        for other in range(0, units, COMPARED):
-            rival = other + tl.arange(0, COMPARED)
-            its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS)
-            its_pieces = tl.cdiv(its_spans, share)
-            its_length = tl.cdiv(its_spans, tl.maximum(its_pieces, 1))
-            longer = its_length[None, :] > length[:, None]
-            ahead = longer | ((its_length[None, :] == length[:, None]) & (rival[None, :] < unit[:, None]))
-            before += tl.sum(tl.where(ahead, its_pieces[None, :] * KV_HEADS, 0), 1)
-        skipped = tl.load(shared + unit, mask=unit < batch, other=0) // KEYS
-        of_row = tl.where(unit < batch, pieces + tl.cdiv(skipped, share), 0)
-        split = tl.where(of_row > 1, of_row * KV_HEADS, 0)
-        entry = entries + tl.cumsum(split, 0) - split
-        if tl.program_id(0) == 0:
-            tl.store(row_pieces + unit, of_row, mask=unit < batch)
-            tl.store(row_entries + unit, entry, mask=unit < batch)
-        mine = (before[None, :] <= item[:, None]) & (item[:, None] < (before + pieces * KV_HEADS)[None, :])
-        owner += tl.sum(tl.where(mine, unit[None, :] + 1, 0), 1)
-        start += tl.sum(tl.where(mine, before[None, :], 0), 1)
-        base += tl.sum(tl.where(mine, entry[None, :], 0), 1)
-        entries += tl.sum(split, 0)
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    spans = _spans(contexts, shared, sets, unit, batch, units, KEYS)
+    pieces = tl.cdiv(spans, share)
+    length = tl.cdiv(spans, tl.maximum(pieces, 1))
+    start = tl.zeros([UNITS], tl.int32)
+    entry = tl.zeros([UNITS], tl.int32)
+    planned = 0
+    for begin in range(0, units, COMPARED):
+        rival = begin + tl.arange(0, COMPARED)
+        its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS)
+        its_pieces = tl.cdiv(its_spans, share)
+        its_length = tl.cdiv(its_spans, tl.maximum(its_pieces, 1))
+        longer = its_length[None, :] > length[:, None]
+        ahead = longer | ((its_length[None, :] == length[:, None]) & (rival[None, :] < unit[:, None]))
+        start += tl.sum(tl.where(ahead, its_pieces[None, :] * KV_HEADS, 0), 1)
+        its_of_row = its_pieces + tl.cdiv(tl.load(shared + rival, mask=rival < batch, other=0) // KEYS, share)
+        split = tl.where((rival < batch) & (its_of_row > 1), its_of_row * KV_HEADS, 0)
+        entry += tl.sum(tl.where(rival[None, :] < unit[:, None], split[None, :], 0), 1)
+        planned += tl.sum(its_pieces, 0) * KV_HEADS
 
-    exists = owner >= 0
-    owner = tl.where(exists, owner, units)
-    is_row, is_set = owner < batch, exists & (owner >= batch)
-    spans = _spans(contexts, shared, sets, owner, batch, units, KEYS)
-    pieces = tl.maximum(tl.cdiv(spans, share), 1)
-    first = tl.load(shared + owner, mask=is_row, other=0) // KEYS
+    is_row, is_set = unit < batch, (unit >= batch) & (unit < units)
+    first = tl.load(shared + unit, mask=is_row, other=0) // KEYS
     done = tl.cdiv(first, share)
-    head = (item - start) % KV_HEADS
-    piece = (item - start) // KV_HEADS
-    at_set = sets + (owner - batch) * 3
-    at = items + item * 8
-    tl.store(at, tl.where(is_set, tl.load(at_set, mask=is_set, other=0), owner))
-    tl.store(at + 1, tl.load(at_set + 1, mask=is_set, other=1) * KV_HEADS + head)
-    tl.store(at + 2, tl.where(exists, first + piece * spans // pieces, 0))
-    tl.store(at + 3, tl.where(exists, first + (piece + 1) * spans // pieces, 0))
-    tl.store(at + 4, tl.load(contexts + owner, mask=is_row, other=0) + tl.load(at_set + 2, mask=is_set, other=0))
-    tl.store(at + 5, tl.where(is_set, 2, done + pieces))  # a member of a set has a piece of its own besides
-    tl.store(at + 6, done + piece)
-    tl.store(at + 7, base + head * (done + pieces) + done + piece)
+    tl.store(row_pieces + unit, done + pieces, mask=is_row)
+    tl.store(row_entries + unit, entry, mask=is_row)
+    at_set = sets + (unit - batch) * 3
+    member = tl.where(is_row, unit, tl.load(at_set, mask=is_set, other=0))
+    members = tl.load(at_set + 1, mask=is_set, other=1)
+    keys = tl.load(contexts + unit, mask=is_row, other=0) + tl.load(at_set + 2, mask=is_set, other=0)
+    of_unit = tl.where(is_set, 2, done + pieces)  # a member of a set has a piece of its own besides
+    for begin in range(0, tl.max(pieces, 0) * KV_HEADS, ITEMS):
+        number = begin + tl.arange(0, ITEMS)[None, :]
+        exists = number < (pieces * KV_HEADS)[:, None]
+        head = number % KV_HEADS
+        piece = number // KV_HEADS
+        at = items + (start[:, None] + number) * 8
+        low = first[:, None] + piece * spans[:, None] // tl.maximum(pieces, 1)[:, None]
+        high = first[:, None] + (piece + 1) * spans[:, None] // tl.maximum(pieces, 1)[:, None]
+        piece += done[:, None]
+        nothing = tl.zeros([UNITS, ITEMS], tl.int32)
+        tl.store(at, nothing + member[:, None], mask=exists)
+        tl.store(at + 1, members[:, None] * KV_HEADS + head, mask=exists)
+        tl.store(at + 2, low, mask=exists)
+        tl.store(at + 3, high, mask=exists)
+        tl.store(at + 4, nothing + keys[:, None], mask=exists)
+        tl.store(at + 5, nothing + of_unit[:, None], mask=exists)
+        tl.store(at + 6, nothing + piece, mask=exists)
+        tl.store(at + 7, entry[:, None] + head * of_unit[:, None] + piece, mask=exists)
+    for begin in range(planned + tl.program_id(0) * COMPARED, programs, tl.num_programs(0) * COMPARED):
+        item = begin + tl.arange(0, COMPARED)
+        empty = tl.zeros([COMPARED], tl.int32)
+        tl.store(items + item * 8 + 2, empty, mask=item < programs)
+        tl.store(items + item * 8 + 3, empty, mask=item < programs)
 
 
 @triton.jit
@@ -353,8 +355,7 @@ class DecodeAttention:
             entries += max_batch * kv_heads + self.prefixes.rows * (self._shares + self.prefixes.sets(max_batch) * kv_heads)
         self._partial = torch.empty(entries * self._group, self._pool.layout.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(entries * self._group, dtype=torch.float32, device=device)
-        items = triton.cdiv(self._programs(max_batch), PLANNED_ITEMS) * PLANNED_ITEMS
-        self._items = torch.zeros((items, FIELDS), dtype=torch.int32, device=device)
+        self._items = torch.zeros((self._programs(max_batch), FIELDS), dtype=torch.int32, device=device)
         self._counters = torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device)
         self._rows = torch.zeros((2, max_batch), dtype=torch.int32, device=device)
         nothing = torch.zeros(max(max_batch, SET_FIELDS * self.prefixes.sets(max_batch)), dtype=torch.int32, device=device)
@@ -384,10 +385,11 @@ class DecodeAttention:
         if batch > self.max_batch:
             raise ValueError(f"{batch} decodes do not fit the buffers made for {self.max_batch}: reserve {batch} first")
         self._planned = shared = shared or self._alone
-        _plan[(triton.cdiv(self._programs(batch), PLANNED_ITEMS),)](
-            context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch,
-            batch + self.prefixes.sets(batch), self._shares, KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys,
-            LEAST=self.config.least, UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=PLANNED_ITEMS,
+        units = batch + self.prefixes.sets(batch)
+        _plan[(triton.cdiv(units, PLANNED_UNITS),)](
+            context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch, units, self._shares,
+            self._programs(batch), KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
+            UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
         )  # fmt: skip
 
     def run(self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor) -> None:

@@ -16,7 +16,7 @@ what others would give.
 Imports torch and triton.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -28,7 +28,12 @@ from workers.kernels.norm import rms_norm
 
 STREAM_TOKENS = 4  # of one program of `_stream`; more tokens are more programs
 MAX_TOKENS = 64
+MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
+FEW_OF_LARGE = 2  # tokens that `_stream` takes where W is large
+SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
+DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 256
+MAX_TILES = 1024  # of rows, where K is split among programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +354,7 @@ def matvec(
     if not tokens:
         return target
     if config is None:
-        config = choose(n, k, tokens, x.dtype, swiglu)
+        config = choose(n, k, tokens, x.dtype, swiglu) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
     pdl = pdl and not interpreted()
     tiled = config.splits > 0
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
@@ -382,18 +387,38 @@ def matvec(
     return target
 
 
-def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
-    """The configuration for an output of n numbers from k, by shape alone.
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False) -> Tiling | None:
+    """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
 
-    One token: the best of a sweep on an H200 over the products of the 0.6B and the 8B shape (`benchmarks/kernels.py --sweep`).
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`benchmarks/kernels.py --sweep`).
     """
+    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
+    if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
+        return _stream_tiling(n, k, tokens, dtype, swiglu)
+    if dtype == torch.float32 or tokens > MAX_TOKENS:
+        return None
+    if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
+        return _tiling(n, k, Tiling(32, 128, 4, 4, 1) if n < 4096 else Tiling(64, 128, 4, 4, 1), DEEP_PROGRAMS)
+    if small and tokens <= MAX_TOKENS_OF_WIDE:
+        return _tiling(n, k, Tiling(64, 64, 4, 5, 1), WIDE_PROGRAMS)
+    return None
+
+
+def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
             return Tiling(4, 2048, 8)
         if k <= 1024 and not swiglu:
             return Tiling(4, 512, 2)
         return Tiling(4, 512, 4) if k >= 8192 else Tiling(4, 1024, 4)
-    if tokens <= STREAM_TOKENS or dtype == torch.float32 or k % 256:
-        rows = 2 if n < 2048 or swiglu else 4
-        return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
-    return Tiling(16, 256 if k % 512 else 512, 4, 3, 4)
+    rows = 2 if n < 2048 or swiglu else 4
+    return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+
+
+def _tiling(n: int, k: int, tile: Tiling, programs: int) -> Tiling | None:
+    """K among as many programs as make so many in all, and as divide it; None if one cannot take it."""
+    for parts in (8, 4, 2, 1):
+        tiles = triton.cdiv(n, tile.rows)
+        if (parts == 1 or tiles * parts <= min(programs, MAX_TILES)) and k % (tile.columns * parts) == 0:
+            return replace(tile, parts=parts)
+    return None

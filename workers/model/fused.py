@@ -2,9 +2,9 @@
 
     many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
-    few tokens, five, products by our own kernels, which read the weights as fast as the memory gives them:   norm and QKV
-        product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product and
-        SwiGLU · down product and residual add
+    few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
+        QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
+        and SwiGLU · down product and residual add
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
@@ -19,7 +19,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
-from workers.kernels.matvec import matvec
+from workers.kernels.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.decoder import Decoder, Layer
@@ -28,14 +28,9 @@ from workers.model.layers import Linear
 Attend = Callable[[int, Tensor], Tensor]
 """(layer, query [tokens, heads, head_dim]) -> [tokens, heads, head_dim]; the step's KV of that layer has been written."""
 
-FEW_TOKENS, FEW_TOKENS_LARGE = 4, 2
-"""Tokens up to which our own products beat the library's with the launches that they save, and the same where a layer has more
-than `LARGE_LAYER_BYTES` of weights: the four of a layer at 4 tokens 28 us against 38 (0.6B), 173 against 119 (8B)."""
-
-LARGE_LAYER_BYTES = 64 << 20
 SMALL_WEIGHT_BYTES = 16 << 20
-"""Products of so little begin while the one before still runs (programmatic dependent launch): 14.5 us a layer instead of
-18.4 at 0.6B. Larger ones fill the device by themselves, and are disturbed: 116 instead of 103 us at 8B."""
+"""One token's products of so little begin while the one before still runs (programmatic dependent launch): 14.5 us a layer
+instead of 18.4 at 0.6B. Larger ones fill the device by themselves, and are disturbed: 116 instead of 103 us at 8B."""
 
 
 class FusedDecoder:
@@ -52,10 +47,11 @@ class FusedDecoder:
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
-        # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
         self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
-        few_tokens = FEW_TOKENS if _layer_bytes(self._layers[0]) <= LARGE_LAYER_BYTES else FEW_TOKENS_LARGE
-        self._few_tokens = few_tokens if decoder.shape.size == 1 and decoder.device.type == "cuda" else 0
+        # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
+        ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
+        self._few_tokens = (STREAM_TOKENS if decoder.dtype == torch.float32 else MAX_TOKENS) if ours else 0
+        self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=decoder.device)
 
     def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
@@ -80,22 +76,42 @@ class FusedDecoder:
         return self._outer.head(normed)
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
-        eps = self._eps
         hidden, _ = self._embed(tokens)
         for number, layer in enumerate(self._layers):
-            qkv, o, gate_up, down = layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down
-            projected = self._product(hidden, qkv, norm_weight=layer.input_norm.weight, eps=eps)
-            attended = attend(number, self._query(number, layer, projected, positions, slots, self._pdl)).flatten(1)
-            self._product(attended, o, residual=hidden)
-            gated = self._product(hidden, gate_up, norm_weight=layer.mlp_norm.weight, eps=eps, swiglu=True)
-            self._product(gated, down, residual=hidden)
+            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
+            pdl = self._pdl and len(tokens) <= STREAM_TOKENS
+            attended = attend(number, self._query(number, layer, projected, positions, slots, pdl)).flatten(1)
+            self._add(hidden, attended, layer.o)
+            gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
+            self._add(hidden, gated, layer.mlp.down)
         head = self._outer.head
-        return head.mask(self._product(hidden, head.linear, norm_weight=self._outer.norm.weight, eps=eps))
+        return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
 
-    def _product(self, x: Tensor, linear: Linear, **parts: Any) -> Tensor:
+    def _of_norm(self, hidden: Tensor, norm: Tensor, linear: Linear, swiglu: bool = False) -> Tensor:
+        """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for."""
+        config = self._choose(linear, hidden, swiglu)
+        if config is not None:
+            return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
+        product = linear(rms_norm(hidden, norm, self._eps))
+        return silu_mul(product) if swiglu else product
+
+    def _add(self, hidden: Tensor, x: Tensor, linear: Linear) -> None:
+        """Adds the product of x [tokens, its width] to hidden [tokens, hidden]."""
+        config = self._choose(linear, x)
+        if config is not None:
+            self._product(x, linear, config, residual=hidden)
+        else:
+            hidden += linear(x)
+
+    def _choose(self, linear: Linear, x: Tensor, swiglu: bool = False) -> Tiling | None:
+        rows = linear.out_features // 2 if swiglu else linear.out_features
+        return choose(rows, x.shape[1], len(x), x.dtype, swiglu)
+
+    def _product(self, x: Tensor, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
         """parts: what of `matvec` is fused with it."""
         weight = linear.plain
-        return matvec(x, weight, bias=linear.bias, pdl=self._pdl and weight.nbytes <= SMALL_WEIGHT_BYTES, **parts)
+        pdl = self._pdl and weight.nbytes <= SMALL_WEIGHT_BYTES
+        return matvec(x, weight, bias=linear.bias, pdl=pdl, counters=self._counters, config=config, **parts)
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and its norm for the first layer."""
@@ -120,8 +136,3 @@ class FusedDecoder:
         )  # fmt: skip
         return query
 
-
-def _layer_bytes(layer: Layer) -> int:
-    """Of the weights of its four products; 0 where they are packed for a CPU."""
-    linears = (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)
-    return sum(linear.weight.nbytes for linear in linears if linear.weight is not None)

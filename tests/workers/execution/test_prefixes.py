@@ -11,7 +11,7 @@ Sets = list[tuple[list[int], int]]
 
 def sets_of(tables: list[list[int]], *, most_rows: int = 8, multiple: int = 1, least_saved: int = 1) -> Sets:
     width = max(map(len, tables))
-    padded = np.array([table + [0] * (width - len(table)) for table in tables], np.int32)
+    padded = np.array([table + [1 << 30] * (width - len(table)) for table in tables], np.int32)  # left there by others
     full = np.array([len(table) for table in tables])
     finder = PrefixFinder(most_rows, multiple, least_saved)
     first, found = (finder.find(padded, full) for _ in range(2))  # what the first left must not disturb the second

@@ -101,7 +101,9 @@ def test_every_choice_covers_its_matrix() -> None:
     for n, k in ((4096, 1024), (1024, 2048), (3072, 1024), (151936, 1024), (4096, 12288), (75968, 4096), (100, 80), (8, 1544)):
         for tokens in range(1, MAX_TOKENS + 1):
             for dtype in DTYPES:
-                config = choose(n, k, tokens, dtype, False)
+                config = choose(n, k, tokens, dtype)
+                if config is None:
+                    continue  # the library's
                 assert not config.splits or (k // config.parts % config.columns == 0 and dtype != torch.float32)
                 assert config.columns % (16 * max(1, config.splits)) == 0
 
@@ -117,13 +119,14 @@ def test_a_captured_chain_equals_the_eager_one(device: str, tokens: int, pdl: bo
         for _ in range(8)
     ]
     norm = torch.ones(width, device=device).bfloat16()
+    counters = torch.zeros(256, dtype=torch.int32, device=device)
     start, hidden = torch.randn(tokens, width, device=device).bfloat16(), torch.empty(tokens, width, device=device).bfloat16()
 
     def chain(pdl: bool) -> None:
         hidden.copy_(start)
         for up, down in layers:
-            product = matvec(hidden, up, norm_weight=norm, eps=EPS, swiglu=True, pdl=pdl)
-            matvec(product, down, residual=hidden, pdl=pdl)
+            product = matvec(hidden, up, norm_weight=norm, eps=EPS, swiglu=True, pdl=pdl, counters=counters)
+            matvec(product, down, residual=hidden, pdl=pdl, counters=counters)
 
     chain(False)
     eager = hidden.clone()

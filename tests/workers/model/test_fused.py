@@ -15,7 +15,7 @@ from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
 from workers.model.architectures import read_config
 from workers.model.decoder import Decoder, load_model
-from workers.model.fused import FEW_TOKENS, FusedDecoder
+from workers.model.fused import FusedDecoder
 from workers.parallel.connect import Solo
 
 pytest.importorskip("triton")
@@ -60,13 +60,16 @@ class Fused:
         return self.fused.logits(tokens, positions, slots, attend, None if all_tokens else rows).cpu()
 
 
-def test_steps_of_few_tokens_go_through_our_own_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whose", ["ours", "the library's"])
+def test_steps_of_few_tokens_choose_whose_product_each_is(whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if whose != "ours":
+        monkeypatch.setattr("workers.model.fused.choose", lambda *_: None)
     path = make_checkpoint(tmp_path, "LlamaForCausalLM", attention_bias=True, mlp_bias=True, num_hidden_layers=1, vocab_size=37)
     few = Fused(path, torch.float32)
     if DEVICE.type == "cpu":
         monkeypatch.setattr("workers.model.layers.can_pack", lambda *_: False)
         few = Fused(path, torch.float32)
-        few.fused._few_tokens = FEW_TOKENS
+        few.fused._few_tokens = SEQUENCES
     many = Fused(path, torch.float32)
     many.fused._few_tokens = 0
     for chunks in [[(0, 0, [9]), (1, 0, [3]), (2, 0, [1]), (3, 0, [2])], [(3, 1, [2])]]:  # all that is attended to is written
