@@ -3,6 +3,7 @@ architecture and the block."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,28 @@ def test_bfloat16_parts_from_the_eager_path_at_small_margins_only(judges: dict[s
     count = sum(len(lease.tokens) for lease in eager)
     print(f"bfloat16: {len(margins)} of {len(works)} sequences ({count} tokens) parted from the eager path, margins {margins}")
     assert all(margin < MARGIN for margin in margins)
+
+
+def test_large_prefill_steps_are_the_same_captured_and_launched_one_by_one(tmp_path: Path) -> None:
+    """Steps of some thousand prompt tokens, of several prompts and of one in parts, each padded up to the next size."""
+    options = {"dtype": "bfloat16", "block_size": 256, "max_num_batched_tokens": 4096, "max_model_len": 6144}
+    lengths = (2900, 1000, 40, 5000, 700, 3300)
+    works = [
+        Work(
+            [token % VOCAB for token in draw(length, seed=length)],
+            SamplingParams(temperature=0.0, max_tokens=3, logprobs=2, ignore_eos=True),
+        )
+        for length in lengths
+    ]
+    path = checkpoint(tmp_path / "long", QWEN3, max_position_embeddings=8192)
+    with contextlib.closing(loop(path, **options)) as rank:
+        captured = rank.generate(works)
+        with rank.eager():
+            eager = rank.generate(works)
+    for ours, theirs in zip(captured, eager, strict=True):
+        assert len(ours.tokens) == 3
+        margin = margin_where_apart(ours, theirs)
+        assert margin is None or margin < MARGIN
 
 
 def margin_where_apart(lease: Lease, eager: Lease) -> float | None:

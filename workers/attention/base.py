@@ -55,6 +55,8 @@ class PagedAttention(Protocol):
 
     name: str
     prefixes: PrefixLimits
+    bounds: bool
+    """`chunks` may be captured with upper bounds for what `Chunks` says on the host."""
 
     def plan_decode(
         self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None

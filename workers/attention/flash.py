@@ -70,6 +70,7 @@ class FlashKernels:
     decode: Decode
     chunk: Chunk
     schedule: Schedule | None = None
+    bounds: bool = True  # lengths that it wants to know on the host may be upper bounds, as a captured step has them
 
 
 EVERY_EIGHTH = frozenset(range(8, 257, 8))
@@ -153,7 +154,7 @@ def _load_4() -> FlashKernels:
             )
         )  # fmt: skip
 
-    return FlashKernels("4", 1, frozenset((64, 96, 128)), (9, 10, 11), decode, chunk)
+    return FlashKernels("4", 1, frozenset((64, 96, 128)), (9, 10, 11), decode, chunk, bounds=False)
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -188,6 +189,7 @@ class FlashAttention:
                 f"flash-attn {kernels.version} does not run on {torch.cuda.get_device_name(pool.device)}: install another "
                 "generation of it or choose another attention backend"
             )
+        self.bounds = kernels.bounds
         self._pool = pool
         self._kernels = kernels
         self._heads = heads

@@ -13,7 +13,7 @@ class MixedAttention:
 
     def __init__(self, decodes: PagedAttention, chunks: PagedAttention) -> None:
         self.name = f"{decodes.name} for decodes, {chunks.name} for chunks"
-        self.prefixes = decodes.prefixes
+        self.prefixes, self.bounds = decodes.prefixes, chunks.bounds
         self._decodes = decodes
         self._chunks = chunks
 

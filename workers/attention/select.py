@@ -56,11 +56,11 @@ def select_backend(
 def select_device_backends(
     name: str, *, pool: KVPool, heads: int, most: int
 ) -> tuple[PagedAttention, PagedAttention]:
-    """What a GPU's runner attends with, and what it attends with in prefill steps that are captured.
+    """What a GPU's runner attends with, and what it attends with in captured prefill steps of few tokens.
 
     name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every shape that was measured and whose cost
-    does not know the width of the block table, and prefills by flash-attn where that is installed. Captured prefill steps,
-    which are small, take our kernel, whose work follows the tensors at each replay. most: decodes in one step.
+    does not know the width of the block table, and prefills by flash-attn where that is installed, but for small steps. most:
+    decodes in one step.
 
     Raises ValueError saying what to change where the choice cannot work.
     """

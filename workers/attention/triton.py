@@ -15,7 +15,7 @@ from workers.attention.base import Chunks
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.chunk_attention import ChunkAttention
-from workers.kernels.decode_attention import FEW_ROWS, DecodeAttention
+from workers.kernels.decode_attention import FEW_ROWS, SOME_ROWS, DecodeAttention
 from workers.kernels.prefixes import SharedPrefixes
 
 FIRST_BATCH = 64  # rows that the decode buffers are made for at first
@@ -76,24 +76,24 @@ class TritonAttention:
     """
 
     name = "triton"
+    bounds = True
 
     def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH) -> None:
         self._pool = pool
         self._writer = TritonWriter(pool)
-        self._few = DecodeAttention(pool, heads, FEW_ROWS)
-        self._decode = DecodeAttention(pool, heads, max(max_batch, FEW_ROWS + 1))
+        self._decode = [DecodeAttention(pool, heads, rows) for rows in (FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1))]
         self._chunk = ChunkAttention(pool, heads)
-        self.prefixes = self._decode.prefixes  # those of few decodes too: they depend on the pool alone
+        self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool alone
 
     @property
     def memory_bytes(self) -> int:
         """Of the buffers that decodes work in, on the device."""
-        return self._few.memory_bytes + self._decode.memory_bytes
+        return sum(decode.memory_bytes for decode in self._decode)
 
     def reserve(self, max_batch: int) -> None:
         """Make room for so many decodes at once; never within a capture."""
-        if max_batch > self._decode.max_batch:
-            self._decode.reserve(max_batch)
+        if max_batch > self._decode[-1].max_batch:
+            self._decode[-1].reserve(max_batch)
 
     def plan(self, step: StepInput) -> TritonPlan:
         if step.decodes:
@@ -119,10 +119,9 @@ class TritonAttention:
         self, context_lens: Tensor, batch: int, blocks: int | None = None, shared: SharedPrefixes | None = None  # noqa: ARG002
     ) -> TritonPlan:
         """Raises ValueError where a capture would have to make room for more rows than were reserved."""
-        if batch > self._decode.max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if batch > self._decode[-1].max_batch and not (context_lens.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.reserve(triton.next_power_of_2(batch))
-        chosen = self._few if batch <= FEW_ROWS else self._decode
-        chosen.plan(context_lens, batch, shared)
+        self._of(batch).plan(context_lens, batch, shared)
         return TritonPlan(batch, None)
 
     def decode(
@@ -131,8 +130,12 @@ class TritonAttention:
     ) -> Tensor:  # fmt: skip
         query = dense_rows(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        (self._few if len(query) <= FEW_ROWS else self._decode).run(layer, query, block_tables, out)
+        self._of(len(query)).run(layer, query, block_tables, out)
         return out
+
+    def _of(self, batch: int) -> DecodeAttention:
+        """The one that is made for so many rows."""
+        return next((decode for decode in self._decode if batch <= decode.max_batch), self._decode[-1])
 
     def plan_chunks(self, chunks: Chunks) -> ChunkPlan:
         tiles = self._chunk.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)

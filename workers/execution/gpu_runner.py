@@ -21,7 +21,7 @@ from scheduler.protocol.messages import Start
 from workers.attention.base import PagedAttention
 from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
-from workers.execution.graphs import StepGraphs
+from workers.execution.graphs import SMALL_STEP, StepGraphs
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pinned import PinnedRing
 from workers.loop.batch import Launched, ResidentBatch
@@ -57,9 +57,9 @@ class StepPart:
 class GpuRunner:
     """The `Executor` of a GPU. Until `capture` was called decodes are launched one by one: slower, and the same otherwise.
 
-    model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps whose
-    chunks are captured, since some libraries want to know lengths on the host. most: decodes in one step. largest: prefill
-    tokens of a step that may be captured.
+    model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps of few
+    prefill tokens, which are captured, as are larger ones where `attention` lets them. most: decodes in one step. largest:
+    prefill tokens of a step that may be captured.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class GpuRunner:
 
     def capture(self, decodes: Sequence[int], tokens: Sequence[int], captured: Captured = lambda *_: None) -> None:
         """Captures steps of so many decodes, with and without sampling, and chunks of so many tokens."""
+        tokens = [size for size in tokens if size <= SMALL_STEP or self._attention.bounds]
         total = 2 * len(decodes) + len(tokens)
         with torch.inference_mode():
             whole, unsampled, prefills = StepGraphs(decodes), StepGraphs(decodes), StepGraphs(tokens)
@@ -191,7 +192,7 @@ class GpuRunner:
     # ---- prefill
 
     def _launch_chunks(self, batch: ResidentBatch, step: Launched, constrained: bool) -> StepPart:
-        """By a graph where one holds them; in steps so large that the device takes longer than the host, launch by launch."""
+        """By a graph where one holds them, else launch by launch."""
         decodes = step.plan.decodes
         samples = int(step.samples[decodes:].sum())
         plain = not constrained and not step.measured and len(step.plan.rows) - decodes <= PADDED_CHUNKS
@@ -209,7 +210,7 @@ class GpuRunner:
     def _prefill_padded(self, tokens: int) -> Tensor:
         """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
         chunks = self._chunk_inputs.padded(tokens)
-        logits = self._prefill(chunks, self._small)
+        logits = self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention)
         self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
         return logits
 

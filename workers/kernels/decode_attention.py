@@ -45,19 +45,23 @@ class DecodeConfig:
 
 FEW_ROWS = 8
 """Decodes that leave most of the device idle unless their keys are cut finely, and whose launches are what they cost."""
+SOME_ROWS = 64
+"""Decodes too few for many programs on each multiprocessor: more of each one's spans are in flight instead."""
 
 
 def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
     """The best known for the pool's dtype and a batch of so many rows.
 
-    Measured in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have
-    it; batch 4 1,262 and 1,230; batch 32 1,507 and 1,564; 256 of 150 to 1,500 keys 7,422 and 7,619.
+    Few: in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have it;
+    batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
+    some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
     """
     if pool.dtype == torch.float32:
         return DecodeConfig(keys=32, stages=2, warps=8)  # a dot in full precision takes its operands into registers
-    if rows <= FEW_ROWS and pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9:
+    hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
+    if rows <= FEW_ROWS and hopper:
         return DecodeConfig(stages=4, least=2, atomic=False, dependent=True)
-    return DecodeConfig()
+    return DecodeConfig(stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig()
 
 
 @triton.jit
@@ -223,6 +227,43 @@ def _merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.co
     return acc / tl.where(head < GROUP, weight, 1.0)[:, None]
 
 
+@triton.jit
+def _merge_members(members, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
+                   KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+                   BLOCK_DIM: tl.constexpr):  # fmt: skip
+    """Merges those of a set's rows whose last piece this one was, side by side; their pieces in order."""
+    lane = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    one = tl.load(members + lane, mask=lane < count, other=0)
+    counter = counters + one * KV_HEADS + head
+    before = tl.atomic_add(counter, 1, mask=lane < count, sem="acq_rel")
+    last = (lane < count) & (before == tl.load(row_pieces + one) - 1)
+    tl.store(counter, tl.zeros([ROWS], tl.int32), mask=last)
+    member = lane // GROUP
+    done = tl.sum(tl.where(member[:, None] == lane[None, :], last.to(tl.int32)[None, :], 0), 1) > 0
+    row = tl.load(members + member, mask=done, other=0)
+    pieces = tl.where(done, tl.load(row_pieces + row), 0)
+    entry = tl.load(row_entries + row) + head * pieces
+    top = tl.full([ROWS], -1e30, tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for piece in range(tl.max(pieces, 0)):
+        there = piece < pieces
+        place = (entry + piece).to(tl.int64) * GROUP + lane % GROUP
+        part = tl.load(partial + place[:, None] * DIM + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0,
+                       cache_modifier=".cg")  # fmt: skip
+        sums = tl.load(lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        peak = tl.maximum(top, sums)
+        share = tl.exp2(sums - peak)
+        factor = tl.exp2(top - peak)
+        weight = weight * factor + share
+        acc = acc * factor[:, None] + part * share[:, None]
+        top = peak
+    acc = acc / tl.where(done, weight, 1.0)[:, None]
+    at = row.to(tl.int64)[:, None] * out_stride + (head * GROUP + lane % GROUP)[:, None] * DIM + dims[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=done[:, None] & (dims < DIM)[None, :])
+
+
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, partial, lse, counters, layer, scale,
             query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
@@ -238,7 +279,7 @@ def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, p
     high = tl.load(at + 3)
     if low >= high:
         return
-    row = tl.load(at)
+    first = tl.load(at)
     head = tl.load(at + 1) % KV_HEADS
     count = tl.load(at + 1) // KV_HEADS
     context = tl.load(at + 4)
@@ -251,13 +292,13 @@ def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, p
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     lane = rows % GROUP
-    member = members + row + rows // GROUP
+    row = first
     owner = tl.zeros([ROWS], tl.int32) + row
     entries = tl.zeros([ROWS], tl.int32) + entry
     if count > 1:
-        owner = tl.load(member, mask=rows // GROUP < count, other=0)
+        row = tl.load(members + first)
+        owner = tl.load(members + first + rows // GROUP, mask=rows // GROUP < count, other=0)
         entries = tl.load(row_entries + owner) + head * tl.load(row_pieces + owner) + piece
-        row = tl.load(members + row)
     real = (rows < count * GROUP)[:, None] & (dims < DIM)[None, :]
     columns = (head * GROUP + lane)[:, None] * DIM + dims[None, :]
     q = tl.load(query + owner.to(tl.int64)[:, None] * query_stride + columns, mask=real, other=0.0)
@@ -284,19 +325,16 @@ def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, p
         tl.store(lse + place, top + tl.log2(some), mask=rows < count * GROUP)
         if ATOMIC:
             tl.debug_barrier()  # every thread's stores come before the count
-            entry -= piece
-            for other in range(count):
-                if count > 1:
-                    row = tl.load(members + tl.load(at) + other)
-                    pieces = tl.load(row_pieces + row)
-                    entry = tl.load(row_entries + row) + head * pieces
-                if tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
-                    tl.store(counters + row * KV_HEADS + head, 0)
-                    result = _merged(partial, lse, entry, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
-                    heads = tl.arange(0, MERGE_ROWS)
-                    whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
-                    tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
-                             mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
+            if count > 1:
+                _merge_members(members + first, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
+                               KV_HEADS, GROUP, DIM, ROWS, BLOCK_DIM)  # fmt: skip
+            elif tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
+                tl.store(counters + row * KV_HEADS + head, 0)
+                result = _merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
+                heads = tl.arange(0, MERGE_ROWS)
+                whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
+                tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
+                         mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
 
 
 @triton.jit
