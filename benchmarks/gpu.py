@@ -16,6 +16,7 @@ median counts. `bare` is the step loop of one rank driven by hand, without sched
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -93,7 +94,13 @@ class Bare:
         return seconds
 
     def close(self) -> None:
+        """Leaves the device to the next engine."""
+        import torch
+
         self.loop.close()
+        del self.loop
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure(engine: Engine, works: list[str], rounds: int, warm_up: bool = True) -> Figures:
