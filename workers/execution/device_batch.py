@@ -74,6 +74,7 @@ class DeviceBatch:
         self._known_order = np.full(most, self.padding, np.int32)
         self._known_position = np.zeros(max_num_seqs + 1, np.int64)
         self._known_prefixes = np.zeros(sum(self._of_prefixes), np.int32)
+        self._grouped = np.zeros(0, np.int64)  # the decodes of which they are
         self._admitted: dict[int, tuple[int, Int32s]] = {}
         self._ring = PinnedRing(device, IN_FLIGHT, 4096)
         self._edits = torch.zeros(8192, dtype=torch.int32, device=device)
@@ -117,7 +118,8 @@ class DeviceBatch:
         if len(moved):
             self._known_order[:padded] = order
             yield self._order + moved, order[moved]
-        if self._limits.rows > 1 and (len(moved) or self._remapped(batch)):
+        if self._limits.rows > 1 and (self._remapped(batch) or not np.array_equal(rows, self._grouped)):
+            self._grouped = rows.copy()
             prefixes = self._find_prefixes(batch.block_table[rows], first)
             changed = np.flatnonzero(prefixes != self._known_prefixes)
             self._known_prefixes = prefixes

@@ -32,7 +32,7 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `_stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 256
+DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
 MAX_TILES = 1024  # of rows, where K is split among programs
 
 
@@ -398,9 +398,9 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
-        return _tiling(n, k, Tiling(32, 128, 4, 4, 1) if n < 4096 else Tiling(64, 128, 4, 4, 1), DEEP_PROGRAMS)
+        return _tiling(n, k, Tiling(32, 128, 4, 4, 1) if n < 4096 else Tiling(64, 128, 4, 6, 1), DEEP_PROGRAMS)
     if small and tokens <= MAX_TOKENS_OF_WIDE:
-        return _tiling(n, k, Tiling(64, 64, 4, 5, 1), WIDE_PROGRAMS)
+        return _tiling(n, k, Tiling(64, 64, 4, 8, 1), WIDE_PROGRAMS)
     return None
 
 

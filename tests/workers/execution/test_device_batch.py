@@ -150,6 +150,12 @@ def test_prefixes_follow_who_is_in_the_step_and_which_blocks_they_have(monkeypat
     pair.host.apply(Drop(lease(1, 0)))
     pair.step(4)
     assert pair.sets() == [([1, 2], 32), ([0, 3], 32)], "the rows of the step have moved up"
+    pair.host.apply(Drop(lease(1, 4)))
+    pair.step(3)
+    assert pair.sets() == [([1, 2], 32)], "the last row has left, and all others are where they were"
+    enter(2, 4, (5, 6, 12))
+    pair.step(4)
+    assert pair.sets() == [([1, 2], 32), ([0, 3], 32)]
     pair.host.apply(Drop(lease(1, 2)))
     enter(2, 2, (20, 21, 22))
     pair.step(4)
