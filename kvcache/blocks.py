@@ -42,10 +42,6 @@ class BlockPool:
     would cost ten times the memory and be walked by the garbage collector.
     """
 
-    __slots__ = (
-        "_forget", "after", "before", "cached", "evictions", "free_stack", "nodes", "refs", "shared", "total"
-    )  # fmt: skip
-
     def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
         """forget: called with the node of a published block at the moment it is evicted."""
         if total < 1:

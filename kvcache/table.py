@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
 from kvcache.hashing import TOKEN_DTYPE
@@ -42,18 +41,9 @@ class SequenceBlocks:
     copied: bool = False
 
 
-@dataclass(slots=True, frozen=True)
-class GroupUsage:
-    """One group's blocks by state; free + held + cached == total."""
-
-    total: int
-    free: int
-    held: int
-    cached: int
-
-
 class BlockTable:
-    """Who holds which block of which group, and which prefix each block contains.
+    """Who holds which block of which group (`pools`), and which prefix each block contains (`index`): both are read as they
+    are, and changed here alone.
 
     Every mutating call is a transaction: where it returns None or raises, nothing has changed. `None` means that there
     is no room now. No call depends on the number of blocks or groups, but for `add_group` and `remove_group`.
@@ -67,8 +57,6 @@ class BlockTable:
     evicted before their parents by release order alone (argument in `BlockPool`); reference counts and holder masks
     never grow on the way down a chain; a pinned block's ancestors are pinned, so `available` is true headroom.
     """
-
-    __slots__ = ("_block_bytes", "_part_bytes", "block_size", "index", "pools")
 
     def __init__(self, block_size: int, stride: int = 0) -> None:
         """stride: tokens in common from which a part of a block is reused; 0: only whole blocks are."""
@@ -95,33 +83,6 @@ class BlockTable:
         """
         del self.pools[group]
         self.index.remove_group(group)
-
-    def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
-        """The longest chain of full blocks of `tokens` [tokens] held anywhere, at most `limit` blocks of it.
-
-        hashes: `hash_blocks(tokens, block_size, salt)`. They only find candidates: parents and tokens are compared.
-        """
-        return self.index.match(tokens, hashes, salt, limit)
-
-    def chain(self, seq: SequenceBlocks) -> Match:
-        """What each pool has of the blocks that the sequence has published."""
-        return self.index.chain(list(seq.nodes))
-
-    def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
-        """By group, the block that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
-        return self.index.parts(match, tokens, salt, limit)
-
-    def available(self, group: GroupId) -> int:
-        """Blocks that could be allocated now: the free and the cached."""
-        return self.pools[group].available
-
-    def usage(self, group: GroupId) -> GroupUsage:
-        pool = self.pools[group]
-        return GroupUsage(total=pool.total, free=pool.free, held=pool.held, cached=pool.cached)
-
-    def shared(self, group: GroupId) -> int:
-        """Blocks of the group that more than one sequence holds."""
-        return self.pools[group].shared
 
     def evicted(self, hashes: Sequence[int]) -> int:
         """How many of these blocks, from the first on, some group held once and none does now. Only as far as remembered."""
