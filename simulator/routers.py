@@ -32,7 +32,7 @@ class EngineLoad(NamedTuple):
     def of(cls, engine: SimulatedEngine) -> "EngineLoad":
         core = engine.core
         backlog = sum(group.backlog for group in core.groups.values())
-        return cls(engine.up, core.waiting.tokens + backlog, len(core.sequences))
+        return cls(bool(engine.groups), core.waiting.tokens + backlog, len(core.sequences))
 
     @property
     def work(self) -> float:
@@ -65,7 +65,7 @@ class RoundRobin:
     def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
         for _ in engines:
             self._turn = (self._turn + 1) % len(engines)
-            if engines[self._turn].up:
+            if engines[self._turn].groups:
                 break
         return self._turn
 
@@ -116,7 +116,7 @@ class MirroredIndex:
             if self._lag_s:
                 self._held = [frozenset(held) for held in self._held]
             self._seen_s = now_s
-        loads = [load._replace(up=engine.up) for load, engine in zip(self._loads, engines, strict=True)]
+        loads = [load._replace(up=bool(engine.groups)) for load, engine in zip(self._loads, engines, strict=True)]
         hits = [depth(hashes, held) * self._block_size for held in self._held]
         return cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
 
