@@ -44,8 +44,6 @@ class BlockPool:
 
     def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
         """forget: called with the node of a published block at the moment it is evicted."""
-        if total < 1:
-            raise ValueError(f"a pool needs at least one block, not {total}")
         self.total = total
         self.cached = 0
         self.shared = 0

@@ -3,6 +3,7 @@
 Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,20 +60,15 @@ class BlockTable:
     """
 
     def __init__(self, block_size: int, stride: int = 0) -> None:
-        """stride: tokens in common from which a part of a block is reused; 0: only whole blocks are."""
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1 token, not {block_size}")
-        if not 0 <= stride < block_size:
-            raise ValueError(f"a stride of {stride} tokens is not inside a block of {block_size}")
+        """stride: tokens in common from which a part of a block is reused, fewer than a block; 0: only whole blocks are."""
         self.block_size = block_size
         self._block_bytes, self._part_bytes = block_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
         self.index = PrefixIndex(block_size, stride)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
-        """An empty pool of `blocks` blocks. Raises ValueError if there is such a group."""
-        if group < 0 or group in self.pools:
-            raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
+        """An empty pool of `blocks` blocks."""
+        assert group not in self.pools, f"group {group} exists"
         self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
         self.index.add_group(group)
 
@@ -108,15 +104,8 @@ class BlockTable:
         in O(log depth).
         """
         self._require(match, group, depth)
-        held, refs, nodes = self.index.blocks[group], self.pools[group].refs, match.nodes
-        first, end = 0, depth
-        while first < end:
-            middle = (first + end) // 2
-            if refs[held[nodes[middle]]]:
-                first = middle + 1
-            else:
-                end = middle
-        return depth - first
+        held, refs = self.index.blocks[group], self.pools[group].refs
+        return depth - bisect_left(match.nodes, True, 0, depth, key=lambda node: not refs[held[node]])
 
     def reserve(
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None,
@@ -228,14 +217,9 @@ class BlockTable:
         else None. The worker must see the change of its block table before the copy is granted to anyone else; one
         ordered command log gives that. The contents are equal up to rounding, as with any hit.
 
-        Raises ValueError if all blocks are published or `content` is not one block.
         """
         at = len(seq.nodes)
-        if at >= len(seq.blocks) or len(content) != self._block_bytes:
-            raise ValueError(
-                f"cannot publish block {at} with {len(content)} bytes: the sequence has {len(seq.blocks)} blocks "
-                f"and a block has {self.block_size} tokens, {self._block_bytes} bytes"
-            )
+        assert len(content) == self._block_bytes, f"a block has {self._block_bytes} bytes, not {len(content)}"
         index, group, block = self.index, seq.group, seq.blocks[at]
         seq.inherited = 0
         pool = self.pools[group]
@@ -272,8 +256,7 @@ class BlockTable:
         begins with the same tokens nothing happens: that one serves as well.
         """
         index, at = self.index, len(seq.nodes)
-        if not self._part_bytes <= len(content) < self._block_bytes or at >= len(seq.blocks):
-            raise ValueError(f"{len(content)} bytes of block {at} cannot be published as a part of {self._block_bytes}")
+        assert self._part_bytes <= len(content) < self._block_bytes, f"{len(content)} bytes are no part of a block"
         if seq.tail:
             index.grow_tail(seq.tail, content)
             return
