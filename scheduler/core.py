@@ -204,18 +204,18 @@ class SchedulerCore:
         if not 1 <= report.steps <= self.config.block_size:  # the ring holds a block and one report
             at_most = self.config.block_size
             raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
-        committed = group.commit(report)
-        self.counters.output_tokens += committed.sampled
+        due, sampled, computed, audience, told, advanced = group.commit(report)
+        self.counters.output_tokens += sampled
         if report.computed:
-            self.transfers.measured("compute", committed.computed, report.elapsed_s)
-        self.computed.count(committed.computed, self.now_s)
-        self.outbox.tokens(committed.audience, committed.told, committed.advanced)
+            self.transfers.measured("compute", computed, report.elapsed_s)
+        self.computed.count(computed, self._state.now_s)
+        self.outbox.tokens(audience, told, advanced)
         for lease, payload in report.logprobs:
             if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
-        if not (committed.due or report.finished):
+        if not (due or report.finished):
             return  # nothing that could let anyone publish, grow or start
-        leases.advance(self._state, group, committed.due, report.finished)
+        leases.advance(self._state, group, due, report.finished)
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:

@@ -10,7 +10,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.hashing import hash_blocks
+from kvcache.hashing import hash_blocks, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
 from scheduler.protocol.messages import LeaseId
 from scheduler.protocol.sampling import SamplingParams
@@ -141,6 +141,10 @@ class Sequence:
         if 0 < self.charged < length:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
+
+    def hash_block(self, block: bytes) -> None:
+        """Hashes the block after those that have been hashed: its tokens, int32."""
+        self.hashes.append(hash_run(block, self.hashes[-1] if self.hashes else salt_seed(self.salt)))
 
     def hash_up_to(self, blocks: int, block_size: int) -> None:
         """Hashes full blocks up to `blocks`, more than are hashed: each once in the sequence's life."""

@@ -96,6 +96,11 @@ class Admission:
                 break
         waiting.put_back(passed, settled=tries > 0)
 
+    def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
+        """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
+        if sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
+            self._state.waiting.leave(sequence, self._state.now_s)
+
     # ---- match, and wait for what is in the making
 
     def _look(self, sequence: Sequence) -> Newcomer:
@@ -265,8 +270,7 @@ class Admission:
         state.counters.migrations += 1
         leases.interrupt(state, group, sequence)
         leases.extend(state, group)  # others there may have waited for its blocks
-        if sequence.state is State.WAITING and self._place(self._look(sequence), only=state.groups[target]):
-            state.waiting.leave(sequence, state.now_s)
+        self.place_in(state.groups[target], sequence)
 
     def _target(self, group: ResidentGroup, sequence: Sequence) -> GroupId | None:
         """The least loaded group that has room for it."""

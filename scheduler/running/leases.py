@@ -64,16 +64,16 @@ def _look_after(state: ClusterState, group: ResidentGroup, sequence: Sequence) -
 
 def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, full: int) -> None:
     """Publishes blocks that the committed computation has filled, up to `full`; a twin published first is adopted."""
-    block_size = state.block_size
+    block_size, hashes = state.block_size, sequence.hashes
     assert sequence.lease is not None
     group.write_back(sequence, full * block_size)
     if not state.config.enable_prefix_caching:
         return
-    if len(sequence.hashes) < full:
-        sequence.hash_up_to(full, block_size)
     for index in range(len(blocks.nodes), full):
         content = sequence.buffer[index * block_size : (index + 1) * block_size].tobytes()
-        adopted = state.table.publish(blocks, content, sequence.hashes[index])
+        if index == len(hashes):
+            sequence.hash_block(content)
+        adopted = state.table.publish(blocks, content, hashes[index])
         if adopted is not None:
             group.issue(Remap(sequence.lease, index, adopted))
     state.prefixes.turn_to(sequence, full)

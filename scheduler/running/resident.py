@@ -58,18 +58,6 @@ class Roster(NamedTuple):
     audience: tuple[Listener, ...]
 
 
-class Committed(NamedTuple):
-    """What a report has made true. due: rows to be looked after. sampled, computed: tokens. told: [steps, n] the tokens in the
-    order of the audience. advanced: steps committed between the audience's positions and these."""
-
-    due: list[int]
-    sampled: int
-    computed: int
-    told: npt.NDArray[np.int32]
-    audience: tuple[Listener, ...]
-    advanced: int
-
-
 @dataclass(slots=True)
 class Watch:
     """Groups to which something has happened, so that whoever looks after all groups need not ask each of them.
@@ -257,8 +245,11 @@ class ResidentGroup:
 
     # ---- reports
 
-    def commit(self, report: Report) -> Committed:
-        """The report's tokens become true."""
+    def commit(
+        self, report: Report
+    ) -> tuple[list[int], int, int, tuple[Listener, ...], npt.NDArray[np.int32], int]:  # fmt: skip
+        """The report's tokens become true. Returns the rows that are due; how many tokens were sampled, and how many computed;
+        and for the front ends the audience, the tokens in its order, and the steps between its positions and these."""
         roster = self._roster
         if roster is None or roster.key != report.leases:  # while the same leases run it costs this comparison
             roster, self._advanced = self._read_roster(report.leases), 0
@@ -280,7 +271,7 @@ class ResidentGroup:
         self.step_s += report.elapsed_s
         self.step_tokens += computed
         told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
-        return Committed(due, sampled, computed, told, roster.audience, advanced)
+        return due, sampled, computed, roster.audience, told, advanced
 
     def _read_roster(self, key: bytes) -> Roster:
         count, columns = len(key) // 8, None
