@@ -21,7 +21,7 @@ from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused, blocks_for
 from simulator.engines import ClusterShape, SimulatedEngine
 from simulator.report import Outcome, ReplayRecord, Target, outcome
-from simulator.routers import ApproximateIndex, LeastLoad, LongestPrefix, MirroredIndex, RoundRobin, Router
+from simulator.routers import ApproximateIndex, MirroredIndex, RoundRobin, Router, least_load, longest_prefix
 from simulator.stopwatch import Stopwatch
 from simulator.traces import TraceRequest
 
@@ -163,15 +163,15 @@ class Replay:
 
     def _make_router(self) -> Router:
         shape = self._scenario.shape
-        routers: dict[str, Callable[[], Router]] = {
-            "round-robin": RoundRobin,
-            "least-load": LeastLoad,
-            "approximate": partial(ApproximateIndex, shape.groups, shape.blocks, shape.block_size),
-            "lagging": partial(MirroredIndex, shape.block_size, self._scenario.lag_s),
-            "longest-prefix": LongestPrefix,
-            "precise": partial(MirroredIndex, shape.block_size, 0.0),
+        routers: dict[str, Router] = {
+            "round-robin": RoundRobin(),
+            "least-load": least_load,
+            "approximate": ApproximateIndex(shape.groups, shape.blocks, shape.block_size),
+            "lagging": MirroredIndex(shape.block_size, self._scenario.lag_s),
+            "longest-prefix": longest_prefix,
+            "precise": MirroredIndex(shape.block_size, 0.0),
         }
-        return routers[self._policy]()
+        return routers[self._policy]
 
     # ---- events
 
@@ -188,7 +188,7 @@ class Replay:
     def _submit(self, request: TraceRequest) -> None:
         tokens = request.tokens()
         hashes = hash_blocks(tokens, self._block_size)
-        at = 0 if self._router is None else self._router.choose(self._engines, hashes, len(tokens), self._now_s)
+        at = 0 if self._router is None else self._router(self._engines, hashes, len(tokens), self._now_s)
         self._place[request.number] = at
         sent = Request(
             request.number, tokens.tobytes(), np.array(hashes, np.uint64).tobytes(),
