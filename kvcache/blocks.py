@@ -42,14 +42,8 @@ class BlockPool:
     would cost ten times the memory and be walked by the garbage collector.
     """
 
-    __slots__ = (
-        "_forget", "after", "before", "cached", "evictions", "free_stack", "nodes", "refs", "shared", "total"
-    )  # fmt: skip
-
     def __init__(self, total: int, forget: Callable[[NodeId], None]) -> None:
         """forget: called with the node of a published block at the moment it is evicted."""
-        if total < 1:
-            raise ValueError(f"a pool needs at least one block, not {total}")
         self.total = total
         self.cached = 0
         self.shared = 0

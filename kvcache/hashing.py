@@ -12,18 +12,14 @@ import xxhash
 TOKEN_DTYPE = np.dtype(np.int32)
 """The one type of token ids wherever the KV cache reads them."""
 
-_digest = xxhash.xxh3_64_intdigest
+hash_run = xxhash.xxh3_64_intdigest
+"""(bytes of some tokens, seed): their hash, chained to the seed, which is the hash of what precedes them."""
 
 
 @lru_cache(maxsize=1024)
 def salt_seed(salt: str) -> int:
     """The seed of a prompt's first block. Prompts of different salts get unrelated hashes from the first block on."""
-    return _digest(salt.encode("utf-8", "surrogatepass"))
-
-
-def hash_run(run: bytes | memoryview, seed: int) -> int:
-    """The hash of the bytes of some tokens, chained to `seed`, the hash of what precedes them."""
-    return _digest(run, seed)
+    return hash_run(salt.encode("utf-8", "surrogatepass"))
 
 
 def block_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
@@ -36,9 +32,7 @@ def block_bytes(tokens: npt.NDArray[np.int32]) -> memoryview:
     return tokens.data.cast("B") if tokens.size else memoryview(b"")
 
 
-def hash_blocks(
-    tokens: npt.NDArray[np.int32], block_size: int, salt: str = "", *, parent: int | None = None
-) -> list[int]:
+def hash_blocks(tokens: npt.NDArray[np.int32], block_size: int, salt: str = "", *, parent: int | None = None) -> list[int]:
     """Hashes every full block of `tokens` [tokens]: hash[i] = xxh3_64(block i, seed=hash[i - 1]).
 
     A hash so names the whole prefix that ends with its block. The first block's seed is that of `salt`, or `parent`, the
@@ -49,5 +43,4 @@ def hash_blocks(
     view = block_bytes(tokens)
     seed = salt_seed(salt) if parent is None else parent
     width = block_size * TOKEN_DTYPE.itemsize
-    digest = _digest
-    return [seed := digest(view[at : at + width], seed) for at in range(0, len(view) - width + 1, width)]
+    return [seed := hash_run(view[at : at + width], seed) for at in range(0, len(view) - width + 1, width)]

@@ -48,26 +48,6 @@ class PrefixIndex:
     that it pins, which are never evicted; a block's node is cleared as it is evicted; a `Match` carries `generation`.
     """
 
-    __slots__ = (
-        "_block_bytes",
-        "_head_bytes",
-        "blocks",
-        "by_hash",
-        "children",
-        "contents",
-        "evicted",
-        "free_ids",
-        "generation",
-        "hashes",
-        "heads",
-        "holders",
-        "namesakes",
-        "parents",
-        "roots",
-        "salts",
-        "stride",
-    )
-
     def __init__(self, block_size: int, stride: int = 0) -> None:
         """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match."""
         self._block_bytes = block_size * TOKEN_DTYPE.itemsize
@@ -90,7 +70,10 @@ class PrefixIndex:
         self.free_ids: list[NodeId] = []
 
     def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
-        """Walks down from the root of `salt`, at most `limit` blocks of `tokens` with the chained hashes `hashes`."""
+        """The longest chain of full blocks of `tokens` [tokens] held anywhere, from the root of `salt`, `limit` at most.
+
+        hashes: `hash_blocks(tokens, block_size, salt)`. They only find candidates: parents and tokens are compared.
+        """
         parent = self.roots.get(salt)
         if parent is None:
             return Match([], {}, self.generation)
@@ -112,8 +95,8 @@ class PrefixIndex:
         return Match(nodes, self._depths(nodes), self.generation)
 
     def chain(self, nodes: list[NodeId]) -> Match:
-        """The match of a sequence's own nodes, from the first block on."""
-        return Match(nodes, self._depths(nodes), self.generation)
+        """What each pool has of the blocks that a sequence has published: its nodes, from the first block on."""
+        return Match(nodes.copy(), self._depths(nodes), self.generation)
 
     def _depths(self, nodes: list[NodeId]) -> dict[GroupId, int]:
         """By group, how many of a chain's nodes it holds, from the first on. Groups only drop out on the way down."""
@@ -152,9 +135,7 @@ class PrefixIndex:
                 self._compare(nodes, parent, rest.tobytes(), there, found)
         return found
 
-    def _compare(
-        self, nodes: Iterable[NodeId], parent: NodeId, rest: bytes, groups: int, found: dict[GroupId, Part]
-    ) -> None:
+    def _compare(self, nodes: Iterable[NodeId], parent: NodeId, rest: bytes, groups: int, found: dict[GroupId, Part]) -> None:
         """Enters what these nodes, if they follow `parent`, have in common with `rest`, for their holders among `groups`."""
         for node in nodes:
             there = self.holders[node] & groups if self.parents[node] == parent else 0

@@ -6,7 +6,6 @@ Imports nothing but the standard library; never imports torch.
 import math
 from dataclasses import dataclass
 
-MIN_BLOCK_SIZE = 16
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
@@ -25,7 +24,7 @@ class BlockLayout:
     A whole block is copied, offloaded or sent in one operation. The first n tokens of a block are 2 x layers runs, since
     slots lie inside k|v. The attention kernels of one layer see [block, slot, kv_head, head_dim] with a long block stride.
 
-    kv_heads: of this rank. dtype: a key of DTYPE_BYTES. Raises ValueError for sizes that no backend could serve.
+    kv_heads: of this rank. dtype: a key of DTYPE_BYTES. Raises ValueError for another.
     """
 
     block_size: int
@@ -35,17 +34,8 @@ class BlockLayout:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.block_size < MIN_BLOCK_SIZE or self.block_size.bit_count() != 1:
-            raise ValueError(
-                f"block_size {self.block_size} is not possible: choose a power of two from {MIN_BLOCK_SIZE} up "
-                "(16, 32, 64, 128, 256, 512, ...; 256 is the default)"
-            )
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"KV dtype {self.dtype!r} is not supported: choose one of {', '.join(DTYPE_BYTES)}")
-        if min(self.layers, self.kv_heads, self.head_dim) < 1:
-            raise ValueError(
-                f"layers {self.layers}, kv_heads {self.kv_heads} and head_dim {self.head_dim} must all be at least 1"
-            )
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -29,15 +29,10 @@ class KVPool:
 
     pinned: host memory that a GPU copies from and to by itself; locked at once, as long as the pool lives.
 
-    Raises ValueError for fewer than one block, torch's out-of-memory error where the device cannot hold them.
+    Raises torch's out-of-memory error where the device cannot hold them.
     """
 
     def __init__(self, layout: BlockLayout, blocks: int, device: torch.device | str, *, pinned: bool = False) -> None:
-        if blocks < 1:
-            raise ValueError(
-                f"a KV pool of {blocks} blocks can serve nothing; one block takes {layout.block_bytes:,} bytes on this rank: "
-                "raise kv_memory or lower block_size"
-            )
         self.layout = layout
         self.blocks = blocks
         self.dtype = TORCH_DTYPES[layout.dtype]
@@ -58,7 +53,7 @@ class KVPool:
 
     @property
     def raw(self) -> Tensor:
-        """[block, block_bytes] uint8, all blocks as `export_block` gives them, a view."""
+        """[block, block_bytes] uint8, all blocks as they lie in memory, a view."""
         return self.data.view(self.blocks, -1).view(torch.uint8)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -67,22 +62,7 @@ class KVPool:
         On the current stream, without a wait. Of part of a block that is 2 x layers runs, one kernel on a GPU all the same,
         since they lie at one distance; of a whole block it is one copy.
         """
-        if not 0 <= tokens <= self.layout.block_size:
-            raise ValueError(f"cannot copy {tokens} tokens of a block of {self.layout.block_size}")
         self.data[target, :, :, :tokens].copy_(self.data[source, :, :, :tokens])
-
-    def export_block(self, block: int) -> Tensor:
-        """[block_bytes] uint8, the block's own memory: valid until the block is written again, so copy it or hold the block."""
-        return self.data[block].view(-1).view(torch.uint8)
-
-    def import_block(self, block: int, content: Tensor) -> None:
-        """Overwrite a block with what `export_block` gave, of this pool or of one with an equal layout, on any device."""
-        if content.dtype != torch.uint8 or content.numel() != self.layout.block_bytes:
-            raise ValueError(
-                f"a block of this pool is {self.layout.block_bytes:,} bytes of uint8, not {content.numel():,} of "
-                f"{content.dtype}: both pools must have the same block_size, layers, KV heads per rank, head_dim and dtype"
-            )
-        self.export_block(block).copy_(content.view(-1))
 
 
 def _pin(data: Tensor) -> Callable[[], None]:

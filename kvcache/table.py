@@ -3,12 +3,12 @@
 Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
 from kvcache.hashing import TOKEN_DTYPE
@@ -42,18 +42,9 @@ class SequenceBlocks:
     copied: bool = False
 
 
-@dataclass(slots=True, frozen=True)
-class GroupUsage:
-    """One group's blocks by state; free + held + cached == total."""
-
-    total: int
-    free: int
-    held: int
-    cached: int
-
-
 class BlockTable:
-    """Who holds which block of which group, and which prefix each block contains.
+    """Who holds which block of which group (`pools`), and which prefix each block contains (`index`): both are read as they
+    are, and changed here alone.
 
     Every mutating call is a transaction: where it returns None or raises, nothing has changed. `None` means that there
     is no room now. No call depends on the number of blocks or groups, but for `add_group` and `remove_group`.
@@ -68,23 +59,16 @@ class BlockTable:
     never grow on the way down a chain; a pinned block's ancestors are pinned, so `available` is true headroom.
     """
 
-    __slots__ = ("_block_bytes", "_part_bytes", "block_size", "index", "pools")
-
     def __init__(self, block_size: int, stride: int = 0) -> None:
-        """stride: tokens in common from which a part of a block is reused; 0: only whole blocks are."""
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1 token, not {block_size}")
-        if not 0 <= stride < block_size:
-            raise ValueError(f"a stride of {stride} tokens is not inside a block of {block_size}")
+        """stride: tokens in common from which a part of a block is reused, fewer than a block; 0: only whole blocks are."""
         self.block_size = block_size
         self._block_bytes, self._part_bytes = block_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
         self.index = PrefixIndex(block_size, stride)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
-        """An empty pool of `blocks` blocks. Raises ValueError if there is such a group."""
-        if group < 0 or group in self.pools:
-            raise ValueError(f"group {group} cannot be added: " + ("it exists" if group >= 0 else "ids count from 0"))
+        """An empty pool of `blocks` blocks."""
+        assert group not in self.pools, f"group {group} exists"
         self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
         self.index.add_group(group)
 
@@ -95,33 +79,6 @@ class BlockTable:
         """
         del self.pools[group]
         self.index.remove_group(group)
-
-    def match(self, tokens: npt.NDArray[np.int32], hashes: Sequence[int], salt: str, limit: int) -> Match:
-        """The longest chain of full blocks of `tokens` [tokens] held anywhere, at most `limit` blocks of it.
-
-        hashes: `hash_blocks(tokens, block_size, salt)`. They only find candidates: parents and tokens are compared.
-        """
-        return self.index.match(tokens, hashes, salt, limit)
-
-    def chain(self, seq: SequenceBlocks) -> Match:
-        """What each pool has of the blocks that the sequence has published."""
-        return self.index.chain(list(seq.nodes))
-
-    def parts(self, match: Match, tokens: npt.NDArray[np.int32], salt: str, limit: int) -> dict[GroupId, Part]:
-        """By group, the block that goes on where its part of `match` ends, and how far; `limit`: tokens in all, at most."""
-        return self.index.parts(match, tokens, salt, limit)
-
-    def available(self, group: GroupId) -> int:
-        """Blocks that could be allocated now: the free and the cached."""
-        return self.pools[group].available
-
-    def usage(self, group: GroupId) -> GroupUsage:
-        pool = self.pools[group]
-        return GroupUsage(total=pool.total, free=pool.free, held=pool.held, cached=pool.cached)
-
-    def shared(self, group: GroupId) -> int:
-        """Blocks of the group that more than one sequence holds."""
-        return self.pools[group].shared
 
     def evicted(self, hashes: Sequence[int]) -> int:
         """How many of these blocks, from the first on, some group held once and none does now. Only as far as remembered."""
@@ -147,15 +104,8 @@ class BlockTable:
         in O(log depth).
         """
         self._require(match, group, depth)
-        held, refs, nodes = self.index.blocks[group], self.pools[group].refs, match.nodes
-        first, end = 0, depth
-        while first < end:
-            middle = (first + end) // 2
-            if refs[held[nodes[middle]]]:
-                first = middle + 1
-            else:
-                end = middle
-        return depth - first
+        held, refs = self.index.blocks[group], self.pools[group].refs
+        return depth - bisect_left(match.nodes, True, 0, depth, key=lambda node: not refs[held[node]])
 
     def reserve(
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None,
@@ -267,14 +217,9 @@ class BlockTable:
         else None. The worker must see the change of its block table before the copy is granted to anyone else; one
         ordered command log gives that. The contents are equal up to rounding, as with any hit.
 
-        Raises ValueError if all blocks are published or `content` is not one block.
         """
         at = len(seq.nodes)
-        if at >= len(seq.blocks) or len(content) != self._block_bytes:
-            raise ValueError(
-                f"cannot publish block {at} with {len(content)} bytes: the sequence has {len(seq.blocks)} blocks "
-                f"and a block has {self.block_size} tokens, {self._block_bytes} bytes"
-            )
+        assert len(content) == self._block_bytes, f"a block has {self._block_bytes} bytes, not {len(content)}"
         index, group, block = self.index, seq.group, seq.blocks[at]
         seq.inherited = 0
         pool = self.pools[group]
@@ -311,8 +256,7 @@ class BlockTable:
         begins with the same tokens nothing happens: that one serves as well.
         """
         index, at = self.index, len(seq.nodes)
-        if not self._part_bytes <= len(content) < self._block_bytes or at >= len(seq.blocks):
-            raise ValueError(f"{len(content)} bytes of block {at} cannot be published as a part of {self._block_bytes}")
+        assert self._part_bytes <= len(content) < self._block_bytes, f"{len(content)} bytes are no part of a block"
         if seq.tail:
             index.grow_tail(seq.tail, content)
             return

@@ -123,28 +123,3 @@ class Counters(msgspec.Struct, kw_only=True):
     expired: int = 0
     skipped: int = 0
     aged: int = 0
-
-
-def count_start(
-    counters: Counters, *, block_size: int, prompt_tokens: int, hit_blocks: int, known_blocks: int, evicted_blocks: int,
-    candidate_blocks: int, part_tokens: int,
-) -> None:  # fmt: skip
-    """A sequence's first start: where each token of its prompt comes from, or why it has to be computed.
-
-    candidate_blocks: full blocks that a hit could have covered. Of them, from the first on, known_blocks are held somewhere,
-    hit_blocks of those by its group, and evicted_blocks after them were once. part_tokens: found of the block after the hit.
-    """
-    routed, evicted = known_blocks - hit_blocks, evicted_blocks
-    cold = candidate_blocks - known_blocks - evicted_blocks
-    inside_block = prompt_tokens - candidate_blocks * block_size
-    counters.started_tokens += prompt_tokens
-    counters.cached_tokens += hit_blocks * block_size + part_tokens
-    counters.part_tokens += part_tokens
-    counters.miss_routed += routed * block_size - (part_tokens if routed else 0)
-    counters.miss_evicted += evicted * block_size - (part_tokens if evicted and not routed else 0)
-    counters.miss_cold += cold * block_size - (part_tokens if cold and not (routed or evicted) else 0)
-    counters.miss_inside_block += inside_block - (0 if routed or evicted or cold else part_tokens)
-    if hit_blocks and hit_blocks == known_blocks:
-        counters.routed_by_prefix += 1
-    else:
-        counters.routed_by_load += 1

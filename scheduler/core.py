@@ -8,23 +8,15 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
-import numpy as np
-
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
-from scheduler.placement.migration import Migration
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import NO_TOKEN, Commands, FinishReason, Moved, Report, Request
+from scheduler.protocol.messages import Commands, FinishReason, Moved, Report, Request
 from scheduler.queue.intake import take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
 from scheduler.state import ClusterState
-
-GAVE_UP = (
-    "no token could follow: either its grammar allows none, or the model's logits were not finite (NaN or infinite); "
-    "the worker's log says which"
-)
 
 
 class SchedulerCore:
@@ -38,7 +30,6 @@ class SchedulerCore:
         self.config, self.resolved = config, resolved or Resolved()
         self._state = state = ClusterState(config, self.resolved, bounds)
         self._admission = Admission(state)
-        self._migration = Migration(state, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
@@ -80,7 +71,13 @@ class SchedulerCore:
         self._state.pools_changed()
 
     def group_up(
-        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, *, host_blocks: int = 0,
+        self,
+        group: GroupId,
+        epoch: int,
+        blocks: int,
+        max_num_seqs: int,
+        *,
+        host_blocks: int = 0,
         ports: tuple[str, ...] = (),
     ) -> None:
         """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
@@ -145,6 +142,7 @@ class SchedulerCore:
         if group not in self.groups or not rest or max(rest) < needed:
             return False
         self.groups[group].draining = True
+        self.groups[group].touch()
         return True
 
     def vacate(self, group: GroupId) -> None:
@@ -152,7 +150,7 @@ class SchedulerCore:
         their committed tokens on. Call it again until nobody runs there any more."""
         leaving = self.groups[group]
         for sequence in sorted(leaving.running, reverse=True):
-            if not self._migration.begin(leaving, sequence):
+            if not self._admission.move(leaving, sequence):
                 leases.preempt(self._state, leaving, sequence)
         self._admission.admit()
 
@@ -162,7 +160,7 @@ class SchedulerCore:
         group = self._state.group_of(sequence) if sequence is not None else None
         if sequence is None or group is None or sequence.lease is None:
             return False
-        began = self._migration.begin(group, sequence)
+        began = self._admission.move(group, sequence)
         self._admission.admit()
         return began
 
@@ -174,12 +172,7 @@ class SchedulerCore:
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
-        for sequence in take_in(self._state, front_end, request):
-            if request.params.n > 1 or not self._admission.start_at_once(sequence):
-                self.waiting.enter(sequence, self.now_s)
-            if request.deadline_s is not None:
-                self._state.deadlines.add(sequence)
-        self._admission.admit()
+        self._admission.welcome(take_in(self._state, front_end, request))
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
@@ -211,30 +204,18 @@ class SchedulerCore:
         if not 1 <= report.steps <= self.config.block_size:  # the ring holds a block and one report
             at_most = self.config.block_size
             raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
-        group.reports += 1
-        group.applied = report.applied
-        group.steps += report.steps
-        group.step_s += report.elapsed_s
-        due = self._commit(group, report)
+        due, sampled, computed, audience, told, advanced = group.commit(report)
+        self.counters.output_tokens += sampled
+        if report.computed:
+            self.transfers.measured("compute", computed, report.elapsed_s)
+        self.computed.count(computed, self._state.now_s)
+        self.outbox.tokens(audience, told, advanced)
         for lease, payload in report.logprobs:
             if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
         if not (due or report.finished):
             return  # nothing that could let anyone publish, grow or start
-        state = self._state
-        needy = [
-            sequence
-            for row in due
-            if (sequence := group.sequences[row]) is not None and leases.advance(state, group, sequence)
-        ]
-        for lease, reason in report.finished:
-            if (sequence := group.holder(lease)) is not None:
-                output = state.output_of(sequence)
-                leases.leave(state, group, sequence)
-                failed = reason == FinishReason.FAILED
-                self.counters.given_up += failed
-                leases.finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
-        leases.extend(state, group, needy)
+        leases.advance(self._state, group, due, report.finished)
         self._admission.admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:
@@ -242,40 +223,7 @@ class SchedulerCore:
         group = self.groups.get(group_id)
         if group is None or moved.epoch != group.epoch:
             return
-        group.touch()
-        transfer = self.transfers.answered(group, moved)
-        if transfer is not None:
-            if self.transfers.settle(transfer, ok=moved.ok):
-                self._admission.arrived(group, transfer, ok=moved.ok)
-            elif transfer.moves is not None and moved.ok:
-                self._migration.follow(transfer.author, transfer.moves, transfer.target)
-        self.waiting.made_room()  # blocks may have become free,
-        leases.extend(self._state, group, [])  # and rows that starve may wait for nothing else
-        self._admission.admit()
-
-    def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
-        """The report's tokens become true, and are on their way to the front ends. Returns the rows that are due."""
-        roster = group.roster(report.leases)
-        columns, advanced = roster.columns, group.advanced
-        tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
-        if columns is not None:
-            tokens = tokens.take(columns, axis=1)
-        if not report.computed:
-            due = group.commit_decodes(roster, tokens)
-            self.counters.output_tokens += tokens.size
-            size = tokens.size
-        else:
-            computed = np.frombuffer(report.computed, np.int32)
-            computed = computed if columns is None else computed.take(columns)
-            due = group.commit_mixed(roster, tokens, computed)
-            self.counters.output_tokens += int(np.count_nonzero(tokens != NO_TOKEN))
-            size = int(computed.sum())
-            self._state.rates.computed(size, report.elapsed_s)
-        group.step_tokens += size
-        self.computed.count(size, self._state.now_s)
-        told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
-        self.outbox.tokens(roster.audience, told, advanced)
-        return due
+        self._admission.moved(group, moved)
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 

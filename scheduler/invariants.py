@@ -95,7 +95,6 @@ def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
 
 
 def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
-    block_size = core.config.block_size
     seated = {row for row, sequence in enumerate(group.sequences) if sequence is not None}
     assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
     assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
@@ -105,9 +104,7 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     assert group.backlog == backlog, f"group {group.group}: backlog {group.backlog}, rows say {backlog}"
     assert not np.any(group.lease[group.free_rows] != -1), f"group {group.group}: a free row has a lease"
     for sequence in group.running:
-        _check_row(group, sequence, block_size)
-        _check_grant(core, group, sequence)
-        _check_tail(core, group, sequence)
+        _check_running(core, group, sequence)
     if group.running and group.starved and not (group.sending or group.receiving):  # a transfer ends, and its pins with it
         assert min(group.running) not in group.starved, f"group {group.group}: its oldest sequence starves"
 
@@ -138,44 +135,29 @@ def _check_transfers(core: SchedulerCore, group: ResidentGroup) -> None:
     assert (group.sending, group.receiving) == (sending, receiving), f"{name}: counts {group.sending}, {group.receiving}"
 
 
-def _check_grant(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
-    """A lease that runs low has been extended or is known to starve, and its row will be looked at in time."""
+def _check_running(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
+    """Its row and its blocks are its own, what it has published of them is true, and it will be looked after in time."""
     name = f"group {group.group}, sequence {sequence.number}"
     block_size, row, blocks = core.config.block_size, sequence.row, sequence.blocks
     assert blocks is not None, f"{name}: runs without blocks"
-    length, held = int(group.length[row]), len(blocks.blocks)
-    low = held < sequence.blocks_at_most and held * block_size - length < core.resolved.grant_ahead
-    assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
-    assert low or group.due[row] > group.computed(row), f"{name}: due at {group.due[row]} already, with {length} tokens"
-    filled = (group.computed(row) // block_size + 1) * block_size + 1
-    assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
-    full = group.computed(row) // block_size if core.config.enable_prefix_caching else 0
-    assert len(blocks.nodes) == full, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
-
-
-def _check_tail(core: SchedulerCore, group: ResidentGroup, sequence: Sequence) -> None:
-    """What is published of the block that a sequence fills is its own tokens, computed and committed."""
-    name, blocks = f"group {group.group}, sequence {sequence.number}", sequence.blocks
-    assert blocks is not None, f"{name}: runs without blocks"
-    if blocks.tail:
-        shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
-        start = len(blocks.nodes) * core.config.block_size
-        end = start + len(shown)
-        assert end <= min(group.computed(sequence.row), sequence.committed), f"{name}: its tail shows what is not computed"
-        assert np.array_equal(sequence.buffer[start:end], shown), f"{name}: its tail shows other tokens than its own"
-
-
-def _check_row(group: ResidentGroup, sequence: Sequence, block_size: int) -> None:
-    name = f"group {group.group}, sequence {sequence.number}"
-    row, blocks = sequence.row, sequence.blocks
-    assert blocks is not None, f"{name}: runs without blocks"
     assert blocks.group == group.group, f"{name}: holds blocks of another group"
     assert group.lease[row] == sequence.lease, f"{name}: its row has another lease"
-    length, pending = int(group.length[row]), int(group.pending[row])
-    assert pending >= 1, f"{name}: the last token cannot have KV yet"
+    length, computed, held = int(group.length[row]), group.computed(row), len(blocks.blocks)
+    full, filled = computed // block_size, (computed // block_size + 1) * block_size + 1
+    assert computed < length, f"{name}: the last token cannot have KV yet"
     assert length - sequence.committed < group.ring_size, f"{name}: the ring has overrun tokens not written back"
-    capacity = len(blocks.blocks) * block_size
-    assert length - pending <= capacity, f"{name}: computed {length - pending} tokens in {capacity} slots"
-    assert len(blocks.blocks) <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
-    assert len(blocks.nodes) <= (length - pending) // block_size, f"{name}: published what is not computed"
-    assert blocks_for(sequence.committed, block_size) <= len(blocks.blocks) + 1, f"{name}: tokens without blocks"
+    assert computed <= held * block_size, f"{name}: computed {computed} tokens in {held} blocks"
+    assert held <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
+    assert blocks_for(sequence.committed, block_size) <= held + 1, f"{name}: tokens without blocks"
+    low = held < sequence.blocks_at_most and held * block_size - length < core.resolved.grant_ahead
+    assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
+    assert low or group.due[row] > computed, f"{name}: due at {group.due[row]} already, with {length} tokens"
+    assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"
+    published = full if core.config.enable_prefix_caching else 0
+    assert len(blocks.nodes) == published, f"{name}: {full} blocks are full, {len(blocks.nodes)} are published"
+    if blocks.tail:
+        shown = np.frombuffer(core.table.index.contents[blocks.tail], np.int32)
+        start = len(blocks.nodes) * block_size
+        end = start + len(shown)
+        assert end <= min(computed, sequence.committed), f"{name}: its tail shows what is not computed"
+        assert np.array_equal(sequence.buffer[start:end], shown), f"{name}: its tail shows other tokens than its own"

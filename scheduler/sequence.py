@@ -68,6 +68,7 @@ class Sequence:
     number: counts arrivals. place: in the order of service, by priority (lower first), then by arrival; a restart keeps it.
     arrived_s, started_s: by the shell's clock; the first start counts.
     blocks_at_most: blocks that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
+    buffer: prompt and output; the first `committed` are written back, the newest ones of who runs are in the group's ring.
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
     blocks: None unless RUNNING or FETCHING.
@@ -122,17 +123,12 @@ class Sequence:
     def priority(self) -> int:
         return self.place >> PRIORITY_SHIFT
 
-    @property
-    def tokens(self) -> Tokens:
-        """[committed] prompt and the output written back so far; while RUNNING the newest ones are in the group's ring."""
-        return self.buffer[: self.committed]
-
     def append(self, tokens: Tokens) -> None:
         """Writes committed tokens back. Amortised O(1) a token."""
         end = self.committed + len(tokens)
         if end > len(self.buffer):
             grown = np.empty(2 * end, np.int32)
-            grown[: self.committed] = self.tokens
+            grown[: self.committed] = self.buffer[: self.committed]
             self.buffer = grown
         self.buffer[self.committed : end] = tokens
         self.committed = end
@@ -146,27 +142,12 @@ class Sequence:
             self.tenant.served += OUTPUT_WEIGHT * (length - self.charged)
             self.charged = length
 
-    def blocks_for(self, length: int, block_size: int) -> int:
-        """Blocks that hold `length` tokens, no more than it can ever need."""
-        return min(-(-length // block_size), self.blocks_at_most)
-
-    def content_of(self, index: int, block_size: int) -> bytes:
-        """The tokens of a full block that has been written back, int32."""
-        return self.buffer[index * block_size : (index + 1) * block_size].tobytes()
-
-    def hash_before(self, block: int) -> int:
-        """What the hashes of this block are chained to. Those of the blocks before it are known."""
-        return self.hashes[block - 1] if block else salt_seed(self.salt)
-
-    def hash_block(self, block: bytes) -> int:
+    def hash_block(self, block: bytes) -> None:
         """Hashes the block after those that have been hashed: its tokens, int32."""
-        hash_ = hash_run(block, self.hash_before(len(self.hashes)))
-        self.hashes.append(hash_)
-        return hash_
+        self.hashes.append(hash_run(block, self.hashes[-1] if self.hashes else salt_seed(self.salt)))
 
     def hash_up_to(self, blocks: int, block_size: int) -> None:
-        """Hashes the first `blocks` full blocks, each once in the sequence's life."""
+        """Hashes full blocks up to `blocks`, more than are hashed: each once in the sequence's life."""
         known = len(self.hashes)
-        if known < blocks:
-            new = self.buffer[known * block_size : blocks * block_size]
-            self.hashes += hash_blocks(new, block_size, self.salt, parent=self.hashes[-1] if known else None)
+        new = self.buffer[known * block_size : blocks * block_size]
+        self.hashes += hash_blocks(new, block_size, self.salt, parent=self.hashes[-1] if known else None)

@@ -2,8 +2,7 @@
 
     queue.intake         a request becomes sequences, or is refused
     core                 the calls that come from outside: groups, front ends, reports
-    placement.admission  a waiting one starts: match, wait for a prefix or not, route, reserve
-    placement.migration  one that runs is placed anew, with its blocks
+    placement.admission  a waiting one starts: match, wait for a prefix or not, route, reserve; one that runs is placed anew
     running.leases       a running one fills blocks, publishes them, gets more, or gives them up
 
 Imports the data that it holds; decides nothing.
@@ -19,7 +18,6 @@ from scheduler.queue.deadlines import Deadlines
 from scheduler.queue.pace import Pace
 from scheduler.queue.waiting import WaitingRoom
 from scheduler.running.prefixes import Prefixes
-from scheduler.running.rates import Rates
 from scheduler.running.resident import ResidentGroup, Watch
 from scheduler.running.transfers import Transfers
 from scheduler.sequence import Sequence
@@ -47,8 +45,7 @@ class ClusterState:
         self.counters = Counters()
         self.waiting = WaitingRoom(config, self.counters)
         self.prefixes = Prefixes(config, self.table, self.groups)
-        self.rates = Rates()
-        self.transfers = Transfers(self.table, self.groups, self.rates, self.counters)
+        self.transfers = Transfers(self.table, self.groups, self.counters)
         self.outbox = Outbox()
         self.watch = Watch()
         self.computed = Pace()

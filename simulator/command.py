@@ -3,11 +3,14 @@
 Imports neither torch nor ray. Exit codes as elsewhere: 0 done, 2 bad input.
 """
 
+# ruff: noqa: B008 - an option is declared where it is named, as the parameter's default
+
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import msgspec
 import typer
@@ -18,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from deploy.cli.exits import reported_errors
-from deploy.cli.options import DebugOption, flag
+from deploy.cli.options import DebugOption
 from deploy.config.load import ConfigError
 from scheduler.placement.why import Decision
 from simulator.engines import ClusterShape
@@ -35,89 +38,13 @@ WIDTH = 120
 SHAPE, TIMES, LINKS, TARGET = ClusterShape(), TimeModel(), LinkModel(), Target()
 
 
+def _flag(name: str, default: Any, help: str, shown: str = "") -> Any:
+    """shown: the default in words, where the value says too little."""
+    return typer.Option(default, name, help=f"{help} Default: {shown or default}.", show_default=False)
 
-TraceArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
-        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
-        show_default=False,
-    ),
-]
-PolicyOption = Annotated[
-    list[str], flag("--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other.")
-]
-GroupsOption = Annotated[int, flag("--groups", f"Groups of workers. Default: {SHAPE.groups}.")]
-BlocksOption = Annotated[int, flag("--blocks", f"Blocks in the pool of each group. Default: {SHAPE.blocks}.")]
-BlockSizeOption = Annotated[int, flag("--block-size", f"Tokens in a block, a power of two. Default: {SHAPE.block_size}.")]
-SequencesOption = Annotated[
-    int, flag("--max-num-seqs", f"Sequences that one group runs at once. Default: {SHAPE.max_num_seqs}.")
-]
-TokensOption = Annotated[
-    int,
-    flag(
-        "--max-num-batched-tokens",
-        f"Tokens that one step of a group computes. Default: {SHAPE.max_num_batched_tokens}.",
-    ),
-]
-StrideOption = Annotated[
-    int,
-    flag(
-        "--hash-stride", f"Tokens in common from which part of a block is reused; 0: none is. Default: {SHAPE.hash_stride}."
-    ),
-]
-WaitOption = Annotated[
-    bool,
-    flag(
-        "--wait-for-prefix/--no-wait-for-prefix",
-        "Manta lets a sequence wait for a prefix that another is computing. Default: it does.",
-    ),
-]
-HostOption = Annotated[
-    int, flag("--host-blocks", f"Blocks in the host memory of each group, for manta-host. Default: {SHAPE.host_blocks}.")
-]
-FetchOption = Annotated[
-    float,
-    flag("--fetch-rate", f"Tokens a second that a group sends, or receives. Default: {LINKS.fetch_tokens_per_s:.0f}."),
-]
-HostRateOption = Annotated[
-    float,
-    flag("--host-rate", f"Tokens a second to host memory, or from it. Default: {LINKS.host_tokens_per_s:.0f}."),
-]
-SpeedOption = Annotated[float, flag("--speed-up", "Load, as a multiple of the trace's own. Default: 1.0.")]
-LimitOption = Annotated[int | None, flag("--limit", "Only so many requests, the first in the file. Default: all.")]
-SeedOption = Annotated[int, flag("--seed", "Makes a replay repeatable: equal seeds, equal results. Default: 0.")]
-FailOption = Annotated[
-    list[str],
-    flag("--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."),
-]
-DrainOption = Annotated[
-    list[str],
-    flag("--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."),
-]
-LagOption = Annotated[float, flag("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
-CalibrateOption = Annotated[
-    str | None,
-    flag("--calibrate", "FILE[:MODEL]: times from the output of benchmarks/engine.py --json. Default: the four below."),
-]
-RateOption = Annotated[
-    float | None, flag("--prefill-rate", f"Prompt tokens a second of one group. Default: {TIMES.prefill_tokens_per_s:.0f}.")
-]
-StepOption = Annotated[float | None, flag("--decode-step", f"Seconds of any step. Default: {TIMES.decode_step_s}.")]
-SequenceOption = Annotated[
-    float | None, flag("--sequence-time", f"Seconds more for each decoding sequence. Default: {TIMES.sequence_s}.")
-]
-ContextOption = Annotated[
-    float | None, flag("--context-time", f"Seconds more for each token of its context. Default: {TIMES.context_token_s}.")
-]
-TtftOption = Annotated[float, flag("--ttft", f"Seconds to the first token that goodput allows. Default: {TARGET.ttft_s}.")]
-TpotOption = Annotated[float, flag("--tpot", f"Seconds a token after it that goodput allows. Default: {TARGET.tpot_s}.")]
-WhyOption = Annotated[
-    Path | None,
-    flag("--why", "A file for one JSON line each time Manta sends a request to a group: why there. Default: none."),
-]
-JsonOption = Annotated[bool, flag("--json", "One JSON object, by policy, as the last line of stdout. Default: no.")]
-QuietOption = Annotated[bool, flag("--quiet", "No progress on stderr. Default: no.")]
+
+def _repeatable(name: str, help: str) -> Any:
+    return typer.Option([], name, help=help, show_default=False)
 
 
 class OldSpellings(TyperCommand):
@@ -141,36 +68,63 @@ class OldSpellings(TyperCommand):
 
 
 def command(
-    trace: TraceArgument,
-    policy: PolicyOption = [],  # noqa: B006
-    groups: GroupsOption = SHAPE.groups,
-    blocks: BlocksOption = SHAPE.blocks,
-    block_size: BlockSizeOption = SHAPE.block_size,
-    max_num_seqs: SequencesOption = SHAPE.max_num_seqs,
-    max_num_batched_tokens: TokensOption = SHAPE.max_num_batched_tokens,
-    hash_stride: StrideOption = SHAPE.hash_stride,
-    wait_for_prefix: WaitOption = SHAPE.wait_for_prefix,
-    host_blocks: HostOption = SHAPE.host_blocks,
-    fetch_rate: FetchOption = LINKS.fetch_tokens_per_s,
-    host_rate: HostRateOption = LINKS.host_tokens_per_s,
-    speed_up: SpeedOption = 1.0,
-    limit: LimitOption = None,
-    seed: SeedOption = 0,
-    fail: FailOption = [],  # noqa: B006
-    drain: DrainOption = [],  # noqa: B006
-    lag: LagOption = 1.0,
-    calibrate: CalibrateOption = None,
-    prefill_rate: RateOption = None,
-    decode_step: StepOption = None,
-    sequence_time: SequenceOption = None,
-    context_time: ContextOption = None,
-    ttft: TtftOption = TARGET.ttft_s,
-    tpot: TpotOption = TARGET.tpot_s,
-    why: WhyOption = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
+    trace: str = typer.Argument(
+        help="Mooncake JSONL, a request log of manta serve, CSV of Azure or BurstGPT, or "
+        "synthetic:requests=N,rate=PER_S,prompt=TOKENS,output=TOKENS,shared=PART,users=N.",
+        show_default=False,
+    ),
+    policy: list[str] = _repeatable(
+        "--policy", f"One of {', '.join(POLICIES)}; repeatable. Default: all, one after the other."
+    ),
+    groups: int = _flag("--groups", SHAPE.groups, "Groups of workers."),
+    blocks: int = _flag("--blocks", SHAPE.blocks, "Blocks in the pool of each group."),
+    block_size: int = _flag("--block-size", SHAPE.block_size, "Tokens in a block, a power of two."),
+    max_num_seqs: int = _flag("--max-num-seqs", SHAPE.max_num_seqs, "Sequences that one group runs at once."),
+    max_num_batched_tokens: int = _flag(
+        "--max-num-batched-tokens", SHAPE.max_num_batched_tokens, "Tokens that one step of a group computes."
+    ),
+    hash_stride: int = _flag(
+        "--hash-stride", SHAPE.hash_stride, "Tokens in common from which part of a block is reused; 0: none is."
+    ),
+    wait_for_prefix: bool = _flag(
+        "--wait-for-prefix/--no-wait-for-prefix", SHAPE.wait_for_prefix,
+        "Manta lets a sequence wait for a prefix that another is computing.", "it does",
+    ),
+    host_blocks: int = _flag("--host-blocks", SHAPE.host_blocks, "Blocks in the host memory of each group, for manta-host."),
+    fetch_rate: float = _flag(
+        "--fetch-rate", LINKS.fetch_tokens_per_s, "Tokens a second that a group sends, or receives.", "100000"
+    ),
+    host_rate: float = _flag("--host-rate", LINKS.host_tokens_per_s, "Tokens a second to host memory, or from it.", "250000"),
+    speed_up: float = _flag("--speed-up", 1.0, "Load, as a multiple of the trace's own."),
+    limit: int | None = _flag("--limit", None, "Only so many requests, the first in the file.", "all"),
+    seed: int = _flag("--seed", 0, "Makes a replay repeatable: equal seeds, equal results."),
+    fail: list[str] = _repeatable(
+        "--fail", "GROUP@SECONDS[:DOWN]: its workers die then, and are back DOWN seconds later (60); repeatable."
+    ),
+    drain: list[str] = _repeatable(
+        "--drain", "GROUP@SECONDS[:STAY]: takes nobody new then; who runs there STAY seconds later (0) moves; repeatable."
+    ),
+    lag: float = _flag("--lag", 1.0, "Seconds by which the view of the lagging router is old."),
+    calibrate: str | None = _flag(
+        "--calibrate", None, "FILE[:MODEL]: times from the output of benchmarks/engine.py --json.", "the four below"
+    ),
+    prefill_rate: float | None = _flag("--prefill-rate", None, "Prompt tokens a second of one group.", "6000"),
+    decode_step: float | None = _flag("--decode-step", None, "Seconds of any step.", str(TIMES.decode_step_s)),
+    sequence_time: float | None = _flag(
+        "--sequence-time", None, "Seconds more for each decoding sequence.", str(TIMES.sequence_s)
+    ),
+    context_time: float | None = _flag(
+        "--context-time", None, "Seconds more for each token of its context.", str(TIMES.context_token_s)
+    ),
+    ttft: float = _flag("--ttft", TARGET.ttft_s, "Seconds to the first token that goodput allows."),
+    tpot: float = _flag("--tpot", TARGET.tpot_s, "Seconds a token after it that goodput allows."),
+    why: Path | None = _flag(
+        "--why", None, "A file for one JSON line each time Manta sends a request to a group: why there.", "none"
+    ),
+    json: bool = _flag("--json", False, "One JSON object, by policy, as the last line of stdout.", "no"),
+    quiet: bool = _flag("--quiet", False, "No progress on stderr.", "no"),
     debug: DebugOption = False,
-) -> None:
+) -> None:  # fmt: skip
     """Replay a trace against the scheduler in virtual time, under several policies: what if?
 
     manta replay conversation_trace.jsonl --groups 8 --speed-up 1.5 --policy manta --policy round-robin
@@ -179,18 +133,16 @@ def command(
         for name in policy:
             if name not in POLICIES:
                 raise ConfigError(f"--policy {name} is not one of {', '.join(POLICIES)}")
-        times = _times(calibrate, prefill_rate, decode_step, sequence_time, context_time)
         shape = ClusterShape(
             groups=groups, blocks=blocks, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, host_blocks=host_blocks, hash_stride=hash_stride,
-            wait_for_prefix=wait_for_prefix, time=times, links=LinkModel(fetch_rate, host_rate),
+            wait_for_prefix=wait_for_prefix, links=LinkModel(fetch_rate, host_rate),
+            time=_times(calibrate, prefill_rate, decode_step, sequence_time, context_time),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)
         drains = tuple(Drain(*_event("--drain", text)) for text in drain)
         scenario = Scenario(shape, speed_up, seed, outages, drains, lag, Target(ttft, tpot))
-        requests = _requests(trace, seed, limit)
-        with why.open("wb") if why is not None else nullcontext() as file:
-            outcomes = [_replay(requests, name, scenario, quiet, file) for name in dict.fromkeys(policy or POLICIES)]
+        outcomes = _replays(_requests(trace, seed, limit), policy or POLICIES, scenario, quiet, why)
         console = Console()
         console.width = max(console.width, WIDTH)  # a narrow window wraps lines, which is better than figures cut off
         console.print(summary(outcomes))
@@ -238,23 +190,28 @@ class Explained(msgspec.Struct, frozen=True):
     decision: Decision
 
 
-def _replay(requests: list[TraceRequest], policy: str, scenario: Scenario, quiet: bool, why: BinaryIO | None) -> Outcome:
+def _replays(
+    requests: list[TraceRequest], policies: Iterable[str], scenario: Scenario, quiet: bool, why: Path | None
+) -> list[Outcome]:
+    """One policy after the other, each once."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    encode = msgspec.json.Encoder().encode
-
-    def tell(decision: Decision) -> None:
-        assert why is not None
-        why.write(encode(Explained(policy, decision)) + b"\n")
-
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
-        task = bars.add_task(policy, total=len(requests))
-        progress = partial(_show, bars, task)
-        return replay(requests, policy, scenario, progress, tell if why is not None else None)
+    outcomes = []
+    with why.open("wb") if why is not None else nullcontext() as file:
+        for policy in dict.fromkeys(policies):
+            tell = partial(_tell, file, policy) if file is not None else None
+            with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
+                progress = partial(_show, bars, bars.add_task(policy, total=len(requests)))
+                outcomes.append(replay(requests, policy, scenario, progress, tell))
+    return outcomes
 
 
 def _show(bars: Progress, task: TaskID, done: int) -> None:
     bars.update(task, completed=done)
+
+
+def _tell(file: BinaryIO, policy: str, decision: Decision) -> None:
+    file.write(msgspec.json.encode(Explained(policy, decision)) + b"\n")
 
 
 def summary(outcomes: list[Outcome]) -> Table:

@@ -1,23 +1,18 @@
 """What takes requests in a replay: a production core, and the simulated groups that it owns.
 
 Manta is one engine with all groups; a deployment of independent engines behind a router is one engine for each group, with
-its own queue and its own index. Imports the core and `groups`; told what time it is.
+its own queue and its own index. Imports the core and `groups`.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
-
-import numpy as np
-import numpy.typing as npt
 
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.options import check
-from scheduler.protocol.messages import Commands, Deltas, Report, Request
-from scheduler.protocol.sampling import SamplingParams
+from scheduler.protocol.messages import Commands, Deltas, Report
 from scheduler.server.shell import Shell
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch
@@ -27,7 +22,6 @@ from workers.config import BatchConfig
 from workers.loop.batch import ResidentBatch
 
 NEVER_S = float("inf")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +49,11 @@ class ClusterShape(BatchConfig, CoreConfig):
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """What a core may do beyond routing: wait for a prefix that is being computed, fetch one from another group, keep blocks in
-    host memory."""
-
-    wait_for_prefix: bool = False
-    fetch: bool = False
-    host: bool = False
-
-
 class SimulatedEngine:
-    """at: called with (when, what is to be called then) for every run of steps that begins or is cut short, and for transfers.
-    hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one step.
+    """shape: what its core may do is in it: wait for a prefix that is being computed, fetch one, keep blocks in host memory.
+    now: virtual time. at: called with (when, what is to be called then) for every run of steps that begins or is cut short, and
+    for transfers. hear: called with what the front end is told, and whether some of it may be first tokens: then it is of one
+    step.
 
     stopwatch: of the time inside the core, as in the scheduler actor: the call, the groups' logs and the outbox.
     """
@@ -76,39 +62,27 @@ class SimulatedEngine:
         self,
         groups: Iterable[int],
         shape: ClusterShape,
-        seed: int,
+        now: Callable[[], float],
         at: Callable[[float, Callable[[], None]], None],
         hear: Callable[[Deltas, bool], None],
         stopwatch: Stopwatch,
-        features: Features,
     ) -> None:
-        self.core = SchedulerCore(
-            replace(shape, wait_for_prefix=features.wait_for_prefix, prefix_fetch=features.fetch, seed=seed)
-        )
-        self._now_s = 0.0
+        self.core = SchedulerCore(shape)
         self._first_tokens = False  # whether some of what is being told may be first tokens
-        self._shell = Shell(
-            self.core,
-            self._tell_group,
-            lambda _, deltas: self._hear(deltas, self._first_tokens),
-            clock=lambda: self._now_s,
-            inside=stopwatch,
+        shell = Shell(
+            self.core, self._tell_group, lambda _, deltas: hear(deltas, self._first_tokens), clock=now, inside=stopwatch
         )
+        self.call = shell.call
         self.groups: dict[GroupId, SimulatedGroup] = {}
         self.computed = {GroupId(group): 0 for group in groups}  # prompt tokens, by former epochs of each group
         self._shape = shape
-        self._features = features
+        self._now = now
         self._at = at
         self._transfers = SimulatedTransfers(shape.links, shape.block_size)
         self._looks_s = NEVER_S
-        self._hear = hear
         self._epochs = dict.fromkeys(self.computed, 0)
         for group in self.computed:
-            self.bring_up(group, 0.0)
-
-    @property
-    def up(self) -> bool:
-        return bool(self.groups)
+            self.bring_up(group)
 
     def uncached(self) -> list[int]:
         """Prompt tokens that each group had to compute."""
@@ -116,45 +90,9 @@ class SimulatedEngine:
             former + (self.groups[group].prefilled if group in self.groups else 0) for group, former in self.computed.items()
         ]
 
-    # ---- events
+    # ---- groups
 
-    def submit(self, request: Request, now_s: float) -> None:
-        """Errors: RequestRefused."""
-        self._call(lambda core: core.submit(0, request), now_s)
-
-    def _run_ended(self, group: GroupId, now_s: float) -> None:
-        simulated = self.groups.get(group)
-        if simulated is None or simulated.run is None or simulated.run.end_s != now_s:
-            return  # it was cut short
-        self._report(group, simulated.end(), now_s)
-        if simulated.run is None:  # a command may have begun one already
-            self._begin(group, now_s)
-
-    def fail(self, group: GroupId, now_s: float) -> None:
-        """Its workers die, and are coming back."""
-        simulated = self.groups[group]
-        if (last := simulated.interrupt(now_s)) is not None:
-            self._report(group, last, now_s)
-        del self.groups[group]
-        self.computed[group] += simulated.prefilled
-        self._transfers.group_down(group, now_s)
-        self._expect_transfers()
-        self._call(lambda core: core.group_down(group, "its workers died in the replay", returning=True), now_s)
-
-    def drain(self, group: GroupId, now_s: float) -> bool:
-        """It takes nobody new. False if it cannot be spared, or is down."""
-        return self._call(lambda core: core.drain(group), now_s)
-
-    def vacate(self, group: GroupId, now_s: float) -> None:
-        """Who runs there goes on elsewhere."""
-        if group in self.groups:
-            self._call(lambda core: core.vacate(group), now_s)
-
-    def forget_all(self, now_s: float) -> None:
-        """The router sends elsewhere what it had sent here."""
-        self._call(lambda core: core.front_end_down(0), now_s)
-
-    def bring_up(self, group: GroupId, now_s: float) -> None:
+    def bring_up(self, group: GroupId) -> None:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
@@ -162,66 +100,73 @@ class SimulatedEngine:
         batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len)
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.resolved.grant_ahead)
         self._transfers.group_up(group, epoch)
-        host_blocks = shape.host_blocks if self._features.host else 0
-        ports = (f"group-{group}:0",) if self._features.fetch else ()
-        self._call(
+        ports = (f"group-{group}:0",) if shape.prefix_fetch else ()
+        self.call(
             lambda core: core.group_up(
-                group, epoch, shape.blocks, shape.max_num_seqs, host_blocks=host_blocks, ports=ports
-            ),
-            now_s,
+                group, epoch, shape.blocks, shape.max_num_seqs, host_blocks=shape.host_blocks, ports=ports
+            )
         )
 
-    # ---- the shell
-
-    def _report(self, group: GroupId, report: Report, now_s: float) -> None:
-        self._first_tokens = report.steps == 1
-        self._call(lambda core: core.report(group, report), now_s)
-        self._first_tokens = False
-
-    def _call(self, change: Callable[[SchedulerCore], T], now_s: float) -> T:
-        self._now_s = now_s
-        return self._shell.call(change)
+    def fail(self, group: GroupId) -> None:
+        """Its workers die, and are coming back."""
+        simulated = self.groups[group]
+        if (last := simulated.interrupt(self._now())) is not None:
+            self._report(group, last)
+        del self.groups[group]
+        self.computed[group] += simulated.prefilled
+        self._transfers.group_down(group, self._now())
+        self._expect_transfers()
+        self.call(lambda core: core.group_down(group, "its workers died in the replay", returning=True))
 
     def _tell_group(self, group: GroupId, log: Commands) -> None:
         simulated = self.groups[group]
-        simulated.take(log.commands, self._now_s)
+        simulated.take(log.commands, self._now())
         if simulated.run is None:
-            self._begin(group, self._now_s)
+            self._begin(group)
         else:
             self._schedule(group, simulated.run.end_s)
 
-    def _begin(self, group: GroupId, now_s: float) -> None:
+    def _begin(self, group: GroupId) -> None:
         simulated = self.groups[group]
-        simulated.begin(now_s)
+        simulated.begin(self._now())
         if simulated.run is not None:
             self._schedule(group, simulated.run.end_s)
         if simulated.movements:
             for movement in simulated.movements:
-                self._transfers.begin(group, movement, now_s)
+                self._transfers.begin(group, movement, self._now())
             simulated.movements.clear()
             self._expect_transfers()
 
     def _schedule(self, group: GroupId, when_s: float) -> None:
-        self._at(when_s, partial(self._run_ended, group, when_s))
+        self._at(when_s, partial(self._run_ended, group))
+
+    def _run_ended(self, group: GroupId) -> None:
+        simulated = self.groups.get(group)
+        if simulated is None or simulated.run is None or simulated.run.end_s != self._now():
+            return  # it was cut short
+        self._report(group, simulated.end())
+        if simulated.run is None:  # a command may have begun one already
+            self._begin(group)
+
+    def _report(self, group: GroupId, report: Report) -> None:
+        self._first_tokens = report.steps == 1
+        self.call(lambda core: core.report(group, report))
+        self._first_tokens = False
+
+    # ---- transfers
 
     def _expect_transfers(self) -> None:
         """Looks again when the first transfer that is under way will have arrived, if nothing happens until then."""
         when_s = self._transfers.next_s
         if when_s is not None and not self._looks_s <= when_s:
             self._looks_s = when_s
-            self._at(when_s, partial(self._transferred, when_s))
+            self._at(when_s, self._transferred)
 
-    def _transferred(self, now_s: float) -> None:
+    def _transferred(self) -> None:
         """Something may have arrived, unless what has begun meanwhile has slowed it down."""
-        if now_s == self._looks_s:
+        if self._now() == self._looks_s:
             self._looks_s = NEVER_S
-        for group, answer in self._transfers.finished(now_s):
+        for group, answer in self._transfers.finished(self._now()):
             if group in self.groups:
-                self._call(partial(SchedulerCore.moved, group_id=group, moved=answer), now_s)
+                self.call(partial(SchedulerCore.moved, group_id=group, moved=answer))
         self._expect_transfers()
-
-
-def as_request(number: int, tokens: npt.NDArray[np.int32], hashes: list[int], output: int, priority: int) -> Request:
-    """As a front end would send it; it ends after exactly `output` tokens, since the simulated group knows no stop id."""
-    encoded = np.array(hashes, np.uint64).tobytes()
-    return Request(number, tokens.tobytes(), encoded, SamplingParams(max_tokens=output), priority=priority)

@@ -5,9 +5,9 @@ that lags behind, or the indexes themselves. None can reserve. Imports the engin
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Listing
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from scheduler.policy import DECODE_WEIGHT, UNCACHED_WEIGHT
 from simulator.engines import SimulatedEngine
@@ -15,10 +15,8 @@ from simulator.engines import SimulatedEngine
 Hashes = list[int]
 
 
-class Router(Protocol):
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:
-        """Which engine takes a prompt of `tokens` tokens whose full blocks have these hashes."""
-        ...
+Router = Callable[[Listing[SimulatedEngine], Hashes, int, float], int]
+"""(engines, hashes, tokens, now_s): which engine takes a prompt of so many tokens whose full blocks have these hashes."""
 
 
 class EngineLoad(NamedTuple):
@@ -32,7 +30,7 @@ class EngineLoad(NamedTuple):
     def of(cls, engine: SimulatedEngine) -> "EngineLoad":
         core = engine.core
         backlog = sum(group.backlog for group in core.groups.values())
-        return cls(engine.up, core.waiting.tokens + backlog, len(core.sequences))
+        return cls(bool(engine.groups), core.waiting.tokens + backlog, len(core.sequences))
 
     @property
     def work(self) -> float:
@@ -62,20 +60,18 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = -1
 
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+    def __call__(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
         for _ in engines:
             self._turn = (self._turn + 1) % len(engines)
-            if engines[self._turn].up:
+            if engines[self._turn].groups:
                 break
         return self._turn
 
 
-class LeastLoad:
+def least_load(engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG001
     """Least work that is queued or running, known exactly and at once; blind to prefixes."""
-
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
-        loads = [EngineLoad.of(engine) for engine in engines]
-        return cheapest(loads, [load.work for load in loads])
+    loads = [EngineLoad.of(engine) for engine in engines]
+    return cheapest(loads, [load.work for load in loads])
 
 
 class ApproximateIndex:
@@ -86,7 +82,7 @@ class ApproximateIndex:
         self._blocks = blocks
         self._block_size = block_size
 
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
+    def __call__(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
         loads = [EngineLoad.of(engine) for engine in engines]
         hits = [depth(hashes, sent) * self._block_size for sent in self._sent]
         choice = cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
@@ -109,22 +105,20 @@ class MirroredIndex:
         self._loads: list[EngineLoad] = []
         self._held: list[Collection[int]] = []
 
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:
+    def __call__(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:
         if now_s - self._seen_s >= self._lag_s:
             self._loads = [EngineLoad.of(engine) for engine in engines]
             self._held = [engine.core.table.index.by_hash.keys() for engine in engines]
             if self._lag_s:
                 self._held = [frozenset(held) for held in self._held]
             self._seen_s = now_s
-        loads = [load._replace(up=engine.up) for load, engine in zip(self._loads, engines, strict=True)]
+        loads = [load._replace(up=bool(engine.groups)) for load, engine in zip(self._loads, engines, strict=True)]
         hits = [depth(hashes, held) * self._block_size for held in self._held]
         return cheapest(loads, [cost(load, tokens, hit) for load, hit in zip(loads, hits, strict=True)])
 
 
-class LongestPrefix:
+def longest_prefix(engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG001
     """The longest prefix by the engines' own indexes, then the least load."""
-
-    def choose(self, engines: Listing[SimulatedEngine], hashes: Hashes, tokens: int, now_s: float) -> int:  # noqa: ARG002
-        loads = [EngineLoad.of(engine) for engine in engines]
-        hits = [depth(hashes, engine.core.table.index.by_hash.keys()) for engine in engines]
-        return cheapest(loads, [(-hit, load.work) for hit, load in zip(hits, loads, strict=True)])
+    loads = [EngineLoad.of(engine) for engine in engines]
+    hits = [depth(hashes, engine.core.table.index.by_hash.keys()) for engine in engines]
+    return cheapest(loads, [(-hit, load.work) for hit, load in zip(hits, loads, strict=True)])

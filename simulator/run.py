@@ -7,7 +7,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -16,11 +16,12 @@ import numpy.typing as npt
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from scheduler.placement.why import Decision
-from scheduler.protocol.messages import NO_TOKEN, Deltas
+from scheduler.protocol.messages import NO_TOKEN, Deltas, Request
+from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused, blocks_for
-from simulator.engines import ClusterShape, Features, SimulatedEngine, as_request
+from simulator.engines import ClusterShape, SimulatedEngine
 from simulator.report import Outcome, ReplayRecord, Target, outcome
-from simulator.routers import ApproximateIndex, LeastLoad, LongestPrefix, MirroredIndex, RoundRobin, Router
+from simulator.routers import ApproximateIndex, MirroredIndex, RoundRobin, Router, least_load, longest_prefix
 from simulator.stopwatch import Stopwatch
 from simulator.traces import TraceRequest
 
@@ -93,17 +94,19 @@ def replay(
 
     progress: told how many requests have ended, now and then. tell: of every decision of a core that has several groups.
     """
-    run = Replay(trace, policy, scenario, progress)
-    if tell is not None:
-        run.explain(tell)
-    return run.run()
+    return Replay(trace, policy, scenario, progress, tell).run()
 
 
 class Replay:
     """One policy's run. Events are (time, order of creation, what to do); equal inputs give equal runs."""
 
     def __init__(
-        self, trace: Listing[TraceRequest], policy: str, scenario: Scenario, progress: Callable[[int], object] | None
+        self,
+        trace: Listing[TraceRequest],
+        policy: str,
+        scenario: Scenario,
+        progress: Callable[[int], object] | None,
+        tell: Callable[[Decision], None] | None,
     ) -> None:
         self._trace = trace
         self._policy = policy
@@ -114,21 +117,16 @@ class Replay:
         self._now_s = 0.0
         self._record = ReplayRecord(len(trace))
         self._place = np.full(len(trace), -1, np.int64)  # the engine that has each request now
-        shape = self._shape()
         one_core = policy.startswith("manta") or policy in BOUNDS
+        shape = self._shape(one_core)
         parts = [range(shape.groups)] if one_core else [range(group, group + 1) for group in range(shape.groups)]
         self._block_size = shape.block_size
-        waits = one_core and shape.wait_for_prefix
-        features = Features(waits, policy in ("manta-fetch", "manta-host"), policy == "manta-host")
         self._stopwatch = Stopwatch()
         self._engines = [
-            SimulatedEngine(part, shape, scenario.seed, self._at, self._hear, self._stopwatch, features) for part in parts
+            SimulatedEngine(part, shape, lambda: self._now_s, self._at, self._hear, self._stopwatch) for part in parts
         ]
         self._router = None if one_core else self._make_router()
-
-    def explain(self, tell: Callable[[Decision], None]) -> None:
-        """Routers decide before any core does: there is nothing to tell then."""
-        if self._router is None:
+        if one_core and tell is not None:  # routers decide before any core does: there is nothing to tell then
             self._engines[0].core.explain(tell)
 
     def run(self) -> Outcome:
@@ -146,26 +144,34 @@ class Replay:
         self._record.core_s = self._stopwatch.look()
         return outcome(self._policy, self._trace, self._engines, self._record, self._scenario.target)
 
-    def _shape(self) -> ClusterShape:
-        shape = self._scenario.shape
-        if self._policy == "single-pool":
+    def _shape(self, one_core: bool) -> ClusterShape:
+        """With what the policy's cores may do."""
+        shape, policy = self._scenario.shape, self._policy
+        shape = replace(
+            shape,
+            seed=self._scenario.seed,
+            wait_for_prefix=one_core and shape.wait_for_prefix,
+            prefix_fetch=policy in ("manta-fetch", "manta-host"),
+            host_blocks=shape.host_blocks if policy == "manta-host" else 0,
+        )
+        if policy == "single-pool":
             return shape.pooled(shape.blocks * shape.groups)
-        if self._policy == "infinite":
+        if policy == "infinite":
             tokens = [request.prompt_tokens + request.output_tokens for request in self._trace]
             return shape.pooled(sum(blocks_for(each, shape.block_size) + 1 for each in tokens) + shape.blocks)
         return shape
 
     def _make_router(self) -> Router:
         shape = self._scenario.shape
-        routers: dict[str, Callable[[], Router]] = {
-            "round-robin": RoundRobin,
-            "least-load": LeastLoad,
-            "approximate": partial(ApproximateIndex, shape.groups, shape.blocks, shape.block_size),
-            "lagging": partial(MirroredIndex, shape.block_size, self._scenario.lag_s),
-            "longest-prefix": LongestPrefix,
-            "precise": partial(MirroredIndex, shape.block_size, 0.0),
+        routers: dict[str, Router] = {
+            "round-robin": RoundRobin(),
+            "least-load": least_load,
+            "approximate": ApproximateIndex(shape.groups, shape.blocks, shape.block_size),
+            "lagging": MirroredIndex(shape.block_size, self._scenario.lag_s),
+            "longest-prefix": longest_prefix,
+            "precise": MirroredIndex(shape.block_size, 0.0),
         }
-        return routers[self._policy]()
+        return routers[self._policy]
 
     # ---- events
 
@@ -182,12 +188,15 @@ class Replay:
     def _submit(self, request: TraceRequest) -> None:
         tokens = request.tokens()
         hashes = hash_blocks(tokens, self._block_size)
-        at = 0 if self._router is None else self._router.choose(self._engines, hashes, len(tokens), self._now_s)
+        at = 0 if self._router is None else self._router(self._engines, hashes, len(tokens), self._now_s)
         self._place[request.number] = at
+        sent = Request(
+            request.number, tokens.tobytes(), np.array(hashes, np.uint64).tobytes(),
+            SamplingParams(max_tokens=request.output_tokens),  # it ends there, since a simulated group knows no stop id
+            priority=request.priority,
+        )  # fmt: skip
         try:
-            self._engines[at].submit(
-                as_request(request.number, tokens, hashes, request.output_tokens, request.priority), self._now_s
-            )
+            self._engines[at].call(lambda core: core.submit(0, sent))
         except RequestRefused:
             self._record.refused[request.number] = True
 
@@ -197,21 +206,24 @@ class Replay:
         group = GroupId(outage.group)
         if group not in engine.groups:
             return
-        engine.fail(group, self._now_s)
-        self._at(self._now_s + outage.down_s, partial(self._return, engine, group))
+        engine.fail(group)
+        self._at(self._now_s + outage.down_s, partial(engine.bring_up, group))
         if self._router is not None:
             lost = [number for _, number in engine.core.sequences]
-            engine.forget_all(self._now_s)
+            engine.call(lambda core: core.front_end_down(0))
             for number in lost:
                 self._submit(self._trace[number])
 
     def _drain(self, drain: Drain) -> None:
+        """Who still runs there after a while goes on elsewhere, unless the group is down or could not be spared."""
         engine, group = self._engines[0], GroupId(drain.group)
-        if engine.drain(group, self._now_s):
-            self._at(self._now_s + drain.stay_s, lambda: engine.vacate(group, self._now_s))
 
-    def _return(self, engine: SimulatedEngine, group: GroupId) -> None:
-        engine.bring_up(group, self._now_s)
+        def vacate() -> None:
+            if group in engine.groups:
+                engine.call(lambda core: core.vacate(group))
+
+        if engine.call(lambda core: core.drain(group)):
+            self._at(self._now_s + drain.stay_s, vacate)
 
     # ---- the front end
 

@@ -8,6 +8,7 @@ import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -85,9 +86,10 @@ def _reader(first: str, path: Path) -> Reader:
     if first.lstrip().startswith("{"):
         return _read_json
     columns = {name.strip() for name in first.split(",")}
-    for reader, needed in ((_read_azure, AZURE), (_read_burst, BURST)):
-        if columns.issuperset(needed):
-            return reader
+    if columns.issuperset(AZURE):
+        return partial(_read_lengths, AZURE, lambda text: datetime.fromisoformat(text).timestamp())
+    if columns.issuperset(BURST):
+        return partial(_read_lengths, BURST, float)
     raise TraceError(
         f"{path} is no trace that Manta knows: give JSON lines with timestamp, input_length, output_length and hash_ids "
         f"(Mooncake, or a request log of manta serve), or CSV with the columns {', '.join(AZURE)} or {', '.join(BURST)}"
@@ -128,15 +130,10 @@ BURST = ("Timestamp", "Request tokens", "Response tokens")
 NO_NAMES = np.empty(0, np.uint64)
 
 
-def _read_azure(lines: Lines, seed: int) -> Iterator[TraceRequest]:  # noqa: ARG001
-    return _read_lengths(lines, AZURE, lambda text: datetime.fromisoformat(text).timestamp())
-
-
-def _read_burst(lines: Lines, seed: int) -> Iterator[TraceRequest]:  # noqa: ARG001
-    return _read_lengths(lines, BURST, float)
-
-
-def _read_lengths(lines: Lines, columns: tuple[str, str, str], seconds: Callable[[str], float]) -> Iterator[TraceRequest]:
+def _read_lengths(
+    columns: tuple[str, str, str], seconds: Callable[[str], float], lines: Lines, seed: int  # noqa: ARG001
+) -> Iterator[TraceRequest]:  # fmt: skip
+    """Lengths alone: nothing is shared, and times are exact."""
     time, prompt, output = columns
     for number, row in enumerate(csv.DictReader(lines, skipinitialspace=True)):
         try:

@@ -96,9 +96,9 @@ def table_laps(block: int, blocks: int, laps: int, seed: int = 0) -> dict[str, f
 def _admit(table: BlockTable, group: GroupId, prompt: np.ndarray[Any, np.dtype[np.int32]], hashes: list[int]) -> int:
     """One sequence comes, computes what it has not found, and goes. Returns the blocks that it found."""
     block = table.block_size
-    match = table.match(prompt, hashes, "", (len(prompt) - 1) // block)
+    match = table.index.match(prompt, hashes, "", (len(prompt) - 1) // block)
     depth = match.depth(group)
-    part = table.parts(match, prompt, "", len(prompt) - 1).get(group)
+    part = table.index.parts(match, prompt, "", len(prompt) - 1).get(group)
     held = table.reserve(group, match, depth, len(hashes) - depth, "", part)
     assert held is not None
     for at in range(depth, len(hashes)):

@@ -37,7 +37,7 @@ def _of_block(tokens: npt.NDArray[np.int32], block: int, options: Options) -> di
         """Into an empty table: reserving, adding a node and a block for each block."""
         table, group = BlockTable(block, CoreConfig(block_size=block).stride), GroupId(0)
         table.add_group(group, len(hashes))
-        held = table.reserve(group, table.match(tokens, hashes, "", 0), 0, len(hashes), "")
+        held = table.reserve(group, table.index.match(tokens, hashes, "", 0), 0, len(hashes), "")
         assert held is not None
         for at, hash_ in enumerate(hashes):
             table.publish(held, tokens[at * block : (at + 1) * block].tobytes(), hash_)
@@ -45,15 +45,15 @@ def _of_block(tokens: npt.NDArray[np.int32], block: int, options: Options) -> di
 
     def find_part() -> None:
         """The prompt again, but that its last block is wanted to one token less than all: found inside it, many times."""
-        match = tables[0].match(tokens, hashes, "", len(hashes) - 1)
+        match = tables[0].index.match(tokens, hashes, "", len(hashes) - 1)
         for _ in range(PARTS):
-            found = tables[0].parts(match, tokens, "", TOKENS - 1)[GroupId(0)]
+            found = tables[0].index.parts(match, tokens, "", TOKENS - 1)[GroupId(0)]
         assert found.tokens == block - 1
 
     publish()
     work: dict[str, Callable[[], object]] = {
         "hash": lambda: hash_blocks(tokens, block),
-        "verify": lambda: tables[0].match(tokens, hashes, "", len(hashes)),
+        "verify": lambda: tables[0].index.match(tokens, hashes, "", len(hashes)),
         "verify and find parts": find_part,
         "publish": publish,
     }

@@ -1,20 +1,16 @@
-"""How a waiting sequence starts: match, wait for a prefix or not, offers, cost, reserve, start. Route = allocate: one
-transaction on one table. Reads from top to bottom.
+"""How a waiting sequence starts: match, wait for a prefix or not, the cheapest way, reserve, start; and how a running one is
+placed anew. Route = allocate: one transaction on one table. Reads from top to bottom.
 
 Imports `state`, `routing`, `leases`, `policy` and the table.
 """
 
-from collections.abc import Sequence as Listing
-from typing import NamedTuple
+import math
 
-import numpy as np
-
-from kvcache.match import Match
+from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler import policy
-from scheduler.config import count_start
-from scheduler.placement.routing import Routing, Source
-from scheduler.protocol.messages import Start
+from scheduler.placement.routing import Newcomer, Routing, Source
+from scheduler.protocol.messages import LeaseId, Moved
 from scheduler.running import leases
 from scheduler.running.prefixes import Promise
 from scheduler.running.resident import ResidentGroup
@@ -29,19 +25,6 @@ MOST_PASSED = 8
 """Sequences that are passed over in one event, those included that need not be tried."""
 
 
-class Newcomer(NamedTuple):
-    """A waiting sequence, and what is there of its prefix. reusable: tokens that a hit may cover. match: its full blocks.
-
-    peers: who fills, as it seems, the block that it needs next. blocks: at the start, those of the match included.
-    """
-
-    sequence: Sequence
-    reusable: int
-    match: Match
-    peers: Listing[Sequence]
-    blocks: int
-
-
 class Admission:
     """Works on the shared state; its own are the columns of `Routing` and the serials of leases."""
 
@@ -51,6 +34,29 @@ class Admission:
         self._serials = 0
 
     # ---- whose turn it is
+
+    def welcome(self, sequences: list[Sequence]) -> None:
+        """The choices of a new request. A single one starts past the queue if nobody waits, as it is mostly."""
+        state = self._state
+        if len(sequences) > 1 or not self._start_at_once(sequences[0]):
+            for sequence in sequences:
+                state.waiting.enter(sequence, state.now_s)
+        for sequence in sequences:
+            if sequence.deadline_s < math.inf:
+                state.deadlines.add(sequence)
+        self.admit()
+
+    def _start_at_once(self, sequence: Sequence) -> bool:
+        state, waiting = self._state, self._state.waiting
+        if state.deadlines.next_s <= state.now_s:
+            leases.expire(state)
+        if waiting.count or not state.groups:
+            return False
+        newcomer = self._look(sequence)
+        if newcomer.peers and self._promised(newcomer) is not None:
+            return False
+        waiting.fair.pass_by(sequence.tenant)
+        return self._place(newcomer)
 
     def admit(self) -> None:
         """Starts waiting sequences in the order of `WaitingRoom`.
@@ -90,19 +96,6 @@ class Admission:
                 break
         waiting.put_back(passed, settled=tries > 0)
 
-    def start_at_once(self, sequence: Sequence) -> bool:
-        """Starts a newcomer past the queue if nobody waits, as it is mostly; False if it has to wait."""
-        state, waiting = self._state, self._state.waiting
-        if state.deadlines.next_s <= state.now_s:
-            leases.expire(state)
-        if waiting.count or not state.groups:
-            return False
-        newcomer = self._look(sequence)
-        if newcomer.peers and self._promised(newcomer) is not None:
-            return False
-        waiting.fair.pass_by(sequence.tenant)
-        return self._place(newcomer)
-
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
         if sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
@@ -113,12 +106,14 @@ class Admission:
     def _look(self, sequence: Sequence) -> Newcomer:
         """Finds the full blocks of its prefix, and who is about to compute the next one."""
         state, reusable = self._state, self._reusable(sequence)
-        limit = reusable // state.block_size
-        sequence.hash_up_to(limit, state.block_size)
-        match = state.table.match(sequence.tokens, sequence.hashes, sequence.salt, limit)
+        block_size, tokens = state.block_size, sequence.buffer[: sequence.committed]
+        limit = reusable // block_size
+        if len(sequence.hashes) < limit:
+            sequence.hash_up_to(limit, block_size)
+        match = state.table.index.match(tokens, sequence.hashes, sequence.salt, limit)
         peers = state.prefixes.peers(sequence, len(match.nodes), reusable)
-        blocks = sequence.blocks_for(sequence.committed + state.resolved.grant_ahead, state.block_size)
-        return Newcomer(sequence, reusable, match, peers, blocks)
+        blocks = min(-(-(len(tokens) + state.resolved.grant_ahead) // block_size), sequence.blocks_at_most)
+        return Newcomer(sequence, tokens, reusable, match, peers, blocks)
 
     def _reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
@@ -130,44 +125,41 @@ class Admission:
     def _promised(self, newcomer: Newcomer) -> Promise | None:
         """What is worth to be waited for: not if much else is computed before it, while another group would begin at once.
         Asked where there are peers."""
-        sequence, reusable, match, peers, _ = newcomer
-        prefixes, known = self._state.prefixes, len(match.nodes)
+        prefixes, known = self._state.prefixes, len(newcomer.match.nodes)
         if not self._state.config.wait_for_prefix:
             return None
-        promise = prefixes.promised(sequence, known, reusable, peers)
+        promise = prefixes.promised(newcomer.sequence, known, newcomer.reusable, newcomer.peers)
         if promise is None or (queued := self.routing.least_backlog()) is None:
             return promise
         saved = promise.tokens - known * self._state.block_size
         return promise if policy.worth_waiting(prefixes.ahead_of(promise), saved, queued) else None
 
-    # ---- offers, reserve, start
+    # ---- reserve, fetch, start
 
     def _place(self, newcomer: Newcomer, *, only: ResidentGroup | None = None) -> bool:
-        """Takes the cheapest offer, pins the hit, reserves the rest; False if there is no room anywhere now. only: there."""
-        state = self._state
-        sequence, reusable, match, peers, needed = newcomer
-        known = len(match.nodes)
-        if peers:
-            state.prefixes.show(sequence, known, peers)
-        parts = state.table.parts(match, sequence.tokens, sequence.salt, reusable)
-        offer = self.routing.cheapest(sequence, match, parts, needed, only)
-        if offer is None:
+        """Takes the cheapest way, pins the hit, reserves the rest; False if there is no room anywhere now. only: there."""
+        state, sequence, match = self._state, newcomer.sequence, newcomer.match
+        if newcomer.peers:
+            state.prefixes.show(sequence, len(match.nodes), newcomer.peers)
+        newcomer.parts = state.table.index.parts(match, newcomer.tokens, sequence.salt, newcomer.reusable)
+        way = self.routing.cheapest(newcomer, only)
+        if way is None:
             return False
-        group, source = offer
-        held, part = None, parts.get(group.group)
+        group, source = way
+        held, part = None, newcomer.parts.get(group.group)
         if source is not None:  # pinned first: the reservation evicts, and a match is good until then
             held, part = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part), None
         depth = match.depth(group.group)
-        blocks = state.table.reserve(group.group, match, depth, needed - depth, sequence.salt, part, group.copy)
+        blocks = state.table.reserve(group.group, match, depth, newcomer.blocks - depth, sequence.salt, part, group.copy)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         if source is not None and held is not None:
-            self._fetch(group, sequence, source, held, known)
+            self._fetch(group, sequence, source, held, len(match.nodes))
             return True
         if blocks.inherited:
             state.counters.parts_copied += blocks.copied
             state.counters.parts_taken += not blocks.copied
-        self._start(group, sequence, known, blocks.inherited)
+        self._start(group, sequence, len(match.nodes), blocks.inherited)
         return True
 
     def _fetch(self, group: ResidentGroup, sequence: Sequence, source: Source, held: SequenceBlocks, known: int) -> None:
@@ -180,9 +172,22 @@ class Admission:
         part = source.part.tokens if source.part else 0
         state.transfers.begin(sequence, held, sequence.blocks, part=part, known_blocks=known)
 
-    def arrived(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
-        """A fetch is over. The sequence that waits for it starts, and computes itself what has not arrived."""
+    def moved(self, group: ResidentGroup, moved: Moved) -> None:
+        """A group has done its part of a transfer, or could not. Then others may start, too: blocks may have become free."""
+        transfer = self._state.transfers.answered(group, moved)
+        if transfer is not None:
+            self._arrived(group, transfer, ok=moved.ok)
+        self._state.waiting.made_room()
+        leases.extend(self._state, group)  # rows that starve may wait for nothing else
+        self.admit()
+
+    def _arrived(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
+        """Who waits for it starts, and computes itself what has not arrived; who moves follows."""
         state, sequence = self._state, transfer.author
+        if not state.transfers.settle(transfer, ok=ok):
+            if transfer.moves is not None and ok:
+                self._follow(sequence, transfer.moves, transfer.target)
+            return
         blocks = sequence.blocks
         assert blocks is not None
         if group.draining:
@@ -206,23 +211,76 @@ class Admission:
             sequence.tenant.served += sequence.committed - cached_tokens
             sequence.charged = sequence.committed
         self._serials += 1
-        lease = group.seat(sequence, self._serials, cached_tokens)
+        group.seat(sequence, self._serials, cached_tokens)
         state.prefixes.turn_to(sequence, depth)
-        group.issue(
-            Start(
-                lease=lease, tokens=sequence.tokens.tobytes(), prompt_tokens=sequence.prompt_tokens,
-                cached_tokens=cached_tokens, blocks=np.array(blocks.blocks, np.int32).tobytes(),
-                params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
-                max_tokens=sequence.max_tokens,
-            )
-        )  # fmt: skip
 
     def _count(self, sequence: Sequence, known: int, depth: int, part_tokens: int) -> None:
-        """Its first start."""
+        """Its first start: where each token of its prompt comes from, or why it has to be computed."""
+        state, counters, block_size = self._state, self._state.counters, self._state.block_size
+        could_hit = self._reusable(sequence) // block_size
+        routed, evicted = known - depth, state.table.evicted(sequence.hashes[known:could_hit])
+        cold, inside_block = could_hit - known - evicted, sequence.prompt_tokens - could_hit * block_size
+        counters.started_tokens += sequence.prompt_tokens
+        counters.cached_tokens += depth * block_size + part_tokens
+        counters.part_tokens += part_tokens
+        counters.miss_routed += routed * block_size - (part_tokens if routed else 0)
+        counters.miss_evicted += evicted * block_size - (part_tokens if evicted and not routed else 0)
+        counters.miss_cold += cold * block_size - (part_tokens if cold and not (routed or evicted) else 0)
+        counters.miss_inside_block += inside_block - (0 if routed or evicted or cold else part_tokens)
+        if depth and not routed:
+            counters.routed_by_prefix += 1
+        else:
+            counters.routed_by_load += 1
+
+    # ---- a running one is placed anew
+
+    def move(self, group: ResidentGroup, sequence: Sequence) -> bool:
+        """Lets a running sequence move to the least loaded group that has room for it: what it has published goes ahead, while
+        it decodes on. Once that has arrived it stops, the rest is fetched, and it starts there.
+
+        After Llumnix (arXiv 2406.03243), whose last stage is the stop here too. False if there is no such group: nothing has
+        changed then. True also if it is on its way already.
+        """
+        table, transfers, blocks, lease = self._state.table, self._state.transfers, sequence.blocks, sequence.lease
+        assert blocks is not None
+        assert lease is not None
+        if transfers.moving(sequence):
+            return True
+        target = self._target(group, sequence)
+        if target is None:
+            return False
+        match = table.index.chain(blocks.nodes)
+        depth, published = match.depth(target), len(match.nodes)
+        if depth == published:
+            self._follow(sequence, lease, target)
+            return True
+        held = table.hold(group.group, match, published, blocks.salt)
+        ahead = table.reserve(target, match, depth, published - depth, blocks.salt)
+        assert ahead is not None, "the target was chosen for its room"
+        transfers.begin(sequence, held, ahead, moves=lease)
+        return True
+
+    def _follow(self, sequence: Sequence, lease: LeaseId, target: GroupId) -> None:
+        """What went ahead has arrived. The sequence stops where it runs and starts in `target`; if that has no room any more,
+        it waits for its turn like others."""
         state = self._state
-        candidates = sequence.hashes[known : self._reusable(sequence) // state.block_size]
-        count_start(
-            state.counters, block_size=state.block_size, prompt_tokens=sequence.prompt_tokens, hit_blocks=depth,
-            known_blocks=known, evicted_blocks=state.table.evicted(candidates), candidate_blocks=known + len(candidates),
-            part_tokens=part_tokens,
-        )  # fmt: skip
+        group = state.group_of(sequence)
+        if sequence.lease != lease or group is None or target not in state.groups:
+            return  # it has ended, or was restarted, meanwhile
+        state.counters.migrations += 1
+        leases.interrupt(state, group, sequence)
+        leases.extend(state, group)  # others there may have waited for its blocks
+        self.place_in(state.groups[target], sequence)
+
+    def _target(self, group: ResidentGroup, sequence: Sequence) -> GroupId | None:
+        """The least loaded group that has room for it."""
+        assert sequence.blocks is not None
+        wanted = len(sequence.blocks.blocks)
+        able = [
+            (other.coming + len(other.running), other.group)
+            for other in self._state.groups.values()
+            if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
+            and other.blocks >= sequence.blocks_at_most and other.rows_left > 0
+            and self._state.table.pools[other.group].available > wanted
+        ]  # fmt: skip
+        return min(able)[1] if able else None

@@ -5,7 +5,9 @@ Imports `state`, `policy`, `why`, `resident` and the table. Changes nothing but 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from kvcache.match import Match, Part
 from scheduler import policy
 from scheduler.placement import why
 from scheduler.running.resident import ResidentGroup
-from scheduler.sequence import Sequence
+from scheduler.sequence import Sequence, Tokens
 from scheduler.state import ClusterState
 
 FEW_GROUPS = 24
@@ -44,25 +46,23 @@ Way = tuple[policy.GroupLoad, Source | None]
 """To serve a sequence in a group: what policy sees of the group, as it is or with what the source has."""
 
 
-class Offer(NamedTuple):
-    """Where a sequence goes: to this group, as it is or with the prefix of another."""
+@dataclass(slots=True)
+class Newcomer:
+    """A sequence that is to be placed, and what is there of its prefix. tokens: its committed ones.
 
-    group: ResidentGroup
-    source: Source | None
-
-
-class PromptMatch(NamedTuple):
-    """What is to be placed. parts: by group, what it has of the block after its whole blocks. blocks: needed at the start.
-
-    source: what could be sent by the group that has most of it. least: tokens that a transfer must bring, to be worth it.
+    reusable: tokens that a hit may cover. match: its full blocks. peers: who fills, as it seems, the block that it needs next.
+    blocks: needed at the start, those of the match included. Found when its turn has come: parts, by group, what it has of the
+    block after its whole blocks; source, what could be sent by the group that has most of the prefix.
     """
 
     sequence: Sequence
+    tokens: Tokens
+    reusable: int
     match: Match
-    parts: dict[GroupId, Part]
+    peers: Listing[Sequence]
     blocks: int
-    source: Source | None
-    least: int
+    parts: dict[GroupId, Part] = field(default_factory=dict)
+    source: Source | None = None
 
 
 class Routing:
@@ -75,7 +75,7 @@ class Routing:
     """
 
     def __init__(self, state: ClusterState) -> None:
-        self.explain: why.Tell | None = None
+        self.explain: why.Tell | None = why.log if state.config.log_decisions else None
         self._state = state
         self.regroup()
 
@@ -134,74 +134,74 @@ class Routing:
     # ---- one prompt
 
     def cheapest(
-        self, sequence: Sequence, match: Match, parts: dict[GroupId, Part], blocks: int, only: ResidentGroup | None = None
-    ) -> Offer | None:
-        """blocks: needed at the start. None if there is no room anywhere now. only: look at this group alone.
+        self, newcomer: Newcomer, only: ResidentGroup | None = None, *, few: int = FEW_GROUPS
+    ) -> tuple[ResidentGroup, Source | None] | None:
+        """Where it goes, as the group is or with what the source has; None if there is no room anywhere now.
 
-        Of many groups only those are looked at closely that may be the cheapest: one, as a rule.
+        only: look at this group alone. Of more groups than `few` only those are looked at closely that may be the cheapest:
+        one, as a rule.
         """
+        newcomer.source = self._best_source(newcomer.match, newcomer.parts)
+        each = only is not None or len(self.groups) <= few
+        bounds = self._each(newcomer, only) if each else self._promising(newcomer)
         least = self._state.block_size if only is None else 1  # one that moves stands still: its last part comes too
-        prompt = PromptMatch(sequence, match, parts, blocks, self._best_source(match, parts), least)
-        few = only is not None or len(self.groups) <= FEW_GROUPS
-        offer = self._choose(prompt, self._each(prompt, only) if few else self._promising(prompt))
-        if offer is not None and (tell := why.listener(self.explain)) is not None:
-            tell(self._why(prompt))
-        return offer
+        choice = policy.route(bounds, partial(self._ways, newcomer, least), len(newcomer.tokens), self._state.block_size)
+        if choice is None:
+            return None
+        if self.explain is not None:
+            self.explain(self._why(newcomer, least))
+        return self.groups[choice[0]], choice[1]
 
-    def _choose(self, prompt: PromptMatch, bounds: Iterable[policy.Bound]) -> Offer | None:
-        look = partial(self._ways, prompt)
-        choice = policy.route(bounds, look, prompt.sequence.committed, self._state.block_size)
-        return None if choice is None else Offer(self.groups[choice[0]], choice[1])
-
-    def _each(self, prompt: PromptMatch, only: ResidentGroup | None = None) -> list[policy.Bound]:
+    def _each(self, newcomer: Newcomer, only: ResidentGroup | None = None) -> list[policy.Bound]:
         """Of few groups each is looked at."""
-        at_most = prompt.sequence.blocks_at_most
+        at_most = newcomer.sequence.blocks_at_most
         return [
             (-math.inf, 0, at) for at, group in enumerate(self.groups)
             if group.blocks >= at_most and not group.draining and (only is None or group is only)
         ]  # fmt: skip
 
-    def _promising(self, prompt: PromptMatch) -> Iterator[policy.Bound]:
+    def _promising(self, newcomer: Newcomer) -> Iterator[policy.Bound]:
         """Costs a few array operations over all groups."""
         self.refresh()
-        depths = self._spread(prompt.match.depths)
-        hits = depths * self._state.block_size + self._spread({pool: part.tokens for pool, part in prompt.parts.items()})
-        fits = (prompt.blocks - depths <= self.room) & (self.blocks >= prompt.sequence.blocks_at_most)
-        return policy.cheapest_first(self._least_costs(prompt, depths, hits), fits, self.available)
+        depths = self._spread(newcomer.match.depths)
+        hits = depths * self._state.block_size + self._spread({pool: part.tokens for pool, part in newcomer.parts.items()})
+        fits = (newcomer.blocks - depths <= self.room) & (self.blocks >= newcomer.sequence.blocks_at_most)
+        return policy.cheapest_first(self._least_costs(newcomer, depths, hits), fits, self.available)
 
-    def _least_costs(self, prompt: PromptMatch, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
+    def _least_costs(self, newcomer: Newcomer, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
-        block_size, rates = self._state.block_size, self._state.rates
-        tokens, source = prompt.sequence.committed, prompt.source
-        there = self.backlog, self.running, prompt.blocks - depths - self.free, block_size
+        block_size, transfers = self._state.block_size, self._state.transfers
+        tokens, source = len(newcomer.tokens), newcomer.source
+        there = self.backlog, self.running, newcomer.blocks - depths - self.free, block_size
         least = policy.least_costs(tokens - hits, *there)
         if source is not None:
             moving = np.maximum(0, source.blocks - depths) + self.receiving + source.sender.sending
-            work = policy.fetch_work(rates.fetch_cost, block_size, moving)
+            work = policy.fetch_work(transfers.fetch_cost, block_size, moving)
             least = np.minimum(least, policy.least_costs(tokens - source.tokens, *there, work))
-        if hosts := {group_of(pool): depth for pool, depth in prompt.match.depths.items() if is_host(pool)}:
+        if hosts := {group_of(pool): depth for pool, depth in newcomer.match.depths.items() if is_host(pool)}:
             in_host = self._spread(hosts)
-            work = policy.fetch_work(rates.load_cost, block_size, np.maximum(0, in_host - depths) + self.receiving)
+            work = policy.fetch_work(transfers.load_cost, block_size, np.maximum(0, in_host - depths) + self.receiving)
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
-    def _ways(self, prompt: PromptMatch, at: int) -> list[Way]:
-        """The group as it is; and with what another, or its own host memory, has more of the prefix."""
-        group, source = self.groups[at], prompt.source
-        bare = self._load(group, prompt)
+    def _ways(self, newcomer: Newcomer, least: int, at: int) -> list[Way]:
+        """The group as it is; and with what another, or its own host memory, has more of the prefix. least: tokens that a
+        transfer must bring to be worth it."""
+        group, source = self.groups[at], newcomer.source
+        bare = self._load(group, newcomer)
         ways: list[Way] = [(bare, None)]
         if source is None and not group.host_blocks:
             return ways
-        rates = self._state.rates
+        transfers = self._state.transfers
         found: list[tuple[Source, int, float]] = []  # with the blocks that go there first, and the cost of a token
         if source is not None and source.sender is not group and len(source.sender.ports) == len(group.ports):
-            found.append((source, group.receiving + source.sender.sending, rates.fetch_cost))
-        if group.host_blocks and (depth := prompt.match.depth(host := host_of(group.group))):
+            found.append((source, group.receiving + source.sender.sending, transfers.fetch_cost))
+        if group.host_blocks and (depth := newcomer.match.depth(host := host_of(group.group))):
             tokens = depth * self._state.block_size
-            found.append((Source(host, group, depth, None, tokens), group.receiving, rates.load_cost))
+            found.append((Source(host, group, depth, None, tokens), group.receiving, transfers.load_cost))
         for source, queued, cost in found:
-            if source.tokens - bare.hit_tokens >= prompt.least:
-                moving = source.blocks - prompt.match.depth(group.group) + queued
+            if source.tokens - bare.hit_tokens >= least:
+                moving = source.blocks - newcomer.match.depth(group.group) + queued
                 work = policy.fetch_work(cost, self._state.block_size, moving)
                 ways.append((bare._replace(hit_tokens=source.tokens, fetch_work=work), source))
         return ways
@@ -228,25 +228,25 @@ class Routing:
             return None
         return Source(pool, senders[pool], deepest, part, deepest * state.block_size + (part.tokens if part else 0))
 
-    def _load(self, group: ResidentGroup, prompt: PromptMatch) -> policy.GroupLoad:
+    def _load(self, group: ResidentGroup, newcomer: Newcomer) -> policy.GroupLoad:
         """What the group would have to spend on the sequence now."""
-        table, depth, part = self._state.table, prompt.match.depths.get(group.group, 0), prompt.parts.get(group.group)
+        table, depth, part = self._state.table, newcomer.match.depths.get(group.group, 0), newcomer.parts.get(group.group)
         pool, hit, revived = table.pools[group.group], 0, 0
         if depth:
             hit = depth * table.block_size
-            revived = table.cached_in_match(group.group, prompt.match, depth)
+            revived = table.cached_in_match(group.group, newcomer.match, depth)
         if part is not None:
             hit += part.tokens
         free, fetching = len(pool.free_stack), len(group.fetching)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
-            hit, prompt.blocks - depth + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
+            hit, newcomer.blocks - depth + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
             len(group.running) + fetching, group.coming if fetching else group.backlog, bool(group.starved), 0.0, revived,
         )  # fmt: skip
 
-    def _why(self, prompt: PromptMatch) -> why.Decision:
+    def _why(self, newcomer: Newcomer, least: int) -> why.Decision:
         """Looks at every group that is large enough, those included that nobody had to look at."""
-        sequence, now_s = prompt.sequence, self._state.now_s
-        ways = [(self.groups[at].group, self._ways(prompt, at)) for _, _, at in self._each(prompt)]
+        sequence, now_s = newcomer.sequence, self._state.now_s
+        ways = [(self.groups[at].group, self._ways(newcomer, least, at)) for _, _, at in self._each(newcomer)]
         seen = [
             (group, load, of_group[0][0].hit_tokens, source.pool if source else None)
             for group, of_group in ways

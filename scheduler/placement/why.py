@@ -58,13 +58,6 @@ Seen = tuple[GroupId, policy.GroupLoad, int, GroupId | None]
 Tell = Callable[[Decision], None]
 
 
-def listener(asked: Tell | None) -> Tell | None:
-    """Who wants to know: whoever asked, else the log if it takes debug lines, else nobody."""
-    if asked is not None:
-        return asked
-    return log if logger.isEnabledFor(logging.DEBUG) else None
-
-
 def show() -> None:
     """From now on this process's log takes a line for each decision, if it has a handler for debug lines."""
     logger.setLevel(logging.DEBUG)

@@ -42,7 +42,7 @@ class FairQueue:
     # ---- sequences
 
     def open(self, name: str) -> Tenant:
-        """One more sequence lives on this tenant's account; until `close` it is not forgotten."""
+        """One more sequence lives on this tenant's account: until it ends the tenant is not forgotten."""
         tenant = self._tenants.get(name)
         if tenant is None:
             if len(self._tenants) >= self._remembered:
@@ -50,10 +50,6 @@ class FairQueue:
             tenant = self._tenants[name] = Tenant(name, next(self._numbers), self.floor())
         tenant.live += 1
         return tenant
-
-    def close(self, tenant: Tenant) -> None:
-        """One less."""
-        tenant.live -= 1
 
     def enter(self, sequence: Sequence) -> None:
         """It has no blocks: a stay begins. `push` says when its turn may come."""

@@ -1,6 +1,6 @@
 """The leases of those who run: what they fill is published, who runs low gets more, somebody may have to give way, all end.
 
-    advance   a row is due: the blocks that it has filled are published
+    advance   a report: rows that are due publish the blocks that they have filled, others have ended
     extend    it runs low: more blocks, for want of any those of a later sequence
     leave     it gives up what it has: the row, the blocks, or the wait for them
     end       and that is its end
@@ -9,6 +9,7 @@ Functions over the shared state. Imports `state`, `policy`, `resident`, `prefixe
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
 
@@ -26,10 +27,28 @@ BY_PLACE = attrgetter("place")
 MOST_WEIGHED = 64
 """Sequences that are weighed against each other, the last in the order of service: a bound on the time that it takes."""
 
+GAVE_UP = (
+    "no token could follow: either its grammar allows none, or the model's logits were not finite (NaN or infinite); "
+    "the worker's log says which"
+)
+
 # ---- it fills blocks
 
 
-def advance(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> bool:
+def advance(state: ClusterState, group: ResidentGroup, due: list[int], finished: Iterable[tuple[int, int]]) -> None:
+    """A report has been committed: rows that are due are looked after, then leases end, then those that run low get more."""
+    needy = [sequence for row in due if (sequence := group.sequences[row]) is not None and _look_after(state, group, sequence)]
+    for lease, reason in finished:
+        if (sequence := group.holder(lease)) is not None:
+            output = group.length.item(sequence.row) - sequence.prompt_tokens
+            leave(state, group, sequence)
+            failed = reason == FinishReason.FAILED
+            state.counters.given_up += failed
+            _finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
+    extend(state, group, needy)
+
+
+def _look_after(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> bool:
     """Looks after a row that is due: publishes what it has filled. Returns whether it runs low."""
     blocks, row = sequence.blocks, sequence.row
     assert blocks is not None
@@ -51,9 +70,10 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
     if not state.config.enable_prefix_caching:
         return
     for index in range(len(blocks.nodes), full):
-        content = sequence.content_of(index, block_size)
-        hash_ = hashes[index] if index < len(hashes) else sequence.hash_block(content)
-        adopted = state.table.publish(blocks, content, hash_)
+        content = sequence.buffer[index * block_size : (index + 1) * block_size].tobytes()
+        if index == len(hashes):
+            sequence.hash_block(content)
+        adopted = state.table.publish(blocks, content, hashes[index])
         if adopted is not None:
             group.issue(Remap(sequence.lease, index, adopted))
     state.prefixes.turn_to(sequence, full)
@@ -64,7 +84,7 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
 # ---- it gets more
 
 
-def extend(state: ClusterState, group: ResidentGroup, needy: list[Sequence]) -> None:
+def extend(state: ClusterState, group: ResidentGroup, needy: Iterable[Sequence] = ()) -> None:
     """Grants blocks to the leases that run low and to the starved, oldest first: it takes from nobody just served."""
     if group.starved:
         needy = list({*group.starved, *needy})
@@ -80,7 +100,8 @@ def _grant(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> Non
     assert sequence.blocks is not None
     assert sequence.lease is not None
     length = group.length.item(sequence.row)
-    wanted = sequence.blocks_for(length + state.resolved.grant_ahead, state.block_size) - len(sequence.blocks.blocks)
+    needed = min(-(-(length + state.resolved.grant_ahead) // state.block_size), sequence.blocks_at_most)
+    wanted = needed - len(sequence.blocks.blocks)
     while (blocks := state.table.grow(sequence.blocks, wanted)) is None:
         victim = find_victim(state.table, group, sequence)
         if victim is None:
@@ -149,16 +170,11 @@ def preempt(state: ClusterState, group: ResidentGroup, victim: Sequence) -> None
 
 def interrupt(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
     """A running sequence waits again, from its committed tokens on."""
+    assert sequence.lease is not None
     group.write_back(sequence)
-    drop(state, group, sequence)
-    state.waiting.enter(sequence, state.now_s)
-
-
-def drop(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
-    """The worker is told that the lease is over, if there is one."""
-    if sequence.lease is not None:
-        group.issue(Drop(sequence.lease))
+    group.issue(Drop(sequence.lease))
     leave(state, group, sequence)
+    state.waiting.enter(sequence, state.now_s)
 
 
 def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost: bool = False) -> None:
@@ -179,12 +195,11 @@ def leave(state: ClusterState, group: ResidentGroup, sequence: Sequence, *, lost
 
 def _release(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> None:
     """What the blocks hold stays cached as long as it can: the part of the last one, too, and a copy in host memory."""
-    blocks, computed = sequence.blocks, group.computed(sequence.row)
+    blocks, tail = sequence.blocks, group.tail(sequence)
     assert blocks is not None
-    filled = computed % state.block_size
     # What the last block begins with, if that was copied, is known by the block that it was copied from.
-    if 0 < state.stride <= filled and filled > blocks.inherited:
-        state.table.publish_tail(blocks, group.tail(sequence, computed - filled, computed).tobytes())
+    if 0 < state.stride <= len(tail) and len(tail) > blocks.inherited:
+        state.table.publish_tail(blocks, tail.tobytes())
     if group.host_blocks:
         state.transfers.offload(group, sequence)
     state.table.release(blocks)
@@ -199,14 +214,16 @@ def end(
 ) -> None:  # fmt: skip
     """A sequence ends, wherever it is. keep_tokens: of its output, if that is longer."""
     group, output = state.group_of(sequence), state.output_of(sequence)
+    if sequence.lease is not None and group is not None:
+        group.issue(Drop(sequence.lease))
     if group is not None:
-        drop(state, group, sequence)
-    finish(state, sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
+        leave(state, group, sequence)
+    _finish(state, sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
     if group is not None:
-        extend(state, group, [])  # somebody there may have waited for its blocks
+        extend(state, group)  # somebody there may have waited for its blocks
 
 
-def finish(
+def _finish(
     state: ClusterState, sequence: Sequence, reason: FinishReason, output: int, message: str = "",
     failure: Failure = Failure.FAULT,
 ) -> None:  # fmt: skip
@@ -214,7 +231,7 @@ def finish(
     if sequence.state in (State.WAITING, State.DEFERRED):
         state.waiting.leave(sequence, state.now_s)
     sequence.charge(sequence.prompt_tokens + output)
-    state.waiting.fair.close(sequence.tenant)
+    sequence.tenant.live -= 1
     sequence.state = State.ENDED
     del state.sequences[sequence.front_end, sequence.stream]
     state.counters.finished += 1

@@ -14,7 +14,7 @@ from collections.abc import Sequence as Listing
 from itertools import islice
 from typing import NamedTuple
 
-from kvcache.hashing import hash_run
+from kvcache.hashing import hash_run, salt_seed
 from kvcache.ids import GroupId
 from kvcache.match import common_prefix
 from kvcache.table import BlockTable
@@ -74,7 +74,7 @@ class Prefixes:
         """From now on this is the block that `sequence` fills."""
         self._close(sequence)
         start = block * self._block_size
-        key = sequence.hash_before(block)
+        key = _before(sequence, block)
         if sequence.committed - start >= self.stride:
             key = self._begins(sequence, start, key)
         sequence.open_key = key
@@ -101,7 +101,7 @@ class Prefixes:
         start = block * self._block_size
         if tokens - start < self.stride or not self._fillers:
             return []
-        before = sequence.hash_before(block)
+        before = _before(sequence, block)
         return [*self._under(self._begins(sequence, start, before)), *self._under(before)]
 
     def everyone(self) -> dict[Sequence, int]:
@@ -185,3 +185,8 @@ class Prefixes:
     def _group(self, author: Sequence) -> ResidentGroup:
         assert author.blocks is not None, "only sequences with blocks fill one"
         return self._groups[author.blocks.group]
+
+
+def _before(sequence: Sequence, block: int) -> int:
+    """What the hashes of this block are chained to. Those of the blocks before it are known."""
+    return sequence.hashes[block - 1] if block else salt_seed(sequence.salt)

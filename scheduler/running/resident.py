@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId, GroupId
-from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId
+from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
 from scheduler.sequence import Sequence, State, Tokens
 
 Ints = npt.NDArray[np.int64]
@@ -103,8 +103,7 @@ class ResidentGroup:
         self.backlog = 0
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
-        self.applied = 0
-        self._draining = False
+        self.draining = False  # it takes no new sequences
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
@@ -116,17 +115,7 @@ class ResidentGroup:
         self.touched = False
         self._watch = watch
         self._roster: Roster | None = None
-        self.advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
-
-    @property
-    def draining(self) -> bool:
-        """It takes no new sequences."""
-        return self._draining
-
-    @draining.setter
-    def draining(self, draining: bool) -> None:
-        self._draining = draining
-        self.touch()
+        self._advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
 
     @property
     def rows_left(self) -> int:
@@ -166,8 +155,9 @@ class ResidentGroup:
 
     # ---- rows
 
-    def seat(self, sequence: Sequence, serial: int, cached_tokens: int) -> LeaseId:
-        """Gives a sequence that has its blocks a row and a new lease; the KV of its first `cached_tokens` stands in them."""
+    def seat(self, sequence: Sequence, serial: int, cached_tokens: int) -> None:
+        """Starts a sequence that has its blocks, in a row and with a new lease; the KV of its first `cached_tokens` stands."""
+        assert sequence.blocks is not None
         row = self.free_rows.pop()
         lease, pending = LeaseId(serial << ROW_BITS | row), sequence.committed - cached_tokens
         sequence.state, sequence.row, sequence.lease = State.RUNNING, row, lease
@@ -181,8 +171,14 @@ class ResidentGroup:
         self.backlog += pending - 1
         self.starts += 1
         self.schedule(sequence, sequence.committed, cached_tokens // self._block_size)
-        self.touch()
-        return lease
+        self.issue(
+            Start(
+                lease=lease, tokens=sequence.buffer[: sequence.committed].tobytes(), prompt_tokens=sequence.prompt_tokens,
+                cached_tokens=cached_tokens, blocks=np.array(sequence.blocks.blocks, np.int32).tobytes(),
+                params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
+                max_tokens=sequence.max_tokens,
+            )
+        )  # fmt: skip
 
     def unseat(self, sequence: Sequence) -> None:
         """Takes it out. Its lease is over: what is still reported of it is discarded."""
@@ -237,8 +233,10 @@ class ResidentGroup:
                 first = 0
             sequence.append(ring[first:last])
 
-    def tail(self, sequence: Sequence, start: int, end: int) -> Tokens:
-        """[end - start] the tokens from the block border `start` on, less than a block of them; a view."""
+    def tail(self, sequence: Sequence) -> Tokens:
+        """Of the block that it fills the tokens whose KV stands, less than a block of them; a view."""
+        end = self.computed(sequence.row)
+        start = end - end % self._block_size
         if sequence.committed <= start:
             first = start & self._ring_mask  # the ring is two blocks: what begins with one does not wrap around inside it
             return self.ring[sequence.row, first : first + end - start]
@@ -247,12 +245,33 @@ class ResidentGroup:
 
     # ---- reports
 
-    def roster(self, key: bytes) -> Roster:
-        """Reads a report's lease buffer; costs one comparison while the same leases run."""
-        if self._roster is None or self._roster.key != key:
-            self._roster = self._read_roster(key)
-            self.advanced = 0
-        return self._roster
+    def commit(
+        self, report: Report
+    ) -> tuple[list[int], int, int, tuple[Listener, ...], npt.NDArray[np.int32], int]:  # fmt: skip
+        """The report's tokens become true. Returns the rows that are due; how many tokens were sampled, and how many computed;
+        and for the front ends the audience, the tokens in its order, and the steps between its positions and these."""
+        roster = self._roster
+        if roster is None or roster.key != report.leases:  # while the same leases run it costs this comparison
+            roster, self._advanced = self._read_roster(report.leases), 0
+            self._roster = roster
+        columns, advanced = roster.columns, self._advanced
+        tokens = np.frombuffer(report.tokens, np.int32).reshape(report.steps, -1)
+        if columns is not None:
+            tokens = tokens.take(columns, axis=1)
+        if not report.computed:
+            due = self._commit_decodes(roster, tokens)
+            sampled = computed = tokens.size
+        else:
+            counts = np.frombuffer(report.computed, np.int32)
+            counts = counts if columns is None else counts.take(columns)
+            due = self._commit_mixed(roster, tokens, counts)
+            sampled, computed = int(np.count_nonzero(tokens != NO_TOKEN)), int(counts.sum())
+        self.reports += 1
+        self.steps += report.steps
+        self.step_s += report.elapsed_s
+        self.step_tokens += computed
+        told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
+        return due, sampled, computed, roster.audience, told, advanced
 
     def _read_roster(self, key: bytes) -> Roster:
         count, columns = len(key) // 8, None
@@ -292,9 +311,9 @@ class ResidentGroup:
             Listener(front_end, first, end, streams, positions[first:end].tobytes())
             for front_end, first, end, streams, _ in roster.audience
         )
-        self._roster, self.advanced = roster._replace(audience=tuple(audience)), 0
+        self._roster, self._advanced = roster._replace(audience=tuple(audience)), 0
 
-    def commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
+    def _commit_decodes(self, roster: Roster, tokens: npt.NDArray[np.int32]) -> list[int]:
         """Every lease sampled one token in each step. tokens: [steps, n]. Returns the rows that are due."""
         length = self.length[roster.places]
         for sampled in tokens:
@@ -303,12 +322,12 @@ class ResidentGroup:
             self._flat_ring[at] = sampled
             length += 1
         self.length[roster.places] = length
-        self.advanced += len(tokens)
+        self._advanced += len(tokens)
         due = (length >= self.due[roster.places]).nonzero()[0]
         rows: list[int] = roster.rows.take(due).tolist()
         return rows
 
-    def commit_mixed(self, roster: Roster, tokens: npt.NDArray[np.int32], computed: npt.NDArray[np.int32]) -> list[int]:
+    def _commit_mixed(self, roster: Roster, tokens: npt.NDArray[np.int32], computed: npt.NDArray[np.int32]) -> list[int]:
         """The general case: prefill chunks, leases that ended early. computed: [n]. Returns the rows that are due."""
         rows = roster.rows
         sampled = np.zeros(len(rows), np.int64)

@@ -9,11 +9,12 @@ Both ends are pinned until the side that reads or writes them has answered, or i
 Host memory is a second, larger cache for each group: what a sequence has published is copied there when it leaves. So eviction
 loses nothing and takes no time; `placement` brings blocks back when that is cheaper than to compute them. The tier holds what
 the device holds and more (inclusive, as SGLang's HiCache is), which keeps prefixes whole there: it is a pool of the table like
-others, with its own order of eviction. Imports `resident`, `rates`, `sequence` and the table.
+others, with its own order of eviction. Imports `resident`, `sequence` and the table.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -21,12 +22,23 @@ from kvcache.ids import BlockId, GroupId, host_of, is_host
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.config import Counters
 from scheduler.protocol.messages import Cut, LeaseId, Load, Moved, Offload, Receive, Send
-from scheduler.running.rates import Rates
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence
 
 OFFLOADING_SHARE = 4
 """Of a pool, one part in so many may be on its way to host memory: what is pinned for that is no room for others."""
+
+FETCH_PRIOR = 0.1
+"""Time to fetch a token, in times to compute one, until both are measured: what a network of 25 GB/s and a large model have."""
+
+LOAD_PRIOR = 0.05
+"""The same of host memory."""
+
+SMOOTHING = 0.1
+"""Weight of the newest measurement."""
+
+LEAST_TOKENS = 64
+"""A step or a transfer of fewer says more of latency than of a rate."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,17 +75,21 @@ class Transfer:
 
 
 class Transfers:
-    """Those under way, by number. Its own are the numbers."""
+    """Those under way, by number, and what they take. Its own are the numbers.
 
-    def __init__(
-        self, table: BlockTable, groups: Mapping[GroupId, ResidentGroup], rates: Rates, counters: Counters
-    ) -> None:
+    fetch_cost, load_cost: what fetching a token from another group, and loading it from host memory, takes, in times to compute
+    one; as the workers report it, averaged over the cluster.
+    """
+
+    def __init__(self, table: BlockTable, groups: Mapping[GroupId, ResidentGroup], counters: Counters) -> None:
+        self.fetch_cost = FETCH_PRIOR
+        self.load_cost = LOAD_PRIOR
         self._table = table
         self._groups = groups
-        self._rates = rates
         self._counters = counters
         self._under_way: dict[int, Transfer] = {}
         self._numbers = 0
+        self._token_s: dict[str, float] = {}  # what has been measured
 
     def holders(self) -> list[SequenceBlocks]:
         """The blocks that transfers hold and no sequence does, for the invariants."""
@@ -116,10 +132,10 @@ class Transfers:
         Not all of it where the tier is busy, and nothing where room is short, as after a preemption.
         """
         assert sequence.blocks is not None
-        match = self._table.chain(sequence.blocks)
+        match = self._table.index.chain(sequence.blocks.nodes)
         depth = match.depth(host_of(group.group))
         new = min(len(match.nodes) - depth, group.blocks // OFFLOADING_SHARE - group.sending)
-        if not 0 < new <= self._table.available(group.group):
+        if not 0 < new <= self._table.pools[group.group].available:
             return
         held = self._table.hold(group.group, match, depth + new, sequence.salt)
         stored = self._table.reserve(host_of(group.group), match, depth, new, sequence.salt)
@@ -132,6 +148,7 @@ class Transfers:
 
     def answered(self, group: ResidentGroup, moved: Moved) -> Transfer | None:
         """One side is done. Returns the transfer if its blocks have been written, or will not be: to be settled."""
+        group.touch()
         transfer = self._under_way.get(moved.transfer)
         if transfer is None:
             return None
@@ -146,7 +163,7 @@ class Transfers:
             return None
         group.receiving -= 0 if stores else blocks
         if moved.ok and not stores:
-            (self._rates.loaded if loads else self._rates.fetched)(blocks * self._table.block_size, moved.elapsed_s)
+            self.measured("load" if loads else "fetch", blocks * self._table.block_size, moved.elapsed_s)
         return transfer
 
     def settle(self, transfer: Transfer, *, ok: bool) -> bool:
@@ -155,7 +172,8 @@ class Transfers:
         assert blocks is not None
         self._count(transfer, ok)
         for index in range(transfer.first, transfer.tokens_end) if ok else ():
-            self._table.publish(blocks, author.content_of(index, block_size), author.hashes[index])
+            content = author.buffer[index * block_size : (index + 1) * block_size].tobytes()
+            self._table.publish(blocks, content, author.hashes[index])
         if not awaited:
             self._table.release(blocks)
         transfer.blocks = None
@@ -190,6 +208,17 @@ class Transfers:
         for other in sorted(others.difference(gone)):
             if other in self._groups:
                 self._groups[other].issue(Cut(group.group, group.epoch))
+
+    def measured(self, what: Literal["compute", "fetch", "load"], tokens: int, elapsed_s: float) -> None:
+        """So many tokens have been fetched or loaded, or computed by a step most of whose tokens are of prompts."""
+        if tokens < LEAST_TOKENS or elapsed_s <= 0:
+            return
+        newest, token_s = elapsed_s / tokens, self._token_s
+        known = token_s.get(what, newest)
+        token_s[what] = known + SMOOTHING * (newest - known)
+        if "compute" in token_s:
+            self.fetch_cost = token_s["fetch"] / token_s["compute"] if "fetch" in token_s else FETCH_PRIOR
+            self.load_cost = token_s["load"] / token_s["compute"] if "load" in token_s else LOAD_PRIOR
 
     def moving(self, sequence: Sequence) -> bool:
         """Its blocks are on their way to where it will go on."""

@@ -126,14 +126,14 @@ def pool_maps(core: SchedulerCore) -> tuple[PoolMap, ...]:
 
 
 def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
-    usage, pool = core.table.usage(group.group), core.table.pools[group.group]
+    pool = core.table.pools[group.group]
     return GroupStats(
         group=group.group,
         up=True,
-        total_blocks=usage.total,
-        free_blocks=usage.free,
-        held_blocks=usage.held,
-        cached_blocks=usage.cached,
+        total_blocks=pool.total,
+        free_blocks=pool.free,
+        held_blocks=pool.held,
+        cached_blocks=pool.cached,
         running=len(group.running),
         epoch=group.epoch,
         shared_blocks=pool.shared,

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvcache import BlockId, BlockTable, GroupId, NodeId, SequenceBlocks, audit, hash_blocks
+from kvcache.audit import audit
+from kvcache.hashing import hash_blocks
+from kvcache.ids import BlockId, GroupId, NodeId
+from kvcache.table import BlockTable, SequenceBlocks
 
 BLOCK = 16
 ZERO = GroupId(0)
@@ -21,7 +24,7 @@ def healthy() -> tuple[BlockTable, list[SequenceBlocks]]:
 
     def start(prompt: np.ndarray[tuple[int], np.dtype[np.int32]], new_blocks: int) -> SequenceBlocks:
         hashes = hash_blocks(prompt, BLOCK)
-        match = table.match(prompt, hashes, "", 2)
+        match = table.index.match(prompt, hashes, "", 2)
         seq = table.reserve(ZERO, match, match.depth(ZERO), new_blocks, "")
         assert seq is not None
         for at in range(len(seq.nodes), 2):

@@ -14,8 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kvcache import BlockId, BlockTable, GroupId, SequenceBlocks, audit, hash_blocks
+from kvcache.audit import audit
+from kvcache.hashing import hash_blocks
+from kvcache.ids import BlockId, GroupId
 from kvcache.index import MAX_CANDIDATES
+from kvcache.table import BlockTable, SequenceBlocks
+from tests.kvcache.usage import usage
 
 BLOCK, STRIDE = 16, 4
 GROUPS = [GroupId(0), GroupId(1), GroupId(2)]
@@ -97,8 +101,8 @@ class BlockTableMachine(RuleBasedStateMachine):
         tokens = [token for value in values for token in block(value)]
         tokens = tokens[: len(tokens) - rest]
         array, limit = np.array(tokens, np.int32), len(tokens) - 1
-        match = self.table.match(array, hash_blocks(array, BLOCK, salt), salt, limit // BLOCK)
-        parts = self.table.parts(match, array, salt, limit)
+        match = self.table.index.match(array, hash_blocks(array, BLOCK, salt), salt, limit // BLOCK)
+        parts = self.table.index.parts(match, array, salt, limit)
         for other in self.table.pools:
             known = {content for content in self.published(other) if not len(content[1]) % BLOCK}
             depth = 0
@@ -112,7 +116,7 @@ class BlockTableMachine(RuleBasedStateMachine):
         depth = max(0, match.depth(group) - skip)
         part = parts.get(group) if depth == match.depth(group) else None
         new = len(values) - depth + extra
-        before, cached = self.table.usage(group), self.table.cached_in_match(group, match, depth)
+        before, cached = usage(self.table, group), self.table.cached_in_match(group, match, depth)
         assert cached == sum(self.holders(group, match.nodes[at]) == 0 for at in range(depth))
         sources: list[BlockId] = []
         seq = self.table.reserve(group, match, depth, new, salt, part, lambda source, *_: sources.append(source))
@@ -122,7 +126,7 @@ class BlockTableMachine(RuleBasedStateMachine):
         self.events["refused"] += seq is None
         self.events["refused for its own hit"] += seq is None and new <= before.free + before.cached
         if seq is None:
-            assert self.table.usage(group) == before
+            assert usage(self.table, group) == before
             return
         self.events["evicted"] += before.free < new
         assert len(seq.blocks) == depth + new
@@ -159,11 +163,11 @@ class BlockTableMachine(RuleBasedStateMachine):
     @rule(at=which, count=st.integers(0, 3))
     def grow(self, at: int, count: int) -> None:
         seq = self.live[at % len(self.live)].seq
-        before, blocks = self.table.usage(seq.group), list(seq.blocks)
+        before, blocks = usage(self.table, seq.group), list(seq.blocks)
         grown = self.table.grow(seq, count)
         assert (grown is None) == (count > before.free + before.cached)
         if grown is None:
-            assert self.table.usage(seq.group) == before
+            assert usage(self.table, seq.group) == before
         assert seq.blocks == blocks + (grown or [])
 
     @precondition(lambda self: self.live)
@@ -250,7 +254,7 @@ class BlockTableMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_leaks(self) -> None:
         if not self.live:
-            assert all(self.table.usage(group).held == 0 for group in self.table.pools)
+            assert all(self.table.pools[group].held == 0 for group in self.table.pools)
 
 
 TestBlockTable = BlockTableMachine.TestCase

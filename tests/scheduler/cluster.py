@@ -187,6 +187,7 @@ class Cluster:
         host_blocks: int = 0,
         queue_skip_s: float = 2.0,
         queue_age_s: float = 30.0,
+        log_decisions: bool = False,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         self.core = SchedulerCore(
@@ -198,6 +199,7 @@ class Cluster:
                 seed=0,
                 queue_skip_s=queue_skip_s,
                 queue_age_s=queue_age_s,
+                log_decisions=log_decisions,
             ),
             Resolved(max_model_len, ahead),
             bounds,
@@ -424,7 +426,7 @@ class Cluster:
         assert all(stream.finished is not None for stream in self.streams.values())
         assert not self.core.prefixes.waiters
         for name, group in self.core.groups.items():
-            usage = self.core.table.usage(name)
+            usage = self.core.table.pools[name]
             assert usage.held == 0
             assert usage.free + usage.cached == usage.total == self.pools[name]
             assert not group.running
@@ -439,7 +441,7 @@ class Cluster:
         return self.core.sequences[stream.front_end, stream.number]
 
     def held(self, group: int = 0) -> int:
-        return self.core.table.usage(GroupId(group)).held
+        return self.core.table.pools[GroupId(group)].held
 
     def cached_tokens(self, stream: Stream) -> int:
         assert stream.finished is not None

@@ -264,10 +264,12 @@ class CoreMachine(RuleBasedStateMachine):
         others = [other for name, other in self.cluster.core.groups.items() if name != group and not other.draining]
         for other in others:
             other.draining = True
+            other.touch()
         for value in (first, 1 - first):
             self.submit([value], [], 0, 1, 20, 0, (), "")
         for other in others:
             other.draining = False
+            other.touch()
         self.cluster.core.waiting.made_room()
         self.cluster.core._admission.admit()
         self.cluster.settle()

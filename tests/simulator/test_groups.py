@@ -75,7 +75,7 @@ def both(*requests: tuple[int, int]) -> tuple[Pair, Pair]:
             pair.submit(stream, prompt, output)
         pair.run()
         assert not pair.core.sequences
-        assert pair.core.table.usage(GROUP).held == 0
+        assert pair.core.table.pools[GROUP].held == 0
     return pairs
 
 

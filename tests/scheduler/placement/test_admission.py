@@ -210,7 +210,7 @@ def test_a_prefix_that_another_group_has_is_routed_away() -> None:
     cluster = Cluster((16, 16), max_num_seqs=2)
     cluster.submit([*filled(0, 0), 1], max_tokens=1)
     cluster.run()
-    (home,) = [name for name in cluster.core.groups if cluster.core.table.usage(name).cached]
+    (home,) = [name for name in cluster.core.groups if cluster.core.table.pools[name].cached]
     blockers = [cluster.submit([1] * 3, max_tokens=8)[0] for _ in range(4)]
     for name in cluster.core.groups:
         if name != home:

@@ -2,10 +2,9 @@
 
 import random
 
-import numpy as np
 import pytest
 
-from scheduler.placement.routing import FEW_GROUPS, PromptMatch
+from scheduler.placement.routing import FEW_GROUPS, Newcomer
 from tests.scheduler.cluster import Cluster
 
 
@@ -22,15 +21,15 @@ def test_many_groups_are_placed_as_few_are(seed: int) -> None:
         if draw.random() < 0.7:
             cluster.step()
         for sequence in list(cluster.core.sequences.values()):
-            tokens = np.array(sequence.tokens)
+            tokens = sequence.buffer[: sequence.committed].copy()
             limit = len(tokens) - 1
-            sequence.hash_up_to(limit // 4, 4)
-            match = cluster.core.table.match(tokens, sequence.hashes, sequence.salt, limit // 4)
-            parts = cluster.core.table.parts(match, tokens, sequence.salt, limit)
-            source = routing._best_source(match, parts)
-            blocks = sequence.blocks_for(len(tokens) + cluster.core.resolved.grant_ahead, 4)
-            placed = PromptMatch(sequence, match, parts, blocks, source, 4)
-            few, many = (routing._choose(placed, bounds(placed)) for bounds in (routing._each, routing._promising))
+            if len(sequence.hashes) < limit // 4:
+                sequence.hash_up_to(limit // 4, 4)
+            match = cluster.core.table.index.match(tokens, sequence.hashes, sequence.salt, limit // 4)
+            parts = cluster.core.table.index.parts(match, tokens, sequence.salt, limit)
+            blocks = min(-(-(len(tokens) + cluster.core.resolved.grant_ahead) // 4), sequence.blocks_at_most)
+            newcomer = Newcomer(sequence, tokens, limit, match, [], blocks, parts)
+            few, many = (routing.cheapest(newcomer, few=few) for few in (len(routing.groups), 0))
             assert few == many
-            found += few is not None and few.source is not None
+            found += few is not None and few[1] is not None
     assert found, "some would be fetched or loaded"

@@ -30,15 +30,15 @@ def test_what_is_told_is_what_was_done() -> None:
     cluster.run()
 
 
-def test_debug_logs_say_it_and_others_do_not(caplog: pytest.LogCaptureFixture) -> None:
-    cluster = Cluster((8, 8))
-    with caplog.at_level(logging.INFO, "scheduler.placement.why"):
-        cluster.submit([1, 0, 1], max_tokens=1)
-    assert not caplog.records
+def test_the_log_says_it_where_it_is_asked_to(caplog: pytest.LogCaptureFixture) -> None:
+    quiet = Cluster((8, 8))
     with caplog.at_level(logging.DEBUG, "scheduler.placement.why"):
+        quiet.submit([1, 0, 1], max_tokens=1)
+        assert not caplog.records
+        cluster = Cluster((8, 8), log_decisions=True)
         cluster.submit([1, 1, 1], max_tokens=1)
     (record,) = caplog.records
     said = record.__dict__["fields"]
-    assert (said["group"], said["tokens"], said["other_group"], said["uncached"]) == (1, 3, 0, 12)
+    assert (said["group"], said["tokens"], said["other_group"], said["uncached"]) == (0, 3, 1, 12)
     assert said["source"] is None, "and so it is left out of the line"
     cluster.run()

@@ -43,13 +43,13 @@ class Queue(FairQueue):
         sequence.ticket = 0
         self.leave(sequence)
         sequence.tenant.served += cost
-        self.close(sequence.tenant)
+        sequence.tenant.live -= 1
         return sequence.tenant.name
 
     def charge(self, name: str, cost: float) -> None:
         tenant = self.open(name)
         tenant.served += cost
-        self.close(tenant)
+        tenant.live -= 1
 
 
 # ---- the counter

@@ -28,7 +28,7 @@ def test_lengths_around_the_block_border(prompt: int, output: int, depth: int, s
     assert most <= needed
     assert cluster.reason(stream) is FinishReason.LENGTH
     cluster.run()
-    assert cluster.core.table.usage(GroupId(0)).cached == (prompt + output - 1) // 4
+    assert cluster.core.table.pools[GroupId(0)].cached == (prompt + output - 1) // 4
 
 
 def test_the_largest_request_that_fits_the_pool_uses_all_of_it() -> None:
@@ -69,9 +69,7 @@ def test_max_tokens_none_goes_on_to_the_end_of_the_model() -> None:
         (1, 1, 99, 0, ["no group of workers"]),
     ],
 )
-def test_a_refusal_says_the_numbers(
-    prompt: int, max_tokens: int | None, model_len: int, pool: int, numbers: list[str]
-) -> None:
+def test_a_refusal_says_the_numbers(prompt: int, max_tokens: int | None, model_len: int, pool: int, numbers: list[str]) -> None:
     with pytest.raises(RequestRefused) as refused:
         output_limit(prompt, max_tokens, model_len, 4, pool)
     for number in numbers:

@@ -240,5 +240,5 @@ def test_a_sequence_whose_worker_gave_up_on_it_ends_as_failed_and_leaves_its_blo
     assert "grammar" in told.finished[0].message
     assert "not finite" in told.finished[0].message
     assert core.counters.given_up == 1
-    usage = core.table.usage(HERE)
+    usage = core.table.pools[HERE]
     assert (usage.held, usage.free + usage.cached) == (0, 8)

@@ -51,7 +51,7 @@ def test_without_prefix_caching_nothing_is_published() -> None:
         stream = cluster.submit(filled(0, 1), max_tokens=6)[0]
         cluster.run()
         assert cluster.cached_tokens(stream) == 0
-    assert cluster.core.table.usage(GroupId(0)).cached == 0
+    assert cluster.core.table.pools[GroupId(0)].cached == 0
 
 
 def test_tenants_do_not_hit_each_other_s_blocks() -> None:
@@ -209,7 +209,7 @@ def test_equal_hashes_of_different_blocks_cost_a_wait_and_nothing_else() -> None
     finished = [end for _, deltas in core.outbox.drain() for end in deltas.finished]
     assert sorted(end.cached_tokens for end in finished)[:2] == [0, 0]
     assert max(end.cached_tokens for end in finished) <= 8
-    assert core.table.usage(GroupId(0)).held == 0
+    assert core.table.pools[GroupId(0)].held == 0
 
 
 def test_shared_blocks_are_held_until_the_last_holder_ends() -> None:
@@ -219,13 +219,13 @@ def test_shared_blocks_are_held_until_the_last_holder_ends() -> None:
     short = cluster.submit([*filled(0, 1), 0], max_tokens=2)[0]
     longer = cluster.submit([*filled(0, 1), 1], max_tokens=8)[0]
     table = cluster.core.table
-    assert table.shared(GroupId(0)) == 2
+    assert table.pools[GroupId(0)].shared == 2
     blocks = cluster.sequence(longer).blocks
     assert blocks is not None
     assert [table.pools[GroupId(0)].refs[block] for block in blocks.blocks[:2]] == [2, 2]
     cluster.step(times=3)
     assert short.finished is not None
-    assert table.shared(GroupId(0)) == 0
+    assert table.pools[GroupId(0)].shared == 0
     assert [table.pools[GroupId(0)].refs[block] for block in blocks.blocks[:2]] == [1, 1]
     cluster.abort(longer)
     assert cluster.held() == 0

@@ -188,7 +188,7 @@ def test_what_was_evicted_comes_back_from_host_memory() -> None:
     first = cluster.submit([*PREFIX, 1], max_tokens=1)[0]
     cluster.run()
     assert cluster.core.counters.offloaded_tokens == 20
-    assert cluster.core.table.usage(host_of(ZERO)).cached == 5
+    assert cluster.core.table.pools[host_of(ZERO)].cached == 5
     cluster.submit([1] * 95, max_tokens=1)
     cluster.run()
     again = cluster.submit([*PREFIX, 1], max_tokens=1)[0]

@@ -263,7 +263,7 @@ def test_a_front_end_that_leaves_frees_its_blocks(served: Served) -> None:
     (start,) = read(leader, Commands).commands
     front_end.close()
     assert read(leader, Commands).commands == (Drop(start.lease),)
-    assert served.ask(lambda core: core.table.usage(GroupId(0)).held) == 0
+    assert served.ask(lambda core: core.table.pools[GroupId(0)].held) == 0
 
 
 def test_closing_ends_every_log(served: Served) -> None:
