@@ -16,7 +16,7 @@ from manta.commands import app
 from tests.deploy.batch.jobs import as_lines, custom_ids, entry, read
 
 PATIENCE_S = 60.0
-ENGINE = ["--local", "--kv-memory", "64MiB", "--max-num-seqs", "4"]
+ENGINE = ["--local", "--kv-memory", "64MiB", "--max-num-seqs", "4", "--threads", "1"]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def soak(address: str, seed: int, requests: int) -> list[Outcome]:
 def test_nothing_is_left_of_requests_that_ended_or_were_given_up() -> None:
     host = Host()
     try:
-        cluster = LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES))
+        cluster = LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES, threads=1))
         service = host.service(cluster)
         address = host.serve(service)
 
