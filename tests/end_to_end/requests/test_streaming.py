@@ -9,8 +9,8 @@ import pytest
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.prompts import PromptError
+from tests.end_to_end.engines import LLAMA, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, draw
-from tests.end_to_end.settings import LLAMA, greedy, open_llm, run, tokens
 from tests.end_to_end.waiting import wait_idle, wait_until
 
 LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=400)
@@ -19,9 +19,7 @@ LONG = SamplingParams(temperature=1.0, seed=1, max_tokens=400)
 @pytest.fixture(scope="module")
 def llm(checkpoints: dict[str, Path]) -> Iterator[LLM]:
     """Two groups of two sequences each, prompts in chunks of 8."""
-    with open_llm(
-        checkpoints[LLAMA], block=16, dtype="float64", groups=2, max_num_seqs=2, max_num_batched_tokens=8
-    ) as engine:
+    with open_llm(checkpoints[LLAMA], block=16, dtype="float64", groups=2, max_num_seqs=2, max_num_batched_tokens=8) as engine:
         yield engine
 
 

@@ -10,8 +10,8 @@ from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import Logprob, PromptEntries, RequestOutput
 from tests.checkpoints import load_reference
+from tests.end_to_end.engines import LLAMA, QWEN3, open_llm, run
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
-from tests.end_to_end.settings import LLAMA, QWEN3, open_llm, run
 from tests.end_to_end.waiting import wait_idle
 
 MOST = 4

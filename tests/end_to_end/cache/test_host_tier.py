@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.engines import QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
-from tests.end_to_end.settings import QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
 
 PROMPTS = [draw(200, seed=200 + number) for number in range(6)]

@@ -11,9 +11,9 @@ import pytest
 
 from cluster.resolve import DEPTH
 from deploy import LLM, SamplingParams
-from tests.end_to_end.faults import BreakRanks
+from tests.end_to_end.engines import MISTRAL, open_llm, run, tokens
+from tests.end_to_end.losses.faults import BreakRanks
 from tests.end_to_end.prompts import draw
-from tests.end_to_end.settings import MISTRAL, open_llm, run, tokens
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
 
 REQUESTS = 40
@@ -50,9 +50,7 @@ async def ask(llm: LLM, prompt: list[int], params: SamplingParams, leave_after: 
     return None
 
 
-async def storm(
-    llm: LLM, work: list[tuple[list[int], SamplingParams]], numbers: random.Random
-) -> list[list[list[int]] | None]:
+async def storm(llm: LLM, work: list[tuple[list[int], SamplingParams]], numbers: random.Random) -> list[list[list[int]] | None]:
     tasks = []
     for prompt, params in work:
         leave_after = numbers.randrange(0, 12) if numbers.random() < 0.4 else None

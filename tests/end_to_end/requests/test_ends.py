@@ -13,9 +13,9 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError
 from deploy.text.sources import Source
+from tests.end_to_end.engines import LLAMA, QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.reference import Reference
-from tests.end_to_end.settings import LLAMA, QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.waiting import wait_idle
 
 BLOCK = 16
@@ -154,9 +154,7 @@ def test_requests_without_a_seed_differ(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_logprobs_are_those_of_transformers(
-    size: int, checkpoints: dict[str, Path], references: dict[str, Reference]
-) -> None:
+def test_logprobs_are_those_of_transformers(size: int, checkpoints: dict[str, Path], references: dict[str, Reference]) -> None:
     """Of the model's own distribution, whatever is done to it before sampling."""
     params = [
         greedy(20, logprobs=5),
@@ -216,13 +214,13 @@ def test_one_new_prefix_in_one_batch_is_computed_once(llm: LLM) -> None:
 
 def test_twins_share_the_blocks_that_they_generate(checkpoints: dict[str, Path]) -> None:
     """Equal sequences in step: each adopts the block published first, and its own copy is soon another's."""
-    twin, counts = draw(20, seed=34), [100, 70, 90, 40, 100, 80]
+    twin, counts = draw(20, seed=34), [60, 40, 50, 20, 60, 45]
     others = [draw(9, seed=35 + i) for i in range(6)]
-    with open_llm(checkpoints[QWEN3], block=BLOCK) as roomy:
-        expected = [tokens(run(roomy, [prompt], greedy(100)))[0][0] for prompt in (twin, *others)]
-    with open_llm(checkpoints[QWEN3], block=BLOCK, blocks=20) as tight:
+    with open_llm(checkpoints[QWEN3], block=BLOCK, dtype="float64") as roomy:
+        expected = [output[0] for output in tokens(run(roomy, [twin, *others], greedy(60)))]
+    with open_llm(checkpoints[QWEN3], block=BLOCK, blocks=14, dtype="float64") as tight:
         for _ in range(2):
-            outputs = tokens(run(tight, [twin] * 6 + others, [*map(greedy, counts), *[greedy(100)] * 6]))
+            outputs = tokens(run(tight, [twin] * 6 + others, [*map(greedy, counts), *[greedy(60)] * 6]))
             assert [output[0] for output in outputs] == [*(expected[0][:count] for count in counts), *expected[1:]]
             wait_idle(tight)
 

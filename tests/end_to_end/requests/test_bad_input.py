@@ -19,8 +19,8 @@ from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.outputs import GenerationError
 from manta.commands import app
+from tests.end_to_end.engines import ARCHITECTURES, MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
-from tests.end_to_end.settings import ARCHITECTURES, MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle
 from tests.processes import descendants, wait_gone
 
@@ -273,9 +273,7 @@ def test_a_bad_line(line: str, words: str, checkpoints: dict[str, Path], tmp_pat
         ('{"prompt_token_ids": []}', "the prompt is empty"),
     ],
 )
-def test_a_prompt_of_a_file_that_cannot_be(
-    line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_prompt_of_a_file_that_cannot_be(line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """The others are answered; alone in its file it is bad input."""
     file, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     files = ["--input", str(file), "--output", str(results), "--max-tokens", "4"]

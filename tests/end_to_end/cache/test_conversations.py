@@ -1,21 +1,16 @@
-"""The cluster's cache on real workers: conversations that go on inside blocks, and sequences that go on in another group.
+"""The cluster's cache on real workers: conversations that go on inside blocks, and prompts that part inside one.
 
 In float64 a sequence says the same wherever and however it was computed, so every test compares tokens exactly.
 """
 
-import threading
 from pathlib import Path
 
 import pytest
 
-from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM
-from deploy.frontend.outputs import RequestOutput
-from scheduler.core import SchedulerCore
-from scheduler.sequence import State
+from tests.end_to_end.engines import QWEN3, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
-from tests.end_to_end.settings import QWEN3, greedy, open_llm, run, tokens
-from tests.end_to_end.waiting import nothing_left_behind, wait_idle, wait_until
+from tests.end_to_end.waiting import nothing_left_behind
 
 BLOCK, STRIDE = 64, 32
 SYSTEM = draw(90, seed=200)
@@ -83,12 +78,12 @@ def test_what_a_running_sequence_has_just_said_is_not_computed_again(checkpoints
     """A prompt that goes on where a sequence is that still runs: all of it but the last token is in that one's blocks."""
     prompt = draw(100, seed=270)
     with open_llm(checkpoints[QWEN3], block=BLOCK, dtype="float64", enable_prefix_caching=False) as llm:
-        (said,) = tokens(run(llm, [prompt], greedy(300)))
+        (said,) = tokens(run(llm, [prompt], greedy(160)))
         follower = [*prompt, *said[0][:61], 5]
         expected = tokens(run(llm, [follower], greedy(20)))
     with open_llm(checkpoints[QWEN3], block=BLOCK, dtype="float64") as llm:
         asked = False
-        for _, output in llm.iterate([prompt], greedy(300)):
+        for _, output in llm.iterate([prompt], greedy(160)):
             if not asked and len(output.outputs[0].token_ids) >= 64:
                 asked = True
                 (second,) = run(llm, [follower], greedy(20))
@@ -96,57 +91,3 @@ def test_what_a_running_sequence_has_just_said_is_not_computed_again(checkpoints
         assert tokens([second]) == expected
         assert second.num_cached_tokens == len(follower) - 1
         assert list(output.outputs[0].token_ids) == said[0]
-
-
-# ---- from one group to another
-
-
-def engine_of(llm: LLM) -> LocalEngine:
-    engine = llm._engine
-    assert isinstance(engine, LocalEngine)
-    return engine
-
-
-def migrate_all(llm: LLM) -> int:
-    """Lets every running sequence go to the other group; returns how many can."""
-
-    def migrate(core: SchedulerCore) -> int:
-        running = [stream for (_, stream), sequence in core.sequences.items() if sequence.state is State.RUNNING]
-        return sum(core.migrate(FRONT_END, stream) for stream in running)
-
-    return engine_of(llm).call(migrate)
-
-
-PROMPTS = [draw(100, seed=220 + i) for i in range(4)]
-LONG = greedy(300)
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoints: dict[str, Path]) -> list[list[list[int]]]:
-    with open_llm(checkpoints[QWEN3], dtype="float64") as llm:
-        return tokens(run(llm, PROMPTS, LONG))
-
-
-@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"tp{size}")
-def test_sequences_that_move_in_mid_stream_say_the_same(
-    size: int, checkpoints: dict[str, Path], expected: list[list[list[int]]]
-) -> None:
-    with nothing_left_behind(), open_llm(checkpoints[QWEN3], dtype="float64", size=size, groups=2) as llm:
-        outputs: list[RequestOutput] = []
-        work = threading.Thread(target=lambda: outputs.extend(run(llm, PROMPTS, LONG)))
-        work.start()
-        moved = 0
-        for least in (40, 400):
-            wait_until(lambda least=least: llm.stats().output_tokens > least, lambda: str(llm.stats()))  # type: ignore[misc]
-            moved += migrate_all(llm)
-        work.join()
-        wait_idle(llm)
-        stats = llm.stats()
-    assert tokens(outputs) == expected
-    assert moved > 0
-    assert 0 < stats.migrations <= moved
-    assert (stats.preemptions, stats.failed_transfers) == (0, 0)
-    assert stats.output_tokens == sum(len(choice) for output in expected for choice in output), "none emitted twice"
-    computed = sum(group.step_tokens for group in stats.groups)
-    needed = sum(map(len, PROMPTS)) + stats.output_tokens
-    assert computed < needed + stats.migrations * 16 * 2, "their blocks went with them"

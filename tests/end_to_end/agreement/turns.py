@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
+from tests.end_to_end.agreement.settings import Setting
+from tests.end_to_end.engines import run
 from tests.end_to_end.prompts import PROMPTS
-from tests.end_to_end.settings import Setting, run
 from tests.end_to_end.waiting import wait_idle
 
 MOST_TURNS = 6
