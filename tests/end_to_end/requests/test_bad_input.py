@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -314,7 +313,6 @@ def test_interrupted_in_mid_generation() -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.read(1), "text begins to stream"
-        time.sleep(0.2)
         below = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=PATIENCE_S)
