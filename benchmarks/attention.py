@@ -27,8 +27,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checkpoints import SHAPES, Shape
-from benchmarks.report import Spread, table
+from benchmarks.shared.checkpoints import SHAPES, Shape
+from benchmarks.shared.report import Spread, table
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import gpu_works
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.engine import names_of, positive
 from benchmarks.gpu_works import Work
-from benchmarks.report import figure, table
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.options import names_of, positive
+from benchmarks.shared.report import figure, table
 
 ENGINES = ("bare", "local", "ray")
 WORKS = ("batch_1", "batch_32", "many", "prefill", "shared")

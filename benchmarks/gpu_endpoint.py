@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint, with_words
-from benchmarks.endpoint import Ask, Clients, Endpoint, completed, completion, serving
-from benchmarks.engine import names_of, positive
 from benchmarks.gpu import OPTIONS
-from benchmarks.load import Outcome
-from benchmarks.report import figure, table
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint, with_words
+from benchmarks.shared.endpoint import Ask, Clients, Endpoint, completed, completion, serving
+from benchmarks.shared.load import Outcome
+from benchmarks.shared.options import names_of, positive
+from benchmarks.shared.report import figure, table
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
 STREAMS_A_CLIENT = 32

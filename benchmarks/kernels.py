@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import DTYPE, SHAPES, Case, Operands, Product, all_cases
-from benchmarks.report import table
+from benchmarks.shared.report import table
 from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
 
 BEYOND_L2_BYTES = 200_000_000

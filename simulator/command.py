@@ -98,7 +98,7 @@ DrainOption = Annotated[
 LagOption = Annotated[float, flag("--lag", "Seconds by which the view of the lagging router is old. Default: 1.0.")]
 CalibrateOption = Annotated[
     str | None,
-    flag("--calibrate", "FILE[:MODEL]: times from the output of benchmarks/engine.py --json. Default: the four below."),
+    flag("--calibrate", "FILE[:MODEL]: times from the output of python -m benchmarks.engine --json. Default: the four below."),
 ]
 RateOption = Annotated[
     float | None, flag("--prefill-rate", f"Prompt tokens a second of one group. Default: {TIMES.prefill_tokens_per_s:.0f}.")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import CASES, Case, passes
-from benchmarks.checkpoints import SHAPES
+from benchmarks.shared.checkpoints import SHAPES
 from benchmarks.study.options import Options, Result, in_turns, machine, run_alone, spread
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool

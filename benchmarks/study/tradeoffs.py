@@ -15,7 +15,7 @@ from benchmarks.study.token_costs import bookkeeping_ns, copy_us
 
 if TYPE_CHECKING:
     from benchmarks.attention import Case
-    from benchmarks.checkpoints import Shape
+    from benchmarks.shared.checkpoints import Shape
     from workers.attention.base import AttentionBackend
 
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)
@@ -28,7 +28,7 @@ def kernels(options: Options) -> list[dict[str, Any]]:
     import torch
 
     from benchmarks.attention import CASES, Case
-    from benchmarks.checkpoints import SHAPES
+    from benchmarks.shared.checkpoints import SHAPES
 
     torch.set_num_threads(options.threads)
     shape = SHAPES[KERNEL_SHAPE]

@@ -4,31 +4,26 @@ Each engine is a process of its own (`engine_worker.py`); the engines take turns
 several rounds, so that a change in the machine's load meets all of them. Never imports an engine; torch only
 to write weights.
 
-    python benchmarks/engine.py --vllm-python path/to/its/venv/bin/python --json
+    python -m benchmarks.engine --vllm-python path/to/its/venv/bin/python --json
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.report import Spread, figure, table
-from benchmarks.worker_process import EngineSpec, Worker, WorkerError, started
-from benchmarks.workloads import LATENCY_OUTPUT_TOKENS, Batch, PromptSource
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.options import PAUSE_S, WARM_UP_SEED, add_engine_options, names_of, positive
+from benchmarks.shared.report import Spread, figure, table
+from benchmarks.shared.worker_process import EngineSpec, Worker, WorkerError, started
+from benchmarks.shared.workloads import LATENCY_OUTPUT_TOKENS, Batch, PromptSource
 
 ENGINES = ("manta", "vllm", "transformers")
-PAUSE_S = 1.5  # vLLM's workers look for work for a second before they sleep
-WARM_UP_SEED = 1 << 32
 
 # Metric -> value of one turn; metric -> the values of all rounds, in order.
 Values = dict[str, float]
@@ -239,51 +234,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--ray", action="store_true", help="Manta on Ray")
     where.add_argument("--local", dest="ray", action="store_false", help="Manta in one process (the default)")
     return parser.parse_args(arguments)
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """The options that every engine benchmark has."""
-    cores = len(os.sched_getaffinity(0))
-    cache = Path(tempfile.gettempdir()) / "manta-benchmarks"
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--tensor-parallel-size", type=positive, default=1)
-    parser.add_argument(
-        "--threads", type=positive, default=cores, help="CPU threads of each engine (%(default)s)"
-    )
-    parser.add_argument(
-        "--kv-gib", type=positive, default=2, help="memory of the KV cache, GiB (%(default)s)"
-    )
-    parser.add_argument("--block-size", type=int, help="Manta's tokens per block; its default if not given")
-    parser.add_argument(
-        "--max-num-batched-tokens", type=int, help="tokens in a step of Manta's; its default if not given"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=cache, help="folder of checkpoints and logs (%(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    """Names apart by commas, each one of those that are known, for argparse."""
-
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(
-                f"{', '.join(unknown) or 'nothing'} is not among {', '.join(known)}"
-            )
-        return names
-
-    return parse
 
 
 def main() -> None:

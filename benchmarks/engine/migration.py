@@ -6,7 +6,7 @@
 
 One process, two groups of one rank each; the three ways take turns, each on a prompt of its own.
 
-    python benchmarks/migration.py --model 0.1B --prompt 2000 --rounds 5
+    python -m benchmarks.engine.migration --model 0.1B --prompt 2000 --rounds 5
 
 May import the application and the core.
 """
@@ -15,17 +15,14 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.report import table
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.report import table
 from cluster.local.engine import FRONT_END, LocalEngine
 from deploy import LLM, SamplingParams
 from scheduler.core import SchedulerCore

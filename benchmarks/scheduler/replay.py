@@ -1,7 +1,7 @@
 """The tables of docs/replay.md, made anew in one go and printed as Markdown: policies, seeds, groups that go, and the scale.
 
-    python benchmarks/replay.py conversation_trace.jsonl                       # half an hour on one quiet core
-    python benchmarks/replay.py conversation_trace.jsonl --limit 5000 --tables loads seeds
+    python -m benchmarks.scheduler.replay conversation_trace.jsonl                       # half an hour on one quiet core
+    python -m benchmarks.scheduler.replay conversation_trace.jsonl --limit 5000 --tables loads seeds
 
 Virtual times are the same on every machine; what the core costs is CPU time of this one. Imports `simulator`; no torch.
 """
@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from simulator.engines import ClusterShape
 from simulator.report import Outcome

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.workloads import Batch
+from benchmarks.shared.workloads import Batch
 
 LOAD_TIMEOUT_S = 900.0  # a peer may compile
 BATCH_TIMEOUT_S = 1800.0

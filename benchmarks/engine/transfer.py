@@ -3,8 +3,8 @@
 A transfer's rate counts from the command to the last `Moved`, both sides' threads included. The step loop is a real rank that
 decodes; movements go to it as commands, the next one when the last is over. Rounds of all ways are interleaved.
 
-    python benchmarks/transfer.py --shape 0.1B --blocks 32 --threads 1            # CPU: in process, sockets, gloo, host tier
-    python benchmarks/transfer.py --shape 0.6B --blocks 64 --device cuda          # one GPU: in process and host tier; two: NCCL
+    python -m benchmarks.engine.transfer --shape 0.1B --blocks 32 --threads 1      # CPU: in process, sockets, gloo, host tier
+    python -m benchmarks.engine.transfer --shape 0.6B --blocks 64 --device cuda    # one GPU: in process, host tier; two: NCCL
 
 May import `kvcache`, `scheduler` and `workers`.
 """
@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import queue
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.report import Spread, table
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.report import Spread, table
 from cluster.resolve import resolve
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool

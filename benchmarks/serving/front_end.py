@@ -3,25 +3,21 @@
 Every stream gets one token a step, and the next step comes once each client has its event, so nothing is merged: the dearest
 case. CPU time of the whole process. Imports the endpoint; the scheduler's messages are made here.
 
-    python benchmarks/front_end.py --streams 256 --rounds 5 --json
+    python -m benchmarks.serving.front_end --streams 256 --rounds 5 --json
 """
 
 import argparse
 import asyncio
 import json
-import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from starlette.types import Message
 
-from benchmarks.engine import positive
-from benchmarks.report import Spread, table
+from benchmarks.shared.options import positive
+from benchmarks.shared.report import Spread, table
 from cluster.engine import OnDeltas, OnFailure
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig

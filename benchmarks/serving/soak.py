@@ -3,7 +3,7 @@
 Blocks: none is held. Processes: as many as before, with as many threads and file descriptors, and as much memory, give or take
 a bound. Reads /proc, so Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
 
-    python benchmarks/soak.py --requests 10000 --replicas 2 --json
+    python -m benchmarks.serving.soak --requests 10000 --replicas 2 --json
 """
 
 import argparse
@@ -15,14 +15,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.shared.endpoint import Ask, Clients, Endpoint, ServingError, completion, serving
+from benchmarks.shared.load import Outcome
+from benchmarks.shared.options import positive
+from benchmarks.shared.report import table
 
-from benchmarks.endpoint import Ask, Clients, Endpoint, ServingError, completion, serving
-from benchmarks.engine import positive
-from benchmarks.load import Outcome
-from benchmarks.report import table
-
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 VOCABULARY = 4096
 UNDER_WAY = 48
 BATCH = 500

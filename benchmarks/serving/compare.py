@@ -9,8 +9,8 @@ haproxy (Manta's default).
 GuideLLM drives the endpoint too (docs/performance.md), but it needs most of a core for itself, draws more arrivals than it was
 told, and cannot take turns with an engine; so the arrivals here are our own, Poisson by a seed.
 
-    python benchmarks/serving.py --model 0.1B --transports local,haproxy,serve --rounds 5 --json
-    python benchmarks/serving.py --model 0.1B --transports haproxy --vllm-python path/to/its/venv/bin/python
+    python -m benchmarks.serving --model 0.1B --transports local,haproxy,serve --rounds 5 --json
+    python -m benchmarks.serving --model 0.1B --transports haproxy --vllm-python path/to/its/venv/bin/python
 """
 
 import argparse
@@ -24,17 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint, with_words
+from benchmarks.shared.endpoint import Ask, Clients, Endpoint, ServingError, completed, completion, serving, serving_vllm
+from benchmarks.shared.load import Outcome
+from benchmarks.shared.options import PAUSE_S, WARM_UP_SEED, add_engine_options, names_of, positive
+from benchmarks.shared.report import Spread, figure, table
+from benchmarks.shared.worker_process import EngineSpec, Worker, WorkerError, started
+from benchmarks.shared.workloads import Batch, PromptSource
 
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint, with_words
-from benchmarks.endpoint import Ask, Clients, Endpoint, ServingError, completed, completion, serving, serving_vllm
-from benchmarks.engine import PAUSE_S, WARM_UP_SEED, add_engine_options, names_of, positive
-from benchmarks.load import Outcome
-from benchmarks.report import Spread, figure, table
-from benchmarks.worker_process import EngineSpec, Worker, WorkerError, started
-from benchmarks.workloads import Batch, PromptSource
-
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 TINY_VOCABULARY = 4096
 ENGINE, ENDPOINT = "engine", "endpoint"
 TRANSPORTS = {"local": ("--local",), "haproxy": ("--haproxy",), "serve": ("--no-haproxy",)}

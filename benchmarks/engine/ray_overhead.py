@@ -3,7 +3,7 @@
 The aim is a ratio of 0.95 or more. Never imports an engine; each side is a process of its own
 (`engine_worker.py`).
 
-    python benchmarks/ray_overhead.py --model 0.6B --rounds 5 --json
+    python -m benchmarks.engine.ray_overhead --model 0.6B --rounds 5 --json
 """
 
 import argparse
@@ -13,13 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
-from benchmarks.engine import PAUSE_S, WARM_UP_SEED, add_engine_options, positive
-from benchmarks.report import Spread, table
-from benchmarks.worker_process import EngineSpec, Worker, WorkerError, started
-from benchmarks.workloads import PromptSource
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.options import PAUSE_S, WARM_UP_SEED, add_engine_options, positive
+from benchmarks.shared.report import Spread, table
+from benchmarks.shared.worker_process import EngineSpec, Worker, WorkerError, started
+from benchmarks.shared.workloads import PromptSource
 
 SIDES = ("local", "ray")
 

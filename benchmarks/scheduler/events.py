@@ -4,7 +4,7 @@ A step is the whole central path of one report: tokens committed, filled blocks 
 the commands and the deltas of four front ends handed out. A submit is hashing, matching, routing over four groups,
 reserving and the start command. The garbage collector runs as it does in the scheduler actor.
 
-    python benchmarks/scheduler.py --json
+    python -m benchmarks.scheduler --json
 
 May import `kvcache` and `scheduler`; no torch, no ray.
 """
@@ -13,17 +13,13 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.report import figure, table
+from benchmarks.shared.report import figure, table
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore

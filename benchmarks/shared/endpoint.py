@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load import Outcome
-from benchmarks.worker_process import LOAD_TIMEOUT_S, EngineSpec
+from benchmarks.shared.load import Outcome
+from benchmarks.shared.worker_process import LOAD_TIMEOUT_S, EngineSpec
 
 STOP_TIMEOUT_S = 60.0
 BLOCKS = re.compile(r'^manta_kv_blocks\{[^}]*state="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ServingError(RuntimeError):

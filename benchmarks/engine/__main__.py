@@ -1,0 +1,3 @@
+from benchmarks.engine.compare import main
+
+main()

@@ -1,0 +1,3 @@
+from benchmarks.scheduler.events import main
+
+main()

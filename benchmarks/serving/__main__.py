@@ -1,0 +1,3 @@
+from benchmarks.serving.compare import main
+
+main()
