@@ -1,3 +1,4 @@
 from benchmarks.engine.compare import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import gpu_works
-from benchmarks.gpu_works import Work
+from benchmarks.gpu import works as gpu_works
+from benchmarks.gpu.works import Work
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
 from benchmarks.shared.report import figure, table
@@ -81,7 +81,7 @@ class Bare:
     """The step loop by itself."""
 
     def __init__(self, checkpoint: Path, *, options: dict[str, object]) -> None:
-        from benchmarks.bare_loop import BareLoop
+        from benchmarks.gpu.bare_loop import BareLoop
 
         self.loop = BareLoop(checkpoint, **options)
         self.start_s = self.loop.start_s

@@ -1,6 +1,6 @@
 """`manta serve` on one GPU under streams: prompts of 512 token ids, 128 out, greedy, each on a connection of its own.
 
-    python -m benchmarks.gpu_endpoint --streams 1,32,128,256 --json
+    python -m benchmarks.gpu.endpoint --streams 1,32,128,256 --json
 
 At each level so many streams are under way all the time, from client processes of their own (each serves 32 streams), until
 `--waves` times as many have ended. Output tokens/s count from the first request sent to the last event; TTFT is from the
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.gpu import OPTIONS
+from benchmarks.gpu.compare import OPTIONS
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint, with_words
 from benchmarks.shared.endpoint import Ask, Clients, Endpoint, completed, completion, serving
 from benchmarks.shared.load import Outcome

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.gpu_works import Work
+from benchmarks.gpu.works import Work
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start

@@ -3,19 +3,18 @@
 Each backend attends over a block-first pool and over pools of one layer each, where a block's keys and values lie alone: the
 difference is what the block-first layout costs. Rounds are interleaved, so that a noisy machine is noisy to all alike.
 
-    python benchmarks/attention.py --shape 0.6B --dtype bfloat16 --threads 2
+    python -m benchmarks.kernels.attention --shape 0.6B --dtype bfloat16 --threads 2
 
-On a GPU it reports the paged kernels by themselves instead (`benchmarks/paged.py`, `benchmarks/paged_chunks.py`), unless
+On a GPU it reports the paged kernels by themselves instead (`paged.py`, `paged_chunks.py`), unless
 --layouts asks for the above.
 
-    python3 -m benchmarks.attention --json attention.json
+    python3 -m benchmarks.kernels.attention --json attention.json
 
 May import `kvcache` and `workers`.
 """
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.shared.checkpoints import SHAPES, Shape
 from benchmarks.shared.report import Spread, table
@@ -148,8 +145,8 @@ def measure(case: Case, shape: Shape, dtype: str, block_size: int, device: str, 
 
 def report_paged(parts: str, seconds: float, path: Path | None) -> None:
     """parts: "decode", "chunk" or "both"; seconds for each."""
-    from benchmarks.paged import decode_report  # these import triton, which a CPU does not need
-    from benchmarks.paged_chunks import chunk_report
+    from benchmarks.kernels.paged import decode_report  # these import triton, which a CPU does not need
+    from benchmarks.kernels.paged_chunks import chunk_report
 
     report = {}
     for name, make in (("decode", decode_report), ("chunk", chunk_report)):

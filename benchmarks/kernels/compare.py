@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import DTYPE, SHAPES, Case, Operands, Product, all_cases
+from benchmarks.kernels.cases import DTYPE, SHAPES, Case, Operands, Product, all_cases
 from benchmarks.shared.report import table
 from workers.kernels.matvec import MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
 

@@ -1,6 +1,6 @@
 """Prefill chunks over blocks on a GPU: every way checked and timed against the matrix units and against flash-attn.
 
-Beside `benchmarks/paged.py`, whose pools and timing it uses. May import `kvcache` and `workers`.
+Beside `benchmarks/kernels/paged.py`, whose pools and timing it uses. May import `kvcache` and `workers`.
 """
 
 import math
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
+from benchmarks.kernels.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
 from workers.attention.base import Chunks
 from workers.attention.flash import FlashChunkPlan, FlashKernels, load_kernels
 from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig

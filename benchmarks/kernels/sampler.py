@@ -1,6 +1,6 @@
 """The sampler's kernels on a GPU: the same tokens as the CPU's sampler, and how long a step's sampling takes.
 
-    python -m benchmarks.sampler [--json FILE] [--quick]
+    python -m benchmarks.kernels.sampler [--json FILE] [--quick]
 
 Times are of CUDA graph replays over several buffers of logits, so that the L2 cache does not serve them, bfloat16, 151,936 ids.
 `share` is that of the memory bandwidth: one reading of the logits at 4.3 TB/s over the time taken.

@@ -1,7 +1,7 @@
 """Paged attention on a GPU: every way to compute it checked and timed against the device's limit and against flash-attn.
 
 Each way is compiled and checked in a process of its own first, many at once. Times are of CUDA graph replays that go round
-over so many layers and block tables that the L2 cache holds none of them. Used by `benchmarks/attention.py`.
+over so many layers and block tables that the L2 cache holds none of them. Used by `benchmarks/kernels/attention.py`.
 
 May import `kvcache` and `workers`.
 """

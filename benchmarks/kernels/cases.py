@@ -1,4 +1,4 @@
-"""What `benchmarks/kernels.py` measures. A case makes problems: a kernel's inputs, and what runs on them.
+"""What `benchmarks/kernels/compare.py` measures. A case makes problems: a kernel's inputs, and what runs on them.
 
 A case states the bytes and operations that its work cannot do without. May import `kvcache` and `workers`.
 """
