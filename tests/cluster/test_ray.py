@@ -25,7 +25,7 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 SHARED = list(range(300, 360))
 PROMPTS = [[*SHARED, 400 + i, 500 + i] for i in range(6)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-LONG = SamplingParams(temperature=0.8, seed=7, max_tokens=400, ignore_eos=True)
+LONG = SamplingParams(temperature=0.8, seed=7, max_tokens=200, ignore_eos=True)
 
 
 def open_llm(*, local: bool, groups: int, size: int, **options: Any) -> LLM:
