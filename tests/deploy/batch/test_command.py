@@ -46,7 +46,7 @@ def source(tmp_path: Path) -> Path:
     return file
 
 
-ENTRIES = [entry(f"def f{number}(", max_tokens=24, ignore_eos=True, seed=number) for number in range(120)]
+ENTRIES = [entry(f"def f{number}(", max_tokens=24, ignore_eos=True, seed=number) for number in range(80)]
 """Enough work that a run can be killed in the midst of it."""
 
 
@@ -55,7 +55,7 @@ def test_killed_again_and_again_it_does_every_id_once(source: Path, tmp_path: Pa
     dice = random.Random(11)
     lines = 0
     for _ in range(2):
-        lines = dice.randrange(lines + 1, lines + 50)
+        lines = dice.randrange(lines + 1, lines + 30)
         with job(source, output) as process:
             wait_for_lines(output, process, lines)
             process.send_signal(signal.SIGKILL)
