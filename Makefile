@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
+unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, each of which would compile everything anew
 
 .PHONY: run test lint install clean
 

@@ -106,7 +106,7 @@ def command(
     ),
     lag: float = _flag("--lag", 1.0, "Seconds by which the view of the lagging router is old."),
     calibrate: str | None = _flag(
-        "--calibrate", None, "FILE[:MODEL]: times from the output of benchmarks/engine.py --json.", "the four below"
+        "--calibrate", None, "FILE[:MODEL]: times from the output of python -m benchmarks.engine --json.", "the four below"
     ),
     prefill_rate: float | None = _flag("--prefill-rate", None, "Prompt tokens a second of one group.", "6000"),
     decode_step: float | None = _flag("--decode-step", None, "Seconds of any step.", str(TIMES.decode_step_s)),

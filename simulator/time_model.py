@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 THROUGHPUT_SEQUENCES, THROUGHPUT_OUTPUT, THROUGHPUT_PROMPT = 32, 64, 160
-"""The throughput workload of `benchmarks/engine.py`: sequences, output tokens of each, prompt tokens of each on average."""
+"""The throughput workload of `benchmarks.engine`: sequences, output tokens of each, prompt tokens of each on average."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class _Measured(msgspec.Struct, frozen=True):
 
 
 def calibrated(path: Path, model: str | None = None) -> TimeModel:
-    """Fits Manta's figures in the output of `benchmarks/engine.py --json`, whose last line is the JSON.
+    """Fits Manta's figures in the output of `python -m benchmarks.engine --json`, whose last line is the JSON.
 
     model: whose figures, where there are several. The cost of a sequence follows from the difference between batch 1 and the
     batch of the throughput workload; that of context is not measured by it, and 0. Errors: ValueError, OSError.
@@ -66,7 +66,7 @@ def calibrated(path: Path, model: str | None = None) -> TimeModel:
     try:
         figures = msgspec.json.decode(last, type=dict[str, _Measured])
     except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is not what benchmarks/engine.py --json prints: {error}") from error
+        raise ValueError(f"{path} is not what python -m benchmarks.engine --json prints: {error}") from error
     if model is None and len(figures) == 1:
         model = next(iter(figures))
     if model not in figures:

@@ -1,6 +1,7 @@
 """For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; Ray's files are
 in a folder of this run, so that nobody later takes its clusters for living ones; no test depends on how fast this machine is,
-or on the shell that starts it; and which tests share a process where xdist runs several (`make test`)."""
+or on the shell that starts it, and none takes more cores than it needs; and which tests share a process where xdist runs
+several (`make test`)."""
 
 import functools
 import os
@@ -13,8 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from deploy.config.load import bound_openmp_spin
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and several tests run at once
+bound_openmp_spin()  # before torch is imported: for engines that are not told how many threads to take
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: what the tests start would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 OWN_FOLDER = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="mt-")  # short: sockets' paths begin with it

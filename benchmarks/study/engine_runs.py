@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.checkpoints import SHAPES, ensure_checkpoint
+from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.study.options import Options, in_turns, spread
 from kvcache.layout import BlockLayout
 

@@ -23,8 +23,8 @@ class Options:
 
     limit: the first requests of the trace that question 5 replays; None for all. device: where question 1 and the kernels of
     question 5 run. threads: of torch on a CPU. rounds: turns that measured alternatives take. vllm_python: an interpreter that
-    has vLLM, for question 4. model: a shape of `benchmarks.checkpoints`, for the runs of the real engine. cache: where its
-    random weights are kept.
+    has vLLM, for question 4. model: a shape of `benchmarks.shared.checkpoints`, for the runs of the real engine. cache: where
+    its random weights are kept.
     """
 
     quick: bool = False

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scheduler import FEWEST_STEPS, time_steps
+from benchmarks.scheduler.events import FEWEST_STEPS, time_steps
 from benchmarks.study.allocators import Contiguous, FullServer, Memory, Paged, power_of_two
 from benchmarks.study.options import Options, Result, machine, run_alone
 from benchmarks.study.streams import Workload, workloads

@@ -67,7 +67,7 @@ def copy_us(options: Options, shapes: tuple[str, ...] = ("0.1B", "0.6B")) -> dic
     """Shape -> microseconds of copying the first 32 and 128 tokens of a block to another, and bytes of KV a token."""
     import torch
 
-    from benchmarks.checkpoints import SHAPES
+    from benchmarks.shared.checkpoints import SHAPES
     from kvcache.layout import BlockLayout
     from kvcache.pool import KVPool
 

@@ -14,8 +14,8 @@ from benchmarks.study.replays import moves, pool_sweep, second_tier
 from benchmarks.study.token_costs import bookkeeping_ns, copy_us
 
 if TYPE_CHECKING:
-    from benchmarks.attention import Case
-    from benchmarks.checkpoints import Shape
+    from benchmarks.kernels.attention import Case
+    from benchmarks.shared.checkpoints import Shape
     from workers.attention.base import AttentionBackend
 
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)
@@ -27,8 +27,8 @@ def kernels(options: Options) -> list[dict[str, Any]]:
     """By batch, backend and block size: ms a layer. All block sizes take turns; a backend that cannot have one is left out."""
     import torch
 
-    from benchmarks.attention import CASES, Case
-    from benchmarks.checkpoints import SHAPES
+    from benchmarks.kernels.attention import CASES, Case
+    from benchmarks.shared.checkpoints import SHAPES
 
     torch.set_num_threads(options.threads)
     shape = SHAPES[KERNEL_SHAPE]
@@ -55,7 +55,7 @@ def kernel_passes(case: "Case", shape: "Shape", block: int, device: str) -> dict
     """Backend -> one pass over all layers of the case, block-first. The CPU's compiled kernels; on a GPU flash and Triton."""
     import torch
 
-    from benchmarks.attention import make_step
+    from benchmarks.kernels.attention import make_step
     from kvcache.layout import BlockLayout
     from kvcache.pool import KVPool
     from workers.attention.select import select_backend

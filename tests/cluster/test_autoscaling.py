@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PATIENCE_S = 180.0
-TOKENS, MANY_TOKENS = 200, 400
+TOKENS, MANY_TOKENS = 200, 240
 LONG = SamplingParams(temperature=0.8, seed=3, max_tokens=TOKENS, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"max_num_seqs": 2, "kv_memory": 32 << 20, "dtype": "float32", "block_size": 16}
 

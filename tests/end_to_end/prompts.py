@@ -16,12 +16,12 @@ def draw(length: int, seed: int) -> list[int]:
 
 SHARED = draw(300, seed=1)
 WORK = [  # prompt, output tokens
-    (SHARED[:250], 48),  # in one block of 256 at first, in two soon after; so are the next five
-    ([*SHARED[:32], *draw(219, seed=2)], 48),
-    (draw(249, seed=3), 48),
-    ([*SHARED[:240], *draw(9, seed=4)], 48),
-    (draw(252, seed=5), 40),
-    (SHARED[:253], 40),
+    (SHARED[:250], 24),  # in one block of 256 at first, in two soon after; so are the next five
+    ([*SHARED[:32], *draw(219, seed=2)], 24),
+    (draw(249, seed=3), 24),
+    ([*SHARED[:240], *draw(9, seed=4)], 24),
+    (draw(252, seed=5), 20),
+    (SHARED[:253], 20),
     (SHARED[:255], 17),
     (SHARED[:256], 18),
     (SHARED[:257], 16),
@@ -29,8 +29,8 @@ WORK = [  # prompt, output tokens
     ([*SHARED[:256], *draw(5, seed=6)], 12),
     (draw(15, seed=7), 18),  # 15 + 18 - 1 slots are exactly two blocks of 16, and so with 16 and 17 below
     (draw(16, seed=8), 17),
-    (draw(17, seed=9), 33),
-    (draw(1, seed=10), 32),
+    (draw(17, seed=9), 16),
+    (draw(1, seed=10), 20),
 ]
 PROMPTS = [prompt for prompt, _ in WORK]
 OUTPUTS = [count for _, count in WORK]
@@ -38,8 +38,8 @@ OUTPUTS = [count for _, count in WORK]
 STOPS = tuple(range(0, VOCAB, 9))
 HOW: list[dict[str, Any]] = [  # one for each prompt
     {"temperature": 0.0},
-    {"temperature": 0.8, "seed": 11, "stop_token_ids": STOPS, "min_tokens": 25},  # a victim where pools are small
-    {"temperature": 1.5, "seed": 12, "top_k": 7, "stop_token_ids": STOPS, "min_tokens": 25},
+    {"temperature": 0.8, "seed": 11, "stop_token_ids": STOPS, "min_tokens": 22},  # a victim where pools are small
+    {"temperature": 1.5, "seed": 12, "top_k": 7, "stop_token_ids": STOPS, "min_tokens": 22},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
     {"temperature": 1.7, "seed": 13, "min_p": 0.1, "logprobs": 3},
     {"temperature": 2.0, "seed": 14, "logit_bias": {5: 4.0, 77: -50.0}, "logprobs": 0},
@@ -53,4 +53,15 @@ HOW: list[dict[str, Any]] = [  # one for each prompt
     {"temperature": 1.0, "seed": 20, "logit_bias": dict.fromkeys(range(20), 3.0)},
     {"temperature": 0.0, "logprobs": 20, "logit_bias": {3: -100.0}},
 ]
-SAMPLING = [SamplingParams(max_tokens=count, **how) for count, how in zip(OUTPUTS, HOW, strict=True)]
+
+
+def sampling(times: int = 1) -> list[SamplingParams]:
+    """times: of `OUTPUTS`. Blocks are granted further ahead where a report covers several steps, or one step is launched before
+    the last is read: it takes longer until a pool is too small."""
+    return [
+        SamplingParams(max_tokens=times * count, **how | {"min_tokens": times * how.get("min_tokens", 0)})
+        for count, how in zip(OUTPUTS, HOW, strict=True)
+    ]
+
+
+SAMPLING = sampling()

@@ -12,27 +12,19 @@ from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
-from tests.end_to_end.prompts import OUTPUTS, PROMPTS, SAMPLING, draw
+from tests.end_to_end.agreement.settings import SMALL_POOL_TOKENS, Setting
+from tests.end_to_end.agreement.turns import turns
+from tests.end_to_end.engines import LARGE_POOL_TOKENS, LLAMA, MISTRAL, QWEN3, greedy, kv_memory, open_llm, run
+from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw, sampling
 from tests.end_to_end.reference import Ledger, Reference
-from tests.end_to_end.settings import (
-    LARGE_POOL_TOKENS,
-    LLAMA,
-    MISTRAL,
-    QWEN3,
-    SMALL_POOL_TOKENS,
-    Setting,
-    greedy,
-    kv_memory,
-    open_llm,
-    run,
-)
-from tests.end_to_end.turns import turns
 from tests.end_to_end.waiting import wait_idle
 from tests.gpu.works import DEVICE, GPU
 
 pytestmark = GPU
 
-PARAMS = [greedy(count) for count in OUTPUTS]
+LENGTHS = [2 * count for count in OUTPUTS]
+PARAMS = [greedy(count) for count in LENGTHS]
+SAMPLING = sampling(times=2)
 ROWS = 12
 LENGTH = 8192  # more than can be said before a process is killed
 SCRATCH = 1
@@ -88,7 +80,7 @@ def test_same_tokens(
     options |= {"max_num_batched_tokens": setting.budget, "enable_prefix_caching": setting.caching}
     with open_llm(path, block=setting.block, device=DEVICE, **options) as llm:
         for turn, outputs in enumerate(turns(llm, setting, PARAMS)):
-            for prompt, output, count in zip(PROMPTS, outputs, OUTPUTS, strict=True):
+            for prompt, output, count in zip(PROMPTS, outputs, LENGTHS, strict=True):
                 assert len(output.outputs[0].token_ids) == count
                 reference.require_same(prompt, output.outputs[0].token_ids, ledger, f"{setting}, turn {turn}")
         sampled = run(llm, PROMPTS, SAMPLING)

@@ -332,7 +332,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=150, stateful_step_count=50)
+TestCore.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 def test_the_walks_go_where_the_bugs_are() -> None:

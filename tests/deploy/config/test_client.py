@@ -2,10 +2,6 @@
 
 import asyncio
 import io
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -20,6 +16,7 @@ from deploy.config.load import ConfigError
 from deploy.observing.tracing import Tracer
 from deploy.status.top import top
 from tests.deploy.batch.jobs import as_lines, entry
+from tests.servers import QuietHandler, answering
 
 NOWHERE = "127.0.0.1:9"
 PROXIES = [
@@ -30,33 +27,12 @@ PROXIES = [
 ]
 
 
-class _Answers(BaseHTTPRequestHandler):
+class Answers(QuietHandler):
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length") or 0))
-        body = b'{"usage": {"completion_tokens": 3}}'
-        self.send_response(200)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer(b'{"usage": {"completion_tokens": 3}}')
 
     do_GET = do_POST = _answer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
-
-
-@contextmanager
-def answering() -> Iterator[int]:
-    """The port of a server on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.mark.parametrize("proxies", PROXIES)
@@ -68,7 +44,7 @@ def test_no_proxy_stands_before_this_machine(proxies: dict[str, str], monkeypatc
         async with open_endpoint(url, None, 1) as backend:
             return (await backend.answer(parse(Line(1, as_lines([entry("a")]).strip(), 0), 1 << 20))).output_tokens
 
-    with answering() as port:
+    with answering(Answers) as port:
         assert asyncio.run(ask(f"http://127.0.0.1:{port}")) == 3
         assert asyncio.run(ask(f"localhost:{port}/v1")) == 3
         with pytest.raises(ValueError, match="is not an endpoint of this version of Manta"):
@@ -84,7 +60,7 @@ def test_a_proxy_that_cannot_be_used_is_said(proxies: dict[str, str], monkeypatc
 
 
 def test_an_endpoint_elsewhere_is_reached_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering() as port:
+    with answering(Answers) as port:
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         with open_client(httpx.Client, "http://far.example", None) as client:
@@ -100,7 +76,7 @@ def test_traces_reach_a_collector_on_this_machine(monkeypatch: pytest.MonkeyPatc
         return InMemorySpanExporter()
 
     monkeypatch.setattr("deploy.observing.tracing.OTLPSpanExporter", export)
-    with answering() as port:
+    with answering(Answers) as port:
         Tracer.to_collector(f"http://127.0.0.1:{port}", "tiny").close()
         [(endpoint, session)] = sessions
         assert session.post(endpoint, data=b"").status_code == 200

@@ -22,7 +22,7 @@ PROMPT = Prompt([5, 6, 7], ENDLESS)
 
 
 def connected_service(observed: list[Observation] | None = None) -> AbstractAsyncContextManager[Service]:
-    config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20)
+    config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, threads=1)
     ends = [] if observed is None else observed
     return connected(Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(config), ends.append))
 

@@ -188,7 +188,7 @@ def test_traces_without_opentelemetry_name_the_extra(monkeypatch: pytest.MonkeyP
 
 def test_the_metrics_of_a_real_engine_add_up() -> None:
     async def work() -> str:
-        config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=16 << 20, block_size=16)
+        config = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=16 << 20, block_size=16, threads=1)
         observer = Observer()
         service = Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(config), observer)
         async with running(service.run()):

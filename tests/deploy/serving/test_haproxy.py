@@ -6,10 +6,7 @@ import signal
 import socket
 import stat
 import subprocess
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from deploy.config.serve import ServeConfig
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
 from tests.ports import free_ports
 from tests.processes import alive
+from tests.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
 
@@ -134,11 +132,10 @@ def until_there(file: Path, process: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
-@contextlib.contextmanager
-def server_that_takes(pause_s: float) -> Iterator[int]:
-    """So long before it answers, and again before the last word. Yields its port."""
+def server_that_takes(pause_s: float) -> contextlib.AbstractContextManager[int]:
+    """So long before it answers, and again before the last word. Within, its port."""
 
-    class Slow(BaseHTTPRequestHandler):
+    class Slow(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
@@ -154,15 +151,7 @@ def server_that_takes(pause_s: float) -> Iterator[int]:
                 self.wfile.flush()
                 time.sleep(pause_s)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return answering(Slow)
 
 
 def dialled(port: int) -> socket.socket:

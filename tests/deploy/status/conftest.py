@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
+from tests.deploy.status.fake_cluster import FakeCluster
+from tests.deploy.status.serving import Server, make_app, serving
+
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -14,6 +17,13 @@ ARGUMENTS = [
 PATIENCE_MS = 60_000.0
 
 Open = Callable[..., Page]
+
+
+@pytest.fixture
+def server(cluster: FakeCluster) -> Iterator[Server]:
+    """Of the module's own `cluster`."""
+    with serving(make_app(cluster)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The page in a browser: it shows the cluster as it is, follows it through restarts and outages, and never needs a reload."""
 
 import re
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -49,12 +48,6 @@ def cluster() -> FakeCluster:
     for _ in range(5):
         cluster.advance(4.0)
     return cluster
-
-
-@pytest.fixture
-def server(cluster: FakeCluster) -> Iterator[Server]:
-    with serving(make_app(cluster)) as server:
-        yield server
 
 
 def figure(page: Page, name: str) -> str:

@@ -30,7 +30,7 @@ REQUESTS, TOKENS = 6, 160
 
 async def start() -> tuple[Service, list[asyncio.Task[None]]]:
     observer = Observer()
-    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, groups=2, kv_memory=16 << 20, block_size=32)
+    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, groups=2, kv_memory=16 << 20, block_size=32, threads=1)
     service = Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(engine), observer)
     return service, [asyncio.create_task(service.run()), asyncio.create_task(observer.run(service))]
 

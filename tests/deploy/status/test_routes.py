@@ -52,7 +52,7 @@ def test_the_scheduler_of_one_process_says_how_busy_it_is() -> None:
     """`--local`: what requests cost counts, looking does not."""
 
     async def run() -> None:
-        engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20)
+        engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, threads=1)
         service = Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(engine))
         running = asyncio.create_task(service.run())
         await until(lambda: service.connected)

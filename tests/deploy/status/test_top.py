@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -33,12 +32,6 @@ def cluster() -> FakeCluster:
     for _ in range(6):
         cluster.advance(4.0)
     return cluster
-
-
-@pytest.fixture
-def server(cluster: FakeCluster) -> Iterator[Server]:
-    with serving(make_app(cluster)) as server:
-        yield server
 
 
 def line(states: list[int], **changes: object) -> GroupLine:

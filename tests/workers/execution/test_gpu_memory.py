@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def parts(config: WorkerConfig, max_model_len: int = 64) -> tuple[gpu.GpuParts, 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> WorkerConfig:
-    return replace(CONFIG, model=str(make_checkpoint(tmp_path_factory.mktemp("checkpoint"))))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
+    return replace(CONFIG, model=str(make_checkpoint(tmp_path_factory.mktemp("checkpoint"), **sizes)))
 
 
 @pytest.mark.parametrize(("max_model_len", "written"), [(64, [16, 16, 8]), (25, [16, 8, 16])])

@@ -82,7 +82,7 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(whose: str, tmp_path: 
 @pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])
 def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     architecture, fields = VARIANTS[variant]
-    path = make_checkpoint(tmp_path, architecture, **fields)
+    path = make_checkpoint(tmp_path, architecture, vocab_size=113, **fields)
     config = read_config(path)
     fused = Fused(path, dtype)
     plain_pool = KVPool(fused.plain.layout, SEQUENCES * BLOCKS_EACH, "cpu")

@@ -29,7 +29,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 def new_service() -> Service:
-    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, block_size=BLOCK_SIZE)
+    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=32 << 20, block_size=BLOCK_SIZE, threads=1)
     return Service(ServedModel.read("tiny", EMBEDDED_MODEL, None), LocalCluster(engine))
 
 

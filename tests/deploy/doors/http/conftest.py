@@ -136,7 +136,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(host: Host, checkpoint: Path) -> Service:
     bound_openmp_spin()
-    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES)
+    engine = EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES, threads=1)
     return host.service(LocalCluster(engine), checkpoint)
 
 

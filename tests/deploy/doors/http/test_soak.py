@@ -1,5 +1,5 @@
-"""Hundreds of requests at once, many given up by their clients: afterwards nothing of them is left. `benchmarks/soak.py` is
-the long run, with Ray's processes and their memory."""
+"""Hundreds of requests at once, many given up by their clients: afterwards nothing of them is left.
+`benchmarks/serving/soak.py` is the long run, with Ray's processes and their memory."""
 
 import asyncio
 import random
@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.load import Outcome, run
-from benchmarks.soak import asks
+from benchmarks.serving.soak import asks
+from benchmarks.shared.load import Outcome, run
 from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
@@ -31,7 +31,7 @@ def soak(address: str, seed: int, requests: int) -> list[Outcome]:
 def test_nothing_is_left_of_requests_that_ended_or_were_given_up() -> None:
     host = Host()
     try:
-        cluster = LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES))
+        cluster = LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True, kv_memory=KV_MEMORY_BYTES, threads=1))
         service = host.service(cluster)
         address = host.serve(service)
 

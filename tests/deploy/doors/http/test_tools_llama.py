@@ -46,7 +46,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama(host: Host, llama_folder: Path) -> Iterator[openai.OpenAI]:
     bound_openmp_spin()
-    cluster = LocalCluster(EngineConfig(model=str(llama_folder), local=True, kv_memory=KV_MEMORY_BYTES))
+    cluster = LocalCluster(EngineConfig(model=str(llama_folder), local=True, kv_memory=KV_MEMORY_BYTES, threads=1))
     address = host.serve(host.service(cluster, llama_folder))
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as opened:
         yield opened

@@ -1,0 +1,121 @@
+"""The step loop of one rank without scheduler, sockets and front end: what the others are measured against.
+
+Drives `Rank` with starts whose blocks are granted whole. Imports Manta's workers, NumPy and torch.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.works import Work
+from cluster.config import EngineConfig
+from cluster.resolve import resolve
+from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
+from scheduler.protocol.sampling import SamplingParams
+from workers.build import build_rank
+from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.rank import Executor, Pending, StepTokens
+from workers.parallel.in_process import Solo
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Where the host's time went, in seconds, over `steps` steps. Everything else is planning and bookkeeping."""
+
+    steps: int = 0
+    launch_s: float = 0.0
+    wait_s: float = 0.0
+    total_s: float = 0.0
+
+    def table(self) -> dict[str, float]:
+        """Microseconds a step."""
+        each = 1e6 / max(1, self.steps)
+        rest = self.total_s - self.launch_s - self.wait_s
+        return {
+            "step_us": self.total_s * each,
+            "host_plan_and_commit_us": rest * each,
+            "host_launch_us": self.launch_s * each,
+            "host_wait_us": self.wait_s * each,
+        }
+
+
+class Timed:
+    """An executor with a clock around what it launches and what is waited for."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.timeline = Timeline()
+        self._executor = executor
+        self.admit, self.release, self.copy, self.close = executor.admit, executor.release, executor.copy, executor.close
+
+    def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
+        begun = time.perf_counter()
+        pending = self._executor.execute(batch, step)
+        self.timeline.launch_s += time.perf_counter() - begun
+        self.timeline.steps += 1
+        return _TimedPending(pending, self.timeline)
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedPending:
+    pending: Pending
+    timeline: Timeline
+
+    def wait(self) -> StepTokens:
+        begun = time.perf_counter()
+        tokens = self.pending.wait()
+        self.timeline.wait_s += time.perf_counter() - begun
+        return tokens
+
+
+class BareLoop:
+    """One rank, built as a worker builds it, and stepped by hand. options: of `EngineConfig`."""
+
+    def __init__(self, checkpoint: Path, **options: object) -> None:
+        config = EngineConfig(model=str(checkpoint), local=True, device="cuda", **options)  # type: ignore[arg-type]
+        self._config = config
+        begun = time.perf_counter()
+        self._built = build_rank(config, resolve(config, "cuda"), Solo())
+        self.start_s = time.perf_counter() - begun
+        self._timed = self._built.rank.executor = Timed(self._built.rank.executor)
+        self._serial = 1
+
+    def run(self, work: Work) -> tuple[float, Timeline]:
+        """Seconds for the work, and where they went."""
+        rank, size = self._built.rank, self._config.block_size
+        commands: list[Command] = []
+        block = 0
+        for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
+            blocks = -(-(len(prompt) + length) // size)
+            commands.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
+            block += blocks
+        if block > self._built.blocks:
+            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
+        timeline = self._timed.timeline = Timeline()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        rank.turn(commands)
+        while not rank.idle:
+            rank.turn([])
+        timeline.total_s = time.perf_counter() - begun
+        return timeline.total_s, timeline
+
+    def _start(self, row: int, prompt: list[int], length: int, temperature: float, blocks: range) -> Start:
+        self._serial += 1
+        return Start(
+            lease=LeaseId(self._serial << ROW_BITS | row),
+            tokens=np.array(prompt, np.int32).tobytes(),
+            prompt_tokens=len(prompt),
+            cached_tokens=0,
+            blocks=np.array(blocks, np.int32).tobytes(),
+            params=SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True),
+            seed=row,
+            choice=0,
+            stop_ids=(),
+            max_tokens=length,
+        )
+
+    def close(self) -> None:
+        self._built.rank.close()

@@ -1,0 +1,1 @@
+"""Kernels by themselves, beside what torch and the device's bandwidth allow."""

@@ -1,0 +1,4 @@
+from benchmarks.scheduler.events import main
+
+if __name__ == "__main__":
+    main()

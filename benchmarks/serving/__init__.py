@@ -1,0 +1,1 @@
+"""An endpoint under load, beside peers and by itself."""
