@@ -19,6 +19,8 @@ from scheduler.protocol.wire import FrameSocket
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 5.0
+SUBMIT_BYTES = 8 << 20
+"""Of requests that travel as one message: far below what a frame may have, so that one may be as large as a model allows."""
 
 
 class EncodedSubmit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -127,12 +129,24 @@ class SchedulerStream:
 
 
 def merged(messages: Sequence[Outgoing]) -> list[Outgoing]:
-    """The same messages in the same order; submissions that follow each other travel as one."""
+    """The same messages in the same order; submissions that follow each other travel as one, up to `SUBMIT_BYTES`."""
     batches: list[Outgoing] = []
     for submits, run in groupby(messages, key=lambda message: isinstance(message, EncodedSubmit)):
         if submits:
             submissions = (message for message in run if isinstance(message, EncodedSubmit))
-            batches.append(EncodedSubmit(tuple(request for message in submissions for request in message.requests)))
+            batches += _parts([request for message in submissions for request in message.requests])
         else:
             batches += run
     return batches
+
+
+def _parts(requests: Sequence[msgspec.Raw]) -> list[EncodedSubmit]:
+    parts: list[EncodedSubmit] = []
+    begin = size = 0
+    for at, request in enumerate(requests):
+        more = len(memoryview(request))
+        if at > begin and size + more > SUBMIT_BYTES:
+            parts.append(EncodedSubmit(tuple(requests[begin:at])))
+            begin, size = at, 0
+        size += more
+    return [*parts, EncodedSubmit(tuple(requests[begin:]))]

@@ -18,7 +18,11 @@ import msgspec
 
 from scheduler.protocol.wire import FrameSocket, read_frame, write_frame
 
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 5.0
+"""For all of it, however slowly the other side speaks."""
+
+MAX_HANDSHAKE_BYTES = 4096
+"""Of a frame of somebody who has not proved anything yet."""
 
 T = TypeVar("T")
 
@@ -68,9 +72,9 @@ def check_confirmed(token: str, said: Claim, answer: Confirmed) -> None:
 def introduce(connection: FrameSocket, token: str, opening: object) -> None:
     """The connecting side, on a socket that blocks. Errors: Stranger, also for one that goes or says nothing."""
     with connection.patience(HANDSHAKE_TIMEOUT_S):
-        said = claim(token, _decoded(connection.receive(), Challenge), opening)
+        said = claim(token, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Challenge), opening)
         connection.send(said)
-        check_confirmed(token, said, _decoded(connection.receive(), Confirmed))
+        check_confirmed(token, said, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Confirmed))
 
 
 def identify(connection: FrameSocket, token: str, kind: type[T]) -> T:
@@ -78,7 +82,7 @@ def identify(connection: FrameSocket, token: str, kind: type[T]) -> T:
     with connection.patience(HANDSHAKE_TIMEOUT_S):
         asked = challenge()
         connection.send(asked)
-        said = _decoded(connection.receive(), Claim)
+        said = _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Claim)
         answer, opening = confirm(token, asked, said), _decoded(said.opening, kind)
         connection.send(answer)
     return opening
@@ -92,7 +96,7 @@ async def identify_stream(
     write_frame(writer, asked)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            said = _decoded(await read_frame(reader), Claim)
+            said = _decoded(await read_frame(reader, MAX_HANDSHAKE_BYTES), Claim)
     except TimeoutError:
         raise Stranger("it says nothing") from None
     answer, opening = confirm(token, asked, said), _decoded(said.opening, kind)
@@ -102,7 +106,7 @@ async def identify_stream(
 
 def _decoded(payload: bytes | None, kind: type[T]) -> T:
     if payload is None:
-        raise Stranger("it has gone, or says nothing")
+        raise Stranger("it has gone, says nothing, or too much")
     try:
         return msgspec.msgpack.decode(payload, type=kind)
     except msgspec.DecodeError as error:
