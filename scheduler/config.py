@@ -58,7 +58,7 @@ class CoreConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QueueBounds:
-    """An endpoint's: how much may wait for a group at once. Who has bounds also turns away what comes while no group is up."""
+    """An endpoint's: how much may wait for a group at once, also while none is up yet."""
 
     max_queued_requests: int = option(4096, "Requests that may wait for a group; further ones get 429.", at_least(1))
     max_queued_tokens: int = option(4 << 20, "Prompt tokens that may wait for a group; further requests get 429.", at_least(1))

@@ -15,7 +15,7 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.migration import Migration
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import NO_TOKEN, Commands, FinishReason, Moved, Report, Request
+from scheduler.protocol.messages import NO_TOKEN, Commands, Failure, FinishReason, Moved, Report, Request
 from scheduler.queue.intake import take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
@@ -102,21 +102,21 @@ class SchedulerCore:
         if host_blocks:
             self.table.add_group(host_of(group), host_blocks)
         self._regroup()
-        self._reconsider("the pools of the groups that are up are too small")
+        self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
         self._admission.admit()
 
-    def group_down(self, group: GroupId, reason: str, *, returning: bool = False) -> None:
+    def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
 
-        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`.
-        Also called for a group that was only expected and will not come.
+        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`. back_s: when it
+        is tried again, if that is known. Also called for a group that was only expected and will not come.
         """
         lost = self.groups.pop(group, None)
         if returning:
             self.expected[group] = lost.blocks if lost else 0
         else:
             self.expected.pop(group, None)
-            self._state.lost = reason
+            self._state.lost, self._state.back_at_s = reason, self.now_s + back_s
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
@@ -128,7 +128,7 @@ class SchedulerCore:
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
-        self._reconsider(reason)
+        self._reconsider(reason, Failure.UNAVAILABLE)
         self._admission.admit()
 
     def _regroup(self) -> None:
@@ -285,7 +285,7 @@ class SchedulerCore:
             leases.end(self._state, sequence, reason, keep_tokens=keep_tokens)
             self._admission.admit()
 
-    def _reconsider(self, reason: str) -> None:
+    def _reconsider(self, reason: str, failure: Failure) -> None:
         """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
         self.waiting.unpark()
         largest = self._state.largest
@@ -296,8 +296,8 @@ class SchedulerCore:
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or room < 1:
-                message = f"no group can serve the request any more: {reason}"
-                leases.end(self._state, sequence, FinishReason.FAILED, message)
+                message = f"no group can serve the request now: {reason}"
+                leases.end(self._state, sequence, FinishReason.FAILED, message, failure)
             elif output >= room:
                 leases.end(self._state, sequence, FinishReason.LENGTH)
             else:

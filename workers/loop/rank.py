@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scheduler.protocol.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
 from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.pulse import Kind, Pulse, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
-    mover: set before the first turn; without one, movements are passed over.
+    mover: set before the first turn; without one, movements are passed over. pulse: what the present turn is in, for others.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
@@ -92,7 +93,9 @@ class Rank:
         self.executor = executor
         self.mover: Mover | None = None
         self._depth = depth
-        self._under_way: deque[tuple[Launched, Pending]] = deque()
+        self.pulse = Pulse()
+        self._under_way: deque[tuple[Launched, Pending, Kind | None]] = deque()
+        self._unopened: set[int] = set()  # rows with a grammar, until their first sample: it has to be compiled
         self._idle = True
 
     @property
@@ -106,20 +109,26 @@ class Rank:
             self.batch.apply(command)
             self._release()
             if isinstance(command, Start):
-                self.executor.admit(command)
+                self._admit(command)
             elif isinstance(command, Copy):
                 self.executor.copy(command.source, command.target, command.tokens)
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)
         plan = self.batch.plan()
-        if len(plan.rows):
-            step = self.batch.launch(plan)
-            self._under_way.append((step, self.executor.execute(self.batch, step)))
+        step = self.batch.launch(plan) if len(plan.rows) else None
+        kind = None if step is None else self._kind(step)
+        kinds = [kind for *_, kind in self._under_way]
+        if step is not None or kinds:
+            self.pulse.begin(kinds if step is None else [*kinds, kind])
+        if step is not None:
+            self._under_way.append((step, self.executor.execute(self.batch, step), kind))
             self.batch.edited.clear()
         result = None
-        if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
-            result = self._commit(*self._under_way.popleft())
-        self._idle = not len(plan.rows) and result is None  # what was committed may be what a row has waited for
+        if self._under_way and (len(self._under_way) > self._depth or step is None):
+            oldest, pending, _ = self._under_way.popleft()
+            result = self._commit(oldest, pending)
+        self.pulse.end(committed=result is not None)
+        self._idle = step is None and result is None  # what was committed may be what a row has waited for
         return result
 
     def close(self) -> None:
@@ -129,6 +138,18 @@ class Rank:
                 self.mover.close()
         finally:
             self.executor.close()
+
+    def _admit(self, start: Start) -> None:
+        self.executor.admit(start)
+        if start.params.grammar is not None:
+            self._unopened.add(row_of(start))
+
+    def _kind(self, step: Launched) -> Kind | None:
+        """Of a step that is about to be executed; None for one that may have to wait for a grammar to be compiled."""
+        if self._unopened and not self._unopened.isdisjoint(sampled := step.plan.rows[step.samples].tolist()):
+            self._unopened.difference_update(sampled)
+            return None
+        return kind_of(step)
 
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()
