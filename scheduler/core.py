@@ -14,11 +14,13 @@ from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.migration import Migration
+from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
 from scheduler.protocol.messages import NO_TOKEN, Commands, Failure, FinishReason, Moved, Report, Request
 from scheduler.queue.intake import take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
+from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
 
 GAVE_UP = (
@@ -39,6 +41,7 @@ class SchedulerCore:
         self._state = state = ClusterState(config, self.resolved, bounds)
         self._admission = Admission(state)
         self._migration = Migration(state, self._admission)
+        self._suspects = Suspects(state, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
@@ -103,7 +106,7 @@ class SchedulerCore:
             self.table.add_group(host_of(group), host_blocks)
         self._regroup()
         self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
-        self._admission.admit()
+        self._admit()
 
     def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
@@ -121,14 +124,29 @@ class SchedulerCore:
         if lost is not None:
             self.transfers.group_down(lost)
             for sequence in [*sorted(lost.fetching), *sorted(lost.running)]:
-                if sequence.lease is not None:
-                    lost.write_back(sequence)
-                leases.leave(self._state, lost, sequence, lost=True)
-                self.waiting.enter(sequence, self.now_s)
+                self._bereave(lost, sequence, reason)
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
         self._reconsider(reason, Failure.UNAVAILABLE)
+        self._admit()
+
+    def _bereave(self, lost: ResidentGroup, sequence: Sequence, reason: str) -> None:
+        """It ran in a group that has died, or was about to."""
+        state, poison = self._state, None
+        if sequence.lease is not None:
+            lost.write_back(sequence)
+            poison = self._suspects.note(lost, sequence)
+        leases.leave(state, lost, sequence, lost=True)
+        if poison is None:
+            self.waiting.enter(sequence, self.now_s)
+        else:
+            output = state.output_of(sequence)
+            leases.finish(state, sequence, FinishReason.FAILED, output, f"{poison}, so it is not tried again: {reason}")
+
+    def _admit(self) -> None:
+        if self._suspects.pending:
+            self._suspects.try_next()
         self._admission.admit()
 
     def _regroup(self) -> None:
@@ -154,7 +172,7 @@ class SchedulerCore:
         for sequence in sorted(leaving.running, reverse=True):
             if not self._migration.begin(leaving, sequence):
                 leases.preempt(self._state, leaving, sequence)
-        self._admission.admit()
+        self._admit()
 
     def migrate(self, front_end: int, stream: int) -> bool:
         """Lets a running sequence go on in the least loaded other group that has room; False if it cannot, or does not run."""
@@ -163,7 +181,7 @@ class SchedulerCore:
         if sequence is None or group is None or sequence.lease is None:
             return False
         began = self._migration.begin(group, sequence)
-        self._admission.admit()
+        self._admit()
         return began
 
     # ---- front ends ---------------------------------------------------------------------------------------------------
@@ -179,7 +197,7 @@ class SchedulerCore:
                 self.waiting.enter(sequence, self.now_s)
             if request.deadline_s is not None:
                 self._state.deadlines.add(sequence)
-        self._admission.admit()
+        self._admit()
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
@@ -216,10 +234,11 @@ class SchedulerCore:
         group.steps += report.steps
         group.step_s += report.elapsed_s
         due = self._commit(group, report)
+        cleared = self._suspects.clear(group) if group.alone is not None else False
         for lease, payload in report.logprobs:
             if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
-        if not (due or report.finished):
+        if not (due or report.finished or cleared):
             return  # nothing that could let anyone publish, grow or start
         state = self._state
         needy = [
@@ -235,7 +254,7 @@ class SchedulerCore:
                 self.counters.given_up += failed
                 leases.finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
         leases.extend(state, group, needy)
-        self._admission.admit()
+        self._admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:
         """A group has done its part of a transfer, or could not. Who waited for the blocks starts."""
@@ -251,7 +270,7 @@ class SchedulerCore:
                 self._migration.follow(transfer.author, transfer.moves, transfer.target)
         self.waiting.made_room()  # blocks may have become free,
         leases.extend(self._state, group, [])  # and rows that starve may wait for nothing else
-        self._admission.admit()
+        self._admit()
 
     def _commit(self, group: ResidentGroup, report: Report) -> list[int]:
         """The report's tokens become true, and are on their way to the front ends. Returns the rows that are due."""
@@ -283,7 +302,7 @@ class SchedulerCore:
         sequence = self.sequences.get((front_end, stream))
         if sequence is not None:
             leases.end(self._state, sequence, reason, keep_tokens=keep_tokens)
-            self._admission.admit()
+            self._admit()
 
     def _reconsider(self, reason: str, failure: Failure) -> None:
         """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""

@@ -105,7 +105,8 @@ class Admission:
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
-        if sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
+        invited = group.alone is (sequence if sequence.suspect else None)
+        if invited and sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
             self._state.waiting.leave(sequence, self._state.now_s)
 
     # ---- match, and wait for what is in the making
@@ -185,7 +186,7 @@ class Admission:
         state, sequence = self._state, transfer.author
         blocks = sequence.blocks
         assert blocks is not None
-        if group.draining:
+        if group.closed:
             leases.leave(state, group, sequence)
             state.table.release(blocks)
             state.waiting.enter(sequence, state.now_s)

@@ -64,7 +64,7 @@ class Migration:
         able = [
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()
-            if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
+            if other is not group and not (other.closed or other.starved) and len(other.ports) == len(group.ports) > 0
             and other.blocks >= sequence.blocks_at_most and other.rows_left > 0
             and self._state.table.available(other.group) > wanted
         ]  # fmt: skip

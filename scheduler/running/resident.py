@@ -105,6 +105,7 @@ class ResidentGroup:
         self.reports = 0
         self.applied = 0
         self._draining = False
+        self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
@@ -127,6 +128,21 @@ class ResidentGroup:
     def draining(self, draining: bool) -> None:
         self._draining = draining
         self.touch()
+
+    @property
+    def alone(self) -> Sequence | None:
+        """For whom it is kept: nobody else starts there. Until that one's lease ends, or it is set to None."""
+        return self._alone
+
+    @alone.setter
+    def alone(self, sequence: Sequence | None) -> None:
+        self._alone = sequence
+        self.touch()
+
+    @property
+    def closed(self) -> bool:
+        """To newcomers."""
+        return self._draining or self._alone is not None
 
     @property
     def rows_left(self) -> int:
@@ -196,6 +212,8 @@ class ResidentGroup:
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
+        if self._alone is sequence:
+            self._alone = None
         sequence.lease, sequence.row = None, -1
         self._roster = None
         self.touch()
