@@ -34,6 +34,13 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
     port: str
 
 
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs for its next turn. held: see `Rank.held`."""
+
+    commands: tuple[Command, ...]
+    held: tuple[int, ...] = ()
+
+
 class SocketLink:
     """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
 
@@ -61,6 +68,9 @@ class SocketLink:
             self._socket.send(message)
         except OSError as error:
             raise LinkClosed(f"the scheduler has gone: {error}") from error
+
+    def wake(self) -> None:
+        self._received.put(())
 
     def close(self) -> None:
         self._socket.close()
@@ -101,8 +111,8 @@ class SocketFeed:
         self.ports = tuple(port for _, port in sorted(self._ports.items()))
         """Where each peer's blocks are fetched, by rank."""
 
-    def send(self, commands: Sequence[Command]) -> None:
-        message = Commands(0, tuple(commands))
+    def send(self, commands: Sequence[Command], held: Sequence[int] = ()) -> None:
+        message = Turn(tuple(commands), tuple(held))
         try:
             for peer in self._peers.values():
                 peer.send(message)
@@ -153,15 +163,15 @@ class SocketInbox:
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
         self._socket = FrameSocket.connect(host, port)
         introduce(self._socket, token, greeting)
-        self._turns: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         self._on_lost = on_lost
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
 
-    def receive(self) -> Sequence[Command]:
-        commands = self._turns.get()
-        if commands is None:
+    def receive(self) -> tuple[Sequence[Command], Sequence[int]]:
+        turn = self._turns.get()
+        if turn is None:
             raise LinkClosed("the leader has gone")
-        return commands
+        return turn.commands, turn.held
 
     def send(self, message: Moved | Beat) -> None:
         """Tells the leader, from any thread. A leader that has gone is the step loop's to notice."""
@@ -172,7 +182,7 @@ class SocketInbox:
         self._socket.close()
 
     def _read(self) -> None:
-        for turn in self._socket.messages(Commands):
-            self._turns.put(turn.commands)
+        for turn in self._socket.messages(Turn):
+            self._turns.put(turn)
         self._turns.put(None)
         self._on_lost("the leader has gone")

@@ -5,7 +5,7 @@ Imports `batch` and `scheduler.protocol.messages`; no torch, no ray.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,6 +59,17 @@ class Executor(Protocol):
         ...
 
 
+class Opening(Protocol):
+    """Grammars that are being compiled beside the steps."""
+
+    on_opened: Callable[[], None]
+    """Called from another thread when one is ready."""
+
+    def opening(self) -> Sequence[int]:
+        """Rows that would make a step wait."""
+        ...
+
+
 class Mover(Protocol):
     """Moves whole blocks beside the steps, and says by itself when it has."""
 
@@ -84,12 +95,16 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
-    mover: set before the first turn; without one, movements are passed over. pulse: what the present turn is in, for others.
+    grammars: None where no row has any. mover: set before the first turn; without one, movements are passed over. pulse: what
+    the present turn is in, for others.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
-    def __init__(self, batch: ResidentBatch, executor: Executor, depth: int = 0) -> None:
+    def __init__(
+        self, batch: ResidentBatch, executor: Executor, depth: int = 0, grammars: Opening | None = None
+    ) -> None:  # fmt: skip
         self.batch = batch
+        self.grammars = grammars
         self.executor = executor
         self.mover: Mover | None = None
         self._depth = depth
@@ -103,8 +118,12 @@ class Rank:
         """No step is under way and none can be planned: only a command can change that."""
         return self._idle
 
-    def turn(self, commands: Iterable[Command]) -> StepResult | None:
-        """Applies commands, launches one step if there is work, and commits the oldest if enough are under way."""
+    def turn(self, commands: Iterable[Command], held: Sequence[int] = ()) -> StepResult | None:
+        """Applies commands, then steps."""
+        self.apply(commands)
+        return self.step(held)
+
+    def apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
             self.batch.apply(command)
             self._release()
@@ -114,7 +133,15 @@ class Rank:
                 self.executor.copy(command.source, command.target, command.tokens)
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)
-        plan = self.batch.plan()
+
+    def held(self) -> tuple[int, ...]:
+        """Rows that are to take no sample in the next step: the leader's word, for all ranks, which compile side by side but
+        not equally fast."""
+        return tuple(self.grammars.opening()) if self.grammars is not None else ()
+
+    def step(self, held: Sequence[int] = ()) -> StepResult | None:
+        """Launches one step if there is work, and commits the oldest if enough are under way. held: as the leader has it."""
+        plan = self.batch.plan(held)
         step = self.batch.launch(plan) if len(plan.rows) else None
         kind = None if step is None else self._kind(step)
         kinds = [kind for *_, kind in self._under_way]

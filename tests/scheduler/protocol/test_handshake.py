@@ -127,7 +127,7 @@ def test_strangers_who_say_nothing_keep_no_peer_from_its_leader(monkeypatch: pyt
         feed = SocketFeed(listener, 1, TOKEN, lambda _: None, lambda _: None, PATIENCE_S)
         peer.join(PATIENCE_S)
         feed.send([End("done")])
-        assert inboxes[0].receive() == (End("done"),)
+        assert inboxes[0].receive() == ((End("done"),), ())
         feed.close()
         inboxes[0].close()
 

@@ -159,7 +159,7 @@ def test_a_stranger_is_no_peer(words: str) -> None:
 
     def friend() -> None:
         inbox = SocketInbox(host, port, TOKEN, Greeting(2, "p:2"), lambda _: None)
-        assert inbox.receive() == (End("done"),)
+        assert inbox.receive() == ((End("done"),), ())
         inbox.close()
 
     feeds: list[SocketFeed] = []
