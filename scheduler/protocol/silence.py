@@ -9,9 +9,6 @@ import threading
 BEAT_S = 0.5
 """How often everybody says that it lives."""
 
-SILENT_S = 4.0
-"""Who has said nothing for so long is taken for hung: eight beats."""
-
 LOOK_S = 0.25
 """How often one looks."""
 

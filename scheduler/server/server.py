@@ -53,7 +53,7 @@ class SchedulerServer:
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
         self._started_s = time.monotonic()
-        self._vitals = Vitals(self._started_s)
+        self._vitals = Vitals(self._started_s, core.config.hung_after_s)
         self._looking: asyncio.Task[None] | None = None
         self.fenced: dict[GroupId, Fenced] = {}
         """The last epoch of each group that was not listened to any more while its ranks might run on."""

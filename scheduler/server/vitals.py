@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvcache.ids import GroupId
 from scheduler.protocol.messages import Beat
-from scheduler.protocol.silence import SILENT_S, Silence
+from scheduler.protocol.silence import Silence
 
 
 class Fenced(NamedTuple):
@@ -22,9 +22,10 @@ class Fenced(NamedTuple):
 
 
 class Vitals:
-    """The groups that are up, each by its present epoch."""
+    """The groups that are up, each by its present epoch. hung_after_s: of silence."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, now_s: float, hung_after_s: float) -> None:
+        self._hung_after_s = hung_after_s
         self._silence = Silence(now_s)
         self._epochs: dict[GroupId, int] = {}
         self._beats: dict[GroupId, Beat] = {}
@@ -51,18 +52,18 @@ class Vitals:
         hung = []
         for name, silent_s in self._silence.look(now_s).items():
             group = GroupId(name)
-            reason = _why(silent_s, self._beats.get(group))
+            reason = _why(silent_s, self._beats.get(group), self._hung_after_s)
             if reason is not None:
                 hung.append(Fenced(group, self._epochs[group], f"group {group} hangs: {reason}"))
         return hung
 
 
-def _why(silent_s: float, beat: Beat | None) -> str | None:
-    if silent_s > SILENT_S:
+def _why(silent_s: float, beat: Beat | None, hung_after_s: float) -> str | None:
+    if silent_s > hung_after_s:
         return f"its leader has said nothing for {silent_s:.1f} s"
     if beat is None:
         return None
-    if beat.silent_s > SILENT_S:
+    if beat.silent_s > hung_after_s:
         return f"rank {beat.silent_rank} has said nothing for {beat.silent_s:.1f} s"
     if beat.busy_s > beat.patience_s:
         return f"a step has not ended after {beat.busy_s:.1f} s, and {beat.patience_s:.1f} s are more than such a step takes"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from scheduler.protocol.messages import Beat
-from scheduler.protocol.silence import BEAT_S, LOOK_S, SILENT_S, Silence
+from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from workers.loop.batch import Launched
 
 FIRST_S = 300.0
@@ -19,7 +19,7 @@ FIRST_S = 300.0
 FACTOR = 10.0
 """Times what steps of its kind have taken: contexts are longer, the machine is busier, caches are cold."""
 
-FLOOR_S = SILENT_S
+FLOOR_S = 4.0
 FORGETTING = 0.99
 """Of the slowest step of a kind, with each that follows."""
 

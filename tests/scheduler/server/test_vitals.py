@@ -1,10 +1,12 @@
 """Who is taken for hung, by the word of leaders and by their silence; a listener's own sleep is nobody's silence."""
 
 from kvcache.ids import GroupId
+from scheduler.config import CoreConfig
 from scheduler.protocol.messages import Beat
-from scheduler.protocol.silence import BEAT_S, LOOK_S, SILENT_S
+from scheduler.protocol.silence import BEAT_S, LOOK_S
 from scheduler.server.vitals import Fenced, Vitals
 
+SILENT_S = CoreConfig().hung_after_s
 HUNG, WELL = GroupId(0), GroupId(1)
 
 
@@ -13,7 +15,7 @@ class Listening:
 
     def __init__(self) -> None:
         self.now_s = 100.0
-        self.vitals = Vitals(self.now_s)
+        self.vitals = Vitals(self.now_s, SILENT_S)
         for group in (HUNG, WELL):
             self.vitals.up(group, 3, self.now_s)
 
