@@ -53,6 +53,9 @@ MOST_WAITING = 4096
 
 LOST_POLL_S = 0.05
 
+MOST_UNREAD = 4096
+"""Tokens of a choice that wait for a client to read them: minutes of it at a reader's pace, some ten kilobytes of text."""
+
 
 class Cluster(Protocol):
     """The scheduler as a replica reaches it."""
@@ -165,7 +168,7 @@ class Service:
                 loop.call_soon_threadsafe(self._lost.set)
 
         self._frontend = await asyncio.to_thread(
-            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost
+            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost, MOST_UNREAD
         )
         self._was_connected = True
         for call in [call for calls in self._calls.values() for call in calls]:

@@ -19,7 +19,10 @@ import msgspec
 from scheduler.protocol.wire import FrameSocket, read_frame, write_frame
 
 HANDSHAKE_TIMEOUT_S = 5.0
-"""For all of it, however slowly the other side speaks."""
+"""Of whoever is connected to, for all of it, however slowly the other side speaks."""
+
+ANSWER_TIMEOUT_S = 60.0
+"""Of whoever connects: the other side may be about to listen, and he has chosen it."""
 
 MAX_HANDSHAKE_BYTES = 4096
 """Of a frame of somebody who has not proved anything yet."""
@@ -71,7 +74,7 @@ def check_confirmed(token: str, said: Claim, answer: Confirmed) -> None:
 
 def introduce(connection: FrameSocket, token: str, opening: object) -> None:
     """The connecting side, on a socket that blocks. Errors: Stranger, also for one that goes or says nothing."""
-    with connection.patience(HANDSHAKE_TIMEOUT_S):
+    with connection.patience(ANSWER_TIMEOUT_S):
         said = claim(token, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Challenge), opening)
         connection.send(said)
         check_confirmed(token, said, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Confirmed))

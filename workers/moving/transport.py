@@ -17,6 +17,7 @@ import msgspec
 
 from kvcache.pool import KVPool
 from scheduler.protocol.handshake import (
+    ANSWER_TIMEOUT_S,
     HANDSHAKE_TIMEOUT_S,
     MAX_HANDSHAKE_BYTES,
     Challenge,
@@ -151,7 +152,7 @@ class SocketTransport:
                 self._wire.standing(shard),
             )  # fmt: skip
             try:
-                with cut_after(HANDSHAKE_TIMEOUT_S, connection.shut):
+                with cut_after(ANSWER_TIMEOUT_S, connection.shut):
                     said = claim(self._token, connection.receive(Challenge, MAX_HANDSHAKE_BYTES), fetch)
                     connection.send(said)
                     check_confirmed(self._token, said, connection.receive(Confirmed, MAX_HANDSHAKE_BYTES))

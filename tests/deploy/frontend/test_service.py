@@ -183,3 +183,19 @@ def test_what_is_not_to_be_had_now_always_says_when_to_come_again() -> None:
     for fault in Fault:
         assert (RequestError(fault, "no").retry_after_s > 0) == (fault in (Fault.OVERLOADED, Fault.UNAVAILABLE))
     assert RequestError(Fault.UNAVAILABLE, "no", retry_after_s=30.0).retry_after_s == 30.0
+
+
+def test_what_nobody_reads_is_not_computed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MOST_UNREAD", 40)
+
+    async def scenario() -> None:
+        observed: list[Observation] = []
+        async with connected_service(observed) as service:
+            async with aclosing(service.generate([PROMPT], request_id="mine")) as deltas:
+                await anext(deltas)
+                await blocks_are_back(service)  # though it may have 1,900 tokens, and nobody has aborted it
+                with pytest.raises(RequestError, match=r"nobody has read the last \d+ tokens") as ended:
+                    await anext(deltas)
+            assert ended.value.fault is Fault.TIMED_OUT
+
+    asyncio.run(scenario())

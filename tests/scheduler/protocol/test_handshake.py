@@ -143,4 +143,5 @@ def test_a_listener_who_says_nothing_is_left_too(monkeypatch: pytest.MonkeyPatch
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", seconds)
+    monkeypatch.setattr(handshake, "ANSWER_TIMEOUT_S", seconds)
     monkeypatch.setattr(transport, "HANDSHAKE_TIMEOUT_S", seconds)
