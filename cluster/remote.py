@@ -12,9 +12,8 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.protocol.handshake import Stranger, introduce
+from scheduler.protocol.handshake import Stranger, meet
 from scheduler.protocol.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
-from scheduler.protocol.wire import FrameSocket
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +39,8 @@ class SchedulerStream:
     """
 
     def __init__(self, host: str, port: int, token: str, on_deltas: OnDeltas, on_failure: OnFailure) -> None:
-        self._socket = FrameSocket.connect(host, port)
         try:
-            introduce(self._socket, token, Connect())
+            self._socket = meet(host, port, token, Connect())
         except Stranger as error:
             raise EngineError("the scheduler refused the connection: the token is that of another cluster") from error
         welcome = self._socket.receive()

@@ -12,6 +12,7 @@ every socket between Manta's processes: to the scheduler, within a group, betwee
 import asyncio
 import hmac
 import secrets
+import time
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +24,9 @@ HANDSHAKE_TIMEOUT_S = 5.0
 
 ANSWER_TIMEOUT_S = 60.0
 """Of whoever connects: the other side may be about to listen, and he has chosen it."""
+
+TRIES = 3
+PAUSE_S = 0.2
 
 MAX_HANDSHAKE_BYTES = 4096
 """Of a frame of somebody who has not proved anything yet."""
@@ -78,6 +82,23 @@ def introduce(connection: FrameSocket, token: str, opening: object) -> None:
         said = claim(token, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Challenge), opening)
         connection.send(said)
         check_confirmed(token, said, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Confirmed))
+
+
+def meet(host: str, port: int, token: str, opening: object) -> FrameSocket:
+    """A connection to somebody who knows the token, and has been told what this side is. Tries again where it was cut short: a
+    busy machine may take longer to answer than a stranger is given. Errors: OSError if nobody listens there; Stranger."""
+    for tries_left in reversed(range(TRIES)):
+        connection = FrameSocket.connect(host, port)
+        try:
+            introduce(connection, token, opening)
+        except Stranger:
+            connection.close()
+            if not tries_left:
+                raise
+            time.sleep(PAUSE_S)
+        else:
+            return connection
+    raise AssertionError("the last try raises")
 
 
 def identify(connection: FrameSocket, token: str, kind: type[T]) -> T:

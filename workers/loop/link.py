@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from scheduler.protocol.handshake import Stranger, identify, introduce
+from scheduler.protocol.handshake import Stranger, identify, meet
 from scheduler.protocol.messages import Beat, Command, Commands, Hello, Moved, Report
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
@@ -46,8 +46,7 @@ class SocketLink:
 
     def __init__(self, host: str, port: int, token: str, hello: Hello) -> None:
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
-        self._socket = FrameSocket.connect(host, port)
-        introduce(self._socket, token, hello)
+        self._socket = meet(host, port, token, hello)
         self._received: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
         self._expected = 0
         threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
@@ -161,8 +160,7 @@ class SocketInbox:
 
     def __init__(self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost) -> None:
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
-        self._socket = FrameSocket.connect(host, port)
-        introduce(self._socket, token, greeting)
+        self._socket = meet(host, port, token, greeting)
         self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         self._on_lost = on_lost
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()

@@ -12,8 +12,8 @@ import pytest
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.protocol import handshake
-from scheduler.protocol.handshake import MAX_HANDSHAKE_BYTES, Stranger, introduce
-from scheduler.protocol.messages import End
+from scheduler.protocol.handshake import MAX_HANDSHAKE_BYTES, Stranger, identify, introduce, meet
+from scheduler.protocol.messages import Connect, End
 from scheduler.protocol.wire import FrameSocket, listen
 from scheduler.server.server import SchedulerServer
 from tests.workers.moving.movers import random_pool
@@ -145,3 +145,22 @@ def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     monkeypatch.setattr(handshake, "HANDSHAKE_TIMEOUT_S", seconds)
     monkeypatch.setattr(handshake, "ANSWER_TIMEOUT_S", seconds)
     monkeypatch.setattr(transport, "HANDSHAKE_TIMEOUT_S", seconds)
+
+
+def test_who_was_cut_short_though_he_knows_the_token_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may be slower than a stranger is allowed to be."""
+    with listen(HOST) as listener:
+        heard: list[Greeting] = []
+
+        def hurry() -> None:
+            FrameSocket(listener.accept()[0]).close()
+            heard.append(identify(FrameSocket(listener.accept()[0]), TOKEN, Greeting))
+
+        thread = threading.Thread(target=hurry, daemon=True)
+        thread.start()
+        meet(HOST, listener.getsockname()[1], TOKEN, Greeting(1, "p:1")).close()
+        thread.join(PATIENCE_S)
+        assert heard == [Greeting(1, "p:1")]
+    monkeypatch.setattr(handshake, "PAUSE_S", 0.0)
+    with scheduler() as port, pytest.raises(Stranger):
+        meet(HOST, port, "guess", Connect())
