@@ -22,7 +22,14 @@ class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
 
     local: bool = option(False, "Everything in this one process, without Ray; ranks are threads.")
     ray_address: str | None = option(None, "Ray cluster to join: an address or auto.", shown="a new one on this machine")
-    max_group_restarts: int = option(2, "Times a group whose worker died is started again.", at_least(0))
+    max_group_restarts: int = option(
+        5,
+        "Starts of a group that dies, within restart_window_s, for which requests wait; more are further and further apart.",
+        at_least(0),
+    )
+    restart_window_s: float = option(
+        600.0, "Seconds after which a start of a group that died is forgotten.", above_0("give it seconds to forget in")
+    )
     node_timeout_s: float = option(
         1800.0, "Longest wait of an added group for its node and its start, in seconds.", above_0("give it seconds to start in")
     )

@@ -12,13 +12,14 @@ from itertools import groupby
 import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
-from scheduler.protocol.handshake import Stranger, introduce
+from scheduler.protocol.handshake import Stranger, meet
 from scheduler.protocol.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
-from scheduler.protocol.wire import FrameSocket
 
 logger = logging.getLogger(__name__)
 
 JOIN_TIMEOUT_S = 5.0
+SUBMIT_BYTES = 8 << 20
+"""Of requests that travel as one message: far below what a frame may have, so that one may be as large as a model allows."""
 
 
 class EncodedSubmit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -38,9 +39,8 @@ class SchedulerStream:
     """
 
     def __init__(self, host: str, port: int, token: str, on_deltas: OnDeltas, on_failure: OnFailure) -> None:
-        self._socket = FrameSocket.connect(host, port)
         try:
-            introduce(self._socket, token, Connect())
+            self._socket = meet(host, port, token, Connect())
         except Stranger as error:
             raise EngineError("the scheduler refused the connection: the token is that of another cluster") from error
         welcome = self._socket.receive()
@@ -127,12 +127,24 @@ class SchedulerStream:
 
 
 def merged(messages: Sequence[Outgoing]) -> list[Outgoing]:
-    """The same messages in the same order; submissions that follow each other travel as one."""
+    """The same messages in the same order; submissions that follow each other travel as one, up to `SUBMIT_BYTES`."""
     batches: list[Outgoing] = []
     for submits, run in groupby(messages, key=lambda message: isinstance(message, EncodedSubmit)):
         if submits:
             submissions = (message for message in run if isinstance(message, EncodedSubmit))
-            batches.append(EncodedSubmit(tuple(request for message in submissions for request in message.requests)))
+            batches += _parts([request for message in submissions for request in message.requests])
         else:
             batches += run
     return batches
+
+
+def _parts(requests: Sequence[msgspec.Raw]) -> list[EncodedSubmit]:
+    parts: list[EncodedSubmit] = []
+    begin = size = 0
+    for at, request in enumerate(requests):
+        more = len(memoryview(request))
+        if at > begin and size + more > SUBMIT_BYTES:
+            parts.append(EncodedSubmit(tuple(requests[begin:at])))
+            begin, size = at, 0
+        size += more
+    return [*parts, EncodedSubmit(tuple(requests[begin:]))]

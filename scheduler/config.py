@@ -51,6 +51,9 @@ class CoreConfig(CacheConfig):
     queue_age_s: float = option(
         30.0, "Wait, in seconds, after which a request goes before priorities and fairness.", at_least(0)
     )
+    hung_after_s: float = option(
+        4.0, "Seconds after which a rank that says nothing counts as hung; it says something twice a second.", at_least(1)
+    )
     log_decisions: bool = option(False, "Log why each sequence goes where it does: a line each, from the scheduler.")
     check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")
     wait_for_prefix: bool = True
@@ -58,7 +61,7 @@ class CoreConfig(CacheConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QueueBounds:
-    """An endpoint's: how much may wait for a group at once. Who has bounds also turns away what comes while no group is up."""
+    """An endpoint's: how much may wait for a group at once, also while none is up yet."""
 
     max_queued_requests: int = option(4096, "Requests that may wait for a group; further ones get 429.", at_least(1))
     max_queued_tokens: int = option(4 << 20, "Prompt tokens that may wait for a group; further requests get 429.", at_least(1))

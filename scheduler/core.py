@@ -11,11 +11,13 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
+from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import Commands, FinishReason, Moved, Report, Request
+from scheduler.protocol.messages import Commands, Failure, FinishReason, Moved, Report, Request
 from scheduler.queue.intake import take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
+from scheduler.sequence import Sequence
 from scheduler.state import ClusterState
 
 
@@ -30,6 +32,7 @@ class SchedulerCore:
         self.config, self.resolved = config, resolved or Resolved()
         self._state = state = ClusterState(config, self.resolved, bounds)
         self._admission = Admission(state)
+        self._suspects = Suspects(state, self._admission)
         self.table, self.groups, self.expected, self.sequences = state.table, state.groups, state.expected, state.sequences
         self.waiting, self.counters, self.computed = state.waiting, state.counters, state.computed
         self.prefixes, self.transfers, self.routing = state.prefixes, state.transfers, self._admission.routing
@@ -99,33 +102,48 @@ class SchedulerCore:
         if host_blocks:
             self.table.add_group(host_of(group), host_blocks)
         self._regroup()
-        self._reconsider("the pools of the groups that are up are too small")
-        self._admission.admit()
+        self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
+        self._admit()
 
-    def group_down(self, group: GroupId, reason: str, *, returning: bool = False) -> None:
+    def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.
 
-        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`.
-        Also called for a group that was only expected and will not come.
+        returning: a replacement is on its way. Otherwise sequences that fit no other group fail with `reason`. back_s: when it
+        is tried again, if that is known. Also called for a group that was only expected and will not come.
         """
         lost = self.groups.pop(group, None)
         if returning:
             self.expected[group] = lost.blocks if lost else 0
         else:
             self.expected.pop(group, None)
-            self._state.lost = reason
+            self._state.lost, self._state.back_at_s = reason, self.now_s + back_s
         self._regroup()
         if lost is not None:
             self.transfers.group_down(lost)
             for sequence in [*sorted(lost.fetching), *sorted(lost.running)]:
-                if sequence.lease is not None:
-                    lost.write_back(sequence)
-                leases.leave(self._state, lost, sequence, lost=True)
-                self.waiting.enter(sequence, self.now_s)
+                self._bereave(lost, sequence, reason)
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
-        self._reconsider(reason)
+        self._reconsider(reason, Failure.UNAVAILABLE)
+        self._admit()
+
+    def _bereave(self, lost: ResidentGroup, sequence: Sequence, reason: str) -> None:
+        """It ran in a group that has died, or was about to."""
+        state, poison = self._state, None
+        if sequence.lease is not None:
+            lost.write_back(sequence)
+            poison = self._suspects.note(lost, sequence)
+        leases.leave(state, lost, sequence, lost=True)
+        if poison is None:
+            self.waiting.enter(sequence, self.now_s)
+        else:
+            output = state.output_of(sequence)
+            leases.finish(state, sequence, FinishReason.FAILED, output, f"{poison}, so it is not tried again: {reason}")
+
+    def _admit(self) -> None:
+        if self._suspects.pending:
+            self._suspects.try_next()
         self._admission.admit()
 
     def _regroup(self) -> None:
@@ -152,7 +170,7 @@ class SchedulerCore:
         for sequence in sorted(leaving.running, reverse=True):
             if not self._admission.move(leaving, sequence):
                 leases.preempt(self._state, leaving, sequence)
-        self._admission.admit()
+        self._admit()
 
     def migrate(self, front_end: int, stream: int) -> bool:
         """Lets a running sequence go on in the least loaded other group that has room; False if it cannot, or does not run."""
@@ -161,7 +179,7 @@ class SchedulerCore:
         if sequence is None or group is None or sequence.lease is None:
             return False
         began = self._admission.move(group, sequence)
-        self._admission.admit()
+        self._admit()
         return began
 
     # ---- front ends ---------------------------------------------------------------------------------------------------
@@ -173,6 +191,7 @@ class SchedulerCore:
         changed then.
         """
         self._admission.welcome(take_in(self._state, front_end, request))
+        self._admit()
 
     def abort(self, front_end: int, stream: int) -> None:
         """The client went away: its blocks are free at once. A stream that has ended already is left alone."""
@@ -210,13 +229,14 @@ class SchedulerCore:
             self.transfers.measured("compute", computed, report.elapsed_s)
         self.computed.count(computed, self._state.now_s)
         self.outbox.tokens(audience, told, advanced)
+        cleared = self._suspects.clear(group) if group.alone is not None else False
         for lease, payload in report.logprobs:
             if (sequence := group.holder(lease)) is not None:
                 self.outbox.logprobs(sequence, payload)
-        if not (due or report.finished):
+        if not (due or report.finished or cleared):
             return  # nothing that could let anyone publish, grow or start
         leases.advance(self._state, group, due, report.finished)
-        self._admission.admit()
+        self._admit()
 
     def moved(self, group_id: GroupId, moved: Moved) -> None:
         """A group has done its part of a transfer, or could not. Who waited for the blocks starts."""
@@ -224,6 +244,7 @@ class SchedulerCore:
         if group is None or moved.epoch != group.epoch:
             return
         self._admission.moved(group, moved)
+        self._admit()
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 
@@ -231,9 +252,9 @@ class SchedulerCore:
         sequence = self.sequences.get((front_end, stream))
         if sequence is not None:
             leases.end(self._state, sequence, reason, keep_tokens=keep_tokens)
-            self._admission.admit()
+            self._admit()
 
-    def _reconsider(self, reason: str) -> None:
+    def _reconsider(self, reason: str, failure: Failure) -> None:
         """The groups have changed: ends what fits none that is up or expected; shortens outputs without a limit."""
         self.waiting.unpark()
         largest = self._state.largest
@@ -244,8 +265,8 @@ class SchedulerCore:
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
             if sequence.params.max_tokens is not None or room < 1:
-                message = f"no group can serve the request any more: {reason}"
-                leases.end(self._state, sequence, FinishReason.FAILED, message)
+                message = f"no group can serve the request now: {reason}"
+                leases.end(self._state, sequence, FinishReason.FAILED, message, failure)
             elif output >= room:
                 leases.end(self._state, sequence, FinishReason.LENGTH)
             else:

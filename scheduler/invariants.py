@@ -61,6 +61,8 @@ def _check_membership(core: SchedulerCore, running: list[Sequence]) -> None:
     in_line = core.waiting.queued()
     assert all(sequence.state is State.WAITING for sequence in in_line), "who is queued waits"
     queued = [*in_line, *(sequence for sequence in core.waiting.parked if sequence.state is State.WAITING)]
+    queued += core.waiting.apart
+    assert all(sequence.suspect for sequence in core.waiting.apart), "only suspects wait apart"
     waiters = [sequence for waiters in core.prefixes.waiters.values() for _, sequence in waiters]
     deferred = [sequence for sequence in waiters if sequence.state is State.DEFERRED]
     places = sorted(sequence.number for sequence in [*running, *queued, *deferred])
@@ -99,6 +101,8 @@ def _check_rows(core: SchedulerCore, group: ResidentGroup) -> None:
     assert seated.isdisjoint(group.free_rows), f"group {group.group}: a taken row is listed as free"
     assert len(seated) + len(group.free_rows) == len(group.sequences), f"group {group.group}: a row is lost"
     assert group.running == {s for s in group.sequences if s is not None}, f"group {group.group}: running set"
+    assert group.alone is None or group.running <= {group.alone}, f"group {group.group}: it is kept for one, others run there"
+    assert all(s is group.alone for s in group.running if s.suspect), f"group {group.group}: a suspect has company"
     assert set(group.starved) <= group.running, f"group {group.group}: a starved sequence does not run"
     backlog = sum(int(group.pending[row]) - 1 for row in seated)
     assert group.backlog == backlog, f"group {group.group}: backlog {group.backlog}, rows say {backlog}"

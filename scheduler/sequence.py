@@ -21,6 +21,8 @@ PRIORITY_SHIFT = 48
 """Arrivals that fit between two priorities."""
 
 
+SUSPECT_DEATHS = 2
+
 OUTPUT_WEIGHT = 2.0
 """What an output token counts against a computed prompt token where tenants are compared: as in the paper (see `fairness`)."""
 
@@ -75,6 +77,7 @@ class Sequence:
     open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
+    deaths: groups that have died while it ran there, since it was last cleared; proven: length at which it is (`Suspects`).
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
     has waited so long that it goes before others; passed_s: when it was the first and found no room, for the first time;
@@ -108,6 +111,8 @@ class Sequence:
     tenant: Tenant = field(default_factory=Tenant)
     charged: int = 0
     deadline_s: float = math.inf
+    deaths: int = 0
+    proven: int = 0
     entered_s: float = 0.0
     ticket: int = 0
     aged: bool = False
@@ -122,6 +127,11 @@ class Sequence:
     @property
     def priority(self) -> int:
         return self.place >> PRIORITY_SHIFT
+
+    @property
+    def suspect(self) -> bool:
+        """It ran in each of several groups that died: it runs alone or not at all."""
+        return self.deaths >= SUSPECT_DEATHS
 
     def append(self, tokens: Tokens) -> None:
         """Writes committed tokens back. Amortised O(1) a token."""

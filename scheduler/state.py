@@ -30,7 +30,8 @@ class ClusterState:
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their blocks, 0 if unknown. largest_up: blocks of the largest pool that is up. largest: of the largest pool; 0 without any
     group, None while one of unknown size is expected. computed: tokens that were computed lately. lost: why the last group
-    went for good. numbers: of sequences. random: draws the seeds of requests that bring none.
+    went that is not expected; back_at_s: when that is tried again, if it is. numbers: of sequences. random: draws the seeds of
+    requests that bring none.
     """
 
     def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None) -> None:
@@ -49,7 +50,7 @@ class ClusterState:
         self.outbox = Outbox()
         self.watch = Watch()
         self.computed = Pace()
-        self.lost = ""
+        self.lost, self.back_at_s = "", 0.0
         self.numbers = itertools.count()
         self.random = random.Random(config.seed)
         self.pools_changed()

@@ -99,7 +99,7 @@ def build_rank(
         logger.info("KV pool: %d blocks of %d tokens, %s bytes a rank", blocks, config.block_size,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
-    return Built(Rank(batch, runner, resolved.depth), runner.pool, host, blocks)
+    return Built(Rank(batch, runner, resolved.depth, constraints), runner.pool, host, blocks)
 
 
 def settle() -> None:

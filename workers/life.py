@@ -14,11 +14,16 @@ from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 from workers.loop.leader import Gathered, follow, lead
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
+from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.moving.mover import BlockMover
 from workers.moving.transport import SocketTransport, open_transport
-from workers.parallel.communicator import Communicator
+from workers.parallel.communicator import JoinedGroup
 from workers.parallel.connect import connect
+
+STEP_TIMEOUT_S = 60.0
+"""How long a rank waits for another in a step: all compute the same, so that they come at the same time. A rank that is stopped
+is noticed long before (`scheduler.server.vitals`); this ends what nobody else does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class RankLife:
         self._timeout_s = timeout_s
         self._host = host
         self._listener: socket.socket | None = None
-        self._comm: Communicator | None = None
+        self._comm: JoinedGroup | None = None
         self._built: Built | None = None
         self._rendezvous: Rendezvous | None = None
         self.phase = ("placing", 0, 0)
@@ -63,6 +68,7 @@ class RankLife:
         self._rendezvous = rendezvous
         self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
         self._built = build_rank(self._config, self._resolved, self._comm, self._enter)
+        self._comm.wait_at_most(STEP_TIMEOUT_S)
         settle()
         return self._built.blocks
 
@@ -95,9 +101,11 @@ class RankLife:
         )  # fmt: skip
         link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello)
         gathered.send = link.send
+        heart = Heart(self._epoch, link.send, self._built.rank.pulse, feed.silence)
         try:
             return lead(self._built.rank, link, feed, self._reporter())
         finally:
+            heart.close()
             link.close()
             feed.close()
 
@@ -113,10 +121,12 @@ class RankLife:
         inbox = SocketInbox(
             self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, greeting, self._comm.abort
         )
-        self._attach_mover(transport, inbox.moved)
+        self._attach_mover(transport, inbox.send)
+        heart = Heart(self._epoch, inbox.send)
         try:
             return follow(self._built.rank, inbox)
         finally:
+            heart.close()
             inbox.close()
 
     def _open_transport(self, scheduler: SchedulerAddress) -> SocketTransport | None:

@@ -15,6 +15,7 @@ from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure, Progress
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.health import GroupKeeper
+from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import QueueBounds
 from scheduler.server.stats import ClusterStatus, GroupStats
@@ -142,7 +143,7 @@ class Fleet:
                 self._epochs[group] = keeper.epoch + 1
         if keeper is not None:  # else it was lost for good meanwhile
             keeper.close()
-            self.scheduler.call("group_lost", group, "it was not needed any more")
+            self.scheduler.lose(group, "it was not needed any more")
         return True
 
     def stop(self) -> None:
@@ -190,9 +191,11 @@ class Fleet:
             group = next(number for number in range(len(self._keepers) + 1) if number not in self._keepers)
             keeper = GroupKeeper(
                 group, self._epochs.get(group, 0), lambda epoch: self._handle(group, epoch), self.scheduler,
-                restarts=self.config.max_group_restarts, start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
+                restarts=Restarts(self.config.max_group_restarts, self.config.restart_window_s),
+                start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
             )  # fmt: skip
             self._keepers[group] = keeper
+        self.scheduler.announce(group)
         keeper.start()
         return keeper
 

@@ -1,7 +1,7 @@
 """Keeps one group up: start, detect, fence, replace. One thread for each group, in the process that owns the cluster.
 
-Imports `group`, `scheduler_keeper` and ray. The scheduler notices a lost leader by itself, at its socket; what is decided here
-is whether the group comes back.
+Imports `group`, `restarts` and `scheduler_keeper`. The scheduler notices a lost leader by itself, and a group that hangs; what
+is decided here is when the group comes back.
 """
 
 import logging
@@ -11,12 +11,16 @@ from collections.abc import Callable
 
 from cluster.engine import EngineError
 from cluster.fleet.group import GroupHandle
+from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.server.stats import GroupStart
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 1.0
+POLL_S = 0.5
+REASON_S = 2.0
+"""For the reason of a death to be known, beside what the scheduler has seen of it."""
+
 JOIN_TIMEOUT_S = 30.0
 
 NewHandle = Callable[[int], GroupHandle]
@@ -24,11 +28,11 @@ NewHandle = Callable[[int], GroupHandle]
 
 
 class GroupKeeper:
-    """Starts a group and, when it dies, starts it again with the next epoch, at most `restarts` times. A group that ended
-    because the scheduler did starts again for free.
+    """Starts a group and, when it dies or hangs, ends what is left of it and starts it again with the next epoch, as soon as
+    `restarts` says. A group that ended because the scheduler did starts again for free.
 
-    on_gone: called once, from the keeper's thread, when a group that was up will not come back. added: nobody asks `up` for the
-    error of the first start, and a group that does not come up is gone, too.
+    added: nobody asks `up` for the error of the first start. on_gone: called once, from the keeper's thread, when such a group
+    has not come up: it is not tried again.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class GroupKeeper:
         new_handle: NewHandle,
         scheduler: SchedulerKeeper,
         *,
-        restarts: int,
+        restarts: Restarts,
         start_timeout_s: float,
         on_gone: Callable[[int, str], None],
         added: bool = False,
@@ -115,25 +119,27 @@ class GroupKeeper:
         """Waits for the group's end; None when the keeper itself is closed."""
         while not self._closing.is_set():
             reason = self._handle.wait(POLL_S)
+            if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
+                reason = self._handle.wait(REASON_S) or fenced
             if reason is not None and not self._closing.is_set():
                 return reason
         return None
 
     def _again(self, reason: str) -> str | None:
-        """The next epoch, if there is one left; why that one ended, or None when all is over."""
+        """The next epoch, after a pause; why that one ended, or None when all is over."""
         try:
             live = self._scheduler.expect(self.group)
+            # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
+            if live.epoch != self._scheduler_epoch:
+                logger.error("%s; the scheduler was replaced", reason)
+            elif not self._pause(reason):
+                return None
+            else:
+                live = self._scheduler.expect(self.group)
         except EngineError:
             return None  # the cluster is closing
         if self._closing.is_set():
             return None
-        # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
-        replaced = live.epoch != self._scheduler_epoch
-        logger.error("%s; %s", reason, "the scheduler was replaced" if replaced else f"{self._restarts} restarts left")
-        if not replaced and not self._restarts:
-            self._give_up(reason)
-            return None
-        self._restarts -= not replaced
         self._handle = self._new_handle(self._handle.epoch + 1)
         try:
             self._bring_up(live)
@@ -142,9 +148,17 @@ class GroupKeeper:
         logger.warning("group %d is up again, epoch %d", self.group, self._handle.epoch)
         return self._watch()
 
+    def _pause(self, reason: str) -> bool:
+        """Before the next start; False when all is over. Requests wait for the group, unless it has died too often."""
+        pause = self._restarts.after_death(time.monotonic())
+        logger.error("%s; it starts again %s", reason, f"in {pause.seconds:g} s" if pause.seconds else "at once")
+        if pause.spent:
+            self._scheduler.lose(self.group, reason, pause.seconds)
+        return not self._closing.wait(pause.seconds)
+
     def _give_up(self, reason: str) -> None:
         try:
-            self._scheduler.call("group_lost", self.group, reason)
+            self._scheduler.lose(self.group, reason)
         except EngineError:
             logger.exception("the scheduler could not be told that group %d is lost", self.group)
         self._on_gone(self.group, reason)

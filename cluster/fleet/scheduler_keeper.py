@@ -16,16 +16,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
 from scheduler.config import CoreConfig, QueueBounds, Resolved
+from scheduler.protocol.silence import Silence
 from scheduler.server.actor import SchedulerActor
 from scheduler.server.stats import ClusterStatus
+from scheduler.server.vitals import Fenced
 from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 5.0
-POLL_S = 0.5
+POLL_S = 0.25
 RESTART_PAUSE_S = 1.0
+HUNG_S = 30.0
+"""Of silence, after which a scheduler is replaced. All requests end with it, so it is given time to come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class SchedulerKeeper:
         self._changed = threading.Condition()
         self._live: LiveScheduler | None = None
         self._last_epoch = -1
+        self._announced: set[int] = set()
+        self._fenced: dict[int, Fenced] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="manta-scheduler-keeper", daemon=True)
 
@@ -68,10 +74,26 @@ class SchedulerKeeper:
                 raise EngineError("the scheduler has gone")
             return self._live
 
+    def announce(self, group: int) -> None:
+        """A group will come up: every scheduler knows of it before it hears of any request, which wait for it."""
+        self._announced.add(group)
+
+    def lose(self, group: int, reason: str, back_s: float = 0.0) -> None:
+        """Nobody waits for the group any more, until it is expected again. back_s: when that may be; 0: never.
+        Errors: EngineError if the scheduler does not answer."""
+        self._announced.discard(group)
+        self.call("group_lost", group, reason, back_s)
+
+    def fenced(self, group: int, epoch: int) -> str | None:
+        """Why the scheduler does not listen to this epoch of the group any more; None while it does, as far as is known."""
+        fenced = self._fenced.get(group)
+        return fenced.reason if fenced is not None and fenced.epoch == epoch else None
+
     def expect(self, group: int) -> LiveScheduler:
         """Tells the scheduler that a group is being started. Returns the life of it that has heard, hence one that was up
         after this call: whoever has seen the scheduler die gets the next one, however long that takes to come.
         Errors: EngineError once `close` was called."""
+        self.announce(group)
         while True:
             live = self.current(timeout_s=None)
             try:
@@ -128,6 +150,7 @@ class SchedulerKeeper:
         options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
         actor = options.remote(*self._told)
         try:
+            ray.get([actor.expect.remote(group) for group in sorted(self._announced)], timeout=timeout_s)
             host, port = ray.get(actor.listen.remote(), timeout=timeout_s)
         except ray.exceptions.GetTimeoutError as error:
             ray.kill(actor)
@@ -154,13 +177,30 @@ class SchedulerKeeper:
     def _watch(self) -> None:
         """One life after the other."""
         while not self._closing.is_set() and (live := self._live) is not None:
-            end = live.actor.closed.remote()
-            while not self._closing.is_set() and not ray.wait([end], timeout=POLL_S)[0]:
-                pass
+            reason = self._attend(live)
             if not self._closing.is_set():
-                logger.error("the scheduler has died; starting another")
+                logger.error("the scheduler %s; starting another", reason)
                 self._set(None)
                 self._replace(live.epoch + 1)
+
+    def _attend(self, live: LiveScheduler) -> str:
+        """Until the scheduler dies, hangs or is closed; which of these. Hears from it whom it has fenced."""
+        end, silence, asked = live.actor.closed.remote(), Silence(time.monotonic(), POLL_S), None
+        silence.heard(live.epoch, time.monotonic())
+        while not self._closing.wait(POLL_S):
+            asked = asked or live.actor.beat.remote()
+            done, _ = ray.wait([end, asked], num_returns=2, timeout=0)
+            if end in done:
+                return "has died"
+            if asked in done:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    self._fenced |= {fenced.group: fenced for fenced in ray.get(asked)}
+                    silence.heard(live.epoch, time.monotonic())
+                asked = None
+            if silence.look(time.monotonic())[live.epoch] > HUNG_S:
+                ray.kill(live.actor)
+                return f"has said nothing for {HUNG_S:g} s"
+        return "was closed"
 
     def _replace(self, epoch: int) -> None:
         while not self._closing.is_set():

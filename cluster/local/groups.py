@@ -107,6 +107,9 @@ class LocalLink:
         assert self.host is not None, "sent before the start"
         self.host.hear(self._group, message)
 
+    def wake(self) -> None:
+        self.commands.put([])
+
 
 class LocalFeed:
     """The leader's `PeerFeed` and, as `LocalInbox`, each peer's `PeerInbox`."""
@@ -114,9 +117,9 @@ class LocalFeed:
     def __init__(self, peers: int) -> None:
         self.inboxes = [LocalInbox() for _ in range(peers)]
 
-    def send(self, commands: Sequence[Command]) -> None:
+    def send(self, commands: Sequence[Command], held: Sequence[int]) -> None:
         for inbox in self.inboxes:
-            inbox.turns.put(commands)
+            inbox.turns.put((commands, held))
 
     def close(self) -> None:
         for inbox in self.inboxes:
@@ -125,13 +128,13 @@ class LocalFeed:
 
 class LocalInbox:
     def __init__(self) -> None:
-        self.turns: queue.SimpleQueue[Sequence[Command] | None] = queue.SimpleQueue()
+        self.turns: queue.SimpleQueue[tuple[Sequence[Command], Sequence[int]] | None] = queue.SimpleQueue()
 
-    def receive(self) -> Sequence[Command]:
-        commands = self.turns.get()
-        if commands is None:
+    def receive(self) -> tuple[Sequence[Command], Sequence[int]]:
+        turn = self.turns.get()
+        if turn is None:
             raise LinkClosed("the leader has gone")
-        return commands
+        return turn
 
 
 class _GroupStart:

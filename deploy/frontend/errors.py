@@ -13,6 +13,9 @@ CONTEXT_EXCEEDED = "context_length_exceeded"
 
 DEADLINE_EXCEEDED = "deadline_exceeded"
 
+RETRY_AFTER_S = 1.0
+"""For what is not to be had now, where nobody knows better."""
+
 
 class Fault(Enum):
     """Each with its HTTP status and OpenAI's error type."""
@@ -41,7 +44,7 @@ class Fault(Enum):
 class RequestError(Exception):
     """A request that was refused or failed. param: the field at fault. code: a short name that programs compare.
 
-    retry_after_s: when to try again, for OVERLOADED and UNAVAILABLE.
+    retry_after_s: when to try again; OVERLOADED and UNAVAILABLE always say it.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class RequestError(Exception):
         self.message = message
         self.param = param
         self.code = code
-        self.retry_after_s = retry_after_s
+        passing = fault in (Fault.OVERLOADED, Fault.UNAVAILABLE)
+        self.retry_after_s = retry_after_s or (RETRY_AFTER_S if passing else 0.0)
 
     @classmethod
     def invalid(cls, message: str, param: str | None = None) -> "RequestError":

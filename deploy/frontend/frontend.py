@@ -31,10 +31,12 @@ class FrontEnd:
 
     def __init__(
         self, start: Callable[[OnDeltas, OnFailure], RequestStream], limits: ModelLimits, tokenizer: Tokenizer | None,
-        on_lost: Callable[[], object] = lambda: None,
+        on_lost: Callable[[], object] = lambda: None, most_unread: float = math.inf,
     ) -> None:  # fmt: skip
         """start: brings the engine up, given the two callbacks. on_lost: called from another thread when every request has
-        failed because the engine was lost; not after `close`."""
+        failed because the engine was lost; not after `close`. most_unread: tokens of a choice that its caller may leave; then
+        the request ends, so that nobody who does not read is computed for."""
+        self._most_unread = most_unread
         self._limits = limits
         self._tokenizer = tokenizer
         self._on_lost = on_lost
@@ -198,6 +200,9 @@ class FrontEnd:
                     continue
                 if keep_tokens is not None:
                     self.engine.stop(stream, keep_tokens)
+                elif generation.unread(stream) > self._most_unread:
+                    message = f"nobody has read the last {generation.unread(stream)} tokens of the output: read faster"
+                    self._abort(self._end_failed(generation.streams, Failure.TIMED_OUT, message))
         touched += [generation for finished in deltas.finished if (generation := self._end(finished)) is not None]
         self._wake(touched)
 

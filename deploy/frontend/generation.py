@@ -134,6 +134,11 @@ class Choice:
         )  # fmt: skip
 
     @property
+    def unread(self) -> int:
+        """Tokens that have come since it was last taken."""
+        return len(self.token_ids) - self._shown[1]
+
+    @property
     def _extent(self) -> tuple[int, int, bool]:
         """How far it has come: characters, tokens, whether it has ended."""
         return len(self.text), len(self.token_ids), self.finished is not None
@@ -235,6 +240,10 @@ class Generation:
         """As `Choice.extend`, for the choice of this stream."""
         with self._lock:
             return self._choices[stream - self.stream].extend(position, tokens, logprobs)
+
+    def unread(self, stream: int) -> int:
+        """As `Choice.unread`, for the choice of this stream."""
+        return self._choices[stream - self.stream].unread
 
     def end(self, finished: Finished) -> None:
         """As `Choice.end`, for the choice of this stream."""

@@ -45,6 +45,16 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
 READY_TIMEOUT_S = 2.0
+REACH_TIMEOUT_S = 60.0
+"""That a request waits for a scheduler which is being replaced, or for the engine that replaces it."""
+
+MOST_WAITING = 4096
+"""Requests under way in this process beyond which none waits for that."""
+
+LOST_POLL_S = 0.05
+
+MOST_UNREAD = 4096
+"""Tokens of a choice that wait for a client to read them: minutes of it at a reader's pace, some ten kilobytes of text."""
 
 
 class Cluster(Protocol):
@@ -93,6 +103,7 @@ class Service:
         self._tokenising = Tokenising()
         self._observe = observe
         self._frontend: FrontEnd | None = None
+        self._was_connected = False
         self._lost = asyncio.Event()
         self._calls: dict[str, list[_Call]] = {}  # by request id
         self._grown: deque[_Call] = deque()
@@ -157,8 +168,11 @@ class Service:
                 loop.call_soon_threadsafe(self._lost.set)
 
         self._frontend = await asyncio.to_thread(
-            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost
+            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost, MOST_UNREAD
         )
+        self._was_connected = True
+        for call in [call for calls in self._calls.values() for call in calls]:
+            call.grown.set()  # it may have waited for this
 
     async def _disconnect(self) -> None:
         frontend, self._frontend = self._frontend, None
@@ -186,32 +200,26 @@ class Service:
         Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
         log = RequestRecord(request_id, traceparent, prompts)
-        frontend = self._frontend
-        if frontend is None:
-            starting = "no scheduler can be reached yet: the cluster is starting"
-            error = log.fail(RequestError(Fault.UNAVAILABLE, starting, retry_after_s=1.0))
-            self._observe(log.end([], 0))
-            raise error
-        call = _Call(frontend, prompts[0].terms.tenant)
+        call = _Call(prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            call.generations = self._submit(call, prompts)
+            await self._submit(call, prompts)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
         except RequestError as error:
             raise log.fail(error) from None
         except EngineError as error:
-            raise log.fail(RequestError(Fault.UNAVAILABLE, str(error), retry_after_s=1.0)) from error
+            raise log.fail(RequestError(Fault.UNAVAILABLE, str(error))) from error
         finally:
             self.under_way -= 1
             if deadline is not None:
                 deadline.cancel()
             self._forget(request_id, call)
-            frontend.abort(call.generations)
-            self._observe(log.end(call.generations, frontend.engine.block_size))
+            call.abort()
+            self._observe(log.end(call.generations, call.frontend.engine.block_size if call.frontend is not None else 0))
 
     def abort(self, request_id: str, tenant: str = "") -> int:
         """Ends the requests of this id as CANCELLED, at once. tenant: only its own; "" for everybody's. Returns how many there
@@ -221,7 +229,8 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> list[Generation]:
+    async def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> None:
+        """To the scheduler that is up; one that is being replaced is waited for. Errors: RequestError, EngineError."""
         loop = asyncio.get_running_loop()
 
         def notify(_: Generation) -> None:
@@ -231,7 +240,37 @@ class Service:
                 self._waking = True
                 loop.call_soon_threadsafe(self._wake)
 
-        return call.frontend.submit(prompts, notify)
+        give_up_s = loop.time() + REACH_TIMEOUT_S
+        while True:
+            frontend = await self._reach(call, give_up_s)
+            try:
+                call.generations = frontend.submit(prompts, notify)
+            except EngineError:  # it was lost just now, and has sent nothing
+                if loop.time() > give_up_s:
+                    raise
+                await asyncio.sleep(LOST_POLL_S)
+            else:
+                call.frontend = frontend
+                return
+
+    async def _reach(self, call: "_Call", give_up_s: float) -> FrontEnd:
+        """Waits for a scheduler, if there was one before. Errors: RequestError."""
+        while (frontend := self._frontend) is None:
+            if not self._was_connected:
+                raise RequestError(Fault.UNAVAILABLE, "no scheduler can be reached yet: the cluster is starting")
+            if self.under_way > MOST_WAITING:
+                waiting = f"no scheduler can be reached, and {self.under_way} requests are under way"
+                raise RequestError(Fault.UNAVAILABLE, waiting)
+            try:
+                async with asyncio.timeout_at(give_up_s):
+                    await call.grown.wait()
+            except TimeoutError:
+                waited = f"no scheduler could be reached within {REACH_TIMEOUT_S:g} s: it is being replaced"
+                raise RequestError(Fault.UNAVAILABLE, waited) from None
+            call.grown.clear()
+            if call.error is not None:
+                raise call.error
+        return frontend
 
     def _forget(self, request_id: str, call: "_Call") -> None:
         calls = self._calls[request_id]
@@ -282,8 +321,8 @@ class _Call:
     """A request under way. It can be ended from outside while its caller is busy with something else: no task is
     cancelled, since a task that is in the midst of a caller's write would take that for a client that went away."""
 
-    frontend: FrontEnd
     tenant: str
+    frontend: FrontEnd | None = None
     generations: Sequence[Generation] = ()
     grown: asyncio.Event = field(default_factory=asyncio.Event)
     error: RequestError | None = None
@@ -293,6 +332,11 @@ class _Call:
         if self.error is None:
             self.error = error
             self.grown.set()
+            self.abort()
+
+    def abort(self) -> None:
+        """What of it has not ended."""
+        if self.frontend is not None:
             self.frontend.abort(self.generations)
 
     def end_after(self, timeout_s: float) -> asyncio.TimerHandle | None:

@@ -2,9 +2,10 @@
 program of its own, on the standard library.
 
 Serve writes a configuration with an admin socket that everybody may use, and a page and metrics on every interface; none of
-that is an option of it, and neither is how long headers may take to arrive, or how many connections an address may hold. So
-Serve is told that this is HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it closes the folder, changes the configuration, and
-becomes the HAProxy that Serve would have started.
+that is an option of it, and neither is how long headers may take to arrive, or how many connections an address may hold, or
+what is said while nobody behind it can be reached: 404 before it knows of an application, 500 afterwards. So Serve is told that
+this is HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it closes the folder, changes the configuration, and becomes the HAProxy that
+Serve would have started.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -33,6 +34,15 @@ DOORS = (
     (re.compile(r"^(frontend (?:http|grpc)_frontend\n)", re.MULTILINE), 1),
 )
 """Where that is said, and in how many places at least: gRPC may be off."""
+
+
+ERROR_FILE = re.compile(r"^(\s*errorfile 50[234] ).*", re.MULTILINE)
+KNOWN_ROUTE = re.compile(r"^\s*use_backend ", re.MULTILINE)
+NO_ROUTE = re.compile(r"^(backend default_backend\n\s*)http-request return status 404 .*", re.MULTILINE)
+UNAVAILABLE = (
+    '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'
+)
+RETURN_503 = f"http-request return status 503 content-type application/json hdr Retry-After 1 string '{UNAVAILABLE}'"
 
 
 def narrowed(configuration: str) -> str:
@@ -67,6 +77,16 @@ def bounded(configuration: str, receive_timeout_s: float, max_connections: int) 
     return configuration
 
 
+def patient(configuration: str, unavailable: Path) -> str:
+    """The same configuration, which says 503 with a Retry-After where nobody behind it can be reached, yet or any more. A
+    second time changes nothing.
+
+    unavailable: a file with that answer. A path that no application has is still 404, once there is an application.
+    """
+    configuration = ERROR_FILE.sub(rf"\1{unavailable}", configuration)
+    return configuration if KNOWN_ROUTE.search(configuration) else NO_ROUTE.sub(rf"\1{RETURN_503}", configuration)
+
+
 def write_program(folder: Path, binary: str, receive_timeout_s: float, max_connections: int) -> Path:
     """A program in `folder` that starts `binary` in this way, whatever Python is on the path."""
     program = folder / "haproxy"
@@ -84,6 +104,12 @@ def main(arguments: list[str]) -> None:
         file = Path(given[given.index("-f") + 1])
         file.parent.chmod(0o700)
         configuration = narrowed(file.read_text())
+        unavailable = file.parent / "503.http"
+        unavailable.write_text(
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Content-Length: {len(UNAVAILABLE)}\r\n\r\n{UNAVAILABLE}"
+        )
+        configuration = patient(configuration, unavailable)
         file.write_text(bounded(configuration, float(receive_timeout_s), int(max_connections)))
     os.umask(0o077)
     os.execv(binary, [binary, *given])

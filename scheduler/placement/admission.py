@@ -36,7 +36,7 @@ class Admission:
     # ---- whose turn it is
 
     def welcome(self, sequences: list[Sequence]) -> None:
-        """The choices of a new request. A single one starts past the queue if nobody waits, as it is mostly."""
+        """The choices of a new request. A single one starts past the queue if nobody waits, as it is mostly; admit afterwards."""
         state = self._state
         if len(sequences) > 1 or not self._start_at_once(sequences[0]):
             for sequence in sequences:
@@ -44,7 +44,6 @@ class Admission:
         for sequence in sequences:
             if sequence.deadline_s < math.inf:
                 state.deadlines.add(sequence)
-        self.admit()
 
     def _start_at_once(self, sequence: Sequence) -> bool:
         state, waiting = self._state, self._state.waiting
@@ -98,7 +97,8 @@ class Admission:
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
-        if sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
+        invited = group.alone is (sequence if sequence.suspect else None)
+        if invited and sequence.state is State.WAITING and self._place(self._look(sequence), only=group):
             self._state.waiting.leave(sequence, self._state.now_s)
 
     # ---- match, and wait for what is in the making
@@ -173,13 +173,12 @@ class Admission:
         state.transfers.begin(sequence, held, sequence.blocks, part=part, known_blocks=known)
 
     def moved(self, group: ResidentGroup, moved: Moved) -> None:
-        """A group has done its part of a transfer, or could not. Then others may start, too: blocks may have become free."""
+        """A group has done its part of a transfer, or could not. Admit afterwards: blocks may have become free."""
         transfer = self._state.transfers.answered(group, moved)
         if transfer is not None:
             self._arrived(group, transfer, ok=moved.ok)
         self._state.waiting.made_room()
         leases.extend(self._state, group)  # rows that starve may wait for nothing else
-        self.admit()
 
     def _arrived(self, group: ResidentGroup, transfer: Transfer, *, ok: bool) -> None:
         """Who waits for it starts, and computes itself what has not arrived; who moves follows."""
@@ -190,7 +189,7 @@ class Admission:
             return
         blocks = sequence.blocks
         assert blocks is not None
-        if group.draining:
+        if group.closed:
             leases.leave(state, group, sequence)
             state.table.release(blocks)
             state.waiting.enter(sequence, state.now_s)
@@ -279,7 +278,7 @@ class Admission:
         able = [
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()
-            if other is not group and not (other.draining or other.starved) and len(other.ports) == len(group.ports) > 0
+            if other is not group and not (other.closed or other.starved) and len(other.ports) == len(group.ports) > 0
             and other.blocks >= sequence.blocks_at_most and other.rows_left > 0
             and self._state.table.pools[other.group].available > wanted
         ]  # fmt: skip

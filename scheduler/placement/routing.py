@@ -105,7 +105,7 @@ class Routing:
         """(backlog, running, room, free, available, receiving) of one group, read from itself."""
         pool, running = self._state.table.pools[group.group], len(group.running) + len(group.fetching)
         available = pool.available
-        takes = group.rows_left > 0 and not group.starved and not group.draining
+        takes = group.rows_left > 0 and not group.starved and not group.closed
         room = policy.room(available, group.blocks, running) if takes else -1
         return group.coming, running, room, pool.free, available, group.receiving
 
@@ -157,7 +157,7 @@ class Routing:
         at_most = newcomer.sequence.blocks_at_most
         return [
             (-math.inf, 0, at) for at, group in enumerate(self.groups)
-            if group.blocks >= at_most and not group.draining and (only is None or group is only)
+            if group.blocks >= at_most and not (group.closed if only is None else group.draining or group is not only)
         ]  # fmt: skip
 
     def _promising(self, newcomer: Newcomer) -> Iterator[policy.Bound]:

@@ -12,13 +12,24 @@ every socket between Manta's processes: to the scheduler, within a group, betwee
 import asyncio
 import hmac
 import secrets
+import time
 from typing import TypeVar
 
 import msgspec
 
 from scheduler.protocol.wire import FrameSocket, read_frame, write_frame
 
-HANDSHAKE_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 5.0
+"""Of whoever is connected to, for all of it, however slowly the other side speaks."""
+
+ANSWER_TIMEOUT_S = 60.0
+"""Of whoever connects: the other side may be about to listen, and he has chosen it."""
+
+TRIES = 3
+PAUSE_S = 0.2
+
+MAX_HANDSHAKE_BYTES = 4096
+"""Of a frame of somebody who has not proved anything yet."""
 
 T = TypeVar("T")
 
@@ -67,10 +78,27 @@ def check_confirmed(token: str, said: Claim, answer: Confirmed) -> None:
 
 def introduce(connection: FrameSocket, token: str, opening: object) -> None:
     """The connecting side, on a socket that blocks. Errors: Stranger, also for one that goes or says nothing."""
-    with connection.patience(HANDSHAKE_TIMEOUT_S):
-        said = claim(token, _decoded(connection.receive(), Challenge), opening)
+    with connection.patience(ANSWER_TIMEOUT_S):
+        said = claim(token, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Challenge), opening)
         connection.send(said)
-        check_confirmed(token, said, _decoded(connection.receive(), Confirmed))
+        check_confirmed(token, said, _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Confirmed))
+
+
+def meet(host: str, port: int, token: str, opening: object) -> FrameSocket:
+    """A connection to somebody who knows the token, and has been told what this side is. Tries again where it was cut short: a
+    busy machine may take longer to answer than a stranger is given. Errors: OSError if nobody listens there; Stranger."""
+    for tries_left in reversed(range(TRIES)):
+        connection = FrameSocket.connect(host, port)
+        try:
+            introduce(connection, token, opening)
+        except Stranger:
+            connection.close()
+            if not tries_left:
+                raise
+            time.sleep(PAUSE_S)
+        else:
+            return connection
+    raise AssertionError("the last try raises")
 
 
 def identify(connection: FrameSocket, token: str, kind: type[T]) -> T:
@@ -78,7 +106,7 @@ def identify(connection: FrameSocket, token: str, kind: type[T]) -> T:
     with connection.patience(HANDSHAKE_TIMEOUT_S):
         asked = challenge()
         connection.send(asked)
-        said = _decoded(connection.receive(), Claim)
+        said = _decoded(connection.receive(MAX_HANDSHAKE_BYTES), Claim)
         answer, opening = confirm(token, asked, said), _decoded(said.opening, kind)
         connection.send(answer)
     return opening
@@ -92,7 +120,7 @@ async def identify_stream(
     write_frame(writer, asked)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            said = _decoded(await read_frame(reader), Claim)
+            said = _decoded(await read_frame(reader, MAX_HANDSHAKE_BYTES), Claim)
     except TimeoutError:
         raise Stranger("it says nothing") from None
     answer, opening = confirm(token, asked, said), _decoded(said.opening, kind)
@@ -102,7 +130,7 @@ async def identify_stream(
 
 def _decoded(payload: bytes | None, kind: type[T]) -> T:
     if payload is None:
-        raise Stranger("it has gone, or says nothing")
+        raise Stranger("it has gone, says nothing, or too much")
     try:
         return msgspec.msgpack.decode(payload, type=kind)
     except msgspec.DecodeError as error:

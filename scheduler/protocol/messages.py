@@ -4,7 +4,7 @@ Token ids travel as little-endian int32 buffers, lease and stream numbers as int
 them as one NumPy array without a loop. Imports `kvcache` ids and `SamplingParams` only.
 
     front end ──Submit, Abort, Stop──▶ scheduler ──Start, Grant, Copy, Send, Receive, ...──▶ leader of a group
-    front end ◀────────Deltas───────── scheduler ◀──────────────Report, Moved────────────── leader of a group
+    front end ◀────────Deltas───────── scheduler ◀───────────Report, Moved, Beat─────────── leader of a group
 """
 
 from enum import IntEnum
@@ -231,7 +231,22 @@ class Moved(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     message: str = ""
 
 
-FromLeader = Report | Moved
+class Beat(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
+    """The rank lives: said every `silence.BEAT_S` by a thread beside the step loop, by peers to their leader, by it to the
+    scheduler.
+
+    busy_s: how long the leader's loop has been in its present step; 0 between steps. patience_s: what such a step may take
+    (`workers.loop.pulse`). silent_rank: the peer that has said nothing for longest, for `silent_s`.
+    """
+
+    epoch: int
+    busy_s: float = 0.0
+    patience_s: float = 0.0
+    silent_rank: int = 0
+    silent_s: float = 0.0
+
+
+FromLeader = Report | Moved | Beat
 
 # ---- front end -> scheduler ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("<I")
-MAX_FRAME_BYTES = 1 << 30
+MAX_FRAME_BYTES = 1 << 28
+"""Of those who have proved who they are (`handshake`); whoever has much to say says it in parts."""
+
 CONNECT_TIMEOUT_S = 30.0
 
 _encoder = msgspec.msgpack.Encoder()
@@ -32,11 +34,23 @@ def frame(message: Any) -> bytes:
     return _LENGTH.pack(len(payload)) + payload
 
 
-async def read_frame(reader: asyncio.StreamReader) -> bytes | None:
-    """The next frame's payload; None at the end of the stream, also in the middle of a frame."""
+@contextlib.contextmanager
+def cut_after(seconds: float, cut: Callable[[], None]) -> Iterator[None]:
+    """Calls `cut` from another thread if what is done within takes longer, however many bytes come meanwhile."""
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+async def read_frame(reader: asyncio.StreamReader, most: int = MAX_FRAME_BYTES) -> bytes | None:
+    """The next frame's payload; None at the end of the stream, also in the middle of a frame, and for one of more bytes."""
     try:
         (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-        if length > MAX_FRAME_BYTES:
+        if length > most:
             return None
         return await reader.readexactly(length)
     except (asyncio.IncompleteReadError, OSError):  # not ConnectionError alone: a host that went away times out
@@ -77,14 +91,15 @@ class FrameSocket:
         with self._sending:
             self._socket.sendall(data)
 
-    def receive(self) -> bytes | None:
-        """Waits for the next frame's payload; None when the other side has gone or `close` was called."""
+    def receive(self, most: int = MAX_FRAME_BYTES) -> bytes | None:
+        """Waits for the next frame's payload; None when the other side has gone, sends one of more bytes, or `close` was
+        called."""
         try:
             head = self._reader.read(_LENGTH.size)
             if len(head) < _LENGTH.size:
                 return None
             (length,) = _LENGTH.unpack(head)
-            payload = self._reader.read(length) if length <= MAX_FRAME_BYTES else b""
+            payload = self._reader.read(length) if length <= most else b""
         except (OSError, ValueError):
             return None
         return payload if len(payload) == length else None
@@ -102,15 +117,9 @@ class FrameSocket:
                 return
             yield message
 
-    @contextlib.contextmanager
-    def patience(self, seconds: float) -> Iterator[None]:
-        """Within it a wait of that long ends as if the other side had gone; the socket is of no use then."""
-        self._socket.settimeout(seconds)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # it may have been closed meanwhile
-                self._socket.settimeout(None)
+    def patience(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """What is done within it and takes longer ends as if the other side had gone; the socket is of no use then."""
+        return cut_after(seconds, self.close)
 
     def close(self) -> None:
         """Ends both directions; a thread in `receive` wakes up with None."""

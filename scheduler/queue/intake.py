@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from kvcache.hashing import hash_blocks
-from scheduler.protocol.messages import Failure, Request
+from scheduler.protocol.messages import Request
 from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room
 from scheduler.running.resident import ProtocolError
 from scheduler.sequence import PRIORITY_SHIFT, Sequence, Tokens
@@ -25,10 +25,9 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     config, params = state.config, request.params
     prompt = np.frombuffer(request.tokens, np.int32)
     max_tokens = output_limit(
-        len(prompt), params.max_tokens, state.resolved.max_model_len, config.block_size, state.largest, state.lost
-    )
-    if not state.groups and state.bounds is not None:
-        raise RequestRefused("no group of workers is ready yet: try again soon", Failure.UNAVAILABLE, retry_after_s=1.0)
+        len(prompt), params.max_tokens, state.resolved.max_model_len, config.block_size, state.largest, state.lost,
+        state.back_at_s - state.now_s,
+    )  # fmt: skip
     try:
         queue_room(state.bounds, state.waiting, request, len(prompt), state.now_s)
     except RequestRefused:

@@ -24,16 +24,23 @@ class RequestRefused(ValueError):
         self.retry_after_s = retry_after_s
 
 
+def retry_after(wait_s: float) -> float:
+    """What to tell a client of a wait that may be long, or unknown (0)."""
+    return min(max(wait_s, 1.0), LONGEST_RETRY_S)
+
+
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
 def output_limit(
-    prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = ""
-) -> int:
+    prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = "",
+    back_s: float = 0.0,
+) -> int:  # fmt: skip
     """Output tokens that the request may have: max_tokens, or all that model and pools leave if it names none.
 
-    largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went.
+    largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went;
+    back_s: when it may be there again.
     The KV of the last token is never written, so prompt + max_tokens - 1 slots are enough.
     Errors: RequestRefused.
     """
@@ -41,7 +48,9 @@ def output_limit(
         raise RequestRefused("the prompt is empty: give it at least one token")
     if largest_pool == 0:
         because = f" ({lost})" if lost else ""
-        raise RequestRefused(f"no group of workers is up or expected{because}: start one", Failure.UNAVAILABLE)
+        retry_after_s = retry_after(back_s)
+        message = f"no group of workers is up or expected{because}: try again in {retry_after_s:.0f} s"
+        raise RequestRefused(message, Failure.UNAVAILABLE, retry_after_s)
     least = max_tokens or 1
     if prompt + least > max_model_len:
         raise RequestRefused(
@@ -102,5 +111,5 @@ def _wait_s(waiting: WaitingRoom, request: Request, now_s: float) -> float:
 
 
 def _refusal(why: str, wait_s: float) -> RequestRefused:
-    retry_after_s = min(max(wait_s, 1.0), LONGEST_RETRY_S)
+    retry_after_s = retry_after(wait_s)
     return RequestRefused(f"{why}: try again in {retry_after_s:.0f} s", Failure.OVERLOADED, retry_after_s)

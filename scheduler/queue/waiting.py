@@ -28,15 +28,17 @@ class WaitingRoom:
     For then at least every second start is of one of these, and the first of them waits no longer than until others may not
     pass it any more and until those who run have ended. A prefix that is being computed can add the time that this takes.
 
-    parked: they fit no group that is up, only one that is expected. Invariant: a WAITING sequence is either queued, once, under
-    its `ticket`, or in `parked`; a DEFERRED one is among the `waiters` of `Prefixes`. count, tokens: all of them, and their
-    tokens; `enter` and `leave` are called once for each stay. rooms: grows whenever somebody might fit who did not before.
+    parked: they fit no group that is up, only one that is expected. apart: the suspects, who get a group to themselves.
+    Invariant: a WAITING sequence is either queued, once, under its `ticket`, or in `parked`, or in `apart`; a DEFERRED one is
+    among the `waiters` of `Prefixes`. count, tokens: all of them, and their tokens; `enter` and `leave` are called once for
+    each stay. rooms: grows whenever somebody might fit who did not before.
     """
 
     def __init__(self, config: CoreConfig, counters: Counters) -> None:
         self.fair = FairQueue()
         self.aged: list[ByAge] = []
         self.parked: list[Sequence] = []
+        self.apart: list[Sequence] = []
         self.pace = QueuePace()
         self.count = 0
         self.tokens = 0
@@ -61,13 +63,19 @@ class WaitingRoom:
         if self.count == 1:
             self.pace.begin(now_s)
         self.fair.enter(sequence)
-        self.join([sequence])
+        if sequence.suspect:
+            sequence.state = State.WAITING
+            self.apart.append(sequence)
+        else:
+            self.join([sequence])
 
     def leave(self, sequence: Sequence, now_s: float) -> None:
         """It has ended while it waited, or got its blocks."""
         self.count -= 1
         self.tokens -= sequence.committed
         sequence.ticket = 0
+        if sequence.suspect:
+            self.apart.remove(sequence)
         self.fair.leave(sequence)
         if sequence.blocks is not None:
             self._aged_last = sequence.aged

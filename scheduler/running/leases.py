@@ -44,7 +44,7 @@ def advance(state: ClusterState, group: ResidentGroup, due: list[int], finished:
             leave(state, group, sequence)
             failed = reason == FinishReason.FAILED
             state.counters.given_up += failed
-            _finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
+            finish(state, sequence, FinishReason(reason), output, GAVE_UP if failed else "")
     extend(state, group, needy)
 
 
@@ -218,12 +218,12 @@ def end(
         group.issue(Drop(sequence.lease))
     if group is not None:
         leave(state, group, sequence)
-    _finish(state, sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
+    finish(state, sequence, reason, output if keep_tokens is None else min(keep_tokens, output), message, failure)
     if group is not None:
         extend(state, group)  # somebody there may have waited for its blocks
 
 
-def _finish(
+def finish(
     state: ClusterState, sequence: Sequence, reason: FinishReason, output: int, message: str = "",
     failure: Failure = Failure.FAULT,
 ) -> None:  # fmt: skip

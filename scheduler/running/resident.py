@@ -103,7 +103,8 @@ class ResidentGroup:
         self.backlog = 0
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
-        self.draining = False  # it takes no new sequences
+        self.draining = False  # it takes no new sequences; whoever sets it touches the group
+        self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
         self._flat_ring = self.ring.reshape(-1)
@@ -116,6 +117,21 @@ class ResidentGroup:
         self._watch = watch
         self._roster: Roster | None = None
         self._advanced = 0  # steps committed since the positions of the roster's audience were taken, a token each
+
+    @property
+    def alone(self) -> Sequence | None:
+        """For whom it is kept: nobody else starts there. Until that one's lease ends, or it is set to None."""
+        return self._alone
+
+    @alone.setter
+    def alone(self, sequence: Sequence | None) -> None:
+        self._alone = sequence
+        self.touch()
+
+    @property
+    def closed(self) -> bool:
+        """To newcomers."""
+        return self.draining or self._alone is not None
 
     @property
     def rows_left(self) -> int:
@@ -192,6 +208,8 @@ class ResidentGroup:
         if sequence in self.starved:
             self.starved.remove(sequence)
         self.free_rows.append(row)
+        if self._alone is sequence:
+            self._alone = None
         sequence.lease, sequence.row = None, -1
         self._roster = None
         self.touch()

@@ -15,6 +15,7 @@ from scheduler.logs import configure
 from scheduler.placement import why
 from scheduler.server.server import SchedulerServer
 from scheduler.server.stats import ClusterStatus
+from scheduler.server.vitals import Fenced
 
 
 class SchedulerActor:
@@ -39,9 +40,10 @@ class SchedulerActor:
         """A group is being started: requests wait for it."""
         self._server.call(lambda core: core.expect(GroupId(group)))
 
-    async def group_lost(self, group: int, reason: str) -> None:
-        """The group will not come back: what only it could serve fails with `reason`."""
-        self._server.group_lost(GroupId(group), reason)
+    async def group_lost(self, group: int, reason: str, back_s: float) -> None:
+        """Nobody is to wait for the group: what only it could serve fails with `reason`. back_s: when it is tried again; 0: it
+        will not come back."""
+        self._server.group_lost(GroupId(group), reason, back_s)
 
     async def drain(self, group: int) -> bool:
         """The group takes no more sequences; False if it is needed."""
@@ -50,6 +52,11 @@ class SchedulerActor:
     async def vacate(self, group: int) -> None:
         """What still runs in a draining group starts again elsewhere."""
         self._server.call(lambda core: core.vacate(GroupId(group)))
+
+    async def beat(self) -> tuple[Fenced, ...]:
+        """This process lives. The epochs that it has stopped listening to, of each group the last: whoever keeps the group ends
+        what is left of them."""
+        return tuple(self._server.fenced.values())
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         return self._server.status(maps=maps)

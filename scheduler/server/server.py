@@ -15,6 +15,7 @@ from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, identify_stream
 from scheduler.protocol.messages import (
+    Beat,
     Commands,
     Deltas,
     End,
@@ -24,10 +25,12 @@ from scheduler.protocol.messages import (
     Opening,
     Welcome,
 )
+from scheduler.protocol.silence import LOOK_S
 from scheduler.protocol.wire import read_frame, write_frame
 from scheduler.running.resident import ProtocolError
 from scheduler.server.shell import Shell
 from scheduler.server.stats import ClusterStatus, pool_maps, snapshot
+from scheduler.server.vitals import Fenced, Vitals
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,17 @@ class SchedulerServer:
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
         self._started_s = time.monotonic()
+        self._vitals = Vitals(self._started_s, core.config.hung_after_s)
+        self._looking: asyncio.Task[None] | None = None
+        self.fenced: dict[GroupId, Fenced] = {}
+        """The last epoch of each group that was not listened to any more while its ranks might run on."""
         self._from_leaders = msgspec.msgpack.Decoder(FromLeader)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
 
     async def listen(self, host: str) -> int:
         """Returns the port."""
         self._server = await asyncio.start_server(self._serve, host, 0, limit=1 << 20)
+        self._looking = asyncio.create_task(self._look())
         port: int = self._server.sockets[0].getsockname()[1]
         return port
 
@@ -63,12 +71,14 @@ class SchedulerServer:
         """One call into the core, see `Shell.call`."""
         return self._shell.call(change)
 
-    def group_lost(self, group: GroupId, reason: str) -> None:
-        """The group will not come back. Its leader may not have heard yet that it ended: what it says counts no more."""
+    def group_lost(self, group: GroupId, reason: str, back_s: float = 0.0) -> None:
+        """The group will not come back, or only in `back_s`. Its leader may not have heard yet that it ended: what it says
+        counts no more."""
         leader = self._leaders.pop(group, None)
         if leader is not None:
             leader.close()
-        self.call(lambda core: core.group_down(group, reason))
+        self._vitals.gone(group)
+        self.call(lambda core: core.group_down(group, reason, back_s=back_s))
 
     def status(self, *, maps: bool) -> ClusterStatus:
         """What the scheduler knows of the cluster. maps: with the state of every block."""
@@ -87,6 +97,8 @@ class SchedulerServer:
     async def close(self) -> None:
         """Closes every group's log, then every connection."""
         self.call(_end_logs)
+        if self._looking is not None:
+            self._looking.cancel()
         if self._server is not None:
             self._server.close()
         for writer in [*self._leaders.values(), *self._front_ends.values()]:
@@ -114,14 +126,42 @@ class SchedulerServer:
         try:
             self.call(lambda core: self._greet(core, hello, writer))
             while (payload := await read_frame(reader)) is not None:
-                self._shell.leader_says(group, self._from_leaders.decode(payload))
+                self._hear(group, hello.epoch, self._from_leaders.decode(payload))
         except (ProtocolError, msgspec.DecodeError) as error:
             why = str(error)
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
         finally:
             if self._leaders.get(group) is writer:  # else a newer epoch has taken over, or it is lost
-                del self._leaders[group]
-                self.call(lambda core: core.group_down(group, why, returning=True))
+                self._fence(Fenced(group, hello.epoch, f"group {group} ended: {why}"))
+
+    def _hear(self, group: GroupId, epoch: int, message: FromLeader) -> None:
+        """Errors: ProtocolError."""
+        beat = message if isinstance(message, Beat) else None
+        self._vitals.heard(group, epoch, time.monotonic(), beat)
+        if not isinstance(message, Beat):
+            self._shell.leader_says(group, message)
+
+    async def _look(self) -> None:
+        """Nothing that hangs may keep what others could do."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for fenced in self._vitals.look(time.monotonic()):
+                logger.error("fencing epoch %d: %s", fenced.epoch, fenced.reason)
+                try:
+                    self._fence(fenced)
+                except Exception:  # the others are looked after all the same
+                    logger.exception("group %d could not be fenced", fenced.group)
+
+    def _fence(self, fenced: Fenced) -> None:
+        """What the epoch says counts no more, and its sequences go on elsewhere. Whoever has started it ends it, see
+        `SchedulerActor.beat`."""
+        group = GroupId(fenced.group)
+        self._vitals.gone(group)
+        self.fenced[group] = fenced
+        leader = self._leaders.pop(group, None)
+        if leader is not None:
+            leader.transport.abort()
+        self.call(lambda core: core.group_down(group, fenced.reason, returning=True))
 
     def _greet(self, core: SchedulerCore, hello: Hello, writer: asyncio.StreamWriter) -> None:
         """Only an epoch that the core accepts gets the group's log."""
@@ -130,6 +170,7 @@ class SchedulerServer:
             ports=hello.ports,
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
+        self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())
 
     async def _serve_front_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         front_end = self._front_end_count

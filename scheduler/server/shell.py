@@ -21,6 +21,7 @@ from scheduler.protocol.messages import (
     FromFrontEnd,
     FromLeader,
     Moved,
+    Report,
     Request,
     Stop,
     Submit,
@@ -73,10 +74,11 @@ class Shell:
             self.call(lambda core: self._take(core, front_end, message))
 
     def leader_says(self, group: GroupId, message: FromLeader) -> None:
-        """Errors: ProtocolError, for which the group is to be fenced."""
+        """What bears on the core; that a rank lives is its shell's own. Errors: ProtocolError, for which the group is to be
+        fenced."""
         if isinstance(message, Moved):
             self.call(lambda core: core.moved(group, message))
-        else:
+        elif isinstance(message, Report):
             self.call(lambda core: core.report(group, message))
 
     def _take(self, core: SchedulerCore, front_end: int, message: Submit | Abort | Stop) -> None:

@@ -101,7 +101,9 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
+    config = EngineConfig(
+        model=str(TINY), groups=2, check_invariants=True, device="cpu", hung_after_s=10 * PATIENCE_S, **OPTIONS
+    )  # fmt: skip
     opened = Fleet(config, plan(config))
     try:
         opened.start(lambda _: None)

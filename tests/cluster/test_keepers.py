@@ -14,9 +14,10 @@ import pytest
 import ray
 
 from cluster.engine import EngineError
-from cluster.fleet import scheduler_keeper
+from cluster.fleet import restarts, scheduler_keeper
 from cluster.fleet.group import GroupHandle, _get
 from cluster.fleet.health import GroupKeeper
+from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
@@ -99,7 +100,7 @@ def groups(scheduler: SchedulerKeeper) -> Iterator[list[GroupKeeper]]:
     keepers = [
         GroupKeeper(
             group, 0, lambda epoch, group=group: cast(GroupHandle, Life(group, epoch)), scheduler,  # type: ignore[misc]
-            restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, _: gone.append(group),
+            restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda group, _: gone.append(group),
         )
         for group in range(GROUPS)
     ]  # fmt: skip
@@ -126,7 +127,7 @@ def test_groups_follow_the_scheduler_into_each_of_its_lives(
         kill_scheduler()
         until("a group did not come back", lambda life=life: [keeper.epoch for keeper in groups] == [life] * GROUPS)  # type: ignore[misc]
     assert scheduler.epoch == 3
-    assert "0 restarts left" not in caplog.text
+    assert "starts again" not in caplog.text, "none of them was counted as a death of its own"
 
 
 def test_a_scheduler_that_is_long_in_coming_is_waited_for(
@@ -177,7 +178,8 @@ def test_a_group_that_was_added_and_does_not_come_up_is_gone(scheduler: Schedule
     gone: list[tuple[int, str]] = []
     keeper = GroupKeeper(
         GROUPS, 0, lambda epoch: cast(GroupHandle, Stillborn(GROUPS, epoch)), scheduler,
-        restarts=0, start_timeout_s=PATIENCE_S, on_gone=lambda group, reason: gone.append((group, reason)), added=True,
+        restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, added=True,
+        on_gone=lambda group, reason: gone.append((group, reason)),
     )  # fmt: skip
     keeper.start()
     until("nobody is told", lambda: bool(gone))
@@ -186,3 +188,68 @@ def test_a_group_that_was_added_and_does_not_come_up_is_gone(scheduler: Schedule
     status = scheduler.status(maps=False)
     assert status is not None
     assert status.engine is None or all(group.group != GROUPS for group in status.engine.groups)
+
+
+class Mortal(Life):
+    """A group that dies of itself, in each of its lives but the last."""
+
+    lives = 3
+
+    def wait(self, timeout_s: float) -> str | None:
+        if self.epoch + 1 < Mortal.lives:
+            return f"group {self.group}, rank 0: its worker process died"
+        return super().wait(timeout_s)
+
+
+def test_a_group_that_has_used_up_its_starts_is_not_waited_for_and_tried_again(
+    scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "SPENT_PAUSE_S", 0.1)
+    lost: list[tuple[int, float]] = []
+    lose = scheduler.lose
+
+    def noted(group: int, reason: str, back_s: float = 0.0) -> None:
+        assert "died" in reason
+        lose(group, reason, back_s)
+        status = scheduler.status(maps=False)
+        assert status is not None
+        assert status.engine is not None
+        lost.append((len(status.engine.groups), back_s))
+
+    monkeypatch.setattr(scheduler, "lose", noted)
+    gone: list[int] = []
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Mortal(GROUPS, epoch)), scheduler,
+        restarts=Restarts(1, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda group, _: gone.append(group),
+    )  # fmt: skip
+    keeper.start()
+    until("it was not tried again", lambda: keeper.epoch == Mortal.lives - 1)
+    assert lost == [(0, 0.1)], "once at once, then not for a while: nobody waits for it then"
+    until("it is expected again", lambda: len(scheduler.status(maps=False).engine.groups) == 1)  # type: ignore[union-attr]
+    keeper.close()
+    assert gone == []
+
+
+def test_a_scheduler_that_says_nothing_is_replaced_and_one_that_slept_is_not(
+    scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pid,) = all_named(SCHEDULER, 1)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(2.0)
+    os.kill(pid, signal.SIGCONT)
+    assert scheduler.call("status") is not None
+    assert scheduler.epoch == 0
+    monkeypatch.setattr(scheduler_keeper, "HUNG_S", 2.0)
+    os.kill(pid, signal.SIGSTOP)
+    until("no other came up", lambda: scheduler.epoch == 1)
+    until("the hung one was left behind", lambda: not alive({pid}))
+
+
+def test_a_scheduler_knows_who_is_coming_before_anybody_asks_it(scheduler: SchedulerKeeper) -> None:
+    scheduler.announce(7)
+    kill_scheduler()
+    until("no other came up", lambda: scheduler.epoch == 1)
+    status = scheduler.status(maps=False)
+    assert status is not None
+    assert status.engine is not None
+    assert [group.group for group in status.engine.groups] == [7]

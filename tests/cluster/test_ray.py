@@ -47,7 +47,7 @@ def until(what: str, true: Callable[[], bool]) -> None:
 
 
 def test_without_a_group_left_requests_fail_with_the_reason() -> None:
-    with open_llm(local=False, groups=1, size=1, max_group_restarts=0) as llm:
+    with open_llm(local=False, groups=1, size=1, max_group_restarts=0, hung_after_s=600.0) as llm:
         processes = descendants(os.getpid())
         (victim,) = all_named(WORKER, 1)
         os.kill(victim, signal.SIGSTOP)  # so that no request ends before it dies

@@ -8,6 +8,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from cluster import remote
 from cluster.engine import EngineError
 from cluster.remote import EncodedSubmit, SchedulerStream, merged
 from scheduler.protocol.handshake import identify
@@ -101,3 +102,13 @@ def test_submissions_in_a_row_travel_as_one_and_keep_their_place() -> None:
     batches = merged([EncodedSubmit((raw[0],)), EncodedSubmit((raw[1],)), Stop(0, 1), EncodedSubmit((raw[2],))])
     sent = [msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=FromFrontEnd) for batch in batches]
     assert sent == [Submit((request(0), request(1))), Stop(0, 1), Submit((request(2),))]
+
+
+def test_what_is_too_much_for_a_message_travels_as_several_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = [msgspec.Raw(msgspec.msgpack.encode(request(stream))) for stream in range(5)]
+    monkeypatch.setattr(remote, "SUBMIT_BYTES", 2 * len(memoryview(raw[0])))
+    batches = merged([EncodedSubmit(tuple(raw))])
+    assert [len(batch.requests) for batch in batches if isinstance(batch, EncodedSubmit)] == [2, 2, 1]
+    assert [one for batch in batches if isinstance(batch, EncodedSubmit) for one in batch.requests] == raw
+    monkeypatch.setattr(remote, "SUBMIT_BYTES", 1)
+    assert len(merged([EncodedSubmit(tuple(raw))])) == 5, "one that is larger goes alone"

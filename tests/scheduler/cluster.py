@@ -23,7 +23,6 @@ from scheduler.protocol.messages import (
     Deltas,
     Finished,
     FinishReason,
-    FromLeader,
     Load,
     Moved,
     Offload,
@@ -91,7 +90,7 @@ class SimulatedGroup:
         self.issued = 0
         self.down: deque[Command] = deque()
         self.inbox: deque[Command] = deque()
-        self.up: deque[FromLeader] = deque()
+        self.up: deque[Report | Moved] = deque()
         self.sends: dict[int, Send] = {}
         self.receives: dict[int, Receive] = {}
         self.copies: dict[int, Offload | Load] = {}
@@ -327,7 +326,7 @@ class Cluster:
         for _ in range(len(reports) if count is None else min(count, len(reports))):
             self._hear_from(GroupId(group), reports.popleft())
 
-    def _hear_from(self, group: GroupId, said: FromLeader) -> None:
+    def _hear_from(self, group: GroupId, said: Report | Moved) -> None:
         if isinstance(said, Moved):
             self.core.moved(group, said)
         else:

@@ -112,6 +112,9 @@ class SharedMemoryGroup:
         gathered = torch.cat([torch.stack(self._exchange(part)) for part in parts], 1)
         return gathered.view(self.size, *tensor.shape)
 
+    def wait_at_most(self, seconds: float) -> None:
+        self._timeout_s = seconds
+
     def abort(self, reason: str) -> None:
         self._reason = self._reason or reason
         self._words[self.rank * WORDS_PER_RANK + LEFT] = ABORTED

@@ -11,6 +11,7 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
 Imports `scheduler.protocol.messages` and `scheduler.batching`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,8 +148,13 @@ class ResidentBatch:
 
     # ---- steps
 
-    def plan(self) -> StepPlan:
+    def plan(self, held: Sequence[int] = ()) -> StepPlan:
+        """held: rows that must not sample yet; they may compute what comes before their last token."""
         granted = self._usable() if self._measured else self.granted
+        if held:
+            rows = list(held)
+            granted = granted.copy()
+            granted[rows] = np.minimum(granted[rows], self.known[rows] - 1)
         return plan_step(self.known, self.computed, granted, self.lease, self.max_num_batched_tokens)
 
     def _usable(self) -> Ints:

@@ -28,18 +28,22 @@ class SchedulerLink(Protocol):
         """From any thread. Errors: LinkClosed."""
         ...
 
+    def wake(self) -> None:
+        """Ends a wait in `receive`, with no commands. From any thread."""
+        ...
+
 
 class PeerFeed(Protocol):
-    """From the leader to each other rank: the commands before each turn, empty ones included, in order."""
+    """From the leader to each other rank: the commands before each turn, empty ones included, in order, and the rows held."""
 
-    def send(self, commands: Sequence[Command]) -> None: ...
+    def send(self, commands: Sequence[Command], held: Sequence[int]) -> None: ...
 
 
 class PeerInbox(Protocol):
     """The other end of `PeerFeed`."""
 
-    def receive(self) -> Sequence[Command]:
-        """Waits for the leader's next turn. Errors: LinkClosed."""
+    def receive(self) -> tuple[Sequence[Command], Sequence[int]]:
+        """Waits for the leader's next turn: commands, and the rows held. Errors: LinkClosed."""
         ...
 
 
@@ -81,13 +85,17 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
 
     Errors: LinkClosed, and whatever the executor raises; the caller lets the group die then.
     """
+    if rank.grammars is not None:
+        rank.grammars.on_opened = link.wake
     while True:
         slept = rank.idle
         commands = link.receive(wait=slept)
         if slept:
             reporter.wake()
-        feed.send(commands)
-        result = rank.turn(commands)
+        rank.apply(commands)
+        held = rank.held()
+        feed.send(commands, held)
+        result = rank.step(held)
         if rank.batch.ended is not None:
             return rank.batch.ended
         if result is not None:
@@ -99,5 +107,5 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
 def follow(rank: Rank, inbox: PeerInbox) -> str:
     """A peer's loop: the same turns as the leader's, with nobody to report to."""
     while rank.batch.ended is None:
-        rank.turn(inbox.receive())
+        rank.turn(*inbox.receive())
     return rank.batch.ended

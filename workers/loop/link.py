@@ -5,20 +5,26 @@ collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol.
 """
 
 import contextlib
+import logging
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from scheduler.protocol.handshake import Stranger, identify, introduce
-from scheduler.protocol.messages import Command, Commands, Hello, Moved, Report
+from scheduler.protocol.handshake import Stranger, identify, meet
+from scheduler.protocol.messages import Beat, Command, Commands, Hello, Moved, Report
+from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
 from workers.loop.leader import LinkClosed
 
+logger = logging.getLogger(__name__)
+
 OnLost = Callable[[str], None]
 OnMoved = Callable[[Moved], None]
+FROM_PEER: type[Moved | Beat] = Moved | Beat  # type: ignore[assignment]  # a union is not a type to mypy
 
 
 class Greeting(msgspec.Struct, frozen=True, array_like=True):
@@ -28,13 +34,19 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
     port: str
 
 
+class Turn(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs for its next turn. held: see `Rank.held`."""
+
+    commands: tuple[Command, ...]
+    held: tuple[int, ...] = ()
+
+
 class SocketLink:
     """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
 
     def __init__(self, host: str, port: int, token: str, hello: Hello) -> None:
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
-        self._socket = FrameSocket.connect(host, port)
-        introduce(self._socket, token, hello)
+        self._socket = meet(host, port, token, hello)
         self._received: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
         self._expected = 0
         threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
@@ -49,12 +61,15 @@ class SocketLink:
             wait = False
         return commands
 
-    def send(self, message: Report | Moved) -> None:
+    def send(self, message: Report | Moved | Beat) -> None:
         """From any thread. Errors: LinkClosed."""
         try:
             self._socket.send(message)
         except OSError as error:
             raise LinkClosed(f"the scheduler has gone: {error}") from error
+
+    def wake(self) -> None:
+        self._received.put(())
 
     def close(self) -> None:
         self._socket.close()
@@ -71,36 +86,32 @@ class SocketLink:
 class SocketFeed:
     """The leader's `PeerFeed`: one connection for each other rank.
 
-    on_lost: called from a thread when a peer has gone. on_moved: likewise, with what a peer says of a transfer.
+    on_lost: called from a thread when a peer has gone. on_moved: likewise, with what a peer says of a transfer. silence: of the
+    peers, by rank.
     """
 
     def __init__(
         self, listener: socket.socket, peers: int, token: str, on_lost: OnLost, on_moved: OnMoved, timeout_s: float
     ) -> None:
-        """Waits until all peers have connected. Errors: TimeoutError."""
+        """Waits until all peers have connected, whoever else does. Errors: TimeoutError."""
+        self.silence = Silence(time.monotonic())
+        self._token, self._on_lost, self._on_moved = token, on_lost, on_moved
         self._peers: dict[int, FrameSocket] = {}
-        ports: dict[int, str] = {}
-        listener.settimeout(timeout_s)
-        while len(self._peers) < peers:
-            connection, _ = listener.accept()
-            peer = FrameSocket(connection)
-            try:
-                greeting = identify(peer, token, Greeting)
-            except (Stranger, OSError):
-                peer.close()
-                continue
-            if greeting.rank in self._peers:
-                peer.close()
-                continue
-            self._peers[greeting.rank] = peer
-            ports[greeting.rank] = greeting.port
-            watch = threading.Thread(target=_watch, args=(peer, on_lost, on_moved), name="manta-peer-watch", daemon=True)
-            watch.start()
-        self.ports = tuple(port for _, port in sorted(ports.items()))
+        self._ports: dict[int, str] = {}
+        self._came = threading.Condition()
+        accepting = threading.Thread(target=self._accept, args=(listener,), name="manta-peer-accept", daemon=True)
+        accepting.start()
+        with self._came:
+            all_here = self._came.wait_for(lambda: len(self._peers) == peers, timeout_s)
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread; nobody else is let in
+        if not all_here:
+            raise TimeoutError(f"{len(self._peers)} of {peers} peers came within {timeout_s:.0f} s")
+        self.ports = tuple(port for _, port in sorted(self._ports.items()))
         """Where each peer's blocks are fetched, by rank."""
 
-    def send(self, commands: Sequence[Command]) -> None:
-        message = Commands(0, tuple(commands))
+    def send(self, commands: Sequence[Command], held: Sequence[int] = ()) -> None:
+        message = Turn(tuple(commands), tuple(held))
         try:
             for peer in self._peers.values():
                 peer.send(message)
@@ -111,41 +122,65 @@ class SocketFeed:
         for peer in self._peers.values():
             peer.close()
 
+    def _accept(self, listener: socket.socket) -> None:
+        """Each is greeted in a thread of its own: one who says nothing holds up nobody."""
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=self._greet, args=(FrameSocket(connection),), name="manta-peer", daemon=True).start()
+
+    def _greet(self, peer: FrameSocket) -> None:
+        try:
+            greeting = identify(peer, self._token, Greeting)
+        except (Stranger, OSError) as error:
+            logger.warning("refused a connection of a peer: %s", error)
+            peer.close()
+            return
+        with self._came:
+            if greeting.rank in self._peers:
+                peer.close()
+                return
+            self._peers[greeting.rank] = peer
+            self._ports[greeting.rank] = greeting.port
+            self.silence.heard(greeting.rank, time.monotonic())
+            self._came.notify_all()
+        self._watch(greeting.rank, peer)
+
+    def _watch(self, rank: int, peer: FrameSocket) -> None:
+        """After its greeting a peer says that it lives, and speaks of transfers; steps need no answer."""
+        for message in peer.messages(FROM_PEER):
+            self.silence.heard(rank, time.monotonic())
+            if isinstance(message, Moved):
+                self._on_moved(message)
+        self._on_lost("a peer has gone")
+
 
 class SocketInbox:
     """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone."""
 
     def __init__(self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost) -> None:
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
-        self._socket = FrameSocket.connect(host, port)
-        introduce(self._socket, token, greeting)
-        self._turns: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
+        self._socket = meet(host, port, token, greeting)
+        self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         self._on_lost = on_lost
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
 
-    def receive(self) -> Sequence[Command]:
-        commands = self._turns.get()
-        if commands is None:
+    def receive(self) -> tuple[Sequence[Command], Sequence[int]]:
+        turn = self._turns.get()
+        if turn is None:
             raise LinkClosed("the leader has gone")
-        return commands
+        return turn.commands, turn.held
 
-    def moved(self, moved: Moved) -> None:
-        """Tells the leader of a transfer, from any thread. A leader that has gone is the step loop's to notice."""
+    def send(self, message: Moved | Beat) -> None:
+        """Tells the leader, from any thread. A leader that has gone is the step loop's to notice."""
         with contextlib.suppress(OSError):
-            self._socket.send(moved)
+            self._socket.send(message)
 
     def close(self) -> None:
         self._socket.close()
 
     def _read(self) -> None:
-        for turn in self._socket.messages(Commands):
-            self._turns.put(turn.commands)
+        for turn in self._socket.messages(Turn):
+            self._turns.put(turn)
         self._turns.put(None)
         self._on_lost("the leader has gone")
-
-
-def _watch(peer: FrameSocket, on_lost: OnLost, on_moved: OnMoved) -> None:
-    """After its greeting a peer speaks of transfers only; steps need no answer."""
-    for moved in peer.messages(Moved):
-        on_moved(moved)
-    on_lost("a peer has gone")

@@ -5,7 +5,7 @@ Imports `batch` and `scheduler.protocol.messages`; no torch, no ray.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from scheduler.protocol.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
 from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.pulse import Kind, Pulse, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,17 @@ class Executor(Protocol):
         ...
 
 
+class Opening(Protocol):
+    """Grammars that are being compiled beside the steps."""
+
+    on_opened: Callable[[], None]
+    """Called from another thread when one is ready."""
+
+    def opening(self) -> Sequence[int]:
+        """Rows that would make a step wait."""
+        ...
+
+
 class Mover(Protocol):
     """Moves whole blocks beside the steps, and says by itself when it has."""
 
@@ -83,16 +95,22 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
-    mover: set before the first turn; without one, movements are passed over.
+    grammars: None where no row has any. mover: set before the first turn; without one, movements are passed over. pulse: what
+    the present turn is in, for others.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
-    def __init__(self, batch: ResidentBatch, executor: Executor, depth: int = 0) -> None:
+    def __init__(
+        self, batch: ResidentBatch, executor: Executor, depth: int = 0, grammars: Opening | None = None
+    ) -> None:  # fmt: skip
         self.batch = batch
+        self.grammars = grammars
         self.executor = executor
         self.mover: Mover | None = None
         self._depth = depth
-        self._under_way: deque[tuple[Launched, Pending]] = deque()
+        self.pulse = Pulse()
+        self._under_way: deque[tuple[Launched, Pending, Kind | None]] = deque()
+        self._unopened: set[int] = set()  # rows with a grammar, until their first sample: it has to be compiled
         self._idle = True
 
     @property
@@ -100,26 +118,44 @@ class Rank:
         """No step is under way and none can be planned: only a command can change that."""
         return self._idle
 
-    def turn(self, commands: Iterable[Command]) -> StepResult | None:
-        """Applies commands, launches one step if there is work, and commits the oldest if enough are under way."""
+    def turn(self, commands: Iterable[Command], held: Sequence[int] = ()) -> StepResult | None:
+        """Applies commands, then steps."""
+        self.apply(commands)
+        return self.step(held)
+
+    def apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
             self.batch.apply(command)
             self._release()
             if isinstance(command, Start):
-                self.executor.admit(command)
+                self._admit(command)
             elif isinstance(command, Copy):
                 self.executor.copy(command.source, command.target, command.tokens)
             elif isinstance(command, Movement) and self.mover is not None:
                 self.mover.take(command)
-        plan = self.batch.plan()
-        if len(plan.rows):
-            step = self.batch.launch(plan)
-            self._under_way.append((step, self.executor.execute(self.batch, step)))
+
+    def held(self) -> tuple[int, ...]:
+        """Rows that are to take no sample in the next step: the leader's word, for all ranks, which compile side by side but
+        not equally fast."""
+        return tuple(self.grammars.opening()) if self.grammars is not None else ()
+
+    def step(self, held: Sequence[int] = ()) -> StepResult | None:
+        """Launches one step if there is work, and commits the oldest if enough are under way. held: as the leader has it."""
+        plan = self.batch.plan(held)
+        step = self.batch.launch(plan) if len(plan.rows) else None
+        kind = None if step is None else self._kind(step)
+        kinds = [kind for *_, kind in self._under_way]
+        if step is not None or kinds:
+            self.pulse.begin(kinds if step is None else [*kinds, kind])
+        if step is not None:
+            self._under_way.append((step, self.executor.execute(self.batch, step), kind))
             self.batch.edited.clear()
         result = None
-        if self._under_way and (len(self._under_way) > self._depth or not len(plan.rows)):
-            result = self._commit(*self._under_way.popleft())
-        self._idle = not len(plan.rows) and result is None  # what was committed may be what a row has waited for
+        if self._under_way and (len(self._under_way) > self._depth or step is None):
+            oldest, pending, _ = self._under_way.popleft()
+            result = self._commit(oldest, pending)
+        self.pulse.end(committed=result is not None)
+        self._idle = step is None and result is None  # what was committed may be what a row has waited for
         return result
 
     def close(self) -> None:
@@ -129,6 +165,18 @@ class Rank:
                 self.mover.close()
         finally:
             self.executor.close()
+
+    def _admit(self, start: Start) -> None:
+        self.executor.admit(start)
+        if start.params.grammar is not None:
+            self._unopened.add(row_of(start))
+
+    def _kind(self, step: Launched) -> Kind | None:
+        """Of a step that is about to be executed; None for one that may have to wait for a grammar to be compiled."""
+        if self._unopened and not self._unopened.isdisjoint(sampled := step.plan.rows[step.samples].tolist()):
+            self._unopened.difference_update(sampled)
+            return None
+        return kind_of(step)
 
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()

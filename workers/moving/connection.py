@@ -89,12 +89,12 @@ class Connection:
     def send(self, message: Challenge | Claim | Confirmed | PairOffer | Entry | Done) -> None:
         self.send_bytes(memoryview(frame(message)))
 
-    def receive(self, kind: type[T]) -> T:
-        """The next frame, which must be of that kind (a union of kinds too)."""
+    def receive(self, kind: type[T], most: int = MAX_FRAME_BYTES) -> T:
+        """The next frame, which must be of that kind (a union of kinds too), and of so many bytes at most."""
         head = bytearray(_LENGTH.size)
         self.receive_bytes(memoryview(head))
         (length,) = _LENGTH.unpack(head)
-        if length > MAX_FRAME_BYTES:
+        if length > most:
             raise TransferFailed("the other side sent what is not the protocol")
         payload = bytearray(length)
         self.receive_bytes(memoryview(payload))

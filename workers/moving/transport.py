@@ -16,8 +16,20 @@ from typing import Protocol
 import msgspec
 
 from kvcache.pool import KVPool
-from scheduler.protocol.handshake import Challenge, Claim, Confirmed, Stranger, challenge, check_confirmed, claim, confirm
-from scheduler.protocol.wire import listen
+from scheduler.protocol.handshake import (
+    ANSWER_TIMEOUT_S,
+    HANDSHAKE_TIMEOUT_S,
+    MAX_HANDSHAKE_BYTES,
+    Challenge,
+    Claim,
+    Confirmed,
+    Stranger,
+    challenge,
+    check_confirmed,
+    claim,
+    confirm,
+)
+from scheduler.protocol.wire import cut_after, listen
 from workers.moving.connection import Connection, Done, Fetch, PairOffer
 from workers.moving.lane import TransferFailed
 from workers.moving.mover import TIMEOUT_S, Shard
@@ -25,7 +37,6 @@ from workers.moving.pairs import PairWire
 
 logger = logging.getLogger(__name__)
 
-GREETING_TIMEOUT_S = 10.0
 ACCEPT_AGAIN_S = 0.1
 
 
@@ -140,10 +151,11 @@ class SocketTransport:
                 shard.transfer, group, epoch, shard.group, shard.epoch, rank, len(shard.blocks), self._block_bytes,
                 self._wire.standing(shard),
             )  # fmt: skip
-            said = claim(self._token, connection.receive(Challenge), fetch)
-            connection.send(said)
             try:
-                check_confirmed(self._token, said, connection.receive(Confirmed))
+                with cut_after(ANSWER_TIMEOUT_S, connection.shut):
+                    said = claim(self._token, connection.receive(Challenge, MAX_HANDSHAKE_BYTES), fetch)
+                    connection.send(said)
+                    check_confirmed(self._token, said, connection.receive(Confirmed, MAX_HANDSHAKE_BYTES))
             except Stranger as error:
                 raise TransferFailed(f"whoever listens at {shard.port} does not know the cluster's token") from error
             offer = connection.receive(PairOffer)
@@ -166,7 +178,7 @@ class SocketTransport:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for thread in self._threads:
-            thread.join(GREETING_TIMEOUT_S)
+            thread.join(HANDSHAKE_TIMEOUT_S)
         for connection in waiting:
             connection.close()
         self._wire.close()
@@ -191,7 +203,7 @@ class SocketTransport:
     def _accept(self) -> None:
         while True:
             try:
-                connection = Connection(self._listener.accept()[0], GREETING_TIMEOUT_S)
+                connection = Connection(self._listener.accept()[0], HANDSHAKE_TIMEOUT_S)
             except OSError as error:
                 if self._closed:
                     return
@@ -210,13 +222,14 @@ class SocketTransport:
     def _greet(self, connection: Connection) -> None:
         """Leaves the connection for `_await` if whoever connects knows the token and means this rank."""
         try:
-            asked = challenge()
-            connection.send(asked)
-            said = connection.receive(Claim)
-            answer, fetch = confirm(self._token, asked, said), msgspec.msgpack.decode(said.opening, type=Fetch)
-            if (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:
-                raise TransferFailed("it wants another rank, or one that was here before")
-            connection.send(answer)
+            with cut_after(HANDSHAKE_TIMEOUT_S, connection.shut):
+                asked = challenge()
+                connection.send(asked)
+                said = connection.receive(Claim, MAX_HANDSHAKE_BYTES)
+                answer, fetch = confirm(self._token, asked, said), msgspec.msgpack.decode(said.opening, type=Fetch)
+                if (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:
+                    raise TransferFailed("it wants another rank, or one that was here before")
+                connection.send(answer)
         except (TransferFailed, Stranger, msgspec.DecodeError) as error:
             logger.warning("refused a connection for blocks: %s", error)
             with self._changed:

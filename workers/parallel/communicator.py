@@ -30,3 +30,11 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class JoinedGroup(Communicator, Protocol):
+    """Of ranks that may be stopped or cut off from each other."""
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on, for another rank, in one collective. While ranks are built it is what the start may take."""
+        ...

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from workers.cpu import shared_memory
 from workers.cpu.shared_memory import SharedMemoryGroup
-from workers.parallel.communicator import Communicator
+from workers.parallel.communicator import JoinedGroup
 from workers.parallel.in_process import PeerLost, Solo, ThreadGroup, sum_in_rank_order
 
 __all__ = ["PeerLost", "SharedMemoryGroup", "Solo", "ThreadGroup", "TorchGroup", "connect", "sum_in_rank_order"]
@@ -30,11 +30,12 @@ NAP_S = 50e-6
 
 def connect(
     rank: int, size: int, *, device: torch.device, address: str, timeout_s: float = 60.0, host: str = ""
-) -> Communicator:
+) -> JoinedGroup:
     """Join the group of `size` ranks. Every rank calls this; it returns once all have come.
 
     address: "host:port" that rank 0 opens and all can reach. host: what tells this rank's host from others; by default
-    found out. timeout_s: for the rendezvous and for each collective. Errors: PeerLost if a rank does not come in time.
+    found out. timeout_s: for the rendezvous, and for each collective until `wait_at_most`.
+    Errors: PeerLost if a rank does not come in time.
     """
     if size == 1:
         return Solo()
@@ -77,6 +78,9 @@ class TorchGroup:
         gathered = tensor.new_empty(self.size, *tensor.shape)
         self._finish(lambda: self._group._allgather_base(gathered, tensor.contiguous()))
         return gathered
+
+    def wait_at_most(self, seconds: float) -> None:
+        self._group._set_default_timeout(timedelta(seconds=seconds))
 
     def abort(self, reason: str) -> None:
         self._reason = self._reason or reason

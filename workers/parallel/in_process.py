@@ -46,6 +46,9 @@ class Solo:
     def all_gather(self, tensor: Tensor) -> Tensor:
         return tensor[None]
 
+    def wait_at_most(self, seconds: float) -> None:
+        """There is nobody to wait for."""
+
     def abort(self, reason: str) -> None:
         """Nobody can be waiting."""
 

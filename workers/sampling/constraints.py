@@ -7,9 +7,10 @@ Every rank has matchers of its own and feeds them the same tokens, so all ranks 
 """
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,12 @@ logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.integer]
 Bits = npt.NDArray[np.int32]
 
+OPENERS = 2
+"""Threads that compile, so that a grammar which takes long does not keep the next one waiting."""
+
+GRACE_S = 0.005
+"""What a grammar that was compiled before takes to be ready, mostly: not worth a turn without its row."""
+
 MOST_COMPILED = 64
 """Grammars kept compiled; a new sequence copies one in microseconds."""
 
@@ -33,13 +40,15 @@ MOST_COMPILED = 64
 class Constraint:
     """One lease's place in its grammar. A thread in the background owns it until `job` is done.
 
-    bits: [words] what the next token may be; everything once it has failed, when the token no longer matters.
+    bits: [words] what the next token may be; everything once it has failed, when the token no longer matters. fresh: nobody has
+    waited for it to be compiled.
     """
 
     row: int
     bits: Bits
     matcher: LLMatcher | None = None
     failed: bool = False
+    fresh: bool = True
     job: Future[None] = field(default_factory=Future)
 
 
@@ -68,13 +77,17 @@ class Constraints:
 
     def __init__(self, load: Callable[[], LLTokenizer], vocab_size: int, threads: int) -> None:
         self._everything: Bits = np.full(-(-vocab_size // 32), -1, np.int32)
-        # Two threads, so that a grammar that takes long to compile does not hold up the masks of the others.
-        self._opening = ThreadPoolExecutor(1, thread_name_prefix="manta-grammar-opening")
+        # Threads of their own, so that a grammar that takes long to compile does not hold up the masks of the others.
+        self._opening = ThreadPoolExecutor(OPENERS, thread_name_prefix="manta-grammar-opening")
         self._following = ThreadPoolExecutor(1, thread_name_prefix="manta-grammar-following")
         self._executor = LLExecutor(threads)
         self._tokenizer = self._opening.submit(load)
-        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # of the opening thread alone
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # of the opening threads, under the lock
+        self._lock = threading.Lock()
         self._rows: dict[int, Constraint] = {}
+        self._unopened: dict[int, Constraint] = {}  # looked at by `opening` last
+        self.on_opened: Callable[[], None] = lambda: None
+        """Called from a thread in the background when a row's grammar is ready, or could not be."""
 
     def admit(self, row: int, grammar: Grammar | None, output: Ints) -> None:
         """Takes over `row`. output: tokens emitted before a restart."""
@@ -82,6 +95,22 @@ class Constraints:
             return
         constraint = self._rows[row] = Constraint(row, self._everything)
         constraint.job = self._opening.submit(self._open, constraint, grammar, output.tolist())
+        constraint.job.add_done_callback(lambda _: self.on_opened())
+        self._unopened[row] = constraint
+
+    def opening(self) -> tuple[int, ...]:
+        """Rows whose grammar is being compiled: whoever wants their next token waits for that. One that was just admitted is
+        given a moment."""
+        if not self._unopened:
+            return ()
+        wait([constraint.job for constraint in self._unopened.values() if constraint.fresh], GRACE_S)
+        self._unopened = {
+            row: constraint for row, constraint in self._unopened.items()
+            if self._rows.get(row) is constraint and not constraint.job.done()
+        }  # fmt: skip
+        for constraint in self._unopened.values():
+            constraint.fresh = False
+        return tuple(self._unopened)
 
     def release(self, row: int) -> None:
         self._rows.pop(row, None)
@@ -133,13 +162,16 @@ class Constraints:
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher at the beginning, independent of all others. Errors: GrammarError."""
-        compiled = self._compiled.pop(grammar, None)
+        with self._lock:
+            compiled = self._compiled.pop(grammar, None)
         if compiled is None:
             compiled = compile_grammar(grammar, self._tokenizer.result())
-        self._compiled[grammar] = compiled
-        if len(self._compiled) > MOST_COMPILED:
-            self._compiled.popitem(last=False)
-        return compiled.deep_copy()
+        copy = compiled.deep_copy()
+        with self._lock:
+            self._compiled[grammar] = compiled
+            if len(self._compiled) > MOST_COMPILED:
+                self._compiled.popitem(last=False)
+        return copy
 
     def _follow(self, sampled: list[tuple[Constraint, int]]) -> None:
         followed = [(constraint, constraint.matcher) for constraint, _ in sampled if constraint.matcher is not None]

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
 
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
@@ -49,10 +51,17 @@ def load_tokenizer(checkpoint: Path, vocab_size: int, eos_ids: tuple[int, ...]) 
 
 
 def check(grammar: Grammar, tokenizer: LLTokenizer) -> None:
-    """Compiles the grammar once (milliseconds; a large schema a fraction of a second). Errors: GrammarError."""
+    """Compiles the grammar once (milliseconds; a large schema a fraction of a second), and looks whether an output can begin.
+    Errors: GrammarError."""
     wrong, messages = LLMatcher.validate_grammar_with_warnings(_source(grammar), tokenizer, limits=_LIMITS)
     if wrong:
         raise GrammarError(f"{grammar.kind}: {messages[0].strip()}")
+    matcher = compile_grammar(grammar, tokenizer)
+    mask = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.int32)
+    fill_next_token_bitmask(matcher, mask)
+    if matcher.is_error() or not mask.any():
+        why = matcher.get_error().strip().partition("\n")[0]
+        raise GrammarError(f"{grammar.kind}: no text can match it, or none can begin{f' ({why})' if why else ''}")
 
 
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:

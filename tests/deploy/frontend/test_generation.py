@@ -242,3 +242,14 @@ def test_a_stop_string_that_names_a_special_token(sentencepiece: Tokenizer, stop
     [choice] = caller.generation.take().outputs
     assert (choice.text, choice.finish_reason, choice.stop_reason) == (" hello world", "stop", "<|im_end|>")
     assert choice.token_ids == [*tokens, EOS, TURN_END]
+
+
+def test_what_nobody_has_taken_is_counted_by_choice() -> None:
+    caller = Caller(SamplingParams(n=2))
+    caller.extend([1, 2])
+    caller.extend([3], choice=1)
+    assert [caller.generation.unread(stream) for stream in caller.generation.streams] == [2, 1]
+    caller.take_delta()
+    assert [caller.generation.unread(stream) for stream in caller.generation.streams] == [0, 0]
+    caller.extend([4])
+    assert [caller.generation.unread(stream) for stream in caller.generation.streams] == [1, 0]

@@ -83,6 +83,39 @@ def test_haproxy_waits_for_no_headers_and_counts_connections(tmp_path: Path) -> 
             process.wait()
 
 
+def test_while_nobody_can_be_reached_clients_are_told_when_to_come_again(tmp_path: Path) -> None:
+    """Before Serve knows of an application, and when its last replica has gone; a path that no application has is still 404."""
+    template = as_serve_writes_it()
+    for words in ("errorfile 502 ", "errorfile 503 ", "errorfile 504 "):
+        assert words in template, "Serve has mended it: leave this to Serve"
+    assert "backend default_backend\n    http-request return status 404 " in template
+    door, nobody = free_ports(2)
+    known = "    use_backend b if { path_beg /known }\n"
+    for route, path, status in ((known, "/other", 404), (known, "/known", 503), ("", "/known", 503)):
+        folder = tmp_path / f"{status}{len(route)}{path[1:]}"
+        folder.mkdir()
+        file = folder / "haproxy.cfg"
+        file.write_text(
+            f"global\n    stats socket {folder}/s mode 666\n"
+            "defaults\n    mode http\n    timeout client 9s\n    timeout server 9s\n    timeout connect 9s\n"
+            f"    errorfile 503 {folder}/500.http\n"
+            f"frontend prometheus\n    bind :{free_ports(1)[0]}\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{door}\n{route}    default_backend default_backend\n"
+            "backend default_backend\n    http-request return status 404 content-type text/plain string 'not found'\n"
+            f"backend b\n    server s 127.0.0.1:{nobody}\n"
+            f"listen stats\n  bind *:{free_ports(1)[0]}\n  stats enable\n"
+        )
+        (folder / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+        process = subprocess.Popen([write_program(folder, get_haproxy_binary(), 60.0, 1024), "-db", "-f", file])
+        try:
+            answer = answer_of(door, f"GET {path} HTTP/1.0\r\n\r\n".encode(), b"").lower()
+            assert answer.startswith(f"http/1.1 {status} ".encode()), answer
+            assert (b"retry-after: 1\r\n" in answer) == (status == 503)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def test_a_configuration_that_is_not_understood_is_refused() -> None:
     with pytest.raises(ValueError, match="another Ray Serve"):
         narrowed(as_serve_writes_it().replace("mode 666", ""))

@@ -21,6 +21,7 @@ from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.messages import (
+    Beat,
     Commands,
     Connect,
     Deltas,
@@ -53,8 +54,8 @@ PATIENCE_S = 60.0
 class Served:
     """A server on a thread of its own, and clients that speak to it."""
 
-    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-        self.core = SchedulerCore(CoreConfig(block_size=BLOCK), Resolved(max_model_len=256))
+    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop], hung_after_s: float = 1e9) -> None:
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, hung_after_s=hung_after_s), Resolved(max_model_len=256))
         self.clients: list[FrameSocket] = []
         self.loop = new_loop()
         self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
@@ -112,6 +113,7 @@ class Served:
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """Leaders that say nothing are well here."""
     served = Served(request.param)
     yield served
     served.close()
@@ -391,3 +393,46 @@ def test_what_a_call_did_before_it_failed_is_told(served: Served) -> None:
     (start,) = read(leader, Commands).commands
     leader.send(first_token(start))
     assert tokens_of(read(front_end, Deltas)) == {1: [7]}
+
+
+def test_a_group_that_hangs_is_fenced_and_its_sequences_go_on_elsewhere(served: Served) -> None:
+    """Its socket stays open, and what it says afterwards counts no more."""
+    leaders = [served.leader(0), served.leader(1)]
+    front_end = served.front_end()
+    front_end.send(Submit((request(1),)))
+    (start,) = read(leaders[0], Commands).commands
+    leaders[0].send(first_token(start, token=42))
+    read(front_end, Deltas)
+    leaders[1].send(Beat(0))
+    leaders[0].send(Beat(0, busy_s=9.0, patience_s=4.0))
+    (again,) = read(leaders[1], Commands).commands
+    assert np.frombuffer(again.tokens, np.int32).tolist() == [*range(20), 42]
+    fenced = served.server.fenced[GroupId(0)]
+    assert (fenced.group, fenced.epoch) == (0, 0)
+    assert "a step has not ended after 9.0 s" in fenced.reason
+    assert leaders[0].receive() is None
+    assert served.leader(0, epoch=0).receive() is None, "its epoch is over"
+    leaders[1].send(first_token(again, token=43))
+    assert tokens_of(read(front_end, Deltas)) == {1: [43]}
+    served.leader(0, epoch=1)
+    served.front_end()  # answered after it was heard
+    assert sorted(served.ask(lambda core: list(core.groups))) == [0, 1]
+
+
+def test_so_is_one_whose_leader_says_nothing() -> None:
+    served = Served(asyncio.new_event_loop, hung_after_s=2.0)
+    silent, beating = served.leader(0), threading.Event()
+    well = served.leader(1)
+
+    def beat() -> None:
+        while not beating.wait(0.1):
+            well.send(Beat(0))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    assert silent.receive() is None
+    assert served.ask(lambda core: list(core.groups)) == [GroupId(1)]
+    assert served.ask(lambda core: list(core.expected)) == [GroupId(0)], "its next epoch is waited for"
+    beating.set()
+    thread.join(PATIENCE_S)
+    served.close()

@@ -114,7 +114,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     def peer() -> None:
         rank = simulated()
         inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], TOKEN, Greeting(1, "there:2"), ends.append)
-        rank.mover = BlockMover(pools[1], hosts[1], None, inbox.moved, rank=1, epoch=3)
+        rank.mover = BlockMover(pools[1], hosts[1], None, inbox.send, rank=1, epoch=3)
         ends.append(follow(rank, inbox))
         rank.close()
         inbox.close()
@@ -159,7 +159,7 @@ def test_a_stranger_is_no_peer(words: str) -> None:
 
     def friend() -> None:
         inbox = SocketInbox(host, port, TOKEN, Greeting(2, "p:2"), lambda _: None)
-        assert inbox.receive() == (End("done"),)
+        assert inbox.receive() == ((End("done"),), ())
         inbox.close()
 
     feeds: list[SocketFeed] = []

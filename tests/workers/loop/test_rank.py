@@ -1,13 +1,15 @@
 """The verbs of one rank: plan, execute, commit, with none or one step under way while the next is planned."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 
-from scheduler.protocol.messages import Command, Copy, Drop, End, FinishReason, Start
+from scheduler.protocol.messages import Command, Copy, Drop, End, FinishReason, Moved, Report, Start
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import follow, lead
-from workers.loop.rank import Rank, StepResult, StepTokens
+from workers.loop.rank import Pending, Rank, StepResult, StepTokens
 from workers.loop.reports import Reporter
 from workers.loop.simulated import SimulatedExecutor, continuation
 
@@ -109,11 +111,10 @@ def test_a_step_of_a_dropped_lease_is_committed_as_dead() -> None:
 
 
 class Script:
-    """A scheduler link, a peer feed and a peer's inbox in one: commands from a list, reports into one."""
+    """A scheduler link: commands from a list, reports into one."""
 
     def __init__(self, *turns: list[Command]) -> None:
         self.turns = list(turns)
-        self.fed: list[list[Command]] = []
         self.sent: list[int] = []
 
     def receive(self, *, wait: bool = True) -> list[Command]:
@@ -122,11 +123,41 @@ class Script:
             return []
         return self.turns.pop(0)
 
-    def send(self, what: object) -> None:
-        if isinstance(what, list):
-            self.fed.append(what)
-        else:
-            self.sent.append(1)
+    def send(self, message: Report | Moved) -> None:
+        self.sent.append(message.epoch)
+
+    def wake(self) -> None:
+        self.turns.insert(0, [])
+
+
+Turn = tuple[Sequence[Command], Sequence[int]]
+
+
+class Feed:
+    """A peer feed and that peer's inbox."""
+
+    def __init__(self) -> None:
+        self.turns: list[Turn] = []
+
+    def send(self, commands: Sequence[Command], held: Sequence[int]) -> None:
+        self.turns.append((commands, held))
+
+    def receive(self) -> Turn:
+        return self.turns.pop(0)
+
+
+class Compiling:
+    """Grammars of which one takes long: so many questions after it was admitted."""
+
+    def __init__(self, row: int, questions: int) -> None:
+        self.on_opened: Callable[[], None] = lambda: None
+        self._row, self._questions = row, questions
+
+    def opening(self) -> tuple[int, ...]:
+        self._questions -= 1
+        if self._questions == 0:
+            self.on_opened()
+        return (self._row,) if self._questions > 0 else ()
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -137,10 +168,38 @@ def test_a_peer_that_makes_the_leader_s_turns_has_the_leader_s_batch(depth: int)
     leader, peer = simulated(), simulated()
     first, second = start(lease(1, 0), max_tokens=3), start(lease(2, 1), blocks=(4, 5))
     script = Script([first], [], [second], [], [], [], [Drop(lease(2, 1))], [End("done")])
-    assert lead(leader, script, script, Reporter(0)) == "done"
+    feed = Feed()
+    assert lead(leader, script, feed, Reporter(0)) == "done"
     assert script.sent
-    replay = Script(*script.fed)
-    assert follow(peer, replay) == "done"
+    assert follow(peer, feed) == "done"
+    for name in ("lease", "known", "computed", "granted", "block_table"):
+        assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_row_whose_grammar_is_being_compiled_holds_up_nobody_on_any_rank(depth: int) -> None:
+    """It computes what it can and sits out, until the leader says that it is ready: peers are told, however fast they are."""
+
+    def simulated(grammars: Compiling | None = None) -> Rank:
+        return Rank(ResidentBatch(3, 4, 64, 32), SimulatedExecutor(8, 4, 3, 5), depth, grammars)
+
+    leader, peer, feed = simulated(Compiling(1, 6)), simulated(), Feed()
+    slow = start(lease(2, 1), tokens=6, blocks=(4, 5), max_tokens=2, grammar=DIGITS)
+    quick = start(lease(1, 0), tokens=2, blocks=(0, 1), max_tokens=4)
+    script = Script([quick, slow], [], [], [], [], [], [], [], [], [], [End("done")])
+    steps: list[list[int]] = []
+    execute = leader.executor.execute
+
+    def watch(batch: ResidentBatch, step: Launched) -> Pending:
+        steps.append(step.plan.rows[step.samples].tolist())
+        return execute(batch, step)
+
+    leader.executor.execute = watch  # type: ignore[method-assign]
+    assert lead(leader, script, feed, Reporter(0)) == "done"
+    assert steps[:4] == [[0]] * 4, "all that the other one wanted"
+    assert [rows for rows in steps[4:] if rows] == [[1], [1]]
+    assert [list(held) for _, held in feed.turns[:6]] == [[1]] * 5 + [[]]
+    assert follow(peer, feed) == "done"
     for name in ("lease", "known", "computed", "granted", "block_table"):
         assert (getattr(leader.batch, name) == getattr(peer.batch, name)).all()
 

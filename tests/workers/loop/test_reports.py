@@ -150,11 +150,14 @@ class Sleeper:
         assert isinstance(message, Report)
         self.sent.append(message)
 
+    def wake(self) -> None:
+        """Nobody calls."""
+
 
 class Alone:
     """A group of one rank has no peers."""
 
-    def send(self, commands: Sequence[Command]) -> None: ...
+    def send(self, commands: Sequence[Command], held: Sequence[int]) -> None: ...
 
 
 def test_a_group_s_sleep_is_no_step() -> None:

@@ -186,3 +186,30 @@ def test_masks_are_made_while_another_grammar_compiles(tokenizer: LLTokenizer, m
 
 def test_a_grammar_error_is_a_value_error() -> None:
     assert issubclass(GrammarError, ValueError)
+
+
+def test_a_grammar_that_takes_long_keeps_neither_the_next_one_nor_a_step(
+    constraints: Constraints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, ready = threading.Event(), threading.Event()
+
+    def compile_slowly(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+        if grammar is WORD:
+            assert slow.wait(60.0)
+        return compile_grammar(grammar, tokenizer)
+
+    monkeypatch.setattr(module, "compile_grammar", compile_slowly)
+    constraints.on_opened = ready.set
+    constraints.admit(0, WORD, NOTHING)
+    constraints.admit(1, PAIR, NOTHING)
+    assert ready.wait(60.0), "the second is ready before the first"
+    assert constraints.opening() == (0,)
+    assert len(ids(ask(constraints, 1))) > 0
+    ready.clear()
+    slow.set()
+    assert ready.wait(60.0)
+    assert constraints.opening() == ()
+    assert len(ids(ask(constraints, 0))) > 0
+    constraints.admit(2, WORD, NOTHING)
+    constraints.release(2)
+    assert constraints.opening() == (), "nobody waits for a row that has left"

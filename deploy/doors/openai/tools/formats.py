@@ -26,10 +26,19 @@ process (8 MiB of stack; a quarter of that with 2 MiB)."""
 MAX_LARK_LEVELS = 500
 """The same for grammars in Lark, where a level costs less."""
 
+MAX_NAMES = 4000
+"""Names and literals in a Lark grammar. Where all rules are alternatives of each other, compiling them takes time with the
+square of this: 0.6 s for so many, a minute for nine times as many, and nothing can interrupt it."""
+
+MAX_REFERENCES = 2000
+"""The same for the references in a JSON schema."""
+
 MAX_MESSAGE_CHARACTERS = 600
 """The library's messages repeat the line of the grammar that they speak of."""
 
 REFERENCE_KEYS = ("$ref", "$dynamicRef", "$recursiveRef")
+
+NAME = re.compile(r'"(?:[^"\\]|\\.)*"|/(?:[^/\\\n]|\\.)*/|\w+')
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -96,7 +105,12 @@ def check_size(grammar: Grammar, param: str) -> None:
 
 def check_nesting(schema: Mapping[str, Any], param: str) -> None:
     """Bounds how deep a compiler that follows references can get. Errors: RequestError INVALID."""
-    levels = _levels(schema) + sum(_levels(_target(schema, ref)) for ref in set(_references(schema)))
+    references = [*_references(schema)]
+    if len(references) > MAX_REFERENCES:
+        raise RequestError.invalid(
+            f"{param} has {len(references)} references, and {MAX_REFERENCES} are allowed: make it smaller", param
+        )
+    levels = _levels(schema) + sum(_levels(_target(schema, ref)) for ref in set(references))
     if levels > MAX_NESTING:
         raise RequestError.invalid(
             f"{param} nests {levels} levels, those of what its references point to included, and {MAX_NESTING} are allowed: "
@@ -133,6 +147,11 @@ def _choice_grammar(choices: Sequence[str]) -> Grammar:
 
 def _lark_grammar(text: str) -> Grammar:
     """A level of a Lark grammar takes a line, a bracket or an operator at least."""
+    names = sum(1 for _ in NAME.finditer(text))
+    if names > MAX_NAMES:
+        raise RequestError.invalid(
+            f"guided_grammar has {names} names and literals, and {MAX_NAMES} are allowed: make it smaller", "guided_grammar"
+        )
     levels = text.count("\n") + sum(map(text.count, "([{"))
     if levels > MAX_LARK_LEVELS:
         raise RequestError.invalid(

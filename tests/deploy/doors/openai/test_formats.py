@@ -1,6 +1,7 @@
 """Formats become grammars that a worker can follow, or are refused with the field at fault."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from llguidance import LLTokenizer
 from deploy.doors.openai.tools.formats import (
     MAX_GRAMMAR_BYTES,
     MAX_LARK_LEVELS,
+    MAX_NAMES,
     MAX_NESTING,
+    MAX_REFERENCES,
     grammar_of,
     schema_grammar,
     validate,
@@ -139,3 +142,43 @@ def test_references_are_counted_wherever_they_point() -> None:
     elsewhere = {"allOf": [{"$ref": f"#anchor{number}"} for number in range(MAX_NESTING)]}
     with pytest.raises(RequestError, match="flatten it"):
         schema_grammar(elsewhere, "guided_json")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_json": {"$ref": "#"}},
+        {"guided_json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
+        {"guided_json": {"allOf": [{"$ref": "#"}]}},
+        {"guided_regex": r"[^\s\S]"},
+        {"guided_grammar": "start: a\na: b\nb: a"},
+    ],
+    ids=str,
+)
+def test_what_no_text_can_match_is_refused_at_the_door(fields: dict[str, Any], words: LLTokenizer) -> None:
+    """A worker would find that nothing may begin, which is nobody's fault but the grammar's."""
+    grammar = grammar_of(**fields)
+    assert grammar is not None
+    with pytest.raises(RequestError) as refused:
+        validate(grammar, words, "the field")
+    assert (refused.value.fault, refused.value.param) == (Fault.UNPROCESSABLE, "the field")
+
+
+def alternatives(rules: int) -> str:
+    """Each rule may be any other: what is slowest to compile for its length."""
+    names = "|".join(f"a{rule}" for rule in range(rules))
+    return "\n".join(["start: a0", *(f'a{rule}: {names}|"{rule}"' for rule in range(rules))])
+
+
+def test_a_grammar_that_would_take_a_minute_to_compile_is_refused_before(words: LLTokenizer) -> None:
+    assert len(alternatives(150)) < MAX_GRAMMAR_BYTES
+    with pytest.raises(RequestError, match=f"names and literals, and {MAX_NAMES} are allowed"):
+        grammar_of(guided_grammar=alternatives(150))
+    schema = {"$defs": {f"a{at}": {"anyOf": [{"$ref": f"#/$defs/a{to}"} for to in range(60)]} for at in range(60)}}
+    with pytest.raises(RequestError, match=f"3600 references, and {MAX_REFERENCES} are allowed"):
+        grammar_of(guided_json=schema)
+    largest = grammar_of(guided_grammar=alternatives(61))
+    assert largest is not None
+    began_s = time.process_time()
+    validate(largest, words)
+    assert time.process_time() - began_s < 10.0

@@ -1,0 +1,110 @@
+"""A request that may have killed its groups runs alone, and takes no more of them than it must."""
+
+from kvcache.ids import GroupId
+from scheduler.protocol.messages import FinishReason
+from scheduler.sequence import State
+from tests.scheduler.cluster import LOST, Cluster, Stream
+
+
+def running(cluster: Cluster, group: int) -> set[int]:
+    """Streams."""
+    return {sequence.stream for sequence in cluster.core.groups[GroupId(group)].running}
+
+
+def group_of(cluster: Cluster, stream: Stream) -> int:
+    blocks = cluster.sequence(stream).blocks
+    assert blocks is not None, "it does not run"
+    return blocks.group
+
+
+def kill_with(cluster: Cluster, stream: Stream) -> None:
+    """The group where it runs dies, and comes back."""
+    group = group_of(cluster, stream)
+    cluster.lose(group, returning=True)
+    cluster.bring_up(group)
+
+
+def submit(cluster: Cluster, count: int) -> list[Stream]:
+    return [cluster.submit([at % 2, at // 2 % 2, 1], max_tokens=40)[0] for at in range(count)]
+
+
+def test_what_ran_in_one_group_that_died_is_no_suspect() -> None:
+    cluster = Cluster((80, 80), max_num_seqs=8)
+    streams = submit(cluster, 6)
+    cluster.step(times=3)
+    cluster.lose(0, returning=True)
+    assert not cluster.core.waiting.apart
+    assert running(cluster, 1)
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_the_second_time_it_runs_alone_until_it_has_come_further() -> None:
+    cluster = Cluster((40, 40), max_num_seqs=8)
+    streams = submit(cluster, 6)
+    suspect = streams[0]
+    for _ in range(2):
+        cluster.step(times=3)
+        kill_with(cluster, suspect)
+    known = len(suspect.tokens)
+    others: set[int] = set()
+    while not running(cluster, group := group_of(cluster, suspect)) > {suspect.number}:
+        alone = cluster.core.groups[GroupId(group)].alone
+        assert alone is not None
+        assert running(cluster, group) == {suspect.number}
+        others |= running(cluster, 1 - group)
+        cluster.step()
+    assert len(suspect.tokens) >= known + 16
+    assert others, "the other group worked meanwhile"
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}, "every token was right"
+
+
+def test_who_kills_a_group_alone_ends_and_the_others_go_on() -> None:
+    cluster = Cluster((40, 40), max_num_seqs=8)
+    streams = submit(cluster, 6)
+    poison = streams[2]
+    deaths = 0
+    while poison.finished is None:
+        deaths += 1
+        while cluster.sequence(poison).blocks is None:  # the trials of others come first
+            cluster.step()
+        kill_with(cluster, poison)
+    assert deaths == 3, "two with others, one alone"
+    end = poison.finished
+    assert end is not None
+    assert end.reason is FinishReason.FAILED
+    assert "each of 3 groups that ran the request has died" in end.message
+    assert LOST in end.message
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams if stream is not poison} == {FinishReason.LENGTH}
+
+
+def test_the_only_group_is_emptied_for_a_trial_and_filled_again() -> None:
+    cluster = Cluster((60,), max_num_seqs=8)
+    suspects = submit(cluster, 3)
+    for _ in range(2):
+        cluster.step(times=2)
+        cluster.lose(0, returning=True)
+        cluster.bring_up(0)
+    late = cluster.submit([0, 0, 1, 1], max_tokens=5)[0]
+    assert len(running(cluster, 0)) == 1, "one after the other"
+    assert cluster.sequence(late).state is State.WAITING
+    cluster.run()
+    assert {cluster.reason(stream) for stream in [*suspects, late]} == {FinishReason.LENGTH}
+
+
+def test_a_suspect_that_goes_leaves_its_group_open() -> None:
+    cluster = Cluster((60,), max_num_seqs=8)
+    first, second = submit(cluster, 2)
+    for _ in range(2):
+        cluster.step(times=2)
+        cluster.lose(0, returning=True)
+        cluster.bring_up(0)
+    cluster.abort(first)
+    assert running(cluster, 0) == {second.number}
+    cluster.abort(second)
+    assert not cluster.core.groups[GroupId(0)].closed
+    late = cluster.submit([1], max_tokens=5)[0]
+    assert running(cluster, 0) == {late.number}
+    cluster.run()
