@@ -36,7 +36,7 @@ class Admission:
     # ---- whose turn it is
 
     def welcome(self, sequences: list[Sequence]) -> None:
-        """The choices of a new request. A single one starts past the queue if nobody waits, as it is mostly; admit afterwards."""
+        """The choices of a new request. A single one starts past the queue if nobody waits, as is usual. Admit afterwards."""
         state = self._state
         if len(sequences) > 1 or not self._start_at_once(sequences[0]):
             for sequence in sequences:

@@ -80,16 +80,20 @@ def test_the_wait_until_a_retry_follows_the_pace_of_the_queue() -> None:
     assert refusal.value.retry_after_s == LONGEST_RETRY_S, "nothing leaves any more"
 
 
-def test_without_a_group_a_request_waits_or_is_refused_as_configured() -> None:
-    for patient in (True, False):
-        cluster = Cluster((8,), bounds=None if patient else QueueBounds())
+def test_a_request_waits_for_a_group_that_is_expected_and_is_told_when_to_come_back_where_none_is() -> None:
+    for bounds in (None, QueueBounds()):
+        cluster = Cluster((8,), bounds=bounds)
         cluster.lose(0, returning=True)
-        if patient:
+        early = cluster.submit([1] * 4, max_tokens=2)[0]
+        cluster.bring_up(0)
+        cluster.run()
+        assert early.finished is not None
+        assert early.finished.reason is FinishReason.LENGTH
+        cluster.lose(0)
+        with pytest.raises(RequestRefused, match="no group of workers is up or expected") as refusal:
             cluster.submit([1] * 4)
-        else:
-            with pytest.raises(RequestRefused, match="no group of workers is ready") as refusal:
-                cluster.submit([1] * 4)
-            assert refusal.value.failure is Failure.UNAVAILABLE
+        assert refusal.value.failure is Failure.UNAVAILABLE
+        assert refusal.value.retry_after_s is not None
         cluster.bring_up(0)
         cluster.submit([1] * 4)
         cluster.run()
