@@ -207,6 +207,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-warm-up", action="store_true", help="count the first run of each work too")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="GPUs of a group, on Ray")
+    parser.add_argument("--groups", type=positive, default=1, help="of as many GPUs each, on Ray")
     parser.add_argument("--profile", action="store_true", help="kernel times of the bare loop")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "manta-benchmarks")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -216,6 +218,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     asked = parse_options()
     options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager}
+    if asked.tensor_parallel_size * asked.groups > 1:
+        if asked.engines != ["ray"]:
+            sys.exit("several GPUs are used through Ray alone: give --engines ray")
+        options |= {"tensor_parallel_size": asked.tensor_parallel_size, "groups": asked.groups}
     result: dict[str, dict[str, object]] = {}
     for model in asked.models:
         checkpoint = ensure_checkpoint(model, asked.cache)

@@ -2,17 +2,19 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kvcache.layout import BlockLayout
+from kvcache.pool import KVPool
 from tests.workers.attention.attention_reference import Problem, make_problem, make_step
 from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_attention_dtype, one_attention_dtype
 
 pytest.importorskip("triton")
 
 from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
-from workers.kernels.prefixes import SET_FIELDS, SharedPrefixes
+from workers.kernels.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
 
 def decode(
@@ -40,20 +42,25 @@ def decode(
     return result
 
 
-def sharing(problem: Problem, rows: int, sets: list[tuple[list[int], int]]) -> SharedPrefixes:
-    """sets: (rows, common tokens); the rows' tables begin with the same blocks afterwards, and what is expected follows."""
+def tell(sets: list[tuple[list[int], int]], rows: int, device: str) -> SharedPrefixes:
+    """sets: (rows, common tokens)."""
     tokens, members = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
     table = torch.zeros((rows, SET_FIELDS), dtype=torch.int32)
     taken = 0
     for number, (of, common) in enumerate(sets):
-        blocks = common // problem.pool.layout.block_size
-        problem.step.block_tables[of, :blocks] = problem.step.block_tables[of[0], :blocks].clone()
         tokens[of] = common
         members[taken : taken + len(of)] = torch.tensor(of)
         table[number] = torch.tensor([taken, len(of), common])
         taken += len(of)
-    device = problem.pool.device
-    return SharedPrefixes(tokens.to(device), table.to(device), members.to(device))
+    return SharedPrefixes(tokens.to(device), table.flatten().to(device), members.to(device))
+
+
+def sharing(problem: Problem, rows: int, sets: list[tuple[list[int], int]]) -> SharedPrefixes:
+    """The rows of each set begin with the same blocks afterwards."""
+    for of, common in sets:
+        blocks = common // problem.pool.layout.block_size
+        problem.step.block_tables[of, :blocks] = problem.step.block_tables[of[0], :blocks].clone()
+    return tell(sets, rows, str(problem.pool.device))
 
 
 def check(problem: Problem, result: torch.Tensor) -> None:
@@ -176,6 +183,72 @@ def test_a_shared_prefix_is_read_where_its_set_says(dtype: str, device: str) -> 
     expected = decode(problem, SHORT, shared=shared)
     problem.step.block_tables[[0, 2], :4] = 1 << 30
     assert torch.equal(decode(problem, SHORT, shared=shared), expected)
+
+
+def random_sets(chance: np.random.Generator, limits: PrefixLimits, rows: int) -> tuple[list[tuple[list[int], int]], list[int]]:
+    """Sets of some of the rows, and a context for each row."""
+    contexts = chance.integers(0, 300, rows)
+    left, sets = chance.permutation(rows).tolist(), []
+    for _ in range(limits.sets(rows)):
+        of, left = left[: chance.integers(2, limits.rows + 1)], left[limits.rows :]
+        if len(of) > 1:
+            common = int(chance.integers(1, 6)) * limits.tokens
+            contexts[of] = np.maximum(contexts[of], common + chance.integers(1, 60, len(of)))
+            sets.append((of, common))
+    return sets, contexts.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8 if CUDA else 4))
+def test_the_plan_covers_every_key_of_every_row_once(seed: int) -> None:
+    """Each piece has a place of its own for its result; no item is left from the plan before."""
+    chance = np.random.default_rng(seed)
+    device, kv_heads, group = "cuda" if CUDA else "cpu", int(chance.integers(1, 3)), int(chance.choice([1, 2, 4, 7]))
+    pool = KVPool(BlockLayout(block_size=16, layers=1, kv_heads=kv_heads, head_dim=16, dtype="float32"), 2, device)
+    keys, rows = int(chance.choice([16, 32])), int(chance.integers(2, 41))
+    config = DecodeConfig(keys=keys, shares=int(chance.integers(1, 9)), least=int(chance.integers(1, 4)))
+    attention = DecodeAttention(pool, kv_heads * group, rows + 3, config)
+    sets, contexts = random_sets(chance, attention.prefixes, rows)
+    shared = tell(sets, rows, device)
+    attention._items.fill_(7)
+    attention.plan(torch.tensor(contexts, dtype=torch.int32, device=device), rows, shared)
+    row_pieces, row_entries = attention._rows.tolist()
+    covered: dict[tuple[int, int], list[tuple[int, int]]] = {(row, head): [] for row in range(rows) for head in range(kv_heads)}
+    entries: list[int] = []
+    for first, packed, low, high, _, pieces, piece, entry in attention._items[: attention._programs(rows)].tolist():
+        count, head = divmod(packed, kv_heads)
+        if low >= high:
+            continue
+        for row in [first] if count == 1 else shared.members[first : first + count].tolist():
+            covered[row, head].append((low, high))
+            assert pieces == row_pieces[row] or count > 1
+            if row_pieces[row] > 1:
+                entries.append(entry if count == 1 else row_entries[row] + head * row_pieces[row] + piece)
+    for (row, _), spans in covered.items():
+        borders = sorted(spans)
+        assert [low for low, _ in borders] == [0, *(high for _, high in borders[:-1])]
+        assert borders[-1][1] == max(1, -(-contexts[row] // keys))
+        assert len(borders) == row_pieces[row]
+    assert len(entries) == len(set(entries))
+    assert max(entries, default=0) * group < len(attention._lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "group"), [("float32", 2, 2), ("float32", 2, 1), ("bfloat16", 8, 2), ("bfloat16", 8, 4)]
+)
+def test_random_sets_say_what_the_rows_say_alone_cuda(dtype: str, kv_heads: int, group: int) -> None:
+    chance = np.random.default_rng(0)
+    layout = BlockLayout(block_size=64, layers=1, kv_heads=kv_heads, head_dim=64, dtype=dtype)
+    for _ in range(100):
+        rows = int(chance.integers(9, 60))
+        limits = PrefixLimits(16 // group, 64)
+        sets, contexts = random_sets(chance, limits, rows)
+        contexts = [max(1, context) for context in contexts]
+        problem = make_problem(make_step([1] * rows, contexts, 64), layout, heads=kv_heads * group, device="cuda")
+        shared = sharing(problem, rows, sets)
+        together, alone = (decode(problem, shared=told) for told in (shared, None))
+        torch.testing.assert_close(together, alone, atol=ATTENTION_TOLERANCE[dtype], rtol=0)
 
 
 def test_more_rows_than_the_buffers_hold_is_refused() -> None:
