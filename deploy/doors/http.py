@@ -14,10 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from deploy.config.paths import Paths
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import REQUEST_ID_HEADER, ApiKeys, BodyLimit, KeyCheck, RequestIds, error_response, request_id_of
-from deploy.doors.connections import BodyDeadline
+from deploy.doors.access import ApiKeys
+from deploy.doors.entrance import REQUEST_ID_HEADER, Admission, Entrance, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
 from deploy.doors.openai.routes import RECORDS, openai_routes
@@ -40,7 +39,7 @@ def create_app(
             Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config, keys))
+    app.include_router(openai_routes(service, config))
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)
@@ -63,12 +62,9 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
         allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER], expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
     )  # fmt: skip
     return [
-        Middleware(RequestIds, names_responses=names_responses),
-        Middleware(Paths),
+        Middleware(Entrance, names_responses=names_responses),
         *([cors] if config.cors_origins else []),
-        Middleware(KeyCheck, keys=keys),
-        Middleware(BodyLimit, max_bytes=config.max_request_bytes),
-        Middleware(BodyDeadline, timeout_s=config.receive_timeout_s),
+        Middleware(Admission, keys=keys, config=config),
     ]
 
 
@@ -119,11 +115,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_fault(request: Request, fault: Exception) -> Response:
     response = await _on_unnamed_fault(request, fault)
-    response.headers[REQUEST_ID_HEADER] = request_id_of(request.scope)  # this handler stands outside of what names responses
+    response.headers[REQUEST_ID_HEADER] = request.state.request_id  # this handler stands outside of what names responses
     return response
 
 
 async def _on_unnamed_fault(request: Request, _: Exception) -> Response:
     """The server's log has the traceback; the client gets the id to ask about."""
-    name = request_id_of(request.scope)
+    name = request.state.request_id
     return error_response(RequestError(Fault.INTERNAL, f"a fault of the server's; its log has it under request {name}"))

@@ -51,7 +51,7 @@ class Reader:
                     messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
                     return await self._service.prompt(Conversation(messages), params, terms)
         except PromptError as error:
-            raise RequestError.of_prompt(error, f"prompt.{kind}") from None
+            raise RequestError.of_prompt(error, error.field or f"prompt.{kind}") from None
 
     def check_model(self, name: str) -> None:
         """Errors: RequestError NOT_FOUND."""
@@ -83,7 +83,7 @@ class Reader:
         given |= {"logit_bias": dict(sampling.logit_bias), "grammar": grammar}
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
-        params = sampling_params(self._service.parser, **given)
+        params = sampling_params(**given)
         await self._grammars.check(grammar, guide or "", account)
         return params
 
