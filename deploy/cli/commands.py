@@ -16,7 +16,7 @@ import typer
 
 from deploy.cli.exits import interrupts_held, reported_errors
 from deploy.cli.options import ConfigOption, DebugOption, flag, sampling_values, with_options
-from deploy.cli.records import RecordWriter
+from deploy.cli.records import Record, open_records
 from deploy.config.load import Config, load_config
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.files import decode, split_lines
@@ -91,9 +91,9 @@ def generate(
     with reported_errors(debug):
         settings = load_config(config, engine, sampling_values(sampling))
         sources = read_sources(prompts or [], input, format, chat, token_ids)
-        with RecordWriter.open(output) as records:
+        with open_records(output) as record:
             shown = stream if stream is not None else output is None
-            outputs = run(settings, sources, records, shown, quiet)
+            outputs = run(settings, sources, record, shown, quiet)
         if any(each.error for each in outputs):
             raise GenerationError.of(outputs)
 
@@ -118,7 +118,7 @@ def serve(
         serving.serve(settings, display.StartView())
 
 
-def run(settings: Config, sources: list[Source], records: RecordWriter, stream: bool, quiet: bool) -> list[RequestOutput]:
+def run(settings: Config, sources: list[Source], record: Record, stream: bool, quiet: bool) -> list[RequestOutput]:
     """Starts the cluster, runs every prompt, and ends the cluster whatever happened."""
     from deploy.cli import display
     from deploy.llm import LLM
@@ -129,12 +129,12 @@ def run(settings: Config, sources: list[Source], records: RecordWriter, stream: 
         labels = [display.label(source) for source in sources]
         started_s = time.monotonic()
         outputs: dict[int, RequestOutput] = {}
-        with display.choose_view(labels, stream, quiet) as view:
+        with display.shown_outputs(labels, stream, quiet) as show:
             for position, output in llm.iterate(sources, settings.sampling, each_alone=True):
-                view.show(position, output)
+                show(position, output)
                 if output.finished:
                     outputs[position] = output
-                    records.write(position, output)
+                    record(position, output)
         if not quiet:
             display.print_summary(llm.stats(), time.monotonic() - started_s)
     finally:

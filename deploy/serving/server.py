@@ -1,6 +1,7 @@
 """The HTTP server of an endpoint in this one process: uvicorn, which tells for whom it waits at its end. Imports uvicorn."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from types import FrameType
 
@@ -27,6 +28,7 @@ class HttpServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no fault
         else:
             asyncio.get_running_loop().call_soon_threadsafe(self._tell)
             super().handle_exit(sig, frame)

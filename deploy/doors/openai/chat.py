@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
-from deploy.doors.openai.answers.logprobs import TokenNames, chat_logprobs, vllm_prompt_logprobs
+from deploy.doors.openai.answers.logprobs import chat_logprobs, vllm_prompt_logprobs
 from deploy.doors.openai.answers.responses import (
     CalledFunction,
     CalledTool,
@@ -29,17 +29,66 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service import Service
 from deploy.text.messages import for_template
-from deploy.text.prompts import Conversation, Prompt
+from deploy.text.prompts import Conversation
+
+
+class _ChatAnswer(Answer[ChatRequest]):
+    """One conversation's. A choice's first chunk says whose words they are."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._speeches: dict[int, _Speech] = {}
+
+    def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> ChatCompletion:
+        (output,), asked = outputs, self.request.prompt_logprobs is not None
+        choices = [self._choice(index, choice) for index, choice in enumerate(output.choices)]
+        prompt_logprobs = vllm_prompt_logprobs(output.logprobs) if asked else UNSET
+        return ChatCompletion(**self.heading, choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)
+
+    def parts(self, position: int, delta: OutputDelta) -> Iterator[ChatChunkChoice]:  # noqa: ARG002
+        for new in delta.choices:
+            if new.index not in self._speeches:
+                self._speeches[new.index] = _Speech(self.tools)
+                yield ChatChunkChoice(index=new.index, delta=ChatDelta(role="assistant", content=""))
+            if (part := self._part(new, self._speeches[new.index])) is not None:
+                yield part
+
+    def chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
+        return ChatChunk(**self.heading, choices=choices, usage=usage)
+
+    def _choice(self, index: int, choice: WholeChoice) -> ChatChoice:
+        speech = _Speech(self.tools)
+        content, calls = speech.told(choice.text, ended=True)
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(content=None if calls and not content else content, tool_calls=calls or UNSET),
+            logprobs=chat_logprobs(choice.logprobs, self.names) if self.request.logprobs else None,
+            finish_reason=speech.finish_reason(choice.finish_reason),
+            stop_reason=choice.stop_reason,
+        )
+
+    def _part(self, new: ChoiceDelta, speech: "_Speech") -> ChatChunkChoice | None:
+        """None: there is nothing to tell yet."""
+        ended = new.finish_reason is not None
+        content, calls = speech.told(new.text, ended, in_parts=True)
+        if not (content or calls or new.logprobs or ended):
+            return None
+        return ChatChunkChoice(
+            index=new.index,
+            delta=ChatDelta(content=content or UNSET, tool_calls=calls or UNSET),
+            logprobs=chat_logprobs(new.logprobs or (), self.names) if self.request.logprobs else None,
+            finish_reason=speech.finish_reason(new.finish_reason),
+            stop_reason=new.stop_reason if ended else UNSET,
+        )
 
 
 class Chat(Endpoint[ChatRequest]):
     """Chat completions of one service."""
 
-    id_prefix, prompt_field = "chatcmpl", "messages"
+    id_prefix, prompt_field, answer = "chatcmpl", "messages", _ChatAnswer
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         super().__init__(service, config, grammars)
-        self._names = TokenNames(service.model.tokenizer)
         self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_format)
 
     def _tools(self, request: ChatRequest) -> Tools | None:
@@ -58,66 +107,6 @@ class Chat(Endpoint[ChatRequest]):
     def _contents(self, request: ChatRequest, tools: Tools | None) -> list[Conversation]:
         specs = None if tools is None else tools.specs
         return [Conversation(for_template(request.messages), specs, request.chat_template_kwargs)]
-
-    def _answer(
-        self, request: ChatRequest, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None
-    ) -> "_ChatAnswer":
-        return _ChatAnswer(heading, prompts, request, tools, self._names)
-
-
-class _ChatAnswer(Answer):
-    """One conversation's. A choice's first chunk says whose words they are."""
-
-    def __init__(
-        self, heading: dict[str, Any], prompts: list[Prompt], request: ChatRequest, tools: Tools | None, names: TokenNames
-    ) -> None:
-        super().__init__(heading, prompts)
-        self._request = request
-        self._tools = tools
-        self._names = names
-        self._speeches: dict[int, _Speech] = {}
-
-    def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> ChatCompletion:
-        (output,), asked = outputs, self._request.prompt_logprobs is not None
-        choices = [self._choice(index, choice) for index, choice in enumerate(output.choices)]
-        prompt_logprobs = vllm_prompt_logprobs(output.logprobs) if asked else UNSET
-        return ChatCompletion(**self.heading, choices=choices, usage=usage, prompt_logprobs=prompt_logprobs)
-
-    def parts(self, position: int, delta: OutputDelta) -> Iterator[ChatChunkChoice]:  # noqa: ARG002
-        for new in delta.choices:
-            if new.index not in self._speeches:
-                self._speeches[new.index] = _Speech(self._tools)
-                yield ChatChunkChoice(index=new.index, delta=ChatDelta(role="assistant", content=""))
-            if (part := self._part(new, self._speeches[new.index])) is not None:
-                yield part
-
-    def chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
-        return ChatChunk(**self.heading, choices=choices, usage=usage)
-
-    def _choice(self, index: int, choice: WholeChoice) -> ChatChoice:
-        speech = _Speech(self._tools)
-        content, calls = speech.told(choice.text, ended=True)
-        return ChatChoice(
-            index=index,
-            message=ChatMessage(content=None if calls and not content else content, tool_calls=calls or UNSET),
-            logprobs=chat_logprobs(choice.logprobs, self._names) if self._request.logprobs else None,
-            finish_reason=speech.finish_reason(choice.finish_reason),
-            stop_reason=choice.stop_reason,
-        )
-
-    def _part(self, new: ChoiceDelta, speech: "_Speech") -> ChatChunkChoice | None:
-        """None: there is nothing to tell yet."""
-        ended = new.finish_reason is not None
-        content, calls = speech.told(new.text, ended, in_parts=True)
-        if not (content or calls or new.logprobs or ended):
-            return None
-        return ChatChunkChoice(
-            index=new.index,
-            delta=ChatDelta(content=content or UNSET, tool_calls=calls or UNSET),
-            logprobs=chat_logprobs(new.logprobs or (), self._names) if self._request.logprobs else None,
-            finish_reason=speech.finish_reason(new.finish_reason),
-            stop_reason=new.stop_reason if ended else UNSET,
-        )
 
 
 class _Speech:

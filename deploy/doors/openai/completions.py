@@ -8,23 +8,68 @@ from msgspec import UNSET, UnsetType
 
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
-from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, TokenNames, of_prompt, sampled, vllm_prompt_logprobs
+from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prompt, sampled, vllm_prompt_logprobs
 from deploy.doors.openai.answers.responses import Completion, CompletionChoice, Usage
 from deploy.doors.openai.endpoint import Answer, Endpoint
 from deploy.doors.openai.schemas import CompletionRequest
 from deploy.doors.openai.tools.tools import Tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
-from deploy.text.prompts import Prompt
-from deploy.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
+
+
+class _CompletionAnswer(Answer[CompletionRequest]):
+    """A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._tables: dict[int, CompletionTable] = {}
+        self._prompt_logprobs: dict[int, list[Entry | None]] = {}
+
+    def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion:
+        choices = [
+            self._choice(position, index, choice, output.logprobs)
+            for position, output in enumerate(outputs)
+            for index, choice in enumerate(_best(output.choices, self.request))
+        ]
+        return self.chunk(choices, usage)
+
+    def parts(self, position: int, delta: OutputDelta) -> Iterator[CompletionChoice]:
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[position] = delta.prompt_logprobs
+        for new in delta.choices:
+            if new.text or new.logprobs or new.finish_reason:
+                yield self._choice(position, new.index, new, self._prompt_logprobs.get(position, ()))
+
+    def chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(**self.heading, choices=choices, usage=usage)
+
+    def _choice(
+        self, position: int, index: int, part: WholeChoice | ChoiceDelta, prompt_logprobs: Sequence[Entry | None]
+    ) -> CompletionChoice:
+        """position: of the prompt. index: among its choices."""
+        number = position * (self.request.n or 1) + index
+        text, rows = part.text, sampled(part.logprobs or ())
+        if self.request.echo and self.tokenizer is not None and number not in self._tables:
+            prompt = self.prompts[position]
+            text = (self.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
+            rows = chain(of_prompt(prompt.token_ids, prompt_logprobs, self.tokenizer), rows)
+        table = self._tables.setdefault(number, CompletionTable(self.names))
+        return CompletionChoice(
+            index=number,
+            text=text,
+            logprobs=table.part(rows) if self.request.logprobs is not None else None,
+            finish_reason=part.finish_reason,
+            stop_reason=part.stop_reason,
+            prompt_logprobs=vllm_prompt_logprobs(prompt_logprobs) if self.request.prompt_logprobs is not None else UNSET,
+        )
 
 
 class Completions(Endpoint[CompletionRequest]):
     """Completions of one service."""
 
-    id_prefix, prompt_field = "cmpl", "prompt"
+    id_prefix, prompt_field, answer = "cmpl", "prompt", _CompletionAnswer
 
     def _fields(self, request: CompletionRequest) -> dict[str, Any]:
         """An echo shows the prompt's log-probabilities too. best_of needs some to choose by."""
@@ -55,11 +100,6 @@ class Completions(Endpoint[CompletionRequest]):
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
         return contents
 
-    def _answer(
-        self, request: CompletionRequest, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None  # noqa: ARG002
-    ) -> "_CompletionAnswer":  # fmt: skip
-        return _CompletionAnswer(heading, prompts, request, self._service.model.tokenizer)
-
 
 def _contents(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     """One prompt or several: a list of integers is one. Errors: RequestError."""
@@ -78,55 +118,3 @@ def _best(choices: list[WholeChoice], request: CompletionRequest) -> list[WholeC
     if request.best_of is None:
         return choices
     return sorted(choices, key=lambda choice: -choice.mean_logprob)[: request.n or 1]
-
-
-class _CompletionAnswer(Answer):
-    """A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
-
-    def __init__(
-        self, heading: dict[str, Any], prompts: list[Prompt], request: CompletionRequest, tokenizer: Tokenizer | None
-    ) -> None:
-        super().__init__(heading, prompts)
-        self._request = request
-        self._tokenizer = tokenizer
-        self._names = TokenNames(tokenizer)
-        self._tables: dict[int, CompletionTable] = {}
-        self._prompt_logprobs: dict[int, list[Entry | None]] = {}
-
-    def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion:
-        choices = [
-            self._choice(position, index, choice, output.logprobs)
-            for position, output in enumerate(outputs)
-            for index, choice in enumerate(_best(output.choices, self._request))
-        ]
-        return self.chunk(choices, usage)
-
-    def parts(self, position: int, delta: OutputDelta) -> Iterator[CompletionChoice]:
-        if delta.prompt_logprobs is not None:
-            self._prompt_logprobs[position] = delta.prompt_logprobs
-        for new in delta.choices:
-            if new.text or new.logprobs or new.finish_reason:
-                yield self._choice(position, new.index, new, self._prompt_logprobs.get(position, ()))
-
-    def chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
-        return Completion(**self.heading, choices=choices, usage=usage)
-
-    def _choice(
-        self, position: int, index: int, part: WholeChoice | ChoiceDelta, prompt_logprobs: Sequence[Entry | None]
-    ) -> CompletionChoice:
-        """position: of the prompt. index: among its choices."""
-        number = position * (self._request.n or 1) + index
-        text, rows = part.text, sampled(part.logprobs or ())
-        if self._request.echo and self._tokenizer is not None and number not in self._tables:
-            prompt = self.prompts[position]
-            text = (self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
-            rows = chain(of_prompt(prompt.token_ids, prompt_logprobs, self._tokenizer), rows)
-        table = self._tables.setdefault(number, CompletionTable(self._names))
-        return CompletionChoice(
-            index=number,
-            text=text,
-            logprobs=table.part(rows) if self._request.logprobs is not None else None,
-            finish_reason=part.finish_reason,
-            stop_reason=part.stop_reason,
-            prompt_logprobs=vllm_prompt_logprobs(prompt_logprobs) if self._request.prompt_logprobs is not None else UNSET,
-        )

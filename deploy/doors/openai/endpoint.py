@@ -8,7 +8,7 @@ Knows nothing of HTTP: a request's record comes in, a response's record or encod
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import Caller
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
+from deploy.doors.openai.answers.logprobs import TokenNames
 from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Completion, Usage
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.sse import event
@@ -27,16 +28,24 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import OutputDelta
 from deploy.frontend.service import Service
 from deploy.text.prompts import Content, Prompt, PromptError
+from deploy.text.tokenizer import Tokenizer
 
 R = TypeVar("R", bound=GenerationRequest)
 
 
-class Answer(ABC):
-    """How the output of one request is told. heading: what every response and chunk of it says: id, created, model."""
+class Answer(ABC, Generic[R]):
+    """How the output of one request is told. heading: what every response and chunk of it says: id, created, model. tools: what
+    the model may call, to find its calls in the output."""
 
-    def __init__(self, heading: dict[str, Any], prompts: list[Prompt]) -> None:
+    def __init__(
+        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, tokenizer: Tokenizer | None
+    ) -> None:
+        self.request = request
         self.heading = heading
         self.prompts = prompts
+        self.tools = tools
+        self.tokenizer = tokenizer
+        self.names = TokenNames(tokenizer)
 
     @abstractmethod
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion | ChatCompletion:
@@ -57,6 +66,7 @@ class Endpoint(ABC, Generic[R]):
     id_prefix: ClassVar[str]
     """What a response's id begins with."""
     prompt_field: ClassVar[str]
+    answer: Callable[..., Answer[R]]
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         self._service = service
@@ -86,7 +96,7 @@ class Endpoint(ABC, Generic[R]):
         if options.include_usage:
             yield event(answer.chunk([], meter.usage()))
 
-    async def _begin(self, request: R, caller: Caller) -> Answer:
+    async def _begin(self, request: R, caller: Caller) -> Answer[R]:
         """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
         that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
@@ -103,9 +113,9 @@ class Endpoint(ABC, Generic[R]):
         except PromptError as error:
             raise RequestError.of_prompt(error, error.field or self.prompt_field) from None
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": int(time.time()), "model": self._service.model.name}
-        return self._answer(request, named, prompts, tools)
+        return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
 
-    def _deltas(self, answer: Answer, caller: Caller) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    def _deltas(self, answer: Answer[R], caller: Caller) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         return self._service.generate(answer.prompts, request_id=caller.request_id, traceparent=caller.traceparent)
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
@@ -119,6 +129,3 @@ class Endpoint(ABC, Generic[R]):
     @abstractmethod
     def _contents(self, request: R, tools: Tools | None) -> Sequence[Content]:
         """Of each prompt. Errors: RequestError, PromptError."""
-
-    @abstractmethod
-    def _answer(self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None) -> Answer: ...
