@@ -118,7 +118,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Iterable[Message] | Iterable[Sequence[Message]],
         sampling_params: Params = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,

@@ -7,8 +7,6 @@ transformers before a command needs them, so that --help is instant.
 import sys
 import time
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +16,7 @@ from deploy.cli.exits import interrupts_held, reported_errors
 from deploy.cli.options import ConfigOption, DebugOption, flag, sampling_values, with_options
 from deploy.cli.records import Record, open_records
 from deploy.config.load import Config, load_config
+from deploy.config.version import VERSION
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.files import decode, split_lines
 from deploy.text.prompts import PromptError
@@ -60,10 +59,7 @@ QuietOption = Annotated[bool, flag("--quiet", short="-q", help="No progress, no 
 
 def version() -> None:
     """Print the version."""
-    try:
-        typer.echo(f"manta {installed_version('manta-serve')}")
-    except PackageNotFoundError:
-        typer.echo("manta, from a source folder")
+    typer.echo(f"manta {VERSION}" if VERSION else "manta, from a source folder")
 
 
 @with_options

@@ -15,21 +15,16 @@ OTHER_NAMES = {
     "host_pages": "host_kv_memory",
     "swap_space": "host_kv_memory",
     "gpu_memory_utilization": "gpu_memory_fraction",
-    "tp": "tensor_parallel_size",
     "data_parallel_size": "groups",
     "max_seq_len": "max_model_len",
-    "max_batch_size": "max_num_seqs",
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
-    "num_return_sequences": "n",
     "input_ids": "prompt_token_ids",
-    "chat_template_args": "chat_template_kwargs",
-    "salt": "cache_salt",
     "user": "tenant",
 }
 """What settings and fields are called elsewhere, or were here."""
 
-ALIKE = 0.7
+ALIKE = 0.75
 """How alike two names must be, 0 to 1, for the one to be a misspelling of the other."""
 
 _MESSAGE = re.compile(

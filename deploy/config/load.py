@@ -110,11 +110,6 @@ def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
 
 
-def serve_config(values: Mapping[str, Any]) -> ServeConfig:
-    """Builds the endpoint's settings by field name."""
-    return _settings(values, ServeConfig)
-
-
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     """Builds sampling parameters by field name. `stop` may be one string; the keys of `logit_bias` may be strings
     (JSON)."""
@@ -216,7 +211,7 @@ def _config(
     return Config(
         engine_config(sections["engine"] | _given(engine)),
         sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
-        serve_config(sections["serve"] | _given(serve)),
+        _settings(sections["serve"] | _given(serve), ServeConfig),
     )
 
 

@@ -3,9 +3,6 @@
 Imports fastapi; what the paths do is in `openai/` and `metrics`.
 """
 
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
-
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from deploy.config.serve import ServeConfig
+from deploy.config.version import VERSION
 from deploy.doors.access import ApiKeys
 from deploy.doors.entrance import REQUEST_ID_HEADER, Admission, Entrance, error_response
 from deploy.doors.openai.document import add_schemas
@@ -25,6 +23,7 @@ from deploy.frontend.service import Service
 from deploy.observing import metrics
 
 READY_RETRY_S = 1.0
+SHOWN_VERSION = VERSION or "0 (from a source folder)"
 
 
 def create_app(
@@ -33,7 +32,8 @@ def create_app(
     """The endpoint of one service, which somebody else runs. keys: none leave it open. pages: to look at, beside the API.
     names_responses: False where whoever runs it puts the request's id on every response, as Ray Serve does."""
     app = FastAPI(
-        title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys, names_responses),
+        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None,
+        middleware=_middleware(config, keys, names_responses),
         exception_handlers={
             RequestError: _on_request_error, RequestValidationError: _on_bad_parameter, HTTPException: _on_http_error,
             Exception: _on_fault if names_responses else _on_unnamed_fault,
@@ -45,14 +45,6 @@ def create_app(
     _add_operations(app, service)
     add_schemas(app.openapi(), *RECORDS)
     return app
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return installed_version("manta-serve")
-    except PackageNotFoundError:
-        return "0 (from a source folder)"
 
 
 def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> list[Middleware]:
@@ -89,7 +81,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         """Of Manta."""
-        return {"version": version()}
+        return {"version": SHOWN_VERSION}
 
 
 async def _on_request_error(_: Request, error: Exception) -> Response:

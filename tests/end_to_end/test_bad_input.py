@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from deploy import LLM, SamplingParams
 from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.frontend.outputs import GenerationError
 from deploy.text.prompts import PromptError
 from manta.commands import app
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_cannot_be_served(
 )
 def test_settings_that_cannot_be(options: dict[str, Any], words: str, checkpoints: dict[str, Path]) -> None:
     usual: dict[str, Any] = {"local": True, "block_size": BLOCK, "kv_memory": "1MiB", "threads": 1}
-    with nothing_left_behind(), pytest.raises(ValueError, match=words):
+    with nothing_left_behind(), pytest.raises(ConfigError, match=words):
         LLM(checkpoints[QWEN3], **usual | options)
 
 

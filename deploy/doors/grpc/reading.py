@@ -4,12 +4,11 @@ Imports the generated messages and what HTTP checks by too; no gRPC.
 """
 
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, Caller
-from deploy.doors.openai.reading import at_most, check_model, check_numbers, sampling_params
+from deploy.doors.openai.reading import check_model, check_numbers, sampling_params
 from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
@@ -56,10 +55,6 @@ class Reader:
     def check_model(self, name: str) -> None:
         """Errors: RequestError NOT_FOUND."""
         check_model(name or None, self._service.model)
-
-    def check_batch(self, requests: Sequence[pb.GenerateRequest]) -> None:
-        """Errors: RequestError."""
-        at_most("requests", len(requests), self._config.max_prompts, "max_prompts")
 
     def check_size(self, size_bytes: int) -> None:
         """Errors: RequestError TOO_LARGE."""

@@ -94,6 +94,9 @@ class Chat(Endpoint[ChatRequest]):
     def _tools(self, request: ChatRequest) -> Tools | None:
         return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)
 
+    def _called(self, request: ChatRequest, field: str) -> str:
+        return "max_completion_tokens" if field == "max_tokens" and request.max_completion_tokens is not None else field
+
     def _fields(self, request: ChatRequest) -> dict[str, Any]:
         if request.top_logprobs is not None and not request.logprobs:
             raise RequestError.invalid("top_logprobs goes with logprobs=true: set it", "top_logprobs")

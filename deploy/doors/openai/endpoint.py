@@ -111,7 +111,8 @@ class Endpoint(ABC, Generic[R]):
             contents = self._contents(request, tools)
             prompts = [await self._service.prompt(content, params, terms) for content in contents]
         except PromptError as error:
-            raise RequestError.of_prompt(error, error.field or self.prompt_field) from None
+            field = error.field and self._called(request, error.field)
+            raise RequestError.of_prompt(error, field or self.prompt_field) from None
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": int(time.time()), "model": self._service.model.name}
         return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
 
@@ -121,6 +122,10 @@ class Endpoint(ABC, Generic[R]):
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
         """What the model may call. Errors: RequestError."""
         return None
+
+    def _called(self, request: R, field: str) -> str:  # noqa: ARG002
+        """What the request calls a sampling parameter."""
+        return field
 
     @abstractmethod
     def _fields(self, request: R) -> dict[str, Any]:

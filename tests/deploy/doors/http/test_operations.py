@@ -66,6 +66,8 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"prompt": ""}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {}}, "chat_template_kwargs"),
         ("/tokenize", {"promt": "a"}, "promt"),
         ("/detokenize", {"tokens": [4096]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
