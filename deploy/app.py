@@ -48,6 +48,8 @@ MAX_ASKING = 1024
 LIVE_KEYS = ("groups",)
 """Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
 HEALTH_CHECK_S = 5.0
+GRACE_S = 10.0
+"""What requests under way have to end in when their replica shall."""
 CALL_TIMEOUT_S = 10.0
 QUIET = LoggingConfig(enable_access_log=False)
 """Serve would log every call, and front ends ask the Engine how the cluster is once a second."""
@@ -176,7 +178,7 @@ def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, thread
     )(EngineReplica)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=10,
+        ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
     )(Ingress)  # fmt: skip
     return front.bind(owner.bind(engine, limits, threads), engine, limits, keys)
 

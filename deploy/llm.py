@@ -16,22 +16,22 @@ import queue
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
-from deploy.config.load import bound_openmp_spin, engine_config
+from deploy.config.load import ConfigError, bound_openmp_spin, engine_config
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput
 from deploy.text.files import writable
-from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits
-from deploy.text.sources import Source, read_conversation, read_params, read_source, read_terms
+from deploy.text.prompts import Prompt, PromptError, PromptParser, Terms, read_model_limits
+from deploy.text.sources import Source, read_source, read_terms
 from deploy.text.tokenizer import Message, Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 
@@ -40,8 +40,7 @@ logger = logging.getLogger(__name__)
 CTRL_C_POLL_S = 0.2
 """A signal that comes just before a wait begins does not end it; so no wait is longer than this."""
 
-S = TypeVar("S")
-Params = SamplingParams | Sequence[SamplingParams] | None
+Params = SamplingParams | Iterable[SamplingParams] | None
 """One for all prompts, one for each, or the defaults."""
 
 
@@ -49,47 +48,30 @@ class LLM:
     """One model, served by `groups` tensor-parallel groups under one scheduler. Usable from any thread, and from
     asyncio.
 
-    model: folder of a Hugging Face checkpoint; left out, the tiny one that comes with Manta. kv_memory: of each rank,
-    in bytes or as "4GiB". local: without Ray, in this process; on a GPU the ranks have one of their own. options: the
-    other fields of `cluster.config.EngineConfig`.
-    Errors: ValueError or OSError for what was asked (unknown options name the nearest one), EngineError for what went
-    wrong.
+    model: folder of a Hugging Face checkpoint; left out, the tiny one that comes with Manta. options: the other fields of
+    `cluster.config.EngineConfig`, such as tensor_parallel_size, groups, dtype and block_size; kv_memory, of each rank, in bytes
+    or as "4GiB"; local, without Ray, in this process (on a GPU the ranks have one of their own). progress: told in words what
+    the start is doing.
+    Errors: ConfigError or OSError for what was asked (unknown options name the nearest one), EngineError for what went wrong.
     """
 
-    def __init__(
-        self,
-        model: str | Path | None = None,
-        *,
-        tensor_parallel_size: int = 1,
-        groups: int = 1,
-        dtype: str = "auto",
-        block_size: int = 256,
-        kv_memory: int | str | None = None,
-        max_num_batched_tokens: int = 2048,
-        local: bool = False,
-        progress: Progress = logger.info,
-        **options: Any,
-    ) -> None:
-        named = {
-            "model": None if model is None else str(model),
-            "tensor_parallel_size": tensor_parallel_size,
-            "groups": groups,
-            "dtype": dtype,
-            "block_size": block_size,
-            "kv_memory": kv_memory,
-            "max_num_batched_tokens": max_num_batched_tokens,
-            "local": local,
-        }
-        self._open(engine_config(named | options), progress)
+    def __init__(self, model: str | Path | None = None, *, progress: Progress = logger.info, **options: Any) -> None:
+        self._open(engine_config({"model": model, **options}), progress)
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress = logger.info) -> "LLM":
-        """The same from a ready configuration. progress: told in words what the start is doing."""
+        """The same from a ready configuration."""
         llm = cls.__new__(cls)
         llm._open(config, progress)
         return llm
 
     def _open(self, config: EngineConfig, progress: Progress) -> None:
+        try:
+            self._start(config, progress)
+        except ValueError as error:  # a checkpoint or a rank that the settings do not fit
+            raise ConfigError(str(error)) from error
+
+    def _start(self, config: EngineConfig, progress: Progress) -> None:
         bound_openmp_spin()
         checkpoint = Path(config.model)
         limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
@@ -115,7 +97,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Source | Sequence[Source],
+        prompts: Source | Iterable[Source],
         sampling_params: Params = None,
         *,
         tenant: str = "",
@@ -131,29 +113,35 @@ class LLM:
         that are higher. All three hold for prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        call = _terms(tenant, deadline_s, priority)
-        return self._complete(_all_or_none(self._parse(_as_list(prompts), read_source, sampling_params, call)), progress)
+        parsed = self._parse(_as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority))
+        return self._complete(_all_or_none(parsed), progress)
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Iterable[Message] | Iterable[Sequence[Message]],
         sampling_params: Params = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, through the checkpoint's chat template. Otherwise as `generate`."""
-        single = not messages or isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        call = _terms(tenant, deadline_s, priority)
-        parsed = self._parse(conversations, lambda each, terms: (read_conversation(each), terms), sampling_params, call)
-        return self._complete(_all_or_none(parsed), progress)
+        """Answers one conversation or several, through the checkpoint's chat template. tools: what the model may call, in
+        OpenAI's form, for the template to show; its calls are text of the output. chat_template_kwargs: what else the template
+        can be told. Otherwise as `generate`."""
+        given = _listed(messages, 'messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+        several = bool(given) and all(isinstance(each, list | tuple) for each in given)
+        asked = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        sources: list[Source] = [{"messages": each, **asked} for each in (given if several else [given])]
+        return self.generate(
+            sources, sampling_params, tenant=tenant, deadline_s=deadline_s, priority=priority, progress=progress
+        )
 
     def iterate(
         self,
-        prompts: Source | Sequence[Source],
+        prompts: Source | Iterable[Source],
         sampling_params: Params = None,
         *,
         tenant: str = "",
@@ -168,7 +156,7 @@ class LLM:
         where others can. Errors: PromptError.
         """
         sources = _as_list(prompts)
-        parsed = self._parse(sources, read_source, sampling_params, _terms(tenant, deadline_s, priority))
+        parsed = self._parse(sources, sampling_params, _terms(tenant, deadline_s, priority))
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
             return self._run(dict(enumerate(_all_or_none(parsed))), each_token=True)
@@ -192,7 +180,7 @@ class LLM:
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
         aborts the request. tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it fails.
         """
-        parsed = _all_or_none(self._parse([prompt], read_source, sampling_params, _terms(tenant, deadline_s, priority)))
+        parsed = _all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority)))
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
         submitted_s = loop.time()
         generations = self._frontend.submit(parsed, lambda _: loop.call_soon_threadsafe(grown.set))
@@ -226,37 +214,26 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.shutdown()
 
     # ---- common ----
 
-    def _parse(
-        self, sources: Sequence[S], read: Callable[[S, Terms], tuple[Content, Terms]], params: Params, call: Terms
-    ) -> list[Prompt | PromptError]:
+    def _parse(self, sources: Sequence[Source], params: Params, call: Terms) -> list[Prompt | PromptError]:
         """Errors: PromptError for what is wrong with the call as a whole."""
         if params is None or isinstance(params, SamplingParams):
-            every, known = [self._fit(params or SamplingParams())] * len(sources), True
+            every = [params or SamplingParams()] * len(sources)
         else:
-            every, known = list(params), False
+            every = _listed(params, "sampling parameters must be SamplingParams(...), or a list of them, one for each prompt")
         if len(every) != len(sources):
-            raise PromptError(
-                f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all"
-            )
+            raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
         parsed: list[Prompt | PromptError] = []
         for source, each in zip(sources, every, strict=True):
             try:
-                content, terms = read(source, call)
-                parsed.append(self._parser.prompt(content, each if known else self._fit(each), terms))
+                parsed.append(self._parser.prompt(*read_source(source, each, call)))
             except PromptError as error:
                 parsed.append(error)
         return parsed
-
-    def _fit(self, params: SamplingParams) -> SamplingParams:
-        """Errors: PromptError."""
-        return self._parser.fit(read_params(params))
 
     def _complete(self, prompts: list[Prompt], progress: bool) -> list[RequestOutput]:
         from deploy.cli.display import request_bar
@@ -342,10 +319,16 @@ def _refusal(source: Source, error: PromptError) -> RequestOutput:
     return RequestOutput("", prompt, [], None, [failed], finished=True, error=str(error), fault=Fault.INVALID)
 
 
-def _as_list(prompts: Source | Sequence[Source]) -> Sequence[Source]:
-    """One prompt or several: a list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping):
+def _as_list(prompts: Source | Iterable[Source]) -> list[Source]:
+    """One prompt or several: integers are one prompt. Errors: PromptError."""
+    if isinstance(prompts, str | bytes | Mapping):
         return [prompts]
-    if len(prompts) and not hasattr(prompts[0], "__len__"):
-        return [cast(Sequence[int], prompts)]
-    return cast(Sequence[Source], prompts)
+    given = _listed(prompts, "prompts must be a text, token ids, a mapping, or a list of these")
+    return [given] if given and not hasattr(given[0], "__len__") else given
+
+
+def _listed(given: Any, wanted: str) -> list[Any]:
+    """Errors: PromptError for what is no list, nor anything like it."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise PromptError(f"{wanted}, not {type(given).__name__}")
+    return list(given)

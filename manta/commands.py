@@ -18,13 +18,7 @@ from simulator.command import command as replay
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-app = typer.Typer(
-    name="manta",
-    help="Manta serves large language models on a Ray cluster, with one owner of every KV block.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(name="manta", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (batch, commands.generate, commands.serve, top, commands.version):
     app.command()(command)
 app.command("replay", cls=OldSpellings)(replay)

@@ -36,9 +36,7 @@ class EndpointBackend:
             said = str(error) or type(error).__name__
             raise RequestError(Fault.UNAVAILABLE, f"{self._client.base_url} cannot be reached: {said}") from error
         if response.status_code in REFUSED_KEY:
-            raise ConfigError(
-                f"{self._client.base_url} refuses the API key ({_message(response)}): give one by --api-key-file"
-            )
+            raise ConfigError(f"{self._client.base_url} refuses the API key ({_message(response)}): give one by --api-key-file")
         if response.status_code in TRY_AGAIN:
             fault = TRY_AGAIN[response.status_code]
             raise RequestError(fault, _message(response), retry_after_s=_retry_after_s(response))
@@ -47,14 +45,14 @@ class EndpointBackend:
 
 @asynccontextmanager
 async def open_endpoint(url: str, api_key: str | None, concurrency: int) -> AsyncIterator[EndpointBackend]:
-    """url: with or without the `/v1` at its end. Errors: ConfigError."""
+    """Errors: ConfigError."""
     import httpx
 
     from deploy.config.client import open_client
 
     async with open_client(
         httpx.AsyncClient,
-        url.rstrip("/").removesuffix("/v1"),
+        url,
         api_key,
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),

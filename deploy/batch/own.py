@@ -18,7 +18,6 @@ from deploy.batch.lines import BatchRequest
 from deploy.config.load import Config
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import Caller
-from deploy.doors.openai.answers.responses import ChatCompletion, Completion
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.reading import read
@@ -42,21 +41,17 @@ class ServiceBackend:
         self._chat = Chat(service, limits, grammars)
 
     async def answer(self, request: BatchRequest) -> LineAnswer:
+        caller = Caller(request.id)
         try:
-            whole = await (self._converse(request) if request.url == CHAT_URL else self._complete(request))
+            if request.url == CHAT_URL:
+                whole = await self._chat.whole(read(request.body, ChatRequest), caller)
+            else:
+                whole = await self._completions.whole(read(request.body, CompletionRequest), caller)
         except RequestError as error:
             if error.fault is Fault.UNAVAILABLE:
                 _refuse_stopped(await self._cluster.status())
             raise
         return LineAnswer(200, msgspec.json.encode(whole), whole.usage.completion_tokens if whole.usage else 0)
-
-    async def _complete(self, request: BatchRequest) -> Completion:
-        asked = read(request.body, CompletionRequest)
-        return await self._completions.whole(asked, await self._completions.job(asked, Caller(request.id)))
-
-    async def _converse(self, request: BatchRequest) -> ChatCompletion:
-        asked = read(request.body, ChatRequest)
-        return await self._chat.whole(asked, await self._chat.job(asked, Caller(request.id)))
 
 
 @asynccontextmanager

@@ -1,8 +1,8 @@
-"""How far a job is, in words. Reads no clock. Imports nothing."""
+"""How far a job is, in words. Reads no clock. Imports rich's words for sizes."""
 
 from datetime import timedelta
 
-UNITS = ("bytes", "kB", "MB", "GB", "TB")
+from rich.filesize import decimal
 
 
 class JobTally:
@@ -38,7 +38,7 @@ class JobTally:
         self._told = (now_s, self.output_tokens)
         rate = (self.output_tokens - told_tokens) / max(now_s - told_s, 1e-9)
         share = (self._done_bytes + self._skipped_bytes) / self._total_bytes if self._total_bytes else 1.0
-        told = [self._counts(), f"{share:.1%} of {_size(self._total_bytes)}", f"{rate:,.0f} tokens/s"]
+        told = [self._counts(), f"{share:.1%} of {decimal(self._total_bytes)}", f"{rate:,.0f} tokens/s"]
         if self._done_bytes and self._started_s is not None:
             rest_bytes = max(0, self._total_bytes - self._done_bytes - self._skipped_bytes)
             rest_s = rest_bytes * (now_s - self._started_s) / self._done_bytes
@@ -56,10 +56,3 @@ class JobTally:
     def _counts(self) -> str:
         before = f", {self.skipped:,} done before" if self.skipped else ""
         return f"{self.answered:,} answered, {self.failed:,} failed{before}"
-
-
-def _size(size_bytes: float) -> str:
-    unit = 0
-    while size_bytes >= 1000 and unit < len(UNITS) - 1:
-        size_bytes, unit = size_bytes / 1000, unit + 1
-    return f"{size_bytes:.1f} {UNITS[unit]}" if unit else f"{size_bytes:.0f} {UNITS[0]}"

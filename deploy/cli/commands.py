@@ -7,8 +7,6 @@ transformers before a command needs them, so that --help is instant.
 import sys
 import time
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +14,13 @@ import typer
 
 from deploy.cli.exits import interrupts_held, reported_errors
 from deploy.cli.options import ConfigOption, DebugOption, flag, sampling_values, with_options
-from deploy.cli.records import RecordWriter
+from deploy.cli.records import Record, open_records
 from deploy.config.load import Config, load_config
+from deploy.config.version import VERSION
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.files import decode, split_lines
 from deploy.text.prompts import PromptError
 from deploy.text.sources import Source, as_chat, as_token_ids, read_jsonl
-from scheduler.protocol.sampling import SamplingParams
 
 
 class InputFormat(StrEnum):
@@ -31,7 +29,6 @@ class InputFormat(StrEnum):
     jsonl = "jsonl"
     lines = "lines"
     text = "text"
-
 
 
 PromptArguments = Annotated[
@@ -49,9 +46,7 @@ FormatOption = Annotated[
     ),
 ]
 ChatOption = Annotated[bool, flag("--chat", help="Prompts are users' messages for the chat template. Default: no.")]
-TokenIdsOption = Annotated[
-    bool, flag("--token-ids", help="Prompts are token ids, apart by spaces or commas. Default: no.")
-]
+TokenIdsOption = Annotated[bool, flag("--token-ids", help="Prompts are token ids, apart by spaces or commas. Default: no.")]
 OutputOption = Annotated[
     Path | None, flag("--output", short="-o", help="Write results here as JSON lines; - is stdout. Default: none.")
 ]
@@ -61,12 +56,10 @@ StreamOption = Annotated[
 ]
 QuietOption = Annotated[bool, flag("--quiet", short="-q", help="No progress, no closing table on stderr. Default: no.")]
 
+
 def version() -> None:
     """Print the version."""
-    try:
-        typer.echo(f"manta {installed_version('manta-serve')}")
-    except PackageNotFoundError:
-        typer.echo("manta, from a source folder")
+    typer.echo(f"manta {VERSION}" if VERSION else "manta, from a source folder")
 
 
 @with_options
@@ -93,10 +86,10 @@ def generate(
     """
     with reported_errors(debug):
         settings = load_config(config, engine, sampling_values(sampling))
-        requests = read_requests(prompts or [], input, format, chat, token_ids, settings.sampling)
-        with RecordWriter.open(output) as records:
+        sources = read_sources(prompts or [], input, format, chat, token_ids)
+        with open_records(output) as record:
             shown = stream if stream is not None else output is None
-            outputs = run(settings, requests, records, shown, quiet)
+            outputs = run(settings, sources, record, shown, quiet)
         if any(each.error for each in outputs):
             raise GenerationError.of(outputs)
 
@@ -121,64 +114,52 @@ def serve(
         serving.serve(settings, display.StartView())
 
 
-def run(
-    settings: Config, requests: list[tuple[Source, SamplingParams]], records: RecordWriter, stream: bool, quiet: bool
-) -> list[RequestOutput]:
-    """Starts the cluster, runs every request, and ends the cluster whatever happened."""
+def run(settings: Config, sources: list[Source], record: Record, stream: bool, quiet: bool) -> list[RequestOutput]:
+    """Starts the cluster, runs every prompt, and ends the cluster whatever happened."""
     from deploy.cli import display
     from deploy.llm import LLM
 
     with display.start_progress(not quiet) as progress:
         llm = LLM.from_config(settings.engine, progress)
     try:
-        labels = [display.label(source) for source, _ in requests]
+        labels = [display.label(source) for source in sources]
         started_s = time.monotonic()
         outputs: dict[int, RequestOutput] = {}
-        with display.choose_view(labels, stream, quiet) as view:
-            sources, params = [source for source, _ in requests], [each for _, each in requests]
-            for position, output in llm.iterate(sources, params, each_alone=True):
-                view.show(position, output)
+        with display.shown_outputs(labels, stream, quiet) as show:
+            for position, output in llm.iterate(sources, settings.sampling, each_alone=True):
+                show(position, output)
                 if output.finished:
                     outputs[position] = output
-                    records.write(position, output)
+                    record(position, output)
         if not quiet:
             display.print_summary(llm.stats(), time.monotonic() - started_s)
     finally:
         with interrupts_held():
             llm.shutdown()
-    return [outputs[position] for position in range(len(requests))]
+    return [outputs[position] for position in range(len(sources))]
 
 
-def read_requests(
-    prompts: list[str],
-    file: Path | None,
-    format: InputFormat | None,
-    chat: bool,
-    token_ids: bool,
-    params: SamplingParams,
-) -> list[tuple[Source, SamplingParams]]:
-    """Prompts from wherever they are, each with its sampling parameters. Errors: PromptError, OSError."""
+def read_sources(
+    prompts: list[str], file: Path | None, format: InputFormat | None, chat: bool, token_ids: bool
+) -> list[Source]:
+    """Prompts from wherever they are. Errors: PromptError, OSError."""
     if chat and token_ids:
         raise PromptError("--chat and --token-ids exclude each other: leave one of them out")
     if prompts and file is not None:
         raise PromptError("prompts were given both as arguments and by --input: leave one of them out")
-    requests: list[tuple[Source, SamplingParams]]
-    if prompts:
-        requests = [(prompt, params) for prompt in prompts]
-    else:
+    sources: list[Source] = [*prompts]
+    if not prompts:
         content, name, kind = _read_input(file, format)
         if kind is InputFormat.jsonl:
-            requests = list(read_jsonl(split_lines(content), name, params))
+            sources = list(read_jsonl(split_lines(content), name))
         else:
             texts = split_lines(content) if kind is InputFormat.lines else [content]
-            requests = [(text, params) for text in texts if text.strip()]
-        if not requests:
+            sources = [text for text in texts if text.strip()]
+        if not sources:
             raise PromptError(f"{name} holds no prompt")
     if chat:
-        return [(as_chat(source), each) for source, each in requests]
-    if token_ids:
-        return [(as_token_ids(source), each) for source, each in requests]
-    return requests
+        return [as_chat(source) for source in sources]
+    return [as_token_ids(source) for source in sources] if token_ids else sources
 
 
 def _read_input(file: Path | None, format: InputFormat | None) -> tuple[str, str, InputFormat]:

@@ -5,8 +5,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -30,16 +28,8 @@ LIVE_LINES = 4
 REFRESH_PER_S = 10
 
 
-class View(Protocol):
-    """Shows outputs as they grow."""
-
-    def show(self, position: int, output: RequestOutput) -> None: ...
-
-    def __enter__(self) -> "View": ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+Show = Callable[[int, RequestOutput], None]
+"""Takes (position of the prompt, its output so far)."""
 
 
 class PlainView:
@@ -86,14 +76,6 @@ class PlainView:
             count = f"{self._position + 1}/{len(self._labels)}{which}"
             sys.stdout.write(f"── {count}: {self._labels[self._position]} ──\n")
 
-    def __enter__(self) -> "PlainView":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
 
 class LiveView:
     """For a terminal: the last lines of everything under way and a progress bar below; what has ended scrolls up
@@ -106,7 +88,7 @@ class LiveView:
         self._tokens = 0
         self._bar = _bar(console)
         self._task = self._bar.add_task("", total=len(labels), tokens=0)
-        self._live = Live(
+        self.live = Live(
             get_renderable=self._render, console=console, refresh_per_second=REFRESH_PER_S, transient=True,
             vertical_overflow="crop",
         )  # fmt: skip
@@ -133,35 +115,6 @@ class LiveView:
         title = Text(f"{position + 1}: {self._labels[position]}")
         style = "red" if output.error else "green" if output.finished else "dim"
         return Panel(Text("\n┄┄┄\n".join(texts)), title=title, title_align="left", border_style=style)
-
-    def __enter__(self) -> "LiveView":
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-
-class BarView:
-    """Only a progress bar, on stderr; the text goes elsewhere."""
-
-    def __init__(self, labels: Sequence[str], shown: bool) -> None:
-        self._context = request_bar(len(labels), shown)
-
-    def show(self, position: int, output: RequestOutput) -> None:  # noqa: ARG002
-        if output.finished:
-            self._advance(output)
-
-    def __enter__(self) -> "BarView":
-        self._advance = self._context.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._context.__exit__(kind, error, trace)
 
 
 @contextmanager
@@ -276,12 +229,19 @@ def print_summary(stats: EngineStats, elapsed_s: float) -> None:
     console.print(groups)
 
 
-def choose_view(labels: Sequence[str], stream: bool, quiet: bool) -> View:
-    """stream: the text goes to stdout as it grows; otherwise only progress is shown, unless quiet."""
-    if not stream:
-        return BarView(labels, shown=not quiet)
+@contextmanager
+def shown_outputs(labels: Sequence[str], stream: bool, quiet: bool) -> Iterator[Show]:
+    """stream: the text goes to stdout as it grows; otherwise only progress is shown, on stderr, unless quiet."""
     console = Console()
-    return LiveView(labels, console) if console.is_terminal and not quiet else PlainView(labels)
+    if not stream:
+        with request_bar(len(labels), not quiet) as advance:
+            yield lambda _, output: advance(output) if output.finished else None
+    elif console.is_terminal and not quiet:
+        view = LiveView(labels, console)
+        with view.live:
+            yield view.show
+    else:
+        yield PlainView(labels).show
 
 
 def label(source: Source) -> str:

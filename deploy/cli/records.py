@@ -1,8 +1,9 @@
 """Results as JSON lines, in the order of the prompts, each written as soon as those before it are."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import msgspec
@@ -11,49 +12,49 @@ from deploy.frontend.outputs import CompletionOutput, RequestOutput
 
 STDOUT = "-"
 
+Record = Callable[[int, RequestOutput], None]
+"""Takes (position of the prompt, its output, which has ended)."""
+
 
 class RecordWriter:
-    """A line for each output; the destination is opened before the work begins, so that a bad path costs nothing."""
+    """A line for each output."""
 
-    def __init__(self, file: BinaryIO | None, close: bool) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._close = close
         self._waiting: dict[int, RequestOutput] = {}
         self._next = 0
 
-    @classmethod
-    def open(cls, path: Path | None) -> "RecordWriter":
-        """path: None writes nothing, - is stdout. Errors: OSError."""
-        if path is None:
-            return cls(None, close=False)
-        if str(path) == STDOUT:
-            return cls(sys.stdout.buffer, close=False)
-        return cls(path.open("wb"), close=True)
-
     def write(self, position: int, output: RequestOutput) -> None:
         """Takes a finished output in any order."""
-        if self._file is None:
-            return
         self._waiting[position] = output
-        while (ready := self._waiting.pop(self._next, None)) is not None:
-            self._file.write(msgspec.json.encode(_record(self._next, ready)) + b"\n")
+        while self._next in self._waiting:
+            self._put(self._next)
             self._next += 1
         self._file.flush()
 
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def finish(self) -> None:
         """After an interruption, what has ended beyond a gap is written too; `index` says which it is."""
-        if self._file is None:
-            return
         for position in sorted(self._waiting):
-            self._file.write(msgspec.json.encode(_record(position, self._waiting[position])) + b"\n")
+            self._put(position)
         self._file.flush()
-        if self._close:
-            self._file.close()
+
+    def _put(self, position: int) -> None:
+        self._file.write(msgspec.json.encode(_record(position, self._waiting.pop(position))) + b"\n")
+
+
+@contextmanager
+def open_records(path: Path | None) -> Iterator[Record]:
+    """`RecordWriter.write`. path: None writes nothing, - is stdout. It is opened before the work begins, so that a bad one
+    costs nothing. Errors: OSError."""
+    if path is None:
+        yield lambda _, __: None
+        return
+    with nullcontext(sys.stdout.buffer) if str(path) == STDOUT else path.open("wb") as file:
+        writer = RecordWriter(file)
+        try:
+            yield writer.write
+        finally:
+            writer.finish()
 
 
 def _record(position: int, output: RequestOutput) -> dict[str, Any]:

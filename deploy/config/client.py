@@ -15,11 +15,12 @@ EXAMPLE = "http://127.0.0.1:8000"
 
 
 def open_client(kind: type[C], url: str, api_key: str | None, **options: Any) -> C:
-    """A client whose paths are below `url`, which may leave out its http://. options: of httpx's clients.
+    """A client whose paths are below `url`, which may leave out its http://, and may have the /v1 at its end that clients of
+    OpenAI's API are told. options: of httpx's clients.
 
     Errors: ConfigError for what is no address, and for proxies in the environment that httpx cannot use.
     """
-    address = url if "://" in url else f"http://{url}"
+    address = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     try:
         base = httpx.URL(address)
         if base.scheme not in ("http", "https") or not base.host:

@@ -1,12 +1,31 @@
-"""What msgspec finds wrong with a value, and where in it. Imports msgspec.
+"""What msgspec finds wrong with a value, and where in it; and which name was meant by one that nothing has. Imports msgspec.
 
 The one place that takes its messages apart: the path, and which field is unknown or missing, are nowhere else in its errors.
 """
 
+import difflib
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from msgspec import ValidationError
+
+OTHER_NAMES = {
+    "page_size": "block_size",
+    "host_pages": "host_kv_memory",
+    "swap_space": "host_kv_memory",
+    "gpu_memory_utilization": "gpu_memory_fraction",
+    "data_parallel_size": "groups",
+    "max_seq_len": "max_model_len",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "input_ids": "prompt_token_ids",
+    "user": "tenant",
+}
+"""What settings and fields are called elsewhere, or were here."""
+
+ALIKE = 0.75
+"""How alike two names must be, 0 to 1, for the one to be a misspelling of the other."""
 
 _MESSAGE = re.compile(
     r"(?P<said>Object (?:contains|missing) (?P<kind>unknown|required) field `(?P<field>.*?)`|(?s:.*?))"
@@ -22,9 +41,27 @@ class FieldFault(NamedTuple):
     said: str
     kind: str | None
 
+    def words(self, known: Collection[str]) -> str:
+        """What to tell whoever sent the value. known: names of its fields, one of which may have been meant."""
+        match self.kind:
+            case "unknown":
+                near = meant(self.path, known)
+                return f"unknown field {self.path!r}: {f'did you mean {near!r}?' if near else 'leave it out'}"
+            case "required":
+                return f"{self.path} is missing"
+            case _:
+                return f"{self.path or 'the body'}: {self.said[:1].lower()}{self.said[1:]}".replace("`", "")
+
 
 def where(error: ValidationError) -> FieldFault:
     match = _MESSAGE.fullmatch(str(error))
     assert match is not None, "it matches any text"
     path = ".".join(name for name in (match["path"], match["field"]) if name)
     return FieldFault(path, match["said"], match["kind"])
+
+
+def meant(name: str, known: Collection[str]) -> str | None:
+    """Which of the names was meant by one that is not among them; None if none is like it."""
+    if (other := OTHER_NAMES.get(name)) in known:
+        return other
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)), None)

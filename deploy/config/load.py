@@ -14,7 +14,6 @@ set and read what Ray Serve, and Manta in its processes, take from there. Import
       temperature: 0.7
 """
 
-import difflib
 import math
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from cluster.config import EngineConfig
-from deploy.config.faults import where
+from deploy.config.faults import meant, where
 from deploy.config.serve import ServeConfig
 from scheduler.options import options
 from scheduler.protocol.sampling import SamplingParams
@@ -111,11 +110,6 @@ def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
 
 
-def serve_config(values: Mapping[str, Any]) -> ServeConfig:
-    """Builds the endpoint's settings by field name."""
-    return _settings(values, ServeConfig)
-
-
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
     """Builds sampling parameters by field name. `stop` may be one string; the keys of `logit_bias` may be strings
     (JSON)."""
@@ -174,9 +168,7 @@ def parse_size(name: str, value: int | str) -> int:
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(
-            f'{name}={value!r} is not a size: write bytes, or a number with a unit such as "4GiB" or "512MiB"'
-        )
+        raise ConfigError(f'{name}={value!r} is not a size: write bytes, or a number with a unit such as "4GiB" or "512MiB"')
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -185,8 +177,8 @@ def reject_unknown(given: Iterable[Any], known: Iterable[str], prefix: str = "")
     legal = tuple(known)
     for key in given:
         if key not in legal:
-            near = difflib.get_close_matches(str(key), legal, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known are {', '.join(legal)}"
+            near = meant(str(key), legal)
+            hint = f"did you mean {prefix + near!r}?" if near else f"known are {', '.join(legal)}"
             raise ConfigError(f"unknown key {prefix + str(key)!r}: {hint}")
 
 
@@ -219,7 +211,7 @@ def _config(
     return Config(
         engine_config(sections["engine"] | _given(engine)),
         sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
-        serve_config(sections["serve"] | _given(serve)),
+        _settings(sections["serve"] | _given(serve), ServeConfig),
     )
 
 

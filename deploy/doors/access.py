@@ -1,32 +1,17 @@
-"""Who may come in, with how much, and on which terms: API keys, request ids, the size of a body. Pure ASGI, no state between
-requests.
-
-Imports starlette, the terms of prompts and the door's errors.
-"""
+"""Who may come in, at any door, and on which terms: API keys, and the one who asks. Imports the terms of prompts and the door's
+errors."""
 
 import hashlib
 import hmac
 import math
 import re
-import uuid
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
-
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.openai.errors import error_body, error_headers
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.prompts import MOST_URGENT, Terms
-
-REQUEST_ID_HEADER = "x-request-id"
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
-OPEN_FOLDERS = ("/status/",)
-"""What needs no key: whether the server is up, and the status page without its figures."""
 
 ACCOUNT_DIGITS = 16
 
@@ -108,104 +93,3 @@ def account(name: str) -> str:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-class RequestIds:
-    """Gives each request the id that its client chose, if it is a sane one, or a new one; the response names it.
-
-    Handlers find it with `request_id_of`. names_responses: False leaves the response to whoever names it as well.
-    """
-
-    def __init__(self, app: ASGIApp, names_responses: bool = True) -> None:
-        self._app = app
-        self._names_responses = names_responses
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        asked = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        name = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = name
-
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
-            await send(message)
-
-        await self._app(scope, receive, send_named if self._names_responses else send)
-
-
-def request_id_of(scope: MutableMapping[str, Any]) -> str:
-    """The id of the request under way."""
-    return str(scope["state"]["request_id"])
-
-
-def account_of(scope: MutableMapping[str, Any]) -> str:
-    """That of the key with which the request under way came; "" where there are no keys."""
-    return str(scope["state"].get("account", ""))
-
-
-class KeyCheck:
-    """Refuses requests without a key, before anything reads their body. Handlers find the key's account with `account_of`."""
-
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
-        self._app = app
-        self._keys = keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_open(scope):
-            try:
-                key_account = self._keys.check(Headers(scope=scope).get("authorization"))
-                scope.setdefault("state", {})["account"] = key_account
-            except RequestError as error:
-                await error_response(error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _is_open(scope: Scope) -> bool:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
-
-
-class BodyLimit:
-    """Refuses bodies that are too large: by their declared length at once, otherwise as soon as they have grown too large."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
-            return
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._max_bytes:
-                raise self._too_large()
-            return message
-
-        await self._app(scope, counted, send)
-
-    def _too_large(self) -> RequestError:
-        said = f"the body is larger than {self._max_bytes} bytes: send less, or let the server take more (max_request_bytes)"
-        return RequestError(Fault.TOO_LARGE, said)
-
-
-def error_response(error: RequestError) -> Response:
-    """OpenAI's form, with what a client needs to do better next time."""
-    headers = error_headers(error)
-    if error.fault is Fault.UNAUTHENTICATED:
-        headers["www-authenticate"] = "Bearer"
-    if error.fault in (Fault.TOO_LARGE, Fault.TOO_SLOW):
-        headers["connection"] = "close"  # the rest of the body is not read
-    return Response(error_body(error), error.fault.status, headers, "application/json")

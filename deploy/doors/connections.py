@@ -1,8 +1,8 @@
 """What a client may hold open: how long its requests take to arrive, and how many connections come from one address.
 
-    headers      `Bounded`, a uvicorn protocol, since none of uvicorn's options bounds them; HAProxy by an option of its own
-    bodies       `BodyDeadline`, in front of every handler, whoever the server is
-    connections  `Bounded`, HAProxy; gRPC knows calls alone, so there `BoundedCalls` counts those
+    headers      `BoundedProtocol`, a uvicorn protocol, since no option of uvicorn bounds them; HAProxy by its own
+    bodies       `entrance.Admission`, in front of every handler, whoever the server is
+    connections  `BoundedProtocol`, HAProxy; gRPC knows calls alone, so there `BoundedCalls` counts those
 
 Imports uvicorn, grpc and the door's errors.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import grpc
 from starlette.middleware import Middleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn import config as uvicorn_config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,101 +26,76 @@ Handler = Any
 """grpc.RpcMethodHandler, of which grpc has no types."""
 
 
-class BodyDeadline:
-    """Refuses bodies that have not arrived whole within `timeout_s` of their headers."""
+class BoundedProtocol(HttpToolsProtocol):
+    """What uvicorn speaks: HTTP/1.1, within `bounds`. Headers arrive within `receive_timeout_s` of the connection, or of the
+    next request's first byte; who sends nothing more is told by uvicorn's own `timeout_keep_alive`."""
 
-    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
-        self._app = app
-        self._timeout_s = timeout_s
+    bounds: ServeConfig
+    addresses: Counter[str]
+    """How many each address has open with one server."""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        due_s, whole = asyncio.get_running_loop().time() + self._timeout_s, False
+    _late: asyncio.TimerHandle | None = None
+    _address: str | None = None  # while it is counted
 
-        async def in_time() -> Message:
-            nonlocal whole
-            if whole:  # what follows is the disconnect, however late
-                return await receive()
-            try:
-                async with asyncio.timeout_at(due_s):
-                    message = await receive()
-            except TimeoutError:
-                raise _too_slow("body", self._timeout_s) from None
-            whole = not message.get("more_body", False)
-            return message
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address, most = self.client[0] if self.client else "", self.bounds.max_connections
+        self.addresses[self._address] += 1
+        if self.addresses[self._address] > most:
+            self._refuse(b"503 Service Unavailable", f"{most} connections of this address are open: close some")
+        else:
+            self._await_headers()
 
-        await self._app(scope, in_time, send)
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_headers()
+
+    def on_headers_complete(self) -> None:
+        self._cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+        super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self) -> None:
+        self._leave()  # another protocol takes the connection over
+        super().handle_websocket_upgrade()
+
+    def _leave(self) -> None:
+        self._cancel()
+        if self._address is not None:
+            _count_off(self.addresses, self._address)
+            self._address = None
+
+    def _await_headers(self) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(self.bounds.receive_timeout_s, self._give_up)
+
+    def _cancel(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._await_headers()  # an answer is under way: its client has begun another request too early
+        else:
+            self._refuse(b"408 Request Timeout", too_slow("headers", self.bounds.receive_timeout_s).message)
+
+    def _refuse(self, status: bytes, said: str) -> None:
+        text = said.encode()
+        head = b"HTTP/1.1 %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (status, len(text)) + text)
+        self.transport.close()
 
 
 def bounded_protocol(config: ServeConfig) -> type[HttpToolsProtocol]:
-    """What uvicorn speaks: HTTP/1.1, within these bounds. Counts the connections of one server."""
-    connections: Counter[str] = Counter()
+    """Of one server, whose connections it counts."""
 
-    class Bounded(HttpToolsProtocol):
-        """Its headers arrive within `receive_timeout_s` of the connection, or of the next request's first byte; who sends
-        nothing more is told by uvicorn's own `timeout_keep_alive`."""
-
-        _late: asyncio.TimerHandle | None = None
-        _address: str | None = None  # while it is counted
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._address = self.client[0] if self.client else ""
-            connections[self._address] += 1
-            if connections[self._address] > config.max_connections:
-                self._refuse(
-                    b"503 Service Unavailable", f"{config.max_connections} connections of this address are open: close some"
-                )
-            else:
-                self._await_headers()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._await_headers()
-
-        def on_headers_complete(self) -> None:
-            self._cancel()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._leave()
-            super().connection_lost(exc)
-
-        def handle_websocket_upgrade(self) -> None:
-            self._leave()  # another protocol takes the connection over
-            super().handle_websocket_upgrade()
-
-        def _leave(self) -> None:
-            self._cancel()
-            if self._address is not None:
-                connections[self._address] -= 1
-                if not connections[self._address]:
-                    del connections[self._address]
-                self._address = None
-
-        def _await_headers(self) -> None:
-            if self._late is None:
-                self._late = self.loop.call_later(config.receive_timeout_s, self._give_up)
-
-        def _cancel(self) -> None:
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-
-        def _give_up(self) -> None:
-            self._late = None
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._await_headers()  # an answer is under way: its client has begun another request too early
-            else:
-                self._refuse(b"408 Request Timeout", _too_slow("headers", config.receive_timeout_s).message)
-
-        def _refuse(self, status: bytes, said: str) -> None:
-            text = said.encode()
-            head = b"HTTP/1.1 %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            self.transport.write(head % (status, len(text)) + text)
-            self.transport.close()
+    class Bounded(BoundedProtocol):
+        bounds, addresses = config, Counter[str]()
 
     return Bounded
 
@@ -178,9 +152,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             yield
         finally:
-            self._calls[address] -= 1
-            if not self._calls[address]:
-                del self._calls[address]
+            _count_off(self._calls, address)
 
     async def _first(self, messages: AsyncIterator[Any], context: Any) -> Any:
         timeout_s = self._config.receive_timeout_s
@@ -188,11 +160,17 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             async with asyncio.timeout(timeout_s):
                 return await anext(aiter(messages))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _too_slow("message", timeout_s).message)
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, too_slow("message", timeout_s).message)
         except StopAsyncIteration:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
 
 
-def _too_slow(part: str, timeout_s: float) -> RequestError:
+def _count_off(counts: Counter[str], address: str) -> None:
+    counts[address] -= 1
+    if not counts[address]:
+        del counts[address]
+
+
+def too_slow(part: str, timeout_s: float) -> RequestError:
     said = f"the request's {part} did not arrive within {timeout_s:g} s: send it faster"
     return RequestError(Fault.TOO_SLOW, f"{said}, or let the server wait longer (receive_timeout_s)")

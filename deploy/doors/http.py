@@ -3,9 +3,6 @@
 Imports fastapi; what the paths do is in `openai/` and `metrics`.
 """
 
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
-
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -14,10 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from deploy.config.paths import Paths
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import REQUEST_ID_HEADER, ApiKeys, BodyLimit, KeyCheck, RequestIds, error_response, request_id_of
-from deploy.doors.connections import BodyDeadline
+from deploy.config.version import VERSION
+from deploy.doors.access import ApiKeys
+from deploy.doors.entrance import REQUEST_ID_HEADER, Admission, Entrance, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
 from deploy.doors.openai.routes import RECORDS, openai_routes
@@ -26,6 +23,7 @@ from deploy.frontend.service import Service
 from deploy.observing import metrics
 
 READY_RETRY_S = 1.0
+SHOWN_VERSION = VERSION or "0 (from a source folder)"
 
 
 def create_app(
@@ -34,26 +32,19 @@ def create_app(
     """The endpoint of one service, which somebody else runs. keys: none leave it open. pages: to look at, beside the API.
     names_responses: False where whoever runs it puts the request's id on every response, as Ray Serve does."""
     app = FastAPI(
-        title="Manta", version=version(), docs_url=None, redoc_url=None, middleware=_middleware(config, keys, names_responses),
+        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None,
+        middleware=_middleware(config, keys, names_responses),
         exception_handlers={
             RequestError: _on_request_error, RequestValidationError: _on_bad_parameter, HTTPException: _on_http_error,
             Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config, keys))
+    app.include_router(openai_routes(service, config))
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)
     add_schemas(app.openapi(), *RECORDS)
     return app
-
-
-def version() -> str:
-    """Of the installed package."""
-    try:
-        return installed_version("manta-serve")
-    except PackageNotFoundError:
-        return "0 (from a source folder)"
 
 
 def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> list[Middleware]:
@@ -63,12 +54,9 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
         allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER], expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
     )  # fmt: skip
     return [
-        Middleware(RequestIds, names_responses=names_responses),
-        Middleware(Paths),
+        Middleware(Entrance, names_responses=names_responses),
         *([cors] if config.cors_origins else []),
-        Middleware(KeyCheck, keys=keys),
-        Middleware(BodyLimit, max_bytes=config.max_request_bytes),
-        Middleware(BodyDeadline, timeout_s=config.receive_timeout_s),
+        Middleware(Admission, keys=keys, config=config),
     ]
 
 
@@ -93,7 +81,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
     @app.get("/version")
     async def show_version() -> dict[str, str]:
         """Of Manta."""
-        return {"version": version()}
+        return {"version": SHOWN_VERSION}
 
 
 async def _on_request_error(_: Request, error: Exception) -> Response:
@@ -119,11 +107,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_fault(request: Request, fault: Exception) -> Response:
     response = await _on_unnamed_fault(request, fault)
-    response.headers[REQUEST_ID_HEADER] = request_id_of(request.scope)  # this handler stands outside of what names responses
+    response.headers[REQUEST_ID_HEADER] = request.state.request_id  # this handler stands outside of what names responses
     return response
 
 
 async def _on_unnamed_fault(request: Request, _: Exception) -> Response:
     """The server's log has the traceback; the client gets the id to ask about."""
-    name = request_id_of(request.scope)
+    name = request.state.request_id
     return error_response(RequestError(Fault.INTERNAL, f"a fault of the server's; its log has it under request {name}"))

@@ -54,18 +54,17 @@ def serve(config: Config, view: StartView) -> None:
     bound_openmp_spin()
     if config.engine.local:
         asyncio.run(_serve_here(config, keys, view))
-    else:
-        _serve_on_ray(config, keys, view)
+        raise KeyboardInterrupt  # what ended it, even if this process was started with SIGINT ignored
+    _serve_on_ray(config, keys, view)
 
 
 # ---- in this process ----
 
 
 async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> None:
-    import uvicorn
-
-    from deploy.doors.connections import bounded_protocol
+    """Returns once a signal has ended it."""
     from deploy.doors.http import create_app
+    from deploy.serving.server import HttpServer
     from deploy.status import status_routes
 
     limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
@@ -77,12 +76,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
         observer = Observer.open(limits, model.name)
         service = Service(model, LocalCluster(config.engine), observer)
         app = create_app(service, limits, keys, pages=status_routes(service))
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
-                access_log=False,
-            )
-        )
+        server = HttpServer(app, limits, lambda: _tell_waiting(view, service.under_way))
         tasks = [asyncio.create_task(service.run())]
         try:
             while not await service.ready():
@@ -96,6 +90,8 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
                     configure(limits.log_format)  # from here on: lines of the start would run through its view
                     view.ready(model.name, limits)
                 await serving
+            if not server.started:
+                raise EngineError("the HTTP server could not start: the lines above say why")
         finally:
             for task in reversed(tasks):  # the observer first: what it has goes out through the service
                 task.cancel()
@@ -117,6 +113,11 @@ async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIt
         yield
     finally:
         await server.stop(GRPC_GRACE_S)
+
+
+def _tell_waiting(view: StartView, under_way: int) -> None:
+    if under_way:
+        view.say(f"ending; waiting for {under_way} request(s) under way: Ctrl-C again ends them at once")
 
 
 async def _answers(serving: "asyncio.Task[None]", ask: Callable[[Callable[[], None]], None]) -> bool:
@@ -167,7 +168,7 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         try:
             heavy.join()
             view.say("starting Ray Serve: its controller and proxies")
-            with _application(config, keys, threads if owns_ray else 1) as owner:
+            with _application(config, keys, threads if owns_ray else 1, view) as owner:
                 view.say("starting the front ends and the engine")
                 _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), config, view)
                 view.say(f"waiting for an answer from {config.serve.base_url}")
@@ -212,7 +213,7 @@ def _import_doors() -> None:
 
 
 @contextlib.contextmanager
-def _application(config: Config, keys: tuple[str, ...], threads: int) -> Iterator[Any]:
+def _application(config: Config, keys: tuple[str, ...], threads: int, view: StartView) -> Iterator[Any]:
     """The application on Serve, while it starts and serves: its Engine's handle. Errors: ConfigError if another is there."""
     from ray import serve as ray_serve
 
@@ -235,8 +236,11 @@ def _application(config: Config, keys: tuple[str, ...], threads: int) -> Iterato
             wait_for_applications_running=False,
         )
         yield ray_serve.get_deployment_handle("Engine", app_name=limits.app_name)
+    except KeyboardInterrupt:
+        view.say(f"ending; requests under way have {app.GRACE_S:g} s: Ctrl-C again ends them at once")
+        raise
     finally:
-        with interrupts_held(), contextlib.suppress(Exception):  # whatever is left ends with Ray, if that is ours
+        with contextlib.suppress(KeyboardInterrupt, Exception):  # whatever is left ends with Ray, if that is ours
             ray_serve.delete(limits.app_name) if config.engine.ray_address is not None else ray_serve.shutdown()
 
 

@@ -20,8 +20,8 @@ MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be served; the message says why and what to change. field: of the sampling parameters, where one of
-    these is at fault."""
+    """A prompt that cannot be served; the message says why and what to change. field: what is at fault, where it is a sampling
+    parameter or a part of a conversation."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -29,7 +29,7 @@ class PromptError(ValueError):
 
 
 class PromptTooLong(PromptError):
-    """It leaves the model no room for output."""
+    """It leaves the model no room for the output that is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Terms:
     deadline_s: float = math.inf
 
 
-USUAL_PARAMS, USUAL_TERMS = SamplingParams(), Terms()
+USUAL_PARAMS, USUAL_TERMS = SamplingParams(max_tokens=None), Terms()
 """Where nobody says anything else."""
 
 
@@ -103,24 +103,26 @@ class PromptParser:
     tokenizer: Tokenizer | None
 
     def prompt(self, content: Content, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS) -> Prompt:
-        """params: as `fit` gave them. Errors: PromptError."""
-        match content:
-            case str(text):
-                return Prompt(self._valid(self._encode(text)), params, terms, text)
-            case Conversation():
-                return Prompt(self._valid(self._chat(content)), params, terms, answered=True)
-            case ids:
-                return Prompt(self._valid(ids), params, terms)
+        """Errors: PromptError."""
+        self._check(params)
+        if isinstance(content, Conversation):
+            prompt = Prompt(self._chat(content), params, terms, answered=True)
+        elif isinstance(content, str):
+            prompt = Prompt(self._encode(content), params, terms, content)
+        else:
+            prompt = Prompt(content, params, terms)
+        self._check_ids(prompt.token_ids)
+        self._check_room(prompt.token_ids, params)
+        return prompt
 
-    def fit(self, params: SamplingParams) -> SamplingParams:
-        """The same, held against the model. Errors: PromptError with the field's name."""
+    def _check(self, params: SamplingParams) -> None:
+        """Holds them against the model. Errors: PromptError with the field's name."""
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need text, and this checkpoint has no tokenizer: use stop_token_ids", "stop")
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token in ids:
                 if not 0 <= token < self.limits.vocab_size:
                     raise PromptError(f"{name}: {self._outside(token)}", name)
-        return params
 
     def _chat(self, conversation: Conversation) -> list[int]:
         """Its text has its own special tokens. Errors: PromptError."""
@@ -145,8 +147,8 @@ class PromptParser:
         except ValueError as error:
             raise PromptError(str(error)) from error
 
-    def _valid(self, ids: list[int]) -> list[int]:
-        """The same. Looks at how many there are before it looks at each. Errors: PromptError."""
+    def _check_ids(self, ids: list[int]) -> None:
+        """Looks at how many there are before it looks at each. Errors: PromptError."""
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         most = self.limits.max_tokens
@@ -158,7 +160,16 @@ class PromptParser:
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
-        return ids
+
+    def _check_room(self, ids: list[int], params: SamplingParams) -> None:
+        """Errors: PromptTooLong."""
+        most, asked = self.limits.max_tokens, params.max_tokens or 0
+        if len(ids) + asked > most:
+            raise PromptTooLong(
+                f"max_tokens={asked} and the {len(ids)} tokens of the prompt are above the {most} that the model takes: lower "
+                f"max_tokens to {most - len(ids)} or less, or shorten the prompt",
+                "max_tokens",
+            )
 
     def _outside(self, token: int) -> str:
         size = self.limits.vocab_size

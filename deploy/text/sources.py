@@ -12,33 +12,45 @@ from typing import Any
 
 import msgspec
 
+from deploy.config.faults import where
 from deploy.config.load import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
 from deploy.text.files import refuse_halves
-from deploy.text.prompts import LEAST_URGENT, MOST_URGENT, USUAL_TERMS, Content, Conversation, PromptError, Terms
-from deploy.text.tokenizer import Message
+from deploy.text.messages import Message, for_template
+from deploy.text.prompts import (
+    LEAST_URGENT,
+    MOST_URGENT,
+    USUAL_PARAMS,
+    USUAL_TERMS,
+    Content,
+    Conversation,
+    PromptError,
+    Terms,
+)
 from scheduler.protocol.sampling import SamplingParams
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 TERM_KEYS = ("cache_salt", "tenant", "priority", "deadline_s")
-SOURCE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS)
-LINE_KEYS = (*SOURCE_KEYS, *SAMPLING_KEYS)
+SOURCE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS, *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
 with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt, and a "tenant", a
-"deadline_s" and a "priority" of its own, which go before those of the call; None means the same as leaving them out. Beside
-messages may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the chat template can be told."""
+"deadline_s", a "priority" and sampling parameters of its own, which go before those of the call; None means the same as leaving
+the first four out. Beside messages may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the
+chat template can be told."""
 
 _ITS_OWN = 'one is for all prompts of a call, and in {"prompt": ...} a prompt has its own'
 
 
-def read_source(source: Source, call: Terms = USUAL_TERMS) -> tuple[Content, Terms]:
-    """call: the terms of the call. Errors: PromptError."""
+def read_source(
+    source: Source, params: SamplingParams = USUAL_PARAMS, call: Terms = USUAL_TERMS
+) -> tuple[Content, SamplingParams, Terms]:
+    """params, call: what holds for all prompts of the call. Errors: PromptError."""
     if isinstance(source, bytes | bytearray):
         raise PromptError(f"a prompt is text or token ids, not {type(source).__name__}: decode it first")
     if not isinstance(source, Mapping):
-        return source if isinstance(source, str) else _ids(source), call
+        return source if isinstance(source, str) else _ids(source), read_params(params), call
     try:
         reject_unknown(source, SOURCE_KEYS)
     except ConfigError as error:
@@ -46,24 +58,11 @@ def read_source(source: Source, call: Terms = USUAL_TERMS) -> tuple[Content, Ter
     kinds = [key for key in PROMPT_KEYS if key in source]
     if len(kinds) != 1:
         raise PromptError(f"give exactly one of {', '.join(PROMPT_KEYS)}; found {' and '.join(kinds) or 'none'}")
-    terms = read_terms(source, call)
-    match kinds[0], source[kinds[0]]:
-        case "messages", messages:
-            return read_conversation(messages, source.get("tools"), source.get("chat_template_kwargs")), terms
-        case "prompt", str(text):
-            return text, terms
-        case "prompt", other:
-            raise PromptError(f"prompt must be a string, not {type(other).__name__}: ids go into prompt_token_ids")
-        case _, ids:
-            return _ids(ids), terms
-
-
-def read_conversation(messages: Any, tools: Any = None, template_kwargs: Any = None) -> Conversation:
-    """Errors: PromptError."""
-    if not isinstance(tools, list | None) or not isinstance(template_kwargs, Mapping | None):
-        raise PromptError("tools must be a list of functions, and chat_template_kwargs an object")
-    entries = messages if isinstance(messages, list | tuple) else ()
-    return Conversation([_message(entry) for entry in entries], tools, template_kwargs)
+    for key in CHAT_KEYS:
+        if kinds != ["messages"] and source.get(key) is not None:
+            raise PromptError(f"{key} goes with messages: leave it out, or give messages instead of {kinds[0]}")
+    own = {key: source[key] for key in SAMPLING_KEYS if key in source}
+    return _content(kinds[0], source), read_params(params, own), read_terms(source, call)
 
 
 def read_terms(given: Mapping[str, Any], call: Terms = USUAL_TERMS) -> Terms:
@@ -77,10 +76,13 @@ def read_terms(given: Mapping[str, Any], call: Terms = USUAL_TERMS) -> Terms:
     )
 
 
-def read_params(params: SamplingParams) -> SamplingParams:
-    """Sampling parameters that were made by hand, hence with values of any type. Errors: PromptError."""
+def read_params(params: SamplingParams, own: Mapping[str, Any] = {}) -> SamplingParams:
+    """Sampling parameters that were made by hand, hence with values of any type. own: what goes before them. Errors:
+    PromptError."""
+    if not isinstance(params, SamplingParams):
+        raise PromptError(f"sampling parameters must be SamplingParams(...), not {type(params).__name__}")
     try:
-        valid = sampling_params(msgspec.structs.asdict(params))
+        valid = sampling_params({**msgspec.structs.asdict(params), **own})
     except ConfigError as error:
         raise PromptError(f"sampling parameters: {error}") from error
     for text in valid.stop:
@@ -88,27 +90,22 @@ def read_params(params: SamplingParams) -> SamplingParams:
     return valid
 
 
-def read_jsonl(lines: Iterable[str], name: str, defaults: SamplingParams) -> Iterator[tuple[Source, SamplingParams]]:
-    """Prompts from JSON lines: one of the prompt keys, what else a `Source` may hold, and any sampling fields, which
-    override the defaults for that line.
+def read_jsonl(lines: Iterable[str], name: str) -> Iterator[Source]:
+    """Prompts from JSON lines: in each an object with what a `Source` may hold, which nobody has read yet.
 
     Blank lines are skipped. name: of the file, for messages. Errors: PromptError that names the line and what is wrong.
     """
-    base = msgspec.structs.asdict(defaults)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise PromptError(f'expected an object such as {{"prompt": "..."}}, found {type(entry).__name__}')
-            reject_unknown(entry, LINE_KEYS)
-            fields = {key: entry.pop(key) for key in SAMPLING_KEYS if key in entry}
-            yield entry, sampling_params(base | fields) if fields else defaults
         except json.JSONDecodeError as error:
             raise PromptError(f"{name}, line {number}: not valid JSON: {error.msg} at column {error.colno}") from error
-        except ValueError as error:
-            raise PromptError(f"{name}, line {number}: {error}") from error
+        if not isinstance(entry, dict):
+            said = f'expected an object such as {{"prompt": "..."}}, found {type(entry).__name__}'
+            raise PromptError(f"{name}, line {number}: {said}")
+        yield entry
 
 
 def as_chat(source: Source) -> Source:
@@ -132,39 +129,59 @@ def as_token_ids(source: Source) -> Source:
         raise PromptError(f"not token ids: {source[:60]!r}; write integers apart by spaces or commas") from error
 
 
-def arguments_shown(arguments: str) -> Any:
-    """A call's arguments as templates want them: an object, which they print themselves. What a model wrote need not be JSON:
-    it is shown as it is."""
+def _content(kind: str, source: Mapping[str, Any]) -> Content:
+    match kind, source[kind]:
+        case "messages", _:
+            return _conversation(source)
+        case "prompt", str(text):
+            return text
+        case "prompt", other:
+            raise PromptError(f"prompt must be a string, not {type(other).__name__}: ids go into prompt_token_ids")
+        case _, ids:
+            return _ids(ids)
+
+
+class _Talk(msgspec.Struct):
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def _conversation(source: Mapping[str, Any]) -> Conversation:
+    """Errors: PromptError with the path of the field."""
+    messages = source["messages"]
+    if not isinstance(messages, list | tuple) or not messages:
+        raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
     try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
+        talk = msgspec.convert({**source, "messages": list(map(_as_sent, messages))}, _Talk)
+    except msgspec.ValidationError as error:
+        fault = where(error)
+        raise PromptError(fault.words(()), fault.path) from None
+    return Conversation(for_template(talk.messages), talk.tools, talk.chat_template_kwargs)
 
 
-def _ids(given: Sequence[Any]) -> list[int]:
+def _as_sent(message: Any) -> Any:
+    """As clients of an endpoint send it: with a call's arguments as text. In Python they may be an object."""
+    match message:
+        case {"tool_calls": list(calls)}:
+            return {**message, "tool_calls": [_call_as_sent(call) for call in calls]}
+    return message
+
+
+def _call_as_sent(call: Any) -> Any:
+    match call:
+        case {"function": {"arguments": dict(arguments)} as function}:
+            return {**call, "function": {**function, "arguments": json.dumps(arguments)}}
+    return call
+
+
+def _ids(given: Any) -> list[int]:
     try:
         if bool in set(map(type, given)):
             raise TypeError("a truth value is no token id")
         return [index(token) for token in given]
     except TypeError as error:
         raise PromptError("prompt_token_ids must be a list of integers") from error
-
-
-def _message(given: Any) -> Message:
-    """As templates read it. Clients send content and arguments as OpenAI has them."""
-    calls = given.get("tool_calls") if isinstance(given, Mapping) else None
-    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or not (calls or "content" in given):
-        raise PromptError(f'not a chat message: {given!r}; write {{"role": "user", "content": "..."}}')
-    shown = {**given, "content": given.get("content") or ""}
-    return shown | {"tool_calls": [_call(call) for call in calls]} if calls else shown
-
-
-def _call(given: Any) -> dict[str, Any]:
-    match given:
-        case {"function": {"name": str(), "arguments": arguments} as function}:
-            shown = arguments_shown(arguments) if isinstance(arguments, str) else arguments
-            return {**given, "function": {**function, "arguments": shown}}
-    raise PromptError(f'not a tool call: {given!r}; write {{"function": {{"name": ..., "arguments": "..."}}}}')
 
 
 def _text(name: str, value: Any, hint: str = "") -> str:

@@ -93,6 +93,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidField("min_tokens", " and a grammar exclude each other: the grammar says where the output may end")
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.logit_bias, dict):
+            raise InvalidField("logit_bias", f"={self.logit_bias!r} is not a mapping: give {{token id: bias}}")
+        if not isinstance(self.stop, str | tuple | list):
+            raise InvalidField("stop", f"={self.stop!r} is not a text: give one, or a list of them")
         for token, bias in self.logit_bias.items():
             _check("logit_bias", bias, -100.0, 100.0, at=f"[{token}]")
         if any(not text for text in self.stop):

@@ -16,6 +16,7 @@ import pytest
 
 import deploy.llm
 from cluster.engine import EngineError
+from deploy.config.load import ConfigError
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError, Logprob
 from deploy.llm import LLM
@@ -53,9 +54,7 @@ def test_generate(open_llm: Open, script: list[int], tokenizer: Tokenizer) -> No
     first, second = llm.generate(prompts, LONG)
     assert (first.prompt, first.prompt_token_ids) == (prompts[0], tokenizer.encode(prompts[0]))
     assert (first.num_cached_tokens, first.finished, first.error) == (CACHED_TOKENS, True, None)
-    assert [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in first.outputs] == [
-        (TEXT, script, "stop", None)
-    ]
+    assert [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in first.outputs] == [(TEXT, script, "stop", None)]
     assert second.prompt == "hello"
     assert second.request_id != first.request_id
     request = engine.requests[0]
@@ -95,9 +94,7 @@ def test_choices(open_llm: Open, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("stop", ["+ b", "a + ", " 你", "🙂"])
-def test_stop_strings_across_tokens(
-    open_llm: Open, script: list[int], tokenizer: Tokenizer, stop: str, steps: int
-) -> None:
+def test_stop_strings_across_tokens(open_llm: Open, script: list[int], tokenizer: Tokenizer, stop: str, steps: int) -> None:
     llm, engine = open_llm(script, steps_per_delta=steps)
     [output] = llm.generate("x", SamplingParams(stop=("nowhere", stop), max_tokens=None))
     [choice] = output.outputs
@@ -378,9 +375,7 @@ def test_bad_tenants_deadlines_and_priorities_are_refused(open_llm: Open, given:
     assert engine.requests == []
 
 
-@pytest.mark.parametrize(
-    ("failure", "fault"), [(Failure.OVERLOADED, Fault.OVERLOADED), (Failure.TIMED_OUT, Fault.TIMED_OUT)]
-)
+@pytest.mark.parametrize(("failure", "fault"), [(Failure.OVERLOADED, Fault.OVERLOADED), (Failure.TIMED_OUT, Fault.TIMED_OUT)])
 def test_what_the_scheduler_says_of_a_failure_is_told(open_llm: Open, failure: Failure, fault: Fault) -> None:
     llm, _ = open_llm([5], refuse={9: "not now"}, failure=failure)
     with pytest.raises(GenerationError, match="not now") as caught:
@@ -418,3 +413,49 @@ def test_a_forgotten_llm_closes_its_engine(monkeypatch: pytest.MonkeyPatch, chec
     LLM(checkpoint)
     gc.collect()
     until(lambda: engine.closed)
+
+
+@pytest.mark.parametrize("prompts", [5, None, 2.5])
+def test_what_is_no_prompt_is_refused_in_words(open_llm: Open, prompts: Any) -> None:
+    llm, _ = open_llm([7, EOS])
+    for call in (llm.generate, llm.iterate, llm.chat):
+        with pytest.raises(PromptError, match=f"must be .*, not {type(prompts).__name__}"):
+            call(prompts)
+    wrong: list[Any] = [5, {"max_tokens": 5}, "greedy", [5]]
+    for params in wrong:
+        with pytest.raises(PromptError, match="must be SamplingParams"):
+            llm.generate("x", params)
+
+
+def test_prompts_may_come_one_by_one(open_llm: Open) -> None:
+    llm, _ = open_llm([7, EOS])
+    assert len(llm.generate((text for text in ("x", "y")), progress=False)) == 2
+    assert len(llm.chat(({"role": "user", "content": text} for text in ("x", "y")), progress=False)) == 1
+
+
+def test_a_prompt_may_bring_sampling_parameters(open_llm: Open) -> None:
+    llm, engine = open_llm([7, EOS])
+    sources: list[Source] = [{"prompt": "x", "max_tokens": 3}, "y"]
+    llm.generate(sources, SamplingParams(temperature=0.5, max_tokens=9), progress=False)
+    assert [(each.params.temperature, each.params.max_tokens) for each in engine.requests] == [(0.5, 3), (0.5, 9)]
+
+
+def test_a_template_is_told_of_tools_and_more(open_llm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, _ = open_llm([7, EOS])
+    told: list[Any] = []
+
+    def chat_text(_: Tokenizer, *given: Any) -> str:
+        told.append(given)
+        return "x"
+
+    monkeypatch.setattr(Tokenizer, "chat_text", chat_text)
+    tool = {"type": "function", "function": {"name": "get"}}
+    llm.chat([{"role": "user", "content": "x"}], tools=[tool], chat_template_kwargs={"a": 1}, progress=False)
+    assert told == [([{"role": "user", "content": "x"}], [tool], {"a": 1})]
+
+
+def test_what_the_settings_cannot_be_is_one_kind_of_error(checkpoint: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"tensor_parallel_size": 3}, {"max_model_len": 10**6}, {"gropus": 2}]
+    for options in wrong:
+        with pytest.raises(ConfigError):
+            LLM(checkpoint, local=True, **options)

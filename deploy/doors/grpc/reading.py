@@ -4,12 +4,11 @@ Imports the generated messages and what HTTP checks by too; no gRPC.
 """
 
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, Caller
-from deploy.doors.openai.reading import at_most, check_model, check_numbers, sampling_params
+from deploy.doors.openai.reading import check_model, check_numbers, sampling_params
 from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
@@ -51,15 +50,11 @@ class Reader:
                     messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
                     return await self._service.prompt(Conversation(messages), params, terms)
         except PromptError as error:
-            raise RequestError.of_prompt(error, f"prompt.{kind}") from None
+            raise RequestError.of_prompt(error, error.field or f"prompt.{kind}") from None
 
     def check_model(self, name: str) -> None:
         """Errors: RequestError NOT_FOUND."""
         check_model(name or None, self._service.model)
-
-    def check_batch(self, requests: Sequence[pb.GenerateRequest]) -> None:
-        """Errors: RequestError."""
-        at_most("requests", len(requests), self._config.max_prompts, "max_prompts")
 
     def check_size(self, size_bytes: int) -> None:
         """Errors: RequestError TOO_LARGE."""
@@ -83,7 +78,7 @@ class Reader:
         given |= {"logit_bias": dict(sampling.logit_bias), "grammar": grammar}
         if request.prompt.HasField("chat"):
             given.setdefault("max_tokens", None)
-        params = sampling_params(self._service.parser, **given)
+        params = sampling_params(**given)
         await self._grammars.check(grammar, guide or "", account)
         return params
 

@@ -24,6 +24,7 @@ from deploy.doors.connections import BoundedCalls
 from deploy.doors.grpc.reading import Reader, named
 from deploy.doors.grpc.writing import Writer, merged
 from deploy.doors.openai.errors import error_headers
+from deploy.doors.openai.reading import at_most
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
@@ -119,7 +120,7 @@ class GrpcDoor:
         """Side by side, each for itself. Cancelling aborts them all."""
         with _reported(context):
             self._check(request, context)
-            self._reader.check_batch(request.requests)
+            at_most("requests", len(request.requests), self._config.max_prompts, "max_prompts")
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._result(one, context)) for one in request.requests]
             return pb.GenerateBatchResponse(results=[task.result() for task in tasks])

@@ -1,87 +1,77 @@
-"""`/v1/completions`: prompts in, text out, whole or as it comes.
+"""`/v1/completions`: prompts in, text out. Knows nothing of HTTP."""
 
-Knows nothing of HTTP: a request's record comes in, a response's record or encoded events go out.
-"""
-
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from deploy.config.serve import ServeConfig
-from deploy.doors.access import Caller
 from deploy.doors.openai import reading
-from deploy.doors.openai.answers.gathering import UsageMeter, WholeChoice, gather
-from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, TokenNames, of_prompt, sampled, vllm_prompt_logprobs
-from deploy.doors.openai.answers.responses import Completion, CompletionChoice
-from deploy.doors.openai.jobs import Job
-from deploy.doors.openai.schemas import CompletionRequest, StreamOptions
-from deploy.doors.openai.sse import event
-from deploy.doors.openai.tools.grammars import Grammars
+from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
+from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prompt, sampled, vllm_prompt_logprobs
+from deploy.doors.openai.answers.responses import Completion, CompletionChoice, Usage
+from deploy.doors.openai.endpoint import Answer, Endpoint
+from deploy.doors.openai.schemas import CompletionRequest
+from deploy.doors.openai.tools.tools import Tools
 from deploy.frontend.errors import RequestError
-from deploy.frontend.outputs import ChoiceDelta
-from deploy.frontend.service import Service
-from deploy.text.prompts import Prompt, PromptError, Terms
-from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.sampling import Grammar, SamplingParams
+from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 
 DEFAULT_MAX_TOKENS = 16
 
 
-class Completions:
+class _CompletionAnswer(Answer[CompletionRequest]):
+    """A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._tables: dict[int, CompletionTable] = {}
+        self._prompt_logprobs: dict[int, list[Entry | None]] = {}
+
+    def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion:
+        choices = [
+            self._choice(position, index, choice, output.logprobs)
+            for position, output in enumerate(outputs)
+            for index, choice in enumerate(_best(output.choices, self.request))
+        ]
+        return self.chunk(choices, usage)
+
+    def parts(self, position: int, delta: OutputDelta) -> Iterator[CompletionChoice]:
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs[position] = delta.prompt_logprobs
+        for new in delta.choices:
+            if new.text or new.logprobs or new.finish_reason:
+                yield self._choice(position, new.index, new, self._prompt_logprobs.get(position, ()))
+
+    def chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+        return Completion(**self.heading, choices=choices, usage=usage)
+
+    def _choice(
+        self, position: int, index: int, part: WholeChoice | ChoiceDelta, prompt_logprobs: Sequence[Entry | None]
+    ) -> CompletionChoice:
+        """position: of the prompt. index: among its choices."""
+        number = position * (self.request.n or 1) + index
+        text, rows = part.text, sampled(part.logprobs or ())
+        if self.request.echo and self.tokenizer is not None and number not in self._tables:
+            prompt = self.prompts[position]
+            text = (self.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
+            rows = chain(of_prompt(prompt.token_ids, prompt_logprobs, self.tokenizer), rows)
+        table = self._tables.setdefault(number, CompletionTable(self.names))
+        return CompletionChoice(
+            index=number,
+            text=text,
+            logprobs=table.part(rows) if self.request.logprobs is not None else None,
+            finish_reason=part.finish_reason,
+            stop_reason=part.stop_reason,
+            prompt_logprobs=vllm_prompt_logprobs(prompt_logprobs) if self.request.prompt_logprobs is not None else UNSET,
+        )
+
+
+class Completions(Endpoint[CompletionRequest]):
     """Completions of one service."""
 
-    def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
-        self._service = service
-        self._config = config
-        self._grammars = grammars
-        self._tokenizer = service.model.tokenizer
+    id_prefix, prompt_field, answer = "cmpl", "prompt", _CompletionAnswer
 
-    async def job(self, request: CompletionRequest, caller: Caller) -> Job:
-        """Errors: RequestError."""
-        reading.check(request, self._service.model, self._config)
-        grammar, asked_by = reading.format_asked(request)
-        await self._grammars.check(grammar, asked_by, caller.account)
-        params = self._params(request, grammar)
-        terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
-        return Job.of(caller, "cmpl", self._service.model.name, await self._prompts(request, params, terms))
-
-    async def whole(self, request: CompletionRequest, job: Job) -> Completion:
-        """Errors: RequestError."""
-        prompts, usage = await gather(job.deltas(self._service), job)
-        rendering = _Rendering(request, job, self._tokenizer)
-        choices = [
-            rendering.choice(position, index, choice, prompt.logprobs)
-            for position, prompt in enumerate(prompts)
-            for index, choice in enumerate(_best(prompt.choices, request))
-        ]
-        return Completion(id=job.id, created=job.created, model=job.model, choices=choices, usage=usage)
-
-    async def events(self, request: CompletionRequest, job: Job) -> AsyncGenerator[bytes, None]:
-        """A piece of bytes for each delta. Errors: RequestError."""
-        options = request.stream_options or StreamOptions()
-        rendering, meter = _Rendering(request, job, self._tokenizer), UsageMeter(job.prompt_tokens)
-        prompt_logprobs: dict[int, list[Entry | None]] = {}
-
-        def chunk(choices: list[CompletionChoice]) -> bytes:
-            usage = meter.shown(options, last=not choices)
-            return event(Completion(id=job.id, created=job.created, model=job.model, choices=choices, usage=usage))
-
-        async with aclosing(job.deltas(self._service)) as deltas:
-            async for position, delta in deltas:
-                meter.take(delta)
-                if delta.prompt_logprobs is not None:
-                    prompt_logprobs[position] = delta.prompt_logprobs
-                entries = prompt_logprobs.get(position, ())
-                told = (new for new in delta.choices if new.text or new.logprobs or new.finish_reason)
-                if data := b"".join(chunk([rendering.choice(position, new.index, new, entries)]) for new in told):
-                    yield data
-        if options.include_usage:
-            yield chunk([])
-
-    def _params(self, request: CompletionRequest, grammar: Grammar | None) -> SamplingParams:
+    def _fields(self, request: CompletionRequest) -> dict[str, Any]:
         """An echo shows the prompt's log-probabilities too. best_of needs some to choose by."""
         logprobs, prompt_logprobs = request.logprobs, request.prompt_logprobs
         if request.echo and logprobs is not None:
@@ -89,15 +79,12 @@ class Completions:
         if request.best_of is not None:
             self._check_best_of(request.best_of, request)
             logprobs = logprobs or 0
-        return reading.sampling(
-            request,
-            self._service.parser,
-            n=request.best_of or request.n or 1,
-            max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            grammar=grammar,
-        )
+        return {
+            "n": request.best_of or request.n or 1,
+            "max_tokens": DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+            "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
+        }
 
     def _check_best_of(self, best_of: int, request: CompletionRequest) -> None:
         reading.at_most("best_of", best_of, self._config.max_choices, "max_choices")
@@ -106,17 +93,12 @@ class Completions:
         if best_of < (request.n or 1):
             raise RequestError.invalid(f"best_of={best_of} is below n={request.n}: raise it", "best_of")
 
-    async def _prompts(self, request: CompletionRequest, params: SamplingParams, terms: Terms) -> list[Prompt]:
-        """One after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first that has
-        one; the rest is not read."""
+    def _contents(self, request: CompletionRequest, tools: Tools | None) -> list[str | list[int]]:  # noqa: ARG002
         contents = _contents(request.prompt)
         reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
-        if request.echo and self._tokenizer is None:
+        if request.echo and self._service.model.tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
-        try:
-            return [await self._service.prompt(content, params, terms) for content in contents]
-        except PromptError as error:
-            raise RequestError.of_prompt(error, "prompt") from None
+        return contents
 
 
 def _contents(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -136,34 +118,3 @@ def _best(choices: list[WholeChoice], request: CompletionRequest) -> list[WholeC
     if request.best_of is None:
         return choices
     return sorted(choices, key=lambda choice: -choice.mean_logprob)[: request.n or 1]
-
-
-class _Rendering:
-    """Choices as they go out. A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
-
-    def __init__(self, request: CompletionRequest, job: Job, tokenizer: Tokenizer | None) -> None:
-        self._request = request
-        self._job = job
-        self._tokenizer = tokenizer
-        self._names = TokenNames(tokenizer)
-        self._tables: dict[int, CompletionTable] = {}
-
-    def choice(
-        self, position: int, index: int, part: WholeChoice | ChoiceDelta, prompt_logprobs: Sequence[Entry | None]
-    ) -> CompletionChoice:
-        """position: of the prompt. index: among its choices."""
-        number = position * (self._request.n or 1) + index
-        text, rows = part.text, sampled(part.logprobs or ())
-        if self._request.echo and self._tokenizer is not None and number not in self._tables:
-            prompt = self._job.prompts[position]
-            text = (self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text) + text
-            rows = chain(of_prompt(prompt.token_ids, prompt_logprobs, self._tokenizer), rows)
-        table = self._tables.setdefault(number, CompletionTable(self._names))
-        return CompletionChoice(
-            index=number,
-            text=text,
-            logprobs=table.part(rows) if self._request.logprobs is not None else None,
-            finish_reason=part.finish_reason,
-            stop_reason=part.stop_reason,
-            prompt_logprobs=vllm_prompt_logprobs(prompt_logprobs) if self._request.prompt_logprobs is not None else UNSET,
-        )

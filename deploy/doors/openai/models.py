@@ -1,11 +1,11 @@
 """`/v1/models`, `/tokenize` and `/detokenize`: what the model is, and what text is to it. No HTTP."""
 
 from deploy.doors.openai.answers.responses import ModelCard, ModelList, Text, Tokens
-from deploy.doors.openai.messages import for_template
 from deploy.doors.openai.reading import check_model
 from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
+from deploy.text.messages import for_template
 from deploy.text.prompts import Conversation, Prompt, PromptError
 
 
@@ -51,13 +51,17 @@ class Models:
     async def _prompt(self, request: TokenizeRequest) -> Prompt:
         if (request.prompt is None) == (request.messages is None):
             raise RequestError.invalid("give either prompt or messages", "prompt")
+        for name in ("tools", "chat_template_kwargs"):
+            if request.messages is None and getattr(request, name) is not None:
+                raise RequestError.invalid(f"{name} goes with messages: leave it out, or give messages", name)
         try:
             if request.messages is None:
                 return await self._service.prompt(request.prompt or "")
             messages = for_template(request.messages)
             return await self._service.prompt(Conversation(messages, request.tools, request.chat_template_kwargs))
         except PromptError as error:
-            raise RequestError.of_prompt(error, "prompt" if request.messages is None else "messages") from None
+            field = error.field or ("prompt" if request.messages is None else "messages")
+            raise RequestError.of_prompt(error, field) from None
 
     def _card(self) -> ModelCard:
         model = self._model

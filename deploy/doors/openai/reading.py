@@ -3,7 +3,6 @@
 Imports the schemas and the engine's records; no HTTP.
 """
 
-import difflib
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,7 +14,6 @@ from deploy.doors.openai.tools.formats import grammar_of
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel
 from deploy.text.files import json_fault
-from deploy.text.prompts import PromptError, PromptParser
 from scheduler.protocol.sampling import Grammar, InvalidField, SamplingParams
 
 AS_THEY_ARE = (
@@ -80,11 +78,10 @@ def at_most(name: str, number: int, limit: int, option: str) -> None:
         raise RequestError.invalid(f"{name}: {number} is above the {limit} that this server allows ({option})", name)
 
 
-def sampling(request: GenerationRequest, parser: PromptParser, **fields: Any) -> SamplingParams:
+def sampling(request: GenerationRequest, **fields: Any) -> SamplingParams:
     """fields: what completions and chat call differently. Errors: RequestError."""
     given = {name: value for name in AS_THEY_ARE if (value := getattr(request, name)) is not None}
     return sampling_params(
-        parser,
         top_k=max(0, request.top_k or 0),
         seed=None if request.seed is None else request.seed % SEEDS,
         stop=stop_strings(request),
@@ -94,11 +91,11 @@ def sampling(request: GenerationRequest, parser: PromptParser, **fields: Any) ->
     )
 
 
-def sampling_params(parser: PromptParser, **fields: Any) -> SamplingParams:
+def sampling_params(**fields: Any) -> SamplingParams:
     """Of fields that have their types, whichever door read them. Errors: RequestError with the field's name."""
     try:
-        return parser.fit(SamplingParams(**fields))
-    except (InvalidField, PromptError) as error:
+        return SamplingParams(**fields)
+    except InvalidField as error:
         raise RequestError.invalid(str(error), error.field) from None
 
 
@@ -118,16 +115,8 @@ def shortened(name: str) -> str:
     return name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
 
 
-def _refusal(fault: FieldFault, kind: type[Any]) -> RequestError:
-    path = fault.path
-    match fault.kind:
-        case "unknown":
-            path = shortened(path)
-            near = difflib.get_close_matches(path, kind.__struct_fields__, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            return RequestError(Fault.INVALID, f"unknown field {path!r}: {hint}", param=path, code="unknown_parameter")
-        case "required":
-            return RequestError(Fault.INVALID, f"{path} is missing", param=path, code="missing_required_parameter")
-        case _:
-            said = f"{path or 'the body'}: {fault.said[:1].lower()}{fault.said[1:]}".replace("`", "")
-            return RequestError.invalid(said, path or None)
+def _refusal(fault: FieldFault, kind: type[msgspec.Struct]) -> RequestError:
+    if fault.kind == "unknown":
+        fault = fault._replace(path=shortened(fault.path))
+    code = {"unknown": "unknown_parameter", "required": "missing_required_parameter"}.get(fault.kind or "")
+    return RequestError(Fault.INVALID, fault.words(kind.__struct_fields__), param=fault.path or None, code=code)

@@ -8,14 +8,20 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.access import ApiKeys, Caller, account_of, request_id_of
 from deploy.doors.openai.answers.responses import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
+from deploy.doors.openai.endpoint import Endpoint
 from deploy.doors.openai.models import Models
 from deploy.doors.openai.reading import read
-from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from deploy.doors.openai.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 from deploy.doors.openai.sse import EventStream, unless_gone
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.service import Service
@@ -27,37 +33,33 @@ RECORDS = (
 """What the OpenAPI document refers to."""
 
 R = TypeVar("R", bound=msgspec.Struct)
+G = TypeVar("G", bound=GenerationRequest)
 
 
-def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRouter:
+def openai_routes(service: Service, config: ServeConfig) -> APIRouter:
     """Everything under `/v1`, `/tokenize` and `/detokenize`."""
-    grammars, models = Grammars(service.model), Models(service)
-    completions, chat = Completions(service, config, grammars), Chat(service, config, grammars)
     router = APIRouter()
+    _add_generation(router, service, config)
+    _add_models(router, Models(service))
+    return router
 
-    def caller(request: Request) -> Caller:
-        account = account_of(request.scope)
-        best = keys.best_priority(account, config.best_priority)
-        return Caller(request_id_of(request.scope), request.headers.get("traceparent"), account, best)
+
+def _add_generation(router: APIRouter, service: Service, config: ServeConfig) -> None:
+    grammars = Grammars(service.model)
+    completions, chat = Completions(service, config, grammars), Chat(service, config, grammars)
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt, or several."""
-        asked = await _read(request, CompletionRequest)
-        job = await unless_gone(request.receive, completions.job(asked, caller(request)))
-        if asked.stream:
-            return EventStream(completions.events(asked, job))
-        return await _answer(request, completions.whole(asked, job))
+        return await _generate(request, completions, await _read(request, CompletionRequest))
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers(ChatCompletion, streamed=True))
     async def converse(request: Request) -> Response:
         """Answer a conversation."""
-        asked = await _read(request, ChatRequest)
-        job = await unless_gone(request.receive, chat.job(asked, caller(request)))
-        if asked.stream:
-            return EventStream(chat.events(asked, job))
-        return await _answer(request, chat.whole(asked, job))
+        return await _generate(request, chat, await _read(request, ChatRequest))
 
+
+def _add_models(router: APIRouter, models: Models) -> None:
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
         """The models that are served here: one."""
@@ -71,16 +73,19 @@ def openai_routes(service: Service, config: ServeConfig, keys: ApiKeys) -> APIRo
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        asked = await _read(request, TokenizeRequest)
-        return await _answer(request, models.tokenize(asked))
+        return await _answer(request, models.tokenize(await _read(request, TokenizeRequest)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        asked = await _read(request, DetokenizeRequest)
-        return await _answer(request, models.detokenize(asked))
+        return await _answer(request, models.detokenize(await _read(request, DetokenizeRequest)))
 
-    return router
+
+async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
+    caller = request.state.caller
+    if asked.stream:
+        return EventStream(endpoint.events(asked, caller))
+    return await _answer(request, endpoint.whole(asked, caller))
 
 
 async def _read(request: Request, kind: type[R]) -> R:

@@ -1,14 +1,14 @@
 """What clients may ask: the fields of OpenAI's requests, and vLLM's beside them, as msgspec reads and checks them.
 
 One record for each request; the OpenAPI document and the conformance table in `docs/api.md` are held against these. A field
-that may be null has the same meaning left out. Imports nothing of Manta.
+that may be null has the same meaning left out. Messages are those of any door.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
 from msgspec import Meta
 
+from deploy.text.messages import Message, Record
 from scheduler.protocol.sampling import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 INT32 = 2**31 - 1
@@ -18,10 +18,6 @@ AtLeastZero = Annotated[int, Meta(ge=0, le=INT32)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Top = Annotated[int, Meta(ge=0, le=20)]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An object in which an unknown field is an error."""
 
 
 class StreamOptions(Record, frozen=True, kw_only=True):
@@ -84,44 +80,6 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     suffix: str | None = None
 
 
-class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of a message. Other kinds than text are read only to be refused by their names."""
-
-    type: str
-    text: str | None = None
-
-
-class FunctionCall(Record, frozen=True, kw_only=True):
-    """arguments: a JSON object, as text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Record, frozen=True, kw_only=True):
-    """A call that the assistant made earlier in the conversation. index: as streams have it; not read."""
-
-    id: str
-    function: FunctionCall
-    type: Literal["function"] = "function"
-    index: int | None = None
-
-
-class Message(Record, frozen=True, kw_only=True):
-    """One message, of any role. What clients get back in an answer they may send again as it is, nulls included."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """`/v1/chat/completions`."""
 
@@ -132,18 +90,20 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
         "web_search_options": "models served here do not search the web: leave it out",
         "moderation": "requests are not moderated here: leave it out",
     }
-    IGNORED: ClassVar[frozenset[str]] = frozenset({
-        "metadata",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "verbosity",
-    })
+    IGNORED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prediction",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "reasoning_effort",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "verbosity",
+        }
+    )
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Count | None = None

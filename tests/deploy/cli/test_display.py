@@ -16,19 +16,20 @@ def grown(text: str, finished: bool = False, error: str | None = None) -> Reques
 
 
 def test_pipe_shows_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
-    with PlainView(["a", "b"]) as view:
-        view.show(1, grown("second, whole", finished=True))
-        assert capsys.readouterr().out == ""
-        view.show(0, grown("fir"))
-        assert capsys.readouterr().out == "── 1/2: a ──\nfir"
-        view.show(0, grown("first", finished=True))
-        assert capsys.readouterr().out == "st\n── 2/2: b ──\nsecond, whole\n"
+    view = PlainView(["a", "b"])
+    view.show(1, grown("second, whole", finished=True))
+    assert capsys.readouterr().out == ""
+    view.show(0, grown("fir"))
+    assert capsys.readouterr().out == "── 1/2: a ──\nfir"
+    view.show(0, grown("first", finished=True))
+    assert capsys.readouterr().out == "st\n── 2/2: b ──\nsecond, whole\n"
 
 
 def test_terminal_ends_with_every_text_whole() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, color_system=None, width=80, height=24)
-    with LiveView(["a", "[b]"], console) as view:
+    view = LiveView(["a", "[b]"], console)
+    with view.live:
         view.show(0, grown("one\n" * 10))
         view.show(1, grown("[red]two", finished=True))
         view.show(0, grown("one\n" * 11, finished=True, error="it broke"))

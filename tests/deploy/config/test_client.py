@@ -96,6 +96,12 @@ def test_what_is_this_machine(host: str, here: bool) -> None:
     assert on_this_machine(host) is here
 
 
+@pytest.mark.parametrize("url", ["http://host:8000", "host:8000", "http://host:8000/", "host:8000/v1", "http://host:8000/v1/"])
+def test_the_address_for_clients_of_openai_s_api_will_do(url: str) -> None:
+    with open_client(httpx.Client, url, None) as client:
+        assert client.build_request("GET", "/status.json").url == "http://host:8000/status.json"
+
+
 @pytest.mark.parametrize("url", ["ftp://there", "http://", "http://[::1", "http://host:port"])
 def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(ConfigError, match=r"is no address of an endpoint .*give one like http"):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -47,10 +48,52 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
     assert "Traceback" not in log.read_text()
 
 
+def test_an_ignored_sigint_is_told_by_the_exit_code_too(tmp_path: Path) -> None:
+    """As a shell starts what runs in its background."""
+    log = tmp_path / "log"
+    with sigint(signal.SIG_IGN), served(log, "--port", "0") as process:
+        ready_at(log, process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "log"
+    asked = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with sigint(signal.default_int_handler), served(log, "--port", "0") as process:
+        url = ready_at(log, process)
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(number)
+            wait_for("waiting for 1 request(s) under way", log, process)
+            process.send_signal(number)
+            assert process.wait(PATIENCE_S) == 128 + number
+            with contextlib.suppress(httpx.HTTPError):  # cut off
+                assert "data: [DONE]" not in list(lines)
+    assert "Traceback" not in log.read_text()
+
+
+@contextlib.contextmanager
+def sigint(handler: Any) -> Iterator[None]:
+    """What processes that are started meanwhile inherit."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def ready_at(log: Path, process: "subprocess.Popen[bytes]") -> str:
+    return wait_for("is ready at ", log, process).split()[0]
+
+
+def wait_for(words: str, log: Path, process: "subprocess.Popen[bytes]") -> str:
+    """What it says after these words."""
     deadline = time.monotonic() + PATIENCE_S
-    while "is ready at " not in (said := log.read_text()):
+    while words not in (said := log.read_text()):
         assert process.poll() is None, said
         assert time.monotonic() < deadline, said
         time.sleep(0.05)
-    return said.partition("is ready at ")[2].split()[0]
+    return said.partition(words)[2]

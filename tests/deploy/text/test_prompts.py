@@ -8,7 +8,17 @@ import pytest
 from cluster.config import EngineConfig
 from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
 from deploy.frontend.service import ServedModel
-from deploy.text.prompts import Content, Conversation, ModelLimits, Prompt, PromptError, PromptParser, Terms, read_model_limits
+from deploy.text.prompts import (
+    Content,
+    Conversation,
+    ModelLimits,
+    Prompt,
+    PromptError,
+    PromptParser,
+    PromptTooLong,
+    Terms,
+    read_model_limits,
+)
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER
@@ -63,7 +73,7 @@ def test_without_tokenizer() -> None:
         with pytest.raises(PromptError, match="no tokenizer: give prompt_token_ids"):
             bare.prompt(content)
     with pytest.raises(PromptError, match="use stop_token_ids"):
-        bare.fit(SamplingParams(stop=("x",)))
+        bare.prompt([3, 4], SamplingParams(stop=("x",)))
 
 
 def test_without_chat_template(parser: PromptParser, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +88,16 @@ def test_without_chat_template(parser: PromptParser, tokenizer: Tokenizer, monke
 )
 def test_parameters_are_held_against_the_model(parser: PromptParser, params: SamplingParams, field: str) -> None:
     with pytest.raises(PromptError, match=f"^{field}: token id 400 is outside") as caught:
-        parser.fit(params)
+        parser.prompt([5], params)
     assert caught.value.field == field
+
+
+def test_room_for_what_is_asked(parser: PromptParser) -> None:
+    ids = [5] * (MAX_TOKENS - 10)
+    assert parser.prompt(ids, SamplingParams(max_tokens=10)).token_ids == ids
+    with pytest.raises(PromptTooLong, match=r"^max_tokens=11 and .*: lower max_tokens to 10 or less") as caught:
+        parser.prompt(ids, SamplingParams(max_tokens=11))
+    assert caught.value.field == "max_tokens"
 
 
 def settings(folder: Path, source: Path, **fields: object) -> Path:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 
 from deploy import LLM, SamplingParams
 from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.frontend.outputs import GenerationError
+from deploy.text.prompts import PromptError
 from manta.commands import app
 from tests.end_to_end.engines import ARCHITECTURES, MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
@@ -122,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_served(
 )
 def test_settings_that_cannot_be(options: dict[str, Any], words: str, checkpoints: dict[str, Path]) -> None:
     usual: dict[str, Any] = {"local": True, "block_size": BLOCK, "kv_memory": "1MiB", "threads": 1}
-    with nothing_left_behind(), pytest.raises(ValueError, match=words):
+    with nothing_left_behind(), pytest.raises(ConfigError, match=words):
         LLM(checkpoints[QWEN3], **usual | options)
 
 
@@ -171,7 +172,6 @@ def test_a_prompt_that_cannot_be(prompt: Any, words: str, small: LLM, answer: li
     [
         (100, 30, "need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
         (129, 1, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt, lower max_tokens"),
-        (500, 13, "500 prompt tokens and max_tokens=13 are above the length of 512 tokens .*: shorten the prompt"),
         (129, None, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt"),
     ],
 )
@@ -187,6 +187,13 @@ def test_a_request_that_never_fits(
     assert bad.error is not None
     assert [choice.finish_reason for choice in bad.outputs] == ["error", "error"]
     wait_idle(small)
+
+
+def test_a_length_that_the_model_does_not_have(small: LLM) -> None:
+    requests = small.stats().requests
+    with pytest.raises(PromptError, match=r"max_tokens=13 and the 500 tokens of the prompt .*: lower max_tokens to 12 or"):
+        run(small, [draw(500, seed=91)], greedy(13))
+    assert small.stats().requests == requests
 
 
 @pytest.mark.parametrize(
@@ -251,8 +258,6 @@ def test_results_as_json_lines(checkpoints: dict[str, Path], tmp_path: Path) -> 
     [
         ('{"prompt_token_ids": [1, 2}', "line 3: not valid JSON"),
         ("[1, 2, 3]", "line 3: expected an object"),
-        ('{"prompt_token_ids": [1], "temprature": 1}', "line 3: unknown key 'temprature': did you mean 'temperature'?"),
-        ('{"prompt_token_ids": [1], "top_p": 2}', r"line 3: top_p=2.0 is outside (0.0, 1.0]"),
     ],
 )
 def test_a_bad_line(line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -270,6 +275,9 @@ def test_a_bad_line(line: str, words: str, checkpoints: dict[str, Path], tmp_pat
     [
         ('{"prompt_token_ids": [1, 500]}', "token id 500 is outside the vocabulary"),
         ('{"prompt_token_ids": []}', "the prompt is empty"),
+        ('{"prompt_token_ids": [1], "temprature": 1}', "unknown key 'temprature': did you mean 'temperature'?"),
+        ('{"prompt_token_ids": [1], "top_p": 2}', "top_p=2.0 is outside (0.0, 1.0]"),
+        ('{"prompt_token_ids": [1], "max_tokens": 513}', "lower max_tokens to 511 or less"),
     ],
 )
 def test_a_prompt_of_a_file_that_cannot_be(line: str, words: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -3,23 +3,23 @@
 Imports the outputs and the records of responses; no HTTP.
 """
 
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
 from deploy.doors.openai.answers.logprobs import Entry
 from deploy.doors.openai.answers.responses import CachedTokens, Usage
-from deploy.doors.openai.jobs import Deltas, Job
 from deploy.doors.openai.schemas import StreamOptions
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
+from deploy.text.prompts import Prompt
 
 
 class UsageMeter:
     """Counts the tokens of one request as they come."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._completion_tokens = self._cached_tokens = 0
 
     def take(self, delta: OutputDelta) -> None:
@@ -36,9 +36,9 @@ class UsageMeter:
             prompt_tokens_details=CachedTokens(cached_tokens=self._cached_tokens),
         )
 
-    def shown(self, options: StreamOptions, last: bool) -> Usage | UnsetType | None:
-        """What an event of a stream says. last: after everything else."""
-        if last or options.continuous_usage_stats:
+    def shown(self, options: StreamOptions) -> Usage | UnsetType | None:
+        """What an event of a stream says, but for the last."""
+        if options.continuous_usage_stats:
             return self.usage()
         return None if options.include_usage else UNSET
 
@@ -68,23 +68,15 @@ class WholeChoice:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
-@dataclass(slots=True)
 class WholePrompt:
     """One prompt's choices, complete. logprobs: an entry for each token of the prompt; empty if not asked for."""
 
-    choices: list[WholeChoice]
-    logprobs: list[Entry | None] = field(default_factory=list)
+    def __init__(self, choices: int) -> None:
+        self.choices = [WholeChoice() for _ in range(choices)]
+        self.logprobs: list[Entry | None] = []
 
-
-async def gather(deltas: Deltas, job: Job) -> tuple[list[WholePrompt], Usage]:
-    """Waits for every choice of every prompt. Errors: RequestError."""
-    prompts = [WholePrompt([WholeChoice() for _ in range(prompt.params.n)]) for prompt in job.prompts]
-    meter = UsageMeter(job.prompt_tokens)
-    async with aclosing(deltas):
-        async for position, delta in deltas:
-            meter.take(delta)
-            if delta.prompt_logprobs is not None:
-                prompts[position].logprobs = delta.prompt_logprobs
-            for choice in delta.choices:
-                prompts[position].choices[choice.index].take(choice)
-    return prompts, meter.usage()
+    def take(self, delta: OutputDelta) -> None:
+        if delta.prompt_logprobs is not None:
+            self.logprobs = delta.prompt_logprobs
+        for choice in delta.choices:
+            self.choices[choice.index].take(choice)

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from deploy.doors.openai.answers.responses import (
     ChatLogprobs,
@@ -93,23 +94,16 @@ def of_prompt(
 def chat_logprobs(entries: Iterable[Entry], names: TokenNames) -> ChatLogprobs:
     """The likeliest tokens in order; as many as were asked for."""
 
-    def shown(token: int, entry: Logprob) -> TopLogprob:
+    def shown(token: int, entry: Logprob) -> dict[str, Any]:
         content = names.content(token, entry.decoded_token)
-        return TopLogprob(token=names.name(token, entry.decoded_token), logprob=finite(entry), bytes=list(content))
+        return {"token": names.name(token, entry.decoded_token), "logprob": finite(entry), "bytes": list(content)}
 
     content = []
     for entry in entries:
         token = next(iter(entry))
         ranked = sorted((e.rank, t) for t, e in entry.items() if e.rank is not None)
-        chosen = shown(token, entry[token])
-        content.append(
-            TokenLogprob(
-                token=chosen.token,
-                logprob=chosen.logprob,
-                bytes=chosen.bytes,
-                top_logprobs=[shown(t, entry[t]) for _, t in ranked],
-            )
-        )
+        likeliest = [TopLogprob(**shown(t, entry[t])) for _, t in ranked]
+        content.append(TokenLogprob(**shown(token, entry[token]), top_logprobs=likeliest))
     return ChatLogprobs(content=content)
 
 

@@ -8,8 +8,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.doors.openai.messages import for_template
-from deploy.doors.openai.schemas import Message
+from deploy.text.messages import Message, for_template
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL
 from tests.deploy.doors.http.test_completions import UNUSUAL, forced

@@ -19,7 +19,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message
+from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from deploy.text.messages import Message
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[3] / "docs" / "api.md"

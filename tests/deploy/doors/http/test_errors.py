@@ -46,6 +46,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"n": 17}, "n", "17 is above the 16 that this server allows (max_choices)"),
         ({"max_tokens": 0}, "max_tokens", "expected int >= 1"),
         ({"max_tokens": 10**20}, "max_tokens", "expected int <= 2147483647"),
+        ({"max_tokens": 2048}, "max_tokens", "max_tokens=2048 and the 1 tokens of the prompt are above the 2048"),
         ({"min_tokens": 20}, "min_tokens", "min_tokens=20 is above max_tokens=16"),
         ({"temperature": -0.1}, "temperature", "expected float >= 0.0"),
         ({"top_p": 0}, "top_p", "outside (0.0, 1.0]"),
@@ -63,6 +64,8 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
         ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
         ({"zzzzz": 1}, "zzzzz", "leave it out"),
+        ({"frequencies": 1}, "frequencies", "leave it out"),
+        ({"max_completion_tokens": 1}, "max_completion_tokens", "did you mean 'max_tokens'?"),
         ({"guided_choice": []}, "guided_choice", "must be a list of texts"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "exclude each other"),
         ({"guided_regex": "a", "min_tokens": 1}, "min_tokens", "exclude each other"),
@@ -74,6 +77,16 @@ def test_bad_fields_are_named(http: httpx.Client, body: dict[str, Any], param: s
     error = error_of(http.post("/v1/completions", json=asked), 400)
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert words in error["message"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_output_than_the_model_takes(http: httpx.Client, field: str, stream: bool) -> None:
+    """Refused by the door, under the name that the client has used."""
+    asked = {"messages": [{"role": "user", "content": "a"}], field: 2048, "stream": stream}
+    error = error_of(http.post("/v1/chat/completions", json=asked), 400)
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert "lower max_tokens to" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.config.paths import plain
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
+from deploy.doors.entrance import plain
 from deploy.doors.http import create_app
 from deploy.doors.openai.routes import openai_routes
 from deploy.frontend import service as service_module
@@ -66,6 +66,8 @@ def test_tokenize_and_detokenize(http: httpx.Client) -> None:
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"prompt": ""}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {}}, "chat_template_kwargs"),
         ("/tokenize", {"promt": "a"}, "promt"),
         ("/detokenize", {"tokens": [4096]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
@@ -97,7 +99,7 @@ def test_the_status_page_is_there(http: httpx.Client) -> None:
 def test_every_path_that_answers_get_is_named_here(service: Service) -> None:
     config = ServeConfig()
     pages = status_routes(service)
-    parts = (create_app(service, config, ApiKeys(), pages=pages), openai_routes(service, config, ApiKeys()), pages)
+    parts = (create_app(service, config, ApiKeys(), pages=pages), openai_routes(service, config), pages)
     routes = [route for part in parts for route in part.routes if isinstance(route, APIRoute | Route)]
     known = {route.path for route in routes if "GET" in (route.methods or ())}
     assert {path.replace(MODEL, "{model:path}").replace("app.js", "{name}") for path in GET_PATHS} == known

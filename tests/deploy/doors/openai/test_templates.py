@@ -23,7 +23,7 @@ def called(arguments: Any) -> dict[str, Any]:
 
 def shown(tokenizer: Tokenizer, messages: list[Any], **more: Any) -> str:
     """The prompt as text, special tokens included."""
-    content, _ = read_source({"messages": messages, **more})
+    content, *_ = read_source({"messages": messages, **more})
     return "".join(map(tokenizer.token_text, ids_of(tokenizer, content)))
 
 

@@ -1,0 +1,34 @@
+"""The HTTP server of an endpoint in this one process: uvicorn, which tells for whom it waits at its end. Imports uvicorn."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from deploy.config.serve import ServeConfig
+from deploy.doors.connections import bounded_protocol
+
+
+class HttpServer(uvicorn.Server):
+    """The first signal lets requests under way end, the second ends them."""
+
+    def __init__(self, app: FastAPI, limits: ServeConfig, tell: Callable[[], None]) -> None:
+        """tell: called with the first signal, on the event loop."""
+        super().__init__(
+            uvicorn.Config(
+                app, host=limits.host, port=limits.port, http=bounded_protocol(limits), ws="none", log_level="warning",
+                access_log=False,
+            )
+        )  # fmt: skip
+        self._tell = tell
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no fault
+        else:
+            asyncio.get_running_loop().call_soon_threadsafe(self._tell)
+            super().handle_exit(sig, frame)
