@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -113,6 +114,14 @@ def interrupts_held() -> Iterator[None]:
             previous = signal.signal(number, signal.SIG_IGN)
             stack.callback(signal.signal, number, previous)
         yield
+
+
+def end_by(number: int) -> NoReturn:
+    """Ends the command as this signal does, for what has caught it and is tidied up: also where the process ignores it."""
+    termination = Termination.installed()
+    if termination is not None and number == signal.SIGTERM:
+        termination.asked = True
+    raise KeyboardInterrupt
 
 
 def _terminated() -> bool:

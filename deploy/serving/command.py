@@ -19,7 +19,7 @@ from typing import Any
 from cluster.config import own_threads
 from cluster.engine import EngineError
 from deploy.cli.display import StartView
-from deploy.cli.exits import interrupts_held
+from deploy.cli.exits import end_by, interrupts_held
 from deploy.config.load import (
     Config,
     bound_openmp_spin,
@@ -53,16 +53,15 @@ def serve(config: Config, view: StartView) -> None:
     keys = read_api_keys(config.serve)
     bound_openmp_spin()
     if config.engine.local:
-        asyncio.run(_serve_here(config, keys, view))
-        raise KeyboardInterrupt  # what ended it, even if this process was started with SIGINT ignored
+        end_by(asyncio.run(_serve_here(config, keys, view)))
     _serve_on_ray(config, keys, view)
 
 
 # ---- in this process ----
 
 
-async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> None:
-    """Returns once a signal has ended it."""
+async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> int:
+    """Returns the signal that has ended it."""
     from deploy.doors.http import create_app
     from deploy.serving.server import HttpServer
     from deploy.status import status_routes
@@ -90,8 +89,9 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
                     configure(limits.log_format)  # from here on: lines of the start would run through its view
                     view.ready(model.name, limits)
                 await serving
-            if not server.started:
-                raise EngineError("the HTTP server could not start: the lines above say why")
+            if server.received is None:
+                raise EngineError("the HTTP server has ended by itself: the lines above say why")
+            return server.received
         finally:
             for task in reversed(tasks):  # the observer first: what it has goes out through the service
                 task.cancel()

@@ -13,7 +13,8 @@ from deploy.doors.connections import bounded_protocol
 
 
 class HttpServer(uvicorn.Server):
-    """The first signal lets requests under way end, the second ends them."""
+    """The first signal lets requests under way end, the second ends them. received: the first; uvicorn would send it again,
+    into the midst of what its caller has to tidy up."""
 
     def __init__(self, app: FastAPI, limits: ServeConfig, tell: Callable[[], None]) -> None:
         """tell: called with the first signal, on the event loop."""
@@ -23,12 +24,13 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
             )
         )  # fmt: skip
+        self.received: int | None = None
         self._tell = tell
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.should_exit:
             self.force_exit = True
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off now is no fault
         else:
+            self.received, self.should_exit = sig, True
             asyncio.get_running_loop().call_soon_threadsafe(self._tell)
-            super().handle_exit(sig, frame)

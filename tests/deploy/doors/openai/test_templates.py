@@ -64,14 +64,17 @@ def test_a_template_can_be_told_more(qwen: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"messages": [USER], "tools": {}}, "tools must be a list"),
-        ({"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs an object"),
+        ({"messages": [USER], "tools": {}}, "tools: expected array | null, got object"),
+        ({"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs: expected object | null, got array"),
         ({"messages": [USER], "chat_template_kwargs": {"chat_template": "x"}}, "chat_template is no variable of a template"),
         ({"messages": [USER], "chat_template_kwargs": {"tokenize": True}}, "tokenize is no variable of a template"),
         ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, "refuses these messages"),
-        ({"messages": [{"role": "assistant"}]}, "not a chat message"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 3}}]}]}, "not a tool call"),
-        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "not a tool call: 'x'"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0] says nothing: give it content"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": 3}}]}]},
+            "function.name: expected str",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]: expected object, got str"),
     ],
 )
 def test_refusals(qwen: Tokenizer, source: dict[str, Any], message: str) -> None:
