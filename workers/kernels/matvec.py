@@ -10,8 +10,8 @@ it, a decode layer is six launches. Two kernels:
   the sums.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
-and, within one kernel, not on how many rows there are. Configurations are fixed by shape: `benchmarks/kernels.py --sweep` shows
-what others would give.
+and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
+`python -m benchmarks.kernels --sweep`.
 
 Imports torch and triton.
 """
@@ -390,7 +390,7 @@ def matvec(
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False) -> Tiling | None:
     """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
 
-    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`benchmarks/kernels.py --sweep`).
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`).
     """
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):

@@ -70,8 +70,8 @@ class Wire(Protocol):
 class SocketWire:
     """Straight from block to socket to block, for pools in host memory. Adjacent blocks go in one call.
 
-    gloo was the alternative: `benchmarks/transfer.py` compares them. It copies once more, and can be neither interrupted nor
-    told who may connect.
+    gloo was the alternative: `python -m benchmarks.engine.transfer` compares them. It copies once more, and can be neither
+    interrupted nor told who may connect.
     """
 
     def __init__(self, pool: KVPool) -> None:
