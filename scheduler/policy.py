@@ -59,7 +59,7 @@ class GroupLoad(NamedTuple):
         return max(0, self.new_blocks - self.revived - self.free)
 
 
-class Terms(NamedTuple):
+class CostTerms(NamedTuple):
     """What a sequence costs in a group, in prefill tokens: the work before its first token, and what it does to others.
 
     uncached: of its prompt, to be computed. queued: prefill before it. fetch: beyond the queue's time. decoding: those who run.
@@ -86,9 +86,9 @@ def admissible(load: GroupLoad) -> bool:
     return load.free_rows > 0 and not load.starving and load.new_blocks <= room(load.available, load.total, load.running)
 
 
-def terms(load: GroupLoad, tokens: int, block_size: int) -> Terms:
+def terms(load: GroupLoad, tokens: int, block_size: int) -> CostTerms:
     """The parts of `time_to_first_token`."""
-    return Terms(
+    return CostTerms(
         uncached=UNCACHED_WEIGHT * (tokens - load.hit_tokens),
         queued=float(load.backlog),
         fetch=max(0.0, load.fetch_work - load.backlog) + FETCH_WEIGHT * load.fetch_work,

@@ -15,8 +15,8 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
-from workers.kernels.matvec import MAX_TOKENS, Tiling, matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.products.matvec import MAX_TOKENS, Tiling, matvec
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.rotary import Rope, Rotary
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import COUNTERS, DTYPE, SHAPES, Case, Operands, Product, all_cases
 from benchmarks.shared.report import table
-from workers.kernels.matvec import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
+from workers.kernels.products.matvec import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
 
 BEYOND_L2_BYTES = 200_000_000
 MAX_SETS = 64

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
-from workers.kernels.prefixes import SharedPrefixes
+from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.prefixes import SharedPrefixes
 
 LAYERS = 8
 BLOCK = 256

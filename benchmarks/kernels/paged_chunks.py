@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.kernels.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
 from workers.attention.base import Chunks
 from workers.attention.flash import FlashChunkPlan, FlashKernels, load_kernels
-from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig
+from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
 
 MAIN = Heads(16, 8, 128)
 OTHERS = (Heads(32, 8, 128), Heads(16, 8, 64), Heads(32, 8, 64))

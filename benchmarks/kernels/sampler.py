@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from scheduler.protocol.sampling import SamplingParams
-from workers.kernels import sample as kernels
-from workers.kernels.draw import MAX_SPLITS
-from workers.kernels.marks import IN_PROMPT
-from workers.kernels.sample import SampleGeometry, Tables, Workspace, geometry
+from workers.kernels.sampling import sample as kernels
+from workers.kernels.sampling.draw import MAX_SPLITS
+from workers.kernels.sampling.marks import IN_PROMPT
+from workers.kernels.sampling.sample import SampleGeometry, Tables, Workspace, geometry
 from workers.parallel.in_process import Solo
 from workers.sampling import settings
 from workers.sampling.sampler import Sampler

@@ -1,6 +1,6 @@
 """What every HTTP request passes before anything else: its id, one spelling of its path, its key, and bounds on its body.
 
-    Entrance ─▶ (CORS) ─▶ Admission ─▶ the router          Pure ASGI, no state between requests.
+    Entrance ─▶ (CORS) ─▶ Gatekeeper ─▶ the router          Pure ASGI, no state between requests.
 
 Handlers find who asks in `request.state.caller`. Imports starlette, who may come in, and the door's errors.
 """
@@ -59,7 +59,7 @@ class Entrance:
         await self._app(told | {"method": "GET"} if head_only else told, receive, answer)
 
 
-class Admission:
+class Gatekeeper:
     """Refuses requests without a key, before anything reads their body; bodies that are too large, by their declared length at
     once, otherwise as soon as they have grown too large; and bodies that have not arrived whole in time after their headers."""
 

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from deploy.config.serve import ServeConfig
 from deploy.config.version import VERSION
 from deploy.doors.access import ApiKeys
-from deploy.doors.entrance import REQUEST_ID_HEADER, Admission, Entrance, error_response
+from deploy.doors.entrance import REQUEST_ID_HEADER, Entrance, Gatekeeper, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
 from deploy.doors.openai.routes import RECORDS, openai_routes
@@ -56,7 +56,7 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
     return [
         Middleware(Entrance, names_responses=names_responses),
         *([cors] if config.cors_origins else []),
-        Middleware(Admission, keys=keys, config=config),
+        Middleware(Gatekeeper, keys=keys, config=config),
     ]
 
 

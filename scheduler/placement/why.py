@@ -19,7 +19,7 @@ class Way(msgspec.Struct, frozen=True):
     """One way to serve a sequence: in a group, as it is or with a fetch from `source`.
 
     hit_tokens: of its prefix, fetched_tokens of them from `source`. evicted_blocks: that would be lost. cost: in prefill
-    tokens, the sum of `policy.Terms`, which follow.
+    tokens, the sum of `policy.CostTerms`, which follow.
     """
 
     group: int

@@ -1,6 +1,6 @@
 """The interfaces of the attention backends: write this step's KV into the pool, attend over blocks.
 
-Imports torch, `workers.execution.step` and `workers.kernels.prefixes`.
+Imports torch, `workers.execution.step` and `workers.kernels.attention.prefixes`.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from workers.execution.step import StepInput
-from workers.kernels.prefixes import PrefixLimits, SharedPrefixes
+from workers.kernels.attention.prefixes import PrefixLimits, SharedPrefixes
 
 
 class AttentionBackend(Protocol):

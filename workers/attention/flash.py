@@ -22,7 +22,7 @@ from kvcache.pool import KVPool
 from workers.attention.base import Chunks
 from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
-from workers.kernels.prefixes import NOT_SHARED, SharedPrefixes
+from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from workers.attention.base import Chunks, PagedAttention
-from workers.kernels.prefixes import SharedPrefixes
+from workers.kernels.attention.prefixes import SharedPrefixes
 
 
 class MixedAttention:

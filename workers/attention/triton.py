@@ -14,9 +14,9 @@ from kvcache.pool import KVPool
 from workers.attention.base import Chunks
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
-from workers.kernels.chunk_attention import ChunkAttention
-from workers.kernels.decode_attention import FEW_ROWS, SOME_ROWS, DecodeAttention
-from workers.kernels.prefixes import SharedPrefixes
+from workers.kernels.attention.chunks import ChunkAttention
+from workers.kernels.attention.decode import FEW_ROWS, SOME_ROWS, DecodeAttention
+from workers.kernels.attention.prefixes import SharedPrefixes
 
 FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 

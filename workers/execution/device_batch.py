@@ -20,8 +20,8 @@ import torch
 
 from workers.execution.pinned import PinnedRing
 from workers.execution.prefixes import LEAST_SAVED_TOKENS, PrefixFinder
+from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.batch import gather, scatter
-from workers.kernels.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.loop.batch import Launched, ResidentBatch
 from workers.sampling.settings import WORDS
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
-from workers.kernels.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
 from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
 from workers.kernels.rope import qk_norm_rope_write
 from workers.model.decoder import Decoder, Layer
 from workers.model.layers import Linear

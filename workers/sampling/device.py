@@ -1,4 +1,4 @@
-"""The sampler of a GPU: `Sampler`'s tokens from `workers.kernels.sample`, in a captured graph or without one.
+"""The sampler of a GPU: `Sampler`'s tokens from `workers.kernels.sampling.sample`, in a captured graph or without one.
 
     inside the graph    sample
     outside, before     admit, release, constrain: copies and small kernels on the same stream, so a later replay sees them
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from scheduler.protocol.sampling import SamplingParams
-from workers.kernels import marks
-from workers.kernels.sample import Tables, Workspace, geometry, sample
+from workers.kernels.sampling import marks
+from workers.kernels.sampling.sample import Tables, Workspace, geometry, sample
 from workers.parallel.communicator import Communicator
 from workers.sampling import logprobs, settings
 from workers.sampling.logprobs import Logprobs, to_device, to_host

@@ -4,7 +4,7 @@
     what   flags  T  top_k  stream  top_p  log min_p  stop_from  repetition  frequency  presence  free
 
 T and the penalties are float32, top_p and log min_p float64 in two words, the noise stream uint64 in two words, low first.
-`workers.kernels.sample` reads it by these numbers.
+`workers.kernels.sampling.sample` reads it by these numbers.
 """
 
 import numpy as np

@@ -20,7 +20,7 @@ from deploy.doors.openai.answers.responses import (
     ChatMessage,
     Usage,
 )
-from deploy.doors.openai.endpoint import Answer, Endpoint
+from deploy.doors.openai.endpoint import Endpoint, Telling
 from deploy.doors.openai.schemas import ChatRequest
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.doors.openai.tools.tool_calls import CallArguments, CallBegin, Event, PlainText
@@ -32,7 +32,7 @@ from deploy.text.messages import for_template
 from deploy.text.prompts import Conversation
 
 
-class _ChatAnswer(Answer[ChatRequest]):
+class _ChatTelling(Telling[ChatRequest]):
     """One conversation's. A choice's first chunk says whose words they are."""
 
     def __init__(self, *given: Any) -> None:
@@ -85,7 +85,7 @@ class _ChatAnswer(Answer[ChatRequest]):
 class Chat(Endpoint[ChatRequest]):
     """Chat completions of one service."""
 
-    id_prefix, prompt_field, answer = "chatcmpl", "messages", _ChatAnswer
+    id_prefix, prompt_field, answer = "chatcmpl", "messages", _ChatTelling
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         super().__init__(service, config, grammars)

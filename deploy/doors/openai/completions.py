@@ -10,7 +10,7 @@ from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
 from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prompt, sampled, vllm_prompt_logprobs
 from deploy.doors.openai.answers.responses import Completion, CompletionChoice, Usage
-from deploy.doors.openai.endpoint import Answer, Endpoint
+from deploy.doors.openai.endpoint import Endpoint, Telling
 from deploy.doors.openai.schemas import CompletionRequest
 from deploy.doors.openai.tools.tools import Tools
 from deploy.frontend.errors import RequestError
@@ -19,7 +19,7 @@ from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 DEFAULT_MAX_TOKENS = 16
 
 
-class _CompletionAnswer(Answer[CompletionRequest]):
+class _CompletionTelling(Telling[CompletionRequest]):
     """A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
 
     def __init__(self, *given: Any) -> None:
@@ -69,7 +69,7 @@ class _CompletionAnswer(Answer[CompletionRequest]):
 class Completions(Endpoint[CompletionRequest]):
     """Completions of one service."""
 
-    id_prefix, prompt_field, answer = "cmpl", "prompt", _CompletionAnswer
+    id_prefix, prompt_field, answer = "cmpl", "prompt", _CompletionTelling
 
     def _fields(self, request: CompletionRequest) -> dict[str, Any]:
         """An echo shows the prompt's log-probabilities too. best_of needs some to choose by."""

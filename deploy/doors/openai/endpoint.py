@@ -1,6 +1,6 @@
 """A request's way to the service, and its output's way back, whole or as it comes: what completions and chat have in common.
 
-    body ──read──▶ request ──begin──▶ Answer ◀──deltas── service
+    body ──read──▶ request ──begin──▶ Telling ◀──deltas── service
                                          └──whole──▶ a response's record,  or ──parts, chunk──▶ encoded events
 
 Knows nothing of HTTP: a request's record comes in, a response's record or encoded events go out.
@@ -33,7 +33,7 @@ from deploy.text.tokenizer import Tokenizer
 R = TypeVar("R", bound=GenerationRequest)
 
 
-class Answer(ABC, Generic[R]):
+class Telling(ABC, Generic[R]):
     """How the output of one request is told. heading: what every response and chunk of it says: id, created, model. tools: what
     the model may call, to find its calls in the output."""
 
@@ -66,7 +66,7 @@ class Endpoint(ABC, Generic[R]):
     id_prefix: ClassVar[str]
     """What a response's id begins with."""
     prompt_field: ClassVar[str]
-    answer: Callable[..., Answer[R]]
+    answer: Callable[..., Telling[R]]
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         self._service = service
@@ -96,7 +96,7 @@ class Endpoint(ABC, Generic[R]):
         if options.include_usage:
             yield event(answer.chunk([], meter.usage()))
 
-    async def _begin(self, request: R, caller: Caller) -> Answer[R]:
+    async def _begin(self, request: R, caller: Caller) -> Telling[R]:
         """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
         that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
@@ -116,7 +116,7 @@ class Endpoint(ABC, Generic[R]):
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": int(time.time()), "model": self._service.model.name}
         return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
 
-    def _deltas(self, answer: Answer[R], caller: Caller) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+    def _deltas(self, answer: Telling[R], caller: Caller) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         return self._service.generate(answer.prompts, request_id=caller.request_id, traceparent=caller.traceparent)
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002

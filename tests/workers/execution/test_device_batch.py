@@ -9,7 +9,7 @@ from scheduler.protocol.messages import Drop, Grant, Remap
 from tests.workers.loop.test_batch import lease, start
 from workers.execution import device_batch
 from workers.execution.device_batch import DeviceBatch
-from workers.kernels.prefixes import SET_FIELDS, PrefixLimits
+from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits
 from workers.loop.batch import Launched, ResidentBatch
 
 pytest.importorskip("triton")

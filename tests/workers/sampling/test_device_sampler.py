@@ -150,7 +150,7 @@ FILTERED = [
 @pytest.mark.parametrize(("splits", "block", "rounds"), [(1, 256, 1), (4, 32, 2), (2, 64, 0)])
 def test_any_geometry_draws_the_same(splits: int, block: int, rounds: int, capacity: int) -> None:
     """capacity 16: more candidates than can be collected, so that they are found in passes over the row."""
-    from workers.kernels.sample import SampleGeometry, Tables, Workspace, sample
+    from workers.kernels.sampling.sample import SampleGeometry, Tables, Workspace, sample
 
     vocab = 141
     logits = torch.from_numpy(random_logits(1, len(FILTERED), vocab, scale=1.0)[0]).to(torch.bfloat16)

@@ -11,7 +11,7 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_atten
 
 pytest.importorskip("triton")
 
-from workers.kernels.chunk_attention import ChunkAttention, ChunkConfig
+from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
 
 
 def check(problem: Problem, config: ChunkConfig | None = None, spare: int = 0) -> None:

@@ -10,7 +10,7 @@ Device functions only, each for one program. Imports Triton and `logits`.
 import triton
 import triton.language as tl
 
-from workers.kernels.logits import (
+from workers.kernels.sampling.logits import (
     HAS_TOP_P,
     NO_ID,
     TEMPERATURE,

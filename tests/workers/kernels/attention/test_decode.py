@@ -13,8 +13,8 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_atten
 
 pytest.importorskip("triton")
 
-from workers.kernels.decode_attention import DecodeAttention, DecodeConfig
-from workers.kernels.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
+from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
 
 def decode(

@@ -1,10 +1,10 @@
 """Decode attention over blocks, driven by device tensors alone: a plan a step, one launch a layer, capturable in a CUDA graph.
 
 The keys of a step are cut into pieces of about equal length (flash-decoding's split KV, with a work list that the device
-makes itself), so that one sequence of 32,768 tokens and 256 of 1,024 fill the multiprocessors alike; the longest pieces begin
-first. Rows whose tables begin with the same blocks have these read once for several of them (cascade attention, after Hydragen,
-arXiv 2402.05099): query rows which a tile of the matrix unit has room for anyway. The launch geometry depends on the batch
-alone, the work on contexts and shared prefixes alone; the width of the block table matters to nothing.
+makes itself, `plan`), so that one sequence of 32,768 tokens and 256 of 1,024 fill the multiprocessors alike; the longest pieces
+begin first. Rows whose tables begin with the same blocks have these read once for several of them (cascade attention, after
+Hydragen, arXiv 2402.05099): query rows which a tile of the matrix unit has room for anyway. The launch geometry depends on the
+batch alone, the work on contexts and shared prefixes alone; the width of the block table matters to nothing.
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
@@ -18,12 +18,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvcache.pool import KVPool
-from workers.kernels.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
+from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
+from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
-FIELDS = 8  # of a work item: member, members and KV head, first and last span, keys, pieces, piece, entry
-PLANNED_UNITS = 16  # by one program of the plan
-COMPARED_UNITS = 256  # that it puts them in order with at a time
-WRITTEN_ITEMS = 32  # of each unit at a time
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4
 LOG2_E = 1.4426950408889634
@@ -62,87 +59,6 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
     if rows <= FEW_ROWS and hopper:
         return DecodeConfig(stages=4, least=2, atomic=False, dependent=True)
     return DecodeConfig(stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig()
-
-
-@triton.jit
-def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr):
-    """Of units of work: rows, without what their set does for them (at least 1: a row without a context gets zeros), then sets;
-    0 past the last."""
-    is_row = unit < batch
-    context = tl.load(contexts + unit, mask=is_row, other=0)
-    skipped = tl.load(shared + unit, mask=is_row, other=0) // KEYS
-    tokens = tl.load(sets + (unit - batch) * 3 + 2, mask=(unit >= batch) & (unit < units), other=0)
-    return tl.where(is_row, tl.maximum(tl.cdiv(context, KEYS) - skipped, 1), tokens // KEYS)
-
-
-@triton.jit(do_not_specialize=["batch", "units", "shares", "programs"])
-def _plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, programs, KV_HEADS: tl.constexpr,
-          KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
-          ITEMS: tl.constexpr):  # fmt: skip
-    """Cuts every unit's spans into pieces of at most `share` spans. Each program plans UNITS units; none waits for another.
-
-    Items run from the units with the longest pieces to those with the shortest, then over pieces, then KV heads, so that
-    programs that start together read neighbouring memory. At most shares + units * KV_HEADS items have work. A row of
-    several pieces, those of its set counted first, has an entry for the partial result of each.
-    """
-    total = 0
-    for begin in range(0, units, COMPARED):
-        total += tl.sum(_spans(contexts, shared, sets, begin + tl.arange(0, COMPARED), batch, units, KEYS), 0)
-    share = tl.maximum(tl.cdiv(total * KV_HEADS, shares), LEAST)
-
-    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    spans = _spans(contexts, shared, sets, unit, batch, units, KEYS)
-    pieces = tl.cdiv(spans, share)
-    length = tl.cdiv(spans, tl.maximum(pieces, 1))
-    start = tl.zeros([UNITS], tl.int32)
-    entry = tl.zeros([UNITS], tl.int32)
-    planned = 0
-    for begin in range(0, units, COMPARED):
-        rival = begin + tl.arange(0, COMPARED)
-        its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS)
-        its_pieces = tl.cdiv(its_spans, share)
-        its_length = tl.cdiv(its_spans, tl.maximum(its_pieces, 1))
-        longer = its_length[None, :] > length[:, None]
-        ahead = longer | ((its_length[None, :] == length[:, None]) & (rival[None, :] < unit[:, None]))
-        start += tl.sum(tl.where(ahead, its_pieces[None, :] * KV_HEADS, 0), 1)
-        its_of_row = its_pieces + tl.cdiv(tl.load(shared + rival, mask=rival < batch, other=0) // KEYS, share)
-        split = tl.where((rival < batch) & (its_of_row > 1), its_of_row * KV_HEADS, 0)
-        entry += tl.sum(tl.where(rival[None, :] < unit[:, None], split[None, :], 0), 1)
-        planned += tl.sum(its_pieces, 0) * KV_HEADS
-
-    is_row, is_set = unit < batch, (unit >= batch) & (unit < units)
-    first = tl.load(shared + unit, mask=is_row, other=0) // KEYS
-    done = tl.cdiv(first, share)
-    tl.store(row_pieces + unit, done + pieces, mask=is_row)
-    tl.store(row_entries + unit, entry, mask=is_row)
-    at_set = sets + (unit - batch) * 3
-    member = tl.where(is_row, unit, tl.load(at_set, mask=is_set, other=0))
-    members = tl.load(at_set + 1, mask=is_set, other=1)
-    keys = tl.load(contexts + unit, mask=is_row, other=0) + tl.load(at_set + 2, mask=is_set, other=0)
-    of_unit = tl.where(is_set, 2, done + pieces)  # a member of a set has a piece of its own besides
-    for begin in range(0, tl.max(pieces, 0) * KV_HEADS, ITEMS):
-        number = begin + tl.arange(0, ITEMS)[None, :]
-        exists = number < (pieces * KV_HEADS)[:, None]
-        head = number % KV_HEADS
-        piece = number // KV_HEADS
-        at = items + (start[:, None] + number) * 8
-        low = first[:, None] + piece * spans[:, None] // tl.maximum(pieces, 1)[:, None]
-        high = first[:, None] + (piece + 1) * spans[:, None] // tl.maximum(pieces, 1)[:, None]
-        piece += done[:, None]
-        nothing = tl.zeros([UNITS, ITEMS], tl.int32)
-        tl.store(at, nothing + member[:, None], mask=exists)
-        tl.store(at + 1, members[:, None] * KV_HEADS + head, mask=exists)
-        tl.store(at + 2, low, mask=exists)
-        tl.store(at + 3, high, mask=exists)
-        tl.store(at + 4, nothing + keys[:, None], mask=exists)
-        tl.store(at + 5, nothing + of_unit[:, None], mask=exists)
-        tl.store(at + 6, nothing + piece, mask=exists)
-        tl.store(at + 7, entry[:, None] + head * of_unit[:, None] + piece, mask=exists)
-    for begin in range(planned + tl.program_id(0) * COMPARED, programs, tl.num_programs(0) * COMPARED):
-        item = begin + tl.arange(0, COMPARED)
-        empty = tl.zeros([COMPARED], tl.int32)
-        tl.store(items + item * 8 + 2, empty, mask=item < programs)
-        tl.store(items + item * 8 + 3, empty, mask=item < programs)
 
 
 @triton.jit
@@ -424,7 +340,7 @@ class DecodeAttention:
             raise ValueError(f"{batch} decodes do not fit the buffers made for {self.max_batch}: reserve {batch} first")
         self._planned = shared = shared or self._alone
         units = batch + self.prefixes.sets(batch)
-        _plan[(triton.cdiv(units, PLANNED_UNITS),)](
+        plan[(triton.cdiv(units, PLANNED_UNITS),)](
             context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch, units, self._shares,
             self._programs(batch), KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
             UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scheduler.protocol.messages import NO_TOKEN
-from workers.kernels.draw import (
+from workers.kernels.sampling.draw import (
     MAX_SPLITS,
     collect,
     draw_collected,
@@ -37,7 +37,7 @@ from workers.kernels.draw import (
     top_of_splits,
     winner_of_splits,
 )
-from workers.kernels.logits import (
+from workers.kernels.sampling.logits import (
     HAS_MIN_P,
     HAS_TOP_K,
     HAS_TOP_P,

@@ -10,7 +10,7 @@ Device functions only. The formulas and their roundings are those of `workers.sa
 import triton
 import triton.language as tl
 
-from workers.kernels.marks import BARRED_STOP, COUNT_BITS, IN_PROMPT
+from workers.kernels.sampling.marks import BARRED_STOP, COUNT_BITS, IN_PROMPT
 from workers.sampling import settings as layout
 
 WORDS = tl.constexpr(layout.WORDS)

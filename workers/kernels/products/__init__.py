@@ -1,0 +1,1 @@
+"""Products of a few tokens with a large matrix, and what is fused with them."""

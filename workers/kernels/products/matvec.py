@@ -1,0 +1,149 @@
+"""Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
+
+`y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
+it, a decode layer is six launches. Two kernels: `stream` for a few tokens, `tiles` for more.
+
+No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
+and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
+`python -m benchmarks.kernels --sweep`.
+
+Imports torch and triton.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from workers.kernels.launch import interpreted
+from workers.kernels.norm import rms_norm
+from workers.kernels.products.stream import stream
+from workers.kernels.products.tiles import tiles
+
+STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
+MAX_TOKENS = 64
+MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
+FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
+SMALL_NUMBERS = 8 << 20  # of W
+LEAST_TILE_TOKENS = 8  # of the tensor cores' products
+DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
+MAX_TILES = 1024  # of rows, where K is split among programs
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
+
+    rows: int  # of W that a program takes
+    columns: int  # of W that it takes at a time
+    warps: int
+    stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
+    splits: int = 0  # `tiles`: into how many parts K is split among the warps; 0: `stream`
+    parts: int = 1  # `tiles`: and among so many programs
+
+
+def matvec(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    out: Tensor | None = None,
+    pdl: bool = False,
+    counters: Tensor | None = None,
+    config: Tiling | None = None,
+) -> Tensor:
+    """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
+
+    norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
+    the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
+    [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
+    zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice
+    of `choose`.
+
+    Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
+    """
+    tokens, k = x.shape
+    n = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens are more than the {MAX_TOKENS} that matvec serves: use torch's F.linear for them")
+    if residual is not None and (swiglu or out is not None):
+        raise ValueError("a residual is itself the output, and of a plain product: give neither `out` nor `swiglu` with it")
+    target = residual if residual is not None else out
+    if target is None:
+        target = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    if not tokens:
+        return target
+    if config is None:
+        config = choose(n, k, tokens, x.dtype, swiglu) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
+    pdl = pdl and not interpreted()
+    tiled = config.splits > 0
+    if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
+        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
+    flags = {
+        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
+        "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
+        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl,
+    }  # fmt: skip
+    operands = (
+        x, weight if norm_weight is None else norm_weight, weight, weight if bias is None else bias, target, tokens,
+        x.stride(0), weight.stride(0), target.stride(0), eps,
+    )  # fmt: skip
+    programs = triton.cdiv(n, config.rows)
+    if tiled:
+        padded = max(LEAST_TILE_TOKENS, triton.next_power_of_2(tokens))
+        partial = target
+        if config.parts > 1:
+            sums = programs * config.parts * (2 * config.rows + 1) * padded
+            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
+            if counters is None or len(counters) < programs:
+                raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
+        tiles[(programs * config.parts,)](
+            *operands[:5], partial, target if counters is None else counters, *operands[5:], TOKENS=padded,
+            SPLITS=config.splits, PARTS=config.parts, **flags,
+        )  # fmt: skip
+    else:
+        share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
+        stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
+    return target
+
+
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False) -> Tiling | None:
+    """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
+
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`).
+    """
+    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
+    if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
+        return _stream_tiling(n, k, tokens, dtype, swiglu)
+    if dtype == torch.float32 or tokens > MAX_TOKENS:
+        return None
+    if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
+        return _tiling(n, k, Tiling(32, 128, 4, 4, 1) if n < 4096 else Tiling(64, 128, 4, 6, 1), DEEP_PROGRAMS)
+    if small and tokens <= MAX_TOKENS_OF_WIDE:
+        return _tiling(n, k, Tiling(64, 64, 4, 8, 1), WIDE_PROGRAMS)
+    return None
+
+
+def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
+    if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
+        if n < 2048 and k % 2048 == 0:
+            return Tiling(4, 2048, 8)
+        if k <= 1024 and not swiglu:
+            return Tiling(4, 512, 2)
+        return Tiling(4, 512, 4) if k >= 8192 else Tiling(4, 1024, 4)
+    rows = 2 if n < 2048 or swiglu else 4
+    return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+
+
+def _tiling(n: int, k: int, tile: Tiling, programs: int) -> Tiling | None:
+    """K among as many programs as make so many in all, and as divide it; None if one cannot take it."""
+    for parts in (8, 4, 2, 1):
+        tiles = triton.cdiv(n, tile.rows)
+        if (parts == 1 or tiles * parts <= min(programs, MAX_TILES)) and k % (tile.columns * parts) == 0:
+            return replace(tile, parts=parts)
+    return None

@@ -1,0 +1,111 @@
+"""Products of up to 64 tokens, 16-bit, by the tensor cores.
+
+K may be split among the warps of a program and among programs, of which the last to end adds the sums in a fixed order. x times
+the norm's weight is rounded to the dtype, the norm's scale is applied to the sums. Imports triton.
+"""
+
+import triton
+import triton.language as tl
+
+from workers.kernels.launch import fetch_rows
+
+
+@triton.jit
+def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """What the programs of one tile have left at their places from `first` on, added in their order."""
+    total = tl.load(partial + first * SIZE + at, cache_modifier=".cg")
+    for other in tl.static_range(1, PARTS):
+        total += tl.load(partial + (first + other) * SIZE + at, cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
+           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+           SPLITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+           RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
+
+    partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
+    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS.
+    """
+    SPLIT: tl.constexpr = COLUMNS // SPLITS
+    SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
+    block = tl.program_id(0) // PARTS
+    row = tl.arange(0, ROWS)
+    rows = block * ROWS + row
+    safe = (rows if N % ROWS == 0 else tl.minimum(rows, N - 1)).to(tl.int64)
+    half = weight + N * weight_stride if GATED else weight
+    token = tl.arange(0, TOKENS)
+    begin = tl.program_id(0) % PARTS * (K // PARTS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        fetch_rows(weight + begin, safe, weight_stride, ROWS, K // PARTS)
+        if GATED:
+            fetch_rows(half + begin, safe, weight_stride, ROWS, K // PARTS)
+        tl.extra.cuda.gdc_wait()
+
+    if SPLITS == 1:
+        column = begin + tl.arange(0, COLUMNS)
+        w_at = safe[:, None] * weight_stride + column[None, :]
+        x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
+        there = (token < tokens)[None, :]
+        scale_at = column[:, None]
+        sums = tl.zeros([ROWS, TOKENS], tl.float32)
+        squares = tl.zeros([TOKENS], tl.float32)
+    else:
+        column = begin + tl.arange(0, SPLITS)[:, None] * SPLIT + tl.arange(0, SPLIT)[None, :]
+        w_at = safe[None, :, None] * weight_stride + column[:, None, :]
+        x_at = token.to(tl.int64)[None, None, :] * x_stride + column[:, :, None]
+        there = (token < tokens)[None, None, :]
+        scale_at = column[:, :, None]
+        sums = tl.zeros([SPLITS, ROWS, TOKENS], tl.float32)
+        squares = tl.zeros([SPLITS, TOKENS], tl.float32)
+    gated = sums
+    for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
+        tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
+        a = tl.load(x + start + x_at, mask=there, other=0.0)
+        if NORM:
+            plain = a.to(tl.float32)
+            squares += tl.sum(plain * plain, len(plain.shape) - 2)
+            a = (plain * tl.load(norm_weight + start + scale_at).to(tl.float32)).to(a.dtype)
+        sums = tl.dot(tile, a, sums)
+        if GATED:
+            gated = tl.dot(tl.load(half + start + w_at, eviction_policy="evict_first"), a, gated)
+    total, up = sums, gated
+    if SPLITS > 1:
+        total, up, squares = tl.sum(sums, 0), tl.sum(gated, 0), tl.sum(squares, 0)
+
+    if PARTS > 1:
+        at = row[:, None] * TOKENS + token[None, :]
+        here = partial + tl.program_id(0) * SIZE
+        tl.store(here + at, total)
+        if GATED:
+            tl.store(here + ROWS * TOKENS + at, up)
+        if NORM:
+            tl.store(here + SIZE - TOKENS + token, squares)
+        tl.debug_barrier()  # every thread's stores come before the count
+        if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
+            return
+        tl.store(counters + block, 0)
+        total = _sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
+        if GATED:
+            up = _sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        if NORM:
+            squares = _sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
+
+    if NORM:
+        total *= tl.rsqrt(squares / K + eps)[None, :]
+    if BIAS:
+        total += tl.load(bias + safe).to(tl.float32)[:, None]
+    mask = (token < tokens)[None, :] & (rows < N)[:, None]
+    place = out + token.to(tl.int64)[None, :] * out_stride + rows[:, None]
+    if GATED:
+        if NORM:
+            up *= tl.rsqrt(squares / K + eps)[None, :]
+        if BIAS:
+            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
+        total = total / (1 + tl.exp(-total)) * up
+    if RESIDUAL:
+        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, total.to(out.dtype.element_ty), mask=mask)

@@ -1,0 +1,1 @@
+"""A token for each row of logits, in few passes over the vocabulary."""
