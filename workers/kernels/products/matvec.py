@@ -80,6 +80,7 @@ def matvec(
         return target
     if config is None:
         config = choose(n, k, tokens, x.dtype, swiglu) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
+        config = config if counters is not None else replace(config, parts=1)
     pdl = pdl and not interpreted()
     tiled = config.splits > 0
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
