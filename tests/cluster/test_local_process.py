@@ -10,7 +10,7 @@ import cluster.local.engine
 from cluster.local.engine import LocalEngine
 from cluster.local.process import ProcessGroups
 from deploy import LLM, SamplingParams
-from workers.model.architectures import CheckpointError
+from deploy.config.load import ConfigError
 
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7], list(range(40, 140))]
 PARAMS = [SamplingParams(max_tokens=12, temperature=0.8, seed=number, ignore_eos=True) for number in range(3)]
@@ -47,7 +47,7 @@ def test_what_the_ranks_cannot_do_is_said_as_they_say_it(tmp_path: Path) -> None
         '{"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, '
         '"intermediate_size": 64, "vocab_size": 64, "max_position_embeddings": 64}'
     )
-    with pytest.raises(CheckpointError, match="safetensors"):
+    with pytest.raises(ConfigError, match="safetensors"):
         LLM(str(tmp_path), local=True, threads=1)
 
 

@@ -22,7 +22,7 @@ from deploy.batch.progress import JobTally
 from deploy.config.load import EMBEDDED_MODEL, Config, ConfigError, load_config
 from deploy.doors.access import ApiKeys, account
 from deploy.doors.http import create_app
-from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.errors import RETRY_AFTER_S, Fault, RequestError
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, journal_at, read
 from tests.deploy.frontend.fake_engine import FakeEngine
@@ -230,9 +230,9 @@ def test_refusals_are_answers(status: int) -> None:
     ("response", "fault", "retry_after_s"),
     [
         (error(429, **{"retry-after": "3"}), Fault.OVERLOADED, 3.0),
-        (error(429, **{"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}), Fault.OVERLOADED, 0.0),
-        (error(503), Fault.UNAVAILABLE, 0.0),
-        (httpx.Response(502, text="<html>bad gateway</html>"), Fault.UNAVAILABLE, 0.0),
+        (error(429, **{"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}), Fault.OVERLOADED, RETRY_AFTER_S),
+        (error(503), Fault.UNAVAILABLE, RETRY_AFTER_S),
+        (httpx.Response(502, text="<html>bad gateway</html>"), Fault.UNAVAILABLE, RETRY_AFTER_S),
     ],
 )
 def test_what_will_pass_is_to_be_tried_again(response: httpx.Response, fault: Fault, retry_after_s: float) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy import LLM, SamplingParams
-from deploy.frontend.outputs import GenerationError, RequestOutput
+from deploy.frontend.outputs import RequestOutput
 from deploy.text.prompts import PromptError
 from tests.end_to_end.engines import LLAMA, greedy, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, draw
@@ -111,6 +111,6 @@ def test_cancelling_all_choices_of_a_prompt(llm: LLM) -> None:
 def test_errors_reach_the_stream(llm: LLM) -> None:
     with pytest.raises(PromptError, match="empty"):
         asyncio.run(collect(llm.stream([], greedy(3))))
-    with pytest.raises(GenerationError, match="raise max_model_len"):
+    with pytest.raises(PromptError, match="max_tokens=200 and the 400 tokens of the prompt are above"):
         asyncio.run(collect(llm.stream(draw(400, seed=81), greedy(200))))
     wait_idle(llm)
