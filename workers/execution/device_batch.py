@@ -5,7 +5,7 @@
     order       [most]            int32   rows of the next decode step, then padding
     settings    [rows + 1, 16]    int32   how each row samples (`sampling.settings`)
     tables      [rows + 1, blocks] int32   block tables
-    prefixes    [most], [sets * 3], [most] int32   which of the next decode step share a prefix (`kernels.prefixes`)
+    prefixes    [most], [sets * 3], [most] int32   which of the next decode step share a prefix (`attention.prefixes`)
 
 All of it is one tensor, so whatever has changed on the host since the last step is one list of (place, value), one pinned copy
 and one kernel; where nothing has changed, nothing is sent. The last row is padding: its blocks are the scratch block, which no
@@ -120,7 +120,8 @@ class DeviceBatch:
             yield self._order + moved, order[moved]
         if self._limits.rows > 1 and (self._remapped(batch) or not np.array_equal(rows, self._grouped)):
             self._grouped = rows.copy()
-            prefixes = self._find_prefixes(batch.block_table[rows], first)
+            full = first // self._block_size  # blocks of each that are complete
+            prefixes = self._find_prefixes(batch.block_table[rows, : full.max(initial=0)], full)
             changed = np.flatnonzero(prefixes != self._known_prefixes)
             self._known_prefixes = prefixes
             yield self._prefixes + changed, prefixes[changed]
@@ -132,9 +133,9 @@ class DeviceBatch:
         """A block that holds a sequence's beginning is another one now."""
         return any(begin * self._block_size < self._known_position[row] for row, begin, _ in batch.edited)
 
-    def _find_prefixes(self, tables: Int32s, first: Ints) -> Int32s:
-        """What `prefixes` is to say. tables: of the decodes; first: [decodes] their positions."""
-        found = self._finder.find(tables, first // self._block_size)
+    def _find_prefixes(self, tables: Int32s, full: Ints) -> Int32s:
+        """What `prefixes` is to say. tables, full: of the decodes, as `PrefixFinder.find` takes them."""
+        found = self._finder.find(tables, full)
         kept = self._limits.sets(len(tables))
         counts, common = found.counts[:kept], found.blocks[:kept] * self._block_size
         ends = np.cumsum(counts)

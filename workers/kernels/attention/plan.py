@@ -29,8 +29,8 @@ def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "units", "shares", "programs"])
 def plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, programs, KV_HEADS: tl.constexpr,
-          KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
-          ITEMS: tl.constexpr):  # fmt: skip
+         KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
+         ITEMS: tl.constexpr):  # fmt: skip
     """Cuts every unit's spans into pieces of at most `share` spans. Each program plans UNITS units; none waits for another.
 
     Items run from the units with the longest pieces to those with the shortest, then over pieces, then KV heads, so that

@@ -97,9 +97,9 @@ def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, g
 
 @triton.jit(do_not_specialize=["tokens"])
 def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
-            K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+           K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+           NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output.
 
     Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.

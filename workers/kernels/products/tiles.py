@@ -21,9 +21,9 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
-           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-           SPLITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-           RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          SPLITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+          RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
