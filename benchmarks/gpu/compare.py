@@ -114,7 +114,7 @@ def measure(engine: Engine, works: list[str], rounds: int, warm_up: bool = True)
         for key, series in values.items():
             figures[key] = statistics.median(series[warm_up:])
             print(f"  {key}: {figure(figures[key])}  ({', '.join(map(figure, series))})", file=sys.stderr, flush=True)
-        if isinstance(engine, Bare):
+        if isinstance(engine, Bare) and values:
             figures |= {f"{name}.{key}": value for key, value in engine.breakdown.items()}
             print(f"  {name}: { {key: round(value) for key, value in engine.breakdown.items()} }", file=sys.stderr, flush=True)
     return figures

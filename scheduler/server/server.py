@@ -138,7 +138,7 @@ class SchedulerServer:
         """Errors: ProtocolError."""
         beat = message if isinstance(message, Beat) else None
         self._vitals.heard(group, epoch, time.monotonic(), beat)
-        if not isinstance(message, Beat):
+        if beat is None:
             self._shell.leader_says(group, message)
 
     async def _look(self) -> None:
