@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.works import Work
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
-from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Start
+from scheduler.protocol.messages import ROW_BITS, ROW_MASK, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch
@@ -84,15 +84,8 @@ class BareLoop:
 
     def run(self, work: Work) -> tuple[float, Timeline]:
         """Seconds for the work, and where they went."""
-        rank, size = self._built.rank, self._config.block_size
-        commands: list[Command] = []
-        block = 0
-        for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
-            blocks = -(-(len(prompt) + length) // size)
-            commands.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
-            block += blocks
-        if block > self._built.blocks:
-            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
+        rank = self._built.rank
+        commands = self._starts(work)
         timeline = self._timed.timeline = Timeline()
         torch.cuda.synchronize()
         begun = time.perf_counter()
@@ -101,6 +94,37 @@ class BareLoop:
             rank.turn([])
         timeline.total_s = time.perf_counter() - begun
         return timeline.total_s, timeline
+
+    def beside(self, work: Work, prompts: Work) -> list[float]:
+        """Seconds of each step of `work`'s decodes while `prompts` come, each as soon as the one before has been computed."""
+        rank, streams = self._built.rank, len(work.prompts)
+        commands = self._starts(Work(work.prompts + prompts.prompts, work.lengths + prompts.lengths))
+        waiting = list(reversed(commands[streams:]))
+        rank.turn(commands[:streams])
+        for _ in range(8):  # until all decode
+            rank.turn([])
+        torch.cuda.synchronize()
+        took: list[float] = []
+        prefilling = False
+        while waiting or prefilling:
+            begun = time.perf_counter()
+            result = rank.turn([] if prefilling else [waiting.pop()])
+            prefilling = result is None or not any(lease & ROW_MASK >= streams for lease, _ in result.finished)
+            took.append(time.perf_counter() - begun)
+        while not rank.idle:
+            rank.turn([])
+        return took
+
+    def _starts(self, work: Work) -> list[Start]:
+        """Row i runs prompt i. Errors: ValueError if the pool has too few blocks."""
+        starts, block = [], 0
+        for row, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True)):
+            blocks = -(-(len(prompt) + length) // self._config.block_size)
+            starts.append(self._start(row, prompt, length, work.temperature, range(block, block + blocks)))
+            block += blocks
+        if block > self._built.blocks:
+            raise ValueError(f"the work needs {block} blocks and the pool has {self._built.blocks}")
+        return starts
 
     def _start(self, row: int, prompt: list[int], length: int, temperature: float, blocks: range) -> Start:
         self._serial += 1

@@ -33,7 +33,7 @@ from benchmarks.shared.options import names_of, positive
 from benchmarks.shared.report import figure, table
 
 ENGINES = ("bare", "local", "ray")
-WORKS = ("batch_1", "batch_32", "many", "prefill", "shared")
+WORKS = ("batch_1", "batch_32", "many", "prefill", "shared", "beside")
 WARM_UP_SEED = 1 << 20
 OPTIONS = {"max_num_batched_tokens": 8192, "max_num_seqs": 256, "max_model_len": 4352, "dtype": "bfloat16"}
 
@@ -148,12 +148,23 @@ def _shared(engine: Engine, seed: int) -> Figures:
     return {"shared_cold_s": cold, "shared_warm_s": engine.run(gpu_works.shared(seed, own + 1))}
 
 
+def _beside(engine: Engine, seed: int) -> Figures:
+    if not isinstance(engine, Bare):
+        return {}  # whose steps can be watched from outside alone
+    work, prompts = gpu_works.beside(seed)
+    steps_ms = sorted(1e3 * seconds for seconds in engine.loop.beside(work, prompts))
+    rate = prompts.prompt_tokens / sum(steps_ms) * 1e3
+    return {"beside_step_ms": statistics.mean(steps_ms), "beside_step_ms_most": steps_ms[-1],
+            "beside_prompt_tokens_per_s": rate}  # fmt: skip
+
+
 MEASURES: dict[str, Callable[[Engine, int], Figures]] = {
     "batch_1": _batch_1,
     "batch_32": _batch_32,
     "many": _many,
     "prefill": _prefill,
     "shared": _shared,
+    "beside": _beside,
 }
 
 

@@ -60,5 +60,11 @@ def shared(seed: int, own: int) -> Work:
     return Work([common + tail for tail in _draw(random.Random(own), [64] * 64)], [64] * 64)
 
 
+def beside(seed: int) -> tuple[Work, Work]:
+    """32 prompts of 128 tokens, 512 out, greedy, and 24 prompts of 4,096 tokens, one token out, that come meanwhile."""
+    chance = random.Random(seed)
+    return Work(_draw(chance, [128] * 32), [512] * 32), Work(_draw(chance, [4096] * 24), [1] * 24)
+
+
 def _draw(chance: random.Random, lengths: list[int]) -> Prompts:
     return [[chance.randint(0, VOCABULARY) for _ in range(length)] for length in lengths]

@@ -18,6 +18,7 @@ from workers.kernels.embed import embed_norm
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, matvec
 from workers.kernels.rope import qk_norm_rope_write
+from workers.kernels.turn import HeadTurn
 from workers.model.rotary import Rope, Rotary
 
 EPS = 1e-6
@@ -277,14 +278,15 @@ class RopeInputs:
         self.qkv = normal(tokens, (shape.heads + 2 * shape.kv_heads) * shape.head_dim)
         self.q_weight, self.k_weight = normal(shape.head_dim), normal(shape.head_dim)
         self.table = rotation(shape.head_dim)
+        self.turn = HeadTurn(self.q_weight, self.k_weight, EPS, self.table)
         self.positions = torch.randint(8192, (tokens,), device=DEVICE)
         self.slots = torch.randperm(self.pool.blocks * block_size, device=DEVICE)[:tokens]
         self.out = poisoned(tokens, shape.heads, shape.head_dim)
 
     def run(self, qkv: Tensor | None = None, pdl: bool = False) -> None:
         qk_norm_rope_write(
-            self.qkv if qkv is None else qkv, self.q_weight, self.k_weight, EPS, self.table, self.positions, self.slots,
-            self.pool.keys(1), self.pool.values(1), self.shape.heads, self.shape.kv_heads, self.out, pdl=pdl,
+            self.qkv if qkv is None else qkv, self.turn, self.positions, self.slots, self.pool.keys(1), self.pool.values(1),
+            self.shape.heads, self.shape.kv_heads, self.out, pdl=pdl,
         )  # fmt: skip
 
     def turned(self, heads: Tensor, weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Needs a CUDA device. May import `kvcache` and `workers`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -134,7 +134,7 @@ def _like(tokens: int, config: Tiling | None) -> int:
     """Another number of tokens that the same compiled kernel takes."""
     if config is None or tokens <= 2:
         return tokens
-    return max(LEAST_TILE_TOKENS, 1 << (tokens - 1).bit_length()) if config.splits else STREAM_TOKENS
+    return max(LEAST_TILE_TOKENS, 1 << (tokens - 1).bit_length()) if config.parts else STREAM_TOKENS
 
 
 def compile_all(tasks: Iterable[Task]) -> None:
@@ -164,12 +164,10 @@ STREAMS = (
     Tiling(4, 2048, 8), Tiling(2, 2048, 8), Tiling(4, 1024, 4, 3), Tiling(8, 1024, 4, 3), Tiling(8, 512, 4, 4),
     Tiling(16, 512, 4, 4),
 )  # fmt: skip
-TILES = (
-    Tiling(16, 256, 4, 3, 4), Tiling(16, 512, 4, 3, 4), Tiling(16, 256, 8, 4, 8), Tiling(32, 256, 4, 3, 4),
-    Tiling(32, 128, 4, 4, 1), Tiling(64, 64, 4, 5, 1), Tiling(64, 128, 4, 4, 1),
-)  # fmt: skip
-PARTS = (1, 2, 4, 8)
-PROGRAMS = range(96, 900)  # wanted of a product: enough to fill the device, and not too short
+ROWS, COLUMNS, WARPS, STAGES, PARTS = (16, 32, 64), (64, 128, 256, 512), (4, 8), (2, 3, 4, 6, 8), (1, 2, 4, 8)
+SHARED_BYTES = 224 << 10  # of a multiprocessor's memory, for what its program keeps there
+AHEAD_BYTES = 40 << 10  # of W that a program asks for at once, at least
+PROGRAMS = range(96, 400)  # wanted of a product: enough to fill the device, and not too short
 SWEPT = (1, 4, 8, 16, 32, 64)
 BEST = 3
 
@@ -177,10 +175,22 @@ BEST = 3
 def candidates(product: Product, tokens: int) -> list[Tiling]:
     if tokens <= STREAM_TOKENS:
         return [config for config in STREAMS if product.k % config.columns == 0]
-    tiles = [replace(config, parts=parts) for config in TILES for parts in PARTS]
-    fit = [tile for tile in tiles if product.k % (tile.columns * tile.parts) == 0]
-    programs = {tile: -(-product.n // tile.rows) * tile.parts for tile in fit}
-    return [tile for tile in fit if programs[tile] in PROGRAMS or (tile.parts == 1 and programs[tile] >= PROGRAMS.start)]
+    return [tile for tile in (Tiling(*each) for each in itertools.product(ROWS, COLUMNS, WARPS, STAGES, PARTS))
+            if _fits(product, tokens, tile)]  # fmt: skip
+
+
+def _fits(product: Product, tokens: int, tile: Tiling) -> bool:
+    """Whether it divides the product, fills the device, and has enough of W in flight in the memory that there is."""
+    if product.k % (tile.columns * tile.parts) or -(-product.n // tile.rows) * tile.parts not in PROGRAMS:
+        return False
+    turns = product.k // tile.columns // tile.parts
+    weight = 2 * tile.rows * tile.columns * (2 if product.swiglu else 1)
+    x = 2 * max(LEAST_TILE_TOKENS, tokens) * tile.columns
+    shared = tile.stages * weight + (tile.stages - (0 if product.norm else 1)) * x
+    ahead = min(tile.stages - 1, turns) * weight
+    wide = tile.rows * tile.columns >= 8192  # enough for eight warps
+    return tile.stages <= turns + 1 and shared <= SHARED_BYTES and (
+        ahead >= AHEAD_BYTES or tile.stages == turns + 1) and (tile.warps == 4 or wide)  # fmt: skip
 
 
 def sweep(only: str, swept: Sequence[int], bytes_us: float) -> list[Row]:
@@ -221,8 +231,8 @@ def _config_us(operands: list[Operands], pdl: bool, config: Tiling) -> float:
 
 
 def _short(config: Tiling) -> str:
-    """rows x columns, warps, stages, splits, parts"""
-    return f"{config.rows}x{config.columns}w{config.warps}s{config.stages}k{config.splits}p{config.parts}"
+    """rows x columns, warps, stages, parts"""
+    return f"{config.rows}x{config.columns}w{config.warps}s{config.stages}p{config.parts}"
 
 
 def invariance() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workers.execution.step import StepInput
 from workers.kernels.attention.prefixes import PrefixLimits, SharedPrefixes
+from workers.kernels.turn import HeadTurn
 
 
 class AttentionBackend(Protocol):
@@ -68,10 +69,16 @@ class PagedAttention(Protocol):
         """
         ...
 
+    def turns(self, batch: int) -> bool:
+        """Whether `decode` takes the projection of so many rows as it is, and does better with it."""
+        ...
+
     def decode(
-        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None
-    ) -> Tensor:
-        """query [batch, heads, head_dim] -> the same, in `out` where it is given.
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None,
+        turn: HeadTurn | None = None,
+    ) -> Tensor:  # fmt: skip
+        """query [batch, heads, head_dim] -> the same, in `out` where it is given. With `turn` query is the projection [batch,
+        (heads + 2 * kv_heads) * head_dim], whose queries are turned, and whose keys, turned, and values are written first.
 
         block_tables [batch, any width] int32: its width costs nothing. context_lens [batch] int32, as planned; a row that
         only pads has context 1 and a block of its own.

@@ -23,6 +23,7 @@ from workers.attention.base import Chunks
 from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
+from workers.kernels.turn import HeadTurn
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +234,14 @@ class FlashAttention:
         starts = torch.arange(batch + 1, dtype=torch.int32, device=context_lens.device)
         return DecodePlan(starts, metadata)
 
+    def turns(self, batch: int) -> bool:  # noqa: ARG002
+        return False
+
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: DecodePlan,
-        out: Tensor | None = None,
+        out: Tensor | None = None, turn: HeadTurn | None = None,
     ) -> Tensor:  # fmt: skip
+        assert turn is None, "flash-attn's kernels take queries that are turned"
         keys, values = self._pool.keys(layer), self._pool.values(layer)
         result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan)
         return result if out is None else out.copy_(result)

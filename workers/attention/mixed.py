@@ -6,6 +6,7 @@ from torch import Tensor
 
 from workers.attention.base import Chunks, PagedAttention
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.turn import HeadTurn
 
 
 class MixedAttention:
@@ -22,10 +23,14 @@ class MixedAttention:
     ) -> Any:
         return self._decodes.plan_decode(context_lens, batch, blocks, shared)
 
+    def turns(self, batch: int) -> bool:
+        return self._decodes.turns(batch)
+
     def decode(
-        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None
-    ) -> Tensor:
-        return self._decodes.decode(layer, query, block_tables, context_lens, plan, out)
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None,
+        turn: HeadTurn | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self._decodes.decode(layer, query, block_tables, context_lens, plan, out, turn)
 
     def plan_chunks(self, chunks: Chunks) -> Any:
         return self._chunks.plan_chunks(chunks)

@@ -17,7 +17,10 @@ from workers.execution.step import StepInput
 from workers.kernels.attention.chunks import ChunkAttention
 from workers.kernels.attention.decode import FEW_ROWS, SOME_ROWS, DecodeAttention
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.turn import HeadTurn
 
+TURNED_ROWS = 32
+"""Decodes up to which a launch of their own for norms, rotation and KV write costs more than to do it in the attention."""
 FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 
 
@@ -80,6 +83,7 @@ class TritonAttention:
 
     def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH) -> None:
         self._pool = pool
+        self._heads = heads
         self._writer = TritonWriter(pool)
         self._decode = [DecodeAttention(pool, heads, rows) for rows in (FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1))]
         self._chunk = ChunkAttention(pool, heads)
@@ -124,13 +128,17 @@ class TritonAttention:
         self._of(batch).plan(context_lens, batch, shared)
         return TritonPlan(batch, None)
 
+    def turns(self, batch: int) -> bool:
+        return batch <= TURNED_ROWS
+
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: TritonPlan,  # noqa: ARG002
-        out: Tensor | None = None,
+        out: Tensor | None = None, turn: HeadTurn | None = None,
     ) -> Tensor:  # fmt: skip
-        query = dense_rows(query)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        self._of(len(query)).run(layer, query, block_tables, out)
+        query = query if turn is not None else dense_rows(query)
+        if out is None:
+            out = torch.empty((len(query), self._heads, self._pool.layout.head_dim), dtype=query.dtype, device=query.device)
+        self._of(len(query)).run(layer, query, block_tables, out, turn)
         return out
 
     def _of(self, batch: int) -> DecodeAttention:

@@ -19,6 +19,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Start
 from workers.attention.base import PagedAttention
+from workers.execution.attend import ChunkAttend, DecodeAttend
 from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import SMALL_STEP, StepGraphs
@@ -173,10 +174,7 @@ class GpuRunner:
         state.gather(size)
         contexts, tables = state.contexts[:size], state.step_tables[:size]
         plan = self._attention.plan_decode(contexts, size, tables.shape[1], state.prefixes)
-
-        def attend(layer: int, query: Tensor) -> Tensor:
-            return self._attention.decode(layer, query, tables, contexts, plan)
-
+        attend = DecodeAttend(self._attention, tables, contexts, plan, self._attention.turns(size))
         return self._model.logits(state.tokens[:size], state.positions[:size], state.slots[:size], attend)
 
     def _decode_and_sample(self, size: int) -> Tensor:
@@ -216,11 +214,7 @@ class GpuRunner:
 
     def _prefill(self, chunks: ChunkStep, attention: PagedAttention) -> Tensor:
         """Logits where they are wanted."""
-        plan = attention.plan_chunks(chunks.attention(self._state))
-
-        def attend(layer: int, query: Tensor) -> Tensor:
-            return attention.chunks(layer, query, plan)
-
+        attend = ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
         return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
 
     # ---- back to the host

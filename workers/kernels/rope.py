@@ -8,8 +8,26 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import enter, interpreted
+from workers.kernels.turn import HeadTurn
 
 FEW_TOKENS = 16  # up to here the latency of one program decides, above it how many there are
+
+
+@triton.jit
+def turned_heads(heads, weight, turns, dims, real, eps, DIM: tl.constexpr):
+    """Heads [ROWS, BLOCK_DIM] in float32, normed unless `weight` is None, and turned. heads, turns [ROWS]: where they stand,
+    and where the table's rows of their positions do. real [ROWS]: false for rows that are zeros."""
+    inside = real[:, None] & (dims < DIM)[None, :]
+    partner = (dims + DIM // 2) % DIM
+    x = tl.load(heads[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(heads[:, None] + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+        x *= scale * tl.load(weight + dims, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
+        other *= scale * tl.load(weight + partner, mask=dims < DIM, other=0.0).to(tl.float32)[None, :]
+    cos = tl.load(turns[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    sin = tl.load(turns[:, None] + DIM + dims[None, :], mask=inside, other=0.0).to(tl.float32)
+    return x * cos + other * sin
 
 
 @triton.jit
@@ -69,10 +87,7 @@ def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, 
 
 def qk_norm_rope_write(
     qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    table: Tensor,
+    turn: HeadTurn,
     positions: Tensor,
     slots: Tensor,
     keys: Tensor,
@@ -85,11 +100,9 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """Turns the queries into `out` and writes the turned keys, and the values, to their slots of the pool.
 
-    qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. q_weight, k_weight
-    [head_dim]: both or neither, the weights of the norms before the rotation. table [max_position, cos | signed sin,
-    head_dim] as `Rotary` makes it, contiguous. positions, slots [tokens] int32 or int64; a slot is block * block_size +
-    offset. keys, values [block, slot, kv_head, head_dim]: `KVPool.keys` and `values` of the layer. out [tokens, heads,
-    head_dim], contiguous; returned.
+    qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. positions, slots [tokens] int32
+    or int64; a slot is block * block_size + offset. keys, values [block, slot, kv_head, head_dim]: `KVPool.keys` and `values`
+    of the layer. out [tokens, heads, head_dim], contiguous; returned.
     """
     tokens, dim = qkv.shape[0], keys.shape[3]
     if not tokens:
@@ -98,10 +111,10 @@ def qk_norm_rope_write(
     rows = 1 if tokens <= FEW_TOKENS else 8
     total = heads + 2 * kv_heads
     block = triton.next_power_of_2(dim // 2)
-    norm = q_weight is not None
+    table, norm = turn.table, turn.q_weight is not None
     _qk_norm_rope_write[(tokens, triton.cdiv(total, rows))](
-        qkv, q_weight if norm else table, k_weight if norm else table, table, positions, slots, keys, values, out,
-        qkv.stride(0), keys.stride(0), keys.stride(1), eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, KV_BLOCK=keys.shape[1],
-        ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2, launch_pdl=pdl,
+        qkv, turn.q_weight if norm else table, turn.k_weight if norm else table, table, positions, slots, keys, values, out,
+        qkv.stride(0), keys.stride(0), keys.stride(1), turn.eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
+        KV_BLOCK=keys.shape[1], ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2, launch_pdl=pdl,
     )  # fmt: skip
     return out

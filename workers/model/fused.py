@@ -10,8 +10,7 @@ Everything is driven by device tensors, so a step of decodes can be captured in 
 the weights' holders.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +21,24 @@ from workers.kernels.embed import embed_norm
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
 from workers.kernels.rope import qk_norm_rope_write
+from workers.kernels.turn import HeadTurn
 from workers.model.decoder import Decoder, Layer
 from workers.model.layers import Linear
 
-Attend = Callable[[int, Tensor], Tensor]
-"""(layer, query [tokens, heads, head_dim]) -> [tokens, heads, head_dim]; the step's KV of that layer has been written."""
+
+class Attend(Protocol):
+    """One step's attention, layer by layer, over the pool of the model."""
+
+    @property
+    def turns(self) -> bool:
+        """It takes the projection as it is: turns the queries and writes the step's keys and values itself."""
+        ...
+
+    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
+        """query [tokens, heads, head_dim] -> the same; the step's KV of that layer has been written. Where it turns, with
+        `turn`: query is the projection [tokens, (heads + 2 * kv_heads) * head_dim], and its KV has not."""
+        ...
+
 
 SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
 """Products of so little, of so few tokens, begin while the one before still runs (programmatic dependent launch): a step of the
@@ -65,10 +77,11 @@ class FusedDecoder:
         hidden, normed = self._embed(tokens)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            query = self._query(number, layer, layer.qkv(normed), positions, slots)
+            projected = layer.qkv(normed)
             if rows is not None and number == last and not len(rows):
+                self._query(number, layer, projected, positions, slots)
                 return self._outer.head(normed[:0])  # the last layer's KV is all that was wanted
-            attended = attend(number, query).flatten(1)
+            attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
             normed = add_rms_norm(hidden, layer.o(attended), layer.mlp_norm.weight, self._eps)
@@ -81,7 +94,7 @@ class FusedDecoder:
         for number, layer in enumerate(self._layers):
             projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
             pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
-            attended = attend(number, self._query(number, layer, projected, positions, slots, pdl)).flatten(1)
+            attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
             self._add(hidden, attended, layer.o)
             gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
             self._add(hidden, gated, layer.mlp.down)
@@ -124,16 +137,25 @@ class FusedDecoder:
         embed_norm(tokens, weight, norm, self._eps, hidden, normed)
         return hidden, normed
 
+    def _attended(
+        self, attend: Attend, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
+    ) -> Tensor:
+        """[tokens, heads * head_dim]."""
+        if attend.turns:
+            return attend(number, projected, self._turn(layer)).flatten(1)
+        return attend(number, self._query(number, layer, projected, positions, slots, pdl)).flatten(1)
+
+    def _turn(self, layer: Layer) -> HeadTurn:
+        return HeadTurn(*layer.head_norms(), self._eps, self._table)
+
     def _query(
         self, number: int, layer: Layer, projected: Tensor, positions: Tensor, slots: Tensor, pdl: bool = False
     ) -> Tensor:
         """The layer's query, ready to attend; its keys and values are written."""
         shape = self.shape
         query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
-        q_norm, k_norm = layer.head_norms()
         qk_norm_rope_write(
-            projected, q_norm, k_norm, self._eps, self._table, positions, slots, self.pool.keys(number),
-            self.pool.values(number), shape.heads, shape.kv_heads, query, pdl=pdl,
+            projected, self._turn(layer), positions, slots, self.pool.keys(number), self.pool.values(number), shape.heads,
+            shape.kv_heads, query, pdl=pdl,
         )  # fmt: skip
         return query
-

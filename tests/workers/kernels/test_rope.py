@@ -8,6 +8,7 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.kernels.devices import DEVICES, DTYPES, apart, close, exact_norm, poisoned
 from workers.kernels.rope import qk_norm_rope_write
+from workers.kernels.turn import HeadTurn
 from workers.model.rotary import Rope, Rotary, Turns
 
 EPS, LAYER, BLOCKS, BLOCK, POSITIONS = 1e-6, 1, 5, 16, 200
@@ -48,7 +49,7 @@ def test_equals_the_layers(
     out = poisoned(tokens, heads, dim, dtype=dtype, device=device)
     keys, values = pool.keys(LAYER), pool.values(LAYER)
     returned = qk_norm_rope_write(
-        qkv, q_weight, k_weight, EPS, rotary.table, positions, slots, keys, values, heads, kv_heads, out
+        qkv, HeadTurn(q_weight, k_weight, EPS, rotary.table), positions, slots, keys, values, heads, kv_heads, out
     )
     assert returned is out
 
@@ -72,6 +73,7 @@ def test_slots_beyond_two_to_the_31_numbers_in(device: str) -> None:
     slots = torch.tensor([(2**30 - 1) * BLOCK + block], device=device)
     qkv = torch.randn(1, 3 * dim, device=device)
     qk_norm_rope_write(
-        qkv, None, None, EPS, rotary.table, torch.zeros(1, dtype=torch.int64, device=device), slots, keys, keys, 1, 1, out,
+        qkv, HeadTurn(None, None, EPS, rotary.table), torch.zeros(1, dtype=torch.int64, device=device), slots, keys, keys, 1, 1,
+        out,
     )  # fmt: skip
     assert memory.count_nonzero() == dim

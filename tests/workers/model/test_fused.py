@@ -1,5 +1,7 @@
 """The decoder with its fused kernels says what the plain one says."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.checkpoints import make_checkpoint
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
+from workers.kernels.turn import HeadTurn
 from workers.model.architectures import read_config
 from workers.model.decoder import Decoder, load_model
 from workers.model.fused import FusedDecoder
@@ -32,6 +35,18 @@ STEPS = [
     [(0, 4, [9]), (1, 18, [3]), (2, 2, [1]), (3, 3, [2])],
     [(3, 4, [2])],
 ]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Attention that takes queries which are turned."""
+
+    attend: Callable[[int, Tensor], Tensor]
+    turns: bool = False
+
+    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
+        assert turn is None
+        return self.attend(layer, query)
 
 
 class Fused:
@@ -57,7 +72,7 @@ class Fused:
         tokens, positions, slots, rows = (
             getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")
         )
-        return self.fused.logits(tokens, positions, slots, attend, None if all_tokens else rows).cpu()
+        return self.fused.logits(tokens, positions, slots, Plain(attend), None if all_tokens else rows).cpu()
 
 
 @pytest.mark.parametrize("whose", ["ours", "the library's"])

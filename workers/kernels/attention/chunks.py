@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.kernels.attention.decode import LOG2_E, span_blocks, span_kv
+from workers.kernels.attention.spans import LOG2_E, span_blocks, span_kv
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan

@@ -18,12 +18,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvcache.pool import KVPool
+from workers.kernels.attention.merge import merge, merge_members, merged
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
+from workers.kernels.attention.spans import LOG2_E, fold, span_blocks, span_kv
+from workers.kernels.rope import turned_heads
+from workers.kernels.turn import HeadTurn
 
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,132 +65,34 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
 
 
 @triton.jit
-def span_blocks(table, span, context, KV_BLOCK: tl.constexpr, KEYS: tl.constexpr):
-    """The span's block id, or [KEYS] block ids where a span is longer than a block; 0 past the context."""
-    if KEYS <= KV_BLOCK:
-        blocks = tl.load(table + span * KEYS // KV_BLOCK)
-    else:
-        position = span * KEYS + tl.arange(0, KEYS)
-        blocks = tl.load(table + position // KV_BLOCK, mask=position < context, other=0)
-    return blocks
-
-
-@triton.jit
-def span_kv(pool, block, span, base, head, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
-           KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Keys and values [KEYS, BLOCK_DIM] of one span. Values past the context are zeros where MASKED; keys are anything.
-
-    base: the layer's first row in a block, in rows of KV_HEADS * DIM numbers; its values stand KV_BLOCK rows behind its keys.
-    """
-    ROW: tl.constexpr = KV_HEADS * DIM
-    BLOCK_DIM: tl.constexpr = dims.shape[0]
-    step = tl.arange(0, KEYS)
-    written = span * KEYS + step < context
-    if KEYS <= KV_BLOCK:
-        start = pool + (block.to(tl.int64) * KV_BLOCK_ROWS + base + span * KEYS % KV_BLOCK) * ROW + head * DIM
-        at = start + (step * ROW)[:, None] + dims[None, :]
-    else:
-        place = block.to(tl.int64) * KV_BLOCK_ROWS + base + (span * KEYS + step) % KV_BLOCK
-        at = pool + (place * ROW)[:, None] + (head * DIM + dims)[None, :]
+def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, eps, HEADS: tl.constexpr,
+            KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr):  # fmt: skip
+    """Writes the key, turned, and the value that stand in one row of the projection to the place of the row's last token."""
+    one = tl.arange(0, 1)
+    position = context - 1
+    key = projected + (HEADS + head) * DIM
+    turned = turned_heads(key + one, k_weight, turns + position.to(tl.int64) * (2 * DIM) + one, dims, one == 0, eps, DIM)
     inside = (dims < DIM)[None, :]
-    if DIM != BLOCK_DIM:
-        k = tl.load(at, mask=inside, other=0.0)
-        v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None] & inside, other=0.0)
-    elif MASKED:
-        k = tl.load(at)
-        v = tl.load(at + KV_BLOCK * ROW, mask=written[:, None], other=0.0)
-    else:
-        k = tl.load(at)
-        v = tl.load(at + KV_BLOCK * ROW)
-    return k, v
-
-
-@triton.jit
-def _fold(q, k, v, span, context, top, weight, acc, scale, PRECISION: tl.constexpr):
-    """One span into the online softmax, in base 2."""
-    KEYS: tl.constexpr = k.shape[0]
-    written = span * KEYS + tl.arange(0, KEYS) < context
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    scores = tl.where(written[None, :], scores, float("-inf"))
-    peak = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores - peak[:, None])
-    factor = tl.exp2(top - peak)
-    weight = weight * factor + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
-    return peak, weight, acc
-
-
-@triton.jit
-def _merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-            BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `entry` on merged in order."""
-    head = first + tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_DIM)
-    top = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    for start in range(0, pieces, PIECES):
-        piece = start + tl.arange(0, PIECES)
-        there = (piece < pieces)[:, None] & (head < GROUP)[None, :]
-        row = (entry + piece).to(tl.int64)[:, None] * GROUP + head[None, :]
-        # another multiprocessor wrote them: what this one's L1 holds may be older
-        part = tl.load(partial + row[:, :, None] * DIM + dims[None, None, :],
-                       mask=there[:, :, None] & (dims < DIM)[None, None, :], other=0.0, cache_modifier=".cg")  # fmt: skip
-        sums = tl.load(lse + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-        peak = tl.maximum(top, tl.max(sums, 0))
-        share = tl.exp2(sums - peak[None, :])
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + tl.sum(share, 0)
-        acc = acc * factor[:, None] + tl.sum(part * share[:, :, None], 0)
-        top = peak
-    return acc / tl.where(head < GROUP, weight, 1.0)[:, None]
-
-
-@triton.jit
-def _merge_members(members, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
-                   KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
-                   BLOCK_DIM: tl.constexpr):  # fmt: skip
-    """Merges those of a set's rows whose last piece this one was, side by side; their pieces in order."""
-    lane = tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_DIM)
-    one = tl.load(members + lane, mask=lane < count, other=0)
-    counter = counters + one * KV_HEADS + head
-    before = tl.atomic_add(counter, 1, mask=lane < count, sem="acq_rel")
-    last = (lane < count) & (before == tl.load(row_pieces + one) - 1)
-    tl.store(counter, tl.zeros([ROWS], tl.int32), mask=last)
-    member = lane // GROUP
-    done = tl.sum(tl.where(member[:, None] == lane[None, :], last.to(tl.int32)[None, :], 0), 1) > 0
-    row = tl.load(members + member, mask=done, other=0)
-    pieces = tl.where(done, tl.load(row_pieces + row), 0)
-    entry = tl.load(row_entries + row) + head * pieces
-    top = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    for piece in range(tl.max(pieces, 0)):
-        there = piece < pieces
-        place = (entry + piece).to(tl.int64) * GROUP + lane % GROUP
-        part = tl.load(partial + place[:, None] * DIM + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0,
-                       cache_modifier=".cg")  # fmt: skip
-        sums = tl.load(lse + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        peak = tl.maximum(top, sums)
-        share = tl.exp2(sums - peak)
-        factor = tl.exp2(top - peak)
-        weight = weight * factor + share
-        acc = acc * factor[:, None] + part * share[:, None]
-        top = peak
-    acc = acc / tl.where(done, weight, 1.0)[:, None]
-    at = row.to(tl.int64)[:, None] * out_stride + (head * GROUP + lane % GROUP)[:, None] * DIM + dims[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=done[:, None] & (dims < DIM)[None, :])
+    value = tl.load(key + KV_HEADS * DIM + one[:, None] + dims[None, :], mask=inside, other=0.0)
+    block = tl.load(table + position // KV_BLOCK).to(tl.int64)
+    at = pool + ((block * KV_BLOCK_ROWS + base + position % KV_BLOCK) * KV_HEADS + head) * DIM + one[:, None] + dims[None, :]
+    tl.store(at, turned.to(pool.dtype.element_ty), mask=inside)
+    tl.store(at + KV_BLOCK * KV_HEADS * DIM, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, partial, lse, counters, layer, scale,
-            query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, out, partial,
+            lse, counters, layer, scale, eps, query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr,
+            GROUP: tl.constexpr, DIM: tl.constexpr,
             KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
             KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
             ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: one work item, that is one piece of the keys of a row, or of those that the rows of a set share, for all
-    query heads that share one KV head."""
+    query heads that share one KV head.
+
+    With `turns`, query [batch, (heads + 2 * KV_HEADS) * DIM] is the projection as it is: queries are turned here, and the
+    program of the row's last piece writes its key and value before it reads them.
+    """
     if DEPENDENT:
         gdc_wait()
     at = items + tl.program_id(0) * 8
@@ -217,19 +122,29 @@ def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, p
         entries = tl.load(row_entries + owner) + head * tl.load(row_pieces + owner) + piece
     real = (rows < count * GROUP)[:, None] & (dims < DIM)[None, :]
     columns = (head * GROUP + lane)[:, None] * DIM + dims[None, :]
-    q = tl.load(query + owner.to(tl.int64)[:, None] * query_stride + columns, mask=real, other=0.0)
+    table = tables + row.to(tl.int64) * table_stride
+    base = layer * (2 * KV_BLOCK)
+    if turns is None:
+        q = tl.load(query + owner.to(tl.int64)[:, None] * query_stride + columns, mask=real, other=0.0)
+    else:
+        position = tl.maximum(tl.load(contexts + owner), 1).to(tl.int64) - 1
+        plain = query + owner.to(tl.int64) * query_stride + (head * GROUP + lane) * DIM
+        turned = turned_heads(plain, q_weight, turns + position * (2 * DIM), dims, rows < count * GROUP, eps, DIM)
+        q = turned.to(query.dtype.element_ty)
+        if (count == 1) & (context > 0) & (high * KEYS >= context):
+            _own_kv(query + row.to(tl.int64) * query_stride, k_weight, turns, pool, table, base, head, context, dims, eps,
+                    KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
+            tl.debug_barrier()  # what some threads have written others read
     top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a span without a written key weighs nothing
     weight = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    table = tables + row.to(tl.int64) * table_stride
-    base = layer * (2 * KV_BLOCK)
     # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
     block = span_blocks(table, low, context, KV_BLOCK, KEYS)
     for span in tl.range(low, high, num_stages=STAGES):
         k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
                        True)  # fmt: skip
         block = span_blocks(table, tl.minimum(span + 1, high - 1), context, KV_BLOCK, KEYS)
-        top, weight, acc = _fold(q, k, v, span, context, top, weight, acc, scale, PRECISION)
+        top, weight, acc = fold(q, k, v, span, context, top, weight, acc, scale, PRECISION)
 
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
@@ -242,35 +157,15 @@ def _attend(query, pool, tables, items, members, row_pieces, row_entries, out, p
         if ATOMIC:
             tl.debug_barrier()  # every thread's stores come before the count
             if count > 1:
-                _merge_members(members + first, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
+                merge_members(members + first, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
                                KV_HEADS, GROUP, DIM, ROWS, BLOCK_DIM)  # fmt: skip
             elif tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
                 tl.store(counters + row * KV_HEADS + head, 0)
-                result = _merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
+                result = merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
                 heads = tl.arange(0, MERGE_ROWS)
                 whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
                 tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
                          mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
-
-
-@triton.jit
-def _merge(partial, lse, out, row_pieces, row_entries, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
-           BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
-    """One program: one query head of one row, if the row has several pieces."""
-    if DEPENDENT:
-        gdc_wait()
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    pieces = tl.load(row_pieces + row)
-    if pieces <= 1:
-        return
-    entry = tl.load(row_entries + row) + head // GROUP * pieces
-    if DEPENDENT:
-        gdc_launch_dependents()
-    result = _merged(partial, lse, entry, pieces, head % GROUP, GROUP, 1, DIM, BLOCK_DIM, PIECES)
-    dims = tl.arange(0, BLOCK_DIM)
-    at = out + row.to(tl.int64) * out_stride + head * DIM + tl.arange(0, 1)[:, None] + dims[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])
 
 
 class DecodeAttention:
@@ -315,6 +210,7 @@ class DecodeAttention:
         nothing = torch.zeros(max(max_batch, SET_FIELDS * self.prefixes.sets(max_batch)), dtype=torch.int32, device=device)
         self._alone = SharedPrefixes(nothing, nothing, nothing)
         self._planned = self._alone
+        self._contexts = nothing
 
     def reserve(self, max_batch: int) -> None:
         """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
@@ -339,6 +235,7 @@ class DecodeAttention:
         if batch > self.max_batch:
             raise ValueError(f"{batch} decodes do not fit the buffers made for {self.max_batch}: reserve {batch} first")
         self._planned = shared = shared or self._alone
+        self._contexts = context_lens
         units = batch + self.prefixes.sets(batch)
         plan[(triton.cdiv(units, PLANNED_UNITS),)](
             context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch, units, self._shares,
@@ -346,27 +243,31 @@ class DecodeAttention:
             UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
         )  # fmt: skip
 
-    def run(self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor) -> None:
-        """Attend over `layer` of the pool, whose keys and values of this step stand there already, as planned last.
+    def run(self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor, turn: HeadTurn | None = None) -> None:
+        """Attend over `layer` of the pool, as planned last.
 
         query, out: [batch, heads, head_dim], rows may lie apart; block_tables: [batch, any width] int32, rows may lie apart.
+        The keys and values of this step stand in the pool already; but with `turn`, query is the projection, [batch,
+        (heads + 2 * kv_heads) * head_dim]: queries, keys, values. Then they are turned and written here.
         """
         layout, config = self._pool.layout, self.config
         batch = len(query)
         merge_rows = triton.next_power_of_2(self._group)
         shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
+        turning = (None, None, None) if turn is None else (turn.q_weight, turn.k_weight, turn.table)
         _attend[(self._programs(batch),)](
-            query, self._pool.data, block_tables, self._items, self._planned.members, self._rows[0], self._rows[1], out,
-            self._partial, self._lse, self._counters, layer, layout.head_dim**-0.5 * LOG2_E, query.stride(0),
-            block_tables.stride(0), out.stride(0), **shape, KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size,
-            LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys, STAGES=config.stages, MERGE_ROWS=merge_rows,
+            query, *turning, self._contexts, self._pool.data, block_tables, self._items, self._planned.members, self._rows[0],
+            self._rows[1], out, self._partial, self._lse, self._counters, layer, layout.head_dim**-0.5 * LOG2_E,
+            0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
+            KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys,
+            STAGES=config.stages, MERGE_ROWS=merge_rows,
             MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)), ATOMIC=config.atomic,
             DEPENDENT=config.dependent, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=config.warps, **launch,
         )  # fmt: skip
         if not config.atomic:
-            _merge[(batch, self._heads)](
+            merge[(batch, self._heads)](
                 self._partial, self._lse, out, self._rows[0], self._rows[1], out.stride(0), **shape,
                 PIECES=MERGED_NUMBERS // self._dim, DEPENDENT=config.dependent, num_warps=4, **launch,
             )  # fmt: skip

@@ -39,8 +39,7 @@ class Tiling:
     columns: int  # of W that it takes at a time
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
-    splits: int = 0  # `tiles`: into how many parts K is split among the warps; 0: `stream`
-    parts: int = 1  # `tiles`: and among so many programs
+    parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
 
 
 def matvec(
@@ -80,9 +79,10 @@ def matvec(
         return target
     if config is None:
         config = choose(n, k, tokens, x.dtype, swiglu) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
-        config = config if counters is not None else replace(config, parts=1)
+        if counters is None and config.parts > 1:
+            config = replace(config, parts=1)
     pdl = pdl and not interpreted()
-    tiled = config.splits > 0
+    tiled = config.parts > 0
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
@@ -105,7 +105,7 @@ def matvec(
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         tiles[(programs * config.parts,)](
             *operands[:5], partial, target if counters is None else counters, *operands[5:], TOKENS=padded,
-            SPLITS=config.splits, PARTS=config.parts, **flags,
+            PARTS=config.parts, **flags,
         )  # fmt: skip
     else:
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
@@ -124,10 +124,12 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
-        return _tiling(n, k, Tiling(32, 128, 4, 4, 1) if n < 4096 else Tiling(64, 128, 4, 6, 1), DEEP_PROGRAMS)
-    if small and tokens <= MAX_TOKENS_OF_WIDE:
-        return _tiling(n, k, Tiling(64, 64, 4, 8, 1), WIDE_PROGRAMS)
-    return None
+        return _tiling(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
+    if tokens > MAX_TOKENS_OF_WIDE:
+        return None
+    if small:
+        return _tiling(n, k, Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
+    return _tiling(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:

@@ -1,13 +1,15 @@
 """Products of up to 64 tokens, 16-bit, by the tensor cores.
 
-K may be split among the warps of a program and among programs, of which the last to end adds the sums in a fixed order. x times
-the norm's weight is rounded to the dtype, the norm's scale is applied to the sums. Imports triton.
+K may be split among programs, of which the last to end adds the sums in a fixed order. x times the norm's weight is rounded to
+the dtype, the norm's scale is applied to the sums. Imports triton.
 """
 
 import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
+
+FEW_TURNS = tl.constexpr(2)
 
 
 @triton.jit
@@ -22,14 +24,13 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          SPLITS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-          RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+          GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
     counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS.
     """
-    SPLIT: tl.constexpr = COLUMNS // SPLITS
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
     block = tl.program_id(0) // PARTS
     row = tl.arange(0, ROWS)
@@ -45,36 +46,33 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
             fetch_rows(half + begin, safe, weight_stride, ROWS, K // PARTS)
         tl.extra.cuda.gdc_wait()
 
-    if SPLITS == 1:
-        column = begin + tl.arange(0, COLUMNS)
-        w_at = safe[:, None] * weight_stride + column[None, :]
-        x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
-        there = (token < tokens)[None, :]
-        scale_at = column[:, None]
-        sums = tl.zeros([ROWS, TOKENS], tl.float32)
-        squares = tl.zeros([TOKENS], tl.float32)
-    else:
-        column = begin + tl.arange(0, SPLITS)[:, None] * SPLIT + tl.arange(0, SPLIT)[None, :]
-        w_at = safe[None, :, None] * weight_stride + column[:, None, :]
-        x_at = token.to(tl.int64)[None, None, :] * x_stride + column[:, :, None]
-        there = (token < tokens)[None, None, :]
-        scale_at = column[:, :, None]
-        sums = tl.zeros([SPLITS, ROWS, TOKENS], tl.float32)
-        squares = tl.zeros([SPLITS, TOKENS], tl.float32)
+    column = begin + tl.arange(0, COLUMNS)
+    w_at = safe[:, None] * weight_stride + column[None, :]
+    x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
+    there = (token < tokens)[None, :]
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gated = sums
+    squares = tl.zeros([TOKENS], tl.float32)
+    # sums across threads cost more than the few products of a short turn: where turns are many, they come once, at the end
+    OFTEN: tl.constexpr = NORM and K // PARTS > FEW_TURNS * COLUMNS
+    if OFTEN:
+        powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         a = tl.load(x + start + x_at, mask=there, other=0.0)
         if NORM:
             plain = a.to(tl.float32)
-            squares += tl.sum(plain * plain, len(plain.shape) - 2)
-            a = (plain * tl.load(norm_weight + start + scale_at).to(tl.float32)).to(a.dtype)
+            if OFTEN:
+                powers += plain * plain
+            else:
+                squares += tl.sum(plain * plain, 0)
+            a = (plain * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(a.dtype)
         sums = tl.dot(tile, a, sums)
         if GATED:
             gated = tl.dot(tl.load(half + start + w_at, eviction_policy="evict_first"), a, gated)
     total, up = sums, gated
-    if SPLITS > 1:
-        total, up, squares = tl.sum(sums, 0), tl.sum(gated, 0), tl.sum(squares, 0)
+    if OFTEN:
+        squares = tl.sum(powers, 0)
 
     if PARTS > 1:
         at = row[:, None] * TOKENS + token[None, :]
