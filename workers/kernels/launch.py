@@ -23,11 +23,11 @@ def enter(PDL: tl.constexpr):
 
 
 @triton.jit
-def fetch_rows(base, first, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Asks for ROWS x COLUMNS numbers to be brought into the L2 cache, without waiting for them."""
+def fetch_rows(base, rows, row_stride, COLUMNS: tl.constexpr):
+    """Asks for the first COLUMNS numbers of `rows` to be brought into the L2 cache, without waiting for them."""
     line: tl.constexpr = 128 * 8 // base.dtype.element_ty.primitive_bitwidth
-    rows = first + tl.arange(0, ROWS)
-    lines = tl.arange(0, triton.next_power_of_2(COLUMNS // line)) % (COLUMNS // line)
+    count: tl.constexpr = (COLUMNS + line - 1) // line
+    lines = tl.arange(0, triton.next_power_of_2(count)) % count
     at = base + rows.to(tl.int64)[:, None] * row_stride + lines[None, :] * line
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
                               is_pure=False, pack=1)  # fmt: skip

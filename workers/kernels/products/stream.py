@@ -117,9 +117,9 @@ def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, o
         other = _tile(half, safe, columns, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
     if PDL:
         if K > COLUMNS or STAGES > 0:
-            fetch_rows(weight, safe, weight_stride, ROWS, K)
+            fetch_rows(weight, safe, weight_stride, K)
             if GATED:
-                fetch_rows(half, safe, weight_stride, ROWS, K)
+                fetch_rows(half, safe, weight_stride, K)
         tl.extra.cuda.gdc_wait()
 
     zeros = tl.zeros([ROWS, COLUMNS // 8], tl.float32)

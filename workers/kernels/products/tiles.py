@@ -41,9 +41,9 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
     begin = tl.program_id(0) % PARTS * (K // PARTS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight + begin, safe, weight_stride, ROWS, K // PARTS)
+        fetch_rows(weight + begin, safe, weight_stride, K // PARTS)
         if GATED:
-            fetch_rows(half + begin, safe, weight_stride, ROWS, K // PARTS)
+            fetch_rows(half + begin, safe, weight_stride, K // PARTS)
         tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
