@@ -26,18 +26,16 @@ PLANNED_SEQUENCES = 64  # that it looks at together
 class ChunkConfig:
     """How chunks are tiled; no field changes what is computed beyond rounding."""
 
-    rows: int = 128  # of a tile: tokens x query heads of a KV head
+    rows: int = 64  # of a tile: tokens x query heads of a KV head
     keys: int = 64  # of a span
     stages: int = 3  # spans in flight
-    warps: int = 8
+    warps: int = 4
 
 
 def choose_config(pool: KVPool) -> ChunkConfig:
     """The best known for the pool's shape and dtype."""
     if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
-    if pool.layout.head_dim <= 64:
-        return ChunkConfig(keys=128)
     return ChunkConfig()
 
 
