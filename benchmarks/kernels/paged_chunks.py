@@ -30,9 +30,9 @@ EVERY = (
     replace(BASE, stages=4),
     replace(BASE, keys=128, stages=2),
     replace(BASE, keys=128),
-    replace(BASE, rows=64, warps=4),
-    replace(BASE, rows=64, warps=4, keys=128, stages=2),
-    replace(BASE, warps=4),
+    replace(BASE, rows=128, warps=8),
+    replace(BASE, rows=128, warps=8, keys=128),
+    replace(BASE, warps=8),
 )
 CASES = (("1 x 4,096", [(4096, 4096)]), ("2 x 4,096", [(4096, 4096)] * 2), ("8 x 1,024", [(1024, 1024)] * 8),
          ("2,048 after 30,000", [(2048, 32_048)]))  # fmt: skip
