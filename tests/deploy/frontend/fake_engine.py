@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from cluster.config import EngineConfig
-from cluster.engine import EngineError, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
+from cluster.engine import EngineError, EngineLost, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
 from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
 
 CACHED_TOKENS = 3
@@ -119,6 +119,14 @@ class FakeEngine:
             output_tokens=self.output_tokens,
             preemptions=7,
         )
+
+    def leave(self) -> None:
+        """What was under way is nobody's."""
+        with self._lock:
+            self._streams.clear()
+
+    def reconnect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> None:  # noqa: ARG002
+        raise EngineLost("the fake engine has only one stream")
 
     def close(self) -> None:
         self.closed = True
