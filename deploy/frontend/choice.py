@@ -4,7 +4,8 @@ Imports the words for outputs and text (`outputs`, `errors`, `prompts`, `tokeniz
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from msgspec import structs
 
@@ -15,8 +16,22 @@ from deploy.text.stops import StopStrings
 from deploy.text.tokenizer import Detokenizer, Tokenizer
 from scheduler.protocol.messages import Finished, FinishReason, TokenLogprobs
 
+Extent = tuple[int, int, bool]
+"""How far a choice has come: characters, tokens, whether it has ended."""
+
 WHOLE_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 """Of an output that has come as far as it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a caller has of a choice from an earlier run of the same request: so many tokens, and whether they are all."""
+
+    tokens: int = 0
+    ended: bool = False
+
+
+NOTHING_TOLD = Told()
 
 
 class OutputGap(RuntimeError):
@@ -30,9 +45,11 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, prompt: Prompt, stop_ids: frozenset[int], tokenizer: Tokenizer | None, each_token: bool
-    ) -> None:
-        """each_token: False where only the whole output matters; its text is then decoded once, at the end."""
+        self, index: int, prompt: Prompt, stop_ids: frozenset[int], tokenizer: Tokenizer | None, each_token: bool,
+        told: Told = NOTHING_TOLD,
+    ) -> None:  # fmt: skip
+        """each_token: False where only the whole output matters; its text is then decoded once, at the end. told: until the
+        output has come so far nothing is new; then that comes first, by itself."""
         self.index = index
         self.token_ids: list[int] = []
         self.text = ""
@@ -49,7 +66,10 @@ class Choice:
         self._begins = tokenizer is not None and tokenizer.first_shown(before) is None  # its text has not begun
         self._stops = StopStrings(prompt.params.stop, tokenizer.special if tokenizer else None)
         self._at_once = not each_token and not prompt.params.stop
-        self._shown = (0, 0, False)  # its extent when it was last taken
+        self._shown: Extent = (0, 0, False)  # when it was last taken
+        self._told = told
+        self._awaits = told != NOTHING_TOLD
+        self._known: Extent | None = None  # what the caller had before, to be taken first
 
     def extend(self, position: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> int | None:
         """Takes the next tokens, unless a stop string was found or it has ended. position: how many were there before these,
@@ -70,14 +90,21 @@ class Choice:
             if self._detokenizer is not None and not self._at_once:
                 fresh = self._detokenizer.push((token,)) if token not in self._stop_ids else ""
                 self._show(fresh + self._stops.sign(token))
-                if self._stops.found is not None:
-                    return len(self.token_ids)
+            if self._awaits and len(self.token_ids) == self._told.tokens and not self._told.ended:
+                self._awaits, self._known = False, self._extent
+            if self._stops.found is not None:
+                return len(self.token_ids)
         return None
 
     def end(self, finished: Finished) -> None:
         """The stream's one end. A stop string that was found here counts, even if another end was committed first.
         Errors: OutputGap, or whatever the tokenizer raises over the last of the text, unless the stream has failed anyway; it
         has not ended then."""
+        self._end(finished)
+        if self._awaits:  # its last was told, or it has ended where it had not before
+            self._awaits, self._known = False, self._extent
+
+    def _end(self, finished: Finished) -> None:
         if self._stops.found is None:
             if finished.reason in WHOLE_ENDS:
                 self._check_gap(finished.tokens)
@@ -112,25 +139,31 @@ class Choice:
             self.finish_reason, self.stop_reason, self.text[text_at:], len(self.token_ids) - tokens_at,
         )  # fmt: skip
 
-    def take_delta(self) -> ChoiceDelta | None:
-        """What is new since the previous call; None if nothing is."""
-        before, self._shown = self._shown, self._extent
-        if before == self._shown:
-            return None
-        text_at, tokens_at, _ = before
+    def take_deltas(self) -> Iterator[ChoiceDelta]:
+        """What is new since the previous call, if anything is; before it what the caller had from an earlier run."""
+        if self._known is not None:
+            known, self._known = self._known, None
+            yield self._delta(known, known=True)
+        if not self._awaits and self._shown != self._extent:
+            yield self._delta(self._extent)
+
+    def _delta(self, after: Extent, known: bool = False) -> ChoiceDelta:
+        """From what was shown up to there."""
+        (text_at, tokens_at, _), self._shown = self._shown, after
+        text_end, tokens_end, ended = after
         return ChoiceDelta(
-            self.index, self.text[text_at:], self.token_ids[tokens_at:],
-            None if self.logprobs is None else self.logprobs[tokens_at:], self.finish_reason, self.stop_reason,
+            self.index, self.text[text_at:text_end], self.token_ids[tokens_at:tokens_end],
+            None if self.logprobs is None else self.logprobs[tokens_at:tokens_end],
+            self.finish_reason if ended else None, self.stop_reason if ended else None, known,
         )  # fmt: skip
 
     @property
     def unread(self) -> int:
-        """Tokens that have come since it was last taken."""
-        return len(self.token_ids) - self._shown[1]
+        """Tokens that have come since it was last taken; none while the caller had them before."""
+        return 0 if self._awaits else len(self.token_ids) - (self._known or self._shown)[1]
 
     @property
-    def _extent(self) -> tuple[int, int, bool]:
-        """How far it has come: characters, tokens, whether it has ended."""
+    def _extent(self) -> Extent:
         return len(self.text), len(self.token_ids), self.finished is not None
 
     def _check_gap(self, committed: int) -> None:

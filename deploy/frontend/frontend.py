@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from cluster.engine import Connect, EngineError, EngineLost, RequestStream
+from deploy.frontend.choice import Told
 from deploy.frontend.connection import Connection
 from deploy.frontend.generation import Generation, Notify
 from deploy.frontend.outputs import read_payload
@@ -68,18 +69,22 @@ class FrontEnd:
         """False while the scheduler is being replaced, and once it is lost for good."""
         return self._up
 
-    def submit(self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True) -> list[Generation]:
+    def submit(
+        self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True, told: Sequence[Sequence[Told]] = ()
+    ) -> list[Generation]:
         """Queues prompts; while the scheduler is being replaced they wait for the next one, `REACH_TIMEOUT_S` at most. notify:
-        called from another thread when `take` has something new: after each token, or only at the end.
+        called from another thread when `take` has something new: after each token, or only at the end. told: what the caller
+        has of each choice of each prompt, from an earlier run with the same seeds.
         Errors: EngineError once the engine is lost for good or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(prompt.params.n for prompt in prompts)
         now_s, block_size = time.monotonic(), self.engine.block_size
         generations = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s)
-            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token))
+            had = told[number] if told else ()
+            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, had))
             stream += prompt.params.n
         with self._lock:
             if self._lost is not None:

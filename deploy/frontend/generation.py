@@ -8,7 +8,7 @@ torch, no ray.
 import threading
 from collections.abc import Callable, Sequence
 
-from deploy.frontend.choice import WHOLE_ENDS, Choice, OutputGap
+from deploy.frontend.choice import NOTHING_TOLD, WHOLE_ENDS, Choice, OutputGap, Told
 from deploy.frontend.outputs import OutputDelta, PromptEntries, RequestOutput, read_logprobs
 from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
@@ -58,16 +58,20 @@ class Generation:
     """
 
     def __init__(
-        self, submission: Submission, prompt: Prompt, tokenizer: Tokenizer | None, notify: Notify, each_token: bool
-    ) -> None:
-        """submission: the prompt as the engine gets it. notify, each_token: as in `FrontEnd.submit`."""
+        self, submission: Submission, prompt: Prompt, tokenizer: Tokenizer | None, notify: Notify, each_token: bool,
+        told: Sequence[Told] = (),
+    ) -> None:  # fmt: skip
+        """submission: the prompt as the engine gets it. notify, each_token, told: as in `FrontEnd.submit`."""
         params, stop_ids = prompt.params, frozenset(submission.request.stop_ids)
         self.prompt = prompt
         self.submission = submission
         self.stream = submission.request.stream
         self.hashes = submission.request.hashes
         self._lock = threading.Lock()
-        self._choices = [Choice(index, prompt, stop_ids, tokenizer, each_token) for index in range(params.n)]
+        self._choices = [
+            Choice(index, prompt, stop_ids, tokenizer, each_token, had)
+            for index, had in enumerate(told or [NOTHING_TOLD] * params.n)
+        ]
         self._prompt_logprobs = None if params.prompt_logprobs is None else PromptTable(prompt, tokenizer)
         self._notify = notify
         self._each_token = each_token
@@ -162,13 +166,14 @@ class Generation:
         """What is new since the previous call; None if nothing is. Costs what is new, not what has come so far."""
         with self._lock:
             ends = self._take_ends()
-            choices = [delta for choice in self._choices if (delta := choice.take_delta()) is not None]
+            choices = [delta for choice in self._choices for delta in choice.take_deltas()]
             prompt = self._prompt_logprobs.take() if self._prompt_logprobs else None
             if not choices and prompt is None:
                 return None
             told = {delta.index for delta in choices if delta.finish_reason is not None}
             new_ends = [end for end in ends if end.stream - self.stream in told]
-            return OutputDelta(choices, self._done, ends[0].cached_tokens if ends else None, prompt, new_ends)
+            cached_tokens = ends[0].cached_tokens if ends else None
+            return OutputDelta(choices, self._done, cached_tokens, prompt, new_ends, self.submission.seed)
 
     def _take_ends(self) -> list[Finished]:
         """Of all choices that have ended, in their order. The caller has the request as it stands now."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
@@ -166,13 +167,15 @@ class Service:
         return await self._tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
 
     async def generate(
-        self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None
-    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None,
+        told: Sequence[Sequence[Told]] = (),
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:  # fmt: skip
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
-        prompts: of one request, hence on the same terms. The scheduler knows of the deadline too, so that a request is refused
-        early if its turn would come too late.
+        prompts: of one request, hence on the same terms. told: what the caller has of each choice of each prompt, from an
+        earlier run with the same seeds. The scheduler knows of the deadline too, so that a request is refused early if its turn
+        would come too late.
         Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
         log = RequestRecord(request_id, traceparent, prompts)
@@ -181,7 +184,7 @@ class Service:
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            self._submit(call, prompts)
+            self._submit(call, prompts, told)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
@@ -205,7 +208,7 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> None:
+    def _submit(self, call: "_Call", prompts: Sequence[Prompt], told: Sequence[Sequence[Told]]) -> None:
         """To the scheduler that is up, or will be. Errors: RequestError, EngineError."""
         loop, frontend = asyncio.get_running_loop(), self._frontend
         if frontend is None:
@@ -222,7 +225,7 @@ class Service:
                 with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
                     loop.call_soon_threadsafe(self._wake)
 
-        call.generations = frontend.submit(prompts, notify)
+        call.generations = frontend.submit(prompts, notify, told=told)
         call.frontend = frontend
 
     def _forget(self, request_id: str, call: "_Call") -> None:

@@ -62,7 +62,8 @@ class Submission:
         self._block_size = block_size
         self._begun_s = now_s
         self._sent = False
-        self._seed = params.seed
+        self.seed = params.seed
+        """Once it is known: a request that brings none has one drawn by the scheduler."""
         self._standings = [_Standing() for _ in range(params.n)]
 
     def sent(self) -> None:
@@ -70,7 +71,7 @@ class Submission:
         self._sent, self.waits_since_s = True, None
 
     def start(self, started: Started) -> None:
-        self._seed = started.seed
+        self.seed = started.seed
         self._standings[started.stream - self.request.stream].started = started
 
     def stopped(self, choice: int, tokens: int) -> Finished:
@@ -117,7 +118,7 @@ class Submission:
         return msgspec.structs.replace(
             request,
             stream=request.stream + choice,
-            params=msgspec.structs.replace(params, seed=self._seed, prompt_logprobs=measures),
+            params=msgspec.structs.replace(params, seed=self.seed, prompt_logprobs=measures),
             resumption=Resumption(choice, output, age_s, standing.restarts, *standing.figures),
         )
 
