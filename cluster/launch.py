@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import ray
 
 from cluster.config import EngineConfig, own_threads
-from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
+from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.group import rank_resources
@@ -80,13 +80,17 @@ class RayEngine:
         self._stream: SchedulerStream | None = None
         self._closing = threading.Lock()
         self._closed = False
+        self._gone: str | None = None
 
     def start(self, resolved: ResolvedWorker, on_deltas: OnDeltas, progress: Progress) -> None:
         """Errors: the first group's error."""
         self._fleet = Fleet(self._config, resolved, self._lost)
         self._fleet.start(progress)
         self._autoscaler = Autoscaler.of(self._fleet)
-        address = self._fleet.scheduler.current().address
+        self._connect(self._fleet, on_deltas)
+
+    def _connect(self, fleet: Fleet, on_deltas: OnDeltas) -> None:
+        address = fleet.current().address
         self._stream = SchedulerStream(address.host, address.port, address.token, on_deltas, self._on_failure)
 
     # ---- Engine
@@ -107,6 +111,19 @@ class RayEngine:
     def tally(self, metrics: Sequence[TalliedMetric]) -> None:
         if self._stream is not None:
             self._stream.tally(metrics)
+
+    def leave(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    def reconnect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> None:
+        """Errors: EngineLost once the last group is gone for good, or the engine closed; EngineError, OSError before."""
+        if self._gone is None and not self._closed and self._fleet is not None:
+            self._on_failure = on_failure
+            self._connect(self._fleet, on_deltas)
+        if self._gone is not None or self._closed:  # or meanwhile
+            self.leave()
+            raise EngineLost(self._gone or "the engine was shut down")
 
     def stats(self) -> EngineStats:
         """Errors: EngineError when the scheduler has gone."""
@@ -133,5 +150,6 @@ class RayEngine:
 
     def _lost(self, reason: str) -> None:
         """The last group is gone for good."""
+        self._gone = reason
         if self._stream is not None and not self._closed:
             self._stream.fail(reason)

@@ -82,6 +82,9 @@ class SchedulerStream:
         self._socket.close()
         self._outgoing.put(None)
 
+    def leave(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Ends the stream; nobody is told."""
         self.fail("")

@@ -82,11 +82,14 @@ class LLM:
         start = engine_starter(config)
         engines: list[Engine] = []
 
-        def open_engine(on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
-            engines.append(start(config, on_deltas, on_failure, progress))
+        def connect(on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+            if engines:
+                engines[0].reconnect(on_deltas, on_failure)
+            else:
+                engines.append(start(config, on_deltas, on_failure, progress))
             return engines[0]
 
-        self._frontend = FrontEnd(open_engine, limits, tokenizer)
+        self._frontend = FrontEnd(connect, limits, tokenizer)
         self._engine = engines[0]
         # By atexit itself, not by the finalizer's own: registered after Ray's, hence run before it.
         self._close = weakref.finalize(self, self._frontend.close)

@@ -82,11 +82,12 @@ class Resolved:
 class Counters(msgspec.Struct, kw_only=True):
     """What happened since the start. Tokens and events, never decreasing.
 
-    requests, prompt_tokens, output_tokens: of everything submitted so far. cached_tokens: prompt tokens found in the cache at a
-    sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished: sequences that have ended, for
-    whatever reason. given_up: of these, those for which a worker could choose no token. refused: requests that were turned
-    away because of the queue. expired: sequences whose deadline passed before they ended. skipped: starts before one that had
-    found no room. aged: sequences that waited for `queue_age_s`.
+    requests, prompt_tokens, output_tokens: of everything submitted so far. resumed: sequences that another scheduler, or
+    another connection, had begun or had waiting; requests and prompt_tokens do not count them again. cached_tokens: prompt
+    tokens found in the cache at a sequence's first start. recomputed_tokens: whose KV preemptions threw away. finished:
+    sequences that have ended, for whatever reason. given_up: of these, those for which a worker could choose no token.
+    refused: requests that were turned away because of the queue. expired: sequences whose deadline passed before they ended.
+    skipped: starts before one that had found no room. aged: sequences that waited for `queue_age_s`.
     Of the prompt tokens that first starts did not find in their group, by reason, so that with cached_tokens they sum up to the
     prompt tokens of all that have started (started_tokens): miss_inside_block: beyond the last that a hit can cover whole;
     miss_routed: another group has them; miss_evicted: were published and have been evicted since; miss_cold: the rest.
@@ -98,6 +99,7 @@ class Counters(msgspec.Struct, kw_only=True):
     """
 
     requests: int = 0
+    resumed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0

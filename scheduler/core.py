@@ -14,7 +14,7 @@ from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
 from scheduler.protocol.messages import Commands, Failure, FinishReason, Moved, Report, Request
-from scheduler.queue.intake import take_in
+from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
 from scheduler.sequence import Sequence
@@ -185,12 +185,17 @@ class SchedulerCore:
     # ---- front ends ---------------------------------------------------------------------------------------------------
 
     def submit(self, front_end: int, request: Request) -> None:
-        """Takes a request in; it starts at once if there is room.
+        """Takes a request in; it starts at once if there is room. One that is resumed may have nothing left to compute.
 
         Errors: RequestRefused if it can never fit or the queue is full, ProtocolError if a stream of it is in use; nothing has
         changed then.
         """
-        self._admission.welcome(take_in(self._state, front_end, request))
+        sequences = take_in(self._state, front_end, request)
+        if request.resumption is not None and (reason := end_of(sequences[0])) is not None:
+            self.waiting.enter(sequences[0], self.now_s)
+            leases.end(self._state, sequences[0], reason)
+            return
+        self._admission.welcome(sequences)
         self._admit()
 
     def abort(self, front_end: int, stream: int) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from cluster.config import EngineConfig, own_threads
-from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, Progress
+from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.local.groups import EPOCH, Groups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.resolve import resolve
@@ -104,6 +104,17 @@ class LocalEngine:
         if self._failure is not None or self._closed:
             raise EngineError(self._failure or "the engine was shut down")
         self._take(Tally(tuple(metrics)))
+
+    def leave(self) -> None:
+        if self._failure is None and not self._closed:
+            self.call(lambda core: core.front_end_down(FRONT_END))
+
+    def reconnect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> None:
+        """Errors: EngineLost: groups that are lost in this process are lost for good."""
+        with self._lock:
+            if self._failure is not None or self._closed:
+                raise EngineLost(self._failure or "the engine was shut down")
+            self._on_deltas, self._on_failure = on_deltas, on_failure
 
     @property
     def tallies(self) -> Tallies:

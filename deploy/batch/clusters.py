@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, contextmanager
 from msgspec.structs import replace
 
 from cluster.config import EngineConfig, own_threads
-from cluster.engine import Engine, EngineError, OnDeltas, OnFailure, Progress, RequestStream
+from cluster.engine import Engine, EngineLost, OnDeltas, OnFailure, Progress, RequestStream
 from cluster.remote import SchedulerStream
 from deploy.cli.exits import interrupts_held
 from deploy.config.load import ConfigError
@@ -53,7 +53,7 @@ class HereCluster:
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         self._on_deltas, self._on_failure = on_deltas, on_failure
         if self._lost is not None:
-            raise EngineError(self._lost)
+            raise EngineLost(self._lost)
         return self._engine
 
     async def status(self, maps: bool = False) -> ClusterStatus:  # noqa: ARG002
@@ -83,6 +83,8 @@ class FleetCluster:
         self.fleet = Fleet(config, resolved, self._lose)
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+        if self._lost is not None:
+            raise EngineLost(self._lost)
         address = self.fleet.current().address
         return SchedulerStream(address.host, address.port, address.token, on_deltas, on_failure)
 

@@ -17,6 +17,7 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.entrance import REQUEST_ID_HEADER, Entrance, Gatekeeper, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
+from deploy.doors.openai.marks import LAST_EVENT_ID
 from deploy.doors.openai.routes import RECORDS, openai_routes
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
@@ -51,7 +52,8 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
     """Outermost first. A page of another origin may call only if it is named; its preflight carries no key."""
     cors = Middleware(
         CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "HEAD", "POST"],
-        allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER], expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        allow_headers=["Authorization", "Content-Type", LAST_EVENT_ID, REQUEST_ID_HEADER],
+        expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
     )  # fmt: skip
     return [
         Middleware(Entrance, names_responses=names_responses),

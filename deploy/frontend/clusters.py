@@ -19,7 +19,7 @@ STATUS_TIMEOUT_S = 5.0
 
 
 class LocalCluster:
-    """A `Cluster` in this very process: the engine starts with the first connection and ends with it."""
+    """A `Cluster` in this very process: an engine starts with each connection, and ends with the next one."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -30,6 +30,8 @@ class LocalCluster:
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         from cluster.local.engine import start_local
 
+        if self._engine is not None:  # it is lost, and holds the memory of the next one
+            self._engine.close()
         self._engine = start_local(self._config, on_deltas, on_failure, self._progress.append)
         return self._engine
 

@@ -8,71 +8,98 @@ callers never detokenise. Imports `generation`, the engine's interface and the w
 import contextlib
 import logging
 import math
-import queue
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from cluster.engine import Connect, EngineError, EngineLost, RequestStream
+from deploy.frontend.choice import Told
+from deploy.frontend.connection import Connection
 from deploy.frontend.generation import Generation, Notify
 from deploy.frontend.outputs import read_payload
+from deploy.frontend.submission import Submission
 from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
-from kvcache.hashing import hash_blocks
-from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, Request, TokenLogprobs
+from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, TalliedMetric, TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
+REACH_TIMEOUT_S = 60.0
+"""That a request waits for a scheduler which is being replaced, or for the engine that replaces it."""
+
+GIVE_UP_POLL_S = 0.25
+
 
 class FrontEnd:
-    """The requests of this process on one engine. Every method may be called from any thread."""
+    """The requests of this process on one engine. Every method may be called from any thread.
+
+    When the scheduler is lost the requests stay: once another one is up it is asked for what is missing of each, and their
+    callers notice nothing but the time that it takes.
+    """
 
     def __init__(
-        self, start: Callable[[OnDeltas, OnFailure], RequestStream], limits: ModelLimits, tokenizer: Tokenizer | None,
-        on_lost: Callable[[], object] = lambda: None, most_unread: float = math.inf,
-    ) -> None:  # fmt: skip
-        """start: brings the engine up, given the two callbacks. on_lost: called from another thread when every request has
-        failed because the engine was lost; not after `close`. most_unread: tokens of a choice that its caller may leave; then
-        the request ends, so that nobody who does not read is computed for."""
+        self, connect: Connect, limits: ModelLimits, tokenizer: Tokenizer | None, most_unread: float = math.inf
+    ) -> None:
+        """connect: called at once, and from another thread each time the scheduler was lost. most_unread: tokens of a choice
+        that its caller may leave; then the request ends, so that nobody who does not read is computed for.
+        Errors: those of the first `connect`."""
         self._most_unread = most_unread
         self._limits = limits
         self._tokenizer = tokenizer
-        self._on_lost = on_lost
         # Guards the four below. Reentrant: a garbage collection may call `close` in the midst of anything.
         self._lock = threading.RLock()
         self._live: dict[int, Generation] = {}  # by stream
         self._next_stream = 0
         self._lost: str | None = None
-        self._closed = False
-        # Never full: the engine must not wait for this thread, which calls the engine. What waits here is bounded all the
-        # same, by the tokens that live requests may still bring.
-        self._inbox: queue.SimpleQueue[Deltas | str | None] = queue.SimpleQueue()
-        self.engine = start(self._inbox.put, self._inbox.put)
+        self._up = True
+        self._connection = Connection(connect)
         self._thread = threading.Thread(target=self._pump, name="manta-frontend", daemon=True)
         self._thread.start()
 
-    def submit(self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True) -> list[Generation]:
-        """Queues prompts. notify: called from another thread when `take` has something new: after each token, or
-        only at the end.
-        Errors: EngineError once the engine is lost or closed."""
+    @property
+    def engine(self) -> RequestStream:
+        """The stream to the scheduler that is up, or was last."""
+        return self._connection.stream
+
+    @property
+    def connected(self) -> bool:
+        """False while the scheduler is being replaced, and once it is lost for good."""
+        return self._up
+
+    def submit(
+        self, prompts: Sequence[Prompt], notify: Notify, each_token: bool = True, told: Sequence[Sequence[Told]] = ()
+    ) -> list[Generation]:
+        """Queues prompts; while the scheduler is being replaced they wait for the next one, `REACH_TIMEOUT_S` at most. notify:
+        called from another thread when `take` has something new: after each token, or only at the end. told: what the caller
+        has of each choice of each prompt, from an earlier run with the same seeds.
+        Errors: EngineError once the engine is lost for good or closed."""
         with self._lock:
             stream = self._next_stream
             self._next_stream += sum(prompt.params.n for prompt in prompts)
-        generations, requests = [], []
-        for prompt in prompts:
-            request = self._request(stream, prompt)
-            requests.append(request)
-            generations.append(Generation(request, prompt, self._tokenizer, notify, each_token))
+        now_s, block_size = time.monotonic(), self.engine.block_size
+        generations = []
+        for number, prompt in enumerate(prompts):
+            submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s)
+            had = told[number] if told else ()
+            generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, had))
             stream += prompt.params.n
         with self._lock:
             if self._lost is not None:
                 raise EngineError(self._lost)
             for generation in generations:
                 self._live.update(dict.fromkeys(generation.streams, generation))
+            engine = self.engine if self._up else None
+            if engine is not None:
+                for generation in generations:
+                    generation.submission.sent()
         try:
-            self.engine.submit(requests)
+            if engine is not None:
+                engine.submit([generation.submission.request for generation in generations])
+        except EngineError:
+            pass  # it was lost just now: the next one is asked, or all have failed
         except BaseException:
             self._forget(generations)
             raise
@@ -87,38 +114,18 @@ class FrontEnd:
         message = f"the request did not end within {generation.prompt.terms.deadline_s:g} s"
         self._abort(self._end_failed(generation.streams, Failure.TIMED_OUT, message))
 
+    def tally(self, metrics: Sequence[TalliedMetric]) -> None:
+        """Adds to the cluster's sums. Errors: EngineError while there is no scheduler: they are still the caller's."""
+        if not self._up:
+            raise EngineError(self._lost or "the scheduler is being replaced")
+        self.engine.tally(metrics)
+
     def close(self) -> None:
         """Ends the engine; what is under way fails. A second call does nothing."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
             self._lost = self._lost or "the engine was shut down"
-        try:
-            self.engine.close()
-        finally:
-            self._inbox.put(None)
-            if threading.current_thread() is not self._thread:
-                self._thread.join(timeout=5.0)
-
-    def _request(self, stream: int, prompt: Prompt) -> Request:
-        """A grammar ends with the model's own end-of-sequence ids, so they stop such an output in any case."""
-        params, terms = prompt.params, prompt.terms
-        bare = params.ignore_eos and params.grammar is None
-        stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *self._limits.eos_ids)
-        tokens = np.array(prompt.token_ids, dtype="<i4")
-        hashes = np.array(hash_blocks(tokens, self.engine.block_size, terms.salt), dtype="<u8")
-        return Request(
-            stream=stream,
-            tokens=tokens.tobytes(),
-            hashes=hashes.tobytes(),
-            params=params,
-            stop_ids=tuple(dict.fromkeys(stop_ids)),
-            salt=terms.salt,
-            priority=terms.priority,
-            tenant=terms.tenant,
-            deadline_s=None if terms.deadline_s == math.inf else terms.deadline_s,
-        )
+        if self._connection.close() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:
         with self._lock:
@@ -128,7 +135,7 @@ class FrontEnd:
         return streams
 
     def _abort(self, streams: Sequence[int]) -> None:
-        if streams and self._lost is None:
+        if streams and self._up:
             self.engine.abort(streams)
 
     def _end_failed(self, streams: Iterable[int], failure: Failure, message: str) -> list[int]:
@@ -159,16 +166,73 @@ class FrontEnd:
     # ---- the thread ----
 
     def _pump(self) -> None:
-        while (event := self._inbox.get()) is not None:
-            reason = event if isinstance(event, str) else self._applied(event)
-            if reason is not None:
-                self._fail(reason)
-                if not self._closed:
-                    self._on_lost()
+        lost = self._listen()
+        while lost is not None and self._regain(lost):
+            lost = self._listen()
         self._fail("the engine was shut down")
 
+    def _listen(self) -> str | None:
+        """Until the stream is lost, and why; None: the front end is closed."""
+        while (event := self._connection.receive()) is not None:
+            reason = event if isinstance(event, str) else self._applied(event)
+            if reason is not None:
+                return reason
+        return None
+
+    def _regain(self, reason: str) -> bool:
+        """The stream is lost: what is under way waits for the next one, and is asked for anew. False if there will be none."""
+        logger.warning("the stream to the scheduler was lost: %s; connecting anew", reason)
+        self._suspend(reason)
+        try:
+            self._connection.renew()
+            while not self._connection.renewed(GIVE_UP_POLL_S):
+                self._give_up_waiting(reason)
+        except EngineLost as error:
+            self._fail(reason if str(error) in reason else f"{reason}: {error}")
+            return False
+        self._resume()
+        return True
+
+    def _suspend(self, reason: str) -> None:
+        """No scheduler has anything of the requests any more."""
+        now_s = time.monotonic()
+        with self._lock:
+            self._up = False
+            ends = [end for generation in self._generations() for end in generation.lose(reason, now_s)]
+        self._wake([generation for end in ends if (generation := self._end(end)) is not None])
+
+    def _resume(self) -> None:
+        """Asks the scheduler that is up now for what is missing. Who is aborted meanwhile is told to the same one."""
+        now_s, unsent = time.monotonic(), []
+        with self._lock:
+            for generation in self._generations():
+                try:
+                    self.engine.submit(generation.requests(self.engine.block_size, now_s))
+                except EngineError:
+                    break  # it is lost again, which the thread is told next
+                except ValueError as error:
+                    unsent.append((generation, str(error)))
+                generation.submission.sent()
+            self._up = True
+        for generation, why in unsent:
+            self._end_failed(generation.streams, Failure.IMPOSSIBLE, why)
+
+    def _give_up_waiting(self, reason: str) -> None:
+        """Who has waited for too long ends."""
+        since_s = time.monotonic() - REACH_TIMEOUT_S
+        with self._lock:
+            waits = ((generation, generation.submission.waits_since_s) for generation in self._generations())
+            late = [generation for generation, waits_s in waits if waits_s is not None and waits_s < since_s]
+        message = f"no scheduler could be reached within {REACH_TIMEOUT_S:g} s: it is being replaced ({reason})"
+        for generation in late:
+            self._end_failed(generation.streams, Failure.UNAVAILABLE, message)
+
+    def _generations(self) -> list[Generation]:
+        """Those under way, each once, in the order in which they came. The lock is held."""
+        return list(dict.fromkeys(self._live.values()))
+
     def _applied(self, deltas: Deltas) -> str | None:
-        """Applies them. Why the front end is lost, if they make no sense."""
+        """Applies them. Why the stream is of no use any more, if they make no sense."""
         try:
             self._apply(deltas)
         except Exception as error:
@@ -179,6 +243,9 @@ class FrontEnd:
     def _apply(self, deltas: Deltas) -> None:
         """Extends every stream that got tokens, ends those that finished, then wakes each caller once."""
         touched: list[Generation] = []
+        for started in deltas.started:
+            if (generation := self._live.get(started.stream)) is not None:
+                generation.submission.start(started)
         logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
         for stream, payload in deltas.logprobs:
             entry = read_payload(payload)
@@ -213,7 +280,7 @@ class FrontEnd:
 
     def _fail(self, reason: str) -> None:
         with self._lock:
-            self._lost = self._lost or reason
+            self._lost, self._up = self._lost or reason, False
             streams = list(self._live)
         self._end_failed(streams, Failure.UNAVAILABLE, reason)
 

@@ -61,7 +61,8 @@ class CompletionOutput:
 class ChoiceDelta:
     """What is new of one choice since the last delta. Fields as in `CompletionOutput`; text and token ids may be empty.
 
-    Text may lag behind its tokens: characters under way and beginnings of stop strings are held back.
+    Text may lag behind its tokens: characters under way and beginnings of stop strings are held back. known: the caller has it
+    from an earlier run of the same request; what is new comes after it.
     """
 
     index: int
@@ -70,15 +71,17 @@ class ChoiceDelta:
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishWord | None
     stop_reason: int | str | None
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """What is new of one prompt. choices: those that have grown or ended, each once.
+    """What is new of one prompt. choices: those that have grown or ended, each once; what is `known` of one comes before.
 
     finished: every choice has ended. cached_tokens: prompt tokens found in the cache; None until a choice has ended.
     prompt_logprobs: complete, once, with or before the first token; an entry for each prompt token, None for the first.
-    ends: the ends of the choices that ended with this delta. failed: the first of them that failed.
+    ends: the ends of the choices that ended with this delta. failed: the first of them that failed. seed: of all choices; None
+    until one has started.
     """
 
     choices: list[ChoiceDelta]
@@ -86,6 +89,7 @@ class OutputDelta:
     cached_tokens: int | None
     prompt_logprobs: PromptEntries | None
     ends: list[Finished]
+    seed: int | None = None
 
     @property
     def failed(self) -> Finished | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
@@ -45,13 +46,8 @@ logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
 READY_TIMEOUT_S = 2.0
-REACH_TIMEOUT_S = 60.0
-"""That a request waits for a scheduler which is being replaced, or for the engine that replaces it."""
-
 MOST_WAITING = 4096
-"""Requests under way in this process beyond which none waits for that."""
-
-LOST_POLL_S = 0.05
+"""Requests under way in this process beyond which none waits for a scheduler that is being replaced."""
 
 MOST_UNREAD = 4096
 """Tokens of a choice that wait for a client to read them: minutes of it at a reader's pace, some ten kilobytes of text."""
@@ -103,8 +99,6 @@ class Service:
         self._tokenising = Tokenising()
         self._observe = observe
         self._frontend: FrontEnd | None = None
-        self._was_connected = False
-        self._lost = asyncio.Event()
         self._calls: dict[str, list[_Call]] = {}  # by request id
         self._grown: deque[_Call] = deque()
         self._waking = False
@@ -114,31 +108,34 @@ class Service:
     # ---- the connection ----
 
     async def run(self) -> None:
-        """Keeps a stream to the scheduler open until cancelled; a lost one is replaced, its requests have failed."""
+        """Connects, and stays connected until cancelled: a scheduler that is lost is replaced, and requests go on with the next
+        one."""
         try:
-            while True:
+            while self._frontend is None:
                 with contextlib.suppress(EngineError, OSError):
-                    await self._connect()
-                    await self._lost.wait()
-                    logger.warning("the stream to the scheduler was lost; connecting anew")
-                await self._disconnect()
+                    self._frontend = await asyncio.to_thread(
+                        FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD
+                    )
+                    break
                 await asyncio.sleep(RECONNECT_S)
+            await asyncio.Event().wait()
         finally:
-            await self._disconnect()
+            if self._frontend is not None:
+                await asyncio.to_thread(self._frontend.close)
 
     def tally(self, metrics: Sequence[TalliedMetric]) -> bool:
         """Hands metrics to the scheduler; False, and they are still the caller's, while it cannot be reached."""
         if self._frontend is None:
             return False
         try:
-            self._frontend.engine.tally(metrics)
+            self._frontend.tally(metrics)
         except EngineError:
             return False
         return True
 
     @property
     def connected(self) -> bool:
-        return self._frontend is not None
+        return self._frontend is not None and self._frontend.connected
 
     async def ready(self) -> bool:
         """At least one group is up, and this process reaches the scheduler."""
@@ -159,26 +156,6 @@ class Service:
             asked.cancel()
         return None if status.ready else f"no group takes requests: {status.phase}"
 
-    async def _connect(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._lost.clear()
-
-        def lost() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody connects anew
-                loop.call_soon_threadsafe(self._lost.set)
-
-        self._frontend = await asyncio.to_thread(
-            FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, lost, MOST_UNREAD
-        )
-        self._was_connected = True
-        for call in [call for calls in self._calls.values() for call in calls]:
-            call.grown.set()  # it may have waited for this
-
-    async def _disconnect(self) -> None:
-        frontend, self._frontend = self._frontend, None
-        if frontend is not None:
-            await asyncio.to_thread(frontend.close)
-
     # ---- requests ----
 
     async def prompt(
@@ -190,13 +167,15 @@ class Service:
         return await self._tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
 
     async def generate(
-        self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None
-    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None,
+        told: Sequence[Sequence[Told]] = (),
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:  # fmt: skip
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
-        prompts: of one request, hence on the same terms. The scheduler knows of the deadline too, so that a request is refused
-        early if its turn would come too late.
+        prompts: of one request, hence on the same terms. told: what the caller has of each choice of each prompt, from an
+        earlier run with the same seeds. The scheduler knows of the deadline too, so that a request is refused early if its turn
+        would come too late.
         Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
         log = RequestRecord(request_id, traceparent, prompts)
@@ -205,7 +184,7 @@ class Service:
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
-            await self._submit(call, prompts)
+            self._submit(call, prompts, told)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
                 yield position, delta
@@ -229,48 +208,25 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
-    async def _submit(self, call: "_Call", prompts: Sequence[Prompt]) -> None:
-        """To the scheduler that is up; one that is being replaced is waited for. Errors: RequestError, EngineError."""
-        loop = asyncio.get_running_loop()
+    def _submit(self, call: "_Call", prompts: Sequence[Prompt], told: Sequence[Sequence[Told]]) -> None:
+        """To the scheduler that is up, or will be. Errors: RequestError, EngineError."""
+        loop, frontend = asyncio.get_running_loop(), self._frontend
+        if frontend is None:
+            raise RequestError(Fault.UNAVAILABLE, "no scheduler can be reached yet: the cluster is starting")
+        if not frontend.connected and self.under_way > MOST_WAITING:
+            waiting = f"no scheduler can be reached, and {self.under_way} requests are under way"
+            raise RequestError(Fault.UNAVAILABLE, waiting)
 
         def notify(_: Generation) -> None:
             """From the front end's thread: one wake-up of the loop for all that has grown since it last ran."""
             self._grown.append(call)
             if not self._waking:
                 self._waking = True
-                loop.call_soon_threadsafe(self._wake)
+                with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits
+                    loop.call_soon_threadsafe(self._wake)
 
-        give_up_s = loop.time() + REACH_TIMEOUT_S
-        while True:
-            frontend = await self._reach(call, give_up_s)
-            try:
-                call.generations = frontend.submit(prompts, notify)
-            except EngineError:  # it was lost just now, and has sent nothing
-                if loop.time() > give_up_s:
-                    raise
-                await asyncio.sleep(LOST_POLL_S)
-            else:
-                call.frontend = frontend
-                return
-
-    async def _reach(self, call: "_Call", give_up_s: float) -> FrontEnd:
-        """Waits for a scheduler, if there was one before. Errors: RequestError."""
-        while (frontend := self._frontend) is None:
-            if not self._was_connected:
-                raise RequestError(Fault.UNAVAILABLE, "no scheduler can be reached yet: the cluster is starting")
-            if self.under_way > MOST_WAITING:
-                waiting = f"no scheduler can be reached, and {self.under_way} requests are under way"
-                raise RequestError(Fault.UNAVAILABLE, waiting)
-            try:
-                async with asyncio.timeout_at(give_up_s):
-                    await call.grown.wait()
-            except TimeoutError:
-                waited = f"no scheduler could be reached within {REACH_TIMEOUT_S:g} s: it is being replaced"
-                raise RequestError(Fault.UNAVAILABLE, waited) from None
-            call.grown.clear()
-            if call.error is not None:
-                raise call.error
-        return frontend
+        call.generations = frontend.submit(prompts, notify, told=told)
+        call.frontend = frontend
 
     def _forget(self, request_id: str, call: "_Call") -> None:
         calls = self._calls[request_id]

@@ -57,6 +57,11 @@ ENGINE_METRICS: tuple[Metric[EngineStats], ...] = (
     Metric("manta_oldest_wait_seconds", "How long the longest-waiting newcomer has waited.", lambda e: e.oldest_wait_s),
     Metric("manta_submitted_requests_total", "Prompts that the scheduler took in.", lambda e: e.requests),
     Metric(
+        "manta_resumed_sequences_total",
+        "Sequences (choices of requests) taken up where another scheduler, or connection, was lost.",
+        lambda e: e.resumed,
+    ),
+    Metric(
         "manta_refused_requests_total", "Prompts turned away: the queue was full, or longer than their deadline.",
         lambda e: e.refused,
     ),

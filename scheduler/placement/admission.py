@@ -206,6 +206,7 @@ class Admission:
         if sequence.cached_tokens is None:
             sequence.cached_tokens, sequence.started_s = cached_tokens, state.now_s
             self._count(sequence, known, depth, part_tokens)
+            state.outbox.started(sequence)
         if not sequence.charged:  # recomputing is not the tenant's doing
             sequence.tenant.served += sequence.committed - cached_tokens
             sequence.charged = sequence.committed

@@ -255,6 +255,22 @@ class Connect(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """A front end opens its stream; answered by `Welcome`."""
 
 
+class Resumption(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a front end knows of a choice that it had submitted when it lost the scheduler: it goes on from there.
+
+    choice: its number in its request. output: int32 buffer, every token of it that the front end was told. age_s: since it was
+    submitted for the first time. restarts: how often it has been resumed, this time included. cached_tokens, queued_s: as
+    `Started` said; None and 0: it had not started, as far as is known.
+    """
+
+    choice: int
+    output: bytes
+    age_s: float
+    restarts: int = 1
+    cached_tokens: int | None = None
+    queued_s: float = 0.0
+
+
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One prompt. Its `params.n` choices use the stream numbers stream, stream + 1, ..., chosen by the front end.
 
@@ -262,6 +278,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stop_ids: ids that end the output, the model's own included unless ignored. salt: isolates tenants in the prefix index.
     priority: lower goes first; equal ones by what their tenants were served, then by age. tenant: on whose account.
     deadline_s: seconds from now within which it must have ended; None: it has the time that it needs.
+    resumption: the request is for this one choice alone, under `stream`; its seed, once known, stands in `params`, and
+    `deadline_s` counts from when it was first submitted.
     """
 
     stream: int
@@ -273,6 +291,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     priority: int = 0
     tenant: str = ""
     deadline_s: float | None = None
+    resumption: Resumption | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -329,7 +348,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache. tokens: output tokens.
 
     message, failure: why, if it FAILED. queued_s: from submit to the first start, by the scheduler's clock.
-    preemptions: how often it had to begin again.
+    preemptions: how often it had to begin again, as far as this scheduler knows; resumptions count.
     """
 
     stream: int
@@ -343,12 +362,23 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
     preemptions: int = 0
 
 
+class Started(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A stream's first start: what another scheduler must be told if this one is lost. seed: the request's, drawn if it brought
+    none. cached_tokens, queued_s: as in `Finished`."""
+
+    stream: int
+    seed: int
+    cached_tokens: int
+    queued_s: float
+
+
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """What one scheduler event means for one front end, in commit order.
 
     streams: int64 [n]. tokens: int32 [steps, n], NO_TOKEN where none. finished come after the tokens.
     positions: int32 [n]; each stream had `positions[i] + advanced` tokens before these, its prompt included. Who has heard
     fewer has missed some, and must not go on. The buffer stays the same while the same streams decode: it costs nothing.
+    started: streams that have started since the last deltas; each comes with or before its first token.
     """
 
     streams: bytes
@@ -357,6 +387,7 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     logprobs: tuple[tuple[int, bytes], ...] = ()
     positions: bytes = b""
     advanced: int = 0
+    started: tuple[Started, ...] = ()
 
 
 ToFrontEnd = Welcome | Deltas

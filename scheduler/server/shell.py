@@ -27,6 +27,7 @@ from scheduler.protocol.messages import (
     Submit,
     Tally,
 )
+from scheduler.queue.intake import streams_of
 from scheduler.queue.limits import RequestRefused
 from scheduler.server.tallies import Tallies
 
@@ -115,6 +116,6 @@ def _refused(request: Request, refusal: RequestRefused) -> Deltas:
         Finished(
             stream, FinishReason.FAILED, 0, 0, str(refusal), failure=refusal.failure, retry_after_s=refusal.retry_after_s
         )
-        for stream in range(request.stream, request.stream + request.params.n)
+        for stream in streams_of(request)
     )
     return Deltas(b"", b"", ends)

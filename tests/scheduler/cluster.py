@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
@@ -29,9 +30,12 @@ from scheduler.protocol.messages import (
     Receive,
     Report,
     Request,
+    Resumption,
     Send,
+    Started,
 )
 from scheduler.protocol.sampling import SamplingParams
+from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
@@ -44,21 +48,37 @@ LOST = "its workers have gone"
 
 @dataclass
 class Stream:
-    """One choice as its front end sees it. expected: the undisturbed output, as long as it may get without a stop."""
+    """One choice as its front end sees it. request: as it was submitted, at submitted_s. expected: the undisturbed output, as
+    long as it may get without a stop. started: what was said of its first start."""
 
     front_end: int
     number: int
     prompt: list[int]
-    params: SamplingParams
-    stop_ids: tuple[int, ...]
+    request: Request
+    submitted_s: float
     expected: list[int]
     tokens: list[int] = field(default_factory=list)
+    started: Started | None = None
+    restarts: int = 0
     finished: Finished | None = None
     stop_after: int | None = None
     aborted: bool = False
 
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.request.stop_ids
+
+    def start(self, started: Started) -> None:
+        assert self.started is None, f"stream {self.number} started for the first time twice"
+        self.started = started
+
     def receive(self, tokens: list[int]) -> None:
         assert self.finished is None, f"stream {self.number} got tokens after its end"
+        assert self.started is not None, f"stream {self.number} got tokens before it was said to start"
         self.tokens += tokens
         assert self.tokens == self.expected[: len(self.tokens)], f"stream {self.number} is not the undisturbed output"
 
@@ -275,7 +295,7 @@ class Cluster:
         tenant: str = "",
         deadline_s: float | None = None,
     ) -> list[Stream]:
-        """Errors: RequestRefused; nothing has changed then, and the invariants are checked all the same."""
+        """Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
         room = max_tokens or max(self.pools) * self.block_size + 1 - len(prompt)
@@ -286,7 +306,7 @@ class Cluster:
             self.core.submit(front_end, request)
         finally:
             check(self.core)
-        streams = [Stream(front_end, first + choice, prompt, params, stop_ids, expected) for choice in range(n)]
+        streams = [Stream(front_end, first + choice, prompt, request, self.core.now_s, expected) for choice in range(n)]
         self.streams |= {(front_end, stream.number): stream for stream in streams}
         self.settle()
         return streams
@@ -307,6 +327,40 @@ class Cluster:
         for key in [key for key in self.streams if key[0] == front_end and self.streams[key].finished is None]:
             del self.streams[key]
         self.settle()
+
+    def reconnect(self, front_end: int, unheard: int = 0) -> list[Stream]:
+        """Its connection is cut: it goes on over another. unheard: tokens of each stream that were on their way to it; where
+        nothing was heard, its start was not either. Returns those that are not taken in again: no group is large enough now."""
+        lost = [stream for (owner, _), stream in self.streams.items() if owner == front_end and stream.finished is None]
+        self.core.front_end_down(front_end)
+        self.settle()
+        refused = []
+        for stream in lost:
+            stream.tokens = stream.tokens[: max(0, len(stream.tokens) - unheard)]
+            stream.restarts += 1
+            if not stream.tokens and unheard:
+                stream.started = None
+            try:
+                self.core.submit(front_end, self.resumption(stream))
+            except RequestRefused:
+                refused.append(stream)
+                del self.streams[front_end, stream.number]
+            finally:
+                check(self.core)
+            self.settle()
+        return refused
+
+    def resumption(self, stream: Stream) -> Request:
+        """What its front end asks of a scheduler that knows nothing of it."""
+        seed, cached, queued_s = None, None, 0.0
+        if (started := stream.started) is not None:
+            seed, cached, queued_s = started.seed, started.cached_tokens, started.queued_s
+        output, choice = np.array(stream.tokens, np.int32).tobytes(), stream.number - stream.request.stream
+        age_s = self.core.now_s - stream.submitted_s
+        return structs.replace(
+            stream.request, stream=stream.number, params=structs.replace(stream.params, seed=seed),
+            resumption=Resumption(choice, output, age_s, stream.restarts, cached, queued_s),
+        )  # fmt: skip
 
     # ---- events
 
@@ -399,6 +453,8 @@ class Cluster:
         return depth
 
     def _hear(self, front_end: int, deltas: Deltas) -> None:
+        for started in deltas.started:
+            self.streams[front_end, started.stream].start(started)
         numbers = np.frombuffer(deltas.streams, np.int64).tolist()
         if numbers:
             columns = np.frombuffer(deltas.tokens, np.int32).reshape(-1, len(numbers)).T.tolist()

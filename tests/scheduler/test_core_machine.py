@@ -15,6 +15,7 @@ from kvcache.ids import GroupId
 from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.queue.limits import RequestRefused
 from scheduler.running.prefixes import WHOLE_PROMPT
+from scheduler.running.resident import ProtocolError
 from scheduler.sequence import State
 from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
@@ -167,6 +168,39 @@ class CoreMachine(RuleBasedStateMachine):
         if sure == 0:
             self.cluster.front_end_down(front_end)
             self.events["front end gone"] += 1
+
+    @rule(front_end=st.integers(0, 2), unheard=st.sampled_from([0, 0, 1, 3, 99]), sure=st.integers(0, 2))
+    def reconnect(self, front_end: int, unheard: int, sure: int) -> None:
+        """A connection is cut, and what was under way on it goes on over another."""
+        if sure:
+            return
+        live = [stream for (owner, _), stream in self.cluster.streams.items() if owner == front_end and stream.finished is None]
+        begun = sum(len(stream.tokens) > unheard for stream in live)
+        core = self.cluster.core
+        refused = self.cluster.reconnect(front_end, unheard)
+        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
+        for stream in refused:
+            assert -(-(len(stream.prompt) + (stream.params.max_tokens or 1) - 1) // 4) > largest, "no queue is too full for it"
+        self.events["resumed with tokens"] += begun
+        self.events["resumed from the beginning"] += len(live) - begun
+        self.events["resumed, with nothing left"] += sum(stream.finished is not None for stream in live)
+
+    @rule(at=which, resumed=st.booleans())
+    def submit_again(self, at: int, resumed: bool) -> None:
+        """A stream that lives, for the first time or as resumed: refused, and nothing has changed."""
+        if (stream := self.pick(at)) is None:
+            return
+        core = self.cluster.core
+        sequence, before = self.cluster.sequence(stream), core.counters.requests + core.counters.resumed
+        try:
+            core.submit(stream.front_end, self.cluster.resumption(stream) if resumed else stream.request)
+        except (ProtocolError, RequestRefused):
+            self.events["submitted again"] += 1
+        else:
+            raise AssertionError("a stream lives twice")
+        self.cluster.settle()
+        assert self.cluster.sequence(stream) is sequence
+        assert core.counters.requests + core.counters.resumed == before
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 3.0, 30.0]))
     def wait(self, seconds: float) -> None:
@@ -349,7 +383,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "migrations begun", "failed_transfers",
         "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
-        "suspects",
+        "suspects", "resumed with tokens", "resumed from the beginning", "submitted again",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -412,6 +446,8 @@ def walk(seed: int, events: int) -> Counter[str]:
                 machine.end(at, draw.randint(0, 5))
             else:
                 machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
+                machine.reconnect(draw.randrange(3), draw.choice([0, 0, 1, 3, 99]), draw.randint(0, 6))
+                machine.submit_again(at, draw.random() < 0.5)
                 machine.lose(at, draw.random() < 0.5, draw.randint(0, 1))
                 machine.bring_up(at, draw.randint(0, 1))
                 machine.drain(at, draw.random() < 0.3, draw.randint(0, 2))

@@ -10,8 +10,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+import msgspec
 from msgspec import UnsetType
 
 from deploy.config.serve import ServeConfig
@@ -20,12 +22,14 @@ from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
 from deploy.doors.openai.answers.logprobs import TokenNames
 from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Completion, Usage
+from deploy.doors.openai.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.sse import event
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.doors.openai.tools.tools import Tools
+from deploy.frontend.choice import NOTHING_TOLD, Told
 from deploy.frontend.errors import RequestError
-from deploy.frontend.outputs import OutputDelta
+from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service import Service
 from deploy.text.prompts import Content, Prompt, PromptError
 from deploy.text.tokenizer import Tokenizer
@@ -60,6 +64,61 @@ class Telling(ABC, Generic[R]):
         """The record of an event."""
 
 
+class StreamWriter:
+    """Encodes the events of one stream. mark: how far it has been told, and is from now on. with_ids: each event has one."""
+
+    def __init__(self, answer: Telling[Any], mark: Mark, options: StreamOptions, *, with_ids: bool) -> None:
+        self._answer = answer
+        self._mark = mark
+        self._options = options
+        self._with_ids = with_ids and len(mark.choices) <= MOST_CHOICES
+        self._meter = UsageMeter(answer.prompts)
+        for number, choice in enumerate(mark.choices):
+            if choice.begun and choice.told == NOTHING_TOLD:
+                self._pass_over(number)
+
+    def write(self, position: int, delta: OutputDelta) -> bytes:
+        """The events of what is new; what the client has is passed over. Errors: RequestError if that is not what it has."""
+        self._meter.take(delta)
+        usage, mark = self._meter.shown(self._options), self._mark
+        if not self._with_ids:
+            return b"".join(event(self._answer.chunk([part], usage)) for part in self._answer.parts(position, delta))
+        if delta.seed is not None:
+            mark.seeds[position] = delta.seed
+        events: list[bytes] = []
+        if not delta.choices:  # log-probabilities of the prompt alone, which are told with the first choice
+            events += [event(self._answer.chunk([part], usage)) for part in self._answer.parts(position, delta)]
+        for new in delta.choices:
+            choice = mark.choices[position * self._choices + new.index]
+            parts = [*self._answer.parts(position, delta if len(delta.choices) == 1 else replace(delta, choices=[new]))]
+            if new.known:
+                check_known(choice, new)
+                continue
+            for part in parts[:-1]:
+                choice.begun = True
+                events.append(event(self._answer.chunk([part], usage), mark.id()))
+            choice.advance(new)
+            events += [event(self._answer.chunk([part], usage), mark.id()) for part in parts[-1:]]
+        return b"".join(events)
+
+    def last(self) -> bytes:
+        """The usage of the whole."""
+        self._mark.whole = True
+        return event(self._answer.chunk([], self._meter.usage()), self._mark.id() if self._with_ids else b"")
+
+    @property
+    def _choices(self) -> int:
+        """Of each prompt."""
+        return self._answer.prompts[0].params.n
+
+    def _pass_over(self, number: int) -> None:
+        """What comes before the tokens of a choice has been told, and none of them."""
+        position, index = divmod(number, self._choices)
+        nothing = OutputDelta([ChoiceDelta(index, "", [], None, None, None)], False, None, None, [])
+        for _ in self._answer.parts(position, nothing):
+            pass
+
+
 class Endpoint(ABC, Generic[R]):
     """One path of one service."""
 
@@ -75,7 +134,7 @@ class Endpoint(ABC, Generic[R]):
 
     async def whole(self, request: R, caller: Caller) -> Completion | ChatCompletion:
         """Errors: RequestError."""
-        answer = await self._begin(request, caller)
+        answer = await self._begin(request, caller, int(time.time()))
         meter, outputs = UsageMeter(answer.prompts), [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         async with aclosing(self._deltas(answer, caller)) as deltas:
             async for position, delta in deltas:
@@ -83,22 +142,37 @@ class Endpoint(ABC, Generic[R]):
                 outputs[position].take(delta)
         return answer.whole(outputs, meter.usage())
 
-    async def events(self, request: R, caller: Caller) -> AsyncGenerator[bytes, None]:
-        """A piece of bytes for each delta. Errors: RequestError."""
-        answer = await self._begin(request, caller)
-        meter, options = UsageMeter(answer.prompts), request.stream_options or StreamOptions()
-        async with aclosing(self._deltas(answer, caller)) as deltas:
+    async def events(
+        self, request: R, caller: Caller, last_id: str | None = None, *, with_ids: bool = False
+    ) -> AsyncGenerator[bytes, None]:
+        """A piece of bytes for each delta. last_id: of the last event that the caller has of the same request's stream, which
+        goes on behind it. with_ids: events have some. Errors: RequestError."""
+        mark = self._mark(request, caller, last_id)
+        answer = await self._begin(request, caller, mark.created)
+        options = request.stream_options or StreamOptions()
+        if last_id is None:
+            mark.begin(answer.prompts)
+        else:
+            answer.prompts = mark.seeded(answer.prompts)
+            if mark.whole or (all(choice.ended for choice in mark.choices) and not options.include_usage):
+                return
+        writer = StreamWriter(answer, mark, options, with_ids=with_ids or last_id is not None)
+        async with aclosing(self._deltas(answer, caller, mark.told(answer.prompts))) as deltas:
             async for position, delta in deltas:
-                meter.take(delta)
-                usage = meter.shown(options)
-                if data := b"".join(event(answer.chunk([part], usage)) for part in answer.parts(position, delta)):
+                if data := writer.write(position, delta):
                     yield data
         if options.include_usage:
-            yield event(answer.chunk([], meter.usage()))
+            yield writer.last()
 
-    async def _begin(self, request: R, caller: Caller) -> Telling[R]:
-        """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
-        that has one; the rest is not read."""
+    def _mark(self, request: R, caller: Caller, last_id: str | None) -> Mark:
+        """Errors: RequestError."""
+        owner = (self.id_prefix, self._service.model.name, caller.account, caller.request_id)
+        asked = digest(*map(str.encode, owner), msgspec.json.encode(request))
+        return Mark(asked, int(time.time())) if last_id is None else read_mark(last_id, asked)
+
+    async def _begin(self, request: R, caller: Caller, created: int) -> Telling[R]:
+        """Prompts one after the other, so that many of one request hold up nobody else's. created: seconds since 1970.
+        Errors: RequestError of the first that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
         tools = self._tools(request)
         grammar, asked_by = reading.format_asked(request)
@@ -113,11 +187,15 @@ class Endpoint(ABC, Generic[R]):
         except PromptError as error:
             field = error.field and self._called(request, error.field)
             raise RequestError.of_prompt(error, field or self.prompt_field) from None
-        named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": int(time.time()), "model": self._service.model.name}
+        named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
         return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
 
-    def _deltas(self, answer: Telling[R], caller: Caller) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        return self._service.generate(answer.prompts, request_id=caller.request_id, traceparent=caller.traceparent)
+    def _deltas(
+        self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        return self._service.generate(
+            answer.prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told
+        )
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
         """What the model may call. Errors: RequestError."""

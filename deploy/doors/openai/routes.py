@@ -13,6 +13,7 @@ from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
+from deploy.doors.openai.marks import LAST_EVENT_ID
 from deploy.doors.openai.models import Models
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import (
@@ -24,6 +25,7 @@ from deploy.doors.openai.schemas import (
 )
 from deploy.doors.openai.sse import EventStream, unless_gone
 from deploy.doors.openai.tools.grammars import Grammars
+from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
 
 RECORDS = (
@@ -82,9 +84,14 @@ def _add_models(router: APIRouter, models: Models) -> None:
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
-    caller = request.state.caller
+    """Whoever says that it reads event streams is given events with ids. Programs that only know OpenAI's streams may take
+    every line for data; they do not say so."""
+    caller, last_id = request.state.caller, request.headers.get(LAST_EVENT_ID)
     if asked.stream:
-        return EventStream(endpoint.events(asked, caller))
+        with_ids = "text/event-stream" in request.headers.get("accept", "").lower()
+        return EventStream(endpoint.events(asked, caller, last_id, with_ids=with_ids))
+    if last_id is not None:
+        raise RequestError.invalid(f"{LAST_EVENT_ID} goes with stream=true: leave it out, or stream", LAST_EVENT_ID)
     return await _answer(request, endpoint.whole(asked, caller))
 
 

@@ -24,9 +24,10 @@ T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
 
 
-def event(content: msgspec.Struct) -> bytes:
+def event(content: msgspec.Struct, id: bytes = b"") -> bytes:
     """One event. JSON has no line breaks of its own, so it is one `data` line."""
-    return b"data: " + _encoder.encode(content) + b"\n\n"
+    data = b"data: " + _encoder.encode(content)
+    return b"id: " + id + b"\n" + data + b"\n\n" if id else data + b"\n\n"
 
 
 class EventStream(Response):
@@ -53,9 +54,10 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         async with contextlib.aclosing(self._events) as events:
-            first = await anext(events)
+            first = await anext(events, b"")
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await body(first)
+            if first:
+                await body(first)
             try:
                 async for data in events:
                     await body(data)

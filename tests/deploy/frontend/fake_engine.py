@@ -9,8 +9,9 @@ import msgspec
 import numpy as np
 
 from cluster.config import EngineConfig
-from cluster.engine import EngineError, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
+from cluster.engine import EngineError, EngineLost, EngineStats, GroupStats, OnDeltas, OnFailure, Progress
 from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric, TokenLogprobs
+from scheduler.queue.intake import choices_of, streams_of
 
 CACHED_TOKENS = 3
 
@@ -30,8 +31,8 @@ class Stream:
 @dataclass
 class FakeEngine:
     """hold_after: steps after which nothing more comes until `released`. refuse: first token -> message of refusal, and
-    failure, retry_after_s: of what kind it is. lose_after: steps after which the whole engine is lost. steps_per_delta:
-    steps that one `Deltas` covers."""
+    failure, retry_after_s: of what kind it is. lose_after: steps after which it is lost, as often as it is started.
+    steps_per_delta: steps that one `Deltas` covers."""
 
     reply: Reply | Sequence[int]
     hold_after: int | None = None
@@ -82,8 +83,9 @@ class FakeEngine:
                     why = (self.refuse[prompt[0]], self.failure, self.retry_after_s)
                     refused += [Finished(s, FinishReason.FAILED, 0, 0, *why) for s in streams]
                     continue
-                for choice in range(request.params.n):
-                    self._streams[request.stream + choice] = Stream(request, self._script(prompt, choice))
+                for stream, choice in zip(streams_of(request), choices_of(request), strict=True):
+                    told = 0 if request.resumption is None else len(request.resumption.output) // 4
+                    self._streams[stream] = Stream(request, self._script(prompt, choice), told)
         if refused:
             self._on_deltas(Deltas(b"", b"", tuple(refused)))
         self._wake.set()
@@ -119,6 +121,14 @@ class FakeEngine:
             output_tokens=self.output_tokens,
             preemptions=7,
         )
+
+    def leave(self) -> None:
+        """What was under way is nobody's."""
+        with self._lock:
+            self._streams.clear()
+
+    def reconnect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> None:  # noqa: ARG002
+        raise EngineLost("the fake engine has only one stream")
 
     def close(self) -> None:
         self.closed = True

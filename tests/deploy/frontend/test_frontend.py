@@ -4,20 +4,32 @@ raises."""
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, cast
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 
-from cluster.engine import Engine, EngineError, EngineStats, OnDeltas, OnFailure
+from cluster.engine import EngineError, EngineLost, OnDeltas, OnFailure, RequestStream
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import RequestOutput
-from deploy.text.prompts import ModelLimits, Prompt
+from deploy.frontend.submission import MOST_LOSSES
+from deploy.text.prompts import ModelLimits, Prompt, Terms
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, TalliedMetric
+from kvcache.hashing import hash_blocks
+from scheduler.protocol.messages import (
+    Deltas,
+    Failure,
+    Finished,
+    FinishReason,
+    Request,
+    Resumption,
+    Started,
+    TalliedMetric,
+)
 from scheduler.protocol.sampling import SamplingParams
 
 DELTAS = 20_000
@@ -40,8 +52,12 @@ class BusyEngine:
 
     def __init__(self) -> None:
         self.delivered, self.stopping = threading.Event(), threading.Event()
+        self.started = False
 
-    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+    def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+        if self.started:
+            raise EngineLost("there is no other")
+        self.started = True
         self.on_deltas, self.on_failure = on_deltas, on_failure
         return self
 
@@ -59,8 +75,7 @@ class BusyEngine:
     def tally(self, metrics: Sequence[TalliedMetric]) -> None:
         raise AssertionError(f"nobody tallied {metrics}")
 
-    def stats(self) -> EngineStats:
-        return EngineStats(groups=())
+    def leave(self) -> None: ...
 
     def close(self) -> None:
         self.delivered.set()
@@ -98,7 +113,7 @@ def test_a_lost_engine_that_is_closed_at_once_is_told_as_lost() -> None:
     engine.on_deltas(deltas({0: 7}, {0: 1}))
     engine.on_failure("the scheduler has gone")
     front_end.close()
-    assert generation.take().error == "the scheduler has gone"
+    assert str(generation.take().error).startswith("the scheduler has gone: ")
 
 
 # ---- when something raises ----
@@ -122,20 +137,32 @@ class BrokenTokenizer:
 
 
 class Listening:
-    """An engine that notes what it is told."""
+    """An engine that notes what it is told. streams: connected so far, of so many that there will be."""
 
     block_size = 16
 
-    def __init__(self) -> None:
+    def __init__(self, most_streams: int = 1) -> None:
+        self.requests: list[Request] = []
         self.aborted: list[int] = []
+        self.left = 0
         self.closed = False
+        self.streams, self.most_streams = 0, most_streams
+        self.opening = threading.Event()
+        self.opening.set()
 
     def start(self, on_deltas: OnDeltas, on_failure: OnFailure) -> "Listening":
+        assert self.opening.wait(60)
+        if self.streams == self.most_streams:
+            raise EngineLost("there is no other")
+        self.streams += 1
         self.on_deltas, self.on_failure = on_deltas, on_failure
         return self
 
     def submit(self, requests: Sequence[Request]) -> None:
-        pass
+        self.requests += requests
+
+    def leave(self) -> None:
+        self.left += 1
 
     def abort(self, streams: Sequence[int]) -> None:
         self.aborted += streams
@@ -153,10 +180,10 @@ class Listening:
 class Host:
     """A front end on such an engine, and requests that wait for their end."""
 
-    def __init__(self) -> None:
-        self.engine, self.lost = Listening(), threading.Event()
+    def __init__(self, most_streams: int = 1) -> None:
+        self.engine = Listening(most_streams)
         tokenizer = cast(Tokenizer, BrokenTokenizer())
-        self.front_end = FrontEnd(self.engine.start, LIMITS, tokenizer, self.lost.set)
+        self.front_end = FrontEnd(self.engine.start, LIMITS, tokenizer)
         self.output_tokens: Counter[int] = Counter()
 
     def submit(self, n: int = 1, each_token: bool = True) -> Generation:
@@ -180,12 +207,31 @@ def host() -> Iterator[Host]:
     host.front_end.close()
 
 
+@pytest.fixture
+def lasting() -> Iterator[Host]:
+    """One that finds another engine each time."""
+    host = Host(most_streams=100)
+    yield host
+    host.front_end.close()
+
+
+def lose(host: Host) -> None:
+    """Until another is there."""
+    streams = host.engine.streams
+    host.engine.on_failure("the scheduler has gone")
+    until(lambda: host.engine.streams > streams and host.front_end.connected)
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.001)
+
+
 def outcome(generation: Generation) -> RequestOutput:
     """Once it has ended."""
-    deadline = time.monotonic() + 60
-    while not generation.finished:
-        assert time.monotonic() < deadline, "it did not end"
-        time.sleep(0.001)
+    until(lambda: generation.finished)
     return generation.take()
 
 
@@ -198,7 +244,7 @@ def test_a_request_whose_text_cannot_be_told_ends_alone(host: Host) -> None:
     assert (failed.error, failed.fault) == ("the output cannot be told: no such token", Fault.INTERNAL)
     assert [choice.finish_reason for choice in failed.outputs] == ["error", "error"]
     assert host.engine.aborted == [1, 2], "nobody waits for either choice"
-    assert not host.lost.is_set()
+    assert host.front_end.connected
 
 
 def test_also_where_its_text_is_decoded_at_the_end(host: Host) -> None:
@@ -218,13 +264,13 @@ def test_a_request_that_cannot_be_told_can_still_fail_for_another_reason(host: H
     assert outcome(bad).error == "its group has died"
 
 
-def test_deltas_that_make_no_sense_lose_the_engine(host: Host) -> None:
+def test_deltas_that_make_no_sense_lose_the_engine_if_there_is_no_other(host: Host) -> None:
     waits = host.submit()
     host.engine.on_deltas(Deltas(np.array([0, 1, 2], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
-    assert host.lost.wait(60), "whoever holds it would never connect anew"
     error = outcome(waits).error
     assert error is not None
     assert error.startswith("the front end failed")
+    assert host.engine.left == 1
     with pytest.raises(EngineError, match="the front end failed"):
         host.submit()
 
@@ -234,7 +280,7 @@ def test_who_closes_it_is_not_told_that_it_is_lost(host: Host) -> None:
     host.front_end.close()
     assert outcome(waits).error == "the engine was shut down"
     assert host.engine.closed
-    assert not host.lost.is_set()
+    assert host.engine.streams == 1
 
 
 def test_a_stream_that_has_missed_a_token_fails_and_the_others_go_on(host: Host) -> None:
@@ -250,7 +296,7 @@ def test_a_stream_that_has_missed_a_token_fails_and_the_others_go_on(host: Host)
     assert failed.fault == Fault.INTERNAL
     assert failed.outputs[0].text == "c", "nothing of what came after the gap"
     assert host.engine.aborted == [1, 2]
-    assert not host.lost.is_set()
+    assert host.front_end.connected
 
 
 def test_also_if_it_was_the_last_one(host: Host) -> None:
@@ -271,3 +317,85 @@ def test_and_if_something_comes_twice(host: Host) -> None:
     host.engine.on_deltas(again)
     host.engine.on_deltas(again)
     assert outcome(bad).outputs[0].finish_reason == "error"
+
+
+# ---- when the engine is lost, and another comes ----
+
+
+def test_deltas_that_make_no_sense_are_asked_for_again(lasting: Host) -> None:
+    waits = lasting.submit(n=2)
+    lasting.deliver({0: 1, 1: 2})
+    lasting.engine.on_deltas(Deltas(np.array([0, 1, 2], np.int64).tobytes(), np.array([7], np.int32).tobytes()))
+    until(lambda: len(lasting.engine.requests) == 3)
+    first, *again = lasting.engine.requests
+    assert first.resumption is None
+    assert [(each.stream, each.resumption) for each in again] == [
+        (choice, Resumption(choice, np.array([token], np.int32).tobytes(), ANY, 1)) for choice, token in ((0, 1), (1, 2))
+    ]
+    until(lambda: lasting.front_end.connected)
+    lasting.deliver({0: 3, 1: 4}, 0, 1)
+    assert [choice.text for choice in outcome(waits).outputs] == ["bd", "ce"]
+
+
+def test_what_was_said_of_a_start_is_said_to_the_next_scheduler(lasting: Host) -> None:
+    lasting.submit(n=2)
+    lasting.engine.on_deltas(Deltas(b"", b"", started=(Started(1, seed=77, cached_tokens=16, queued_s=2.5),)))
+    lose(lasting)
+    _, one, other = lasting.engine.requests
+    assert [one.params.seed, other.params.seed] == [77, 77], "of both choices, though only one has begun"
+    assert (one.resumption, other.resumption) == (Resumption(0, b"", ANY, 1), Resumption(1, b"", ANY, 1, 16, 2.5))
+
+
+def test_who_goes_meanwhile_is_not_asked_for(lasting: Host) -> None:
+    stays, goes, ends = lasting.submit(), lasting.submit(), lasting.submit()
+    lasting.deliver({0: 1, 1: 1, 2: 1}, 2)
+    assert outcome(ends).error is None
+    lasting.engine.opening.clear()
+    lasting.engine.on_failure("the scheduler has gone")
+    until(lambda: not lasting.front_end.connected)
+    lasting.front_end.abort([goes])
+    lasting.engine.opening.set()
+    until(lambda: lasting.front_end.connected)
+    assert [request.stream for request in lasting.engine.requests] == [0, 1, 2, 0]
+    assert not lasting.engine.aborted, "nobody knows of it any more"
+    lasting.front_end.abort([stays])
+    assert lasting.engine.aborted == [0]
+
+
+def test_who_comes_meanwhile_comes_for_the_first_time(lasting: Host) -> None:
+    lasting.engine.opening.clear()
+    lasting.engine.on_failure("the scheduler has gone")
+    until(lambda: not lasting.front_end.connected)
+    prompt = Prompt(PROMPT, SamplingParams(n=2), terms=Terms(deadline_s=50.0))
+    lasting.front_end.submit([prompt], lambda _: None)
+    lasting.engine.opening.set()
+    until(lambda: lasting.front_end.connected)
+    [request] = lasting.engine.requests
+    assert request.resumption is None, "queues have bounds for it"
+    assert request.deadline_s is not None
+    assert 0.0 < request.deadline_s < 50.0, "the time in which there was none counts"
+
+
+def test_a_request_that_takes_scheduler_after_scheduler_ends(lasting: Host) -> None:
+    patient, deadly = lasting.submit(), lasting.submit()
+    for _ in range(MOST_LOSSES - 1):
+        lose(lasting)
+        lasting.deliver({0: 1})
+    assert not deadly.finished
+    lose(lasting)
+    failed = outcome(deadly)
+    assert str(failed.error).startswith(f"the scheduler has gone, {MOST_LOSSES} times in a row without a token")
+    assert failed.fault is Fault.INTERNAL
+    lasting.deliver({0: 1}, 0)
+    assert outcome(patient).outputs[0].text == "bbbbb"
+
+
+def test_a_block_of_another_size_is_hashed_anew(lasting: Host) -> None:
+    prompt = Prompt(list(range(40)), SamplingParams(max_tokens=8))
+    lasting.front_end.submit([prompt], lambda _: None)
+    lasting.engine.block_size = 8
+    lose(lasting)
+    first, again = lasting.engine.requests
+    tokens = np.arange(40, dtype=np.int32)
+    assert np.frombuffer(first.hashes, np.uint64).tolist() == hash_blocks(tokens, 16, "")
+    assert np.frombuffer(again.hashes, np.uint64).tolist() == hash_blocks(tokens, 8, "")

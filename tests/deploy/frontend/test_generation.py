@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.frontend.generation import Generation, OutputGap
+from deploy.frontend.choice import OutputGap
+from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import OutputDelta
+from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Failure, Finished, FinishReason, PromptLogprobs, Request, TokenLogprobs
+from scheduler.protocol.messages import Failure, Finished, FinishReason, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from tests.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
 
@@ -27,8 +29,9 @@ class Caller:
         self, params: SamplingParams, tokenizer: Tokenizer | None = None, each_token: bool = True, prompt: Prompt = PROMPT,
         stop_ids: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
-        request = Request(STREAM, b"", b"", params, stop_ids)
-        self.generation = Generation(request, replace(prompt, params=params), tokenizer, self._count, each_token)
+        prompt = replace(prompt, params=params)
+        submission = Submission(STREAM, prompt, stop_ids, 16, 0.0)
+        self.generation = Generation(submission, prompt, tokenizer, self._count, each_token)
         self.woken = 0
         self.prompt_tokens = len(prompt.token_ids)
         self.committed = [0] * params.n

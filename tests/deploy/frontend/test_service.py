@@ -9,6 +9,7 @@ import pytest
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.frontend import frontend as frontend_module
 from deploy.frontend import service as service_module
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
@@ -166,7 +167,7 @@ def test_who_waits_for_one_can_be_aborted_and_has_a_deadline() -> None:
 
 
 def test_one_that_does_not_come_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "REACH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(frontend_module, "REACH_TIMEOUT_S", 0.1)
 
     async def scenario() -> None:
         cluster = Replaced()

@@ -59,7 +59,7 @@ def test_every_shown_metric_but_a_few_is_on_the_dashboard() -> None:
     assert missing == {
         "manta_info", "manta_group_up", "manta_group_epoch", "manta_sequence_starts_total", "manta_sequences_starved",
         "manta_submitted_requests_total", "manta_sequences_finished_total", "manta_prompt_tokens_total",
-        "manta_request_log_dropped_total",
+        "manta_request_log_dropped_total", "manta_resumed_sequences_total",
     }  # fmt: skip
 
 

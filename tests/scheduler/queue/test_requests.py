@@ -1,16 +1,21 @@
 """A request's life: refused, ended in every state, exact at the block border, and told once."""
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+from msgspec import structs
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import FinishReason
+from scheduler.config import QueueBounds
+from scheduler.protocol.messages import Failure, FinishReason, Request, Resumption
+from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused, blocks_for, output_limit
 from scheduler.running.resident import ProtocolError
 from scheduler.sequence import State
 from scheduler.server.stats import snapshot
-from tests.scheduler.cluster import Cluster, Stream, filled
+from tests.scheduler.cluster import LOST, Cluster, Stream, filled
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 4, 5, 8])
@@ -217,3 +222,97 @@ def test_counters_and_statistics() -> None:
     up, expected = stats.groups
     assert (up.up, up.total_blocks, up.free_blocks, up.held_blocks, up.cached_blocks) == (True, 8, 6, 0, 2)
     assert (expected.up, expected.total_blocks, expected.running) == (False, 8, 0)
+
+
+# ---- taken up where another scheduler, or connection, was lost
+
+
+def begun(cluster: Cluster, tokens: int, **settings: Any) -> Stream:
+    stream = cluster.submit(filled(0, 1), **settings)[0]
+    while len(stream.tokens) < tokens:
+        cluster.step()
+    return stream
+
+
+def test_what_is_resumed_goes_on_where_it_was_and_counts_on() -> None:
+    cluster = Cluster((8,), bounds=QueueBounds(max_queued_requests=1))
+    stream = begun(cluster, 5, max_tokens=9, tenant="ann")
+    others = cluster.submit(filled(1, 1, 1, 1, 1, 1), max_tokens=8, n=2)
+    cluster.reconnect(0)
+    counters, sequence = cluster.core.counters, cluster.core.sequences[0, stream.number]
+    assert (counters.requests, counters.resumed, counters.refused) == (2, 3, 0), "the queue, which is full, takes them"
+    assert sequence.charged == sequence.committed == 8 + 5
+    cluster.run()
+    assert len(stream.tokens) == 9
+    assert stream.finished is not None
+    assert (stream.finished.tokens, stream.finished.preemptions) == (9, 1)
+    assert stream.finished.cached_tokens == 0, "as at its first start"
+    assert all(cluster.reason(other) is FinishReason.LENGTH for other in others)
+
+
+def test_a_tenant_pays_once_for_what_is_resumed() -> None:
+    """As much as one whose connection was never cut."""
+    paid = []
+    for cut in (False, True):
+        cluster = Cluster((8,))
+        stream = begun(cluster, 6, max_tokens=12, tenant="ann")
+        before = cluster.core.waiting.fair.served("ann")
+        if cut:
+            cluster.reconnect(0)
+        tenant = cluster.sequence(stream).tenant
+        cluster.run()
+        paid.append(tenant.served)
+        assert before < tenant.served
+    assert paid[0] == paid[1]
+
+
+def test_its_deadline_counts_from_its_first_submit() -> None:
+    cluster = Cluster((8,))
+    stream = begun(cluster, 3, max_tokens=20, deadline_s=10.0)
+    cluster.wait(6.0)
+    cluster.reconnect(0)
+    cluster.wait(3.9)
+    cluster.step()
+    assert stream.finished is None
+    cluster.wait(0.2)
+    cluster.step()
+    assert stream.finished is not None
+    assert stream.finished.message == f"the request did not end within 10 s: it has {len(stream.tokens)} tokens of output"
+    assert stream.finished.failure is Failure.TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "reason"),
+    [({"max_tokens": 3}, 3, FinishReason.LENGTH), ({"stop_ids": (0, 1), "min_tokens": 3}, 3, FinishReason.STOP)],
+)
+def test_an_end_that_was_lost_comes_again_at_once(settings: dict[str, Any], tokens: int, reason: FinishReason) -> None:
+    cluster = Cluster((8,))
+    stream = cluster.submit(filled(0, 1), **settings)[0]
+    cluster.run()
+    assert len(stream.tokens) == tokens
+    stream.finished = None
+    starts = cluster.core.groups[GroupId(0)].starts
+    cluster.reconnect(0)
+    assert cluster.reason(stream) is reason
+    assert cluster.core.groups[GroupId(0)].starts == starts
+
+
+def test_an_output_without_a_limit_ends_where_a_smaller_pool_does() -> None:
+    cluster = Cluster((8, 3))
+    stream = begun(cluster, 8, max_tokens=None)
+    cluster.core.group_down(GroupId(0), LOST)
+    cluster.groups.pop(GroupId(0))
+    cluster.reconnect(0)
+    assert cluster.reason(stream) is FinishReason.LENGTH
+    assert len(stream.tokens) == 8
+
+
+@pytest.mark.parametrize("wrong", [{"choice": 2}, {"choice": -1}, {"output": b"abc"}])
+def test_a_resumption_that_cannot_be_is_an_error_and_changes_nothing(wrong: dict[str, Any]) -> None:
+    cluster = Cluster((8,))
+    resumption = structs.replace(Resumption(1, b"", 0.0), **wrong)
+    request = Request(5, np.array([1], np.int32).tobytes(), b"", SamplingParams(n=2), resumption=resumption)
+    with pytest.raises(ProtocolError, match="cannot resume choice"):
+        cluster.core.submit(0, request)
+    cluster.settle()
+    assert not cluster.core.sequences

@@ -222,6 +222,7 @@ def test_log_probabilities_alone_are_told_too() -> None:
     cluster.core.outbox.logprobs(sequence, b"part")
     ((front_end, told),) = cluster.core.outbox.drain()
     assert (front_end, told.streams, told.logprobs) == (sequence.front_end, b"", ((sequence.stream, b"part"),))
+    cluster._hear(front_end, told)
     cluster.run()
 
 

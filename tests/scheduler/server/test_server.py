@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 import uvloop
+from msgspec import structs
 
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
@@ -33,6 +34,7 @@ from scheduler.protocol.messages import (
     Moved,
     Report,
     Request,
+    Resumption,
     Start,
     Stop,
     Submit,
@@ -436,3 +438,22 @@ def test_so_is_one_whose_leader_says_nothing() -> None:
     beating.set()
     thread.join(PATIENCE_S)
     served.close()
+
+
+def test_a_front_end_that_submits_what_lives_ends_alone(served: Served) -> None:
+    """And comes back over another connection, where it says what it has of it."""
+    leader, wrong, other = served.leader(), served.front_end(), served.front_end()
+    wrong.send(Submit((request(1),)))
+    (start,) = read(leader, Commands).commands
+    other.send(Submit((request(1, prompt=1),)))
+    (beside,) = read(leader, Commands).commands
+    wrong.send(Submit((request(1),)))
+    assert wrong.receive() is None, "it broke the protocol"
+    assert read(leader, Commands).commands == (Drop(start.lease),)
+    again = served.front_end()
+    output = np.array([7], np.int32).tobytes()
+    again.send(Submit((structs.replace(request(1), resumption=Resumption(0, output, 0.5, 1, 0, 0.1)),)))
+    (resumed,) = read(leader, Commands).commands
+    assert (len(resumed.tokens) // 4, resumed.prompt_tokens, resumed.max_tokens) == (21, 20, 8)
+    leader.send(first_token(beside))
+    assert tokens_of(read(other, Deltas)) == {1: [7]}

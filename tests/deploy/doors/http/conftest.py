@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from cluster.config import EngineConfig
-from cluster.engine import Engine, OnDeltas, OnFailure
+from cluster.engine import Engine, EngineLost, OnDeltas, OnFailure
 from deploy.config.load import EMBEDDED_MODEL, bound_openmp_spin
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
@@ -103,12 +103,15 @@ class Host:
 
 
 class ScriptedCluster:
-    """A cluster on a `FakeEngine`: does what the test says, when it says so."""
+    """A cluster on a `FakeEngine`: does what the test says, when it says so. lives: of the engine."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, lives: int = 1) -> None:
         self._engine = engine
+        self._lives = lives
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> Engine:
+        if self._engine.starts == self._lives:
+            raise EngineLost("the fake engine burnt down")
         return self._engine.start(EngineConfig(model=str(EMBEDDED_MODEL)), on_deltas, on_failure, lambda _: None)
 
     async def status(self, maps: bool = False) -> ClusterStatus:  # noqa: ARG002

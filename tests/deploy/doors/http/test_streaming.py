@@ -15,7 +15,7 @@ import pytest
 
 from deploy.frontend.service import Service
 from scheduler.protocol.messages import Failure
-from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, Stats, until
+from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, ScriptedCluster, Stats, until
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 PROMPT = "def add(a, b):\n"
@@ -233,6 +233,26 @@ def test_an_engine_lost_before_the_answer_is_a_503(scripted: Scripted) -> None:
     answer = httpx.post(f"{address}/v1/completions", json={"prompt": [5, 6]}, timeout=PATIENCE_S)
     assert answer.status_code == 503
     assert "burnt down" in answer.json()["error"]["message"]
+
+
+def test_an_engine_lost_in_mid_stream_is_not_noticed_if_another_comes(host: Host) -> None:
+    engine = FakeEngine([*range(300, 340)], lose_after=3)
+    address = host.serve(host.service(ScriptedCluster(engine, lives=20)))
+    body = {"prompt": [5, 6], "max_tokens": 30, "n": 2, "stream": True, "logprobs": 1}
+    events = events_of(httpx.post(f"{address}/v1/completions", json=body, timeout=PATIENCE_S).text)
+    quiet = FakeEngine([*range(300, 340)])
+    other = host.serve(host.service(ScriptedCluster(quiet)))
+    expected = events_of(httpx.post(f"{other}/v1/completions", json=body, timeout=PATIENCE_S).text)
+    assert engine.starts == 10
+    for index in range(2):
+        assert told(index, events) == told(index, expected)
+
+
+def told(index: int, events: list[Any]) -> tuple[str, list[str], str | None]:
+    """Of one choice: text, tokens with log-probabilities, why it ended."""
+    parts = [choice for event in events for choice in event["choices"] if choice["index"] == index]
+    tokens = [token for part in parts if part["logprobs"] for token in part["logprobs"]["tokens"]]
+    return "".join(part["text"] for part in parts), tokens, parts[-1]["finish_reason"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

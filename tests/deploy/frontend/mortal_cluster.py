@@ -1,0 +1,168 @@
+"""A scheduler behind its real socket and a group with a real model, both in threads of this process; and both can be killed."""
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+import numpy as np
+
+from cluster.config import EngineConfig
+from cluster.engine import EngineError, EngineLost, OnDeltas, OnFailure
+from cluster.local.groups import LocalFeed
+from cluster.remote import SchedulerStream
+from cluster.resolve import resolve
+from deploy.config.load import EMBEDDED_MODEL
+from kvcache.ids import GroupId
+from scheduler.config import CoreConfig, QueueBounds
+from scheduler.core import SchedulerCore
+from scheduler.protocol.messages import NO_TOKEN, Deltas, Hello
+from scheduler.server.server import SchedulerServer
+from scheduler.server.stats import ClusterStatus
+from workers.build import build_rank
+from workers.loop.leader import LinkClosed, lead
+from workers.loop.link import SocketLink
+from workers.loop.reports import Reporter
+from workers.moving.mover import BlockMover
+from workers.parallel.connect import Solo
+
+TOKEN = "secret"
+HOST = "127.0.0.1"
+PATIENCE_S = 120.0
+BLOCK = 16
+ROWS = 8
+MOST_TOKENS = 128
+"""Of prompt and output."""
+
+
+def engine_config() -> EngineConfig:
+    """In float64, so that it says the same however it is computed."""
+    return EngineConfig(
+        model=str(EMBEDDED_MODEL), local=True, dtype="float64", kv_memory=32 << 20, threads=1, block_size=BLOCK,
+        max_num_seqs=ROWS, max_model_len=MOST_TOKENS,
+    )  # fmt: skip
+
+
+class Life:
+    """One scheduler, at a port of its own, and its group. seed: of the seeds that it draws."""
+
+    def __init__(self, epoch: int, seed: int, bounds: QueueBounds | None, grouped: bool) -> None:
+        resolved = resolve(engine_config(), "cpu", 1)
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, seed=seed, hung_after_s=1e9), resolved, bounds)
+        self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.core.expect(GroupId(0))
+        self.port = asyncio.run_coroutine_threadsafe(self.server.listen(HOST), self._loop).result(PATIENCE_S)
+        self._group = threading.Thread(target=self._lead, args=(epoch,), daemon=True)
+        if grouped:
+            self._group.start()
+
+    def tick(self) -> None:
+        """Something happens, so that what is late is noticed."""
+        self._loop.call_soon_threadsafe(lambda: self.server.call(lambda core: core._admit()))
+
+    def cut(self) -> None:
+        """The front ends' connections, and nothing else."""
+        self._loop.call_soon_threadsafe(self._abort_front_ends)
+
+    def die(self) -> None:
+        """At once and without a word, as a process that is killed."""
+        self._loop.call_soon_threadsafe(self._abort)
+        self._thread.join(PATIENCE_S)
+        assert not self._thread.is_alive()
+        if self._group.ident is not None:
+            self._group.join(PATIENCE_S)
+            assert not self._group.is_alive(), "the group has not noticed"
+
+    def _abort_front_ends(self) -> None:
+        for writer in self.server._front_ends.values():
+            writer.transport.abort()
+
+    def _abort(self) -> None:
+        self._abort_front_ends()
+        for leader in self.server._leaders.values():
+            leader.transport.abort()
+        assert self.server._server is not None
+        self.server._server.close()
+        if self.server._looking is not None:
+            self.server._looking.cancel()
+        self._loop.call_soon(self._loop.call_soon, self._loop.stop)
+
+    def _lead(self, epoch: int) -> None:
+        config = engine_config()
+        built = build_rank(config, resolve(config, "cpu", 1), Solo())
+        with closing(built.rank):
+            try:
+                link = SocketLink(HOST, self.port, TOKEN, Hello(0, epoch, built.blocks, ROWS))
+                built.rank.mover = BlockMover(built.pool, None, None, lambda _: None, rank=0, epoch=epoch)
+                lead(built.rank, link, LocalFeed(0), Reporter(epoch))
+            except (LinkClosed, OSError):
+                pass  # it dies with its scheduler
+
+
+class MortalCluster:
+    """A `Cluster`. deaths: how many tokens a front end hears until the scheduler dies, and the next one; another comes up at
+    once. cuts: only the connection does. The seeds that a scheduler draws are its own."""
+
+    def __init__(self, deaths: tuple[int, ...] = (), *, cuts: bool = False, bounds: QueueBounds | None = None) -> None:
+        self._epochs = itertools.count()
+        self._deaths = list(deaths)
+        self._cuts, self._bounds = cuts, bounds
+        self.connections = 0
+        self.gone = False
+        self.life = self._live()
+
+    def _live(self, grouped: bool = True) -> Life:
+        epoch = next(self._epochs)
+        return Life(epoch, epoch, self._bounds, grouped)
+
+    def replace(self, *, grouped: bool = True) -> None:
+        """The scheduler dies, and another comes up."""
+        self.life.die()
+        self.life = self._live(grouped)
+
+    def close(self) -> None:
+        self.gone = True
+        self.life.die()
+
+    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> SchedulerStream:
+        if self.gone:
+            raise EngineLost("the cluster is gone for good")
+        try:
+            stream = SchedulerStream(HOST, self.life.port, TOKEN, self._counted(on_deltas), on_failure)
+        except OSError as error:
+            raise EngineError("there is no scheduler") from error
+        self.connections += 1
+        return stream
+
+    async def status(self, maps: bool = False) -> ClusterStatus:
+        return self.life.server.status(maps=maps)
+
+    def _counted(self, on_deltas: OnDeltas) -> OnDeltas:
+        """Within a connection's reading thread: what it has read when the scheduler dies is still heard."""
+        heard, dead = 0, False
+
+        def listen(deltas: Deltas) -> None:
+            nonlocal heard, dead
+            on_deltas(deltas)
+            heard += int((np.frombuffer(deltas.tokens, np.int32) != NO_TOKEN).sum())
+            if self._deaths and heard >= self._deaths[0] and not dead:
+                dead = True
+                self._deaths.pop(0)
+                if self._cuts:
+                    self.life.cut()
+                else:
+                    threading.Thread(target=self.replace, daemon=True).start()
+
+        return listen
+
+
+def until(what: str, true: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.005)
