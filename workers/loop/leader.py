@@ -104,6 +104,17 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
             link.send(report)
 
 
+def abandon(rank: Rank, feed: PeerFeed) -> None:
+    """Nobody is in the batch any more and nothing under way: whoever has given these commands has gone. The ranks make the same
+    turns meanwhile as ever. Errors: LinkClosed for a peer, and whatever the executor raises."""
+    commands = rank.vacate()
+    while commands or not rank.idle:
+        rank.apply(commands)
+        feed.send(commands, ())
+        rank.step()
+        commands = []
+
+
 def follow(rank: Rank, inbox: PeerInbox) -> str:
     """A peer's loop: the same turns as the leader's, with nobody to report to."""
     while rank.batch.ended is None:
