@@ -78,6 +78,10 @@ class Mover(Protocol):
         """The next movement of the log; the steps of the commands before it have been launched. Must not wait."""
         ...
 
+    def enter(self, epoch: int) -> None:
+        """The group has another epoch from now on: what is under way fails. Errors: whatever keeps it from ending."""
+        ...
+
     def close(self) -> None:
         """Fails what is under way and ends all threads."""
         ...
