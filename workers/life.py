@@ -60,7 +60,7 @@ class RankLife:
         self._timeout_s = timeout_s
         self._host = host
         self._entered = entered
-        self.terms = Terms()
+        self.terms = Terms(config.abandoned_after_s)
         """Rank 0's: whom it serves, and whom next."""
         self._listener: socket.socket | None = None
         self._comm: JoinedGroup | None = None

@@ -132,7 +132,7 @@ class GroupKeeper:
         return None
 
     def _rejoin(self) -> str | None:
-        """The scheduler was replaced: the ranks go on for the one that is up. Why they do not; None if they do, or all is over."""
+        """The scheduler was replaced: the ranks go on for the next. Why they do not; None if they do, or all is over."""
         deadline, last = 0.0, self._scheduler_epoch
         while not self._closing.is_set():
             try:
@@ -158,7 +158,7 @@ class GroupKeeper:
         """The next epoch, after a pause; why that one ended, or None when all is over."""
         try:
             live = self._scheduler.expect(self.group)
-            # A group that has waited for a scheduler in vain has not died of itself, nor has one that did not come to the next.
+            # One that has waited for a scheduler in vain has not died of itself, nor has one that did not come to the next.
             if live.epoch != self._scheduler_epoch:
                 logger.error("%s; the scheduler was replaced", reason)
             elif not self._pause(reason):

@@ -1,13 +1,13 @@
-"""A scheduler that dies takes no rank along: on a real Ray cluster the same processes go on for the next one, and what stands in
-their pools is hit by whoever comes. What it had promised to its front ends is theirs to ask for again.
+"""A scheduler that dies takes no rank along: on a real Ray cluster the same processes go on for the next one, and what stands
+in their pools is hit by whoever comes. What it had promised to its front ends is theirs to ask for again.
 """
 
 import os
 import queue
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +15,14 @@ import ray
 
 from cluster.config import EngineConfig
 from cluster.fleet.fleet import Fleet
+from cluster.fleet.group import GroupHandle
+from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from scheduler.protocol.messages import Deltas, Finished, Request
 from scheduler.protocol.sampling import SamplingParams
 from tests.cluster.test_ray import until
-from tests.processes import SCHEDULER, WORKER, all_named
+from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -30,6 +32,7 @@ PREFIX = list(range(300, 396))
 """Six blocks."""
 PROMPTS = [[*PREFIX, 400 + at, 500 + at] for at in range(6)]
 MOST = 40
+ABANDONED_AFTER_S = 5.0
 
 
 class Client:
@@ -71,10 +74,10 @@ class Client:
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     config = EngineConfig(
         model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
-        check_invariants=True,
+        check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S,
     )  # fmt: skip
     fleet = Fleet(config, plan(config))
     try:
@@ -114,10 +117,41 @@ def test_ranks_go_on_for_the_next_scheduler_and_their_prefixes_are_hit(fleet: Fl
         assert all(end.cached_tokens >= len(PREFIX) for end in ends), "of each prompt at least the prefix stood in the pool"
 
 
-def test_a_group_without_a_scheduler_for_long_waits_as_long_as_it_is_told_to(fleet: Fleet) -> None:
-    """Its keeper says that there will be one."""
+def test_ranks_wait_for_a_scheduler_as_long_as_they_are_told_to(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far longer than they would wait for one of themselves."""
+    until("a group is missing", lambda: groups_up(fleet) == 2)
+    ranks, launch = all_named(WORKER, 4), fleet.scheduler._launch
+    waited: list[float] = []
+
+    def late(epoch: int, timeout_s: float) -> LiveScheduler:
+        time.sleep(3 * ABANDONED_AFTER_S)
+        waited.append(timeout_s)
+        return launch(epoch, timeout_s)
+
+    monkeypatch.setattr(fleet.scheduler, "_launch", late)
+    kill_scheduler(fleet)
+    assert waited
+    until("a group did not come", lambda: groups_up(fleet) == 2)
+    assert all_named(WORKER, 4) == ranks
 
 
-def test_a_leader_that_nobody_keeps_ends_itself_and_its_peers(fleet: Fleet) -> None:
-    """Nobody is left behind."""
-    _: Any = fleet
+def test_ranks_that_nobody_keeps_end_themselves(fleet: Fleet) -> None:
+    """Leader and peer, whose scheduler dies and whose keeper says nothing."""
+    until("a group is missing", lambda: groups_up(fleet) == 2)
+    ranks = all_named(WORKER, 4)
+    scheduler = SchedulerKeeper(fleet.config, plan(fleet.config), None, "text")
+    orphan = GroupHandle(7, 0, fleet.config, plan(fleet.config), "text")
+    try:
+        before = all_named(SCHEDULER, 1)
+        address = scheduler.start(PATIENCE_S).address
+        orphan.start(address, time.monotonic() + PATIENCE_S)
+        until("it does not come up", lambda: bool(scheduler.call("status").engine.groups))
+        left = {*all_named(WORKER, 6)} - {*ranks}
+        (victim,) = {*all_named(SCHEDULER, 2)} - {*before}
+        os.kill(victim, signal.SIGKILL)
+        assert not wait_gone(left, PATIENCE_S)
+    finally:
+        orphan.kill()
+        scheduler.close()
+    assert groups_up(fleet) == 2
+    assert all_named(WORKER, 4) == ranks

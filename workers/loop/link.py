@@ -63,7 +63,10 @@ class SocketLink:
         while wait or not self._received.empty():
             batch = self._received.get()
             if batch is None:
-                raise SchedulerGone("the scheduler has gone")
+                self._received.put(None)
+                if not commands:
+                    raise SchedulerGone("the scheduler has gone")
+                break  # what it has said before counts: that it closes the log, perhaps
             commands += batch
             wait = False
         return commands

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 from workers.config import SchedulerAddress
 
-PATIENCE_S = 60.0
-"""For word of the next scheduler, or that there will be one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -24,9 +21,10 @@ class Term:
 
 
 class Terms:
-    """The leader's loop calls `begin`, `next` and `end`; the others come from any other thread."""
+    """The leader's loop calls `begin`, `next` and `end`; the others come from any other thread. patience_s: for word of the
+    next scheduler, or that there will be one."""
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._next: Term | None = None  # it was called for; then it is taken, until it has begun, then it is the present one
@@ -52,7 +50,7 @@ class Terms:
             leave()
         with self._changed:
             self._changed.wait_for(lambda: self._ended or term not in (self._next, self._taken))
-            if self._present is not term:
+            if self._present != term:
                 raise ConnectionError("the scheduler has gone again, or the group has")
 
     def hold_on(self) -> None:
