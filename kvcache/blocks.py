@@ -3,7 +3,7 @@
 Imports nothing but the ids. Never knows tokens or hashes; it tells the index when a published block is evicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvcache.ids import BlockId, NodeId
 
@@ -138,6 +138,23 @@ class BlockPool:
                     self.cached += 1
                 else:
                     self.free_stack.append(block)
+
+    def restore(self, cached: Iterable[tuple[BlockId, NodeId]]) -> None:
+        """Blocks of a pool that has given none away turn out to be published: they are cached, the first to be evicted first.
+
+        The caller has children before their parents, as releases would have had them.
+        """
+        assert self.free == self.total, "a pool that is in use knows its own blocks"
+        nodes, before, after, end = self.nodes, self.before, self.after, self.total
+        for block, node in cached:
+            nodes[block] = node
+            last = before[end]
+            after[last] = block
+            before[block] = last
+            before[end] = block
+            self.cached += 1
+        after[before[end]] = end
+        self.free_stack = [block for block in self.free_stack if not nodes[block]]
 
     def publish(self, block: BlockId, node: NodeId) -> None:
         """Names the content of a private block: from now on it may be shared, and is cached when released."""

@@ -4,20 +4,31 @@ Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
-from kvcache.hashing import TOKEN_DTYPE
+from kvcache.hashing import TOKEN_DTYPE, hash_run
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import NO_NODE, PrefixIndex
 from kvcache.match import Match, Part
 
 Copy = Callable[[BlockId, BlockId, int], None]
 """(source, target, tokens): the first tokens of one block of the group go to another, before any step launched later."""
+
+
+class Standing(NamedTuple):
+    """What stands in a block, as its group knows it. before: the block before it; None: it is the first of prompts of `salt`.
+    content: its tokens, int32; fewer than a block's where it is only partly filled."""
+
+    block: BlockId
+    before: BlockId | None
+    salt: str
+    content: bytes
 
 
 @dataclass(slots=True)
@@ -71,6 +82,42 @@ class BlockTable:
         assert group not in self.pools, f"group {group} exists"
         self.pools[group] = BlockPool(blocks, partial(self.index.forget, group))
         self.index.add_group(group)
+
+    def restore(self, group: GroupId, standing: Iterable[Standing]) -> None:
+        """Publishes what an earlier table has left in the blocks of a group that is new to this one: all of it is cached.
+
+        standing: a block before those that follow it, the most recently used first: they are evicted in the reverse order. A
+        twin of another stays free, like a part that is too short to be found.
+        Errors: ValueError for what cannot be; the group has to be removed then.
+        """
+        index, pool, held = self.index, self.pools[group], self.index.blocks[group]
+        nodes: dict[BlockId, NodeId] = {}
+        cached: list[tuple[BlockId, NodeId]] = []
+        for block, before, salt, content in standing:
+            if not 0 <= block < pool.total or block in nodes:
+                raise ValueError(f"block {block} is told twice, or is not among the {pool.total} of group {group}")
+            above = nodes.get(before, NO_NODE) if before is not None else NO_NODE
+            if before is not None and not above:
+                raise ValueError(f"block {block} follows block {before}, which is not full or was not told before it")
+            if not 0 < len(content) <= self._block_bytes or len(content) % TOKEN_DTYPE.itemsize:
+                raise ValueError(f"block {block} has {len(content)} bytes of tokens")
+            nodes[block] = NO_NODE
+            if len(content) < self._block_bytes:
+                if 0 < self._part_bytes <= len(content):
+                    tail = index.add_tail(group, block, above or index.root(salt), content)
+                    cached += [(block, tail)] if tail else []
+                continue
+            parent = above or index.root(salt)
+            hash_ = hash_run(content, index.hashes[parent])
+            node = index.child(parent, hash_, content)
+            twin = bool(node) and node in held
+            if not node:
+                node = index.add(group, block, parent, hash_, content)
+            elif not twin:
+                index.hold(group, node, block)
+            nodes[block] = node
+            cached += [] if twin else [(block, node)]
+        pool.restore(reversed(cached))
 
     def remove_group(self, group: GroupId) -> None:
         """Forgets the group's every block, in time linear in the cached and shared ones.

@@ -8,7 +8,10 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
+from collections.abc import Iterable
+
 from kvcache.ids import GroupId, host_of
+from kvcache.table import Standing
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
@@ -82,19 +85,22 @@ class SchedulerCore:
         *,
         host_blocks: int = 0,
         ports: tuple[str, ...] = (),
+        standing: Iterable[Standing] = (),
     ) -> None:
-        """A group's workers are ready, with empty pools. A former epoch of it is down from now on.
+        """A group's workers are ready, with nobody in their batch. A former epoch of it is down from now on.
 
         host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
-        Errors: ProtocolError for an epoch that is not newer than the last one.
+        standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it.
+        Errors: ProtocolError for an epoch that is not newer than the last one, and for blocks that cannot stand so; the group
+        is down then.
         """
         if epoch <= self._epochs.get(group, -1):
             raise ProtocolError(f"group {group} came up with epoch {epoch}, but {self._epochs[group]} was seen: a stale worker")
         if group in self.groups:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
+        self._add_pool(group, blocks, standing)
         self.expected.pop(group, None)
-        self.table.add_group(group, blocks)
         self.groups[group] = ResidentGroup(
             group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch
         )
@@ -104,6 +110,17 @@ class SchedulerCore:
         self._regroup()
         self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
         self._admit()
+
+    def _add_pool(self, group: GroupId, blocks: int, standing: Iterable[Standing]) -> None:
+        """Errors: ProtocolError, and there is no such pool then."""
+        self.table.add_group(group, blocks)
+        if not self.config.enable_prefix_caching:
+            return
+        try:
+            self.table.restore(group, standing)
+        except ValueError as error:
+            self.table.remove_group(group)
+            raise ProtocolError(f"group {group} says of its pool what cannot be: {error}") from error
 
     def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.

@@ -89,6 +89,8 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         shown="1 on CPUs; on GPUs those of 4 ms, up to 8",
     )
     cuda_graphs: bool = option(True, "Capture decode steps on a GPU as CUDA graphs; off: launch by launch, for debugging.")
+    abandoned_after_s: float = 60.0
+    """Of nobody saying that there is a scheduler, or will be: then a group ends itself."""
 
     @property
     def exchanges_blocks(self) -> bool:

@@ -1,25 +1,35 @@
-"""One rank's life in a process of its own: opens, builds, runs. Rank 0 leads its group, the others follow.
+"""One rank's life in a process of its own: opens, builds, runs. Rank 0 leads its group, the others follow: for one scheduler
+after another, as it is told where the next one is.
 
 Imports `build`, `leader`, `link` and `parallel`; no ray: `actor` is its shell.
 """
 
+import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from scheduler.protocol.messages import Hello
+from scheduler.protocol.inventory import parts
+from scheduler.protocol.messages import End, Hello
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
-from workers.loop.leader import Gathered, follow, lead
+from workers.loop.leader import Gathered, SchedulerGone, abandon, follow, lead
+from workers.loop.ledger import Ledger
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
+from workers.loop.terms import Term, Terms
 from workers.moving.mover import BlockMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import JoinedGroup
 from workers.parallel.connect import connect
+
+logger = logging.getLogger(__name__)
+
+ABANDONED = "there is no scheduler any more, and nobody says that there will be"
 
 STEP_TIMEOUT_S = 60.0
 """How long a rank waits for another in a step: all compute the same, so that they come at the same time. A rank that is stopped
@@ -36,17 +46,22 @@ class Rendezvous:
 
 
 class RankLife:
-    """host: this machine's address in the cluster. timeout_s: of meeting the other ranks. `phase` may be asked from another
-    thread than the one that works."""
+    """host: this machine's address in the cluster. timeout_s: of meeting the other ranks. entered: called with each epoch of
+    the group after the first. `phase` and `terms` are for other threads than the one that works.
+    """
 
     def __init__(
-        self, config: WorkerConfig, resolved: ResolvedWorker, group: int, epoch: int, rank: int, timeout_s: float, host: str
-    ) -> None:
+        self, config: WorkerConfig, resolved: ResolvedWorker, group: int, epoch: int, rank: int, timeout_s: float, host: str,
+        entered: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         self._config, self._resolved = config, resolved
         self._group, self._epoch = group, epoch
         self._rank, self._size = rank, config.tensor_parallel_size
         self._timeout_s = timeout_s
         self._host = host
+        self._entered = entered
+        self.terms = Terms(config.abandoned_after_s)
+        """Rank 0's: whom it serves, and whom next."""
         self._listener: socket.socket | None = None
         self._comm: JoinedGroup | None = None
         self._built: Built | None = None
@@ -76,7 +91,7 @@ class RankLife:
         self.phase = (phase, done, total)
 
     def run(self, scheduler: SchedulerAddress) -> str:
-        """The step loop, until the scheduler closes the group's log; returns its reason."""
+        """The step loop, until a scheduler closes the group's log, or there is none any more; returns the reason."""
         assert self._comm is not None, "run before build"
         assert self._built is not None, "run before build"
         try:
@@ -89,25 +104,60 @@ class RankLife:
         assert self._built is not None
         assert self._comm is not None
         assert self._listener is not None
-        gathered = Gathered(self._size)
-        transport = self._open_transport(scheduler)
+        rank, gathered, transport = self._built.rank, Gathered(self._size), self._open_transport(scheduler)
+        rank.ledger = Ledger(rank.batch, self._built.blocks)
         feed = SocketFeed(
-            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s
+            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch
         )
         self._attach_mover(transport, gathered.add)
-        hello = Hello(
-            self._group, self._epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks,
-            (transport.address, *feed.ports) if transport is not None else (),
-        )  # fmt: skip
-        link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello)
-        gathered.send = link.send
-        heart = Heart(self._epoch, link.send, self._built.rank.pulse, feed.silence)
+        ports = (transport.address, *feed.ports) if transport is not None else ()
+        term: Term | None = Term(scheduler, self._epoch)
         try:
-            return lead(self._built.rank, link, feed, self._reporter())
+            while term is not None:
+                try:
+                    return self._serve(term, feed, gathered, ports)
+                except SchedulerGone as error:
+                    logger.warning("%s; the group waits for the next one", error)
+                abandon(rank, feed)
+                term = self.terms.next()
+                if term is not None:
+                    self._enter_epoch(term.epoch)
+                    gathered.forget()
+                    feed.epoch = term.epoch
+                    feed.send((), ())  # a turn in which nothing is done but that
+                    rank.step()
+            feed.send([End(ABANDONED)], ())
+            return ABANDONED
+        finally:
+            self.terms.end()
+            feed.close()
+
+    def _serve(self, term: Term, feed: SocketFeed, gathered: Gathered, ports: tuple[str, ...]) -> str:
+        """For one scheduler, until it closes the log. Errors: SchedulerGone, LinkClosed."""
+        assert self._built is not None
+        rank, scheduler = self._built.rank, term.scheduler
+        assert rank.ledger is not None
+        told = parts(rank.ledger.standing())
+        hello = Hello(
+            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told)
+        )
+        link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello, told)
+        self.terms.begin(term, link.close)
+        gathered.send = link.send
+        heart = Heart(term.epoch, link.send, rank.pulse, feed.silence)
+        try:
+            return lead(rank, link, feed, self._reporter())
         finally:
             heart.close()
             link.close()
-            feed.close()
+
+    def _enter_epoch(self, epoch: int) -> None:
+        """The group has another scheduler. Errors: TransferFailed."""
+        assert self._built is not None
+        assert self._built.rank.mover is not None
+        self._built.rank.mover.enter(epoch)
+        self._epoch = epoch
+        self._entered(epoch)
 
     def _reporter(self) -> Reporter:
         return Reporter(self._epoch, self._resolved.report_steps, hold_s=self._resolved.report_hold_s)
@@ -119,8 +169,9 @@ class RankLife:
         transport = self._open_transport(scheduler)
         greeting = Greeting(self._rank, transport.address if transport is not None else "")
         inbox = SocketInbox(
-            self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, greeting, self._comm.abort
-        )
+            self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, greeting, self._comm.abort, self._enter_epoch,
+            self._epoch,
+        )  # fmt: skip
         self._attach_mover(transport, inbox.send)
         heart = Heart(self._epoch, inbox.send)
         try:

@@ -28,7 +28,8 @@ class GroupHandle:
     """Starts in steps, so that several groups come up side by side, the first of them beside the scheduler: place, build, run;
     `kill` ends it at any point.
 
-    A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch.
+    A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch. epoch: the ranks'
+    present one.
     """
 
     def __init__(self, group: int, epoch: int, config: WorkerConfig, resolved: ResolvedWorker, log_format: str) -> None:
@@ -83,6 +84,21 @@ class GroupHandle:
             )
             told = (self._config, self._resolved, self.group, self.epoch, rank, _left(deadline), self._log_format)
             self._ranks.append(options.remote(*told))
+
+    def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
+        """The ranks go on as they are for another scheduler, as the next epoch; returns once their leader has greeted it.
+
+        Errors: ConnectionError if that scheduler or the group has gone; EngineError when time is over, or for a dead worker.
+        """
+        if not self._ranks:
+            raise EngineError(f"group {self.group} is not wanted any more")
+        self.epoch += 1
+        _get(self._ranks[0].rejoin.remote(scheduler, self.epoch), deadline)
+
+    def hold_on(self) -> None:
+        """Says to a leader without a scheduler that there will be another. Does not wait."""
+        for leader in self._ranks[:1]:
+            leader.hold_on.remote()
 
     def wait(self, timeout_s: float) -> str | None:
         """Waits for the group to end; why it did, or None if it still runs."""

@@ -1,7 +1,7 @@
 """Keeps one group up: start, detect, fence, replace. One thread for each group, in the process that owns the cluster.
 
 Imports `group`, `restarts` and `scheduler_keeper`. The scheduler notices a lost leader by itself, and a group that hangs; what
-is decided here is when the group comes back.
+is decided here is when the group comes back, and that it goes on for another scheduler if its own dies.
 """
 
 import logging
@@ -22,6 +22,8 @@ REASON_S = 2.0
 """For the reason of a death to be known, beside what the scheduler has seen of it."""
 
 JOIN_TIMEOUT_S = 30.0
+REJOIN_S = 30.0
+"""For a group to greet a scheduler that is up: it has to settle its steps and say what stands in its pool."""
 
 NewHandle = Callable[[int], GroupHandle]
 """Epoch -> the group's next life, not started yet."""
@@ -29,7 +31,7 @@ NewHandle = Callable[[int], GroupHandle]
 
 class GroupKeeper:
     """Starts a group and, when it dies or hangs, ends what is left of it and starts it again with the next epoch, as soon as
-    `restarts` says. A group that ended because the scheduler did starts again for free.
+    `restarts` says. When the scheduler dies its ranks go on for the next one; should they not, they start again for free.
 
     added: nobody asks `up` for the error of the first start. on_gone: called once, from the keeper's thread, when such a group
     has not come up: it is not tried again.
@@ -121,15 +123,42 @@ class GroupKeeper:
             reason = self._handle.wait(POLL_S)
             if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
                 reason = self._handle.wait(REASON_S) or fenced
+            if reason is None and not self._scheduler.up:
+                self._handle.hold_on()
+            elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
+                reason = self._rejoin()
             if reason is not None and not self._closing.is_set():
                 return reason
+        return None
+
+    def _rejoin(self) -> str | None:
+        """The scheduler was replaced: the ranks go on for the next. Why they do not; None if they do, or all is over."""
+        deadline, last = 0.0, self._scheduler_epoch
+        while not self._closing.is_set():
+            try:
+                live = self._scheduler.expect(self.group)
+            except EngineError:
+                return None  # the cluster is closing
+            if live.epoch != last:
+                deadline, last = time.monotonic() + REJOIN_S, live.epoch
+            try:
+                self._handle.rejoin(live.address, deadline)
+            except Exception as error:
+                if (reason := self._handle.wait(POLL_S)) is not None:
+                    return reason
+                if time.monotonic() > deadline:
+                    return f"group {self.group} did not come to the next scheduler within {REJOIN_S:g} s: {error}"
+            else:
+                self._scheduler_epoch = live.epoch
+                logger.warning("group %d goes on for the next scheduler, epoch %d", self.group, self._handle.epoch)
+                return None
         return None
 
     def _again(self, reason: str) -> str | None:
         """The next epoch, after a pause; why that one ended, or None when all is over."""
         try:
             live = self._scheduler.expect(self.group)
-            # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
+            # One that has waited for a scheduler in vain has not died of itself, nor has one that did not come to the next.
             if live.epoch != self._scheduler_epoch:
                 logger.error("%s; the scheduler was replaced", reason)
             elif not self._pause(reason):

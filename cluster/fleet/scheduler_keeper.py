@@ -1,6 +1,6 @@
 """Keeps the one scheduler up: starts its actor, hears of its death, and starts another with an empty table.
 
-Imports ray and the scheduler's actor shell. Groups notice at their sockets and come back to the new one (`health`).
+Imports ray and the scheduler's actor shell. Groups go on for the new one, and tell it what their pools hold (`health`).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class LiveScheduler:
 
 
 class SchedulerKeeper:
-    """What the scheduler knows dies with it: every request under way fails, every group starts anew. It comes back by itself.
+    """What the scheduler knows dies with it: every request under way fails. It comes back by itself.
 
     Errors: EngineError from every call once `close` was called; also, but for `expect`, if there is no scheduler for
     `CALL_TIMEOUT_S`.
@@ -102,6 +102,11 @@ class SchedulerKeeper:
             except ray.exceptions.RayError as error:
                 logger.warning("group %d waits for a scheduler: that of epoch %d does not answer: %s", group, live.epoch, error)
                 self._pause(live)
+
+    @property
+    def up(self) -> bool:
+        """As far as is known."""
+        return self._live is not None
 
     @property
     def epoch(self) -> int:

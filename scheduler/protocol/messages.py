@@ -53,6 +53,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     penalties and min/max tokens count the rest as output. cached_tokens: the KV of this many leading tokens stands already in
     `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
     block-table order. stop_ids: ids that end the output. max_tokens: output tokens in all, those before a restart included.
+    salt: the request's, so that its leader can say what stands in the blocks (`Inventory`).
     """
 
     lease: LeaseId
@@ -65,6 +66,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     choice: int
     stop_ids: tuple[int, ...]
     max_tokens: int
+    salt: str = ""
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -184,6 +186,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
     host_blocks: that each rank keeps in host memory for its group; 0: no host tier. ports: "host:port" of each rank, where
     others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
+    inventories: so many of them follow, before anything else: its pool is not empty, since it has served another scheduler.
     """
 
     group: int
@@ -192,6 +195,22 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     max_num_seqs: int
     host_blocks: int = 0
     ports: tuple[str, ...] = ()
+    inventories: int = 0
+
+
+class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
+    """A part of what stands in a group's pool (`scheduler.protocol.inventory`): a block before those that follow it, the most
+    recently used first, over all parts.
+
+    blocks: int32 [n]. before: int32 [n], the block before each; -1 - i: it is the first of prompts of `salts[i]`. counts: int32
+    [n] tokens of each, `tokens` theirs one after another, int32.
+    """
+
+    blocks: bytes
+    before: bytes
+    counts: bytes
+    tokens: bytes
+    salts: tuple[str, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

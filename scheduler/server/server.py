@@ -14,6 +14,7 @@ import msgspec
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, identify_stream
+from scheduler.protocol.inventory import blocks_of
 from scheduler.protocol.messages import (
     Beat,
     Commands,
@@ -22,6 +23,7 @@ from scheduler.protocol.messages import (
     FromFrontEnd,
     FromLeader,
     Hello,
+    Inventory,
     Opening,
     Welcome,
 )
@@ -58,6 +60,7 @@ class SchedulerServer:
         self.fenced: dict[GroupId, Fenced] = {}
         """The last epoch of each group that was not listened to any more while its ranks might run on."""
         self._from_leaders = msgspec.msgpack.Decoder(FromLeader)
+        self._inventories = msgspec.msgpack.Decoder(Inventory)
         self._requests = msgspec.msgpack.Decoder(FromFrontEnd)
 
     async def listen(self, host: str) -> int:
@@ -124,7 +127,12 @@ class SchedulerServer:
         """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
         group, why = GroupId(hello.group), "its leader has gone"
         try:
-            self.call(lambda core: self._greet(core, hello, writer))
+            told = await self._read_inventories(hello, reader)
+            self.call(lambda core: self._greet(core, hello, told, writer))
+        except (ProtocolError, msgspec.DecodeError) as error:
+            self._refuse(hello, str(error))
+            return
+        try:
             while (payload := await read_frame(reader)) is not None:
                 self._hear(group, hello.epoch, self._from_leaders.decode(payload))
         except (ProtocolError, msgspec.DecodeError) as error:
@@ -133,6 +141,16 @@ class SchedulerServer:
         finally:
             if self._leaders.get(group) is writer:  # else a newer epoch has taken over, or it is lost
                 self._fence(Fenced(group, hello.epoch, f"group {group} ended: {why}"))
+
+    async def _read_inventories(self, hello: Hello, reader: asyncio.StreamReader) -> list[Inventory]:
+        """What its pool holds, in parts. Errors: ProtocolError if it goes before it has said all, or says too much."""
+        told: list[Inventory] = []
+        for _ in range(hello.inventories):
+            payload = await read_frame(reader)
+            if payload is None or len(told) == hello.blocks:  # each part has one block at least
+                raise ProtocolError(f"group {hello.group} has not said what stands in its pool")
+            told.append(self._inventories.decode(payload))
+        return told
 
     def _hear(self, group: GroupId, epoch: int, message: FromLeader) -> None:
         """Errors: ProtocolError."""
@@ -163,11 +181,18 @@ class SchedulerServer:
             leader.transport.abort()
         self.call(lambda core: core.group_down(group, fenced.reason, returning=True))
 
-    def _greet(self, core: SchedulerCore, hello: Hello, writer: asyncio.StreamWriter) -> None:
+    def _refuse(self, hello: Hello, why: str) -> None:
+        """A greeting that cannot be taken: whoever has started the group ends it, unless a newer epoch has come meanwhile."""
+        group, last = GroupId(hello.group), self.fenced.get(GroupId(hello.group))
+        logger.error("refused group %d, epoch %d: %s", group, hello.epoch, why)
+        if group not in self._leaders and (last is None or last.epoch < hello.epoch):
+            self.fenced[group] = Fenced(group, hello.epoch, f"group {group} was refused: {why}")
+
+    def _greet(self, core: SchedulerCore, hello: Hello, told: list[Inventory], writer: asyncio.StreamWriter) -> None:
         """Only an epoch that the core accepts gets the group's log."""
         core.group_up(
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
-            ports=hello.ports,
+            ports=hello.ports, standing=blocks_of(told),
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())

@@ -1,6 +1,6 @@
-"""A scheduler that dies takes no group with it, though the groups hear of its death before its keeper does.
+"""A scheduler that dies takes no group with it: its groups go on for the next one, and are started anew if they do not.
 
-A real scheduler actor, killed by its process id; the groups are lives without workers, which end when it does.
+A real scheduler actor, killed by its process id; the groups are lives without workers.
 """
 
 import logging
@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from cluster.engine import EngineError
-from cluster.fleet import restarts, scheduler_keeper
+from cluster.fleet import health, restarts, scheduler_keeper
 from cluster.fleet.group import GroupHandle, _get
 from cluster.fleet.health import GroupKeeper
 from cluster.fleet.restarts import Restarts
@@ -31,7 +31,7 @@ GROUPS = 4
 
 
 class Life:
-    """Stands for a group's ranks: it ends at the moment when the scheduler that it serves does, as sockets would tell them."""
+    """Stands for a group's ranks. rejoined: how often they went on for another scheduler; told: that there will be one."""
 
     made: ClassVar[list["Life"]] = []
 
@@ -40,6 +40,7 @@ class Life:
         self.phase = GroupStart(group, "placing")
         self.serves: set[int] = set()
         self.killed = False
+        self.rejoined = self.told = 0
         Life.made.append(self)
 
     def place(self, _deadline: float) -> None:
@@ -50,12 +51,18 @@ class Life:
         if not self.serves:
             raise ConnectionRefusedError("no scheduler listens there")
 
+    def rejoin(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        self.epoch += 1
+        self.serves = schedulers()
+        if not self.serves:
+            raise ConnectionError("no scheduler listens there")
+        self.rejoined += 1
+
+    def hold_on(self) -> None:
+        self.told += 1
+
     def wait(self, timeout_s: float) -> str | None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if not alive(self.serves):
-                return f"group {self.group} ended: the scheduler has gone"
-            time.sleep(0.0005)
+        time.sleep(min(timeout_s, 0.01))
         return None
 
     def kill(self) -> None:
@@ -120,26 +127,70 @@ def kill_scheduler() -> None:
     os.kill(victim, signal.SIGKILL)
 
 
-def test_groups_follow_the_scheduler_into_each_of_its_lives(
+def rejoined(lives: list[Life], times: int) -> bool:
+    return [life.rejoined for life in lives] == [times] * len(lives)
+
+
+def test_groups_go_on_for_each_of_the_schedulers(
     scheduler: SchedulerKeeper, groups: list[GroupKeeper], caplog: pytest.LogCaptureFixture
 ) -> None:
+    lives = [*Life.made]
     for life in range(1, 4):
         kill_scheduler()
-        until("a group did not come back", lambda life=life: [keeper.epoch for keeper in groups] == [life] * GROUPS)  # type: ignore[misc]
+        until("a group did not come back", lambda life=life: rejoined(lives, life))  # type: ignore[misc]
+        assert all(keeper.epoch >= life for keeper in groups), "each with a new epoch"
+        assert all(alive(each.serves) for each in lives)
     assert scheduler.epoch == 3
-    assert "starts again" not in caplog.text, "none of them was counted as a death of its own"
+    assert len(Life.made) == GROUPS, "none was started anew"
+    assert "starts again" not in caplog.text
+
+
+class Deaf(Life):
+    """A group that does not come to another scheduler: its first life does not."""
+
+    def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
+        if self.epoch == 0:
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            raise EngineError("it does not answer")
+        super().rejoin(scheduler, deadline)
+
+
+def test_a_group_that_does_not_come_in_time_is_started_anew_for_free(
+    scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "REJOIN_S", 0.2)
+    Life.made.clear()
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Deaf(GROUPS, epoch)), scheduler,
+        restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
+    )  # fmt: skip
+    keeper.start()
+    until("it does not come up", lambda: keeper.up(1.0))
+    kill_scheduler()
+    until("it was not started anew", lambda: len(Life.made) == 2 and bool(Life.made[1].serves))
+    first, second = Life.made
+    assert first.killed
+    assert first.rejoined == second.rejoined == 0
+    assert "did not come to the next scheduler within 0.2 s: it does not answer" in caplog.text
+    assert "starts again" not in caplog.text, "that was no death of its own"
+    kill_scheduler()
+    until("it did not go on", lambda: second.rejoined == 1)
+    keeper.close()
 
 
 def test_a_scheduler_that_is_long_in_coming_is_waited_for(
     groups: list[GroupKeeper], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(scheduler_keeper, "CALL_TIMEOUT_S", 0.01)  # far shorter than a process takes to start
+    lives = [*Life.made]
     with caplog.at_level(logging.ERROR):
         kill_scheduler()
         until("no start took too long", lambda: "could not be started again" in caplog.text)
-    assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody starts anew without a scheduler"
+    assert [keeper.epoch for keeper in groups] == [0] * GROUPS, "nobody goes anywhere without a scheduler"
+    until("nobody was told that there will be another", lambda: all(life.told for life in lives))
     monkeypatch.undo()
-    until("a group did not come back", lambda: [keeper.epoch for keeper in groups] == [1] * GROUPS)
+    until("a group did not come back", lambda: rejoined(lives, 1))
+    assert len(Life.made) == GROUPS
 
 
 def test_a_scheduler_that_is_not_ready_in_time_says_what_to_do() -> None:

@@ -6,7 +6,10 @@ token.
 """
 
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -17,6 +20,7 @@ from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
+from scheduler.protocol.inventory import blocks_of, parts
 from scheduler.protocol.messages import (
     Command,
     Commands,
@@ -24,6 +28,7 @@ from scheduler.protocol.messages import (
     Deltas,
     Finished,
     FinishReason,
+    Inventory,
     Load,
     Moved,
     Offload,
@@ -38,6 +43,8 @@ from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
 from workers.loop.batch import ResidentBatch
+from workers.loop.leader import abandon
+from workers.loop.ledger import Ledger
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
@@ -99,6 +106,11 @@ class Stream:
         assert not any(self.tokens[at] in self.stop_ids for at in early), f"stream {self.number} ran past a stop id"
 
 
+class NoPeers:
+    def send(self, commands: Listing[Command], held: Listing[int]) -> None:
+        """To nobody."""
+
+
 class SimulatedGroup:
     """One epoch of a group: its leader, and what is on its way to and from it."""
 
@@ -140,6 +152,17 @@ class SimulatedGroup:
             self.reporter.add(result, batch.applied)
         for report in self.reporter.take(flush=self.rank.idle):
             self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=Report))
+
+    def abandon(self) -> None:
+        """Its scheduler has gone: commands that have not arrived never will, and what is on its way stops half-way."""
+        self.down.clear()
+        self.inbox.clear()
+        for receive in self.receives.values():
+            self.cache[np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN
+        for copy in self.copies.values():
+            if isinstance(copy, Load):
+                self.cache[np.frombuffer(copy.blocks, np.int32)] = UNWRITTEN
+        abandon(self.rank, NoPeers())
 
     @property
     def cache(self) -> npt.NDArray[np.uint64]:
@@ -209,20 +232,18 @@ class Cluster:
         log_decisions: bool = False,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
-        self.core = SchedulerCore(
-            CoreConfig(
-                block_size=block_size,
-                hash_stride=hash_stride,
-                enable_prefix_caching=enable_prefix_caching,
-                wait_for_prefix=wait_for_prefix,
-                seed=0,
-                queue_skip_s=queue_skip_s,
-                queue_age_s=queue_age_s,
-                log_decisions=log_decisions,
-            ),
-            Resolved(max_model_len, ahead),
-            bounds,
+        config = CoreConfig(
+            block_size=block_size,
+            hash_stride=hash_stride,
+            enable_prefix_caching=enable_prefix_caching,
+            wait_for_prefix=wait_for_prefix,
+            seed=0,
+            queue_skip_s=queue_skip_s,
+            queue_age_s=queue_age_s,
+            log_decisions=log_decisions,
         )
+        self._new_core = partial(SchedulerCore, config, Resolved(max_model_len, ahead), bounds)
+        self.core = self._new_core()
         self.block_size, self.pools = block_size, pools
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.depth, self.steps, self.max_model_len = depth, steps, max_model_len
@@ -247,6 +268,7 @@ class Cluster:
         batch = ResidentBatch(self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len)
         executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
+        rank.ledger = Ledger(batch, blocks)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._host_blocks)
         self.core.group_up(name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports)
         self.settle()
@@ -256,6 +278,33 @@ class Cluster:
             self.ghosts.append(self.groups.pop(GroupId(group)))
         self.core.group_down(GroupId(group), LOST, returning=returning)
         self.settle()
+
+    def lose_scheduler(self, staying: Iterable[int] = ()) -> int:
+        """The scheduler dies with all that it knows, and with the streams under way; another comes up. `staying` groups come to
+        it and say what stands in their pools, the others have gone as well. Returns the blocks that were told."""
+        now_s, self.core = self.core.now_s, self._new_core()
+        self.core.now_s = now_s
+        self.streams = {key: stream for key, stream in self.streams.items() if stream.finished is not None}
+        self.ghosts.clear()
+        before, self.groups = self.groups, {}
+        told = 0
+        for group in staying:
+            told += self._rejoin(before[GroupId(group)])
+        return told
+
+    def _rejoin(self, before: SimulatedGroup) -> int:
+        name, rank, epoch, blocks = before.group, before.rank, self.epochs[before.group], self.pools[before.group]
+        self.epochs[name] += 1
+        before.abandon()
+        assert rank.ledger is not None
+        sent = [msgspec.msgpack.encode(part) for part in parts(rank.ledger.standing(), 40)]
+        told = [msgspec.msgpack.decode(part, type=Inventory) for part in sent]
+        self.groups[name] = SimulatedGroup(name, epoch, rank, Reporter(epoch, self.steps), self._host_blocks)
+        self.core.group_up(
+            name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports, standing=blocks_of(told)
+        )
+        self.settle()
+        return sum(len(part.blocks) // 4 for part in told)
 
     def drain(self, group: int) -> bool:
         drained = self.core.drain(GroupId(group))

@@ -343,7 +343,33 @@ class CoreMachine(RuleBasedStateMachine):
         self.cluster.haunt(ghost)
         assert before == (core.counters.output_tokens, core.counters.finished)
 
+    @rule(staying=st.integers(0, 7), sure=st.integers(0, 4))
+    def lose_scheduler(self, staying: int, sure: int) -> None:
+        """It comes up again with an empty table, and some of the groups come to it as they are: what they tell it is true."""
+        if sure or not self.cluster.groups:
+            return
+        self.count()
+        groups = [group for group in self.cluster.groups if staying >> group & 1]
+        resident = {sequence.stream for group in groups for sequence in self.cluster.core.groups[group].running}
+        cached = sum(self.cluster.core.table.pools[group].cached for group in groups)
+        told = self.cluster.lose_scheduler(groups)
+        self.events["lost the scheduler"] += 1
+        self.events["lost it in mid-sequence"] += bool(resident)
+        self.events["blocks told"] += told
+        self.events["blocks that had been cached"] += cached
+
     # ---- the end
+
+    def count(self) -> None:
+        """What the core has counted, before it goes."""
+        counters = self.cluster.core.counters
+        self.events["preempted"] += counters.preemptions
+        self.events["cached tokens"] += counters.cached_tokens
+        for name in ("offloaded_tokens", "loaded_tokens", "migrations", "failed_transfers", "expired", "skipped", "aged"):
+            self.events[name] += getattr(counters, name)
+        self.events["fetched tokens"] += counters.fetched_tokens
+        self.events["parts copied"] += counters.parts_copied
+        self.events["parts taken over"] += counters.parts_taken
 
     def teardown(self) -> None:
         """Whatever happened: everything ends, once, and all blocks come back."""
@@ -355,15 +381,7 @@ class CoreMachine(RuleBasedStateMachine):
             assert stream.finished is not None
             if stream.finished.reason is FinishReason.FAILED and stream.finished.failure is not Failure.TIMED_OUT:
                 assert LOST in stream.finished.message or "groups that ran the request has died" in stream.finished.message
-        self.events["preempted"] += self.cluster.core.counters.preemptions
-        self.events["cached tokens"] += self.cluster.core.counters.cached_tokens
-        for name in ("offloaded_tokens", "loaded_tokens", "migrations", "failed_transfers"):
-            self.events[name] += getattr(self.cluster.core.counters, name)
-        self.events["fetched tokens"] += self.cluster.core.counters.fetched_tokens
-        self.events["parts copied"] += self.cluster.core.counters.parts_copied
-        self.events["parts taken over"] += self.cluster.core.counters.parts_taken
-        for name in ("expired", "skipped", "aged"):
-            self.events[name] += getattr(self.cluster.core.counters, name)
+        self.count()
 
 
 TestCore = CoreMachine.TestCase
@@ -373,8 +391,8 @@ TestCore.settings = settings(max_examples=80, stateful_step_count=50)
 def test_the_walks_go_where_the_bugs_are() -> None:
     """Long walks with fixed seeds, which hypothesis' short ones cannot be relied on to be: everything happens."""
     events: Counter[str] = Counter()
-    for seed in range(8):
-        events += walk(seed, 250)
+    for seed in range(2 * SEEDS):
+        events += walk(seed, 250, {} if seed < SEEDS else {"scheduler": 0.4})
     wanted = {
         "submitted", "refused", "stopped", "front end gone", "lost a group", "lost sequences", "replaced a group",
         "stale reports", "preempted", "cached tokens", "aborted while waiting", "aborted while preempted",
@@ -384,9 +402,13 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
         "suspects", "resumed with tokens", "resumed from the beginning", "submitted again",
+        "lost the scheduler", "lost it in mid-sequence", "blocks told",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
+
+SEEDS = 8
+"""Walks in which the scheduler lives; it is lost now and then in as many others."""
 
 FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "move": 3, "migrate": 0.5, "end": 0.3, "rare": 0.2}
 
@@ -408,7 +430,9 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
     )
 
 
-def walk(seed: int, events: int) -> Counter[str]:
+def walk(seed: int, events: int, more: dict[str, float]) -> Counter[str]:
+    """more: what happens beside `FREQUENCIES`, and how often."""
+    frequencies = FREQUENCIES | more
     draw = random.Random(seed)
     machine = CoreMachine()
     roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
@@ -422,7 +446,7 @@ def walk(seed: int, events: int) -> Counter[str]:
             if roomy and draw.random() < 0.3:
                 machine.crowd(0, draw.randint(0, 1))
         machine.wait(draw.choice([0.0, 0.2, 1.0, 3.0]))
-        for step in draw.choices(list(FREQUENCIES), list(FREQUENCIES.values()), k=6):
+        for step in draw.choices(list(frequencies), list(frequencies.values()), k=6):
             at = draw.randrange(100)
             if draw.random() < 0.1:
                 machine.abort_preempted()
@@ -444,6 +468,8 @@ def walk(seed: int, events: int) -> Counter[str]:
                 machine.move(at, draw.randint(0, 4))
             elif step == "end":
                 machine.end(at, draw.randint(0, 5))
+            elif step == "scheduler":
+                machine.lose_scheduler(draw.choice([7, 7, 1, 2]), 0)
             else:
                 machine.front_end_down(draw.randrange(3), draw.randint(0, 4))
                 machine.reconnect(draw.randrange(3), draw.choice([0, 0, 1, 3, 99]), draw.randint(0, 6))

@@ -17,15 +17,19 @@ class LinkClosed(ConnectionError):
     """The other side has gone."""
 
 
+class SchedulerGone(LinkClosed):
+    """The scheduler has gone, and the group is as it was: its ranks have made the same turns."""
+
+
 class SchedulerLink(Protocol):
     """The group's stream to the scheduler: one ordered log down, one numbered stream of reports up, and what has moved."""
 
     def receive(self, *, wait: bool) -> Sequence[Command]:
-        """The commands that came in since the last call; waits for one if asked. Errors: LinkClosed."""
+        """The commands that came in since the last call; waits for one if asked. Errors: SchedulerGone."""
         ...
 
     def send(self, message: Report | Moved) -> None:
-        """From any thread. Errors: LinkClosed."""
+        """From any thread. Errors: SchedulerGone."""
         ...
 
     def wake(self) -> None:
@@ -50,23 +54,29 @@ class PeerInbox(Protocol):
 class Gathered:
     """What the ranks of a group say of each transfer, one after another, becomes one `Moved` once all have.
 
-    ranks: how many. send: to the scheduler, from whichever rank's thread was last; None until the group has its link.
+    ranks: how many. send: to the scheduler, from whichever rank's thread was last; None until the group has its link. Transfers
+    of two epochs may have the same number.
     """
 
     def __init__(self, ranks: int) -> None:
         self.send: Callable[[Moved], None] | None = None
         self._ranks = ranks
         self._lock = threading.Lock()
-        self._parts: dict[int, list[Moved]] = {}
+        self._parts: dict[tuple[int, int], list[Moved]] = {}
+
+    def forget(self) -> None:
+        """The epoch is over: what has been said of its transfers is of no use any more."""
+        with self._lock:
+            self._parts.clear()
 
     def add(self, moved: Moved) -> None:
         """From any thread, once for each rank and transfer. A scheduler that has gone is the step loop's to notice."""
         with self._lock:
-            parts = self._parts.setdefault(moved.transfer, [])
+            parts = self._parts.setdefault((moved.epoch, moved.transfer), [])
             parts.append(moved)
             if len(parts) < self._ranks:
                 return
-            del self._parts[moved.transfer]
+            del self._parts[moved.epoch, moved.transfer]
         whole = Moved(
             epoch=moved.epoch,
             transfer=moved.transfer,
@@ -83,7 +93,8 @@ class Gathered:
 def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) -> str:
     """Runs until the log ends; returns its reason. Never steps without being told when idle: an idle group sleeps.
 
-    Errors: LinkClosed, and whatever the executor raises; the caller lets the group die then.
+    Errors: SchedulerGone, between two turns; LinkClosed for a peer, and whatever the executor raises: the caller lets the group
+    die then.
     """
     if rank.grammars is not None:
         rank.grammars.on_opened = link.wake
@@ -102,6 +113,17 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
             reporter.add(result, rank.batch.applied)
         for report in reporter.take(flush=rank.idle):
             link.send(report)
+
+
+def abandon(rank: Rank, feed: PeerFeed) -> None:
+    """Nobody is in the batch any more and nothing under way: whoever has given these commands has gone. The ranks make the same
+    turns meanwhile as ever. Errors: LinkClosed for a peer, and whatever the executor raises."""
+    commands = rank.vacate()
+    while commands or not rank.idle:
+        rank.apply(commands)
+        feed.send(commands, ())
+        rank.step()
+        commands = []
 
 
 def follow(rank: Rank, inbox: PeerInbox) -> str:

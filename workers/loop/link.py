@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.protocol.handshake import Stranger, identify, meet
-from scheduler.protocol.messages import Beat, Command, Commands, Hello, Moved, Report
+from scheduler.protocol.messages import Beat, Command, Commands, Hello, Inventory, Moved, Report
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
-from workers.loop.leader import LinkClosed
+from workers.loop.leader import LinkClosed, SchedulerGone
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,25 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer needs for its next turn. held: see `Rank.held`."""
+    """What a peer needs for its next turn. held: see `Rank.held`. epoch: of the group from this turn on."""
 
     commands: tuple[Command, ...]
     held: tuple[int, ...] = ()
+    epoch: int = 0
 
 
 class SocketLink:
     """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
 
-    def __init__(self, host: str, port: int, token: str, hello: Hello) -> None:
-        """Errors: OSError if nobody listens there, or somebody who does not know the token."""
-        self._socket = meet(host, port, token, hello)
+    def __init__(self, host: str, port: int, token: str, hello: Hello, told: Sequence[Inventory] = ()) -> None:
+        """told: what stands in the pool; `hello` says in how many parts. Errors: SchedulerGone if nobody listens there, or
+        somebody who does not know the token, or goes."""
+        try:
+            self._socket = meet(host, port, token, hello)
+            for part in told:
+                self._socket.send(part)
+        except OSError as error:
+            raise SchedulerGone(f"the scheduler cannot be reached: {error}") from error
         self._received: queue.SimpleQueue[tuple[Command, ...] | None] = queue.SimpleQueue()
         self._expected = 0
         threading.Thread(target=self._read, name="manta-scheduler-link", daemon=True).start()
@@ -56,17 +63,20 @@ class SocketLink:
         while wait or not self._received.empty():
             batch = self._received.get()
             if batch is None:
-                raise LinkClosed("the scheduler has gone")
+                self._received.put(None)
+                if not commands:
+                    raise SchedulerGone("the scheduler has gone")
+                break  # what it has said before counts: that it closes the log, perhaps
             commands += batch
             wait = False
         return commands
 
     def send(self, message: Report | Moved | Beat) -> None:
-        """From any thread. Errors: LinkClosed."""
+        """From any thread. Errors: SchedulerGone."""
         try:
             self._socket.send(message)
         except OSError as error:
-            raise LinkClosed(f"the scheduler has gone: {error}") from error
+            raise SchedulerGone(f"the scheduler has gone: {error}") from error
 
     def wake(self) -> None:
         self._received.put(())
@@ -86,14 +96,16 @@ class SocketLink:
 class SocketFeed:
     """The leader's `PeerFeed`: one connection for each other rank.
 
-    on_lost: called from a thread when a peer has gone. on_moved: likewise, with what a peer says of a transfer. silence: of the
-    peers, by rank.
+    on_lost: called from a thread when a peer has gone. on_moved: likewise, with what a peer says of a transfer. epoch: of the
+    group, for the peers to enter with their next turn. silence: of the peers, by rank.
     """
 
     def __init__(
-        self, listener: socket.socket, peers: int, token: str, on_lost: OnLost, on_moved: OnMoved, timeout_s: float
-    ) -> None:
+        self, listener: socket.socket, peers: int, token: str, on_lost: OnLost, on_moved: OnMoved, timeout_s: float,
+        epoch: int = 0,
+    ) -> None:  # fmt: skip
         """Waits until all peers have connected, whoever else does. Errors: TimeoutError."""
+        self.epoch = epoch
         self.silence = Silence(time.monotonic())
         self._token, self._on_lost, self._on_moved = token, on_lost, on_moved
         self._peers: dict[int, FrameSocket] = {}
@@ -111,7 +123,7 @@ class SocketFeed:
         """Where each peer's blocks are fetched, by rank."""
 
     def send(self, commands: Sequence[Command], held: Sequence[int] = ()) -> None:
-        message = Turn(tuple(commands), tuple(held))
+        message = Turn(tuple(commands), tuple(held), self.epoch)
         try:
             for peer in self._peers.values():
                 peer.send(message)
@@ -156,19 +168,27 @@ class SocketFeed:
 
 
 class SocketInbox:
-    """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone."""
+    """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone. on_epoch: called by `receive` with each
+    epoch after `epoch`, before its first turn."""
 
-    def __init__(self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost) -> None:
+    def __init__(
+        self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost, on_epoch: Callable[[int], None],
+        epoch: int = 0,
+    ) -> None:  # fmt: skip
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
         self._socket = meet(host, port, token, greeting)
         self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
-        self._on_lost = on_lost
+        self._on_lost, self._on_epoch = on_lost, on_epoch
+        self._epoch = epoch
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
 
     def receive(self) -> tuple[Sequence[Command], Sequence[int]]:
         turn = self._turns.get()
         if turn is None:
             raise LinkClosed("the leader has gone")
+        if turn.epoch != self._epoch:
+            self._epoch = turn.epoch
+            self._on_epoch(turn.epoch)
         return turn.commands, turn.held
 
     def send(self, message: Moved | Beat) -> None:

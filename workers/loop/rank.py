@@ -1,7 +1,7 @@
 """One rank's part in its group: the resident batch, what executes it, and the verbs plan, execute, commit.
 
 The same object runs in the leader, in its peers and in simulations; only the executor differs.
-Imports `batch` and `scheduler.protocol.messages`; no torch, no ray.
+Imports `batch`, `ledger` and `scheduler.protocol.messages`; no torch, no ray.
 """
 
 from collections import deque
@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.messages import ROW_MASK, Command, Copy, FinishReason, Movement, Start
+from scheduler.protocol.messages import ROW_MASK, Command, Copy, Drop, FinishReason, LeaseId, Movement, Start
 from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.ledger import Ledger
 from workers.loop.pulse import Kind, Pulse, kind_of
 
 
@@ -77,6 +78,10 @@ class Mover(Protocol):
         """The next movement of the log; the steps of the commands before it have been launched. Must not wait."""
         ...
 
+    def enter(self, epoch: int) -> None:
+        """The group has another epoch from now on: what is under way fails. Errors: whatever keeps it from ending."""
+        ...
+
     def close(self) -> None:
         """Fails what is under way and ends all threads."""
         ...
@@ -95,8 +100,8 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
-    grammars: None where no row has any. mover: set before the first turn; without one, movements are passed over. pulse: what
-    the present turn is in, for others.
+    grammars: None where no row has any. mover: set before the first turn; without one, movements are passed over. ledger: set
+    before the first turn, where somebody may ask what stands in the blocks. pulse: what the present turn is in, for others.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
@@ -107,6 +112,7 @@ class Rank:
         self.grammars = grammars
         self.executor = executor
         self.mover: Mover | None = None
+        self.ledger: Ledger | None = None
         self._depth = depth
         self.pulse = Pulse()
         self._under_way: deque[tuple[Launched, Pending, Kind | None]] = deque()
@@ -125,6 +131,8 @@ class Rank:
 
     def apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
+            if self.ledger is not None:
+                self.ledger.take(command)
             self.batch.apply(command)
             self._release()
             if isinstance(command, Start):
@@ -158,6 +166,10 @@ class Rank:
         self._idle = step is None and result is None  # what was committed may be what a row has waited for
         return result
 
+    def vacate(self) -> list[Command]:
+        """The commands that empty the batch."""
+        return [Drop(LeaseId(lease)) for lease in self.batch.lease.tolist() if lease != -1]
+
     def close(self) -> None:
         """The loop has ended, for whatever reason."""
         try:
@@ -181,7 +193,12 @@ class Rank:
     def _commit(self, step: Launched, pending: Pending) -> StepResult:
         tokens = pending.wait()
         live = self.batch.live(step)
+        if self.ledger is not None:
+            self.ledger.note(step, tokens.ids, live)
         finished = self.batch.collect(step, tokens.ids)
+        if self.ledger is not None:
+            for index, _ in finished:
+                self.ledger.leave(int(step.plan.rows[index]))
         self._release()
         return StepResult(step, tokens, live, finished)
 

@@ -105,5 +105,8 @@ class LocalTransport:
     def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         """Nothing is kept of a pair."""
 
+    def enter(self, epoch: int) -> None:
+        self._epoch = epoch
+
     def close(self) -> None:
         """There are no threads."""

@@ -69,6 +69,11 @@ class Transport(Protocol):
         """Whatever is kept of that pair and direction may go; no transfer of it is under way."""
         ...
 
+    def enter(self, epoch: int) -> None:
+        """This rank's group has another epoch from now on, at the same address: whoever wants the former one is refused, and
+        nothing is kept of any pair. No transfer is under way."""
+        ...
+
     def close(self) -> None:
         """No call follows; ends its threads."""
         ...
@@ -109,16 +114,37 @@ class BlockMover:
             lane = self._lane("host", 0, 0)
         lane.put(partial(self._run, command, lane, lane.side.ready()))
 
+    def enter(self, epoch: int) -> None:
+        """The group has another epoch from now on. What is under way fails, and nothing of it touches a block any more.
+
+        Errors: TransferFailed if something goes on all the same: then no block of the pool can be trusted.
+        """
+        stuck = self._end_lanes(f"the group has left epoch {self._epoch}")
+        if stuck:
+            raise TransferFailed(f"{', '.join(stuck)} did not end within {JOIN_S:g} s")
+        self._lanes.clear()
+        self._recent.clear()
+        self._leaving.clear()
+        self._epoch = epoch
+        if self._transport is not None:
+            self._transport.enter(epoch)
+
     def close(self) -> None:
         """Fails what is under way and ends all threads."""
-        lanes = [*self._lanes.values(), *self._leaving]
-        for lane in lanes:
-            lane.abort.set("this rank has left its loop")
+        reason = "this rank has left its loop"
+        for lane in (*self._lanes.values(), *self._leaving):
+            lane.abort.set(reason)
         if self._transport is not None:
             self._transport.close()
+        for name in self._end_lanes(reason):
+            logger.warning("%s does not end", name)
+
+    def _end_lanes(self, reason: str) -> list[str]:
+        """Fails what they have to do; the names of those that are not done with it in time."""
+        lanes = [*self._lanes.values(), *self._leaving]
         for lane in lanes:
-            if not lane.join(JOIN_S):
-                logger.warning("%s does not end", lane.name)
+            lane.abort.set(reason)
+        return [lane.name for lane in lanes if not lane.join(JOIN_S)]
 
     def _lane(self, kind: str, group: int, epoch: int) -> "_BlockLane":
         key = (kind, group, epoch)

@@ -64,7 +64,9 @@ class Wire(Protocol):
 
     def forget(self, group: int, epoch: int, *, sending: bool) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is kept of any pair. Calls may follow."""
+        ...
 
 
 class SocketWire:
@@ -167,6 +169,15 @@ class SocketTransport:
     def forget(self, group: int, epoch: int, *, sending: bool) -> None:
         self._wire.forget(group, epoch, sending=sending)
 
+    def enter(self, epoch: int) -> None:
+        group, _, rank = self._me
+        with self._changed:
+            self._me = (group, epoch, rank)
+            arrived, self._arrived = self._arrived, {}
+        for connection, *_ in arrived.values():
+            connection.close()
+        self._wire.close()
+
     def close(self) -> None:
         with self._changed:
             self._closed = True
@@ -239,7 +250,7 @@ class SocketTransport:
         connection.timeout(self._timeout_s)
         with self._changed:
             self._open.discard(connection)
-            if self._closed:
+            if self._closed or (fetch.of_group, fetch.of_epoch, fetch.rank) != self._me:  # it has entered another meanwhile
                 connection.close()
                 return
             self._expire()

@@ -54,7 +54,7 @@ def leader() -> Iterator[Port]:
         thread.start()
         port: int = listener.getsockname()[1]
         yield port
-        SocketInbox(HOST, port, TOKEN, Greeting(1, ""), lambda _: None).close()
+        SocketInbox(HOST, port, TOKEN, Greeting(1, ""), lambda _: None, lambda _: None).close()
         thread.join(PATIENCE_S)
         assert not thread.is_alive(), "the peer was let in all the same"
 
@@ -120,7 +120,7 @@ def test_strangers_who_say_nothing_keep_no_peer_from_its_leader(monkeypatch: pyt
         inboxes: list[SocketInbox] = []
 
         def join() -> None:
-            inboxes.append(SocketInbox(HOST, port, TOKEN, Greeting(1, "p:1"), lambda _: None))
+            inboxes.append(SocketInbox(HOST, port, TOKEN, Greeting(1, "p:1"), lambda _: None, lambda _: None))
 
         peer = threading.Thread(target=join, daemon=True)
         peer.start()

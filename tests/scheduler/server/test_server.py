@@ -17,10 +17,12 @@ import pytest
 import uvloop
 from msgspec import structs
 
-from kvcache.ids import GroupId
+from kvcache.ids import BlockId, GroupId
+from kvcache.table import Standing
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
+from scheduler.protocol.inventory import parts
 from scheduler.protocol.messages import (
     Beat,
     Commands,
@@ -259,6 +261,46 @@ def test_a_stale_epoch_cannot_come_back(served: Served) -> None:
     front_end.send(Submit((request(1),)))
     front_end.send(Stop(99, 0))
     assert served.ask(lambda core: core.groups[GroupId(0)].epoch) == 1
+
+
+def test_a_group_that_has_served_another_scheduler_says_what_stands_in_its_pool(served: Served) -> None:
+    """In as many messages as it says; nothing is started before the last of them was heard."""
+    prompt = np.arange(3 * BLOCK, dtype=np.int32)
+    content = [prompt[at : at + BLOCK].tobytes() for at in range(0, len(prompt), BLOCK)]
+    blocks = [BlockId(5), BlockId(2), BlockId(7)]
+    above = [None, *blocks[:-1]]
+    standing = [Standing(*each) for each in zip(blocks, above, ["", "", ""], content, strict=True)]
+    front_end = served.front_end()
+    served.ask(lambda core: core.expect(GroupId(0)))
+    front_end.send(Submit((request(1, prompt=3 * BLOCK + 1),)))
+    told = parts(standing, 1)
+    assert len(told) == 3
+    leader = served.connect(Hello(0, 4, blocks=8, max_num_seqs=4, inventories=len(told)))
+    for part in told:
+        assert served.ask(lambda core: list(core.groups)) == []
+        leader.send(part)
+    (start,) = read(leader, Commands).commands
+    assert start.cached_tokens == 3 * BLOCK
+    assert np.frombuffer(start.blocks, np.int32).tolist()[:3] == blocks
+
+
+@pytest.mark.parametrize("fault", ["another's block", "too many parts", "not the protocol"])
+def test_a_group_whose_word_of_its_pool_cannot_be_is_fenced(served: Served, fault: str) -> None:
+    """Whoever has started it must hear of that: it would wait for another scheduler."""
+    content = np.zeros(BLOCK, np.int32).tobytes()
+    count = 9 if fault == "too many parts" else 1
+    leader = served.connect(Hello(0, 4, blocks=8, max_num_seqs=4, inventories=count))
+    said = parts([Standing(BlockId(8 if fault == "another's block" else at), None, str(at), content) for at in range(count)], 1)
+    for part in said:
+        leader.send(Connect() if fault == "not the protocol" else part)
+    assert leader.receive() is None
+    assert served.ask(lambda core: list(core.groups)) == []
+    assert {(group, fenced.epoch) for group, fenced in served.server.fenced.items()} == {(0, 4)}
+    served.leader(epoch=5)
+    served.front_end()  # answered after the leader was heard
+    assert served.leader(epoch=3).receive() is None
+    assert served.ask(lambda core: core.groups[GroupId(0)].epoch) == 5
+    assert served.server.fenced[GroupId(0)].epoch == 4, "a stale one is not worth a word"
 
 
 def test_a_front_end_that_leaves_frees_its_blocks(served: Served) -> None:

@@ -100,6 +100,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     scheduler, feed_listener = Scheduler(), listen("127.0.0.1")
     pools, hosts = [random_pool(seed=rank) for rank in range(2)], [random_pool(seed=5) for _ in range(2)]
     ends: list[str] = []
+    entered: list[int] = []
 
     def leader() -> None:
         rank, gathered = simulated(), Gathered(2)
@@ -113,7 +114,8 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
 
     def peer() -> None:
         rank = simulated()
-        inbox = SocketInbox("127.0.0.1", feed_listener.getsockname()[1], TOKEN, Greeting(1, "there:2"), ends.append)
+        host, port = feed_listener.getsockname()
+        inbox = SocketInbox(host, port, TOKEN, Greeting(1, "there:2"), ends.append, entered.append)
         rank.mover = BlockMover(pools[1], hosts[1], None, inbox.send, rank=1, epoch=3)
         ends.append(follow(rank, inbox))
         rank.close()
@@ -133,6 +135,7 @@ def test_two_ranks_offload_while_their_group_sleeps() -> None:
     for thread in threads:
         thread.join(PATIENCE_S)
     assert ends.count("enough") == 2
+    assert entered == []
     scheduler.close()
     feed_listener.close()
 
@@ -158,7 +161,7 @@ def test_a_stranger_is_no_peer(words: str) -> None:
         connection.close()
 
     def friend() -> None:
-        inbox = SocketInbox(host, port, TOKEN, Greeting(2, "p:2"), lambda _: None)
+        inbox = SocketInbox(host, port, TOKEN, Greeting(2, "p:2"), lambda _: None, lambda _: None)
         assert inbox.receive() == ((End("done"),), ())
         inbox.close()
 

@@ -13,7 +13,7 @@ from kvcache.pool import KVPool
 from scheduler.protocol.messages import Cut, Load, Offload, Send
 from tests.workers.moving.movers import BLOCKS, KINDS, LAYOUT, NCCL, PATIENCE_S, Said, World, ids, random_pool
 from workers.moving import exchange, mover, side
-from workers.moving.lane import LaneAbort
+from workers.moving.lane import LaneAbort, TransferFailed
 from workers.moving.mover import BlockMover
 
 Make = Callable[..., World]
@@ -180,6 +180,47 @@ def test_after_a_failure_the_pair_goes_on(make: Make, kind: str) -> None:
     assert there.said.wait(2).ok
     assert here.said.wait(2).ok
     assert torch.equal(there.rows[22], here.rows[3])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, NCCL])
+def test_a_group_with_another_epoch_begins_anew_at_the_same_address(make: Make, kind: str) -> None:
+    world = make(kind)
+    here, there = world.site(1), world.site(2)
+    here.send(1, there, [3])
+    there.receive(1, here, [4])
+    assert there.said.wait(1).ok
+    here.send(2, there, [5])  # nobody fetches it
+    assert here.transport is not None
+    address = here.transport.address
+    here.mover.enter(6)
+    left = here.said.wait(2)
+    assert (left.epoch, left.ok) == (0, False)
+    assert "the group has left epoch 0" in left.message
+    if kind != "local":
+        assert here.transport.address == address
+        there.receive(3, here, [6])  # it means the epoch that has gone
+        assert not there.said.wait(3).ok
+    here.epoch = 6
+    there.receive(4, here, [7])
+    here.send(4, there, [8])
+    assert there.said.wait(4).ok
+    assert here.said.wait(4).epoch == 6
+    assert torch.equal(there.rows[7], here.rows[8])
+
+
+def test_what_does_not_end_keeps_a_group_from_another_epoch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may write to blocks that are somebody else's by then."""
+    world, held = make("local"), threading.Event()
+    here, there = world.site(1), world.site(2)
+    monkeypatch.setattr(mover, "JOIN_S", 0.05)
+    monkeypatch.setattr(exchange, "copy_blocks", lambda *_: held.wait(PATIENCE_S))
+    here.send(1, there, [3])
+    there.receive(1, here, [4])
+    while not world.exchange.offers or not next(iter(world.exchange.offers.values())).taken:
+        time.sleep(0.001)
+    with pytest.raises(TransferFailed, match=r"manta-receive-1\.0-rank0 did not end"):
+        there.mover.enter(1)
+    held.set()
 
 
 @pytest.mark.parametrize("kind", [*KINDS, NCCL])

@@ -1,0 +1,63 @@
+"""What stands in a group's pool, in the parts in which its leader tells a scheduler that is new to it.
+
+Imports `messages`, NumPy and the table's word for a block.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from kvcache.hashing import TOKEN_DTYPE
+from kvcache.ids import BlockId
+from kvcache.table import Standing
+from scheduler.protocol.messages import Inventory
+
+MAX_PART_BYTES = 1 << 20
+"""Of tokens in one message: neither side ever has a second copy of it all, and a beat gets through between two of them."""
+
+
+def parts(standing: Iterable[Standing], most_bytes: int = MAX_PART_BYTES) -> list[Inventory]:
+    """The same blocks in the same order. most_bytes: of tokens in each, but for one block at least."""
+    made: list[Inventory] = []
+    part: list[Standing] = []
+    size = 0
+    for block in standing:
+        if part and size + len(block.content) > most_bytes:
+            made.append(_part(part))
+            part, size = [], 0
+        part.append(block)
+        size += len(block.content)
+    return [*made, _part(part)] if part else made
+
+
+def _part(standing: list[Standing]) -> Inventory:
+    salts: dict[str, int] = {}
+    before = [
+        block.before if block.before is not None else -1 - salts.setdefault(block.salt, len(salts)) for block in standing
+    ]
+    return Inventory(
+        blocks=np.array([block.block for block in standing], np.int32).tobytes(),
+        before=np.array(before, np.int32).tobytes(),
+        counts=np.array([len(block.content) // TOKEN_DTYPE.itemsize for block in standing], np.int32).tobytes(),
+        tokens=b"".join(block.content for block in standing),
+        salts=tuple(salts),
+    )
+
+
+def blocks_of(told: Iterable[Inventory]) -> Iterator[Standing]:
+    """Errors: ValueError for buffers that do not agree."""
+    for part in told:
+        columns = (part.blocks, part.before, part.counts)
+        blocks, before, counts = (np.frombuffer(column, np.int32).tolist() for column in columns)
+        if not len(blocks) == len(before) == len(counts) or min(before, default=0) < -len(part.salts):
+            raise ValueError("an inventory's parts do not agree with each other")
+        if sum(counts) * TOKEN_DTYPE.itemsize != len(part.tokens) or min(counts, default=1) < 1:
+            raise ValueError("an inventory has other tokens than it says")
+        at = 0
+        for block, above, count in zip(blocks, before, counts, strict=True):
+            content = part.tokens[at : at + count * TOKEN_DTYPE.itemsize]
+            at += len(content)
+            if above < 0:
+                yield Standing(BlockId(block), None, part.salts[-1 - above], content)
+            else:
+                yield Standing(BlockId(block), BlockId(above), "", content)

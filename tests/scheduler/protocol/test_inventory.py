@@ -1,0 +1,46 @@
+"""An inventory travels in parts of a bounded size, and what comes out is what went in."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from kvcache.ids import BlockId
+from kvcache.table import Standing
+from scheduler.protocol.inventory import blocks_of, parts
+from scheduler.protocol.messages import Inventory
+
+
+def content(*tokens: int) -> bytes:
+    return np.array(tokens, np.int32).tobytes()
+
+
+STANDING = [
+    Standing(BlockId(5), None, "", content(1, 2, 3, 4)),
+    Standing(BlockId(2), BlockId(5), "", content(5, 6, 7, 8)),
+    Standing(BlockId(0), None, "tenant", content(1, 2, 3, 4)),
+    Standing(BlockId(7), BlockId(2), "", content(9)),
+    Standing(BlockId(3), None, "tenant", content(4, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("most_bytes", [1, 32, 1 << 20])
+def test_what_comes_out_is_what_went_in(most_bytes: int) -> None:
+    told = parts(STANDING, most_bytes)
+    assert all(len(part.tokens) <= max(most_bytes, 16) for part in told)
+    assert len(told) == {1: 5, 32: 2, 1 << 20: 1}[most_bytes]
+    wire = [msgspec.msgpack.decode(msgspec.msgpack.encode(part), type=Inventory) for part in told]
+    assert list(blocks_of(wire)) == STANDING
+    assert parts([]) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks": content(1)}, {"before": content(-1)}, {"counts": content(4)}, {"tokens": content(1)}, {"salts": ()},
+        {"counts": content(4, 4, 4, 2, 3)}, {"counts": content(4, 4, 4, 5, -1)}, {"counts": content(4, 4, 4, 4, 0)},
+    ],
+)  # fmt: skip
+def test_buffers_that_do_not_agree_are_refused(change: dict[str, bytes]) -> None:
+    (part,) = parts(STANDING)
+    with pytest.raises(ValueError, match="an inventory"):
+        list(blocks_of([msgspec.structs.replace(part, **change)]))
