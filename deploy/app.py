@@ -1,7 +1,7 @@
 """The endpoint on Ray Serve: one `EngineReplica` that owns the cluster, and stateless `Ingress` replicas before it.
 
     client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
-                              └──────────address, status──────▶ Engine (owns scheduler and groups)
+                              └──────────────status──────▶ Engine (owns scheduler and groups)
 
 `build` is what `serve run deploy/configs/serve.yaml` and `manta serve` call. Imports ray.
 """
@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.config import EngineConfig
 from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.estate import namespace_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
 from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
@@ -39,8 +40,8 @@ from deploy.observing.observer import Observer
 from deploy.status import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
+from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
-from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ MAX_ONGOING_REQUESTS = 8192
 
 
 class EngineReplica:
-    """Owns the fleet: scheduler and groups end with this replica. Serve starts another if it dies or is lost for good.
+    """Owns the fleet. Serve starts another if it dies or is lost for good; scheduler and groups run on meanwhile, and are taken
+    over by that one. Its orderly end is theirs.
 
     It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
     """
@@ -67,13 +69,10 @@ class EngineReplica:
         configure(limits.log_format, role="engine")
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
-        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format)
+        estate = Estate(namespace_of(serve.get_replica_context().app_name), engine.adoption_timeout_s)
+        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, estate)
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
-
-    async def address(self) -> SchedulerAddress:
-        """Where front ends connect. Errors: EngineError while there is no scheduler."""
-        return (await asyncio.to_thread(self._fleet.current)).address
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         status = await asyncio.to_thread(self._fleet.status, maps)
@@ -127,7 +126,7 @@ class Ingress(GrpcIngress):
         self._limits = limits
         self._keys = keys
         self._observer = Observer.open(limits, model.name)
-        self._service = Service(model, ServeCluster(engine), self._observer)
+        self._service = Service(model, ServeCluster(engine, serve.get_replica_context().app_name), self._observer)
         self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
 

@@ -8,6 +8,8 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
+from collections.abc import Mapping
+
 from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
@@ -47,6 +49,11 @@ class SchedulerCore:
     @now_s.setter
     def now_s(self, now_s: float) -> None:
         self._state.now_s = now_s
+
+    @property
+    def epochs(self) -> Mapping[GroupId, int]:
+        """Of each group the last that has been seen."""
+        return self._epochs
 
     def explain(self, tell: Tell) -> None:
         """From now on `tell` is called for every sequence that goes to a group, with the reasons. It must not call the core."""

@@ -1,6 +1,7 @@
 """The scheduler and its groups on Ray, as one thing: started, watched, made larger and smaller, taken down.
 
-Imports `group`, `health` and `scheduler_keeper`. Whoever holds a Fleet owns every actor of it: they end with that process.
+Imports `group`, `health`, `scheduler_keeper` and `adoption`. Whoever holds a Fleet owns every actor of it: they end with that
+process or, with an estate, wait for the next Fleet of the same one.
 """
 
 import contextlib
@@ -8,16 +9,20 @@ import logging
 import threading
 import time
 from collections import deque
+from functools import partial
 
 import msgspec
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure, Progress
+from cluster.fleet.adoption import Adopted, take_over
+from cluster.fleet.estate import Owner, scheduler_version, worker_version
 from cluster.fleet.group import GroupHandle
-from cluster.fleet.health import GroupKeeper
+from cluster.fleet.health import GroupKeeper, NewHandle
 from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import QueueBounds
+from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, GroupStats
 from workers.config import ResolvedWorker
 
@@ -32,6 +37,7 @@ class Fleet:
     any thread.
 
     on_lost: told once, from a thread, when the last group will not come back, and why. bounds, log_format: an endpoint's.
+    estate: where scheduler and groups are to outlive this process; what another Fleet has left there is taken over.
     """
 
     def __init__(
@@ -41,9 +47,12 @@ class Fleet:
         on_lost: OnFailure = logger.error,
         bounds: QueueBounds | None = None,
         log_format: str = "text",
+        estate: Estate | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format)
+        self._owner = Owner(estate, worker_version(config, resolved)) if estate is not None else None
+        self._version = scheduler_version(config, resolved, bounds, log_format)
+        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format, self._owner, self._version)
         self._resolved = resolved
         self._log_format = log_format
         self._on_lost = on_lost
@@ -60,11 +69,21 @@ class Fleet:
         """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
         config, wanted = self.config, self._wanted
         deadline = time.monotonic() + config.start_timeout_s
-        workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self._resolved.device} rank(s)"
-        self._say(f"starting the scheduler and {workers}", progress)
-        keepers = [self._add(config.start_timeout_s) for _ in range(wanted)]
-        self.scheduler.start(config.start_timeout_s)
-        self._say(f"loading {config.model}", progress)
+        adopted = self._take_over(progress)
+        missing = max(0, wanted - self.target)
+        workers = f"{missing} group(s) of {config.tensor_parallel_size} {self._resolved.device} rank(s)"
+        if adopted.next_life is not None:
+            self._say(f"starting the scheduler and {workers}", progress)
+        elif missing:
+            self._say(f"starting {workers}", progress)
+        keepers = [self._add(config.start_timeout_s) for _ in range(missing)]
+        if adopted.next_life is not None:
+            self.scheduler.start(config.start_timeout_s, adopted.next_life)
+        for group in adopted.awaited:
+            if group not in self._keepers:
+                self.scheduler.lose(group, "the engine that started it has died")
+        if missing:
+            self._say(f"loading {config.model}", progress)
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
             pass  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
         while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
@@ -74,6 +93,8 @@ class Fleet:
         self._ready = True
         self._say(f"{wanted} group(s) are ready", progress)
         self.resize(self._wanted)  # another number may have been asked for meanwhile
+        for group in adopted.leaving:  # its end was under way
+            threading.Thread(target=self._remove, args=(group,), name=f"manta-drain-{group}", daemon=True).start()
 
     @property
     def target(self) -> int:
@@ -162,8 +183,27 @@ class Fleet:
         for keeper in keepers:
             with contextlib.suppress(Exception):  # nothing may keep the rest from being ended
                 keeper.close()
+        if self._owner is not None:
+            self._owner.close()
 
     # ---- common
+
+    def _take_over(self, progress: Progress) -> Adopted:
+        """What another Fleet has left in this estate is kept by this one from now on."""
+        if self._owner is None:
+            return Adopted()
+        adopted = take_over(self._owner, self.scheduler, self._version, self._handle)
+        self._epochs |= adopted.epochs
+        for handle in adopted.groups:
+            keeper = self._keeper(handle.group, handle.epoch, partial(self._life_of, handle), self.config.start_timeout_s)
+            self.scheduler.announce(handle.group)
+            keeper.start()
+        if adopted.next_life is None:
+            self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
+        return adopted
+
+    def _life_of(self, adopted: GroupHandle, epoch: int) -> GroupHandle:
+        return adopted if epoch == adopted.epoch else self._handle(adopted.group, epoch)
 
     def _resize(self) -> None:
         while True:
@@ -189,18 +229,30 @@ class Fleet:
             if self._closed:
                 raise EngineError("the cluster was shut down")
             group = next(number for number in range(len(self._keepers) + 1) if number not in self._keepers)
-            keeper = GroupKeeper(
-                group, self._epochs.get(group, 0), lambda epoch: self._handle(group, epoch), self.scheduler,
-                restarts=Restarts(self.config.max_group_restarts, self.config.restart_window_s),
-                start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
-            )  # fmt: skip
-            self._keepers[group] = keeper
+            epoch = self._epochs.get(group, 0)
+            keeper = self._keeper(group, epoch, lambda epoch: self._handle(group, epoch), start_timeout_s, added=added)
         self.scheduler.announce(group)
         keeper.start()
         return keeper
 
+    def _keeper(
+        self, group: int, epoch: int, new_handle: NewHandle, start_timeout_s: float, *, added: bool = False
+    ) -> GroupKeeper:
+        keeper = self._keepers[group] = GroupKeeper(
+            group, epoch, new_handle, self.scheduler,
+            restarts=Restarts(self.config.max_group_restarts, self.config.restart_window_s),
+            start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
+        )  # fmt: skip
+        return keeper
+
     def _handle(self, group: int, epoch: int) -> GroupHandle:
-        return GroupHandle(group, epoch, self.config, self._resolved, self._log_format)
+        return GroupHandle(group, epoch, self.config, self._resolved, self._log_format, self._owner)
+
+    def _remove(self, group: int) -> None:
+        try:
+            self.remove_group(group)
+        except EngineError as error:
+            logger.warning("group %d could not be drained: %s", group, error)
 
     def _running(self, group: int) -> int:
         return sum(stats.running + stats.fetching for stats in self.groups() if stats.group == group)

@@ -96,9 +96,12 @@ class GroupKeeper:
 
     def _keep(self) -> None:
         try:
-            if not self._added:  # the scheduler itself is only starting
-                self._handle.place(time.monotonic() + self._start_timeout_s)
-            self._bring_up(self._scheduler.expect(self.group))
+            if self._handle.adopted:
+                self._scheduler_epoch = self._scheduler.current().epoch
+            else:
+                if not self._added:  # the scheduler itself is only starting
+                    self._handle.place(time.monotonic() + self._start_timeout_s)
+                self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
             self._error = error
         self._decided.set()
