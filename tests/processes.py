@@ -10,8 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WORKER, SCHEDULER, INGRESS = "ray::WorkerActor", "ray::SchedulerActor", "ray::ServeReplica:manta:Ingress"
-"""What Ray calls the processes of a group's ranks, of the scheduler, of a front end."""
+WORKER, SCHEDULER = "ray::WorkerActor", "ray::SchedulerActor"
+INGRESS, ENGINE = "ray::ServeReplica:manta:Ingress", "ray::ServeReplica:manta:Engine"
+"""What Ray calls the processes of a group's ranks, of the scheduler, of a front end, of the engine."""
 
 
 def descendants(ancestor: int) -> dict[int, str]:

@@ -27,6 +27,7 @@ from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from tests.ports import free_ports
 from tests.processes import (
+    ENGINE,
     INGRESS,
     SCHEDULER,
     WORKER,
@@ -330,6 +331,23 @@ def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
     assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
     whole.await_whole("the group did not come back")
     assert before[0] not in whole.processes(WORKER, 2)
+
+
+def test_streams_outlive_the_engine_and_the_next_one_takes_over(whole: Endpoint, expected: list[str]) -> None:
+    ranks, scheduler, (engine,) = whole.processes(WORKER, 2), whole.processes(SCHEDULER, 1), whole.processes(ENGINE, 1)
+    life = whole.now("epoch")
+    with whole.streams(PROMPTS, LONG) as streams:
+        os.kill(engine, signal.SIGKILL)
+        assert whole.ready(), "no engine is needed for requests"
+    ends = [stream.ended() for stream in streams]
+    assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
+    assert whole.complete().status_code == 200
+    until("there is no other engine", lambda: set(whole.processes(ENGINE, 1)) - {engine})
+    until("it has not taken over", lambda: any("took over" in words for words in whole.status()["progress"]), whole.status)
+    whole.await_whole("a group is missing")
+    assert (whole.processes(WORKER, 2), whole.processes(SCHEDULER, 1)) == (ranks, scheduler)
+    assert whole.now("epoch") == life
+    assert [Stream(whole, prompt).ended().text for prompt in PROMPTS] == expected
 
 
 def test_a_scheduler_that_dies_is_replaced(whole: Endpoint, expected: list[str]) -> None:
