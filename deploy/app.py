@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.config import EngineConfig
 from cluster.fleet.autoscale import Autoscaler
-from cluster.fleet.estate import namespace_of
+from cluster.fleet.estate import namespace_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
 from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
@@ -59,20 +60,26 @@ MAX_ONGOING_REQUESTS = 8192
 
 
 class EngineReplica:
-    """Owns the fleet. Serve starts another if it dies or is lost for good; scheduler and groups run on meanwhile, and are taken
-    over by that one. Its orderly end is theirs.
+    """Owns the fleet. Serve starts another if it dies, is lost for good or shall be replaced; scheduler and groups run on
+    meanwhile, and are taken over by that one. The end of the application is theirs.
 
     It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
     """
 
-    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int) -> None:
+    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
         configure(limits.log_format, role="engine")
+        self._version = version
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
-        estate = Estate(namespace_of(serve.get_replica_context().app_name), engine.adoption_timeout_s)
+        self._application = serve.get_replica_context().app_name
+        estate = Estate(namespace_of(self._application), version, engine.adoption_timeout_s)
         self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, estate)
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
+
+    async def version(self) -> str:
+        """Of what is served from now on."""
+        return self._version
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         status = await asyncio.to_thread(self._fleet.status, maps)
@@ -96,9 +103,10 @@ class EngineReplica:
             raise RuntimeError(self._failure)
 
     def __del__(self) -> None:
-        if self._autoscaler is not None:
-            self._autoscaler.close()
-        self._fleet.close()
+        if not _is_wanted(self._application):
+            if self._autoscaler is not None:
+                self._autoscaler.close()
+            self._fleet.close()
 
     def _start(self) -> None:
         try:
@@ -117,7 +125,7 @@ class Ingress(GrpcIngress):
     """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, version: str
     ) -> None:
         configure(limits.log_format, role="ingress")
         import_without_torch()
@@ -126,7 +134,8 @@ class Ingress(GrpcIngress):
         self._limits = limits
         self._keys = keys
         self._observer = Observer.open(limits, model.name)
-        self._service = Service(model, ServeCluster(engine, serve.get_replica_context().app_name), self._observer)
+        cluster = ServeCluster(engine, serve.get_replica_context().app_name, version)
+        self._service = Service(model, cluster, self._observer)
         self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
 
@@ -170,6 +179,7 @@ def build(args: Mapping[str, Any]) -> Application:
 
 def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
     """threads: of each CPU rank."""
+    version = version_of(engine, limits, threads)
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
@@ -179,7 +189,7 @@ def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, thread
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
     )(Ingress)  # fmt: skip
-    return front.bind(owner.bind(engine, limits, threads), engine, limits, keys)
+    return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, version)
 
 
 def check_vacant(limits: ServeConfig) -> None:
@@ -213,6 +223,22 @@ def failure(app_name: str) -> str | None:
     if now is None:
         return f"the application {app_name!r} was deleted"
     return now.message if now.status == ApplicationStatus.DEPLOY_FAILED else None
+
+
+def _is_wanted(application: str) -> bool:
+    """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
+    asked: Future[ApplicationStatus | None] = Future()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # Serve itself has gone
+            now = serve.status().applications.get(application)
+            asked.set_result(now.status if now is not None else None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return asked.result(timeout=CALL_TIMEOUT_S) not in (None, ApplicationStatus.DELETING)
+    except TimeoutError:
+        return False
 
 
 def start_proxies(limits: ServeConfig) -> None:

@@ -1,15 +1,16 @@
 """What of a fleet outlives its owner: scheduler and ranks as detached actors, found by their names, kept by whoever owns them.
 
-    actors             VERSION/scheduler/LIFE, VERSION/group/GROUP/EPOCH/RANK    in the estate's namespace
+    actors             VERSION/scheduler/LIFE, VERSION/group/GROUP/EPOCH/RANK    in the namespace of their application
     placement groups   NAMESPACE/VERSION/group/GROUP/EPOCH
 
-A *version* is a digest of what the actor was told: nobody takes over what is not as its own configuration says. Imports ray.
+Imports ray.
 """
 
 import contextlib
 import hashlib
 import logging
 import threading
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 
+from cluster.config import EngineConfig
 from scheduler.config import CoreConfig, QueueBounds
 from scheduler.protocol.orphans import Estate
-from workers.config import GroupsConfig, ResolvedWorker, WorkerConfig
+from workers.config import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +36,14 @@ def namespace_of(application: str) -> str:
     return f"manta-{application}"
 
 
-def worker_version(config: WorkerConfig, resolved: ResolvedWorker) -> str:
-    """Of ranks: the same weights, cut and computed in the same way. How many groups there are does not matter."""
-    counts = {f.name for f in fields(GroupsConfig)} & {"groups", "max_groups"}
-    told = {f.name: getattr(config, f.name) for f in fields(WorkerConfig) if f.name not in counts}
-    return _digest(told, config.exchanges_blocks, resolved, _files(Path(config.model)))
-
-
-def scheduler_version(config: CoreConfig, resolved: ResolvedWorker, bounds: QueueBounds | None, log_format: str) -> str:
-    told = [getattr(config, f.name) for f in fields(CoreConfig)]
-    queue = [getattr(bounds, f.name) for f in fields(QueueBounds)] if bounds is not None else None
-    return _digest(told, queue, resolved.max_model_len, resolved.grant_ahead, log_format)
+def version_of(config: EngineConfig, bounds: QueueBounds, threads: int) -> str:
+    """Of what scheduler and ranks are told, and of the weights. How many groups there are, and how long is waited for them,
+    does not matter: who is told something else of that serves on."""
+    records = (CoreConfig, WorkerConfig)
+    names = {f.name for record in records for f in fields(record)} - {"groups", "max_groups"}
+    told = [(name, getattr(config, name)) for name in sorted(names)]
+    queue = [getattr(bounds, f.name) for f in fields(QueueBounds)]
+    return _digest(told, config.exchanges_blocks, queue, threads, _files(Path(config.model)))
 
 
 def _files(model: Path) -> list[tuple[str, int, int]]:
@@ -59,12 +58,10 @@ def _digest(*told: Any) -> str:
 
 # ---- what is there
 
-
 @dataclass(slots=True)
 class Remains:
-    """Of one epoch of a group. ranks: by number, of those whose processes live."""
+    """Of one epoch of a group. ranks: names of the actors that live, by number."""
 
-    version: str
     group: int
     epoch: int
     ranks: dict[int, str] = field(default_factory=dict)
@@ -73,52 +70,51 @@ class Remains:
 
 @dataclass(slots=True)
 class Found:
-    """schedulers: (life, version, name), the latest last. groups: by number and epoch."""
+    """Of one version. schedulers: names by life. groups: by number and epoch."""
 
-    schedulers: list[tuple[int, str, str]] = field(default_factory=list)
+    schedulers: dict[int, str] = field(default_factory=dict)
     groups: dict[tuple[int, int], Remains] = field(default_factory=dict)
 
-
-def find(namespace: str) -> Found:
-    """What stands in an estate, whoever owns it."""
-    found = Found()
-
-    def remains(version: str, group: str, epoch: str) -> Remains:
+    def remains(self, group: str, epoch: str) -> Remains:
         key = int(group), int(epoch)
-        return found.groups.setdefault(key, Remains(version, *key))
+        return self.groups.setdefault(key, Remains(*key))
 
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] != namespace:
-            continue
-        name = str(actor["name"])
+
+def find(namespace: str) -> dict[str, Found]:
+    """What an application has, by version, whoever owns it."""
+    found: defaultdict[str, Found] = defaultdict(Found)
+    for name in _names(namespace):
         match name.split("/"):
             case [version, "scheduler", life]:
-                found.schedulers.append((int(life), version, name))
+                found[version].schedulers[int(life)] = name
             case [version, "group", group, epoch, rank]:
-                remains(version, group, epoch).ranks[int(rank)] = name
+                found[version].remains(group, epoch).ranks[int(rank)] = name
     for number, placement in placement_group_table().items():
-        if placement["state"] == "REMOVED":
-            continue
         match str(placement["name"]).split("/"):
-            case [owner, version, "group", group, epoch] if owner == namespace:
-                remains(version, group, epoch).placement = PlacementGroup(PlacementGroupID(bytes.fromhex(number)))
-    found.schedulers.sort()
-    return found
+            case [owner, version, "group", group, epoch] if owner == namespace and placement["state"] != "REMOVED":
+                found[version].remains(group, epoch).placement = PlacementGroup(PlacementGroupID(bytes.fromhex(number)))
+    return dict(found)
 
 
-def latest_scheduler(namespace: str) -> Any | None:
-    """The actor, whether or not it listens yet; None if there is none."""
+def _names(namespace: str) -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
-    names = [str(actor["name"]).split("/") for actor in actors if actor["namespace"] == namespace]
-    lives = {int(name[2]): "/".join(name) for name in names if len(name) == 3 and name[1] == "scheduler"}
+    return [str(actor["name"]) for actor in actors if actor["namespace"] == namespace]
+
+
+def latest_scheduler(namespace: str, version: str) -> Any | None:
+    """The actor, whether or not it listens yet; None if there is none."""
+    lives = [int(name.rpartition("/")[2]) for name in _names(namespace) if name.startswith(f"{version}/scheduler/")]
     with contextlib.suppress(ValueError):  # it has died meanwhile
-        return actor_of(namespace, lives[max(lives)]) if lives else None
+        return actor_of(namespace, f"{version}/scheduler/{max(lives)}") if lives else None
     return None
 
 
 def actor_of(namespace: str, name: str) -> Any:
     """Errors: ValueError if it has died meanwhile."""
-    return ray.get_actor(name, namespace=namespace)
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except AssertionError as error:  # Ray's own: it was the last one of its job, of which nothing is known any more
+        raise ValueError(f"{name} has died, and all else of its job") from error
 
 
 def end_group(namespace: str, remains: Remains) -> None:
@@ -129,10 +125,9 @@ def end_group(namespace: str, remains: Remains) -> None:
         _kill(namespace, name)
 
 
-def end_all(namespace: str) -> None:
-    """Nothing is left of an estate afterwards. For whoever knows that nobody owns it any more."""
-    found = find(namespace)
-    for _, _, name in found.schedulers:
+def end(namespace: str, found: Found) -> None:
+    """Nothing is left of it afterwards. For whoever knows that nobody owns it any more."""
+    for name in found.schedulers.values():
         _kill(namespace, name)
     for remains in found.groups.values():
         end_group(namespace, remains)
@@ -147,27 +142,27 @@ def _kill(namespace: str, name: str) -> None:
 
 
 class Owner:
-    """Whoever owns an estate: says so to each of its actors, in a thread, until `close`. version: of ranks that it starts."""
+    """Whoever owns an estate: says so to each of its actors, in a thread, until `close`."""
 
-    def __init__(self, estate: Estate, version: str) -> None:
-        self.estate, self.version = estate, version
+    def __init__(self, estate: Estate) -> None:
+        self.estate = estate
         self._asked: dict[Any, Any] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-owner", daemon=True)
         self._thread.start()
 
-    def scheduler_options(self, version: str, life: int) -> dict[str, Any]:
-        return self._detached(f"{version}/scheduler/{life}")
+    def scheduler_options(self, life: int) -> dict[str, Any]:
+        return self._detached(f"scheduler/{life}")
 
     def rank_options(self, group: int, epoch: int, rank: int) -> dict[str, Any]:
-        return self._detached(f"{self.version}/group/{group}/{epoch}/{rank}")
+        return self._detached(f"group/{group}/{epoch}/{rank}")
 
     def placement_options(self, group: int, epoch: int) -> dict[str, Any]:
-        return {"name": f"{self.estate.namespace}/{self.version}/group/{group}/{epoch}", "lifetime": "detached"}
+        return {"name": f"{self.estate.prefix}group/{group}/{epoch}", "lifetime": "detached"}
 
     def _detached(self, name: str) -> dict[str, Any]:
-        return {"name": name, "namespace": self.estate.namespace, "lifetime": "detached"}
+        return {"name": f"{self.estate.version}/{name}", "namespace": self.estate.namespace, "lifetime": "detached"}
 
     def keep(self, actor: Any) -> None:
         """From now on, until it dies."""

@@ -16,7 +16,7 @@ import msgspec
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure, Progress
 from cluster.fleet.adoption import Adopted, take_over
-from cluster.fleet.estate import Owner, scheduler_version, worker_version
+from cluster.fleet.estate import Owner
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.health import GroupKeeper, NewHandle
 from cluster.fleet.restarts import Restarts
@@ -50,9 +50,8 @@ class Fleet:
         estate: Estate | None = None,
     ) -> None:
         self.config = config
-        self._owner = Owner(estate, worker_version(config, resolved)) if estate is not None else None
-        self._version = scheduler_version(config, resolved, bounds, log_format)
-        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format, self._owner, self._version)
+        self._owner = Owner(estate) if estate is not None else None
+        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format, self._owner)
         self._resolved = resolved
         self._log_format = log_format
         self._on_lost = on_lost
@@ -192,7 +191,7 @@ class Fleet:
         """What another Fleet has left in this estate is kept by this one from now on."""
         if self._owner is None:
             return Adopted()
-        adopted = take_over(self._owner, self.scheduler, self._version, self._handle)
+        adopted = take_over(self._owner, self.scheduler, self._handle)
         self._epochs |= adopted.epochs
         for handle in adopted.groups:
             keeper = self._keeper(handle.group, handle.epoch, partial(self._life_of, handle), self.config.start_timeout_s)

@@ -57,13 +57,12 @@ class SchedulerKeeper:
         bounds: QueueBounds | None,
         log_format: str,
         owner: Owner | None = None,
-        version: str = "",
     ) -> None:
-        """owner: where the scheduler is to outlive this process, as of that `version`."""
+        """owner: where the scheduler is to outlive this process."""
         self._token = secrets.token_hex(16)
         self._told = (config, resolved, bounds)
         self._log_format = log_format
-        self._owner, self._version = owner, version
+        self._owner = owner
         self._changed = threading.Condition()
         self._live: LiveScheduler | None = None
         self._last_epoch = -1
@@ -175,7 +174,7 @@ class SchedulerKeeper:
     def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
         # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        lasting = self._owner.scheduler_options(self._version, epoch) if self._owner is not None else {}
+        lasting = self._owner.scheduler_options(epoch) if self._owner is not None else {}
         options = ray.remote(SchedulerActor).options(
             num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here, **lasting
         )

@@ -58,26 +58,29 @@ class ServeCluster:
     """A `Cluster` behind the `Engine` deployment. Requests go to the scheduler directly, and it is found by its name: it lives
     on while Serve replaces an `Engine` that has died.
 
-    engine: a Serve deployment handle. application: its name.
+    engine: a Serve deployment handle. application: its name. version: of the model that this front end speaks for; None:
+    whichever is served when it connects.
     """
 
-    def __init__(self, engine: Any, application: str) -> None:
+    def __init__(self, engine: Any, application: str, version: str | None = None) -> None:
         self._engine = engine
         self._application = application
+        self._version = version
         self._asking: dict[bool, asyncio.Task[ClusterStatus]] = {}
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
         import ray
+        from ray.serve.exceptions import RayServeException
 
         from cluster.remote import SchedulerStream
 
-        scheduler = self._scheduler()
-        if scheduler is None:
-            raise EngineError("there is no scheduler yet, or it is being replaced")
         try:
+            scheduler = self._scheduler()
+            if scheduler is None:
+                raise EngineError("there is no scheduler yet, or it is being replaced")
             standing = ray.get(scheduler.standing.remote(), timeout=ADDRESS_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
-            raise EngineError(f"the scheduler does not say where it listens: {error}") from error
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            raise EngineError(f"nobody says where the scheduler listens: {error}") from error
         if standing is None:
             raise EngineError("the scheduler does not listen yet")
         return SchedulerStream(standing.host, standing.port, standing.token, on_deltas, on_failure)
@@ -122,7 +125,9 @@ class ServeCluster:
         return status
 
     def _scheduler(self) -> Any | None:
+        """Its actor, if there is one. Errors: those of Serve, if it has to ask the engine which one is meant."""
         from cluster.fleet.estate import latest_scheduler, namespace_of
 
-        return latest_scheduler(namespace_of(self._application))
+        version = self._version or self._engine.version.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
+        return latest_scheduler(namespace_of(self._application), version)
 

@@ -19,13 +19,20 @@ OWNER = 0
 
 @dataclass(frozen=True, slots=True)
 class Estate:
-    """What an owner leaves when it dies: detached actors in a namespace of Ray's, and placement groups whose names begin so.
+    """What an owner leaves when it dies: a scheduler and groups that serve one version of a model, as detached actors.
 
-    adoption_timeout_s: after which they end, unless somebody has taken them over.
+    namespace: Ray's, of an application. version: of the model and all that scheduler and ranks are told. adoption_timeout_s:
+    after which they end, unless somebody has taken them over.
     """
 
     namespace: str
+    version: str
     adoption_timeout_s: float
+
+    @property
+    def prefix(self) -> str:
+        """Of its placement groups' names: these know no namespace."""
+        return f"{self.namespace}/{self.version}/"
 
 
 class OwnerWatch:

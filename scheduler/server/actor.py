@@ -127,7 +127,7 @@ class SchedulerActor:
             if self._loop is not None:
                 asyncio.run_coroutine_threadsafe(self.close(), self._loop).result(CLOSE_TIMEOUT_S)
             for number, placement in placement_group_table().items():
-                if placement["name"].startswith(f"{self._estate.namespace}/") and placement["state"] != "REMOVED":
+                if placement["name"].startswith(self._estate.prefix) and placement["state"] != "REMOVED":
                     remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
         except Exception:
             logger.exception("not all could be ended")

@@ -11,8 +11,10 @@ from typing import Any
 import ray
 
 from cluster.config import EngineConfig
+from cluster.fleet.estate import version_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
+from scheduler.config import QueueBounds
 from scheduler.protocol.orphans import Estate
 
 NAMESPACE = "manta-test"
@@ -24,11 +26,15 @@ def config(**options: Any) -> EngineConfig:
     return EngineConfig(model=str(TINY), device="cpu", dtype="float32", **told)
 
 
+def version(owned: EngineConfig) -> str:
+    return version_of(owned, QueueBounds(), threads=1)
+
+
 def main(address: str, timeout_s: str, *options: str) -> None:
     ray.init(address=address, log_to_driver=False)
     pairs = (option.split("=") for option in options)
     owned = config(**{name: int(value) for name, value in pairs})
-    fleet = Fleet(owned, plan(owned), estate=Estate(NAMESPACE, float(timeout_s)))
+    fleet = Fleet(owned, plan(owned), estate=Estate(NAMESPACE, version(owned), float(timeout_s)))
     fleet.start(lambda words: print(words, flush=True))
     print("ready", flush=True)
     threading.Event().wait()

@@ -17,13 +17,13 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from cluster.fleet.estate import end_all, latest_scheduler
+from cluster.fleet.estate import end, find, latest_scheduler
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
-from tests.cluster.fleet_owner import NAMESPACE, TINY
+from tests.cluster.fleet_owner import NAMESPACE, TINY, config, version
 from tests.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
 from tests.ray_heads import ray_head
 
@@ -85,7 +85,8 @@ def own(address: str, tmp_path: Path) -> Iterator[Callable[..., Owner]]:
     yield start
     for owner in owners:
         owner.kill()
-    end_all(NAMESPACE)
+    for found in find(NAMESPACE).values():
+        end(NAMESPACE, found)
     until("something is left", lambda: not processes())
 
 
@@ -99,9 +100,9 @@ def placements() -> list[str]:
 
 
 @contextlib.contextmanager
-def front_end() -> Iterator[FrontEnd]:
-    """Connected to the scheduler that is there."""
-    scheduler: Any = latest_scheduler(NAMESPACE)
+def front_end(**options: int) -> Iterator[FrontEnd]:
+    """Connected to the scheduler of that configuration."""
+    scheduler: Any = latest_scheduler(NAMESPACE, version(config(**options)))
     standing = ray.get(scheduler.standing.remote(), timeout=PATIENCE_S)
     limits = read_model_limits(TINY, None)
     opened = FrontEnd(lambda *told: SchedulerStream(standing.host, standing.port, standing.token, *told), limits, None)
@@ -166,19 +167,24 @@ def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> Non
     until("a place is still taken", lambda: not placements())
 
 
-def test_what_is_not_as_the_next_owner_wants_it_ends(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    first = own(SOON_S)
+    old = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
+    first.kill()
+    for options in ({"kv_memory": 16 << 20}, {"queue_age_s": 7}):
+        owner = own(SOON_S, **options)
+        assert "took over" not in "".join(owner.said)
+        with front_end(**options) as opened:
+            assert tokens(submit(opened)) == expected
+        owner.kill()
+    assert not wait_gone(old), "they were nobody's"
+
+
+def test_an_owner_that_wants_fewer_groups_takes_over_all_and_lets_one_run_empty(own: Callable[..., Owner]) -> None:
     own(FOREVER_S).kill()
-    ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)
-    second = own(FOREVER_S, kv_memory=16 << 20)
-    assert "took over the scheduler and 0 group(s)" in second.said
-    assert not wait_gone(ranks)
-    assert all_named(SCHEDULER, 1) == [scheduler], "that is still as it should be"
-    with front_end() as opened:
-        assert tokens(submit(opened)) == expected
-    second.kill()
     ranks = all_named(WORKER, 2)
-    third = own(FOREVER_S, kv_memory=16 << 20, queue_age_s=7)
-    assert "took over" not in "".join(third.said), "without the scheduler nobody knows what the groups were doing"
-    assert not wait_gone([scheduler, *ranks])
-    with front_end() as opened:
-        assert tokens(submit(opened)) == expected
+    second = own(FOREVER_S, groups=1)
+    assert "took over the scheduler and 2 group(s)" in second.said
+    assert all_named(WORKER, 1)[0] in ranks

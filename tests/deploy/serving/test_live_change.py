@@ -18,7 +18,7 @@ from deploy.config.load import ConfigError
 from deploy.config.serve import ServeConfig
 from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
-from tests.processes import WORKER, all_named, named
+from tests.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -40,8 +40,10 @@ class Application:
         self.limits = ServeConfig(host=HOST, port=port, haproxy=False)
         self.http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=PATIENCE_S, trust_env=False)
 
-    def deploy(self, groups: int) -> None:
-        args = {"engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port}}
+    def deploy(self, groups: int, **limits: Any) -> None:
+        args = {
+            "engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port} | limits,
+        }  # fmt: skip
         application = {
             "name": "manta",
             "route_prefix": "/",
@@ -56,6 +58,10 @@ class Application:
     def groups(self) -> list[str]:
         answer = self.http.get("/status.json?history=0")
         return [group["state"] for group in answer.json()["groups"]] if answer.status_code == 200 else []
+
+    def refuses(self, **fields: Any) -> bool:
+        answer = self.http.post("/v1/completions", json={"model": "tiny", "prompt": "def", "max_tokens": 1} | fields)
+        return answer.status_code == 400
 
     def complete(self) -> dict[str, Any]:
         body = {"model": "tiny", "prompt": "def", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
@@ -137,3 +143,20 @@ def test_a_second_application_is_refused_by_the_name_of_the_first(application: A
         check_vacant(replace(beside, grpc_port=1))
     assert failure("manta") is None
     assert failure("other") == "the application 'other' was deleted"
+
+
+def test_what_concerns_front_ends_alone_leaves_scheduler_and_groups_as_they_are(application: Application) -> None:
+    ranks, scheduler, engine = all_named(WORKER, 1), all_named(SCHEDULER, 1), all_named(ENGINE, 1)
+    application.deploy(1, max_choices=3)
+    until("the engine is not replaced", lambda: not {*named(ENGINE)} & {*engine}, lambda: serve.status())
+    until("no front end knows of it", lambda: application.refuses(n=4), lambda: serve.status())
+    until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
+    application.complete()
+    assert (all_named(WORKER, 1), all_named(SCHEDULER, 1)) == (ranks, scheduler)
+
+
+def test_the_end_of_the_application_is_that_of_its_scheduler_and_groups(application: Application) -> None:
+    left = {*all_named(WORKER, 1), *all_named(SCHEDULER, 1)}
+    assert application.groups() == ["up"]
+    serve.delete("manta")
+    assert not wait_gone(left, patience_s=30.0), "at once, not when nobody has taken them over for a minute"
