@@ -42,6 +42,12 @@ def command_line(process: int) -> str:
         return ""
 
 
+def running_by(folder: Path) -> list[int]:
+    """Processes of this machine whose command lines name files of the folder."""
+    everybody = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in everybody if f"{folder}/" in command_line(pid)]
+
+
 def named(name: str, of: int | None = None) -> list[int]:
     """Processes of this name of the Ray cluster that this process (or `of`) has started."""
     return sorted(pid for pid, line in descendants(of or os.getpid()).items() if line.startswith(name))
