@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ APART = (
 )
 """What the second one has for itself: Serve asks the first."""
 
+ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE)
 GUARD_POLL_S = 0.25
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
@@ -115,6 +117,18 @@ def apart(configuration: str, folder: Path) -> str:
     return configuration
 
 
+def sockets_from(configuration: str) -> list[str]:
+    """How a new HAProxy gets the listening sockets of the one before it, with whoever waits to be let in: it resets nobody."""
+    if (admin := ADMIN.search(configuration)) is None:
+        return []
+    try:  # one that cannot be had ends the new one
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(admin[1])
+    except OSError:
+        return []
+    return ["-x", admin[1]]
+
+
 def start_guard(binary: str, file: Path) -> None:
     """A grandchild in a session of its own. file: of the first one, which this process becomes."""
     first = os.getpid()
@@ -137,7 +151,9 @@ def guard(binary: str, file: Path, first: int) -> None:
     folder, note = file.parent, file.parent / "second.pid"
     command = [binary, "-db", "-f", str(folder / "second.cfg")]
     before = _noted(note)
-    takes_over = ["-sf", str(before)] if before is not None and _is_haproxy(before, folder / "second.cfg") else []
+    takes_over: list[str] = []
+    if before is not None and _is_haproxy(before, folder / "second.cfg"):
+        takes_over = ["-sf", str(before), *sockets_from((folder / "second.cfg").read_text())]
     second = subprocess.Popen([*command, *takes_over])
     _note(note, second.pid)
     needed_s = time.monotonic()
@@ -217,6 +233,8 @@ def main(arguments: list[str]) -> None:
         (file.parent / "second.cfg").write_text(apart(configuration, file.parent))
         if "-sf" not in given and (left := _noted(file.parent / "first.pid")) is not None and _is_haproxy(left, file):
             given += ["-sf", str(left)]  # whoever has started that one has died
+        if "-sf" in given and "-x" not in given:
+            given += sockets_from(configuration)
         _note(file.parent / "first.pid", os.getpid())
         start_guard(binary, file)
     os.execv(binary, [binary, *given])

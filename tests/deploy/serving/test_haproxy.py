@@ -6,8 +6,10 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
 from tests.ports import free_ports
-from tests.processes import alive, command_line, running_by, wait_gone
+from tests.processes import alive, running_by, wait_gone
 from tests.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
@@ -163,18 +165,19 @@ def doors(folder: Path) -> Iterator[tuple[Callable[..., "subprocess.Popen[bytes]
     page, metrics, door = free_ports(3)
     file = folder / "haproxy.cfg"
     file.write_text(
-        f"global\n    stats socket {folder}/admin.sock mode 666 level admin\ndefaults\n    mode http\n    timeout client 5s\n"
-        "    timeout server 5s\n    timeout connect 5s\n"
+        f"global\n    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners\n"
+        "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
         f"frontend prometheus\n    bind :{metrics}\n    http-request use-service prometheus-exporter\n"
         f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    http-request return status 200\n"
         f"listen stats\n  bind *:{page}\n  stats enable\n"
     )
+    assert "admin expose-fd listeners" in as_serve_writes_it()
     program = write_program(folder, get_haproxy_binary(), 60.0, 1024)
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*given: str) -> "subprocess.Popen[bytes]":
         started.append(subprocess.Popen([program, "-db", "-f", file, "-dR", *given]))
-        until("it does not become HAProxy", lambda: command_line(started[-1].pid).startswith(str(get_haproxy_binary())))
+        until("it does not serve", lambda: serving(folder / "admin.sock") == started[-1].pid)
         return started[-1]
 
     try:
@@ -192,11 +195,20 @@ def end_both(first: "subprocess.Popen[bytes]", file: Path) -> None:
     until("something is left", lambda: not running_by(file.parent))
 
 
-def second_of(folder: Path) -> int:
-    """The process of the second one, once it listens."""
-    note, admin = folder / "second.pid", folder / "second.sock"
-    until("there is no second one", lambda: admin.exists() and note.exists() and bool(alive([int(note.read_text())])))
-    return int(note.read_text())
+def serving(admin: Path) -> int | None:
+    """The process that answers there: its doors are open then."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(admin))
+        connection.sendall(b"show info\n")
+        (pid,) = (line.split()[1] for line in last_words(connection).decode().splitlines() if line.startswith("Pid:"))
+        return int(pid)
+    return None
+
+
+def second_of(folder: Path, before: int | None = None) -> int:
+    """The process of the second one, once it serves. before: another one than that."""
+    until("there is no second one", lambda: serving(folder / "second.sock") not in (None, before))
+    return serving(folder / "second.sock") or 0
 
 
 def answers(door: int) -> bool:
@@ -211,31 +223,33 @@ def answers(door: int) -> bool:
 def test_newcomers_meet_no_gap_when_either_haproxy_dies(tmp_path: Path) -> None:
     with doors(tmp_path) as (start, door):
         first, second = start(), second_of(tmp_path)
-        until_there(tmp_path / "admin.sock", first)
         first.kill()
         first.wait()
         assert answers(door), "nobody but the second is there"
-        first = start()  # as Serve does half a minute later
-        until("the next second one did not take over", lambda: second_of(tmp_path) != second)
-        second = second_of(tmp_path)
-        until_there(tmp_path / "admin.sock", first)
+        start()  # as Serve does half a minute later
+        before, second = second, second_of(tmp_path, before=second)
+        assert not wait_gone([before])
         os.kill(second, signal.SIGKILL)
         assert not wait_gone([second])
         assert answers(door)
-        until("it did not come back", lambda: second_of(tmp_path) != second)
+        assert second_of(tmp_path, before=second)
         assert answers(door)
 
 
-def test_a_change_of_its_configuration_reaches_both(tmp_path: Path) -> None:
-    with doors(tmp_path) as (start, door):
+def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: Path) -> None:
+    with doors(tmp_path) as (start, door), ThreadPoolExecutor() as pool:
         first, second = start(), second_of(tmp_path)
-        until_there(tmp_path / "admin.sock", first)
+        over = threading.Event()
+        asking = pool.submit(lambda: [answers(door) for _ in iter(over.is_set, True)])
         file = tmp_path / "haproxy.cfg"
-        file.write_text(file.read_text().replace("status 200", "status 204"))
-        start("-sf", str(first.pid))
-        until("the old ones listen on", lambda: not alive([first.pid if first.poll() is None else 0, second]))
-        for _ in range(20):
-            assert answer_of(door, b"GET / HTTP/1.0\r\n\r\n", b"").startswith(b"HTTP/1.1 204 ")
+        for change in range(5):
+            file.write_text(file.read_text() + f"# {change}\n")
+            old = [first.pid, second]
+            first = start("-sf", str(first.pid))
+            second = second_of(tmp_path, before=second)
+            until("an old one serves on", lambda old=old: not alive(old))  # type: ignore[misc]
+        over.set()
+        assert asking.result()
 
 
 def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
