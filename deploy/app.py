@@ -29,13 +29,15 @@ from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.estate import namespace_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
-from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
+from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, read_operators, reject_unknown
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import ApiKeys
+from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.doors.http import create_app
 from deploy.frontend.clusters import ServeCluster
+from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
@@ -69,6 +71,7 @@ class EngineReplica:
     def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
         configure(limits.log_format, role="engine")
         self._version = version
+        self._told = engine, limits, threads
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
         self._application = serve.get_replica_context().app_name
@@ -86,6 +89,16 @@ class EngineReplica:
         if self._failure is None:
             return status
         return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
+
+    async def drain(self, group: int, replace: bool) -> str | None:
+        """Lets a group run empty, see `Fleet.drain`. Why it cannot; None: it does."""
+        if replace and await asyncio.to_thread(version_of, *self._told) != self._version:
+            return "the checkpoint is not the one that is served any more: deploy it as another (docs/deploy.md)"
+        try:
+            await asyncio.to_thread(self._fleet.drain, group, replace=replace)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever
@@ -120,6 +133,22 @@ class EngineReplica:
         self._failure = reason
 
 
+class ServeAdministration:
+    """An `Administration` that asks the `Engine` deployment."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+    async def drain(self, group: int, replace: bool) -> None:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                refusal: str | None = await self._engine.drain.remote(group, replace)
+        except Exception as error:  # a dead replica, a timeout, no scheduler
+            raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
+        if refusal is not None:
+            raise RequestError(Fault.CONFLICT, refusal)
+
+
 @serve.ingress()
 class Ingress(GrpcIngress):
     """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
@@ -133,6 +162,7 @@ class Ingress(GrpcIngress):
         model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
         self._limits = limits
         self._keys = keys
+        self._administration = ServeAdministration(engine)
         self._observer = Observer.open(limits, model.name)
         cluster = ServeCluster(engine, serve.get_replica_context().app_name, version)
         self._service = Service(model, cluster, self._observer)
@@ -141,6 +171,7 @@ class Ingress(GrpcIngress):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         pages = status_routes(self._service)
+        pages.include_router(admin_routes(self._administration))
         return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
 
     async def abort_here(self, request_id: str, account: str) -> int:
@@ -173,7 +204,7 @@ def build(args: Mapping[str, Any]) -> Application:
             "engine.groups stands below args, where a change of it starts everything anew: below deployments, as the Engine's "
             "user_config: {groups: N}, groups come and go while requests run"
         )
-    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
+    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve), read_operators(config.serve))
     return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 

@@ -157,14 +157,15 @@ class SchedulerCore:
         self.routing.regroup()
         self._state.pools_changed()
 
-    def drain(self, group: GroupId) -> bool:
+    def drain(self, group: GroupId, *, returning: bool = False) -> bool:
         """The group takes no more sequences, so that it can be removed once nobody runs there.
 
-        False, and nothing has changed, if it is the last one that takes any, or the only one large enough for some sequence.
+        False, and nothing has changed, if it is not up; also if it is the last one that takes any, or the only one large enough
+        for some sequence, unless it is returning, so that requests may wait for it.
         """
         rest = [other.blocks for name, other in self.groups.items() if name != group and not other.draining]
         needed = max((sequence.blocks_at_most for sequence in self.sequences.values()), default=0)
-        if group not in self.groups or not rest or max(rest) < needed:
+        if group not in self.groups or (not returning and (not rest or max(rest) < needed)):
             return False
         self.groups[group].draining = True
         self.groups[group].touch()

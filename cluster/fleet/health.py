@@ -57,6 +57,7 @@ class GroupKeeper:
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1  # of the scheduler that this life serves
         self._closing = threading.Event()
+        self._renewing = threading.Event()
         self._decided = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._keep, name=f"manta-keeper-{group}", daemon=True)
@@ -72,6 +73,10 @@ class GroupKeeper:
 
     def start(self) -> None:
         self._thread.start()
+
+    def renew(self) -> None:
+        """Ends this life and starts the next, at once and for free: of a group that nobody uses at this moment."""
+        self._renewing.set()
 
     def up(self, timeout_s: float) -> bool:
         """Waits for the first start. False while it goes on. Errors: what a rank raised, EngineError."""
@@ -124,6 +129,8 @@ class GroupKeeper:
             reason = self._handle.wait(POLL_S)
             if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
                 reason = self._handle.wait(REASON_S) or fenced
+            if reason is None and self._renewing.is_set():
+                reason = "it was asked to start anew"
             if reason is not None and not self._closing.is_set():
                 return reason
         return None
@@ -133,7 +140,9 @@ class GroupKeeper:
         try:
             live = self._scheduler.expect(self.group)
             # Its death ends the group's life too, and the group may hear of it first; only one that answers now has not died.
-            if live.epoch != self._scheduler_epoch:
+            if self._renewing.is_set():
+                self._renewing.clear()
+            elif live.epoch != self._scheduler_epoch:
                 logger.error("%s; the scheduler was replaced", reason)
             elif not self._pause(reason):
                 return None

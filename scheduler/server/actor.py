@@ -91,9 +91,9 @@ class SchedulerActor:
         will not come back."""
         self._server.group_lost(GroupId(group), reason, back_s)
 
-    async def drain(self, group: int) -> bool:
-        """The group takes no more sequences; False if it is needed."""
-        return self._server.call(lambda core: core.drain(GroupId(group)))
+    async def drain(self, group: int, returning: bool) -> bool:
+        """The group takes no more sequences; False if it is needed. returning: it comes back, so that requests wait for it."""
+        return self._server.call(lambda core: core.drain(GroupId(group), returning=returning))
 
     async def vacate(self, group: int) -> None:
         """What still runs in a draining group starts again elsewhere."""

@@ -237,8 +237,8 @@ class Cluster:
         self.core.group_down(GroupId(group), LOST, returning=returning)
         self.settle()
 
-    def drain(self, group: int) -> bool:
-        drained = self.core.drain(GroupId(group))
+    def drain(self, group: int, *, returning: bool = False) -> bool:
+        drained = self.core.drain(GroupId(group), returning=returning)
         self.settle()
         return drained
 

@@ -1,5 +1,7 @@
 """An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +145,35 @@ def test_a_second_application_is_refused_by_the_name_of_the_first(application: A
         check_vacant(replace(beside, grpc_port=1))
     assert failure("manta") is None
     assert failure("other") == "the application 'other' was deleted"
+
+
+def drain(application: Application, group: int, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "manta", "drain", str(group), str(application.http.base_url), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def test_a_group_is_drained_by_command_beside_requests(application: Application) -> None:
+    (worker,) = all_named(WORKER, 1)
+    load = Load(application)
+    load.start()
+    refused = drain(application, 0)
+    assert (refused.returncode, "the last that takes requests" in refused.stderr) == (2, True), refused.stderr
+    assert "there is no group 5: there are 0" in drain(application, 5).stderr
+    anew = drain(application, 0, "--replace")
+    assert (anew.returncode, anew.stdout) == (0, "group 0 runs empty\ngroup 0 serves again\n"), anew.stderr
+    (second,) = all_named(WORKER, 1)
+    assert second != worker
+    application.deploy(2)
+    until("no group was added", lambda: application.groups() == ["up", "up"], application.groups)
+    gone = drain(application, 0)
+    assert (gone.returncode, gone.stdout) == (0, "group 0 runs empty\ngroup 0 is gone\n"), gone.stderr
+    assert application.groups() == ["up"]
+    assert second not in all_named(WORKER, 1)
+    answers = load.end()
+    assert not load.is_alive()
+    assert {answer["choices"][0]["text"] for answer in answers} == {answers[0]["choices"][0]["text"]}
+    assert {answer["usage"]["completion_tokens"] for answer in answers} == {TOKENS}
+    application.deploy(1)
 
 
 def test_what_concerns_front_ends_alone_leaves_scheduler_and_groups_as_they_are(application: Application) -> None:

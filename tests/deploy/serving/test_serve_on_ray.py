@@ -142,7 +142,7 @@ class Endpoint:
     def second(self) -> int | None:
         """The one beside it, once it listens."""
         folder = self.haproxy()[1].parent
-        found = [pid for pid in running_by(folder) if command_line(pid).endswith("second.cfg")]
+        found = [pid for pid in running_by(folder) if f" -f {folder}/second.cfg" in command_line(pid)]
         return found[0] if found and (folder / "second.sock").exists() else None
 
     def newcomers(self) -> list[int]:
