@@ -33,6 +33,11 @@ class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
     node_timeout_s: float = option(
         1800.0, "Longest wait of an added group for its node and its start, in seconds.", above_0("give it seconds to start in")
     )
+    adoption_timeout_s: float = option(
+        60.0,
+        "Seconds after which the scheduler and groups of an endpoint whose engine has died end, if no other takes them over.",
+        at_least(1),
+    )
     drain_timeout_s: float = option(120.0, "Seconds that a group may take to run empty; then the rest moves.", at_least(0))
     start_timeout_s: float = option(
         300.0, "Longest wait for the cluster to be ready, in seconds.", above_0("give it seconds to start in")

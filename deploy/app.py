@@ -1,7 +1,7 @@
 """The endpoint on Ray Serve: one `EngineReplica` that owns the cluster, and stateless `Ingress` replicas before it.
 
     client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
-                              └──────────address, status──────▶ Engine (owns scheduler and groups)
+                              └──────────────status──────▶ Engine (owns scheduler and groups)
 
 `build` is what `serve run deploy/configs/serve.yaml` and `manta serve` call. Imports ray.
 """
@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +26,25 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.config import EngineConfig
 from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.estate import namespace_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.launch import plan
-from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, reject_unknown
+from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, read_operators, reject_unknown
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import ApiKeys
+from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.doors.http import create_app
 from deploy.frontend.clusters import ServeCluster
+from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
+from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
-from workers.config import SchedulerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -58,28 +62,43 @@ MAX_ONGOING_REQUESTS = 8192
 
 
 class EngineReplica:
-    """Owns the fleet: scheduler and groups end with this replica. Serve starts another if it dies or is lost for good.
+    """Owns the fleet. Serve starts another if it dies, is lost for good or shall be replaced; scheduler and groups run on
+    meanwhile, and are taken over by that one. The end of the application is theirs.
 
     It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
     """
 
-    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int) -> None:
+    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
         configure(limits.log_format, role="engine")
+        self._version = version
+        self._told = engine, limits, threads
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
-        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format)
+        self._application = serve.get_replica_context().app_name
+        estate = Estate(namespace_of(self._application), version, engine.adoption_timeout_s)
+        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, estate)
         self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
         self._starter.start()
 
-    async def address(self) -> SchedulerAddress:
-        """Where front ends connect. Errors: EngineError while there is no scheduler."""
-        return (await asyncio.to_thread(self._fleet.current)).address
+    async def version(self) -> str:
+        """Of what is served from now on."""
+        return self._version
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         status = await asyncio.to_thread(self._fleet.status, maps)
         if self._failure is None:
             return status
         return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
+
+    async def drain(self, group: int, replace: bool) -> str | None:
+        """Lets a group run empty, see `Fleet.drain`. Why it cannot; None: it does."""
+        if replace and await asyncio.to_thread(version_of, *self._told) != self._version:
+            return "the checkpoint is not the one that is served any more: deploy it as another (docs/deploy.md)"
+        try:
+            await asyncio.to_thread(self._fleet.drain, group, replace=replace)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever
@@ -97,9 +116,10 @@ class EngineReplica:
             raise RuntimeError(self._failure)
 
     def __del__(self) -> None:
-        if self._autoscaler is not None:
-            self._autoscaler.close()
-        self._fleet.close()
+        if not _is_wanted(self._application):
+            if self._autoscaler is not None:
+                self._autoscaler.close()
+            self._fleet.close()
 
     def _start(self) -> None:
         try:
@@ -113,12 +133,28 @@ class EngineReplica:
         self._failure = reason
 
 
+class ServeAdministration:
+    """An `Administration` that asks the `Engine` deployment."""
+
+    def __init__(self, engine: DeploymentHandle) -> None:
+        self._engine = engine
+
+    async def drain(self, group: int, replace: bool) -> None:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                refusal: str | None = await self._engine.drain.remote(group, replace)
+        except Exception as error:  # a dead replica, a timeout, no scheduler
+            raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
+        if refusal is not None:
+            raise RequestError(Fault.CONFLICT, refusal)
+
+
 @serve.ingress()
 class Ingress(GrpcIngress):
     """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, version: str
     ) -> None:
         configure(limits.log_format, role="ingress")
         import_without_torch()
@@ -126,13 +162,16 @@ class Ingress(GrpcIngress):
         model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
         self._limits = limits
         self._keys = keys
+        self._administration = ServeAdministration(engine)
         self._observer = Observer.open(limits, model.name)
-        self._service = Service(model, ServeCluster(engine), self._observer)
+        cluster = ServeCluster(engine, serve.get_replica_context().app_name, version)
+        self._service = Service(model, cluster, self._observer)
         self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         pages = status_routes(self._service)
+        pages.include_router(admin_routes(self._administration))
         return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
 
     async def abort_here(self, request_id: str, account: str) -> int:
@@ -165,12 +204,13 @@ def build(args: Mapping[str, Any]) -> Application:
             "engine.groups stands below args, where a change of it starts everything anew: below deployments, as the Engine's "
             "user_config: {groups: N}, groups come and go while requests run"
         )
-    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve))
+    keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve), read_operators(config.serve))
     return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 
 def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
     """threads: of each CPU rank."""
+    version = version_of(engine, limits, threads)
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
@@ -180,7 +220,7 @@ def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, thread
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
     )(Ingress)  # fmt: skip
-    return front.bind(owner.bind(engine, limits, threads), engine, limits, keys)
+    return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, version)
 
 
 def check_vacant(limits: ServeConfig) -> None:
@@ -214,6 +254,22 @@ def failure(app_name: str) -> str | None:
     if now is None:
         return f"the application {app_name!r} was deleted"
     return now.message if now.status == ApplicationStatus.DEPLOY_FAILED else None
+
+
+def _is_wanted(application: str) -> bool:
+    """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
+    asked: Future[ApplicationStatus | None] = Future()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # Serve itself has gone
+            now = serve.status().applications.get(application)
+            asked.set_result(now.status if now is not None else None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return asked.result(timeout=CALL_TIMEOUT_S) not in (None, ApplicationStatus.DELETING)
+    except TimeoutError:
+        return False
 
 
 def start_proxies(limits: ServeConfig) -> None:

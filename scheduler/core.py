@@ -8,7 +8,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
                   └─────────── preempt, group_down ────────┘
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvcache.ids import GroupId, host_of
 from kvcache.table import Standing
@@ -50,6 +50,11 @@ class SchedulerCore:
     @now_s.setter
     def now_s(self, now_s: float) -> None:
         self._state.now_s = now_s
+
+    @property
+    def epochs(self) -> Mapping[GroupId, int]:
+        """Of each group the last that has been seen."""
+        return self._epochs
 
     def explain(self, tell: Tell) -> None:
         """From now on `tell` is called for every sequence that goes to a group, with the reasons. It must not call the core."""
@@ -167,14 +172,15 @@ class SchedulerCore:
         self.routing.regroup()
         self._state.pools_changed()
 
-    def drain(self, group: GroupId) -> bool:
+    def drain(self, group: GroupId, *, returning: bool = False) -> bool:
         """The group takes no more sequences, so that it can be removed once nobody runs there.
 
-        False, and nothing has changed, if it is the last one that takes any, or the only one large enough for some sequence.
+        False, and nothing has changed, if it is not up; also if it is the last one that takes any, or the only one large enough
+        for some sequence, unless it is returning, so that requests may wait for it.
         """
         rest = [other.blocks for name, other in self.groups.items() if name != group and not other.draining]
         needed = max((sequence.blocks_at_most for sequence in self.sequences.values()), default=0)
-        if group not in self.groups or not rest or max(rest) < needed:
+        if group not in self.groups or (not returning and (not rest or max(rest) < needed)):
             return False
         self.groups[group].draining = True
         self.groups[group].touch()

@@ -10,8 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-WORKER, SCHEDULER, INGRESS = "ray::WorkerActor", "ray::SchedulerActor", "ray::ServeReplica:manta:Ingress"
-"""What Ray calls the processes of a group's ranks, of the scheduler, of a front end."""
+WORKER, SCHEDULER = "ray::WorkerActor", "ray::SchedulerActor"
+INGRESS, ENGINE = "ray::ServeReplica:manta:Ingress", "ray::ServeReplica:manta:Engine"
+"""What Ray calls the processes of a group's ranks, of the scheduler, of a front end, of the engine."""
 
 
 def descendants(ancestor: int) -> dict[int, str]:
@@ -39,6 +40,12 @@ def command_line(process: int) -> str:
         return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def running_by(folder: Path) -> list[int]:
+    """Processes of this machine whose command lines name files of the folder."""
+    everybody = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+    return [pid for pid in everybody if f"{folder}/" in command_line(pid)]
 
 
 def named(name: str, of: int | None = None) -> list[int]:

@@ -3,20 +3,36 @@
 Imports ray; the tensor side (`life`) only in the actor's own process, so that whoever places workers does not wait for torch.
 """
 
+import logging
+import os
+import time
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 import ray
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 
 from scheduler.logs import configure
+from scheduler.protocol.orphans import Estate, OwnerWatch
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 
 if TYPE_CHECKING:
     from workers.life import Rendezvous
 
+logger = logging.getLogger(__name__)
+
+
+REMOVAL_S = 10.0
+"""For Ray to end this process with its placement group, before it ends itself."""
+
+CALLS = 6
+"""That may run at once: the long one, `phase`, `rejoin`, `hold_on`, `keep`, and `ended`."""
+
 
 class WorkerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.fleet.group`), with the group's resources, never restarted or
-    retried: a rank that dies takes its group's epoch with it. Two calls may run at once: the long one and one of the others."""
+    retried: a rank that dies takes its group's epoch with it. estate: what it belongs to if it outlives whoever started it.
+    `CALLS` may run at once."""
 
     def __init__(
         self,
@@ -27,6 +43,7 @@ class WorkerActor:
         rank: int,
         timeout_s: float,
         log_format: str,
+        estate: Estate | None = None,
     ) -> None:
         def entered(epoch: int) -> None:
             configure(log_format, group=group, epoch=epoch, rank=rank)
@@ -34,6 +51,9 @@ class WorkerActor:
         entered(epoch)
         from workers.life import RankLife
 
+        self._end: Future[str] = Future()
+        self._placement = get_current_placement_group()
+        self._owner = OwnerWatch(estate.adoption_timeout_s, self._orphaned) if estate is not None else None
         self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, ray.util.get_node_ip_address(), entered)
 
     def open(self) -> "Rendezvous":
@@ -50,11 +70,16 @@ class WorkerActor:
 
     def run(self, scheduler: SchedulerAddress) -> str:
         """The step loop, until a scheduler closes the group's log; returns its reason. A rank that nobody wants any more ends
-        its process by itself: whoever would do that has gone."""
+        its process by itself: whoever would do that has gone, unless its owner is watched for."""
         from workers.life import ABANDONED
 
-        reason = self._life.run(scheduler)
-        if reason == ABANDONED:
+        try:
+            reason = self._life.run(scheduler)
+        except BaseException as error:
+            self._end.set_exception(error)
+            raise
+        self._end.set_result(reason)
+        if reason == ABANDONED and self._owner is None:
             ray.actor.exit_actor()
         return reason
 
@@ -68,3 +93,21 @@ class WorkerActor:
     def hold_on(self) -> None:
         """Rank 0 only: if its scheduler has gone, there will be another."""
         self._life.terms.hold_on()
+
+    def ended(self, timeout_s: float) -> str | None:
+        """For whoever has not called `run` himself: waits for its end. What it has returned or raised; None while it runs."""
+        wait([self._end], timeout_s)
+        return self._end.result() if self._end.done() else None
+
+    def keep(self) -> None:
+        """An owner lives."""
+        if self._owner is not None:
+            self._owner.heard()
+
+    def _orphaned(self) -> None:
+        """Ends the whole group, ranks that do not react included, and frees its place."""
+        logger.error("nobody has taken this group over: it ends")
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+        time.sleep(REMOVAL_S)
+        os._exit(1)

@@ -1,9 +1,9 @@
 """The scheduler and its groups on Ray, as one thing: started, watched, made larger and smaller, taken down.
 
-Imports `group`, `health` and `scheduler_keeper`. Whoever holds a Fleet owns every actor of it: they end with that process.
+Imports `groups`, `scheduler_keeper` and `adoption`. Whoever holds a Fleet owns every actor of it: they end with that
+process or, with an estate, wait for the next Fleet of the same one.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -13,11 +13,12 @@ import msgspec
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnFailure, Progress
-from cluster.fleet.group import GroupHandle
-from cluster.fleet.health import GroupKeeper
-from cluster.fleet.restarts import Restarts
+from cluster.fleet.adoption import Adopted, take_over
+from cluster.fleet.estate import Owner
+from cluster.fleet.groups import Groups
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import QueueBounds
+from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, GroupStats
 from workers.config import ResolvedWorker
 
@@ -32,6 +33,7 @@ class Fleet:
     any thread.
 
     on_lost: told once, from a thread, when the last group will not come back, and why. bounds, log_format: an endpoint's.
+    estate: where scheduler and groups are to outlive this process; what another Fleet has left there is taken over.
     """
 
     def __init__(
@@ -41,30 +43,40 @@ class Fleet:
         on_lost: OnFailure = logger.error,
         bounds: QueueBounds | None = None,
         log_format: str = "text",
+        estate: Estate | None = None,
     ) -> None:
         self.config = config
-        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format)
-        self._resolved = resolved
-        self._log_format = log_format
-        self._on_lost = on_lost
-        self._keepers: dict[int, GroupKeeper] = {}
-        self._epochs: dict[int, int] = {}
+        self._owner = Owner(estate) if estate is not None else None
+        self.scheduler = SchedulerKeeper(config, resolved, bounds, log_format, self._owner)
+        self._groups = Groups(config, resolved, log_format, self.scheduler, self._owner, on_lost)
+        self._keepers = self._groups.keepers
+        self._device = resolved.device
         self._lock = threading.Lock()
         self._words: deque[str] = deque(maxlen=64)
         self._ready = False
-        self._closed = False
         self._wanted = config.groups
+        self._leaving: set[int] = set()
         self._resizing: threading.Thread | None = None
 
     def start(self, progress: Progress) -> None:
         """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
         config, wanted = self.config, self._wanted
         deadline = time.monotonic() + config.start_timeout_s
-        workers = f"{wanted} group(s) of {config.tensor_parallel_size} {self._resolved.device} rank(s)"
-        self._say(f"starting the scheduler and {workers}", progress)
-        keepers = [self._add(config.start_timeout_s) for _ in range(wanted)]
-        self.scheduler.start(config.start_timeout_s)
-        self._say(f"loading {config.model}", progress)
+        adopted = self._take_over(progress)
+        missing = max(0, wanted - self.target)
+        workers = f"{missing} group(s) of {config.tensor_parallel_size} {self._device} rank(s)"
+        if adopted.next_life is not None:
+            self._say(f"starting the scheduler and {workers}", progress)
+        elif missing:
+            self._say(f"starting {workers}", progress)
+        keepers = [self._groups.add(config.start_timeout_s) for _ in range(missing)]
+        if adopted.next_life is not None:
+            self.scheduler.start(config.start_timeout_s, adopted.next_life)
+        for group in adopted.awaited:
+            if group not in self._keepers:
+                self.scheduler.lose(group, "the engine that started it has died")
+        if missing:
+            self._say(f"loading {config.model}", progress)
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
             pass  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
         while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
@@ -74,6 +86,8 @@ class Fleet:
         self._ready = True
         self._say(f"{wanted} group(s) are ready", progress)
         self.resize(self._wanted)  # another number may have been asked for meanwhile
+        for group in adopted.leaving:  # its end was under way
+            self._begin_leave(group, replace=False)
 
     @property
     def target(self) -> int:
@@ -95,7 +109,7 @@ class Fleet:
 
     def status(self, maps: bool = False) -> ClusterStatus:
         """The cluster at this moment; a scheduler that does not answer shows as one that is starting."""
-        status = self.scheduler.status(maps) or ClusterStatus(phase="stopped" if self._closed else "starting")
+        status = self.scheduler.status(maps) or ClusterStatus(phase="stopped" if self._groups.closed else "starting")
         starts = (keeper.starting for keeper in [*self._keepers.values()])
         return msgspec.structs.replace(
             status,
@@ -118,58 +132,76 @@ class Fleet:
             raise ValueError(f"groups={groups} is above max_groups={self.config.max_groups}: lower it or raise max_groups")
         with self._lock:
             self._wanted = groups
-            if self._resizing is None and self._ready and not self._closed:
+            if self._resizing is None and self._ready and not self._groups.closed:
                 self._resizing = threading.Thread(target=self._resize, name="manta-resize", daemon=True)
                 self._resizing.start()
 
     def add_group(self) -> int:
         """Asks for one more group and returns its number at once: Ray's autoscaler brings a node if none has room. If it does
         not come up, the log says why, and it is no longer counted."""
-        return self._add(self.config.node_timeout_s, added=True).group
+        return self._groups.add(self.config.node_timeout_s, added=True).group
 
     def remove_group(self, group: int) -> bool:
         """Lets a group run empty and takes it down; False if the scheduler needs it. Takes as long as its requests do, no
         longer than `drain_timeout_s`: then they start again elsewhere."""
-        if not self.scheduler.call("drain", group):
+        if not self.scheduler.call("drain", group, False):
             return False
-        deadline = time.monotonic() + self.config.drain_timeout_s
-        while self._running(group) and not self._closed:
-            if time.monotonic() > deadline:
-                self.scheduler.call("vacate", group)
-            time.sleep(DRAIN_POLL_S)
-        with self._lock:
-            keeper = self._keepers.pop(group, None)
-            if keeper is not None:
-                self._epochs[group] = keeper.epoch + 1
-        if keeper is not None:  # else it was lost for good meanwhile
-            keeper.close()
-            self.scheduler.lose(group, "it was not needed any more")
+        self._run_empty(group)
+        self._groups.remove(group)
         return True
+
+    def drain(self, group: int, *, replace: bool = False) -> None:
+        """Lets a group run empty beside the requests, then ends it and wants one group fewer, or starts it anew. Returns at
+        once. Errors: ValueError that says why it cannot; EngineError if the scheduler does not answer."""
+        with self._lock:
+            if group not in self._keepers:
+                there = ", ".join(map(str, sorted(self._keepers)))
+                raise ValueError(f"there is no group {group}: there are {there or 'none'}")
+            if group in self._leaving:
+                raise ValueError(f"group {group} is running empty already")
+        if not self.scheduler.call("drain", group, replace):
+            raise ValueError(
+                f"group {group} cannot go: it is not up, the last that takes requests, or the only one large enough for some "
+                "of them. Add a group first, or let it be started anew"
+            )
+        if not replace:
+            with self._lock:
+                self._wanted = max(1, min(self._wanted, self.target - 1))
+        self._begin_leave(group, replace=replace)
+
+    # ---- the end
 
     def stop(self) -> None:
         """From now on no end is a failure."""
-        with self._lock:
-            self._closed = True
-            keepers = [*self._keepers.values()]
-        for keeper in keepers:
-            keeper.stop()
+        self._groups.stop()
 
     def close(self) -> None:
         """Ends every process of the fleet, within seconds. A second call does nothing."""
         self.stop()
-        keepers = [*self._keepers.values()]
         self.scheduler.close()
-        for keeper in keepers:
-            with contextlib.suppress(Exception):  # nothing may keep the rest from being ended
-                keeper.close()
+        self._groups.close()
+        if self._owner is not None:
+            self._owner.close()
 
     # ---- common
+
+    def _take_over(self, progress: Progress) -> Adopted:
+        """What another Fleet has left in this estate is kept by this one from now on."""
+        if self._owner is None:
+            return Adopted()
+        adopted = take_over(self._owner, self.scheduler, self._groups.handle)
+        self._groups.epochs |= adopted.epochs
+        for handle in adopted.groups:
+            self._groups.adopt(handle)
+        if adopted.next_life is None:
+            self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
+        return adopted
 
     def _resize(self) -> None:
         while True:
             with self._lock:
                 missing = self._wanted - len(self._keepers)
-                if self._closed or missing == 0 or (missing < 0 and self.config.max_groups is not None):
+                if self._groups.closed or missing == 0 or (missing < 0 and self.config.max_groups is not None):
                     self._resizing = None
                     return
                 newest = max(self._keepers, default=0)
@@ -184,34 +216,35 @@ class Fleet:
                 logger.warning("the number of groups cannot be changed now: %s", error)
                 time.sleep(DRAIN_POLL_S)
 
-    def _add(self, start_timeout_s: float, *, added: bool = False) -> GroupKeeper:
+    def _begin_leave(self, group: int, *, replace: bool) -> None:
         with self._lock:
-            if self._closed:
-                raise EngineError("the cluster was shut down")
-            group = next(number for number in range(len(self._keepers) + 1) if number not in self._keepers)
-            keeper = GroupKeeper(
-                group, self._epochs.get(group, 0), lambda epoch: self._handle(group, epoch), self.scheduler,
-                restarts=Restarts(self.config.max_group_restarts, self.config.restart_window_s),
-                start_timeout_s=start_timeout_s, on_gone=self._gone, added=added,
-            )  # fmt: skip
-            self._keepers[group] = keeper
-        self.scheduler.announce(group)
-        keeper.start()
-        return keeper
+            self._leaving.add(group)
+        threading.Thread(target=self._leave, args=(group, replace), name=f"manta-drain-{group}", daemon=True).start()
 
-    def _handle(self, group: int, epoch: int) -> GroupHandle:
-        return GroupHandle(group, epoch, self.config, self._resolved, self._log_format)
+    def _leave(self, group: int, replace: bool) -> None:
+        """In a thread of its own: a group runs empty in its own time."""
+        try:
+            self._run_empty(group)
+            if replace:
+                self._groups.renew(group)
+            else:
+                self._groups.remove(group)
+            logger.warning("group %d has run empty and %s", group, "is started anew" if replace else "is gone")
+        except (EngineError, KeyError) as error:  # the scheduler is being replaced, the fleet is closing, or the group was lost
+            logger.warning("group %d could not be drained: %s", group, error)
+        finally:
+            with self._lock:
+                self._leaving.discard(group)
+
+    def _run_empty(self, group: int) -> None:
+        deadline = time.monotonic() + self.config.drain_timeout_s
+        while self._running(group) and not self._groups.closed:
+            if time.monotonic() > deadline:
+                self.scheduler.call("vacate", group)
+            time.sleep(DRAIN_POLL_S)
 
     def _running(self, group: int) -> int:
         return sum(stats.running + stats.fetching for stats in self.groups() if stats.group == group)
-
-    def _gone(self, group: int, reason: str) -> None:
-        with self._lock:
-            keeper = self._keepers.pop(group, None)
-            self._epochs[group] = keeper.epoch + 1 if keeper is not None else 0
-            lost = not self._keepers and not self._closed
-        if lost:
-            self._on_lost(reason)
 
     def _say(self, words: str, progress: Progress) -> None:
         self._words.append(words)

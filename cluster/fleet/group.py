@@ -13,8 +13,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.engine import EngineError
+from cluster.fleet.estate import Owner, Remains, actor_of
 from scheduler.server.stats import GroupStart
-from workers.actor import WorkerActor
+from workers.actor import CALLS, WorkerActor
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 LATE = "a worker was not ready in time: raise start_timeout_s"
 PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
+ENDED_S = 30.0
+"""That a rank of which another has set the loop running is asked at a time whether it has ended."""
 
 
 class GroupHandle:
@@ -29,19 +32,30 @@ class GroupHandle:
     `kill` ends it at any point.
 
     A rank is never restarted: its epoch ends with it, and a replacement is a new handle with the next epoch. epoch: the ranks'
-    present one.
+    present one. owner: where the group is to outlive this process; else its end is the group's.
     """
 
-    def __init__(self, group: int, epoch: int, config: WorkerConfig, resolved: ResolvedWorker, log_format: str) -> None:
+    def __init__(
+        self,
+        group: int,
+        epoch: int,
+        config: WorkerConfig,
+        resolved: ResolvedWorker,
+        log_format: str,
+        owner: Owner | None = None,
+    ) -> None:
         self.group = group
         self.epoch = epoch
         self.size = config.tensor_parallel_size
         self.resources = rank_resources(resolved)
         self._config, self._resolved = config, resolved
         self._log_format = log_format
+        self._owner = owner
         self._placement: PlacementGroup | None = None
         self._ranks: list[Any] = []
         self._killed = False
+        self.adopted = False
+        """It ran already when it came into these hands."""
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
 
@@ -61,7 +75,8 @@ class GroupHandle:
         `start`."""
         if self._ranks:
             return
-        self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK")
+        lasting = self._owner.placement_options(self.group, self.epoch) if self._owner is not None else {}
+        self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK", **lasting)
         while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
             if self._killed:
                 raise EngineError(f"group {self.group} is not wanted any more")
@@ -78,12 +93,27 @@ class GroupHandle:
                 num_cpus=self.resources.get("CPU", 0),
                 num_gpus=self.resources.get("GPU", 0),
                 max_restarts=0,
-                max_concurrency=2,
+                max_concurrency=CALLS,
                 max_task_retries=0,
                 scheduling_strategy=strategy,
+                **(self._owner.rank_options(self.group, self.epoch, rank) if self._owner is not None else {}),
             )
             told = (self._config, self._resolved, self.group, self.epoch, rank, _left(deadline), self._log_format)
-            self._ranks.append(options.remote(*told))
+            self._ranks.append(options.remote(*told, self._owner.estate if self._owner is not None else None))
+            if self._owner is not None:
+                self._owner.keep(self._ranks[-1])
+
+    def adopt(self, remains: Remains) -> None:
+        """Takes over a group whose loops run, instead of `start`. Errors: ValueError if a rank of it has died."""
+        assert self._owner is not None, "only what is owned outlives its owner"
+        if sorted(remains.ranks) != [*range(self.size)]:
+            raise ValueError(f"group {self.group} has ranks {sorted(remains.ranks)} of {self.size}")
+        self._placement = remains.placement
+        self._ranks = [actor_of(self._owner.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
+        for rank in self._ranks:
+            self._owner.keep(rank)
+        self.adopted = True
+        self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
 
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """The ranks go on as they are for another scheduler, as the next epoch; returns once their leader has greeted it.
@@ -103,7 +133,7 @@ class GroupHandle:
     def wait(self, timeout_s: float) -> str | None:
         """Waits for the group to end; why it did, or None if it still runs."""
         done, _ = ray.wait(self.runs, num_returns=1, timeout=timeout_s)
-        return self._reason(done[0]) if done else None
+        return self._reason(self.runs.index(done[0])) if done else None
 
     def kill(self) -> None:
         """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
@@ -132,10 +162,14 @@ class GroupHandle:
             else:
                 self.phase = GroupStart(self.group, *_get(self._ranks[0].phase.remote(), deadline))
 
-    def _reason(self, run: Any) -> str:
-        rank = self.runs.index(run)
+    def _reason(self, rank: int) -> str | None:
+        """Why its loop has ended; None if it runs on, and it was only asked."""
         try:
-            return f"group {self.group} ended: {ray.get(run)}"
+            reason = ray.get(self.runs[rank])
+            if reason is None:
+                self.runs[rank] = self._ranks[rank].ended.remote(ENDED_S)
+                return None
+            return f"group {self.group} ended: {reason}"
         except ray.exceptions.RayTaskError as error:
             return f"group {self.group}, rank {rank} failed: {error.cause}"
         except ray.exceptions.RayError:

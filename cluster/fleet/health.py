@@ -59,6 +59,7 @@ class GroupKeeper:
         self._handle = new_handle(epoch)
         self._scheduler_epoch = -1  # of the scheduler that this life serves
         self._closing = threading.Event()
+        self._renewing = threading.Event()
         self._decided = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._keep, name=f"manta-keeper-{group}", daemon=True)
@@ -74,6 +75,10 @@ class GroupKeeper:
 
     def start(self) -> None:
         self._thread.start()
+
+    def renew(self) -> None:
+        """Ends this life and starts the next, at once and for free: of a group that nobody uses at this moment."""
+        self._renewing.set()
 
     def up(self, timeout_s: float) -> bool:
         """Waits for the first start. False while it goes on. Errors: what a rank raised, EngineError."""
@@ -98,9 +103,12 @@ class GroupKeeper:
 
     def _keep(self) -> None:
         try:
-            if not self._added:  # the scheduler itself is only starting
-                self._handle.place(time.monotonic() + self._start_timeout_s)
-            self._bring_up(self._scheduler.expect(self.group))
+            if self._handle.adopted:
+                self._scheduler_epoch = self._scheduler.current().epoch
+            else:
+                if not self._added:  # the scheduler itself is only starting
+                    self._handle.place(time.monotonic() + self._start_timeout_s)
+                self._bring_up(self._scheduler.expect(self.group))
         except BaseException as error:
             self._error = error
         self._decided.set()
@@ -123,7 +131,9 @@ class GroupKeeper:
             reason = self._handle.wait(POLL_S)
             if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
                 reason = self._handle.wait(REASON_S) or fenced
-            if reason is None and not self._scheduler.up:
+            if reason is None and self._renewing.is_set():
+                reason = "it was asked to start anew"
+            elif reason is None and not self._scheduler.up:
                 self._handle.hold_on()
             elif reason is None and self._scheduler.epoch != self._scheduler_epoch:
                 reason = self._rejoin()
@@ -159,7 +169,9 @@ class GroupKeeper:
         try:
             live = self._scheduler.expect(self.group)
             # One that has waited for a scheduler in vain has not died of itself, nor has one that did not come to the next.
-            if live.epoch != self._scheduler_epoch:
+            if self._renewing.is_set():
+                self._renewing.clear()
+            elif live.epoch != self._scheduler_epoch:
                 logger.error("%s; the scheduler was replaced", reason)
             elif not self._pause(reason):
                 return None

@@ -15,9 +15,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.engine import EngineError
+from cluster.fleet.estate import Owner
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.protocol.silence import Silence
-from scheduler.server.actor import SchedulerActor
+from scheduler.server.actor import SchedulerActor, Standing
 from scheduler.server.stats import ClusterStatus
 from scheduler.server.vitals import Fenced
 from workers.config import SchedulerAddress
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 5.0
+ADOPT_TIMEOUT_S = 10.0
 POLL_S = 0.25
 RESTART_PAUSE_S = 1.0
 HUNG_S = 30.0
@@ -48,9 +50,19 @@ class SchedulerKeeper:
     `CALL_TIMEOUT_S`.
     """
 
-    def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None, log_format: str) -> None:
+    def __init__(
+        self,
+        config: CoreConfig,
+        resolved: Resolved,
+        bounds: QueueBounds | None,
+        log_format: str,
+        owner: Owner | None = None,
+    ) -> None:
+        """owner: where the scheduler is to outlive this process."""
         self._token = secrets.token_hex(16)
-        self._told = (config, resolved, bounds, self._token, log_format)
+        self._told = (config, resolved, bounds)
+        self._log_format = log_format
+        self._owner = owner
         self._changed = threading.Condition()
         self._live: LiveScheduler | None = None
         self._last_epoch = -1
@@ -59,12 +71,27 @@ class SchedulerKeeper:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="manta-scheduler-keeper", daemon=True)
 
-    def start(self, timeout_s: float) -> LiveScheduler:
-        """Errors: EngineError if it does not come up in time, or at all."""
-        live = self._launch(0, timeout_s)
+    def start(self, timeout_s: float, life: int = 0) -> LiveScheduler:
+        """life: the number of its first. Errors: EngineError if it does not come up in time, or at all."""
+        live = self._launch(life, timeout_s)
         self._set(live)
         self._thread.start()
         return live
+
+    def adopt(self, actor: Any, life: int) -> Standing | None:
+        """Takes over the scheduler that another has left, instead of `start`. None if it does not answer, or never listened."""
+        try:
+            standing: Standing | None = ray.get(actor.standing.remote(), timeout=ADOPT_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
+        if standing is None:
+            return None
+        self._token = standing.token
+        if self._owner is not None:
+            self._owner.keep(actor)
+        self._set(LiveScheduler(actor, SchedulerAddress(standing.host, standing.port, standing.token), life))
+        self._thread.start()
+        return standing
 
     def current(self, timeout_s: float | None = CALL_TIMEOUT_S) -> LiveScheduler:
         """The scheduler that is up, as far as is known; waits while it is being replaced. timeout_s: None, however long."""
@@ -152,8 +179,14 @@ class SchedulerKeeper:
     def _launch(self, epoch: int, timeout_s: float) -> LiveScheduler:
         # Beside its keeper: without a resource of its own Ray would put it on any node, a worker's that may go among them.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = ray.remote(SchedulerActor).options(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here)
-        actor = options.remote(*self._told)
+        lasting = self._owner.scheduler_options(epoch) if self._owner is not None else {}
+        options = ray.remote(SchedulerActor).options(
+            num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=here, **lasting
+        )
+        estate = self._owner.estate if self._owner is not None else None
+        actor = options.remote(*self._told, self._token, self._log_format, estate)
+        if self._owner is not None:
+            self._owner.keep(actor)
         try:
             ray.get([actor.expect.remote(group) for group in sorted(self._announced)], timeout=timeout_s)
             host, port = ray.get(actor.listen.remote(), timeout=timeout_s)

@@ -133,6 +133,6 @@ def _serve_cluster(config: EngineConfig, app: str, progress: Progress) -> ServeC
     check_address(address)
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-        return ServeCluster(serve.get_deployment_handle("Engine", app))
+        return ServeCluster(serve.get_deployment_handle("Engine", app), app)
     except (RayServeException, KeyError, ConnectionError) as error:  # no Serve, no such application, no Ray
         raise ConfigError(f"no Manta application {app!r} on the Ray cluster at {address}: {error}") from error

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -59,7 +59,7 @@ SAMPLING_KEYS = SamplingParams.__struct_fields__
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _COMMENT = re.compile(r"(^|\s)#.*")
-_KEY_PRIORITY = re.compile(r"(?:priority=(-?\d{1,10}))?")
+_KEY_WORDS = re.compile(r"(?:priority=(-?\d{1,10}))? ?(operator)?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 T = TypeVar("T")
@@ -137,28 +137,41 @@ def read_api_keys(serve: ServeConfig, environ: Mapping[str, str] = os.environ) -
 
 def read_key_priorities(serve: ServeConfig) -> dict[str, int]:
     """The most urgent priority of each key whose line in the file has one. Errors: ConfigError."""
-    return {key: priority for key, priority in _key_file(serve).items() if priority is not None}
+    return {key: said.priority for key, said in _key_file(serve).items() if said.priority is not None}
 
 
-def _key_file(serve: ServeConfig) -> dict[str, int | None]:
-    """A key a line, behind it perhaps `priority=N` and a comment. Errors: ConfigError that names the line, never the key."""
+def read_operators(serve: ServeConfig) -> tuple[str, ...]:
+    """The keys whose lines in the file say that they may change the cluster. Errors: ConfigError."""
+    return tuple(key for key, said in _key_file(serve).items() if said.operator)
+
+
+class _Said(NamedTuple):
+    """Behind a key."""
+
+    priority: int | None
+    operator: bool
+
+
+def _key_file(serve: ServeConfig) -> dict[str, _Said]:
+    """A key a line, behind it perhaps `priority=N`, `operator` and a comment. Errors: ConfigError that names the line, never
+    the key."""
     if serve.api_key_file is None:
         return {}
     try:
         text = Path(serve.api_key_file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the API keys in {serve.api_key_file}: {error}") from error
-    keys: dict[str, int | None] = {}
+    keys: dict[str, _Said] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         words = _COMMENT.sub("", line).split()
-        match = _KEY_PRIORITY.fullmatch(" ".join(words[1:]))
+        match = _KEY_WORDS.fullmatch(" ".join(words[1:]))
         if words and match is None:
             raise ConfigError(
-                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N` and a comment (# ...), nothing "
-                "else"
+                f"{serve.api_key_file}, line {number}: behind the key may stand `priority=N`, then `operator`, and a "
+                "comment (# ...), nothing else"
             )
         if words and match is not None:
-            keys[words[0]] = int(match[1]) if match[1] else None
+            keys[words[0]] = _Said(int(match[1]) if match[1] else None, match[2] is not None)
     return keys
 
 

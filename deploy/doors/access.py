@@ -21,11 +21,14 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 class ApiKeys:
     """Keys that open the endpoint; without any, it is open. Only their digests are kept.
 
-    priorities: of some keys, the most urgent priority that each may ask for.
+    priorities: of some keys, the most urgent priority that each may ask for. operators: those that may change the cluster.
     """
 
-    def __init__(self, keys: Iterable[str] = (), priorities: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self, keys: Iterable[str] = (), priorities: Mapping[str, int] = MappingProxyType({}), operators: Iterable[str] = ()
+    ) -> None:
         self._digests = tuple(_digest(key) for key in keys)
+        self._operators = frozenset(account(key) for key in operators)
         self._priorities = {account(key): priority for key, priority in priorities.items()}
 
     def __bool__(self) -> bool:
@@ -51,6 +54,10 @@ class ApiKeys:
             )
         return account(key.strip())
 
+    def may_operate(self, account: str) -> bool:
+        """Whether the key of this account may change the cluster. Where there are no keys, everybody may who reaches it."""
+        return not self or account in self._operators
+
     def best_priority(self, account: str, default: int) -> int:
         """The most urgent priority (the lowest number) that the key of this account may ask for."""
         return self._priorities.get(account, default)
@@ -59,13 +66,15 @@ class ApiKeys:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks. request_id: the door's. traceparent: of W3C's trace context, if there is one. account: of the API key.
-    best_priority: the most urgent one that it may ask for. patience_s: the time that it gives the call as a whole."""
+    best_priority: the most urgent one that it may ask for. patience_s: the time that it gives the call as a whole. operator:
+    whether it may change the cluster."""
 
     request_id: str
     traceparent: str | None = None
     account: str = ""
     best_priority: int = MOST_URGENT
     patience_s: float = math.inf
+    operator: bool = False
 
     def terms(
         self, config: ServeConfig, salt: str, priority: int, timeout_s: float | None = None, user: str | None = None

@@ -87,7 +87,8 @@ class Gatekeeper:
         if declared.isdecimal():
             self._check_size(int(declared))
         best_priority = self._keys.best_priority(account, self._config.best_priority)
-        return Caller(scope["state"]["request_id"], headers.get("traceparent"), account, best_priority)
+        traceparent, operator = headers.get("traceparent"), self._keys.may_operate(account)
+        return Caller(scope["state"]["request_id"], traceparent, account, best_priority, operator=operator)
 
     def _bounded(self, receive: Receive) -> Receive:
         """What it returns raises RequestError for a body that is too large or too late."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 ADDRESS_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 5.0
+ENGINE_PATIENCE_S = 1.0
+"""Then the scheduler is asked: whoever asks for readiness does not wait for long (`service.READY_TIMEOUT_S`)."""
 
 
 class LocalCluster:
@@ -55,23 +57,35 @@ class LocalCluster:
 
 
 class ServeCluster:
-    """A `Cluster` behind the `Engine` deployment: it is asked where the scheduler is; requests then go there directly.
+    """A `Cluster` behind the `Engine` deployment. Requests go to the scheduler directly, and it is found by its name: it lives
+    on while Serve replaces an `Engine` that has died.
 
-    engine: a Serve deployment handle.
+    engine: a Serve deployment handle. application: its name. version: of the model that this front end speaks for; None:
+    whichever is served when it connects.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, application: str, version: str | None = None) -> None:
         self._engine = engine
+        self._application = application
+        self._version = version
         self._asking: dict[bool, asyncio.Task[ClusterStatus]] = {}
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
+        import ray
+        from ray.serve.exceptions import RayServeException
+
         from cluster.remote import SchedulerStream
 
         try:
-            address = self._engine.address.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
-        except Exception as error:  # Serve raises what the engine raised, and errors of its own
-            raise EngineError(f"the engine does not say where its scheduler is: {error}") from error
-        return SchedulerStream(address.host, address.port, address.token, on_deltas, on_failure)
+            scheduler = self._scheduler()
+            if scheduler is None:
+                raise EngineError("there is no scheduler yet, or it is being replaced")
+            standing = ray.get(scheduler.standing.remote(), timeout=ADDRESS_TIMEOUT_S)
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            raise EngineError(f"nobody says where the scheduler listens: {error}") from error
+        if standing is None:
+            raise EngineError("the scheduler does not listen yet")
+        return SchedulerStream(standing.host, standing.port, standing.token, on_deltas, on_failure)
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         """Askers at the same time share one answer."""
@@ -82,9 +96,40 @@ class ServeCluster:
         return await asyncio.shield(task)
 
     async def _ask(self, maps: bool) -> ClusterStatus:
-        try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
-                status: ClusterStatus = await self._engine.status.remote(maps)
-        except Exception as error:  # a dead replica, a timeout: either way nobody knows more
-            return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {error}",))
+        """The engine knows most. While it does not answer, the scheduler knows how the groups are."""
+        engine = asyncio.create_task(self._of_engine(maps))
+        await asyncio.wait((engine,), timeout=ENGINE_PATIENCE_S)
+        if engine.done() and engine.exception() is None:
+            return engine.result()
+        asked = [engine, asyncio.create_task(self._of_scheduler(maps))]
+        why: Exception | None = None
+        for answer in asyncio.as_completed(asked, timeout=STATUS_TIMEOUT_S):
+            try:
+                status = await answer
+            except Exception as error:  # a dead replica, a timeout: the other one may know
+                why = why or error
+            else:
+                for each in asked:
+                    each.cancel()
+                return status
+        return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {why}",))
+
+    async def _of_engine(self, maps: bool) -> ClusterStatus:
+        status: ClusterStatus = await self._engine.status.remote(maps)
         return status
+
+    async def _of_scheduler(self, maps: bool) -> ClusterStatus:
+        """Errors: EngineError, Ray's."""
+        scheduler = await asyncio.to_thread(self._scheduler)
+        if scheduler is None:
+            raise EngineError("there is no scheduler")
+        status: ClusterStatus = await scheduler.status.remote(maps)
+        return status
+
+    def _scheduler(self) -> Any | None:
+        """Its actor, if there is one. Errors: those of Serve, if it has to ask the engine which one is meant."""
+        from cluster.fleet.estate import latest_scheduler, namespace_of
+
+        version = self._version or self._engine.version.remote().result(timeout_s=ADDRESS_TIMEOUT_S)
+        return latest_scheduler(namespace_of(self._application), version)
+

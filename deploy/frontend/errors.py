@@ -22,8 +22,10 @@ class Fault(Enum):
 
     INVALID = (400, "invalid_request_error")
     UNAUTHENTICATED = (401, "authentication_error")
+    FORBIDDEN = (403, "permission_error")
     NOT_FOUND = (404, "not_found_error")
     TOO_SLOW = (408, "timeout_error")
+    CONFLICT = (409, "invalid_request_error")
     TOO_LARGE = (413, "invalid_request_error")
     UNPROCESSABLE = (422, "invalid_request_error")
     OVERLOADED = (429, "rate_limit_error")

@@ -27,6 +27,7 @@ from deploy.config.load import (
     keep_haproxy_private,
     read_api_keys,
     read_key_priorities,
+    read_operators,
 )
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import ApiKeys
@@ -221,7 +222,7 @@ def _application(config: Config, keys: tuple[str, ...], threads: int, view: Star
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     limits = config.serve
-    opened = ApiKeys(keys, read_key_priorities(limits))
+    opened = ApiKeys(keys, read_key_priorities(limits), read_operators(limits))
     app.check_vacant(limits)
     app.start_proxies(limits)
     try:

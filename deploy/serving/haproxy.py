@@ -7,14 +7,23 @@ what is said while nobody behind it can be reached: 404 before it knows of an ap
 this is HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH): it closes the folder, changes the configuration, and becomes the HAProxy that
 Serve would have started.
 
+And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
+processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
+minute to start another. A *guard* beside the second one starts it again if it dies, and ends it when nobody needs it any more.
+
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
 """
 
+import contextlib
 import os
 import re
 import shlex
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -43,6 +52,19 @@ UNAVAILABLE = (
     '{"error":{"message":"no replica can be reached now: try again soon","type":"server_error","param":null,"code":null}}'
 )
 RETURN_503 = f"http-request return status 503 content-type application/json hdr Retry-After 1 string '{UNAVAILABLE}'"
+
+APART = (
+    (re.compile(r"^(\s*stats socket )\S+", re.MULTILINE), "second.sock"),
+    (re.compile(r"^(frontend prometheus\n\s*bind )\S+", re.MULTILINE), "unix@second-metrics.sock"),
+    (re.compile(r"^(listen stats\n\s*bind )\S+", re.MULTILINE), "unix@second-page.sock"),
+)
+"""What the second one has for itself: Serve asks the first."""
+
+ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE)
+GUARD_POLL_S = 0.25
+ALONE_S = 60.0
+"""That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
+another, if it does."""
 
 
 def narrowed(configuration: str) -> str:
@@ -87,6 +109,100 @@ def patient(configuration: str, unavailable: Path) -> str:
     return configuration if KNOWN_ROUTE.search(configuration) else NO_ROUTE.sub(rf"\1{RETURN_503}", configuration)
 
 
+def apart(configuration: str, folder: Path) -> str:
+    """The same doors, and what is not a door in files of `folder`."""
+    for found, instead in APART:
+        kind, at, name = instead.rpartition("@")
+        configuration = found.sub(rf"\1{kind}{at}{folder / name}", configuration)
+    return configuration
+
+
+def sockets_from(configuration: str) -> list[str]:
+    """How a new HAProxy gets the listening sockets of the one before it, with whoever waits to be let in: it resets nobody."""
+    if (admin := ADMIN.search(configuration)) is None:
+        return []
+    try:  # one that cannot be had ends the new one
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(admin[1])
+    except OSError:
+        return []
+    return ["-x", admin[1]]
+
+
+def start_guard(binary: str, file: Path) -> None:
+    """A grandchild in a session of its own. file: of the first one, which this process becomes."""
+    first = os.getpid()
+    if (child := os.fork()) != 0:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork() == 0:
+            with (file.parent / "second.log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
+                for number, stream in enumerate((nothing, log, log)):
+                    os.dup2(stream.fileno(), number)
+            guard(binary, file, first)
+    finally:
+        os._exit(0)
+
+
+def guard(binary: str, file: Path, first: int) -> None:
+    """Keeps a second HAProxy up until the next guard takes its place, the folder has gone, or nobody needs it any more."""
+    folder, note = file.parent, file.parent / "second.pid"
+    command = [binary, "-db", "-f", str(folder / "second.cfg")]
+    before = _noted(note)
+    takes_over: list[str] = []
+    if before is not None and _is_haproxy(before, folder / "second.cfg"):
+        takes_over = ["-sf", str(before), *sockets_from((folder / "second.cfg").read_text())]
+    second = subprocess.Popen([*command, *takes_over])
+    _note(note, second.pid)
+    needed_s = time.monotonic()
+    while file.exists():
+        time.sleep(GUARD_POLL_S)
+        if _noted(note) != second.pid:
+            second.send_signal(signal.SIGUSR1)  # lets what it serves end
+            second.wait()
+            return
+        if second.poll() is not None:
+            second = subprocess.Popen(command)
+            _note(note, second.pid)
+        if _is_haproxy(first, file) and _parent(first) != 1:
+            needed_s = time.monotonic()
+        elif time.monotonic() - needed_s > ALONE_S:
+            break
+    second.kill()
+    if _is_haproxy(first, file):
+        os.kill(first, signal.SIGKILL)
+
+
+def _note(file: Path, process: int) -> None:
+    """Whole, or not at all."""
+    fresh = file.with_suffix(f".{os.getpid()}")
+    fresh.write_text(str(process))
+    fresh.rename(file)
+
+
+def _noted(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text())
+    return None
+
+
+def _is_haproxy(process: int, file: Path) -> bool:
+    """Whether that process runs by this configuration: another may have its number by now."""
+    try:
+        return str(file).encode() in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _parent(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 1
+
+
 def write_program(folder: Path, binary: str, receive_timeout_s: float, max_connections: int) -> Path:
     """A program in `folder` that starts `binary` in this way, whatever Python is on the path."""
     program = folder / "haproxy"
@@ -100,7 +216,9 @@ def write_program(folder: Path, binary: str, receive_timeout_s: float, max_conne
 def main(arguments: list[str]) -> None:
     """arguments: HAProxy's path, the bounds, then what it is given. Does not return."""
     binary, receive_timeout_s, max_connections, *given = arguments
+    os.umask(0o077)
     if "-f" in given:
+        given = [each for each in given if each != "-dR"]  # two share the doors
         file = Path(given[given.index("-f") + 1])
         file.parent.chmod(0o700)
         configuration = narrowed(file.read_text())
@@ -110,8 +228,15 @@ def main(arguments: list[str]) -> None:
             f"Content-Length: {len(UNAVAILABLE)}\r\n\r\n{UNAVAILABLE}"
         )
         configuration = patient(configuration, unavailable)
-        file.write_text(bounded(configuration, float(receive_timeout_s), int(max_connections)))
-    os.umask(0o077)
+        configuration = bounded(configuration, float(receive_timeout_s), int(max_connections))
+        file.write_text(configuration)
+        (file.parent / "second.cfg").write_text(apart(configuration, file.parent))
+        if "-sf" not in given and (left := _noted(file.parent / "first.pid")) is not None and _is_haproxy(left, file):
+            given += ["-sf", str(left)]  # whoever has started that one has died
+        if "-sf" in given and "-x" not in given:
+            given += sockets_from(configuration)
+        _note(file.parent / "first.pid", os.getpid())
+        start_guard(binary, file)
     os.execv(binary, [binary, *given])
 
 

@@ -36,9 +36,9 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GroupLine(msgspec.Struct, frozen=True):
-    """One group; state: "up", "draining" or "down". Its blocks are counted once each: held by one sequence, shared by several,
-    cached by none, or free.
+    """One group; state: "up", "draining" or "down"; epoch: -1 while it is down.
 
+    Its blocks are counted once each: held by one sequence, shared by several, cached by none, or free.
     step_ms, step_tokens: mean duration of a step, and tokens it computed, over the last seconds; None without a step.
     map: the pool, see `deploy.status.maps`; None if the group is down.
     """
@@ -57,6 +57,7 @@ class GroupLine(msgspec.Struct, frozen=True):
     step_ms: float | None
     step_tokens: float | None
     map: str | None
+    epoch: int = -1
 
 
 class Totals(msgspec.Struct, frozen=True):

@@ -128,4 +128,5 @@ class StatusWatch:
             step_ms=None if step_ms is None else round(step_ms, 3),
             step_tokens=None if step_tokens is None else round(step_tokens, 1),
             map=None if states is None else pack(thin(states, blocks)),
+            epoch=group.epoch,
         )

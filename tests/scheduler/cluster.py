@@ -306,8 +306,8 @@ class Cluster:
         self.settle()
         return sum(len(part.blocks) // 4 for part in told)
 
-    def drain(self, group: int) -> bool:
-        drained = self.core.drain(GroupId(group))
+    def drain(self, group: int, *, returning: bool = False) -> bool:
+        drained = self.core.drain(GroupId(group), returning=returning)
         self.settle()
         return drained
 

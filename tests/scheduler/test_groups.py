@@ -139,3 +139,20 @@ def test_a_request_after_the_last_loss_is_refused_with_its_reason() -> None:
     core.group_down(GroupId(0), "its worker process died")
     with pytest.raises(RequestRefused, match="its worker process died"):
         core.submit(0, Request(0, np.zeros(3, np.int32).tobytes(), b"", SamplingParams()))
+
+
+def test_the_last_group_runs_empty_if_it_comes_back_and_requests_wait_for_it() -> None:
+    cluster = Cluster((8,))
+    running = cluster.submit([1], max_tokens=6)[0]
+    cluster.step()
+    assert not cluster.drain(0), "who would serve?"
+    assert cluster.drain(0, returning=True)
+    waiting = cluster.submit([0], max_tokens=6)[0]
+    cluster.step(times=10)
+    assert cluster.reason(running) is FinishReason.LENGTH
+    assert waiting.finished is None
+    assert waiting.tokens == []
+    cluster.lose(0, returning=True)
+    cluster.bring_up(0)
+    cluster.run()
+    assert cluster.reason(waiting) is FinishReason.LENGTH

@@ -55,8 +55,10 @@ MAX_DETAILS = 1024
 STATUS = {
     Fault.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Fault.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Fault.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     Fault.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Fault.TOO_SLOW: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Fault.CONFLICT: grpc.StatusCode.FAILED_PRECONDITION,
     Fault.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,  # as gRPC itself says it; without retry-after
     Fault.UNPROCESSABLE: grpc.StatusCode.INVALID_ARGUMENT,
     Fault.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,  # with retry-after

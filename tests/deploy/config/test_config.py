@@ -21,6 +21,7 @@ from deploy.config.load import (
     parse_size,
     read_api_keys,
     read_key_priorities,
+    read_operators,
     sampling_params,
 )
 from deploy.config.serve import ServeConfig, model_name
@@ -79,12 +80,16 @@ def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: 
 
 def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("\ufeffone # of ann's\r\ntwo#2\t# its key has a #\n #three\nfour priority=-7  # batch\nfive priority=3\n")
+    lines = ["\ufeffone # of ann's\r", "two#2\t# its key has a #", " #three", "four priority=-7  # batch"]
+    lines += ["five priority=3 operator", "six operator # me", ""]
+    file.write_text("\n".join(lines))
     config = ServeConfig(api_key_file=str(file))
-    assert read_api_keys(config, {}) == ("one", "two#2", "four", "five")
+    assert read_api_keys(config, {}) == ("one", "two#2", "four", "five", "six")
     assert read_key_priorities(config) == {"four": -7, "five": 3}
+    assert read_operators(config) == ("five", "six")
     assert read_key_priorities(ServeConfig()) == {}
-    for line in ("one two", "one priority=high", "one priority=1 priority=2", "one priority=-99999999999"):
+    assert read_operators(ServeConfig()) == ()
+    for line in ("one two", "one priority=high", "one priority=1 priority=2", "one priority=-99999999999", "one operators"):
         file.write_text(f"zero\n{line}\n")
         with pytest.raises(ConfigError, match="line 2: behind the key may stand") as refused:
             read_api_keys(config, {})

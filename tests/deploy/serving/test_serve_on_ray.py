@@ -27,12 +27,15 @@ from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
 from tests.ports import free_ports
 from tests.processes import (
+    ENGINE,
     INGRESS,
     SCHEDULER,
     WORKER,
     alive,
     all_named,
+    command_line,
     descendants,
+    running_by,
     stopped_in_the_midst,
     wait_gone,
 )
@@ -126,6 +129,25 @@ class Endpoint:
 
     def processes(self, name: str, count: int) -> list[int]:
         return all_named(name, count, self.process.pid, PATIENCE_S)
+
+    def haproxy(self) -> tuple[int, Path]:
+        """The one that Serve knows, and its configuration."""
+
+        def told() -> tuple[int, Path] | None:
+            lines = descendants(self.process.pid).items()
+            return next(((pid, Path(line.split()[3])) for pid, line in lines if "/bin/haproxy -db -f " in line), None)
+
+        return until("there is no HAProxy", told)
+
+    def second(self) -> int | None:
+        """The one beside it, once it listens."""
+        folder = self.haproxy()[1].parent
+        found = [pid for pid in running_by(folder) if f" -f {folder}/second.cfg" in command_line(pid)]
+        return found[0] if found and (folder / "second.sock").exists() else None
+
+    def newcomers(self) -> list[int]:
+        """Status codes of requests over connections of their own. Errors: httpx.ConnectError for one that is refused."""
+        return [httpx.get(f"{self.http.base_url}/health", timeout=PATIENCE_S).status_code for _ in range(20)]
 
     def is_idle(self) -> bool:
         status = self.status()
@@ -254,12 +276,22 @@ def test_until_it_is_ready_clients_are_told_to_come_again(endpoint: Endpoint) ->
 
 
 def test_haproxys_files_are_for_this_account_alone(whole: Endpoint) -> None:
-    (line, *_) = (line for line in descendants(whole.process.pid).values() if "/bin/haproxy -db -f " in line)
-    file = Path(line.partition(" -f ")[2].split()[0])
+    file = whole.haproxy()[1]
     for folder in (file.parent, file.parents[1]):  # of the node, and of the endpoint
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE((file.parent / "admin.sock").stat().st_mode) == 0o600
     assert "bind *" not in file.read_text()
+
+
+@pytest.mark.parametrize("whose", ["its own", "its manager's"])
+def test_newcomers_meet_no_gap_when_haproxy_dies(whose: str, whole: Endpoint) -> None:
+    pid, _ = whole.haproxy()
+    until("the second one does not listen", lambda: whole.second() is not None)
+    os.kill(pid if whose == "its own" else whole.processes("ray::HAProxyManager", 1)[0], signal.SIGKILL)
+    assert whole.newcomers() == [200] * 20
+    until("Serve has not started another", lambda: whole.haproxy()[0] != pid and whole.newcomers() == [200] * 20)
+    whole.http.close()  # what was open may have been cut
+    whole.http = httpx.Client(base_url=whole.http.base_url, timeout=PATIENCE_S)
 
 
 def test_a_second_endpoint_on_its_port_is_refused_at_once(whole: Endpoint) -> None:
@@ -332,6 +364,23 @@ def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:
     assert before[0] not in whole.processes(WORKER, 2)
 
 
+def test_streams_outlive_the_engine_and_the_next_one_takes_over(whole: Endpoint, expected: list[str]) -> None:
+    ranks, scheduler, (engine,) = whole.processes(WORKER, 2), whole.processes(SCHEDULER, 1), whole.processes(ENGINE, 1)
+    life = whole.now("epoch")
+    with whole.streams(PROMPTS, LONG) as streams:
+        os.kill(engine, signal.SIGKILL)
+        assert whole.ready(), "no engine is needed for requests"
+    ends = [stream.ended() for stream in streams]
+    assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in expected]
+    assert whole.complete().status_code == 200
+    until("there is no other engine", lambda: set(whole.processes(ENGINE, 1)) - {engine})
+    until("it has not taken over", lambda: any("took over" in words for words in whole.status()["progress"]), whole.status)
+    whole.await_whole("a group is missing")
+    assert (whole.processes(WORKER, 2), whole.processes(SCHEDULER, 1)) == (ranks, scheduler)
+    assert whole.now("epoch") == life
+    assert [Stream(whole, prompt).ended().text for prompt in PROMPTS] == expected
+
+
 def test_streams_outlive_the_scheduler(whole: Endpoint, expected: list[str]) -> None:
     assert whole.now("epoch") == 0
     (victim,) = whole.processes(SCHEDULER, 1)
@@ -349,11 +398,14 @@ def test_streams_outlive_the_scheduler(whole: Endpoint, expected: list[str]) -> 
 def test_ctrl_c_ends_everything(whole: Endpoint) -> None:
     below = descendants(whole.process.pid)
     assert len(below) > 8
+    folder = whole.haproxy()[1].parent
+    assert len(running_by(folder)) >= 2, "the second one is nobody's descendant"
     Stream(whole, PROMPTS[0], ENDLESS)
     os.killpg(whole.process.pid, signal.SIGINT)  # what a terminal does
     assert whole.process.wait(PATIENCE_S) == 130, whole.said
     assert "Traceback" not in whole.said
     assert not wait_gone(below), {pid: below[pid] for pid in alive(below)}
+    until("the second HAProxy is left", lambda: not running_by(folder))
 
 
 def test_sigterm_ends_a_start_as_tidily(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""Takes over what the owner of an estate has left when it died: its scheduler and its groups, as they run. Ends the rest.
+
+Imports `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
+from cluster.fleet.group import GroupHandle
+from cluster.fleet.scheduler_keeper import SchedulerKeeper
+from scheduler.server.actor import Standing
+from scheduler.server.stats import ClusterStatus, GroupStats
+
+logger = logging.getLogger(__name__)
+
+NewHandle = Callable[[int, int], GroupHandle]
+"""Group and epoch -> a handle that has not been started."""
+
+
+@dataclass(slots=True)
+class Adopted:
+    """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
+    groups: those that run. leaving: which of them were running empty. awaited: those that requests wait for, and nobody starts.
+    """
+
+    next_life: int | None = 0
+    epochs: dict[int, int] = field(default_factory=dict)
+    groups: list[GroupHandle] = field(default_factory=list)
+    leaving: list[int] = field(default_factory=list)
+    awaited: list[int] = field(default_factory=list)
+
+
+def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -> Adopted:
+    """What there is of the estate goes on; but without the scheduler nothing does: only it knows what the groups are doing.
+
+    Errors: EngineError if a scheduler that was taken over does not answer any more.
+    """
+    namespace = owner.estate.namespace
+    found = find(namespace).get(owner.estate.version, Found())
+    epochs = {group: epoch + 1 for group, epoch in sorted(found.groups)}
+    standing = _adopt_scheduler(found, namespace, scheduler)
+    if standing is None:
+        end(namespace, found)
+        return Adopted(max(found.schedulers, default=-1) + 1, epochs)
+    epochs |= {group: max(epoch + 1, epochs.get(group, 0)) for group, epoch in standing.epochs.items()}
+    status: ClusterStatus = scheduler.call("status")
+    groups = {group.group: group for group in (status.engine.groups if status.engine is not None else ())}
+    adopted = Adopted(None, epochs, awaited=[name for name, group in groups.items() if not group.up])
+    for (name, _), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        serving, taken = groups.get(name), any(handle.group == name for handle in adopted.groups)
+        handle = _adopt_group(serving, remains, new_handle) if serving is not None and serving.up and not taken else None
+        if handle is not None:
+            adopted.groups.append(handle)
+        else:
+            end_group(namespace, remains)
+    adopted.leaving = [handle.group for handle in adopted.groups if groups[handle.group].draining]
+    return adopted
+
+
+def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -> Standing | None:
+    for life, name in sorted(found.schedulers.items(), reverse=True):
+        with contextlib.suppress(ValueError):  # it has died meanwhile
+            if (standing := scheduler.adopt(actor_of(namespace, name), life)) is not None:
+                return standing
+    return None
+
+
+def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -> GroupHandle | None:
+    """None: that is another epoch of it, or not all of it is there."""
+    if remains.epoch > serving.epoch:
+        return None
+    handle = new_handle(serving.group, serving.epoch)
+    try:
+        handle.adopt(remains)
+    except ValueError as error:
+        logger.warning("group %d is not taken over: %s", serving.group, error)
+        return None
+    return handle

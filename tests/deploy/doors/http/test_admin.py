@@ -1,0 +1,76 @@
+"""Who may change a cluster over HTTP, and what the door says of it; and `manta drain`, which asks there."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from cluster.config import EngineConfig
+from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.serve import ServeConfig
+from deploy.doors.access import ApiKeys
+from deploy.doors.admin import admin_routes
+from deploy.doors.http import create_app
+from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.service import ServedModel, Service
+
+ONLY = 7
+
+
+class Asked:
+    """Remembers what it is asked; has one group, which can go only to come back."""
+
+    def __init__(self) -> None:
+        self.drained: list[tuple[int, bool]] = []
+
+    async def drain(self, group: int, replace: bool) -> None:
+        if group != ONLY or not replace:
+            raise RequestError(Fault.CONFLICT, f"group {group} cannot go")
+        self.drained.append((group, replace))
+
+
+@pytest.fixture(scope="module")
+def service() -> Service:
+    model = ServedModel.read("tiny", EMBEDDED_MODEL, None)
+    return Service(model, LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True)))
+
+
+def ask(service: Service, keys: ApiKeys, asked: Asked, key: str | None, path: str, method: str = "POST") -> httpx.Response:
+    app = create_app(service, ServeConfig(), keys, pages=admin_routes(asked))
+
+    async def answer() -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here", headers=headers) as client:
+            return await client.request(method, path)
+
+    return asyncio.run(answer())
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [(None, 401), ("nobody's", 401), ("a client's", 403), ("an operator's", 202)], ids=str
+)
+def test_a_cluster_is_changed_with_an_operators_key_alone(key: str | None, status: int, service: Service) -> None:
+    keys, asked = ApiKeys(["a client's", "an operator's"], operators=["an operator's"]), Asked()
+    answer = ask(service, keys, asked, key, f"/admin/groups/{ONLY}/drain?replace=true")
+    assert answer.status_code == status, answer.text
+    assert asked.drained == ([(ONLY, True)] if status == 202 else [])
+
+
+def test_where_there_are_no_keys_everybody_is_an_operator(service: Service) -> None:
+    asked = Asked()
+    assert ask(service, ApiKeys(), asked, None, f"/admin/groups/{ONLY}/drain?replace=true").status_code == 202
+    assert asked.drained == [(ONLY, True)]
+
+
+def test_where_no_key_is_an_operators_nobody_is(service: Service) -> None:
+    answer = ask(service, ApiKeys(["key"]), Asked(), "key", f"/admin/groups/{ONLY}/drain")
+    assert answer.status_code == 403
+    assert "`operator`" in answer.json()["error"]["message"]
+
+
+def test_what_cannot_be_done_is_told(service: Service) -> None:
+    answer = ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (409, f"group {ONLY} cannot go")
+    assert ask(service, ApiKeys(), Asked(), None, "/admin/groups/x/drain").status_code == 400
+    assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain", "GET").status_code == 405
