@@ -72,7 +72,7 @@ class Clients:
         self._loop.close()
 
     async def _keep_asking(self) -> None:
-        async with _http(self._address) as http:
+        async with http_to(self._address) as http:
             clients = [asyncio.create_task(self._client(http, number)) for number in range(self._count)]
             await self._ending.wait()
             for client in clients:
@@ -98,7 +98,7 @@ def undisturbed(address: str, asks: Sequence[Ask], at_once: int) -> dict[int, An
             async with gate:
                 await fulfil(http, Taken(ask), ledger, ask.number)
 
-        async with _http(address) as http:
+        async with http_to(address) as http:
             await asyncio.gather(*(one(http, ask) for ask in asks))
 
     asyncio.run(all_of_them())
@@ -108,7 +108,7 @@ def undisturbed(address: str, asks: Sequence[Ask], at_once: int) -> dict[int, An
     return ledger.gathered
 
 
-def _http(address: str) -> httpx.AsyncClient:
+def http_to(address: str) -> httpx.AsyncClient:
     """Every request on a connection of its own."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     return httpx.AsyncClient(base_url=address, timeout=SILENT_S, limits=limits, trust_env=False)
