@@ -55,23 +55,27 @@ class Clients:
         self._ledger = ledger
         self._count = count
         self._seed = seed
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._begun = threading.Event()
         self._ending = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="chaos-clients", daemon=True)
 
     def __enter__(self) -> "Clients":
         self._thread.start()
+        self._begun.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
+        assert self._loop is not None
         self._loop.call_soon_threadsafe(self._ending.set)
         self._thread.join(JOIN_TIMEOUT_S)
 
     def _run(self) -> None:
-        self._loop.run_until_complete(self._keep_asking())
-        self._loop.close()
+        asyncio.run(self._keep_asking())
 
     async def _keep_asking(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._begun.set()
         async with http_to(self._address) as http:
             clients = [asyncio.create_task(self._client(http, number)) for number in range(self._count)]
             await self._ending.wait()

@@ -33,7 +33,8 @@ class Incident:
 
     under_way: requests at that moment. silent_s: the longest time in which no client got any output. paused_s: the longest in
     which some client got none, whatever it asked for meanwhile. whole_s: until all that there was is there again; None if that
-    did not come about. ended_s: what Ctrl-C took afterwards, where the endpoint was ended. left: processes that outlived it.
+    did not come about, for want of what is missing. ended_s: what Ctrl-C took afterwards, where the endpoint was ended. left:
+    processes that outlived it.
     """
 
     fault: Fault | None
@@ -47,6 +48,7 @@ class Incident:
     silent_s: float = 0.0
     paused_s: float = 0.0
     whole_s: float | None = None
+    missing: str = ""
     ended_s: float | None = None
     left: int = 0
 

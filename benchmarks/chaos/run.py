@@ -3,6 +3,7 @@
 Imports the other files of this room and `shared`.
 """
 
+import itertools
 import json
 import random
 import sys
@@ -69,7 +70,7 @@ class Result:
 
 
 class Chaos:
-    """faults: done in turns, each turn in an order of its own."""
+    """log: of the endpoints, which get a number each before its suffix."""
 
     def __init__(self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float) -> None:
         self._model = model
@@ -78,15 +79,17 @@ class Chaos:
         self._seed = seed
         self._patience_s = patience_s
         self._draw = random.Random(seed)
+        self._lives = itertools.count(1)
         self._asks: list[Ask] = mixed(2 * streams, seed)
         self._expected: dict[int, Answer] = {}
         self.result = Result()
 
     def run(self, faults: Sequence[Fault], count: int) -> Result:
-        """count: faults in all. Errors: ServingError if an endpoint does not come up."""
+        """count: faults in all; each takes its turn, in an order that is drawn. Errors: ServingError if an endpoint does not
+        come up."""
         plan = in_turns(faults, count, self._draw)
         while plan:
-            with serving(self._model, FLAGS, self._log) as endpoint:
+            with serving(self._model, FLAGS, self._log.with_suffix(f".{next(self._lives)}.log")) as endpoint:
                 self._one_life(endpoint, plan)
         return self.result
 
@@ -126,10 +129,12 @@ class Chaos:
             inflict(fault, victims, self._draw)
             gone = set(victims) if fault.replaces else set()
             patience_s = LAST_WATCH_S if fault.ends_all else self._patience_s
-            whole_s = _until(lambda: is_whole(endpoint, usual, gone), patience_s, STEADY_POLLS)
+            whole_s = _until(lambda: missing(endpoint, usual, gone) is None, patience_s, STEADY_POLLS)
             if whole_s is not None:
                 incident.whole_s = whole_s - incident.at_s
                 whole_s = _until(lambda: ledger.flowing(self._streams), self._patience_s)
+            if whole_s is None:
+                incident.missing = missing(endpoint, usual, gone) or "output for every client"
         finally:
             resume(victims)
         ledger.end()
@@ -157,18 +162,23 @@ def in_turns(faults: Sequence[Fault], count: int, draw: random.Random) -> list[F
     return sorted(plan[:count], key=lambda fault: fault.ends_all)
 
 
-def is_whole(endpoint: Endpoint, usual: dict[str, int], gone: set[int]) -> bool:
-    """Everything that there was is there again: processes, groups, front ends; whoever was to be replaced has gone."""
+def missing(endpoint: Endpoint, usual: dict[str, int], gone: set[int]) -> str | None:
+    """What of all that there was is not there yet, in words: processes, groups, front ends; or who was to be replaced and has
+    not gone."""
     now = census(endpoint.pid)
-    if alive(gone) or any(len(now[name]) < count for name, count in usual.items()):
-        return False
+    if left := alive(gone):
+        return f"the end of {sorted(left)}"
+    if few := [name for name, count in usual.items() if len(now[name]) < count]:
+        return f"a process called {' and '.join(few)}"
     try:
         endpoint.get("/ready")
         status = json.loads(endpoint.get("/status.json?history=0"))
-    except (OSError, HTTPException, ValueError):
-        return False
+    except (OSError, HTTPException, ValueError) as error:
+        return f"an answer that it is ready ({error})"
     states = [group["state"] for group in status["groups"]]
-    return states == ["up"] * GROUPS and bool(status["front_ends"] == REPLICAS)
+    if states != ["up"] * GROUPS:
+        return f"a group that is up: they are {', '.join(states)}"
+    return None if status["front_ends"] == REPLICAS else f"a front end: the scheduler knows {status['front_ends']}"
 
 
 def _until(true: Callable[[], bool], patience_s: float, polls: int = 1) -> float | None:
@@ -188,7 +198,7 @@ def _until(true: Callable[[], bool], patience_s: float, polls: int = 1) -> float
 def in_words(incident: Incident) -> str:
     """One line."""
     lost, refused = dict(incident.lost), dict(incident.refused)
-    came = f"whole after {incident.whole_s:.1f} s" if incident.whole_s is not None else "not whole again"
+    came = f"whole after {incident.whole_s:.1f} s" if incident.whole_s is not None else f"without {incident.missing}"
     return (
         f"{incident.fault}: {incident.under_way} under way, lost {lost}, wrong {incident.wrong}, refused {refused}, taken up "
         f"{incident.taken_up}, silent {incident.silent_s:.1f} s, a stream paused {incident.paused_s:.1f} s, {came}"

@@ -88,6 +88,11 @@ class Endpoint:
             time.sleep(0.1)
         return blocks
 
+    @property
+    def returncode(self) -> int | None:
+        """None while the command runs."""
+        return self._process.poll()
+
     def interrupt(self) -> Ended:
         """Ctrl-C."""
         return end(self._process, signal.SIGINT)
