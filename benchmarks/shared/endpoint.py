@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.load import Outcome
+from benchmarks.shared.ports import free_ports
 from benchmarks.shared.processes import Process, descendants, held_by, signal_all, wait_gone
 from benchmarks.shared.worker_process import LOAD_TIMEOUT_S, EngineSpec
 
@@ -104,15 +104,16 @@ class Endpoint:
 
 def serving(model: Path, options: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """Manta, ready on a free port. Errors: ServingError with the end of its log."""
-    port = _free_port()
+    port, *own = free_ports(3)
     command = [sys.executable, "-m", "manta", "serve", "--model", str(model), "--port", str(port), *options]
-    haproxy = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(_free_port()) for name in ("METRICS", "STATS")}  # else fixed ones
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")  # else fixed ones
+    haproxy = {name: str(free) for name, free in zip(names, own, strict=True)}
     return _running(command, haproxy, port, "/ready", log)
 
 
 def serving_vllm(spec: EngineSpec, model: Path, log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """vLLM with its own defaults, compiled, ready on a free port. Errors: as above."""
-    port = _free_port()
+    (port,) = free_ports(1)
     given: dict[str, object] = {
         "host": "127.0.0.1", "port": port, "dtype": spec.dtype, "max-model-len": 2048,
         "tensor-parallel-size": spec.tensor_parallel_size, "kv-cache-memory-bytes": spec.kv_gib << 30,
@@ -202,8 +203,3 @@ def _answers(endpoint: Endpoint, path: str) -> bool:
     except OSError:  # nobody listens yet, or it says 503
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -116,11 +116,11 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in log.read_text()
 
 
-GENERATE = ["-m", "manta", "generate", "x", "--groups", "2", "--max-tokens", "1900", "--ignore-eos", "--threads", "1", "--debug"]
+GENERATE = ["-m", "manta", "generate", "x", "--groups", "2", "--max-tokens", "1900", "--ignore-eos", "--threads", "1"]
 SCRIPT = f"""
-from deploy import LLM
+from deploy import LLM, SamplingParams
 with LLM({str(EMBEDDED_MODEL)!r}, groups=2, threads=1) as llm:
-    for _ in llm.iterate(["x"] * 64, dict(max_tokens=1900, ignore_eos=True)):
+    for _ in llm.iterate(["x"] * 64, SamplingParams(max_tokens=1900, ignore_eos=True)):
         print("begun", flush=True)
 """
 
