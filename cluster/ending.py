@@ -5,10 +5,12 @@ Ray cluster of one's own still has then is ended by SIGKILL. A Ctrl-C meanwhile 
 has been asked to end it.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -71,6 +73,7 @@ class Ending:
         session = _session()
         if not self.give(seconds, ray.shutdown):
             logger.warning("Ray does not end by itself: its processes are killed")
+            _part_from_ray()
         if session is not None:
             kill(session)
 
@@ -100,6 +103,16 @@ def writers(folder: Path) -> set[int]:
             if pid != os.getpid() and any(os.readlink(each).startswith(beginning) for each in entry.iterdir()):
                 found.add(pid)
     return found
+
+
+def _part_from_ray() -> None:
+    """At its exit the interpreter would ask what has gone, and wait for ever."""
+    import ray
+
+    worker = ray._private.worker
+    atexit.unregister(worker.shutdown)
+    if sys.excepthook is worker.custom_excepthook:
+        sys.excepthook = worker.normal_excepthook
 
 
 def _session() -> Path | None:

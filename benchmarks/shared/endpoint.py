@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.shared.load import Outcome
 from benchmarks.shared.ports import free_ports
-from benchmarks.shared.processes import Process, descendants, held_by, signal_all, wait_gone
+from benchmarks.shared.processes import Process, command_line, descendants, held_by, signal_all, wait_gone
 from benchmarks.shared.worker_process import LOAD_TIMEOUT_S, EngineSpec
 
 GET_TIMEOUT_S = 30.0
@@ -53,10 +53,10 @@ def completion(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """seconds: until the command had ended, or was killed. left: what had to be killed."""
+    """seconds: until the command had ended, or was killed. left: what had to be killed, with its command line."""
 
     seconds: float
-    left: set[int]
+    left: dict[int, str]
 
 
 class Endpoint:
@@ -153,7 +153,7 @@ def end(process: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGT
             (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         process.wait(STOP_TIMEOUT_S)
     seconds = time.monotonic() - began_s
-    left = wait_gone(below | set(descendants(process.pid)) | {process.pid}, LINGER_S)
+    left = {pid: command_line(pid) for pid in wait_gone(below | set(descendants(process.pid)) | {process.pid}, LINGER_S)}
     signal_all(left, signal.SIGKILL)
     process.wait()
     return Ended(seconds, left)
