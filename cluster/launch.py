@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import ray
 
 from cluster.config import EngineConfig, own_threads
+from cluster.ending import Ending
 from cluster.engine import EngineError, EngineLost, EngineStats, OnDeltas, OnFailure, Progress
 from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.fleet import Fleet
@@ -21,6 +22,9 @@ from scheduler.protocol.messages import Request, TalliedMetric
 from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
+
+ORDERLY_S, RAY_S = 5.0, 2.5
+"""What scheduler and groups, then Ray, have to end in before they are killed: all within 10 s."""
 
 
 def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "RayEngine":
@@ -137,6 +141,12 @@ class RayEngine:
             if self._closed:
                 return
             self._closed = True
+        with Ending() as ending:
+            ending.give(ORDERLY_S, self._close_fleet)
+            if self._owns_ray:
+                ending.end_ray(RAY_S)
+
+    def _close_fleet(self) -> None:
         if self._autoscaler is not None:
             self._autoscaler.close()
         if self._fleet is not None:
@@ -145,8 +155,6 @@ class RayEngine:
             self._stream.close()
         if self._fleet is not None:
             self._fleet.close()
-        if self._owns_ray:
-            ray.shutdown()
 
     def _lost(self, reason: str) -> None:
         """The last group is gone for good."""

@@ -178,6 +178,10 @@ class Ingress(GrpcIngress):
         """Ends what this replica has under way by that id on that account; how many requests that were."""
         return self._service.abort(request_id, account)
 
+    async def end_here(self) -> None:
+        """The endpoint ends: so does what this replica has under way, and its clients are told."""
+        self._service.end_all()
+
     async def _abort_everywhere(self, request_id: str, account: str) -> int:
         replicas = serve.get_deployment_handle("Ingress", app_name=serve.get_replica_context().app_name)
         return sum(await replicas.broadcast("abort_here", request_id, account).results_async(timeout_s=CALL_TIMEOUT_S))

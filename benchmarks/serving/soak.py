@@ -1,7 +1,7 @@
 """Thousands of short requests, many of them given up by their clients, against `manta serve`: what is left afterwards?
 
 Blocks: none is held. Processes: as many as before, with as many threads and file descriptors, and as much memory, give or take
-a bound. Reads /proc, so Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
+a bound. Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
 
     python -m benchmarks.serving.soak --requests 10000 --replicas 2 --json
 """
@@ -12,12 +12,12 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.shared.endpoint import Ask, Clients, Endpoint, ServingError, completion, serving
 from benchmarks.shared.load import Outcome
 from benchmarks.shared.options import positive
+from benchmarks.shared.processes import Process
 from benchmarks.shared.report import table
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
@@ -27,51 +27,11 @@ BATCH = 500
 WARM_UP = 2000
 """Requests after which caches, pools and arenas have their size; growth counts from here."""
 
-IDLE_TIMEOUT_S = 60.0
 GROWTH_BYTES = 16 << 20
 """Of one process, for the whole run: 10,000 leaked requests of 2 KiB would show."""
 
 GROWTH_HANDLES = 8
 """Threads or file descriptors that pools may still open."""
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process of the endpoint at one moment."""
-
-    name: str
-    rss_bytes: int
-    threads: int
-    descriptors: int
-
-
-def processes(root: int) -> dict[int, Process]:
-    """The process and everything that it has started, directly or not, by id."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue  # it has ended meanwhile
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family and pid not in family}:
-        family |= more
-    found = {}
-    for pid in family:
-        try:
-            found[pid] = _read(Path(f"/proc/{pid}"))
-        except OSError:
-            continue
-    return found
-
-
-def _read(folder: Path) -> Process:
-    status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines() if ":" in line)
-    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
-    name = " ".join(Path(word).name for word in command[:3]) if command else status["Name"].strip()
-    descriptors = len(list((folder / "fd").iterdir()))
-    return Process(name[:40], int(status.get("VmRSS", "0").split()[0]) << 10, int(status["Threads"]), descriptors)
 
 
 def asks(draw: random.Random, count: int) -> list[Ask]:
@@ -86,27 +46,17 @@ def asks(draw: random.Random, count: int) -> list[Ask]:
     return made
 
 
-def idle_blocks(endpoint: Endpoint) -> dict[str, int]:
-    """Blocks by state once no request is left. Errors: ServingError if that does not come about."""
-    deadline_s = time.monotonic() + IDLE_TIMEOUT_S
-    while (blocks := endpoint.blocks())["held"]:
-        if time.monotonic() > deadline_s:
-            raise ServingError(f"blocks are still held {IDLE_TIMEOUT_S:g} s after the last request: {blocks}")
-        time.sleep(0.1)
-    return blocks
-
-
 def soak(endpoint: Endpoint, clients: Clients, requests: int, seed: int) -> tuple[dict[str, object], list[str]]:
     """What was done, and every way in which something was lost or has grown."""
     draw, outcomes, began_s = random.Random(seed), list[Outcome](), time.monotonic()
-    start, warm, early = idle_blocks(endpoint), dict[int, Process](), processes(endpoint.pid)
+    start, warm, early = endpoint.idle_blocks(), dict[int, Process](), endpoint.processes()
     while len(outcomes) < requests:
         outcomes += clients.run(endpoint, asks(draw, min(BATCH, requests - len(outcomes))), limit=UNDER_WAY)
         if not warm and len(outcomes) >= min(WARM_UP, requests // 2):
-            idle_blocks(endpoint)
-            warm = processes(endpoint.pid)
+            endpoint.idle_blocks()
+            warm = endpoint.processes()
         print(f"{len(outcomes)} of {requests} requests", file=sys.stderr, flush=True)
-    end, late = idle_blocks(endpoint), processes(endpoint.pid)
+    end, late = endpoint.idle_blocks(), endpoint.processes()
     seconds = time.monotonic() - began_s
     failed = [outcome for outcome in outcomes if not (outcome.complete or outcome.left)]
     faults = [f"{len(failed)} requests failed, the first: {failed[0]}"] if failed else []

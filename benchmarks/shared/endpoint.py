@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.load import Outcome
+from benchmarks.shared.ports import free_ports
+from benchmarks.shared.processes import Process, command_line, descendants, held_by, signal_all, wait_gone
 from benchmarks.shared.worker_process import LOAD_TIMEOUT_S, EngineSpec
 
+GET_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
+IDLE_TIMEOUT_S = 60.0
+LINGER_S = 5.0
+"""What a command has started may outlive it by."""
+
 BLOCKS = re.compile(r'^manta_kv_blocks\{[^}]*state="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,15 +51,25 @@ def completion(prompt: Sequence[int], max_tokens: int) -> dict[str, Any]:
     return {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """seconds: until the command had ended, or was killed. left: what had to be killed, with its command line."""
+
+    seconds: float
+    left: dict[int, str]
+
+
 class Endpoint:
     """One that is ready. pid: of the command; Manta on Ray and vLLM have other processes below it."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int) -> None:
+        self._process = process
         self.pid = process.pid
         self.host, self.port = "127.0.0.1", port
+        self.address = f"http://{self.host}:{port}"
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.host}:{self.port}{path}", timeout=30.0) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=GET_TIMEOUT_S) as answer:
             return str(answer.read().decode())
 
     def blocks(self) -> dict[str, int]:
@@ -63,18 +79,41 @@ class Endpoint:
             counts[state] = counts.get(state, 0) + int(float(count))
         return counts
 
+    def idle_blocks(self) -> dict[str, int]:
+        """Blocks by state once no request is left. Errors: ServingError if that does not come about."""
+        deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+        while (blocks := self.blocks())["held"]:
+            if time.monotonic() > deadline_s:
+                raise ServingError(f"blocks are still held {IDLE_TIMEOUT_S:g} s after the last request: {blocks}")
+            time.sleep(0.1)
+        return blocks
+
+    @property
+    def returncode(self) -> int | None:
+        """None while the command runs."""
+        return self._process.poll()
+
+    def interrupt(self) -> Ended:
+        """Ctrl-C."""
+        return end(self._process, signal.SIGINT)
+
+    def processes(self) -> dict[int, Process]:
+        """The command and everything that it has started, directly or not, by id."""
+        return held_by([self.pid, *descendants(self.pid)])
+
 
 def serving(model: Path, options: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """Manta, ready on a free port. Errors: ServingError with the end of its log."""
-    port = _free_port()
+    port, *own = free_ports(3)
     command = [sys.executable, "-m", "manta", "serve", "--model", str(model), "--port", str(port), *options]
-    haproxy = {f"RAY_SERVE_HAPROXY_{name}_PORT": str(_free_port()) for name in ("METRICS", "STATS")}  # else fixed ones
+    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")  # else fixed ones
+    haproxy = {name: str(free) for name, free in zip(names, own, strict=True)}
     return _running(command, haproxy, port, "/ready", log)
 
 
 def serving_vllm(spec: EngineSpec, model: Path, log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """vLLM with its own defaults, compiled, ready on a free port. Errors: as above."""
-    port = _free_port()
+    (port,) = free_ports(1)
     given: dict[str, object] = {
         "host": "127.0.0.1", "port": port, "dtype": spec.dtype, "max-model-len": 2048,
         "tensor-parallel-size": spec.tensor_parallel_size, "kv-cache-memory-bytes": spec.kv_gib << 30,
@@ -102,12 +141,22 @@ def _running(command: Sequence[str], environment: Mapping[str, str], port: int, 
             time.sleep(0.25)
         yield endpoint
     finally:
-        process.send_signal(signal.SIGTERM)  # a background job of a shell ignores SIGINT
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end(process)
+
+
+def end(process: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIGTERM) -> Ended:
+    """Ends a command that leads a session, by a signal, and kills what is left of all that it has started. Usually SIGTERM: a
+    background job of a shell ignores SIGINT, which goes to the process group, as from a terminal."""
+    below, began_s = set(descendants(process.pid)), time.monotonic()
+    with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+        if process.poll() is None:
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        process.wait(STOP_TIMEOUT_S)
+    seconds = time.monotonic() - began_s
+    left = {pid: command_line(pid) for pid in wait_gone(below | set(descendants(process.pid)) | {process.pid}, LINGER_S)}
+    signal_all(left, signal.SIGKILL)
+    process.wait()
+    return Ended(seconds, left)
 
 
 class Clients:
@@ -154,8 +203,3 @@ def _answers(endpoint: Endpoint, path: str) -> bool:
     except OSError:  # nobody listens yet, or it says 503
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from workers.parallel.in_process import ThreadGroup
 logger = logging.getLogger(__name__)
 
 EPOCH = 0
-CLOSE_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
 
 
 class GroupHost(Protocol):
@@ -84,9 +85,10 @@ class ThreadGroups:
     def close(self) -> None:
         for link in self._links.values():
             link.commands.put([End("the engine was shut down")])
+        deadline_s = time.monotonic() + CLOSE_TIMEOUT_S  # of all; one that is in a long step ends with the process
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=CLOSE_TIMEOUT_S)
+                thread.join(timeout=max(0.0, deadline_s - time.monotonic()))
 
 
 class LocalLink:

@@ -208,6 +208,12 @@ class Service:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
 
+    def end_all(self) -> None:
+        """The endpoint ends: so does everything that is under way, at once, and is told why."""
+        error = RequestError(Fault.UNAVAILABLE, "the endpoint is ending: ask again once it is back")
+        for call in [call for calls in self._calls.values() for call in calls]:
+            call.end(error)
+
     def _submit(self, call: "_Call", prompts: Sequence[Prompt], told: Sequence[Sequence[Told]]) -> None:
         """To the scheduler that is up, or will be. Errors: RequestError, EngineError."""
         loop, frontend = asyncio.get_running_loop(), self._frontend

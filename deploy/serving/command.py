@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import own_threads
+from cluster.ending import Ending
 from cluster.engine import EngineError
 from deploy.cli.display import StartView
-from deploy.cli.exits import end_by, interrupts_held
+from deploy.cli.exits import end_by
 from deploy.config.load import (
     Config,
     bound_openmp_spin,
@@ -34,6 +35,7 @@ from deploy.doors.access import ApiKeys
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
+from deploy.serving.ending import GRACE_S, end_late, let_end
 from deploy.serving.haproxy import write_program
 from deploy.serving.ports import POLL_S, await_answer, check_free, reserve
 from deploy.text.without_torch import import_without_torch
@@ -42,6 +44,10 @@ from scheduler.server.stats import ClusterStatus
 
 CALL_TIMEOUT_S = 10.0
 GRPC_GRACE_S = 5.0
+TELL_S, ORDERLY_S, RAY_S = 1.0, 3.0, 1.5
+"""What clients have to be told in, Serve and Ray to end in, after the requests under way, before the rest is killed: all within
+10 s."""
+
 LOOK_S = 5.0
 """Between two looks at what Serve itself says of the application."""
 
@@ -76,7 +82,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
         observer = Observer.open(limits, model.name)
         service = Service(model, LocalCluster(config.engine), observer)
         app = create_app(service, limits, keys, pages=status_routes(service))
-        server = HttpServer(app, limits, lambda: _tell_waiting(view, service.under_way))
+        server = HttpServer(app, limits, partial(end_late, service, view.say))
         tasks = [asyncio.create_task(service.run())]
         try:
             while not await service.ready():
@@ -114,11 +120,6 @@ async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIt
         yield
     finally:
         await server.stop(GRPC_GRACE_S)
-
-
-def _tell_waiting(view: StartView, under_way: int) -> None:
-    if under_way:
-        view.say(f"ending; waiting for {under_way} request(s) under way: Ctrl-C again ends them at once")
 
 
 async def _answers(serving: "asyncio.Task[None]", ask: Callable[[Callable[[], None]], None]) -> bool:
@@ -164,24 +165,34 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         heavy = threading.Thread(target=_import_doors, name="manta-imports")
         heavy.start()  # Ray's own processes come up meanwhile, and are waited for
         owns_ray = connect_ray(engine, ranks * threads + config.serve.replicas + SPARE_CPUS, view.say)
-        import ray
-
+        ending = Ending()
         try:
             heavy.join()
             view.say("starting Ray Serve: its controller and proxies")
-            with _application(config, keys, threads if owns_ray else 1, view) as owner:
+            with _application(config, keys, threads if owns_ray else 1, ending) as (owner, front):
+
+                def status() -> ClusterStatus:
+                    now: ClusterStatus = owner.status.remote().result(timeout_s=CALL_TIMEOUT_S)
+                    return now
+
                 view.say("starting the front ends and the engine")
-                _await_ready(lambda: owner.status.remote().result(timeout_s=CALL_TIMEOUT_S), config, view)
+                _await_ready(status, config, view)
                 view.say(f"waiting for an answer from {config.serve.base_url}")
                 await_answer(config.serve, model.name, next(iter(keys), None), engine.start_timeout_s, _pause)
+                front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)  # from now on it knows where they are
                 view.ready(model.name, config.serve)
-                while True:
-                    time.sleep(1.0)
+                try:
+                    while True:
+                        time.sleep(1.0)
+                finally:
+                    with ending:
+                        ending.give(GRACE_S, partial(let_end, status, view.say))
+                        ending.give(TELL_S, lambda: front.broadcast("end_here").results(return_exceptions=True))
         finally:
-            with interrupts_held():
+            with ending:
                 view.close()
                 if owns_ray:
-                    ray.shutdown()
+                    ending.end_ray(RAY_S)
 
 
 @contextlib.contextmanager
@@ -214,8 +225,9 @@ def _import_doors() -> None:
 
 
 @contextlib.contextmanager
-def _application(config: Config, keys: tuple[str, ...], threads: int, view: StartView) -> Iterator[Any]:
-    """The application on Serve, while it starts and serves: its Engine's handle. Errors: ConfigError if another is there."""
+def _application(config: Config, keys: tuple[str, ...], threads: int, ending: Ending) -> Iterator[tuple[Any, ...]]:
+    """The application on Serve, while it starts and serves: handles of Engine and front ends. Errors: ConfigError if another is
+    there."""
     from ray import serve as ray_serve
 
     from deploy import app
@@ -236,13 +248,11 @@ def _application(config: Config, keys: tuple[str, ...], threads: int, view: Star
             ],
             wait_for_applications_running=False,
         )
-        yield ray_serve.get_deployment_handle("Engine", app_name=limits.app_name)
-    except KeyboardInterrupt:
-        view.say(f"ending; requests under way have {app.GRACE_S:g} s: Ctrl-C again ends them at once")
-        raise
+        yield tuple(ray_serve.get_deployment_handle(name, app_name=limits.app_name) for name in ("Engine", "Ingress"))
     finally:
-        with contextlib.suppress(KeyboardInterrupt, Exception):  # whatever is left ends with Ray, if that is ours
-            ray_serve.delete(limits.app_name) if config.engine.ray_address is not None else ray_serve.shutdown()
+        theirs = config.engine.ray_address is not None
+        with ending:
+            ending.give(ORDERLY_S, partial(ray_serve.delete, limits.app_name) if theirs else ray_serve.shutdown)
 
 
 def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: StartView) -> None:

@@ -1,0 +1,209 @@
+"""One run: endpoints one after the other, clients, and faults at random moments; in the end, what is still held.
+
+Imports the other files of this room and `shared`.
+"""
+
+import itertools
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+
+from benchmarks.chaos.asks import Answer, Ask, mixed
+from benchmarks.chaos.clients import Clients, undisturbed
+from benchmarks.chaos.faults import Fault, inflict, resume
+from benchmarks.chaos.ledger import Incident, Ledger
+from benchmarks.chaos.roles import census, holders
+from benchmarks.shared.endpoint import Endpoint, ServingError, serving
+from benchmarks.shared.processes import Process, alive, held_by
+
+GROUPS, RANKS, REPLICAS = 2, 2, 2
+FLAGS = (
+    "--groups", str(GROUPS), "--tensor-parallel-size", str(RANKS), "--replicas", str(REPLICAS), "--haproxy", "--threads", "1",
+    "--dtype", "float64", "--kv-memory", "64MiB",
+)  # fmt: skip
+"""float64, so that an answer does not depend on what else was in its batches."""
+
+POLL_S = 0.25
+STEADY_POLLS = 3
+"""In a row, for which an endpoint must be whole."""
+
+MOMENTS_S = (0.5, 4.0)
+"""Between an endpoint that is whole and the next fault."""
+
+LAST_WATCH_S = 30.0
+"""After the death of what nothing brings back."""
+
+
+@dataclass(slots=True)
+class Held:
+    """What an endpoint holds without a request. blocks: by state. processes: by the names of `roles.census`."""
+
+    blocks: dict[str, int]
+    processes: dict[str, list[Process]]
+
+    @classmethod
+    def by(cls, endpoint: Endpoint) -> "Held":
+        """Errors: ServingError if it does not become idle."""
+        blocks = endpoint.idle_blocks()
+        found = census(endpoint.pid)
+        held = held_by([endpoint.pid, *(pid for pids in found.values() for pid in pids)])
+        named = {"driver": [endpoint.pid], **found}
+        return cls(blocks, {name: [held[pid] for pid in pids if pid in held] for name, pids in named.items()})
+
+
+@dataclass(slots=True)
+class Result:
+    """began, ended: what the last endpoint held before its first fault and after its last. not_held: why there is none."""
+
+    incidents: list[Incident] = field(default_factory=list)
+    samples: list[str] = field(default_factory=list)
+    missing: Counter[str] = field(default_factory=Counter)
+    began: Held | None = None
+    ended: Held | None = None
+    not_held: str = ""
+
+
+class Chaos:
+    """log: of the endpoints, which get a number each before its suffix."""
+
+    def __init__(self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float) -> None:
+        self._model = model
+        self._log = log
+        self._streams = streams
+        self._seed = seed
+        self._patience_s = patience_s
+        self._draw = random.Random(seed)
+        self._lives = itertools.count(1)
+        self._asks: list[Ask] = mixed(2 * streams, seed)
+        self._expected: dict[int, Answer] = {}
+        self.result = Result()
+
+    def run(self, faults: Sequence[Fault], count: int) -> Result:
+        """count: faults in all; each takes its turn, in an order that is drawn. Errors: ServingError if an endpoint does not
+        come up."""
+        plan = in_turns(faults, count, self._draw)
+        while plan:
+            with serving(self._model, FLAGS, self._log.with_suffix(f".{next(self._lives)}.log")) as endpoint:
+                self._one_life(endpoint, plan)
+        return self.result
+
+    def _one_life(self, endpoint: Endpoint, plan: list[Fault]) -> None:
+        """As many of the plan's faults as this endpoint survives."""
+        usual = {name: len(pids) for name, pids in census(endpoint.pid).items()}
+        if not self._expected:
+            self._expected = undisturbed(endpoint.address, self._asks, self._streams)
+            _say(f"{len(self._asks)} answers as they are undisturbed")
+        ledger = Ledger(self._expected)
+        whole = True
+        self.result.began, self.result.ended = Held.by(endpoint), None
+        with Clients(endpoint.address, self._asks, ledger, self._streams, self._draw.randint(0, 1 << 30)):
+            _until(lambda: ledger.flowing(self._streams), self._patience_s)
+            while plan and whole:
+                time.sleep(self._draw.uniform(*MOMENTS_S))
+                whole = self._strike(endpoint, plan.pop(0), ledger, usual)
+            time.sleep(MOMENTS_S[1])
+            ledger.end()
+        incident = ledger.incidents[-1]
+        if whole:
+            self._look_what_is_held(endpoint)
+        else:
+            self._end(endpoint, incident)
+        self.result.incidents += ledger.incidents
+        self.result.samples += ledger.samples
+
+    def _strike(self, endpoint: Endpoint, fault: Fault, ledger: Ledger, usual: dict[str, int]) -> bool:
+        """Makes the fault and waits until all is as it was; False if that does not come about."""
+        victims = [] if fault.kind == "disk" else holders(fault.role, endpoint.pid, self._draw.choice)
+        if not victims and fault.kind != "disk":
+            self.result.missing[str(fault)] += 1
+            _say(f"{fault}: nobody plays this role")
+            return True
+        incident = ledger.begin(fault)
+        try:
+            inflict(fault, victims, self._draw)
+            gone = set(victims) if fault.replaces else set()
+            patience_s = LAST_WATCH_S if fault.ends_all else self._patience_s
+            whole_s = _until(lambda: missing(endpoint, usual, gone) is None, patience_s, STEADY_POLLS)
+            if whole_s is not None:
+                incident.whole_s = whole_s - incident.at_s
+                whole_s = _until(lambda: ledger.flowing(self._streams), self._patience_s)
+            if whole_s is None:
+                incident.missing = missing(endpoint, usual, gone) or "output for every client"
+        finally:
+            resume(victims)
+        ledger.end()
+        _say(in_words(incident))
+        return whole_s is not None
+
+    def _end(self, endpoint: Endpoint, incident: Incident) -> None:
+        """As its user would, by Ctrl-C."""
+        ended = endpoint.interrupt()
+        incident.ended_s, incident.left = ended.seconds, len(ended.left)
+        _say(f"{incident.fault}: Ctrl-C took {ended.seconds:.1f} s, {len(ended.left)} processes had to be killed")
+
+    def _look_what_is_held(self, endpoint: Endpoint) -> None:
+        try:
+            self.result.ended = Held.by(endpoint)
+        except (ServingError, OSError) as error:
+            self.result.not_held = str(error)
+
+
+def in_turns(faults: Sequence[Fault], count: int, draw: random.Random) -> list[Fault]:
+    """Each as often as the others, give or take one. What ends an endpoint comes last, so that few must be started."""
+    plan: list[Fault] = []
+    while len(plan) < count:
+        plan += draw.sample(faults, len(faults))
+    return sorted(plan[:count], key=lambda fault: fault.ends_all)
+
+
+def missing(endpoint: Endpoint, usual: dict[str, int], gone: set[int]) -> str | None:
+    """What of all that there was is not there yet, in words: processes, groups, front ends; or who was to be replaced and has
+    not gone."""
+    now = census(endpoint.pid)
+    if left := alive(gone):
+        return f"the end of {sorted(left)}"
+    if few := [name for name, count in usual.items() if len(now[name]) < count]:
+        return f"a process called {' and '.join(few)}"
+    try:
+        endpoint.get("/ready")
+        status = json.loads(endpoint.get("/status.json?history=0"))
+    except (OSError, HTTPException, ValueError) as error:
+        return f"an answer that it is ready ({error})"
+    states = [group["state"] for group in status["groups"]]
+    if states != ["up"] * GROUPS:
+        return f"a group that is up: they are {', '.join(states)}"
+    return None if status["front_ends"] == REPLICAS else f"a front end: the scheduler knows {status['front_ends']}"
+
+
+def _until(true: Callable[[], bool], patience_s: float, polls: int = 1) -> float | None:
+    """When it became true, by `time.monotonic`, for so many looks in a row; None if that took longer than patience allows."""
+    deadline_s, since_s, seen = time.monotonic() + patience_s, 0.0, 0
+    while (now_s := time.monotonic()) < deadline_s:
+        if true():
+            since_s, seen = since_s if seen else now_s, seen + 1
+            if seen == polls:
+                return since_s
+        else:
+            seen = 0
+        time.sleep(POLL_S)
+    return None
+
+
+def in_words(incident: Incident) -> str:
+    """One line."""
+    lost, refused = dict(incident.lost), dict(incident.refused)
+    came = f"whole after {incident.whole_s:.1f} s" if incident.whole_s is not None else f"without {incident.missing}"
+    return (
+        f"{incident.fault}: {incident.under_way} under way, lost {lost}, wrong {incident.wrong}, refused {refused}, taken up "
+        f"{incident.taken_up}, silent {incident.silent_s:.1f} s, a stream paused {incident.paused_s:.1f} s, {came}"
+    )
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
