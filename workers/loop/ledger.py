@@ -18,7 +18,7 @@ import numpy.typing as npt
 from kvcache.ids import BlockId
 from kvcache.table import Standing
 from scheduler.batching import Ints
-from scheduler.protocol.messages import ROW_MASK, Command, Drop, Grant, Load, Receive, Remap, Start
+from scheduler.protocol.messages import ROW_MASK, Command, Copy, Drop, Grant, Load, Receive, Remap, Start
 from workers.loop.batch import Launched, ResidentBatch
 
 NOBODY = -1
@@ -60,6 +60,8 @@ class Ledger:
             self._start(command)
         elif isinstance(command, Receive | Load):
             self._renew(np.frombuffer(command.blocks, np.int32))
+        elif isinstance(command, Copy):
+            self._renew(np.array([command.target]))
         elif not isinstance(command, Grant | Remap | Drop) or self._lease[command.lease & ROW_MASK] != command.lease:
             pass
         elif isinstance(command, Grant):
