@@ -105,7 +105,8 @@ class RankLife:
         assert self._comm is not None
         assert self._listener is not None
         rank, gathered, transport = self._built.rank, Gathered(self._size), self._open_transport(scheduler)
-        rank.ledger = Ledger(rank.batch, self._built.blocks)
+        if self._config.enable_prefix_caching:
+            rank.ledger = Ledger(rank.batch, self._built.blocks)
         feed = SocketFeed(
             self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch
         )
@@ -136,8 +137,7 @@ class RankLife:
         """For one scheduler, until it closes the log. Errors: SchedulerGone, LinkClosed."""
         assert self._built is not None
         rank, scheduler = self._built.rank, term.scheduler
-        assert rank.ledger is not None
-        told = parts(rank.ledger.standing())
+        told = parts(rank.ledger.standing()) if rank.ledger is not None else []
         hello = Hello(
             self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told)
         )

@@ -130,7 +130,7 @@ class GroupKeeper:
         while not self._closing.is_set():
             reason = self._handle.wait(POLL_S)
             if reason is None and (fenced := self._scheduler.fenced(self.group, self._handle.epoch)) is not None:
-                reason = self._handle.wait(REASON_S) or fenced
+                reason = self._handle.wait(REASON_S) or (self._rejoin() if fenced.cut else fenced.reason)
             if reason is None and self._renewing.is_set():
                 reason = "it was asked to start anew"
             elif reason is None and not self._scheduler.up:
@@ -142,8 +142,9 @@ class GroupKeeper:
         return None
 
     def _rejoin(self) -> str | None:
-        """The scheduler was replaced: the ranks go on for the next. Why they do not; None if they do, or all is over."""
-        deadline, last = 0.0, self._scheduler_epoch
+        """The ranks go on for the scheduler that is up: theirs has gone, or is cut off. Why they do not; None if they do, or
+        all is over."""
+        deadline, last = 0.0, -1
         while not self._closing.is_set():
             try:
                 live = self._scheduler.expect(self.group)
@@ -157,10 +158,10 @@ class GroupKeeper:
                 if (reason := self._handle.wait(POLL_S)) is not None:
                     return reason
                 if time.monotonic() > deadline:
-                    return f"group {self.group} did not come to the next scheduler within {REJOIN_S:g} s: {error}"
+                    return f"group {self.group} did not come to the scheduler within {REJOIN_S:g} s: {error}"
             else:
                 self._scheduler_epoch = live.epoch
-                logger.warning("group %d goes on for the next scheduler, epoch %d", self.group, self._handle.epoch)
+                logger.warning("group %d goes on as it is, epoch %d", self.group, self._handle.epoch)
                 return None
         return None
 

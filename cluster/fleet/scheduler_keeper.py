@@ -111,10 +111,10 @@ class SchedulerKeeper:
         self._announced.discard(group)
         self.call("group_lost", group, reason, back_s)
 
-    def fenced(self, group: int, epoch: int) -> str | None:
+    def fenced(self, group: int, epoch: int) -> Fenced | None:
         """Why the scheduler does not listen to this epoch of the group any more; None while it does, as far as is known."""
         fenced = self._fenced.get(group)
-        return fenced.reason if fenced is not None and fenced.epoch == epoch else None
+        return fenced if fenced is not None and fenced.epoch == epoch else None
 
     def expect(self, group: int) -> LiveScheduler:
         """Tells the scheduler that a group is being started. Returns the life of it that has heard, hence one that was up

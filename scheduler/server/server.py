@@ -125,7 +125,7 @@ class SchedulerServer:
 
     async def _serve_leader(self, hello: Hello, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One (group, epoch). When its stream ends, the group is down until a newer epoch comes or `group_lost` is said."""
-        group, why = GroupId(hello.group), "its leader has gone"
+        group, why = GroupId(hello.group), ""
         try:
             told = await self._read_inventories(hello, reader)
             self.call(lambda core: self._greet(core, hello, told, writer))
@@ -140,7 +140,8 @@ class SchedulerServer:
             logger.error("fencing group %d, epoch %d: %s", group, hello.epoch, error)
         finally:
             if self._leaders.get(group) is writer:  # else a newer epoch has taken over, or it is lost
-                self._fence(Fenced(group, hello.epoch, f"group {group} ended: {why}"))
+                reason = f"group {group} ended: {why or 'its leader has gone'}"
+                self._fence(Fenced(group, hello.epoch, reason, cut=not why))
 
     async def _read_inventories(self, hello: Hello, reader: asyncio.StreamReader) -> list[Inventory]:
         """What its pool holds, in parts. Errors: ProtocolError if it goes before it has said all, or says too much."""

@@ -14,11 +14,15 @@ from scheduler.protocol.silence import Silence
 
 
 class Fenced(NamedTuple):
-    """An epoch of a group that is not listened to any more, though its ranks may run on: whoever started them ends them."""
+    """An epoch of a group that is not listened to any more, though its ranks may run on: whoever started them ends them.
+
+    cut: its connection has ended, and nothing else is known against it: ranks that live may come back as another epoch.
+    """
 
     group: int
     epoch: int
     reason: str
+    cut: bool = False
 
 
 class Vitals:

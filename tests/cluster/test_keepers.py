@@ -21,6 +21,7 @@ from cluster.fleet.restarts import Restarts
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
+from scheduler.server.vitals import Fenced
 from tests.processes import SCHEDULER, alive, all_named, named
 from workers.config import SchedulerAddress
 
@@ -155,6 +156,25 @@ class Deaf(Life):
         super().rejoin(scheduler, deadline)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_group_that_is_only_cut_off_goes_on_and_one_that_hangs_does_not(
+    cut: bool, scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Life.made.clear()
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Life(GROUPS, epoch)), scheduler,
+        restarts=Restarts(3, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
+    )  # fmt: skip
+    keeper.start()
+    until("it does not come up", lambda: keeper.up(1.0))
+    fenced = Fenced(GROUPS, 0, "it is not listened to", cut)
+    monkeypatch.setattr(scheduler, "fenced", lambda _group, epoch: fenced if epoch == 0 else None)
+    until("it did not come back", lambda: keeper.epoch == 1 and bool(Life.made[-1].serves))
+    assert (len(Life.made), Life.made[0].killed, Life.made[0].rejoined) == ((1, False, 1) if cut else (2, True, 0))
+    assert ("it is not listened to; it starts again at once" in caplog.text) is not cut
+    keeper.close()
+
+
 def test_a_group_that_does_not_come_in_time_is_started_anew_for_free(
     scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -171,7 +191,7 @@ def test_a_group_that_does_not_come_in_time_is_started_anew_for_free(
     first, second = Life.made
     assert first.killed
     assert first.rejoined == second.rejoined == 0
-    assert "did not come to the next scheduler within 0.2 s: it does not answer" in caplog.text
+    assert "did not come to the scheduler within 0.2 s: it does not answer" in caplog.text
     assert "starts again" not in caplog.text, "that was no death of its own"
     kill_scheduler()
     until("it did not go on", lambda: second.rejoined == 1)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from cluster.fleet.group import GroupHandle
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from cluster.launch import plan
 from cluster.remote import SchedulerStream
-from scheduler.protocol.messages import Deltas, Finished, Request
+from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from tests.cluster.test_ray import until
 from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
@@ -59,7 +60,9 @@ class Client:
 
     def ask(self, prompts: list[list[int]], max_tokens: int = MOST) -> tuple[list[list[int]], list[Finished]]:
         """The tokens and the ends of all, in their order."""
-        streams = self.submit(prompts, max_tokens)
+        return self.gather(self.submit(prompts, max_tokens))
+
+    def gather(self, streams: range) -> tuple[list[list[int]], list[Finished]]:
         tokens: dict[int, list[int]] = {stream: [] for stream in streams}
         ends: dict[int, Finished] = {}
         while len(ends) < len(streams):
@@ -115,6 +118,27 @@ def test_ranks_go_on_for_the_next_scheduler_and_their_prefixes_are_hit(fleet: Fl
         tokens, ends = Client(fleet).ask(PROMPTS)
         assert tokens == expected
         assert all(end.cached_tokens >= len(PREFIX) for end in ends), "of each prompt at least the prefix stood in the pool"
+
+
+def test_a_leader_that_is_cut_off_comes_back_and_no_stream_is_lost(fleet: Fleet) -> None:
+    until("a group is missing", lambda: groups_up(fleet) == 2)
+    ranks, client = all_named(WORKER, 4), Client(fleet)
+    expected, _ = client.ask(PROMPTS, 200)
+    before = {group.group: group.epoch for group in fleet.groups()}
+    streams = client.submit(PROMPTS, 200)
+    leader = fleet._keepers[1]._handle._ranks[0]
+    ray.get(leader.__ray_call__.remote(cut), timeout=PATIENCE_S)
+    tokens, ends = client.gather(streams)
+    assert tokens == expected
+    assert all(end.reason == FinishReason.LENGTH for end in ends)
+    until("it did not come back", lambda: groups_up(fleet) == 2)
+    assert {group.group: group.epoch for group in fleet.groups()} == before | {1: before[1] + 1}
+    assert all_named(WORKER, 4) == ranks
+
+
+def cut(worker: Any) -> None:
+    """Ends the leader's connection to the scheduler, in its own process."""
+    worker._life.terms._leave()
 
 
 def test_ranks_wait_for_a_scheduler_as_long_as_they_are_told_to(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 from kvcache.ids import BlockId, GroupId
 from kvcache.table import Standing
 from scheduler.core import SchedulerCore
+from scheduler.protocol.messages import Copy
 from scheduler.running.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled
 
@@ -57,6 +58,22 @@ def test_what_is_under_way_stays_as_far_as_it_is_computed() -> None:
     (again,) = cluster.submit([*filled(0, 1, 1), *tokens], max_tokens=8)
     cluster.run()
     assert cluster.cached_tokens(again) == 12
+
+
+def test_the_target_of_a_copy_whose_start_never_came_is_not_told() -> None:
+    cluster = Cluster((6,), hash_stride=2)
+    for salt in ("a", "b"):
+        cluster.submit([*filled(1), 1, 1, 1], max_tokens=1, salt=salt)
+        cluster.run()
+    cluster.submit([*filled(0), 0, 0, 0], max_tokens=4)
+    cluster.step(times=1)
+    cluster.submit([*filled(0), 0, 0, 1], max_tokens=1)  # a part of what runs goes to a block of one that has ended
+    group = cluster.groups[HERE]
+    assert isinstance(group.down[0], Copy)
+    group.deliver(1)
+    group.turn()
+    cluster.lose_scheduler([HERE])  # which compares what is told with what stands there
+    assert ("b", np.array(filled(1), np.int32).tobytes()) in known(cluster.core)
 
 
 def test_the_last_used_is_evicted_last_and_leaves_before_parents() -> None:

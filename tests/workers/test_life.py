@@ -147,6 +147,25 @@ def test_a_group_goes_on_for_the_next_scheduler_with_what_stands_in_its_pool(ser
     other.join()
 
 
+def test_a_connection_that_is_cut_costs_an_epoch_and_no_token(servers: list[Served]) -> None:
+    """The scheduler lives: it has the sequence and its tokens, and the group has their KV."""
+    served = servers[0]
+    group = Group(address(served))
+    expected, _ = answer(served, PROMPT, 200)
+    front_end = submit(served, PROMPT, max_tokens=200)
+    read(front_end, Deltas)
+    served.loop.call_soon_threadsafe(lambda: served.server._leaders[GroupId(0)].transport.abort())
+    group.rejoin(served, 1)
+    assert served.ask(lambda core: core.groups[GroupId(0)].epoch) == 1
+    assert served.server.fenced[GroupId(0)].cut
+    again, _ = answer(served, PROMPT, 200)
+    assert again == expected
+    counters = served.ask(lambda core: core.counters)
+    assert counters.finished == 3
+    close(served)
+    group.join()
+
+
 def test_a_scheduler_that_is_gone_before_the_group_is_built_is_waited_for_as_well(servers: list[Served]) -> None:
     with listen("127.0.0.1") as nobody:
         port = nobody.getsockname()[1]

@@ -129,15 +129,22 @@ class Ledger:
         steps, self._steps = self._steps, []
         rows = np.concatenate([step.plan.rows for step, *_ in steps])
         ends = np.concatenate([step.first for step, *_ in steps]) + np.concatenate([step.plan.counts for step, *_ in steps])
+        ids = np.concatenate([ids for _, ids, _ in steps])
         live = np.concatenate([live for *_, live in steps])
-        self._stands[rows[live]] = ends[live]  # in order: the last one of a row stays
-        sampled = live & np.concatenate([step.samples for step, *_ in steps])
-        rows, ends, ids = rows[sampled], ends[sampled], np.concatenate([ids for _, ids, _ in steps])[sampled]
-        index, slot = np.divmod(ends, self._block_size)
-        inside = index < self._held[rows]
-        self._late[rows[~inside]] = ids[~inside]
-        blocks = self._batch.block_table[rows[inside], index[inside]]
-        self._tokens[blocks, slot[inside]] = ids[inside]
+        samples = np.concatenate([step.samples for step, *_ in steps])
+        if not live.all():
+            rows, ends, ids, samples = rows[live], ends[live], ids[live], samples[live]
+        self._stands[rows] = ends  # in order: the last one of a row stays
+        if not samples.all():
+            rows, ends, ids = rows[samples], ends[samples], ids[samples]
+        index = ends // self._block_size
+        inside = index < self._held.take(rows)
+        if not inside.all():
+            self._late[rows[~inside]] = ids[~inside]
+            rows, ends, ids, index = rows[inside], ends[inside], ids[inside], index[inside]
+        table = self._batch.block_table
+        blocks = table.reshape(-1).take(rows * table.shape[1] + index)
+        self._tokens.reshape(-1)[blocks.astype(np.int64) * self._block_size + ends % self._block_size] = ids
 
     def leave(self, row: int) -> None:
         """Its lease has ended, and its blocks stand as they are. Nothing for a row without one."""

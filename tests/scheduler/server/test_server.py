@@ -295,7 +295,7 @@ def test_a_group_whose_word_of_its_pool_cannot_be_is_fenced(served: Served, faul
         leader.send(Connect() if fault == "not the protocol" else part)
     assert leader.receive() is None
     assert served.ask(lambda core: list(core.groups)) == []
-    assert {(group, fenced.epoch) for group, fenced in served.server.fenced.items()} == {(0, 4)}
+    assert {(group, fenced.epoch, fenced.cut) for group, fenced in served.server.fenced.items()} == {(0, 4, False)}
     served.leader(epoch=5)
     served.front_end()  # answered after the leader was heard
     assert served.leader(epoch=3).receive() is None

@@ -1,0 +1,154 @@
+"""What a leader says of its pool: all that is certain, and nothing that has been overwritten, by whomever."""
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from kvcache.ids import BlockId
+from kvcache.table import Standing
+from scheduler.protocol.messages import Command, Drop, Grant, LeaseId, Load, Receive, Remap
+from tests.workers.loop.test_batch import lease, start
+from workers.loop.batch import ResidentBatch
+from workers.loop.ledger import MOST_STEPS, Ledger
+from workers.loop.rank import Rank
+from workers.loop.simulated import SimulatedExecutor, digest
+
+BLOCKS = 12
+
+
+def rank(depth: int = 0, max_model_len: int = 400) -> Rank:
+    batch = ResidentBatch(3, 4, 64, max_model_len)
+    made = Rank(batch, SimulatedExecutor(max(BLOCKS, max_model_len // 4), 4, 3, 50), depth)
+    made.ledger = Ledger(batch, max(BLOCKS, max_model_len // 4))
+    return made
+
+
+def run(rank: Rank, *commands: Command, turns: int = 1) -> None:
+    rank.turn(commands)
+    for _ in range(turns - 1):
+        rank.turn(())
+
+
+def told(rank: Rank) -> list[Standing]:
+    """Once the batch is empty."""
+    run(rank, *rank.vacate())
+    while not rank.idle:
+        rank.turn(())
+    assert rank.ledger is not None
+    return rank.ledger.standing()
+
+
+def summary(standing: list[Standing]) -> list[tuple[int, int | None, int]]:
+    """(block, the one before it, its tokens), in order."""
+    return [(each.block, each.before, len(each.content) // 4) for each in standing]
+
+
+FIRST, SECOND = lease(1, 0), lease(2, 1)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("steps", [3, MOST_STEPS, 3 * MOST_STEPS + 5])
+def test_it_has_the_tokens_of_prompts_and_of_outputs(depth: int, steps: int) -> None:
+    made = rank(depth)
+    blocks = tuple(range(80, 0, -1))
+    run(made, start(FIRST, 6, blocks=blocks, max_tokens=300), turns=steps)
+    computed = 6 + steps - 1 - depth
+    standing = told(made)
+    assert [each.block for each in standing] == list(blocks[: len(standing)])
+    assert [each.before for each in standing] == [None, *blocks[: len(standing) - 1]]
+    tokens = np.frombuffer(b"".join(each.content for each in standing), np.int32)
+    assert len(tokens) == computed
+    assert tokens[:6].tolist() == list(range(6))
+    state, executor = 0, made.executor
+    assert isinstance(executor, SimulatedExecutor)
+    for at, token in enumerate(tokens.tolist()):  # whatever it says, the KV there is of exactly these tokens
+        state = digest(state, token)
+        assert executor.cache[blocks[at // 4], at % 4] == state
+
+
+def test_a_hit_is_known_though_nobody_here_has_computed_it() -> None:
+    """It came from another group, or from host memory."""
+    made = rank()
+    run(made, start(FIRST, 10, cached=8, blocks=(5, 3, 4)))
+    assert summary(told(made)) == [(5, None, 4), (3, 5, 4), (4, 3, 2)]
+
+
+def test_a_salt_goes_with_the_first_block() -> None:
+    made = rank()
+    run(made, replace(start(FIRST, 4, blocks=(5,)), salt="tenant"))
+    run(made, replace(start(SECOND, 4, blocks=(6,)), salt="other"))
+    assert {(each.block, each.salt) for each in told(made)} == {(5, "tenant"), (6, "other")}
+
+
+@pytest.mark.parametrize(
+    "overwritten",
+    [
+        start(SECOND, 4, blocks=(2,)),
+        Receive(1, np.array([2], np.int32).tobytes(), 1, 0, ()),
+        Load(1, b"", np.array([2], np.int32).tobytes()),
+    ],
+    ids=["start", "receive", "load"],
+)
+def test_what_follows_a_block_that_is_overwritten_is_not_told(overwritten: Command) -> None:
+    made = rank()
+    run(made, start(FIRST, 11, blocks=(1, 2, 3)))
+    run(made, Drop(FIRST))
+    run(made, overwritten)
+    standing = told(made)
+    assert [each for each in summary(standing) if each[0] != 2] == [(1, None, 4)]
+    assert all(each.before is None for each in standing)
+
+
+def test_a_block_that_is_granted_and_not_filled_is_not_told() -> None:
+    made = rank()
+    run(made, start(FIRST, 8, blocks=(1, 2)))
+    run(made, Drop(FIRST))
+    run(made, start(SECOND, 3, blocks=(5,)), Grant(SECOND, (2, 6)))
+    assert summary(told(made)) == [(5, None, 3), (1, None, 4)]
+
+
+def test_a_token_that_was_sampled_before_its_block_came_is_known() -> None:
+    made = rank()
+    run(made, start(FIRST, 4, blocks=(1,)), turns=2)  # it has sampled one, for which there is no block
+    assert made.ledger is not None
+    made.ledger._work_off()
+    run(made, Grant(FIRST, (7,)), turns=3)
+    tokens = [np.frombuffer(each.content, np.int32).tolist() for each in told(made)]
+    again = rank()
+    run(again, start(FIRST, 4, blocks=(1, 7)), turns=4)
+    assert tokens == [np.frombuffer(each.content, np.int32).tolist() for each in told(again)]
+    assert len(tokens) == 2
+
+
+def test_after_a_twin_was_given_up_the_next_block_follows_the_other() -> None:
+    made = rank()
+    run(made, start(FIRST, 4, blocks=(1,)))
+    run(made, start(SECOND, 7, blocks=(5, 6)))
+    run(made, Remap(SECOND, 0, 1))
+    run(made, start(lease(3, 2), 2, blocks=(5,)))
+    assert (6, 1, 4) in summary(told(made))
+
+
+def test_the_last_used_comes_first_and_a_block_before_what_follows_it() -> None:
+    made = rank()
+    for at, blocks in enumerate([(1, 2), (3, 4), (5, 6)]):
+        run(made, start(lease(at + 1, 0), 8, blocks=blocks, cached=0, max_tokens=1))
+    run(made, start(lease(9, 0), 8, cached=4, blocks=(1, 9), max_tokens=1))
+    assert [each.block for each in told(made)] == [1, 9, 5, 6, 3, 4, 2]
+
+
+def test_nobody_may_run_when_it_is_told() -> None:
+    made = rank()
+    run(made, start(FIRST, 4, blocks=(1,)))
+    assert made.ledger is not None
+    with pytest.raises(AssertionError, match="who runs"):
+        made.ledger.standing()
+
+
+def test_commands_for_a_lease_that_has_ended_change_nothing() -> None:
+    made = rank()
+    run(made, start(FIRST, 8, blocks=(1, 2), max_tokens=1))  # it ends by itself
+    before = told(made)
+    run(made, Grant(FIRST, (3,)), Remap(FIRST, 0, 7), Drop(FIRST), Drop(LeaseId(0)))
+    assert told(made) == before
+    assert summary(before) == [(1, None, 4), (2, BlockId(1), 4)]
