@@ -73,7 +73,7 @@ class Told:
 def stream(url: str, body: dict[str, Any], **headers: str) -> httpx.Response:
     """The whole of it, and that it has begun as a stream."""
     named = {"X-Request-Id": "mine"} | ASKS_FOR_IDS | {name.replace("_", "-"): value for name, value in headers.items()}
-    sent = {name: value.encode("latin-1") for name, value in named.items()}
+    sent = {name.encode(): value.encode("latin-1") for name, value in named.items()}
     return httpx.post(url, json=body | {"stream": True}, headers=sent, timeout=PATIENCE_S)
 
 
