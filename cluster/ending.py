@@ -29,8 +29,9 @@ class Ending:
     """While it is entered, Ctrl-C and SIGTERM end whatever is waited for, and nothing else. hurried: one has come; from then on
     nothing is waited for."""
 
-    def __init__(self, hurried: bool = False) -> None:
-        self.hurried = hurried
+    def __init__(self) -> None:
+        self.hurried = False
+        self._late = False
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "Ending":
@@ -55,22 +56,22 @@ class Ending:
             over.set()
 
         threading.Thread(target=run, name="manta-ending", daemon=True).start()
-        return self.wait(seconds, over.is_set)
-
-    def wait(self, seconds: float, over: Callable[[], bool]) -> bool:
-        """Until it is over: True; False if that takes too long, or somebody is in a hurry."""
         deadline_s = time.monotonic() + seconds
-        while not over():
+        while not over.is_set():
             if self.hurried or time.monotonic() > deadline_s:
+                self._late = True
                 return False
-            time.sleep(POLL_S)
+            time.sleep(POLL_S)  # not on the event: what a signal's handler says is heard between two waits
         return True
 
     def end_ray(self, seconds: float) -> None:
         """Shuts down the Ray cluster that this process has started. Nothing of it outlives this call."""
         import ray
+        from ray._private import auto_init_hook
 
         session = _session()
+        if self._late:
+            auto_init_hook.enable_auto_connect = False  # what a late step asks of Ray would start another one
         if not self.give(seconds, ray.shutdown):
             logger.warning("Ray does not end by itself: its processes are killed")
             _part_from_ray()

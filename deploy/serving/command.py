@@ -171,8 +171,8 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
             view.say("starting Ray Serve: its controller and proxies")
             with _application(config, keys, threads if owns_ray else 1, ending) as (owner, front):
 
-                def status() -> ClusterStatus:
-                    now: ClusterStatus = owner.status.remote().result(timeout_s=CALL_TIMEOUT_S)
+                def status(timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
+                    now: ClusterStatus = owner.status.remote().result(timeout_s=timeout_s)
                     return now
 
                 view.say("starting the front ends and the engine")
@@ -186,7 +186,7 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
                         time.sleep(1.0)
                 finally:
                     with ending:
-                        ending.give(GRACE_S, partial(let_end, status, view.say))
+                        ending.give(GRACE_S, partial(let_end, partial(status, TELL_S), view.say))
                         ending.give(TELL_S, lambda: front.broadcast("end_here").results(return_exceptions=True))
         finally:
             with ending:

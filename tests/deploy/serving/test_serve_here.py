@@ -75,6 +75,21 @@ def test_it_says_for_whom_it_waits_and_a_second_signal_ends_them(tmp_path: Path,
     assert "Traceback" not in log.read_text()
 
 
+def test_who_has_not_ended_after_a_while_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    asked = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with sigint(signal.default_int_handler), served(log, "--port", "0") as process:
+        url = ready_at(log, process)
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=PATIENCE_S, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            said = [line for line in lines if line]
+        assert process.wait(PATIENCE_S) == 130
+    assert "the endpoint is ending" in said[-2]
+    assert said[-1] == "data: [DONE]"
+
+
 @contextlib.contextmanager
 def sigint(handler: Any) -> Iterator[None]:
     """What processes that are started meanwhile inherit."""
