@@ -113,8 +113,16 @@ class ServeCluster:
         return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {why}",))
 
     async def _of_engine(self, maps: bool) -> ClusterStatus:
-        status: ClusterStatus = await self._engine.status.remote(maps)
+        status: ClusterStatus = await self._engine.status.remote(maps, self._version)
         return status
+
+    async def groups_are_up(self) -> bool:
+        """Of this version, whatever else is served."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                return (await self._of_scheduler(False)).ready
+        except Exception:  # there is no scheduler, or it does not answer
+            return False
 
     async def _of_scheduler(self, maps: bool) -> ClusterStatus:
         """Errors: EngineError, Ray's."""

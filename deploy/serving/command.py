@@ -226,16 +226,7 @@ def _application(config: Config, keys: tuple[str, ...], threads: int, view: Star
     app.check_vacant(limits)
     app.start_proxies(limits)
     try:
-        ray_serve.run_many(
-            [
-                ray_serve.RunTarget(
-                    target=app.application(config.engine, limits, opened, threads),
-                    name=limits.app_name,
-                    route_prefix=limits.route_prefix,
-                )
-            ],
-            wait_for_applications_running=False,
-        )
+        app.deploy(app.application(config.engine, limits, opened, threads), limits)
         yield ray_serve.get_deployment_handle("Engine", app_name=limits.app_name)
     except KeyboardInterrupt:
         view.say(f"ending; requests under way have {app.GRACE_S:g} s: Ctrl-C again ends them at once")

@@ -36,6 +36,15 @@ class Standing(NamedTuple):
     epochs: dict[int, int]
 
 
+class Told(NamedTuple):
+    """What a scheduler was told: the whole configuration of its cluster, of which its types let it see its own part."""
+
+    config: CoreConfig
+    resolved: Resolved
+    bounds: QueueBounds | None
+    log_format: str
+
+
 class SchedulerActor:
     """Wrapped by `ray.remote` where it is placed (`cluster.launch`). Every method runs on the actor's one event loop.
 
@@ -54,6 +63,7 @@ class SchedulerActor:
         configure(log_format, role="scheduler")
         if config.log_decisions:
             why.show()
+        self._told = Told(config, resolved, bounds, log_format)
         self._core = SchedulerCore(config, resolved, bounds)
         self._server = SchedulerServer(self._core, token, check_invariants=config.check_invariants)
         self._closed = asyncio.Event()
@@ -76,6 +86,10 @@ class SchedulerActor:
             return None
         epochs = {int(group): epoch for group, epoch in self._core.epochs.items()}
         return Standing(ray.util.get_node_ip_address(), self._port, self._token, epochs)
+
+    async def told(self) -> Told:
+        """For whoever is to keep it and its groups, and was told something else himself."""
+        return self._told
 
     async def keep(self) -> None:
         """An owner lives."""
