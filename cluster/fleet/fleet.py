@@ -169,6 +169,10 @@ class Fleet:
         self._groups.remove(group)
         return True
 
+    def give_up(self, group: int) -> None:
+        """Ends a group that is not up, and does not start it again."""
+        self._groups.remove(group)
+
     def drain(self, group: int, *, replace: bool = False) -> None:
         """Lets a group run empty beside the requests, then ends it and wants one group fewer, or starts it anew. Returns at
         once. Errors: ValueError that says why it cannot; EngineError if the scheduler does not answer."""

@@ -32,7 +32,8 @@ def other_versions(estate: Estate) -> list[Fleet]:
     for version, found in find(estate.namespace).items():
         if version == estate.version:
             continue
-        fleet = _resumed(Estate(estate.namespace, version, estate.adoption_timeout_s), [*found.schedulers.values()])
+        latest_first = [name for _, name in sorted(found.schedulers.items(), reverse=True)]
+        fleet = _resumed(Estate(estate.namespace, version, estate.adoption_timeout_s), latest_first)
         if fleet is None:
             end(estate.namespace, found)
         else:
@@ -47,12 +48,15 @@ def serves_another_version(estate: Estate) -> bool:
 
 def _resumed(estate: Estate, schedulers: list[str]) -> Fleet | None:
     for name in schedulers:
-        with contextlib.suppress(ValueError, EngineError, ray.exceptions.RayError):  # it has died, or does not answer
+        try:
             told = ray.get(actor_of(estate.namespace, name).told.remote(), timeout=ASK_TIMEOUT_S)
-            fleet = Fleet(told.config, told.resolved, logger.error, told.bounds, told.log_format, estate)
+        except (ValueError, ray.exceptions.RayError):  # it has died, or does not answer
+            continue
+        fleet = Fleet(told.config, told.resolved, logger.error, told.bounds, told.log_format, estate)
+        with contextlib.suppress(EngineError):
             if fleet.resume():
                 return fleet
-            fleet.close()
+        fleet.close()
     return None
 
 
@@ -98,11 +102,14 @@ class Roll:
         lacking = self._lacks_room()
         if not lacking and up < self._new.wanted:
             return  # new groups are loading
-        group = max(group.group for group in old.groups())
-        if old.target > 1:
-            old.remove_group(group)
-        elif not old.status().front_ends or (lacking and not up):
-            old.remove_group(group, last=True)
+        groups, last = old.groups(), old.target == 1
+        if not groups or (last and old.status().front_ends and (up or not lacking)):
+            return  # its scheduler does not answer, or serves on
+        leaving = min(groups, key=lambda group: (group.up, -group.group))
+        if leaving.up:
+            old.remove_group(leaving.group, last=last)
+        else:
+            old.give_up(leaving.group)
 
     def _lacks_room(self) -> bool:
         """Whether a new group has waited long enough for a place to be sure that there is none."""

@@ -78,12 +78,12 @@ class ServeCluster:
             scheduler = self._scheduler()
             if scheduler is None:
                 raise EngineError("there is no scheduler yet, or it is being replaced")
-            standing = ray.get(scheduler.standing.remote(), timeout=ADDRESS_TIMEOUT_S)
+            handover = ray.get(scheduler.handover.remote(), timeout=ADDRESS_TIMEOUT_S)
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             raise EngineError(f"nobody says where the scheduler listens: {error}") from error
-        if standing is None:
+        if handover is None:
             raise EngineError("the scheduler does not listen yet")
-        return SchedulerStream(standing.host, standing.port, standing.token, on_deltas, on_failure)
+        return SchedulerStream(handover.host, handover.port, handover.token, on_deltas, on_failure)
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         """Askers at the same time share one answer."""

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 
 
-class Standing(NamedTuple):
-    """What whoever takes a scheduler over must know. epochs: of each group the last that has been seen."""
+class Handover(NamedTuple):
+    """What whoever takes a scheduler over, or connects to it, must know. epochs: of each group the last that has been seen."""
 
     host: str
     port: int
@@ -80,12 +80,12 @@ class SchedulerActor:
         self._port = await self._server.listen(host)
         return host, self._port
 
-    async def standing(self) -> Standing | None:
+    async def handover(self) -> Handover | None:
         """None: it does not listen yet."""
         if self._port is None:
             return None
         epochs = {int(group): epoch for group, epoch in self._core.epochs.items()}
-        return Standing(ray.util.get_node_ip_address(), self._port, self._token, epochs)
+        return Handover(ray.util.get_node_ip_address(), self._port, self._token, epochs)
 
     async def told(self) -> Told:
         """For whoever is to keep it and its groups, and was told something else himself."""
