@@ -1,4 +1,4 @@
-"""The endpoint on Ray Serve: one `EngineReplica` that owns the cluster, and stateless `Ingress` replicas before it.
+"""The endpoint on Ray Serve: one `EngineReplica` (`engine`) that owns the cluster, and stateless `Ingress` replicas before it.
 
     client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
                               └──────────────status──────▶ Engine (owns scheduler and groups)
@@ -9,13 +9,11 @@
 import asyncio
 import contextlib
 import logging
-import threading
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -25,33 +23,31 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from cluster.config import EngineConfig
-from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.estate import namespace_of, version_of
-from cluster.fleet.fleet import Fleet
-from cluster.launch import plan
-from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, read_operators, reject_unknown
+from cluster.fleet.rolling import serves_another_version
+from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, read_operators
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import ApiKeys
 from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.doors.http import create_app
+from deploy.engine import EngineReplica
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
+from deploy.text.prompts import read_model_limits
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.protocol.orphans import Estate
-from scheduler.server.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
 
 MAX_ASKING = 1024
-LIVE_KEYS = ("groups",)
-"""Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
 HEALTH_CHECK_S = 5.0
+TURN_POLL_S = 0.5
 GRACE_S = 10.0
 """What requests under way have to end in when their replica shall."""
 CALL_TIMEOUT_S = 10.0
@@ -61,92 +57,39 @@ MAX_ONGOING_REQUESTS = 8192
 """Per ingress replica: the scheduler's queue is what bounds requests, and says so with a 429."""
 
 
-class EngineReplica:
-    """Owns the fleet. Serve starts another if it dies, is lost for good or shall be replaced; scheduler and groups run on
-    meanwhile, and are taken over by that one. The end of the application is theirs.
-
-    It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
-    """
-
-    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
-        configure(limits.log_format, role="engine")
-        self._version = version
-        self._told = engine, limits, threads
-        self._failure: str | None = None
-        self._autoscaler: Autoscaler | None = None
-        self._application = serve.get_replica_context().app_name
-        estate = Estate(namespace_of(self._application), version, engine.adoption_timeout_s)
-        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, estate)
-        self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
-        self._starter.start()
-
-    async def version(self) -> str:
-        """Of what is served from now on."""
-        return self._version
-
-    async def status(self, maps: bool = False) -> ClusterStatus:
-        status = await asyncio.to_thread(self._fleet.status, maps)
-        if self._failure is None:
-            return status
-        return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
-
-    async def drain(self, group: int, replace: bool) -> str | None:
-        """Lets a group run empty, see `Fleet.drain`. Why it cannot; None: it does."""
-        if replace and await asyncio.to_thread(version_of, *self._told) != self._version:
-            return "the checkpoint is not the one that is served any more: deploy it as another (docs/deploy.md)"
-        try:
-            await asyncio.to_thread(self._fleet.drain, group, replace=replace)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever
-        `user_config` has changed. What cannot be done is logged and left as it is: an error would make Serve replace this
-        replica."""
-        try:
-            reject_unknown(user_config, LIVE_KEYS, "user_config.")
-            self._fleet.resize(msgspec.convert(user_config.get("groups", self._fleet.wanted), int))
-        except ValueError as error:
-            logger.error("this change of user_config is refused: %s", error)
-
-    async def check_health(self) -> None:
-        """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
-        if self._failure is not None:
-            raise RuntimeError(self._failure)
-
-    def __del__(self) -> None:
-        if not _is_wanted(self._application):
-            if self._autoscaler is not None:
-                self._autoscaler.close()
-            self._fleet.close()
-
-    def _start(self) -> None:
-        try:
-            self._fleet.start(logger.info)
-            self._autoscaler = Autoscaler.of(self._fleet)
-        except Exception as error:
-            logger.exception("the cluster could not be started")
-            self._fail(f"the cluster could not be started: {error}")
-
-    def _fail(self, reason: str) -> None:
-        self._failure = reason
-
-
 class ServeAdministration:
-    """An `Administration` that asks the `Engine` deployment."""
+    """An `Administration` of this application, from a replica of it."""
 
-    def __init__(self, engine: DeploymentHandle) -> None:
+    def __init__(
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int
+    ) -> None:
         self._engine = engine
+        self._config, self._limits, self._keys, self._threads = config, limits, keys, threads
 
     async def drain(self, group: int, replace: bool) -> None:
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                refusal: str | None = await self._engine.drain.remote(group, replace)
-        except Exception as error:  # a dead replica, a timeout, no scheduler
-            raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
+        refusal: str | None = await self._asked(self._engine.drain.remote(group, replace))
         if refusal is not None:
             raise RequestError(Fault.CONFLICT, refusal)
+
+    async def roll(self, model: str) -> None:
+        limits = replace(self._limits, served_model_name=model_name(self._limits.served_model_name, self._config.model))
+        config = replace(self._config, model=model)
+        try:
+            await asyncio.to_thread(read_model_limits, Path(model), config.max_model_len, config.tensor_parallel_size)
+            following = await asyncio.to_thread(
+                application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
+            )
+        except (ValueError, OSError) as error:
+            raise RequestError.invalid(str(error), "model") from error
+        await asyncio.to_thread(deploy, following, limits)
+
+    async def _asked(self, answer: Awaitable[Any]) -> Any:
+        """Errors: RequestError UNAVAILABLE."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                return await answer
+        except Exception as error:  # a dead replica, a timeout, no scheduler
+            raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
 
 
 @serve.ingress()
@@ -154,7 +97,7 @@ class Ingress(GrpcIngress):
     """One front end: holds nothing that outlives a request. If it dies, the scheduler aborts what it had under way."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, version: str
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, version: str
     ) -> None:
         configure(limits.log_format, role="ingress")
         import_without_torch()
@@ -162,9 +105,11 @@ class Ingress(GrpcIngress):
         model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
         self._limits = limits
         self._keys = keys
-        self._administration = ServeAdministration(engine)
+        self._administration = ServeAdministration(engine, config, limits, keys, threads)
         self._observer = Observer.open(limits, model.name)
-        cluster = ServeCluster(engine, serve.get_replica_context().app_name, version)
+        application = serve.get_replica_context().app_name
+        cluster = ServeCluster(engine, application, version)
+        await _turn_of(cluster, Estate(namespace_of(application), version, config.adoption_timeout_s))
         self._service = Service(model, cluster, self._observer)
         self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
@@ -200,6 +145,12 @@ class Ingress(GrpcIngress):
         await asyncio.to_thread(self._observer.close)
 
 
+async def _turn_of(cluster: ServeCluster, estate: Estate) -> None:
+    """Waits until groups of this version are up, while front ends of another one serve."""
+    while not await cluster.groups_are_up() and await asyncio.to_thread(serves_another_version, estate):
+        await asyncio.sleep(TURN_POLL_S)
+
+
 def build(args: Mapping[str, Any]) -> Application:
     """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
     config = endpoint_config(args)
@@ -212,19 +163,28 @@ def build(args: Mapping[str, Any]) -> Application:
     return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 
-def application(engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int) -> Application:
-    """threads: of each CPU rank."""
+def application(
+    engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None
+) -> Application:
+    """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says."""
     version = version_of(engine, limits, threads)
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
         health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
-        user_config={"groups": engine.groups},
+        user_config={"groups": groups or engine.groups},
     )(EngineReplica)  # fmt: skip
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
+        max_surge_percent=100,  # the next one is there before one goes
     )(Ingress)  # fmt: skip
-    return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, version)
+    return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, threads, version)
+
+
+def deploy(made: Application, limits: ServeConfig) -> None:
+    """Hands the application to Serve, in place of the one of that name if there is one. Does not wait until it runs."""
+    target = serve.RunTarget(target=made, name=limits.app_name, route_prefix=limits.route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
 
 
 def check_vacant(limits: ServeConfig) -> None:
@@ -258,22 +218,6 @@ def failure(app_name: str) -> str | None:
     if now is None:
         return f"the application {app_name!r} was deleted"
     return now.message if now.status == ApplicationStatus.DEPLOY_FAILED else None
-
-
-def _is_wanted(application: str) -> bool:
-    """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
-    asked: Future[ApplicationStatus | None] = Future()
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # Serve itself has gone
-            now = serve.status().applications.get(application)
-            asked.set_result(now.status if now is not None else None)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return asked.result(timeout=CALL_TIMEOUT_S) not in (None, ApplicationStatus.DELETING)
-    except TimeoutError:
-        return False
 
 
 def start_proxies(limits: ServeConfig) -> None:

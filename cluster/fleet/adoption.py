@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
-from scheduler.server.actor import Standing
+from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,11 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     namespace = owner.estate.namespace
     found = find(namespace).get(owner.estate.version, Found())
     epochs = {group: epoch + 1 for group, epoch in sorted(found.groups)}
-    standing = _adopt_scheduler(found, namespace, scheduler)
-    if standing is None:
+    handover = _adopt_scheduler(found, namespace, scheduler)
+    if handover is None:
         end(namespace, found)
         return Adopted(max(found.schedulers, default=-1) + 1, epochs)
-    epochs |= {group: max(epoch + 1, epochs.get(group, 0)) for group, epoch in standing.epochs.items()}
+    epochs |= {group: max(epoch + 1, epochs.get(group, 0)) for group, epoch in handover.epochs.items()}
     status: ClusterStatus = scheduler.call("status")
     groups = {group.group: group for group in (status.engine.groups if status.engine is not None else ())}
     adopted = Adopted(None, epochs, awaited=[name for name, group in groups.items() if not group.up])
@@ -60,11 +60,11 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     return adopted
 
 
-def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -> Standing | None:
+def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -> Handover | None:
     for life, name in sorted(found.schedulers.items(), reverse=True):
         with contextlib.suppress(ValueError):  # it has died meanwhile
-            if (standing := scheduler.adopt(actor_of(namespace, name), life)) is not None:
-                return standing
+            if (handover := scheduler.adopt(actor_of(namespace, name), life)) is not None:
+                return handover
     return None
 
 

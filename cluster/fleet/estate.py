@@ -18,6 +18,9 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table, remove_placement_group
 
+import kvcache
+import scheduler
+import workers
 from cluster.config import EngineConfig
 from scheduler.config import CoreConfig, QueueBounds
 from scheduler.protocol.orphans import Estate
@@ -37,19 +40,26 @@ def namespace_of(application: str) -> str:
 
 
 def version_of(config: EngineConfig, bounds: QueueBounds, threads: int) -> str:
-    """Of what scheduler and ranks are told, and of the weights. How many groups there are, and how long is waited for them,
-    does not matter: who is told something else of that serves on."""
+    """Of what scheduler and ranks are told, of the weights, and of their own code. How many groups there are, and how long is
+    waited for them, does not matter: who is told something else of that serves on."""
     records = (CoreConfig, WorkerConfig)
     names = {f.name for record in records for f in fields(record)} - {"groups", "max_groups"}
     told = [(name, getattr(config, name)) for name in sorted(names)]
     queue = [getattr(bounds, f.name) for f in fields(QueueBounds)]
-    return _digest(told, config.exchanges_blocks, queue, threads, _files(Path(config.model)))
+    return _digest(told, config.exchanges_blocks, queue, threads, _files(Path(config.model)), _code())
 
 
 def _files(model: Path) -> list[tuple[str, int, int]]:
     """What a checkpoint is made of: another one may stand at the same place tomorrow."""
     found = [*model.glob("*.json"), *model.glob("*.safetensors")]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+
+
+def _code() -> list[str]:
+    """What an old scheduler or rank may not be able to say to a new one."""
+    rooms = (Path(package.__path__[0]) for package in (kvcache, scheduler, workers))
+    files = sorted(file for room in rooms for file in room.rglob("*.py"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _digest(*told: Any) -> str:

@@ -58,10 +58,12 @@ class Fleet:
         self._leaving: set[int] = set()
         self._resizing: threading.Thread | None = None
 
-    def start(self, progress: Progress) -> None:
-        """Scheduler and all groups side by side; returns when all are ready. Errors: the first group's error."""
+    def start(self, progress: Progress, timeout_s: float | None = None) -> None:
+        """Scheduler and all groups side by side; returns when all are ready. timeout_s: instead of `start_timeout_s`.
+        Errors: the first group's error."""
         config, wanted = self.config, self._wanted
-        deadline = time.monotonic() + config.start_timeout_s
+        timeout_s = timeout_s or config.start_timeout_s
+        deadline = time.monotonic() + timeout_s
         adopted = self._take_over(progress)
         missing = max(0, wanted - self.target)
         workers = f"{missing} group(s) of {config.tensor_parallel_size} {self._device} rank(s)"
@@ -69,12 +71,10 @@ class Fleet:
             self._say(f"starting the scheduler and {workers}", progress)
         elif missing:
             self._say(f"starting {workers}", progress)
-        keepers = [self._groups.add(config.start_timeout_s) for _ in range(missing)]
+        keepers = [self._groups.add(timeout_s) for _ in range(missing)]
         if adopted.next_life is not None:
             self.scheduler.start(config.start_timeout_s, adopted.next_life)
-        for group in adopted.awaited:
-            if group not in self._keepers:
-                self.scheduler.lose(group, "the engine that started it has died")
+        self._forget(adopted.awaited)
         if missing:
             self._say(f"loading {config.model}", progress)
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
@@ -88,6 +88,25 @@ class Fleet:
         self.resize(self._wanted)  # another number may have been asked for meanwhile
         for group in adopted.leaving:  # its end was under way
             self._begin_leave(group, replace=False)
+
+    def resume(self) -> bool:
+        """Keeps what another Fleet has left as it is, and starts nothing. False: there is no scheduler with a group."""
+        adopted = self._take_over(logger.info)
+        if adopted.next_life is not None or not adopted.groups:
+            return False
+        self._forget(adopted.awaited)
+        self._wanted, self._ready = self.target, True
+        return True
+
+    @property
+    def version(self) -> str:
+        """Of its estate; "" without one."""
+        return self._owner.estate.version if self._owner is not None else ""
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether a group that is coming up has found no place yet."""
+        return any(keeper.waits_for_room for keeper in [*self._keepers.values()])
 
     @property
     def target(self) -> int:
@@ -141,14 +160,18 @@ class Fleet:
         not come up, the log says why, and it is no longer counted."""
         return self._groups.add(self.config.node_timeout_s, added=True).group
 
-    def remove_group(self, group: int) -> bool:
+    def remove_group(self, group: int, *, last: bool = False) -> bool:
         """Lets a group run empty and takes it down; False if the scheduler needs it. Takes as long as its requests do, no
-        longer than `drain_timeout_s`: then they start again elsewhere."""
-        if not self.scheduler.call("drain", group, False):
+        longer than `drain_timeout_s`: then they start again elsewhere. last: it may be the last one, and they end there."""
+        if not self.scheduler.call("drain", group, last):
             return False
-        self._run_empty(group)
+        self._run_empty(group, vacates=not last)
         self._groups.remove(group)
         return True
+
+    def give_up(self, group: int) -> None:
+        """Ends a group that is not up, and does not start it again."""
+        self._groups.remove(group)
 
     def drain(self, group: int, *, replace: bool = False) -> None:
         """Lets a group run empty beside the requests, then ends it and wants one group fewer, or starts it anew. Returns at
@@ -197,6 +220,12 @@ class Fleet:
             self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
         return adopted
 
+    def _forget(self, awaited: list[int]) -> None:
+        """Of groups that were coming up those that nobody starts any more: requests do not wait for them."""
+        for group in awaited:
+            if group not in self._keepers:
+                self.scheduler.lose(group, "the engine that started it has died")
+
     def _resize(self) -> None:
         while True:
             with self._lock:
@@ -224,7 +253,7 @@ class Fleet:
     def _leave(self, group: int, replace: bool) -> None:
         """In a thread of its own: a group runs empty in its own time."""
         try:
-            self._run_empty(group)
+            self._run_empty(group, vacates=True)
             if replace:
                 self._groups.renew(group)
             else:
@@ -236,10 +265,10 @@ class Fleet:
             with self._lock:
                 self._leaving.discard(group)
 
-    def _run_empty(self, group: int) -> None:
+    def _run_empty(self, group: int, *, vacates: bool) -> None:
         deadline = time.monotonic() + self.config.drain_timeout_s
         while self._running(group) and not self._groups.closed:
-            if time.monotonic() > deadline:
+            if vacates and time.monotonic() > deadline:
                 self.scheduler.call("vacate", group)
             time.sleep(DRAIN_POLL_S)
 

@@ -54,6 +54,8 @@ class GroupHandle:
         self._placement: PlacementGroup | None = None
         self._ranks: list[Any] = []
         self._killed = False
+        self.placed = False
+        """Whether there is room for it."""
         self.adopted = False
         """It ran already when it came into these hands."""
         self.runs: list[Any] = []
@@ -86,6 +88,7 @@ class GroupHandle:
                 f"group {self.group} found no node with {self.size} x {self.resources} free in time: free some, add a node, "
                 "lower tensor_parallel_size or groups, or raise start_timeout_s"
             )
+        self.placed = True
         actor = ray.remote(WorkerActor)
         for rank in range(self.size):
             strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)

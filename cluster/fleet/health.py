@@ -73,6 +73,11 @@ class GroupKeeper:
         """What the group is doing while it comes up for the first time; None afterwards."""
         return None if self._decided.is_set() else self._handle.phase
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether its first start has found no place yet."""
+        return not self._decided.is_set() and not self._handle.placed
+
     def start(self) -> None:
         self._thread.start()
 

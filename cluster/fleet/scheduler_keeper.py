@@ -18,7 +18,7 @@ from cluster.engine import EngineError
 from cluster.fleet.estate import Owner
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.protocol.silence import Silence
-from scheduler.server.actor import SchedulerActor, Standing
+from scheduler.server.actor import Handover, SchedulerActor
 from scheduler.server.stats import ClusterStatus
 from scheduler.server.vitals import Fenced
 from workers.config import SchedulerAddress
@@ -78,20 +78,20 @@ class SchedulerKeeper:
         self._thread.start()
         return live
 
-    def adopt(self, actor: Any, life: int) -> Standing | None:
+    def adopt(self, actor: Any, life: int) -> Handover | None:
         """Takes over the scheduler that another has left, instead of `start`. None if it does not answer, or never listened."""
         try:
-            standing: Standing | None = ray.get(actor.standing.remote(), timeout=ADOPT_TIMEOUT_S)
+            handover: Handover | None = ray.get(actor.handover.remote(), timeout=ADOPT_TIMEOUT_S)
         except ray.exceptions.RayError:
             return None
-        if standing is None:
+        if handover is None:
             return None
-        self._token = standing.token
+        self._token = handover.token
         if self._owner is not None:
             self._owner.keep(actor)
-        self._set(LiveScheduler(actor, SchedulerAddress(standing.host, standing.port, standing.token), life))
+        self._set(LiveScheduler(actor, SchedulerAddress(handover.host, handover.port, handover.token), life))
         self._thread.start()
-        return standing
+        return handover
 
     def current(self, timeout_s: float | None = CALL_TIMEOUT_S) -> LiveScheduler:
         """The scheduler that is up, as far as is known; waits while it is being replaced. timeout_s: None, however long."""

@@ -1,6 +1,9 @@
-"""`manta drain`: what an operator asks of a running endpoint. Imports httpx when asked."""
+"""`manta drain` and `manta roll`: what an operator asks of a running endpoint. Imports httpx when asked."""
 
+import contextlib
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,34 +18,59 @@ TIMEOUT_S = 30.0
 LOOK_S = 0.5
 
 
+UrlArgument = Annotated[str, typer.Argument(help="Address of an endpoint on Ray.", show_default=False)]
+KeyFileOption = Annotated[
+    str | None, flag("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
+]
+
+
 def drain(
     group: Annotated[int, typer.Argument(help="Number of the group.", show_default=False)],
-    url: Annotated[str, typer.Argument(help="Address of an endpoint on Ray.", show_default=False)] = EXAMPLE,
+    url: UrlArgument = EXAMPLE,
     replace: Annotated[bool, flag("--replace", help="Start it anew afterwards; otherwise there is one group fewer.")] = False,
     wait: Annotated[bool, flag("--wait/--no-wait", help="Wait until that is done. Default: yes.")] = True,
-    api_key_file: Annotated[
-        str | None, flag("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
-    ] = None,
+    api_key_file: KeyFileOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Let a group of a running endpoint run empty, while the others serve; then end it, or start it anew.
 
     What runs there ends, or moves to other groups after drain_timeout_s. The API key must be an operator's.
     """
-    with reported_errors(debug):
-        import httpx
+    with reported_errors(debug), _client(url, api_key_file) as client:
+        before = _epoch(client, group)
+        _told(client.post(f"/admin/groups/{group}/drain", params={"replace": replace}))
+        typer.echo(f"group {group} runs empty")
+        while wait:
+            now = _epoch(client, group)
+            if now is None if not replace else now is not None and now > (before or 0):
+                typer.echo(f"group {group} {'serves again' if replace else 'is gone'}")
+                return
+            time.sleep(LOOK_S)
 
-        keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
-        with open_client(httpx.Client, url, keys[0] if keys else None, timeout=TIMEOUT_S) as client:
-            before = _epoch(client, group)
-            _told(client.post(f"/admin/groups/{group}/drain", params={"replace": replace}))
-            typer.echo(f"group {group} runs empty")
-            while wait:
-                now = _epoch(client, group)
-                if now is None if not replace else now is not None and now > (before or 0):
-                    typer.echo(f"group {group} {'serves again' if replace else 'is gone'}")
-                    return
-                time.sleep(LOOK_S)
+
+def roll(
+    model: Annotated[str, typer.Argument(help="Folder of the checkpoint, where the endpoint runs.", show_default=False)],
+    url: UrlArgument = EXAMPLE,
+    api_key_file: KeyFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Let a running endpoint serve another checkpoint, under the same name and without a failed request.
+
+    Groups of the new version come up beside those of the old one, which run empty one after the other. manta top shows how far
+    it is. A file that Serve was given says the old model still: change it too.
+    """
+    with reported_errors(debug), _client(url, api_key_file) as client:
+        _told(client.post("/admin/roll", params={"model": str(Path(model).absolute())}))
+        typer.echo(f"{model} is on its way")
+
+
+@contextlib.contextmanager
+def _client(url: str, api_key_file: str | None) -> Iterator[Any]:
+    import httpx
+
+    keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
+    with open_client(httpx.Client, url, keys[0] if keys else None, timeout=TIMEOUT_S) as client:
+        yield client
 
 
 def _epoch(client: Any, group: int) -> int | None:
@@ -54,7 +82,7 @@ def _epoch(client: Any, group: int) -> int | None:
 def _told(answer: Any) -> Any:
     """Errors: ValueError with what the endpoint says, if it refuses."""
     if answer.status_code == 404:
-        raise ValueError(f"{answer.url} is nothing that this endpoint has: groups of endpoints on Ray alone can be drained")
+        raise ValueError(f"{answer.url} is nothing that this endpoint has: only endpoints on Ray can be changed while they run")
     if answer.is_client_error:
         raise ValueError(answer.json()["error"]["message"])
     answer.raise_for_status()

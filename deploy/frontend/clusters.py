@@ -80,12 +80,12 @@ class ServeCluster:
             scheduler = self._scheduler()
             if scheduler is None:
                 raise EngineError("there is no scheduler yet, or it is being replaced")
-            standing = ray.get(scheduler.standing.remote(), timeout=ADDRESS_TIMEOUT_S)
+            handover = ray.get(scheduler.handover.remote(), timeout=ADDRESS_TIMEOUT_S)
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             raise EngineError(f"nobody says where the scheduler listens: {error}") from error
-        if standing is None:
+        if handover is None:
             raise EngineError("the scheduler does not listen yet")
-        return SchedulerStream(standing.host, standing.port, standing.token, on_deltas, on_failure)
+        return SchedulerStream(handover.host, handover.port, handover.token, on_deltas, on_failure)
 
     async def status(self, maps: bool = False) -> ClusterStatus:
         """Askers at the same time share one answer."""
@@ -115,8 +115,16 @@ class ServeCluster:
         return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {why}",))
 
     async def _of_engine(self, maps: bool) -> ClusterStatus:
-        status: ClusterStatus = await self._engine.status.remote(maps)
+        status: ClusterStatus = await self._engine.status.remote(maps, self._version)
         return status
+
+    async def groups_are_up(self) -> bool:
+        """Of this version, whatever else is served."""
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                return (await self._of_scheduler(False)).ready
+        except Exception:  # there is no scheduler, or it does not answer
+            return False
 
     async def _of_scheduler(self, maps: bool) -> ClusterStatus:
         """Errors: EngineError, Ray's."""

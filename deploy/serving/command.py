@@ -238,16 +238,7 @@ def _application(config: Config, keys: tuple[str, ...], threads: int, ending: En
     app.check_vacant(limits)
     app.start_proxies(limits)
     try:
-        ray_serve.run_many(
-            [
-                ray_serve.RunTarget(
-                    target=app.application(config.engine, limits, opened, threads),
-                    name=limits.app_name,
-                    route_prefix=limits.route_prefix,
-                )
-            ],
-            wait_for_applications_running=False,
-        )
+        app.deploy(app.application(config.engine, limits, opened, threads), limits)
         yield tuple(ray_serve.get_deployment_handle(name, app_name=limits.app_name) for name in ("Engine", "Ingress"))
     finally:
         theirs = config.engine.ray_address is not None

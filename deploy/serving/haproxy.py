@@ -62,6 +62,7 @@ APART = (
 
 ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE)
 GUARD_POLL_S = 0.25
+SHORT_S = 1.0
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
 another, if it does."""
@@ -154,7 +155,7 @@ def guard(binary: str, file: Path, first: int) -> None:
     takes_over: list[str] = []
     if before is not None and _is_haproxy(before, folder / "second.cfg"):
         takes_over = ["-sf", str(before), *sockets_from((folder / "second.cfg").read_text())]
-    second = subprocess.Popen([*command, *takes_over])
+    second, started_s = subprocess.Popen([*command, *takes_over]), time.monotonic()
     _note(note, second.pid)
     needed_s = time.monotonic()
     while file.exists():
@@ -164,7 +165,9 @@ def guard(binary: str, file: Path, first: int) -> None:
             second.wait()
             return
         if second.poll() is not None:
-            second = subprocess.Popen(command)
+            if time.monotonic() - started_s < SHORT_S:
+                time.sleep(SHORT_S)  # it cannot start, or not yet
+            second, started_s = subprocess.Popen(command), time.monotonic()
             _note(note, second.pid)
         if _is_haproxy(first, file) and _parent(first) != 1:
             needed_s = time.monotonic()

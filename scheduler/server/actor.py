@@ -27,13 +27,22 @@ logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 
 
-class Standing(NamedTuple):
-    """What whoever takes a scheduler over must know. epochs: of each group the last that has been seen."""
+class Handover(NamedTuple):
+    """What whoever takes a scheduler over, or connects to it, must know. epochs: of each group the last that has been seen."""
 
     host: str
     port: int
     token: str
     epochs: dict[int, int]
+
+
+class Told(NamedTuple):
+    """What a scheduler was told: the whole configuration of its cluster, of which its types let it see its own part."""
+
+    config: CoreConfig
+    resolved: Resolved
+    bounds: QueueBounds | None
+    log_format: str
 
 
 class SchedulerActor:
@@ -54,6 +63,7 @@ class SchedulerActor:
         configure(log_format, role="scheduler")
         if config.log_decisions:
             why.show()
+        self._told = Told(config, resolved, bounds, log_format)
         self._core = SchedulerCore(config, resolved, bounds)
         self._server = SchedulerServer(self._core, token, check_invariants=config.check_invariants)
         self._closed = asyncio.Event()
@@ -70,12 +80,16 @@ class SchedulerActor:
         self._port = await self._server.listen(host)
         return host, self._port
 
-    async def standing(self) -> Standing | None:
+    async def handover(self) -> Handover | None:
         """None: it does not listen yet."""
         if self._port is None:
             return None
         epochs = {int(group): epoch for group, epoch in self._core.epochs.items()}
-        return Standing(ray.util.get_node_ip_address(), self._port, self._token, epochs)
+        return Handover(ray.util.get_node_ip_address(), self._port, self._token, epochs)
+
+    async def told(self) -> Told:
+        """For whoever is to keep it and its groups, and was told something else himself."""
+        return self._told
 
     async def keep(self) -> None:
         """An owner lives."""

@@ -103,9 +103,9 @@ def placements() -> list[str]:
 def front_end(**options: int) -> Iterator[FrontEnd]:
     """Connected to the scheduler of that configuration."""
     scheduler: Any = latest_scheduler(NAMESPACE, version(config(**options)))
-    standing = ray.get(scheduler.standing.remote(), timeout=PATIENCE_S)
+    handover = ray.get(scheduler.handover.remote(), timeout=PATIENCE_S)
     limits = read_model_limits(TINY, None)
-    opened = FrontEnd(lambda *told: SchedulerStream(standing.host, standing.port, standing.token, *told), limits, None)
+    opened = FrontEnd(lambda *told: SchedulerStream(handover.host, handover.port, handover.token, *told), limits, None)
     try:
         yield opened
     finally:

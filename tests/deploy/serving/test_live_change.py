@@ -1,11 +1,13 @@
 """An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
 
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +16,10 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
+from safetensors.torch import load_file, save_file
 
 from deploy.app import check_vacant, failure, start_proxies
-from deploy.config.load import ConfigError
+from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ServeConfig
 from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
@@ -42,10 +45,9 @@ class Application:
         self.limits = ServeConfig(host=HOST, port=port, haproxy=False)
         self.http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=PATIENCE_S, trust_env=False)
 
-    def deploy(self, groups: int, **limits: Any) -> None:
-        args = {
-            "engine": {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}, "serve": {"port": self.limits.port} | limits,
-        }  # fmt: skip
+    def deploy(self, groups: int, model: Path = EMBEDDED_MODEL, **limits: Any) -> None:
+        engine = {"model": str(model), "kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}
+        args = {"engine": engine, "serve": {"port": self.limits.port} | limits}
         application = {
             "name": "manta",
             "route_prefix": "/",
@@ -97,15 +99,24 @@ class Load(threading.Thread):
         self._application = application
         self._enough = threading.Event()
         self.answers: list[dict[str, Any]] = []
+        self.failure: Exception | None = None
 
     def run(self) -> None:
-        while not self._enough.is_set():
-            self.answers.append(self._application.complete())
+        try:
+            while not self._enough.is_set():
+                self.answers.append(self._application.complete())
+        except Exception as error:
+            self.failure = error
 
-    def end(self) -> list[dict[str, Any]]:
+    def end(self) -> list[str]:
+        """The texts, in order. Errors: whatever has befallen a request."""
         self._enough.set()
         self.join(PATIENCE_S)
-        return self.answers
+        assert not self.is_alive()
+        if self.failure is not None:
+            raise self.failure
+        assert {answer["usage"]["completion_tokens"] for answer in self.answers} == {TOKENS}
+        return [answer["choices"][0]["text"] for answer in self.answers]
 
 
 def test_groups_come_and_go_beside_requests(application: Application) -> None:
@@ -117,11 +128,7 @@ def test_groups_come_and_go_beside_requests(application: Application) -> None:
     assert worker in named(WORKER), "the group that was there has not been started anew"
     application.deploy(1)
     until("the group did not go", lambda: application.groups() == ["up"], application.groups)
-    answers = load.end()
-    assert not load.is_alive()
-    assert answers
-    assert {answer["choices"][0]["text"] for answer in answers} == {answers[0]["choices"][0]["text"]}
-    assert {answer["usage"]["completion_tokens"] for answer in answers} == {TOKENS}
+    assert len(set(load.end())) == 1
     assert all_named(WORKER, 1) == [worker]
 
 
@@ -147,9 +154,12 @@ def test_a_second_application_is_refused_by_the_name_of_the_first(application: A
     assert failure("other") == "the application 'other' was deleted"
 
 
+def command(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "manta", *words], capture_output=True, text=True, timeout=PATIENCE_S)
+
+
 def drain(application: Application, group: int, *options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "manta", "drain", str(group), str(application.http.base_url), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    return command("drain", str(group), str(application.http.base_url), *options)
 
 
 def test_a_group_is_drained_by_command_beside_requests(application: Application) -> None:
@@ -169,10 +179,7 @@ def test_a_group_is_drained_by_command_beside_requests(application: Application)
     assert (gone.returncode, gone.stdout) == (0, "group 0 runs empty\ngroup 0 is gone\n"), gone.stderr
     assert application.groups() == ["up"]
     assert second not in all_named(WORKER, 1)
-    answers = load.end()
-    assert not load.is_alive()
-    assert {answer["choices"][0]["text"] for answer in answers} == {answers[0]["choices"][0]["text"]}
-    assert {answer["usage"]["completion_tokens"] for answer in answers} == {TOKENS}
+    assert len(set(load.end())) == 1
     application.deploy(1)
 
 
@@ -186,8 +193,47 @@ def test_what_concerns_front_ends_alone_leaves_scheduler_and_groups_as_they_are(
     assert (all_named(WORKER, 1), all_named(SCHEDULER, 1)) == (ranks, scheduler)
 
 
+@pytest.fixture
+def other_model(tmp_path: Path) -> Path:
+    """The same shape and tokenizer, other weights."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(EMBEDDED_MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor.flip(0) if tensor.dim() == 1 else tensor for name, tensor in weights.items()},
+              folder / "model.safetensors")  # fmt: skip
+    return folder
+
+
+def test_a_new_version_takes_over_without_a_failed_request(application: Application, other_model: Path) -> None:
+    """Three groups of each version, two front ends and one more while they change are one CPU too many: an old group has to
+    make room before the new ones are all there."""
+    application.deploy(3, replicas=2)
+    until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
+    until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
+    old = {*all_named(WORKER, 3), *all_named(SCHEDULER, 1)}
+    loads = [Load(application) for _ in range(3)]
+    for load in loads:
+        load.start()
+    before = application.complete()["choices"][0]["text"]
+    application.deploy(3, other_model, replicas=2)
+    assert not wait_gone(old, PATIENCE_S), "the old version is still there"
+    until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
+    until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
+    after = application.complete()["choices"][0]["text"]
+    assert after != before
+    back = command("roll", str(EMBEDDED_MODEL), str(application.http.base_url))
+    assert back.returncode == 0, back.stderr
+    until("the first model is not back", lambda: application.complete()["choices"][0]["text"] == before)
+    until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
+    for load in loads:
+        texts = load.end()
+        assert {*texts} == {before, after}, "none is of both"
+        assert (texts[0], texts[-1]) == (before, before)
+    until("more than one version is there", lambda: len(named(WORKER)) == 3 and len(named(SCHEDULER)) == 1)
+
+
 def test_the_end_of_the_application_is_that_of_its_scheduler_and_groups(application: Application) -> None:
-    left = {*all_named(WORKER, 1), *all_named(SCHEDULER, 1)}
-    assert application.groups() == ["up"]
+    left = {*named(WORKER), *all_named(SCHEDULER, 1)}
+    assert set(application.groups()) == {"up"}
     serve.delete("manta")
     assert not wait_gone(left, patience_s=30.0), "at once, not when nobody has taken them over for a minute"

@@ -29,6 +29,9 @@ class Asked:
             raise RequestError(Fault.CONFLICT, f"group {group} cannot go")
         self.drained.append((group, replace))
 
+    async def roll(self, model: str) -> None:
+        raise RequestError.invalid(f"there is no checkpoint in {model}", "model")
+
 
 @pytest.fixture(scope="module")
 def service() -> Service:
@@ -73,4 +76,7 @@ def test_what_cannot_be_done_is_told(service: Service) -> None:
     answer = ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain")
     assert (answer.status_code, answer.json()["error"]["message"]) == (409, f"group {ONLY} cannot go")
     assert ask(service, ApiKeys(), Asked(), None, "/admin/groups/x/drain").status_code == 400
+    answer = ask(service, ApiKeys(), Asked(), None, "/admin/roll?model=nowhere")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
+    assert ask(service, ApiKeys(["key"]), Asked(), "key", "/admin/roll?model=nowhere").status_code == 403
     assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain", "GET").status_code == 405

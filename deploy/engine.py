@@ -1,0 +1,134 @@
+"""The `Engine` deployment: who owns the fleet of an endpoint on Ray Serve. Imports ray."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import msgspec
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from cluster.config import EngineConfig
+from cluster.fleet.autoscale import Autoscaler
+from cluster.fleet.estate import namespace_of, version_of
+from cluster.fleet.fleet import Fleet
+from cluster.fleet.rolling import Roll, other_versions
+from cluster.launch import plan
+from deploy.config.load import reject_unknown
+from deploy.config.serve import ServeConfig
+from scheduler.logs import configure
+from scheduler.protocol.orphans import Estate
+from scheduler.server.stats import ClusterStatus
+
+logger = logging.getLogger(__name__)
+
+LIVE_KEYS = ("groups",)
+"""Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
+ASK_TIMEOUT_S = 10.0
+
+
+class EngineReplica:
+    """Owns the fleet. Serve starts another if it dies, is lost for good or shall be replaced; scheduler and groups run on
+    meanwhile, and are taken over by that one. The end of the application is theirs.
+
+    It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
+    """
+
+    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
+        configure(limits.log_format, role="engine")
+        self._version = version
+        self._told = engine, limits, threads
+        self._failure: str | None = None
+        self._autoscaler: Autoscaler | None = None
+        self._application = serve.get_replica_context().app_name
+        self._estate = Estate(namespace_of(self._application), version, engine.adoption_timeout_s)
+        self._fleet = Fleet(engine, plan(engine, threads), self._fail, limits, limits.log_format, self._estate)
+        self._roll: Roll | None = None
+        self._starter = threading.Thread(target=self._start, name="manta-starter", daemon=True)
+        self._starter.start()
+
+    async def version(self) -> str:
+        """Of what is served from now on."""
+        return self._version
+
+    async def wanted(self) -> int:
+        """Groups that were asked for, by whatever has been deployed."""
+        return self._fleet.wanted
+
+    async def status(self, maps: bool = False, version: str | None = None) -> ClusterStatus:
+        """version: of the front end that asks. Errors: KeyError for one that is not served from here."""
+        if version not in (None, self._version):
+            others = {fleet.version: fleet for fleet in (self._roll.old if self._roll is not None else ())}
+            return await asyncio.to_thread(others[version or ""].status, maps)
+        status = await asyncio.to_thread(self._fleet.status, maps)
+        if self._failure is None:
+            return status
+        return msgspec.structs.replace(status, phase="failed", progress=(*status.progress, self._failure))
+
+    async def drain(self, group: int, replace: bool) -> str | None:
+        """Lets a group run empty, see `Fleet.drain`. Why it cannot; None: it does."""
+        if replace and await asyncio.to_thread(version_of, *self._told) != self._version:
+            return "the checkpoint is not the one that is served any more: deploy it as another (docs/deploy.md)"
+        try:
+            await asyncio.to_thread(self._fleet.drain, group, replace=replace)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """What of the configuration changes while requests run: `groups`. Serve calls it at the start and whenever
+        `user_config` has changed. What cannot be done is logged and left as it is: an error would make Serve replace this
+        replica."""
+        try:
+            reject_unknown(user_config, LIVE_KEYS, "user_config.")
+            self._fleet.resize(msgspec.convert(user_config.get("groups", self._fleet.wanted), int))
+        except ValueError as error:
+            logger.error("this change of user_config is refused: %s", error)
+
+    async def check_health(self) -> None:
+        """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    def __del__(self) -> None:
+        if not _is_wanted(self._application):
+            if self._autoscaler is not None:
+                self._autoscaler.close()
+            if self._roll is not None:
+                self._roll.close()
+            self._fleet.close()
+
+    def _start(self) -> None:
+        try:
+            others = other_versions(self._estate)
+            if others:
+                logger.warning("%d other version(s) serve on, and make room for %s", len(others), self._version)
+                self._roll = Roll(self._fleet, others)
+            self._fleet.start(logger.info, self._fleet.config.node_timeout_s if others else None)
+            self._autoscaler = Autoscaler.of(self._fleet)
+        except Exception as error:
+            logger.exception("the cluster could not be started")
+            self._fail(f"the cluster could not be started: {error}")
+
+    def _fail(self, reason: str) -> None:
+        self._failure = reason
+
+
+def _is_wanted(application: str) -> bool:
+    """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
+    asked: Future[ApplicationStatus | None] = Future()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # Serve itself has gone
+            now = serve.status().applications.get(application)
+            asked.set_result(now.status if now is not None else None)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return asked.result(timeout=ASK_TIMEOUT_S) not in (None, ApplicationStatus.DELETING)
+    except TimeoutError:
+        return False
