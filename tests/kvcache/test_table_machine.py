@@ -243,8 +243,8 @@ class BlockTableMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.table.pools) == len(GROUPS))
     @rule(group=st.sampled_from(GROUPS), forget=st.integers(0, 1 << BLOCKS))
     def restore_group(self, group: GroupId, forget: int) -> None:
-        """A group goes and comes back with what stood in its blocks, but for some that nobody remembers, and what followed those.
-        What was never published is told as well, and twins are."""
+        """A group goes and comes back with what stood in its blocks, but for some that nobody remembers, and what followed
+        those. What was never published is told as well, and twins are."""
         told = self.standing(group, forget)
         before = self.published(group)
         whole = {self.written[group, each.block] for each in told if len(each.content) == 4 * BLOCK}
