@@ -18,7 +18,8 @@ from kvcache.audit import audit
 from kvcache.hashing import hash_blocks
 from kvcache.ids import BlockId, GroupId
 from kvcache.index import MAX_CANDIDATES
-from kvcache.table import BlockTable, SequenceBlocks, Standing
+from kvcache.standing import Standing
+from kvcache.table import BlockTable, SequenceBlocks
 from tests.kvcache.usage import usage
 
 BLOCK, STRIDE = 16, 4

@@ -17,7 +17,7 @@ import pytest
 import uvloop
 
 from kvcache.ids import BlockId, GroupId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
