@@ -50,7 +50,7 @@ class PrefixIndex:
 
     def __init__(self, block_size: int, stride: int = 0) -> None:
         """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match."""
-        self._block_bytes = block_size * TOKEN_DTYPE.itemsize
+        self.block_bytes = block_size * TOKEN_DTYPE.itemsize
         self._head_bytes = stride * TOKEN_DTYPE.itemsize
         self.stride = stride
         self.generation = 0
@@ -77,7 +77,7 @@ class PrefixIndex:
         parent = self.roots.get(salt)
         if parent is None:
             return Match([], {}, self.generation)
-        view, width, find = block_bytes(tokens), self._block_bytes, self.by_hash.get
+        view, width, find = block_bytes(tokens), self.block_bytes, self.by_hash.get
         nodes: list[NodeId] = []
         for hash_ in hashes[: max(0, min(limit, len(view) // width))]:
             if (node := find(hash_)) is None:
@@ -123,7 +123,7 @@ class PrefixIndex:
         if root is None:
             return found
         chain, holders, heads = match.nodes, self.holders, self.heads
-        view, width, end = block_bytes(tokens), self._block_bytes, limit * TOKEN_DTYPE.itemsize
+        view, width, end = block_bytes(tokens), self.block_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
             there = holders[chain[depth - 1]] if depth else EVERYWHERE
             if depth < len(chain):
@@ -182,7 +182,7 @@ class PrefixIndex:
         return any(parents[at] == parent and holders[at] >> group & 1 and contents[at].startswith(content) for at in nodes)
 
     def is_tail(self, node: NodeId) -> bool:
-        return len(self.contents[node]) < self._block_bytes
+        return len(self.contents[node]) < self.block_bytes
 
     def grow_tail(self, node: NodeId, content: bytes) -> None:
         """The block has been filled further: `content` begins with what it had."""
@@ -274,7 +274,7 @@ class PrefixIndex:
         while not (self.holders[node] or self.children[node]):
             parent, content = self.parents[node], self.contents[node]
             if parent:
-                if len(content) == self._block_bytes:
+                if len(content) == self.block_bytes:
                     self._unlist_by_hash(node)
                 if self.stride:
                     self.heads.remove(self._head(content, parent), node)

@@ -1,34 +1,24 @@
 """The global block table: every group's blocks and the prefix index behind one transactional API.
 
-Imports `blocks` and `index`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
+Imports `blocks`, `index` and `standing`. Has no clock, no policy and no I/O; the scheduler core is its only caller and mutator.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from kvcache.blocks import UNPUBLISHED, BlockPool
-from kvcache.hashing import TOKEN_DTYPE, hash_run
+from kvcache.hashing import TOKEN_DTYPE
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import NO_NODE, PrefixIndex
 from kvcache.match import Match, Part
+from kvcache.standing import Standing, name_all
 
 Copy = Callable[[BlockId, BlockId, int], None]
 """(source, target, tokens): the first tokens of one block of the group go to another, before any step launched later."""
-
-
-class Standing(NamedTuple):
-    """What stands in a block, as its group knows it. before: the block before it; None: it is the first of prompts of `salt`.
-    content: its tokens, int32; fewer than a block's where it is only partly filled."""
-
-    block: BlockId
-    before: BlockId | None
-    salt: str
-    content: bytes
 
 
 @dataclass(slots=True)
@@ -90,34 +80,8 @@ class BlockTable:
         twin of another stays free, like a part that is too short to be found.
         Errors: ValueError for what cannot be; the group has to be removed then.
         """
-        index, pool, held = self.index, self.pools[group], self.index.blocks[group]
-        nodes: dict[BlockId, NodeId] = {}
-        cached: list[tuple[BlockId, NodeId]] = []
-        for block, before, salt, content in standing:
-            if not 0 <= block < pool.total or block in nodes:
-                raise ValueError(f"block {block} is told twice, or is not among the {pool.total} of group {group}")
-            above = nodes.get(before, NO_NODE) if before is not None else NO_NODE
-            if before is not None and not above:
-                raise ValueError(f"block {block} follows block {before}, which is not full or was not told before it")
-            if not 0 < len(content) <= self._block_bytes or len(content) % TOKEN_DTYPE.itemsize:
-                raise ValueError(f"block {block} has {len(content)} bytes of tokens")
-            nodes[block] = NO_NODE
-            if len(content) < self._block_bytes:
-                if 0 < self._part_bytes <= len(content):
-                    tail = index.add_tail(group, block, above or index.root(salt), content)
-                    cached += [(block, tail)] if tail else []
-                continue
-            parent = above or index.root(salt)
-            hash_ = hash_run(content, index.hashes[parent])
-            node = index.child(parent, hash_, content)
-            twin = bool(node) and node in held
-            if not node:
-                node = index.add(group, block, parent, hash_, content)
-            elif not twin:
-                index.hold(group, node, block)
-            nodes[block] = node
-            cached += [] if twin else [(block, node)]
-        pool.restore(reversed(cached))
+        pool = self.pools[group]
+        pool.restore(reversed(name_all(self.index, group, pool.total, standing)))
 
     def remove_group(self, group: GroupId) -> None:
         """Forgets the group's every block, in time linear in the cached and shared ones.

@@ -11,7 +11,7 @@ a lock, a simulator) sets `now_s`, calls in, then delivers what `take_logs` and 
 from collections.abc import Iterable, Mapping
 
 from kvcache.ids import GroupId, host_of
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects

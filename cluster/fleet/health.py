@@ -149,7 +149,7 @@ class GroupKeeper:
     def _rejoin(self) -> str | None:
         """The ranks go on for the scheduler that is up: theirs has gone, or is cut off. Why they do not; None if they do, or
         all is over."""
-        deadline, last = 0.0, -1
+        deadline, last, why = 0.0, -1, ""
         while not self._closing.is_set():
             try:
                 live = self._scheduler.expect(self.group)
@@ -157,13 +157,14 @@ class GroupKeeper:
                 return None  # the cluster is closing
             if live.epoch != last:
                 deadline, last = time.monotonic() + REJOIN_S, live.epoch
+            elif time.monotonic() > deadline:  # and the scheduler answers
+                return f"group {self.group} did not come to the scheduler within {REJOIN_S:g} s: {why}"
             try:
                 self._handle.rejoin(live.address, deadline)
             except Exception as error:
+                why = str(error)
                 if (reason := self._handle.wait(POLL_S)) is not None:
                     return reason
-                if time.monotonic() > deadline:
-                    return f"group {self.group} did not come to the scheduler within {REJOIN_S:g} s: {error}"
             else:
                 self._scheduler_epoch = live.epoch
                 logger.warning("group %d goes on as it is, epoch %d", self.group, self._handle.epoch)

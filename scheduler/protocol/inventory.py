@@ -1,6 +1,6 @@
 """What stands in a group's pool, in the parts in which its leader tells a scheduler that is new to it.
 
-Imports `messages`, NumPy and the table's word for a block.
+Imports `messages`, NumPy and `kvcache.standing`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcache.hashing import TOKEN_DTYPE
 from kvcache.ids import BlockId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.protocol.messages import Inventory
 
 MAX_PART_BYTES = 1 << 20

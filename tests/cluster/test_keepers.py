@@ -156,6 +156,36 @@ class Deaf(Life):
         super().rejoin(scheduler, deadline)
 
 
+class Unlucky(Life):
+    """A group whose next scheduler dies as well, before it has been greeted."""
+
+    def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
+        if self.epoch == 0:
+            self.epoch += 1
+            kill_scheduler()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            raise EngineError("it does not answer")
+        super().rejoin(scheduler, deadline)
+
+
+def test_a_scheduler_that_dies_again_is_not_the_group_s_fault(
+    scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "REJOIN_S", 0.2)
+    Life.made.clear()
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, Unlucky(GROUPS, epoch)), scheduler,
+        restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
+    )  # fmt: skip
+    keeper.start()
+    until("it does not come up", lambda: keeper.up(1.0))
+    kill_scheduler()
+    until("it did not go on", lambda: Life.made[0].rejoined == 1)
+    assert scheduler.epoch == 2
+    assert len(Life.made) == 1, "it was not started anew"
+    keeper.close()
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_group_that_is_only_cut_off_goes_on_and_one_that_hangs_does_not(
     cut: bool, scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

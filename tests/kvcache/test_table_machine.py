@@ -18,6 +18,7 @@ from kvcache.audit import audit
 from kvcache.hashing import hash_blocks
 from kvcache.ids import BlockId, GroupId
 from kvcache.index import MAX_CANDIDATES
+from kvcache.standing import Standing
 from kvcache.table import BlockTable, SequenceBlocks
 from tests.kvcache.usage import usage
 
@@ -240,6 +241,42 @@ class BlockTableMachine(RuleBasedStateMachine):
             self.written = {at: content for at, content in self.written.items() if at[0] != group}
             self.events["removed a group"] += 1
 
+    @precondition(lambda self: len(self.table.pools) == len(GROUPS))
+    @rule(group=st.sampled_from(GROUPS), forget=st.integers(0, 1 << BLOCKS))
+    def restore_group(self, group: GroupId, forget: int) -> None:
+        """A group goes and comes back with what stood in its blocks, but for some that nobody remembers, and what followed
+        those. What was never published is told as well, and twins are."""
+        told = self.standing(group, forget)
+        before = self.published(group)
+        whole = {self.written[group, each.block] for each in told if len(each.content) == 4 * BLOCK}
+        self.table.remove_group(group)
+        self.live = [run for run in self.live if run.seq.group != group]
+        self.table.add_group(group, BLOCKS)
+        self.table.restore(group, told)
+        pool = self.table.pools[group]
+        assert pool.held == 0
+        assert pool.cached <= len(told)
+        self.written = {at: content for at, content in self.written.items() if at[0] != group or pool.nodes[at[1]]}
+        after = {content for content in self.published(group) if len(content[1]) % BLOCK == 0}
+        assert after == whole
+        self.events["restored"] += bool(told)
+        self.events["restored all"] += bool(before) and set(before) <= set(self.published(group))
+        self.events["restored a twin"] += pool.cached < len(told)
+
+    def standing(self, group: GroupId, forget: int) -> list[Standing]:
+        """What was written to the group's blocks, the first blocks of prompts first."""
+        blocks = {at: content for (owner, at), content in self.written.items() if owner == group and not forget >> at & 1}
+        known: dict[Content, BlockId] = {}
+        told = []
+        for at, (salt, tokens) in sorted(blocks.items(), key=lambda each: len(each[1][1])):
+            start = (len(tokens) - 1) // BLOCK * BLOCK
+            before = known.get((salt, tokens[:start]))
+            if start and before is None:
+                continue
+            told.append(Standing(at, before, salt if before is None else "", np.array(tokens[start:], np.int32).tobytes()))
+            known.setdefault((salt, tokens), at)
+        return told
+
     @precondition(lambda self: len(self.table.pools) < len(GROUPS))
     @rule()
     def add_group(self) -> None:
@@ -276,11 +313,13 @@ def test_the_walks_go_where_the_bugs_are() -> None:
             draw.choice([0, 0, 1]),
         )
         machine.audited()
-        for step in draw.choices(["compute", "grow", "release", "replace"], [6, 1, 4, 0.2], k=3):
+        for step in draw.choices(["compute", "grow", "release", "replace", "restore"], [6, 1, 4, 0.2, 0.2], k=3):
             if step == "replace":
                 machine.replace_group(draw.choice(GROUPS), 0)
                 machine.audited()
                 machine.add_group()
+            elif step == "restore":
+                machine.restore_group(draw.choice(GROUPS), draw.choice([0, 0, 1, 1 << draw.randrange(BLOCKS)]))
             elif machine.live:
                 if step == "compute":
                     machine.compute(draw.randrange(100), draw.randint(1, 40), draw.randrange(4), draw.random() < 0.5)
@@ -292,4 +331,4 @@ def test_the_walks_go_where_the_bugs_are() -> None:
             machine.nothing_leaks()
     rare = {name: count for name, count in machine.events.items() if count < 5}
     assert not rare
-    assert len(machine.events) == 17
+    assert len(machine.events) == 20

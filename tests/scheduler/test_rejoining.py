@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcache.ids import BlockId, GroupId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import Copy
 from scheduler.running.resident import ProtocolError

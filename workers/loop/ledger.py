@@ -9,14 +9,14 @@ So what followed a block that has been overwritten is not told any more, and nob
 what the log and the steps say anyway: `Start` brings the prompt and what of it stands, steps bring the rest. A step costs an
 entry in a list; the list is worked off in one go, when a row is given up or there is enough of it.
 
-Imports NumPy, `scheduler.protocol.messages`, `batch` and the table's word for a block.
+Imports NumPy, `scheduler.protocol.messages`, `batch` and `kvcache.standing`.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.batching import Ints
 from scheduler.protocol.messages import ROW_MASK, Command, Copy, Drop, Grant, Load, Receive, Remap, Start
 from workers.loop.batch import Launched, ResidentBatch

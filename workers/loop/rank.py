@@ -204,7 +204,9 @@ class Rank:
 
     def _release(self) -> None:
         while self.batch.vacated:
-            self.executor.release(self.batch.vacated.pop())
+            row = self.batch.vacated.pop()
+            self._unopened.discard(row)
+            self.executor.release(row)
 
 
 def row_of(start: Start) -> int:

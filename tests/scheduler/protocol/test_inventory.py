@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kvcache.ids import BlockId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.protocol.inventory import blocks_of, parts
 from scheduler.protocol.messages import Inventory
 

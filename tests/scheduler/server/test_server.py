@@ -18,7 +18,7 @@ import uvloop
 from msgspec import structs
 
 from kvcache.ids import BlockId, GroupId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce

@@ -5,7 +5,7 @@ import pytest
 from msgspec.structs import replace
 
 from kvcache.ids import BlockId
-from kvcache.table import Standing
+from kvcache.standing import Standing
 from scheduler.protocol.messages import Command, Drop, Grant, LeaseId, Load, Receive, Remap
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
