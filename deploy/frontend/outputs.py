@@ -92,6 +92,11 @@ class OutputDelta:
     seed: int | None = None
 
     @property
+    def logprobs(self) -> int:
+        """How many log-probabilities are new with the choices."""
+        return sum(len(entry) for choice in self.choices for entry in choice.logprobs or ())
+
+    @property
     def failed(self) -> Finished | None:
         return next((end for end in self.ends if end.reason is FinishReason.FAILED), None)
 

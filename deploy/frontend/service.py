@@ -23,6 +23,7 @@ from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
+from deploy.frontend.holding import Held, of_prompts
 from deploy.frontend.observation import Observe, RequestRecord
 from deploy.frontend.outputs import OutputDelta
 from deploy.text.prompts import (
@@ -102,6 +103,7 @@ class Service:
         self._calls: dict[str, list[_Call]] = {}  # by request id
         self._grown: deque[_Call] = deque()
         self._waking = False
+        self.logprobs = Held()
         self.under_way = 0
         """Requests that have not ended."""
 
@@ -181,9 +183,11 @@ class Service:
         log = RequestRecord(request_id, traceparent, prompts)
         call = _Call(prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)
+        account = self.logprobs.account()
         self.under_way += 1
         self._calls.setdefault(request_id, []).append(call)
         try:
+            account.add(of_prompts(prompts), "prompt_logprobs")
             self._submit(call, prompts, told)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
@@ -193,6 +197,7 @@ class Service:
         except EngineError as error:
             raise log.fail(RequestError(Fault.UNAVAILABLE, str(error))) from error
         finally:
+            account.close()
             self.under_way -= 1
             if deadline is not None:
                 deadline.cancel()

@@ -58,6 +58,7 @@ class Tokenizer:
         backend = getattr(implementation, "backend_tokenizer", None)
         self._backend = None if backend is None else _showing_tool_marks(backend)
         self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
+        self._texts: dict[int, str] = {}  # of tokens that stand behind others: log-probabilities name thousands of them
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Tokenizer | None":
@@ -169,7 +170,12 @@ class Tokenizer:
         tokenizers drop its leading blank."""
         if token in self.special:
             return self.special[token]
-        return self._spell(token, begins).decode(errors="replace")
+        if begins:
+            return self._spell(token, begins).decode(errors="replace")
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._spell(token, begins).decode(errors="replace")
+        return text
 
     @cached_property
     def longest_token_bytes(self) -> int:

@@ -33,6 +33,7 @@ class Version:
         self.waits_for_room = self.closed = False
         self.faults = 0
         self.gone: list[int] = []
+        self.on_gone: Callable[[], None] = lambda: None
 
     @property
     def target(self) -> int:
@@ -55,6 +56,7 @@ class Version:
 
     def give_up(self, group: int) -> None:
         del self.up[group]
+        self.on_gone()
         self.gone.append(group)
 
     def stop(self) -> None:
@@ -90,10 +92,13 @@ def test_where_there_is_none_an_old_group_makes_room(roll: Callable[..., Roll]) 
     roll(new, old)
     time.sleep(LONG_ENOUGH_S)
     assert old.gone == []
+
+    def take_room() -> None:
+        new.waits_for_room, new.up[0] = False, True
+
+    old.on_gone = take_room
     new.waits_for_room = True
     until("it does not go", lambda: old.gone == [1])
-    new.waits_for_room, new.up[0] = False, True
-    time.sleep(LONG_ENOUGH_S)
     new.waits_for_room = True
     time.sleep(LONG_ENOUGH_S)
     assert old.gone == [1], "a new one serves: the last old one stays for its front end, whoever waits"

@@ -136,10 +136,12 @@ class Endpoint(ABC, Generic[R]):
         """Errors: RequestError."""
         answer = await self._begin(request, caller, int(time.time()))
         meter, outputs = UsageMeter(answer.prompts), [WholePrompt(prompt.params.n) for prompt in answer.prompts]
-        async with aclosing(self._deltas(answer, caller)) as deltas:
-            async for position, delta in deltas:
-                meter.take(delta)
-                outputs[position].take(delta)
+        with self._service.logprobs.account() as account:
+            async with aclosing(self._deltas(answer, caller)) as deltas:
+                async for position, delta in deltas:
+                    meter.take(delta)
+                    outputs[position].take(delta)
+                    account.add(delta.logprobs, "logprobs")
         return answer.whole(outputs, meter.usage())
 
     async def events(

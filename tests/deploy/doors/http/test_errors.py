@@ -41,6 +41,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": [10**30]}, "prompt", "outside the vocabulary"),
         ({"prompt": "x " * 3000}, "prompt", "the model takes 2048"),
         ({"prompt": ["a"] * 65}, "prompt", "65 is above the 64 that this server allows (max_prompts)"),
+        ({"prompt": [[1] * 2000] * 64, "prompt_logprobs": 20}, "prompt_logprobs", "more than 524288 log-probabilities"),
         ({"n": 0}, "n", "expected int >= 1"),
         ({"n": "2"}, "n", "got str"),
         ({"n": 17}, "n", "17 is above the 16 that this server allows (max_choices)"),
@@ -206,3 +207,20 @@ def test_a_server_may_be_stricter(host: Host, service: Service) -> None:
         error_of(httpx.post(f"{address}/v1/completions", json={"prompt": "a"} | body), 400)
     late = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 1900, "timeout": 60})
     assert error_of(late, 504)["code"] == "deadline_exceeded"
+
+
+def test_log_probabilities_are_held_for_so_many_at_once(
+    http: httpx.Client, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"prompt": [1, 2, 3, 4], "max_tokens": 8, "logprobs": 1, "ignore_eos": True}
+    monkeypatch.setattr(service.logprobs, "most_of_one", 4)
+    assert error_of(http.post("/v1/completions", json=asked), 400)["param"] == "logprobs"
+    assert http.post("/v1/completions", json=asked | {"stream": True}).status_code == 200, "it holds none"
+    monkeypatch.setattr(service.logprobs, "most_of_one", 1000)
+    monkeypatch.setattr(service.logprobs, "most_of_all", 10)
+    refused = http.post("/v1/completions", json=asked | {"prompt_logprobs": 2})
+    assert error_of(refused, 429)["param"] == "prompt_logprobs"
+    assert int(refused.headers["retry-after"]) >= 1
+    monkeypatch.undo()
+    assert http.post("/v1/completions", json=asked | {"prompt_logprobs": 2}).status_code == 200
+    assert service.logprobs.count == 0

@@ -191,10 +191,11 @@ def test_a_model_that_says_something_else_is_found_out(scripted: Scripted) -> No
 
 
 def test_what_nobody_has_read_is_no_reason_to_end_what_is_told_already(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.frontend.service.MOST_UNREAD", 20)
     engine = FakeEngine([300] * 100, steps_per_delta=10)
-    url = f"{host.serve(host.service(ScriptedCluster(engine)))}/v1/completions"
     body = {"prompt": [5, 6], "max_tokens": 100}
+    service = host.service(ScriptedCluster(engine))
+    url = f"{host.serve(service)}/v1/completions"
     whole = events_of(stream(url, body))
+    monkeypatch.setattr(service._frontend, "_most_unread", 20)  # from now on: nobody had promised to read the first one so fast
     near_end = [mark for mark, event in whole if event["choices"][0]["finish_reason"] is None][-1]
     assert told(events_of(stream(url, body, Last_Event_ID=near_end)))[1][0][-1] == [("length", None)]
