@@ -166,10 +166,14 @@ class FrontEnd:
     # ---- the thread ----
 
     def _pump(self) -> None:
-        lost = self._listen()
-        while lost is not None and self._regain(lost):
+        try:
             lost = self._listen()
-        self._fail("the engine was shut down")
+            while lost is not None and self._regain(lost):
+                lost = self._listen()
+            self._fail("the engine was shut down")
+        except Exception as error:  # without this thread nobody would be told anything any more
+            logger.exception("the front end failed")
+            self._fail(f"the front end failed: {error}")
 
     def _listen(self) -> str | None:
         """Until the stream is lost, and why; None: the front end is closed."""
@@ -214,6 +218,7 @@ class FrontEnd:
                     unsent.append((generation, str(error)))
                 generation.submission.sent()
             self._up = True
+            logger.warning("connected anew; %d requests go on", len(self._generations()))
         for generation, why in unsent:
             self._end_failed(generation.streams, Failure.IMPOSSIBLE, why)
 
