@@ -91,18 +91,8 @@ class FrontEnd:
                 raise EngineError(self._lost)
             for generation in generations:
                 self._live.update(dict.fromkeys(generation.streams, generation))
-            engine = self.engine if self._up else None
-            if engine is not None:
-                for generation in generations:
-                    generation.submission.sent()
-        try:
-            if engine is not None:
-                engine.submit([generation.submission.request for generation in generations])
-        except EngineError:
-            pass  # it was lost just now: the next one is asked, or all have failed
-        except BaseException:
-            self._forget(generations)
-            raise
+            if self._up:  # else `_resume` submits them
+                self._send(generations)
         return generations
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -126,6 +116,19 @@ class FrontEnd:
             self._lost = self._lost or "the engine was shut down"
         if self._connection.close() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
+
+    def _send(self, generations: Sequence[Generation]) -> None:
+        """For the first time. The lock is held, so that nobody resumes them meanwhile. Errors: as the engine's, and they are
+        forgotten; none if it was lost just now, which the thread is told next."""
+        for generation in generations:
+            generation.submission.sent()
+        try:
+            self.engine.submit([generation.submission.request for generation in generations])
+        except EngineError:
+            pass
+        except BaseException:
+            self._forget(generations)
+            raise
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:
         with self._lock:
