@@ -16,7 +16,7 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import Commands, Failure, FinishReason, Moved, Report, Request
+from scheduler.protocol.messages import Commands, End, Failure, FinishReason, Moved, Report, Request
 from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
@@ -234,6 +234,14 @@ class SchedulerCore:
         for owner, stream in [key for key in reversed(self.sequences) if key[0] == front_end]:
             self.abort(owner, stream)
         self.outbox.forget(front_end)
+
+    def shut_down(self, reason: str) -> None:
+        """The cluster ends for good: so does every request, the youngest first, and every group's log. Front ends are told, or
+        they would wait for another scheduler."""
+        for sequence in [*reversed(self.sequences.values())]:
+            leases.end(self._state, sequence, FinishReason.FAILED, reason, Failure.UNAVAILABLE)
+        for group in self.groups.values():
+            group.issue(End(reason))
 
     # ---- reports ------------------------------------------------------------------------------------------------------
 

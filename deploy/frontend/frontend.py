@@ -91,18 +91,8 @@ class FrontEnd:
                 raise EngineError(self._lost)
             for generation in generations:
                 self._live.update(dict.fromkeys(generation.streams, generation))
-            engine = self.engine if self._up else None
-            if engine is not None:
-                for generation in generations:
-                    generation.submission.sent()
-        try:
-            if engine is not None:
-                engine.submit([generation.submission.request for generation in generations])
-        except EngineError:
-            pass  # it was lost just now: the next one is asked, or all have failed
-        except BaseException:
-            self._forget(generations)
-            raise
+            if self._up:  # else `_resume` submits them
+                self._send(generations)
         return generations
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -126,6 +116,19 @@ class FrontEnd:
             self._lost = self._lost or "the engine was shut down"
         if self._connection.close() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
+
+    def _send(self, generations: Sequence[Generation]) -> None:
+        """For the first time. The lock is held, so that nobody resumes them meanwhile. Errors: as the engine's, and they are
+        forgotten; none if it was lost just now, which the thread is told next."""
+        for generation in generations:
+            generation.submission.sent()
+        try:
+            self.engine.submit([generation.submission.request for generation in generations])
+        except EngineError:
+            pass
+        except BaseException:
+            self._forget(generations)
+            raise
 
     def _forget(self, generations: Iterable[Generation]) -> list[int]:
         with self._lock:
@@ -166,10 +169,14 @@ class FrontEnd:
     # ---- the thread ----
 
     def _pump(self) -> None:
-        lost = self._listen()
-        while lost is not None and self._regain(lost):
+        try:
             lost = self._listen()
-        self._fail("the engine was shut down")
+            while lost is not None and self._regain(lost):
+                lost = self._listen()
+            self._fail("the engine was shut down")
+        except Exception as error:  # without this thread nobody would be told anything any more
+            logger.exception("the front end failed")
+            self._fail(f"the front end failed: {error}")
 
     def _listen(self) -> str | None:
         """Until the stream is lost, and why; None: the front end is closed."""
@@ -214,6 +221,7 @@ class FrontEnd:
                     unsent.append((generation, str(error)))
                 generation.submission.sent()
             self._up = True
+            logger.warning("connected anew; %d requests go on", len(self._generations()))
         for generation, why in unsent:
             self._end_failed(generation.streams, Failure.IMPOSSIBLE, why)
 

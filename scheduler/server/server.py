@@ -19,7 +19,6 @@ from scheduler.protocol.messages import (
     Beat,
     Commands,
     Deltas,
-    End,
     FromFrontEnd,
     FromLeader,
     Hello,
@@ -98,8 +97,8 @@ class SchedulerServer:
         )
 
     async def close(self) -> None:
-        """Closes every group's log, then every connection."""
-        self.call(_end_logs)
+        """Ends every request and every group's log, then every connection."""
+        self.call(lambda core: core.shut_down("the scheduler was shut down"))
         if self._looking is not None:
             self._looking.cancel()
         if self._server is not None:
@@ -224,8 +223,3 @@ class SchedulerServer:
         if writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.error("front end %d does not read its tokens: cut off", front_end)
             writer.transport.abort()
-
-
-def _end_logs(core: SchedulerCore) -> None:
-    for group in core.groups.values():
-        group.issue(End("the scheduler was shut down"))

@@ -149,7 +149,8 @@ class Endpoint(ABC, Generic[R]):
     ) -> AsyncGenerator[bytes, None]:
         """A piece of bytes for each delta. last_id: of the last event that the caller has of the same request's stream, which
         goes on behind it. with_ids: events have some. Errors: RequestError."""
-        mark = self._mark(request, caller, last_id)
+        with_ids = with_ids or last_id is not None
+        mark = self._mark(request, caller, last_id) if with_ids else Mark(0, int(time.time()))
         answer = await self._begin(request, caller, mark.created)
         options = request.stream_options or StreamOptions()
         if last_id is None:
@@ -158,7 +159,7 @@ class Endpoint(ABC, Generic[R]):
             answer.prompts = mark.seeded(answer.prompts)
             if mark.whole or (all(choice.ended for choice in mark.choices) and not options.include_usage):
                 return
-        writer = StreamWriter(answer, mark, options, with_ids=with_ids or last_id is not None)
+        writer = StreamWriter(answer, mark, options, with_ids=with_ids)
         async with aclosing(self._deltas(answer, caller, mark.told(answer.prompts))) as deltas:
             async for position, delta in deltas:
                 if data := writer.write(position, delta):

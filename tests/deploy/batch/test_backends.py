@@ -26,6 +26,7 @@ from deploy.frontend.errors import RETRY_AFTER_S, Fault, RequestError
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, journal_at, read
 from tests.deploy.frontend.fake_engine import FakeEngine
+from tests.servers import QuietHandler, answering
 
 ENTRIES = [
     *(entry(f"def f{number}(x):", temperature=0, logprobs=2) for number in range(8)),
@@ -248,6 +249,29 @@ def test_a_server_that_cannot_be_reached_may_come_back() -> None:
     with pytest.raises(RequestError, match=r"http://manta cannot be reached: connection refused") as caught:
         ask(refuse)
     assert caught.value.fault is Fault.UNAVAILABLE
+
+
+def test_a_connection_that_is_cut_in_the_midst_of_an_answer_is_asked_again(tmp_path: Path) -> None:
+    """Nobody has seen anything of it: the line's result is that of the whole answer."""
+    heard: list[int] = []
+
+    class Torn(QuietHandler):
+        def do_POST(self) -> None:
+            body = b'{"usage": {"completion_tokens": 7}}'
+            heard.append(len(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body if len(heard) > 2 else body[:10])
+
+    async def scenario(port: int) -> None:
+        async with open_endpoint(f"http://127.0.0.1:{port}", None, 1) as backend:
+            await run(backend, tmp_path / "out.jsonl", as_lines([entry("a")]), Limits(retries=2))
+
+    with answering(Torn) as port:
+        asyncio.run(scenario(port))
+    [line] = read(tmp_path / "out.jsonl")
+    assert (len(heard), line["response"]["body"]) == (3, {"usage": {"completion_tokens": 7}})
 
 
 def test_a_key_that_is_refused_is_the_users_to_change() -> None:

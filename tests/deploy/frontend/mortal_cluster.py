@@ -69,6 +69,10 @@ class Life:
         """The front ends' connections, and nothing else."""
         self._loop.call_soon_threadsafe(self._abort_front_ends)
 
+    def shut_down(self) -> None:
+        """Tidily, as when its cluster ends."""
+        asyncio.run_coroutine_threadsafe(self.server.close(), self._loop).result(PATIENCE_S)
+
     def die(self) -> None:
         """At once and without a word, as a process that is killed."""
         self._loop.call_soon_threadsafe(self._abort)

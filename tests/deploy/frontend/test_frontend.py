@@ -399,3 +399,11 @@ def test_a_block_of_another_size_is_hashed_anew(lasting: Host) -> None:
     tokens = np.arange(40, dtype=np.int32)
     assert np.frombuffer(first.hashes, np.uint64).tolist() == hash_blocks(tokens, 16, "")
     assert np.frombuffer(again.hashes, np.uint64).tolist() == hash_blocks(tokens, 8, "")
+
+
+def test_a_front_end_that_fails_tells_its_callers(lasting: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: nobody waits for a thread that has ended."""
+    waits = lasting.submit()
+    monkeypatch.setattr(Generation, "requests", lambda *_: 1 / 0)
+    lasting.engine.on_failure("the scheduler has gone")
+    assert outcome(waits).error == "the front end failed: division by zero"

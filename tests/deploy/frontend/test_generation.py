@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.frontend.choice import OutputGap
+from deploy.frontend.choice import OutputGap, Told
 from deploy.frontend.generation import Generation
-from deploy.frontend.outputs import OutputDelta
+from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
@@ -27,11 +28,11 @@ class Caller:
 
     def __init__(
         self, params: SamplingParams, tokenizer: Tokenizer | None = None, each_token: bool = True, prompt: Prompt = PROMPT,
-        stop_ids: tuple[int, ...] = (),
+        stop_ids: tuple[int, ...] = (), had: Sequence[Told] = (),
     ) -> None:  # fmt: skip
         prompt = replace(prompt, params=params)
         submission = Submission(STREAM, prompt, stop_ids, 16, 0.0)
-        self.generation = Generation(submission, prompt, tokenizer, self._count, each_token)
+        self.generation = Generation(submission, prompt, tokenizer, self._count, each_token, had)
         self.woken = 0
         self.prompt_tokens = len(prompt.token_ids)
         self.committed = [0] * params.n
@@ -256,3 +257,46 @@ def test_what_nobody_has_taken_is_counted_by_choice() -> None:
     assert [caller.generation.unread(stream) for stream in caller.generation.streams] == [0, 0]
     caller.extend([4])
     assert [caller.generation.unread(stream) for stream in caller.generation.streams] == [1, 0]
+
+
+def run_through(caller: Caller, pieces: Sequence[Sequence[int]], take_after: int) -> list[ChoiceDelta]:
+    """All that is told of an output that comes in pieces. take_after: pieces, each time."""
+    told: list[ChoiceDelta] = []
+    for number, piece in enumerate(pieces, start=1):
+        caller.extend(piece)
+        if number % take_after == 0 and (delta := caller.generation.take_delta()) is not None:
+            told += delta.choices
+    caller.end(FinishReason.LENGTH)
+    while (delta := caller.generation.take_delta()) is not None:
+        told += delta.choices
+    return told
+
+
+@given(
+    cuts=st.lists(st.integers(1, 11), max_size=5), take_after=st.integers(1, 4), tokens=st.integers(0, 12), ended=st.booleans()
+)
+def test_what_a_caller_had_comes_first_and_by_itself(
+    tokenizer: Tokenizer, cuts: list[int], take_after: int, tokens: int, ended: bool
+) -> None:
+    """However the output comes, this time and the last time; its text is split where it was."""
+    words = tokenizer.encode("hello world, hello the quick brown fox")[:12]
+    bounds = sorted({0, *cuts, len(words)})
+    pieces = [words[first:end] for first, end in pairwise(bounds)]
+    params = SamplingParams(stop=("fox jumps",))
+    had = Told(len(words), True) if ended else Told(min(tokens, len(words)))
+    before = Caller(params, tokenizer)
+    one_by_one = run_through(before, [[word] for word in words], 1)
+    expected = "".join(part.text for part in one_by_one)
+    parts = run_through(Caller(params, tokenizer, had=[had]), pieces, take_after)
+    assert "".join(part.text for part in parts) == expected
+    assert [token for part in parts for token in part.token_ids] == words
+    known = [part for part in parts if part.known]
+    if had == Told():
+        assert not known
+        return
+    assert parts[:1] == known
+    assert known[0].token_ids == words[: had.tokens]
+    upto = one_by_one if ended else one_by_one[: had.tokens]
+    assert known[0].text == "".join(part.text for part in upto), "as it was told then"
+    assert (known[0].finish_reason is not None) == ended
+    assert len(parts) == 1 if ended else parts[-1].finish_reason == "length"

@@ -189,3 +189,13 @@ def test_a_cluster_that_is_gone_for_good_fails_what_is_under_way() -> None:
         with pytest.raises(EngineError, match="gone for good"):
             front_end.submit([prompts()[0]], lambda _: None)
         cluster.life = cluster._live(grouped=False)
+
+
+def test_a_scheduler_that_is_shut_down_is_not_waited_for() -> None:
+    """It is no death: whoever ended it will have no other."""
+    with closing(MortalCluster()) as cluster, closing(opened(cluster)) as front_end:
+        [generation] = front_end.submit([prompts()[0]], lambda _: None)
+        until("it has not begun", lambda: generation.unread(generation.stream))
+        cluster.life.shut_down()
+        until("it waits on", lambda: generation.finished)
+        assert generation.take().error == "the scheduler was shut down"

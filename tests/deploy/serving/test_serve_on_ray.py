@@ -6,6 +6,7 @@ workers are stopped: however slow this machine is, no stream ends before it.
 
 import contextlib
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.ray
 PATIENCE_S = 180.0
 PROMPTS = ["def fibonacci(n):", "class Stack:", "import os", "for line in"]
 LONG, ENDLESS = 500, 1900
+resume_stream = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "resume_stream.py"))["stream"]
 
 GATED = """
 import sys, time
@@ -172,11 +174,13 @@ class Endpoint:
         return stopped_in_the_midst(self.processes(WORKER, 2), begin_again, lambda begun: self.running() == len(begun))
 
     @contextlib.contextmanager
-    def streams(self, prompts: Sequence[str], max_tokens: int) -> Iterator[list["Stream"]]:
+    def streams(
+        self, prompts: Sequence[str], max_tokens: int, kind: type["Stream"] | None = None
+    ) -> Iterator[list["Stream"]]:
         """All under way until the block is left."""
 
         def begin() -> list["Stream"]:
-            streams = [Stream(self, prompt, max_tokens) for prompt in prompts]
+            streams = [(kind or Stream)(self, prompt, max_tokens) for prompt in prompts]
             until("not all have begun", lambda: all(stream.text for stream in streams))
             return streams
 
@@ -214,17 +218,20 @@ class Stream(threading.Thread):
         self.text = ""
         self.reason: str | None = None
         self.error: Exception | None = None
-        self._events = endpoint.openai.completions.create(
-            model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
-        )
+        self._parts = self._opened(endpoint, {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
         self.start()
+
+    def _opened(self, endpoint: Endpoint, body: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+        """(text, finish reason) of each event."""
+        events = endpoint.openai.completions.create(**body, stream=True, extra_body={"ignore_eos": True})
+        return ((event.choices[0].text, event.choices[0].finish_reason) for event in events)
 
     def run(self) -> None:
         try:
-            for event in self._events:
-                self.text += event.choices[0].text
-                self.reason = event.choices[0].finish_reason
-        except (openai.APIError, httpx.HTTPError) as error:
+            for text, reason in self._parts:
+                self.text += text
+                self.reason = reason
+        except (openai.APIError, httpx.HTTPError, RuntimeError) as error:
             self.error = error
 
     def ended(self) -> "Stream":
@@ -232,6 +239,14 @@ class Stream(threading.Thread):
         assert not self.is_alive(), "the stream did not end"
         assert (self.reason is None) == (self.error is not None), "a stream ends with a finish reason, or else with an error"
         return self
+
+
+class ResumedStream(Stream):
+    """One whose client goes on where it was when it is cut."""
+
+    def _opened(self, endpoint: Endpoint, body: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+        events = resume_stream(endpoint.http, "/v1/completions", body | {"ignore_eos": True})
+        return ((event["choices"][0]["text"], event["choices"][0]["finish_reason"]) for event in events)
 
 
 def begin(stub: manta_pb2_grpc.MantaStub, name: str) -> Any:
@@ -352,6 +367,16 @@ def test_a_replica_that_dies_takes_only_its_own_requests_along(whole: Endpoint) 
     until("blocks are still held", whole.is_idle)
     whole.await_whole("there is no other replica")
     assert before[1] in whole.processes(INGRESS, 2)
+
+
+def test_streams_with_ids_outlive_their_replica(whole: Endpoint, expected: list[str]) -> None:
+    before = whole.processes(INGRESS, 2)
+    with whole.streams([*PROMPTS, *PROMPTS], LONG, ResumedStream) as streams:
+        os.kill(before[0], signal.SIGKILL)
+        until("its requests still run", lambda: 0 <= whole.running() < len(streams))
+    ends = [stream.ended() for stream in streams]
+    assert [(stream.error, stream.text) for stream in ends] == [(None, text) for text in [*expected, *expected]]
+    whole.await_whole("there is no other replica")
 
 
 def test_streams_outlive_a_worker(whole: Endpoint, expected: list[str]) -> None:

@@ -30,6 +30,8 @@ from scheduler.protocol.messages import (
     Deltas,
     Drop,
     End,
+    Failure,
+    Finished,
     FinishReason,
     Hello,
     LeaseId,
@@ -499,3 +501,16 @@ def test_a_front_end_that_submits_what_lives_ends_alone(served: Served) -> None:
     assert (len(resumed.tokens) // 4, resumed.prompt_tokens, resumed.max_tokens) == (21, 20, 8)
     leader.send(first_token(beside))
     assert tokens_of(read(other, Deltas)) == {1: [7]}
+
+
+def test_closing_tells_front_ends_that_nobody_comes(served: Served) -> None:
+    """Or they would wait for another scheduler."""
+    leader, front_end = served.leader(), served.front_end()
+    front_end.send(Submit((request(1), request(2, prompt=200))))
+    assert isinstance(read(leader, Commands).commands[0], Start)
+    asyncio.run_coroutine_threadsafe(served.server.close(), served.loop).result(PATIENCE_S)
+    ends: list[Finished] = []
+    while (payload := front_end.receive()) is not None:
+        ends += msgspec.msgpack.decode(payload, type=Deltas).finished
+    assert [(end.stream, end.failure) for end in ends] == [(2, Failure.IMPOSSIBLE), (1, Failure.UNAVAILABLE)]
+    assert ends[1].message == "the scheduler was shut down"
