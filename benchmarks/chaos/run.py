@@ -3,9 +3,12 @@
 Imports the other files of this room and `shared`.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -83,7 +86,7 @@ class Result:
 
 
 class Chaos:
-    """log: of the endpoints, which get a number each before its suffix."""
+    """log: of the endpoints, which get a number each before its suffix. RAY_TMPDIR is where their Rays have their folders."""
 
     def __init__(self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float) -> None:
         self._model = model
@@ -102,11 +105,12 @@ class Chaos:
         come up."""
         plan = in_turns(faults, count, self._draw)
         while plan:
-            with serving(self._model, [*FLAGS, *SHAPE.flags], self._log.with_suffix(f".{next(self._lives)}.log")) as endpoint:
-                self._one_life(endpoint, plan)
+            log = self._log.with_suffix(f".{next(self._lives)}.log")
+            with serving(self._model, [*FLAGS, *SHAPE.flags], log) as endpoint:
+                self._one_life(endpoint, plan, log)
         return self.result
 
-    def _one_life(self, endpoint: Endpoint, plan: list[Fault]) -> None:
+    def _one_life(self, endpoint: Endpoint, plan: list[Fault], log: Path) -> None:
         """As many of the plan's faults as this endpoint survives."""
         before = usual(endpoint)
         if not self._expected:
@@ -127,6 +131,7 @@ class Chaos:
             self._look_what_is_held(endpoint)
         else:
             self._end(endpoint, incident)
+            keep_ray_logs(log)
         self.result.incidents += ledger.incidents
         self.result.samples += ledger.samples
 
@@ -173,6 +178,15 @@ def in_turns(faults: Sequence[Fault], count: int, draw: random.Random) -> list[F
     while len(plan) < count:
         plan += draw.sample(faults, len(faults))
     return sorted(plan[:count], key=lambda fault: fault.ends_all)
+
+
+def keep_ray_logs(log: Path) -> None:
+    """Beside an endpoint's own log: why it did not come back stands in those of its Ray, which go with their folder."""
+    kept = log.with_suffix("")
+    shutil.rmtree(kept, ignore_errors=True)
+    with contextlib.suppress(shutil.Error, KeyError, OSError):
+        shutil.copytree(Path(os.environ["RAY_TMPDIR"], "ray", "session_latest", "logs"), kept)
+    _say(f"Ray's logs: {kept}")
 
 
 def usual(endpoint: Endpoint) -> dict[str, int]:
