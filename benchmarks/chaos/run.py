@@ -29,7 +29,7 @@ FLAGS = ("--haproxy", "--threads", "1", "--dtype", "float64", "--kv-memory", "64
 """float64, so that an answer does not depend on what else was in its batches."""
 
 POLL_S = 0.25
-STEADY_POLLS = 3
+STEADY_POLLS = 12
 """In a row, for which an endpoint must be whole."""
 
 MOMENTS_S = (0.5, 4.0)
