@@ -2,6 +2,7 @@
 
     engine      the engine beside vLLM and transformers; transfer, migration, ray_overhead
     serving     an endpoint under load, beside vLLM's; front_end, soak
+    chaos       an endpoint under load while its processes die, stop or are cut off
     scheduler   what the scheduler's events cost; replay makes the tables of docs/replay.md
     gpu         one GPU: bare step loop, one process, Ray; endpoint
     kernels     GPU kernels against their limits; attention, sampler

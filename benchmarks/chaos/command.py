@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.chaos.faults import KINDS, LASTING, NODE, Fault
+from benchmarks.chaos.faults import KINDS, LASTING, NODE, Fault, faults_of
 from benchmarks.chaos.report import as_json, held_table, incidents_table, troubles
 from benchmarks.chaos.roles import ROLES
 from benchmarks.chaos.run import Chaos
@@ -48,7 +48,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=listed, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", type=_faults, default=USUAL, help="kind:role,... (every one but those of gcs and raylet)")
+    parser.add_argument("--faults", type=faults_of, default=USUAL, help="kind:role,... (every one but those of gcs and raylet)")
     parser.add_argument("--count", type=positive, help="faults in all (each once)")
     parser.add_argument("--seed", type=int, default=0, help="of faults, moments and requests (%(default)s)")
     parser.add_argument("--streams", type=positive, default=24, help="clients, each with a stream under way (%(default)s)")
@@ -59,13 +59,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit with 1 also if a stream was lost")
     parser.add_argument("--json", action="store_true", help="print a JSON object as well")
     return parser.parse_args()
-
-
-def _faults(text: str) -> list[Fault]:
-    try:
-        return [Fault.parse(each.strip()) for each in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ Not among them, since it takes root: delaying or dropping packets on their way (
 `slow` stops a process nine tenths of the time instead, so all that it says is late; `disk` keeps the node's disk busy.
 """
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -70,6 +71,14 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.role}"
+
+
+def faults_of(text: str) -> list[Fault]:
+    """`kind:role,...`, for argparse."""
+    try:
+        return [Fault.parse(each.strip()) for each in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def inflict(fault: Fault, victims: Iterable[int], draw: random.Random) -> None:

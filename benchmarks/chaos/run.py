@@ -3,9 +3,12 @@
 Imports the other files of this room and `shared`.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,15 +25,11 @@ from benchmarks.chaos.roles import census, holders
 from benchmarks.shared.endpoint import Endpoint, ServingError, serving
 from benchmarks.shared.processes import Process, alive, held_by
 
-GROUPS, RANKS, REPLICAS = 2, 2, 2
-FLAGS = (
-    "--groups", str(GROUPS), "--tensor-parallel-size", str(RANKS), "--replicas", str(REPLICAS), "--haproxy", "--threads", "1",
-    "--dtype", "float64", "--kv-memory", "64MiB",
-)  # fmt: skip
+FLAGS = ("--haproxy", "--threads", "1", "--dtype", "float64", "--kv-memory", "64MiB")
 """float64, so that an answer does not depend on what else was in its batches."""
 
 POLL_S = 0.25
-STEADY_POLLS = 3
+STEADY_POLLS = 12
 """In a row, for which an endpoint must be whole."""
 
 MOMENTS_S = (0.5, 4.0)
@@ -38,6 +37,23 @@ MOMENTS_S = (0.5, 4.0)
 
 LAST_WATCH_S = 30.0
 """After the death of what nothing brings back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large an endpoint is. ranks: of a group. replicas: front ends."""
+
+    groups: int = 2
+    ranks: int = 2
+    replicas: int = 2
+
+    @property
+    def flags(self) -> list[str]:
+        named = {"groups": self.groups, "tensor-parallel-size": self.ranks, "replicas": self.replicas}
+        return [word for name, number in named.items() for word in (f"--{name}", str(number))]
+
+
+SHAPE = Shape()
 
 
 @dataclass(slots=True)
@@ -70,7 +86,7 @@ class Result:
 
 
 class Chaos:
-    """log: of the endpoints, which get a number each before its suffix."""
+    """log: of the endpoints, which get a number each before its suffix. RAY_TMPDIR is where their Rays have their folders."""
 
     def __init__(self, model: Path, log: Path, *, streams: int, seed: int, patience_s: float) -> None:
         self._model = model
@@ -89,13 +105,14 @@ class Chaos:
         come up."""
         plan = in_turns(faults, count, self._draw)
         while plan:
-            with serving(self._model, FLAGS, self._log.with_suffix(f".{next(self._lives)}.log")) as endpoint:
-                self._one_life(endpoint, plan)
+            log = self._log.with_suffix(f".{next(self._lives)}.log")
+            with serving(self._model, [*FLAGS, *SHAPE.flags], log) as endpoint:
+                self._one_life(endpoint, plan, log)
         return self.result
 
-    def _one_life(self, endpoint: Endpoint, plan: list[Fault]) -> None:
+    def _one_life(self, endpoint: Endpoint, plan: list[Fault], log: Path) -> None:
         """As many of the plan's faults as this endpoint survives."""
-        usual = {name: len(pids) for name, pids in census(endpoint.pid).items()}
+        before = usual(endpoint)
         if not self._expected:
             self._expected = undisturbed(endpoint.address, self._asks, self._streams)
             _say(f"{len(self._asks)} answers as they are undisturbed")
@@ -106,7 +123,7 @@ class Chaos:
             _until(lambda: ledger.flowing(self._streams), self._patience_s)
             while plan and whole:
                 time.sleep(self._draw.uniform(*MOMENTS_S))
-                whole = self._strike(endpoint, plan.pop(0), ledger, usual)
+                whole = self._strike(endpoint, plan.pop(0), ledger, before)
             time.sleep(MOMENTS_S[1])
             ledger.end()
         incident = ledger.incidents[-1]
@@ -114,10 +131,11 @@ class Chaos:
             self._look_what_is_held(endpoint)
         else:
             self._end(endpoint, incident)
+            keep_ray_logs(log)
         self.result.incidents += ledger.incidents
         self.result.samples += ledger.samples
 
-    def _strike(self, endpoint: Endpoint, fault: Fault, ledger: Ledger, usual: dict[str, int]) -> bool:
+    def _strike(self, endpoint: Endpoint, fault: Fault, ledger: Ledger, before: dict[str, int]) -> bool:
         """Makes the fault and waits until all is as it was; False if that does not come about."""
         victims = [] if fault.kind == "disk" else holders(fault.role, endpoint.pid, self._draw.choice)
         if not victims and fault.kind != "disk":
@@ -129,12 +147,12 @@ class Chaos:
             inflict(fault, victims, self._draw)
             gone = set(victims) if fault.replaces else set()
             patience_s = LAST_WATCH_S if fault.ends_all else self._patience_s
-            whole_s = _until(lambda: missing(endpoint, usual, gone) is None, patience_s, STEADY_POLLS)
+            whole_s = _until(lambda: missing(endpoint, SHAPE, before, gone) is None, patience_s, STEADY_POLLS)
             if whole_s is not None:
                 incident.whole_s = whole_s - incident.at_s
                 whole_s = _until(lambda: ledger.flowing(self._streams), self._patience_s)
             if whole_s is None:
-                incident.missing = missing(endpoint, usual, gone) or "output for every client"
+                incident.missing = missing(endpoint, SHAPE, before, gone) or "output for every client"
         finally:
             resume(victims)
         ledger.end()
@@ -162,13 +180,27 @@ def in_turns(faults: Sequence[Fault], count: int, draw: random.Random) -> list[F
     return sorted(plan[:count], key=lambda fault: fault.ends_all)
 
 
-def missing(endpoint: Endpoint, usual: dict[str, int], gone: set[int]) -> str | None:
+def keep_ray_logs(log: Path) -> None:
+    """Beside an endpoint's own log: why it did not come back stands in those of its Ray, which go with their folder."""
+    kept = log.with_suffix("")
+    shutil.rmtree(kept, ignore_errors=True)
+    with contextlib.suppress(shutil.Error, KeyError, OSError):
+        shutil.copytree(Path(os.environ["RAY_TMPDIR"], "ray", "session_latest", "logs"), kept)
+    _say(f"Ray's logs: {kept}")
+
+
+def usual(endpoint: Endpoint) -> dict[str, int]:
+    """How many processes play which role, while nothing has happened."""
+    return {name: len(pids) for name, pids in census(endpoint.pid).items()}
+
+
+def missing(endpoint: Endpoint, shape: Shape, before: dict[str, int], gone: set[int]) -> str | None:
     """What of all that there was is not there yet, in words: processes, groups, front ends; or who was to be replaced and has
     not gone."""
     now = census(endpoint.pid)
     if left := alive(gone):
         return f"the end of {sorted(left)}"
-    if few := [name for name, count in usual.items() if len(now[name]) < count]:
+    if few := [name for name, count in before.items() if len(now[name]) < count]:
         return f"a process called {' and '.join(few)}"
     try:
         endpoint.get("/ready")
@@ -176,9 +208,9 @@ def missing(endpoint: Endpoint, usual: dict[str, int], gone: set[int]) -> str | 
     except (OSError, HTTPException, ValueError) as error:
         return f"an answer that it is ready ({error})"
     states = [group["state"] for group in status["groups"]]
-    if states != ["up"] * GROUPS:
+    if states != ["up"] * shape.groups:
         return f"a group that is up: they are {', '.join(states)}"
-    return None if status["front_ends"] == REPLICAS else f"a front end: the scheduler knows {status['front_ends']}"
+    return None if status["front_ends"] == shape.replicas else f"a front end: the scheduler knows {status['front_ends']}"
 
 
 def _until(true: Callable[[], bool], patience_s: float, polls: int = 1) -> float | None:

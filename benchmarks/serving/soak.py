@@ -1,9 +1,11 @@
 """Thousands of short requests, many of them given up by their clients, against `manta serve`: what is left afterwards?
 
 Blocks: none is held. Processes: as many as before, with as many threads and file descriptors, and as much memory, give or take
-a bound. Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
+a bound. With `--fault-every` ranks are killed and stopped meanwhile (`benchmarks.chaos`), of which no client may notice more
+than that it is told to come again. Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
 
     python -m benchmarks.serving.soak --requests 10000 --replicas 2 --json
+    python -m benchmarks.serving.soak --requests 100000 --fault-every 60
 """
 
 import argparse
@@ -12,8 +14,13 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.chaos.faults import faults_of
+from benchmarks.chaos.run import Shape
+from benchmarks.chaos.striking import Striking
 from benchmarks.shared.endpoint import Ask, Clients, Endpoint, ServingError, completion, serving
 from benchmarks.shared.load import Outcome
 from benchmarks.shared.options import positive
@@ -21,7 +28,7 @@ from benchmarks.shared.processes import Process
 from benchmarks.shared.report import table
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
-VOCABULARY = 4096
+VOCABULARY, LONGEST = 4096, 2046
 UNDER_WAY = 48
 BATCH = 500
 WARM_UP = 2000
@@ -29,6 +36,10 @@ WARM_UP = 2000
 
 GROWTH_BYTES = 16 << 20
 """Of one process, for the whole run: 10,000 leaked requests of 2 KiB would show."""
+
+COME_AGAIN = (429, 503)
+SURVIVED = "kill:peer,kill:leader,stop:peer,stop:leader,pause:scheduler"
+"""Faults of which no request is lost."""
 
 GROWTH_HANDLES = 8
 """Threads or file descriptors that pools may still open."""
@@ -46,42 +57,90 @@ def asks(draw: random.Random, count: int) -> list[Ask]:
     return made
 
 
-def soak(endpoint: Endpoint, clients: Clients, requests: int, seed: int) -> tuple[dict[str, object], list[str]]:
-    """What was done, and every way in which something was lost or has grown."""
-    draw, outcomes, began_s = random.Random(seed), list[Outcome](), time.monotonic()
-    start, warm, early = endpoint.idle_blocks(), dict[int, Process](), endpoint.processes()
-    while len(outcomes) < requests:
-        outcomes += clients.run(endpoint, asks(draw, min(BATCH, requests - len(outcomes))), limit=UNDER_WAY)
-        if not warm and len(outcomes) >= min(WARM_UP, requests // 2):
-            endpoint.idle_blocks()
-            warm = endpoint.processes()
-        print(f"{len(outcomes)} of {requests} requests", file=sys.stderr, flush=True)
-    end, late = endpoint.idle_blocks(), endpoint.processes()
-    seconds = time.monotonic() - began_s
-    failed = [outcome for outcome in outcomes if not (outcome.complete or outcome.left)]
-    faults = [f"{len(failed)} requests failed, the first: {failed[0]}"] if failed else []
-    if sum(end.values()) != sum(start.values()):
-        faults.append(f"blocks at the start {start}, at the end {end}")
-    faults += grown(warm, late)
-    left = sum(outcome.left for outcome in outcomes)
-    print(f"\n{requests} requests in {seconds:.0f} s, {left} given up by their clients, {len(failed)} failed")
-    print(f"blocks at the start {start}, at the end {end}")
-    print(growth_table(early, warm, late), flush=True)
-    return {"requests": requests, "left": left, "failed": len(failed), "blocks": end, "seconds": seconds}, faults
+def widths() -> list[Ask]:
+    """Prompts of every width that a step may have on a CPU (`workers/cpu/padding.py`): a rank compiles kernels for each and
+    keeps them, which would else look like growth over thousands of requests."""
+    draw, sizes = random.Random(1), [*range(1, 16), *(round(16 * 2 ** (at / 16)) for at in range(7 * 16)), LONGEST]
+    return [Ask(completion(draw.choices(range(VOCABULARY), k=size), 1)) for size in sizes if size <= LONGEST]
 
 
-def grown(warm: dict[int, Process], late: dict[int, Process]) -> list[str]:
-    """Processes that came, went, or hold more than they did."""
-    faults = [f"{late[pid].name} ({pid}) is new" for pid in late.keys() - warm.keys()]
-    faults += [f"{warm[pid].name} ({pid}) has gone" for pid in warm.keys() - late.keys()]
+@dataclass(slots=True)
+class Soak:
+    """striking: the faults that are made meanwhile, if any."""
+
+    endpoint: Endpoint
+    clients: Clients
+    striking: Striking | None
+    outcomes: list[Outcome] = field(default_factory=list)
+    refused: int = 0
+    """Requests that were told to come again, and did."""
+
+    def run(self, requests: int, seed: int) -> tuple[dict[str, object], list[str]]:
+        """What was done, and every way in which something was lost or has grown."""
+        draw, began_s, warm = random.Random(seed), time.monotonic(), dict[int, Process]()
+        start, early = self.endpoint.idle_blocks(), self.endpoint.processes()
+        self.clients.run(self.endpoint, widths(), limit=1)
+        if self.striking is not None:
+            self.striking.start()
+        while len(self.outcomes) < requests:
+            self._ask(asks(draw, min(BATCH, requests - len(self.outcomes))))
+            if not warm and len(self.outcomes) >= min(WARM_UP, requests // 2):
+                self.endpoint.idle_blocks()
+                warm = self.endpoint.processes()
+            print(f"{len(self.outcomes)} of {requests} requests", file=sys.stderr, flush=True)
+        if self.striking is not None:
+            self.striking.settle()
+        end, late = self.endpoint.idle_blocks(), self.endpoint.processes()
+        failed = [outcome for outcome in self.outcomes if not (outcome.complete or outcome.left)]
+        faults = [f"{len(failed)} requests failed, the first: {failed[0]}"] if failed else []
+        if sum(end.values()) != sum(start.values()):
+            faults.append(f"blocks at the start {start}, at the end {end}")
+        faults += grown(warm, late, replaced=self.striking is not None)
+        left, seconds = sum(outcome.left for outcome in self.outcomes), time.monotonic() - began_s
+        made = Counter(self.striking.made) if self.striking is not None else Counter[str]()
+        print(f"\n{requests} requests in {seconds:.0f} s, {left} given up by their clients, {len(failed)} failed")
+        print(f"faults: {dict(made)}; {self.refused} times a request was told to come again")
+        print(f"blocks at the start {start}, at the end {end}")
+        print(growth_table(early, warm, late), flush=True)
+        return {
+            "requests": requests, "left": left, "failed": len(failed), "blocks": end, "seconds": seconds,
+            "made": dict(made), "refused": self.refused,
+        }, faults  # fmt: skip
+
+    def _ask(self, asked: list[Ask]) -> None:
+        """Until each has been answered, given up or lost: who is told to come again does."""
+        while asked:
+            outcomes = self.clients.run(self.endpoint, asked, limit=UNDER_WAY)
+            again = [ask for ask, outcome in zip(asked, outcomes, strict=True) if outcome.status in COME_AGAIN]
+            self.outcomes += [outcome for outcome in outcomes if outcome.status not in COME_AGAIN]
+            self.refused += len(again)
+            asked = again
+
+
+def grown(warm: dict[int, Process], late: dict[int, Process], replaced: bool) -> list[str]:
+    """Processes that came, went, or hold more than they did. replaced: others may have come for those that went."""
+    if replaced:
+        before, after = (Counter(each.name.partition(".")[0] for each in moment.values()) for moment in (warm, late))
+        faults = [f"{after[name]} processes are called {name}, it were {before[name]}" for name in before | after
+                  if before[name] != after[name]]  # fmt: skip
+    else:
+        faults = [f"{late[pid].name} ({pid}) is new" for pid in late.keys() - warm.keys()]
+        faults += [f"{warm[pid].name} ({pid}) has gone" for pid in warm.keys() - late.keys()]
     for pid in warm.keys() & late.keys():
-        before, after = warm[pid], late[pid]
-        if after.rss_bytes - before.rss_bytes > GROWTH_BYTES:
-            faults.append(f"{after.name} ({pid}) has grown from {before.rss_bytes >> 20} to {after.rss_bytes >> 20} MiB")
-        for what in ("threads", "descriptors"):
-            one, other = (before.threads, after.threads) if what == "threads" else (before.descriptors, after.descriptors)
-            if other - one > GROWTH_HANDLES:
-                faults.append(f"{after.name} ({pid}) had {one} {what} and has {other}")
+        faults += _grown(warm[pid], late[pid], pid)
+    return faults
+
+
+def _grown(before: Process, after: Process, pid: int) -> list[str]:
+    faults = []
+    if after.rss_bytes - before.rss_bytes > GROWTH_BYTES:
+        faults.append(f"{after.name} ({pid}) has grown from {before.rss_bytes >> 20} to {after.rss_bytes >> 20} MiB")
+    for what, one, other in (
+        ("threads", before.threads, after.threads),
+        ("descriptors", before.descriptors, after.descriptors),
+    ):
+        if other - one > GROWTH_HANDLES:
+            faults.append(f"{after.name} ({pid}) had {one} {what} and has {other}")
     return faults
 
 
@@ -107,14 +166,20 @@ def main() -> None:
     parser.add_argument("--requests", type=positive, default=10_000, help="(%(default)s)")
     parser.add_argument("--replicas", type=positive, default=2, help="front ends on Ray (%(default)s)")
     parser.add_argument("--local", action="store_true", help="one process, without Ray")
+    parser.add_argument("--fault-every", type=float, metavar="SECONDS", help="with 2 groups of 2 ranks (no faults)")
+    parser.add_argument("--faults", type=faults_of, default=faults_of(SURVIVED), help=f"kind:role,... ({SURVIVED})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print a JSON object as well")
     options = parser.parse_args()
-    flags = ["--local"] if options.local else ["--replicas", str(options.replicas)]
+    shape = Shape(replicas=options.replicas) if options.fault_every else Shape(1, 1, options.replicas)
+    flags = ["--local"] if options.local else shape.flags
     log = Path(tempfile.gettempdir()) / "manta-benchmarks" / "logs" / "soak.log"
     try:
         with serving(TINY, [*flags, "--threads", "1", "--kv-memory", "64MiB"], log) as endpoint, Clients() as clients:
-            result, faults = soak(endpoint, clients, options.requests, options.seed)
+            striking = None
+            if options.fault_every:
+                striking = Striking(endpoint, shape, options.faults, options.fault_every, options.seed)
+            result, faults = Soak(endpoint, clients, striking).run(options.requests, options.seed)
     except ServingError as error:
         sys.exit(f"error: {error}")
     if options.json:

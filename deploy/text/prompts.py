@@ -16,6 +16,9 @@ from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Message, Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 
+MOST_STOP_CHARACTERS, MOST_SALT_CHARACTERS = 16384, 1024
+"""A salt with its account in front."""
+
 MOST_URGENT, LEAST_URGENT = -(1 << 31), (1 << 31) - 1
 
 
@@ -105,6 +108,8 @@ class PromptParser:
     def prompt(self, content: Content, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS) -> Prompt:
         """Errors: PromptError."""
         self._check(params)
+        _check_size("stop", params.stop, MOST_STOP_CHARACTERS)
+        _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
         if isinstance(content, Conversation):
             prompt = Prompt(self._chat(content), params, terms, answered=True)
         elif isinstance(content, str):
@@ -179,6 +184,13 @@ class PromptParser:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
+
+
+def _check_size(field: str, texts: Sequence[str], most: int) -> None:
+    """Of what the scheduler and every rank are told beside the prompt. Errors: PromptError."""
+    size = sum(map(len, texts))
+    if size > most:
+        raise PromptError(f"{field}: {size} characters are above the {most} that may be: shorten it", field)
 
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:

@@ -1,0 +1,55 @@
+"""Faults by the clock, in a thread beside whatever else is done to an endpoint. Imports the faults, the roles and the run."""
+
+import random
+import threading
+import time
+from collections.abc import Sequence
+
+from benchmarks.chaos.faults import Fault, inflict, resume
+from benchmarks.chaos.roles import holders
+from benchmarks.chaos.run import Shape, missing, usual
+from benchmarks.shared.endpoint import Endpoint, ServingError
+
+SETTLE_S = 180.0
+POLL_S = 0.5
+
+
+class Striking(threading.Thread):
+    """Until `settle`. made: what has been done so far, in order."""
+
+    def __init__(self, endpoint: Endpoint, shape: Shape, faults: Sequence[Fault], every_s: float, seed: int) -> None:
+        super().__init__(name="faults", daemon=True)
+        self.made: list[str] = []
+        self._endpoint = endpoint
+        self._shape = shape
+        self._faults = faults
+        self._every_s = every_s
+        self._draw = random.Random(seed)
+        self._usual = usual(endpoint)
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(self._every_s):
+            fault = self._draw.choice(self._faults)
+            victims = holders(fault.role, self._endpoint.pid, self._draw.choice)
+            try:
+                inflict(fault, victims, self._draw)
+                self.made.append(str(fault) if victims else f"{fault} (nobody)")
+                self._until_whole(set(victims) if fault.replaces else set())
+            except ServingError:  # `settle` finds what is still missing
+                continue
+            finally:
+                resume(victims)
+
+    def settle(self) -> None:
+        """Makes no more of them, and returns when all is as it was. Errors: ServingError if that does not come about."""
+        self._over.set()
+        self.join()
+        self._until_whole(set())
+
+    def _until_whole(self, gone: set[int]) -> None:
+        deadline_s = time.monotonic() + SETTLE_S
+        while (lacking := missing(self._endpoint, self._shape, self._usual, gone)) is not None:
+            if time.monotonic() > deadline_s:
+                raise ServingError(f"{SETTLE_S:g} s after {self.made[-1:]} there is still no {lacking}")
+            time.sleep(POLL_S)
