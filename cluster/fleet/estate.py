@@ -68,6 +68,7 @@ def _digest(*told: Any) -> str:
 
 # ---- what is there
 
+
 @dataclass(slots=True)
 class Remains:
     """Of one epoch of a group. ranks: names of the actors that live, by number."""
@@ -189,16 +190,20 @@ class Owner:
                 asked = {reference: actor for actor, reference in self._asked.items()}
             if not asked:
                 continue
-            answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=0)
-            for reference in answered:  # who has not answered is stopped, or busy, and has been asked
-                self._again(asked[reference], reference)
+            try:
+                answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=0)
+                for reference in answered:  # who has not answered is stopped, or busy, and has been asked
+                    self._again(asked[reference], reference)
+            except Exception:  # whatever it is: without this thread all that is owned ends
+                logger.exception("not all actors were told that they have an owner; trying on")
 
     def _again(self, actor: Any, reference: Any) -> None:
+        """The next word, to an actor that has heard the last."""
         try:
             ray.get(reference)
         except ray.exceptions.ActorUnavailableError:
             logger.warning("an actor cannot be reached for now: %s", actor)
-        except ray.exceptions.RayError:
+        except ray.exceptions.RayError:  # it has died
             with self._lock:
                 del self._asked[actor]
             return

@@ -258,6 +258,7 @@ class Fleet:
                 self._groups.renew(group)
             else:
                 self._groups.remove(group)
+                self.resize(self._wanted)  # whoever began this may have died, and his wish with him
             logger.warning("group %d has run empty and %s", group, "is started anew" if replace else "is gone")
         except (EngineError, KeyError) as error:  # the scheduler is being replaced, the fleet is closing, or the group was lost
             logger.warning("group %d could not be drained: %s", group, error)

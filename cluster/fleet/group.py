@@ -115,7 +115,7 @@ class GroupHandle:
         self._ranks = [actor_of(self._owner.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
         for rank in self._ranks:
             self._owner.keep(rank)
-        self.adopted = True
+        self.adopted = self.placed = True
         self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
 
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:

@@ -17,7 +17,6 @@ from deploy.config.serve import ServeConfig
 TIMEOUT_S = 30.0
 LOOK_S = 0.5
 
-
 UrlArgument = Annotated[str, typer.Argument(help="Address of an endpoint on Ray.", show_default=False)]
 KeyFileOption = Annotated[
     str | None, flag("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
@@ -38,7 +37,7 @@ def drain(
     """
     with reported_errors(debug), _client(url, api_key_file) as client:
         before = _epoch(client, group)
-        _told(client.post(f"/admin/groups/{group}/drain", params={"replace": replace}))
+        _post(client, f"/admin/groups/{group}/drain", replace=replace)
         typer.echo(f"group {group} runs empty")
         while wait:
             now = _epoch(client, group)
@@ -60,7 +59,7 @@ def roll(
     it is. A file that Serve was given says the old model still: change it too.
     """
     with reported_errors(debug), _client(url, api_key_file) as client:
-        _told(client.post("/admin/roll", params={"model": str(Path(model).absolute())}))
+        _post(client, "/admin/roll", model=str(Path(model).absolute()))
         typer.echo(f"{model} is on its way")
 
 
@@ -74,16 +73,25 @@ def _client(url: str, api_key_file: str | None) -> Iterator[Any]:
 
 
 def _epoch(client: Any, group: int) -> int | None:
-    """Of a group that is there, -1 while it comes up, or while no scheduler tells; None if it is not."""
-    groups = _told(client.get("/status.json", params={"history": False})).json()["groups"]
+    """Of a group that is there, -1 while it comes up, or while nobody tells; None if it is not there."""
+    import httpx
+
+    groups: list[dict[str, Any]] = []
+    with contextlib.suppress(httpx.HTTPError):
+        groups = client.get("/status.json", params={"history": False}).raise_for_status().json()["groups"]
     return next((each["epoch"] for each in groups if each["group"] == group), None if groups else -1)
 
 
-def _told(answer: Any) -> Any:
-    """Errors: ValueError with what the endpoint says, if it refuses."""
+def _post(client: Any, path: str, **params: Any) -> None:
+    """Errors: ValueError with what the endpoint says, if it refuses; OSError if it cannot be asked now."""
+    import httpx
+
+    try:
+        answer = client.post(path, params=params)
+    except httpx.HTTPError as error:
+        raise OSError(f"no answer from {client.base_url}: {error}") from error
     if answer.status_code == 404:
-        raise ValueError(f"{answer.url} is nothing that this endpoint has: only endpoints on Ray can be changed while they run")
-    if answer.is_client_error:
-        raise ValueError(answer.json()["error"]["message"])
-    answer.raise_for_status()
-    return answer
+        raise ValueError(f"{client.base_url} has no {path}: only endpoints on Ray can be changed while they run")
+    if answer.is_error:
+        said = answer.json()["error"]["message"]
+        raise ValueError(said) if answer.is_client_error else OSError(said)

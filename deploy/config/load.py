@@ -59,7 +59,7 @@ SAMPLING_KEYS = SamplingParams.__struct_fields__
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _COMMENT = re.compile(r"(^|\s)#.*")
-_KEY_WORDS = re.compile(r"(?:priority=(-?\d{1,10}))? ?(operator)?")
+_KEY_WORDS = re.compile(r"(?:priority=(-?\d{1,10}))?(?:(?:^| )(operator))?")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 T = TypeVar("T")

@@ -89,7 +89,8 @@ def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) 
     assert read_operators(config) == ("five", "six")
     assert read_key_priorities(ServeConfig()) == {}
     assert read_operators(ServeConfig()) == ()
-    for line in ("one two", "one priority=high", "one priority=1 priority=2", "one priority=-99999999999", "one operators"):
+    wrong = "two", "priority=high", "priority=1 priority=2", "priority=-99999999999", "operators", "priority=1operator"
+    for line in (f"one {words}" for words in wrong):
         file.write_text(f"zero\n{line}\n")
         with pytest.raises(ConfigError, match="line 2: behind the key may stand") as refused:
             read_api_keys(config, {})

@@ -1,6 +1,8 @@
 """An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -206,7 +208,7 @@ def other_model(tmp_path: Path) -> Path:
 
 def test_a_new_version_takes_over_without_a_failed_request(application: Application, other_model: Path) -> None:
     """Three groups of each version, two front ends and one more while they change are one CPU too many: an old group has to
-    make room before the new ones are all there."""
+    make room before the new ones are all there. Nor does one fail on the way back, on which the engine dies."""
     application.deploy(3, replicas=2)
     until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
     until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
@@ -223,6 +225,8 @@ def test_a_new_version_takes_over_without_a_failed_request(application: Applicat
     assert after != before
     back = command("roll", str(EMBEDDED_MODEL), str(application.http.base_url))
     assert back.returncode == 0, back.stderr
+    until("nothing new comes", lambda: len(named(SCHEDULER)) == 2)
+    os.kill(all_named(ENGINE, 1)[0], signal.SIGKILL)
     until("the first model is not back", lambda: application.complete()["choices"][0]["text"] == before)
     until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
     for load in loads:

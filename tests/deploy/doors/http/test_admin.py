@@ -1,11 +1,14 @@
-"""Who may change a cluster over HTTP, and what the door says of it; and `manta drain`, which asks there."""
+"""Who may change a cluster over HTTP, and what the door says of it; and what the commands say that ask there."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from cluster.config import EngineConfig
+from deploy.cli import operating
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
@@ -14,6 +17,7 @@ from deploy.doors.http import create_app
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel, Service
+from manta.commands import app
 
 ONLY = 7
 
@@ -80,3 +84,31 @@ def test_what_cannot_be_done_is_told(service: Service) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
     assert ask(service, ApiKeys(["key"]), Asked(), "key", "/admin/roll?model=nowhere").status_code == 403
     assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain", "GET").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "said"),
+    [
+        (httpx.Response(409, json={"error": {"message": "group 7 cannot go"}}), 2, "group 7 cannot go"),
+        (httpx.Response(503, json={"error": {"message": "the engine does not answer"}}), 1, "the engine does not answer"),
+        (httpx.Response(404, json={"detail": "?"}), 2, "only endpoints on Ray can be changed"),
+        (httpx.ConnectError("refused"), 1, "no answer from http"),
+    ],
+    ids=["409", "503", "404", "nobody"],
+)
+def test_a_command_says_why_it_is_refused(
+    refusal: httpx.Response | Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return httpx.Response(503)
+        if isinstance(refusal, Exception):
+            raise refusal
+        return refusal
+
+    def client(kind: Any, url: str, _: str | None, **options: Any) -> Any:
+        return kind(base_url=url, transport=httpx.MockTransport(answer), **options)
+
+    monkeypatch.setattr(operating, "open_client", client)
+    result = CliRunner().invoke(app, ["drain", "7"])
+    assert (result.exit_code, said in result.output) == (code, True), result.output
