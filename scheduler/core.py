@@ -91,11 +91,12 @@ class SchedulerCore:
         host_blocks: int = 0,
         ports: tuple[str, ...] = (),
         standing: Iterable[Standing] = (),
+        host_standing: Iterable[Standing] = (),
     ) -> None:
         """A group's workers are ready, with nobody in their batch. A former epoch of it is down from now on.
 
         host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
-        standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it.
+        standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it; host_standing: likewise.
         Errors: ProtocolError for an epoch that is not newer than the last one, and for blocks that cannot stand so; the group
         is down then.
         """
@@ -104,28 +105,29 @@ class SchedulerCore:
         if group in self.groups:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
-        self._add_pool(group, blocks, standing)
+        self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(
             group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch
         )
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
-        if host_blocks:
-            self.table.add_group(host_of(group), host_blocks)
         self._regroup()
         self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
         self._admit()
 
-    def _add_pool(self, group: GroupId, blocks: int, standing: Iterable[Standing]) -> None:
-        """Errors: ProtocolError, and there is no such pool then."""
-        self.table.add_group(group, blocks)
-        if not self.config.enable_prefix_caching:
-            return
+    def _add_pools(self, pools: dict[GroupId, tuple[int, Iterable[Standing]]]) -> None:
+        """Those that have any blocks, with what stands there. Errors: ProtocolError, and none is added then."""
+        added: list[GroupId] = []
         try:
-            self.table.restore(group, standing)
+            for pool, (blocks, standing) in pools.items():
+                if blocks:
+                    self.table.add_group(pool, blocks)
+                    added.append(pool)
+                    self.table.restore(pool, standing if self.config.enable_prefix_caching else ())
         except ValueError as error:
-            self.table.remove_group(group)
-            raise ProtocolError(f"group {group} says of its pool what cannot be: {error}") from error
+            for pool in added:
+                self.table.remove_group(pool)
+            raise ProtocolError(f"group {min(pools)} says of its pool what cannot be: {error}") from error
 
     def group_down(self, group: GroupId, reason: str, *, returning: bool = False, back_s: float = 0.0) -> None:
         """A group is lost with its KV. Its sequences wait again, from their committed tokens on.

@@ -8,16 +8,16 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from scheduler.protocol.inventory import parts
-from scheduler.protocol.messages import End, Hello
+from scheduler.protocol.messages import End, Hello, Moved
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
 from workers.loop.leader import Gathered, SchedulerGone, abandon, follow, lead
-from workers.loop.ledger import Ledger
+from workers.loop.ledger import Ledger, inventory
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
@@ -106,7 +106,7 @@ class RankLife:
         assert self._listener is not None
         rank, gathered, transport = self._built.rank, Gathered(self._size), self._open_transport(scheduler)
         if self._config.enable_prefix_caching:
-            rank.ledger = Ledger(rank.batch, self._built.blocks)
+            rank.ledger = Ledger(rank.batch, self._built.blocks, self._built.host_blocks)
         feed = SocketFeed(
             self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch
         )
@@ -124,6 +124,8 @@ class RankLife:
                 if term is not None:
                     self._enter_epoch(term.epoch)
                     gathered.forget()
+                    if rank.ledger is not None:
+                        rank.ledger.forget_transfers()
                     feed.epoch = term.epoch
                     feed.send((), ())  # a turn in which nothing is done but that
                     rank.step()
@@ -137,19 +139,25 @@ class RankLife:
         """For one scheduler, until it closes the log. Errors: SchedulerGone, LinkClosed."""
         assert self._built is not None
         rank, scheduler = self._built.rank, term.scheduler
-        told = parts(rank.ledger.standing()) if rank.ledger is not None else []
+        told = inventory(rank.ledger) if rank.ledger is not None else []
         hello = Hello(
             self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told)
         )
         link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello, told)
         self.terms.begin(term, link.close)
-        gathered.send = link.send
+        gathered.send = partial(self._say_moved, link)
         heart = Heart(term.epoch, link.send, rank.pulse, feed.silence)
         try:
             return lead(rank, link, feed, self._reporter())
         finally:
             heart.close()
             link.close()
+
+    def _say_moved(self, link: SocketLink, moved: Moved) -> None:
+        assert self._built is not None
+        if self._built.rank.ledger is not None:
+            self._built.rank.ledger.moved(moved)
+        link.send(moved)
 
     def _enter_epoch(self, epoch: int) -> None:
         """The group has another scheduler. Errors: TransferFailed."""

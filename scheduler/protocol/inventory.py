@@ -16,21 +16,21 @@ MAX_PART_BYTES = 1 << 20
 """Of tokens in one message: neither side ever has a second copy of it all, and a beat gets through between two of them."""
 
 
-def parts(standing: Iterable[Standing], most_bytes: int = MAX_PART_BYTES) -> list[Inventory]:
-    """The same blocks in the same order. most_bytes: of tokens in each, but for one block at least."""
+def parts(standing: Iterable[Standing], most_bytes: int = MAX_PART_BYTES, *, host: bool = False) -> list[Inventory]:
+    """The same blocks in the same order. most_bytes: of tokens in each, but for one block at least. host: in host memory."""
     made: list[Inventory] = []
     part: list[Standing] = []
     size = 0
     for block in standing:
         if part and size + len(block.content) > most_bytes:
-            made.append(_part(part))
+            made.append(_part(part, host))
             part, size = [], 0
         part.append(block)
         size += len(block.content)
-    return [*made, _part(part)] if part else made
+    return [*made, _part(part, host)] if part else made
 
 
-def _part(standing: list[Standing]) -> Inventory:
+def _part(standing: list[Standing], host: bool) -> Inventory:
     salts: dict[str, int] = {}
     before = [
         block.before if block.before is not None else -1 - salts.setdefault(block.salt, len(salts)) for block in standing
@@ -41,12 +41,15 @@ def _part(standing: list[Standing]) -> Inventory:
         counts=np.array([len(block.content) // TOKEN_DTYPE.itemsize for block in standing], np.int32).tobytes(),
         tokens=b"".join(block.content for block in standing),
         salts=tuple(salts),
+        host=host,
     )
 
 
-def blocks_of(told: Iterable[Inventory]) -> Iterator[Standing]:
-    """Errors: ValueError for buffers that do not agree."""
+def blocks_of(told: Iterable[Inventory], *, host: bool = False) -> Iterator[Standing]:
+    """Those of the pool, or those in host memory. Errors: ValueError for buffers that do not agree."""
     for part in told:
+        if part.host != host:
+            continue
         columns = (part.blocks, part.before, part.counts)
         blocks, before, counts = (np.frombuffer(column, np.int32).tolist() for column in columns)
         if not len(blocks) == len(before) == len(counts) or min(before, default=0) < -len(part.salts):

@@ -199,8 +199,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
 
 class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
-    """A part of what stands in a group's pool (`scheduler.protocol.inventory`): a block before those that follow it, the most
-    recently used first, over all parts.
+    """A part of what stands in a group's pool, or in its host memory (`scheduler.protocol.inventory`): a block before those
+    that follow it, the most recently used first, over all parts.
 
     blocks: int32 [n]. before: int32 [n], the block before each; -1 - i: it is the first of prompts of `salts[i]`. counts: int32
     [n] tokens of each, `tokens` theirs one after another, int32.
@@ -211,6 +211,7 @@ class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     counts: bytes
     tokens: bytes
     salts: tuple[str, ...] = ()
+    host: bool = False
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

@@ -147,7 +147,7 @@ class SchedulerServer:
         told: list[Inventory] = []
         for _ in range(hello.inventories):
             payload = await read_frame(reader)
-            if payload is None or len(told) == hello.blocks:  # each part has one block at least
+            if payload is None or len(told) == hello.blocks + hello.host_blocks:  # each part has one block at least
                 raise ProtocolError(f"group {hello.group} has not said what stands in its pool")
             told.append(self._inventories.decode(payload))
         return told
@@ -192,7 +192,7 @@ class SchedulerServer:
         """Only an epoch that the core accepts gets the group's log."""
         core.group_up(
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
-            ports=hello.ports, standing=blocks_of(told),
+            ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True),
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())

@@ -20,7 +20,7 @@ from kvcache.ids import GroupId, host_of
 from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.inventory import blocks_of, parts
+from scheduler.protocol.inventory import blocks_of
 from scheduler.protocol.messages import (
     Command,
     Commands,
@@ -44,7 +44,7 @@ from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import abandon
-from workers.loop.ledger import Ledger
+from workers.loop.ledger import Ledger, inventory
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
@@ -162,7 +162,11 @@ class SimulatedGroup:
         for copy in self.copies.values():
             if isinstance(copy, Load):
                 self.cache[np.frombuffer(copy.blocks, np.int32)] = UNWRITTEN
+            else:
+                self.host[np.frombuffer(copy.host_blocks, np.int32)] = UNWRITTEN
         abandon(self.rank, NoPeers())
+        assert self.rank.ledger is not None
+        self.rank.ledger.forget_transfers()
 
     @property
     def cache(self) -> npt.NDArray[np.uint64]:
@@ -178,6 +182,8 @@ class SimulatedGroup:
         if receive is not None and not ok:
             self.cache[np.frombuffer(receive.blocks, np.int32)] = UNWRITTEN  # arbitrary
         moved = Moved(self.epoch, transfer, ok, 0.001, 1)
+        if self.rank.ledger is not None:
+            self.rank.ledger.moved(moved)
         self.up.append(msgspec.msgpack.decode(msgspec.msgpack.encode(moved), type=Moved))
 
     def copy(self, transfer: int) -> None:
@@ -268,7 +274,7 @@ class Cluster:
         batch = ResidentBatch(self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len)
         executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
-        rank.ledger = Ledger(batch, blocks)
+        rank.ledger = Ledger(batch, blocks, self._host_blocks)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._host_blocks)
         self.core.group_up(name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports)
         self.settle()
@@ -297,12 +303,14 @@ class Cluster:
         self.epochs[name] += 1
         before.abandon()
         assert rank.ledger is not None
-        sent = [msgspec.msgpack.encode(part) for part in parts(rank.ledger.standing(), 40)]
+        sent = [msgspec.msgpack.encode(part) for part in inventory(rank.ledger, 40)]
         told = [msgspec.msgpack.decode(part, type=Inventory) for part in sent]
-        self.groups[name] = SimulatedGroup(name, epoch, rank, Reporter(epoch, self.steps), self._host_blocks)
+        self.groups[name] = group = SimulatedGroup(name, epoch, rank, Reporter(epoch, self.steps), self._host_blocks)
+        group.host = before.host
         self.core.group_up(
-            name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports, standing=blocks_of(told)
-        )
+            name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
+            standing=blocks_of(told), host_standing=blocks_of(told, host=True),
+        )  # fmt: skip
         self.settle()
         return sum(len(part.blocks) // 4 for part in told)
 

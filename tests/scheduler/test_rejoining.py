@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvcache.ids import BlockId, GroupId
+from kvcache.ids import BlockId, GroupId, host_of
 from kvcache.standing import Standing
 from scheduler.core import SchedulerCore
 from scheduler.protocol.messages import Copy
@@ -46,6 +46,25 @@ def test_the_next_scheduler_knows_what_the_last_one_knew(depth: int, hash_stride
     (stream,) = cluster.submit(filled(0, 1, 1), salt="tenant")
     cluster.run()
     assert cluster.cached_tokens(stream) >= 8
+
+
+def test_the_next_scheduler_knows_what_the_last_one_knew_of_host_memory() -> None:
+    """Also of what is in the pool no more, and of what has come from there and gone back."""
+    cluster = Cluster((12,), host_blocks=40)
+    prompts = [[*filled(first, second, third), 0] for first in (0, 1) for second in (0, 1) for third in (0, 1)]
+    for prompt in [*prompts, *prompts]:
+        cluster.submit(prompt, max_tokens=2)
+        cluster.run()
+    assert cluster.core.counters.loaded_tokens
+    before, host = known(cluster.core), known(cluster.core, host_of(HERE))
+    assert len(host) > len(before)
+    cluster.lose_scheduler([HERE])
+    assert known(cluster.core) == before
+    assert known(cluster.core, host_of(HERE)) == host
+    (stream,) = cluster.submit(prompts[0], max_tokens=1)
+    cluster.run()
+    assert cluster.cached_tokens(stream) == 12
+    assert cluster.core.counters.loaded_tokens
 
 
 def test_what_is_under_way_stays_as_far_as_it_is_computed() -> None:
@@ -134,5 +153,8 @@ def test_a_group_that_says_what_cannot_be_is_not_taken_in(standing: list[Standin
     with pytest.raises(ProtocolError, match="group 0 says of its pool what cannot be"):
         cluster.core.group_up(HERE, 7, 8, 4, standing=standing)
     cluster.settle()
+    with pytest.raises(ProtocolError, match="group 0 says of its pool what cannot be"):
+        cluster.core.group_up(HERE, 8, 8, 4, host_blocks=8, host_standing=standing)
+    cluster.settle()
     assert list(cluster.core.groups) == [1]
-    cluster.core.group_up(HERE, 8, 8, 4)
+    cluster.core.group_up(HERE, 9, 8, 4)

@@ -1,56 +1,72 @@
-"""What stands in the blocks of a group's pool, token by token: kept by its leader, told to a scheduler that is new to it.
+"""What a leader knows to stand in its group's pool and in its host memory: told to a scheduler that is new to it.
 
-    tokens       [blocks, block_size]  whose KV is in each slot
-    filled       [blocks]              how many of them, as far as that is certain; 0: nobody knows
-    before       [blocks]              the block before it in the block table in which it was filled; NOBODY for the first
-    before_life  [blocks]              and which life of that one: whoever gets a block for himself begins its next life
+Contents follow from what the log and the steps say anyway: `Start` brings the prompt and what of it stands, steps bring the
+rest, and what is copied to host memory is what stood here. A step costs an entry in a list; the list is worked off in one go,
+when a row is given up or there is enough of it.
 
-So what followed a block that has been overwritten is not told any more, and nobody has to look for it. Contents follow from
-what the log and the steps say anyway: `Start` brings the prompt and what of it stands, steps bring the rest. A step costs an
-entry in a list; the list is worked off in one go, when a row is given up or there is enough of it.
-
-Imports NumPy, `scheduler.protocol.messages`, `batch` and `kvcache.standing`.
+Imports NumPy, `scheduler.protocol.messages`, `batch` and `contents`.
 """
+
+import queue
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvcache.ids import BlockId
 from kvcache.standing import Standing
 from scheduler.batching import Ints
-from scheduler.protocol.messages import ROW_MASK, Command, Copy, Drop, Grant, Load, Receive, Remap, Start
+from scheduler.protocol.inventory import MAX_PART_BYTES, parts
+from scheduler.protocol.messages import (
+    ROW_MASK,
+    Command,
+    Copy,
+    Drop,
+    Grant,
+    Inventory,
+    Load,
+    Moved,
+    Offload,
+    Receive,
+    Remap,
+    Start,
+)
 from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.contents import NOBODY, Blocks, Contents
 
-NOBODY = -1
 MOST_STEPS = 64
 """Steps that are worked off together."""
 
 
+class Offloading(NamedTuple):
+    """Blocks on their way to host memory. lives: of the blocks here, then."""
+
+    blocks: Blocks
+    lives: Ints
+    host_blocks: Blocks
+
+
 class Ledger:
     """Follows a leader's batch: `take` comes before the batch applies a command, `note` before it collects a step, `leave` when
-    it has ended a lease by itself.
+    it has ended a lease by itself; `moved` when all ranks have done their part of a transfer, from any thread.
 
-    blocks: of the pool. Tokens that are not committed are not in it, and of a step for a lease that has ended nothing is.
+    blocks: of the pool. host_blocks: in host memory. Tokens that are not committed are not in it, and of a step for a lease
+    that has ended nothing is.
     """
 
-    def __init__(self, batch: ResidentBatch, blocks: int) -> None:
+    def __init__(self, batch: ResidentBatch, blocks: int, host_blocks: int = 0) -> None:
         self._batch = batch
-        self._block_size = size = batch.block_size
-        self._tokens = np.zeros((blocks, size), np.int32)
-        self._filled = np.zeros(blocks, np.int32)
-        self._before = np.full(blocks, NOBODY, np.int64)
-        self._before_life = np.zeros(blocks, np.int64)
-        self._life = np.zeros(blocks, np.int64)
-        self._depth = np.zeros(blocks, np.int32)  # in the block table in which it was filled
-        self._used = np.zeros(blocks, np.int64)  # by the count of leases that have ended
-        self._salts: dict[int, str] = {}  # of first blocks
-        self._ends = 0
+        self._block_size = batch.block_size
+        self._here, self._host = Contents(blocks, batch.block_size), Contents(host_blocks, batch.block_size)
+        self._uses = 0  # counted by ends and transfers
         rows = len(batch.lease)
         self._lease = np.full(rows, -1, np.int64)
         self._held = np.zeros(rows, np.int64)  # blocks of the row
         self._stands = np.zeros(rows, np.int64)  # its tokens whose KV is committed, as of the steps worked off
         self._late = np.full(rows, NOBODY, np.int64)  # a token that was sampled before there was a block for it
         self._steps: list[tuple[Launched, Ints, npt.NDArray[np.bool_]]] = []
+        self._copy = np.full((3, blocks), NOBODY, np.int64)  # its block in host memory, that one's life, and its own life then
+        self._offloading: dict[int, Offloading] = {}
+        self._moved: queue.SimpleQueue[Moved] = queue.SimpleQueue()
 
     # ---- the log
 
@@ -58,10 +74,13 @@ class Ledger:
         """The next command, before the batch applies it."""
         if isinstance(command, Start):
             self._start(command)
-        elif isinstance(command, Receive | Load):
-            self._renew(np.frombuffer(command.blocks, np.int32))
+        elif isinstance(command, Receive):
+            self._here.renew(np.frombuffer(command.blocks, np.int32))
         elif isinstance(command, Copy):
-            self._renew(np.array([command.target]))
+            self._here.renew(np.array([command.target], np.int32))
+        elif isinstance(command, Offload | Load):
+            self._settle()
+            self._transfer(command, np.frombuffer(command.blocks, np.int32), np.frombuffer(command.host_blocks, np.int32))
         elif not isinstance(command, Grant | Remap | Drop) or self._lease[command.lease & ROW_MASK] != command.lease:
             pass
         elif isinstance(command, Grant):
@@ -72,47 +91,33 @@ class Ledger:
             self.leave(command.lease & ROW_MASK)
 
     def _start(self, start: Start) -> None:
-        row, size = start.lease & ROW_MASK, self._block_size
+        row, size, here = start.lease & ROW_MASK, self._block_size, self._here
         self.leave(row)
         tokens, blocks = np.frombuffer(start.tokens, np.int32), np.frombuffer(start.blocks, np.int32)
         hits, whole = start.cached_tokens // size, min(len(tokens) // size, len(blocks))
-        self._renew(blocks[hits:])
-        self._filled[blocks[:hits]] = size
-        self._tokens[blocks[:whole]] = tokens[: whole * size].reshape(whole, size)
+        here.renew(blocks[hits:])
+        here.filled[blocks[:hits]] = size
+        here.tokens[blocks[:whole]] = tokens[: whole * size].reshape(whole, size)
         if whole < len(blocks):
             rest = tokens[whole * size :]
-            self._tokens[blocks[whole], : len(rest)] = rest
+            here.tokens[blocks[whole], : len(rest)] = rest
         self._lease[row], self._held[row], self._stands[row] = start.lease, len(blocks), start.cached_tokens
-        self._link(NOBODY, blocks, 0)
-        if len(blocks):
-            self._salts[int(blocks[0])] = start.salt
+        here.link(NOBODY, blocks, 0, start.salt)
 
-    def _grant(self, row: int, blocks: npt.NDArray[np.int32]) -> None:
-        held = int(self._held[row])
-        self._renew(blocks)
-        self._link(int(self._batch.block_table[row, held - 1]) if held else NOBODY, blocks, held)
+    def _grant(self, row: int, blocks: Blocks) -> None:
+        held, here = int(self._held[row]), self._here
+        here.renew(blocks)
+        here.link(int(self._batch.block_table[row, held - 1]), blocks, held)
         self._held[row] = held + len(blocks)
         if self._late[row] != NOBODY and len(blocks):
-            self._tokens[blocks[0], 0] = self._late[row]
+            here.tokens[blocks[0], 0] = self._late[row]
             self._late[row] = NOBODY
 
     def _remap(self, row: int, index: int, block: int) -> None:
         """The twin that was published first is what the next block follows from now on."""
         if index + 1 < self._held[row]:
             after = self._batch.block_table[row, index + 1]
-            self._before[after], self._before_life[after] = block, self._life[block]
-
-    def _renew(self, blocks: npt.NDArray[np.int32]) -> None:
-        """They are somebody's own, or about to be overwritten: what stood there is gone."""
-        self._life[blocks] += 1
-        self._filled[blocks] = 0
-
-    def _link(self, before: int, blocks: npt.NDArray[np.int32], depth: int) -> None:
-        """They follow each other, the first of them at that place of a block table, after `before`."""
-        above = np.concatenate([[before], blocks[:-1]]) if len(blocks) else blocks
-        self._before[blocks] = above
-        self._before_life[blocks] = self._life[above]  # of the last block where there is nobody: never read
-        self._depth[blocks] = np.arange(depth, depth + len(blocks))
+            self._here.before[after], self._here.before_life[after] = block, self._here.life[block]
 
     # ---- the steps
 
@@ -143,8 +148,8 @@ class Ledger:
             self._late[rows[~inside]] = ids[~inside]
             rows, ends, ids, index = rows[inside], ends[inside], ids[inside], index[inside]
         table = self._batch.block_table
-        blocks = table.reshape(-1).take(rows * table.shape[1] + index)
-        self._tokens.reshape(-1)[blocks.astype(np.int64) * self._block_size + ends % self._block_size] = ids
+        blocks = table.reshape(-1).take(rows * table.shape[1] + index).astype(np.int64)
+        self._here.tokens.reshape(-1)[blocks * self._block_size + ends % self._block_size] = ids
 
     def leave(self, row: int) -> None:
         """Its lease has ended, and its blocks stand as they are. Nothing for a row without one."""
@@ -152,28 +157,66 @@ class Ledger:
             return
         self._work_off()
         blocks = self._batch.block_table[row, : self._held[row]]
-        self._filled[blocks] = np.clip(self._stands[row] - self._block_size * np.arange(len(blocks)), 0, self._block_size)
-        self._ends += 1
-        self._used[blocks] = self._ends
+        filled = np.clip(self._stands[row] - self._block_size * np.arange(len(blocks)), 0, self._block_size)
+        self._here.filled[blocks] = filled
+        self._uses += 1
+        self._here.used[blocks] = self._uses
         self._lease[row], self._late[row] = -1, NOBODY
+
+    # ---- host memory
+
+    def moved(self, moved: Moved) -> None:
+        """A transfer is over on all ranks. From any thread, before the scheduler is told."""
+        self._moved.put(moved)
+
+    def forget_transfers(self) -> None:
+        """The scheduler has gone that has numbered them: those under way have failed, and others will bear their numbers."""
+        self._settle()
+        self._offloading.clear()
+
+    def _transfer(self, command: Offload | Load, blocks: Blocks, host_blocks: Blocks) -> None:
+        here, host = self._here, self._host
+        if isinstance(command, Load):
+            here.renew(blocks)
+            self._copy[:, blocks] = host_blocks, host.life[host_blocks], here.life[blocks]
+            return
+        host.renew(host_blocks)
+        above = int(here.before[blocks[0]])
+        before = NOBODY if above == NOBODY else self._copy_of(above)
+        known = here.follows(blocks) & (here.filled[blocks] == self._block_size)
+        if before is None or not known.all() or (here.before[blocks[1:]] != blocks[:-1]).any():
+            return  # what is copied there stays unknown
+        host.tokens[host_blocks] = here.tokens[blocks]
+        host.link(before, host_blocks, int(here.depth[blocks[0]]), here.salts.get(int(blocks[0]), ""))
+        self._offloading[command.transfer] = Offloading(blocks, here.life[blocks], host_blocks)
+
+    def _copy_of(self, block: int) -> int | None:
+        """What in host memory holds the same."""
+        copy, host_life, life = self._copy[:, block].tolist()
+        same = copy != NOBODY and life == self._here.life[block] and host_life == self._host.life[copy]
+        return copy if same and self._host.filled[copy] == self._block_size else None
+
+    def _settle(self) -> None:
+        """What has arrived in host memory stands there."""
+        while not self._moved.empty():
+            moved = self._moved.get()
+            offloaded = self._offloading.pop(moved.transfer, None)
+            if offloaded is not None and moved.ok:
+                blocks, lives, host_blocks = offloaded
+                self._uses += 1
+                self._host.filled[host_blocks], self._host.used[host_blocks] = self._block_size, self._uses
+                self._copy[:, blocks] = host_blocks, self._host.life[host_blocks], lives
 
     # ---- what is told
 
-    def standing(self) -> list[Standing]:
-        """All that is certain, in the order of `BlockTable.restore`. No row may have a lease."""
+    def standing(self) -> tuple[list[Standing], list[Standing]]:
+        """All that is certain of the pool, and of host memory, as `BlockTable.restore` wants it. No row may have a lease."""
         assert (self._lease == -1).all(), "who runs fills blocks meanwhile"
-        size, told = self._block_size, set[int]()
-        known = np.flatnonzero(self._filled)
-        above = self._before[known]
-        known = known[(above == NOBODY) | ((self._before_life[known] == self._life[above]) & (self._filled[above] == size))]
-        known = known[np.lexsort((self._depth[known], -self._used[known]))]
-        standing = []
-        for block, before, filled in zip(
-            known.tolist(), self._before[known].tolist(), self._filled[known].tolist(), strict=True
-        ):
-            if before == NOBODY or before in told:
-                told.add(block)
-                content = self._tokens[block, :filled].tobytes()
-                follows = None if before == NOBODY else BlockId(before)
-                standing.append(Standing(BlockId(block), follows, self._salts[block] if follows is None else "", content))
-        return standing
+        self._settle()
+        return self._here.standing(), self._host.standing()
+
+
+def inventory(ledger: Ledger, most_bytes: int = MAX_PART_BYTES) -> list[Inventory]:
+    """What the next scheduler is told, in parts of so many bytes of tokens."""
+    here, host = ledger.standing()
+    return [*parts(here, most_bytes), *parts(host, most_bytes, host=True)]

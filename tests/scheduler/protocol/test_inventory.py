@@ -33,6 +33,12 @@ def test_what_comes_out_is_what_went_in(most_bytes: int) -> None:
     assert parts([]) == []
 
 
+def test_what_stands_in_host_memory_is_told_apart() -> None:
+    told = [*parts(STANDING[:2]), *parts(STANDING[2:3], host=True)]
+    assert list(blocks_of(told)) == STANDING[:2]
+    assert list(blocks_of(told, host=True)) == STANDING[2:3]
+
+
 @pytest.mark.parametrize(
     "change",
     [

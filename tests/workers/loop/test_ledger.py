@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
-from scheduler.protocol.messages import Command, Drop, Grant, LeaseId, Load, Receive, Remap
+from scheduler.protocol.messages import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.ledger import MOST_STEPS, Ledger
@@ -16,10 +16,14 @@ from workers.loop.simulated import SimulatedExecutor, digest
 BLOCKS = 12
 
 
-def rank(depth: int = 0, max_model_len: int = 400) -> Rank:
+def ids(*blocks: int) -> bytes:
+    return np.array(blocks, np.int32).tobytes()
+
+
+def rank(depth: int = 0, max_model_len: int = 400, host_blocks: int = 2) -> Rank:
     batch = ResidentBatch(3, 4, 64, max_model_len)
     made = Rank(batch, SimulatedExecutor(max(BLOCKS, max_model_len // 4), 4, 3, 50), depth)
-    made.ledger = Ledger(batch, max(BLOCKS, max_model_len // 4))
+    made.ledger = Ledger(batch, max(BLOCKS, max_model_len // 4), host_blocks)
     return made
 
 
@@ -35,7 +39,9 @@ def told(rank: Rank) -> list[Standing]:
     while not rank.idle:
         rank.turn(())
     assert rank.ledger is not None
-    return rank.ledger.standing()
+    here, host = rank.ledger.standing()
+    assert not host
+    return here
 
 
 def summary(standing: list[Standing]) -> list[tuple[int, int | None, int]]:
@@ -84,8 +90,8 @@ def test_a_salt_goes_with_the_first_block() -> None:
     "overwritten",
     [
         start(SECOND, 4, blocks=(2,)),
-        Receive(1, np.array([2], np.int32).tobytes(), 1, 0, ()),
-        Load(1, b"", np.array([2], np.int32).tobytes()),
+        Receive(1, ids(2), 1, 0, ()),
+        Load(1, ids(1), ids(2)),
     ],
     ids=["start", "receive", "load"],
 )
@@ -152,3 +158,83 @@ def test_commands_for_a_lease_that_has_ended_change_nothing() -> None:
     run(made, Grant(FIRST, (3,)), Remap(FIRST, 0, 7), Drop(FIRST), Drop(LeaseId(0)))
     assert told(made) == before
     assert summary(before) == [(1, None, 4), (2, BlockId(1), 4)]
+
+
+# ---- host memory
+
+
+def offload(rank: Rank, transfer: int, blocks: tuple[int, ...], host_blocks: tuple[int, ...], *, ok: bool = True) -> None:
+    run(rank, Offload(transfer, ids(*blocks), ids(*host_blocks)))
+    assert rank.ledger is not None
+    rank.ledger.moved(Moved(0, transfer, ok))
+
+
+def stored(rank: Rank) -> list[tuple[int, int | None, int]]:
+    run(rank, *rank.vacate())
+    assert rank.ledger is not None
+    return summary(rank.ledger.standing()[1])
+
+
+def test_what_was_copied_to_host_memory_is_known_there() -> None:
+    """In two transfers, of which the second goes on where the first one ended."""
+    made = rank(host_blocks=5)
+    run(made, start(FIRST, 8, blocks=(1, 2), max_tokens=1))
+    offload(made, 7, (1, 2), (4, 0))
+    run(made, start(SECOND, 16, cached=8, blocks=(1, 2, 6, 7), max_tokens=1))
+    offload(made, 8, (6, 7), (3, 1))
+    assert stored(made) == [(4, None, 4), (0, 4, 4), (3, 0, 4), (1, 3, 4)]
+    assert made.ledger is not None
+    here, there = made.ledger.standing()
+    assert [each.content for each in there] == [each.content for each in here]
+
+
+def test_what_comes_from_host_memory_is_still_there() -> None:
+    """And what follows it goes to the same place."""
+    made = rank(host_blocks=5)
+    run(made, start(FIRST, 4, blocks=(1,), max_tokens=1))
+    offload(made, 1, (1,), (4,))
+    run(made, start(SECOND, 4, blocks=(1,), max_tokens=1))  # others: it is gone from the pool
+    run(made, Load(2, ids(4), ids(9)))
+    run(made, start(lease(3, 2), 8, cached=4, blocks=(9, 8), max_tokens=1))
+    offload(made, 3, (8,), (2,))
+    assert stored(made) == [(4, None, 4), (2, 4, 4)]
+
+
+FAULTS = ["it failed", "nobody has answered", "it was overwritten", "nobody knows what it follows", "nor what it is"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_not_certain_of_host_memory_is_not_told(fault: str) -> None:
+    made = rank(host_blocks=5)
+    run(made, start(FIRST, 8, blocks=(1, 2), max_tokens=1))
+    if fault == "nobody knows what it follows":
+        offload(made, 1, (2,), (3,))
+    elif fault == "nor what it is":
+        offload(made, 1, (9,), (3,))
+    elif fault == "nobody has answered":
+        run(made, Offload(1, ids(1), ids(3)))
+    else:
+        offload(made, 1, (1,), (3,), ok=fault != "it failed")
+    if fault == "it was overwritten":
+        run(made, Offload(2, ids(2), ids(3)))
+    assert stored(made) == []
+
+
+def test_what_follows_a_block_that_is_overwritten_in_host_memory_is_not_told() -> None:
+    made = rank(host_blocks=5)
+    run(made, start(FIRST, 8, blocks=(1, 2), max_tokens=1))
+    run(made, replace(start(SECOND, 4, blocks=(5,), max_tokens=1), salt="other"))
+    offload(made, 1, (1,), (3,))
+    offload(made, 2, (5,), (3,))
+    offload(made, 3, (2,), (4,))
+    assert stored(made) == [(3, None, 4)]
+
+
+def test_a_transfer_of_another_scheduler_is_not_taken_for_one_of_the_last() -> None:
+    made = rank(host_blocks=5)
+    run(made, start(FIRST, 8, blocks=(1, 2), max_tokens=1))
+    run(made, Offload(1, ids(1), ids(3)))
+    assert made.ledger is not None
+    made.ledger.forget_transfers()
+    made.ledger.moved(Moved(1, 1, True))
+    assert stored(made) == []
