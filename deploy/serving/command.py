@@ -179,7 +179,8 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
                 _await_ready(status, config, view)
                 view.say(f"waiting for an answer from {config.serve.base_url}")
                 await_answer(config.serve, model.name, next(iter(keys), None), engine.start_timeout_s, _pause)
-                front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)  # from now on it knows where they are
+                with contextlib.suppress(Exception):  # from now on it knows where the front ends are, whatever dies
+                    front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)
                 view.ready(model.name, config.serve)
                 try:
                     while True:
