@@ -26,15 +26,17 @@ POLL_S = 0.05
 
 
 class Ending:
-    """While it is entered, Ctrl-C and SIGTERM end whatever is waited for, and nothing else. hurried: one has come; from then on
-    nothing is waited for."""
+    """One end, in steps. While it is entered, Ctrl-C and SIGTERM end whatever is waited for, and nothing else. hurried: one has
+    come; from then on nothing is waited for. Times are seconds since it was entered first."""
 
     def __init__(self) -> None:
         self.hurried = False
         self._late = False
+        self._began_s: float | None = None
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> "Ending":
+        self._began_s = self._began_s or time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._restore.callback(signal.signal, number, signal.signal(number, self._hurry))
@@ -43,20 +45,23 @@ class Ending:
     def __exit__(self, *_: object) -> None:
         self._restore.close()
 
-    def give(self, seconds: float, step: Callable[[], object]) -> bool:
-        """Whether the step has returned within this time. It goes on in its thread, which ends with the process. What it raises
+    def give(self, until_s: float, step: Callable[[], object]) -> bool:
+        """Whether the step has returned by then. If not it goes on in its thread, which ends with the process. What it raises
         is logged: nothing may keep the rest from being ended."""
         over = threading.Event()
 
         def run() -> None:
             try:
                 step()
+            except SystemExit:  # of Ray, which has been shut down meanwhile
+                pass
             except BaseException as error:
                 logger.warning("something could not be ended in an orderly way: %r", error)
             over.set()
 
         threading.Thread(target=run, name="manta-ending", daemon=True).start()
-        deadline_s = time.monotonic() + seconds
+        assert self._began_s is not None, "not entered"
+        deadline_s = self._began_s + until_s
         while not over.is_set():
             if self.hurried or time.monotonic() > deadline_s:
                 self._late = True
@@ -64,7 +69,7 @@ class Ending:
             time.sleep(POLL_S)  # not on the event: what a signal's handler says is heard between two waits
         return True
 
-    def end_ray(self, seconds: float) -> None:
+    def end_ray(self, until_s: float) -> None:
         """Shuts down the Ray cluster that this process has started. Nothing of it outlives this call."""
         import ray
         from ray._private import auto_init_hook
@@ -72,7 +77,7 @@ class Ending:
         session = _session()
         if self._late:
             auto_init_hook.enable_auto_connect = False  # what a late step asks of Ray would start another one
-        if not self.give(seconds, ray.shutdown):
+        if not self.give(until_s, ray.shutdown):
             logger.warning("Ray does not end by itself: its processes are killed")
             _part_from_ray()
         if session is not None:

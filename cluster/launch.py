@@ -23,8 +23,8 @@ from workers.config import ResolvedWorker
 
 logger = logging.getLogger(__name__)
 
-ORDERLY_S, RAY_S = 5.0, 2.5
-"""What scheduler and groups, then Ray, have to end in before they are killed: all within 10 s."""
+FLEET_BY_S, RAY_BY_S = 5.5, 8.0
+"""Since the end began: when scheduler and groups, then Ray, are killed that have not ended."""
 
 
 def start_on_ray(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "RayEngine":
@@ -142,9 +142,9 @@ class RayEngine:
                 return
             self._closed = True
         with Ending() as ending:
-            ending.give(ORDERLY_S, self._close_fleet)
+            ending.give(FLEET_BY_S, self._close_fleet)
             if self._owns_ray:
-                ending.end_ray(RAY_S)
+                ending.end_ray(RAY_BY_S)
 
     def _close_fleet(self) -> None:
         if self._autoscaler is not None:

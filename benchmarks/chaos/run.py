@@ -28,7 +28,7 @@ from benchmarks.shared.processes import Process, alive, held_by
 FLAGS = ("--haproxy", "--threads", "1", "--dtype", "float64", "--kv-memory", "64MiB")
 """float64, so that an answer does not depend on what else was in its batches."""
 
-POLL_S = 0.25
+POLL_S, ASK_TIMEOUT_S = 0.25, 5.0
 STEADY_POLLS = 12
 """In a row, for which an endpoint must be whole."""
 
@@ -203,8 +203,8 @@ def missing(endpoint: Endpoint, shape: Shape, before: dict[str, int], gone: set[
     if few := [name for name, count in before.items() if len(now[name]) < count]:
         return f"a process called {' and '.join(few)}"
     try:
-        endpoint.get("/ready")
-        status = json.loads(endpoint.get("/status.json?history=0"))
+        endpoint.get("/ready", ASK_TIMEOUT_S)
+        status = json.loads(endpoint.get("/status.json?history=0", ASK_TIMEOUT_S))
     except (OSError, HTTPException, ValueError) as error:
         return f"an answer that it is ready ({error})"
     states = [group["state"] for group in status["groups"]]
@@ -216,9 +216,9 @@ def missing(endpoint: Endpoint, shape: Shape, before: dict[str, int], gone: set[
 def _until(true: Callable[[], bool], patience_s: float, polls: int = 1) -> float | None:
     """When it became true, by `time.monotonic`, for so many looks in a row; None if that took longer than patience allows."""
     deadline_s, since_s, seen = time.monotonic() + patience_s, 0.0, 0
-    while (now_s := time.monotonic()) < deadline_s:
+    while time.monotonic() < deadline_s:
         if true():
-            since_s, seen = since_s if seen else now_s, seen + 1
+            since_s, seen = since_s if seen else time.monotonic(), seen + 1
             if seen == polls:
                 return since_s
         else:

@@ -68,8 +68,8 @@ class Endpoint:
         self.host, self.port = "127.0.0.1", port
         self.address = f"http://{self.host}:{port}"
 
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.address}{path}", timeout=GET_TIMEOUT_S) as answer:
+    def get(self, path: str, timeout_s: float = GET_TIMEOUT_S) -> str:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=timeout_s) as answer:
             return str(answer.read().decode())
 
     def blocks(self) -> dict[str, int]:

@@ -105,7 +105,8 @@ def _words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A second Ctrl-C or SIGTERM does not cut the shutdown short, which would leave processes behind."""
+    """A second Ctrl-C or SIGTERM does not cut the shutdown short, which would leave processes behind; `cluster.ending` alone
+    hears it, and waits for nobody any more."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,7 +11,7 @@ MOST_OF_ONE, MOST_OF_ALL = 1 << 19, 1 << 20
 """Of one request: 12 prompts of 2,000 tokens with `prompt_logprobs=20`. Of a process: some 260 MB."""
 
 
-class Held:
+class HeldLogprobs:
     """Those of a process. count: at this moment."""
 
     def __init__(self, most_of_one: int = MOST_OF_ONE, most_of_all: int = MOST_OF_ALL) -> None:
@@ -26,7 +26,7 @@ class Held:
 class Account:
     """Those of one request, until it is closed."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: HeldLogprobs) -> None:
         self._held = held
         self._count = 0
 

@@ -23,7 +23,7 @@ from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
-from deploy.frontend.holding import Held, of_prompts
+from deploy.frontend.holding import HeldLogprobs, of_prompts
 from deploy.frontend.observation import Observe, RequestRecord
 from deploy.frontend.outputs import OutputDelta
 from deploy.text.prompts import (
@@ -103,7 +103,7 @@ class Service:
         self._calls: dict[str, list[_Call]] = {}  # by request id
         self._grown: deque[_Call] = deque()
         self._waking = False
-        self.logprobs = Held()
+        self.logprobs = HeldLogprobs()
         self.under_way = 0
         """Requests that have not ended."""
 

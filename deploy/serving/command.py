@@ -44,9 +44,10 @@ from scheduler.server.stats import ClusterStatus
 
 CALL_TIMEOUT_S = 10.0
 GRPC_GRACE_S = 5.0
-TELL_S, ORDERLY_S, RAY_S = 1.0, 3.0, 1.5
-"""What clients have to be told in, Serve and Ray to end in, after the requests under way, before the rest is killed: all within
-10 s."""
+TOLD_BY_S, SERVE_BY_S, RAY_BY_S = 4.0, 6.5, 8.5
+"""Since the end began, after the requests under way: when clients know, and Serve and Ray have ended or are killed."""
+
+ASK_TIMEOUT_S = 1.0
 
 LOOK_S = 5.0
 """Between two looks at what Serve itself says of the application."""
@@ -179,20 +180,21 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
                 _await_ready(status, config, view)
                 view.say(f"waiting for an answer from {config.serve.base_url}")
                 await_answer(config.serve, model.name, next(iter(keys), None), engine.start_timeout_s, _pause)
-                front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)  # from now on it knows where they are
+                with contextlib.suppress(Exception):  # from now on it knows where the front ends are, whatever dies
+                    front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)
                 view.ready(model.name, config.serve)
                 try:
                     while True:
                         time.sleep(1.0)
                 finally:
                     with ending:
-                        ending.give(GRACE_S, partial(let_end, partial(status, TELL_S), view.say))
-                        ending.give(TELL_S, lambda: front.broadcast("end_here").results(return_exceptions=True))
+                        ending.give(GRACE_S, partial(let_end, partial(status, ASK_TIMEOUT_S), view.say))
+                        ending.give(TOLD_BY_S, lambda: front.broadcast("end_here").results(return_exceptions=True))
         finally:
             with ending:
                 view.close()
                 if owns_ray:
-                    ending.end_ray(RAY_S)
+                    ending.end_ray(RAY_BY_S)
 
 
 @contextlib.contextmanager
@@ -243,7 +245,7 @@ def _application(config: Config, keys: tuple[str, ...], threads: int, ending: En
     finally:
         theirs = config.engine.ray_address is not None
         with ending:
-            ending.give(ORDERLY_S, partial(ray_serve.delete, limits.app_name) if theirs else ray_serve.shutdown)
+            ending.give(SERVE_BY_S, partial(ray_serve.delete, limits.app_name) if theirs else ray_serve.shutdown)
 
 
 def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: StartView) -> None:

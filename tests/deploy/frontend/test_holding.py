@@ -3,13 +3,13 @@
 import pytest
 
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.holding import Held, of_prompts
+from deploy.frontend.holding import HeldLogprobs, of_prompts
 from deploy.text.prompts import Prompt
 from scheduler.protocol.sampling import SamplingParams
 
 
 def test_a_request_that_asks_for_too_many_is_refused_for_good() -> None:
-    held = Held(most_of_one=100, most_of_all=150)
+    held = HeldLogprobs(most_of_one=100, most_of_all=150)
     with held.account() as account:
         account.add(60, "logprobs")
         with pytest.raises(RequestError) as refused:
@@ -20,7 +20,7 @@ def test_a_request_that_asks_for_too_many_is_refused_for_good() -> None:
 
 
 def test_requests_that_hold_too_many_together_are_refused_until_one_has_ended() -> None:
-    held = Held(most_of_one=100, most_of_all=150)
+    held = HeldLogprobs(most_of_one=100, most_of_all=150)
     first, second = held.account(), held.account()
     first.add(100, "prompt_logprobs")
     with pytest.raises(RequestError) as refused:
