@@ -39,7 +39,7 @@ class Life:
         self.group, self.epoch = group, epoch
         self.phase = GroupStart(group, "placing")
         self.serves: set[int] = set()
-        self.killed = False
+        self.killed = self.adopted = False
         Life.made.append(self)
 
     def place(self, _deadline: float) -> None:
