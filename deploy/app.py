@@ -156,7 +156,7 @@ def build(args: Mapping[str, Any]) -> Application:
     config = endpoint_config(args)
     if "groups" in args.get("engine", {}):
         logger.warning(
-            "engine.groups stands below args, where a change of it starts everything anew: below deployments, as the Engine's "
+            "engine.groups stands below args, where a change of it starts replicas anew: below deployments, as the Engine's "
             "user_config: {groups: N}, groups come and go while requests run"
         )
     keys = ApiKeys(read_api_keys(config.serve), read_key_priorities(config.serve), read_operators(config.serve))

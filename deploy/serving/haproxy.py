@@ -9,7 +9,8 @@ Serve would have started.
 
 And it is two: a second HAProxy listens at the same doors (SO_REUSEPORT), in a session of its own that no end of Serve's
 processes reaches. When either dies, what is connected to it is cut, and newcomers meet the other one: Serve needs half a
-minute to start another. A *guard* beside the second one starts it again if it dies, and ends it when nobody needs it any more.
+minute to start another. A *guard* beside the second one starts it again if it dies, ends it when nobody needs it any more,
+and kills either one that is stopped for good: half of all newcomers would wait for it.
 
     python haproxy.py HAPROXY RECEIVE_TIMEOUT_S MAX_CONNECTIONS -f FOLDER/haproxy.cfg ...
     manta-haproxy -f FOLDER/haproxy.cfg ...                 # what comes with Ray; for images
@@ -61,8 +62,14 @@ APART = (
 """What the second one has for itself: Serve asks the first."""
 
 ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE)
+SOCKET = re.compile(r"^\s*stats socket (\S+)", re.MULTILINE)
+PID = re.compile(rb"^Pid: (\d+)$", re.MULTILINE)
 GUARD_POLL_S = 0.25
 SHORT_S = 1.0
+ASK_TIMEOUT_S = 1.0
+HUNG_S = 10.0
+"""Without an answer at its admin socket; a short stop is waited for, as whoever is connected does."""
+
 ALONE_S = 60.0
 """That the second one serves while Serve has none, or while nobody looks after the first: longer than Serve takes to start
 another, if it does."""
@@ -158,8 +165,12 @@ def guard(binary: str, file: Path, first: int) -> None:
     second, started_s = subprocess.Popen([*command, *takes_over]), time.monotonic()
     _note(note, second.pid)
     needed_s = time.monotonic()
+    watches = [Watch(file), Watch(folder / "second.cfg")]
     while file.exists():
         time.sleep(GUARD_POLL_S)
+        for watch, process in zip(watches, (first, second.pid), strict=True):
+            if watch.hangs(process):
+                os.kill(process, signal.SIGKILL)
         if _noted(note) != second.pid:
             second.send_signal(signal.SIGUSR1)  # lets what it serves end
             second.wait()
@@ -176,6 +187,39 @@ def guard(binary: str, file: Path, first: int) -> None:
     second.kill()
     if _is_haproxy(first, file):
         os.kill(first, signal.SIGKILL)
+
+
+class Watch:
+    """Whether one of the two answers. file: its configuration."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        admin = SOCKET.search(file.read_text())
+        self._admin = admin[1] if admin is not None else ""
+        self._process = 0
+        self._looked_s = self._answered_s = time.monotonic()
+
+    def hangs(self, process: int) -> bool:
+        """Whether this process has not answered for `HUNG_S`, of which the sleep of whoever looks is none."""
+        now_s = time.monotonic()
+        slept_s = max(0.0, now_s - self._looked_s - GUARD_POLL_S - 3 * ASK_TIMEOUT_S)
+        self._looked_s, self._answered_s = now_s, self._answered_s + slept_s
+        if self._process != process or self._answers() == process:
+            self._process, self._answered_s = process, time.monotonic()
+        return now_s - self._answered_s > HUNG_S and _is_haproxy(process, self._file)
+
+    def _answers(self) -> int | None:
+        """The process that does."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ASK_TIMEOUT_S)
+            connection.connect(self._admin)
+            connection.sendall(b"show info\n")
+            said = b""
+            while (received := connection.recv(4096)) and b"\nPid: " not in said[:-16]:
+                said += received
+            found = PID.search(said)
+            return int(found[1]) if found is not None else None
+        return None
 
 
 def _note(file: Path, process: int) -> None:

@@ -30,7 +30,10 @@ from tests.ray_heads import ray_head
 pytestmark = pytest.mark.ray
 
 PATIENCE_S = 180.0
-FOREVER_S, SOON_S = 600.0, 6.0
+FOREVER_S = 600.0
+SOON_S = 20.0
+"""Longer than an owner can be kept from saying that it lives by whatever else runs here."""
+
 PROMPTS = [[*range(300, 360), 400 + i, 500 + i] for i in range(6)]
 SAMPLED = SamplingParams(temperature=0.8, seed=7, max_tokens=300, ignore_eos=True)
 
@@ -160,7 +163,7 @@ def test_what_an_owner_leaves_serves_on_and_is_taken_over(own: Callable[..., Own
 def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> None:
     owner = own(SOON_S)
     left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
-    time.sleep(2 * SOON_S)
+    time.sleep(1.5 * SOON_S)
     assert alive(left) == left, "its owner lives"
     owner.kill()
     assert not wait_gone(left, PATIENCE_S)
@@ -174,12 +177,12 @@ def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(
     old = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
     first.kill()
     for options in ({"kv_memory": 16 << 20}, {"queue_age_s": 7}):
-        owner = own(SOON_S, **options)
+        owner = own(FOREVER_S, **options)
         assert "took over" not in "".join(owner.said)
         with front_end(**options) as opened:
             assert tokens(submit(opened)) == expected
         owner.kill()
-    assert not wait_gone(old), "they were nobody's"
+    assert not wait_gone(old, PATIENCE_S), "they were nobody's"
 
 
 def test_an_owner_that_wants_fewer_groups_takes_over_all_and_lets_one_run_empty(own: Callable[..., Owner]) -> None:

@@ -198,10 +198,11 @@ def end_both(first: "subprocess.Popen[bytes]", file: Path) -> None:
 def serving(admin: Path) -> int | None:
     """The process that answers there: its doors are open then."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(1.0)
         connection.connect(str(admin))
         connection.sendall(b"show info\n")
-        (pid,) = (line.split()[1] for line in last_words(connection).decode().splitlines() if line.startswith("Pid:"))
-        return int(pid)
+        lines = last_words(connection).decode().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("Pid:")), None)
     return None
 
 
@@ -252,16 +253,23 @@ def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: 
         assert asking.result()
 
 
+@contextlib.contextmanager
+def impatient(folder: Path, monkeypatch: pytest.MonkeyPatch, **bounds: float) -> Iterator[None]:
+    """Programs that are written within have these bounds."""
+    program = folder / "impatient"
+    code = [f"import sys; sys.path.insert(0, {str(Path(haproxy.__file__).parents[2])!r})", "from deploy.serving import haproxy"]
+    code += [f"haproxy.{name} = {value}" for name, value in bounds.items()]
+    program.write_text("\n".join([*code, "haproxy.main(sys.argv[1:])"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(haproxy, "__file__", str(program))
+        yield
+
+
 def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Serve's manager does without a warning, and its cluster with it."""
-    program = tmp_path / "soon"
-    code = f"import sys; sys.path.insert(0, {str(Path(haproxy.__file__).parents[2])!r}); from deploy.serving import haproxy; "
-    code += "haproxy.ALONE_S = 1.0; haproxy.main(sys.argv[1:])"
-    program.write_text(code)
-    monkeypatch.setattr(haproxy, "__file__", str(program))
-    with doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, ALONE_S=1.0), doors(tmp_path) as (start, door):
         parent = os.fork()
         if parent == 0:
             start()
@@ -342,3 +350,14 @@ def answer_of(port: int, sent: bytes, drip: bytes) -> bytes:
                 continue
             connection.sendall(drip)
     return said
+
+
+def test_one_that_is_stopped_for_good_keeps_no_newcomer_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with impatient(tmp_path, monkeypatch, HUNG_S=3.0), doors(tmp_path) as (start, door):
+        first, second = start(), second_of(tmp_path)
+        os.kill(second, signal.SIGSTOP)
+        assert second_of(tmp_path, before=second)
+        assert not alive([second])
+        first.send_signal(signal.SIGSTOP)
+        assert first.wait(PATIENCE_S) == -signal.SIGKILL, "Serve sees that it has died, and starts another"
+        assert answers(door)

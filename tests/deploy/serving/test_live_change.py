@@ -1,5 +1,6 @@
 """An application that runs on Serve: what of its configuration changes while requests run, and who may come beside it."""
 
+import json
 import os
 import shutil
 import signal
@@ -183,6 +184,17 @@ def test_a_group_is_drained_by_command_beside_requests(application: Application)
     assert second not in all_named(WORKER, 1)
     assert len(set(load.end())) == 1
     application.deploy(1)
+
+
+def test_a_batch_finds_the_scheduler_of_what_is_served(application: Application, tmp_path: Path) -> None:
+    asked, answered = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"model": "tiny", "prompt": "def", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    asked.write_text(json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    address = ray.get_runtime_context().gcs_address
+    done = command("batch", "--input", str(asked), "--output", str(answered), "--app", "manta", "--ray-address", address)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(answered.read_text())["response"]["body"]["choices"][0]["text"]
+    assert said == application.complete()["choices"][0]["text"]
 
 
 def test_what_concerns_front_ends_alone_leaves_scheduler_and_groups_as_they_are(application: Application) -> None:
