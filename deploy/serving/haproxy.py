@@ -17,6 +17,7 @@ and kills either one that is stopped for good: half of all newcomers would wait 
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import shlex
@@ -65,6 +66,8 @@ ADMIN = re.compile(r"^\s*stats socket (\S+) .*expose-fd listeners", re.MULTILINE
 SOCKET = re.compile(r"^\s*stats socket (\S+)", re.MULTILINE)
 PID = re.compile(rb"^Pid: (\d+)$", re.MULTILINE)
 GUARD_POLL_S = 0.25
+PR_SET_PDEATHSIG = 1
+MOST_FILES = 1 << 20
 SHORT_S = 1.0
 ASK_TIMEOUT_S = 1.0
 HUNG_S = 10.0
@@ -146,6 +149,7 @@ def start_guard(binary: str, file: Path) -> None:
     try:
         os.setsid()
         if os.fork() == 0:
+            os.closerange(3, MOST_FILES)  # Serve's: whoever has files of a Ray session open is killed at its end
             with (file.parent / "second.log").open("wb") as log, Path(os.devnull).open("rb") as nothing:
                 for number, stream in enumerate((nothing, log, log)):
                     os.dup2(stream.fileno(), number)
@@ -162,7 +166,7 @@ def guard(binary: str, file: Path, first: int) -> None:
     takes_over: list[str] = []
     if before is not None and _is_haproxy(before, folder / "second.cfg"):
         takes_over = ["-sf", str(before), *sockets_from((folder / "second.cfg").read_text())]
-    second, started_s = subprocess.Popen([*command, *takes_over]), time.monotonic()
+    second, started_s = _start([*command, *takes_over]), time.monotonic()
     _note(note, second.pid)
     needed_s = time.monotonic()
     watches = [Watch(file), Watch(folder / "second.cfg")]
@@ -178,7 +182,7 @@ def guard(binary: str, file: Path, first: int) -> None:
         if second.poll() is not None:
             if time.monotonic() - started_s < SHORT_S:
                 time.sleep(SHORT_S)  # it cannot start, or not yet
-            second, started_s = subprocess.Popen(command), time.monotonic()
+            second, started_s = _start(command), time.monotonic()
             _note(note, second.pid)
         if _is_haproxy(first, file) and _parent(first) != 1:
             needed_s = time.monotonic()
@@ -187,6 +191,11 @@ def guard(binary: str, file: Path, first: int) -> None:
     second.kill()
     if _is_haproxy(first, file):
         os.kill(first, signal.SIGKILL)
+
+
+def _start(command: list[str]) -> "subprocess.Popen[bytes]":
+    """Ends with this process, however that ends."""
+    return subprocess.Popen(command, preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 class Watch:

@@ -175,8 +175,8 @@ def doors(folder: Path) -> Iterator[tuple[Callable[..., "subprocess.Popen[bytes]
     program = write_program(folder, get_haproxy_binary(), 60.0, 1024)
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*given: str) -> "subprocess.Popen[bytes]":
-        started.append(subprocess.Popen([program, "-db", "-f", file, "-dR", *given]))
+    def start(*given: str, inherited: tuple[int, ...] = ()) -> "subprocess.Popen[bytes]":
+        started.append(subprocess.Popen([program, "-db", "-f", file, "-dR", *given], pass_fds=inherited))
         until("it does not serve", lambda: serving(folder / "admin.sock") == started[-1].pid)
         return started[-1]
 
@@ -235,6 +235,18 @@ def test_newcomers_meet_no_gap_when_either_haproxy_dies(tmp_path: Path) -> None:
         assert answers(door)
         assert second_of(tmp_path, before=second)
         assert answers(door)
+
+
+def test_a_guard_has_no_file_of_its_parents_and_takes_the_second_one_with_it(tmp_path: Path) -> None:
+    with doors(tmp_path) as (start, _), (tmp_path / "theirs").open("w") as theirs:
+        os.set_inheritable(theirs.fileno(), True)
+        start(inherited=(theirs.fileno(),))
+        second = second_of(tmp_path)
+        guard = int(Path(f"/proc/{second}/stat").read_text().rpartition(")")[2].split()[1])
+        assert guard in running_by(tmp_path)
+        assert str(tmp_path / "theirs") not in [os.readlink(each) for each in Path(f"/proc/{guard}/fd").iterdir()]
+        os.kill(guard, signal.SIGKILL)
+        assert not wait_gone([guard, second])
 
 
 def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: Path) -> None:
