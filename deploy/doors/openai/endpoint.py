@@ -25,8 +25,10 @@ from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Com
 from deploy.doors.openai.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.sse import event
+from deploy.doors.openai.tools.formats import unenforced
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.doors.openai.tools.tools import Tools
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.choice import NOTHING_TOLD, Told
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
@@ -132,9 +134,9 @@ class Endpoint(ABC, Generic[R]):
         self._config = config
         self._grammars = grammars
 
-    async def whole(self, request: R, caller: Caller) -> Completion | ChatCompletion:
-        """Errors: RequestError."""
-        answer = await self._begin(request, caller, int(time.time()))
+    async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
+        """warnings: are told what the client should know beside the answer. Errors: RequestError."""
+        answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
         meter, outputs = UsageMeter(answer.prompts), [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         async with aclosing(self._deltas(answer, caller)) as deltas:
             async for position, delta in deltas:
@@ -143,12 +145,12 @@ class Endpoint(ABC, Generic[R]):
         return answer.whole(outputs, meter.usage())
 
     async def events(
-        self, request: R, caller: Caller, last_id: str | None = None, *, with_ids: bool = False
+        self, request: R, caller: Caller, warnings: Warnings, last_id: str | None = None, *, with_ids: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        """A piece of bytes for each delta. last_id: of the last event that the caller has of the same request's stream, which
-        goes on behind it. with_ids: events have some. Errors: RequestError."""
+        """A piece of bytes for each delta. warnings: are told all before the first. last_id: of the last event that the caller
+        has of the same request's stream, which goes on behind it. with_ids: events have some. Errors: RequestError."""
         mark = self._mark(request, caller, last_id)
-        answer = await self._begin(request, caller, mark.created)
+        answer = await self._begin(request, caller, mark.created, warnings)
         options = request.stream_options or StreamOptions()
         if last_id is None:
             mark.begin(answer.prompts)
@@ -170,15 +172,16 @@ class Endpoint(ABC, Generic[R]):
         asked = digest(*map(str.encode, owner), msgspec.json.encode(request))
         return Mark(asked, int(time.time())) if last_id is None else read_mark(last_id, asked)
 
-    async def _begin(self, request: R, caller: Caller, created: int) -> Telling[R]:
+    async def _begin(self, request: R, caller: Caller, created: int, warnings: Warnings) -> Telling[R]:
         """Prompts one after the other, so that many of one request hold up nobody else's. created: seconds since 1970.
         Errors: RequestError of the first that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
         tools = self._tools(request)
-        grammar, asked_by = reading.format_asked(request)
+        grammar, asked_by = reading.format_asked(request, warnings)
         if tools is not None:
-            grammar, asked_by = tools.grammar(grammar), "tools"
-        await self._grammars.check(grammar, asked_by, caller.account)
+            grammar, asked_by = tools.grammar(grammar, warnings), "tools"
+        for what in await self._grammars.check(grammar, asked_by, caller.account):
+            warnings.add(unenforced(asked_by, what))
         params = reading.sampling(request, grammar=grammar, **self._fields(request))
         terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
         try:

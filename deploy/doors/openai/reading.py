@@ -11,6 +11,7 @@ from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
 from deploy.doors.openai.schemas import GenerationRequest
 from deploy.doors.openai.tools.formats import grammar_of
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel
 from deploy.text.files import json_fault
@@ -104,10 +105,10 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
 
 
-def format_asked(request: GenerationRequest) -> tuple[Grammar | None, str]:
+def format_asked(request: GenerationRequest, warnings: Warnings) -> tuple[Grammar | None, str]:
     """The grammar of `response_format` or of one of the `guided_` fields, and that field's name. Errors: RequestError."""
     asked = {name: value for name in FORMAT_FIELDS if (value := getattr(request, name)) is not None}
-    return grammar_of(**asked), next(iter(asked), "")
+    return grammar_of(**asked, warnings=warnings), next(iter(asked), "")
 
 
 def shortened(name: str) -> str:

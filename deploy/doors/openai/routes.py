@@ -25,6 +25,7 @@ from deploy.doors.openai.schemas import (
 )
 from deploy.doors.openai.sse import EventStream, unless_gone
 from deploy.doors.openai.tools.grammars import Grammars
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
 
@@ -86,13 +87,15 @@ def _add_models(router: APIRouter, models: Models) -> None:
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
     """Whoever says that it reads event streams is given events with ids. Programs that only know OpenAI's streams may take
     every line for data; they do not say so."""
-    caller, last_id = request.state.caller, request.headers.get(LAST_EVENT_ID)
+    caller, last_id, warnings = request.state.caller, request.headers.get(LAST_EVENT_ID), Warnings()
     if asked.stream:
         with_ids = "text/event-stream" in request.headers.get("accept", "").lower()
-        return EventStream(endpoint.events(asked, caller, last_id, with_ids=with_ids))
+        return EventStream(endpoint.events(asked, caller, warnings, last_id, with_ids=with_ids), warnings)
     if last_id is not None:
         raise RequestError.invalid(f"{LAST_EVENT_ID} goes with stream=true: leave it out, or stream", LAST_EVENT_ID)
-    return await _answer(request, endpoint.whole(asked, caller))
+    answer = await _answer(request, endpoint.whole(asked, caller, warnings))
+    answer.headers.update(warnings.headers())
+    return answer
 
 
 async def _read(request: Request, kind: type[R]) -> R:

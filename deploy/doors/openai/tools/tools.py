@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.doors.openai.tools.formats import check_nesting, check_size
+from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema
 from deploy.doors.openai.tools.tool_calls import HERMES, LLAMA, ToolCallParser, ToolFormat
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
@@ -54,7 +55,8 @@ class ToolDialect:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What one request offers. specs: as the client wrote them. schemas: of each function's arguments, by its name.
+    """What one request offers. specs: as the client wrote them. schemas: of each function's arguments, by its name. strict: the
+    functions whose schemas must be enforced as a whole, where they are at all.
 
     forced: one of these must be called; empty where the model decides. parallel: it may make several calls at once.
     """
@@ -62,6 +64,7 @@ class Tools:
     dialect: ToolDialect
     specs: Sequence[Mapping[str, Any]]
     schemas: Mapping[str, Mapping[str, Any]]
+    strict: frozenset[str]
     forced: tuple[str, ...]
     parallel: bool
 
@@ -69,13 +72,14 @@ class Tools:
         """For the output of one choice."""
         return ToolCallParser(self.dialect.form, self.schemas.keys(), new_id, parallel=self.parallel)
 
-    def grammar(self, answer: Grammar | None = None) -> Grammar | None:
+    def grammar(self, answer: Grammar | None, warnings: Warnings) -> Grammar | None:
         """What the output must match: calls, where one is forced; else calls or the answer, where that has a form of its own;
-        else None: the model decides freely, and `strict` binds nobody. Errors: RequestError, INVALID or TOO_LARGE."""
+        else None: the model decides freely, and `strict` binds nobody. warnings: are told what is not enforced. Errors:
+        RequestError, INVALID or TOO_LARGE."""
         if answer is not None and answer.kind != "json_schema":
             raise RequestError.invalid("a guided output leaves no room for calls: give tools or guide the output", "tools")
         if self.forced:
-            grammar = Grammar("lark", f"start: calls\n{self._call_rules()}")
+            grammar = Grammar("lark", f"start: calls\n{self._call_rules(warnings)}")
         elif answer is None:
             return None
         elif not self.dialect.form.begin:
@@ -85,12 +89,12 @@ class Tools:
                 "response_format",
             )
         else:
-            schema = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **json.loads(answer.text)}
-            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {json.dumps(schema)}\n{self._call_rules()}")
+            schema = _guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE})
+            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {schema}\n{self._call_rules(warnings)}")
         check_size(grammar, "tools")
         return grammar
 
-    def _call_rules(self) -> str:
+    def _call_rules(self, warnings: Warnings) -> str:
         """Each function's arguments are a schema of their own, so that references in it stay true."""
         form = self.dialect.form
         begin, end = self._mark(form.begin), self._mark(form.end) if form.begin else ""
@@ -103,9 +107,12 @@ class Tools:
         ]
         for at, name in enumerate(names):
             head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
-            schema = {"type": "object", "x-guidance": AS_TRAINED, **self.schemas[name]}
-            lines += [f'call_{at}: {head} arguments_{at} "}}"', f"arguments_{at}: %json {json.dumps(schema)}"]
+            lines += [f'call_{at}: {head} arguments_{at} "}}"', f"arguments_{at}: %json {self._schema(name, warnings)}"]
         return "\n".join(lines)
+
+    def _schema(self, name: str, warnings: Warnings) -> str:
+        schema = followed_schema(self.schemas[name], f"tools: {name}", None if name in self.strict else warnings)
+        return _guided({"type": "object", **schema}, AS_TRAINED)
 
     def _mark(self, text: str) -> str:
         return text if self.dialect.marked_by_tokens else json.dumps(text)
@@ -123,11 +130,14 @@ def read_tools(
     if len(tools) > MAX_TOOLS:
         raise RequestError.invalid(f"tools must be a list of at most {MAX_TOOLS} functions", "tools")
     schemas: dict[str, Mapping[str, Any]] = {}
+    strict = set()
     for position, tool in enumerate(tools):
         name, schema = _read_function(tool, f"tools[{position}]")
         if name in schemas:
             raise RequestError.invalid(f"tools[{position}]: there is a function {name!r} already: rename one", "tools")
         schemas[name] = schema
+        if tool["function"].get("strict"):
+            strict.add(name)
     forced = _read_choice(tool_choice, tuple(schemas))
     if tool_choice == "none":
         return None
@@ -137,7 +147,7 @@ def read_tools(
             f"({', '.join(TOOL_FORMATS)}): leave tools out, or name its format to the server (tool_format)",
             "tools",
         )
-    return Tools(dialect, tools, schemas, forced, parallel_tool_calls is not False)
+    return Tools(dialect, tools, schemas, frozenset(strict), forced, parallel_tool_calls is not False)
 
 
 def _read_function(tool: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
@@ -177,6 +187,11 @@ def _read_choice(choice: str | Mapping[str, Any] | None, names: tuple[str, ...])
     raise RequestError.invalid(
         'tool_choice must be none, auto, required or {"type": "function", "function": {"name": ...}}', "tool_choice"
     )
+
+
+def _guided(schema: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    """JSON of the schema, and how what it allows is written, where the schema itself does not say."""
+    return json.dumps({**schema, "x-guidance": {**how, **schema.get("x-guidance", {})}})
 
 
 def _form_shown(template: str) -> ToolFormat | None:

@@ -12,6 +12,7 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.openai.tools.formats import grammar_of, validate
 from deploy.doors.openai.tools.tool_calls import HERMES, LLAMA, CallArguments, CallBegin
 from deploy.doors.openai.tools.tools import TOOL_FORMATS, ToolDialect, Tools, read_tools
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
@@ -42,6 +43,11 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def bound(choice: Any, dialect: ToolDialect | None = DIALECTS[0], **more: Any) -> Grammar | None:
+    """The grammar of what is offered."""
+    return read(choice, dialect, **more).grammar(None, Warnings())
+
+
 def read(
     choice: Any = "auto", dialect: ToolDialect | None = DIALECTS[0], tools: Any = TOOLS, parallel: bool | None = None
 ) -> Tools:
@@ -69,7 +75,7 @@ def test_choices(choice: Any) -> None:
     assert offered.forced == {"required": ("get_weather", "get", "log"), "auto": (), None: ()}.get(
         choice if isinstance(choice, str | None) else "", ("get",)
     )
-    assert (offered.grammar() is None) == (not offered.forced)
+    assert (offered.grammar(None, Warnings()) is None) == (not offered.forced)
 
 
 @pytest.mark.parametrize("tools", [None, []])
@@ -141,14 +147,14 @@ def test_a_required_call_is_one_of_the_functions_with_its_arguments(calling: tup
         written(dialect, ("get_wea", {})),
         good[0] + "!",
     ]
-    assert allowed(read("required", dialect).grammar(), folder, good + bad) == [True] * len(good) + [False] * len(bad)
+    assert allowed(bound("required", dialect), folder, good + bad) == [True] * len(good) + [False] * len(bad)
 
 
 def test_a_named_call(calling: tuple[ToolDialect, Path]) -> None:
     dialect, folder = calling
     outputs = [written(dialect, ("get", {})), written(dialect, ("log", {})), written(dialect, ("get", {}), ("get", {}))]
-    assert allowed(read(named("get"), dialect).grammar(), folder, outputs) == [True, False, True]
-    assert allowed(read(named("get"), dialect, parallel=False).grammar(), folder, outputs) == [True, False, False]
+    assert allowed(bound(named("get"), dialect), folder, outputs) == [True, False, True]
+    assert allowed(bound(named("get"), dialect, parallel=False), folder, outputs) == [True, False, False]
 
 
 def test_what_a_grammar_allows_the_parser_reads(calling: tuple[ToolDialect, Path]) -> None:
@@ -171,19 +177,19 @@ def test_calls_beside_an_answer_with_a_form(calling: tuple[ToolDialect, Path]) -
     outputs = [written(dialect, ("get", {})), '{"name": "Ada"}', "Ada", written(dialect, ("get", {"a": 1}))]
     if dialect.form is LLAMA:
         with pytest.raises(RequestError, match="cannot be told from an answer in JSON"):
-            read("auto", dialect).grammar(answer)
+            read("auto", dialect).grammar(answer, Warnings())
     else:
-        assert allowed(read("auto", dialect).grammar(answer), folder, outputs) == [True, True, False, False]
-    assert read("required", dialect).grammar(answer) == read("required", dialect).grammar()
+        assert allowed(read("auto", dialect).grammar(answer, Warnings()), folder, outputs) == [True, True, False, False]
+    assert read("required", dialect).grammar(answer, Warnings()) == bound("required", dialect)
     with pytest.raises(RequestError, match="leaves no room for calls"):
-        read("auto", dialect).grammar(Grammar("regex", "a"))
+        read("auto", dialect).grammar(Grammar("regex", "a"), Warnings())
 
 
 def test_a_large_set_of_tools_is_refused_only_where_it_makes_a_grammar() -> None:
     many = [function(f"f{number}", {"properties": {"x": {"enum": ["y" * 3000]}}}) for number in range(100)]
-    assert read("auto", tools=many).grammar() is None
+    assert bound("auto", tools=many) is None
     with pytest.raises(RequestError, match="tools makes a grammar of") as caught:
-        read("required", tools=many).grammar()
+        bound("required", tools=many)
     assert caught.value.fault is Fault.TOO_LARGE
 
 
