@@ -40,7 +40,14 @@ BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
 TURN = "manta"
 """What the user and the assistant say in a conversation that is rendered to see how a turn ends."""
 
-TOOL_MARKS = ("<tool_call>", "</tool_call>")
+TOOL_MARKS = (
+    "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+    "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|channel|>", "<|constrain|>", "<|message|>",
+)  # fmt: skip
 """Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
 
 Message = Mapping[str, Any]
@@ -109,9 +116,10 @@ class Tokenizer:
         begin = max((token for token in tokens if token in before), key=before.rfind, default=None)
         return end if end != begin else None
 
-    def has_token(self, text: str) -> bool:
-        """The text is one token of the vocabulary, by itself."""
-        return text in self._implementation.get_added_vocab()
+    def token_id(self, text: str) -> int | None:
+        """Of the text as one added token of the vocabulary; None if it is none."""
+        id = self._implementation.get_added_vocab().get(text)
+        return None if id is None else int(id)
 
     def chat_text(
         self,

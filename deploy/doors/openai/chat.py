@@ -22,8 +22,8 @@ from deploy.doors.openai.answers.responses import (
 )
 from deploy.doors.openai.endpoint import Endpoint, Telling
 from deploy.doors.openai.schemas import ChatRequest
+from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.tools.tool_calls import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
@@ -89,7 +89,7 @@ class Chat(Endpoint[ChatRequest]):
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         super().__init__(service, config, grammars)
-        self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_format)
+        self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_parser)
 
     def _tools(self, request: ChatRequest) -> Tools | None:
         return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)

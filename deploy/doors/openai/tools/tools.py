@@ -2,7 +2,7 @@
 
     read_tools ──▶ Tools ──specs──▶ the chat template
                          ──grammar──▶ SamplingParams, where a call is asked for
-                         ──parser──▶ one `ToolCallParser` for each choice
+                         ──parser──▶ one `ToolCallParser` for each choice, unless calls are left in the text
 
 Pure functions over the fields of a request; imports neither HTTP nor the engine.
 """
@@ -10,11 +10,13 @@ Pure functions over the fields of a request; imports neither HTTP nor the engine
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.doors.openai.tools.families.format import CallGrammar, ToolFormat
+from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
 from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema
-from deploy.doors.openai.tools.tool_calls import HERMES, LLAMA, ToolCallParser, ToolFormat
+from deploy.doors.openai.tools.tool_calls import ToolCallParser
 from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.text.tokenizer import Tokenizer
@@ -24,7 +26,8 @@ from workers.sampling.grammar import WHITE_SPACE
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
-TOOL_FORMATS = {form.name: form for form in (HERMES, LLAMA)}
+AUTO, NONE = "auto", "none"
+"""Parsers beside the names of `TOOL_FORMATS`: the one of the format that the chat template shows, and none at all."""
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -34,23 +37,24 @@ AS_TRAINED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 
 @dataclass(frozen=True, slots=True)
 class ToolDialect:
-    """How one checkpoint writes calls. marked_by_tokens: `begin` and `end` are single tokens of its vocabulary, which a grammar
-    must name as such."""
+    """How one checkpoint writes calls. form: None where they are left in the text. tokens: marks of the format that are single
+    tokens of its vocabulary, by their ids."""
 
-    form: ToolFormat
-    marked_by_tokens: bool
+    form: ToolFormat | None
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer | None, name: str | None = None) -> "ToolDialect | None":
-        """Told by what the chat template shows the model; name: a key of `TOOL_FORMATS`, where that is known better. None: the
-        checkpoint does not call tools, or in no format that is read here."""
+    def of(cls, tokenizer: Tokenizer | None, parser: str = AUTO) -> "ToolDialect | None":
+        """parser: a key of `TOOL_FORMATS`, AUTO or NONE. None: the checkpoint does not call tools, or in no format that is read
+        here."""
+        if parser == NONE:
+            return cls(None)
         if tokenizer is None:
             return None
-        form = _form_shown(tokenizer.chat_template) if name is None else TOOL_FORMATS[name]
+        form = format_shown(tokenizer.chat_template) if parser == AUTO else TOOL_FORMATS[parser]
         if form is None:
             return None
-        marks = [mark for mark in (form.begin, form.end) if mark.startswith("<")]
-        return cls(form, bool(marks) and all(map(tokenizer.has_token, marks)))
+        return cls(form, {mark: id for mark in form.marks if (id := tokenizer.token_id(mark)) is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,8 @@ class Tools:
     """What one request offers. specs: as the client wrote them. schemas: of each function's arguments, by its name. strict: the
     functions whose schemas must be enforced as a whole, where they are at all.
 
-    forced: one of these must be called; empty where the model decides. parallel: it may make several calls at once.
+    forced: one of these must be called; empty where the model decides. parallel: it may make several calls at once, but not
+    where one function is named.
     """
 
     dialect: ToolDialect
@@ -68,54 +73,39 @@ class Tools:
     forced: tuple[str, ...]
     parallel: bool
 
-    def parser(self, new_id: Callable[[], str]) -> ToolCallParser:
-        """For the output of one choice."""
-        return ToolCallParser(self.dialect.form, self.schemas.keys(), new_id, parallel=self.parallel)
+    def parser(self, new_id: Callable[[], str]) -> ToolCallParser | None:
+        """For the output of one choice. None: its calls are left in the text."""
+        form = self.dialect.form
+        return None if form is None else ToolCallParser(form, self.schemas, new_id, parallel=self.parallel)
 
     def grammar(self, answer: Grammar | None, warnings: Warnings) -> Grammar | None:
         """What the output must match: calls, where one is forced; else calls or the answer, where that has a form of its own;
         else None: the model decides freely, and `strict` binds nobody. warnings: are told what is not enforced. Errors:
         RequestError, INVALID or TOO_LARGE."""
+        form = self.dialect.form
         if answer is not None and answer.kind != "json_schema":
             raise RequestError.invalid("a guided output leaves no room for calls: give tools or guide the output", "tools")
-        if self.forced:
-            grammar = Grammar("lark", f"start: calls\n{self._call_rules(warnings)}")
-        elif answer is None:
-            return None
-        elif not self.dialect.form.begin:
+        if form is None or (answer is None and not self.forced):
+            return answer
+        names = self.forced or tuple(self.schemas)
+        calls = form.rules(CallGrammar(names, self.parallel, lambda name: self._schema(name, warnings), self.dialect.tokens))
+        if self.forced or answer is None:
+            grammar = Grammar("lark", f"start: calls\n{calls}")
+        elif not form.begins:
             raise RequestError.invalid(
-                f"in the {self.dialect.form.name} format a call cannot be told from an answer in JSON: leave response_format "
-                "out, or set tool_choice to required or none",
+                f"in the {form.name} format a call cannot be told from an answer in JSON: leave response_format out, or set "
+                "tool_choice to required or none",
                 "response_format",
             )
         else:
-            schema = _guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE})
-            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {schema}\n{self._call_rules(warnings)}")
+            schema = json.dumps(_guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE}))
+            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {schema}\n{calls}")
         check_size(grammar, "tools")
         return grammar
 
-    def _call_rules(self, warnings: Warnings) -> str:
-        """Each function's arguments are a schema of their own, so that references in it stay true."""
-        form = self.dialect.form
-        begin, end = self._mark(form.begin), self._mark(form.end) if form.begin else ""
-        gap = json.dumps("\n") if form.begin else ""
-        names = self.forced or tuple(self.schemas)
-        more = f" ({json.dumps(form.join)} call)*" if self.parallel else ""
-        lines = [
-            f"calls: call{more}",
-            f"call: {begin} {gap} ({' | '.join(f'call_{at}' for at in range(len(names)))}) {gap} {end}",
-        ]
-        for at, name in enumerate(names):
-            head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
-            lines += [f'call_{at}: {head} arguments_{at} "}}"', f"arguments_{at}: %json {self._schema(name, warnings)}"]
-        return "\n".join(lines)
-
-    def _schema(self, name: str, warnings: Warnings) -> str:
+    def _schema(self, name: str, warnings: Warnings) -> Mapping[str, Any]:
         schema = followed_schema(self.schemas[name], f"tools: {name}", None if name in self.strict else warnings)
         return _guided({"type": "object", **schema}, AS_TRAINED)
-
-    def _mark(self, text: str) -> str:
-        return text if self.dialect.marked_by_tokens else json.dumps(text)
 
 
 def read_tools(
@@ -143,11 +133,18 @@ def read_tools(
         return None
     if dialect is None:
         raise RequestError.invalid(
-            "the chat template of this checkpoint shows no format of tool calls that is known here "
-            f"({', '.join(TOOL_FORMATS)}): leave tools out, or name its format to the server (tool_format)",
+            "the chat template of this checkpoint shows no format of tool calls that is known here. Leave tools out, or start "
+            f"the server with --tool-parser and what the model writes ({', '.join(TOOL_FORMATS)}, or none to have calls left "
+            "in the text), or with --chat-template and a template that shows tools",
             "tools",
         )
-    return Tools(dialect, tools, schemas, frozenset(strict), forced, parallel_tool_calls is not False)
+    if forced and dialect.form is None:
+        raise RequestError.invalid(
+            "this server leaves calls in the text (--tool-parser none), so none can be asked for: set tool_choice to auto",
+            "tool_choice",
+        )
+    parallel = parallel_tool_calls is not False and not isinstance(tool_choice, Mapping)
+    return Tools(dialect, tools, schemas, frozenset(strict), forced, parallel)
 
 
 def _read_function(tool: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
@@ -189,14 +186,6 @@ def _read_choice(choice: str | Mapping[str, Any] | None, names: tuple[str, ...])
     )
 
 
-def _guided(schema: Mapping[str, Any], how: Mapping[str, Any]) -> str:
-    """JSON of the schema, and how what it allows is written, where the schema itself does not say."""
-    return json.dumps({**schema, "x-guidance": {**how, **schema.get("x-guidance", {})}})
-
-
-def _form_shown(template: str) -> ToolFormat | None:
-    """Hermes and Qwen show their marks with JSON between them, Llama 3 a bare object with a name and parameters. The newer Qwen
-    coders put XML between the same marks."""
-    if HERMES.begin in template:
-        return None if "<function=" in template else HERMES
-    return LLAMA if '"name": ' in template and '"parameters": ' in template else None
+def _guided(schema: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema, and how what it allows is written, where the schema itself does not say."""
+    return {**schema, "x-guidance": {**how, **schema.get("x-guidance", {})}}

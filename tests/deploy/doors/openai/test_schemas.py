@@ -12,8 +12,8 @@ import pydantic
 import pytest
 from llguidance import LLTokenizer
 
+from deploy.doors.openai.tools.families.objects import HERMES
 from deploy.doors.openai.tools.formats import grammar_of, validate
-from deploy.doors.openai.tools.tool_calls import HERMES
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.doors.openai.warnings import HEADER, MAX_CHARACTERS, Warnings
 from deploy.frontend.errors import Fault, RequestError
@@ -190,7 +190,8 @@ def test_what_is_no_schema_is_refused_all_the_same(schema: Any, words: LLTokeniz
 def tools(strict: bool, choice: Any = "required") -> Tools:
     parameters = {"type": "object", "properties": {"p": of(Path), "at": STRING | {"pattern": EMAIL}}}
     function = {"name": "f", "strict": strict, "parameters": parameters}
-    read = read_tools([{"type": "function", "function": function}], choice, None, ToolDialect(HERMES, True))
+    dialect = ToolDialect(HERMES, {"<tool_call>": 315, "</tool_call>": 316})
+    read = read_tools([{"type": "function", "function": function}], choice, None, dialect)
     assert read is not None
     return read
 

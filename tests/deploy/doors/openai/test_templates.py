@@ -108,7 +108,7 @@ def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.Mon
 def test_marks_of_calls_are_text(make_checkpoint: MakeCheckpoint, special: bool) -> None:
     tokenizer = opened(make_checkpoint(QWEN_TEMPLATE, TOOL_TOKENS, special))
     ids = [*tokenizer.encode("hello <tool_call>\n{}\n</tool_call>"), EOS]
-    assert all(tokenizer.has_token(mark) for mark in TOOL_TOKENS)
+    assert None not in map(tokenizer.token_id, TOOL_TOKENS)
     detokenizer = Detokenizer(tokenizer.decode)
     pieces = [detokenizer.push([token]) for token in ids]
     assert "".join([*pieces, detokenizer.flush()]) == "hello <tool_call>\n{}\n</tool_call>"
