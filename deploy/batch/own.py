@@ -86,7 +86,8 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
         await asyncio.sleep(POLL_S)
     name, engine = model_name(config.serve.served_model_name, status.model), config.engine
     return await asyncio.to_thread(
-        ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size
+        ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size,
+        config.serve.chat_template,
     )
 
 

@@ -89,6 +89,12 @@ class ServeConfig(QueueBounds, AddressConfig):
     max_prompts: int = option(64, "Prompts of one completion request at most.", at_least(1))
     max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
+    chat_template: str | None = option(
+        None,
+        "File with a chat template (Jinja) to use instead of the checkpoint's; each front end reads it, as it does the "
+        "checkpoint.",
+        shown="the checkpoint's",
+    )
     tool_parser: str = option(
         "auto",
         f"How the model writes calls of tools: {', '.join(TOOL_PARSERS[2:])}; auto: as its chat template shows; none: calls "

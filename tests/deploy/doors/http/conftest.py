@@ -57,11 +57,11 @@ class Host:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
-    def service(self, cluster: Cluster, checkpoint: Path = EMBEDDED_MODEL) -> Service:
+    def service(self, cluster: Cluster, checkpoint: Path = EMBEDDED_MODEL, model: ServedModel | None = None) -> Service:
         """A connected service that runs until the host closes."""
 
         async def start() -> Service:
-            service = Service(ServedModel.read(MODEL, checkpoint, None), cluster)
+            service = Service(model or ServedModel.read(MODEL, checkpoint, None), cluster)
             self._services.append(asyncio.create_task(service.run()))
             return service
 

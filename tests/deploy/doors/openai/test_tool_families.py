@@ -116,6 +116,8 @@ MORE: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("kimi_k2", "<|tool_calls_section_begin|>\n" + KIMI.format("get_time", 0, '\n{"a": 1}\n') + "\n<|tool_calls_section_end|>",
      [("get_time", {"a": 1})]),
     ("openai", 'to=functions.get_time<|channel|>commentary json<|message|>{"a": 1}<|call|>', [("get_time", {"a": 1})]),
+    ("openai", '<|start|>assistant<|channel|>commentary to=functions.get_time <|constrain|>json<|message|>{}<|call|>',
+     [("get_time", {})]),
     ("openai", '<|channel|>analysis to=functions.get_time code<|message|>{}', [("get_time", {})]),
 ]  # fmt: skip
 

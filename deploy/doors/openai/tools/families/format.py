@@ -43,7 +43,8 @@ class CallGrammar:
     def text_up_to(self, end: str, rule: str) -> tuple[str, list[str]]:
         """In Lark: any text and the mark that ends it, as a rule of this name; what refers to it, and the rules."""
         if end in self.tokens:
-            return f"{rule.upper()} {self.text(end)}", [f"{rule.upper()}: /(?s:.*)/"]
+            spelled = _in_regex(end)  # whoever reads the text would take it for the end
+            return f"{rule.upper()} {self.text(end)}", [f"{rule.upper()}: /(?s:.*)/ & ~/(?s:.*){spelled}(?s:.*)/"]
         return rule, [f"{rule}[lazy]: /(?s:.*){_in_regex(end)}/"]
 
 

@@ -121,7 +121,7 @@ MISTRAL_V11 = MistralFormat(
     between="[ARGS]",
 )  # fmt: skip
 OPENAI = HarmonyFormat(
-    "openai", begins=("<|channel|>", " to=functions.", "to=functions."), join=None,
+    "openai", begins=("<|start|>", "<|channel|>", " to=functions.", "to=functions."), join=None,
     marks=("<|channel|>", "<|constrain|>", "<|message|>"), begin="<|channel|>",
     before="commentary to=functions.", between=" <|constrain|>json<|message|>", end="<|call|>",
 )  # fmt: skip
