@@ -35,7 +35,13 @@ def followed(schema: Schema, unenforced: Callable[[str], None], *, strict: bool)
     refuses what it cannot follow. The schema's nesting must have been checked."""
     rewritten = _Rewriting(schema, unenforced, strict).schema(schema)
     whole: dict[str, Any] = rewritten if isinstance(rewritten, dict) else {"anyOf": [rewritten]}
-    return whole if strict else whole | {"x-guidance": LENIENT | whole.get("x-guidance", {})}
+    return whole if strict else guided(whole, LENIENT)
+
+
+def guided(schema: Schema, how: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with what the compiler is told of it, where it does not say so itself."""
+    own = schema.get("x-guidance", {})
+    return {**schema, "x-guidance": {**how, **own}} if isinstance(own, Mapping) else dict(schema)
 
 
 def target(schema: Schema, reference: str) -> Any:
@@ -98,23 +104,25 @@ class _Rewriting:
             new["additionalProperties"] = True  # such members may be of any kind now
         said = new.get("propertyNames")
         if isinstance(said, Mapping) and isinstance(reference := said.get("$ref"), str):
-            said = self.schema(target(self._root, reference))
+            said = target(self._root, reference)
         if said is True or (isinstance(said, Mapping) and said.get("type", "string") == "string"):
             self._name(new, {} if said is True else said)
 
     def _name(self, new: dict[str, Any], said: Schema) -> None:
         extra, own = new.get("additionalProperties", {}), new.get("properties") or {}
-        names = [said["const"]] if "const" in said else said.get("enum")
+        names, pattern = [said["const"]] if "const" in said else said.get("enum"), said.get("pattern")
+        if not isinstance(own, Mapping):
+            return  # for the compiler to refuse
         if said.keys() <= {"type", "title", "description"}:
             del new["propertyNames"]
-        elif said.keys() <= SAID_OF_A_NAME and names and not new.get("patternProperties"):
+        elif said.keys() <= SAID_OF_A_NAME and isinstance(names, list) and not new.get("patternProperties"):
             del new["propertyNames"]
             new["properties"] = {name: own.get(name, extra) for name in names if isinstance(name, str)}
             new["additionalProperties"] = False
-        elif said.keys() <= SAID_OF_A_PATTERN and not own and not new.get("patternProperties"):
+        elif said.keys() <= SAID_OF_A_PATTERN and isinstance(pattern, str) and not own and not new.get("patternProperties"):
             del new["propertyNames"]
-            new["patternProperties"] = {said["pattern"]: extra}
-            new["additionalProperties"] = False
+            if not self._beyond_rust(pattern):
+                new |= {"patternProperties": {pattern: extra}, "additionalProperties": False}
 
     def _beyond_rust(self, pattern: Any) -> bool:
         """Whether the pattern is to be left out."""

@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from deploy.doors.openai.tools.families.format import CallGrammar, ToolFormat
 from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
-from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema
+from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema, unenforced
+from deploy.doors.openai.tools.schemas import guided
 from deploy.doors.openai.tools.tool_calls import ToolCallParser
 from deploy.doors.openai.warnings import Warnings
-from deploy.frontend.errors import RequestError
+from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import WHITE_SPACE
@@ -88,7 +90,9 @@ class Tools:
         if form is None or (answer is None and not self.forced):
             return answer
         names = self.forced or tuple(self.schemas)
-        calls = form.rules(CallGrammar(names, self.parallel, lambda name: self._schema(name, warnings), self.dialect.tokens))
+        schemas = {name: self._schema(name, warnings) for name in names}
+        told = partial(self._unenforced, warnings=warnings)
+        calls = form.rules(CallGrammar(schemas, told, self.dialect.tokens, parallel=self.parallel))
         if self.forced or answer is None:
             grammar = Grammar("lark", f"start: calls\n{calls}")
         elif not form.begins:
@@ -98,14 +102,21 @@ class Tools:
                 "response_format",
             )
         else:
-            schema = json.dumps(_guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE}))
+            schema = json.dumps(guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE}))
             grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {schema}\n{calls}")
         check_size(grammar, "tools")
         return grammar
 
     def _schema(self, name: str, warnings: Warnings) -> Mapping[str, Any]:
         schema = followed_schema(self.schemas[name], f"tools: {name}", None if name in self.strict else warnings)
-        return _guided({"type": "object", **schema}, AS_TRAINED)
+        return guided({"type": "object", **schema}, AS_TRAINED)
+
+    def _unenforced(self, name: str, what: str, warnings: Warnings) -> None:
+        """Errors: RequestError, if all of the function's schema must be enforced."""
+        said = unenforced(f"tools: {name}", what)
+        if name in self.strict:
+            raise RequestError(Fault.UNPROCESSABLE, f"{said}, and it is strict", param="tools", code="invalid_grammar")
+        warnings.add(said)
 
 
 def read_tools(
@@ -184,8 +195,3 @@ def _read_choice(choice: str | Mapping[str, Any] | None, names: tuple[str, ...])
     raise RequestError.invalid(
         'tool_choice must be none, auto, required or {"type": "function", "function": {"name": ...}}', "tool_choice"
     )
-
-
-def _guided(schema: Mapping[str, Any], how: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema, and how what it allows is written, where the schema itself does not say."""
-    return {**schema, "x-guidance": {**how, **schema.get("x-guidance", {})}}

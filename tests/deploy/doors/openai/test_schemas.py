@@ -78,6 +78,11 @@ ENFORCED: dict[str, Sample] = {
         {"type": "object", "properties": {"propertyNames": STRING, "not": {"not": {}}}, "additionalProperties": False},
         [{"propertyNames": "x"}], [{"not": 1}, {"propertyNames": 1}], [],
     ),
+    "names by a pattern that is defined elsewhere": (
+        {"type": "object", "propertyNames": {"$ref": "#/$defs/k"}, "additionalProperties": NUMBER,
+         "$defs": {"k": {"type": "string", "pattern": "^k"}}},
+        [{"k1": 1}], [{"a": 1}], [],
+    ),
     "constants are no schemas": ({"enum": [{"not": {}, "pattern": "(?=a)"}]}, [{"not": {}, "pattern": "(?=a)"}], [False], []),
 }  # fmt: skip
 
@@ -97,6 +102,10 @@ SAID: dict[str, Sample] = {
     "names that look ahead": (
         {"type": "object", "patternProperties": {"^(?!_)": NUMBER}, "additionalProperties": False},
         [{"a": 1}, {"_": "x"}], [1], ["looks around"],
+    ),
+    "names that are named by themselves": (
+        {"type": "object", "propertyNames": {"$ref": "#"}, "additionalProperties": NUMBER}, [{"a": 1}], [{"a": "x"}],
+        ["propertyNames"],
     ),
     "overlapping oneOf": ({"oneOf": [{"type": "integer"}, NUMBER]}, [1, 1.5], ["a"], ["oneOf"]),
     "if, then": (
@@ -177,7 +186,10 @@ def test_a_model_of_many_kinds(words: LLTokenizer, qwen: Tokenizer) -> None:
     assert "uniqueItems" in told
 
 
-NO_SCHEMAS = [{"type": "objct"}, {"$ref": "#/$defs/none"}, {"enum": []}, {"type": "string", "pattern": "("}]
+NO_SCHEMAS: list[dict[str, Any]] = [
+    {"type": "objct"}, {"$ref": "#/$defs/none"}, {"enum": []}, {"type": "string", "pattern": "("},
+    {"propertyNames": {"enum": 3}, "properties": 3}, {"patternProperties": 3}, {"anyOf": 3}, {"pattern": 3},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("schema", NO_SCHEMAS)

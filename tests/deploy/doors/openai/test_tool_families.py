@@ -1,6 +1,7 @@
 """What each family of models writes is read as the same calls, whole and cut anywhere, and is what its grammar allows."""
 
 import json
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from deploy.doors.openai.tools.formats import validate
 from deploy.doors.openai.tools.tool_calls import ToolCallParser
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.doors.openai.warnings import Warnings
+from deploy.frontend.errors import RequestError
+from scheduler.protocol.sampling import Grammar
 from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, MakeCheckpoint, opened, vocabulary
 from tests.deploy.doors.openai.matching import accepts
 
@@ -161,10 +164,12 @@ TEMPLATES = {
 """The part of each family's template that says how calls are written."""
 
 
-def parse(family: str, pieces: list[str], parallel: bool = True) -> tuple[list[Event], str]:
+def parse(
+    family: str, pieces: list[str], parallel: bool = True, schemas: Mapping[str, Any] = SCHEMAS
+) -> tuple[list[Event], str]:
     """The events, neighbours of one kind put together, and all text among them."""
     numbers = count()
-    parser = ToolCallParser(TOOL_FORMATS[family], SCHEMAS, lambda: f"call_{next(numbers)}", parallel=parallel)
+    parser = ToolCallParser(TOOL_FORMATS[family], schemas, lambda: f"call_{next(numbers)}", parallel=parallel)
     merged: list[Event] = []
     for event in [*(event for piece in pieces for event in parser.push(piece)), *parser.flush()]:
         match merged[-1:], event:
@@ -344,6 +349,41 @@ def written(family: str, arguments: dict[str, Any]) -> str:
         return f"[get_weather({', '.join(f'{key}={value}' for key, value in arguments.items())})]"
     call, argument = (QWEN3, PARAMETER) if family == "qwen3_coder" else (GLM, ARGUMENT)
     return call.format("get_weather", "".join(argument.format(*item) for item in arguments.items()))
+
+
+def grammar_of(family: str, parameters: Any, strict: bool = False) -> tuple[Grammar, list[str]]:
+    """Of a call that must be made, and what was said of it."""
+    warnings, function = Warnings(), {"name": "f", "parameters": parameters, "strict": strict}
+    tools = read_tools([{"type": "function", "function": function}], "required", True, ToolDialect(TOOL_FORMATS[family]))
+    assert tools is not None
+    grammar = tools.grammar(None, warnings)
+    assert grammar is not None
+    return grammar, [*warnings]
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "glm45"])
+def test_what_a_text_between_tags_is_not_held_to_is_said(family: str) -> None:
+    properties = {"a": {"type": "string", "pattern": "^x"}, "b": {"type": "integer", "minimum": 3}}
+    schema = {"type": "object", "properties": properties}
+    assert grammar_of(family, schema)[1] == ["tools: f: not enforced: pattern of a"]
+    with pytest.raises(RequestError, match="pattern of a, and it is strict"):
+        grammar_of(family, schema, strict=True)
+    assert grammar_of(family, {"type": "object", "minProperties": 1})[1] == ["tools: f: not enforced: minProperties"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "glm45", "pythonic"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": 3}, {"properties": {"a": 3}, "required": 3}, {"properties": {"a": {"type": [[]], "enum": 3}}},
+        {"properties": {"a": {"allOf": 3, "anyOf": 3}}}, {"$ref": "#"}, {"$ref": "#/$defs/x"},
+        {"$ref": "#/$defs/x", "$defs": {"x": 3}},
+    ],
+)  # fmt: skip
+def test_schemas_that_make_no_sense_do_no_harm(family: str, schema: Any) -> None:
+    grammar_of(family, schema)
+    text = written(family, {"a": "1"}).replace("get_weather", "f")
+    assert called(parse(family, [text], schemas={"f": schema})[0])[0][0] == "f"
 
 
 @pytest.mark.parametrize("family", ["qwen3_coder", "glm45", "pythonic"])

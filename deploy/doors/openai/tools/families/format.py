@@ -6,7 +6,7 @@ Imports the reader of pieces and the events; not what else is known of a request
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,15 @@ FUNCTION_NAME = re.compile(r"[\w.-]*")
 class CallGrammar:
     """What the rules of calls are made of.
 
-    names: of the functions that may be called. parallel: several calls at once are allowed. schema: JSON of a function's schema
-    for the compiler. tokens: marks that are single tokens of the vocabulary, which a grammar must name by their ids.
+    schemas: of the functions that may be called, by name, as the compiler follows them. unenforced: is told of a function and
+    of what in its schema the syntax leaves unenforced. tokens: marks that are single tokens of the vocabulary, which a grammar
+    must name by their ids. parallel: several calls at once are allowed.
     """
 
-    names: Sequence[str]
-    parallel: bool
-    schema: Callable[[str], Mapping[str, Any]]
+    schemas: Mapping[str, Mapping[str, Any]]
+    unenforced: Callable[[str, str], None]
     tokens: Mapping[str, int]
+    parallel: bool
 
     def text(self, text: str) -> str:
         """In Lark: a text in which marks may stand."""
@@ -85,21 +86,21 @@ class ToolFormat(ABC):
     def tail(self, grammar: CallGrammar) -> str:
         """In Lark: what stands behind them."""
 
-    def arguments(self, rule: str, schema: Mapping[str, Any], grammar: CallGrammar) -> list[str]:  # noqa: ARG002
+    def arguments(self, rule: str, name: str, grammar: CallGrammar) -> list[str]:
         """In Lark: the arguments of one function, as rules of which the first is called `rule`."""
-        return [f"{rule}: %json {json.dumps(schema)}"]
+        return [f"{rule}: %json {json.dumps(grammar.schemas[name])}"]
 
     def rules(self, grammar: CallGrammar) -> str:
         """In Lark: the rule `calls`. Each function's arguments are a schema of their own, so that references in it hold."""
         more = f"({grammar.text(self.join)} call)*" if grammar.parallel and self.join is not None else ""
-        numbers = range(len(grammar.names))
+        numbers = range(len(grammar.schemas))
         lines = [
             f"calls: {grammar.text(self.open)} call {more} {grammar.text(self.close)}",
             f"call: {' | '.join(f'call_{at}' for at in numbers)}",
         ]
-        for at, name in enumerate(grammar.names):
+        for at, name in enumerate(grammar.schemas):
             lines.append(f"call_{at}: {self.head(name, grammar)} arguments_{at} {self.tail(grammar)}")
-            lines += self.arguments(f"arguments_{at}", grammar.schema(name), grammar)
+            lines += self.arguments(f"arguments_{at}", name, grammar)
         return "\n".join(lines)
 
 

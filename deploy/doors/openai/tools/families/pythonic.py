@@ -7,11 +7,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from deploy.doors.openai.tools.events import Events
 from deploy.doors.openai.tools.families.format import FUNCTION_NAME, SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import kinds_of, python_as_json
+from deploy.doors.openai.tools.families.values import Arguments, kinds_of, python_as_json
 from deploy.doors.openai.tools.pieces import Feed, Reading
 
 KEYWORD = re.compile(r"\w*")
@@ -73,36 +72,37 @@ class PythonicFormat(ToolFormat):
     def tail(self, grammar: CallGrammar) -> str:
         return grammar.text(")")
 
-    def arguments(self, rule: str, schema: Mapping[str, Any], grammar: CallGrammar) -> list[str]:
+    def arguments(self, rule: str, name: str, grammar: CallGrammar) -> list[str]:
         """Those that are required, then any of the others. Values are JSON, but for Python's truth values."""
-        properties: Mapping[str, Any] = schema.get("properties") or {}
-        required = [name for name in properties if name in (schema.get("required") or ())]
-        others = [name for name in properties if name not in required]
-        lines = [
-            f"{rule}_{at}: {grammar.text(f'{name}=')} {_written(f'{rule}_{at}_value', properties[name], schema)}"
-            for at, name in enumerate((*required, *others))
-        ]
-        comma, first = grammar.text(", "), len(required)
-        needed = f" {comma} ".join(f"{rule}_{at}" for at in range(first))
-        if not others:
-            return [f"{rule}: {needed}", *_flat(lines)]
-        for at in range(first, len(properties)):
-            more = f"({rule}_more_{at + 1})?" if at + 1 < len(properties) else ""
-            lines.append(f"{rule}_more_{at}: {comma} {rule}_{at} {more}" + (f" | {rule}_more_{at + 1}" if more else ""))
-            begun = f" | {rule}_any_{at + 1}" if more else ""
-            lines.append(f"{rule}_any_{at}: {rule}_{at} {more}{begun}")
-        return [f"{rule}: {needed} ({rule}_more_{first})?" if needed else f"{rule}: ({rule}_any_{first})?", *_flat(lines)]
+        known = Arguments.of(grammar.schemas[name])
+        for key in known.more:
+            grammar.unenforced(name, key)
+        names = sorted(known.properties, key=lambda argument: argument not in known.required)
+        lines = list[str]()
+        for at, argument in enumerate(names):
+            value = known.properties[argument]
+            if kinds_of(value, grammar.schemas[name]) == {"boolean"}:
+                written = '("True" | "False")'
+            else:
+                written = f"{rule}_{at}_value"
+                schema = {**known.defined, **value} if isinstance(value, Mapping) else value
+                lines.append(f"{written}: %json {json.dumps(schema)}")
+            lines.append(f"{rule}_{at}: {grammar.text(f'{argument}=')} {written}")
+        return _with_commas(rule, len(names), sum(argument in known.required for argument in names), grammar.text(", ")) + lines
 
 
-def _written(rule: str, value: Any, root: Mapping[str, Any]) -> str:
-    if kinds_of(value, root) == {"boolean"}:
-        return '("True" | "False")'
-    defined = {key: root[key] for key in ("$defs", "definitions", "x-guidance") if key in root}
-    return f"{rule}\n{rule}: %json {json.dumps({**defined, **value} if isinstance(value, Mapping) else value)}"
-
-
-def _flat(lines: list[str]) -> list[str]:
-    return [line for each in lines for line in each.split("\n")]
+def _with_commas(rule: str, count: int, required: int, comma: str) -> list[str]:
+    """In Lark: the first so many of the rules `rule`_0, `rule`_1, ... and any of the others, in order, with commas between."""
+    needed, last = f" {comma} ".join(f"{rule}_{at}" for at in range(required)), count - 1
+    if required == count:
+        return [f"{rule}: {needed}"]
+    lines = [f"{rule}: {needed} ({rule}_more_{required})?" if needed else f"{rule}: ({rule}_any_{required})?"]
+    for at in range(required, count):
+        more = f"({rule}_more_{at + 1})?" if at < last else ""
+        lines.append(f"{rule}_more_{at}: {comma} {rule}_{at} {more}" + (f" | {rule}_more_{at + 1}" if more else ""))
+        if not needed:
+            lines.append(f"{rule}_any_{at}: {rule}_{at} {more}" + (f" | {rule}_any_{at + 1}" if more else ""))
+    return lines
 
 
 def _keyword(feed: Feed) -> Reading[str]:

@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from deploy.doors.openai.tools.events import Events
 from deploy.doors.openai.tools.families.format import SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import STRING, as_json, kinds_of
+from deploy.doors.openai.tools.families.values import STRING, Arguments, as_json, kinds_of
 from deploy.doors.openai.tools.pieces import Feed, Reading
 
 NAME_IN_TAG = re.compile(r"[^<>\s]*")
-DEFINITIONS = ("$defs", "definitions")
+OF_TEXT = {"pattern", "format", "minLength", "maxLength"}
+"""What a schema may ask of a string, and no text between tags is held to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class TaggedFormat(ToolFormat):
         name = "".join(key).strip()
         yield from feed.take_behind_space(self.value.strip()) if self.value.strip() else feed.take(self.value)
         schema = events.schemas[function]
-        kinds = kinds_of((schema.get("properties") or {}).get(name, {}), schema)
+        kinds = kinds_of(Arguments.of(schema).properties.get(name, {}), schema)
         events.tell(f"{', ' if told else ''}{json.dumps(name, ensure_ascii=False)}: ")
         ends = tuple(dict.fromkeys((self.value_end, self.value_end.strip())))
         if kinds == STRING:
@@ -94,29 +94,31 @@ class TaggedFormat(ToolFormat):
     def tail(self, grammar: CallGrammar) -> str:
         return grammar.text(self.end)
 
-    def arguments(self, rule: str, schema: Mapping[str, Any], grammar: CallGrammar) -> list[str]:
+    def arguments(self, rule: str, name: str, grammar: CallGrammar) -> list[str]:
         """Each that is known, in order; what else a schema might let in is not written."""
-        properties: Mapping[str, Any] = schema.get("properties") or {}
-        required = schema.get("required") or ()
-        lines: list[str] = []
-        parts = []
-        for at, (name, value) in enumerate(properties.items()):
-            parts.append(f"{rule}_{at}" if name in required else f"({rule}_{at})?")
-            written, rules = self._value(f"{rule}_{at}_value", value, schema, grammar)
-            lines += [f"{rule}_{at}: {grammar.text(f'{self.key}{name}{self.key_end}{self.value}')} {written}", *rules]
+        known, parts, lines = Arguments.of(grammar.schemas[name]), [], list[str]()
+        for key in known.more:
+            grammar.unenforced(name, key)
+        for at, argument in enumerate(known.properties):
+            parts.append(f"{rule}_{at}" if argument in known.required else f"({rule}_{at})?")
+            value, rules = self._value(f"{rule}_{at}_value", name, argument, grammar)
+            lines += [f"{rule}_{at}: {grammar.text(f'{self.key}{argument}{self.key_end}{self.value}')} {value}", *rules]
         return [f"{rule}: {' '.join(parts)}", *lines]
 
-    def _value(self, rule: str, value: Any, root: Mapping[str, Any], grammar: CallGrammar) -> tuple[str, list[str]]:
-        end, kinds = self.value_end + "\n", kinds_of(value, root)
+    def _value(self, rule: str, function: str, argument: str, grammar: CallGrammar) -> tuple[str, list[str]]:
+        known = Arguments.of(grammar.schemas[function])
+        value, end = known.properties[argument], self.value_end + "\n"
+        kinds = kinds_of(value, grammar.schemas[function])
         if "string" not in kinds:
-            defined = {key: root[key] for key in (*DEFINITIONS, "x-guidance") if key in root}
-            return f"{rule} {grammar.text(end)}", [f"{rule}: %json {json.dumps({**defined, **value})}"]
+            schema = {**known.defined, **value} if isinstance(value, Mapping) else value
+            return f"{rule} {grammar.text(end)}", [f"{rule}: %json {json.dumps(schema)}"]
         choices = value.get("enum") if isinstance(value, Mapping) and kinds == STRING else None
         if choices:
             return f"({' | '.join(map(grammar.text, choices))}) {grammar.text(end)}", []
+        for key in sorted(OF_TEXT & value.keys()) if isinstance(value, Mapping) else ():
+            grammar.unenforced(function, f"{key} of {argument}")
         text, rules = grammar.text_up_to(self.value_end, rule)
         return f"{text} {grammar.text(chr(10))}", rules
-
 
 
 QWEN3_CODER = TaggedFormat(

@@ -6,6 +6,7 @@ Imports nothing but how references are followed.
 import ast
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deploy.doors.openai.tools.schemas import target
@@ -16,7 +17,39 @@ Kinds = frozenset[str]
 ALL: Kinds = frozenset(("string", "number", "integer", "boolean", "null", "object", "array"))
 STRING: Kinds = frozenset(("string",))
 MOST_REFERENCES = 16
+DEFINITIONS = ("$defs", "definitions", "x-guidance")
+SAID = {
+    "type", "properties", "required", "additionalProperties", "title", "description", "$schema", "$id", "$ref", *DEFINITIONS,
+}  # fmt: skip
+"""Keys of a function's schema that `Arguments` stands for, or that bind nobody."""
+
 PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Those of a function that are written one by one. properties: schemas by name. required: of these. defined: what
+    references in them need, and how the compiler reads them. more: keys of the function's schema that say anything else."""
+
+    properties: Mapping[str, Any]
+    required: frozenset[str]
+    defined: Schema
+    more: tuple[str, ...]
+
+    @classmethod
+    def of(cls, root: Schema) -> "Arguments":
+        """Clients make schemas up: what is not as it should be says nothing."""
+        schema, hops = root, 0
+        while isinstance(reference := schema.get("$ref"), str) and hops < MOST_REFERENCES:
+            found, hops = target(root, reference), hops + 1
+            schema = found if isinstance(found, Mapping) else {}
+        properties, required = schema.get("properties"), schema.get("required")
+        return cls(
+            properties if isinstance(properties, Mapping) else {},
+            frozenset(name for name in required if isinstance(name, str)) if isinstance(required, list) else frozenset(),
+            {key: root[key] for key in DEFINITIONS if key in root},
+            tuple(key for key in schema if key not in SAID),
+        )
 
 
 def kinds_of(schema: Any, root: Schema, references: int = 0) -> Kinds:
@@ -27,15 +60,16 @@ def kinds_of(schema: Any, root: Schema, references: int = 0) -> Kinds:
         return kinds_of(target(root, reference), root, references + 1)
     kinds = ALL
     if isinstance(named := schema.get("type"), str | list):
-        kinds &= frozenset([named] if isinstance(named, str) else named)
+        kinds &= frozenset([named] if isinstance(named, str) else filter(lambda kind: isinstance(kind, str), named))
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if isinstance(values, list):
         kinds &= frozenset(kind for value in values for kind in _kinds(value))
     for key in ("anyOf", "oneOf"):
         if isinstance(parts := schema.get(key), list):
             kinds &= frozenset().union(*(kinds_of(part, root, references + 1) for part in parts))
-    for part in schema.get("allOf") or ():
-        kinds &= kinds_of(part, root, references + 1)
+    if isinstance(parts := schema.get("allOf"), list):
+        for part in parts:
+            kinds &= kinds_of(part, root, references + 1)
     return kinds | {"integer"} if "number" in kinds else kinds
 
 
