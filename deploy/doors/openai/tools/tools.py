@@ -91,6 +91,7 @@ class Tools:
             return answer
         names = self.forced or tuple(self.schemas)
         schemas = {name: self._schema(name, warnings) for name in names}
+        check_size(Grammar("json_schema", json.dumps(schemas)), "tools")  # rules may repeat parts of them
         told = partial(self._unenforced, warnings=warnings)
         calls = form.rules(CallGrammar(schemas, told, self.dialect.tokens, parallel=self.parallel))
         if self.forced or answer is None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
+from deploy.doors.openai.tools.families.values import kinds_of
 from deploy.doors.openai.tools.formats import validate
 from deploy.doors.openai.tools.tool_calls import ToolCallParser
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
@@ -369,6 +370,30 @@ def test_what_a_text_between_tags_is_not_held_to_is_said(family: str) -> None:
     with pytest.raises(RequestError, match="pattern of a, and it is strict"):
         grammar_of(family, schema, strict=True)
     assert grammar_of(family, {"type": "object", "minProperties": 1})[1] == ["tools: f: not enforced: minProperties"]
+
+
+def test_kinds_are_found_behind_each_reference_once() -> None:
+    """Sixty choices that are all of sixty choices again: following each would take forever."""
+    names = [f"k{number}" for number in range(60)]
+    choices = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
+    root = {"properties": {"a": choices}, "$defs": dict.fromkeys(names, choices) | {"k7": {"type": "integer"}}}
+    assert kinds_of({"$ref": "#/$defs/k7"}, root) == {"integer"}
+    assert "string" in kinds_of(choices, root)
+    both = {"allOf": [{"type": ["string", "null"]}, {"enum": ["a", 1]}]}
+    assert kinds_of(both, both) == {"string"}
+    assert kinds_of({"const": None}, {}) == {"null"}
+
+
+def test_listed_strings_may_be_empty_or_none_of_the_type(make_checkpoint: MakeCheckpoint) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "enum": ["", "x", 1]}, "b": {"const": "y"}}}
+    grammar, said = grammar_of("qwen3_coder", parameters)
+    folder = make_checkpoint(TEMPLATES["qwen3_coder"])
+    words = vocabulary(folder)
+    validate(grammar, words)
+    assert said == []
+    texts = [PARAMETER.format("a", ""), PARAMETER.format("a", "x") + PARAMETER.format("b", "y"), PARAMETER.format("a", "1"), ""]
+    allowed = [accepts(grammar, words, opened(folder), QWEN3.format("f", text)) for text in texts]
+    assert allowed == [True, True, False, True]
 
 
 @pytest.mark.parametrize("family", ["qwen3_coder", "glm45", "pythonic"])

@@ -5,12 +5,11 @@ Each argument is told when it has ended, since only then is it known what it is 
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deploy.doors.openai.tools.events import Events
 from deploy.doors.openai.tools.families.format import FUNCTION_NAME, SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import Arguments, kinds_of, python_as_json
+from deploy.doors.openai.tools.families.values import Arguments, kinds_of, python_as_json, value_schema
 from deploy.doors.openai.tools.pieces import Feed, Reading
 
 KEYWORD = re.compile(r"\w*")
@@ -85,8 +84,7 @@ class PythonicFormat(ToolFormat):
                 written = '("True" | "False")'
             else:
                 written = f"{rule}_{at}_value"
-                schema = {**known.defined, **value} if isinstance(value, Mapping) else value
-                lines.append(f"{written}: %json {json.dumps(schema)}")
+                lines.append(f"{written}: %json {value_schema(value, known)}")
             lines.append(f"{rule}_{at}: {grammar.text(f'{argument}=')} {written}")
         return _with_commas(rule, len(names), sum(argument in known.required for argument in names), grammar.text(", ")) + lines
 

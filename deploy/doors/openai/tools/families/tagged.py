@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from deploy.doors.openai.tools.events import Events
 from deploy.doors.openai.tools.families.format import SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import STRING, Arguments, as_json, kinds_of
+from deploy.doors.openai.tools.families.values import STRING, Arguments, as_json, kinds_of, texts_of, value_schema
 from deploy.doors.openai.tools.pieces import Feed, Reading
 
 NAME_IN_TAG = re.compile(r"[^<>\s]*")
+EMPTY = '""'
 OF_TEXT = {"pattern", "format", "minLength", "maxLength"}
 """What a schema may ask of a string, and no text between tags is held to."""
 
@@ -110,11 +111,9 @@ class TaggedFormat(ToolFormat):
         value, end = known.properties[argument], self.value_end + "\n"
         kinds = kinds_of(value, grammar.schemas[function])
         if "string" not in kinds:
-            schema = {**known.defined, **value} if isinstance(value, Mapping) else value
-            return f"{rule} {grammar.text(end)}", [f"{rule}: %json {json.dumps(schema)}"]
-        choices = value.get("enum") if isinstance(value, Mapping) and kinds == STRING else None
-        if choices:
-            return f"({' | '.join(map(grammar.text, choices))}) {grammar.text(end)}", []
+            return f"{rule} {grammar.text(end)}", [f"{rule}: %json {value_schema(value, known)}"]
+        if kinds == STRING and (choices := texts_of(value)):
+            return f"({' | '.join(grammar.text(choice) or EMPTY for choice in choices)}) {grammar.text(end)}", []
         for key in sorted(OF_TEXT & value.keys()) if isinstance(value, Mapping) else ():
             grammar.unenforced(function, f"{key} of {argument}")
         text, rules = grammar.text_up_to(self.value_end, rule)

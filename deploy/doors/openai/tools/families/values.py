@@ -52,25 +52,46 @@ class Arguments:
         )
 
 
-def kinds_of(schema: Any, root: Schema, references: int = 0) -> Kinds:
-    """What a schema lets a value be; a number may be an integer."""
-    if not isinstance(schema, Mapping) or references > MOST_REFERENCES:
-        return ALL
-    if isinstance(reference := schema.get("$ref"), str):
-        return kinds_of(target(root, reference), root, references + 1)
-    kinds = ALL
-    if isinstance(named := schema.get("type"), str | list):
-        kinds &= frozenset([named] if isinstance(named, str) else filter(lambda kind: isinstance(kind, str), named))
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        kinds &= frozenset(kind for value in values for kind in _kinds(value))
-    for key in ("anyOf", "oneOf"):
-        if isinstance(parts := schema.get(key), list):
-            kinds &= frozenset().union(*(kinds_of(part, root, references + 1) for part in parts))
-    if isinstance(parts := schema.get("allOf"), list):
-        for part in parts:
-            kinds &= kinds_of(part, root, references + 1)
-    return kinds | {"integer"} if "number" in kinds else kinds
+def kinds_of(schema: Any, root: Schema) -> Kinds:
+    """What a schema lets a value be; a number may be an integer. Follows each reference once."""
+    followed: dict[str, Kinds] = {}
+
+    def kinds_in(part: Any) -> Kinds:
+        if not isinstance(part, Mapping):
+            return ALL
+        if isinstance(reference := part.get("$ref"), str):
+            if reference not in followed:
+                followed[reference] = ALL  # as far as it is known where it leads back to itself
+                followed[reference] = kinds_in(target(root, reference))
+            return followed[reference]
+        kinds = ALL
+        if isinstance(named := part.get("type"), str | list):
+            kinds &= frozenset([named] if isinstance(named, str) else filter(lambda kind: isinstance(kind, str), named))
+        if isinstance(values := _values(part), list):
+            kinds &= frozenset(kind for value in values for kind in _kinds(value))
+        for key in ("anyOf", "oneOf"):
+            if isinstance(choices := part.get(key), list):
+                kinds &= frozenset().union(*map(kinds_in, choices))
+        if isinstance(all_of := part.get("allOf"), list):
+            kinds = kinds.intersection(*map(kinds_in, all_of))
+        return kinds | {"integer"} if "number" in kinds else kinds
+
+    return kinds_in(schema)
+
+
+def texts_of(schema: Any) -> list[str]:
+    """The strings that a schema lists, if those are all that it lets a value be."""
+    values = _values(schema) if isinstance(schema, Mapping) else None
+    return [value for value in values if isinstance(value, str)] if isinstance(values, list) else []
+
+
+def value_schema(schema: Any, known: Arguments) -> str:
+    """JSON of the schema of one argument, with what its references need."""
+    text = json.dumps(schema)
+    if not isinstance(schema, Mapping):
+        return text
+    needed = DEFINITIONS if '"$ref"' in text else ("x-guidance",)
+    return json.dumps({**{key: value for key, value in known.defined.items() if key in needed}, **schema})
 
 
 def as_json(text: str, kinds: Kinds) -> str:
@@ -93,6 +114,10 @@ def python_as_json(text: str) -> str:
         return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return as_json(text, ALL)
+
+
+def _values(schema: Schema) -> Any:
+    return [schema["const"]] if "const" in schema else schema.get("enum")
 
 
 def _kinds(value: Any) -> tuple[str, ...]:
