@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from deploy.doors.openai.tools.families.known import TOOL_FORMATS
 from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
 from deploy.text.sources import read_source
-from deploy.text.tokenizer import Detokenizer, Tokenizer
+from deploy.text.tokenizer import TOOL_MARKS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
 from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
 
@@ -150,6 +151,13 @@ def test_marks_of_calls_are_text(make_checkpoint: MakeCheckpoint, special: bool)
     detokenizer = Detokenizer(tokenizer.decode)
     pieces = [detokenizer.push([token]) for token in ids]
     assert "".join([*pieces, detokenizer.flush()]) == "hello <tool_call>\n{}\n</tool_call>"
+
+
+def test_the_marks_of_every_family_are_text(make_checkpoint: MakeCheckpoint) -> None:
+    tokenizer = opened(make_checkpoint(None, TOOL_MARKS, special=True))
+    assert tokenizer.decode(tokenizer.encode("".join(TOOL_MARKS))) == "".join(TOOL_MARKS)
+    marks = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
+    assert marks - set(TOOL_MARKS) == {"<|channel|>", "<|constrain|>", "<|message|>"}, "those of channels are no marks of calls"
 
 
 def test_the_template_with_tools_is_the_one_that_is_read(make_checkpoint: MakeCheckpoint, qwen: Tokenizer) -> None:

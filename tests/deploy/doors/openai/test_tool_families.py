@@ -112,6 +112,7 @@ MORE: list[tuple[str, str, list[tuple[str, Any]]]] = [
     ("pythonic", '<|python_start|>[get_weather(city="a\\n", note=None ),  get_time( )]<|python_end|>',
      [("get_weather", {"city": "a\n", "note": None}), ("get_time", {})]),
     ("pythonic", "[get_weather(city=Paris, at={\"x\": true})]", [("get_weather", {"city": "Paris", "at": {"x": True}})]),
+    ("pythonic", '[get_weather(city="Rome", )]', [("get_weather", {"city": "Rome"})]),
     ("llama3_json", '<|python_tag|>{"type": "function", "name": "get_time", "parameters": {}}', [("get_time", {})]),
     ("mistral", '[TOOL_CALLS][{"name": "get_time", "arguments": {}, "id": "abcdefghi"}]', [("get_time", {})]),
     ("mistral", '[TOOL_CALLS]{"arguments": {}, "name": "get_time"}', [("get_time", {})]),
@@ -250,6 +251,14 @@ def test_a_call_that_is_cut_off_is_told_as_far_as_it_came(family: str) -> None:
     events, shown = parse(family, [before])
     assert events[1:] == [CallArguments(0, '{"city": "Pa')]
     assert shown == ""
+
+
+def test_arguments_in_python_are_told_when_they_are_whole() -> None:
+    parser = ToolCallParser(TOOL_FORMATS["pythonic"], SCHEMAS, lambda: "id")
+    assert parser.push("[get_weather(city='Pa") == [CallBegin(0, "id", "get_weather"), CallArguments(0, "{")]
+    assert parser.push("ris', da") == [CallArguments(0, '"city": "Paris"')]
+    assert parser.push("ys=3") == [CallArguments(0, ", ")]
+    assert parser.flush() == []  # cut off
 
 
 def test_kimi_keeps_its_own_ids() -> None:

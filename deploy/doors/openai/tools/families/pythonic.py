@@ -56,11 +56,12 @@ class PythonicFormat(ToolFormat):
                 return True
             events.tell(f"{json.dumps(key)}: {python_as_json(value)}")
             feed.kept = True
-            yield from feed.skip(SPACE)
             key = "" if ended else (yield from _keyword(feed))
             events.tell(", " if key else "")
+        if not ended:
+            ended = yield from feed.take_behind_space(")")
         feed.kept = False
-        events.tell("}")
+        events.tell("}" if ended or not feed.ended else "")
         return True
 
     # ---- the grammar ----
