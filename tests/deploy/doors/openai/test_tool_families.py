@@ -37,6 +37,8 @@ MORE: list[tuple[str, str, list[tuple[str, Any]]]] = [
         QWEN3.format("get_weather", PARAMETER.format("city", 'a\n\n"b" </param> \\ é\n') + PARAMETER.format("days", "many")),
         [("get_weather", {"city": 'a\n\n"b" </param> \\ é\n', "days": "many"})],
     ),
+    ("qwen3_coder", QWEN3.format("get_weather", PARAMETER.format("note", "3") + PARAMETER.format("days", '"3"')),
+     [("get_weather", {"note": "3", "days": "3"})]),
     ("qwen3_coder", "<function=get_time>\n</function>\n</tool_call>", [("get_time", {})]),
     ("qwen3_coder", "<tool_call>\n<function=get_weather><parameter=city>Rome</parameter></function></tool_call>",
      [("get_weather", {"city": "Rome"})]),

@@ -26,6 +26,7 @@ from tests.deploy.doors.openai.tool_calls import (
     called,
     parse,
 )  # fmt: skip
+from workers.sampling.grammar import compile_grammar
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tokens", "text"])
@@ -159,3 +160,18 @@ def test_arguments_that_are_no_json_are_bound_by_the_schema_too(family: str, fol
         ((name, arguments),) = called(parse(family, [written(family, each)])[0])
         assert (name, arguments.keys()) == ("get_weather", each.keys())
         assert arguments["city"] == "New York <3"
+
+
+def test_a_mark_that_is_a_token_cannot_be_spelled(make_checkpoint: MakeCheckpoint) -> None:
+    """The reader of the text would take it for the mark, and the grammar would not."""
+    form = TOOL_FORMATS["glm45"]
+    folder = make_checkpoint(TEMPLATES["glm45"], form.marks)
+    tokenizer = opened(folder)
+    grammar = offered("glm45", folder, "required").grammar(None, Warnings())
+    assert grammar is not None
+    begin, _, _ = GLM.format("get_weather", ARGUMENT.format("city", "x")).partition("</arg_value>")
+    for spelled, allowed in ((("</arg_", "value"), True), (("</arg_", "value>"), False)):
+        tokens = [*tokenizer.encode(begin), *(token for part in spelled for token in tokenizer.encode(part))]
+        assert tokenizer.token_id("</arg_value>") not in tokens
+        matcher = compile_grammar(grammar, vocabulary(folder))
+        assert (matcher.try_consume_tokens(tokens) == len(tokens)) is allowed
