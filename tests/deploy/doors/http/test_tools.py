@@ -10,8 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCall
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.config.serve import ServeConfig
-from deploy.frontend.service import ServedModel
+from deploy.config.serve import TOOL_PARSERS, ServeConfig
+from deploy.frontend.service import ServedModel, Service
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, ScriptedCluster
 from tests.deploy.doors.http.test_chat import HELLO, chat, prompt_of, refused
@@ -144,6 +144,19 @@ def test_the_parser_may_be_named(host: Host, checkpoint: Path) -> None:
             assert "".join(delta.content or "" for delta in deltas) == "Let me see.\n"
             assert json.loads("".join(told)) == {"city": "Paris"}
             assert len(told) > 3
+
+
+@pytest.mark.parametrize("parser", [name for name in TOOL_PARSERS if name not in ("auto", "none", "hermes")])
+def test_a_forced_call_in_the_syntax_of_any_family(host: Host, service: Service, parser: str) -> None:
+    address = host.serve(service, ServeConfig(tool_parser=parser))
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": BOTH, "tool_choice": WEATHER_ASKED, "max_tokens": 300}
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        for seed in range(3):
+            answer = client.chat.completions.create(**asked, seed=seed, temperature=1.0)
+            (call,) = calls_of(answer)
+            assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (None, "tool_calls")
+            assert call.function.name == "get_weather"
+            assert is_weather(call.function.arguments)
 
 
 def test_a_chat_template_from_a_file(host: Host, tmp_path: Path) -> None:
