@@ -13,6 +13,7 @@ from scheduler.options import Rule, above_0, at_least, check, one_of, option
 
 LOG_FORMATS = ("text", "json")
 TOOL_FORMATS = ("hermes", "llama")
+REASONING_PARSERS = ("auto", "none", "gpt-oss", "think")
 PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
@@ -88,6 +89,12 @@ class ServeConfig(QueueBounds, AddressConfig):
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
     tool_format: str | None = option(
         None, "How the model writes calls of tools: hermes or llama.", one_of(TOOL_FORMATS), shown="told by the chat template"
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "
+        "goes by the chat template.",
+        one_of(REASONING_PARSERS),
     )
     log_format: str = option("text", "Lines of the log: text or json.", one_of(LOG_FORMATS))
     request_log: str | None = option(None, "File that gets lengths and hashes of every request, never content.", shown="none")

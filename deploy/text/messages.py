@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -37,18 +37,25 @@ class ToolCall(Record, frozen=True, kw_only=True):
 
 
 class Message(Record, frozen=True, kw_only=True):
-    """One message, of any role. What clients get back in an answer they may send again as it is, nulls included."""
+    """One message, of any role. What clients get back in an answer, here or elsewhere, they may send again as it is, nulls
+    included. reasoning, reasoning_content: the same thing, under the names that clients use."""
+
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"id", "refusal", "annotations", "audio", "provider_specific_fields"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
     function_call: None = None
+    # ignored
+    id: Any = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    provider_specific_fields: Any = None
 
 
 def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -62,13 +69,17 @@ def _for_template(message: Message, path: str) -> dict[str, Any]:
         raise PromptError(f"{path} says nothing: give it content", f"{path}.content")
     if message.role == "tool" and message.tool_call_id is None:
         raise PromptError(f"{path}: say which call it answers, in tool_call_id", f"{path}.tool_call_id")
+    thought = message.reasoning_content or message.reasoning or None
     shown = {
         "role": "system" if message.role == "developer" else message.role,
         "content": _text(message.content or "", path),
         "tool_calls": [_call(call) for call in message.tool_calls or ()] or None,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
-        "reasoning_content": message.reasoning_content,
+        "reasoning_content": thought,
+        "reasoning": thought,
+        # gpt-oss' template wants it so, and a call without content beside it
+        "thinking": None if message.tool_calls and message.content else thought,
     }
     return {name: value for name, value in shown.items() if value is not None}
 

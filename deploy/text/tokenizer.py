@@ -41,7 +41,11 @@ TURN = "manta"
 """What the user and the assistant say in a conversation that is rendered to see how a turn ends."""
 
 TOOL_MARKS = ("<tool_call>", "</tool_call>")
-"""Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
+THINK_MARKS = ("<think>", "</think>")
+CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+SHOWN_MARKS = (TOOL_MARKS, THINK_MARKS, CHANNEL_MARKS)
+"""Tokens that belong to the text also where a checkpoint calls them special: calls, thoughts and channels are told by them.
+Those of one kind only together: an `<|end|>` by itself is the end of a text."""
 
 Message = Mapping[str, Any]
 """A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
@@ -56,7 +60,7 @@ class Tokenizer:
         """implementation: a transformers tokenizer."""
         self._implementation = implementation
         backend = getattr(implementation, "backend_tokenizer", None)
-        self._backend = None if backend is None else _showing_tool_marks(backend)
+        self._backend = None if backend is None else _showing_marks(backend)
         self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
 
     @classmethod
@@ -294,13 +298,15 @@ def _decoder_kinds(backend: Any) -> set[str]:
     return {step["type"] for step in state.get("decoders", [state])}
 
 
-def _showing_tool_marks(backend: Any) -> Any:
-    """The tokenizer, or a copy to which `TOOL_MARKS` are not special. Takes as long as reading it from its file."""
-    if not any(token.special and token.content in TOOL_MARKS for token in backend.get_added_tokens_decoder().values()):
+def _showing_marks(backend: Any) -> Any:
+    """The tokenizer, or a copy to which `SHOWN_MARKS` are not special. Takes as long as reading it from its file."""
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    shown = {mark for marks in SHOWN_MARKS if added.keys() >= {*marks} for mark in marks}
+    if not any(added[mark] for mark in shown):
         return backend
     settings = json.loads(backend.to_str())
     for token in settings["added_tokens"]:
-        token["special"] = token["special"] and token["content"] not in TOOL_MARKS
+        token["special"] = token["special"] and token["content"] not in shown
     return type(backend).from_str(json.dumps(settings))
 
 
