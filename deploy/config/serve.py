@@ -90,6 +90,9 @@ class ServeConfig(QueueBounds, AddressConfig):
     tool_format: str | None = option(
         None, "How the model writes calls of tools: hermes or llama.", one_of(TOOL_FORMATS), shown="told by the chat template"
     )
+    strict_fields: bool = option(
+        False, "Refuse requests with fields that are not known here, which are otherwise ignored with a warning."
+    )
     reasoning_parser: str = option(
         "auto",
         "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "

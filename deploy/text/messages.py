@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -39,8 +39,6 @@ class ToolCall(Record, frozen=True, kw_only=True):
 class Message(Record, frozen=True, kw_only=True):
     """One message, of any role. What clients get back in an answer, here or elsewhere, they may send again as it is, nulls
     included. reasoning, reasoning_content: the same thing, under the names that clients use."""
-
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"id", "refusal", "annotations", "audio", "provider_specific_fields"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None

@@ -30,6 +30,8 @@ from deploy.frontend.service import Service
 from deploy.text.messages import for_template
 from deploy.text.prompts import Conversation, Prompt
 
+NO_EFFORT = "none"
+
 
 class _ChatTelling(Telling[ChatRequest]):
     """One conversation's. A choice's first chunk says whose words they are."""
@@ -132,7 +134,16 @@ class Chat(Endpoint[ChatRequest]):
 
     def _contents(self, request: ChatRequest, tools: Tools | None) -> list[Conversation]:
         specs = None if tools is None else tools.specs
-        return [Conversation(for_template(request.messages), specs, request.chat_template_kwargs)]
+        return [Conversation(for_template(request.messages), specs, _template_kwargs(request))]
+
+
+def _template_kwargs(request: ChatRequest) -> dict[str, Any] | None:
+    """A template reads of it what it knows. No effort at all is also said under the names of Qwen and GLM, and of DeepSeek."""
+    effort = request.reasoning_effort
+    if effort is None:
+        return request.chat_template_kwargs
+    not_at_all = {"enable_thinking": False, "thinking": False} if effort == NO_EFFORT else {}
+    return {"reasoning_effort": effort, **not_at_all, **(request.chat_template_kwargs or {})}
 
 
 def _delta(said: Said) -> ChatDelta:

@@ -6,6 +6,8 @@ or called on the way.
 The form is OpenAI's harmony. Pure functions over text; imports the sections, the marks, and the search for beginnings of marks.
 """
 
+import re
+
 from deploy.doors.openai.reasoning.sections import BLANKS, Place, ReasoningParser, Section
 from deploy.text.stops import overlap
 from deploy.text.tokenizer import CHANNEL_MARKS
@@ -20,10 +22,13 @@ HEADS = (CHANNEL, START, RECIPIENT)
 
 ANALYSIS = "analysis"
 
+_ROLE = re.compile(rf"\s*{re.escape(START)}\w*")
+"""What a head begins with unless it is the output's first."""
+
 
 class ChannelParser(ReasoningParser):
-    """A message for a recipient is a call of a tool: it is answer, marks and all, for whoever reads calls. Messages of one side
-    are told apart by a line break."""
+    """A message for a recipient is a call of a tool: it is answer, with the marks of its head, for whoever reads calls. Between
+    messages of one side comes a line break."""
 
     place = Place.UNDECIDED
 
@@ -66,7 +71,7 @@ class ChannelParser(ReasoningParser):
         self._open(not call and head.partition(CHANNEL)[2].split()[:1] == [ANALYSIS], call)
         self._held = rest
         if call:
-            self._show(head + mark)
+            self._show(_ROLE.sub("", head) + mark)
         return True
 
     def _open(self, thinks: bool, call: bool) -> None:
@@ -83,7 +88,7 @@ class ChannelParser(ReasoningParser):
             return False
         at, end = min(hits)
         after = at if end == START else at + len(end)
-        self._show(self._held[: after if self._call else at])
+        self._show(self._held[:at])
         self._held = self._held[after:]
         self._in_head, self.place = True, Place.BETWEEN
         return True

@@ -30,7 +30,8 @@ TAIL_TOKENS = 32
 @dataclass(frozen=True, slots=True)
 class Thinking:
     """One request's. parser: a new one for the output of one choice. preamble: Lark rules of which the one called `preamble` is
-    what comes before an answer that has a grammar; empty where nothing does. call_preamble: the same before a call."""
+    what comes before an answer that has a grammar; empty where nothing does. call_preamble: the same where the grammar is of
+    calls, or of calls and answers."""
 
     parser: Callable[[], ReasoningParser]
     tokenizer: Tokenizer
@@ -85,7 +86,8 @@ class ChannelFormat(ReasoningFormat):
         text, rule = _up_to(channels.END, tokenizer)
         thoughts = f'thoughts: ({channel} "{channels.ANALYSIS}" {message} {text} {start} "assistant")*\n{rule}'
         final = f'preamble: thoughts {channel} "final" {message}\n{thoughts}'
-        self._thinking = Thinking(ChannelParser, tokenizer, final, f"preamble: thoughts\n{thoughts}")
+        calls = f'preamble: thoughts ({channel} "final" {message})?\n{thoughts}'
+        self._thinking = Thinking(ChannelParser, tokenizer, final, calls)
 
     def thinking(self, prompt: Sequence[int]) -> Thinking:  # noqa: ARG002
         return self._thinking

@@ -104,7 +104,7 @@ def test_parts_that_are_no_text_are_refused(client: openai.OpenAI, kind: str) ->
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "nobody", "content": "x"}], "messages[0].role"),
         ([*HELLO, {"content": "x"}], "messages[1].role"),
-        ([{"role": "user", "content": "x", "colour": "red"}], "messages[0].colour"),
+        ([{"role": "user", "content": "x", "contents": "red"}], "messages[0].contents"),
         ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
     ],
 )
@@ -178,7 +178,6 @@ def test_fields_of_no_consequence_are_ignored(client: openai.OpenAI) -> None:
         "prompt_cache_key": "key",
         "prompt_cache_options": {"mode": "explicit"},
         "prompt_cache_retention": "24h",
-        "reasoning_effort": "low",
         "safety_identifier": "someone",
         "service_tier": "auto",
         "store": True,

@@ -82,7 +82,7 @@ CHANNELS: list[tuple[str, Told]] = [
     ),
     (
         f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{CALL}<|call|>",
-        [(T, "Hm."), (A, f"<|start|>assistant{CALL}<|call|>")],
+        [(T, "Hm."), (A, CALL)],
     ),
     (CALL, [(A, CALL)]),
     (f" to=functions.get{CALL[:21]}<|message|>{{}}", [(A, f" to=functions.get{CALL[:21]}<|message|>{{}}")]),
@@ -112,21 +112,21 @@ def thinker(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> 
     return make_checkpoint(QWEN_TEMPLATE, marks, request.param == "special")
 
 
-def of(tokenizer: Tokenizer, name: str = "auto", **template_kwargs: object) -> Thinking | None:
+def of(tokenizer: Tokenizer, name: str = "auto", /, **template_kwargs: bool) -> Thinking | None:
     chosen = ReasoningFormat.of(tokenizer, name)
     if chosen is None:
         return None
     return chosen.thinking(tokenizer.encode(tokenizer.chat_text([USER], None, template_kwargs), around=False))
 
 
-def thinking_of(folder: Path, **template_kwargs: object) -> Thinking:
-    thinking = of(opened(folder), **template_kwargs)
+def thinking_of(folder: Path, **template_kwargs: bool) -> Thinking:
+    thinking = of(opened(folder), "auto", **template_kwargs)
     assert thinking is not None
     return thinking
 
 
 def test_the_template_says_how_it_thinks(make_checkpoint: MakeCheckpoint) -> None:
-    def kind(template: str | None, name: str = "auto", **template_kwargs: object) -> type[ReasoningParser] | None:
+    def kind(template: str | None, name: str = "auto", **template_kwargs: bool) -> type[ReasoningParser] | None:
         thinking = of(opened(make_checkpoint(template)), name, **template_kwargs)
         return None if thinking is None else type(thinking.parser())
 
@@ -245,4 +245,4 @@ def test_a_grammar_on_channels(make_checkpoint: MakeCheckpoint) -> None:
     calls = Grammar("lark", 'start: "call"', thinking.call_preamble)
     assert accepts(calls, known, tokenizer, thought + "call")
     assert accepts(calls, known, tokenizer, "call")
-    assert not accepts(calls, known, tokenizer, final + "call")
+    assert accepts(calls, known, tokenizer, thought + final + "call"), "as calls, or an answer in their place"
