@@ -45,7 +45,7 @@ def create_app(
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)
-    add_schemas(app.openapi(), *RECORDS)
+    add_schemas(app.openapi(), *RECORDS, strict=config.strict_fields)
     return app
 
 

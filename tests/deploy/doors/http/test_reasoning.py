@@ -12,7 +12,7 @@ from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
-from deploy.text.tokenizer import THINK_MARKS, Tokenizer
+from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, Tokenizer
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host, ScriptedCluster
 from tests.deploy.doors.http.test_chat import HELLO, chat
 from tests.deploy.doors.http.test_resumed_streams import events_of, stream
@@ -44,11 +44,11 @@ def thinker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         if request.param == "tokens":
             settings = json.loads((folder / "tokenizer.json").read_text())
             plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-            marks = enumerate(THINK_MARKS, start=VOCABULARY)
+            marks = enumerate(THINK_MARKS + CHANNEL_MARKS, start=VOCABULARY)
             settings["added_tokens"] += [{"id": token, "content": mark} | plain for token, mark in marks]
             (folder / "tokenizer.json").write_text(json.dumps(settings))
             config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + len(THINK_MARKS)}))
+            (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + 16}))
         return folder
 
     return make
@@ -212,10 +212,22 @@ def test_a_stream_says_the_same(speaking: Speaking, steps: int, tools: bool) -> 
 
 @pytest.mark.parametrize("steps", [1, 4, 500])
 def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: int) -> None:
-    model = speaking("<think>\nHm \u4f60.</think>\nYes.\n", steps=steps)
+    goes_on_behind_each(speaking("<think>\nHm \u4f60.</think>\nYes.\n", steps=steps))
+
+
+@pytest.mark.parametrize("steps", [1, 500])
+def test_so_does_one_on_channels(speaking: Speaking, steps: int) -> None:
+    messages = [("analysis", "Hm."), ("commentary", "I see."), ("analysis", "So."), ("analysis", "Oh."), ("final", "Yes.")]
+    output = "<|end|><|start|>assistant".join(f"<|channel|>{channel}<|message|>{text}" for channel, text in messages)
+    model = speaking(output, reasoning_parser="gpt-oss", steps=steps)
+    assert told(chat(model.client, max_tokens=200))[:2] == ("Hm.\nSo.\nOh.", "I see.\nYes.")
+    goes_on_behind_each(model)
+
+
+def goes_on_behind_each(model: Thinker) -> None:
     url = f"{model.address}/v1/chat/completions"
     for stop in ([], [".</think>\n\n", "s.\nx"]):  # what may be the beginning of a stop string lags behind its tokens
-        body = {"messages": HELLO, "tools": BOTH, "logprobs": True, "max_tokens": 100, "stop": stop}
+        body = {"messages": HELLO, "tools": BOTH, "logprobs": True, "max_tokens": 200, "stop": stop}
         whole = events_of(stream(url, body))
         for last in range(len(whole)):
             rest = events_of(stream(url, body, Last_Event_ID=whole[last][0]))

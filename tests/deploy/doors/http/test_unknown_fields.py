@@ -71,6 +71,19 @@ def test_messages_as_others_write_them(http: httpx.Client) -> None:
     )
 
 
+def test_an_answer_without_content_may_be_sent_again(http: httpx.Client) -> None:
+    def prompt(**fields: object) -> object:
+        answer = http.post("/tokenize", json={"messages": [*HELLO, {"role": "assistant"} | fields, *HELLO]})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    empty = prompt(content="")
+    for fields in ({"reasoning": "Hm."}, {"reasoning_content": "Hm."}, {"audio": {"id": "audio_1"}}):
+        assert prompt(content=None, **fields) == empty
+    assert prompt(content=None, refusal="I will not.") == prompt(content="I will not.")
+    assert prompt(content="Yes.", refusal="I will not.") == prompt(content="Yes.")
+
+
 @pytest.mark.parametrize(
     ("body", "param", "near"),
     [
@@ -103,8 +116,13 @@ def test_names_that_no_header_can_hold(http: httpx.Client) -> None:
     assert "X-Evil" in warned(answer)
 
 
-def test_strict_fields(host: Host, service: Service) -> None:
-    url = host.serve(service, ServeConfig(strict_fields=True)) + CHAT
+def test_strict_fields(host: Host, service: Service, http: httpx.Client) -> None:
+    address = host.serve(service, ServeConfig(strict_fields=True))
+    url = address + CHAT
+    documents = http.get("/openapi.json"), httpx.get(f"{address}/openapi.json", timeout=PATIENCE_S)
+    for document, strict in zip(documents, (False, True), strict=True):
+        schema = document.json()["components"]["schemas"]["ChatRequest"]
+        assert (schema.get("additionalProperties") is False) == strict
     for body, param in (({"zzzzz": 1}, "zzzzz"), ({"messages": [HELLO[0] | {"zzzzz": 1}]}, "messages[0].zzzzz")):
         answer = httpx.post(url, json=ASKED | body, timeout=PATIENCE_S)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
