@@ -16,6 +16,7 @@ TOOL_PARSERS = (
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "pythonic", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31",
     "glm45", "kimi_k2", "openai",
 )  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "gpt-oss", "think")
 PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
@@ -100,6 +101,15 @@ class ServeConfig(QueueBounds, AddressConfig):
         f"How the model writes calls of tools: {', '.join(TOOL_PARSERS[2:])}; auto: as its chat template shows; none: calls "
         "are left in the text.",
         one_of(TOOL_PARSERS),
+    )
+    strict_fields: bool = option(
+        False, "Refuse requests with fields that are not known here, which are otherwise ignored with a warning."
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "
+        "goes by the chat template.",
+        one_of(REASONING_PARSERS),
     )
     log_format: str = option("text", "Lines of the log: text or json.", one_of(LOG_FORMATS))
     request_log: str | None = option(None, "File that gets lengths and hashes of every request, never content.", shown="none")

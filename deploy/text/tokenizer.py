@@ -44,7 +44,10 @@ TOOL_MARKS = (
     "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
     "<|tool_call_end|>",
 )  # fmt: skip
-"""Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
+THINK_MARKS = ("<think>", "</think>")
+CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+"""Tokens that belong to the text also where a checkpoint calls them special: calls, thoughts and channels are told by them.
+Those of channels only together: an `<|end|>` by itself is the end of a text."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -57,7 +60,7 @@ class Tokenizer:
         self._implementation = implementation
         self._template = ChatTemplate(implementation)
         backend = getattr(implementation, "backend_tokenizer", None)
-        self._backend = None if backend is None else _showing_tool_marks(backend)
+        self._backend = None if backend is None else _showing_marks(backend)
         self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
 
     @classmethod
@@ -256,13 +259,16 @@ def _decoder_kinds(backend: Any) -> set[str]:
     return {step["type"] for step in state.get("decoders", [state])}
 
 
-def _showing_tool_marks(backend: Any) -> Any:
-    """The tokenizer, or a copy to which `TOOL_MARKS` are not special. Takes as long as reading it from its file."""
-    if not any(token.special and token.content in TOOL_MARKS for token in backend.get_added_tokens_decoder().values()):
+def _showing_marks(backend: Any) -> Any:
+    """The tokenizer, or a copy to which the marks above are not special. Takes as long as reading it from its file."""
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    channels = CHANNEL_MARKS if added.keys() >= {*CHANNEL_MARKS} else ()
+    shown = added.keys() & {*TOOL_MARKS, *THINK_MARKS, *channels}
+    if not any(added[mark] for mark in shown):
         return backend
     settings = json.loads(backend.to_str())
     for token in settings["added_tokens"]:
-        token["special"] = token["special"] and token["content"] not in TOOL_MARKS
+        token["special"] = token["special"] and token["content"] not in shown
     return type(backend).from_str(json.dumps(settings))
 
 

@@ -72,6 +72,17 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _source(grammar: Grammar) -> str:
+    """As the library reads it: Lark, or JSON that holds several grammars, of which the first may name the others."""
+    source = _own_source(grammar)
+    if not grammar.preamble:
+        return source
+    own = {"lark_grammar": source} if grammar.kind == "lark" else json.loads(source)["grammars"][0]
+    first = {"name": "", "lark_grammar": f"start: preamble @own\n{grammar.preamble}"}
+    return json.dumps({"grammars": [first, own | {"name": "own"}]})
+
+
+def _own_source(grammar: Grammar) -> str:
+    """Without its preamble."""
     match grammar.kind:
         case "json_schema":
             try:

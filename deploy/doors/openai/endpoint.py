@@ -23,6 +23,7 @@ from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
 from deploy.doors.openai.answers.logprobs import TokenNames
 from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Completion, Usage
 from deploy.doors.openai.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
+from deploy.doors.openai.reasoning.reasoning import Thinking
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.sse import event
 from deploy.doors.openai.tools.formats import unenforced
@@ -41,15 +42,17 @@ R = TypeVar("R", bound=GenerationRequest)
 
 class Telling(ABC, Generic[R]):
     """How the output of one request is told. heading: what every response and chunk of it says: id, created, model. tools: what
-    the model may call, to find its calls in the output."""
+    the model may call, to find its calls in the output; thinking: how it thinks, to find its thoughts."""
 
     def __init__(
-        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, tokenizer: Tokenizer | None
-    ) -> None:
+        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, thinking: Thinking | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:  # fmt: skip
         self.request = request
         self.heading = heading
         self.prompts = prompts
         self.tools = tools
+        self.thinking = thinking
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
 
@@ -60,6 +63,13 @@ class Telling(ABC, Generic[R]):
     @abstractmethod
     def parts(self, position: int, delta: OutputDelta) -> Iterable[Any]:
         """Choices of chunks with what is new of the prompt at `position`."""
+
+    def turns(self, number: int) -> int:  # noqa: ARG002
+        """How many turns of a choice, of thoughts and answers, have begun. One part of a delta is of one turn."""
+        return 0
+
+    def pass_over(self, number: int, turns: int) -> None:
+        """The client has had so many turns of a choice whole: `parts` leaves them out."""
 
     @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion | ChatChunk:
@@ -74,8 +84,10 @@ class StreamWriter:
         self._mark = mark
         self._options = options
         self._with_ids = with_ids and len(mark.choices) <= MOST_CHOICES
-        self._meter = UsageMeter(answer.prompts)
+        self._meter = UsageMeter(answer.prompts, answer.thinking)
         for number, choice in enumerate(mark.choices):
+            if choice.turns:
+                answer.pass_over(number, choice.turns)
             if choice.begun and choice.told == NOTHING_TOLD:
                 self._pass_over(number)
 
@@ -96,8 +108,8 @@ class StreamWriter:
             if new.known:
                 check_known(choice, new)
                 continue
-            for part in parts[:-1]:
-                choice.begun = True
+            for after, part in zip(range(len(parts) - 1, 0, -1), parts, strict=False):
+                choice.begun, choice.turns = True, max(choice.turns, self._answer.turns(new.index) - after)
                 events.append(event(self._answer.chunk([part], usage), mark.id()))
             choice.advance(new)
             events += [event(self._answer.chunk([part], usage), mark.id()) for part in parts[-1:]]
@@ -137,7 +149,8 @@ class Endpoint(ABC, Generic[R]):
     async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
         """warnings: are told what the client should know beside the answer. Errors: RequestError."""
         answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
-        meter, outputs = UsageMeter(answer.prompts), [WholePrompt(prompt.params.n) for prompt in answer.prompts]
+        meter = UsageMeter(answer.prompts, answer.thinking)
+        outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         async with aclosing(self._deltas(answer, caller)) as deltas:
             async for position, delta in deltas:
                 meter.take(delta)
@@ -180,8 +193,6 @@ class Endpoint(ABC, Generic[R]):
         grammar, asked_by = reading.format_asked(request, warnings)
         if tools is not None:
             grammar, asked_by = tools.grammar(grammar, warnings), "tools"
-        for what in await self._grammars.check(grammar, asked_by, caller.account):
-            warnings.add(unenforced(asked_by, what))
         params = reading.sampling(request, grammar=grammar, **self._fields(request))
         terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
         try:
@@ -190,8 +201,15 @@ class Endpoint(ABC, Generic[R]):
         except PromptError as error:
             field = error.field and self._called(request, error.field)
             raise RequestError.of_prompt(error, field or self.prompt_field) from None
+        thinking = self._thinking(prompts)
+        if grammar is not None and thinking is not None:
+            grammar = msgspec.structs.replace(grammar, preamble=thinking.preamble if tools is None else thinking.call_preamble)
+            params = msgspec.structs.replace(params, grammar=grammar)
+            prompts = [replace(prompt, params=params) for prompt in prompts]
+        for what in await self._grammars.check(grammar, asked_by, caller.account):
+            warnings.add(unenforced(asked_by, what))
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
-        return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
+        return self.answer(request, named, prompts, tools, thinking, self._service.model.tokenizer)
 
     def _deltas(
         self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()
@@ -202,6 +220,10 @@ class Endpoint(ABC, Generic[R]):
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
         """What the model may call. Errors: RequestError."""
+        return None
+
+    def _thinking(self, prompts: Sequence[Prompt]) -> Thinking | None:  # noqa: ARG002
+        """How the outputs may begin with thoughts."""
         return None
 
     def _called(self, request: R, field: str) -> str:  # noqa: ARG002

@@ -9,7 +9,7 @@ import pytest
 from deploy.doors.openai.tools.families.known import TOOL_FORMATS
 from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
 from deploy.text.sources import read_source
-from deploy.text.tokenizer import TOOL_MARKS, Detokenizer, Tokenizer
+from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, TOOL_MARKS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
 from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
 
@@ -166,3 +166,11 @@ def test_the_template_with_tools_is_the_one_that_is_read(make_checkpoint: MakeCh
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": QWEN_TEMPLATE}]
     assert opened(make_checkpoint(several)).chat_template == QWEN_TEMPLATE
     assert opened(make_checkpoint([{"name": "rag", "template": "x"}])).chat_template == ""
+
+
+def test_marks_of_channels_are_text_where_there_are_channels(make_checkpoint: MakeCheckpoint) -> None:
+    shown = opened(make_checkpoint(None, (*CHANNEL_MARKS, *THINK_MARKS), special=True))
+    text = "".join((*CHANNEL_MARKS, *THINK_MARKS))
+    assert shown.decode(shown.encode(text)) == text
+    plain = opened(make_checkpoint(None, ("<|start|>",), special=True))
+    assert plain.decode(plain.encode("<|start|>a<|end|>")) == "a"
