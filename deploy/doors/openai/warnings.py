@@ -32,5 +32,5 @@ class Warnings:
 
 def _quoted(text: str) -> str:
     """Names that clients make up may hold anything, a header nothing but printable ASCII."""
-    plain = ascii(text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}...")[1:-1]
-    return plain.replace("\\'", "'").replace('"', "'")
+    plain = ascii(text)[1:-1].replace("\\'", "'").replace('"', "'")
+    return plain if len(plain) <= MAX_CHARACTERS else f"{plain[:MAX_CHARACTERS]}..."

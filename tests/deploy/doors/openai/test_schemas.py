@@ -233,5 +233,5 @@ def test_warnings_fit_into_a_header() -> None:
     warnings.add('a "name"\r\nof é')
     assert warnings.headers() == {HEADER: "299 manta \"a 'name'\\r\\nof \\xe9\""}
     for number in range(100):
-        warnings.add(f"{number}" * 1000)
+        warnings.add(f"{number}\U0001f600" * 1000)
     assert len(warnings.headers()[HEADER]) < 10 * (MAX_CHARACTERS + 20)
