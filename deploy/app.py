@@ -102,7 +102,9 @@ class Ingress(GrpcIngress):
         configure(limits.log_format, role="ingress")
         import_without_torch()
         name = model_name(limits.served_model_name, config.model)
-        model = ServedModel.read(name, Path(config.model), config.max_model_len, config.tensor_parallel_size)
+        model = ServedModel.read(
+            name, Path(config.model), config.max_model_len, config.tensor_parallel_size, limits.chat_template
+        )
         self._limits = limits
         self._keys = keys
         self._administration = ServeAdministration(engine, config, limits, keys, threads)

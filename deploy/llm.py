@@ -29,10 +29,11 @@ from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput
+from deploy.text.chat_template import Message
 from deploy.text.files import writable
 from deploy.text.prompts import Prompt, PromptError, PromptParser, Terms, read_model_limits
 from deploy.text.sources import Source, read_source, read_terms
-from deploy.text.tokenizer import Message, Tokenizer
+from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)

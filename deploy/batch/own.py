@@ -23,6 +23,7 @@ from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest
 from deploy.doors.openai.tools.grammars import Grammars
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Cluster, ServedModel, Service
 from scheduler.server.stats import ClusterStatus
@@ -36,17 +37,19 @@ class ServiceBackend:
 
     def __init__(self, service: Service, limits: ServeConfig) -> None:
         grammars = Grammars(service.model)
+        self._strict = limits.strict_fields
         self._cluster = service.cluster
         self._completions = Completions(service, limits, grammars)
         self._chat = Chat(service, limits, grammars)
 
     async def answer(self, request: BatchRequest) -> LineAnswer:
-        caller = Caller(request.id)
+        """A result has no place for warnings."""
+        caller, body, untold, strict = Caller(request.id), request.body, Warnings(), self._strict
         try:
             if request.url == CHAT_URL:
-                whole = await self._chat.whole(read(request.body, ChatRequest), caller)
+                whole = await self._chat.whole(read(body, ChatRequest, untold, strict=strict), caller)
             else:
-                whole = await self._completions.whole(read(request.body, CompletionRequest), caller)
+                whole = await self._completions.whole(read(body, CompletionRequest, untold, strict=strict), caller)
         except RequestError as error:
             if error.fault is Fault.UNAVAILABLE:
                 _refuse_stopped(await self._cluster.status())
@@ -86,7 +89,8 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
         await asyncio.sleep(POLL_S)
     name, engine = model_name(config.serve.served_model_name, status.model), config.engine
     return await asyncio.to_thread(
-        ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size
+        ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size,
+        config.serve.chat_template,
     )
 
 

@@ -28,7 +28,7 @@ ALIKE = 0.75
 """How alike two names must be, 0 to 1, for the one to be a misspelling of the other."""
 
 _MESSAGE = re.compile(
-    r"(?P<said>Object (?:contains|missing) (?P<kind>unknown|required) field `(?P<field>.*?)`|(?s:.*?))"
+    r"(?P<said>Object (?:contains|missing) (?P<kind>unknown|required) field `(?P<field>(?s:.*?))`|(?s:.*?))"
     r"(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?"
 )
 

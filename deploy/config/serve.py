@@ -12,7 +12,11 @@ from scheduler.config import QueueBounds
 from scheduler.options import Rule, above_0, at_least, check, one_of, option
 
 LOG_FORMATS = ("text", "json")
-TOOL_FORMATS = ("hermes", "llama")
+TOOL_PARSERS = (
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "pythonic", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31",
+    "glm45", "kimi_k2", "openai",
+)  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "gpt-oss", "think")
 PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
@@ -86,8 +90,26 @@ class ServeConfig(QueueBounds, AddressConfig):
     max_prompts: int = option(64, "Prompts of one completion request at most.", at_least(1))
     max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
-    tool_format: str | None = option(
-        None, "How the model writes calls of tools: hermes or llama.", one_of(TOOL_FORMATS), shown="told by the chat template"
+    chat_template: str | None = option(
+        None,
+        "File with a chat template (Jinja) to use instead of the checkpoint's; each front end reads it, as it does the "
+        "checkpoint.",
+        shown="the checkpoint's",
+    )
+    tool_parser: str = option(
+        "auto",
+        f"How the model writes calls of tools: {', '.join(TOOL_PARSERS[2:])}; auto: as its chat template shows; none: calls "
+        "are left in the text.",
+        one_of(TOOL_PARSERS),
+    )
+    strict_fields: bool = option(
+        False, "Refuse requests with fields that are not known here, which are otherwise ignored with a warning."
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "
+        "goes by the chat template.",
+        one_of(REASONING_PARSERS),
     )
     log_format: str = option("text", "Lines of the log: text or json.", one_of(LOG_FORMATS))
     request_log: str | None = option(None, "File that gets lengths and hashes of every request, never content.", shown="none")

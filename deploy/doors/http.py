@@ -19,6 +19,7 @@ from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
 from deploy.doors.openai.marks import LAST_EVENT_ID
 from deploy.doors.openai.routes import RECORDS, openai_routes
+from deploy.doors.openai.warnings import HEADER as WARNING_HEADER
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.observing import metrics
@@ -44,7 +45,7 @@ def create_app(
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)
-    add_schemas(app.openapi(), *RECORDS)
+    add_schemas(app.openapi(), *RECORDS, strict=config.strict_fields)
     return app
 
 
@@ -53,7 +54,7 @@ def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> li
     cors = Middleware(
         CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["Authorization", "Content-Type", LAST_EVENT_ID, REQUEST_ID_HEADER],
-        expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+        expose_headers=[REQUEST_ID_HEADER, "Retry-After", WARNING_HEADER],
     )  # fmt: skip
     return [
         Middleware(Entrance, names_responses=names_responses),

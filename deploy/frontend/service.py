@@ -79,11 +79,18 @@ class ServedModel:
     tokenizer: Tokenizer | None
 
     @classmethod
-    def read(cls, name: str, checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> "ServedModel":
-        """Errors: ValueError, OSError."""
+    def read(
+        cls,
+        name: str,
+        checkpoint: Path,
+        max_model_len: int | None,
+        tensor_parallel_size: int = 1,
+        chat_template: str | None = None,
+    ) -> "ServedModel":
+        """chat_template: a file. Errors: ValueError, OSError."""
         limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
         created = int((checkpoint / "config.json").stat().st_mtime)
-        tokenizer = Tokenizer.load(checkpoint)
+        tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
         return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
 
 

@@ -282,4 +282,6 @@ def read_model(config: Config) -> ServedModel:
     """Errors: ValueError, OSError."""
     engine = config.engine
     name = model_name(config.serve.served_model_name, engine.model)
-    return ServedModel.read(name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size)
+    return ServedModel.read(
+        name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, config.serve.chat_template
+    )

@@ -37,18 +37,24 @@ class ToolCall(Record, frozen=True, kw_only=True):
 
 
 class Message(Record, frozen=True, kw_only=True):
-    """One message, of any role. What clients get back in an answer they may send again as it is, nulls included."""
+    """One message, of any role. What clients get back in an answer, here or elsewhere, they may send again as it is, nulls
+    included. reasoning, reasoning_content: the same thing, under the names that clients use. refusal: what an assistant said in
+    place of content."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     function_call: None = None
+    # ignored
+    id: Any = None
+    annotations: Any = None
+    audio: Any = None
+    provider_specific_fields: Any = None
 
 
 def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -58,17 +64,22 @@ def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _for_template(message: Message, path: str) -> dict[str, Any]:
-    if message.content is None and not message.tool_calls:
+    thought = message.reasoning_content or message.reasoning or None
+    content = message.refusal if message.content is None else message.content
+    if content is None and not (message.tool_calls or thought or message.audio):
         raise PromptError(f"{path} says nothing: give it content", f"{path}.content")
     if message.role == "tool" and message.tool_call_id is None:
         raise PromptError(f"{path}: say which call it answers, in tool_call_id", f"{path}.tool_call_id")
     shown = {
         "role": "system" if message.role == "developer" else message.role,
-        "content": _text(message.content or "", path),
+        "content": _text(content or "", path),
         "tool_calls": [_call(call) for call in message.tool_calls or ()] or None,
         "name": message.name,
         "tool_call_id": message.tool_call_id,
-        "reasoning_content": message.reasoning_content,
+        "reasoning_content": thought,
+        "reasoning": thought,
+        # gpt-oss' template wants it so, and a call without content beside it
+        "thinking": None if message.tool_calls and message.content else thought,
     }
     return {name: value for name, value in shown.items() if value is not None}
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deploy.text.chat_template import Message
 from deploy.text.lengths import TextTooLong, encode_within
-from deploy.text.tokenizer import Message, Tokenizer
+from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 
 MOST_STOP_CHARACTERS, MOST_SALT_CHARACTERS = 16384, 1024

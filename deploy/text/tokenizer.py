@@ -3,7 +3,6 @@
 Imports transformers only when a checkpoint is opened; of the engine nothing but where a tokenizer's files are.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from deploy.text.chat_template import ChatTemplate, Message
 from deploy.text.files import refuse_halves
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
@@ -37,14 +37,17 @@ BYTE_CHARACTERS = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 """The characters with which byte-level BPE, since GPT-2, writes bytes."""
 
-TURN = "manta"
-"""What the user and the assistant say in a conversation that is rendered to see how a turn ends."""
-
-TOOL_MARKS = ("<tool_call>", "</tool_call>")
-"""Tokens that belong to the text also where a checkpoint calls them special: calls are told by them."""
-
-Message = Mapping[str, Any]
-"""A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
+TOOL_MARKS = (
+    "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
+    "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+)  # fmt: skip
+THINK_MARKS = ("<think>", "</think>")
+CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+"""Tokens that belong to the text also where a checkpoint calls them special: calls, thoughts and channels are told by them.
+Those of channels only together: an `<|end|>` by itself is the end of a text."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -55,18 +58,25 @@ class Tokenizer:
     def __init__(self, implementation: Any) -> None:
         """implementation: a transformers tokenizer."""
         self._implementation = implementation
+        self._template = ChatTemplate(implementation)
         backend = getattr(implementation, "backend_tokenizer", None)
-        self._backend = None if backend is None else _showing_tool_marks(backend)
+        self._backend = None if backend is None else _showing_marks(backend)
         self._is_bytes = "ByteLevel" in _decoder_kinds(self._backend)
         self._texts: dict[int, str] = {}  # of tokens that stand behind others: log-probabilities name thousands of them
 
     @classmethod
-    def load(cls, checkpoint: Path) -> "Tokenizer | None":
-        """Opens the tokenizer in the checkpoint's folder, without network; None where there is none.
+    def load(cls, checkpoint: Path, chat_template: Path | None = None) -> "Tokenizer | None":
+        """Opens the tokenizer in the checkpoint's folder, without network; None where there is none. chat_template: a file with
+        one to use instead of the checkpoint's.
 
-        Errors: ValueError if it is there and cannot be read.
+        Errors: ValueError if it is there and cannot be read; OSError if there is no such file.
         """
-        return cls(open_tokenizer(checkpoint)) if has_tokenizer(checkpoint) else None
+        if not has_tokenizer(checkpoint):
+            return None
+        tokenizer = cls(open_tokenizer(checkpoint))
+        if chat_template is not None:
+            tokenizer._template.replace(chat_template)
+        return tokenizer
 
     def encode(self, text: str, *, around: bool = True) -> list[int]:
         """Token ids. around: with the special tokens that the checkpoint puts around a prompt. Errors: ValueError for a text
@@ -77,10 +87,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str:
         """The template of conversations with tools, as it is written; empty if there is none."""
-        try:
-            return str(self._implementation.get_chat_template(tools=[]))
-        except ValueError:
-            return ""
+        return self._template.text
 
     @cached_property
     def special(self) -> Mapping[int, str]:
@@ -94,25 +101,17 @@ class Tokenizer:
     def end_ids(self) -> tuple[int, ...]:
         """What ends an output: the tokenizer's end of text, and the token with which the chat template ends an answer."""
         ids = self._implementation.get_added_vocab()
-        names = {self._implementation.eos_token, self._turn_end(list(ids))}
+        names = {self._implementation.eos_token, self._template.turn_end(list(ids))}
         return tuple(sorted(ids[name] for name in names if name in ids))
-
-    def _turn_end(self, tokens: Collection[str]) -> str | None:
-        """Which of the tokens follows the assistant's words; None if none does, or there is no template. The token before
-        those words begins a turn, and some templates begin the next one unasked."""
-        messages = [{"role": role, "content": TURN} for role in ("user", "assistant")]
-        try:
-            text = str(self._implementation.apply_chat_template(messages, tokenize=False))
-        except Exception:  # templates raise what they please, jinja's errors among it
-            return None
-        before, _, after = text.rpartition(TURN)
-        end = max((token for token in tokens if after.lstrip().startswith(token)), key=len, default=None)
-        begin = max((token for token in tokens if token in before), key=before.rfind, default=None)
-        return end if end != begin else None
 
     def has_token(self, text: str) -> bool:
         """The text is one token of the vocabulary, by itself."""
         return text in self._implementation.get_added_vocab()
+
+    def token_id(self, text: str) -> int | None:
+        """Of the text as one added token of the vocabulary; None if it is none."""
+        id = self._implementation.get_added_vocab().get(text)
+        return None if id is None else int(id)
 
     def chat_text(
         self,
@@ -125,41 +124,7 @@ class Tokenizer:
         tools: in OpenAI's form, for the template to show. template_kwargs: what else this template can be told.
         Errors: ValueError, also where the template does not show the tools.
         """
-        if not getattr(self._implementation, "chat_template", None):
-            raise ValueError("this checkpoint has no chat template: give the prompt as text or as token ids")
-        taken = inspect.signature(self._implementation.apply_chat_template).parameters.keys() & (template_kwargs or {}).keys()
-        if taken:
-            raise ValueError(f"chat_template_kwargs: {min(taken)} is no variable of a template: leave it out")
-        if tools and not self._shows_tools:
-            raise ValueError("the checkpoint's chat template does not show tools to the model: leave tools out")
-        return self._render(messages, tools, template_kwargs or {})
-
-    @cached_property
-    def _shows_tools(self) -> bool:
-        """Whether the template writes anything else with a tool than without. One that refuses this conversation is taken to
-        show them."""
-        messages = [{"role": "user", "content": TURN}]
-        tool = {"type": "function", "function": {"name": TURN, "parameters": {"type": "object", "properties": {}}}}
-        try:
-            return self._render(messages, [tool], {}) != self._render(messages, None, {})
-        except ValueError:
-            return True
-
-    def _render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template_kwargs: Mapping[str, Any]
-    ) -> str:
-        try:
-            return str(
-                self._implementation.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) if tools else None,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    **template_kwargs,
-                )
-            )
-        except Exception as error:  # templates raise what they please, jinja's errors among it
-            raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from error
+        return self._template.rendered(messages, tools, template_kwargs or {})
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids, special tokens left out. Bytes that are not UTF-8 become U+FFFD."""
@@ -300,13 +265,16 @@ def _decoder_kinds(backend: Any) -> set[str]:
     return {step["type"] for step in state.get("decoders", [state])}
 
 
-def _showing_tool_marks(backend: Any) -> Any:
-    """The tokenizer, or a copy to which `TOOL_MARKS` are not special. Takes as long as reading it from its file."""
-    if not any(token.special and token.content in TOOL_MARKS for token in backend.get_added_tokens_decoder().values()):
+def _showing_marks(backend: Any) -> Any:
+    """The tokenizer, or a copy to which the marks above are not special. Takes as long as reading it from its file."""
+    added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    channels = CHANNEL_MARKS if added.keys() >= {*CHANNEL_MARKS} else ()
+    shown = added.keys() & {*TOOL_MARKS, *THINK_MARKS, *channels}
+    if not any(added[mark] for mark in shown):
         return backend
     settings = json.loads(backend.to_str())
     for token in settings["added_tokens"]:
-        token["special"] = token["special"] and token["content"] not in TOOL_MARKS
+        token["special"] = token["special"] and token["content"] not in shown
     return type(backend).from_str(json.dumps(settings))
 
 

@@ -29,10 +29,12 @@ class Grammar(msgspec.Struct, frozen=True):
     """What an output must match, from its first token to its last.
 
     kind: "json_schema" (text is the schema as JSON), "regex" (Rust syntax, matched whole) or "lark" (llguidance's).
+    preamble: rules in Lark, of which the one called `preamble` comes before all that; empty where nothing does.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    preamble: str = ""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

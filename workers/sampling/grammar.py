@@ -50,9 +50,9 @@ def load_tokenizer(checkpoint: Path, vocab_size: int, eos_ids: tuple[int, ...]) 
         raise GrammarError(f"no grammar can be matched with the tokenizer in {checkpoint}: {error}") from error
 
 
-def check(grammar: Grammar, tokenizer: LLTokenizer) -> None:
+def check(grammar: Grammar, tokenizer: LLTokenizer) -> tuple[str, ...]:
     """Compiles the grammar once (milliseconds; a large schema a fraction of a second), and looks whether an output can begin.
-    Errors: GrammarError."""
+    Returns what of a schema that asks to be read leniently is passed over. Errors: GrammarError."""
     wrong, messages = LLMatcher.validate_grammar_with_warnings(_source(grammar), tokenizer, limits=_LIMITS)
     if wrong:
         raise GrammarError(f"{grammar.kind}: {messages[0].strip()}")
@@ -62,6 +62,7 @@ def check(grammar: Grammar, tokenizer: LLTokenizer) -> None:
     if matcher.is_error() or not mask.any():
         why = matcher.get_error().strip().partition("\n")[0]
         raise GrammarError(f"{grammar.kind}: no text can match it, or none can begin{f' ({why})' if why else ''}")
+    return tuple(message.strip() for message in messages)
 
 
 def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
@@ -71,6 +72,17 @@ def compile_grammar(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 
 def _source(grammar: Grammar) -> str:
+    """As the library reads it: Lark, or JSON that holds several grammars, of which the first may name the others."""
+    source = _own_source(grammar)
+    if not grammar.preamble:
+        return source
+    own = {"lark_grammar": source} if grammar.kind == "lark" else json.loads(source)["grammars"][0]
+    first = {"name": "", "lark_grammar": f"start: preamble @own\n{grammar.preamble}"}
+    return json.dumps({"grammars": [first, own | {"name": "own"}]})
+
+
+def _own_source(grammar: Grammar) -> str:
+    """Without its preamble."""
     match grammar.kind:
         case "json_schema":
             try:

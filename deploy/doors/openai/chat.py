@@ -1,35 +1,36 @@
 """`/v1/chat/completions`: a conversation in, the assistant's answer out. Knows nothing of HTTP."""
 
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
-from deploy.doors.openai.answers.logprobs import chat_logprobs, vllm_prompt_logprobs
+from deploy.doors.openai.answers.logprobs import Entry, chat_logprobs, vllm_prompt_logprobs
 from deploy.doors.openai.answers.responses import (
-    CalledFunction,
-    CalledTool,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatLogprobs,
     ChatMessage,
     Usage,
 )
+from deploy.doors.openai.answers.speech import Said, Speech
 from deploy.doors.openai.endpoint import Endpoint, Telling
+from deploy.doors.openai.reasoning.reasoning import ReasoningFormat, Thinking
 from deploy.doors.openai.schemas import ChatRequest
 from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.tools.tool_calls import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service import Service
 from deploy.text.messages import for_template
-from deploy.text.prompts import Conversation
+from deploy.text.prompts import Conversation, Prompt
+
+NO_EFFORT = "none"
 
 
 class _ChatTelling(Telling[ChatRequest]):
@@ -37,7 +38,8 @@ class _ChatTelling(Telling[ChatRequest]):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._speeches: dict[int, _Speech] = {}
+        self._speeches: dict[int, Speech] = {}
+        self._had: dict[int, int] = {}
 
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> ChatCompletion:
         (output,), asked = outputs, self.request.prompt_logprobs is not None
@@ -48,38 +50,56 @@ class _ChatTelling(Telling[ChatRequest]):
     def parts(self, position: int, delta: OutputDelta) -> Iterator[ChatChunkChoice]:  # noqa: ARG002
         for new in delta.choices:
             if new.index not in self._speeches:
-                self._speeches[new.index] = _Speech(self.tools)
+                self._speeches[new.index] = Speech(self.tools, self.thinking, self._had.get(new.index, 0))
                 yield ChatChunkChoice(index=new.index, delta=ChatDelta(role="assistant", content=""))
-            if (part := self._part(new, self._speeches[new.index])) is not None:
-                yield part
+            yield from self._parts(new, self._speeches[new.index])
+
+    def turns(self, number: int) -> int:
+        return self._speeches[number].turns
+
+    def pass_over(self, number: int, turns: int) -> None:
+        self._had[number] = turns
 
     def chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(**self.heading, choices=choices, usage=usage)
 
     def _choice(self, index: int, choice: WholeChoice) -> ChatChoice:
-        speech = _Speech(self.tools)
-        content, calls = speech.told(choice.text, ended=True)
+        speech = Speech(self.tools, self.thinking)
+        said = speech.told(choice.text, ended=True)
+        reasoning: str | UnsetType | None = "".join(part.reasoning for part in said) or None
+        content, calls = "".join(part.content for part in said), [call for part in said for call in part.calls]
+        if self.thinking is None:
+            reasoning = UNSET
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=None if calls and not content else content, tool_calls=calls or UNSET),
-            logprobs=chat_logprobs(choice.logprobs, self.names) if self.request.logprobs else None,
+            message=ChatMessage(
+                content=None if calls and not content else content, reasoning=reasoning, reasoning_content=reasoning,
+                tool_calls=calls or UNSET,
+            ),
+            logprobs=self._logprobs(speech.answers(choice.logprobs, ended=True)),
             finish_reason=speech.finish_reason(choice.finish_reason),
             stop_reason=choice.stop_reason,
         )
 
-    def _part(self, new: ChoiceDelta, speech: "_Speech") -> ChatChunkChoice | None:
-        """None: there is nothing to tell yet."""
+    def _parts(self, new: ChoiceDelta, speech: Speech) -> Iterator[ChatChunkChoice]:
+        """Thought and answer each by themselves: many clients look for the one only where the other is not. What is said once
+        comes with the last."""
         ended = new.finish_reason is not None
-        content, calls = speech.told(new.text, ended, in_parts=True)
-        if not (content or calls or new.logprobs or ended):
-            return None
-        return ChatChunkChoice(
-            index=new.index,
-            delta=ChatDelta(content=content or UNSET, tool_calls=calls or UNSET),
-            logprobs=chat_logprobs(new.logprobs or (), self.names) if self.request.logprobs else None,
-            finish_reason=speech.finish_reason(new.finish_reason),
-            stop_reason=new.stop_reason if ended else UNSET,
-        )
+        said = speech.told(new.text, ended, in_parts=True, known=new.known)
+        entries = speech.answers(new.logprobs or (), ended)
+        *before, last = (_delta(part) for part in said or [Said()])
+        yield from (ChatChunkChoice(index=new.index, delta=delta) for delta in before)
+        if said or entries or ended:
+            yield ChatChunkChoice(
+                index=new.index,
+                delta=last,
+                logprobs=self._logprobs(entries),
+                finish_reason=speech.finish_reason(new.finish_reason),
+                stop_reason=new.stop_reason if ended else UNSET,
+            )
+
+    def _logprobs(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
+        return chat_logprobs(entries, self.names) if self.request.logprobs else None
 
 
 class Chat(Endpoint[ChatRequest]):
@@ -89,10 +109,15 @@ class Chat(Endpoint[ChatRequest]):
 
     def __init__(self, service: Service, config: ServeConfig, grammars: Grammars) -> None:
         super().__init__(service, config, grammars)
-        self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_format)
+        self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_parser)
+        self._reasoning = ReasoningFormat.of(service.model.tokenizer, config.reasoning_parser)
 
     def _tools(self, request: ChatRequest) -> Tools | None:
         return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)
+
+    def _thinking(self, prompts: Sequence[Prompt]) -> Thinking | None:
+        (prompt,) = prompts
+        return None if self._reasoning is None else self._reasoning.thinking(prompt.token_ids)
 
     def _called(self, request: ChatRequest, field: str) -> str:
         return "max_completion_tokens" if field == "max_tokens" and request.max_completion_tokens is not None else field
@@ -109,46 +134,20 @@ class Chat(Endpoint[ChatRequest]):
 
     def _contents(self, request: ChatRequest, tools: Tools | None) -> list[Conversation]:
         specs = None if tools is None else tools.specs
-        return [Conversation(for_template(request.messages), specs, request.chat_template_kwargs)]
+        return [Conversation(for_template(request.messages), specs, _template_kwargs(request))]
 
 
-class _Speech:
-    """One choice's text, told as content and calls of tools."""
-
-    def __init__(self, tools: Tools | None) -> None:
-        self._parser = None if tools is None else tools.parser(lambda: f"call_{uuid.uuid4().hex}")
-
-    def told(self, text: str, ended: bool, in_parts: bool = False) -> tuple[str, list[CalledTool]]:
-        """What is new. in_parts: calls are numbered, since more of them may follow."""
-        if self._parser is None:
-            return text, []
-        events = self._parser.push(text)
-        return _sorted(events + self._parser.flush() if ended else events, in_parts)
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """An output that has stopped with a call has stopped for it."""
-        called = self._parser is not None and self._parser.called
-        return "tool_calls" if reason == "stop" and called else reason
+def _template_kwargs(request: ChatRequest) -> dict[str, Any] | None:
+    """A template reads of it what it knows. No effort at all is also said under the names of Qwen and GLM, and of DeepSeek."""
+    effort = request.reasoning_effort
+    if effort is None:
+        return request.chat_template_kwargs
+    not_at_all = {"enable_thinking": False, "thinking": False} if effort == NO_EFFORT else {}
+    return {"reasoning_effort": effort, **not_at_all, **(request.chat_template_kwargs or {})}
 
 
-def _sorted(events: Iterable[Event], in_parts: bool) -> tuple[str, list[CalledTool]]:
-    content = ""
-    begins: dict[int, CallBegin] = {}
-    arguments: dict[int, str] = {}
-    for each in events:
-        match each:
-            case PlainText(text):
-                content += text
-            case CallBegin(index):
-                begins[index], arguments[index] = each, ""
-            case CallArguments(index, text):
-                arguments[index] = arguments.get(index, "") + text
-    return content, [_call(index, begins.get(index), text, in_parts) for index, text in arguments.items()]
-
-
-def _call(index: int, begin: CallBegin | None, arguments: str, in_parts: bool) -> CalledTool:
-    """begin: None if the call has been told before."""
-    number = index if in_parts else UNSET
-    if begin is None:
-        return CalledTool(index=number, function=CalledFunction(arguments=arguments))
-    return CalledTool(index=number, id=begin.id, type="function", function=CalledFunction(name=begin.name, arguments=arguments))
+def _delta(said: Said) -> ChatDelta:
+    reasoning = said.reasoning or UNSET
+    return ChatDelta(
+        content=said.content or UNSET, reasoning=reasoning, reasoning_content=reasoning, tool_calls=said.calls or UNSET
+    )

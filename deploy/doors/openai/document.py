@@ -9,7 +9,7 @@ from deploy.doors.openai.errors import ErrorBody
 REFERENCE = "#/components/schemas/{name}"
 
 ERRORS = {
-    400: "A field is wrong, or unknown; `param` names it.",
+    400: "A field is wrong, or misspelt; `param` names it.",
     401: "No API key, or an unknown one.",
     404: "No such model.",
     413: "The body is too large.",
@@ -33,9 +33,12 @@ def answers(response: type[msgspec.Struct], streamed: bool = False) -> dict[int 
     return success | {status: {"description": words, "content": _json(ErrorBody)} for status, words in ERRORS.items()}
 
 
-def add_schemas(document: dict[str, Any], *records: type[msgspec.Struct]) -> None:
-    """Puts the records, and what they are made of, where the references point."""
+def add_schemas(document: dict[str, Any], *records: type[msgspec.Struct], strict: bool) -> None:
+    """Puts the records, and what they are made of, where the references point. strict: fields not known here are refused."""
     _, schemas = msgspec.json.schema_components((*records, ErrorBody), ref_template=REFERENCE)
+    for schema in schemas.values() if not strict else ():
+        if schema.get("additionalProperties") is False:
+            del schema["additionalProperties"]
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
 
 

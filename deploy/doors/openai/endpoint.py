@@ -23,10 +23,13 @@ from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
 from deploy.doors.openai.answers.logprobs import TokenNames
 from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Completion, Usage
 from deploy.doors.openai.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
+from deploy.doors.openai.reasoning.reasoning import Thinking
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.sse import event
+from deploy.doors.openai.tools.formats import unenforced
 from deploy.doors.openai.tools.grammars import Grammars
 from deploy.doors.openai.tools.tools import Tools
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.choice import NOTHING_TOLD, Told
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
@@ -39,15 +42,17 @@ R = TypeVar("R", bound=GenerationRequest)
 
 class Telling(ABC, Generic[R]):
     """How the output of one request is told. heading: what every response and chunk of it says: id, created, model. tools: what
-    the model may call, to find its calls in the output."""
+    the model may call, to find its calls in the output; thinking: how it thinks, to find its thoughts."""
 
     def __init__(
-        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, tokenizer: Tokenizer | None
-    ) -> None:
+        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, thinking: Thinking | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:  # fmt: skip
         self.request = request
         self.heading = heading
         self.prompts = prompts
         self.tools = tools
+        self.thinking = thinking
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
 
@@ -58,6 +63,13 @@ class Telling(ABC, Generic[R]):
     @abstractmethod
     def parts(self, position: int, delta: OutputDelta) -> Iterable[Any]:
         """Choices of chunks with what is new of the prompt at `position`."""
+
+    def turns(self, number: int) -> int:  # noqa: ARG002
+        """How many turns of a choice, of thoughts and answers, have begun. One part of a delta is of one turn."""
+        return 0
+
+    def pass_over(self, number: int, turns: int) -> None:
+        """The client has had so many turns of a choice whole: `parts` leaves them out."""
 
     @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | UnsetType | None) -> Completion | ChatChunk:
@@ -72,8 +84,10 @@ class StreamWriter:
         self._mark = mark
         self._options = options
         self._with_ids = with_ids and len(mark.choices) <= MOST_CHOICES
-        self._meter = UsageMeter(answer.prompts)
+        self._meter = UsageMeter(answer.prompts, answer.thinking)
         for number, choice in enumerate(mark.choices):
+            if choice.turns:
+                answer.pass_over(number, choice.turns)
             if choice.begun and choice.told == NOTHING_TOLD:
                 self._pass_over(number)
 
@@ -94,8 +108,8 @@ class StreamWriter:
             if new.known:
                 check_known(choice, new)
                 continue
-            for part in parts[:-1]:
-                choice.begun = True
+            for after, part in zip(range(len(parts) - 1, 0, -1), parts, strict=False):
+                choice.begun, choice.turns = True, max(choice.turns, self._answer.turns(new.index) - after)
                 events.append(event(self._answer.chunk([part], usage), mark.id()))
             choice.advance(new)
             events += [event(self._answer.chunk([part], usage), mark.id()) for part in parts[-1:]]
@@ -132,10 +146,11 @@ class Endpoint(ABC, Generic[R]):
         self._config = config
         self._grammars = grammars
 
-    async def whole(self, request: R, caller: Caller) -> Completion | ChatCompletion:
-        """Errors: RequestError."""
-        answer = await self._begin(request, caller, int(time.time()))
-        meter, outputs = UsageMeter(answer.prompts), [WholePrompt(prompt.params.n) for prompt in answer.prompts]
+    async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
+        """warnings: are told what the client should know beside the answer. Errors: RequestError."""
+        answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
+        meter = UsageMeter(answer.prompts, answer.thinking)
+        outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         with self._service.logprobs.account() as account:
             async with aclosing(self._deltas(answer, caller)) as deltas:
                 async for position, delta in deltas:
@@ -145,13 +160,13 @@ class Endpoint(ABC, Generic[R]):
         return answer.whole(outputs, meter.usage())
 
     async def events(
-        self, request: R, caller: Caller, last_id: str | None = None, *, with_ids: bool = False
+        self, request: R, caller: Caller, warnings: Warnings, last_id: str | None = None, *, with_ids: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        """A piece of bytes for each delta. last_id: of the last event that the caller has of the same request's stream, which
-        goes on behind it. with_ids: events have some. Errors: RequestError."""
+        """A piece of bytes for each delta. warnings: are told all before the first. last_id: of the last event that the caller
+        has of the same request's stream, which goes on behind it. with_ids: events have some. Errors: RequestError."""
         with_ids = with_ids or last_id is not None
         mark = self._mark(request, caller, last_id) if with_ids else Mark(0, int(time.time()))
-        answer = await self._begin(request, caller, mark.created)
+        answer = await self._begin(request, caller, mark.created, warnings)
         options = request.stream_options or StreamOptions()
         if last_id is None:
             mark.begin(answer.prompts)
@@ -173,15 +188,14 @@ class Endpoint(ABC, Generic[R]):
         asked = digest(*map(str.encode, owner), msgspec.json.encode(request))
         return Mark(asked, int(time.time())) if last_id is None else read_mark(last_id, asked)
 
-    async def _begin(self, request: R, caller: Caller, created: int) -> Telling[R]:
+    async def _begin(self, request: R, caller: Caller, created: int, warnings: Warnings) -> Telling[R]:
         """Prompts one after the other, so that many of one request hold up nobody else's. created: seconds since 1970.
         Errors: RequestError of the first that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
         tools = self._tools(request)
-        grammar, asked_by = reading.format_asked(request)
+        grammar, asked_by = reading.format_asked(request, warnings)
         if tools is not None:
-            grammar, asked_by = tools.grammar(grammar), "tools"
-        await self._grammars.check(grammar, asked_by, caller.account)
+            grammar, asked_by = tools.grammar(grammar, warnings), "tools"
         params = reading.sampling(request, grammar=grammar, **self._fields(request))
         terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
         try:
@@ -190,8 +204,15 @@ class Endpoint(ABC, Generic[R]):
         except PromptError as error:
             field = error.field and self._called(request, error.field)
             raise RequestError.of_prompt(error, field or self.prompt_field) from None
+        thinking = self._thinking(prompts)
+        if grammar is not None and thinking is not None:
+            grammar = msgspec.structs.replace(grammar, preamble=thinking.preamble if tools is None else thinking.call_preamble)
+            params = msgspec.structs.replace(params, grammar=grammar)
+            prompts = [replace(prompt, params=params) for prompt in prompts]
+        for what in await self._grammars.check(grammar, asked_by, caller.account):
+            warnings.add(unenforced(asked_by, what))
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
-        return self.answer(request, named, prompts, tools, self._service.model.tokenizer)
+        return self.answer(request, named, prompts, tools, thinking, self._service.model.tokenizer)
 
     def _deltas(
         self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()
@@ -202,6 +223,10 @@ class Endpoint(ABC, Generic[R]):
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
         """What the model may call. Errors: RequestError."""
+        return None
+
+    def _thinking(self, prompts: Sequence[Prompt]) -> Thinking | None:  # noqa: ARG002
+        """How the outputs may begin with thoughts."""
         return None
 
     def _called(self, request: R, field: str) -> str:  # noqa: ARG002

@@ -29,12 +29,14 @@ MOST_CHOICES = 64
 
 
 class ChoiceMark(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """How far one choice has been told. check: CRC-32 of its tokens. begun: something was told that comes before them."""
+    """How far one choice has been told. check: CRC-32 of its tokens. begun: something was told that comes before them. turns:
+    so many of thoughts and answers, which take turns, have been told whole, perhaps beyond the tokens."""
 
     tokens: int = 0
     check: int = 0
     begun: bool = False
     ended: bool = False
+    turns: int = 0
 
     def advance(self, new: ChoiceDelta) -> None:
         self.tokens += len(new.token_ids)
@@ -90,7 +92,7 @@ def read_mark(text: str, request: int) -> Mark:
         mark = _decoder.decode(base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True))
     except (msgspec.MsgspecError, binascii.Error, ValueError):
         raise _unreadable() from None
-    sane = all(0 <= choice.tokens < 2**31 and 0 <= choice.check < 2**32 for choice in mark.choices)
+    sane = all(0 <= c.tokens < 2**31 and 0 <= c.check < 2**32 and 0 <= c.turns < 2**31 for c in mark.choices)
     if not sane or len(mark.choices) > MOST_CHOICES:
         raise _unreadable()
     if mark.request != request:

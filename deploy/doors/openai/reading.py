@@ -11,6 +11,8 @@ from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
 from deploy.doors.openai.schemas import GenerationRequest
 from deploy.doors.openai.tools.formats import grammar_of
+from deploy.doors.openai.unknown import shortened, without_unknown
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel
 from deploy.text.files import json_fault
@@ -25,15 +27,21 @@ AS_THEY_ARE = (
 FORMAT_FIELDS = ("response_format", "guided_regex", "guided_choice", "guided_json", "guided_grammar")
 
 SEEDS = 2**63
-SHOWN_CHARACTERS = 80
 
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-def read(body: bytes, kind: type[R]) -> R:
-    """Errors: RequestError INVALID, with the path of the field as `param`."""
+def read(body: bytes, kind: type[R], warnings: Warnings, *, strict: bool) -> R:
+    """A field that is not known is left out, and `warnings` are told, unless its name is like one that is, or this is to be
+    strict. Errors: RequestError INVALID, with the path of the field as `param`."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError as error:
+            if strict or where(error).kind != "unknown":
+                raise
+        known = without_unknown(msgspec.json.decode(body), kind, warnings)
+        return msgspec.json.decode(msgspec.json.encode(known), type=kind)
     except msgspec.ValidationError as error:
         raise _refusal(where(error), kind) from None
     except RecursionError:
@@ -104,15 +112,10 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
 
 
-def format_asked(request: GenerationRequest) -> tuple[Grammar | None, str]:
+def format_asked(request: GenerationRequest, warnings: Warnings) -> tuple[Grammar | None, str]:
     """The grammar of `response_format` or of one of the `guided_` fields, and that field's name. Errors: RequestError."""
     asked = {name: value for name in FORMAT_FIELDS if (value := getattr(request, name)) is not None}
-    return grammar_of(**asked), next(iter(asked), "")
-
-
-def shortened(name: str) -> str:
-    """What a client made up, short enough to be looked at and told again."""
-    return name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
+    return grammar_of(**asked, warnings=warnings), next(iter(asked), "")
 
 
 def _refusal(fault: FieldFault, kind: type[msgspec.Struct]) -> RequestError:

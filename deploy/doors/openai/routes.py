@@ -1,6 +1,6 @@
 """The paths of OpenAI's API, and vLLM's two beside them. Imports fastapi; what they do is in the modules next door."""
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +25,7 @@ from deploy.doors.openai.schemas import (
 )
 from deploy.doors.openai.sse import EventStream, unless_gone
 from deploy.doors.openai.tools.grammars import Grammars
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
 
@@ -42,7 +43,7 @@ def openai_routes(service: Service, config: ServeConfig) -> APIRouter:
     """Everything under `/v1`, `/tokenize` and `/detokenize`."""
     router = APIRouter()
     _add_generation(router, service, config)
-    _add_models(router, Models(service))
+    _add_models(router, Models(service), config)
     return router
 
 
@@ -53,15 +54,15 @@ def _add_generation(router: APIRouter, service: Service, config: ServeConfig) ->
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt, or several."""
-        return await _generate(request, completions, await _read(request, CompletionRequest))
+        return await _generate(request, completions, await _read(request, CompletionRequest, config))
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers(ChatCompletion, streamed=True))
     async def converse(request: Request) -> Response:
         """Answer a conversation."""
-        return await _generate(request, chat, await _read(request, ChatRequest))
+        return await _generate(request, chat, await _read(request, ChatRequest, config))
 
 
-def _add_models(router: APIRouter, models: Models) -> None:
+def _add_models(router: APIRouter, models: Models, config: ServeConfig) -> None:
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
         """The models that are served here: one."""
@@ -75,37 +76,40 @@ def _add_models(router: APIRouter, models: Models) -> None:
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        return await _answer(request, models.tokenize(await _read(request, TokenizeRequest)))
+        return await _answer(request, models.tokenize(await _read(request, TokenizeRequest, config)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return await _answer(request, models.detokenize(await _read(request, DetokenizeRequest)))
+        return await _answer(request, models.detokenize(await _read(request, DetokenizeRequest, config)))
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
     """Whoever says that it reads event streams is given events with ids. Programs that only know OpenAI's streams may take
     every line for data; they do not say so."""
-    caller, last_id = request.state.caller, request.headers.get(LAST_EVENT_ID)
+    caller, last_id, warnings = request.state.caller, request.headers.get(LAST_EVENT_ID), request.state.warnings
     if asked.stream:
         with_ids = "text/event-stream" in request.headers.get("accept", "").lower()
-        return EventStream(endpoint.events(asked, caller, last_id, with_ids=with_ids))
+        return EventStream(endpoint.events(asked, caller, warnings, last_id, with_ids=with_ids), warnings)
     if last_id is not None:
         raise RequestError.invalid(f"{LAST_EVENT_ID} goes with stream=true: leave it out, or stream", LAST_EVENT_ID)
-    return await _answer(request, endpoint.whole(asked, caller))
+    return await _answer(request, endpoint.whole(asked, caller, warnings))
 
 
-async def _read(request: Request, kind: type[R]) -> R:
-    """JSON that says so: a page of another origin cannot send that without being allowed to. Errors: RequestError."""
+async def _read(request: Request, kind: type[R], config: ServeConfig) -> R:
+    """JSON that says so: a page of another origin cannot send that without being allowed to. What is to be told beside the
+    answer is gathered in the request's state. Errors: RequestError."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HTTPException(415, f"the body is {media_type or 'of no type'}: send JSON, as `Content-Type: application/json`")
-    return read(await request.body(), kind)
+    request.state.warnings = Warnings()
+    return read(await request.body(), kind, request.state.warnings, strict=config.strict_fields)
 
 
 async def _answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:
-    return _json(await unless_gone(request.receive, work))
+    content = await unless_gone(request.receive, work)
+    return _json(content, request.state.warnings.headers())
 
 
-def _json(content: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def _json(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")

@@ -97,7 +97,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             "prompt_cache_key",
             "prompt_cache_options",
             "prompt_cache_retention",
-            "reasoning_effort",
             "safety_identifier",
             "service_tier",
             "store",
@@ -114,6 +113,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     # refused
     audio: Any = None
     functions: Any = None
@@ -126,7 +126,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_options: Any = None
     prompt_cache_retention: str | None = None
-    reasoning_effort: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None

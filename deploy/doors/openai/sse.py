@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deploy.doors.openai.errors import error_body
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], warnings: Warnings) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
-        self.init_headers(HEADERS)
+        self._warnings = warnings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         with contextlib.suppress(ClientGone):
@@ -55,6 +56,7 @@ class EventStream(Response):
 
         async with contextlib.aclosing(self._events) as events:
             first = await anext(events, b"")
+            self.init_headers(HEADERS | self._warnings.headers())
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if first:
                 await body(first)

@@ -9,31 +9,39 @@ from dataclasses import dataclass, field
 from msgspec import UNSET, UnsetType
 
 from deploy.doors.openai.answers.logprobs import Entry
-from deploy.doors.openai.answers.responses import CachedTokens, Usage
+from deploy.doors.openai.answers.responses import CachedTokens, CompletionTokens, Usage
+from deploy.doors.openai.reasoning.reasoning import Thinking
 from deploy.doors.openai.schemas import StreamOptions
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.text.prompts import Prompt
 
 
 class UsageMeter:
-    """Counts the tokens of one request as they come."""
+    """Counts the tokens of one request as they come. thinking: of its one prompt, if its outputs may be thoughts."""
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, prompts: Sequence[Prompt], thinking: Thinking | None) -> None:
+        self._sorters = [thinking.sorter() for _ in range(prompts[0].params.n)] if thinking is not None else []
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._completion_tokens = self._cached_tokens = 0
 
     def take(self, delta: OutputDelta) -> None:
         for choice in delta.choices:
             self._completion_tokens += len(choice.token_ids)
+            if self._sorters:
+                self._sorters[choice.index].push((token, None) for token in choice.token_ids)
+                if choice.finish_reason is not None:
+                    self._sorters[choice.index].flush()
         if delta.finished:
             self._cached_tokens += delta.cached_tokens or 0
 
     def usage(self) -> Usage:
+        thought = sum(sorter.thought_tokens for sorter in self._sorters)
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             total_tokens=self._prompt_tokens + self._completion_tokens,
             prompt_tokens_details=CachedTokens(cached_tokens=self._cached_tokens),
+            completion_tokens_details=CompletionTokens(reasoning_tokens=thought) if self._sorters else UNSET,
         )
 
     def shown(self, options: StreamOptions) -> Usage | UnsetType | None:

@@ -19,6 +19,12 @@ class CachedTokens(Answer, frozen=True, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokens(Answer, frozen=True, kw_only=True):
+    """reasoning_tokens: output tokens of thoughts, the marks around them included."""
+
+    reasoning_tokens: int
+
+
 class Usage(Answer, frozen=True, kw_only=True):
     """Tokens of one request, all its prompts and choices together."""
 
@@ -26,6 +32,7 @@ class Usage(Answer, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: CompletionTokens | UnsetType = UNSET
 
 
 class PromptLogprob(Answer, frozen=True, kw_only=True):
@@ -113,11 +120,13 @@ class CalledTool(Answer, frozen=True, kw_only=True):
 
 
 class ChatMessage(Answer, frozen=True, kw_only=True):
-    """The assistant's whole message."""
+    """The assistant's whole message. reasoning, reasoning_content: the same, under the names that clients look for."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
     tool_calls: list[CalledTool] | UnsetType = UNSET
 
 
@@ -148,6 +157,8 @@ class ChatDelta(Answer, frozen=True, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[CalledTool] | UnsetType = UNSET
 
 

@@ -8,10 +8,11 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
 
 from llguidance import LLTokenizer
 
+from deploy.doors.openai.tools.schemas import followed, target
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, check
@@ -49,16 +50,18 @@ def grammar_of(
     guided_choice: Sequence[str] | None = None,
     guided_json: str | Mapping[str, Any] | None = None,
     guided_grammar: str | None = None,
+    warnings: Warnings | None = None,
 ) -> Grammar | None:
-    """The grammar that a request asks for; None where any text will do. guided_grammar: in llguidance's Lark.
+    """The grammar that a request asks for; None where any text will do. guided_grammar: in llguidance's Lark. warnings: are
+    told what of a schema is not enforced; without them, as with its own `strict`, all of it must be.
 
     Errors: RequestError, INVALID or TOO_LARGE, with the field's name.
     """
     asked = {
-        "response_format": _response_grammar(response_format),
+        "response_format": _response_grammar(response_format, warnings),
         "guided_regex": None if guided_regex is None else Grammar("regex", guided_regex),
         "guided_choice": None if guided_choice is None else _choice_grammar(guided_choice),
-        "guided_json": None if guided_json is None else schema_grammar(guided_json, "guided_json"),
+        "guided_json": None if guided_json is None else schema_grammar(guided_json, "guided_json", warnings),
         "guided_grammar": None if guided_grammar is None else _lark_grammar(guided_grammar),
     }
     given = {name: grammar for name, grammar in asked.items() if grammar is not None}
@@ -70,20 +73,21 @@ def grammar_of(
     return None
 
 
-def validate(grammar: Grammar, tokenizer: LLTokenizer, param: str | None = None) -> None:
-    """Compiles the grammar against the checkpoint's vocabulary, so that no worker meets one that it cannot follow.
+def validate(grammar: Grammar, tokenizer: LLTokenizer, param: str | None = None) -> tuple[str, ...]:
+    """Compiles the grammar against the checkpoint's vocabulary, so that no worker meets one that it cannot follow. Returns what
+    of a lenient schema it does not hold an output to.
 
     Milliseconds; up to 0.2 s for a large schema: call it in a thread. Errors: RequestError UNPROCESSABLE.
     """
     try:
-        check(grammar, tokenizer)
+        return check(grammar, tokenizer)
     except GrammarError as error:
         message = textwrap.shorten(str(error), MAX_MESSAGE_CHARACTERS, placeholder=" ...")
         raise RequestError(Fault.UNPROCESSABLE, message, param=param, code="invalid_grammar") from None
 
 
-def schema_grammar(schema: str | Mapping[str, Any], param: str) -> Grammar:
-    """A JSON schema, as an object or as text. Errors: RequestError INVALID."""
+def schema_grammar(schema: str | Mapping[str, Any], param: str, warnings: Warnings | None = None) -> Grammar:
+    """A JSON schema, as an object or as text. warnings: None where all of it must be enforced. Errors: RequestError INVALID."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -92,7 +96,19 @@ def schema_grammar(schema: str | Mapping[str, Any], param: str) -> Grammar:
     if not isinstance(schema, Mapping):
         raise RequestError.invalid(f"{param} must be a JSON schema, which is an object, not {type(schema).__name__}", param)
     check_nesting(schema, param)
-    return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+    return Grammar("json_schema", json.dumps(followed_schema(schema, param, warnings), ensure_ascii=False))
+
+
+def followed_schema(schema: Mapping[str, Any], param: str, warnings: Warnings | None) -> dict[str, Any]:
+    """In words that the compiler follows. Its nesting must have been checked. warnings: as above."""
+    if warnings is None:
+        return followed(schema, lambda _: None, strict=True)
+    return followed(schema, lambda what: warnings.add(unenforced(param, what)), strict=False)
+
+
+def unenforced(param: str, what: str) -> str:
+    """A warning. param: the field with the schema."""
+    return f"{param}: not enforced: {what}"
 
 
 def check_size(grammar: Grammar, param: str) -> None:
@@ -110,7 +126,7 @@ def check_nesting(schema: Mapping[str, Any], param: str) -> None:
         raise RequestError.invalid(
             f"{param} has {len(references)} references, and {MAX_REFERENCES} are allowed: make it smaller", param
         )
-    levels = _levels(schema) + sum(_levels(_target(schema, ref)) for ref in set(references))
+    levels = _levels(schema) + sum(_levels(target(schema, ref)) for ref in set(references))
     if levels > MAX_NESTING:
         raise RequestError.invalid(
             f"{param} nests {levels} levels, those of what its references point to included, and {MAX_NESTING} are allowed: "
@@ -119,14 +135,14 @@ def check_nesting(schema: Mapping[str, Any], param: str) -> None:
         )
 
 
-def _response_grammar(response_format: Mapping[str, Any] | None) -> Grammar | None:
+def _response_grammar(response_format: Mapping[str, Any] | None, warnings: Warnings | None) -> Grammar | None:
     match response_format:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
             return schema_grammar(ANY_OBJECT, "response_format")
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
-            return schema_grammar(schema, "response_format.json_schema.schema")
+        case {"type": "json_schema", "json_schema": {"schema": schema, **rest}}:
+            return schema_grammar(schema, "response_format.json_schema.schema", None if rest.get("strict") else warnings)
         case {"type": "json_schema"}:
             raise RequestError.invalid(
                 'response_format: json_schema needs the schema, as {"type": "json_schema", "json_schema": {"name": ..., '
@@ -180,17 +196,3 @@ def _references(schema: Any) -> Iterator[str]:
             layer += part.values()
         elif isinstance(part, list):
             layer += part
-
-
-def _target(schema: Mapping[str, Any], reference: str) -> Any:
-    """The part of a schema that a reference points to; the whole of it where that cannot be told, which is no shallower."""
-    part: Any = schema
-    for step in unquote(reference.removeprefix("#")).split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(part, list) and name.isdecimal() and int(name) < len(part):
-            part = part[int(name)]
-        elif isinstance(part, Mapping) and name in part:
-            part = part[name]
-        else:
-            return schema
-    return part

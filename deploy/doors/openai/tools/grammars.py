@@ -21,16 +21,20 @@ class Grammars:
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._tokenizer: asyncio.Task[LLTokenizer] | None = None
-        self._valid: dict[tuple[str, Grammar], None] = {}
+        self._valid: dict[tuple[str, Grammar], tuple[str, ...]] = {}  # and what of it is not enforced
 
-    async def check(self, grammar: Grammar | None, param: str, account: str) -> None:
-        """param: the field that the grammar is made of. account: of who sends it. Errors: RequestError UNPROCESSABLE."""
-        if grammar is None or (account, grammar) in self._valid:
-            return
-        await asyncio.to_thread(validate, grammar, await self._loaded(), param)
-        self._valid[account, grammar] = None
+    async def check(self, grammar: Grammar | None, param: str, account: str) -> tuple[str, ...]:
+        """Returns what of it is not enforced. param: the field that the grammar is made of. account: of who sends it. Errors:
+        RequestError UNPROCESSABLE."""
+        if grammar is None:
+            return ()
+        if (known := self._valid.get((account, grammar))) is not None:
+            return known
+        unenforced = await asyncio.to_thread(validate, grammar, await self._loaded(), param)
+        self._valid[account, grammar] = unenforced
         if len(self._valid) > REMEMBERED:
             del self._valid[next(iter(self._valid))]
+        return unenforced
 
     async def _loaded(self) -> LLTokenizer:
         """Read with the first grammar, which takes up to a second."""

@@ -2,7 +2,7 @@
 
     read_tools ──▶ Tools ──specs──▶ the chat template
                          ──grammar──▶ SamplingParams, where a call is asked for
-                         ──parser──▶ one `ToolCallParser` for each choice
+                         ──parser──▶ one `ToolCallParser` for each choice, unless calls are left in the text
 
 Pure functions over the fields of a request; imports neither HTTP nor the engine.
 """
@@ -10,12 +10,17 @@ Pure functions over the fields of a request; imports neither HTTP nor the engine
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from deploy.doors.openai.tools.formats import check_nesting, check_size
-from deploy.doors.openai.tools.tool_calls import HERMES, LLAMA, ToolCallParser, ToolFormat
-from deploy.frontend.errors import RequestError
+from deploy.doors.openai.tools.families.format import CallGrammar, ToolFormat
+from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
+from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema, unenforced
+from deploy.doors.openai.tools.schemas import guided
+from deploy.doors.openai.tools.tool_calls import ToolCallParser
+from deploy.doors.openai.warnings import Warnings
+from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import WHITE_SPACE
@@ -23,7 +28,8 @@ from workers.sampling.grammar import WHITE_SPACE
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
-TOOL_FORMATS = {form.name: form for form in (HERMES, LLAMA)}
+AUTO, NONE = "auto", "none"
+"""Parsers beside the names of `TOOL_FORMATS`: the one of the format that the chat template shows, and none at all."""
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -33,82 +39,85 @@ AS_TRAINED = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexibl
 
 @dataclass(frozen=True, slots=True)
 class ToolDialect:
-    """How one checkpoint writes calls. marked_by_tokens: `begin` and `end` are single tokens of its vocabulary, which a grammar
-    must name as such."""
+    """How one checkpoint writes calls. form: None where they are left in the text. tokens: marks of the format that are single
+    tokens of its vocabulary, by their ids."""
 
-    form: ToolFormat
-    marked_by_tokens: bool
+    form: ToolFormat | None
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer | None, name: str | None = None) -> "ToolDialect | None":
-        """Told by what the chat template shows the model; name: a key of `TOOL_FORMATS`, where that is known better. None: the
-        checkpoint does not call tools, or in no format that is read here."""
+    def of(cls, tokenizer: Tokenizer | None, parser: str = AUTO) -> "ToolDialect | None":
+        """parser: a key of `TOOL_FORMATS`, AUTO or NONE. None: the checkpoint does not call tools, or in no format that is read
+        here."""
+        if parser == NONE:
+            return cls(None)
         if tokenizer is None:
             return None
-        form = _form_shown(tokenizer.chat_template) if name is None else TOOL_FORMATS[name]
+        form = format_shown(tokenizer.chat_template) if parser == AUTO else TOOL_FORMATS[parser]
         if form is None:
             return None
-        marks = [mark for mark in (form.begin, form.end) if mark.startswith("<")]
-        return cls(form, bool(marks) and all(map(tokenizer.has_token, marks)))
+        return cls(form, {mark: id for mark in form.marks if (id := tokenizer.token_id(mark)) is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What one request offers. specs: as the client wrote them. schemas: of each function's arguments, by its name.
+    """What one request offers. specs: as the client wrote them. schemas: of each function's arguments, by its name. strict: the
+    functions whose schemas must be enforced as a whole, where they are at all.
 
-    forced: one of these must be called; empty where the model decides. parallel: it may make several calls at once.
+    forced: one of these must be called; empty where the model decides. parallel: it may make several calls at once, but not
+    where one function is named.
     """
 
     dialect: ToolDialect
     specs: Sequence[Mapping[str, Any]]
     schemas: Mapping[str, Mapping[str, Any]]
+    strict: frozenset[str]
     forced: tuple[str, ...]
     parallel: bool
 
-    def parser(self, new_id: Callable[[], str]) -> ToolCallParser:
-        """For the output of one choice."""
-        return ToolCallParser(self.dialect.form, self.schemas.keys(), new_id, parallel=self.parallel)
+    def parser(self, new_id: Callable[[], str]) -> ToolCallParser | None:
+        """For the output of one choice. None: its calls are left in the text."""
+        form = self.dialect.form
+        return None if form is None else ToolCallParser(form, self.schemas, new_id, parallel=self.parallel)
 
-    def grammar(self, answer: Grammar | None = None) -> Grammar | None:
+    def grammar(self, answer: Grammar | None, warnings: Warnings) -> Grammar | None:
         """What the output must match: calls, where one is forced; else calls or the answer, where that has a form of its own;
-        else None: the model decides freely, and `strict` binds nobody. Errors: RequestError, INVALID or TOO_LARGE."""
+        else None: the model decides freely, and `strict` binds nobody. warnings: are told what is not enforced. Errors:
+        RequestError, INVALID or TOO_LARGE."""
+        form = self.dialect.form
         if answer is not None and answer.kind != "json_schema":
             raise RequestError.invalid("a guided output leaves no room for calls: give tools or guide the output", "tools")
-        if self.forced:
-            grammar = Grammar("lark", f"start: calls\n{self._call_rules()}")
-        elif answer is None:
-            return None
-        elif not self.dialect.form.begin:
+        if form is None or (answer is None and not self.forced):
+            return answer
+        names = self.forced or tuple(self.schemas)
+        schemas = {name: self._schema(name, warnings) for name in names}
+        check_size(Grammar("json_schema", json.dumps(schemas)), "tools")  # rules may repeat parts of them
+        told = partial(self._unenforced, warnings=warnings)
+        calls = form.rules(CallGrammar(schemas, told, self.dialect.tokens, parallel=self.parallel))
+        if self.forced or answer is None:
+            grammar = Grammar("lark", f"start: calls\n{calls}")
+        elif not form.begins:
             raise RequestError.invalid(
-                f"in the {self.dialect.form.name} format a call cannot be told from an answer in JSON: leave response_format "
-                "out, or set tool_choice to required or none",
+                f"in the {form.name} format a call cannot be told from an answer in JSON: leave response_format out, or set "
+                "tool_choice to required or none",
                 "response_format",
             )
         else:
-            schema = {"x-guidance": {"whitespace_pattern": WHITE_SPACE}, **json.loads(answer.text)}
-            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {json.dumps(schema)}\n{self._call_rules()}")
+            schema = json.dumps(guided(json.loads(answer.text), {"whitespace_pattern": WHITE_SPACE}))
+            grammar = Grammar("lark", f"start: calls | answer\nanswer: %json {schema}\n{calls}")
         check_size(grammar, "tools")
         return grammar
 
-    def _call_rules(self) -> str:
-        """Each function's arguments are a schema of their own, so that references in it stay true."""
-        form = self.dialect.form
-        begin, end = self._mark(form.begin), self._mark(form.end) if form.begin else ""
-        gap = json.dumps("\n") if form.begin else ""
-        names = self.forced or tuple(self.schemas)
-        more = f" ({json.dumps(form.join)} call)*" if self.parallel else ""
-        lines = [
-            f"calls: call{more}",
-            f"call: {begin} {gap} ({' | '.join(f'call_{at}' for at in range(len(names)))}) {gap} {end}",
-        ]
-        for at, name in enumerate(names):
-            head = json.dumps(f'{{"name": "{name}", "{form.arguments}": ')
-            schema = {"type": "object", "x-guidance": AS_TRAINED, **self.schemas[name]}
-            lines += [f'call_{at}: {head} arguments_{at} "}}"', f"arguments_{at}: %json {json.dumps(schema)}"]
-        return "\n".join(lines)
+    def _schema(self, name: str, warnings: Warnings) -> Mapping[str, Any]:
+        schema = followed_schema(self.schemas[name], f"tools: {name}", None if name in self.strict else warnings)
+        return guided({"type": "object", **schema}, AS_TRAINED)
 
-    def _mark(self, text: str) -> str:
-        return text if self.dialect.marked_by_tokens else json.dumps(text)
+    def _unenforced(self, name: str, what: str, warnings: Warnings) -> None:
+        """Errors: RequestError, if all of the function's schema must be enforced."""
+        said = unenforced(f"tools: {name}", what)
+        if name in self.strict:
+            raise RequestError(Fault.UNPROCESSABLE, f"{said}, and it is strict", param="tools", code="invalid_grammar")
+        warnings.add(said)
 
 
 def read_tools(
@@ -123,21 +132,31 @@ def read_tools(
     if len(tools) > MAX_TOOLS:
         raise RequestError.invalid(f"tools must be a list of at most {MAX_TOOLS} functions", "tools")
     schemas: dict[str, Mapping[str, Any]] = {}
+    strict = set()
     for position, tool in enumerate(tools):
         name, schema = _read_function(tool, f"tools[{position}]")
         if name in schemas:
             raise RequestError.invalid(f"tools[{position}]: there is a function {name!r} already: rename one", "tools")
         schemas[name] = schema
+        if tool["function"].get("strict"):
+            strict.add(name)
     forced = _read_choice(tool_choice, tuple(schemas))
     if tool_choice == "none":
         return None
     if dialect is None:
         raise RequestError.invalid(
-            "the chat template of this checkpoint shows no format of tool calls that is known here "
-            f"({', '.join(TOOL_FORMATS)}): leave tools out, or name its format to the server (tool_format)",
+            "the chat template of this checkpoint shows no format of tool calls that is known here. Leave tools out, or start "
+            f"the server with --tool-parser and what the model writes ({', '.join(TOOL_FORMATS)}, or none to have calls left "
+            "in the text), or with --chat-template and a template that shows tools",
             "tools",
         )
-    return Tools(dialect, tools, schemas, forced, parallel_tool_calls is not False)
+    if forced and dialect.form is None:
+        raise RequestError.invalid(
+            "this server leaves calls in the text (--tool-parser none), so none can be asked for: set tool_choice to auto",
+            "tool_choice",
+        )
+    parallel = parallel_tool_calls is not False and not isinstance(tool_choice, Mapping)
+    return Tools(dialect, tools, schemas, frozenset(strict), forced, parallel)
 
 
 def _read_function(tool: Mapping[str, Any], path: str) -> tuple[str, Mapping[str, Any]]:
@@ -177,11 +196,3 @@ def _read_choice(choice: str | Mapping[str, Any] | None, names: tuple[str, ...])
     raise RequestError.invalid(
         'tool_choice must be none, auto, required or {"type": "function", "function": {"name": ...}}', "tool_choice"
     )
-
-
-def _form_shown(template: str) -> ToolFormat | None:
-    """Hermes and Qwen show their marks with JSON between them, Llama 3 a bare object with a name and parameters. The newer Qwen
-    coders put XML between the same marks."""
-    if HERMES.begin in template:
-        return None if "<function=" in template else HERMES
-    return LLAMA if '"name": ' in template and '"parameters": ' in template else None

@@ -57,11 +57,11 @@ class Host:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
-    def service(self, cluster: Cluster, checkpoint: Path = EMBEDDED_MODEL) -> Service:
+    def service(self, cluster: Cluster, checkpoint: Path = EMBEDDED_MODEL, model: ServedModel | None = None) -> Service:
         """A connected service that runs until the host closes."""
 
         async def start() -> Service:
-            service = Service(ServedModel.read(MODEL, checkpoint, None), cluster)
+            service = Service(model or ServedModel.read(MODEL, checkpoint, None), cluster)
             self._services.append(asyncio.create_task(service.run()))
             return service
 
@@ -126,13 +126,14 @@ def host() -> Iterator[Host]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint that ships with Manta, with a chat template that says the same, and shows tools too."""
+    """The checkpoint that ships with Manta, with a chat template that says the same, and shows tools too. It does not think: a
+    grammar would let it begin with a thought."""
     folder = tmp_path_factory.mktemp("endpoint") / MODEL
     folder.mkdir()
     for file in EMBEDDED_MODEL.iterdir():
         (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").unlink()
-    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE.replace("<think></think>", "Briefly: "))
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.text.messages import Message, for_template
+from deploy.text.messages import FunctionCall, Message, ToolCall, for_template
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL
 from tests.deploy.doors.http.test_completions import UNUSUAL, forced
@@ -79,8 +79,14 @@ def test_an_answer_may_be_sent_again_as_it_came(client: openai.OpenAI, http: htt
 
 def test_what_a_template_may_read() -> None:
     message = Message(role="assistant", content="x", name="Ada", reasoning_content="hm", refusal="no", annotations=[1])
-    shown = {"role": "assistant", "content": "x", "name": "Ada", "reasoning_content": "hm"}
-    assert for_template([message]) == [shown]
+    thought = {"reasoning_content": "hm", "reasoning": "hm", "thinking": "hm"}
+    assert for_template([message]) == [{"role": "assistant", "content": "x", "name": "Ada"} | thought]
+    assert for_template([Message(role="assistant", content="x", reasoning="hm")]) == [
+        {"role": "assistant", "content": "x"} | thought
+    ]
+    assert for_template([Message(role="assistant", content="x", reasoning="")]) == [{"role": "assistant", "content": "x"}]
+    call = ToolCall(id="1", function=FunctionCall(name="f", arguments="{}"))
+    assert "thinking" not in for_template([Message(role="assistant", content="x", reasoning="hm", tool_calls=[call])])[0]
 
 
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
@@ -98,7 +104,7 @@ def test_parts_that_are_no_text_are_refused(client: openai.OpenAI, kind: str) ->
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "nobody", "content": "x"}], "messages[0].role"),
         ([*HELLO, {"content": "x"}], "messages[1].role"),
-        ([{"role": "user", "content": "x", "colour": "red"}], "messages[0].colour"),
+        ([{"role": "user", "content": "x", "contents": "red"}], "messages[0].contents"),
         ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
     ],
 )
@@ -172,7 +178,6 @@ def test_fields_of_no_consequence_are_ignored(client: openai.OpenAI) -> None:
         "prompt_cache_key": "key",
         "prompt_cache_options": {"mode": "explicit"},
         "prompt_cache_retention": "24h",
-        "reasoning_effort": "low",
         "safety_identifier": "someone",
         "service_tier": "auto",
         "store": True,

@@ -4,11 +4,13 @@ import json
 import re
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
 
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.doors.openai.warnings import HEADER
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL
 from tests.deploy.doors.http.test_chat import HELLO, chat
@@ -100,3 +102,18 @@ def test_what_cannot_be_compiled_is_a_422(client: openai.OpenAI, fields: dict[st
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         chat(client, **fields)
     assert (caught.value.param, caught.value.code) == (param, "invalid_grammar")
+
+
+def test_what_is_not_enforced_is_said_in_a_header(http: httpx.Client) -> None:
+    schema = {"type": "object", "properties": {"p": {"type": "string", "format": "path"}}, "additionalProperties": False}
+    for body in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"guided_json": schema},
+    ):
+        for stream in (False, True):  # the second time the grammar is known to be valid
+            answer = http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4, "stream": stream} | body)
+            assert (answer.status_code, "Unknown format: path" in answer.headers[HEADER]) == (200, True)
+    strict = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert http.post("/v1/chat/completions", json={"messages": HELLO, "response_format": strict}).status_code == 422
+    plain = http.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 4, "response_format": JSON_SCHEMA})
+    assert (plain.status_code, HEADER in plain.headers) == (200, False)

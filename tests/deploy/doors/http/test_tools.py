@@ -10,9 +10,12 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCall
 
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.serve import TOOL_PARSERS, ServeConfig
+from deploy.frontend.service import ServedModel, Service
 from deploy.text.tokenizer import Tokenizer
-from tests.deploy.doors.http.conftest import MODEL, Scripted
+from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, ScriptedCluster
 from tests.deploy.doors.http.test_chat import HELLO, chat, prompt_of, refused
+from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 WEATHER = {
@@ -92,13 +95,16 @@ def test_calls_are_streamed_as_deltas(client: openai.OpenAI) -> None:
     assert ends == [None] * (len(ends) - 1) + ["tool_calls"]
 
 
+def saying(text: str) -> FakeEngine:
+    tokenizer = Tokenizer.load(EMBEDDED_MODEL)
+    assert tokenizer is not None
+    return FakeEngine([*tokenizer.encode(text), *tokenizer.encode("<|im_end|>")])
+
+
 @pytest.fixture
 def speaking(scripted: Scripted, checkpoint: Path) -> openai.OpenAI:
     """A model that says what `SPOKEN` says."""
-    tokenizer = Tokenizer.load(EMBEDDED_MODEL)
-    assert tokenizer is not None
-    engine = FakeEngine([*tokenizer.encode(SPOKEN), *tokenizer.encode("<|im_end|>")])
-    return openai.OpenAI(base_url=f"{scripted(engine, checkpoint)}/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=f"{scripted(saying(SPOKEN), checkpoint)}/v1", api_key="none", max_retries=0)
 
 
 def test_a_model_may_speak_and_call(speaking: openai.OpenAI) -> None:
@@ -113,6 +119,61 @@ def test_a_model_may_speak_and_call(speaking: openai.OpenAI) -> None:
         for part in chunk.choices[0].delta.tool_calls or []:
             arguments += (part.function.arguments or "") if part.function else ""
     assert (text, arguments) == ("Let me see.", call.function.arguments)
+
+
+CODED = "Let me see.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
+
+
+def test_the_parser_may_be_named(host: Host, checkpoint: Path) -> None:
+    """This checkpoint's template shows another format."""
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": BOTH, "max_tokens": 200}
+    for parser in ("qwen3_coder", "none"):
+        service = host.service(ScriptedCluster(saying(CODED)), checkpoint)
+        address = host.serve(service, ServeConfig(tool_parser=parser))
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+            choice = client.chat.completions.create(**asked).choices[0]
+            if parser == "none":
+                assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (CODED, None, "stop")
+                assert refused(client, tools=BOTH, tool_choice="required").param == "tool_choice"
+                continue
+            (call,) = choice.message.tool_calls
+            assert (choice.message.content, choice.finish_reason) == ("Let me see.\n", "tool_calls")
+            assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
+            deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
+            told = [call.function.arguments for delta in deltas for call in delta.tool_calls or ()]
+            assert "".join(delta.content or "" for delta in deltas) == "Let me see.\n"
+            assert json.loads("".join(told)) == {"city": "Paris"}
+            assert len(told) > 3
+
+
+@pytest.mark.parametrize("parser", [name for name in TOOL_PARSERS if name not in ("auto", "none", "hermes")])
+def test_a_forced_call_in_the_syntax_of_any_family(host: Host, service: Service, parser: str) -> None:
+    address = host.serve(service, ServeConfig(tool_parser=parser))
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": BOTH, "tool_choice": WEATHER_ASKED, "max_tokens": 300}
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        for seed in range(3):
+            answer = client.chat.completions.create(**asked, seed=seed, temperature=1.0)
+            (call,) = calls_of(answer)
+            assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (None, "tool_calls")
+            assert call.function.name == "get_weather"
+            assert is_weather(call.function.arguments)
+
+
+def test_a_chat_template_from_a_file(host: Host, tmp_path: Path) -> None:
+    """With it a checkpoint calls tools whose own template knows of none."""
+    file = tmp_path / "template.jinja"
+    file.write_text(QWEN_TEMPLATE)
+    model = ServedModel.read(MODEL, EMBEDDED_MODEL, None, chat_template=str(file))
+    service = host.service(ScriptedCluster(saying(SPOKEN)), model=model)
+    with openai.OpenAI(base_url=f"{host.serve(service)}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        (call,) = calls_of(chat(client, tools=BOTH, max_tokens=200))
+        assert call.function.name == "get_weather"
+
+
+def test_a_named_function_is_called_once(client: openai.OpenAI) -> None:
+    endless = {"logit_bias": {"0": -100, "2": -100}, "max_tokens": 300, "temperature": 1.0, "seed": 4}
+    calls = calls_of(chat(client, tools=BOTH, tool_choice=WEATHER_ASKED, parallel_tool_calls=True, **endless))
+    assert [call.function.name for call in calls] == ["get_weather"]
 
 
 def test_without_tools_a_call_is_text(speaking: openai.OpenAI) -> None:
@@ -172,4 +233,7 @@ def test_tools_that_cannot_be(client: openai.OpenAI, fields: dict[str, object], 
 
 def test_tools_of_a_checkpoint_that_knows_of_none(scripted: Scripted) -> None:
     client = openai.OpenAI(base_url=f"{scripted(FakeEngine([300]))}/v1", api_key="none", max_retries=0)
-    assert refused(client, tools=[WEATHER]).param == "tools"
+    refusal = refused(client, tools=[WEATHER])
+    assert refusal.param == "tools"
+    assert "--tool-parser" in refusal.message
+    assert "--chat-template" in refusal.message

@@ -1,15 +1,17 @@
 """Conversations with tools, as chat templates show them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deploy.doors.openai.tools.families.known import TOOL_FORMATS
 from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
 from deploy.text.sources import read_source
-from deploy.text.tokenizer import Detokenizer, Tokenizer
+from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, TOOL_MARKS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
-from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
+from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened
 
 LIMITS = ModelLimits(vocab_size=410, max_tokens=8 * MAX_TOKENS, eos_ids=(EOS,))
 TOOL = {"type": "function", "function": {"name": "get", "parameters": {"type": "object", "properties": {}}}}
@@ -84,22 +86,59 @@ def test_refusals(qwen: Tokenizer, source: dict[str, Any], message: str) -> None
 
 
 def test_a_template_that_shows_no_tools(tokenizer: Tokenizer) -> None:
-    with pytest.raises(PromptError, match="chat template does not show tools to the model: leave tools out"):
+    with pytest.raises(PromptError, match=r"does not show tools to the model: leave tools out, or .*--chat-template"):
         ids_of(tokenizer, Conversation([USER], tools=[TOOL]))
     assert ids_of(tokenizer, Conversation([USER], tools=[]))
+
+
+DEEPSEEK = """\
+{%- for message in messages %}<|{{ message.role }}|>{{ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + call['function']['arguments'] }}
+{%- endfor %}
+{%- endfor %}"""
+
+
+def test_arguments_are_text_to_a_template_that_joins_them(make_checkpoint: MakeCheckpoint) -> None:
+    tokenizer = opened(make_checkpoint(DEEPSEEK))
+    for given in ({"a": ["é"]}, '{"a": ["é"]}'):
+        content, *_ = read_source({"messages": [USER, called(given)]})
+        assert tokenizer.decode(ids_of(tokenizer, content)).endswith('get<｜tool▁sep｜>{"a": ["é"]}')
+    assert tokenizer.chat_text([USER, called('{"a')]).endswith('<｜tool▁sep｜>{"a')
+
+
+def test_a_template_from_a_file(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """In place of the checkpoint's, whatever that is."""
+    file = tmp_path / "template.jinja"
+    file.write_text("\ufeff" + QWEN_TEMPLATE, encoding="utf-8")
+    for own in (LLAMA_TEMPLATE, None, [{"name": "tool_use", "template": "x"}]):
+        tokenizer = Tokenizer.load(make_checkpoint(own, TOOL_TOKENS), file)
+        assert tokenizer is not None
+        assert tokenizer.chat_template == QWEN_TEMPLATE
+        assert shown(tokenizer, [USER]).startswith("<|im_start|>user\nhello")
+    with pytest.raises(OSError, match="nowhere"):
+        Tokenizer.load(make_checkpoint(None), tmp_path / "nowhere")
+    file.write_text("{% if %}")
+    with pytest.raises(ValueError, match=r"template\.jinja is no chat template: .*, in line 1"):
+        Tokenizer.load(make_checkpoint(None), file)
+    file.write_text("{{ raise_exception('no user without a system') }}")
+    refusing = Tokenizer.load(make_checkpoint(None), file)
+    assert refusing is not None
+    with pytest.raises(PromptError, match="no user without a system"):
+        shown(refusing, [USER])
 
 
 def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation([USER], tools=[TOOL])
     ids_of(qwen, conversation)  # the first with tools asks whether the template shows any
     written: list[object] = []
-    render = qwen._render
+    render = qwen._template._render
 
     def watch(*given: Any) -> str:
         written.append(given)
         return render(*given)
 
-    monkeypatch.setattr(qwen, "_render", watch)
+    monkeypatch.setattr(qwen._template, "_render", watch)
     ids_of(qwen, conversation)
     assert written == [([USER], [TOOL], {})]
 
@@ -108,10 +147,17 @@ def test_a_conversation_is_written_once(qwen: Tokenizer, monkeypatch: pytest.Mon
 def test_marks_of_calls_are_text(make_checkpoint: MakeCheckpoint, special: bool) -> None:
     tokenizer = opened(make_checkpoint(QWEN_TEMPLATE, TOOL_TOKENS, special))
     ids = [*tokenizer.encode("hello <tool_call>\n{}\n</tool_call>"), EOS]
-    assert all(tokenizer.has_token(mark) for mark in TOOL_TOKENS)
+    assert None not in map(tokenizer.token_id, TOOL_TOKENS)
     detokenizer = Detokenizer(tokenizer.decode)
     pieces = [detokenizer.push([token]) for token in ids]
     assert "".join([*pieces, detokenizer.flush()]) == "hello <tool_call>\n{}\n</tool_call>"
+
+
+def test_the_marks_of_every_family_are_text(make_checkpoint: MakeCheckpoint) -> None:
+    tokenizer = opened(make_checkpoint(None, TOOL_MARKS, special=True))
+    assert tokenizer.decode(tokenizer.encode("".join(TOOL_MARKS))) == "".join(TOOL_MARKS)
+    marks = {mark for form in TOOL_FORMATS.values() for mark in form.marks}
+    assert marks - set(TOOL_MARKS) == {"<|channel|>", "<|constrain|>", "<|message|>"}, "those of channels are no marks of calls"
 
 
 def test_the_template_with_tools_is_the_one_that_is_read(make_checkpoint: MakeCheckpoint, qwen: Tokenizer) -> None:
@@ -120,3 +166,11 @@ def test_the_template_with_tools_is_the_one_that_is_read(make_checkpoint: MakeCh
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": QWEN_TEMPLATE}]
     assert opened(make_checkpoint(several)).chat_template == QWEN_TEMPLATE
     assert opened(make_checkpoint([{"name": "rag", "template": "x"}])).chat_template == ""
+
+
+def test_marks_of_channels_are_text_where_there_are_channels(make_checkpoint: MakeCheckpoint) -> None:
+    shown = opened(make_checkpoint(None, (*CHANNEL_MARKS, *THINK_MARKS), special=True))
+    text = "".join((*CHANNEL_MARKS, *THINK_MARKS))
+    assert shown.decode(shown.encode(text)) == text
+    plain = opened(make_checkpoint(None, ("<|start|>",), special=True))
+    assert plain.decode(plain.encode("<|start|>a<|end|>")) == "a"

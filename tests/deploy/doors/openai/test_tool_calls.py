@@ -9,19 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.doors.openai.tools.tool_calls import (
-    HERMES,
-    LLAMA,
-    CallArguments,
-    CallBegin,
-    Event,
-    PlainText,
-    ToolCallParser,
-    ToolFormat,
-)
+from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
+from deploy.doors.openai.tools.families.format import ToolFormat
+from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
+from deploy.doors.openai.tools.tool_calls import ToolCallParser
 
-NAMES = ("get_weather", "add", "f")
-FORMS = (HERMES, LLAMA)
+NAMES: dict[str, dict[str, Any]] = {"get_weather": {}, "add": {}, "f": {}}
+FORMS = (HERMES, LLAMA3_JSON)
 
 
 def numbered() -> Callable[[], str]:
@@ -64,7 +58,7 @@ HERMES_SAMPLES: list[tuple[str, list[Event]]] = [
     (
         'Let me see.\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, {}]}}\n</tool_call>\n'
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\nDone.',
-        [PlainText("Let me see."), *call(0, "add", '{"a": 1, "b": [2, {}]}'), *call(1, "f", "{}"), PlainText("Done.")],
+        [PlainText("Let me see.\n"), *call(0, "add", '{"a": 1, "b": [2, {}]}'), *call(1, "f", "{}"), PlainText("\nDone.")],
     ),
     # Hermes 2 wrote the arguments first
     ('<tool_call>\n{"arguments": {"s": "}<\\"/"}, "name": "f"}\n</tool_call>', call(0, "f", '{"s": "}<\\"/"}')),
@@ -79,7 +73,7 @@ HERMES_SAMPLES: list[tuple[str, list[Event]]] = [
         [*call(0, "f", "{}"), *call(1, "add", "{}")],
     ),
     ('<tool_call>{"name": "f", "arguments": {}, "id": "x"}</tool_call>', call(0, "f", "{}")),
-    ('<tool_call>{"name": "f", "arguments": {}} and then', [*call(0, "f", "{}"), PlainText("and then")]),
+    ('<tool_call>{"name": "f", "arguments": {}} and then', [*call(0, "f", "{}"), PlainText(" and then")]),
     ('<tool_call>{"name": "f", "arguments": {}}, "and', [*call(0, "f", "{}"), PlainText(', "and')]),
     # cut off by the length
     ('<tool_call>\n{"name": "f", "arguments": {"a": "x', call(0, "f", '{"a": "x')),
@@ -94,8 +88,8 @@ LLAMA_SAMPLES: list[tuple[str, list[Event]]] = [
         [*call(0, "add", '{"a": "1; 2"}'), *call(1, "f", "{}")],
     ),
     ('{"name": "f", "parameters": {}}\n{"name": "add", "parameters": {}}', call(0, "f", "{}") + call(1, "add", "{}")),
-    ('{"name": "f", "parameters": {}}; sorry', [*call(0, "f", "{}"), PlainText("sorry")]),
-    ('{"name": "f", "parameters": {}} {"name": "no"}', [*call(0, "f", "{}"), PlainText('{"name": "no"}')]),
+    ('{"name": "f", "parameters": {}}; sorry', [*call(0, "f", "{}"), PlainText(" sorry")]),
+    ('{"name": "f", "parameters": {}} {"name": "no"}', [*call(0, "f", "{}"), PlainText(' {"name": "no"}')]),
 ]  # fmt: skip
 
 ANSWERS = [
@@ -106,17 +100,17 @@ ANSWERS = [
     (HERMES, '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>'),
     (HERMES, "<tool_call>f()</tool_call>"),
     (HERMES, '{"name": "f", "arguments": {}}'),
-    (LLAMA, "  An answer { with braces }\n"),
-    (LLAMA, '{"name": "Ada", "born": 1815}'),
-    (LLAMA, '{"city": "Paris"}'),
-    (LLAMA, 'See {"name": "f", "parameters": {}}'),
-    (LLAMA, '{"name": "f", "para'),
+    (LLAMA3_JSON, "  An answer { with braces }\n"),
+    (LLAMA3_JSON, '{"name": "Ada", "born": 1815}'),
+    (LLAMA3_JSON, '{"city": "Paris"}'),
+    (LLAMA3_JSON, 'See {"name": "f", "parameters": {}}'),
+    (LLAMA3_JSON, '{"name": "f", "para'),
 ]
 """Texts without a call in them."""
 
 SAMPLES: list[tuple[ToolFormat, str, list[Event]]] = [
     *((HERMES, *sample) for sample in HERMES_SAMPLES),
-    *((LLAMA, *sample) for sample in LLAMA_SAMPLES),
+    *((LLAMA3_JSON, *sample) for sample in LLAMA_SAMPLES),
     *((form, text, told(text)) for form, text in ANSWERS),
     *((form, "", []) for form in FORMS),
 ]
@@ -136,7 +130,7 @@ def test_told_as_soon_as_it_is_certain() -> None:
         ("b>", [PlainText(" <b>")]),
         (' <tool_call>{"name": "add"', []),
         (', "arguments":', []),
-        ('{"a', [CallBegin(0, "call_0", "add"), CallArguments(0, '{"a')]),
+        ('{"a', [PlainText(" "), CallBegin(0, "call_0", "add"), CallArguments(0, '{"a')]),
         ('": "\\', [CallArguments(0, '": "\\')]),
         ('"}"', [CallArguments(0, '"}"')]),
         ("} }</tool_call>", [CallArguments(0, "}")]),
@@ -149,7 +143,7 @@ def test_told_as_soon_as_it_is_certain() -> None:
 
 
 def test_json_that_is_no_call_is_shown_at_its_first_strange_key() -> None:
-    parser = ToolCallParser(LLAMA, NAMES, numbered())
+    parser = ToolCallParser(LLAMA3_JSON, NAMES, numbered())
     assert parser.push('{"answer') == []
     assert parser.push('": 4') == [PlainText('{"answer": 4')]
     assert parser.push("2") == [PlainText("2")]
@@ -157,13 +151,13 @@ def test_json_that_is_no_call_is_shown_at_its_first_strange_key() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_call_at_a_time(form: ToolFormat) -> None:
-    one = f'{form.begin}{{"name": "f", "{form.arguments}": {{"a": 1}}}}{form.end}'
+def test_one_call_at_a_time(form: ObjectFormat) -> None:
+    one = f'{form.begin}{{"name": "f", "{form.key}": {{"a": 1}}}}{form.end}'
     assert parse(form, [one, " ", one], parallel=False) == call(0, "f", '{"a": 1}')
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_long_outputs_are_read_once(form: ToolFormat) -> None:
+def test_long_outputs_are_read_once(form: ObjectFormat) -> None:
     """Nested attempts that all fail at the end: a reader that begins anew after each takes minutes."""
     attempt = (form.begin or "{") + '{"id": ['
     text = attempt * 20_000
@@ -205,18 +199,21 @@ def conversations(draw: st.DrawFn) -> tuple[ToolFormat, str, list[Event]]:
     form = draw(st.sampled_from(FORMS))
     plain = st.text(st.characters(exclude_characters="<{", codec="utf-8")).map(str.strip)
     calls: list[tuple[str, Any]] = draw(
-        st.lists(st.tuples(st.sampled_from(NAMES), st.dictionaries(st.text(), JSON, max_size=3)), min_size=1, max_size=3)
+        st.lists(st.tuples(st.sampled_from([*NAMES]), st.dictionaries(st.text(), JSON, max_size=3)), min_size=1, max_size=3)
     )
     before = draw(plain) if form.begin else ""
-    text, events = before, told(before)
+    text, events = before, list[Event]()
     for index, (name, arguments) in enumerate(calls):
         written = json.dumps(arguments, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
-        members = [f'"name": {json.dumps(name)}', f'"{form.arguments}": {written}']
+        members = [f'"name": {json.dumps(name)}', f'"{form.key}": {written}']
         body = ", ".join(reversed(members) if draw(st.booleans()) else members)
-        text += f"{draw(SPACE)}{form.begin}{draw(SPACE) if form.begin else ''}{{{body}}}{draw(SPACE)}{form.end}"
+        space, inner, behind = draw(SPACE), draw(SPACE), draw(SPACE)
+        text += f"{space}{form.begin}{inner if form.begin else ''}{{{body}}}{behind}{form.end.strip() or ';'}"
+        if before and not index:
+            events += told(before + space.removesuffix(form.gap))
         events += call(index, name, written)
-    after = draw(plain)
-    return form, text + draw(SPACE) + after, events + told(after)
+    space, after = draw(SPACE), draw(plain)
+    return form, text + space + after, events + told(space + after if after else "")
 
 
 @settings(max_examples=200)

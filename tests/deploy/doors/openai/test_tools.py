@@ -9,16 +9,20 @@ import pytest
 
 from deploy.config import serve as serve_config
 from deploy.config.serve import ServeConfig
+from deploy.doors.openai.tools.events import CallArguments, CallBegin
+from deploy.doors.openai.tools.families.known import TOOL_FORMATS
+from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
 from deploy.doors.openai.tools.formats import grammar_of, validate
-from deploy.doors.openai.tools.tool_calls import HERMES, LLAMA, CallArguments, CallBegin
-from deploy.doors.openai.tools.tools import TOOL_FORMATS, ToolDialect, Tools, read_tools
+from deploy.doors.openai.tools.tools import AUTO, NONE, ToolDialect, Tools, read_tools
+from deploy.doors.openai.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
 from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened, vocabulary
 from tests.deploy.doors.openai.matching import accepts
 
-DIALECTS = [ToolDialect(HERMES, True), ToolDialect(HERMES, False), ToolDialect(LLAMA, False)]
+MARKED = {"<tool_call>": 315, "</tool_call>": 316}
+DIALECTS = [ToolDialect(HERMES, MARKED), ToolDialect(HERMES), ToolDialect(LLAMA3_JSON)]
 
 WEATHER = {
     "type": "object",
@@ -42,6 +46,11 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def bound(choice: Any, dialect: ToolDialect | None = DIALECTS[0], **more: Any) -> Grammar | None:
+    """The grammar of what is offered."""
+    return read(choice, dialect, **more).grammar(None, Warnings())
+
+
 def read(
     choice: Any = "auto", dialect: ToolDialect | None = DIALECTS[0], tools: Any = TOOLS, parallel: bool | None = None
 ) -> Tools:
@@ -53,9 +62,9 @@ def read(
 def written(dialect: ToolDialect, *calls: tuple[str, Any]) -> str:
     """Calls as a model of this dialect writes them."""
     form = dialect.form
-    gap = "\n" if form.begin else ""
-    bodies = [json.dumps({"name": name, form.arguments: arguments}) for name, arguments in calls]
-    return form.join.join(f"{form.begin}{gap}{body}{gap}{form.end if form.begin else ''}" for body in bodies)
+    assert isinstance(form, ObjectFormat)
+    bodies = [json.dumps({"name": name, form.key: arguments}) for name, arguments in calls]
+    return str(form.join).join(f"{form.begin}{body}{form.end}" for body in bodies)
 
 
 @pytest.mark.parametrize("choice", [None, "auto", "none", "required", named("get")])
@@ -69,7 +78,7 @@ def test_choices(choice: Any) -> None:
     assert offered.forced == {"required": ("get_weather", "get", "log"), "auto": (), None: ()}.get(
         choice if isinstance(choice, str | None) else "", ("get",)
     )
-    assert (offered.grammar() is None) == (not offered.forced)
+    assert (offered.grammar(None, Warnings()) is None) == (not offered.forced)
 
 
 @pytest.mark.parametrize("tools", [None, []])
@@ -113,8 +122,8 @@ def test_a_checkpoint_without_a_known_format() -> None:
 @pytest.fixture(scope="module", params=DIALECTS, ids=["hermes tokens", "hermes text", "llama"])
 def calling(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> tuple[ToolDialect, Path]:
     dialect: ToolDialect = request.param
-    template = LLAMA_TEMPLATE if dialect.form is LLAMA else QWEN_TEMPLATE
-    folder = make_checkpoint(template, TOOL_TOKENS if dialect.marked_by_tokens else ())
+    template = LLAMA_TEMPLATE if dialect.form is LLAMA3_JSON else QWEN_TEMPLATE
+    folder = make_checkpoint(template, TOOL_TOKENS if dialect.tokens else ())
     assert ToolDialect.of(opened(folder)) == dialect
     return dialect, folder
 
@@ -141,20 +150,21 @@ def test_a_required_call_is_one_of_the_functions_with_its_arguments(calling: tup
         written(dialect, ("get_wea", {})),
         good[0] + "!",
     ]
-    assert allowed(read("required", dialect).grammar(), folder, good + bad) == [True] * len(good) + [False] * len(bad)
+    assert allowed(bound("required", dialect), folder, good + bad) == [True] * len(good) + [False] * len(bad)
 
 
 def test_a_named_call(calling: tuple[ToolDialect, Path]) -> None:
     dialect, folder = calling
     outputs = [written(dialect, ("get", {})), written(dialect, ("log", {})), written(dialect, ("get", {}), ("get", {}))]
-    assert allowed(read(named("get"), dialect).grammar(), folder, outputs) == [True, False, True]
-    assert allowed(read(named("get"), dialect, parallel=False).grammar(), folder, outputs) == [True, False, False]
+    assert allowed(bound(named("get"), dialect), folder, outputs) == [True, False, False]
+    assert allowed(bound(named("get"), dialect, parallel=False), folder, outputs) == [True, False, False]
 
 
 def test_what_a_grammar_allows_the_parser_reads(calling: tuple[ToolDialect, Path]) -> None:
     dialect, _ = calling
     numbers = count()
     parser = read("required", dialect).parser(lambda: f"call_{next(numbers)}")
+    assert parser is not None
     output = written(dialect, ("get_weather", PARIS), ("get", {}))
     assert [*parser.push(output), *parser.flush()] == [
         CallBegin(0, "call_0", "get_weather"),
@@ -169,35 +179,47 @@ def test_calls_beside_an_answer_with_a_form(calling: tuple[ToolDialect, Path]) -
     answer = grammar_of(guided_json={"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]})
     assert answer is not None
     outputs = [written(dialect, ("get", {})), '{"name": "Ada"}', "Ada", written(dialect, ("get", {"a": 1}))]
-    if dialect.form is LLAMA:
+    if dialect.form is LLAMA3_JSON:
         with pytest.raises(RequestError, match="cannot be told from an answer in JSON"):
-            read("auto", dialect).grammar(answer)
+            read("auto", dialect).grammar(answer, Warnings())
     else:
-        assert allowed(read("auto", dialect).grammar(answer), folder, outputs) == [True, True, False, False]
-    assert read("required", dialect).grammar(answer) == read("required", dialect).grammar()
+        assert allowed(read("auto", dialect).grammar(answer, Warnings()), folder, outputs) == [True, True, False, False]
+    assert read("required", dialect).grammar(answer, Warnings()) == bound("required", dialect)
     with pytest.raises(RequestError, match="leaves no room for calls"):
-        read("auto", dialect).grammar(Grammar("regex", "a"))
+        read("auto", dialect).grammar(Grammar("regex", "a"), Warnings())
 
 
 def test_a_large_set_of_tools_is_refused_only_where_it_makes_a_grammar() -> None:
     many = [function(f"f{number}", {"properties": {"x": {"enum": ["y" * 3000]}}}) for number in range(100)]
-    assert read("auto", tools=many).grammar() is None
+    assert bound("auto", tools=many) is None
     with pytest.raises(RequestError, match="tools makes a grammar of") as caught:
-        read("required", tools=many).grammar()
+        bound("required", tools=many)
     assert caught.value.fault is Fault.TOO_LARGE
 
 
 def test_the_server_knows_every_format() -> None:
-    assert tuple(TOOL_FORMATS) == serve_config.TOOL_FORMATS
-    with pytest.raises(ValueError, match="tool_format='xml' is unknown: choose one of hermes, llama"):
-        ServeConfig(tool_format="xml")
+    assert (AUTO, NONE, *TOOL_FORMATS) == serve_config.TOOL_PARSERS
+    with pytest.raises(ValueError, match="tool_parser='xml' is unknown: choose one of auto, none, hermes, "):
+        ServeConfig(tool_parser="xml")
 
 
 def test_dialects(make_checkpoint: MakeCheckpoint, tokenizer: Tokenizer, llama: Tokenizer) -> None:
     assert ToolDialect.of(None) is None
     assert ToolDialect.of(tokenizer) is None
-    assert ToolDialect.of(tokenizer, "hermes") == ToolDialect(HERMES, False)
-    assert ToolDialect.of(llama, "hermes") == ToolDialect(HERMES, False)
-    coder = opened(make_checkpoint(QWEN_TEMPLATE.replace('{"name"', '<function=name>{"name"'), TOOL_TOKENS))
-    assert ToolDialect.of(coder) is None
-    assert ToolDialect.of(coder, "hermes") == ToolDialect(HERMES, True)
+    assert ToolDialect.of(tokenizer, "hermes") == ToolDialect(HERMES)
+    assert ToolDialect.of(llama, "hermes") == ToolDialect(HERMES)
+    other = opened(make_checkpoint(QWEN_TEMPLATE.replace('{"name"', '<function=name>{"name"'), TOOL_TOKENS))
+    assert ToolDialect.of(other) is None
+    assert ToolDialect.of(other, "hermes") == ToolDialect(HERMES, MARKED)
+
+
+def test_calls_may_be_left_in_the_text(tokenizer: Tokenizer) -> None:
+    dialect = ToolDialect.of(tokenizer, NONE)
+    assert dialect is not None
+    tools = read("auto", dialect)
+    assert (tools.specs, tools.parser(lambda: "")) == (TOOLS, None)
+    answer = grammar_of(guided_json={})
+    assert tools.grammar(answer, Warnings()) == answer
+    for choice in ("required", named("get")):
+        with pytest.raises(RequestError, match="leaves calls in the text"):
+            read(choice, dialect)

@@ -1,0 +1,36 @@
+"""What a client is told beside its answer: the response header `Warning`, as RFC 7234 writes it and Kubernetes uses it.
+
+Imports nothing of Manta.
+"""
+
+from collections.abc import Iterator
+
+HEADER = "Warning"
+MAX_CHARACTERS = 400
+"""Of one warning: proxies bound the head of a response."""
+
+MAX_WARNINGS = 8
+
+
+class Warnings:
+    """Of one request. Saying the same twice is saying it once."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, None] = {}
+
+    def add(self, text: str) -> None:
+        self._said[text] = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._said)
+
+    def headers(self) -> dict[str, str]:
+        """Nothing where nothing was said."""
+        shown = [f'299 manta "{_quoted(text)}"' for text in list(self._said)[:MAX_WARNINGS]]
+        return {HEADER: ", ".join(shown)} if shown else {}
+
+
+def _quoted(text: str) -> str:
+    """Names that clients make up may hold anything, a header nothing but printable ASCII."""
+    plain = ascii(text)[1:-1].replace("\\'", "'").replace('"', "'")
+    return plain if len(plain) <= MAX_CHARACTERS else f"{plain[:MAX_CHARACTERS]}..."
