@@ -43,9 +43,8 @@ TURN = "manta"
 TOOL_MARKS = ("<tool_call>", "</tool_call>")
 THINK_MARKS = ("<think>", "</think>")
 CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
-SHOWN_MARKS = (TOOL_MARKS, THINK_MARKS, CHANNEL_MARKS)
 """Tokens that belong to the text also where a checkpoint calls them special: calls, thoughts and channels are told by them.
-Those of one kind only together: an `<|end|>` by itself is the end of a text."""
+Those of channels only together: an `<|end|>` by itself is the end of a text."""
 
 Message = Mapping[str, Any]
 """A chat message: {"role": "user", "content": "..."} and whatever else the checkpoint's template reads."""
@@ -299,9 +298,10 @@ def _decoder_kinds(backend: Any) -> set[str]:
 
 
 def _showing_marks(backend: Any) -> Any:
-    """The tokenizer, or a copy to which `SHOWN_MARKS` are not special. Takes as long as reading it from its file."""
+    """The tokenizer, or a copy to which the marks above are not special. Takes as long as reading it from its file."""
     added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
-    shown = {mark for marks in SHOWN_MARKS if added.keys() >= {*marks} for mark in marks}
+    channels = CHANNEL_MARKS if added.keys() >= {*CHANNEL_MARKS} else ()
+    shown = added.keys() & {*TOOL_MARKS, *THINK_MARKS, *channels}
     if not any(added[mark] for mark in shown):
         return backend
     settings = json.loads(backend.to_str())
