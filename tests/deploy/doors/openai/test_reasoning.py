@@ -89,6 +89,7 @@ CHANNELS: list[tuple[str, Told]] = [
     ("<|channel|>analysis<|message|>Hm.<|start|>assistant<|channel|>final<|message|>Yes.", [(T, "Hm."), (A, "Yes.")]),
     ("No channels: <b>to=1</b>", [(A, "No channels: <b>to=1</b>")]),
     ("<|channel|>fin", []),
+    ("<|channel|>" + "x" * 600, [(A, "<|channel|>" + "x" * 600)]),
     ("", []),
 ]
 
