@@ -66,7 +66,8 @@ def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def _for_template(message: Message, path: str) -> dict[str, Any]:
     thought = message.reasoning_content or message.reasoning or None
     content = message.refusal if message.content is None else message.content
-    if content is None and not (message.tool_calls or thought or message.audio):
+    elsewhere = message.role == "assistant" and (thought or message.audio)
+    if content is None and not message.tool_calls and not elsewhere:
         raise PromptError(f"{path} says nothing: give it content", f"{path}.content")
     if message.role == "tool" and message.tool_call_id is None:
         raise PromptError(f"{path}: say which call it answers, in tool_call_id", f"{path}.tool_call_id")

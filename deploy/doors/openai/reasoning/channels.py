@@ -21,6 +21,8 @@ HEADS = (CHANNEL, START, RECIPIENT)
 """What the head of a message begins with, after white space. An output that begins with something else is an answer."""
 
 ANALYSIS = "analysis"
+MAX_HEAD_CHARACTERS = 512
+"""What goes on for longer is no head. The name of a function has 64 at most."""
 
 _ROLE = re.compile(rf"\s*{re.escape(START)}\w*")
 """What a head begins with unless it is the output's first."""
@@ -63,6 +65,9 @@ class ChannelParser(ReasoningParser):
             self._open(thinks=False, call=False)
             return True
         head, mark, rest = self._held.partition(MESSAGE)
+        if len(head) > MAX_HEAD_CHARACTERS:
+            self._open(thinks=False, call=False)
+            return True
         if not mark:
             self.place = Place.UNDECIDED
             self._held = "" if ended else self._held
