@@ -70,14 +70,12 @@ class Ending:
         return True
 
     def end_ray(self, until_s: float) -> None:
-        """Shuts down the Ray cluster that this process has started. Nothing of it outlives this call."""
+        """Shuts down the Ray cluster that this process has started, unless a late step still asks something of it: whoever asks
+        a Ray that was shut down ends the process, or starts another one. Nothing of it outlives this call."""
         import ray
-        from ray._private import auto_init_hook
 
         session = _session()
-        if self._late:
-            auto_init_hook.enable_auto_connect = False  # what a late step asks of Ray would start another one
-        if not self.give(until_s, ray.shutdown):
+        if self._late or not self.give(until_s, ray.shutdown):
             logger.warning("Ray does not end by itself: its processes are killed")
             _part_from_ray()
         if session is not None:
@@ -112,10 +110,12 @@ def writers(folder: Path) -> set[int]:
 
 
 def _part_from_ray() -> None:
-    """At its exit the interpreter would ask what has gone, and wait for ever."""
+    """At its exit the interpreter would ask what has gone, and wait for ever; and a late step would start another Ray."""
     import ray
+    from ray._private import auto_init_hook
 
     worker = ray._private.worker
+    auto_init_hook.enable_auto_connect = False
     atexit.unregister(worker.shutdown)
     if sys.excepthook is worker.custom_excepthook:
         sys.excepthook = worker.normal_excepthook

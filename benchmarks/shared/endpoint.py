@@ -30,6 +30,11 @@ LINGER_S = 5.0
 """What a command has started may outlive it by."""
 
 BLOCKS = re.compile(r'^manta_kv_blocks\{[^}]*state="(\w+)"[^}]*\} (\S+)$', re.MULTILINE)
+OWN_PORTS = tuple(
+    f"RAY_SERVE_{name}_PORT" for name in ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+)
+"""Fixed ones unless they are said: another endpoint may have them."""
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -104,10 +109,9 @@ class Endpoint:
 
 def serving(model: Path, options: Sequence[str], log: Path) -> contextlib.AbstractContextManager[Endpoint]:
     """Manta, ready on a free port. Errors: ServingError with the end of its log."""
-    port, *own = free_ports(3)
+    port, *own = free_ports(1 + len(OWN_PORTS))
     command = [sys.executable, "-m", "manta", "serve", "--model", str(model), "--port", str(port), *options]
-    names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")  # else fixed ones
-    haproxy = {name: str(free) for name, free in zip(names, own, strict=True)}
+    haproxy = {name: str(free) for name, free in zip(OWN_PORTS, own, strict=True)}
     return _running(command, haproxy, port, "/ready", log)
 
 
