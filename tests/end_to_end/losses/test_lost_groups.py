@@ -53,7 +53,7 @@ def test_with_no_group_left_requests_fail_saying_why(checkpoints: dict[str, Path
         assert len(outputs) == len(PROMPTS)
         assert all(output.finished for output in outputs)
         assert {choice.finish_reason for output in outputs for choice in output.outputs} <= {"error", "length"}
-        with pytest.raises(EngineError, match="burnt down"):
+        with pytest.raises((EngineError, GenerationError), match="burnt down"):  # the latter where the end is not known yet
             run(llm, PROMPTS, PARAMS)
 
 

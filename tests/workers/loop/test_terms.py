@@ -89,10 +89,10 @@ def test_a_term_that_does_not_begin_is_said(what: str) -> None:
 
 
 def test_a_leader_waits_as_long_as_it_is_told_that_there_will_be_one() -> None:
-    terms, found = Terms(0.5), list[Term | None]()
+    terms, found = Terms(3.0), list[Term | None]()
     waiting = threading.Thread(target=lambda: found.append(terms.next()))
     waiting.start()
-    for _ in range(30):
+    for _ in range(70):
         time.sleep(0.05)
         terms.hold_on()
     calling = Calling(terms, term(1))
