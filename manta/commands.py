@@ -10,7 +10,7 @@ import typer
 
 from deploy.batch.command import batch
 from deploy.cli import commands
-from deploy.cli.exits import Termination, reported_errors
+from deploy.cli.exits import Termination, leave, reported_errors
 from deploy.cli.operating import drain, roll
 from deploy.config.load import ConfigError
 from deploy.status.command import top
@@ -51,4 +51,7 @@ else:
 def main() -> None:
     """The entry point; SIGTERM ends as tidily as Ctrl-C does."""
     Termination.install()
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))

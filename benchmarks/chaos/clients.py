@@ -43,7 +43,9 @@ class Taken:
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"X-Request-Id": self.request_id} | ({"Last-Event-ID": self.last_event} if self.last_event else {})
+        """Of a client that goes on where it was: it asks for ids of events, and comes back with the last."""
+        asked = {"X-Request-Id": self.request_id, "Accept": "text/event-stream"}
+        return asked | ({"Last-Event-ID": self.last_event} if self.last_event else {})
 
 
 class Clients:

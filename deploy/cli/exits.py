@@ -125,6 +125,17 @@ def end_by(number: int) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def leave(code: int) -> NoReturn:
+    """The end of the process, once all is tidied up. Where a Ray is left that could not be shut down (`cluster.ending`), the
+    interpreter does not take itself apart: Ray's threads, which still ask what has gone, would crash in the midst of that."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _terminated() -> bool:
     termination = Termination.installed()
     return termination is not None and termination.asked
