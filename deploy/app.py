@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MAX_ASKING = 1024
 HEALTH_CHECK_S = 5.0
 TURN_POLL_S = 0.5
-GRACE_S = 10.0
+GRACE_S = 30.0
 """What requests under way have to end in when their replica shall."""
 CALL_TIMEOUT_S = 10.0
 QUIET = LoggingConfig(enable_access_log=False)

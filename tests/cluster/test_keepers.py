@@ -53,11 +53,12 @@ class Life:
             raise ConnectionRefusedError("no scheduler listens there")
 
     def rejoin(self, _scheduler: SchedulerAddress, _deadline: float) -> None:
+        serves = schedulers()
+        self.rejoined += bool(serves)
+        self.serves = serves
         self.epoch += 1
-        self.serves = schedulers()
-        if not self.serves:
+        if not serves:
             raise ConnectionError("no scheduler listens there")
-        self.rejoined += 1
 
     def hold_on(self) -> None:
         self.told += 1

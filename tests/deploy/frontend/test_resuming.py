@@ -173,6 +173,7 @@ def test_a_scheduler_that_does_not_come_is_told_as_such(monkeypatch: pytest.Monk
             output = generation.take()
             assert "no scheduler could be reached within 0.5 s" in str(output.error)
             assert output.fault is Fault.UNAVAILABLE
+        monkeypatch.undo()
         cluster.life = cluster._live()
         [later] = front_end.submit([prompts()[0]], lambda _: None)
         until("it has not ended", lambda: later.finished)
