@@ -175,7 +175,9 @@ def guard(binary: str, file: Path, first: int) -> None:
         for watch, process in zip(watches, (first, second.pid), strict=True):
             if watch.hangs(process):
                 os.kill(process, signal.SIGKILL)
-        if _noted(note) != second.pid:
+        if (noted := _noted(note)) is None:
+            break  # the folder has gone: nothing is waited for
+        if noted != second.pid:
             second.send_signal(signal.SIGUSR1)  # lets what it serves end
             second.wait()
             return
