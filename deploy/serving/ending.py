@@ -4,6 +4,7 @@ Knows the service, and neither Ray nor a server.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,18 +13,32 @@ from scheduler.server.stats import ClusterStatus
 
 GRACE_S = 3.0
 POLL_S = 0.1
+LATE_S = 1.5
+"""For the cluster to say what is under way; then it is waited for all the same, and said so."""
+
+UNKNOWN = -1
+"""Requests under way where nobody can say how many."""
 
 Say = Callable[[str], None]
 
 
 def let_end(status: Callable[[], ClusterStatus], say: Say) -> None:
     """Returns when the cluster has no request under way. Whoever calls it waits `GRACE_S` at most."""
-    told = False
-    while count := _under_way(status):
-        if not told:
-            told = True
+    untold = threading.Lock()  # taken by whoever says it: once
+
+    def tell(count: int) -> None:
+        if untold.acquire(blocking=False):
             say(_waiting(count))
-        time.sleep(POLL_S)
+
+    late = threading.Timer(LATE_S, tell, (UNKNOWN,))
+    late.daemon = True
+    late.start()
+    try:
+        while count := _under_way(status):
+            tell(count)
+            time.sleep(POLL_S)
+    finally:
+        late.cancel()
 
 
 def end_late(service: Service, say: Say) -> None:
@@ -39,9 +54,9 @@ def _waiting(count: int) -> str:
 
 
 def _under_way(status: Callable[[], ClusterStatus]) -> int:
-    """-1: nobody knows."""
+    """Or UNKNOWN."""
     try:
         engine = status().engine
     except Exception:  # Serve raises what the engine raised, and errors of its own
-        return -1
-    return engine.waiting + sum(group.running + group.fetching for group in engine.groups) if engine is not None else -1
+        return UNKNOWN
+    return engine.waiting + sum(group.running + group.fetching for group in engine.groups) if engine is not None else UNKNOWN

@@ -129,6 +129,18 @@ def kill_scheduler() -> None:
     os.kill(victim, signal.SIGKILL)
 
 
+def kept(kind: type[Life], scheduler: SchedulerKeeper, restarts: int) -> GroupKeeper:
+    """Of a group of that kind, the only one that is kept, once it is up."""
+    Life.made.clear()
+    keeper = GroupKeeper(
+        GROUPS, 0, lambda epoch: cast(GroupHandle, kind(GROUPS, epoch)), scheduler,
+        restarts=Restarts(restarts, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
+    )  # fmt: skip
+    keeper.start()
+    until("it does not come up", lambda: keeper.up(1.0))
+    return keeper
+
+
 def rejoined(lives: list[Life], times: int) -> bool:
     return [life.rejoined for life in lives] == [times] * len(lives)
 
@@ -173,13 +185,7 @@ def test_a_scheduler_that_dies_again_is_not_the_group_s_fault(
     scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "REJOIN_S", 0.2)
-    Life.made.clear()
-    keeper = GroupKeeper(
-        GROUPS, 0, lambda epoch: cast(GroupHandle, Unlucky(GROUPS, epoch)), scheduler,
-        restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
-    )  # fmt: skip
-    keeper.start()
-    until("it does not come up", lambda: keeper.up(1.0))
+    keeper = kept(Unlucky, scheduler, restarts=0)
     kill_scheduler()
     until("it did not go on", lambda: Life.made[0].rejoined == 1)
     assert scheduler.epoch == 2
@@ -191,13 +197,7 @@ def test_a_scheduler_that_dies_again_is_not_the_group_s_fault(
 def test_a_group_that_is_only_cut_off_goes_on_and_one_that_hangs_does_not(
     cut: bool, scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Life.made.clear()
-    keeper = GroupKeeper(
-        GROUPS, 0, lambda epoch: cast(GroupHandle, Life(GROUPS, epoch)), scheduler,
-        restarts=Restarts(3, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
-    )  # fmt: skip
-    keeper.start()
-    until("it does not come up", lambda: keeper.up(1.0))
+    keeper = kept(Life, scheduler, restarts=3)
     fenced = Fenced(GROUPS, 0, "it is not listened to", cut)
     monkeypatch.setattr(scheduler, "fenced", lambda _group, epoch: fenced if epoch == 0 else None)
     until("it did not come back", lambda: keeper.epoch == 1 and bool(Life.made[-1].serves))
@@ -210,13 +210,7 @@ def test_a_group_that_does_not_come_in_time_is_started_anew_for_free(
     scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(health, "REJOIN_S", 0.2)
-    Life.made.clear()
-    keeper = GroupKeeper(
-        GROUPS, 0, lambda epoch: cast(GroupHandle, Deaf(GROUPS, epoch)), scheduler,
-        restarts=Restarts(0, 600.0), start_timeout_s=PATIENCE_S, on_gone=lambda *_: None,
-    )  # fmt: skip
-    keeper.start()
-    until("it does not come up", lambda: keeper.up(1.0))
+    keeper = kept(Deaf, scheduler, restarts=0)
     kill_scheduler()
     until("it was not started anew", lambda: len(Life.made) == 2 and bool(Life.made[1].serves))
     first, second = Life.made

@@ -96,6 +96,7 @@ def test_it_ends_everything(role: str | None, number: signal.Signals | None, tmp
         said = log.read_text()
         assert not ended.left, said
         assert endpoint.returncode == 130, said
+        assert WAITING in said or role == "engine"  # its requests may have ended with it
         assert "Traceback" not in said
         for stream in streams:
             stream.join(PATIENCE_S)

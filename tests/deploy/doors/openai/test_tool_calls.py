@@ -13,6 +13,7 @@ from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, Pl
 from deploy.doors.openai.tools.families.format import ToolFormat
 from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
 from deploy.doors.openai.tools.tool_calls import ToolCallParser
+from tests.deploy.doors.openai.tool_calls import whole
 
 NAMES: dict[str, dict[str, Any]] = {"get_weather": {}, "add": {}, "f": {}}
 FORMS = (HERMES, LLAMA3_JSON)
@@ -21,20 +22,6 @@ FORMS = (HERMES, LLAMA3_JSON)
 def numbered() -> Callable[[], str]:
     numbers = count()
     return lambda: f"call_{next(numbers)}"
-
-
-def whole(events: Sequence[Event]) -> list[Event]:
-    """Events with neighbours of one kind put together."""
-    merged: list[Event] = []
-    for event in events:
-        match merged[-1:], event:
-            case [PlainText(before)], PlainText(text):
-                merged[-1] = PlainText(before + text)
-            case [CallArguments(index, before)], CallArguments(same, text) if index == same:
-                merged[-1] = CallArguments(index, before + text)
-            case _:
-                merged.append(event)
-    return merged
 
 
 def parse(form: ToolFormat, pieces: Sequence[str], parallel: bool = True) -> list[Event]:

@@ -1,7 +1,7 @@
 """What each family of models writes, from their chat templates and documentation, and what a parser makes of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import count
 from typing import Any
 
@@ -89,14 +89,10 @@ TEMPLATES = {
 """The part of each family's template that says how calls are written."""
 
 
-def parse(
-    family: str, pieces: list[str], parallel: bool = True, schemas: Mapping[str, Any] = SCHEMAS
-) -> tuple[list[Event], str]:
-    """The events, neighbours of one kind put together, and all text among them."""
-    numbers = count()
-    parser = ToolCallParser(TOOL_FORMATS[family], schemas, lambda: f"call_{next(numbers)}", parallel=parallel)
+def whole(events: Iterable[Event]) -> list[Event]:
+    """Events with neighbours of one kind put together."""
     merged: list[Event] = []
-    for event in [*(event for piece in pieces for event in parser.push(piece)), *parser.flush()]:
+    for event in events:
         match merged[-1:], event:
             case [PlainText(before)], PlainText(text):
                 merged[-1] = PlainText(before + text)
@@ -104,6 +100,16 @@ def parse(
                 merged[-1] = CallArguments(index, before + text)
             case _:
                 merged.append(event)
+    return merged
+
+
+def parse(
+    family: str, pieces: list[str], parallel: bool = True, schemas: Mapping[str, Any] = SCHEMAS
+) -> tuple[list[Event], str]:
+    """The events, neighbours of one kind put together, and all text among them."""
+    numbers = count()
+    parser = ToolCallParser(TOOL_FORMATS[family], schemas, lambda: f"call_{next(numbers)}", parallel=parallel)
+    merged = whole([*(event for piece in pieces for event in parser.push(piece)), *parser.flush()])
     return merged, "".join(event.text for event in merged if isinstance(event, PlainText))
 
 
