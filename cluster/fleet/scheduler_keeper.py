@@ -31,7 +31,7 @@ ADOPT_TIMEOUT_S = 10.0
 POLL_S = 0.25
 RESTART_PAUSE_S = 1.0
 HUNG_S = 30.0
-"""Of silence, after which a scheduler is replaced. All requests end with it, so it is given time to come back."""
+"""Of silence, after which a scheduler is replaced. All that runs is begun again then, so it is given time to come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LiveScheduler:
 
 
 class SchedulerKeeper:
-    """What the scheduler knows dies with it: every request under way fails. It comes back by itself.
+    """What the scheduler knows dies with it. Another comes up by itself, to which groups and front ends tell what they have.
 
     Errors: EngineError from every call once `close` was called; also, but for `expect`, if there is no scheduler for
     `CALL_TIMEOUT_S`.

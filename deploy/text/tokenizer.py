@@ -104,10 +104,6 @@ class Tokenizer:
         names = {self._implementation.eos_token, self._template.turn_end(list(ids))}
         return tuple(sorted(ids[name] for name in names if name in ids))
 
-    def has_token(self, text: str) -> bool:
-        """The text is one token of the vocabulary, by itself."""
-        return text in self._implementation.get_added_vocab()
-
     def token_id(self, text: str) -> int | None:
         """Of the text as one added token of the vocabulary; None if it is none."""
         id = self._implementation.get_added_vocab().get(text)

@@ -123,13 +123,13 @@ REASONING_FORMATS: dict[str, type[ReasoningFormat]] = {kind.name: kind for kind 
 
 def _name(tokenizer: Tokenizer, mark: str) -> str:
     """The mark in Lark: a token of the vocabulary by itself, or its text."""
-    return mark if tokenizer.has_token(mark) else f'"{mark}"'
+    return mark if tokenizer.token_id(mark) is not None else f'"{mark}"'
 
 
 def _up_to(mark: str, tokenizer: Tokenizer) -> tuple[str, str]:
     """Any text with the mark at its end, in Lark, and the rule that it names. The mark cannot be spelled where it is a token:
     who reads the text would take that for the end, and the grammar would not."""
-    if not tokenizer.has_token(mark):
+    if tokenizer.token_id(mark) is None:
         return "text", f'text[suffix="{mark}"]: /(?s:.*)/'
     spelled = re.escape(mark).replace("/", "\\/")
     return f"TEXT {mark}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){spelled}(?s:.*)/"
