@@ -18,12 +18,12 @@ from deploy.batch.lines import BatchRequest
 from deploy.config.load import Config
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import Caller
+from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest
-from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Cluster, ServedModel, Service
 from scheduler.server.stats import ClusterStatus

@@ -17,9 +17,9 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.entrance import REQUEST_ID_HEADER, Entrance, Gatekeeper, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
-from deploy.doors.openai.marks import LAST_EVENT_ID
 from deploy.doors.openai.routes import RECORDS, openai_routes
-from deploy.doors.openai.warnings import HEADER as WARNING_HEADER
+from deploy.doors.openai.streams.marks import LAST_EVENT_ID
+from deploy.doors.warnings import HEADER as WARNING_HEADER
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.observing import metrics

@@ -8,9 +8,9 @@ from typing import Any
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, Caller
+from deploy.doors.dialects.tools.formats import grammar_of
+from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.reading import check_model, check_numbers, sampling_params
-from deploy.doors.openai.tools.formats import grammar_of
-from deploy.doors.openai.tools.grammars import Grammars
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb

@@ -6,9 +6,12 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from deploy.config.serve import ServeConfig
+from deploy.doors.dialects.reasoning.reasoning import ReasoningFormat, Thinking
+from deploy.doors.dialects.tools.grammars import Grammars
+from deploy.doors.dialects.tools.tools import ToolDialect, Tools, read_tools
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
 from deploy.doors.openai.answers.logprobs import Entry, chat_logprobs, vllm_prompt_logprobs
-from deploy.doors.openai.answers.responses import (
+from deploy.doors.openai.answers.records import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -20,10 +23,7 @@ from deploy.doors.openai.answers.responses import (
 )
 from deploy.doors.openai.answers.speech import Said, Speech
 from deploy.doors.openai.endpoint import Endpoint, Telling
-from deploy.doors.openai.reasoning.reasoning import ReasoningFormat, Thinking
 from deploy.doors.openai.schemas import ChatRequest
-from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service import Service

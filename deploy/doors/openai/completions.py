@@ -6,13 +6,13 @@ from typing import Any, cast
 
 from msgspec import UNSET, UnsetType
 
+from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
 from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prompt, sampled, vllm_prompt_logprobs
-from deploy.doors.openai.answers.responses import Completion, CompletionChoice, Usage
+from deploy.doors.openai.answers.records import Completion, CompletionChoice, Usage
 from deploy.doors.openai.endpoint import Endpoint, Telling
 from deploy.doors.openai.schemas import CompletionRequest
-from deploy.doors.openai.tools.tools import Tools
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 

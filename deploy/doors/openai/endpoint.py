@@ -18,18 +18,18 @@ from msgspec import UnsetType
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import Caller
+from deploy.doors.dialects.reasoning.reasoning import Thinking
+from deploy.doors.dialects.tools.formats import unenforced
+from deploy.doors.dialects.tools.grammars import Grammars
+from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.doors.openai.answers.responses import ChatChunk, ChatCompletion, Completion, Usage
-from deploy.doors.openai.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
-from deploy.doors.openai.reasoning.reasoning import Thinking
+from deploy.doors.openai.answers.records import ChatChunk, ChatCompletion, Completion, Usage
 from deploy.doors.openai.schemas import GenerationRequest, StreamOptions
-from deploy.doors.openai.sse import event
-from deploy.doors.openai.tools.formats import unenforced
-from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.tools.tools import Tools
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.openai.streams.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
+from deploy.doors.openai.streams.sse import event
+from deploy.doors.warnings import Warnings
 from deploy.frontend.choice import NOTHING_TOLD, Told
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta

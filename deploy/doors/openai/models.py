@@ -1,6 +1,6 @@
 """`/v1/models`, `/tokenize` and `/detokenize`: what the model is, and what text is to it. No HTTP."""
 
-from deploy.doors.openai.answers.responses import ModelCard, ModelList, Text, Tokens
+from deploy.doors.openai.answers.records import ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.reading import check_model
 from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError

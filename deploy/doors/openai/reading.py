@@ -9,10 +9,10 @@ import msgspec
 
 from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
+from deploy.doors.dialects.tools.formats import grammar_of
 from deploy.doors.openai.schemas import GenerationRequest
-from deploy.doors.openai.tools.formats import grammar_of
 from deploy.doors.openai.unknown import shortened, without_unknown
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel
 from deploy.text.files import json_fault

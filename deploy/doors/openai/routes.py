@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request, Response
 from starlette.exceptions import HTTPException
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.openai.answers.responses import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
+from deploy.doors.dialects.tools.grammars import Grammars
+from deploy.doors.openai.answers.records import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
-from deploy.doors.openai.marks import LAST_EVENT_ID
 from deploy.doors.openai.models import Models
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import (
@@ -23,9 +23,9 @@ from deploy.doors.openai.schemas import (
     GenerationRequest,
     TokenizeRequest,
 )
-from deploy.doors.openai.sse import EventStream, unless_gone
-from deploy.doors.openai.tools.grammars import Grammars
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.openai.streams.marks import LAST_EVENT_ID
+from deploy.doors.openai.streams.sse import EventStream, unless_gone
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
 

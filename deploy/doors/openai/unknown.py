@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from deploy.config.faults import FieldFault, meant
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 
 SHOWN_CHARACTERS = 80

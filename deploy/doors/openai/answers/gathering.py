@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
+from deploy.doors.dialects.reasoning.reasoning import Thinking
 from deploy.doors.openai.answers.logprobs import Entry
-from deploy.doors.openai.answers.responses import CachedTokens, CompletionTokens, Usage
-from deploy.doors.openai.reasoning.reasoning import Thinking
+from deploy.doors.openai.answers.records import CachedTokens, CompletionTokens, Usage
 from deploy.doors.openai.schemas import StreamOptions
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.text.prompts import Prompt

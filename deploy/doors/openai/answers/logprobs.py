@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from deploy.doors.openai.answers.responses import (
+from deploy.doors.openai.answers.records import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,

@@ -7,12 +7,12 @@ from itertools import groupby
 
 from msgspec import UNSET
 
+from deploy.doors.dialects.reasoning.reasoning import Thinking
+from deploy.doors.dialects.reasoning.sections import Section
+from deploy.doors.dialects.tools.events import CallArguments, CallBegin, Event, PlainText
+from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai.answers.logprobs import Entry
-from deploy.doors.openai.answers.responses import CalledFunction, CalledTool
-from deploy.doors.openai.reasoning.reasoning import Thinking
-from deploy.doors.openai.reasoning.sections import Section
-from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
-from deploy.doors.openai.tools.tools import Tools
+from deploy.doors.openai.answers.records import CalledFunction, CalledTool
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
-from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE
+from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 MODEL = "tiny"

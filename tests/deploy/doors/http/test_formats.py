@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.doors.openai.warnings import HEADER
+from deploy.doors.warnings import HEADER
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL
 from tests.deploy.doors.http.test_chat import HELLO, chat

@@ -13,11 +13,11 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
 from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, Tokenizer
+from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host, ScriptedCluster
 from tests.deploy.doors.http.test_chat import HELLO, chat
 from tests.deploy.doors.http.test_resumed_streams import events_of, stream
 from tests.deploy.doors.http.test_tools import BOTH, calls_of
-from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 OPENING = QWEN_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")

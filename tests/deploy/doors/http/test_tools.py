@@ -13,9 +13,9 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import TOOL_PARSERS, ServeConfig
 from deploy.frontend.service import ServedModel, Service
 from deploy.text.tokenizer import Tokenizer
+from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, ScriptedCluster
 from tests.deploy.doors.http.test_chat import HELLO, chat, prompt_of, refused
-from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 WEATHER = {

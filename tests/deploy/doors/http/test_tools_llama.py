@@ -12,8 +12,8 @@ from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL, bound_openmp_spin
 from deploy.frontend.clusters import LocalCluster
 from deploy.text.tokenizer import Tokenizer
+from tests.deploy.doors.dialects.conftest import LLAMA_TEMPLATE
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host, ScriptedCluster
-from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 LEVEL = {"type": "object", "properties": {"level": {"enum": [1, 2, 3]}}, "required": ["level"], "additionalProperties": False}

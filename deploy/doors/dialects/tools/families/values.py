@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.doors.openai.tools.schemas import target
+from deploy.doors.dialects.tools.schemas import target
 
 Schema = Mapping[str, Any]
 Kinds = frozenset[str]

@@ -8,9 +8,9 @@ Pure functions over text: no tokens, no clock, no randomness; imports nothing of
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deploy.doors.openai.tools.events import Event, Events
-from deploy.doors.openai.tools.families.format import SPACE, ToolFormat
-from deploy.doors.openai.tools.pieces import Feed, Reading
+from deploy.doors.dialects.tools.events import Event, Events
+from deploy.doors.dialects.tools.families.format import SPACE, ToolFormat
+from deploy.doors.dialects.tools.pieces import Feed, Reading
 
 
 class ToolCallParser:

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.doors.openai.tools.events import CallArguments, CallBegin, PlainText
-from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
-from deploy.doors.openai.tools.tool_calls import ToolCallParser
-from tests.deploy.doors.openai.tool_calls import (
+from deploy.doors.dialects.tools.events import CallArguments, CallBegin, PlainText
+from deploy.doors.dialects.tools.families.known import TOOL_FORMATS, format_shown
+from deploy.doors.dialects.tools.tool_calls import ToolCallParser
+from tests.deploy.doors.dialects.tool_calls import (
     KIMI,
     ONE,
     PARAMETER,

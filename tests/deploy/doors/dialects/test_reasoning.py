@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from deploy.config import serve as serve_config
-from deploy.doors.openai.reasoning.channels import ChannelParser
-from deploy.doors.openai.reasoning.reasoning import REASONING_FORMATS, ReasoningFormat, Thinking
-from deploy.doors.openai.reasoning.sections import ReasoningParser
-from deploy.doors.openai.reasoning.think import Answer, ThinkParser
+from deploy.doors.dialects.reasoning.channels import ChannelParser
+from deploy.doors.dialects.reasoning.reasoning import REASONING_FORMATS, ReasoningFormat, Thinking
+from deploy.doors.dialects.reasoning.sections import ReasoningParser
+from deploy.doors.dialects.reasoning.think import Answer, ThinkParser
 from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, Tokenizer
 from scheduler.protocol.sampling import Grammar
-from tests.deploy.doors.openai.conftest import QWEN_TEMPLATE, MakeCheckpoint, opened, vocabulary
-from tests.deploy.doors.openai.matching import accepts
+from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE, MakeCheckpoint, opened, vocabulary
+from tests.deploy.doors.dialects.matching import accepts
 from workers.sampling.grammar import compile_grammar, load_tokenizer
 
 Told = list[tuple[bool, str]]

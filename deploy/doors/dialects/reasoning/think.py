@@ -3,7 +3,7 @@
 Pure functions over text; imports the sections, the marks, and the search for beginnings of marks.
 """
 
-from deploy.doors.openai.reasoning.sections import BLANKS, Place, ReasoningParser, Section
+from deploy.doors.dialects.reasoning.sections import BLANKS, Place, ReasoningParser, Section
 from deploy.text.stops import overlap
 from deploy.text.tokenizer import THINK_MARKS
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from itertools import count
 from typing import Any
 
-from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
-from deploy.doors.openai.tools.families.known import TOOL_FORMATS
-from deploy.doors.openai.tools.tool_calls import ToolCallParser
-from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE
+from deploy.doors.dialects.tools.events import CallArguments, CallBegin, Event, PlainText
+from deploy.doors.dialects.tools.families.known import TOOL_FORMATS
+from deploy.doors.dialects.tools.tool_calls import ToolCallParser
+from tests.deploy.doors.dialects.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE
 
 WEATHER = {
     "type": "object",

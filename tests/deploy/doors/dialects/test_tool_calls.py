@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.doors.openai.tools.events import CallArguments, CallBegin, Event, PlainText
-from deploy.doors.openai.tools.families.format import ToolFormat
-from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
-from deploy.doors.openai.tools.tool_calls import ToolCallParser
-from tests.deploy.doors.openai.tool_calls import whole
+from deploy.doors.dialects.tools.events import CallArguments, CallBegin, Event, PlainText
+from deploy.doors.dialects.tools.families.format import ToolFormat
+from deploy.doors.dialects.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
+from deploy.doors.dialects.tools.tool_calls import ToolCallParser
+from tests.deploy.doors.dialects.tool_calls import whole
 
 NAMES: dict[str, dict[str, Any]] = {"get_weather": {}, "add": {}, "f": {}}
 FORMS = (HERMES, LLAMA3_JSON)

@@ -8,7 +8,7 @@ The form is OpenAI's harmony. Pure functions over text; imports the sections, th
 
 import re
 
-from deploy.doors.openai.reasoning.sections import BLANKS, Place, ReasoningParser, Section
+from deploy.doors.dialects.reasoning.sections import BLANKS, Place, ReasoningParser, Section
 from deploy.text.stops import overlap
 from deploy.text.tokenizer import CHANNEL_MARKS
 

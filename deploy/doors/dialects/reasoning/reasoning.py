@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from deploy.doors.openai.reasoning import channels, think
-from deploy.doors.openai.reasoning.channels import ChannelParser
-from deploy.doors.openai.reasoning.sections import BLANKS, ReasoningParser
-from deploy.doors.openai.reasoning.think import Answer, ThinkParser
-from deploy.doors.openai.reasoning.tokens import TokenSorter
+from deploy.doors.dialects.reasoning import channels, think
+from deploy.doors.dialects.reasoning.channels import ChannelParser
+from deploy.doors.dialects.reasoning.sections import BLANKS, ReasoningParser
+from deploy.doors.dialects.reasoning.think import Answer, ThinkParser
+from deploy.doors.dialects.reasoning.tokens import TokenSorter
 from deploy.text.tokenizer import THINK_MARKS, Tokenizer
 
 AUTO, NONE = "auto", "none"

@@ -4,7 +4,7 @@ import asyncio
 
 from llguidance import LLTokenizer
 
-from deploy.doors.openai.tools.formats import validate
+from deploy.doors.dialects.tools.formats import validate
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import ServedModel
 from scheduler.protocol.sampling import Grammar

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.doors.openai.tools.events import Events
-from deploy.doors.openai.tools.pieces import Feed, Reading
+from deploy.doors.dialects.tools.events import Events
+from deploy.doors.dialects.tools.pieces import Feed, Reading
 
 SPACE = re.compile(r"\s*")
 FUNCTION_NAME = re.compile(r"[\w.-]*")

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from deploy.doors.openai.tools.families.format import ToolFormat
-from deploy.doors.openai.tools.families.named import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, MISTRAL_V11, OPENAI
-from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, MISTRAL
-from deploy.doors.openai.tools.families.pythonic import PYTHONIC
-from deploy.doors.openai.tools.families.tagged import GLM45, QWEN3_CODER
+from deploy.doors.dialects.tools.families.format import ToolFormat
+from deploy.doors.dialects.tools.families.named import DEEPSEEK_V3, DEEPSEEK_V31, KIMI_K2, MISTRAL_V11, OPENAI
+from deploy.doors.dialects.tools.families.objects import HERMES, LLAMA3_JSON, MISTRAL
+from deploy.doors.dialects.tools.families.pythonic import PYTHONIC
+from deploy.doors.dialects.tools.families.tagged import GLM45, QWEN3_CODER
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
     form.name: form

@@ -11,8 +11,8 @@ from typing import Any
 
 from llguidance import LLTokenizer
 
-from deploy.doors.openai.tools.schemas import followed, target
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.dialects.tools.schemas import followed, target
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, check

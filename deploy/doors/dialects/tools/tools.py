@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from deploy.doors.openai.tools.families.format import CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.known import TOOL_FORMATS, format_shown
-from deploy.doors.openai.tools.formats import check_nesting, check_size, followed_schema, unenforced
-from deploy.doors.openai.tools.schemas import guided
-from deploy.doors.openai.tools.tool_calls import ToolCallParser
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.dialects.tools.families.format import CallGrammar, ToolFormat
+from deploy.doors.dialects.tools.families.known import TOOL_FORMATS, format_shown
+from deploy.doors.dialects.tools.formats import check_nesting, check_size, followed_schema, unenforced
+from deploy.doors.dialects.tools.schemas import guided
+from deploy.doors.dialects.tools.tool_calls import ToolCallParser
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar

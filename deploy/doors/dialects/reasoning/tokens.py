@@ -6,7 +6,7 @@ Text may lag behind its tokens, so it cannot say. Imports the sections and the t
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from deploy.doors.openai.reasoning.sections import Place, ReasoningParser
+from deploy.doors.dialects.reasoning.sections import Place, ReasoningParser
 from deploy.text.tokenizer import Tokenizer
 
 T = TypeVar("T")

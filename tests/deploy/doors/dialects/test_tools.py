@@ -9,17 +9,17 @@ import pytest
 
 from deploy.config import serve as serve_config
 from deploy.config.serve import ServeConfig
-from deploy.doors.openai.tools.events import CallArguments, CallBegin
-from deploy.doors.openai.tools.families.known import TOOL_FORMATS
-from deploy.doors.openai.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
-from deploy.doors.openai.tools.formats import grammar_of, validate
-from deploy.doors.openai.tools.tools import AUTO, NONE, ToolDialect, Tools, read_tools
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.dialects.tools.events import CallArguments, CallBegin
+from deploy.doors.dialects.tools.families.known import TOOL_FORMATS
+from deploy.doors.dialects.tools.families.objects import HERMES, LLAMA3_JSON, ObjectFormat
+from deploy.doors.dialects.tools.formats import grammar_of, validate
+from deploy.doors.dialects.tools.tools import AUTO, NONE, ToolDialect, Tools, read_tools
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
-from tests.deploy.doors.openai.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened, vocabulary
-from tests.deploy.doors.openai.matching import accepts
+from tests.deploy.doors.dialects.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened, vocabulary
+from tests.deploy.doors.dialects.matching import accepts
 
 MARKED = {"<tool_call>": 315, "</tool_call>": 316}
 DIALECTS = [ToolDialect(HERMES, MARKED), ToolDialect(HERMES), ToolDialect(LLAMA3_JSON)]

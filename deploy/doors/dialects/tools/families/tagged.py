@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploy.doors.openai.tools.events import Events
-from deploy.doors.openai.tools.families.format import SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import STRING, Arguments, as_json, kinds_of, texts_of, value_schema
-from deploy.doors.openai.tools.pieces import Feed, Reading
+from deploy.doors.dialects.tools.events import Events
+from deploy.doors.dialects.tools.families.format import SPACE, CallGrammar, ToolFormat
+from deploy.doors.dialects.tools.families.values import STRING, Arguments, as_json, kinds_of, texts_of, value_schema
+from deploy.doors.dialects.tools.pieces import Feed, Reading
 
 NAME_IN_TAG = re.compile(r"[^<>\s]*")
 EMPTY = '""'

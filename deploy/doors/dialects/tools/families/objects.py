@@ -3,9 +3,9 @@
 import re
 from dataclasses import dataclass
 
-from deploy.doors.openai.tools.events import Events
-from deploy.doors.openai.tools.families.format import SPACE, CallGrammar, ToolFormat, tell_object
-from deploy.doors.openai.tools.pieces import Feed, Reading
+from deploy.doors.dialects.tools.events import Events
+from deploy.doors.dialects.tools.families.format import SPACE, CallGrammar, ToolFormat, tell_object
+from deploy.doors.dialects.tools.pieces import Feed, Reading
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 OTHER_KEYS = ("id", "type")

@@ -7,10 +7,10 @@ import json
 import re
 from dataclasses import dataclass
 
-from deploy.doors.openai.tools.events import Events
-from deploy.doors.openai.tools.families.format import FUNCTION_NAME, SPACE, CallGrammar, ToolFormat
-from deploy.doors.openai.tools.families.values import Arguments, kinds_of, python_as_json, value_schema
-from deploy.doors.openai.tools.pieces import Feed, Reading
+from deploy.doors.dialects.tools.events import Events
+from deploy.doors.dialects.tools.families.format import FUNCTION_NAME, SPACE, CallGrammar, ToolFormat
+from deploy.doors.dialects.tools.families.values import Arguments, kinds_of, python_as_json, value_schema
+from deploy.doors.dialects.tools.pieces import Feed, Reading
 
 KEYWORD = re.compile(r"\w*")
 SIGN = re.compile(r"""["'\\\[\](){},]""")

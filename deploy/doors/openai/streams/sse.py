@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from deploy.doors.openai.errors import error_body
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 
 logger = logging.getLogger(__name__)

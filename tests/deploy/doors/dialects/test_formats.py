@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from llguidance import LLTokenizer
 
-from deploy.doors.openai.tools.formats import (
+from deploy.doors.dialects.tools.formats import (
     MAX_GRAMMAR_BYTES,
     MAX_LARK_LEVELS,
     MAX_NAMES,
@@ -20,8 +20,8 @@ from deploy.doors.openai.tools.formats import (
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
-from tests.deploy.doors.openai.conftest import vocabulary
-from tests.deploy.doors.openai.matching import accepts
+from tests.deploy.doors.dialects.conftest import vocabulary
+from tests.deploy.doors.dialects.matching import accepts
 
 POINT = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
 CHOICES = ["yes", "no.", "a|b/c", "\\ [x] #\n☃"]

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from deploy.doors.openai.tools.families.known import TOOL_FORMATS
-from deploy.doors.openai.tools.families.values import kinds_of
-from deploy.doors.openai.tools.formats import validate
-from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
-from deploy.doors.openai.warnings import Warnings
+from deploy.doors.dialects.tools.families.known import TOOL_FORMATS
+from deploy.doors.dialects.tools.families.values import kinds_of
+from deploy.doors.dialects.tools.formats import validate
+from deploy.doors.dialects.tools.tools import ToolDialect, Tools, read_tools
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from scheduler.protocol.sampling import Grammar
-from tests.deploy.doors.openai.conftest import MakeCheckpoint, opened, vocabulary
-from tests.deploy.doors.openai.matching import accepts
-from tests.deploy.doors.openai.tool_calls import (
+from tests.deploy.doors.dialects.conftest import MakeCheckpoint, opened, vocabulary
+from tests.deploy.doors.dialects.matching import accepts
+from tests.deploy.doors.dialects.tool_calls import (
     ARGUMENT,
     GLM,
     ONE,

@@ -12,15 +12,15 @@ import pydantic
 import pytest
 from llguidance import LLTokenizer
 
-from deploy.doors.openai.tools.families.objects import HERMES
-from deploy.doors.openai.tools.formats import grammar_of, validate
-from deploy.doors.openai.tools.tools import ToolDialect, Tools, read_tools
-from deploy.doors.openai.warnings import HEADER, MAX_CHARACTERS, Warnings
+from deploy.doors.dialects.tools.families.objects import HERMES
+from deploy.doors.dialects.tools.formats import grammar_of, validate
+from deploy.doors.dialects.tools.tools import ToolDialect, Tools, read_tools
+from deploy.doors.warnings import HEADER, MAX_CHARACTERS, Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import Grammar
-from tests.deploy.doors.openai.conftest import vocabulary
-from tests.deploy.doors.openai.matching import accepts
+from tests.deploy.doors.dialects.conftest import vocabulary
+from tests.deploy.doors.dialects.matching import accepts
 
 UUID4, UUID1 = "0b1f6f0e-9c3e-4f0a-8d5c-1a2b3c4d5e6f", "0b1f6f0e-9c3e-1f0a-8d5c-1a2b3c4d5e6f"
 EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
