@@ -6,6 +6,7 @@ Runs after every step in tests and on demand in production. Imports the core and
 from collections import Counter
 
 import numpy as np
+from msgspec.structs import astuple
 
 from kvcache.audit import audit
 from kvcache.hashing import hash_run, salt_seed
@@ -93,6 +94,9 @@ def _check_sequence(core: SchedulerCore, sequence: Sequence) -> None:
     placed = sequence.state in (State.RUNNING, State.FETCHING)
     assert placed == (sequence.blocks is not None), f"{name}: {sequence.state} with blocks {sequence.blocks}"
     assert sequence.committed - sequence.prompt_tokens < sequence.max_tokens, f"{name} should have ended by length"
+    if sequence.cached_tokens is not None:
+        found = sequence.cached_tokens + sum(astuple(sequence.misses))
+        assert found == sequence.prompt_tokens, f"{name} found {sequence.cached_tokens} tokens, and missed {sequence.misses}"
     assert len(sequence.hashes) <= sequence.committed // core.config.block_size, f"{name} hashed tokens that it has not"
 
 

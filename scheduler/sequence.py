@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvcache.hashing import hash_blocks, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
-from scheduler.protocol.messages import LeaseId
+from scheduler.protocol.messages import NO_MISSES, LeaseId, Misses
 from scheduler.protocol.sampling import SamplingParams
 
 Tokens = npt.NDArray[np.int32]
@@ -72,8 +72,8 @@ class Sequence:
     blocks_at_most: blocks that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
     buffer: prompt and output; the first `committed` are written back, the newest ones of who runs are in the group's ring.
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
-    cached_tokens: what its first start found in the cache; None before that. lease: None unless RUNNING.
-    blocks: None unless RUNNING or FETCHING.
+    cached_tokens: what its first start found in the cache; None before that. misses: what it did not find there.
+    lease: None unless RUNNING. blocks: None unless RUNNING or FETCHING.
     open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
@@ -102,6 +102,7 @@ class Sequence:
     committed: int
     state: State = State.WAITING
     cached_tokens: int | None = None
+    misses: Misses = NO_MISSES
     started_s: float = 0.0
     preemptions: int = 0
     lease: LeaseId | None = None

@@ -111,6 +111,11 @@ class ServeConfig(QueueBounds, AddressConfig):
         "goes by the chat template.",
         one_of(REASONING_PARSERS),
     )
+    miss_reasons: bool = option(
+        False,
+        "Say in usage.prompt_tokens_details also why the prompt tokens that were not cached were not: cold, evicted, routed "
+        "(another group has them), inside_block.",
+    )
     log_format: str = option("text", "Lines of the log: text or json.", one_of(LOG_FORMATS))
     request_log: str | None = option(None, "File that gets lengths and hashes of every request, never content.", shown="none")
     otlp_endpoint: str | None = option(None, "OpenTelemetry collector (OTLP over HTTP) for traces.", shown="no traces")

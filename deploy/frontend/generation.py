@@ -13,7 +13,7 @@ from deploy.frontend.outputs import OutputDelta, PromptEntries, RequestOutput, r
 from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Finished, PromptLogprobs, Request, TokenLogprobs
+from scheduler.protocol.messages import NO_MISSES, Finished, PromptLogprobs, Request, TokenLogprobs
 
 Notify = Callable[["Generation"], object]
 
@@ -172,8 +172,8 @@ class Generation:
                 return None
             told = {delta.index for delta in choices if delta.finish_reason is not None}
             new_ends = [end for end in ends if end.stream - self.stream in told]
-            cached_tokens = ends[0].cached_tokens if ends else None
-            return OutputDelta(choices, self._done, cached_tokens, prompt, new_ends, self.submission.seed)
+            cached_tokens, misses = (ends[0].cached_tokens, ends[0].misses) if ends else (None, NO_MISSES)
+            return OutputDelta(choices, self._done, cached_tokens, prompt, new_ends, self.submission.seed, misses)
 
     def _take_ends(self) -> list[Finished]:
         """Of all choices that have ended, in their order. The caller has the request as it stands now."""

@@ -11,6 +11,7 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.generation import Generation
 from deploy.frontend.outputs import OutputDelta
 from deploy.text.prompts import Prompt
+from scheduler.protocol.messages import NO_MISSES, Misses
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class Observation:
 
     outcome: "stop", "length", "abort", or the name of a `Fault` in lower case. ttft_s: None if no token came.
     queued_s: until its first start, by the scheduler's clock; None if no choice has ended. output_tokens: of all choices.
-    block_size: tokens of a hashed block. traceparent: the caller's span, as in W3C's trace context.
+    misses: of the prompts, what was not cached. block_size: tokens of a hashed block. traceparent: the caller's span, as in
+    W3C's trace context.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class Observation:
     priority: int
     message: str = ""
     prompts: tuple[PromptUse, ...] = ()
+    misses: Misses = NO_MISSES
     block_size: int = 0
     traceparent: str | None = None
 
@@ -75,6 +78,7 @@ class RequestRecord:
         self._started_s = time.monotonic()
         self._first_s: float | None = None
         self._cached = self._preemptions = 0
+        self._misses = NO_MISSES
         self._queued_s: float | None = None
         self._outcome, self._message = "abort", ""
 
@@ -88,6 +92,7 @@ class RequestRecord:
             self._queued_s = max(self._queued_s or 0.0, finished.queued_s)
         if delta.finished:
             self._cached += delta.cached_tokens or 0
+            self._misses = self._misses + delta.misses
             self._outcome = next((c.finish_reason for c in reversed(delta.choices) if c.finish_reason), "stop")
 
     def fail(self, error: RequestError) -> RequestError:
@@ -112,6 +117,7 @@ class RequestRecord:
             priority=self._priority,
             message=self._message,
             prompts=tuple(map(PromptUse, self._prompt_tokens, hashes, outputs)),
+            misses=self._misses,
             block_size=block_size,
             traceparent=self._traceparent,
         )

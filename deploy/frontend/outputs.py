@@ -11,7 +11,7 @@ import msgspec
 
 from deploy.frontend.errors import Fault
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Finished, FinishReason, Payload, PromptLogprobs, TokenLogprobs
+from scheduler.protocol.messages import NO_MISSES, Finished, FinishReason, Misses, Payload, PromptLogprobs, TokenLogprobs
 
 FinishWord = Literal["stop", "length", "abort", "error"]
 
@@ -78,8 +78,9 @@ class ChoiceDelta:
 class OutputDelta:
     """What is new of one prompt. choices: those that have grown or ended, each once; what is `known` of one comes before.
 
-    finished: every choice has ended. cached_tokens: prompt tokens found in the cache; None until a choice has ended.
-    prompt_logprobs: complete, once, with or before the first token; an entry for each prompt token, None for the first.
+    finished: every choice has ended. cached_tokens: prompt tokens found in the cache; None until a choice has ended. misses:
+    those that were not found, then. prompt_logprobs: complete, once, with or before the first token; an entry for each prompt
+    token, None for the first.
     ends: the ends of the choices that ended with this delta. failed: the first of them that failed. seed: of all choices; None
     until one has started.
     """
@@ -90,6 +91,7 @@ class OutputDelta:
     prompt_logprobs: PromptEntries | None
     ends: list[Finished]
     seed: int | None = None
+    misses: Misses = NO_MISSES
 
     @property
     def logprobs(self) -> int:

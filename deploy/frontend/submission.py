@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from deploy.text.prompts import Prompt
 from kvcache.hashing import hash_blocks
-from scheduler.protocol.messages import Failure, Finished, FinishReason, Request, Resumption, Started
+from scheduler.protocol.messages import NO_MISSES, Failure, Finished, FinishReason, Misses, Request, Resumption, Started
 
 MOST_LOSSES = 5
 """Schedulers that a choice may lose in a row without a token in between: the request may be what ends them."""
@@ -30,9 +30,10 @@ class _Standing:
     tokens: int = 0
 
     @property
-    def figures(self) -> tuple[int | None, float]:
-        """Its cached_tokens and queued_s; None and 0 before its first start."""
-        return (None, 0.0) if self.started is None else (self.started.cached_tokens, self.started.queued_s)
+    def figures(self) -> tuple[int | None, float, Misses]:
+        """Its cached_tokens, queued_s and misses; None and nothing before its first start."""
+        started = self.started
+        return (None, 0.0, NO_MISSES) if started is None else (started.cached_tokens, started.queued_s, started.misses)
 
 
 class Submission:
@@ -76,9 +77,11 @@ class Submission:
 
     def stopped(self, choice: int, tokens: int) -> Finished:
         """The end of a choice whose stop string was found after so many tokens, of which the scheduler may not have heard."""
-        cached_tokens, queued_s = self._standings[choice].figures
-        stream, restarts = self.request.stream + choice, self._standings[choice].restarts
-        return Finished(stream, FinishReason.STOP, cached_tokens or 0, tokens, queued_s=queued_s, preemptions=restarts)
+        cached_tokens, queued_s, misses = self._standings[choice].figures
+        return Finished(
+            self.request.stream + choice, FinishReason.STOP, cached_tokens or 0, tokens,
+            queued_s=queued_s, preemptions=self._standings[choice].restarts, misses=misses,
+        )  # fmt: skip
 
     def lose(self, outputs: Mapping[int, Sequence[int]], reason: str, now_s: float) -> list[Finished]:
         """No scheduler has it any more. outputs: of the choices that need more, the tokens that they have. Returns the ends of

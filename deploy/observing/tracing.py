@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import requests
+from msgspec.structs import asdict
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -80,6 +81,7 @@ class Tracer:
             "manta.outcome": observation.outcome,
             "manta.preemptions": observation.preemptions,
             "manta.priority": observation.priority,
+            **{f"manta.miss.{reason}_tokens": tokens for reason, tokens in asdict(observation.misses).items()},
         }
         if observation.outcome in SERVED:
             attributes["gen_ai.response.finish_reasons"] = [observation.outcome]

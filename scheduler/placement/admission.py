@@ -10,7 +10,7 @@ from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler import policy
 from scheduler.placement.routing import Newcomer, Routing, Source
-from scheduler.protocol.messages import LeaseId, Moved
+from scheduler.protocol.messages import LeaseId, Misses, Moved
 from scheduler.running import leases
 from scheduler.running.prefixes import Promise
 from scheduler.running.resident import ResidentGroup
@@ -205,7 +205,7 @@ class Admission:
         cached_tokens = depth * state.block_size + part_tokens
         if sequence.cached_tokens is None:
             sequence.cached_tokens, sequence.started_s = cached_tokens, state.now_s
-            self._count(sequence, known, depth, part_tokens)
+            sequence.misses = self._count(sequence, known, depth, part_tokens)
             state.outbox.started(sequence)
         if not sequence.charged:  # recomputing is not the tenant's doing
             sequence.tenant.served += sequence.committed - cached_tokens
@@ -214,23 +214,30 @@ class Admission:
         group.seat(sequence, self._serials, cached_tokens)
         state.prefixes.turn_to(sequence, depth)
 
-    def _count(self, sequence: Sequence, known: int, depth: int, part_tokens: int) -> None:
+    def _count(self, sequence: Sequence, known: int, depth: int, part_tokens: int) -> Misses:
         """Its first start: where each token of its prompt comes from, or why it has to be computed."""
         state, counters, block_size = self._state, self._state.counters, self._state.block_size
         could_hit = self._reusable(sequence) // block_size
         routed, evicted = known - depth, state.table.evicted(sequence.hashes[known:could_hit])
         cold, inside_block = could_hit - known - evicted, sequence.prompt_tokens - could_hit * block_size
+        misses = Misses(
+            routed=routed * block_size - (part_tokens if routed else 0),
+            evicted=evicted * block_size - (part_tokens if evicted and not routed else 0),
+            cold=cold * block_size - (part_tokens if cold and not (routed or evicted) else 0),
+            inside_block=inside_block - (0 if routed or evicted or cold else part_tokens),
+        )
         counters.started_tokens += sequence.prompt_tokens
         counters.cached_tokens += depth * block_size + part_tokens
         counters.part_tokens += part_tokens
-        counters.miss_routed += routed * block_size - (part_tokens if routed else 0)
-        counters.miss_evicted += evicted * block_size - (part_tokens if evicted and not routed else 0)
-        counters.miss_cold += cold * block_size - (part_tokens if cold and not (routed or evicted) else 0)
-        counters.miss_inside_block += inside_block - (0 if routed or evicted or cold else part_tokens)
+        counters.miss_routed += misses.routed
+        counters.miss_evicted += misses.evicted
+        counters.miss_cold += misses.cold
+        counters.miss_inside_block += misses.inside_block
         if depth and not routed:
             counters.routed_by_prefix += 1
         else:
             counters.routed_by_load += 1
+        return misses
 
     # ---- a running one is placed anew
 

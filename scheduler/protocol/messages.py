@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NewType
 
 import msgspec
+from msgspec.structs import astuple
 
 from scheduler.protocol.sampling import SamplingParams
 
@@ -268,6 +269,27 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 
 FromLeader = Report | Moved | Beat
 
+# ---- what both ways tell of a sequence's first start ----------------------------------------------------------------------
+
+
+class Misses(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Prompt tokens that a first start did not find in its group, by reason; with its cached_tokens they are the prompt.
+
+    routed: another group has them. evicted: were published, and have been evicted since. cold: nobody has computed them, as far
+    as is known. inside_block: beyond the last block that a hit can cover whole.
+    """
+
+    routed: int = 0
+    evicted: int = 0
+    cold: int = 0
+    inside_block: int = 0
+
+    def __add__(self, other: "Misses") -> "Misses":
+        return Misses(*(here + there for here, there in zip(astuple(self), astuple(other), strict=True)))
+
+
+NO_MISSES = Misses()
+
 # ---- front end -> scheduler ------------------------------------------------------------------------------------------------
 
 
@@ -279,8 +301,8 @@ class Resumption(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a front end knows of a choice that it had submitted when it lost the scheduler: it goes on from there.
 
     choice: its number in its request. output: int32 buffer, every token of it that the front end was told. age_s: since it was
-    submitted for the first time. restarts: how often it has been resumed, this time included. cached_tokens, queued_s: as
-    `Started` said; None and 0: it had not started, as far as is known.
+    submitted for the first time. restarts: how often it has been resumed, this time included. cached_tokens, queued_s,
+    misses: as `Started` said; None and nothing: it had not started, as far as is known.
     """
 
     choice: int
@@ -289,6 +311,7 @@ class Resumption(msgspec.Struct, frozen=True, array_like=True, gc=False):
     restarts: int = 1
     cached_tokens: int | None = None
     queued_s: float = 0.0
+    misses: Misses = NO_MISSES
 
 
 class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -365,7 +388,8 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=0):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache. tokens: output tokens.
+    """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache, and misses those that it
+    did not. tokens: output tokens.
 
     message, failure: why, if it FAILED. queued_s: from submit to the first start, by the scheduler's clock.
     preemptions: how often it had to begin again, as far as this scheduler knows; resumptions count.
@@ -380,16 +404,18 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
     retry_after_s: float = 0.0
     queued_s: float = 0.0
     preemptions: int = 0
+    misses: Misses = NO_MISSES
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A stream's first start: what another scheduler must be told if this one is lost. seed: the request's, drawn if it brought
-    none. cached_tokens, queued_s: as in `Finished`."""
+    none. cached_tokens, queued_s, misses: as in `Finished`."""
 
     stream: int
     seed: int
     cached_tokens: int
     queued_s: float
+    misses: Misses = NO_MISSES
 
 
 class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

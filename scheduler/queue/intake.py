@@ -100,6 +100,7 @@ def _go_on(sequence: Sequence, resumed: Resumption) -> None:
     sequence.preemptions = resumed.restarts
     if resumed.cached_tokens is not None:
         sequence.cached_tokens, sequence.started_s = resumed.cached_tokens, sequence.arrived_s + resumed.queued_s
+        sequence.misses = resumed.misses
         sequence.charged = sequence.committed
 
 

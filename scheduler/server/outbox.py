@@ -37,7 +37,7 @@ class Outbox:
 
     def started(self, sequence: Sequence) -> None:
         """For the first time. Said with what comes next for its front end: no message of its own."""
-        said = Started(sequence.stream, sequence.seed, sequence.cached_tokens or 0, _queued_s(sequence))
+        said = Started(sequence.stream, sequence.seed, sequence.cached_tokens or 0, _queued_s(sequence), sequence.misses)
         self._started.setdefault(sequence.front_end, []).append(said)
 
     def finished(
@@ -45,7 +45,7 @@ class Outbox:
     ) -> None:
         end = Finished(
             sequence.stream, reason, sequence.cached_tokens or 0, tokens, message, failure,
-            queued_s=_queued_s(sequence), preemptions=sequence.preemptions,
+            queued_s=_queued_s(sequence), preemptions=sequence.preemptions, misses=sequence.misses,
         )  # fmt: skip
         self._finished.setdefault(sequence.front_end, []).append(end)
 

@@ -22,6 +22,7 @@ from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.inventory import blocks_of
 from scheduler.protocol.messages import (
+    NO_MISSES,
     Command,
     Commands,
     Cut,
@@ -409,14 +410,14 @@ class Cluster:
 
     def resumption(self, stream: Stream) -> Request:
         """What its front end asks of a scheduler that knows nothing of it."""
-        seed, cached, queued_s = None, None, 0.0
+        seed, cached, queued_s, misses = None, None, 0.0, NO_MISSES
         if (started := stream.started) is not None:
-            seed, cached, queued_s = started.seed, started.cached_tokens, started.queued_s
+            seed, cached, queued_s, misses = started.seed, started.cached_tokens, started.queued_s, started.misses
         output, choice = np.array(stream.tokens, np.int32).tobytes(), stream.number - stream.request.stream
         age_s = self.core.now_s - stream.submitted_s
         return structs.replace(
             stream.request, stream=stream.number, params=structs.replace(stream.params, seed=seed),
-            resumption=Resumption(choice, output, age_s, stream.restarts, cached, queued_s),
+            resumption=Resumption(choice, output, age_s, stream.restarts, cached, queued_s, misses),
         )  # fmt: skip
 
     # ---- events

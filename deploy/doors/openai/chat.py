@@ -123,7 +123,7 @@ class Chat(Endpoint[ChatRequest]):
         return "max_completion_tokens" if field == "max_tokens" and request.max_completion_tokens is not None else field
 
     def _fields(self, request: ChatRequest) -> dict[str, Any]:
-        if request.top_logprobs is not None and not request.logprobs:
+        if request.top_logprobs and not request.logprobs:
             raise RequestError.invalid("top_logprobs goes with logprobs=true: set it", "top_logprobs")
         return {
             "n": request.n or 1,

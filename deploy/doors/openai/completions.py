@@ -1,11 +1,14 @@
 """`/v1/completions`: prompts in, text out. Knows nothing of HTTP."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
 
 from msgspec import UNSET, UnsetType
 
+from deploy.doors.access import Caller
 from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
@@ -13,6 +16,7 @@ from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prom
 from deploy.doors.openai.answers.records import Completion, CompletionChoice, Usage
 from deploy.doors.openai.endpoint import Endpoint, Telling
 from deploy.doors.openai.schemas import CompletionRequest
+from deploy.frontend.choice import Told
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 
@@ -74,6 +78,8 @@ class Completions(Endpoint[CompletionRequest]):
     def _fields(self, request: CompletionRequest) -> dict[str, Any]:
         """An echo shows the prompt's log-probabilities too. best_of needs some to choose by."""
         logprobs, prompt_logprobs = request.logprobs, request.prompt_logprobs
+        if request.max_tokens == 0 and not request.echo:
+            raise RequestError.invalid("max_tokens: 0 goes with echo=true: set it, or ask for a token", "max_tokens")
         if request.echo and logprobs is not None:
             prompt_logprobs = max(logprobs, prompt_logprobs or 0)
         if request.best_of is not None:
@@ -81,10 +87,19 @@ class Completions(Endpoint[CompletionRequest]):
             logprobs = logprobs or 0
         return {
             "n": request.best_of or request.n or 1,
-            "max_tokens": DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+            "max_tokens": DEFAULT_MAX_TOKENS if request.max_tokens is None else max(1, request.max_tokens),
             "logprobs": logprobs,
             "prompt_logprobs": prompt_logprobs,
         }
+
+    async def _deltas(
+        self, answer: Telling[CompletionRequest], caller: Caller, told: Sequence[Sequence[Told]] = ()
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        """Whoever asks for no output gets none of the one token that the end of a prompt yields in any case."""
+        async with aclosing(super()._deltas(answer, caller, told)) as deltas:
+            async for position, delta in deltas:
+                bare = answer.request.max_tokens == 0
+                yield position, replace(delta, choices=list(map(_without_output, delta.choices))) if bare else delta
 
     def _check_best_of(self, best_of: int, request: CompletionRequest) -> None:
         reading.at_most("best_of", best_of, self._config.max_choices, "max_choices")
@@ -99,6 +114,11 @@ class Completions(Endpoint[CompletionRequest]):
         if request.echo and self._service.model.tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
         return contents
+
+
+def _without_output(new: ChoiceDelta) -> ChoiceDelta:
+    ended = new.finish_reason and "length"
+    return replace(new, text="", token_ids=[], logprobs=new.logprobs and [], finish_reason=ended, stop_reason=None)
 
 
 def _contents(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -79,12 +79,14 @@ class Telling(ABC, Generic[R]):
 class StreamWriter:
     """Encodes the events of one stream. mark: how far it has been told, and is from now on. with_ids: each event has one."""
 
-    def __init__(self, answer: Telling[Any], mark: Mark, options: StreamOptions, *, with_ids: bool) -> None:
+    def __init__(
+        self, answer: Telling[Any], mark: Mark, options: StreamOptions, meter: UsageMeter, *, with_ids: bool
+    ) -> None:
         self._answer = answer
         self._mark = mark
         self._options = options
         self._with_ids = with_ids and len(mark.choices) <= MOST_CHOICES
-        self._meter = UsageMeter(answer.prompts, answer.thinking)
+        self._meter = meter
         for number, choice in enumerate(mark.choices):
             if choice.turns:
                 answer.pass_over(number, choice.turns)
@@ -149,7 +151,7 @@ class Endpoint(ABC, Generic[R]):
     async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
         """warnings: are told what the client should know beside the answer. Errors: RequestError."""
         answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
-        meter = UsageMeter(answer.prompts, answer.thinking)
+        meter = self._meter(answer)
         outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
         with self._service.logprobs.account() as account:
             async with aclosing(self._deltas(answer, caller)) as deltas:
@@ -174,7 +176,7 @@ class Endpoint(ABC, Generic[R]):
             answer.prompts = mark.seeded(answer.prompts)
             if mark.whole or (all(choice.ended for choice in mark.choices) and not options.include_usage):
                 return
-        writer = StreamWriter(answer, mark, options, with_ids=with_ids)
+        writer = StreamWriter(answer, mark, options, self._meter(answer), with_ids=with_ids)
         async with aclosing(self._deltas(answer, caller, mark.told(answer.prompts))) as deltas:
             async for position, delta in deltas:
                 if data := writer.write(position, delta):
@@ -213,6 +215,9 @@ class Endpoint(ABC, Generic[R]):
             warnings.add(unenforced(asked_by, what))
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
         return self.answer(request, named, prompts, tools, thinking, self._service.model.tokenizer)
+
+    def _meter(self, answer: Telling[R]) -> UsageMeter:
+        return UsageMeter(answer.prompts, answer.thinking, reasons=self._config.miss_reasons)
 
     def _deltas(
         self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()

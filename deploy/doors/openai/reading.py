@@ -89,8 +89,9 @@ def at_most(name: str, number: int, limit: int, option: str) -> None:
 def sampling(request: GenerationRequest, **fields: Any) -> SamplingParams:
     """fields: what completions and chat call differently. Errors: RequestError."""
     given = {name: value for name in AS_THEY_ARE if (value := getattr(request, name)) is not None}
+    nucleus = given.get("top_p") != 0 or given.pop("top_p")  # no more than the likeliest token, then
     return sampling_params(
-        top_k=max(0, request.top_k or 0),
+        top_k=max(0, request.top_k or 0) if nucleus else 1,
         seed=None if request.seed is None else request.seed % SEEDS,
         stop=stop_strings(request),
         stop_token_ids=tuple(request.stop_token_ids or ()),

@@ -67,13 +67,14 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """`/v1/completions`. prompt: text, token ids, or a list of either."""
+    """`/v1/completions`. prompt: text, token ids, or a list of either. max_tokens: 0 for the echo alone."""
 
     REFUSED: ClassVar[dict[str, str]] = {
         "suffix": "models served here do not fill in the middle: put the whole context into prompt"
     }
 
     prompt: str | list[str | int | list[int]]
+    max_tokens: AtLeastZero | None = None
     best_of: Count | None = None
     echo: bool | None = None
     logprobs: Top | None = None

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from deploy.frontend.observation import Observation, PromptUse
+from scheduler.protocol.messages import Misses
 
 SERVED = Observation(
     request_id="cmpl-1",
     outcome="stop",
     prompt_tokens=300,
     cached_tokens=128,
+    misses=Misses(evicted=70, cold=100, inside_block=2),
     output_tokens=11,
     started_unix_s=1_750_000_000.25,
     queued_s=0.1,

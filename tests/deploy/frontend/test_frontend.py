@@ -25,6 +25,7 @@ from scheduler.protocol.messages import (
     Failure,
     Finished,
     FinishReason,
+    Misses,
     Request,
     Resumption,
     Started,
@@ -339,11 +340,13 @@ def test_deltas_that_make_no_sense_are_asked_for_again(lasting: Host) -> None:
 
 def test_what_was_said_of_a_start_is_said_to_the_next_scheduler(lasting: Host) -> None:
     lasting.submit(n=2)
-    lasting.engine.on_deltas(Deltas(b"", b"", started=(Started(1, seed=77, cached_tokens=16, queued_s=2.5),)))
+    began = Started(1, seed=77, cached_tokens=16, queued_s=2.5, misses=Misses(cold=5))
+    lasting.engine.on_deltas(Deltas(b"", b"", started=(began,)))
     lose(lasting)
     _, one, other = lasting.engine.requests
     assert [one.params.seed, other.params.seed] == [77, 77], "of both choices, though only one has begun"
-    assert (one.resumption, other.resumption) == (Resumption(0, b"", ANY, 1), Resumption(1, b"", ANY, 1, 16, 2.5))
+    assert one.resumption == Resumption(0, b"", ANY, 1)
+    assert other.resumption == Resumption(1, b"", ANY, 1, 16, 2.5, began.misses)
 
 
 def test_who_goes_meanwhile_is_not_asked_for(lasting: Host) -> None:

@@ -53,6 +53,10 @@ def test_attributes_follow_the_conventions() -> None:
         "manta.outcome": "stop",
         "manta.preemptions": 1,
         "manta.priority": 2,
+        "manta.miss.routed_tokens": 0,
+        "manta.miss.evicted_tokens": 70,
+        "manta.miss.cold_tokens": 100,
+        "manta.miss.inside_block_tokens": 2,
     }
     assert root.resource.attributes["service.name"] == "manta"
     assert root.status.status_code is StatusCode.UNSET

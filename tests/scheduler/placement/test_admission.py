@@ -4,7 +4,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.config import QueueBounds
-from scheduler.protocol.messages import Failure, FinishReason
+from scheduler.protocol.messages import Failure, FinishReason, Misses
 from scheduler.queue.limits import LONGEST_RETRY_S, RequestRefused
 from scheduler.queue.pace import Pace
 from scheduler.server.stats import EngineStats, pool_maps, snapshot
@@ -202,10 +202,12 @@ def test_an_evicted_block_is_told_from_one_never_seen() -> None:
         cluster.run()
     assert stats_of(cluster).groups[0].evictions > 0
     before = parts(cluster)
-    cluster.submit([*filled(0, 0, 0), 1], max_tokens=1)
+    (stream,) = cluster.submit([*filled(0, 0, 0), 1], max_tokens=1)
     cluster.run()
     after = parts(cluster)
     lost = after["miss_evicted"] - before["miss_evicted"]
+    assert stream.finished is not None
+    assert stream.finished.misses == Misses(evicted=lost, inside_block=1), "its client can be told, too"
     assert lost == 12 - (after["cached_tokens"] - before["cached_tokens"]) > 0
     assert after["miss_cold"] == before["miss_cold"]
 

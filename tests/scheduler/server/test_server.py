@@ -35,6 +35,7 @@ from scheduler.protocol.messages import (
     FinishReason,
     Hello,
     LeaseId,
+    Misses,
     Moved,
     Report,
     Request,
@@ -496,7 +497,7 @@ def test_a_front_end_that_submits_what_lives_ends_alone(served: Served) -> None:
     assert read(leader, Commands).commands == (Drop(start.lease),)
     again = served.front_end()
     output = np.array([7], np.int32).tobytes()
-    again.send(Submit((structs.replace(request(1), resumption=Resumption(0, output, 0.5, 1, 0, 0.1)),)))
+    again.send(Submit((structs.replace(request(1), resumption=Resumption(0, output, 0.5, 1, 0, 0.1, Misses(cold=20))),)))
     (resumed,) = read(leader, Commands).commands
     assert (len(resumed.tokens) // 4, resumed.prompt_tokens, resumed.max_tokens) == (21, 20, 8)
     leader.send(first_token(beside))

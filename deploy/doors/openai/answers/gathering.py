@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import asdict
 
 from deploy.doors.dialects.reasoning.reasoning import Thinking
 from deploy.doors.openai.answers.logprobs import Entry
-from deploy.doors.openai.answers.records import CachedTokens, CompletionTokens, Usage
+from deploy.doors.openai.answers.records import CompletionTokens, PromptTokens, Usage
 from deploy.doors.openai.schemas import StreamOptions
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.text.prompts import Prompt
+from scheduler.protocol.messages import NO_MISSES
 
 
 class UsageMeter:
-    """Counts the tokens of one request as they come. thinking: of its one prompt, if its outputs may be thoughts."""
+    """Counts the tokens of one request as they come. thinking: of its one prompt, if its outputs may be thoughts. reasons: say
+    why prompt tokens were not cached."""
 
-    def __init__(self, prompts: Sequence[Prompt], thinking: Thinking | None) -> None:
+    def __init__(self, prompts: Sequence[Prompt], thinking: Thinking | None, *, reasons: bool = False) -> None:
+        self._reasons = reasons
+        self._misses = NO_MISSES
         self._sorters = [thinking.sorter() for _ in range(prompts[0].params.n)] if thinking is not None else []
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._completion_tokens = self._cached_tokens = 0
@@ -33,6 +38,7 @@ class UsageMeter:
                     self._sorters[choice.index].flush()
         if delta.finished:
             self._cached_tokens += delta.cached_tokens or 0
+            self._misses += delta.misses
 
     def usage(self) -> Usage:
         thought = sum(sorter.thought_tokens for sorter in self._sorters)
@@ -40,9 +46,13 @@ class UsageMeter:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._completion_tokens,
             total_tokens=self._prompt_tokens + self._completion_tokens,
-            prompt_tokens_details=CachedTokens(cached_tokens=self._cached_tokens),
+            prompt_tokens_details=self._prompt_details(),
             completion_tokens_details=CompletionTokens(reasoning_tokens=thought) if self._sorters else UNSET,
         )
+
+    def _prompt_details(self) -> PromptTokens:
+        missed = {f"{reason}_tokens": tokens for reason, tokens in asdict(self._misses).items()} if self._reasons else {}
+        return PromptTokens(cached_tokens=self._cached_tokens, **missed)
 
     def shown(self, options: StreamOptions) -> Usage | UnsetType | None:
         """What an event of a stream says, but for the last."""

@@ -13,10 +13,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """An object of a response; a field that is UNSET is left out of it."""
 
 
-class CachedTokens(Answer, frozen=True, kw_only=True):
-    """cached_tokens: prompt tokens whose KV was found in the cache."""
+class PromptTokens(Answer, frozen=True, kw_only=True):
+    """cached_tokens: prompt tokens whose KV was found in the cache. The others by reason, where the server tells it; see
+    `scheduler.protocol.messages.Misses`."""
 
     cached_tokens: int
+    routed_tokens: int | UnsetType = UNSET
+    evicted_tokens: int | UnsetType = UNSET
+    cold_tokens: int | UnsetType = UNSET
+    inside_block_tokens: int | UnsetType = UNSET
 
 
 class CompletionTokens(Answer, frozen=True, kw_only=True):
@@ -31,7 +36,7 @@ class Usage(Answer, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: PromptTokens
     completion_tokens_details: CompletionTokens | UnsetType = UNSET
 
 

@@ -146,6 +146,7 @@ def test_chat_logprobs_and_top_logprobs(client: openai.OpenAI) -> None:
     assert bare.content is not None
     assert bare.content[0].top_logprobs == []
     assert refused(client, top_logprobs=2).param == "top_logprobs"
+    assert chat(client, top_logprobs=0, max_tokens=1).choices[0].logprobs is None
 
 
 def test_chat_logprobs_of_parts_of_characters(client: openai.OpenAI) -> None:

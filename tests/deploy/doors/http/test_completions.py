@@ -7,9 +7,11 @@ import pytest
 from openai.types import Completion
 
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.serve import ServeConfig
+from deploy.frontend.service import Service
 from deploy.text.tokenizer import Tokenizer
 from scheduler.server.stats import EngineStats
-from tests.deploy.doors.http.conftest import MODEL, Stats
+from tests.deploy.doors.http.conftest import MODEL, Host, Stats
 
 PROMPT = "def add(a, b):\n"
 LONG_PROMPT = "def add(a, b):\n    return a + b\n\n" * 40
@@ -137,6 +139,34 @@ def test_echo_with_logprobs_shows_the_prompts(client: openai.OpenAI, tokenizer: 
     assert prefix is not None
     assert prefix.top_logprobs is not None
     assert prefix.top_logprobs[0][tokenizer.token_text(ids[-1])] == pytest.approx(table.token_logprobs[len(ids) - 1], abs=0.1)
+
+
+def test_no_output_tokens_but_the_echo_with_its_logprobs(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """How a harness asks for the likelihood of a text."""
+    ids = tokenizer.encode(PROMPT)
+    whole = complete(client, echo=True, logprobs=2, max_tokens=2).choices[0].logprobs
+    answer = complete(client, [PROMPT, PROMPT], echo=True, logprobs=2, max_tokens=0, temperature=1.0)
+    assert whole is not None
+    assert whole.token_logprobs is not None
+    for choice in answer.choices:
+        assert (choice.text, choice.finish_reason, choice.logprobs and choice.logprobs.tokens) == (
+            PROMPT, "length", [tokenizer.token_text(token) for token in ids],
+        )  # fmt: skip
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(whole.token_logprobs[1 : len(ids)], abs=0.05)
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.usage.prompt_tokens) == (0, 2 * len(ids))
+    asked = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=0, echo=True, stream=True)
+    chunks = [chunk.choices[0] for chunk in asked]
+    assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (PROMPT, "length")
+    with pytest.raises(openai.BadRequestError, match="goes with echo") as refused:
+        complete(client, max_tokens=0)
+    assert refused.value.param == "max_tokens"
+
+
+def test_a_nucleus_of_nothing_is_the_likeliest_token(client: openai.OpenAI) -> None:
+    assert text_of(client, temperature=5.0, top_p=0) == text_of(client)
 
 
 def test_logprobs(client: openai.OpenAI) -> None:
@@ -280,3 +310,20 @@ def test_priority_user_and_timeout_are_taken(client: openai.OpenAI) -> None:
 def test_fields_may_be_null(client: openai.OpenAI) -> None:
     nothing = dict.fromkeys(("stop", "n", "seed", "logit_bias", "suffix", "best_of", "logprobs", "echo", "user", "top_p"))
     assert text_of(client, extra_body=nothing) == text_of(client)
+
+
+def test_why_a_prompt_was_computed_is_told_where_the_server_says_so(
+    host: Host, service: Service, tokenizer: Tokenizer
+) -> None:
+    with openai.OpenAI(base_url=f"{host.serve(service, ServeConfig(miss_reasons=True))}/v1", api_key="none") as telling:
+        tokens = len(tokenizer.encode(LONG_PROMPT))
+        for cached in (0, tokens - 1):
+            asked = complete(telling, LONG_PROMPT, extra_body={"cache_salt": "why"}).usage
+            assert asked is not None
+            assert asked.prompt_tokens_details is not None
+            details = asked.prompt_tokens_details.model_dump(exclude_none=True)
+            inside = 1 if cached else tokens % 256
+            assert details == {
+                "cached_tokens": cached, "cold_tokens": tokens - cached - inside, "evicted_tokens": 0, "routed_tokens": 0,
+                "inside_block_tokens": inside,
+            }  # fmt: skip
