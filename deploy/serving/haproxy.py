@@ -160,7 +160,8 @@ def start_guard(binary: str, file: Path) -> None:
 
 def guard(binary: str, file: Path, first: int) -> None:
     """Keeps a second HAProxy up until the next guard takes its place, the folder has gone, or nobody needs it any more."""
-    folder, note = file.parent, file.parent / "second.pid"
+    folder, turn, note = file.parent, file.parent / "guard.pid", file.parent / "second.pid"
+    _note(turn, os.getpid())  # first of all: the guard before this one starts no other in place of what is taken over here
     command = [binary, "-db", "-f", str(folder / "second.cfg")]
     before = _noted(note)
     takes_over: list[str] = []
@@ -175,11 +176,13 @@ def guard(binary: str, file: Path, first: int) -> None:
         for watch, process in zip(watches, (first, second.pid), strict=True):
             if watch.hangs(process):
                 os.kill(process, signal.SIGKILL)
-        if (noted := _noted(note)) is None:
+        if (its_turn := _noted(turn)) is None:
             break  # the folder has gone: nothing is waited for
-        if noted != second.pid:
-            second.send_signal(signal.SIGUSR1)  # lets what it serves end
-            second.wait()
+        if its_turn != os.getpid():
+            second.send_signal(signal.SIGUSR1)  # lets what it serves end, for as long as there is a folder
+            while second.poll() is None and file.exists():
+                time.sleep(GUARD_POLL_S)
+            second.kill()
             return
         if second.poll() is not None:
             if time.monotonic() - started_s < SHORT_S:

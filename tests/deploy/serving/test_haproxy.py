@@ -266,11 +266,11 @@ def test_a_change_of_its_configuration_reaches_both_and_resets_nobody(tmp_path: 
 
 
 @contextlib.contextmanager
-def impatient(folder: Path, monkeypatch: pytest.MonkeyPatch, **bounds: float) -> Iterator[None]:
-    """Programs that are written within have these bounds."""
+def impatient(folder: Path, monkeypatch: pytest.MonkeyPatch, *others: str, **bounds: float) -> Iterator[None]:
+    """Programs that are written within have these bounds. others: lines of theirs."""
     program = folder / "impatient"
     code = [f"import sys; sys.path.insert(0, {str(Path(haproxy.__file__).parents[2])!r})", "from deploy.serving import haproxy"]
-    code += [f"haproxy.{name} = {value}" for name, value in bounds.items()]
+    code += [*(f"haproxy.{name} = {value}" for name, value in bounds.items()), *others]
     program.write_text("\n".join([*code, "haproxy.main(sys.argv[1:])"]))
     with monkeypatch.context() as patch:
         patch.setattr(haproxy, "__file__", str(program))
@@ -289,6 +289,24 @@ def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
         os.waitpid(parent, 0)
         assert answers(door), "for a while"
         until("they serve on", lambda: not running_by(tmp_path))
+
+
+def test_a_guard_that_is_slow_to_take_over_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends since the next guard has it is not started anew by the one before."""
+    slow = ["note = haproxy._note", "def slowly(file, process):", "    haproxy.time.sleep(2.0 * (file.name == 'second.pid'))"]
+    slow += ["    note(file, process)", "haproxy._note = slowly"]
+    with impatient(tmp_path, monkeypatch, *slow, ALONE_S=3.0), doors(tmp_path) as (start, door):
+        first, second = start(), second_of(tmp_path)
+        until("it is not known", lambda: (tmp_path / "second.pid").exists())
+        first.kill()
+        first.wait()
+        first = start()
+        second = second_of(tmp_path, before=second)
+        time.sleep(8.0)  # longer than the guard of one that has died would keep it
+        assert serving(tmp_path / "second.sock") == second
+        both = [pid for pid in running_by(tmp_path) if Path(f"/proc/{pid}/comm").read_text().startswith("haproxy")]
+        assert sorted(both) == sorted([first.pid, second])
+        assert answers(door)
 
 
 def until(what: str, true: Callable[[], bool]) -> None:
