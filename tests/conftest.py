@@ -38,15 +38,21 @@ settings.load_profile("manta")
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (
-    "tests/cluster/test_autoscaling.py", "tests/deploy/batch/test_ray_job.py", "tests/deploy/serving/test_live_change.py",
+    "tests/cluster/test_adoption.py", "tests/cluster/test_hung.py", "tests/cluster/test_keepers.py",
+    "tests/cluster/test_rejoining.py", "tests/cluster/test_resuming.py", "tests/deploy/serving/test_ctrl_c.py",
 )  # fmt: skip
-"""About half of what takes long of the tests that start Ray."""
+LAST_LANE = ("tests/chaos/test_endpoint.py", "tests/deploy/batch/test_ray_job.py", "tests/deploy/doors/grpc/test_ray.py")
+"""Of the tests that start Ray: about half of what takes long, and as much as is left of the time when all others are done."""
 NOTES = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray comes first: it waits more than it computes."""
-    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, not item.nodeid.startswith(END_TO_END)))
+    items.sort(key=lambda item: _place(item.nodeid.partition("::")[0]))
+
+
+def _place(file: str) -> int:
+    return {"ray": 0, "ray, too": 0, END_TO_END: 1, "ray, last": 3}.get(together(file), 2)
 
 
 def pytest_unconfigure() -> None:
@@ -56,8 +62,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Two processes have all that starts Ray, one after the other: it waits more than it computes. One has all of
-    `end_to_end`, whose references are dear. The rest goes file by file to whoever is free."""
+    """Two processes have what starts Ray, one after the other: it waits more than it computes. One has all of `end_to_end`,
+    whose references are dear. The rest goes file by file to whoever is free, and what starts Ray last."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -74,7 +80,7 @@ def together(file: str) -> str:
         return END_TO_END
     if "pytest.mark.ray" not in (ROOT / file).read_text():
         return file
-    return "ray, too" if file in SECOND_LANE else "ray"
+    return "ray, last" if file in LAST_LANE else "ray, too" if file in SECOND_LANE else "ray"
 
 
 @pytest.hookimpl(optionalhook=True)
