@@ -16,7 +16,7 @@ TOOL_PARSERS = (
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "pythonic", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31",
     "glm45", "kimi_k2", "openai",
 )  # fmt: skip
-REASONING_PARSERS = ("auto", "none", "gpt-oss", "think")
+REASONING_PARSERS = ("auto", "none", "openai", "think")
 PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
@@ -107,8 +107,8 @@ class ServeConfig(QueueBounds, AddressConfig):
     )
     reasoning_parser: str = option(
         "auto",
-        "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "
-        "goes by the chat template.",
+        "How the model marks its thoughts: think (<think>), openai (channels of gpt-oss), or none, which leaves them in the "
+        "answer; auto goes by the chat template.",
         one_of(REASONING_PARSERS),
     )
     miss_reasons: bool = option(

@@ -219,7 +219,7 @@ def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: i
 def test_so_does_one_on_channels(speaking: Speaking, steps: int) -> None:
     messages = [("analysis", "Hm."), ("commentary", "I see."), ("analysis", "So."), ("analysis", "Oh."), ("final", "Yes.")]
     output = "<|end|><|start|>assistant".join(f"<|channel|>{channel}<|message|>{text}" for channel, text in messages)
-    model = speaking(output, reasoning_parser="gpt-oss", steps=steps)
+    model = speaking(output, reasoning_parser="openai", steps=steps)
     assert told(chat(model.client, max_tokens=200))[:2] == ("Hm.\nSo.\nOh.", "I see.\nYes.")
     goes_on_behind_each(model)
 
