@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
-CALLS = 6
-"""That may run at once: the long one, `phase`, `rejoin`, `hold_on`, `keep`, and `ended`."""
+CALLS = 12
+"""That may run at once: the long one, `phase`, `rejoin`, `hold_on`, `keep`, and `ended`; likewise of those who were cut off."""
 
 
 class WorkerActor:

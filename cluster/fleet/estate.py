@@ -180,6 +180,11 @@ class Owner:
         with self._lock:
             self._asked[actor] = actor.keep.remote()
 
+    def release(self, actor: Any) -> None:
+        """It is not this one's any more."""
+        with self._lock:
+            self._asked.pop(actor, None)
+
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
@@ -204,8 +209,8 @@ class Owner:
         except ray.exceptions.ActorUnavailableError:
             logger.warning("an actor cannot be reached for now: %s", actor)
         except ray.exceptions.RayError:  # it has died
-            with self._lock:
-                del self._asked[actor]
+            self.release(actor)
             return
         with self._lock:
-            self._asked[actor] = actor.keep.remote()
+            if actor in self._asked:
+                self._asked[actor] = actor.keep.remote()

@@ -169,14 +169,16 @@ class GroupHandle:
         """Why its loop has ended; None if it runs on, and it was only asked."""
         try:
             reason = ray.get(self.runs[rank])
-            if reason is None:
-                self.runs[rank] = self._ranks[rank].ended.remote(ENDED_S)
-                return None
-            return f"group {self.group} ended: {reason}"
+            if reason is not None:
+                return f"group {self.group} ended: {reason}"
+        except ray.exceptions.ActorUnavailableError:  # the connection to it was cut: it may live
+            logger.warning("group %d, rank %d: the connection to it was cut; it is asked anew", self.group, rank)
         except ray.exceptions.RayTaskError as error:
             return f"group {self.group}, rank {rank} failed: {error.cause}"
         except ray.exceptions.RayError:
             return f"group {self.group}, rank {rank}: its worker process died"
+        self.runs[rank] = self._ranks[rank].ended.remote(ENDED_S)
+        return None
 
 
 def rank_resources(resolved: ResolvedWorker) -> dict[str, float]:

@@ -219,7 +219,15 @@ class SchedulerKeeper:
             if not self._closing.is_set():
                 logger.error("the scheduler %s; starting another", reason)
                 self._set(None)
+                self._end(live)
                 self._replace(live.epoch + 1)
+
+    def _end(self, live: LiveScheduler) -> None:
+        """Front ends must not stay with one that has no groups any more, should it live after all."""
+        if self._owner is not None:
+            self._owner.release(live.actor)
+        with contextlib.suppress(Exception):  # it is dead
+            ray.kill(live.actor)
 
     def _attend(self, live: LiveScheduler) -> str:
         """Until the scheduler dies, hangs or is closed; which of these. Hears from it whom it has fenced."""
@@ -229,14 +237,16 @@ class SchedulerKeeper:
             asked = asked or live.actor.beat.remote()
             done, _ = ray.wait([end, asked], num_returns=2, timeout=0)
             if end in done:
-                return "has died"
+                if _has_ended(end):
+                    return "has died"
+                logger.warning("the connection to the scheduler was cut: it is asked anew")
+                end = live.actor.closed.remote()
             if asked in done:
                 with contextlib.suppress(ray.exceptions.RayError):
                     self._fenced |= {fenced.group: fenced for fenced in ray.get(asked)}
                     silence.heard(live.epoch, time.monotonic())
                 asked = None
             if silence.look(time.monotonic())[live.epoch] > HUNG_S:
-                ray.kill(live.actor)
                 return f"has said nothing for {HUNG_S:g} s"
         return "was closed"
 
@@ -248,3 +258,14 @@ class SchedulerKeeper:
             except Exception:  # whatever it is: without this thread there will be no scheduler any more
                 logger.exception("the scheduler could not be started again; trying on")
                 time.sleep(RESTART_PAUSE_S)
+
+
+def _has_ended(end: Any) -> bool:
+    """Whether an actor that was waited for has died; otherwise the connection to it was cut, and it may live."""
+    try:
+        ray.get(end)
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    except ray.exceptions.RayError:
+        pass
+    return True
