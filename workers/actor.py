@@ -54,7 +54,9 @@ class WorkerActor:
         self._end: Future[str] = Future()
         self._placement = get_current_placement_group()
         self._owner = OwnerWatch(estate.adoption_timeout_s, self._orphaned) if estate is not None else None
-        self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, ray.util.get_node_ip_address(), entered)
+        served = self._owner.heard if self._owner is not None else lambda: None
+        host = ray.util.get_node_ip_address()
+        self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, host, entered, served)
 
     def open(self) -> "Rendezvous":
         """Rank 0 only: opens the ports at which its peers meet it."""

@@ -7,6 +7,7 @@ them as one NumPy array without a loop. Imports `kvcache` ids and `SamplingParam
     front end ◀────────Deltas───────── scheduler ◀───────────Report, Moved, Beat─────────── leader of a group
 """
 
+import math
 from enum import IntEnum
 from typing import NewType
 
@@ -171,12 +172,19 @@ Movement = Send | Receive | Offload | Load | Cut
 Command = Start | Grant | Remap | Drop | End | Copy | Movement
 
 
-class Commands(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class Commands(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     """A run of the log. first: the number of the first command; numbers count from 0 in each epoch, without a gap."""
 
     first: int
     commands: tuple[Command, ...]
 
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag=15, gc=False):
+    """This process lives: said every `silence.BEAT_S` between front ends and the scheduler, both ways, and by the scheduler to
+    leaders, which pass it on to their peers: whoever serves and is served is nobody's orphan (`orphans`)."""
+
+
+ToLeader = Commands | Alive
 
 # ---- leader -> scheduler ---------------------------------------------------------------------------------------------------
 
@@ -352,16 +360,18 @@ class Tally(msgspec.Struct, frozen=True, array_like=True, tag=14, gc=False):
     metrics: tuple[TalliedMetric, ...]
 
 
-FromFrontEnd = Submit | Abort | Stop | Tally
+FromFrontEnd = Submit | Abort | Stop | Tally | Alive
 Opening = Hello | Connect
 
 # ---- scheduler -> front end ------------------------------------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=0):
-    """block_size in tokens: what `Request.hashes` must be computed with."""
+    """block_size in tokens: what `Request.hashes` must be computed with. hung_after_s: of silence, after which the
+    scheduler is to be left."""
 
     block_size: int
+    hung_after_s: float = math.inf
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -410,7 +420,8 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     started: tuple[Started, ...] = ()
 
 
-ToFrontEnd = Welcome | Deltas
+ToFrontEnd = Deltas | Alive
+"""After the `Welcome`."""
 
 # ---- leader -> front end, inside `logprobs` --------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.messages import (
     Abort,
+    Alive,
     Commands,
     Deltas,
     Finished,
@@ -69,9 +70,10 @@ class Shell:
             self.busy_s += self._clock() - began_s
 
     def front_end_says(self, front_end: int, message: FromFrontEnd) -> None:
+        """What bears on the core or the tallies; that a front end lives is its shell's own."""
         if isinstance(message, Tally):
             self.tallies.add(message.metrics)
-        else:
+        elif not isinstance(message, Alive):
             self.call(lambda core: self._take(core, front_end, message))
 
     def leader_says(self, group: GroupId, message: FromLeader) -> None:

@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from benchmarks.chaos.faults import cut
 from cluster.fleet.estate import end, find, latest_scheduler
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
@@ -168,6 +169,33 @@ def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> Non
     owner.kill()
     assert not wait_gone(left, PATIENCE_S)
     until("a place is still taken", lambda: not placements())
+
+
+def test_what_nobody_owns_goes_on_for_as_long_as_it_is_used(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    owner = own(SOON_S)
+    left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
+    with front_end() as opened:
+        owner.kill()
+        time.sleep(2.5 * SOON_S)
+        assert alive(left) == left
+        assert tokens(submit(opened)) == expected
+    assert not wait_gone(left, PATIENCE_S), "its front end has gone"
+    until("a place is still taken", lambda: not placements())
+
+
+def test_an_owner_that_is_cut_off_owns_what_it_has(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    owner = own(FOREVER_S)
+    ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        assert cut(owner.process.pid) > 0
+        until("it has not noticed", lambda: any("was cut" in line for line in owner.said))
+        assert tokens(streams) == expected
+        assert (all_named(WORKER, 2), all_named(SCHEDULER, 1)) == (ranks, [scheduler]), "nobody was taken for dead"
+        os.kill(ranks[0], signal.SIGKILL)
+        until("nobody looks after the group", lambda: len(set(named(WORKER)) - {*ranks}) == 1)
+        assert tokens(submit(opened)) == expected
 
 
 def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(

@@ -160,8 +160,9 @@ def test_groups_go_on_for_each_of_the_schedulers(
     assert "starts again" not in caplog.text
 
 
+@pytest.mark.usefixtures("groups")
 def test_a_scheduler_whose_connections_are_cut_is_the_same_one(
-    scheduler: SchedulerKeeper, groups: list[GroupKeeper], caplog: pytest.LogCaptureFixture
+    scheduler: SchedulerKeeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     (process,) = all_named(SCHEDULER, 1)
     for times in (1, 2):
