@@ -56,7 +56,7 @@ class RankLife:
         entered: Callable[[int], None] = lambda _: None, served: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config, self._resolved = config, resolved
-        self._group, self._epoch = group, epoch
+        self._group, self._epoch, self._first_epoch = group, epoch, epoch
         self._rank, self._size = rank, config.tensor_parallel_size
         self._timeout_s = timeout_s
         self._host = host
@@ -69,6 +69,11 @@ class RankLife:
         self._rendezvous: Rendezvous | None = None
         self.phase = ("placing", 0, 0)
         """What `build` is doing: its name, how much is done, how much there is."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the group, as far as this rank knows."""
+        return self._epoch
 
     def open(self) -> Rendezvous:
         """Rank 0 only: opens the ports at which its peers meet it."""
@@ -142,8 +147,9 @@ class RankLife:
         rank, scheduler = self._built.rank, term.scheduler
         told = inventory(rank.ledger) if rank.ledger is not None else []
         hello = Hello(
-            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told)
-        )
+            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told),
+            self._first_epoch,
+        )  # fmt: skip
 
         def on_alive() -> None:
             self._served()

@@ -104,6 +104,11 @@ class Fleet:
         return self._owner.estate.version if self._owner is not None else ""
 
     @property
+    def cut_off(self) -> bool:
+        """Nobody of its estate answers, though asked: another owner would be heard."""
+        return self._owner is not None and self._owner.deaf
+
+    @property
     def waits_for_room(self) -> bool:
         """Whether a group that is coming up has found no place yet."""
         return any(keeper.waits_for_room for keeper in [*self._keepers.values()])
@@ -216,7 +221,9 @@ class Fleet:
         self._groups.epochs |= adopted.epochs
         for handle in adopted.groups:
             self._groups.adopt(handle)
-        if adopted.next_life is None:
+        if adopted.next_life is not None and adopted.groups:
+            self._say(f"took over {len(adopted.groups)} group(s), which have lost their scheduler", progress)
+        elif adopted.next_life is None:
             self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
         return adopted
 

@@ -195,6 +195,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     host_blocks: that each rank keeps in host memory for its group; 0: no host tier. ports: "host:port" of each rank, where
     others fetch blocks; empty: it takes no part in transfers. Only groups with equally many ranks exchange blocks.
     inventories: so many of them follow, before anything else: its pool is not empty, since it has served another scheduler.
+    life: the epoch in which its ranks were started; None: this one.
     """
 
     group: int
@@ -204,6 +205,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=0):
     host_blocks: int = 0
     ports: tuple[str, ...] = ()
     inventories: int = 0
+    life: int | None = None
 
 
 class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):

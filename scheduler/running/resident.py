@@ -103,6 +103,7 @@ class ResidentGroup:
         self.backlog = 0
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
+        self.life = epoch  # the epoch in which its ranks were started
         self.draining = False  # it takes no new sequences; whoever sets it touches the group
         self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up

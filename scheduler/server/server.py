@@ -218,7 +218,7 @@ class SchedulerServer:
         """Only an epoch that the core accepts gets the group's log."""
         core.group_up(
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
-            ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True),
+            ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=hello.life,
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())
