@@ -157,8 +157,8 @@ def _kill(namespace: str, name: str) -> None:
 
 
 LOOK_S = 1.0
-DEAF_S = 20.0
-"""Without an answer from anybody that it has asked, after which an owner takes itself for cut off."""
+DEAF_ROUNDS = 2.5
+"""Of its word to each, without an answer from anybody, after which an owner takes itself for cut off."""
 
 ACTORS = 0
 
@@ -166,7 +166,7 @@ ACTORS = 0
 class Owner:
     """Whoever owns an estate: says so to each of its actors, in a thread, until `close`. Ends its process once another owns it.
 
-    deaf: nobody answers, though asked: it is cut off.
+    deaf: nobody answers who has done so before: it is cut off.
     """
 
     def __init__(self, estate: Estate) -> None:
@@ -176,6 +176,7 @@ class Owner:
         self._silence = Silence(time.monotonic(), LOOK_S)
         self._silence.heard(ACTORS, time.monotonic())
         self._asked: dict[Any, Any] = {}
+        self._known: set[Any] = set()  # of those who are asked: they have answered
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manta-owner", daemon=True)
@@ -200,7 +201,7 @@ class Owner:
 
     def check(self) -> None:
         """Before whatever is done to the estate. Does not return if it is another's, which looks after it."""
-        with contextlib.suppress(ray.exceptions.RayError):  # without Ray's GCS there is no other
+        with contextlib.suppress(Exception):  # without Ray's GCS there is no other
             if self._claim.superseded:
                 logger.error("another owner has come: this one ends its process")
                 os._exit(1)
@@ -209,19 +210,20 @@ class Owner:
         """It is not this one's any more."""
         with self._lock:
             self._asked.pop(actor, None)
+            self._known.discard(actor)
 
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
-        told_s = 0.0
-        while not self._closing.wait(min(LOOK_S, self.estate.adoption_timeout_s / KEEPS)):
+        told_s, round_s = 0.0, self.estate.adoption_timeout_s / KEEPS
+        while not self._closing.wait(min(LOOK_S, round_s)):
             now_s = time.monotonic()
             try:
                 self.check()
-                self.deaf = self._silence.look(now_s)[ACTORS] > DEAF_S
-                if now_s - told_s >= self.estate.adoption_timeout_s / KEEPS:
+                self.deaf = self._silence.look(now_s)[ACTORS] > DEAF_ROUNDS * round_s
+                if now_s - told_s >= round_s:
                     told_s = now_s
                     self._tell()
             except Exception:  # whatever it is: without this thread all that is owned ends
@@ -230,8 +232,10 @@ class Owner:
     def _tell(self) -> None:
         with self._lock:
             asked = {reference: actor for actor, reference in self._asked.items()}
-        if not asked:
+            known = bool(self._known)
+        if not known:  # they are only starting
             self._silence.heard(ACTORS, time.monotonic())
+        if not asked:
             return
         answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=0)
         for reference in answered:  # who has not answered is stopped, or busy, and has been asked
@@ -242,6 +246,9 @@ class Owner:
         try:
             ray.get(reference)
             self._silence.heard(ACTORS, time.monotonic())
+            with self._lock:
+                if actor in self._asked:
+                    self._known.add(actor)
         except ray.exceptions.ActorUnavailableError:
             logger.warning("an actor cannot be reached for now: %s", actor)
         except ray.exceptions.RayError:  # it has died
