@@ -14,18 +14,7 @@ import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
 from scheduler.protocol.handshake import Stranger, meet
-from scheduler.protocol.messages import (
-    Abort,
-    Alive,
-    Connect,
-    Deltas,
-    Request,
-    Stop,
-    TalliedMetric,
-    Tally,
-    ToFrontEnd,
-    Welcome,
-)
+from scheduler.protocol.messages import Abort, Alive, Connect, Deltas, Request, Stop, TalliedMetric, Tally, ToFrontEnd, Welcome
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import Commands, End, Failure, FinishReason, Moved, Report, Request
+from scheduler.protocol.leaders import Commands, End, Moved, Report
+from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from scheduler.protocol.messages import End, Hello, Moved
+from scheduler.protocol.leaders import End, Hello, Moved
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig

@@ -10,7 +10,7 @@ from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler import policy
 from scheduler.placement.routing import Newcomer, Routing, Source
-from scheduler.protocol.messages import LeaseId, Moved
+from scheduler.protocol.leaders import LeaseId, Moved
 from scheduler.running import leases
 from scheduler.running.prefixes import Promise
 from scheduler.running.resident import ResidentGroup

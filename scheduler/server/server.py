@@ -15,18 +15,8 @@ from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, identify_stream
 from scheduler.protocol.inventory import blocks_of
-from scheduler.protocol.messages import (
-    Alive,
-    Beat,
-    Commands,
-    Deltas,
-    FromFrontEnd,
-    FromLeader,
-    Hello,
-    Inventory,
-    Opening,
-    Welcome,
-)
+from scheduler.protocol.leaders import Beat, Commands, FromLeader, Hello, Inventory
+from scheduler.protocol.messages import Alive, Connect, Deltas, FromFrontEnd, Welcome
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from scheduler.protocol.wire import read_frame, write_frame
 from scheduler.running.resident import ProtocolError
@@ -37,7 +27,7 @@ from scheduler.server.vitals import Fenced, Vitals
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OPENING: type[Opening] = Opening  # type: ignore[assignment]  # a union is not a type to mypy
+OPENING: type[Hello | Connect] = Hello | Connect  # type: ignore[assignment]  # a union is not a type to mypy
 
 MAX_UNSENT_BYTES = 64 << 20
 """A front end that leaves so much unread is cut off: its requests end, and the others go on."""

@@ -12,22 +12,8 @@ from typing import TypeVar
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.messages import (
-    Abort,
-    Alive,
-    Commands,
-    Deltas,
-    Finished,
-    FinishReason,
-    FromFrontEnd,
-    FromLeader,
-    Moved,
-    Report,
-    Request,
-    Stop,
-    Submit,
-    Tally,
-)
+from scheduler.protocol.leaders import Commands, FromLeader, Moved, Report
+from scheduler.protocol.messages import Abort, Alive, Deltas, Finished, FinishReason, FromFrontEnd, Request, Stop, Submit, Tally
 from scheduler.queue.intake import streams_of
 from scheduler.queue.limits import RequestRefused
 from scheduler.server.tallies import Tallies

@@ -21,24 +21,8 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.inventory import blocks_of
-from scheduler.protocol.messages import (
-    Command,
-    Commands,
-    Cut,
-    Deltas,
-    Finished,
-    FinishReason,
-    Inventory,
-    Load,
-    Moved,
-    Offload,
-    Receive,
-    Report,
-    Request,
-    Resumption,
-    Send,
-    Started,
-)
+from scheduler.protocol.leaders import Command, Commands, Cut, Inventory, Load, Moved, Offload, Receive, Report, Send
+from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request, Resumption, Started
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence

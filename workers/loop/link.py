@@ -1,7 +1,7 @@
 """The sockets of one group: its leader's stream to the scheduler, and the leader's turns to its peers.
 
 Each socket has a thread that reads it, so that a lost connection is noticed while the step loop computes or waits in a
-collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol.messages`.
+collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol`.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.protocol.handshake import Stranger, identify, meet
-from scheduler.protocol.messages import Alive, Beat, Command, Hello, Inventory, Moved, Report, ToLeader
+from scheduler.protocol.leaders import Beat, Command, Hello, Inventory, Moved, Report, ToLeader
+from scheduler.protocol.messages import Alive
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
 from workers.loop.leader import LinkClosed, SchedulerGone

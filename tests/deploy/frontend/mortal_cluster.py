@@ -20,7 +20,8 @@ from deploy.config.load import EMBEDDED_MODEL
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, QueueBounds
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import NO_TOKEN, Deltas, Hello
+from scheduler.protocol.leaders import Hello
+from scheduler.protocol.messages import NO_TOKEN, Deltas
 from scheduler.protocol.wire import listen
 from scheduler.server.server import SchedulerServer
 from scheduler.server.stats import ClusterStatus

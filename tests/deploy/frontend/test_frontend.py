@@ -20,16 +20,7 @@ from deploy.frontend.submission import MOST_LOSSES
 from deploy.text.prompts import ModelLimits, Prompt, Terms
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks
-from scheduler.protocol.messages import (
-    Deltas,
-    Failure,
-    Finished,
-    FinishReason,
-    Request,
-    Resumption,
-    Started,
-    TalliedMetric,
-)
+from scheduler.protocol.messages import Deltas, Failure, Finished, FinishReason, Request, Resumption, Started, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
 
 DELTAS = 20_000

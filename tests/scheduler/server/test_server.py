@@ -24,24 +24,16 @@ from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.inventory import parts
+from scheduler.protocol.leaders import Beat, Commands, Drop, End, Hello, LeaseId, Moved, Report, Start
 from scheduler.protocol.messages import (
     Alive,
-    Beat,
-    Commands,
     Connect,
     Deltas,
-    Drop,
-    End,
     Failure,
     Finished,
     FinishReason,
-    Hello,
-    LeaseId,
-    Moved,
-    Report,
     Request,
     Resumption,
-    Start,
     Stop,
     Submit,
     TalliedMetric,
