@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ASKING = 1024
 HEALTH_CHECK_S = 5.0
+ENGINE_HEALTH_TIMEOUT_S = 8.0
+"""Serve replaces a replica that has not answered three times: one that is stopped, then, in half a minute."""
 TURN_POLL_S = 0.5
 GRACE_S = 30.0
 """What requests under way have to end in when their replica shall."""
@@ -172,7 +174,8 @@ def application(
     version = version_of(engine, limits, threads)
     owner = serve.deployment(
         name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
+        health_check_period_s=HEALTH_CHECK_S, health_check_timeout_s=ENGINE_HEALTH_TIMEOUT_S, graceful_shutdown_timeout_s=30,
+        logging_config=QUIET,
         user_config={"groups": groups or engine.groups},
     )(EngineReplica)  # fmt: skip
     front = serve.deployment(

@@ -90,9 +90,12 @@ class EngineReplica:
             logger.error("this change of user_config is refused: %s", error)
 
     async def check_health(self) -> None:
-        """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
+        """Errors: RuntimeError once no group is left, the start has failed, or nobody of its estate answers: Serve then starts
+        another replica."""
         if self._failure is not None:
             raise RuntimeError(self._failure)
+        if self._fleet.cut_off:
+            raise RuntimeError("neither the scheduler nor any rank answers this engine: it is cut off")
 
     def __del__(self) -> None:
         if not _is_wanted(self._application):

@@ -1,6 +1,6 @@
 """Takes over what the owner of an estate has left when it died: its scheduler and its groups, as they run. Ends the rest.
 
-Imports `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
+Imports ray, `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
 """
 
 import contextlib
@@ -8,13 +8,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import ray
+
 from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats
+from workers.actor import GroupHandover
 
 logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 10.0
 
 NewHandle = Callable[[int, int], GroupHandle]
 """Group and epoch -> a handle that has not been started."""
@@ -23,7 +28,8 @@ NewHandle = Callable[[int, int], GroupHandle]
 @dataclass(slots=True)
 class Adopted:
     """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
-    groups: those that run. leaving: which of them were running empty. awaited: those that requests wait for, and nobody starts.
+    groups: those that run; without a scheduler they wait for the next one. leaving: which of them were running empty. awaited:
+    those that requests wait for, and nobody starts.
     """
 
     next_life: int | None = 0
@@ -34,7 +40,8 @@ class Adopted:
 
 
 def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -> Adopted:
-    """What there is of the estate goes on; but without the scheduler nothing does: only it knows what the groups are doing.
+    """What there is of the estate goes on. Only a scheduler knows what the groups are doing; without it those that run wait for
+    another one, and nobody is running empty or expected.
 
     Errors: EngineError if a scheduler that was taken over does not answer any more.
     """
@@ -43,8 +50,7 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     epochs = {group: epoch + 1 for group, epoch in sorted(found.groups)}
     handover = _adopt_scheduler(found, namespace, scheduler)
     if handover is None:
-        end(namespace, found)
-        return Adopted(max(found.schedulers, default=-1) + 1, epochs)
+        return _take_over_groups(found, epochs, namespace, scheduler, new_handle)
     epochs |= {group: max(epoch + 1, epochs.get(group, 0)) for group, epoch in handover.epochs.items()}
     status: ClusterStatus = scheduler.call("status")
     groups = {group.group: group for group in (status.engine.groups if status.engine is not None else ())}
@@ -68,14 +74,51 @@ def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -
     return None
 
 
+def _take_over_groups(
+    found: Found, epochs: dict[int, int], namespace: str, scheduler: SchedulerKeeper, new_handle: NewHandle
+) -> Adopted:
+    """Without a scheduler."""
+    adopted, token = Adopted(max(found.schedulers, default=-1) + 1, epochs), ""
+    for (name, _), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        said = _asked(namespace, remains)
+        handle = None
+        if said is not None and said.token == (token or said.token) and all(name != kept.group for kept in adopted.groups):
+            handle = _adopted(new_handle(name, said.epoch), remains)
+        if said is not None and handle is not None:
+            adopted.groups.append(handle)
+            token = said.token
+            epochs[name] = max(epochs[name], said.epoch + 1)
+        else:
+            end_group(namespace, remains)
+    end(namespace, Found(found.schedulers))
+    if token:
+        scheduler.trust(token)
+    return adopted
+
+
+def _asked(namespace: str, remains: Remains) -> GroupHandover | None:
+    """Of its leader. None: it does not answer, or its loop does not run."""
+    if 0 not in remains.ranks:
+        return None
+    try:
+        leader = actor_of(namespace, remains.ranks[0])
+        said: GroupHandover | None = ray.get(leader.handover.remote(), timeout=ASK_TIMEOUT_S)
+    except (ValueError, ray.exceptions.RayError):
+        return None
+    return said
+
+
 def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -> GroupHandle | None:
     """None: that is another epoch of it, or not all of it is there."""
     if remains.epoch > serving.epoch:
         return None
-    handle = new_handle(serving.group, serving.epoch)
+    return _adopted(new_handle(serving.group, serving.epoch), remains)
+
+
+def _adopted(handle: GroupHandle, remains: Remains) -> GroupHandle | None:
     try:
         handle.adopt(remains)
     except ValueError as error:
-        logger.warning("group %d is not taken over: %s", serving.group, error)
+        logger.warning("group %d is not taken over: %s", handle.group, error)
         return None
     return handle
