@@ -3,6 +3,7 @@
 Imports the schemas and the engine's records; no HTTP.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -62,10 +63,10 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
-def check_refused(request: SampledRequest) -> None:
-    """Errors: RequestError."""
+def check_refused(request: SampledRequest, nothing: Sequence[Any] = (None, "")) -> None:
+    """nothing: values that ask for nothing. Errors: RequestError."""
     for name, reason in request.REFUSED.items():
-        if getattr(request, name) not in (None, ""):
+        if getattr(request, name) not in nothing:
             raise RequestError.invalid(f"{name} is not supported: {reason}", name)
 
 

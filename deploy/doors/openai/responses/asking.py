@@ -33,10 +33,11 @@ OWN_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "messages": "input",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }
-_CHAT_NAME = re.compile(rf"\b({'|'.join(OWN_NAMES)})\b|(?<=\])\.function\b")
+_CHAT_NAME = re.compile(rf"\b({'|'.join(map(re.escape, OWN_NAMES))})\b|(?<=\])\.function\b")
 
 FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 

@@ -73,7 +73,7 @@ class Responses:
     async def begin(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> _Begun:
         """Errors: RequestError."""
         check_model(request.model, self._service.model)
-        check_refused(request)
+        check_refused(request, (None, "", False))  # background=False asks for nothing
         items, before = items_of(request), await self._before(request, caller)
         aside = Warnings()
         try:

@@ -29,7 +29,7 @@ QUIET_S = 15.0
 
 
 class SharedResponses:
-    """A `ResponseStore` of this process. estate: of it the namespace counts, and how long the actor lives without a front end."""
+    """A `ResponseStore` of this process. estate: of it the namespace counts, and how long the actor outlives all front ends."""
 
     def __init__(self, estate: Estate, bounds: Bounds, log_format: str) -> None:
         self._estate = estate

@@ -109,10 +109,9 @@ class ResponseTelling:
                 assert isinstance(self._growing, GrowingMessage)
                 yield from self._growing.add(text, self._tokens.of_text(text))
             case CallBegin(_, call_id, name):
-                self._tokens.drop()
                 yield from self._turn(GrowingCall(self._place(), self._number, call_id, name))
             case CallArguments(_, text):
-                self._tokens.drop()
+                self._tokens.of_call(text)
                 assert isinstance(self._growing, GrowingCall)
                 if text:
                     yield from self._growing.add(text)
@@ -143,39 +142,43 @@ class ResponseTelling:
 
 
 class _Tokens:
-    """Log-probabilities of tokens whose text has not been told. aligned: some tokens may belong to calls; those of a text are
-    found by their bytes. Otherwise all of them are the text's."""
+    """Log-probabilities of tokens that have not been told. aligned: some belong to calls and their marks, so those of a text
+    are found by its bytes; otherwise all of them are the text's."""
 
     def __init__(self, names: TokenNames, *, aligned: bool) -> None:
         self._names = names
         self._aligned = aligned
-        self._waiting: list[Entry] = []
-        self._due_bytes = 0
+        self._waiting: list[tuple[Entry | None, bytes]] = []  # None: told, but for a part of its bytes
 
     def take(self, entries: Sequence[Entry]) -> None:
-        self._waiting += entries
+        for entry in entries:
+            token = next(iter(entry))
+            self._waiting.append((entry, self._names.content(token, entry[token].decoded_token)))
 
     def of_text(self, text: str) -> list[TokenLogprob]:
-        """Those of the text that is told now."""
-        if not self._aligned:
+        """Those of what is told now; those before it belong to nothing that is told."""
+        sought, spelled = text.encode(), b"".join(content for _, content in self._waiting)
+        begin = spelled.find(sought) if self._aligned else -1
+        if begin < 0:
             return self.rest()
-        self._due_bytes += len(text.encode())
-        taken = 0
-        while self._due_bytes > 0 and taken < len(self._waiting):
-            entry = self._waiting[taken]
-            token = next(iter(entry))
-            self._due_bytes -= len(self._names.content(token, entry[token].decoded_token))
-            taken += 1
-        now, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        return self._shown(now)
+        told, end, place = [], begin + len(sought), 0
+        while place < end:
+            entry, content = self._waiting.pop(0)
+            place += len(content)
+            if place > begin and entry is not None:
+                told.append(entry)
+            if place > end:
+                self._waiting.insert(0, (None, content[end - place :]))
+        return self._shown(told)
+
+    def of_call(self, text: str) -> None:
+        """They are not told."""
+        if text and text.encode() in b"".join(content for _, content in self._waiting):
+            self.of_text(text)
 
     def rest(self) -> list[TokenLogprob]:
         now, self._waiting = self._waiting, []
-        return self._shown(now)
-
-    def drop(self) -> None:
-        """They are a call's."""
-        self._waiting, self._due_bytes = [], 0
+        return self._shown([entry for entry, _ in now if entry is not None])
 
     def _shown(self, entries: list[Entry]) -> list[TokenLogprob]:
         return chat_logprobs(entries, self._names).content if entries else []
