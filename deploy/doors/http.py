@@ -17,7 +17,7 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.entrance import REQUEST_ID_HEADER, Entrance, Gatekeeper, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
-from deploy.doors.openai.responses.storing import OwnResponses, ResponseStore, bounds_of
+from deploy.doors.openai.responses.storing import ResponseStore
 from deploy.doors.openai.routes import RECORDS, openai_routes
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.warnings import HEADER as WARNING_HEADER
@@ -44,7 +44,7 @@ def create_app(
             Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config, store or OwnResponses(bounds_of(config))))
+    app.include_router(openai_routes(service, config, store))
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)

@@ -16,7 +16,7 @@ from deploy.doors.openai.models import Models
 from deploy.doors.openai.responses.responses import Responses
 from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
 from deploy.doors.openai.responses.routes import response_routes
-from deploy.doors.openai.responses.storing import ResponseStore
+from deploy.doors.openai.responses.storing import OwnResponses, ResponseStore, bounds_of
 from deploy.doors.openai.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -38,11 +38,12 @@ RECORDS = (
 G = TypeVar("G", bound=GenerationRequest)
 
 
-def openai_routes(service: Service, config: ServeConfig, store: ResponseStore) -> APIRouter:
-    """Everything under `/v1`, `/tokenize` and `/detokenize`. store: where responses are kept."""
+def openai_routes(service: Service, config: ServeConfig, store: ResponseStore | None = None) -> APIRouter:
+    """Everything under `/v1`, `/tokenize` and `/detokenize`. store: where responses are kept; None: in this process."""
     router = APIRouter()
     chat = _add_generation(router, service, config)
-    router.include_router(response_routes(Responses(service, chat, store), config))
+    responses = Responses(service, chat, store or OwnResponses(bounds_of(config)))
+    router.include_router(response_routes(responses, config))
     _add_models(router, Models(service), config)
     return router
 

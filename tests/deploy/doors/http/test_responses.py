@@ -233,12 +233,14 @@ LOGPROBS = ["message.output_text.logprobs"]
 
 def test_logprobs(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"include": LOGPROBS, "top_logprobs": 3, "max_output_tokens": 5}
-    content = respond(client, **asked).output[0].content[0]  # type: ignore[union-attr]
+    (message,) = respond(client, **asked).output
+    assert isinstance(message, ResponseOutputMessage)
+    told = message.content[0].to_dict()["logprobs"]
     as_chat = chat(client, logprobs=True, top_logprobs=3, max_tokens=5).choices[0].logprobs
     assert as_chat is not None
     assert as_chat.content is not None
-    assert [entry.model_dump() for entry in content.logprobs] == [entry.model_dump() for entry in as_chat.content]  # type: ignore[union-attr]
-    assert respond(client).output[0].content[0].logprobs == []  # type: ignore[union-attr]
+    assert told == [entry.model_dump() for entry in as_chat.content]
+    assert respond(client).output[0].to_dict()["content"][0]["logprobs"] == []  # type: ignore[index]
     assert refused(client, top_logprobs=3).param == "top_logprobs"
 
 
