@@ -111,7 +111,7 @@ def _tools(
     """Functions and the choice among them, as chat has them. Errors: RequestError."""
     functions = [_function(tool, f"tools[{position}]") for position, tool in enumerate(tools)]
     match choice:
-        case None | str():
+        case None | "none" | "auto" | "required":
             return functions, choice
         case {"type": "function", "name": str(name)}:
             return functions, {"type": "function", "function": {"name": name}}
@@ -129,10 +129,10 @@ def _tools(
 
 def _function(tool: Mapping[str, Any], path: str) -> dict[str, Any]:
     match tool:
-        case {"type": "function"}:
+        case {"type": "function", "name": str()}:
             given = {name: tool[name] for name in tool if name in FUNCTION_FIELDS and tool[name] is not None}
             return {"type": "function", "function": given}
-        case {"type": str(kind)}:
+        case {"type": str(kind)} if kind != "function":
             raise _hosted(kind, f"{path}.type")
     raise RequestError.invalid(f'{path} is no tool: write {{"type": "function", "name": ..., "parameters": ...}}', path)
 

@@ -57,18 +57,16 @@ class Responses:
     async def whole(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> Response:
         """warnings: are told what the client should know beside the answer. Errors: RequestError."""
         begun = await self.begin(request, caller, warnings)
-        with self._service.logprobs.account() as account:
-            async with aclosing(self._chat.deltas(begun.accepted.prompts, caller)) as deltas:
-                async for _, delta in deltas:
-                    begun.telling.push(delta)
-                    account.add(delta.logprobs, "logprobs")
+        async with aclosing(self.told(begun, caller)) as told:
+            async for _ in told:
+                pass
         response = await self.kept(request, begun, caller)
         if request.store is not False and not response.store:
             warnings.add(NOT_KEPT)
         return response
 
     def stream(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> "ResponseStream":
-        return ResponseStream(self, self._chat, request, caller, warnings)
+        return ResponseStream(self, request, caller, warnings)
 
     async def begin(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> _Begun:
         """Errors: RequestError."""
@@ -86,6 +84,15 @@ class Responses:
         opened = _opened(request, accepted, model.name)
         summarised = request.reasoning is not None and request.reasoning.summarised
         return _Begun(items, accepted, ResponseTelling(opened, accepted, TokenNames(model.tokenizer), summarised=summarised))
+
+    async def told(self, begun: _Begun, caller: Caller) -> AsyncGenerator[list[Event], None]:
+        """What is new, until the output has ended. Log-probabilities are held to the end, which the last events repeat. Errors:
+        RequestError."""
+        with self._service.logprobs.account() as account:
+            async with aclosing(self._chat.deltas(begun.accepted.prompts, caller)) as deltas:
+                async for _, delta in deltas:
+                    account.add(delta.logprobs, "logprobs")
+                    yield begun.telling.push(delta)
 
     async def kept(self, request: ResponseRequest, begun: _Begun, caller: Caller) -> Response:
         """The whole response, which is kept if it shall be, and can."""
@@ -136,9 +143,8 @@ class Responses:
 class ResponseStream:
     """One response, told in events."""
 
-    def __init__(self, door: Responses, chat: Chat, request: ResponseRequest, caller: Caller, warnings: Warnings) -> None:
+    def __init__(self, door: Responses, request: ResponseRequest, caller: Caller, warnings: Warnings) -> None:
         self._door = door
-        self._chat = chat
         self._request = request
         self._caller = caller
         self._warnings = warnings
@@ -148,15 +154,14 @@ class ResponseStream:
         """A piece of bytes for each delta. The first events come with the first delta, so that a request which is refused has
         the status of its error. Errors: RequestError, which after the first piece is for `failed` to tell."""
         begun = self._begun = await self._door.begin(self._request, self._caller, self._warnings)
-        telling = begun.telling
-        before = _encoded(telling.begin())
-        async with aclosing(self._chat.deltas(begun.accepted.prompts, self._caller)) as deltas:
-            async for _, delta in deltas:
-                if data := before + _encoded(telling.push(delta)):
+        before = _encoded(begun.telling.begin())
+        async with aclosing(self._door.told(begun, self._caller)) as told:
+            async for events in told:
+                if data := before + _encoded(events):
                     yield data
                 before = b""
         response = await self._door.kept(self._request, begun, self._caller)
-        yield _encoded([telling.end(response)])
+        yield _encoded([begun.telling.end(response)])
 
     def failed(self, error: RequestError) -> bytes:
         """The last events of a stream that fails."""

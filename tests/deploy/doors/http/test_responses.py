@@ -328,6 +328,9 @@ def test_background_false_asks_for_nothing(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters"),
         ({"tools": [{"name": "f"}]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": TOOLS, "tool_choice": "often"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["everything"]}, "include[0]"),
@@ -340,6 +343,7 @@ def test_background_false_asks_for_nothing(client: openai.OpenAI) -> None:
 def test_errors_name_the_field(address: str, fields: dict[str, object], param: str) -> None:
     answer = posted(address, **fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+    assert '"function": {' not in answer.json()["error"]["message"], "as chat writes tools"
 
 
 def test_an_unknown_model(client: openai.OpenAI) -> None:
