@@ -32,6 +32,8 @@ from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
 from deploy.doors.http import create_app
+from deploy.doors.openai.responses.shared import SharedResponses
+from deploy.doors.openai.responses.storing import bounds_of
 from deploy.engine import EngineReplica
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.errors import Fault, RequestError
@@ -113,7 +115,9 @@ class Ingress(GrpcIngress):
         self._observer = Observer.open(limits, model.name)
         application = serve.get_replica_context().app_name
         cluster = ServeCluster(engine, application, version)
-        await _turn_of(cluster, Estate(namespace_of(application), version, config.adoption_timeout_s))
+        estate = Estate(namespace_of(application), version, config.adoption_timeout_s)
+        await _turn_of(cluster, estate)
+        self._store = SharedResponses(estate, bounds_of(limits), limits.log_format)
         self._service = Service(model, cluster, self._observer)
         self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
@@ -121,7 +125,10 @@ class Ingress(GrpcIngress):
     def __serve_build_asgi_app__(self) -> FastAPI:
         pages = status_routes(self._service)
         pages.include_router(admin_routes(self._administration))
-        return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
+        return create_app(
+            self._service, self._limits, self._keys, pages=pages, store=self._store,
+            names_responses=False,  # Serve names them
+        )  # fmt: skip
 
     async def abort_here(self, request_id: str, account: str) -> int:
         """Ends what this replica has under way by that id on that account; how many requests that were."""
@@ -147,6 +154,7 @@ class Ingress(GrpcIngress):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(self._observer.close)
+        await asyncio.to_thread(self._store.close)
 
 
 async def _turn_of(cluster: ServeCluster, estate: Estate) -> None:

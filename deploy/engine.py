@@ -20,6 +20,7 @@ from cluster.fleet.rolling import Roll, other_versions
 from cluster.launch import plan
 from deploy.config.load import reject_unknown
 from deploy.config.serve import ServeConfig
+from deploy.doors.openai.responses.shared import end_responses
 from scheduler.logs import configure
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
@@ -104,6 +105,7 @@ class EngineReplica:
             if self._roll is not None:
                 self._roll.close()
             self._fleet.close()
+            end_responses(self._estate.namespace)
 
     def _start(self) -> None:
         try:

@@ -90,6 +90,13 @@ class ServeConfig(QueueBounds, AddressConfig):
     max_prompts: int = option(64, "Prompts of one completion request at most.", at_least(1))
     max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
+    stored_responses: int = option(
+        4096, "Answers of /v1/responses that are kept for previous_response_id, at most; 0 keeps none.", at_least(0)
+    )
+    stored_response_bytes: int = option(
+        256 << 20, "Bytes that they may take together, in memory.", at_least(0), shown="256MiB", size=True
+    )
+    stored_response_age_s: float = option(86400.0, "Seconds for which each is kept.", above_0("use --stored-responses 0"))
     chat_template: str | None = option(
         None,
         "File with a chat template (Jinja) to use instead of the checkpoint's; each front end reads it, as it does the "

@@ -17,6 +17,7 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.entrance import REQUEST_ID_HEADER, Entrance, Gatekeeper, error_response
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.errors import ErrorBody, ErrorDetail
+from deploy.doors.openai.responses.storing import ResponseStore
 from deploy.doors.openai.routes import RECORDS, openai_routes
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.warnings import HEADER as WARNING_HEADER
@@ -29,10 +30,12 @@ SHOWN_VERSION = VERSION or "0 (from a source folder)"
 
 
 def create_app(
-    service: Service, config: ServeConfig, keys: ApiKeys, *, pages: APIRouter | None = None, names_responses: bool = True
-) -> FastAPI:
+    service: Service, config: ServeConfig, keys: ApiKeys, *, pages: APIRouter | None = None, names_responses: bool = True,
+    store: ResponseStore | None = None,
+) -> FastAPI:  # fmt: skip
     """The endpoint of one service, which somebody else runs. keys: none leave it open. pages: to look at, beside the API.
-    names_responses: False where whoever runs it puts the request's id on every response, as Ray Serve does."""
+    names_responses: False where whoever runs it puts the request's id on every response, as Ray Serve does. store: where
+    responses are kept, if the endpoint is more than this process."""
     app = FastAPI(
         title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None,
         middleware=_middleware(config, keys, names_responses),
@@ -41,7 +44,7 @@ def create_app(
             Exception: _on_fault if names_responses else _on_unnamed_fault,
         },
     )  # fmt: skip
-    app.include_router(openai_routes(service, config))
+    app.include_router(openai_routes(service, config, store))
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service)
@@ -52,7 +55,7 @@ def create_app(
 def _middleware(config: ServeConfig, keys: ApiKeys, names_responses: bool) -> list[Middleware]:
     """Outermost first. A page of another origin may call only if it is named; its preflight carries no key."""
     cors = Middleware(
-        CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["GET", "HEAD", "POST"],
+        CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["DELETE", "GET", "HEAD", "POST"],
         allow_headers=["Authorization", "Content-Type", LAST_EVENT_ID, REQUEST_ID_HEADER],
         expose_headers=[REQUEST_ID_HEADER, "Retry-After", WARNING_HEADER],
     )  # fmt: skip

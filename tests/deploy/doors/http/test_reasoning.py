@@ -62,7 +62,8 @@ class Thinker:
         assert tokenizer is not None
         self.tokenizer = tokenizer
         self.engine = FakeEngine([*tokenizer.encode(output), *tokenizer.encode("<|im_end|>")], steps_per_delta=steps)
-        self.address = host.serve(host.service(ScriptedCluster(self.engine), folder), config)
+        self.service = host.service(ScriptedCluster(self.engine), folder)
+        self.address = host.serve(self.service, config)
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
