@@ -51,7 +51,7 @@ class Speech:
         """What is new, a part for each turn. in_parts: calls are numbered, since more of them may follow. known: the client has
         it."""
         said: list[Said] = []
-        for thought, events in groupby(self._events(text, ended), lambda event: isinstance(event, Thought)):
+        for thought, events in groupby(self.events(text, ended), lambda event: isinstance(event, Thought)):
             if not (part := _sorted(events, in_parts)):
                 continue
             if thought != self._thought:
@@ -72,7 +72,8 @@ class Speech:
         called = self._calls is not None and self._calls.called
         return "tool_calls" if reason == "stop" and called else reason
 
-    def _events(self, text: str, ended: bool) -> Iterator[Thought | Event]:
+    def events(self, text: str, ended: bool) -> Iterator[Thought | Event]:
+        """What is new, in order: for doors that do not tell it in a message's parts. Not beside `told`."""
         for section in self._read(text, ended):
             if section.thought:
                 yield Thought(section.text)

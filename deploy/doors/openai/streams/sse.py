@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,26 +25,38 @@ T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
 
 
-def event(content: msgspec.Struct, id: bytes = b"") -> bytes:
-    """One event. JSON has no line breaks of its own, so it is one `data` line."""
-    data = b"data: " + _encoder.encode(content)
-    return b"id: " + id + b"\n" + data + b"\n\n" if id else data + b"\n\n"
+def event(content: msgspec.Struct, id: bytes = b"", name: str = "") -> bytes:
+    """One event. JSON has no line breaks of its own, so it is one `data` line. name: of its kind, where kinds have some."""
+    data = b"data: " + _encoder.encode(content) + b"\n\n"
+    if id:
+        data = b"id: " + id + b"\n" + data
+    return b"event: " + name.encode() + b"\n" + data if name else data
+
+
+def failure(error: RequestError) -> bytes:
+    """The event that ends a stream which failed."""
+    return b"data: " + error_body(error) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends events as they come, then `[DONE]`.
+    """Sends events as they come, then `end`.
 
-    Headers wait for the first event: what fails before it has the status of its error. What fails after it becomes a last
-    event `{"error": ...}`. Everything happens in one task, which a disconnect cancels, so that `events` ends at once.
+    Headers wait for the first event: what fails before it has the status of its error. What fails after it becomes the last
+    events, as `failed` says it. Everything happens in one task, which a disconnect cancels, so that `events` ends at once.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], warnings: Warnings) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], warnings: Warnings, failed: Callable[[RequestError], bytes] = failure,
+        end: bytes = DONE,
+    ) -> None:  # fmt: skip
         self.status_code = 200
         self.background = None
         self._events = events
         self._warnings = warnings
+        self._failed = failed
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         with contextlib.suppress(ClientGone):
@@ -64,16 +76,11 @@ class EventStream(Response):
                 async for data in events:
                     await body(data)
             except RequestError as error:
-                await body(failure(error))
+                await body(self._failed(error))
             except Exception:
                 logger.exception("a stream failed")
-                await body(failure(RequestError(Fault.INTERNAL, "the server failed: its log has the reason")))
-        await body(DONE, more=False)
-
-
-def failure(error: RequestError) -> bytes:
-    """The event that ends a stream which failed."""
-    return b"data: " + error_body(error) + b"\n\n"
+                await body(self._failed(RequestError(Fault.INTERNAL, "the server failed: its log has the reason")))
+        await body(self._end, more=False)
 
 
 class ClientGone(RequestError):
