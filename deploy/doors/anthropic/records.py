@@ -3,7 +3,7 @@
 Encoded by msgspec, which writes each record's tag as its `type`. Imports their base, and how events are framed.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,7 +30,7 @@ class ToolUseBlock(Answer, frozen=True, kw_only=True, tag_field="type", tag="too
 
     id: str
     name: str
-    input: dict[str, object] = msgspec.field(default_factory=dict)
+    input: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 Block = TextBlock | ThinkingBlock | ToolUseBlock

@@ -17,7 +17,8 @@ class ContentBlock(Record, frozen=True, kw_only=True):
     signature: of a thought; data: of one that was hidden. id, name, input: of a call. tool_use_id, content, is_error: of its
     result. Others are read only to be refused by their types."""
 
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"cache_control", "citations", "caller", "data"})
+    REFUSED: ClassVar[frozenset[str]] = frozenset({"source", "title", "context"})
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"citations", "caller", "data"})
 
     type: str
     text: str | None = None
@@ -33,7 +34,7 @@ class ContentBlock(Record, frozen=True, kw_only=True):
     cache_control: Any = None
     citations: Any = None
     caller: Any = None
-    # of blocks that are refused
+    # of types that are refused
     source: Any = None
     title: Any = None
     context: Any = None
@@ -50,7 +51,7 @@ class ToolParam(Record, frozen=True, kw_only=True):
     """A function that the model may call. type: of the server's own tools, which are refused by it."""
 
     IGNORED: ClassVar[frozenset[str]] = frozenset(
-        {"allowed_callers", "cache_control", "defer_loading", "eager_input_streaming", "input_examples"}
+        {"allowed_callers", "defer_loading", "eager_input_streaming", "input_examples"}
     )
 
     name: str | None = None
@@ -105,7 +106,7 @@ class PromptRequest(Record, frozen=True, kw_only=True):
     """What the prompt is made of: `/v1/messages` and `/v1/messages/count_tokens` have it in common."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
-    IGNORED: ClassVar[frozenset[str]] = frozenset({"speed"})
+    IGNORED: ClassVar[frozenset[str]] = frozenset({"speed", "user_profile_id", "workspace_id"})
 
     model: str | None = None
     messages: Annotated[list[MessageParam], Meta(min_length=1)]
@@ -115,7 +116,10 @@ class PromptRequest(Record, frozen=True, kw_only=True):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
+    # ignored
     speed: str | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
 
 class MessagesRequest(PromptRequest, frozen=True, kw_only=True):
@@ -125,9 +129,7 @@ class MessagesRequest(PromptRequest, frozen=True, kw_only=True):
         "container": "nothing is run here but the model: leave it out",
         "mcp_servers": "this server calls no other ones: offer their tools in tools",
     }
-    IGNORED: ClassVar[frozenset[str]] = PromptRequest.IGNORED | {
-        "diagnostics", "inference_geo", "service_tier", "user_profile_id", "workspace_id",
-    }  # fmt: skip
+    IGNORED: ClassVar[frozenset[str]] = PromptRequest.IGNORED | {"diagnostics", "inference_geo", "service_tier"}
 
     max_tokens: Count
     stop_sequences: list[str] | None = None
@@ -143,8 +145,6 @@ class MessagesRequest(PromptRequest, frozen=True, kw_only=True):
     diagnostics: Any = None
     inference_geo: str | None = None
     service_tier: str | None = None
-    user_profile_id: str | None = None
-    workspace_id: str | None = None
 
 
 class CountTokensRequest(PromptRequest, frozen=True, kw_only=True):

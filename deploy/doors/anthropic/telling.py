@@ -7,7 +7,9 @@ Imports how models speak, and the records; no HTTP.
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from deploy.doors.anthropic.records import (
     Block,
@@ -28,8 +30,11 @@ from deploy.doors.anthropic.signatures import signature
 from deploy.doors.dialects.tools.events import CallArguments, CallBegin, Event, PlainText
 from deploy.doors.openai.answers.speech import Thought
 
-_decoder = json.JSONDecoder()
-_BEGIN, _COLON, _COMMA = (re.compile(rf"\s*{sign}\s*") for sign in (r"\{", ":", ","))
+MOST_CUT_TOKENS = 4
+"""At the end of JSON that was cut off, those that may have to go: a comma, a name, its colon, and half a number."""
+
+_CLOSED_BY = {"{": "}", "[": "]"}
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:"]|[^\s{}\[\],:"]+', re.DOTALL)
 
 
 class BlockWriter:
@@ -118,25 +123,32 @@ def stop_reason(finish_reason: str | None, cause: int | str | None, *, all_token
     return ("stop_sequence", cause) if isinstance(cause, str) else ("end_turn", None)
 
 
-def read_input(arguments: str) -> dict[str, object]:
-    """A call's arguments. Of a text that was cut off, or is no JSON, the members that are whole."""
-    try:
-        whole = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return dict(_members(arguments))
-    return whole if isinstance(whole, dict) else {}
-
-
-def _members(text: str) -> Iterator[tuple[str, object]]:
-    """Those that are surely whole: something follows them."""
-    sign = _BEGIN.match(text)
-    while sign is not None:
+def read_input(arguments: str) -> dict[str, Any]:
+    """A call's arguments; of a text that was cut off, as much of them as is whole; nothing of one that is no JSON."""
+    for text in (arguments, *_closed(arguments)):
         try:
-            name, at = _decoder.raw_decode(text, sign.end())
-            if not isinstance(name, str) or (sign := _COLON.match(text, at)) is None:
-                return
-            value, at = _decoder.raw_decode(text, sign.end())
+            read = json.loads(text)
         except (ValueError, RecursionError):
-            return
-        if (sign := _COMMA.match(text, at)) is not None:
-            yield name, value
+            continue
+        return read if isinstance(read, dict) else {}
+    return {}
+
+
+def _closed(text: str) -> Iterator[str]:
+    """The text up to the end of one of its last tokens, the later ones first, with the brackets that it leaves open closed."""
+    open_to: list[str] = []
+    last: deque[re.Match[str]] = deque(maxlen=MOST_CUT_TOKENS + 1)
+    for token in _JSON_TOKEN.finditer(text):
+        if token[0] == '"':
+            break  # of a string that does not end
+        if token[0] in _CLOSED_BY:
+            open_to.append(_CLOSED_BY[token[0]])
+        elif open_to and token[0] in "}]":
+            open_to.pop()
+        last.append(token)
+    for token in reversed(last):
+        yield text[: token.end()] + "".join(reversed(open_to))
+        if token[0] in _CLOSED_BY:
+            open_to.pop()
+        elif token[0] in "}]":
+            open_to.append(token[0])

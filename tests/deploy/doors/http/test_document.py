@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import schemathesis
+from anthropic.types import ToolParam as AnthropicTool
+from anthropic.types import message_count_tokens_params, message_create_params
 from hypothesis import HealthCheck, Phase, given, settings
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -19,6 +22,14 @@ from schemathesis.specs.openapi.checks import (
 )
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
+from deploy.doors.anthropic.schemas import (
+    ContentBlock,
+    CountTokensRequest,
+    MessageParam,
+    MessagesRequest,
+    PromptRequest,
+    ToolParam,
+)
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from deploy.text.messages import Message
 
@@ -44,6 +55,14 @@ SENSIBLE: dict[str, dict[str, object]] = {
         "model": None,
         "timeout": None,
     },
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice", "container", "mcp_servers")),
+    },
+    "/v1/messages/count_tokens": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice")),
+    },
 }
 """So that what fits the document gets past the door, and to the model."""
 
@@ -55,6 +74,8 @@ OPERATIONS = [
     ("GET", "/v1/models/{model}"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
@@ -111,12 +132,23 @@ def tables() -> dict[str, dict[str, Row]]:
     return found
 
 
+ANTHROPICS: dict[str, type[msgspec.Struct]] = {
+    "`/v1/messages`": MessagesRequest,
+    "A message of Anthropic's": MessageParam,
+    "A block": ContentBlock,
+    "A tool": ToolParam,
+}
+
+
 def test_every_field_has_its_row(tables: dict[str, dict[str, Row]]) -> None:
     both = tables["Both endpoints"]
     assert both.keys() == set(GenerationRequest.__struct_fields__)
     assert both.keys() | tables["`/v1/completions`"].keys() == set(CompletionRequest.__struct_fields__)
     assert both.keys() | tables["`/v1/chat/completions`"].keys() == set(ChatRequest.__struct_fields__)
     assert tables["A message"].keys() == set(Message.__struct_fields__)
+    for heading, record in ANTHROPICS.items():
+        assert tables[heading].keys() == set(record.__struct_fields__)
+    assert set(PromptRequest.__struct_fields__) == set(CountTokensRequest.__struct_fields__)
 
 
 def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -> None:
@@ -124,6 +156,11 @@ def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -
         rows = tables["Both endpoints"] | tables[heading]
         stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
         assert stated == {"refused": set(request.REFUSED), "ignored": set(request.IGNORED)}
+    for heading, record in ANTHROPICS.items():
+        rows = tables[heading]
+        refused, ignored = getattr(record, "REFUSED", ()), getattr(record, "IGNORED", ())
+        stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
+        assert stated == {"refused": set(refused), "ignored": set(ignored)}
 
 
 def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> None:
@@ -144,3 +181,18 @@ def test_every_field_of_openais_is_known(openai_fields: type, request_type: type
     names |= set(openai_fields.__annotations__)
     assert names <= set(request_type.__struct_fields__)
     assert len(names) > 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "record"),
+    [
+        (message_create_params.MessageCreateParamsStreaming, MessagesRequest),
+        (message_count_tokens_params.MessageCountTokensParams, CountTokensRequest),
+        (AnthropicTool, ToolParam),
+    ],
+)
+def test_every_field_of_anthropics_is_known(fields: Any, record: type[msgspec.Struct]) -> None:
+    """And no other one but those that its package no longer has, and those of its betas."""
+    names = set(fields.__required_keys__ | fields.__optional_keys__)
+    dropped = {"temperature", "top_p", "top_k", "mcp_servers"}
+    assert names <= set(record.__struct_fields__) <= names | dropped
