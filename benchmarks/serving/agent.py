@@ -3,9 +3,9 @@
 So a prompt grows to `--context` tokens, of which a turn need compute no more than its own. Every turn must find in the cache
 all of the prompt before it: its whole blocks, and what it has of the next, unless that is shorter than the stride from which
 parts are reused. The command prints how much of the answer was found, too, and what a turn takes as the context grows, and
-exits with 1 if a turn found less than it must. Agents at work at once have their system prompt and tools in common, nothing else.
-The model is made to call by a grammar, so one with random weights will do; where it writes a call in other tokens than those in
-which it is read again, the hit ends there. Never imports an engine.
+exits with 1 if a turn found less than it must. Agents at work at once have their system prompt and tools in common, and nothing
+else. The model is made to call by a grammar, so one with random weights will do; where it writes a call in other tokens than
+those in which it is read again, the hit ends there. Never imports an engine.
 
     python -m benchmarks.serving.agent                                      # 40 turns to 8,000 tokens, on two cores
     python -m benchmarks.serving.agent --context 100000 --turns 40 --door chat

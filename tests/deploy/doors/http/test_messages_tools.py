@@ -11,12 +11,13 @@ from anthropic.types import Message, ThinkingBlock, ToolUseBlock
 
 from deploy.doors.anthropic.signatures import signature
 from deploy.text.tokenizer import Tokenizer
-from tests.deploy.doors.http.conftest import Scripted, messages_client
+from tests.deploy.doors.http.conftest import MODEL, Scripted, messages_client
 from tests.deploy.doors.http.messages import ask, asked, prompt_tokens, refused, said, streamed
 from tests.deploy.doors.http.test_chat import HELLO
 from tests.deploy.doors.http.test_messages_streams import ANSWER, CALL, THOUGHT, thinker
 from tests.deploy.doors.http.test_tools import WEATHER as CHAT_WEATHER
 from tests.deploy.doors.http.test_tools import is_weather, saying
+from tests.deploy.frontend.fake_engine import FakeEngine
 
 __all__ = ["thinker"]  # a fixture
 
@@ -111,6 +112,29 @@ def test_a_call_and_its_result_may_be_sent_again(scripted: Scripted, checkpoint:
         assert "user\nAnd now?" in seen(engine, checkpoint)
         bare = {"type": "tool_result", "tool_use_id": call.id}
         assert ask(client, [*turns[:-1], {"role": "user", "content": [bare]}], tools=BOTH, max_tokens=1).content
+
+
+def test_the_packages_own_loop_of_calls(scripted: Scripted, checkpoint: Path) -> None:
+    """It asks at `/v1/messages?beta=true`, calls the functions that it was given, and asks again."""
+    tokenizer = Tokenizer.load(checkpoint)
+    assert tokenizer is not None
+
+    def reply(prompt: list[int], _: int) -> list[int]:
+        said = ANSWER if "sunny in Paris" in tokenizer.decode(prompt) else f"Let me see.\n{CALL}"
+        return [*tokenizer.encode(said), *tokenizer.encode("<|im_end|>")]
+
+    @anthropic.beta_tool
+    def get_weather(city: str, unit: str) -> str:
+        """The weather of a city."""
+        return f"sunny in {city}, in {unit}"
+
+    for stream in (False, True):
+        with messages_client(scripted(FakeEngine(reply), checkpoint)) as client:
+            asked: Any = {"model": MODEL, "messages": HELLO, "max_tokens": 200, "tools": [get_weather], "stream": stream}
+            steps: Any = client.beta.messages.tool_runner(**asked)
+            messages = [step.get_final_message() if stream else step for step in steps]
+            assert [message.stop_reason for message in messages] == ["tool_use", "end_turn"]
+            assert messages[-1].content[0].text == ANSWER
 
 
 def test_fields_beside_a_call_and_a_tool(claude: anthropic.Anthropic) -> None:
