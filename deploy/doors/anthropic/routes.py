@@ -9,9 +9,9 @@ from deploy.doors.anthropic.errors import PATH, error_answer
 from deploy.doors.anthropic.messages import Messages
 from deploy.doors.anthropic.records import ErrorAnswer, MessageAnswer, TokenCount, encoded
 from deploy.doors.anthropic.schemas import CountTokensRequest, MessagesRequest
-from deploy.doors.bodies import answer, read_body
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.document import answers, body_of
+from deploy.doors.openai.exchanging import read_request, whole_answer
 from deploy.doors.openai.streams.sse import EventStream
 from deploy.frontend.errors import RequestError
 from deploy.frontend.service import Service
@@ -30,21 +30,21 @@ def anthropic_routes(service: Service, config: ServeConfig, grammars: Grammars) 
     )
     async def create_message(request: Request) -> Response:
         """Answer a conversation, as Anthropic's Messages."""
-        asked, caller = await read_body(request, MessagesRequest, config), request.state.caller
+        asked, caller = await read_request(request, MessagesRequest, config), request.state.caller
         warnings = request.state.warnings
         if asked.stream:
             return EventStream(
                 messages.events(asked, caller, warnings), warnings, failed=partial(_failure, caller.request_id), end=b""
             )
-        return await answer(request, messages.whole(asked, caller, warnings))
+        return await whole_answer(request, messages.whole(asked, caller, warnings))
 
     @router.post(
         f"{PATH}/count_tokens", openapi_extra=body_of(CountTokensRequest), responses=answers(TokenCount, error=ErrorAnswer)
     )
     async def count_tokens(request: Request) -> Response:
         """Count the tokens of a conversation's prompt."""
-        asked = await read_body(request, CountTokensRequest, config)
-        return await answer(request, messages.count(asked, request.state.warnings))
+        asked = await read_request(request, CountTokensRequest, config)
+        return await whole_answer(request, messages.count(asked, request.state.warnings))
 
     return router
 

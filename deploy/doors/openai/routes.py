@@ -5,13 +5,13 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.bodies import answer, as_json, read_body
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.answers.records import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
+from deploy.doors.openai.exchanging import json_response, read_request, whole_answer
 from deploy.doors.openai.models import Models
 from deploy.doors.openai.schemas import (
     ChatRequest,
@@ -48,34 +48,34 @@ def _add_generation(router: APIRouter, service: Service, config: ServeConfig, gr
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt, or several."""
-        return await _generate(request, completions, await read_body(request, CompletionRequest, config))
+        return await _generate(request, completions, await read_request(request, CompletionRequest, config))
 
     @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), responses=answers(ChatCompletion, streamed=True))
     async def converse(request: Request) -> Response:
         """Answer a conversation."""
-        return await _generate(request, chat, await read_body(request, ChatRequest, config))
+        return await _generate(request, chat, await read_request(request, ChatRequest, config))
 
 
 def _add_models(router: APIRouter, models: Models, config: ServeConfig) -> None:
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
         """The models that are served here: one."""
-        return as_json(models.all())
+        return json_response(models.all())
 
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard))
     async def retrieve_model(model: str) -> Response:
         """What is known of a model."""
-        return as_json(models.one(model))
+        return json_response(models.one(model))
 
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        return await answer(request, models.tokenize(await read_body(request, TokenizeRequest, config)))
+        return await whole_answer(request, models.tokenize(await read_request(request, TokenizeRequest, config)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return await answer(request, models.detokenize(await read_body(request, DetokenizeRequest, config)))
+        return await whole_answer(request, models.detokenize(await read_request(request, DetokenizeRequest, config)))
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:
@@ -87,4 +87,4 @@ async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Respon
         return EventStream(endpoint.events(asked, caller, warnings, last_id, with_ids=with_ids), warnings)
     if last_id is not None:
         raise RequestError.invalid(f"{LAST_EVENT_ID} goes with stream=true: leave it out, or stream", LAST_EVENT_ID)
-    return await answer(request, endpoint.whole(asked, caller, warnings))
+    return await whole_answer(request, endpoint.whole(asked, caller, warnings))

@@ -1,4 +1,4 @@
-"""JSON bodies of requests and responses, at any HTTP door. Imports starlette and the reading of records."""
+"""A request of HTTP read, and its answer written: what all paths of OpenAI's API have in common. Imports starlette."""
 
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from deploy.doors.warnings import Warnings
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-async def read_body(request: Request, kind: type[R], config: ServeConfig) -> R:
+async def read_request(request: Request, kind: type[R], config: ServeConfig) -> R:
     """JSON that says so: a page of another origin cannot send that without being allowed to. What is to be told beside the
     answer is gathered in the request's state. Errors: RequestError."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -26,11 +26,11 @@ async def read_body(request: Request, kind: type[R], config: ServeConfig) -> R:
     return read(await request.body(), kind, request.state.warnings, strict=config.strict_fields)
 
 
-async def answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:
-    """What comes of the work, which ends if the client goes away, with the warnings. Errors: RequestError."""
+async def whole_answer(request: Request, work: Coroutine[Any, Any, msgspec.Struct]) -> Response:
+    """What the work comes to, unless the client goes away before."""
     content = await unless_gone(request.receive, work)
-    return as_json(content, request.state.warnings.headers())
+    return json_response(content, request.state.warnings.headers())
 
 
-def as_json(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(content: msgspec.Struct, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
