@@ -46,13 +46,12 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation(ABC):
-    """Grows by a call and its result each turn. headers: of each request."""
+    """Grows by a call and its result each turn."""
 
     client: httpx.Client
     system: str
     tools: Sequence[Tool]
     task: str
-    headers: Mapping[str, str] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     path: ClassVar[str]
@@ -60,7 +59,7 @@ class Conversation(ABC):
     def turn(self) -> Turn:
         """The model is made to call one tool. Errors: AgentError."""
         turn, began_s = Turn(), time.perf_counter()
-        with self.client.stream("POST", self.path, json=self.body(), headers=self.headers, timeout=TIMEOUT_S) as answer:
+        with self.client.stream("POST", self.path, json=self.body(), timeout=TIMEOUT_S) as answer:
             if answer.status_code != 200:
                 raise AgentError(f"{answer.status_code}: {answer.read().decode()[:500]}")
             for event in _events(answer.iter_lines()):

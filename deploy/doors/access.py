@@ -47,13 +47,13 @@ class ApiKeys:
         """
         if not self:
             return ""
+        way = "Authorization: Bearer KEY"
         if authorization is None and api_key is not None:
-            authorization = f"Bearer {api_key}"
+            authorization, way = f"Bearer {api_key}", "x-api-key: KEY"
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not self.open(key.strip()):
             said = "this API key is not known here" if key else "no API key was given"
-            ways = "send one as `Authorization: Bearer KEY`, or as `x-api-key: KEY`"
-            raise RequestError(Fault.UNAUTHENTICATED, f"{said}: {ways}", code="invalid_api_key")
+            raise RequestError(Fault.UNAUTHENTICATED, f"{said}: send one as `{way}`", code="invalid_api_key")
         return account(key.strip())
 
     def may_operate(self, account: str) -> bool:

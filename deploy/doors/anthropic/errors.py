@@ -6,10 +6,12 @@ Statuses are those of every door. Imports msgspec and the door's errors only.
 import msgspec
 
 from deploy.doors.anthropic.records import ErrorAnswer, ErrorDetails
-from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.errors import CONTEXT_EXCEEDED, Fault, RequestError
 
 PATH = "/v1/messages"
 REQUEST_ID_HEADER = "request-id"
+
+TOO_LONG = "prompt is too long"
 
 TYPES = {
     Fault.INVALID: "invalid_request_error",
@@ -34,7 +36,13 @@ def is_for(path: str) -> bool:
 
 
 def error_answer(error: RequestError, request_id: str) -> ErrorAnswer:
-    return ErrorAnswer(error=ErrorDetails(type=TYPES[error.fault], message=error.message), request_id=request_id)
+    """There is no other place for the field at fault than the message; and agents know by its words when a prompt is too long,
+    and shorten it."""
+    named = error.param is None or error.param in error.message
+    message = error.message if named else f"{error.param}: {error.message}"
+    if error.code == CONTEXT_EXCEEDED:
+        message = f"{TOO_LONG}: {message}"
+    return ErrorAnswer(error=ErrorDetails(type=TYPES[error.fault], message=message), request_id=request_id)
 
 
 def error_body(error: RequestError, request_id: str) -> bytes:

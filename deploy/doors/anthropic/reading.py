@@ -36,7 +36,8 @@ BUDGET_UNENFORCED = (
 )
 
 _ELSEWHERE = (
-    (re.compile(r"\bresponse_format(\.json_schema\.schema)?"), "output_config.format"),
+    (re.compile(r"\bresponse_format\.json_schema\b"), "output_config.format"),
+    (re.compile(r"\bresponse_format\b"), "output_config.format"),
     (re.compile(r"\.function\.parameters\b"), ".input_schema"),
     (re.compile(r"\.function\.name\b"), ".name"),
     (re.compile(r"^stop\b"), "stop_sequences"),

@@ -108,8 +108,10 @@ def test_output_format(claude: anthropic.Anthropic) -> None:
     for tell in (ask, streamed):
         assert json.loads(text_of(tell(claude, max_tokens=100, output_config=config))) == {"a": UNUSUAL}
     lost = {"format": {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"pattern": "("}}}}}
-    with pytest.raises(anthropic.UnprocessableEntityError, match=r"output_config\.format|pattern|regex"):
+    with pytest.raises(anthropic.UnprocessableEntityError, match=r"output_config\.format: "):
         ask(claude, output_config=lost)
+    nested = {"format": {"type": "json_schema", "schema": {"items": json.loads("[" * 300 + "]" * 300)}}}
+    assert "output_config.format.schema nests" in refused(claude, output_config=nested)
 
 
 def test_effort_reaches_the_template(claude: anthropic.Anthropic) -> None:

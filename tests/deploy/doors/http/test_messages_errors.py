@@ -58,7 +58,11 @@ def test_errors_have_their_types(http: httpx.Client, host: Host, service: Servic
     assert error_of(post(asked(temprature=1)), 400) == "invalid_request_error"
     assert error_of(http.post("/v1/messages", content=b"{", headers={"content-type": "application/json"}), 400)
     assert error_of(http.post("/v1/messages", content=b"{}"), 415) == "invalid_request_error"
-    assert error_of(post({"messages": [{"role": "user", "content": "x " * 3000}]}, "/v1/messages/count_tokens"), 400)
+    endless = {"messages": [{"role": "user", "content": "x " * 3000}]}
+    for path, more in (("/v1/messages", {"max_tokens": 1}), ("/v1/messages/count_tokens", {})):
+        long = post(endless | more, path)
+        assert error_of(long, 400) == "invalid_request_error"
+        assert long.json()["error"]["message"].startswith("prompt is too long: ")
     small = host.serve(service, ServeConfig(max_request_bytes=1000, request_timeout_s=0.001))
     assert error_of(httpx.post(f"{small}/v1/messages", content=b" " * 2000), 413) == "request_too_large"
     assert error_of(httpx.post(f"{small}/v1/messages", json=asked(max_tokens=1900)), 504) == "timeout_error"
