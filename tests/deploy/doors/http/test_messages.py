@@ -136,6 +136,11 @@ def test_unknown_fields_are_said_in_a_header(http: httpx.Client) -> None:
     answer = http.post("/v1/messages", json=asked(context_management={"edits": []}))
     assert answer.status_code == 200
     assert "context_management" in answer.headers["warning"]
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [TEXT | {"flavour": 1}]}
+    inside = http.post("/v1/messages", json=asked([{"role": "user", "content": [result]}], tools=[WEATHER | {"taste": 1}]))
+    assert inside.status_code == 200
+    for place in ("messages[].content[].content[].flavour", "tools[].taste"):
+        assert f"the field {place} is not known here" in inside.headers["warning"]
     message = http.post("/v1/messages", json=asked(stop_sequence=["a"])).json()["error"]["message"]
     assert "did you mean 'stop_sequences'?" in message
 
