@@ -38,18 +38,20 @@ RECORDS = (
 G = TypeVar("G", bound=GenerationRequest)
 
 
-def openai_routes(service: Service, config: ServeConfig, store: ResponseStore | None = None) -> APIRouter:
-    """Everything under `/v1`, `/tokenize` and `/detokenize`. store: where responses are kept; None: in this process."""
+def openai_routes(
+    service: Service, config: ServeConfig, grammars: Grammars, store: ResponseStore | None = None
+) -> APIRouter:
+    """Everything of OpenAI's under `/v1`, `/tokenize` and `/detokenize`. grammars: of the service's model, for all doors.
+    store: where responses are kept; None: in this process."""
     router = APIRouter()
-    chat = _add_generation(router, service, config)
+    chat = _add_generation(router, service, config, grammars)
     responses = Responses(service, chat, store or OwnResponses(bounds_of(config)))
     router.include_router(response_routes(responses, config))
     _add_models(router, Models(service), config)
     return router
 
 
-def _add_generation(router: APIRouter, service: Service, config: ServeConfig) -> Chat:
-    grammars = Grammars(service.model)
+def _add_generation(router: APIRouter, service: Service, config: ServeConfig, grammars: Grammars) -> Chat:
     completions, chat = Completions(service, config, grammars), Chat(service, config, grammars)
 
     @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest), responses=answers(Completion, streamed=True))

@@ -36,10 +36,11 @@ class Thought:
 
 class Speech:
     """Calls are looked for in the answer alone. What is said is thoughts and answers by turns, each as long as it goes on,
-    whatever borders cut it. had: so many of these turns are not told again, since the client has had them whole."""
+    whatever borders cut it. had: so many of these turns are not told again, since the client has had them whole. id_prefix: of
+    the ids of calls."""
 
-    def __init__(self, tools: Tools | None, thinking: Thinking | None, had: int = 0) -> None:
-        self._calls = None if tools is None else tools.parser(lambda: f"call_{uuid.uuid4().hex}")
+    def __init__(self, tools: Tools | None, thinking: Thinking | None, had: int = 0, id_prefix: str = "call_") -> None:
+        self._calls = None if tools is None else tools.parser(lambda: f"{id_prefix}{uuid.uuid4().hex}")
         self._sections = None if thinking is None else thinking.parser()
         self._sorter = None if thinking is None else thinking.sorter()
         self._had = had

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -163,6 +164,17 @@ def http(address: str) -> Iterator[httpx.Client]:
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as opened:
+        yield opened
+
+
+def messages_client(address: str, key: str = "none") -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=address, api_key=key, max_retries=0, timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def claude(address: str) -> Iterator[anthropic.Anthropic]:
+    """A client of the same endpoint, that speaks Anthropic's Messages."""
+    with messages_client(address) as opened:
         yield opened
 
 

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import schemathesis
+from anthropic.types import ToolParam as AnthropicTool
+from anthropic.types import message_count_tokens_params, message_create_params
 from hypothesis import HealthCheck, Phase, given, settings
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
@@ -20,6 +23,14 @@ from schemathesis.specs.openapi.checks import (
 )
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
+from deploy.doors.anthropic.schemas import (
+    ContentBlock,
+    CountTokensRequest,
+    MessageParam,
+    MessagesRequest,
+    PromptRequest,
+    ToolParam,
+)
 from deploy.doors.openai.responses.schemas import Item, ResponseRequest
 from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest, SampledRequest
 from deploy.text.messages import Message
@@ -51,6 +62,14 @@ SENSIBLE: dict[str, dict[str, object]] = {
         **dict.fromkeys(ResponseRequest.REFUSED), "input": "Hi.", "max_output_tokens": SHORT, "model": None, "timeout": None,
         "previous_response_id": None, "truncation": None, "include": None, "top_logprobs": None,
     },
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice", "container", "mcp_servers")),
+    },
+    "/v1/messages/count_tokens": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice")),
+    },
 }
 """So that what fits the document gets past the door, and to the model."""
 
@@ -67,6 +86,8 @@ OPERATIONS = [
     ("GET", "/v1/models/{model}"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
@@ -124,6 +145,14 @@ def tables() -> dict[str, dict[str, Row]]:
     return found
 
 
+ANTHROPICS: dict[str, type[msgspec.Struct]] = {
+    "`/v1/messages`": MessagesRequest,
+    "A message of Anthropic's": MessageParam,
+    "A block": ContentBlock,
+    "A tool": ToolParam,
+}
+
+
 def test_every_field_has_its_row(tables: dict[str, dict[str, Row]]) -> None:
     both = tables["Both endpoints"]
     assert both.keys() == set(GenerationRequest.__struct_fields__)
@@ -133,6 +162,9 @@ def test_every_field_has_its_row(tables: dict[str, dict[str, Row]]) -> None:
     own = set(ResponseRequest.__struct_fields__) - set(SampledRequest.__struct_fields__)
     assert tables["`/v1/responses`"].keys() == own
     assert tables["An item"].keys() == set(Item.__struct_fields__)
+    for heading, record in ANTHROPICS.items():
+        assert tables[heading].keys() == set(record.__struct_fields__)
+    assert set(PromptRequest.__struct_fields__) == set(CountTokensRequest.__struct_fields__)
 
 
 def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -> None:
@@ -141,6 +173,11 @@ def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -
         rows = tables["Both endpoints"] | tables[heading]
         stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
         assert stated == {"refused": set(request.REFUSED), "ignored": set(request.IGNORED)}
+    for heading, record in ANTHROPICS.items():
+        rows = tables[heading]
+        refused, ignored = getattr(record, "REFUSED", ()), getattr(record, "IGNORED", ())
+        stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
+        assert stated == {"refused": set(refused), "ignored": set(ignored)}
     for record, heading in ((ResponseRequest, "`/v1/responses`"), (Item, "An item")):
         stated = {
             word: {name for name, (state, _) in tables[heading].items() if state == word} for word in ("refused", "ignored")
@@ -174,3 +211,18 @@ def test_every_field_of_openais_is_known(openai_fields: type, request_type: type
     names |= set(openai_fields.__annotations__)
     assert names <= set(request_type.__struct_fields__)
     assert len(names) > 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "record"),
+    [
+        (message_create_params.MessageCreateParamsStreaming, MessagesRequest),
+        (message_count_tokens_params.MessageCountTokensParams, CountTokensRequest),
+        (AnthropicTool, ToolParam),
+    ],
+)
+def test_every_field_of_anthropics_is_known(fields: Any, record: type[msgspec.Struct]) -> None:
+    """And no other one but those that its package no longer has, and those of its betas."""
+    names = set(fields.__required_keys__ | fields.__optional_keys__)
+    dropped = {"temperature", "top_p", "top_k", "mcp_servers"}
+    assert names <= set(record.__struct_fields__) <= names | dropped

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
+from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.entrance import plain
 from deploy.doors.http import create_app
 from deploy.doors.openai.routes import openai_routes
@@ -99,7 +100,8 @@ def test_the_status_page_is_there(http: httpx.Client) -> None:
 def test_every_path_that_answers_get_is_named_here(service: Service) -> None:
     config = ServeConfig()
     pages = status_routes(service)
-    parts = (create_app(service, config, ApiKeys(), pages=pages), openai_routes(service, config), pages)
+    routers = openai_routes(service, config, Grammars(service.model)), pages
+    parts = (create_app(service, config, ApiKeys(), pages=pages), *routers)
     routes = [route for part in parts for route in part.routes if isinstance(route, APIRoute | Route)]
     known = {route.path for route in routes if "GET" in (route.methods or ())}
     assert {path.replace(MODEL, "{model:path}").replace("app.js", "{name}") for path in GET_PATHS} == known
