@@ -14,7 +14,7 @@ from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
-from deploy.doors.openai.models import Models
+from deploy.doors.openai.models import TokenTexts, card, one_of
 from deploy.doors.openai.reading import read
 from deploy.doors.openai.schemas import (
     ChatRequest,
@@ -27,6 +27,7 @@ from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.openai.streams.sse import EventStream, unless_gone
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Service
 
 RECORDS = (
@@ -40,10 +41,10 @@ G = TypeVar("G", bound=GenerationRequest)
 
 
 def openai_routes(service: Service, config: ServeConfig) -> APIRouter:
-    """Everything under `/v1`, `/tokenize` and `/detokenize`."""
+    """What is asked of one model: completions, chat, `/tokenize` and `/detokenize`."""
     router = APIRouter()
     _add_generation(router, service, config)
-    _add_models(router, Models(service), config)
+    _add_tokens(router, TokenTexts(service), config)
     return router
 
 
@@ -62,26 +63,33 @@ def _add_generation(router: APIRouter, service: Service, config: ServeConfig) ->
         return await _generate(request, chat, await _read(request, ChatRequest, config))
 
 
-def _add_models(router: APIRouter, models: Models, config: ServeConfig) -> None:
+def model_routes(service: Service, further: FurtherModels) -> APIRouter:
+    """What is served here, of all models."""
+    router = APIRouter()
+
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
-        """The models that are served here: one."""
-        return _json(models.all())
+        """The models that are served here, the first one first."""
+        return _json(ModelList(data=[card(service.model), *(card(each.service.model) for each in further)]))
 
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard))
     async def retrieve_model(model: str) -> Response:
         """What is known of a model."""
-        return _json(models.one(model))
+        return _json(card(one_of(model, service, further).model))
 
+    return router
+
+
+def _add_tokens(router: APIRouter, tokens: TokenTexts, config: ServeConfig) -> None:
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        return await _answer(request, models.tokenize(await _read(request, TokenizeRequest, config)))
+        return await _answer(request, tokens.tokenize(await _read(request, TokenizeRequest, config)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return await _answer(request, models.detokenize(await _read(request, DetokenizeRequest, config)))
+        return await _answer(request, tokens.detokenize(await _read(request, DetokenizeRequest, config)))
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:

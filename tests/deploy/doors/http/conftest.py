@@ -22,6 +22,7 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.connections import bounded_protocol
 from deploy.doors.http import create_app
 from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
@@ -69,7 +70,10 @@ class Host:
         until(lambda: service.connected)
         return service
 
-    def serve(self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None) -> str:
+    def serve(
+        self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None,
+        further: FurtherModels | None = None,
+    ) -> str:  # fmt: skip
         """The address of a server that runs until the host closes."""
         # Named as TCP, or asyncio leaves Nagle's algorithm on, and each event of a stream waits for the last one's receipt.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -77,7 +81,8 @@ class Host:
 
         async def start() -> None:
             limits = config or ServeConfig()
-            app = create_app(service, limits, keys or ApiKeys(), pages=status_routes(service))
+            pages = status_routes(service, further)
+            app = create_app(service, limits, keys or ApiKeys(), pages=pages, further=further)
             bounded = bounded_protocol(limits)
             server = uvicorn.Server(uvicorn.Config(app, http=bounded, ws="none", log_level="warning"))
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
