@@ -1,6 +1,7 @@
 """Who may change a cluster over HTTP, and what the door says of it; and what the commands say that ask there."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -27,14 +28,26 @@ class Asked:
 
     def __init__(self) -> None:
         self.drained: list[tuple[int, bool]] = []
+        self.models: dict[str, dict[str, Any]] = {}
 
-    async def drain(self, group: int, replace: bool) -> None:
+    async def drain(self, group: int, replace: bool, model: str | None) -> None:
+        if model is not None:
+            raise RequestError(Fault.NOT_FOUND, f"no model {model!r}", param="model")
         if group != ONLY or not replace:
             raise RequestError(Fault.CONFLICT, f"group {group} cannot go")
         self.drained.append((group, replace))
 
-    async def roll(self, model: str) -> None:
-        raise RequestError.invalid(f"there is no checkpoint in {model}", "model")
+    async def roll(self, checkpoint: str, model: str | None) -> None:
+        raise RequestError.invalid(f"there is no checkpoint in {checkpoint} for {model}", "checkpoint")
+
+    async def add(self, model: str, settings: Mapping[str, Any]) -> None:
+        if model in self.models:
+            raise RequestError(Fault.CONFLICT, f"{model} is there")
+        self.models[model] = dict(settings)
+
+    async def remove(self, model: str) -> None:
+        if self.models.pop(model, None) is None:
+            raise RequestError(Fault.NOT_FOUND, f"no model {model!r}", param="model")
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +56,15 @@ def service() -> Service:
     return Service(model, LocalCluster(EngineConfig(model=str(EMBEDDED_MODEL), local=True)))
 
 
-def ask(service: Service, keys: ApiKeys, asked: Asked, key: str | None, path: str, method: str = "POST") -> httpx.Response:
+def ask(
+    service: Service, keys: ApiKeys, asked: Asked, key: str | None, path: str, method: str = "POST", body: Any = None
+) -> httpx.Response:  # fmt: skip
     app = create_app(service, ServeConfig(), keys, pages=admin_routes(asked))
 
     async def answer() -> httpx.Response:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here", headers=headers) as client:
-            return await client.request(method, path)
+            return await client.request(method, path, json=body)
 
     return asyncio.run(answer())
 
@@ -80,10 +95,26 @@ def test_what_cannot_be_done_is_told(service: Service) -> None:
     answer = ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain")
     assert (answer.status_code, answer.json()["error"]["message"]) == (409, f"group {ONLY} cannot go")
     assert ask(service, ApiKeys(), Asked(), None, "/admin/groups/x/drain").status_code == 400
-    answer = ask(service, ApiKeys(), Asked(), None, "/admin/roll?model=nowhere")
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model")
-    assert ask(service, ApiKeys(["key"]), Asked(), "key", "/admin/roll?model=nowhere").status_code == 403
+    answer = ask(service, ApiKeys(), Asked(), None, "/admin/roll?checkpoint=nowhere")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "checkpoint")
+    assert ask(service, ApiKeys(["key"]), Asked(), "key", "/admin/roll?checkpoint=nowhere").status_code == 403
+    assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain?model=other").status_code == 404
     assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain", "GET").status_code == 405
+
+
+def test_models_are_added_and_removed_with_an_operators_key_alone(service: Service) -> None:
+    keys, asked = ApiKeys(["a client's", "an operator's"], operators=["an operator's"]), Asked()
+    settings = {"model": "/models/q", "groups": 2}
+    for method, name, status, left in (
+        ("PUT", "org/q", 202, {"org/q": settings}), ("PUT", "org/q", 409, {"org/q": settings}),
+        ("DELETE", "other", 404, {"org/q": settings}), ("DELETE", "org/q", 202, {}),
+    ):  # fmt: skip
+        body, before = settings if method == "PUT" else None, dict(asked.models)
+        assert ask(service, keys, asked, "a client's", f"/admin/models/{name}", method, body).status_code == 403
+        assert asked.models == before
+        answer = ask(service, keys, asked, "an operator's", f"/admin/models/{name}", method, body)
+        assert (answer.status_code, asked.models) == (status, left), answer.text
+    assert ask(service, ApiKeys(), asked, None, "/admin/models/q", "PUT", [1]).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -92,9 +123,11 @@ def test_what_cannot_be_done_is_told(service: Service) -> None:
         (httpx.Response(409, json={"error": {"message": "group 7 cannot go"}}), 2, "group 7 cannot go"),
         (httpx.Response(503, json={"error": {"message": "the engine does not answer"}}), 1, "the engine does not answer"),
         (httpx.Response(404, json={"detail": "?"}), 2, "only endpoints on Ray can be changed"),
+        (httpx.Response(404, json={"error": {"message": "no model 'x'", "param": "model"}}), 2, "no model 'x'"),
+        (httpx.Response(502, text="?"), 1, "answers with status 502"),
         (httpx.ConnectError("refused"), 1, "no answer from http"),
     ],
-    ids=["409", "503", "404", "nobody"],
+    ids=["409", "503", "404", "no model", "502", "nobody"],
 )
 def test_a_command_says_why_it_is_refused(
     refusal: httpx.Response | Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch

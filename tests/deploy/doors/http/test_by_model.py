@@ -70,8 +70,9 @@ def several(host: Host, short_model: Path) -> Iterator[Several]:
 
 def test_a_request_goes_to_the_model_that_it_names(several: Several) -> None:
     http = several.http
-    asked = ({}, "tiny", FIRST), ({"model": "tiny"}, "tiny", FIRST), ({"model": "second"}, "second", SECOND)
-    for fields, model, ids in asked:
+    names = None, "tiny", "second"
+    for name, model, ids in zip(names, ("tiny", "tiny", "second"), (FIRST, FIRST, SECOND), strict=True):
+        fields = {} if name is None else {"model": name}
         assert several.tokens(**fields) == ids
         chat = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}], **fields}).json()
         assert (chat["model"], several.ids(chat["choices"][0]["message"]["content"])) == (model, ids)
@@ -109,7 +110,7 @@ def test_tokens_lengths_and_settings_are_the_models_own(several: Several) -> Non
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_a_model_that_is_not_there_is_404_at_every_path(several: Several, path: str) -> None:
-    bodies = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/detokenize": {"tokens": [1]}}
+    bodies: dict[str, dict[str, Any]] = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/detokenize": {"tokens": [1]}}
     answer = several.http.post(path, json={"model": "third", **bodies.get(path, {"prompt": "a"})})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
