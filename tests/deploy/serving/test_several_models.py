@@ -1,4 +1,4 @@
-"""Several models behind one endpoint on Serve: each an application of its own, which comes and goes beside the others' requests."""
+"""Several models behind one endpoint on Serve: each an application of its own; they come and go beside the others' requests."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ from tests.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line,
 
 pytestmark = pytest.mark.ray
 
-LONG = 3500
+LONG = 2000
 ENGINE_SETTINGS = {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}
 
 
@@ -209,7 +209,8 @@ def test_a_model_rolls_drains_and_outlives_its_engine_by_itself(endpoint: Endpoi
     assert all_named(INGRESS, 1) == ingress
 
 
-def test_the_end_of_the_endpoint_is_that_of_its_models(endpoint: Endpoint) -> None:
+@pytest.mark.usefixtures("endpoint")
+def test_the_end_of_the_endpoint_is_that_of_its_models() -> None:
     left = {*all_named(SCHEDULER, 2), *named(WORKER), *engines()}
     serve.delete("manta")
     assert not wait_gone(left, patience_s=60.0)

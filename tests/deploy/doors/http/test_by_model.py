@@ -110,7 +110,8 @@ def test_tokens_lengths_and_settings_are_the_models_own(several: Several) -> Non
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_a_model_that_is_not_there_is_404_at_every_path(several: Several, path: str) -> None:
-    bodies: dict[str, dict[str, Any]] = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/detokenize": {"tokens": [1]}}
+    messages = [{"role": "user", "content": "a"}]
+    bodies: dict[str, dict[str, Any]] = {"/v1/chat/completions": {"messages": messages}, "/detokenize": {"tokens": [1]}}
     answer = several.http.post(path, json={"model": "third", **bodies.get(path, {"prompt": "a"})})
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
