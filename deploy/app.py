@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from fastapi import FastAPI
 from ray import serve
@@ -201,7 +202,7 @@ class Ingress(GrpcIngress):
 
     def _services(self) -> list[Service]:
         """Of all models."""
-        return [self._service, *(model.service for model in self._further)]
+        return [self._service, *self._discovery.services()]
 
     async def _abort_everywhere(self, request_id: str, account: str) -> int:
         replicas = serve.get_deployment_handle("Ingress", app_name=serve.get_replica_context().app_name)
@@ -280,8 +281,9 @@ def _engine_deployment(groups: int, grace_s: float) -> serve.Deployment:
 
 
 def further_name(endpoint: str, model: str) -> str:
-    """Of the application of a model beside the first. It is in names of files."""
-    return endpoint + FURTHER + re.sub(r"[^A-Za-z0-9._-]", "-", model)
+    """Of the application of a model beside the first. It is in names of files, so not all of the model's is in it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", model)
+    return endpoint + FURTHER + (plain if plain == model else f"{plain}-{crc32(model.encode()):08x}")
 
 
 def deploy_further(made: Application, name: str) -> None:

@@ -74,12 +74,16 @@ class Discovery:
         self._further = further
         self._opened: dict[str, Opened] = {}  # by application
         self._opening: dict[str, tuple[Told, asyncio.Task[None]]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[asyncio.Task[None], Opened] = {}
         self._refused: dict[str, tuple[Told, float]] = {}  # and when it may be tried again
 
     def opened(self, model: str) -> tuple[str, Opened] | None:
         """The application of a model, by the name of the model."""
         return next(((name, each) for name, each in self._opened.items() if each.model.name == model), None)
+
+    def services(self) -> list[Service]:
+        """Also of models, and versions, that no newcomer finds any more."""
+        return [opened.model.service for opened in (*self._opened.values(), *self._leaving.values())]
 
     async def begin(self) -> None:
         """Returns when all models that there are have been found, or have not answered in time."""
@@ -189,8 +193,8 @@ class Discovery:
         """No newcomer finds it any more; it closes when what is under way has ended."""
         self._further.remove(opened.model)
         leaving = asyncio.create_task(_run_empty(opened))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
+        self._leaving[leaving] = opened
+        leaving.add_done_callback(self._leaving.pop)
 
 
 async def _run_empty(opened: Opened) -> None:

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -50,7 +51,7 @@ def add(
         for key in ("model", "chat_template"):
             if key in settings:
                 settings[key] = str(Path(settings[key]).absolute())
-        ask(client, "PUT", f"/admin/models/{name}", json=settings)
+        ask(client, "PUT", f"/admin/models/{quote(name)}", json=settings)
         typer.echo(f"{name} is on its way")
         said = ""
         while wait and (obstacle := _obstacle(client, name)) is not None:
@@ -75,7 +76,7 @@ def remove(
     A file that Serve was given and that names it brings it back when it is deployed once more: change it too.
     """
     with reported_errors(debug), admin_client(url, api_key_file) as client:
-        ask(client, "DELETE", f"/admin/models/{name}")
+        ask(client, "DELETE", f"/admin/models/{quote(name)}")
         typer.echo(f"{name} takes no more requests")
         while wait and name in [card["id"] for card in ask(client, "GET", "/v1/models").json()["data"]]:
             time.sleep(LOOK_S)

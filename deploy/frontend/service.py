@@ -171,7 +171,7 @@ class Service:
             status = asked.result()
         finally:
             asked.cancel()
-        return None if status.ready else f"no group takes requests: {status.phase}"
+        return None if status.obstacle is None else f"no group takes requests: {status.obstacle}"
 
     # ---- requests ----
 

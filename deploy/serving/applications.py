@@ -78,19 +78,12 @@ class FurtherStarts:
         for model, application in [*self._coming.items()]:
             with contextlib.suppress(Exception):  # its Engine is on its way, or it has been removed
                 now = _status_of(application)
-                words = "is ready" if now.ready else how_it_starts(now)
+                words = "is ready" if now.obstacle is None else f"takes no requests yet: {now.obstacle}"
                 if now.ready:
                     del self._coming[model]
                 if self._said.get(model) != words:
                     self._said[model] = words
                     self._say(f"{model} {words}")
-
-
-def how_it_starts(status: ClusterStatus) -> str:
-    """In a few words, behind a model's name."""
-    if any(start.phase == "placing" for start in status.starting):
-        return "waits for room for a group"
-    return f"is {status.phase}" + (f": {status.progress[-1]}" if status.progress else "")
 
 
 def _status_of(application: str) -> ClusterStatus:

@@ -143,7 +143,10 @@ def test_serve_has_an_application_for_each() -> None:
 
 
 def test_an_application_is_called_after_its_endpoint_and_model() -> None:
-    assert further_name("manta", "Org/Qwen3 8B") == "manta:Org-Qwen3-8B"
+    assert further_name("manta", "Qwen3-8B") == "manta:Qwen3-8B"
+    alike = {further_name("manta", model) for model in ("Org/Qwen3 8B", "Org-Qwen3/8B", "Org-Qwen3-8B")}
+    assert len(alike) == 3
+    assert all(name.startswith("manta:Org-Qwen3-8B") for name in alike)
     with pytest.raises(ValueError, match="without # and :"):
         ServeConfig(app_name="manta:x")
 

@@ -1,7 +1,9 @@
 """Who may change a cluster over HTTP, and what the door says of it; and what the commands say that ask there."""
 
 import asyncio
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -9,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.config import EngineConfig
-from deploy.cli import operating
+from deploy.cli import models, operating
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
@@ -145,3 +147,61 @@ def test_a_command_says_why_it_is_refused(
     monkeypatch.setattr(operating, "open_client", client)
     result = CliRunner().invoke(app, ["drain", "7"])
     assert (result.exit_code, said in result.output) == (code, True), result.output
+
+
+class Endpoint:
+    """What `manta models` asks: one model more, which is known at the second look and takes requests at the fourth."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, Any]] = []
+        self.looks = 0
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path
+        if request.method != "GET":
+            self.asked.append((request.method, request.url.raw_path.decode(), json.loads(request.content or b"null")))
+            return httpx.Response(202)
+        if path == "/v1/models":
+            self.looks += 1
+            names = ["tiny", "q"] if self.looks < 3 else ["tiny"]
+            return httpx.Response(200, json={"data": [{"id": name} for name in names]})
+        self.looks += 1
+        if self.looks < 2:
+            return httpx.Response(404, json={"error": {"message": "no such model", "param": "model"}})
+        ready = self.looks >= 4 or request.url.params["model"] == "tiny"
+        return httpx.Response(200 if ready else 503, json={"error": {"message": "no group takes requests: starting"}})
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, list[str]]:
+        def client(kind: Any, url: str, _: str | None, **options: Any) -> Any:
+            return kind(base_url=url, transport=httpx.MockTransport(self.answer), **options)
+
+        monkeypatch.setattr(operating, "open_client", client)
+        monkeypatch.setattr(models, "LOOK_S", 0.0)
+        result = CliRunner().invoke(app, ["models", *words])
+        return result.exit_code, result.output.splitlines()
+
+
+def test_a_model_is_added_by_command_and_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    endpoint = Endpoint()
+    monkeypatch.chdir(tmp_path)
+    words = "--model", "q", "--groups", "2", "--tool-parser", "none", "--no-enable-prefix-caching"
+    assert endpoint.run(monkeypatch, "add", "org/q r", *words) == (0, [
+        "org/q r is on its way", "org/q r: its engine is starting", "org/q r: no group takes requests: starting",
+        "org/q r is ready",
+    ])  # fmt: skip
+    settings = {"model": str(tmp_path / "q"), "groups": 2, "tool_parser": "none", "enable_prefix_caching": False}
+    assert endpoint.asked == [("PUT", "/admin/models/org/q%20r", settings)]
+    code, said = Endpoint().run(monkeypatch, "add", "q")
+    assert (code, "--model is missing" in said[-1]) == (2, True)
+
+
+def test_a_model_is_removed_by_command_and_its_end_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint()
+    assert endpoint.run(monkeypatch, "remove", "q") == (0, ["q takes no more requests"])
+    assert endpoint.asked == [("DELETE", "/admin/models/q", None)]
+    assert endpoint.looks == 3
+
+
+def test_models_are_listed_with_what_holds_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = Endpoint().run(monkeypatch, "list")
+    assert (code, said) == (0, ["tiny: ready", "q: no group takes requests: starting"])
