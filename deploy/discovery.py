@@ -28,7 +28,7 @@ from scheduler.protocol.orphans import Estate
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-ASK_TIMEOUT_S = 5.0
+ASK_TIMEOUT_S = 2.0
 BEGIN_S = 20.0
 """That a new front end waits for what the models' Engines say, before it takes requests without one of them."""
 
@@ -72,7 +72,8 @@ class Discovery:
         self._first = first
         self._limits = limits
         self._further = further
-        self._opened: dict[str, Opened] = {}  # by application
+        self._engines: dict[str, DeploymentHandle] = {}  # by application, as all that follows
+        self._opened: dict[str, Opened] = {}
         self._opening: dict[str, tuple[Told, asyncio.Task[None]]] = {}
         self._leaving: dict[asyncio.Task[None], Opened] = {}
         self._refused: dict[str, tuple[Told, float]] = {}  # and when it may be tried again
@@ -123,16 +124,17 @@ class Discovery:
             logger.warning("model %s is not served any more", self._opened[name].model.name)
             self._leave(self._opened.pop(name))
         self._refused = {name: refused for name, refused in self._refused.items() if name in there}
+        self._engines = {name: engine for name, engine in self._engines.items() if name in there}
         await asyncio.gather(*map(self._follow, there))
         return there
 
     async def _follow(self, application: str) -> None:
         """Opens what the application serves, if that is something else than is open."""
-        engine = serve.get_deployment_handle("Engine", app_name=application)
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
+                engine = await self._engine_of(application)
                 told: Told = await engine.told.remote()
-        except Exception as error:  # it is on its way, or is being replaced: what is served goes on
+        except Exception as error:  # it is not there yet, or is being replaced: what is served goes on
             logger.debug("the Engine of %s does not answer: %s", application, error)
             return
         if application in self._opening:
@@ -148,15 +150,22 @@ class Discovery:
         self._opening[application] = told, task
         task.add_done_callback(lambda _: self._opening.pop(application, None))
 
+    async def _engine_of(self, application: str) -> DeploymentHandle:
+        """Errors: KeyError while Serve builds the application, and Serve's."""
+        if application not in self._engines:
+            handle = await asyncio.to_thread(serve.get_deployment_handle, "Engine", app_name=application)
+            self._engines[application] = handle
+        return self._engines[application]
+
     async def _open(self, application: str, engine: DeploymentHandle, told: Told) -> None:
         """Serves what is told, in place of what the application served before, once there are groups for it."""
         before = self._opened.get(application)
         try:
             async with self._service(application, engine, told) as opened:
-                self._check_name(application, opened.model.name)
                 if before is not None:
                     estate = Estate(namespace_of(application), told.version, told.config.engine.adoption_timeout_s)
                     await turn_of(ServeCluster(engine, application, told.version), estate)
+                self._check_name(application, opened.model.name)
                 self._further.put(opened.model)
                 self._opened[application] = opened
         except (ValueError, OSError) as error:  # a checkpoint, a template, a name

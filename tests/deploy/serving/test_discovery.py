@@ -31,10 +31,12 @@ def told(name: str, version: str = "1", **limits: Any) -> Told:
 
 
 class FakeServe:
-    """Applications, and what their Engines tell; None: that one does not answer. up: versions of which groups are up."""
+    """Applications, and what their Engines tell; None: that one does not answer. building: those that have no Engine yet. up:
+    versions of which groups are up."""
 
     def __init__(self) -> None:
         self.applications: dict[str, Told | None] = {}
+        self.building: set[str] = set()
         self.up: set[str] = {"1"}
         self.engines: dict[tuple[str, str], FakeEngine] = {}
         self.fault: Exception | None = None
@@ -44,7 +46,9 @@ class FakeServe:
             raise self.fault
         return {name for name in self.applications if name.startswith(endpoint + ":")}
 
-    def get_deployment_handle(self, _: str, app_name: str) -> Any:
+    def get_deployment_handle(self, name: str, app_name: str) -> Any:
+        if app_name in self.building:
+            raise KeyError(f"{name} of {app_name} does not exist")
         return FakeHandle(self, app_name)
 
     def cluster(self, _: Any, application: str, version: str) -> Any:
@@ -190,6 +194,18 @@ def test_an_engine_or_a_serve_that_does_not_answer_changes_nothing(fake: FakeSer
         fake.fault, fake.applications["manta:a"] = None, told("a")
         await asyncio.sleep(0.1)
         assert further.get("a") is model, "the very same, of which nothing was opened anew"
+
+    following(work)
+
+
+def test_an_application_that_is_still_being_built_is_waited_for(fake: FakeServe) -> None:
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        fake.building.add("manta:a")
+        fake.applications["manta:a"] = told("a")
+        await asyncio.sleep(0.1)
+        assert names(further) == []
+        fake.building.clear()
+        await until(lambda: names(further) == ["a"])
 
     following(work)
 
