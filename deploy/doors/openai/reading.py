@@ -74,9 +74,11 @@ def check_model(asked: str | None, model: ServedModel) -> None:
     """A request may leave the model out. Errors: RequestError NOT_FOUND."""
     if asked is not None and asked != model.name:
         raise RequestError(
-            Fault.NOT_FOUND, f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}", param="model",
+            Fault.NOT_FOUND,
+            f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}, or another that /v1/models lists",
+            param="model",
             code="model_not_found",
-        )  # fmt: skip
+        )
 
 
 def check_numbers(config: ServeConfig, choices: int, stops: int, biases: int) -> None:

@@ -12,11 +12,11 @@ from deploy.doors.openai.completions import Completions
 from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
 from deploy.doors.openai.exchanging import json_response, read_request, whole_answer
-from deploy.doors.openai.models import Models
+from deploy.doors.openai.models import TokenTexts, card, one_of
 from deploy.doors.openai.responses.responses import Responses
 from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
 from deploy.doors.openai.responses.routes import response_routes
-from deploy.doors.openai.responses.storing import OwnResponses, ResponseStore, bounds_of
+from deploy.doors.openai.responses.storing import ResponseStore
 from deploy.doors.openai.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -27,6 +27,7 @@ from deploy.doors.openai.schemas import (
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
 from deploy.doors.openai.streams.sse import EventStream
 from deploy.frontend.errors import RequestError
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Service
 
 RECORDS = (
@@ -38,16 +39,13 @@ RECORDS = (
 G = TypeVar("G", bound=GenerationRequest)
 
 
-def openai_routes(
-    service: Service, config: ServeConfig, grammars: Grammars, store: ResponseStore | None = None
-) -> APIRouter:
-    """Everything of OpenAI's under `/v1`, `/tokenize` and `/detokenize`. grammars: of the service's model, for all doors.
-    store: where responses are kept; None: in this process."""
+def openai_routes(service: Service, config: ServeConfig, grammars: Grammars, store: ResponseStore) -> APIRouter:
+    """What is asked of one model: completions, chat, responses, `/tokenize` and `/detokenize`. grammars: of the service's
+    model, for all doors. store: where responses are kept."""
     router = APIRouter()
     chat = _add_generation(router, service, config, grammars)
-    responses = Responses(service, chat, store or OwnResponses(bounds_of(config)))
-    router.include_router(response_routes(responses, config))
-    _add_models(router, Models(service), config)
+    router.include_router(response_routes(Responses(service, chat, store), config))
+    _add_tokens(router, TokenTexts(service), config)
     return router
 
 
@@ -67,26 +65,33 @@ def _add_generation(router: APIRouter, service: Service, config: ServeConfig, gr
     return chat
 
 
-def _add_models(router: APIRouter, models: Models, config: ServeConfig) -> None:
+def model_routes(service: Service, further: FurtherModels) -> APIRouter:
+    """What is served here, of all models."""
+    router = APIRouter()
+
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
-        """The models that are served here: one."""
-        return json_response(models.all())
+        """The models that are served here, the first one first."""
+        return json_response(ModelList(data=[card(service.model), *(card(each.service.model) for each in further)]))
 
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard))
     async def retrieve_model(model: str) -> Response:
         """What is known of a model."""
-        return json_response(models.one(model))
+        return json_response(card(one_of(model, service, further).model))
 
+    return router
+
+
+def _add_tokens(router: APIRouter, tokens: TokenTexts, config: ServeConfig) -> None:
     @router.post("/tokenize", openapi_extra=body_of(TokenizeRequest), responses=answers(Tokens))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the model would see it."""
-        return await whole_answer(request, models.tokenize(await read_request(request, TokenizeRequest, config)))
+        return await whole_answer(request, tokens.tokenize(await read_request(request, TokenizeRequest, config)))
 
     @router.post("/detokenize", openapi_extra=body_of(DetokenizeRequest), responses=answers(Text))
     async def detokenize(request: Request) -> Response:
         """Text of token ids."""
-        return await whole_answer(request, models.detokenize(await read_request(request, DetokenizeRequest, config)))
+        return await whole_answer(request, tokens.detokenize(await read_request(request, DetokenizeRequest, config)))
 
 
 async def _generate(request: Request, endpoint: Endpoint[G], asked: G) -> Response:

@@ -24,6 +24,7 @@ from deploy.doors.connections import bounded_protocol
 from deploy.doors.http import create_app
 from deploy.doors.openai.responses.storing import ResponseStore
 from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
@@ -73,7 +74,7 @@ class Host:
 
     def serve(
         self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None,
-        store: ResponseStore | None = None,
+        further: FurtherModels | None = None, store: ResponseStore | None = None,
     ) -> str:  # fmt: skip
         """The address of a server that runs until the host closes."""
         # Named as TCP, or asyncio leaves Nagle's algorithm on, and each event of a stream waits for the last one's receipt.
@@ -82,7 +83,8 @@ class Host:
 
         async def start() -> None:
             limits = config or ServeConfig()
-            app = create_app(service, limits, keys or ApiKeys(), pages=status_routes(service), store=store)
+            pages = status_routes(service, further)
+            app = create_app(service, limits, keys or ApiKeys(), pages=pages, further=further, store=store)
             bounded = bounded_protocol(limits)
             server = uvicorn.Server(uvicorn.Config(app, http=bounded, ws="none", log_level="warning"))
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
