@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from deploy.config.serve import ServeConfig
 from deploy.doors.anthropic.errors import PATH, error_answer
 from deploy.doors.anthropic.messages import Messages
-from deploy.doors.anthropic.records import ErrorAnswer, MessageAnswer, TokenCount, encoded
+from deploy.doors.anthropic.records import ErrorAnswer, MessageAnswer, Ping, TokenCount, encoded
 from deploy.doors.anthropic.schemas import CountTokensRequest, MessagesRequest
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.document import answers, body_of
@@ -33,9 +33,8 @@ def anthropic_routes(service: Service, config: ServeConfig, grammars: Grammars) 
         asked, caller = await read_request(request, MessagesRequest, config), request.state.caller
         warnings = request.state.warnings
         if asked.stream:
-            return EventStream(
-                messages.events(asked, caller, warnings), warnings, failed=partial(_failure, caller.request_id), end=b""
-            )
+            failed = partial(_failure, caller.request_id)
+            return EventStream(messages.events(asked, caller, warnings), warnings, failed, end=b"", ping=encoded(Ping()))
         return await whole_answer(request, messages.whole(asked, caller, warnings))
 
     @router.post(

@@ -1,6 +1,7 @@
 """Streams of `/v1/messages`: which events come, in which order, and what becomes of one that fails."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.doors.anthropic.signatures import signature
+from deploy.doors.openai.streams import sse
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
-from tests.deploy.doors.http.conftest import Scripted, messages_client
+from tests.deploy.doors.http.conftest import PATIENCE_S, Scripted, messages_client
 from tests.deploy.doors.http.messages import ask, asked, said, streamed
+from tests.deploy.doors.http.test_chat import HELLO
 from tests.deploy.doors.http.test_tools import SPOKEN, saying
 from tests.deploy.frontend.fake_engine import CACHED_TOKENS, FakeEngine
 
@@ -37,7 +40,7 @@ Event = dict[str, Any]
 def events_of(address: str, **fields: Any) -> list[Event]:
     """Each of a stream, in order; its name is its type."""
     events: list[Event] = []
-    with httpx.stream("POST", f"{address}/v1/messages", json=asked(stream=True, **fields), timeout=600) as answer:
+    with httpx.stream("POST", f"{address}/v1/messages", json=asked(stream=True, **fields), timeout=PATIENCE_S) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for block in "".join(answer.iter_text()).removesuffix("\n\n").split("\n\n"):
             name, data = block.split("\n")
@@ -94,6 +97,32 @@ def test_a_stream_says_the_same(scripted: Scripted, thinker: Path, output: str, 
         for most in (1, 7, 20, 30, 40, 45, 50, 300):
             whole, told = (said(tell(client, tools=TOOLS, max_tokens=most)) for tell in (ask, streamed))
             assert told == whole
+
+
+def test_a_stream_that_waits_is_kept_alive(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.05)
+    engine, pings = FakeEngine([300] * 20, hold_after=5), 0
+    body = asked(stream=True, max_tokens=20)
+    with httpx.stream("POST", f"{scripted(engine)}/v1/messages", json=body, timeout=PATIENCE_S) as answer:
+        for line in answer.iter_lines():
+            pings += line == "event: ping"
+            if pings > 5:  # the first comes with the message's beginning
+                engine.released.set()
+        assert pings > 5
+
+
+def test_openais_streams_know_no_pings(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "PING_S", 0.05)
+    engine, lines = FakeEngine([300] * 20, hold_after=5), []
+    body = {"messages": HELLO, "stream": True, "max_tokens": 20}
+    with httpx.stream("POST", f"{scripted(engine)}/v1/chat/completions", json=body, timeout=PATIENCE_S) as answer:
+        for line in answer.iter_lines():
+            lines.append(line)
+            if not engine.released.is_set() and engine.holding.wait(0.01):
+                time.sleep(0.5)
+                engine.released.set()
+    assert "data: [DONE]" in lines
+    assert not any("ping" in line for line in lines)
 
 
 def test_a_stream_that_fails(scripted: Scripted) -> None:
