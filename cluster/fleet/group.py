@@ -110,7 +110,7 @@ class GroupHandle:
                 self._owner.keep(self._ranks[-1])
 
     def adopt(self, remains: Remains, *, waits: bool = False) -> None:
-        """Takes over a group whose loops run, instead of `start`. waits: for a scheduler. Errors: ValueError if one of its ranks
+        """Takes over a group whose loops run, instead of `start`. waits: for a scheduler. Errors: ValueError if a rank of it
         has died."""
         assert self._owner is not None, "only what is owned outlives its owner"
         if sorted(remains.ranks) != [*range(self.size)]:
