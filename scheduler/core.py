@@ -154,6 +154,8 @@ class SchedulerCore:
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
+        if not returning:
+            self._suspects.lost(group)
         self._reconsider(reason, Failure.UNAVAILABLE)
         self._admit()
 

@@ -5,7 +5,7 @@ Imports ray, `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it i
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import ray
@@ -28,7 +28,7 @@ NewHandle = Callable[[int, int], GroupHandle]
 @dataclass(slots=True)
 class Adopted:
     """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
-    groups: those that run; without a scheduler they wait for the next one. leaving: which of them were running empty. awaited:
+    groups: those that run, also those that wait for a scheduler. leaving: which of them were running empty. awaited:
     those that requests wait for, and nobody starts.
     """
 
@@ -55,14 +55,22 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     status: ClusterStatus = scheduler.call("status")
     groups = {group.group: group for group in (status.engine.groups if status.engine is not None else ())}
     adopted = Adopted(None, epochs, awaited=[name for name, group in groups.items() if not group.up])
-    for (name, _), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
-        serving, taken = groups.get(name), any(handle.group == name for handle in adopted.groups)
-        handle = _adopt_group(serving, remains, new_handle) if serving is not None and serving.up and not taken else None
+    up = {name for name, group in groups.items() if group.up}
+    waiting = _waiting({key: remains for key, remains in found.groups.items() if key[0] not in up}, namespace)
+    for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        handle, said = None, waiting.get((name, started))
+        if any(handle.group == name for handle in adopted.groups):
+            pass  # a later epoch of it
+        elif name in up:
+            handle = _adopt_group(groups[name], remains, new_handle)
+        elif said is not None and said.token == handover.token:
+            handle = _adopted(new_handle(name, said.epoch), remains, waits=True)
         if handle is not None:
             adopted.groups.append(handle)
+            epochs[name] = max(epochs[name], handle.epoch + 1)
         else:
             end_group(namespace, remains)
-    adopted.leaving = [handle.group for handle in adopted.groups if groups[handle.group].draining]
+    adopted.leaving = [handle.group for handle in adopted.groups if handle.group in up and groups[handle.group].draining]
     return adopted
 
 
@@ -77,35 +85,37 @@ def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -
 def _take_over_groups(
     found: Found, epochs: dict[int, int], namespace: str, scheduler: SchedulerKeeper, new_handle: NewHandle
 ) -> Adopted:
-    """Without a scheduler."""
+    """Without a scheduler; one that does not answer ends."""
+    end(namespace, Found(found.schedulers))
     adopted, token = Adopted(max(found.schedulers, default=-1) + 1, epochs), ""
-    for (name, _), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
-        said = _asked(namespace, remains)
-        handle = None
+    waiting = _waiting(found.groups, namespace)
+    for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        handle, said = None, waiting.get((name, started))
         if said is not None and said.token == (token or said.token) and all(name != kept.group for kept in adopted.groups):
-            handle = _adopted(new_handle(name, said.epoch), remains)
-        if said is not None and handle is not None:
+            handle, token = _adopted(new_handle(name, said.epoch), remains, waits=True), said.token
+        if handle is not None:
             adopted.groups.append(handle)
-            token = said.token
-            epochs[name] = max(epochs[name], said.epoch + 1)
+            epochs[name] = max(epochs[name], handle.epoch + 1)
         else:
             end_group(namespace, remains)
-    end(namespace, Found(found.schedulers))
     if token:
         scheduler.trust(token)
     return adopted
 
 
-def _asked(namespace: str, remains: Remains) -> GroupHandover | None:
-    """Of its leader. None: it does not answer, or its loop does not run."""
-    if 0 not in remains.ranks:
-        return None
-    try:
-        leader = actor_of(namespace, remains.ranks[0])
-        said: GroupHandover | None = ray.get(leader.handover.remote(), timeout=ASK_TIMEOUT_S)
-    except (ValueError, ray.exceptions.RayError):
-        return None
-    return said
+def _waiting(groups: Mapping[tuple[int, int], Remains], namespace: str) -> dict[tuple[int, int], GroupHandover]:
+    """Those of the groups that no scheduler has whose leaders answer, and whose loops run."""
+    asked = {}
+    for key, remains in groups.items():
+        with contextlib.suppress(ValueError, KeyError):  # its leader has died
+            asked[actor_of(namespace, remains.ranks[0]).handover.remote()] = key
+    answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=ASK_TIMEOUT_S) if asked else ([], [])
+    told: dict[tuple[int, int], GroupHandover] = {}
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if (said := ray.get(answer)) is not None:
+                told[asked[answer]] = said
+    return told
 
 
 def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -> GroupHandle | None:
@@ -115,9 +125,9 @@ def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -
     return _adopted(new_handle(serving.group, serving.epoch), remains)
 
 
-def _adopted(handle: GroupHandle, remains: Remains) -> GroupHandle | None:
+def _adopted(handle: GroupHandle, remains: Remains, *, waits: bool = False) -> GroupHandle | None:
     try:
-        handle.adopt(remains)
+        handle.adopt(remains, waits=waits)
     except ValueError as error:
         logger.warning("group %d is not taken over: %s", handle.group, error)
         return None

@@ -58,6 +58,8 @@ class GroupHandle:
         """Whether there is room for it."""
         self.adopted = False
         """It ran already when it came into these hands."""
+        self.waits = False
+        """It has been adopted, and has no scheduler."""
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
 
@@ -107,8 +109,9 @@ class GroupHandle:
             if self._owner is not None:
                 self._owner.keep(self._ranks[-1])
 
-    def adopt(self, remains: Remains) -> None:
-        """Takes over a group whose loops run, instead of `start`. Errors: ValueError if a rank of it has died."""
+    def adopt(self, remains: Remains, *, waits: bool = False) -> None:
+        """Takes over a group whose loops run, instead of `start`. waits: for a scheduler. Errors: ValueError if a rank of it
+        has died."""
         assert self._owner is not None, "only what is owned outlives its owner"
         if sorted(remains.ranks) != [*range(self.size)]:
             raise ValueError(f"group {self.group} has ranks {sorted(remains.ranks)} of {self.size}")
@@ -116,7 +119,7 @@ class GroupHandle:
         self._ranks = [actor_of(self._owner.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
         for rank in self._ranks:
             self._owner.keep(rank)
-        self.adopted = self.placed = True
+        self.adopted, self.placed, self.waits = True, True, waits
         self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
 
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:

@@ -57,7 +57,7 @@ class GroupKeeper:
         self._on_gone = on_gone
         self._added = added
         self._handle = new_handle(epoch)
-        self._scheduler_epoch = scheduler.epoch  # of the scheduler that this life serves; -1: of none, if it is adopted so
+        self._scheduler_epoch = -1 if self._handle.waits else scheduler.epoch  # of the scheduler that this life serves
         self._closing = threading.Event()
         self._renewing = threading.Event()
         self._decided = threading.Event()

@@ -47,6 +47,10 @@ class Suspects:
             if sequence.state is not State.ENDED and sequence.deaths:
                 self._forgive(sequence)
 
+    def lost(self, group: GroupId) -> None:
+        """No rank of it comes back."""
+        self._noted.pop(group, None)
+
     def _forgive(self, sequence: Sequence) -> None:
         suspected, waits = sequence.suspect, sequence in self._state.waiting.apart
         sequence.deaths -= 1

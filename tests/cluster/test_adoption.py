@@ -189,6 +189,23 @@ def test_groups_that_an_owner_leaves_without_a_scheduler_are_taken_over(
         assert tokens(submit(opened)) == expected
 
 
+def test_a_group_that_is_cut_off_while_nobody_owns_it_comes_back_with_the_next_owner(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    first = own(FOREVER_S)
+    ranks = all_named(WORKER, 2)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        first.kill()
+        assert cut(ranks[0]) > 0
+        until("the other one does not serve", lambda: tokens(streams) == expected)
+        second = own(FOREVER_S)
+        assert "took over the scheduler and 2 group(s)" in second.said
+        assert tokens(submit(opened)) == expected
+        assert all_named(WORKER, 2) == ranks, "no weights were read again"
+
+
 def test_an_owner_that_was_stopped_ends_once_another_has_come(own: Callable[..., Owner], expected: list[list[int]]) -> None:
     first = own(FOREVER_S)
     ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)

@@ -41,7 +41,7 @@ class Life:
         self.group, self.epoch = group, epoch
         self.phase = GroupStart(group, "placing")
         self.serves: set[int] = set()
-        self.killed = self.adopted = False
+        self.killed = self.adopted = self.waits = False
         self.rejoined = self.told = 0
         Life.made.append(self)
 

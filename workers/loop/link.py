@@ -1,7 +1,7 @@
 """The sockets of one group: its leader's stream to the scheduler, and the leader's turns to its peers.
 
 Each socket has a thread that reads it, so that a lost connection is noticed while the step loop computes or waits in a
-collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol`.
+collective. Imports `leader` and `scheduler.protocol`.
 """
 
 import contextlib
