@@ -152,7 +152,7 @@ class Ingress(GrpcIngress):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(self._observer.close)
-        await asyncio.to_thread(self._store.close)
+        await self._store.close()
 
 
 async def _turn_of(cluster: ServeCluster, estate: Estate) -> None:
