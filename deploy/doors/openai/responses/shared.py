@@ -75,8 +75,8 @@ class SharedResponses:
             raise self._silent("has just not answered")
         try:
             for _ in range(2):
-                actor = await self._reached()
                 try:
+                    actor = await self._reached()
                     async with asyncio.timeout(ANSWER_S):
                         return await getattr(actor, method).remote(*told)
                 except ray.exceptions.ActorDiedError:
