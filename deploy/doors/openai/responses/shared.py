@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -47,21 +48,21 @@ class SharedResponses:
         if not self._bounds.count:
             return False
         try:
-            return bool(await self._asked("put", owner, name, previous, body, turn, self._bounds))
+            return bool(await self._asked(lambda actor: actor.put.remote(owner, name, previous, body, turn, self._bounds)))
         except RequestError as error:
             logger.warning("the response %s is not kept: %s", name, error.message)
             return False
 
     async def body(self, owner: str, name: str) -> bytes | None:
-        found: bytes | None = await self._asked("body", owner, name)
+        found: bytes | None = await self._asked(lambda actor: actor.body.remote(owner, name))
         return found
 
     async def turns(self, owner: str, name: str) -> list[Turn] | None:
-        found: list[Turn] | None = await self._asked("turns", owner, name)
+        found: list[Turn] | None = await self._asked(lambda actor: actor.turns.remote(owner, name))
         return found
 
     async def delete(self, owner: str, name: str) -> bool:
-        return bool(await self._asked("delete", owner, name))
+        return bool(await self._asked(lambda actor: actor.delete.remote(owner, name)))
 
     async def close(self) -> None:
         """This process keeps the store alive no more."""
@@ -69,7 +70,7 @@ class SharedResponses:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
 
-    async def _asked(self, method: str, *told: Any) -> Any:
+    async def _asked(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
         """Errors: RequestError UNAVAILABLE."""
         if time.monotonic() < self._silent_until_s:
             raise self._silent("has just not answered")
@@ -78,7 +79,7 @@ class SharedResponses:
                 try:
                     actor = await self._reached()
                     async with asyncio.timeout(ANSWER_S):
-                        return await getattr(actor, method).remote(*told)
+                        return await ask(actor)
                 except ray.exceptions.ActorDiedError:
                     self._actor = None
             raise self._silent("has died twice")
