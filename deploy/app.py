@@ -227,7 +227,7 @@ class Ingress(GrpcIngress):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(self._observer.close)
-        await asyncio.to_thread(self._store.close)
+        await self._store.close()
 
 
 def build(args: Mapping[str, Any]) -> Application:

@@ -360,6 +360,27 @@ def test_it_answers_over_grpc(whole: Endpoint, expected: list[str]) -> None:
     assert health.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_a_conversation_goes_on_whichever_replica_is_asked_and_outlives_them(whole: Endpoint) -> None:
+    def respond(previous: str | None) -> str:
+        """Over a connection of its own."""
+        body = {"input": "And now?", "previous_response_id": previous, "max_output_tokens": 4}
+        answer = httpx.post(f"{whole.http.base_url}/v1/responses", json=body, timeout=PATIENCE_S)
+        assert (answer.status_code, answer.json().get("store")) == (200, True), answer.text
+        return str(answer.json()["id"])
+
+    last = None
+    for _ in range(4):
+        last = respond(last)
+    for victim in whole.processes(INGRESS, 2):
+        os.kill(victim, signal.SIGKILL)
+        until("nobody is missed", lambda killed=victim: killed not in whole.processes(INGRESS, 2))  # type: ignore[misc]
+        whole.await_whole("there is no other replica")
+    for _ in range(4):
+        last = respond(last)
+    listed = whole.http.get(f"/v1/responses/{last}/input_items", params={"limit": 100})
+    assert [item["role"] for item in listed.json()["data"]] == ["user", "assistant"] * 7 + ["user"]
+
+
 def test_a_request_is_aborted_by_its_id_whichever_replica_is_asked(whole: Endpoint) -> None:
     stub = manta_pb2_grpc.MantaStub(whole.grpc)
     names = [f"request-{i}" for i in range(4)]  # of two replicas: some are asked for what the other one has

@@ -62,6 +62,12 @@ class _Messages:
                 self._call(item, path)
             case "function_call_output":
                 self._answer(item, path)
+            case "item_reference":
+                raise RequestError.invalid(
+                    f"{path} refers to an item, and items are not found by their ids here: send the item itself, or go on from "
+                    "its response by previous_response_id",
+                    f"{path}.type",
+                )
             case other:
                 raise RequestError.invalid(
                     f"{path} is of type {shortened(other)!r}: messages, function_call, function_call_output and reasoning are "

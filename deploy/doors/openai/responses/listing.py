@@ -19,8 +19,8 @@ MOST_LISTED = 100
 Order = Literal["asc", "desc"]
 
 
-def kept(items: Sequence[Item]) -> bytes:
-    """A turn's input: every item has an id and a type, so that it can be named."""
+def input_of(items: Sequence[Item]) -> bytes:
+    """A turn's input, in JSON: every item has an id and a type, so that it can be named."""
     return msgspec.json.encode(
         [
             msgspec.structs.replace(item, type=(kind := type_of(item)), id=item.id or f"{PREFIXES[kind]}_{uuid.uuid4().hex}")

@@ -98,8 +98,8 @@ class IncompleteDetails(Answer, frozen=True, kw_only=True):
 
 
 class Response(Answer, frozen=True, kw_only=True):
-    """A response. instructions, tools and so on: as they were asked for; temperature, top_p: as they were sampled with. store:
-    whether it is kept."""
+    """A response. instructions, tools and so on: as they were asked for, or what is done if nobody asks. store: whether it is
+    kept."""
 
     id: str
     object: Literal["response"] = "response"

@@ -22,7 +22,7 @@ from deploy.doors.openai.endpoint import Accepted
 from deploy.doors.openai.reading import check_model, check_refused
 from deploy.doors.openai.responses.asking import called_here, chat_request, items_of, said_here
 from deploy.doors.openai.responses.events import Event, name_of
-from deploy.doors.openai.responses.listing import MOST_LISTED, Order, conversation, kept, listed, page
+from deploy.doors.openai.responses.listing import MOST_LISTED, Order, conversation, input_of, listed, page
 from deploy.doors.openai.responses.records import Deleted, ItemList, Response
 from deploy.doors.openai.responses.schemas import Item, ResponseRequest
 from deploy.doors.openai.responses.storing import ResponseStore, Turn
@@ -38,7 +38,7 @@ NOT_KEPT = "this response is not kept: nobody can go on from it by its id"
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
+class Begun:
     """A request under way. items: what it adds to its conversation."""
 
     items: list[Item]
@@ -68,7 +68,7 @@ class Responses:
     def stream(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> "ResponseStream":
         return ResponseStream(self, request, caller, warnings)
 
-    async def begin(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> _Begun:
+    async def begin(self, request: ResponseRequest, caller: Caller, warnings: Warnings) -> Begun:
         """Errors: RequestError."""
         check_model(request.model, self._service.model)
         check_refused(request, (None, "", False))  # background=False asks for nothing
@@ -83,9 +83,9 @@ class Responses:
         model = self._service.model
         opened = _opened(request, accepted, model.name)
         summarised = request.reasoning is not None and request.reasoning.summarised
-        return _Begun(items, accepted, ResponseTelling(opened, accepted, TokenNames(model.tokenizer), summarised=summarised))
+        return Begun(items, accepted, ResponseTelling(opened, accepted, TokenNames(model.tokenizer), summarised=summarised))
 
-    async def told(self, begun: _Begun, caller: Caller) -> AsyncGenerator[list[Event], None]:
+    async def told(self, begun: Begun, caller: Caller) -> AsyncGenerator[list[Event], None]:
         """What is new, until the output has ended. Log-probabilities are held to the end, which the last events repeat. Errors:
         RequestError."""
         with self._service.logprobs.account() as account:
@@ -94,12 +94,12 @@ class Responses:
                     account.add(delta.logprobs, "logprobs")
                     yield begun.telling.push(delta)
 
-    async def kept(self, request: ResponseRequest, begun: _Begun, caller: Caller) -> Response:
+    async def kept(self, request: ResponseRequest, begun: Begun, caller: Caller) -> Response:
         """The whole response, which is kept if it shall be, and can."""
         response = begun.telling.whole()
         if not response.store:
             return response
-        turn = Turn(kept(begun.items), msgspec.json.encode(response.output))
+        turn = Turn(input_of(begun.items), msgspec.json.encode(response.output))
         body = msgspec.json.encode(response)
         if await self._store.put(caller.account, response.id, request.previous_response_id, body, turn):
             return response
@@ -148,7 +148,7 @@ class ResponseStream:
         self._request = request
         self._caller = caller
         self._warnings = warnings
-        self._begun: _Begun | None = None
+        self._begun: Begun | None = None
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """A piece of bytes for each delta. The first events come with the first delta, so that a request which is refused has
@@ -194,12 +194,12 @@ def _opened(request: ResponseRequest, accepted: Accepted[ChatRequest], model: st
         },
         safety_identifier=request.safety_identifier,
         store=request.store is not False,
-        temperature=params.temperature,
+        temperature=params.temperature if request.temperature is None else request.temperature,
         text=_text(request),
         tool_choice=request.tool_choice or "auto",
         tools=request.tools or [],
         top_logprobs=request.top_logprobs or 0,
-        top_p=params.top_p,
+        top_p=params.top_p if request.top_p is None else request.top_p,
         user=request.user,
     )
 

@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.fleet.estate import Owner, actor_of
+from cluster.fleet.estate import actor_of
 from deploy.doors.openai.responses.actor import ResponsesActor
 from deploy.doors.openai.responses.storing import Bounds, Turn
 from deploy.frontend.errors import Fault, RequestError
@@ -27,6 +28,9 @@ START_S = 60.0
 QUIET_S = 15.0
 """For so long nobody is kept waiting for a store that has just not answered."""
 
+KEEPS = 6
+"""Words of each front end, in the time after which an actor without any ends."""
+
 
 class SharedResponses:
     """A `ResponseStore` of this process. estate: of it the namespace counts, and how long the actor outlives all front ends."""
@@ -35,8 +39,8 @@ class SharedResponses:
         self._estate = estate
         self._bounds = bounds
         self._log_format = log_format
-        self._owner = Owner(estate)
         self._actor: Any | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._silent_until_s = 0.0
 
@@ -44,36 +48,38 @@ class SharedResponses:
         if not self._bounds.count:
             return False
         try:
-            return bool(await self._asked("put", owner, name, previous, body, turn, self._bounds))
+            return bool(await self._asked(lambda actor: actor.put.remote(owner, name, previous, body, turn, self._bounds)))
         except RequestError as error:
             logger.warning("the response %s is not kept: %s", name, error.message)
             return False
 
     async def body(self, owner: str, name: str) -> bytes | None:
-        found: bytes | None = await self._asked("body", owner, name)
+        found: bytes | None = await self._asked(lambda actor: actor.body.remote(owner, name))
         return found
 
     async def turns(self, owner: str, name: str) -> list[Turn] | None:
-        found: list[Turn] | None = await self._asked("turns", owner, name)
+        found: list[Turn] | None = await self._asked(lambda actor: actor.turns.remote(owner, name))
         return found
 
     async def delete(self, owner: str, name: str) -> bool:
-        return bool(await self._asked("delete", owner, name))
+        return bool(await self._asked(lambda actor: actor.delete.remote(owner, name)))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """This process keeps the store alive no more."""
-        self._owner.close()
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
 
-    async def _asked(self, method: str, *told: Any) -> Any:
+    async def _asked(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
         """Errors: RequestError UNAVAILABLE."""
         if time.monotonic() < self._silent_until_s:
             raise self._silent("has just not answered")
         try:
             for _ in range(2):
-                actor = await self._reached()
                 try:
+                    actor = await self._reached()
                     async with asyncio.timeout(ANSWER_S):
-                        return await getattr(actor, method).remote(*told)
+                        return await ask(actor)
                 except ray.exceptions.ActorDiedError:
                     self._actor = None
             raise self._silent("has died twice")
@@ -91,9 +97,19 @@ class SharedResponses:
                 actor = await asyncio.to_thread(self._find)
                 async with asyncio.timeout(START_S):
                     await actor.keep.remote()
-                self._owner.keep(actor)
                 self._actor = actor
+            if self._keeping is None:
+                self._keeping = asyncio.create_task(self._keep())
             return self._actor
+
+    async def _keep(self) -> None:
+        """Says to the actor that there is a front end. That it has died, whoever asks it next finds out."""
+        while True:
+            await asyncio.sleep(self._estate.adoption_timeout_s / KEEPS)
+            if self._actor is not None:
+                with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                    async with asyncio.timeout(ANSWER_S):
+                        await self._actor.keep.remote()
 
     def _find(self) -> Any:
         """Beside this process, if it has to be started: on any other node Ray would put it where its node may go."""

@@ -27,6 +27,7 @@ from deploy.doors.openai.responses.records import (
     InputDetails,
     OutputDetails,
     OutputItem,
+    ReasoningItem,
     Response,
     ResponseError,
     ResponseUsage,
@@ -133,7 +134,7 @@ class ResponseTelling:
     def _end(self, *, cut: bool) -> Iterator[Event]:
         """Whoever has ended without an answer has said nothing, in a message."""
         self._cut = cut
-        silent = not cut and not any(item.__struct_config__.tag != "reasoning" for item in self._output)
+        silent = not cut and all(isinstance(item, ReasoningItem) for item in self._output)
         if silent and not isinstance(self._growing, GrowingMessage | GrowingCall):
             yield from self._turn(GrowingMessage(self._place(), self._number))
         if isinstance(self._growing, GrowingMessage) and (rest := self._tokens.rest()):

@@ -60,7 +60,7 @@ def asked_elsewhere(estate: Estate, owner: str, name: str) -> bytes | None:
         try:
             return await store.body(owner, name)
         finally:
-            store.close()
+            await store.close()
 
     answer: bytes | None = ray.get(ray.remote(num_cpus=0)(lambda: asyncio.run(ask())).remote(), timeout=120)
     return answer
@@ -80,8 +80,8 @@ def test_any_front_end_finds_what_another_has_kept(estate: Estate) -> None:
         assert (await one.turns("bob", "r2"), await one.delete("bob", "r2")) == (None, False)
         assert await one.delete("ann", "r1")
         assert await other.body("ann", "r1") is None
-        one.close()
-        other.close()
+        await one.close()
+        await other.close()
 
     run(put())
     assert asked_elsewhere(estate, "ann", "r2") == b"{2}"
@@ -100,7 +100,7 @@ def test_one_that_has_died_is_started_anew_and_empty(estate: Estate) -> None:
             store._silent_until_s = 0.0
         assert (await store.body("ann", "r"), await store.body("ann", "s")) == (None, b"{}")
         assert not await store.put("ann", "t", "r", b"{}", TURN), "what it goes on from is lost"
-        store.close()
+        await store.close()
 
     run(lose())
 
@@ -121,7 +121,7 @@ def test_one_that_is_stopped_holds_nobody_up_for_long(estate: Estate, monkeypatc
         os.kill(held, signal.SIGCONT)
         store._silent_until_s = 0.0
         assert await store.body("ann", "r") == b"{}"
-        store.close()
+        await store.close()
 
     run(stop())
 
@@ -134,7 +134,7 @@ def test_it_lives_as_long_as_a_front_end_does(estate: Estate) -> None:
         held = await asyncio.to_thread(pid_of, estate)
         await asyncio.sleep(3 * SOON_S)
         assert await store.body("ann", "r") == b"{}"
-        store.close()
+        await store.close()
         return held
 
     held = run(live())
@@ -146,7 +146,7 @@ def test_it_ends_with_its_application(estate: Estate) -> None:
     async def begin() -> int:
         store = SharedResponses(estate, BOUNDS, "text")
         assert await store.put("ann", "r", None, b"{}", TURN)
-        store.close()
+        await store.close()
         return await asyncio.to_thread(pid_of, estate)
 
     held = run(begin())
