@@ -23,7 +23,7 @@ from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 
 
 class Layer:
@@ -164,6 +164,33 @@ class Outer:
         self.head.linear.pack()  # drops the head's reference to a tied table, which the embedding keeps
 
 
+class Classifier:
+    """Scores hidden states: weight [labels, hidden], whole on every rank, in float32 at least.
+
+    Either `score.weight`, or, where a language model judges by its next token, what the head has for that token less what it
+    has for the other: one label, the log-odds of the two. tokens: (no, yes), ids. table: the head's name in the checkpoint.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokens: tuple[int, int] | None, table: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config, self._tokens, self._table = config, tokens, table
+        rows = config.labels if tokens is None else len(tokens)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.weight = torch.empty(rows, config.hidden, dtype=wide, device=device)
+
+    def pieces(self) -> list[Piece]:
+        config = self._config
+        if self._tokens is None:
+            return [Piece(self.weight, SCORE, (config.labels, config.hidden))]
+        whole = (config.vocab_size, config.hidden)
+        return [Piece(self.weight[at : at + 1], self._table, whole, token) for at, token in enumerate(self._tokens)]
+
+    def filled(self) -> None:
+        if self._tokens is not None:
+            self.weight = self.weight[1:] - self.weight[:1]
+
+
 class Decoder:
     """One rank's shard of the model. `load_model` makes a filled one.
 
@@ -179,8 +206,10 @@ class Decoder:
         device: torch.device,
         positions: int,
         tables: tuple[str, str],
+        score_tokens: tuple[int, int] | None = None,
     ) -> None:
-        """positions: a sequence has so many at most. tables: as in `Outer`."""
+        """positions: a sequence has so many at most. tables: as in `Outer`. score_tokens: as in `Classifier`, None where the
+        model judges nothing by a token."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
         self.dtype, self.device = dtype, device
@@ -188,6 +217,8 @@ class Decoder:
         self._pads = can_pack(dtype, device)
         self.rotary = Rotary(config.rope, config.head_dim, positions, dtype, device)
         self.outer = Outer(config, self.shape, comm, dtype, device, tables)
+        judges = config.head == "labels" or score_tokens is not None
+        self.classifier = Classifier(config, score_tokens, tables[1], dtype, device) if judges else None
         self.layers = [
             Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
         ]
@@ -198,6 +229,21 @@ class Decoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
+        return self.outer.head(self._hidden(step))[: step.sample_at.shape[0]]
+
+    @torch.inference_mode()
+    def hidden(self, step: StepInput) -> Tensor:
+        """As `forward`, but what the head would be given: [samples, hidden], behind the final norm, equal on all ranks."""
+        return self._hidden(step)[: step.sample_at.shape[0]]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `forward` makes of hidden [samples, hidden]."""
+        samples = hidden.shape[0]
+        return self.outer.head(padded(hidden, padded_rows(samples)) if self._pads else hidden)[:samples]
+
+    def _hidden(self, step: StepInput) -> Tensor:
+        """With rows of padding behind those that are wanted."""
         assert self.attention is not None, "a decoder without attention holds weights alone"
         tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
         width = padded_rows(tokens) if self._pads else tokens
@@ -209,11 +255,12 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             rows = sample_at if number == last else None
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
-        return self.outer.head(self.outer.norm(hidden))[:samples]
+        return self.outer.norm(hidden)
 
     def parts(self) -> list[ModelPart]:
         """What `Checkpoint.load` fills, one after another."""
-        return [self.outer, *self.layers]
+        parts: list[ModelPart] = [self.outer, *self.layers]
+        return parts if self.classifier is None else [*parts, self.classifier]
 
 
 @torch.inference_mode()
@@ -226,24 +273,28 @@ def load_model(
     attention: AttentionBackend | None,
     progress: Progress | None = None,
     max_model_len: int | None = None,
+    score_tokens: tuple[int, int] | None = None,
 ) -> Decoder:
     """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
 
     attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used;
-    None: as many as the model has.
+    None: as many as the model has. score_tokens: as in `Classifier`.
     """
     shape = config.shard(comm.rank, comm.size)
     with Checkpoint(path) as checkpoint:
         tables = _table_names(checkpoint, config, shape, dtype)
         positions = max_model_len or config.max_position
-        decoder = Decoder(config, comm, attention, dtype, device, positions, tables)
+        decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens)
         checkpoint.load(decoder.parts(), progress)
     return decoder
 
 
 def _table_names(checkpoint: Checkpoint, config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> tuple[str, str]:
     """What the embedding and the head are read from. Of a tied pair a file may have either, or both: then they are one only if
-    this rank's rows are equal. The same as transformers does with such files."""
+    this rank's rows are equal. The same as transformers does with such files. A model without a head is given the embedding for
+    one, which nobody asks."""
+    if config.head != "vocabulary":
+        return EMBEDDING, EMBEDDING
     if not config.tied:
         return EMBEDDING, HEAD
     if EMBEDDING not in checkpoint or HEAD not in checkpoint:
