@@ -21,12 +21,13 @@ MODULES = "modules.json"
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """generates: it has logits of next tokens. embedding: how a prompt's hidden states become one; None: not at all, and
-    `no_embedding` says why. normalized: it is then given length 1. scores: "embeddings", by their cosine; "classifier", which
-    looks at both texts of a pair together; None: not at all, and `no_scores` says why. score_tokens: ids, (no, yes), of a
-    language model that judges by its next token.
+    """hidden: numbers of a hidden state. generates: it has logits of next tokens. embedding: how hidden states become one;
+    None: not at all, and `no_embedding` says why. normalized: it is then given length 1. scores: "embeddings", by their
+    cosine; "classifier", which looks at both texts of a pair together; None: not at all, and `no_scores` says why.
+    score_tokens: ids, (no, yes), of a language model that judges by its next token.
     """
 
+    hidden: int
     generates: bool
     embedding: Literal["last", "mean"] | None
     normalized: bool = True
@@ -46,24 +47,25 @@ def read_uses(folder: Path, model: ModelConfig, pooling: str = "auto", score_tok
     if tokens is not None and max(tokens) >= model.vocab_size:
         raise CheckpointError(f"a token that judges, {max(tokens)}, is outside the vocabulary of {model.vocab_size} entries")
     if model.head == "labels":
-        return _classifier(model.labels)
+        return _classifier(model)
     mode, why = (pooling, "") if pooling != "auto" else _pooling(folder, modules)
     embedding = next((known for known in MODES.values() if known == mode), None)
     normalized = not modules or any(kind == "Normalize" for kind, _ in modules)
     scores: Literal["embeddings", "classifier"] | None = None if embedding is None else "embeddings"
-    return Uses(
-        model.head == "vocabulary", embedding, normalized, "classifier" if tokens is not None else scores, tokens, why, why
-    )
+    if tokens is not None:
+        scores = "classifier"
+    return Uses(model.hidden, model.head == "vocabulary", embedding, normalized, scores, tokens, why, why)
 
 
-def _classifier(labels: int) -> Uses:
-    one = labels == 1
+def _classifier(model: ModelConfig) -> Uses:
+    one = model.labels == 1
     return Uses(
+        hidden=model.hidden,
         generates=False,
         embedding=None,
         scores="classifier" if one else None,
         no_embedding="the checkpoint is a classifier, and its hidden states are made for its labels",
-        no_scores="" if one else f"the checkpoint's classifier has {labels} labels, and a score is of one",
+        no_scores="" if one else f"the checkpoint's classifier has {model.labels} labels, and a score is of one",
     )
 
 
