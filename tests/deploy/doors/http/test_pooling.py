@@ -26,6 +26,7 @@ from tests.tokenizers import EOS, byte_level, save
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "class A:", "x"]
 HIDDEN = 256
+EXAMPLES = Path(__file__).parents[4] / "examples"
 JUDGE = (
     "{% for message in messages %}{% if message.role == 'query' %}<|im_start|>{{ instruction or 'find' }} "
     "{{ message.content }}{% elif message.role == 'document' %} : {{ message.content }}<|im_end|>{% endif %}{% endfor %}"
@@ -300,3 +301,18 @@ def test_what_a_checkpoint_is_not_made_for_is_refused_by_name(host: Host, tmp_pa
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
         assert words in refused.json()["error"]["message"]
     assert httpx.post(f"{address}/tokenize", json={"prompt": "hello"}, timeout=PATIENCE_S).status_code == 200
+
+
+def test_the_template_for_qwen3_reranker(tmp_path: Path) -> None:
+    """The prompt that the model was trained on, as its authors have it."""
+    make_checkpoint(tmp_path, vocab_size=419, eos_token_id=EOS, hidden_size=32, num_hidden_layers=1)
+    save(byte_level(), tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, EXAMPLES / "qwen3_reranker.jinja")
+    assert tokenizer is not None
+    assert tokenizer.has_pair_template
+    pair = [{"role": "query", "content": "What is café?"}, {"role": "document", "content": "A drink."}]
+    assert tokenizer.chat_text(pair, None, {"instruction": "Find it"}) == (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+        'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: Find it\n'
+        "<Query>: What is café?\n<Document>: A drink.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
