@@ -16,6 +16,7 @@ from workers.attention.base import AttentionBackend
 from workers.cpu.padding import padded, padded_rows
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
+from workers.model.classifier import Classifier
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
@@ -23,7 +24,7 @@ from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Layer:
@@ -162,33 +163,6 @@ class Outer:
 
     def filled(self) -> None:
         self.head.linear.pack()  # drops the head's reference to a tied table, which the embedding keeps
-
-
-class Classifier:
-    """Scores hidden states: weight [labels, hidden], whole on every rank, in float32 at least.
-
-    Either `score.weight`, or, where a language model judges by its next token, what the head has for that token less what it
-    has for the other: one label, the log-odds of the two. tokens: (no, yes), ids. table: the head's name in the checkpoint.
-    """
-
-    def __init__(
-        self, config: ModelConfig, tokens: tuple[int, int] | None, table: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._config, self._tokens, self._table = config, tokens, table
-        rows = config.labels if tokens is None else len(tokens)
-        wide = torch.promote_types(dtype, torch.float32)
-        self.weight = torch.empty(rows, config.hidden, dtype=wide, device=device)
-
-    def pieces(self) -> list[Piece]:
-        config = self._config
-        if self._tokens is None:
-            return [Piece(self.weight, SCORE, (config.labels, config.hidden))]
-        whole = (config.vocab_size, config.hidden)
-        return [Piece(self.weight[at : at + 1], self._table, whole, token) for at, token in enumerate(self._tokens)]
-
-    def filled(self) -> None:
-        if self._tokens is not None:
-            self.weight = self.weight[1:] - self.weight[:1]
 
 
 class Decoder:

@@ -19,22 +19,13 @@ from deploy.text.sources import Source
 from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN3, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
+from tests.end_to_end.reference import embeddings
 from tests.end_to_end.waiting import wait_idle
 from tests.tokenizers import EOS, byte_level, save
 
 ROUNDING = 2e-5
 TEXTS = [SHARED, [*SHARED[:256], *draw(5, seed=30)], draw(257, seed=31), draw(16, seed=32), draw(1, seed=33), SHARED[:33]]
 """Whole blocks and not, one with a beginning of another's, a single token."""
-
-
-@torch.inference_mode()
-def expected(path: Path, prompts: Sequence[Sequence[int]], pooling: str) -> npt.NDArray[np.float32]:
-    """[prompts, hidden], of length 1: of the hidden states of the last layer behind the final norm."""
-    model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    states = [model(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts]
-    vectors = torch.stack([each.mean(0) if pooling == "mean" else each[-1] for each in states])
-    unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(vectors).numpy()
-    return unit
 
 
 def embed(llm: LLM, prompts: Sequence[list[int]], **how: Any) -> list[EmbeddingRequestOutput]:
@@ -59,7 +50,7 @@ def test_they_are_those_of_transformers(
     with open_llm(path, size=size, block=block, pooling=pooling, max_num_batched_tokens=budget) as llm:
         runs = [embed(llm, TEXTS) for _ in range(2)]
     for outputs in runs:
-        np.testing.assert_allclose(vectors(outputs), expected(path, TEXTS, pooling), atol=ROUNDING)
+        np.testing.assert_allclose(vectors(outputs), embeddings(path, TEXTS, pooling), atol=ROUNDING)
     cached = [output.num_cached_tokens for output in runs[1]]
     if pooling == "mean":
         assert cached == [0] * len(TEXTS), "what is cached has no hidden states"
@@ -82,7 +73,7 @@ def test_the_cache_is_one_for_all(checkpoints: dict[str, Path]) -> None:
         whole = [*SHARED, *answer.outputs[0].token_ids]
         [output] = embed(llm, [whole])
         assert output.num_cached_tokens == len(whole) - 1
-        np.testing.assert_allclose(vectors([output]), expected(checkpoints[QWEN3], [whole], "last"), atol=ROUNDING)
+        np.testing.assert_allclose(vectors([output]), embeddings(checkpoints[QWEN3], [whole], "last"), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -98,7 +89,7 @@ def test_among_others_in_a_pool_that_is_too_small(pooling: str, checkpoints: dic
         rounds = 0
         while thread.is_alive() or not rounds:
             outputs = llm.embed([*TEXTS], progress=False)
-            np.testing.assert_allclose(vectors(outputs), expected(path, TEXTS, pooling), atol=ROUNDING)
+            np.testing.assert_allclose(vectors(outputs), embeddings(path, TEXTS, pooling), atol=ROUNDING)
             rounds += 1
         thread.join()
         wait_idle(llm)
@@ -122,7 +113,7 @@ def test_a_prompt_may_fill_the_model_and_no_more(checkpoints: dict[str, Path]) -
     with open_llm(checkpoints[QWEN3], max_model_len=64) as llm:
         full = draw(64, seed=3)
         np.testing.assert_allclose(
-            vectors(embed(llm, [full])), expected(checkpoints[QWEN3], [full], "last"), atol=ROUNDING
+            vectors(embed(llm, [full])), embeddings(checkpoints[QWEN3], [full], "last"), atol=ROUNDING
         )
         with pytest.raises(PromptError, match="the prompt has 65 tokens and the model takes 64: shorten it to 64 or fewer"):
             embed(llm, [draw(65, seed=3)])
@@ -210,7 +201,7 @@ def test_what_sentence_transformers_say_is_done(checkpoints: dict[str, Path], tm
         found = vectors(embed(llm, TEXTS))
     lengths = np.linalg.norm(found, axis=1, keepdims=True)
     assert (np.abs(lengths - 1.0) > 0.1).all()
-    np.testing.assert_allclose(found / lengths, expected(tmp_path, TEXTS, "mean"), atol=ROUNDING)
+    np.testing.assert_allclose(found / lengths, embeddings(tmp_path, TEXTS, "mean"), atol=ROUNDING)
 
 
 def test_scores_of_embeddings_are_their_cosine(tmp_path: Path) -> None:
