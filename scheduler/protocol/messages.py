@@ -38,7 +38,7 @@ class Failure(IntEnum):
 class FinishReason(IntEnum):
     """Why a sequence ended. Each ends exactly once."""
 
-    STOP = 0  # a stop id, or a stop string found by the front end
+    STOP = 0  # a stop id, or a stop string found by the front end; of a prompt that is pooled, its end
     LENGTH = 1  # max_tokens, or no room left in the model or in any pool
     ABORTED = 2  # the client went away
     FAILED = 3  # Manta's fault; `message` says what happened
