@@ -1,4 +1,4 @@
-"""Settles what the user left open, for scheduler and workers. Reads the checkpoint's config.json, nothing else.
+"""Settles what the user left open, for scheduler and workers. Reads the checkpoint's settings, and no weights.
 
 Imports torch through `workers.model.architectures`.
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.architectures import CheckpointError, ModelConfig, read_config
+from workers.model.pooling import read_uses
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
@@ -38,6 +39,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         report_steps=steps,
         report_hold_s=hold_s,
         depth=DEPTH[device],
+        score_tokens=read_uses(Path(config.model), model, config.pooling, config.score_tokens).score_tokens,
     )
 
 

@@ -28,12 +28,20 @@ from deploy.config.load import ConfigError, bound_openmp_spin, engine_config
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
-from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput
+from deploy.frontend.outputs import (
+    CompletionOutput,
+    EmbeddingRequestOutput,
+    GenerationError,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from deploy.frontend.scoring import NO_HEAD, Scoring, embedding_output, need_embedding, pairs_of
 from deploy.text.chat_template import Message
 from deploy.text.files import writable
-from deploy.text.prompts import Prompt, PromptError, PromptParser, Terms, read_model_limits
-from deploy.text.sources import Source, read_source, read_terms
+from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits, read_model_uses
+from deploy.text.sources import Source, all_or_none, as_list, listed, read_pooled, read_source, read_terms, read_texts
 from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -80,6 +88,7 @@ class LLM:
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
+        self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens)
         start = engine_starter(config)
         engines: list[Engine] = []
 
@@ -117,8 +126,8 @@ class LLM:
         that are higher. All three hold for prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        parsed = self._parse(_as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority))
-        return self._complete(_all_or_none(parsed), progress)
+        parsed = self._parse(as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority))
+        return self._complete(all_or_none(parsed), progress)
 
     def chat(
         self,
@@ -135,7 +144,7 @@ class LLM:
         """Answers one conversation or several, through the checkpoint's chat template. tools: what the model may call, in
         OpenAI's form, for the template to show; its calls are text of the output. chat_template_kwargs: what else the template
         can be told. Otherwise as `generate`."""
-        given = _listed(messages, 'messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
+        given = listed(messages, 'messages must be a list of {"role": ..., "content": ...}, or a list of such lists')
         several = bool(given) and all(isinstance(each, list | tuple) for each in given)
         asked = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         sources: list[Source] = [{"messages": each, **asked} for each in (given if several else [given])]
@@ -159,14 +168,50 @@ class LLM:
         deadline_s, priority: as in `generate`. each_alone: a prompt that cannot be served fails by itself, with fault INVALID,
         where others can. Errors: PromptError.
         """
-        sources = _as_list(prompts)
+        sources = as_list(prompts)
         parsed = self._parse(sources, sampling_params, _terms(tenant, deadline_s, priority))
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
-            return self._run(dict(enumerate(_all_or_none(parsed))), each_token=True)
+            return self._run(dict(enumerate(all_or_none(parsed))), each_token=True)
         valid = {position: each for position, each in enumerate(parsed) if isinstance(each, Prompt)}
         refusals = [(position, _refusal(sources[position], error)) for position, error in refused.items()]
         return self._run(valid, each_token=True, refusals=refusals)
+
+    def embed(
+        self,
+        prompts: Source | Iterable[Source],
+        *,
+        dimensions: int | None = None,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        priority: int = 0,
+        progress: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """The embedding of every prompt, in the order of the prompts. dimensions: its first so many numbers alone, as
+        Matryoshka embeddings are cut. tenant, deadline_s, priority, progress, errors: as in `generate`; PromptError also where
+        the checkpoint is not for embeddings."""
+        pooling, call = need_embedding(self._uses, dimensions), _terms(tenant, deadline_s, priority)
+        contents = [read_pooled(source, call) for source in as_list(prompts)]
+        return [embedding_output(output, self._uses, dimensions) for output in self._pool(contents, pooling, progress)]
+
+    def score(
+        self,
+        text_1: str | Iterable[str],
+        text_2: str | Iterable[str],
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        deadline_s: float | None = None,
+        priority: int = 0,
+        progress: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well the texts of each pair go together: by the checkpoint's classifier, 0 to 1, or by the cosine of their
+        embeddings. One text on the left goes with each on the right; otherwise there are as many on each side.
+        chat_template_kwargs: what the checkpoint's template for pairs can be told. Otherwise as `embed`."""
+        pairs = pairs_of(read_texts("text_1", text_1), read_texts("text_2", text_2))
+        scoring = Scoring.of(pairs, self._uses, self._parser.tokenizer, chat_template_kwargs)
+        call = _terms(tenant, deadline_s, priority)
+        return scoring.outputs(self._pool([(content, call) for content in scoring.contents], scoring.pooling, progress))
 
     # ---- asyncio ----
 
@@ -184,7 +229,7 @@ class LLM:
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
         aborts the request. tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it fails.
         """
-        parsed = _all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority)))
+        parsed = all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority)))
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
         submitted_s = loop.time()
         generations = self._frontend.submit(parsed, lambda _: loop.call_soon_threadsafe(grown.set))
@@ -225,10 +270,12 @@ class LLM:
 
     def _parse(self, sources: Sequence[Source], params: Params, call: Terms) -> list[Prompt | PromptError]:
         """Errors: PromptError for what is wrong with the call as a whole."""
+        if not self._uses.generates:
+            raise PromptError(NO_HEAD)
         if params is None or isinstance(params, SamplingParams):
             every = [params or SamplingParams()] * len(sources)
         else:
-            every = _listed(params, "sampling parameters must be SamplingParams(...), or a list of them, one for each prompt")
+            every = listed(params, "sampling parameters must be SamplingParams(...), or a list of them, one for each prompt")
         if len(every) != len(sources):
             raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
         parsed: list[Prompt | PromptError] = []
@@ -238,6 +285,16 @@ class LLM:
             except PromptError as error:
                 parsed.append(error)
         return parsed
+
+    def _pool(self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool) -> list[RequestOutput]:
+        """Errors: as `generate`."""
+        parsed: list[Prompt | PromptError] = []
+        for content, terms in contents:
+            try:
+                parsed.append(self._parser.pooled(content, pooling, terms))
+            except PromptError as error:
+                parsed.append(error)
+        return self._complete(all_or_none(parsed), progress)
 
     def _complete(self, prompts: list[Prompt], progress: bool) -> list[RequestOutput]:
         from deploy.cli.display import request_bar
@@ -299,16 +356,6 @@ def _terms(tenant: str, deadline_s: float | None, priority: int) -> Terms:
     return read_terms({"tenant": tenant, "deadline_s": deadline_s, "priority": priority})
 
 
-def _all_or_none(parsed: Sequence[Prompt | PromptError]) -> list[Prompt]:
-    """Errors: PromptError that names the first that is not valid."""
-    prompts = []
-    for position, each in enumerate(parsed):
-        if isinstance(each, PromptError):
-            raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
-        prompts.append(each)
-    return prompts
-
-
 def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[tuple[float, Generation]]:
     """(when it must have ended, the generation) of those with a deadline, the earliest first."""
     timed = [(submitted_s + generation.prompt.terms.deadline_s, generation) for generation in generations]
@@ -321,18 +368,3 @@ def _refusal(source: Source, error: PromptError) -> RequestOutput:
     prompt = writable(text) if isinstance(text, str) else None
     failed = CompletionOutput(0, "", [], finish_reason="error")
     return RequestOutput("", prompt, [], None, [failed], finished=True, error=str(error), fault=Fault.INVALID)
-
-
-def _as_list(prompts: Source | Iterable[Source]) -> list[Source]:
-    """One prompt or several: integers are one prompt. Errors: PromptError."""
-    if isinstance(prompts, str | bytes | Mapping):
-        return [prompts]
-    given = _listed(prompts, "prompts must be a text, token ids, a mapping, or a list of these")
-    return [given] if given and not hasattr(given[0], "__len__") else given
-
-
-def _listed(given: Any, wanted: str) -> list[Any]:
-    """Errors: PromptError for what is no list, nor anything like it."""
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise PromptError(f"{wanted}, not {type(given).__name__}")
-    return list(given)

@@ -11,7 +11,13 @@ claim()
 from cluster.engine import EngineError  # noqa: E402
 from deploy.config.load import ConfigError  # noqa: E402
 from deploy.frontend.errors import Fault  # noqa: E402
-from deploy.frontend.outputs import CompletionOutput, GenerationError, RequestOutput  # noqa: E402
+from deploy.frontend.outputs import (  # noqa: E402
+    CompletionOutput,
+    EmbeddingRequestOutput,
+    GenerationError,
+    RequestOutput,
+    ScoringRequestOutput,
+)
 from deploy.llm import LLM  # noqa: E402
 from deploy.text.prompts import PromptError  # noqa: E402
 from scheduler.protocol.sampling import Grammar, SamplingParams  # noqa: E402
@@ -20,6 +26,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingRequestOutput",
     "EngineError",
     "Fault",
     "GenerationError",
@@ -27,4 +34,5 @@ __all__ = [
     "PromptError",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
 ]

@@ -309,7 +309,7 @@ class SchedulerCore:
             assert sequence.blocks is None, "a running sequence has a group that is large enough"
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
-            if sequence.params.max_tokens is not None or room < 1:
+            if sequence.params.max_tokens is not None or sequence.pooling is not None or room < 1:
                 message = f"no group can serve the request now: {reason}"
                 leases.end(self._state, sequence, FinishReason.FAILED, message, failure)
             elif output >= room:

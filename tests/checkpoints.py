@@ -4,18 +4,14 @@ Weights are "sharp": scaled so that attention and MLP dominate the residual stre
 the second. Greedy decoding in float32 is then the same in any correct engine, token by token.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-CONFIGS = {
-    "LlamaForCausalLM": "LlamaConfig",
-    "MistralForCausalLM": "MistralConfig",
-    "Qwen2ForCausalLM": "Qwen2Config",
-    "Qwen3ForCausalLM": "Qwen3Config",
-}
+FAMILY = re.compile("Llama|Mistral|Qwen2|Qwen3")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -54,9 +50,11 @@ def make_checkpoint(
     max_shard_size: as in `save_pretrained`; something like "40KB" splits the weights over several files with an index.
     """
     sizes = SIZES | {"tie_word_embeddings": tied} | fields
-    if architecture == "MistralForCausalLM":
+    family = FAMILY.match(architecture)
+    assert family is not None, architecture
+    if family[0] == "Mistral":
         sizes.setdefault("sliding_window", None)
-    config = getattr(transformers, CONFIGS[architecture])(**sizes)
+    config = getattr(transformers, f"{family[0]}Config")(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture)(config)

@@ -133,8 +133,9 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     """What executes on a CPU, and how many blocks it has."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
     model = load_model(
-        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), spec.resolved.max_model_len
-    )
+        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), spec.resolved.max_model_len,
+        spec.resolved.score_tokens,
+    )  # fmt: skip
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:

@@ -10,6 +10,7 @@ from scheduler.options import Rule, at_least, at_most, one_of, option
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
+POOLINGS = ("auto", "last", "mean")
 MAX_ROWS = 1 << 16
 """A lease id keeps 16 bits for the row (`scheduler.protocol.leaders.ROW_BITS`)."""
 
@@ -33,6 +34,16 @@ class GroupsConfig:
     )
     groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.", at_least(1))
     max_groups: int | None = option(None, "Groups at most; load adds them, idleness removes them.", shown="as many as groups")
+    pooling: str = option(
+        "auto",
+        f"Of a prompt's hidden states, its embedding: {', '.join(POOLINGS)}. auto: as the checkpoint says, else the last.",
+        one_of(POOLINGS),
+    )
+    score_tokens: str | None = option(
+        None,
+        'Two tokens, as "no,yes", of a model that scores pairs by which of them comes next.',
+        shown="as the checkpoint says",
+    )
 
     @property
     def ranks(self) -> int:
@@ -101,10 +112,11 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
 @dataclass(frozen=True, slots=True)
 class ResolvedWorker(Resolved):
     """The same for a rank. device: "cpu" or "cuda". threads: of a CPU rank. report_steps, report_hold_s: as in `Reporter`.
-    depth: steps under way while the host plans the next."""
+    depth: steps under way while the host plans the next. score_tokens: as in `workers.model.pooling.Uses`."""
 
     device: str = "cpu"
     threads: int = 1
     report_steps: int = 1
     report_hold_s: float = math.inf
     depth: int = 0
+    score_tokens: tuple[int, int] | None = None

@@ -115,6 +115,7 @@ class ServeConfig(ModelServeConfig, AddressConfig):
     max_request_bytes: int = option(8 << 20, "Largest request body.", at_least(1), shown="8MiB", size=True)
     max_choices: int = option(16, "Choices (n, best_of) of one request at most.", at_least(1))
     max_prompts: int = option(64, "Prompts of one completion request at most.", at_least(1))
+    max_inputs: int = option(2048, "Texts of one request for embeddings, scores or a ranking at most.", at_least(1))
     max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
     stored_responses: int = option(

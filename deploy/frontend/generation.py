@@ -8,14 +8,20 @@ torch, no ray.
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from deploy.frontend.choice import NOTHING_TOLD, WHOLE_ENDS, Choice, OutputGap, Told
-from deploy.frontend.outputs import OutputDelta, PromptEntries, RequestOutput, read_logprobs
+from deploy.frontend.outputs import OutputDelta, PromptEntries, RequestOutput, Vector, read_logprobs
 from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import NO_MISSES, Finished, PromptLogprobs, Request, TokenLogprobs
+from scheduler.protocol.messages import NO_MISSES, Finished, Pooled, PromptLogprobs, Request, TokenLogprobs
 
 Notify = Callable[["Generation"], object]
+
+
+class NotFinite(ArithmeticError):
+    """What the model has computed is no number that could be told."""
 
 
 class PromptTable:
@@ -73,6 +79,7 @@ class Generation:
             for index, had in enumerate(told or [NOTHING_TOLD] * params.n)
         ]
         self._prompt_logprobs = None if params.prompt_logprobs is None else PromptTable(prompt, tokenizer)
+        self._pooled: Vector | None = None
         self._notify = notify
         self._each_token = each_token
         self._notified = False  # and not taken since
@@ -90,9 +97,15 @@ class Generation:
 
     # ---- what the front end brings ----
 
-    def fill_prompt(self, part: PromptLogprobs) -> None:
-        """Does nothing if they were not asked for."""
-        if self._prompt_logprobs is not None:
+    def fill_prompt(self, part: PromptLogprobs | Pooled) -> None:
+        """What was found out of the prompt. Does nothing if that was not asked for. Errors: OutputGap, NotFinite."""
+        if isinstance(part, Pooled):
+            pooled = np.frombuffer(part.values, np.float32)
+            if not np.isfinite(pooled).all():
+                raise NotFinite("the model's hidden states were not finite (NaN or infinite)")
+            with self._lock:
+                self._pooled = pooled
+        elif self._prompt_logprobs is not None:
             with self._lock:
                 self._prompt_logprobs.fill(part)
 
@@ -134,6 +147,8 @@ class Generation:
         """Before the last choice ends. Errors: OutputGap."""
         if self._prompt_logprobs is not None and self._prompt_logprobs.whole is None:
             raise OutputGap("the prompt's last log-probabilities have not arrived: ask again")
+        if self.prompt.pooling is not None and self._pooled is None:
+            raise OutputGap("what was made of the prompt has not arrived: ask again")
 
     def wake(self) -> None:
         """Tells the caller once until it takes: progress if it wants each token, else the end."""
@@ -160,6 +175,7 @@ class Generation:
                 error=error.message if error else None,
                 fault=error.fault if error else None,
                 prompt_logprobs=self._prompt_logprobs.whole if self._prompt_logprobs else None,
+                pooled=self._pooled,
             )
 
     def take_delta(self) -> OutputDelta | None:
@@ -173,7 +189,8 @@ class Generation:
             told = {delta.index for delta in choices if delta.finish_reason is not None}
             new_ends = [end for end in ends if end.stream - self.stream in told]
             cached_tokens, misses = (ends[0].cached_tokens, ends[0].misses) if ends else (None, NO_MISSES)
-            return OutputDelta(choices, self._done, cached_tokens, prompt, new_ends, self.submission.seed, misses)
+            seed = self.submission.seed
+            return OutputDelta(choices, self._done, cached_tokens, prompt, new_ends, seed, misses, self._pooled)
 
     def _take_ends(self) -> list[Finished]:
         """Of all choices that have ended, in their order. The caller has the request as it stands now."""

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from deploy.frontend.errors import Fault
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import NO_MISSES, Finished, FinishReason, Misses, Payload, PromptLogprobs, TokenLogprobs
+from scheduler.protocol.messages import NO_MISSES, Finished, FinishReason, Misses, Payload, TokenLogprobs
 
 FinishWord = Literal["stop", "length", "abort", "error"]
 
@@ -33,6 +35,8 @@ class Logprob:
 
 
 PromptEntries = list[dict[int, Logprob] | None]
+
+Vector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class OutputDelta:
     those that were not found, then. prompt_logprobs: complete, once, with or before the first token; an entry for each prompt
     token, None for the first.
     ends: the ends of the choices that ended with this delta. failed: the first of them that failed. seed: of all choices; None
-    until one has started.
+    until one has started. pooled: what was made of a prompt that has no output; with the end.
     """
 
     choices: list[ChoiceDelta]
@@ -92,6 +96,7 @@ class OutputDelta:
     ends: list[Finished]
     seed: int | None = None
     misses: Misses = NO_MISSES
+    pooled: Vector | None = None
 
     @property
     def logprobs(self) -> int:
@@ -110,7 +115,8 @@ class RequestOutput:
 
     finished: every choice has ended. error: why, where a choice ended with finish_reason "error"; fault: what went wrong, for
     programs, such as `Fault.TIMED_OUT` where its deadline has passed.
-    prompt_logprobs: an entry for each prompt token, None for the first; None if not asked for or not there yet.
+    prompt_logprobs: an entry for each prompt token, None for the first; None if not asked for or not there yet. pooled: what
+    was made of a prompt that has no output; with the end.
     """
 
     request_id: str
@@ -122,6 +128,43 @@ class RequestOutput:
     error: str | None = None
     prompt_logprobs: PromptEntries | None = None
     fault: Fault | None = None
+    pooled: Vector | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """One prompt's embedding."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequestOutput:
+    """One prompt and its embedding. num_cached_tokens: prompt tokens found in the cache."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """One pair's score."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequestOutput:
+    """One pair of texts and its score. prompt_token_ids: of both. num_cached_tokens: of these, those found in the cache."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    finished: bool = True
 
 
 class GenerationError(RuntimeError):
@@ -142,7 +185,7 @@ class GenerationError(RuntimeError):
         return cls(f"{count}{reasons}", every)
 
 
-def read_payload(payload: bytes) -> TokenLogprobs | PromptLogprobs:
+def read_payload(payload: bytes) -> Payload:
     """What a worker sent along with its tokens."""
     return _decoder.decode(payload)
 
@@ -159,4 +202,4 @@ def read_logprobs(
     }
 
 
-_decoder: "msgspec.msgpack.Decoder[TokenLogprobs | PromptLogprobs]" = msgspec.msgpack.Decoder(Payload)
+_decoder: "msgspec.msgpack.Decoder[Payload]" = msgspec.msgpack.Decoder(Payload)

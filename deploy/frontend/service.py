@@ -25,9 +25,10 @@ from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
-from deploy.frontend.holding import HeldLogprobs, of_prompts
+from deploy.frontend.holding import HeldLogprobs, HeldNumbers, of_prompts
 from deploy.frontend.observation import Observe, RequestRecord
 from deploy.frontend.outputs import OutputDelta
+from deploy.frontend.scoring import NO_HEAD
 from deploy.text.prompts import (
     USUAL_PARAMS,
     USUAL_TERMS,
@@ -38,12 +39,14 @@ from deploy.text.prompts import (
     PromptParser,
     Terms,
     read_model_limits,
+    read_model_uses,
 )
 from deploy.text.tokenising import Tokenising, is_long
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import TalliedMetric
+from scheduler.protocol.messages import Pooling, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus
+from workers.model.pooling import Uses
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,10 @@ MOST_WAITING = 4096
 
 MOST_UNREAD = 4096
 """Tokens of a choice that wait for a client to read them: minutes of it at a reader's pace, some ten kilobytes of text."""
+
+
+GENERATES = Uses(hidden=1, generates=True, embedding=None, no_embedding="nobody has said how", no_scores="nobody has said how")
+"""Of a model of which no more is known."""
 
 
 class Cluster(Protocol):
@@ -72,13 +79,14 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a door must know of the checkpoint. created: seconds since 1970."""
+    """What a door must know of the checkpoint. created: seconds since 1970. uses: what its hidden states are good for."""
 
     name: str
     checkpoint: Path
     created: int
     limits: ModelLimits
     tokenizer: Tokenizer | None
+    uses: Uses = GENERATES
 
     @classmethod
     def read(
@@ -88,18 +96,24 @@ class ServedModel:
         max_model_len: int | None,
         tensor_parallel_size: int = 1,
         chat_template: str | None = None,
+        pooling: str = "auto",
+        score_tokens: str | None = None,
     ) -> "ServedModel":
-        """chat_template: a file. Errors: ValueError, OSError."""
+        """chat_template: a file. pooling, score_tokens: as the engine's settings. Errors: ValueError, OSError."""
         limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
         created = int((checkpoint / "config.json").stat().st_mtime)
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
-        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
+        uses = read_model_uses(checkpoint, pooling, score_tokens)
+        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer, uses)
 
     @classmethod
     def of(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
         """As an endpoint is told to serve it. Errors: ValueError, OSError."""
         name = model_name(serve.served_model_name, engine.model)
-        return cls.read(name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template)
+        return cls.read(
+            name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template, engine.pooling,
+            engine.score_tokens,
+        )  # fmt: skip
 
 
 class Service:
@@ -118,7 +132,7 @@ class Service:
         self._calls: dict[str, list[_Call]] = {}  # by request id
         self._grown: deque[_Call] = deque()
         self._waking = False
-        self.logprobs = HeldLogprobs()
+        self.logprobs, self.numbers = HeldLogprobs(), HeldNumbers()
         self.under_way = 0
         """Requests that have not ended."""
 
@@ -183,6 +197,12 @@ class Service:
             return self.parser.prompt(content, params, terms)
         return await self._tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
 
+    async def pooled_prompt(self, content: Content, pooling: Pooling, terms: Terms = USUAL_TERMS) -> Prompt:
+        """As `parser.pooled`; otherwise as `prompt`. Errors: PromptError."""
+        if isinstance(content, list):
+            return self.parser.pooled(content, pooling, terms)
+        return await self._tokenising.run(lambda: self.parser.pooled(content, pooling, terms), long=is_long(content))
+
     async def generate(
         self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None,
         told: Sequence[Sequence[Told]] = (),
@@ -195,6 +215,8 @@ class Service:
         would come too late.
         Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
+        if not self.model.uses.generates and any(prompt.pooling is None for prompt in prompts):
+            raise RequestError.invalid(NO_HEAD, "model")
         log = RequestRecord(request_id, traceparent, prompts)
         call = _Call(prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)

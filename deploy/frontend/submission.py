@@ -56,6 +56,7 @@ class Submission:
             priority=terms.priority,
             tenant=terms.tenant,
             deadline_s=None if terms.deadline_s == math.inf else terms.deadline_s,
+            pooling=prompt.pooling,
         )
         """As it is submitted for the first time."""
         self.waits_since_s: float | None = now_s

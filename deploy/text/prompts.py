@@ -7,15 +7,19 @@ read by `sources`. torch comes in only to read a checkpoint's settings.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.text.chat_template import Message
 from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from workers.model.pooling import Uses
 
 MOST_STOP_CHARACTERS, MOST_SALT_CHARACTERS = 16384, 1024
 """A salt with its account in front."""
@@ -80,8 +84,16 @@ class Conversation:
             raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
 
 
-Content = str | list[int] | Conversation
-"""Text, token ids, or a conversation."""
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that a classifier sees together, joined as the checkpoint's tokenizer joins pairs."""
+
+    first: str
+    second: str
+
+
+Content = str | list[int] | Conversation | Pair
+"""Text, token ids, a conversation, or two texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +101,8 @@ class Prompt:
     """All that is asked of the engine: at least one id, each within the vocabulary, with room for at least one token of output;
     parameters that fit the model.
 
-    text: as it was given. answered: the output is an answer, a text of its own, and does not continue the prompt's.
+    text: as it was given. answered: the output is an answer, a text of its own, and does not continue the prompt's. pooling: no
+    output is wanted, but this of the prompt; it needs no room then, and parameters say nothing.
     """
 
     token_ids: list[int]
@@ -97,6 +110,7 @@ class Prompt:
     terms: Terms = USUAL_TERMS
     text: str | None = None
     answered: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +129,25 @@ class PromptParser:
             prompt = Prompt(self._chat(content), params, terms, answered=True)
         elif isinstance(content, str):
             prompt = Prompt(self._encode(content), params, terms, content)
+        elif isinstance(content, Pair):
+            prompt = Prompt(self._encode_pair(content), params, terms)
         else:
             prompt = Prompt(content, params, terms)
         self._check_ids(prompt.token_ids)
         self._check_room(prompt.token_ids, params)
         return prompt
+
+    def pooled(self, content: Content, pooling: Pooling, terms: Terms = USUAL_TERMS) -> Prompt:
+        """One without output. Errors: PromptError."""
+        _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
+        if isinstance(content, Conversation):
+            ids = self._chat(content)
+        elif isinstance(content, Pair):
+            ids = self._encode_pair(content)
+        else:
+            ids = self._encode(content) if isinstance(content, str) else content
+        self._check_ids(ids, output=False)
+        return Prompt(ids, terms=terms, answered=True, pooling=pooling)
 
     def _check(self, params: SamplingParams) -> None:
         """Holds them against the model. Errors: PromptError with the field's name."""
@@ -141,11 +169,21 @@ class PromptParser:
 
     def _encode(self, text: str, *, around: bool = True) -> list[int]:
         """Errors: PromptError, for a text that is far too long before all of it is tokenised, or that UTF-8 cannot hold."""
+        tokenizer = self._need_tokenizer()
+        return self._within(text, lambda part: tokenizer.encode(part, around=around))
+
+    def _encode_pair(self, pair: Pair) -> list[int]:
+        """Errors: as `_encode`."""
+        tokenizer = self._need_tokenizer()
+        if len(pair.first) > self.limits.max_tokens:
+            self._encode(pair.first)
+        return self._within(pair.second, lambda part: tokenizer.encode_pair(pair.first, part))
+
+    def _within(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Errors: PromptError."""
         tokenizer, most = self._need_tokenizer(), self.limits.max_tokens
         try:
-            return encode_within(
-                text, most, lambda part: tokenizer.encode(part, around=around), lambda: tokenizer.longest_token_bytes
-            )
+            return encode_within(text, most, encode, lambda: tokenizer.longest_token_bytes)
         except TextTooLong as error:
             raise PromptTooLong(
                 f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
@@ -153,15 +191,15 @@ class PromptParser:
         except ValueError as error:
             raise PromptError(str(error)) from error
 
-    def _check_ids(self, ids: list[int]) -> None:
-        """Looks at how many there are before it looks at each. Errors: PromptError."""
+    def _check_ids(self, ids: list[int], *, output: bool = True) -> None:
+        """Looks at how many there are before it looks at each. output: one is to follow. Errors: PromptError."""
         if not ids:
             raise PromptError("the prompt is empty: give at least one token")
         most = self.limits.max_tokens
-        if len(ids) >= most:
+        if len(ids) > most - output:
+            included = ", output included" if output else ""
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and the model takes {most}, output included: "
-                f"shorten it to {most - 1} or fewer"
+                f"the prompt has {len(ids)} tokens and the model takes {most}{included}: shorten it to {most - output} or fewer"
             )
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.limits.vocab_size:
@@ -192,6 +230,14 @@ def _check_size(field: str, texts: Sequence[str], most: int) -> None:
     size = sum(map(len, texts))
     if size > most:
         raise PromptError(f"{field}: {size} characters are above the {most} that may be: shorten it", field)
+
+
+def read_model_uses(checkpoint: Path, pooling: str, score_tokens: str | None) -> "Uses":
+    """pooling, score_tokens: as the settings of those names. Errors: ValueError."""
+    from workers.model.architectures import read_config
+    from workers.model.pooling import read_uses
+
+    return read_uses(checkpoint, read_config(checkpoint), pooling, score_tokens)
 
 
 def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:

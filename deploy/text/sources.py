@@ -23,6 +23,7 @@ from deploy.text.prompts import (
     USUAL_TERMS,
     Content,
     Conversation,
+    Prompt,
     PromptError,
     Terms,
 )
@@ -65,6 +66,21 @@ def read_source(
     return _content(kinds[0], source), read_params(params, own), read_terms(source, call)
 
 
+def read_pooled(source: Source, call: Terms) -> tuple[Content, Terms]:
+    """A prompt without output. call: as in `read_source`. Errors: PromptError."""
+    content, params, terms = read_source(source, call=call)
+    if params != USUAL_PARAMS:
+        raise PromptError("nothing is sampled here: leave sampling parameters out")
+    return content, terms
+
+
+def read_texts(name: str, given: str | Iterable[str]) -> str | list[str]:
+    """A side of pairs. Errors: PromptError."""
+    if isinstance(given, str):
+        return given
+    return [_text(name, text) for text in listed(given, f"{name} must be a text or a list of texts")]
+
+
 def read_terms(given: Mapping[str, Any], call: Terms = USUAL_TERMS) -> Terms:
     """What is given of `TERM_KEYS`, and the call's where it is not. Errors: PromptError."""
     salt, tenant, priority, deadline_s = map(given.get, TERM_KEYS)
@@ -88,6 +104,31 @@ def read_params(params: SamplingParams, own: Mapping[str, Any] = {}) -> Sampling
     for text in valid.stop:
         _refuse_halves("stop", text)
     return valid
+
+
+def as_list(prompts: Source | Iterable[Source]) -> list[Source]:
+    """One prompt or several: integers are one prompt. Errors: PromptError."""
+    if isinstance(prompts, str | bytes | Mapping):
+        return [prompts]
+    given = listed(prompts, "prompts must be a text, token ids, a mapping, or a list of these")
+    return [given] if given and not hasattr(given[0], "__len__") else given
+
+
+def listed(given: Any, wanted: str) -> list[Any]:
+    """Errors: PromptError for what is no list, nor anything like it."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise PromptError(f"{wanted}, not {type(given).__name__}")
+    return list(given)
+
+
+def all_or_none(parsed: Sequence[Prompt | PromptError]) -> list[Prompt]:
+    """Errors: PromptError that names the first that is not valid."""
+    prompts = []
+    for position, each in enumerate(parsed):
+        if isinstance(each, PromptError):
+            raise PromptError(f"prompt {position}: {each}") if len(parsed) > 1 else each
+        prompts.append(each)
+    return prompts
 
 
 def read_jsonl(lines: Iterable[str], name: str) -> Iterator[Source]:

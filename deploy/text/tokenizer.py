@@ -49,6 +49,8 @@ CHANNEL_MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return
 """Tokens that belong to the text also where a checkpoint calls them special: calls, thoughts and channels are told by them.
 Those of channels only together: an `<|end|>` by itself is the end of a text."""
 
+PAIR_ROLES = re.compile("""['"]query['"]"""), re.compile("""['"]document['"]""")
+
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -84,10 +86,21 @@ class Tokenizer:
         refuse_halves(text)
         return list(self._implementation.encode(text, add_special_tokens=around, verbose=False))
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Token ids of two texts, as the checkpoint joins pairs. Errors: as `encode`."""
+        refuse_halves(first)
+        refuse_halves(second)
+        return list(self._implementation.encode(first, second, add_special_tokens=True, verbose=False))
+
     @property
     def chat_template(self) -> str:
         """The template of conversations with tools, as it is written; empty if there is none."""
         return self._template.text
+
+    @property
+    def has_pair_template(self) -> bool:
+        """The template has words for a query and a document, as those of models that judge pairs do."""
+        return all(role.search(self._template.text) for role in PAIR_ROLES)
 
     @cached_property
     def special(self) -> Mapping[int, str]:

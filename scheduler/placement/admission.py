@@ -118,8 +118,9 @@ class Admission:
 
     def _reusable(self, sequence: Sequence) -> int:
         """Tokens that a hit may cover: never the last one, which is always computed; none where the prompt's own
-        log-probabilities are wanted."""
-        if not self._state.config.enable_prefix_caching or sequence.params.prompt_logprobs is not None:
+        log-probabilities are wanted, or the mean of its hidden states: what is cached has neither."""
+        of_all = sequence.params.prompt_logprobs is not None or sequence.pooling == "mean"
+        if of_all or not self._state.config.enable_prefix_caching:
             return 0
         return sequence.committed - 1
 

@@ -10,7 +10,7 @@ from typing import NewType
 
 import msgspec
 
-from scheduler.protocol.messages import Alive
+from scheduler.protocol.messages import Alive, Pooling
 from scheduler.protocol.sampling import SamplingParams
 
 LeaseId = NewType("LeaseId", int)
@@ -30,7 +30,8 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     penalties and min/max tokens count the rest as output. cached_tokens: the KV of this many leading tokens stands already in
     `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
     block-table order. stop_ids: ids that end the output. max_tokens: output tokens in all, those before a restart included.
-    salt: the request's, so that its leader can say what stands in the blocks (`Inventory`).
+    salt: the request's, so that its leader can say what stands in the blocks (`Inventory`). pooling: as in `Request`; it ends
+    once its prompt is computed, and samples nothing.
     """
 
     lease: LeaseId
@@ -44,6 +45,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     stop_ids: tuple[int, ...]
     max_tokens: int
     salt: str = ""
+    pooling: Pooling | None = None
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):

@@ -10,11 +10,16 @@ them as one NumPy array without a loop. Imports `SamplingParams` only.
 
 import math
 from enum import IntEnum
+from typing import Literal
 
 import msgspec
 from msgspec.structs import astuple
 
 from scheduler.protocol.sampling import SamplingParams
+
+Pooling = Literal["last", "mean", "score"]
+"""What is made of a prompt's hidden states, those after the final norm: the last token's; the mean of all; or the scores that
+the checkpoint's classifier gives the last token's."""
 
 NO_TOKEN = -1
 """In a report's token matrix: this lease sampled nothing in this step (a prefill chunk, or it had finished)."""
@@ -33,7 +38,7 @@ class Failure(IntEnum):
 class FinishReason(IntEnum):
     """Why a sequence ended. Each ends exactly once."""
 
-    STOP = 0  # a stop id, or a stop string found by the front end
+    STOP = 0  # a stop id, or a stop string found by the front end; of a prompt that is pooled, its end
     LENGTH = 1  # max_tokens, or no room left in the model or in any pool
     ABORTED = 2  # the client went away
     FAILED = 3  # Manta's fault; `message` says what happened
@@ -100,7 +105,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     priority: lower goes first; equal ones by what their tenants were served, then by age. tenant: on whose account.
     deadline_s: seconds from now within which it must have ended; None: it has the time that it needs.
     resumption: the request is for this one choice alone, under `stream`; its seed, once known, stands in `params`, and
-    `deadline_s` counts from when it was first submitted.
+    `deadline_s` counts from when it was first submitted. pooling: it wants no output, but this of its prompt (`Pooled`); it has
+    one choice then, and nothing to sample.
     """
 
     stream: int
@@ -113,6 +119,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     tenant: str = ""
     deadline_s: float | None = None
     resumption: Resumption | None = None
+    pooling: Pooling | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
@@ -242,5 +249,14 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=Fal
     tokens: tuple[TokenLogprobs, ...]
 
 
-Payload = TokenLogprobs | PromptLogprobs
+class Pooled(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """What was asked of a prompt as `Request.pooling`: it comes with the report that ends the sequence.
+
+    values: float32 buffer, [hidden] of the model, or [labels] of its classifier.
+    """
+
+    values: bytes
+
+
+Payload = TokenLogprobs | PromptLogprobs | Pooled
 """What the opaque payloads in `Report` and `Deltas` decode to."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import FinishReason, Request, Resumption
-from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room
+from scheduler.queue.limits import RequestRefused, blocks_for, output_limit, queue_room, slots_for
 from scheduler.running.resident import ProtocolError
 from scheduler.sequence import PRIORITY_SHIFT, Sequence, Tokens
 from scheduler.state import ClusterState
@@ -26,8 +26,8 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     config, params, resumed = state.config, request.params, request.resumption
     prompt = np.frombuffer(request.tokens, np.int32)
     max_tokens = output_limit(
-        len(prompt), params.max_tokens, state.resolved.max_model_len, config.block_size, state.largest, state.lost,
-        state.back_at_s - state.now_s,
+        len(prompt), params.max_tokens if request.pooling is None else 0, state.resolved.max_model_len, config.block_size,
+        state.largest, state.lost, state.back_at_s - state.now_s,
     )  # fmt: skip
     if resumed is None:
         try:
@@ -37,7 +37,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             raise
     _check_streams(state, front_end, request)
     hashes = _hashes(request, prompt, config.block_size)
-    blocks = blocks_for(len(prompt) + max_tokens - 1, config.block_size)
+    blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
     arrived_s = state.now_s - (0.0 if resumed is None else max(0.0, resumed.age_s))
     deadline_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
     seed = state.random.getrandbits(63) if params.seed is None else params.seed
@@ -51,7 +51,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             front_end=front_end, stream=stream, choice=choice, params=params, seed=seed,
             stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
             blocks_at_most=blocks, hashes=hashes.copy() if sequences else hashes, buffer=prompt, committed=len(prompt),
-            tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s,
+            tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s, pooling=request.pooling,
         )  # fmt: skip
         state.sequences[front_end, stream] = sequence
         sequences.append(sequence)
@@ -76,7 +76,10 @@ def choices_of(request: Request) -> range:
 
 
 def end_of(sequence: Sequence) -> FinishReason | None:
-    """Why there is nothing left to compute of a sequence that was resumed: its end was lost, or pools have got smaller."""
+    """Why there is nothing left to compute of a sequence that was resumed: its end was lost, or pools have got smaller. What is
+    made of a prompt is made again."""
+    if sequence.pooling is not None:
+        return None
     output = sequence.committed - sequence.prompt_tokens
     if output and output >= sequence.params.min_tokens and int(sequence.buffer[sequence.committed - 1]) in sequence.stop_ids:
         return FinishReason.STOP

@@ -33,15 +33,19 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
+def slots_for(prompt: int, output: int) -> int:
+    """Tokens whose KV is written: that of the last token of an output never is."""
+    return prompt + max(output - 1, 0)
+
+
 def output_limit(
     prompt: int, max_tokens: int | None, max_model_len: int, block_size: int, largest_pool: int | None, lost: str = "",
     back_s: float = 0.0,
 ) -> int:  # fmt: skip
-    """Output tokens that the request may have: max_tokens, or all that model and pools leave if it names none.
+    """Output tokens that the request may have: max_tokens, which may be 0, or all that model and pools leave if it names none.
 
     largest_pool: blocks of the largest pool; 0 if there is none, None if it is not known yet. lost: why the last one went;
     back_s: when it may be there again.
-    The KV of the last token is never written, so prompt + max_tokens - 1 slots are enough.
     Errors: RequestRefused.
     """
     if prompt < 1:
@@ -51,7 +55,7 @@ def output_limit(
         retry_after_s = retry_after(back_s)
         message = f"no group of workers is up or expected{because}: try again in {retry_after_s:.0f} s"
         raise RequestRefused(message, Failure.UNAVAILABLE, retry_after_s)
-    least = max_tokens or 1
+    least = 1 if max_tokens is None else max_tokens
     if prompt + least > max_model_len:
         raise RequestRefused(
             f"{prompt} prompt tokens and max_tokens={least} are above the length of {max_model_len} tokens that the model "
@@ -59,9 +63,10 @@ def output_limit(
         )
     room = max_model_len - prompt
     if largest_pool is not None:
-        if blocks_for(prompt + least - 1, block_size) > largest_pool:
+        needed = blocks_for(slots_for(prompt, least), block_size)
+        if needed > largest_pool:
             raise RequestRefused(
-                f"{prompt} prompt tokens and max_tokens={least} need {blocks_for(prompt + least - 1, block_size)} blocks of "
+                f"{prompt} prompt tokens and max_tokens={least} need {needed} blocks of "
                 f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or "
                 "raise kv_memory"
             )

@@ -1,14 +1,18 @@
-"""transformers as the reference: its greedy tokens, its logits, and when it may be departed from.
+"""transformers as the reference: its greedy tokens, its logits, its embeddings, and when it may be departed from.
 
 Where two tokens are nearly equal in the reference's own logits, rounding decides; such a departure is exempt. Each is
 counted, and they must be rare.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import transformers
 from torch import Tensor
 
 from tests.checkpoints import load_reference
@@ -73,3 +77,13 @@ class Reference:
             f"with a logit {gap:.6f} higher\nours   {output}\ntheirs {expected}"
         )
         ledger.exempt.append(f"{where}, prompt of {len(prompt)}: token {at} with a gap of {gap:.1e}")
+
+
+@torch.inference_mode()
+def embeddings(path: Path, prompts: Sequence[Sequence[int]], pooling: str) -> npt.NDArray[np.float32]:
+    """[prompts, hidden], of length 1: of the hidden states of the last layer behind the final norm."""
+    model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    states = [model(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts]
+    vectors = torch.stack([each.mean(0) if pooling == "mean" else each[-1] for each in states])
+    unit: npt.NDArray[np.float32] = torch.nn.functional.normalize(vectors).numpy()
+    return unit

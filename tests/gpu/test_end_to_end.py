@@ -2,9 +2,11 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.local.engine import LocalEngine
@@ -14,9 +16,9 @@ from deploy.frontend.outputs import RequestOutput
 from tests.checkpoints import LLAMA3_ROPE, make_checkpoint
 from tests.end_to_end.agreement.settings import SMALL_POOL_TOKENS, Setting
 from tests.end_to_end.agreement.turns import turns
-from tests.end_to_end.engines import LARGE_POOL_TOKENS, LLAMA, MISTRAL, QWEN3, greedy, kv_memory, open_llm, run
+from tests.end_to_end.engines import LARGE_POOL_TOKENS, LLAMA, MISTRAL, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS, draw, sampling
-from tests.end_to_end.reference import Ledger, Reference
+from tests.end_to_end.reference import Ledger, Reference, embeddings
 from tests.end_to_end.waiting import wait_idle
 from tests.gpu.works import DEVICE, GPU
 
@@ -56,6 +58,25 @@ def sampled_on_cpu(checkpoints: dict[str, Path]) -> dict[str, list[RequestOutput
         with open_llm(path, block=256, device="cpu", max_num_batched_tokens=8192) as llm:
             outputs[name] = run(llm, PROMPTS, SAMPLING)
     return outputs
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("budget", [33, 2048])
+def test_embeddings_are_those_of_transformers(pooling: str, budget: int, checkpoints: dict[str, Path]) -> None:
+    """In chunks, beside sequences that decode by graphs, with hits and without; theirs are the right tokens."""
+    path, reference, ledger = checkpoints[QWEN3], Reference(checkpoints[QWEN3]), Ledger()
+    wanted = embeddings(path, PROMPTS, pooling)
+    with open_llm(path, block=16, device=DEVICE, pooling=pooling, max_num_batched_tokens=budget) as llm:
+        generated: list[list[list[int]]] = []
+        thread = threading.Thread(target=lambda: generated.extend(tokens(run(llm, PROMPTS, PARAMS))))
+        thread.start()
+        for _ in range(3):
+            found = np.array([output.outputs.embedding for output in llm.embed([*PROMPTS], progress=False)])
+            np.testing.assert_allclose(found, wanted, atol=1e-3)
+        thread.join()
+    for prompt, [output] in zip(PROMPTS, generated, strict=True):
+        reference.require_same(prompt, output, ledger, "beside embeddings")
+    ledger.require_rare()
 
 
 def parted(outputs: list[RequestOutput], expected: list[RequestOutput]) -> list[str]:

@@ -22,7 +22,18 @@ from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.inventory import blocks_of
 from scheduler.protocol.leaders import Command, Commands, Cut, Inventory, Load, Moved, Offload, Receive, Report, Send
-from scheduler.protocol.messages import NO_MISSES, Deltas, Finished, FinishReason, Request, Resumption, Started
+from scheduler.protocol.messages import (
+    NO_MISSES,
+    Deltas,
+    Finished,
+    FinishReason,
+    Payload,
+    Pooled,
+    Pooling,
+    Request,
+    Resumption,
+    Started,
+)
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
@@ -31,7 +42,7 @@ from workers.loop.leader import abandon
 from workers.loop.ledger import Ledger, inventory
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
-from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest
+from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest, pooled
 
 VOCABULARY = 2
 LOST = "its workers have gone"
@@ -54,6 +65,7 @@ class Stream:
     finished: Finished | None = None
     stop_after: int | None = None
     aborted: bool = False
+    pooled: bytes | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -73,6 +85,12 @@ class Stream:
         self.tokens += tokens
         assert self.tokens == self.expected[: len(self.tokens)], f"stream {self.number} is not the undisturbed output"
 
+    def take_pooled(self, values: bytes) -> None:
+        assert self.finished is None, f"stream {self.number} was pooled after its end"
+        assert self.request.pooling is not None, f"stream {self.number} was pooled unasked"
+        assert values == pooled(self.prompt, self.request.pooling), f"stream {self.number} was pooled from other states"
+        self.pooled = values
+
     def end(self, finished: Finished) -> None:
         """The end must be the one that the output calls for."""
         assert self.finished is None, f"stream {self.number} ended twice"
@@ -80,6 +98,9 @@ class Stream:
         if finished.reason is FinishReason.LENGTH:
             limit = self.params.max_tokens
             assert limit is None or len(self.tokens) == limit
+            assert self.request.pooling is None
+        elif finished.reason is FinishReason.STOP and self.stop_after is None and self.request.pooling is not None:
+            assert (self.pooled is not None, self.tokens) == (True, [])
         elif finished.reason is FinishReason.STOP and self.stop_after is None:
             assert self.tokens[-1] in self.stop_ids
             assert len(self.tokens) >= self.params.min_tokens
@@ -342,6 +363,7 @@ class Cluster:
         prompt_logprobs: int | None = None,
         tenant: str = "",
         deadline_s: float | None = None,
+        pooling: Pooling | None = None,
     ) -> list[Stream]:
         """Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
@@ -349,7 +371,7 @@ class Cluster:
         room = max_tokens or max(self.pools) * self.block_size + 1 - len(prompt)
         expected = continuation(prompt, max(0, room), VOCABULARY)
         tokens = np.array(prompt, np.int32).tobytes()
-        request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s)
+        request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s, pooling=pooling)
         try:
             self.core.submit(front_end, request)
         finally:
@@ -513,6 +535,10 @@ class Cluster:
                 sampled = [token for token in column if token >= 0]
                 if sampled:
                     stream.receive(sampled)
+        for number, payload in deltas.logprobs:
+            said = msgspec.msgpack.decode(payload, type=Payload)
+            if isinstance(said, Pooled):
+                self.streams[front_end, number].take_pooled(said.values)
         for finished in deltas.finished:
             self.streams[front_end, finished.stream].end(finished)
 

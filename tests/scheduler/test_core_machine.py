@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Failure, FinishReason
+from scheduler.protocol.messages import Failure, FinishReason, Pooling
 from scheduler.queue.limits import RequestRefused
 from scheduler.running.prefixes import WHOLE_PROMPT
 from scheduler.running.resident import ProtocolError
@@ -82,6 +82,7 @@ class CoreMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
         tenant=st.sampled_from(["", "", "a", "b"]),
         deadline_s=st.sampled_from([None, None, None, 0.0, 1.0, 20.0]),
+        pooling=st.sampled_from([None, None, None, "last", "mean"]),
     )
     def submit(
         self,
@@ -97,11 +98,16 @@ class CoreMachine(RuleBasedStateMachine):
         prompt_logprobs: int | None = None,
         tenant: str = "",
         deadline_s: float | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
+        """Who wants a prompt pooled wants no output, whatever the parameters say."""
         prompt = filled(*values) + tail
+        if pooling is not None:
+            n, min_tokens, stop_ids, prompt_logprobs = 1, 0, (), None
         core = self.cluster.core
         largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
-        fits = len(prompt) > 0 and -(-(len(prompt) + (max_tokens or 1) - 1) // 4) <= largest
+        output = 1 if pooling is not None else max_tokens or 1
+        fits = len(prompt) > 0 and -(-(len(prompt) + output - 1) // 4) <= largest
         try:
             self.cluster.submit(
                 prompt,
@@ -115,6 +121,7 @@ class CoreMachine(RuleBasedStateMachine):
                 prompt_logprobs=prompt_logprobs,
                 tenant=tenant,
                 deadline_s=deadline_s,
+                pooling=pooling,
             )
         except RequestRefused as refusal:
             late = deadline_s is not None and refusal.failure is Failure.OVERLOADED
@@ -180,7 +187,8 @@ class CoreMachine(RuleBasedStateMachine):
         refused = self.cluster.reconnect(front_end, unheard)
         largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
         for stream in refused:
-            assert -(-(len(stream.prompt) + (stream.params.max_tokens or 1) - 1) // 4) > largest, "no queue is too full for it"
+            output = 1 if stream.request.pooling is not None else stream.params.max_tokens or 1
+            assert -(-(len(stream.prompt) + output - 1) // 4) > largest, "no queue is too full for it"
         self.events["resumed with tokens"] += begun
         self.events["resumed from the beginning"] += len(live) - begun
         self.events["resumed, with nothing left"] += sum(stream.finished is not None for stream in live)
@@ -416,6 +424,10 @@ class CoreMachine(RuleBasedStateMachine):
         self.cluster.run()
         for stream in self.cluster.streams.values():
             assert stream.finished is not None
+            if stream.pooled is not None:
+                self.events["pooled"] += 1
+                self.events["pooled behind a hit"] += stream.finished.cached_tokens > 0
+                self.events["pooled once more"] += stream.finished.preemptions > 0
             if stream.finished.reason is FinishReason.FAILED and stream.finished.failure is not Failure.TIMED_OUT:
                 assert LOST in stream.finished.message or "groups that ran the request has died" in stream.finished.message
         self.count()
@@ -440,7 +452,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
         "suspects", "resumed with tokens", "resumed from the beginning", "submitted again",
         "renewed, empty", "renewed, vacated", "renewed, dead", "renewed, cut", "cut off",
-        "lost the scheduler", "lost it in mid-sequence", "blocks told",
+        "lost the scheduler", "lost it in mid-sequence", "blocks told", "pooled", "pooled behind a hit", "pooled once more",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
@@ -465,6 +477,7 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
         draw.choice([None, None, 0]),
         draw.choice(["", "a", "b"]),
         draw.choice([None, None, 2.0, 20.0]),
+        draw.choice([*[None] * 8, "last", "mean"]),
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Copy, Drop, Grant, LeaseId, Remap, Start
-from scheduler.protocol.messages import NO_TOKEN, FinishReason, Payload, PromptLogprobs, TokenLogprobs
+from scheduler.protocol.messages import NO_TOKEN, FinishReason, Payload, Pooled, Pooling, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.rank import Rank, StepResult
@@ -39,9 +40,12 @@ class Work:
     prompt: list[int]
     params: SamplingParams
     seed: int = 0
+    pooling: Pooling | None = None
 
     @property
     def most(self) -> int:
+        if self.pooling is not None:
+            return 0
         assert self.params.max_tokens is not None
         return self.params.max_tokens
 
@@ -56,6 +60,7 @@ class Lease:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: npt.NDArray[np.float32] | None = None
     finish: FinishReason | None = None
 
     @property
@@ -117,6 +122,7 @@ class Stepped:
                 choice=0,
                 stop_ids=(*params.stop_token_ids, *(() if params.ignore_eos else self._ends)),
                 max_tokens=work.most,
+                pooling=work.pooling,
             )
         )
         return lease
@@ -228,6 +234,9 @@ class Stepped:
         if isinstance(payload, PromptLogprobs):
             assert payload.first == 1 + len(lease.prompt_logprobs), "parts come in order, without a gap"
             lease.prompt_logprobs += payload.tokens
+        elif isinstance(payload, Pooled):
+            assert lease.pooled is None, "a prompt is pooled once"
+            lease.pooled = np.frombuffer(payload.values, np.float32)
         else:
             lease.logprobs.append(payload)
 

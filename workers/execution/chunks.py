@@ -28,8 +28,8 @@ class ChunkStep:
     """The chunks of a step: tensors on the device, int32, until the next step is built.
 
     tokens, positions, slots: [tokens]. rows: [chunks] of the batch. wanted: [n] tokens whose logits are wanted: of those that
-    sample, then of prompts that are measured. sampled_rows, sampled_positions: [samples] rows of the batch, and the positions
-    of their new tokens.
+    sample, then of prompts that are measured; behind them those whose hidden states are. sampled_rows, sampled_positions:
+    [samples] rows of the batch, and the positions of their new tokens.
     """
 
     tokens: Tensor
@@ -123,6 +123,7 @@ class ChunkInputs:
         tokens = [batch.tokens[row][begin:end] for row, begin, end in zip(rows, first, context, strict=True)]
         wanted = [starts[1:][samples] - 1]
         wanted += [starts[part.index - decodes] + np.arange(part.count) for part in step.measured]
+        wanted += [starts[part.index - decodes] + part.start + np.arange(part.count) for part in step.pooled]
         return [
             np.concatenate(tokens), positions, slots, starts, context, rows, np.concatenate(wanted), rows[samples],
             context[samples],

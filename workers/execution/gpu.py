@@ -51,8 +51,9 @@ class GpuParts:
         """Errors: CheckpointError, torch's out-of-memory error."""
         spec = self._spec
         self._decoder = load_model(
-            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.resolved.max_model_len
-        )
+            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.resolved.max_model_len,
+            spec.resolved.score_tokens,
+        )  # fmt: skip
 
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the

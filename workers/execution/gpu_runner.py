@@ -25,6 +25,7 @@ from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.graphs import SMALL_STEP, StepGraphs
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pinned import PinnedRing
+from workers.execution.pooling import PooledPrompt, Pooler
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.fused import FusedDecoder
@@ -42,6 +43,7 @@ class StepPart:
     """The decodes of a launched step, or its chunks: logits [samples or more, vocab], and the tokens drawn from them.
 
     rows, positions, out: [samples or more] int32: rows of the batch, positions of the new tokens, the tokens themselves.
+    pooled: [positions, hidden], the hidden states that `step.pooled` wants; None in a step without.
     """
 
     logits: Tensor
@@ -50,6 +52,7 @@ class StepPart:
     positions: Tensor
     out: Tensor
     sampled: bool
+    pooled: Tensor | None = None
 
     def drawn(self) -> tuple[Tensor, Tensor]:
         return self.logits[: self.samples], self.out[: self.samples]
@@ -81,6 +84,7 @@ class GpuRunner:
         self._small = small
         self._sampler = sampler
         self._constraints = constraints
+        self._pooler = Pooler(model.classifier)
         self._following = Following(constraints)
         self._state = state
         self._chunk_inputs = ChunkInputs(state, device, largest)
@@ -131,6 +135,7 @@ class GpuRunner:
     def release(self, row: int) -> None:
         self._sampler.release(row)
         self._constraints.release(row)
+        self._pooler.release(row)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         self.pool.copy(source, target, tokens)
@@ -155,9 +160,10 @@ class GpuRunner:
         for part in parts:
             if not part.sampled and part.samples:
                 self._sample(part.logits[: part.samples], part.rows, part.positions, part.out)
-        last = parts[-1]  # the chunks, where prompts are measured
+        last = parts[-1]  # the chunks, where prompts are measured or pooled
         measured = measure_prompts(self._sampler.measure_prompt, batch, step, last.logits[last.samples :])
-        return self._following.pending(self._to_host(step, samples, parts, measured), samples, allowed)
+        pooled = [] if last.pooled is None else self._pooler.pool(step, last.pooled)
+        return self._following.pending(self._to_host(step, samples, parts, [*measured, *pooled]), samples, allowed)
 
     # ---- decodes
 
@@ -193,7 +199,7 @@ class GpuRunner:
         """By a graph where one holds them, else launch by launch."""
         decodes = step.plan.decodes
         samples = int(step.samples[decodes:].sum())
-        plain = not constrained and not step.measured and len(step.plan.rows) - decodes <= PADDED_CHUNKS
+        plain = not (constrained or step.measured or step.pooled) and len(step.plan.rows) - decodes <= PADDED_CHUNKS
         if plain and self._prefills is not None:
             size = self._prefills.fit(int(step.plan.counts[decodes:].sum()))
             if size is not None:
@@ -202,25 +208,28 @@ class GpuRunner:
                 chunks = self._chunk_inputs.padded(size)
                 return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
         chunks = self._chunk_inputs.build(batch, step)
-        logits = self._prefill(chunks, self._attention)
-        return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False)
+        hidden, pooled = self._prefill(chunks, self._attention), None
+        if step.pooled:
+            hidden, pooled = hidden.split_with_sizes((len(hidden) - step.pooled_tokens, step.pooled_tokens))
+        logits = self._model.head(hidden)
+        return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False, pooled)
 
     def _prefill_padded(self, tokens: int) -> Tensor:
         """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
         chunks = self._chunk_inputs.padded(tokens)
-        logits = self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention)
+        logits = self._model.head(self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention))
         self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
         return logits
 
     def _prefill(self, chunks: ChunkStep, attention: PagedAttention) -> Tensor:
-        """Logits where they are wanted."""
+        """Hidden states where they, or their logits, are wanted."""
         attend = ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
-        return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
+        return self._model.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
 
     # ---- back to the host
 
     def _to_host(
-        self, step: Launched, samples: Ints, parts: Sequence[StepPart], measured: list[PromptPart]
+        self, step: Launched, samples: Ints, parts: Sequence[StepPart], prompts: list[PromptPart | PooledPrompt]
     ) -> DeviceTokens:
         rows = step.plan.rows[samples]
         host, at = self._ring.take(len(samples)), 0
@@ -231,4 +240,4 @@ class GpuRunner:
         if self._sampler.measures(rows):
             logits, tokens = (torch.cat(each) for each in zip(*(part.drawn() for part in parts), strict=True))
             logprobs = self._sampler.measure(logits, tokens.long(), rows)
-        return DeviceTokens(step, samples, host, logprobs, measured, self._ring.used())
+        return DeviceTokens(step, samples, host, logprobs, prompts, self._ring.used())

@@ -48,11 +48,14 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
 
 
 def _wanted(step: Launched, starts: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":
-    """Where logits are wanted: of the last token of each sequence that samples, then of the prompts that are measured."""
+    """Where logits are wanted: of the last token of each sequence that samples, then of the prompts that are measured; behind
+    them where hidden states are."""
     sampled = starts[1:][step.samples] - 1
-    if not step.measured:
+    if not (step.measured or step.pooled):
         return sampled
-    return np.concatenate([sampled, *(starts[part.index] + np.arange(part.count) for part in step.measured)])
+    measured = [starts[part.index] + np.arange(part.count) for part in step.measured]
+    pooled = [starts[part.index] + part.start + np.arange(part.count) for part in step.pooled]
+    return np.concatenate([sampled, *measured, *pooled])
 
 
 def _tensor(array: "np.typing.NDArray[np.int64] | np.typing.NDArray[np.int32]", device: torch.device) -> Tensor:

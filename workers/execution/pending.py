@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from scheduler.protocol.messages import NO_TOKEN
+from workers.execution.pooling import PooledPrompt
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import StepTokens
 from workers.sampling.constraints import Allowed, Constraints
@@ -40,6 +41,7 @@ class DeviceTokens:
     """A step's tokens, read when the host commits it.
 
     samples: [s] indices in the step of those who sampled. host: [s] their tokens in host memory, once `arrived` has returned.
+    prompts: what the step says of prompts.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class DeviceTokens:
         samples: Ints,
         host: Tensor | None,
         logprobs: Logprobs | None,
-        measured: Sequence[PromptPart],
+        prompts: Sequence[PromptPart | PooledPrompt],
         arrived: Callable[[], None],
     ) -> None:
         self._size = len(step.plan.rows)
         self._samples = samples
         self._host = host
         self._logprobs = logprobs
-        self._measured = measured
+        self._prompts = prompts
         self._arrived = arrived
         self._read: StepTokens | None = None
 
@@ -64,7 +66,7 @@ class DeviceTokens:
         if self._read is None:
             self._arrived()
             ids = np.zeros(self._size, np.int64)
-            payloads = [(part.index, part.payload()) for part in self._measured]
+            payloads = [(part.index, part.payload()) for part in self._prompts]
             if self._host is not None:
                 ids[self._samples] = self._host.numpy()
                 if (failed := int((ids[self._samples] == NO_TOKEN).sum())) > 0:

@@ -6,15 +6,19 @@ Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constra
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kvcache.pool import KVPool
 from scheduler.protocol.leaders import Start
 from workers.execution.inputs import build_step
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
+from workers.execution.pooling import PooledPrompt, Pooler
+from workers.execution.step import StepInput
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
 from workers.model.decoder import Decoder
 from workers.sampling.constraints import Constraints
+from workers.sampling.logprobs import PromptPart
 from workers.sampling.sampler import Sampler
 
 Ints = npt.NDArray[np.int64]
@@ -29,6 +33,7 @@ class ModelRunner:
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
+        self._pooler = Pooler(model.classifier.weight if model.classifier is not None else None)
         self._following = Following(constraints)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=pool.device)
 
@@ -49,6 +54,7 @@ class ModelRunner:
     def release(self, row: int) -> None:
         self._sampler.release(row)
         self._constraints.release(row)
+        self._pooler.release(row)
 
     def close(self) -> None:
         self._constraints.close()
@@ -60,17 +66,26 @@ class ModelRunner:
     def execute(self, batch: ResidentBatch, step: Launched) -> Pending:
         """Launches the step. Every rank of the group must call it with the same step: the model talks to its peers."""
         samples = np.flatnonzero(step.samples)
-        logits = self._model.forward(build_step(batch, step, self._last_tokens))
+        logits, pooled = self._forward(build_step(batch, step, self._last_tokens), step)
         measured = measure_prompts(self._sampler.measure_prompt, batch, step, logits[len(samples) :])
+        prompts: list[PromptPart | PooledPrompt] = [*measured, *pooled]
         if not len(samples):
-            return DeviceTokens(step, samples, None, None, measured, _done)
+            return DeviceTokens(step, samples, None, None, prompts, _done)
         rows = step.plan.rows[samples]
         allowed = self._following.allowed(rows)
         sampled = self._sampler.sample(logits[: len(samples)], rows, step.first[samples] + step.plan.counts[samples], allowed)
         # NO_TOKEN ends the sequence once the host sees it; until then its row goes on with an id that can be embedded.
         self._last_tokens[torch.from_numpy(rows)] = sampled.tokens.clamp(min=0)
-        tokens = DeviceTokens(step, samples, sampled.tokens, sampled.logprobs, measured, _done)
+        tokens = DeviceTokens(step, samples, sampled.tokens, sampled.logprobs, prompts, _done)
         return self._following.pending(tokens, samples, allowed)
+
+    def _forward(self, inputs: StepInput, step: Launched) -> tuple[Tensor, list[PooledPrompt]]:
+        """Logits of what is sampled and measured, and what has been made of the prompts that are pooled."""
+        if not step.pooled:
+            return self._model.forward(inputs), []
+        hidden = self._model.hidden(inputs)
+        others = len(hidden) - step.pooled_tokens
+        return self._model.logits(hidden[:others]), self._pooler.pool(step, hidden[others:])
 
 
 def _done() -> None:

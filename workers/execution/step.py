@@ -24,7 +24,7 @@ class StepInput:
     query_starts: Tensor  # [seqs + 1] int32, prefix sums of the query lengths
     context_lens: Tensor  # [seqs] int32, tokens in the cache once this step's are written
     block_tables: Tensor  # [seqs, max_blocks] int32, block ids; entries past a sequence's blocks are 0 and never read
-    sample_at: Tensor  # [wanted] int64, indices into `tokens` whose logits are wanted: to sample from, then to measure
+    sample_at: Tensor  # [wanted] int64, indices into `tokens` that are wanted: to sample from, then to measure, then to pool
     decodes: int  # the first so many sequences have query length 1
     host_query_lens: npt.NDArray[np.int32]  # [seqs]
     host_context_lens: npt.NDArray[np.int32]  # [seqs]

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
 from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, End, Grant, LeaseId, Movement, Remap, Start
-from scheduler.protocol.messages import NO_TOKEN, FinishReason
+from scheduler.protocol.messages import NO_TOKEN, FinishReason, Pooling
 
 MEASURED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""
@@ -38,14 +38,35 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledPart:
+    """A part of a prompt of which hidden states are wanted.
+
+    index: in the step. start, count: so many of the positions computed there, from that one on. ends: the prompt is whole.
+    """
+
+    index: int
+    start: int
+    count: int
+    pooling: Pooling
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Launched:
-    """A step on its way: who was in it, under which lease, from which token on; `samples` marks who gets a new token."""
+    """A step on its way: who was in it, under which lease, from which token on; `samples` marks who gets a new token. Those of
+    `pooled` stand behind the decodes, and get none."""
 
     plan: StepPlan
     leases: Ints  # [n]
     first: Ints  # [n] position of the first computed token
     samples: npt.NDArray[np.bool_]  # [n]
     measured: tuple[Measured, ...] = ()
+    pooled: tuple[PooledPart, ...] = ()
+
+    @property
+    def pooled_tokens(self) -> int:
+        """Positions whose hidden states are wanted."""
+        return sum(part.count for part in self.pooled)
 
 
 class ResidentBatch:
@@ -73,6 +94,7 @@ class ResidentBatch:
         self._stop_ids = np.full((max_num_seqs, 1), NO_TOKEN, np.int64)  # [rows, width], padded
         self.edited: list[tuple[int, int, int]] = []  # (row, first, end) of the block table; `Rank` empties it
         self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
+        self._pooling: dict[int, Pooling] = {}  # of rows that have no output, until their prompt is computed
 
     # ---- the log
 
@@ -111,6 +133,8 @@ class ResidentBatch:
         self._set_stop_ids(row, start.stop_ids)
         if start.params.prompt_logprobs is not None and len(tokens) == start.prompt_tokens:  # else it was measured before
             self._measured[row] = (start.prompt_tokens, start.params.prompt_logprobs)
+        if start.pooling is not None:
+            self._pooling[row] = start.pooling
         self._append(row, np.frombuffer(start.blocks, np.int32))
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
@@ -133,6 +157,7 @@ class ResidentBatch:
         self.lease[row] = -1
         self.known[row] = self.computed[row] = self.granted[row] = self.blocks[row] = 0
         self._measured.pop(row, None)
+        self._pooling.pop(row, None)
 
     # ---- steps
 
@@ -143,7 +168,17 @@ class ResidentBatch:
             rows = list(held)
             granted = granted.copy()
             granted[rows] = np.minimum(granted[rows], self.known[rows] - 1)
-        return plan_step(self.known, self.computed, granted, self.lease, self.max_num_batched_tokens)
+        plan = plan_step(self.known, self.computed, granted, self.lease, self.max_num_batched_tokens)
+        return self._as_chunks(plan) if self._pooling else plan
+
+    def _as_chunks(self, plan: StepPlan) -> StepPlan:
+        """A prompt of which one token is left is no decode where that token's hidden state is wanted: decodes give tokens."""
+        pooled = np.isin(plan.rows[: plan.decodes], list(self._pooling))
+        if not pooled.any():
+            return plan
+        decodes = plan.decodes - int(pooled.sum())
+        order = np.concatenate([np.argsort(pooled, kind="stable"), np.arange(plan.decodes, len(plan.rows))])
+        return StepPlan(plan.rows[order], plan.counts[order], decodes)
 
     def _usable(self) -> Ints:
         """Fewer than were granted where prompts are measured: they share `MEASURED_TOKENS` a step, oldest first."""
@@ -160,11 +195,13 @@ class ResidentBatch:
         first = self.computed[rows]
         self.computed[rows] += plan.counts
         samples = self.computed[rows] == self.known[rows]
+        pooled = self._pool(rows, plan.counts, samples) if self._pooling else ()
         sampled = rows[samples]
         self.known[sampled] += 1
         full = sampled[self.known[sampled] >= self.limit[sampled]]
         self.computed[full] = self.known[full]  # nothing is left to compute: max_tokens is reached
-        return Launched(plan, self.lease[rows], first, samples, self._measure(rows, first) if self._measured else ())
+        measured = self._measure(rows, first) if self._measured else ()
+        return Launched(plan, self.lease[rows], first, samples, measured, pooled)
 
     def _measure(self, rows: Ints, first: Ints) -> tuple[Measured, ...]:
         """The parts of prompts measured in a step that has been launched; a prompt's last token predicts no prompt token."""
@@ -179,9 +216,21 @@ class ResidentBatch:
                 del self._measured[row]
         return tuple(parts)
 
+    def _pool(self, rows: Ints, counts: Ints, samples: npt.NDArray[np.bool_]) -> tuple[PooledPart, ...]:
+        """What is wanted of the hidden states of a step that is being launched. Takes those rows out of `samples`."""
+        parts = []
+        for index in np.flatnonzero(np.isin(rows, list(self._pooling))).tolist():
+            pooling, count, ends = self._pooling[int(rows[index])], int(counts[index]), bool(samples[index])
+            samples[index] = False
+            if pooling == "mean":
+                parts.append(PooledPart(index, 0, count, pooling, ends))
+            elif ends:
+                parts.append(PooledPart(index, count - 1, 1, pooling, ends))
+        return tuple(parts)
+
     def collect(self, step: Launched, tokens: npt.NDArray[np.int64]) -> list[tuple[int, FinishReason]]:
         """Takes a step's sampled tokens [n] (ignored where `samples` is false, NO_TOKEN where sampling failed); ends
-        sequences by failure, stop id and length.
+        sequences by failure, stop id and length, and those whose prompt was to be pooled and is whole.
 
         Returns (index in the step, reason) of those that ended. Rows whose lease ended meanwhile are passed over.
         """
@@ -195,6 +244,10 @@ class ResidentBatch:
             reason = FinishReason.STOP if stop[index] else FinishReason.LENGTH
             ended.append((index, FinishReason.FAILED if failed[index] else reason))
             self._clear(int(rows[index]))
+        for part in step.pooled:
+            if part.ends and self.lease[rows[part.index]] == step.leases[part.index]:
+                ended.append((part.index, FinishReason.STOP))
+                self._clear(int(rows[part.index]))
         return ended
 
     def live(self, step: Launched) -> npt.NDArray[np.bool_]:

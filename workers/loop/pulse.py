@@ -24,11 +24,11 @@ FORGETTING = 0.99
 """Of the slowest step of a kind, with each that follows."""
 
 Kind = tuple[bool, bool, int]
-"""Whether it has chunks, whether prompts are measured in it, and its tokens to the next power of two."""
+"""Whether it has chunks, whether prompts are measured or pooled in it, and its tokens to the next power of two."""
 
 
 def kind_of(step: Launched) -> Kind:
-    return step.plan.decodes < len(step.plan.rows), bool(step.measured), int(step.plan.counts.sum()).bit_length()
+    return step.plan.decodes < len(step.plan.rows), bool(step.measured or step.pooled), int(step.plan.counts.sum()).bit_length()
 
 
 class Pulse:

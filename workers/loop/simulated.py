@@ -1,5 +1,6 @@
 """A group without a model: the executor whose tokens depend on every token before them, read back from simulated blocks.
 
+What it makes of a prompt that is pooled are digests too: the last one's bytes, or those of the sum of all.
 Each slot of a block holds a digest of the sequence up to it, computed from the digest in the slot before. So a stale block, a
 wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model.
 Pure NumPy. Used by tests and replay.
@@ -7,11 +8,13 @@ Pure NumPy. Used by tests and replay.
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from scheduler.protocol.leaders import Start
-from workers.loop.batch import Launched, ResidentBatch
+from scheduler.protocol.messages import Pooled, Pooling
+from workers.loop.batch import Launched, PooledPart, ResidentBatch
 from workers.loop.rank import StepTokens, row_of
 
 _MASK = (1 << 64) - 1
@@ -42,6 +45,18 @@ def continuation(prompt: list[int], tokens: int, vocabulary: int) -> list[int]:
     return output
 
 
+def pooled(prompt: list[int], pooling: Pooling) -> bytes:
+    """What is made of an undisturbed prompt."""
+    states = [0]
+    for token in prompt:
+        states.append(digest(states[-1], token))
+    return _values(sum(states) if pooling == "mean" else states[-1])
+
+
+def _values(state: int) -> bytes:
+    return (state & _MASK).to_bytes(8, "little")
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """A step whose tokens are known at once."""
@@ -59,12 +74,14 @@ class SimulatedExecutor:
         self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
         self._vocabulary = vocabulary
         self._last = [0] * max_num_seqs
+        self._sums: dict[int, int] = {}  # of rows whose mean is wanted
 
     def admit(self, start: Start) -> None:
         self._last[row_of(start)] = int(np.frombuffer(start.tokens, np.int32)[-1])
 
     def release(self, row: int) -> None:
-        """Nothing is kept of a row."""
+        """Nothing else is kept of a row."""
+        self._sums.pop(row, None)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         self.cache[target, :tokens] = self.cache[source, :tokens]
@@ -81,7 +98,16 @@ class SimulatedExecutor:
             state = self._write(batch.block_table[row], first, tokens)
             if step.samples[index]:
                 self._last[row] = ids[index] = next_token(state, self._vocabulary)
-        return Ready(StepTokens(ids))
+        return Ready(StepTokens(ids, [each for part in step.pooled for each in self._pool(batch, step, part)]))
+
+    def _pool(self, batch: ResidentBatch, step: Launched, part: PooledPart) -> list[tuple[int, bytes]]:
+        row, first = int(step.plan.rows[part.index]), int(step.first[part.index]) + part.start
+        block, offset = np.divmod(np.arange(first, first + part.count), self.cache.shape[1])
+        states = self.cache[batch.block_table[row, block], offset].tolist()
+        state = states[-1]
+        if part.pooling == "mean":
+            state = self._sums[row] = self._sums.get(row, 0) + sum(states)
+        return [(part.index, msgspec.msgpack.encode(Pooled(_values(state))))] if part.ends else []
 
     def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""

@@ -1,6 +1,6 @@
 """What a checkpoint's own config.json says about its decoder, and how tensor parallelism divides it.
 
-Imports no torch before a dtype is asked for: front ends need none. One more architecture is one more row in `ARCHITECTURES`.
+Imports no torch before a dtype is asked for: front ends need none. One more family is one more row in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
@@ -33,12 +33,20 @@ class Architecture:
     head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
 
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(attention_bias=None, o_bias=None, mlp_bias=None),
-    "MistralForCausalLM": Architecture(sliding="always"),
-    "Qwen2ForCausalLM": Architecture(attention_bias=True, sliding="flag"),
-    "Qwen3ForCausalLM": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
+FAMILIES = {
+    "Llama": Architecture(attention_bias=None, o_bias=None, mlp_bias=None),
+    "Mistral": Architecture(sliding="always"),
+    "Qwen2": Architecture(attention_bias=True, sliding="flag"),
+    "Qwen3": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
 }
+
+Head = Literal["vocabulary", "none", "labels"]
+"""What stands behind the final norm: logits of the next token, nothing (hidden states alone), or a classifier's labels."""
+
+HEADS: dict[str, Head] = {"ForCausalLM": "vocabulary", "Model": "none", "ForSequenceClassification": "labels"}
+"""By how the name of an architecture goes on behind its family's."""
+
+ARCHITECTURES = {family + suffix: (FAMILIES[family], head) for suffix, head in HEADS.items() for family in FAMILIES}
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 OTHER_DTYPE_NAMES = {"double": "float64", "float": "float32", "half": "float16"}
@@ -95,6 +103,8 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tied: bool
+    head: Head
+    labels: int  # of a classifier; 0 without one
     dtype_name: str | None  # of the weights, one of DTYPES; None: config.json leaves it to what they are stored in
     eos_ids: tuple[int, ...]
 
@@ -158,7 +168,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
     fields = Fields(read_json(folder / "config.json"), folder / "config.json")
     name = _architecture_name(fields)
-    family = ARCHITECTURES[name]
+    family, head = ARCHITECTURES[name]
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
@@ -187,6 +197,8 @@ def read_config(path: str | Path) -> ModelConfig:
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
         qk_norm=family.qk_norm,
         tied=bool(fields.get("tie_word_embeddings", False)),
+        head=head,
+        labels=_read_labels(fields) if head == "labels" else 0,
         dtype_name=_read_dtype(fields),
         eos_ids=_read_eos_ids(fields, folder),
     )
@@ -201,8 +213,16 @@ def _architecture_name(fields: Fields) -> str:
     raise fields.error(f"architectures={names!r} is not supported: choose a checkpoint of one of {supported}")
 
 
+def _read_labels(fields: Fields) -> int:
+    """transformers leaves out what is as it would have been: two of them."""
+    named = fields.nested("id2label").size
+    return named or fields.integer("num_labels", 2)
+
+
 def _refuse_what_is_not_computed(fields: Fields) -> None:
     """Refuse whatever would otherwise be silently ignored and give wrong logits."""
+    if fields.get("is_causal", True) is False or fields.get("use_bidirectional_attention", False):
+        raise fields.error("attention to later tokens is not computed: choose a checkpoint whose attention is causal")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
     if fields.get("quantization_config") or fields.get("compression_config"):

@@ -16,6 +16,7 @@ from workers.attention.base import AttentionBackend
 from workers.cpu.padding import padded, padded_rows
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
+from workers.model.classifier import Classifier
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
@@ -179,8 +180,10 @@ class Decoder:
         device: torch.device,
         positions: int,
         tables: tuple[str, str],
+        score_tokens: tuple[int, int] | None = None,
     ) -> None:
-        """positions: a sequence has so many at most. tables: as in `Outer`."""
+        """positions: a sequence has so many at most. tables: as in `Outer`. score_tokens: as in `Classifier`, None where the
+        model judges nothing by a token."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
         self.dtype, self.device = dtype, device
@@ -188,6 +191,8 @@ class Decoder:
         self._pads = can_pack(dtype, device)
         self.rotary = Rotary(config.rope, config.head_dim, positions, dtype, device)
         self.outer = Outer(config, self.shape, comm, dtype, device, tables)
+        judges = config.head == "labels" or score_tokens is not None
+        self.classifier = Classifier(config, score_tokens, tables[1], dtype, device) if judges else None
         self.layers = [
             Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
         ]
@@ -198,6 +203,21 @@ class Decoder:
 
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
+        return self.outer.head(self._hidden(step))[: step.sample_at.shape[0]]
+
+    @torch.inference_mode()
+    def hidden(self, step: StepInput) -> Tensor:
+        """As `forward`, but what the head would be given: [samples, hidden], behind the final norm, equal on all ranks."""
+        return self._hidden(step)[: step.sample_at.shape[0]]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What `forward` makes of hidden [samples, hidden]."""
+        samples = hidden.shape[0]
+        return self.outer.head(padded(hidden, padded_rows(samples)) if self._pads else hidden)[:samples]
+
+    def _hidden(self, step: StepInput) -> Tensor:
+        """With rows of padding behind those that are wanted."""
         assert self.attention is not None, "a decoder without attention holds weights alone"
         tokens, samples = step.tokens.shape[0], step.sample_at.shape[0]
         width = padded_rows(tokens) if self._pads else tokens
@@ -209,11 +229,12 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             rows = sample_at if number == last else None
             hidden = layer.forward(hidden, turns, self.attention, step, plan, rows)
-        return self.outer.head(self.outer.norm(hidden))[:samples]
+        return self.outer.norm(hidden)
 
     def parts(self) -> list[ModelPart]:
         """What `Checkpoint.load` fills, one after another."""
-        return [self.outer, *self.layers]
+        parts: list[ModelPart] = [self.outer, *self.layers]
+        return parts if self.classifier is None else [*parts, self.classifier]
 
 
 @torch.inference_mode()
@@ -226,24 +247,28 @@ def load_model(
     attention: AttentionBackend | None,
     progress: Progress | None = None,
     max_model_len: int | None = None,
+    score_tokens: tuple[int, int] | None = None,
 ) -> Decoder:
     """Read this rank's shard of the checkpoint at `path`, converted to `dtype`. Raises CheckpointError.
 
     attention: None where others run the layers (`fused`), or until it is set. max_model_len: positions that will be used;
-    None: as many as the model has.
+    None: as many as the model has. score_tokens: as in `Classifier`.
     """
     shape = config.shard(comm.rank, comm.size)
     with Checkpoint(path) as checkpoint:
         tables = _table_names(checkpoint, config, shape, dtype)
         positions = max_model_len or config.max_position
-        decoder = Decoder(config, comm, attention, dtype, device, positions, tables)
+        decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens)
         checkpoint.load(decoder.parts(), progress)
     return decoder
 
 
 def _table_names(checkpoint: Checkpoint, config: ModelConfig, shape: RankShape, dtype: torch.dtype) -> tuple[str, str]:
     """What the embedding and the head are read from. Of a tied pair a file may have either, or both: then they are one only if
-    this rank's rows are equal. The same as transformers does with such files."""
+    this rank's rows are equal. The same as transformers does with such files. A model without a head is given the embedding for
+    one, which nobody asks."""
+    if config.head != "vocabulary":
+        return EMBEDDING, EMBEDDING
     if not config.tied:
         return EMBEDDING, HEAD
     if EMBEDDING not in checkpoint or HEAD not in checkpoint:

@@ -25,6 +25,11 @@ class Fields:
     def has(self, name: str) -> bool:
         return name in self._raw
 
+    @property
+    def size(self) -> int:
+        """How many fields there are."""
+        return len(self._raw)
+
     def objects(self) -> list[str]:
         """Names of the fields that hold objects themselves."""
         return [name for name, value in self._raw.items() if isinstance(value, dict)]

@@ -57,6 +57,7 @@ class FusedDecoder:
         self.shape = decoder.shape
         self._layers = decoder.layers
         self._outer = decoder.outer
+        self.classifier = decoder.classifier.weight if decoder.classifier is not None else None
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
@@ -74,20 +75,28 @@ class FusedDecoder:
         """
         if len(tokens) <= self._few_tokens and rows is None:
             return self._few(tokens, positions, slots, attend)
+        return self.head(self.hidden(tokens, positions, slots, attend, rows))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden [wanted, hidden], as `logits` has them."""
+        return self._outer.head(hidden)
+
+    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
         hidden, normed = self._embed(tokens)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             projected = layer.qkv(normed)
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
-                return self._outer.head(normed[:0])  # the last layer's KV is all that was wanted
+                return normed[:0]  # the last layer's KV is all that was wanted
             attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
             normed = add_rms_norm(hidden, layer.o(attended), layer.mlp_norm.weight, self._eps)
             down = layer.mlp.down(silu_mul(layer.mlp.gate_up(normed)))
             normed = add_rms_norm(hidden, down, self._next_norms[number], self._eps)
-        return self._outer.head(normed)
+        return normed
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
         hidden, _ = self._embed(tokens)

@@ -30,6 +30,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 
+BODY, BARE_BODY = "model.", re.compile(r"(embed_tokens|layers|norm)\.")
+"""What a decoder's tensors are called by; and those of one that was saved by itself, as those for embeddings are."""
+
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What safetensors calls the types that are numbers by themselves: all others need a scale, or a table, from elsewhere."""
 
@@ -85,7 +88,9 @@ class Checkpoint:
         self._folder = Path(path)
         self._open_files: dict[str, Any] = {}
         self._compared: set[str] = set()
-        self._file_of = self._find_tensors()
+        found = self._find_tensors()
+        self._bare = not any(name.startswith(BODY) for name in found)
+        self._file_of = {self._full_name(name): file for name, file in found.items()}
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -214,10 +219,15 @@ class Checkpoint:
                 f"choose the checkpoint in bfloat16, float16 or float32, merged, with its own config.json"
             )
 
+    def _full_name(self, stored: str) -> str:
+        """The name that is asked for."""
+        return BODY + stored if self._bare and BARE_BODY.match(stored) else stored
+
     def _slice(self, name: str) -> Any:
         file = self._file_of[name]
+        stored = name.removeprefix(BODY) if self._bare else name
         try:
-            return self._file(file).get_slice(name)
+            return self._file(file).get_slice(stored)
         except SafetensorError as error:
             raise CheckpointError(
                 f"tensor {name} is not in {self._folder / file}, where {INDEX_FILE} places it: download both again"

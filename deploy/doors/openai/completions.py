@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from msgspec import UNSET, UnsetType
 
@@ -109,7 +109,7 @@ class Completions(Endpoint[CompletionRequest]):
             raise RequestError.invalid(f"best_of={best_of} is below n={request.n}: raise it", "best_of")
 
     def _contents(self, request: CompletionRequest, tools: Tools | None) -> list[str | list[int]]:  # noqa: ARG002
-        contents = _contents(request.prompt)
+        contents = reading.contents(request.prompt, "prompt")
         reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
         if request.echo and self._service.model.tokenizer is None:
             raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
@@ -119,18 +119,6 @@ class Completions(Endpoint[CompletionRequest]):
 def _without_output(new: ChoiceDelta) -> ChoiceDelta:
     ended = new.finish_reason and "length"
     return replace(new, text="", token_ids=[], logprobs=new.logprobs and [], finish_reason=ended, stop_reason=None)
-
-
-def _contents(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """One prompt or several: a list of integers is one. Errors: RequestError."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise RequestError.invalid("prompt is an empty list: give at least one prompt", "prompt")
-    kinds = {type(item) for item in prompt}
-    if len(kinds) > 1:
-        raise RequestError.invalid("prompt mixes texts and token ids: give lists of one kind", "prompt")
-    return [cast(list[int], prompt)] if kinds == {int} else cast(list[str | list[int]], prompt)
 
 
 def _best(choices: list[WholeChoice], request: CompletionRequest) -> list[WholeChoice]:

@@ -4,14 +4,14 @@ Imports the schemas and the engine's records; no HTTP.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
 from deploy.doors.dialects.tools.formats import grammar_of
-from deploy.doors.openai.schemas import GenerationRequest, SampledRequest
+from deploy.doors.openai.schemas import GenerationRequest, PoolingRequest, SampledRequest
 from deploy.doors.openai.unknown import shortened, without_unknown
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
@@ -63,7 +63,7 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
-def check_refused(request: SampledRequest, nothing: Sequence[Any] = (None, "")) -> None:
+def check_refused(request: SampledRequest | PoolingRequest, nothing: Sequence[Any] = (None, "")) -> None:
     """nothing: values that ask for nothing. Errors: RequestError."""
     for name, reason in request.REFUSED.items():
         if getattr(request, name) not in nothing:
@@ -114,6 +114,18 @@ def sampling_params(**fields: Any) -> SamplingParams:
         return SamplingParams(**fields)
     except InvalidField as error:
         raise RequestError.invalid(str(error), error.field) from None
+
+
+def contents(given: str | list[str | int | list[int]], field: str) -> list[str | list[int]]:
+    """One prompt or several: a list of integers is one. Errors: RequestError."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise RequestError.invalid(f"{field} is an empty list: give at least one text, or token ids", field)
+    kinds = {type(item) for item in given}
+    if len(kinds) > 1:
+        raise RequestError.invalid(f"{field} mixes texts and token ids: give lists of one kind", field)
+    return [cast(list[int], given)] if kinds == {int} else cast(list[str | list[int]], given)
 
 
 def stop_strings(request: GenerationRequest) -> tuple[str, ...]:

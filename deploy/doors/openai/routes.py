@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.dialects.tools.grammars import Grammars
+from deploy.doors.openai.answers.pooled import Embeddings, Ranking, Scores
 from deploy.doors.openai.answers.records import ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
@@ -13,6 +14,7 @@ from deploy.doors.openai.document import answers, body_of
 from deploy.doors.openai.endpoint import Endpoint
 from deploy.doors.openai.exchanging import json_response, read_request, whole_answer
 from deploy.doors.openai.models import TokenTexts, card, one_of
+from deploy.doors.openai.pooling import PoolingEndpoint
 from deploy.doors.openai.responses.responses import Responses
 from deploy.doors.openai.responses.routes import RECORDS as RESPONSE_RECORDS
 from deploy.doors.openai.responses.routes import response_routes
@@ -21,7 +23,10 @@ from deploy.doors.openai.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     GenerationRequest,
+    RerankRequest,
+    ScoreRequest,
     TokenizeRequest,
 )
 from deploy.doors.openai.streams.marks import LAST_EVENT_ID
@@ -31,8 +36,8 @@ from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Service
 
 RECORDS = (
-    CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Completion, ChatCompletion, ModelCard, ModelList,
-    Tokens, Text, *RESPONSE_RECORDS,
+    CompletionRequest, ChatRequest, EmbeddingRequest, ScoreRequest, RerankRequest, TokenizeRequest, DetokenizeRequest,
+    Completion, ChatCompletion, Embeddings, Scores, Ranking, ModelCard, ModelList, Tokens, Text, *RESPONSE_RECORDS,
 )  # fmt: skip
 """What the OpenAPI document refers to."""
 
@@ -40,11 +45,12 @@ G = TypeVar("G", bound=GenerationRequest)
 
 
 def openai_routes(service: Service, config: ServeConfig, grammars: Grammars, store: ResponseStore) -> APIRouter:
-    """What is asked of one model: completions, chat, responses, `/tokenize` and `/detokenize`. grammars: of the service's
-    model, for all doors. store: where responses are kept."""
+    """What is asked of one model: completions, chat, responses, embeddings, scores, rankings, `/tokenize` and `/detokenize`.
+    grammars: of the service's model, for all doors. store: where responses are kept."""
     router = APIRouter()
     chat = _add_generation(router, service, config, grammars)
     router.include_router(response_routes(Responses(service, chat, store), config))
+    _add_pooling(router, PoolingEndpoint(service, config), config)
     _add_tokens(router, TokenTexts(service), config)
     return router
 
@@ -63,6 +69,29 @@ def _add_generation(router: APIRouter, service: Service, config: ServeConfig, gr
         return await _generate(request, chat, await read_request(request, ChatRequest, config))
 
     return chat
+
+
+def _add_pooling(router: APIRouter, endpoint: PoolingEndpoint, config: ServeConfig) -> None:
+    @router.post("/v1/embeddings", openapi_extra=body_of(EmbeddingRequest), responses=answers(Embeddings))
+    async def embed(request: Request) -> Response:
+        """Embeddings of texts."""
+        asked = await read_request(request, EmbeddingRequest, config)
+        return await whole_answer(request, endpoint.embed(asked, request.state.caller))
+
+    @router.post("/v1/score", openapi_extra=body_of(ScoreRequest), responses=answers(Scores))
+    @router.post("/score", include_in_schema=False)
+    async def score(request: Request) -> Response:
+        """How well the texts of pairs go together."""
+        asked = await read_request(request, ScoreRequest, config)
+        return await whole_answer(request, endpoint.score(asked, request.state.caller))
+
+    @router.post("/v1/rerank", openapi_extra=body_of(RerankRequest), responses=answers(Ranking))
+    @router.post("/v2/rerank", include_in_schema=False)
+    @router.post("/rerank", include_in_schema=False)
+    async def rerank(request: Request) -> Response:
+        """Documents by how well they answer a query, the best first."""
+        asked = await read_request(request, RerankRequest, config)
+        return await whole_answer(request, endpoint.rerank(asked, request.state.caller))
 
 
 def model_routes(service: Service, further: FurtherModels) -> APIRouter:

@@ -139,6 +139,57 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     verbosity: str | None = None
 
 
+class PoolingRequest(Record, frozen=True, kw_only=True):
+    """What requests have in common that want no output."""
+
+    REFUSED: ClassVar[dict[str, str]] = {
+        "truncate_prompt_tokens": "what is cut off would be missing from the result: shorten the text"
+    }
+
+    model: str | None = None
+    user: str | None = None
+    # vLLM's
+    truncate_prompt_tokens: int | None = None
+    cache_salt: str | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), le=INT32)] | None = None
+    # Manta's
+    timeout: Annotated[float, Meta(gt=0.0)] | None = None
+
+
+class EmbeddingRequest(PoolingRequest, frozen=True, kw_only=True):
+    """`/v1/embeddings`. input: text, token ids, or a list of either."""
+
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None
+
+
+class ScoreRequest(PoolingRequest, frozen=True, kw_only=True):
+    """`/v1/score`: one text against one or more, or as many pairs as each side has texts."""
+
+    text_1: str | list[str] | None = None
+    text_2: str | list[str] | None = None
+    queries: str | list[str] | None = None
+    documents: str | list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class RerankDocument(Record, frozen=True, kw_only=True):
+    """A document of `/v1/rerank`."""
+
+    text: str
+
+
+class RerankRequest(PoolingRequest, frozen=True, kw_only=True):
+    """`/v1/rerank`. top_n: the best so many alone, 0 for all."""
+
+    query: str
+    documents: Annotated[list[str | RerankDocument], Meta(min_length=1)]
+    top_n: AtLeastZero | None = None
+    return_documents: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class TokenizeRequest(Record, frozen=True, kw_only=True):
     """`/tokenize`: one of prompt and messages. return_token_strs: the text of each token too."""
 

@@ -21,6 +21,7 @@ from deploy.frontend.outputs import OutputDelta, RequestOutput
 from deploy.frontend.service import ServedModel
 from deploy.text.prompts import Prompt, Terms
 from scheduler.config import QueueBounds
+from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import Grammar, SamplingParams
 from tests.deploy.frontend.mortal_cluster import MOST_TOKENS, PATIENCE_S, ROWS, MortalCluster, until
 from tests.end_to_end.same import require_equal
@@ -106,6 +107,31 @@ def test_a_connection_that_loses_all_that_it_carries_is_left(undisturbed: list[R
     for name, output, expected in zip(KINDS, resumed, undisturbed, strict=True):
         assert output.error is None, name
         require_equal(output, expected, name)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_what_is_made_of_prompts_is_made_again(pooling: Pooling) -> None:
+    """It has no tokens from which it could go on: the next scheduler is asked for the whole, and what comes is the same."""
+    tokenizer = MODEL.tokenizer
+    assert tokenizer is not None
+    asked = [Prompt(tokenizer.encode(f"{name}: {TEXT}"), pooling=pooling, answered=True) for name in KINDS]
+    with closing(MortalCluster()) as cluster:
+        undisturbed = outputs(cluster, asked)
+    with closing(MortalCluster()) as cluster, closing(opened(cluster)) as front_end:
+        cluster.replace(grouped=False)
+        generations = front_end.submit([*asked, prompts()[0]], lambda _: None)
+        until("they were not submitted", lambda: len(cluster.life.core.sequences) == len(generations))
+        for _ in range(2):
+            cluster.replace(grouped=False)
+            until("not all were resumed", lambda: cluster.life.core.counters.resumed == len(generations))
+        cluster.replace()
+        until("not all have ended", lambda: all(generation.finished for generation in generations))
+        for generation, expected in zip(generations, undisturbed, strict=False):
+            output = generation.take()
+            assert (output.error, output.outputs[0].finish_reason, output.outputs[0].token_ids) == (None, "stop", [])
+            assert output.pooled is not None
+            assert expected.pooled is not None
+            assert output.pooled.tolist() == pytest.approx(expected.pooled.tolist(), abs=1e-6)
 
 
 def test_what_is_counted_counts_on() -> None:
