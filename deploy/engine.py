@@ -125,11 +125,7 @@ class EngineReplica:
             raise RuntimeError("neither the scheduler nor any rank answers this engine: it is cut off")
 
     def __del__(self) -> None:
-        if not _is_wanted(self._application):
-            if self._further:
-                self._await_front_ends(self._told[1].request_timeout_s)
-            else:
-                _end_further(self._application)
+        if self._is_over():
             if self._autoscaler is not None:
                 self._autoscaler.close()
             if self._roll is not None:
@@ -137,11 +133,22 @@ class EngineReplica:
             self._fleet.close()
             end_responses(self._estate.namespace)
 
-    def _await_front_ends(self, timeout_s: float) -> None:
-        """They leave when their last request has ended."""
-        deadline_s = time.monotonic() + timeout_s
-        while self._fleet.status().front_ends and time.monotonic() < deadline_s:
+    def _is_over(self) -> bool:
+        """Whether nobody will take over. Front ends that have requests of a further model are waited for."""
+        if _is_wanted(self._application):
+            return False
+        if not self._further:
+            _end_further(self._application)
+            return True
+        deadline_s = time.monotonic() + self._told[1].request_timeout_s
+        while self._front_ends() and time.monotonic() < deadline_s:
             time.sleep(LOOK_S)
+        return not _is_wanted(self._application)  # it may have been deployed again meanwhile
+
+    def _front_ends(self) -> int:
+        """Of all versions that are served here."""
+        fleets = [self._fleet, *(self._roll.old if self._roll is not None else ())]
+        return sum(fleet.status().front_ends for fleet in fleets)
 
     def _start(self) -> None:
         try:

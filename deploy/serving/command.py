@@ -48,8 +48,6 @@ GRPC_GRACE_S = 5.0
 TOLD_BY_S, SERVE_BY_S, RAY_BY_S = 4.0, 6.5, 8.5
 """Since the end began, after the requests under way: when clients know, and Serve and Ray have ended or are killed."""
 
-ASK_TIMEOUT_S = 1.0
-
 LOOK_S = 5.0
 """Between two looks at what Serve itself says of the application."""
 
@@ -165,7 +163,6 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         ServedModel.of(each.engine, each.serve)
     with _private_proxy(config):
         from cluster.join import connect_ray
-        from deploy.serving import applications
 
         heavy = threading.Thread(target=_import_doors, name="manta-imports")
         heavy.start()  # Ray's own processes come up meanwhile, and are waited for
@@ -174,11 +171,13 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
         ending = Ending()
         try:
             heavy.join()
+            from deploy.serving import applications
+
             view.say("starting Ray Serve: its controller and proxies")
             with _application(config, keys, owns_ray, ending) as (owner, front):
 
-                def status(timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
-                    now: ClusterStatus = owner.status.remote().result(timeout_s=timeout_s)
+                def status() -> ClusterStatus:
+                    now: ClusterStatus = owner.status.remote().result(timeout_s=CALL_TIMEOUT_S)
                     return now
 
                 view.say("starting the front ends and the engine")
