@@ -1,4 +1,4 @@
-"""Every argument of vLLM's that Ray Serve LLM passes on: what it becomes, that it changes nothing, or the words that refuse it."""
+"""vLLM's arguments, which Ray Serve LLM passes on: what each becomes, that it changes nothing, or the words that refuse it."""
 
 from typing import Any
 
@@ -138,7 +138,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("structured_outputs_config", {"bakend": "x"}, r"structured_outputs_config\.bakend is unknown: did you mean 'backend'"),
     *((key, "main", "names a folder") for key in ("revision", "code_revision", "tokenizer_revision", "hf_config_path")),
     *((key, {"a": 1}, r"config\.json") for key in ("hf_overrides", "rope_scaling", "rope_theta")),
-    *((key, True, "tensor_parallel_size") for key in ("enable_expert_parallel", "enable_eplb", "eplb_config", "all2all_backend")),
+    *((key, True, "by tensor_parallel_size") for key in ("enable_expert_parallel", "enable_eplb", "eplb_config")),
+    ("all2all_backend", "pplx", "by tensor_parallel_size"),
     *(
         (key, 8, "merge it into the weights")
         for key in (

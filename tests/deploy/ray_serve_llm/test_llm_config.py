@@ -1,5 +1,5 @@
-"""The rest of a model's configuration in Ray Serve LLM's shape: what each key becomes, or the words that refuse it; and that Ray's own
-records have no field that is not here."""
+"""The rest of a model's configuration in Ray Serve LLM's shape: what each key becomes, or the words that refuse it; and that
+Ray's own records have no field that is not here."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ from deploy.ray_serve_llm.reading import Translation
 
 FOLDER = "/models/Qwen3-8B"
 RAY_LLM = Path(ray.__file__).parent / "llm" / "_internal" / "serve" / "core"
-GPU, CPU = {"GPU": 1, "CPU": 1}, {"CPU": 2}
+GPU, CPU, TWO_RANKS = {"GPU": 1, "CPU": 1}, {"CPU": 2}, {"tensor_parallel_size": 2}
 
 BECOMES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"device": "cuda", "max_groups": 1}),
@@ -54,13 +54,13 @@ BECOMES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"accelerator_config": {"kind": "cpu"}}, {"device": "cpu"}),
     ({"placement_group_config": {"bundle_per_worker": GPU, "strategy": "PACK"}}, {"device": "cuda"}),
     (
-        {"placement_group_config": {"bundles": [GPU] * 2}, "engine_kwargs": {"tensor_parallel_size": 2}},
+        {"placement_group_config": {"bundles": [GPU, GPU]}, "engine_kwargs": TWO_RANKS},
         {"device": "cuda", "tensor_parallel_size": 2},
     ),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": 1, "accelerator_type:L4": 0.001}}}, {"accelerator_type": "L4"}),
     ({"placement_group_config": {"bundle_per_worker": CPU}}, {"device": "cpu", "threads": 2}),
     (
-        {"placement_group_config": {"bundles": [CPU] * 2, "strategy": "STRICT_PACK"}, "engine_kwargs": {"tensor_parallel_size": 2}},
+        {"placement_group_config": {"bundles": [CPU, CPU], "strategy": "STRICT_PACK"}, "engine_kwargs": TWO_RANKS},
         {"device": "cpu", "threads": 2},
     ),
     ({"experimental_configs": {"num_ingress_replicas": 4}}, {"replicas": 4}),
