@@ -59,7 +59,7 @@ def completed(prompts: ray.data.Dataset, **options: Any) -> ray.data.Dataset:
 
 def main(source: str, target: str, model: str | None = None, groups: int = 1, tensor_parallel_size: int = 1) -> None:
     """source: JSON lines, a file or a folder of them. target: a folder for the same with completions."""
-    prompts = ray.data.read_json(source, lines=True)
+    prompts = ray.data.read_json(source)
     completed(prompts, model=model, groups=groups, tensor_parallel_size=tensor_parallel_size).write_json(target)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from deploy.ray_serve_llm.reading import (
     Reading,
     Translation,
+    aside,
     engine,
     idle,
     mapping,
@@ -56,13 +57,14 @@ def _initial_replicas(translation: Translation, path: str, value: Any) -> None:
 
 def _max_queued(translation: Translation, path: str, value: Any) -> None:
     if value == -1:
-        translation.idle.append(f"{path}={value!r}: the queue is always bounded")
+        translation.idle.append(f"{path}: the queue is always bounded")
     else:
         serve("max_queued_requests")(translation, path, value)
 
 
 def _ingress_autoscaling(translation: Translation, path: str, value: Any) -> None:
     given = mapping(path, value)
+    read(translation, path, given, dict.fromkeys(AUTOSCALING, aside))
     least = given.get("min_replicas", 1)
     if given.get("max_replicas", least) != least or given.get("initial_replicas", least) != least:
         refuse(path, value, "the number of front ends does not follow the load: say num_replicas instead")

@@ -4,7 +4,7 @@ there, too, by their own names. Imports the names of the settings."""
 from collections.abc import Mapping
 from typing import Any
 
-from deploy.config.load import ENGINE_KEYS
+from deploy.config.load import ENGINE_KEYS, ConfigError
 from deploy.config.serve import TOOL_PARSERS
 from deploy.ray_serve_llm.reading import Reading, Translation, engine, idle, off, one_of, only, refuse, refused, serve, within
 from scheduler.protocol.sampling import MAX_LOGPROBS
@@ -41,7 +41,7 @@ def _tokenizer(translation: Translation, path: str, value: Any) -> None:
 
 def _tool_choice(translation: Translation, path: str, value: Any) -> None:
     if value:
-        translation.idle.append(f"{path}={value!r}: calls of tools are read wherever a request has tools")
+        translation.idle.append(f"{path}: calls of tools are read wherever a request has tools")
     else:
         serve("tool_parser")(translation, path, "none")
 
@@ -49,6 +49,11 @@ def _tool_choice(translation: Translation, path: str, value: Any) -> None:
 def _max_logprobs(_: Translation, path: str, value: Any) -> None:
     if not isinstance(value, int) or not 0 <= value <= MAX_LOGPROBS:
         refuse(path, value, f"a request may ask for {MAX_LOGPROBS} at most: lower it, or leave it out")
+
+
+def _api_key(_: Translation, path: str, _value: Any) -> None:
+    """Says nothing of the key."""
+    raise ConfigError(f"{path}: say `serve: {{api_key_file: FILE}}` beside llm_configs instead, or set MANTA_API_KEYS")
 
 
 def _images(_: Translation, path: str, value: Any) -> None:
@@ -67,7 +72,7 @@ TRANSLATED: dict[str, Reading] = {
     "gpu_memory_utilization": engine("gpu_memory_fraction"),
     "kv_cache_memory_bytes": engine("kv_memory"),
     "swap_space": engine("host_kv_memory", _gib),
-    "enforce_eager": engine("cuda_graphs", lambda value: not value),
+    "enforce_eager": engine("cuda_graphs", lambda value: not value if isinstance(value, bool) else value),
     "attention_backend": one_of(ATTENTION, engine, "attention", "leave it out: the fastest that fits is taken"),
     "chat_template": serve("chat_template"),
     "tool_call_parser": one_of(
@@ -151,7 +156,7 @@ MISSING: dict[str, Reading] = {
     "num_gpu_blocks_override": refused("say kv_cache_memory_bytes instead, which is of each GPU"),
     "otlp_traces_endpoint": refused("say `serve: {otlp_endpoint: ...}` beside llm_configs: OTLP over HTTP"),
     "enable_log_requests": off("say `serve: {request_log: FILE}` beside llm_configs: lengths and hashes, never content"),
-    "api_key": refused("keys are in a file: say `serve: {api_key_file: FILE}` beside llm_configs, or set MANTA_API_KEYS"),
+    "api_key": _api_key,
     "cpu_offload_gb": off("weights stay on the GPU: raise tensor_parallel_size instead"),
     "override_generation_config": off("requests say what they want: leave it out"),
     "skip_tokenizer_init": off("the doors take and give text: leave it out"),

@@ -121,13 +121,14 @@ def _tokenizer_source(translation: Translation, path: str, value: Any) -> None:
 
 def _runtime_env(translation: Translation, path: str, value: Any) -> None:
     for key, inside in mapping(path, value).items():
+        if not inside:
+            continue
         left = [name for name in inside if not name.startswith(NOT_NEEDED)] if key == "env_vars" else inside
         if left:
             refuse(
                 f"{path}.{key}", left, "say it as the runtime_env of the application, beside `args:`: all actors inherit that"
             )
-        if inside:
-            translation.idle.append(f"{path}.{key}: nothing here reads {', '.join(inside)}")
+        translation.idle.append(f"{path}.{key}: nothing here reads {', '.join(inside)}")
 
 
 LOADING: dict[str, Reading] = {

@@ -1,7 +1,7 @@
 """On what a group's ranks are placed: `accelerator_type`, `accelerator_config`, `placement_group_config`. As in Ray Serve LLM,
 that is GPUs unless CPUs are asked for. Imports ray's names of accelerators."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray._common.utils import RESOURCE_CONSTRAINT_PREFIX
@@ -44,8 +44,7 @@ def _device(path: str, config: Any, kind: str | None, bundles: list[Mapping[str,
     if config is None:
         on_cpus = bundles and not any(bundle.get("GPU") for bundle in bundles)
         return "cpu" if on_cpus and kind is None else "gpu"
-    given = mapping(path, config if isinstance(config, Mapping) else vars(config))
-    device = given.get("kind")
+    device = mapping(path, config).get("kind")
     if device not in DEVICES:
         refuse(f"{path}.kind", device, "ranks are placed on GPUs (kind: gpu) or CPUs (kind: cpu)")
     if device == "cpu" and kind is not None:
@@ -54,18 +53,18 @@ def _device(path: str, config: Any, kind: str | None, bundles: list[Mapping[str,
 
 
 def _bundles(translation: Translation, path: str, given: Any) -> list[Mapping[str, Any]]:
-    """One for each rank of a group."""
+    """One for each rank of a group, or one for all."""
     size = translation.engine.get("tensor_parallel_size", 1)
     keys = mapping(path, given)
     read(translation, path, keys, PLACEMENT_GROUP)
     if (keys.get("bundles") is None) == (keys.get("bundle_per_worker") is None):
         refuse(path, given, "write either bundle_per_worker or bundles")
     if keys.get("bundles") is None:
-        return [mapping(f"{path}.bundle_per_worker", keys["bundle_per_worker"])] * size
-    bundles = [mapping(f"{path}.bundles[{position}]", bundle) for position, bundle in enumerate(keys["bundles"])]
-    if len(bundles) != size:
-        refuse(f"{path}.bundles", bundles, f"a group of tensor_parallel_size={size} has {size}, one for each rank")
-    return bundles
+        return [mapping(f"{path}.bundle_per_worker", keys["bundle_per_worker"])]
+    bundles = keys["bundles"]
+    if not isinstance(bundles, Sequence) or len(bundles) != size:
+        refuse(f"{path}.bundles", bundles, f"a group of tensor_parallel_size={size} has {size}, one for each rank: list them")
+    return [mapping(f"{path}.bundles[{position}]", bundle) for position, bundle in enumerate(bundles)]
 
 
 def _check_bundle(
@@ -73,6 +72,8 @@ def _check_bundle(
 ) -> str | None:
     """The kind of GPU that it asks for, or that was asked for before."""
     for name, amount in bundle.items():
+        if not isinstance(amount, int | float):
+            refuse(f"{path}.{name}", amount, "write a number")
         if name.startswith(RESOURCE_CONSTRAINT_PREFIX) and device == "gpu":
             named = _accelerator_type(f"{path}.{name}", name.removeprefix(RESOURCE_CONSTRAINT_PREFIX))
             if kind is not None and named != kind:

@@ -120,7 +120,7 @@ def one_of(names: Mapping[str, str], target: Callable[[str], Reading], setting: 
 
 def idle(why: str) -> Reading:
     """Taken whatever it says: it changes nothing."""
-    return lambda translation, path, value: translation.idle.append(f"{path}={value!r}: {why}")
+    return lambda translation, path, _: translation.idle.append(f"{path}: {why}")  # never a value: it may be a secret
 
 
 def only(legal: Collection[Any], why: str) -> Reading:

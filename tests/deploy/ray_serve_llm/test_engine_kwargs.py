@@ -102,6 +102,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("gpu_memory_utilization", 1.5, r"outside \(0, 1\]"),
     ("tensor_parallel_size", "two", "tensor_parallel_size: expected `int`"),
     ("swap_space", "much", "not a size"),
+    ("enforce_eager", "no", "cuda_graphs: expected `bool`"),
     ("attention_backend", "FLASHINFER", "FLASH_ATTN, TRITON_ATTN"),
     ("pipeline_parallel_size", 2, "raise tensor_parallel_size instead"),
     ("data_parallel_size", 4, r"deployment_config\.num_replicas"),
@@ -213,6 +214,7 @@ def test_what_changes_nothing_is_told(key: str, value: Any, words: str) -> None:
     (line,) = translation.idle
     assert line.startswith(f"LLMConfig.engine_kwargs.{key}")
     assert words in line
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize(("key", "value", "words"), REFUSED)
@@ -220,6 +222,7 @@ def test_what_is_refused_by_name(key: str, value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as refusal:
         translated(**{key: value})
     assert str(refusal.value).startswith(f"LLMConfig.engine_kwargs.{key}")
+    assert "secret" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("key", sorted(ENGINE_KWARGS))

@@ -64,7 +64,7 @@ BECOMES: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"device": "cpu", "threads": 2},
     ),
     ({"experimental_configs": {"num_ingress_replicas": 4}}, {"replicas": 4}),
-    ({"lora_config": None, "server_cls": None, "callback_config": {}, "runtime_env": {}}, {}),
+    ({"lora_config": None, "server_cls": None, "callback_config": {}, "runtime_env": {"env_vars": None}}, {}),
 ]
 
 CHANGES_NOTHING: list[tuple[dict[str, Any], str]] = [
@@ -111,6 +111,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"placement_group_config": {"bundle_per_worker": {"GPU": 0.5}}}, r"bundle_per_worker\.GPU=0\.5: a rank has one GPU"),
     ({"placement_group_config": {"bundle_per_worker": {"GPU": 1, "CPU": 8}}}, "takes one CPU beside its GPU"),
     ({"placement_group_config": {"bundles": [{"GPU": 1, "front": 1}]}}, r"bundles\[0\]\.front=1: ranks ask for GPU and CPU"),
+    ({"placement_group_config": {"bundles": 2}}, "one for each rank: list them"),
+    ({"placement_group_config": {"bundles": [2]}}, r"bundles\[0\] holds a int: write a mapping"),
+    ({"placement_group_config": {"bundles": [{"CPU": "two"}]}}, r"bundles\[0\]\.CPU='two': write a number"),
+    ({"accelerator_config": "gpu"}, "accelerator_config holds a str: write a mapping"),
     ({"placement_group_config": {"bundles": [{"CPU": 0.5}]}}, "a whole number from 1 up"),
     ({"placement_group_config": {"bundles": [{"CPU": 2}]}, "accelerator_type": "L4"}, r"GPU=0: a rank has one GPU"),
     (
