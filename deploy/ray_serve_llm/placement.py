@@ -21,6 +21,8 @@ PLACEMENT_GROUP: dict[str, Reading] = {
 
 def read_placement(translation: Translation, path: str, asked: Mapping[str, Any]) -> None:
     """asked: the three keys, None where one was left out; `path` is of what holds them. Errors: ConfigError."""
+    if "device" in translation.engine and not any(asked.values()):
+        return
     kind = _accelerator_type(f"{path}.accelerator_type", asked["accelerator_type"])
     groups_path, groups = f"{path}.placement_group_config", asked["placement_group_config"]
     bundles = [] if groups is None else _bundles(translation, groups_path, groups)

@@ -50,6 +50,8 @@ BECOMES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"deployment_config": {"max_queued_requests": 100}}, {"max_queued_requests": 100}),
     ({"accelerator_type": "H100"}, {"device": "cuda", "accelerator_type": "H100"}),
     ({"accelerator_type": "A10"}, {"accelerator_type": "A10G"}),
+    ({"engine_kwargs": {"device": "auto"}}, {"device": "auto"}),
+    ({"engine_kwargs": {"device": "cuda"}, "accelerator_type": "L4"}, {"device": "cuda", "accelerator_type": "L4"}),
     ({"accelerator_config": {"kind": "gpu"}}, {"device": "cuda"}),
     ({"accelerator_config": {"kind": "cpu"}}, {"device": "cpu"}),
     ({"placement_group_config": {"bundle_per_worker": GPU, "strategy": "PACK"}}, {"device": "cuda"}),

@@ -1,6 +1,7 @@
 """A Serve configuration that was Ray Serve LLM's, with its import path changed, deployed and asked through OpenAI's client."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from manta import LLM, SamplingParams
 from tests.deploy.serving.test_live_change import PATIENCE_S, until
 from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
+from tests.processes import WORKER, all_named
 
 pytestmark = pytest.mark.ray
 
@@ -28,6 +30,8 @@ applications:
 - name: llm_app
   route_prefix: "/"
   import_path: manta.serve.llm:build_openai_app
+  runtime_env:
+    env_vars: {{OF_THE_APPLICATION: "1"}}
   args:
     llm_configs:
     - model_loading_config:
@@ -92,6 +96,8 @@ def test_one_changed_import_path(port: int) -> None:
     assert [each.id for each in client.models.list()] == ["my-tiny"]
     completion = client.completions.create(model="my-tiny", prompt=PROMPT, max_tokens=16, temperature=0)
     assert completion.choices[0].text == computed_here(PROMPT) != ""
+    for rank in all_named(WORKER, 2):
+        assert b"OF_THE_APPLICATION=1\0" in Path(f"/proc/{rank}/environ").read_bytes(), "runtime_env is for the ranks, too"
     chat = client.chat.completions.create(model="my-tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=4)
     assert chat.usage is not None
     assert chat.usage.completion_tokens > 0
