@@ -56,6 +56,9 @@ class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
             )
         if self.max_groups is not None and self.max_groups < self.groups:
             raise ValueError(f"max_groups={self.max_groups} is below groups={self.groups}: raise it or lower groups")
+        if self.accelerator_type is not None and (self.local or self.device == "cpu"):
+            other = "local takes the device of this process" if self.local else "device=cpu takes none"
+            raise ValueError(f"accelerator_type={self.accelerator_type} is a kind of GPU, and {other}: leave one of them out")
         if self.local and self.ray_address is not None:
             raise ValueError("local and ray_address exclude each other: leave one of them out")
 

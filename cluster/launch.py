@@ -48,9 +48,9 @@ def plan(config: EngineConfig, threads: int = 1) -> ResolvedWorker:
     """
     device = config.device
     if device == "auto":
-        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+        device = "cuda" if config.accelerator_type or ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
     resolved = resolve(config, device, threads)
-    _check_resources(config, rank_resources(resolved))
+    _check_resources(config, rank_resources(config, resolved))
     return resolved
 
 

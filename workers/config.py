@@ -68,6 +68,11 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
     device: str = option(
         "auto", f"Where ranks compute: {', '.join(DEVICES)}. auto: on GPUs where the cluster has any.", one_of(DEVICES)
     )
+    accelerator_type: str | None = option(
+        None,
+        "Kind of GPU that ranks are placed on, as Ray names it, such as H100 or A10G, in a cluster of several kinds.",
+        shown="any",
+    )
     dtype: str = option(
         "auto",
         f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",

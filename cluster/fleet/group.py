@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._common.utils import RESOURCE_CONSTRAINT_PREFIX
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -25,6 +26,8 @@ PHASE_POLL_S = 0.25
 PLACEMENT_POLL_S = 1.0
 ENDED_S = 30.0
 """That a rank of which another has set the loop running is asked at a time whether it has ended."""
+KIND_SHARE = 0.001
+"""Of the one that every node with GPUs has of the resource that names their kind: as many as Ray itself asks for."""
 
 
 class GroupHandle:
@@ -47,7 +50,7 @@ class GroupHandle:
         self.group = group
         self.epoch = epoch
         self.size = config.tensor_parallel_size
-        self.resources = rank_resources(resolved)
+        self.resources = rank_resources(config, resolved)
         self._config, self._resolved = config, resolved
         self._log_format = log_format
         self._owner = owner
@@ -191,9 +194,13 @@ class GroupHandle:
         return None
 
 
-def rank_resources(resolved: ResolvedWorker) -> dict[str, float]:
-    """What Ray must set aside for each rank: one GPU, or as many logical CPUs as it has threads."""
-    return {"GPU": 1.0, "CPU": 1.0} if resolved.device == "cuda" else {"CPU": float(resolved.threads)}
+def rank_resources(config: WorkerConfig, resolved: ResolvedWorker) -> dict[str, float]:
+    """What Ray must set aside for each rank: one GPU, of the kind asked for, or as many logical CPUs as it has threads."""
+    if resolved.device != "cuda":
+        return {"CPU": float(resolved.threads)}
+    if config.accelerator_type is None:
+        return {"GPU": 1.0, "CPU": 1.0}
+    return {"GPU": 1.0, "CPU": 1.0, f"{RESOURCE_CONSTRAINT_PREFIX}{config.accelerator_type}": KIND_SHARE}
 
 
 def _left(deadline: float) -> float:

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.config import EngineConfig
+from cluster.engine import EngineError
+from cluster.fleet.group import rank_resources
+from cluster.launch import plan
 from cluster.resolve import resolve
 
 TINY = str(Path(__file__).parents[2] / "examples" / "tiny")
@@ -46,3 +50,24 @@ def test_bounds_are_checked_where_settings_are_declared() -> None:
         EngineConfig(model=TINY, node_timeout_s=math.nan)
     with pytest.raises(ValueError, match=r"\(--engine-seed\) is outside"):
         EngineConfig(model=TINY, seed=-1)
+
+
+def test_ranks_ask_for_the_kind_of_gpu_that_was_named() -> None:
+    plain, kind = EngineConfig(model=TINY), EngineConfig(model=TINY, accelerator_type="H100")
+    resolved = resolve(plain, "cuda")
+    assert rank_resources(plain, resolved) == {"GPU": 1.0, "CPU": 1.0}
+    assert rank_resources(kind, resolved) == {"GPU": 1.0, "CPU": 1.0, "accelerator_type:H100": 0.001}
+
+
+def test_gpus_of_another_kind_are_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = {"GPU": 4.0, "CPU": 8.0, "accelerator_type:A10G": 1.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": resources}])
+    assert plan(EngineConfig(model=TINY, accelerator_type="A10G", groups=4)).device == "cuda"
+    with pytest.raises(EngineError, match=r"0\.001 accelerator_type:H100 .* 0 accelerator_type:H100: room for 0 group"):
+        plan(EngineConfig(model=TINY, accelerator_type="H100"))
+
+
+@pytest.mark.parametrize(("options", "other"), [({"device": "cpu"}, "device=cpu"), ({"local": True}, "local")])
+def test_a_kind_of_gpu_goes_with_gpus_on_ray(options: dict[str, Any], other: str) -> None:
+    with pytest.raises(ValueError, match=f"accelerator_type=H100 is a kind of GPU, and {other}"):
+        EngineConfig(model=TINY, accelerator_type="H100", **options)

@@ -72,7 +72,7 @@ def rank_of(engine: EngineConfig) -> dict[str, float]:
     """What one rank asks of its node, as `cluster.fleet.group` says."""
     assert engine.device in ("cpu", "cuda"), "while no GPU node is up, auto would mean the CPU"
     placed = replace(engine, model=str(EMBEDDED_MODEL))  # the file's own is on the cluster
-    return rank_resources(resolve(placed, engine.device))
+    return rank_resources(placed, resolve(placed, engine.device))
 
 
 def front_ends(name: str) -> int:

@@ -1,0 +1,1 @@
+"""Beside `ray.serve`: what stands in for its LLM module."""
