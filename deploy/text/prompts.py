@@ -167,8 +167,8 @@ class PromptParser:
         most, asked = self.limits.max_tokens, params.max_tokens or 0
         if len(ids) + asked > most:
             raise PromptTooLong(
-                f"{_takes(most)}, and max_tokens={asked} with the {len(ids)} tokens of the prompt are above it: lower max_tokens "
-                f"to {most - len(ids)} or less, or shorten the prompt",
+                f"{_takes(most)}, and max_tokens={asked} with the {len(ids)} tokens of the prompt are above it: lower "
+                f"max_tokens to {most - len(ids)} or less, or shorten the prompt",
                 "max_tokens",
             )
 

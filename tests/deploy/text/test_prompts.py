@@ -51,7 +51,7 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
         ([3, -1], "token id -1 is outside the vocabulary of 400 entries"),
         (
             [5] * MAX_TOKENS,
-            f"maximum context length is {MAX_TOKENS} tokens, output included, and the prompt has {MAX_TOKENS}: shorten it to 511",
+            f"length is {MAX_TOKENS} tokens, output included, and the prompt has {MAX_TOKENS}: shorten it to 511",
         ),
         (Conversation([{"role": "tool", "content": "x"}]), "chat template refuses these messages: no tools here"),
     ],
