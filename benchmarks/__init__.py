@@ -1,7 +1,7 @@
 """Measurements of Manta and of its peers; nothing that serves imports this package. Each is run as a module, by its room:
 
     engine      the engine beside vLLM and transformers; transfer, migration, ray_overhead
-    serving     an endpoint under load, beside vLLM's; front_end, soak
+    serving     an endpoint under load, beside vLLM's; front_end, soak, agent
     chaos       an endpoint under load while its processes die, stop or are cut off
     scheduler   what the scheduler's events cost; replay makes the tables of docs/replay.md
     gpu         one GPU: bare step loop, one process, Ray; endpoint

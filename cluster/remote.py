@@ -6,6 +6,7 @@ Imports `scheduler.protocol.wire` and `scheduler.protocol.messages`; no Ray.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -13,7 +14,8 @@ import msgspec
 
 from cluster.engine import EngineError, OnDeltas, OnFailure
 from scheduler.protocol.handshake import Stranger, meet
-from scheduler.protocol.messages import Abort, Connect, Deltas, Request, Stop, TalliedMetric, Tally, Welcome
+from scheduler.protocol.messages import Abort, Alive, Connect, Deltas, Request, Stop, TalliedMetric, Tally, ToFrontEnd, Welcome
+from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +30,15 @@ class EncodedSubmit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=Fal
     requests: tuple[msgspec.Raw, ...]
 
 
-Outgoing = EncodedSubmit | Abort | Stop | Tally
+Outgoing = EncodedSubmit | Abort | Stop | Tally | Alive
+FROM_SCHEDULER: type[ToFrontEnd] = ToFrontEnd  # type: ignore[assignment]  # a union is not a type to mypy
+SCHEDULER = 0
 
 
 class SchedulerStream:
     """Connected from its birth. on_deltas and on_failure are called from its own reading thread; a
-    thread of its own writes, so that no caller waits for the socket.
+    thread of its own writes, so that no caller waits for the socket. A third says that this process lives, and leaves a
+    scheduler that does not say so.
 
     Errors: OSError if the scheduler cannot be reached, EngineError if it refuses the token.
     """
@@ -46,7 +51,11 @@ class SchedulerStream:
         welcome = self._socket.receive()
         if welcome is None:
             raise ConnectionError("the scheduler has gone")
-        self.block_size = msgspec.msgpack.decode(welcome, type=Welcome).block_size
+        said = msgspec.msgpack.decode(welcome, type=Welcome)
+        self.block_size, self._hung_after_s = said.block_size, said.hung_after_s
+        self._silence = Silence(time.monotonic())
+        self._silence.heard(SCHEDULER, time.monotonic())
+        self._left = threading.Event()
         self._on_deltas = on_deltas
         self._on_failure = on_failure
         self._failure: str | None = None
@@ -54,6 +63,7 @@ class SchedulerStream:
         self._threads = [
             threading.Thread(target=self._read, name="manta-front-end-reader", daemon=True),
             threading.Thread(target=self._write, name="manta-front-end-writer", daemon=True),
+            threading.Thread(target=self._beat, name="manta-front-end-heart", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -79,6 +89,7 @@ class SchedulerStream:
     def fail(self, reason: str) -> None:
         """Ends the stream for a reason that others have found. The first reason is the one that is told."""
         self._failure = self._failure or reason
+        self._left.set()
         self._socket.close()
         self._outgoing.put(None)
 
@@ -119,9 +130,23 @@ class SchedulerStream:
             if message is None:
                 return
 
+    def _beat(self) -> None:
+        said_s = 0.0
+        while not self._left.wait(LOOK_S):
+            now_s = time.monotonic()
+            silent_s = self._silence.look(now_s)[SCHEDULER]
+            if silent_s > self._hung_after_s:
+                self.fail(f"the scheduler has said nothing for {silent_s:.1f} s")
+            elif now_s - said_s >= BEAT_S:
+                said_s = now_s
+                self._outgoing.put(Alive())
+
     def _read(self) -> None:
-        for deltas in self._socket.messages(Deltas):
-            self._on_deltas(deltas)
+        for message in self._socket.messages(FROM_SCHEDULER):
+            self._silence.heard(SCHEDULER, time.monotonic())
+            if isinstance(message, Deltas):
+                self._on_deltas(message)
+        self._left.set()
         reason = "the scheduler has gone" if self._failure is None else self._failure
         self._failure = reason
         self._outgoing.put(None)

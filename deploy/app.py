@@ -3,38 +3,52 @@
     client ──HTTP, gRPC──▶ Ingress (tokenise, hash, stream, detokenise) ══socket══▶ scheduler actor ══▶ groups
                               └──────────────status──────▶ Engine (owns scheduler and groups)
 
-`build` is what `serve run deploy/configs/serve.yaml` and `manta serve` call. Imports ray.
+A model beside the first is an application with an `Engine` alone, which the `Ingress` replicas find (`discovery`). `build` and
+`build_further` are what `serve run deploy/configs/serve.yaml` and its like call. Imports ray.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Mapping
+import re
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import HTTPOptions, gRPCOptions
-from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.config import EngineConfig
 from cluster.fleet.estate import namespace_of, version_of
-from cluster.fleet.rolling import serves_another_version
-from deploy.config.load import ConfigError, endpoint_config, read_api_keys, read_key_priorities, read_operators
-from deploy.config.serve import ServeConfig, model_name
+from deploy.config.load import (
+    MODEL_SERVE_KEYS,
+    ConfigError,
+    ModelConfig,
+    endpoint_config,
+    model_config,
+    read_api_keys,
+    read_key_priorities,
+    read_operators,
+    reject_unknown,
+)
+from deploy.config.serve import FURTHER, ServeConfig, model_name
+from deploy.discovery import Discovery, Opened, turn_of
 from deploy.doors.access import ApiKeys
 from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
-from deploy.doors.grpc.server import SERVICER_FUNCTIONS, GrpcDoor
+from deploy.doors.grpc.server import GrpcDoor
 from deploy.doors.http import create_app
+from deploy.doors.openai.responses.shared import SharedResponses
+from deploy.doors.openai.responses.storing import bounds_of
 from deploy.engine import EngineReplica
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
@@ -47,7 +61,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ASKING = 1024
 HEALTH_CHECK_S = 5.0
-TURN_POLL_S = 0.5
+ENGINE_HEALTH_TIMEOUT_S = 8.0
+"""Serve replaces a replica that has not answered three times: one that is stopped, then, in half a minute."""
 GRACE_S = 30.0
 """What requests under way have to end in when their replica shall."""
 CALL_TIMEOUT_S = 10.0
@@ -61,27 +76,71 @@ class ServeAdministration:
     """An `Administration` of this application, from a replica of it."""
 
     def __init__(
-        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int
-    ) -> None:
+        self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int,
+        discovery: Discovery,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._config, self._limits, self._keys, self._threads = config, limits, keys, threads
+        self._discovery = discovery
+        self._name = model_name(limits.served_model_name, config.model)
 
-    async def drain(self, group: int, replace: bool) -> None:
-        refusal: str | None = await self._asked(self._engine.drain.remote(group, replace))
+    async def drain(self, group: int, replace: bool, model: str | None) -> None:
+        engine = self._engine if model in (None, self._name) else (await self._further(model or ""))[1].engine
+        refusal: str | None = await self._asked(engine.drain.remote(group, replace))
         if refusal is not None:
             raise RequestError(Fault.CONFLICT, refusal)
 
-    async def roll(self, model: str) -> None:
-        limits = replace(self._limits, served_model_name=model_name(self._limits.served_model_name, self._config.model))
-        config = replace(self._config, model=model)
-        try:
-            await asyncio.to_thread(read_model_limits, Path(model), config.max_model_len, config.tensor_parallel_size)
+    async def roll(self, checkpoint: str, model: str | None) -> None:
+        if model not in (None, self._name):
+            await self._roll_further(model or "", checkpoint)
+            return
+        limits = replace(self._limits, served_model_name=self._name)
+        config = replace(self._config, model=checkpoint)
+        with _invalid("checkpoint"):
+            await asyncio.to_thread(read_model_limits, Path(checkpoint), config.max_model_len, config.tensor_parallel_size)
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )
-        except (ValueError, OSError) as error:
-            raise RequestError.invalid(str(error), "model") from error
         await asyncio.to_thread(deploy, following, limits)
+
+    async def add(self, model: str, settings: Mapping[str, Any]) -> None:
+        with _invalid("settings"):
+            config = model_config(model, settings, self._limits)
+            await asyncio.to_thread(ServedModel.of, config.engine, config.serve)  # whatever is wrong with it is told now
+        there = await self._discovery.look()
+        name = further_name(self._limits.app_name, model)
+        if model == self._name or name in there or self._discovery.opened(model) is not None:
+            raise RequestError(Fault.CONFLICT, f"a model {model!r} is served already: choose another name, or roll it")
+        threads = config.engine.threads or self._threads
+        with _invalid("settings"):
+            made = await asyncio.to_thread(further_application, config, threads)
+        await asyncio.to_thread(deploy_further, made, name)
+
+    async def remove(self, model: str) -> None:
+        if model == self._name:
+            raise RequestError(
+                Fault.CONFLICT, f"{model!r} is the endpoint's first model, which ends with it: roll it to another checkpoint"
+            )
+        name, _ = await self._further(model)
+        await asyncio.to_thread(serve.delete, name, _blocking=False)
+
+    async def _roll_further(self, model: str, checkpoint: str) -> None:
+        name, opened = await self._further(model)
+        told = opened.told
+        limits = replace(told.config.serve, served_model_name=model)
+        config = ModelConfig(replace(told.config.engine, model=checkpoint), limits)
+        with _invalid("checkpoint"):
+            await asyncio.to_thread(ServedModel.of, config.engine, config.serve)
+            groups = await self._asked(opened.engine.wanted.remote())
+            following = await asyncio.to_thread(further_application, config, told.threads, groups)
+        await asyncio.to_thread(deploy_further, following, name)
+
+    async def _further(self, model: str) -> tuple[str, Opened]:
+        """Its application, and what of it is served here. Errors: RequestError NOT_FOUND."""
+        await self._discovery.look()
+        if (found := self._discovery.opened(model)) is None:
+            raise RequestError(Fault.NOT_FOUND, f"no model {model!r} is served here: see /v1/models", param="model")
+        return found
 
     async def _asked(self, answer: Awaitable[Any]) -> Any:
         """Errors: RequestError UNAVAILABLE."""
@@ -90,6 +149,15 @@ class ServeAdministration:
                 return await answer
         except Exception as error:  # a dead replica, a timeout, no scheduler
             raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
+
+
+@contextlib.contextmanager
+def _invalid(field: str) -> Iterator[None]:
+    """Errors: RequestError INVALID for what a configuration, or a checkpoint, is at fault for."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise RequestError.invalid(str(error), field) from error
 
 
 @serve.ingress()
@@ -101,33 +169,46 @@ class Ingress(GrpcIngress):
     ) -> None:
         configure(limits.log_format, role="ingress")
         import_without_torch()
-        name = model_name(limits.served_model_name, config.model)
-        model = ServedModel.read(
-            name, Path(config.model), config.max_model_len, config.tensor_parallel_size, limits.chat_template
-        )
-        self._limits = limits
-        self._keys = keys
-        self._administration = ServeAdministration(engine, config, limits, keys, threads)
-        self._observer = Observer.open(limits, model.name)
+        model = ServedModel.of(config, limits)
         application = serve.get_replica_context().app_name
+        self._limits = limits = replace(limits, app_name=application)  # a file may call it anything
+        self._keys = keys
+        self._observer = Observer.open(limits, model.name)
         cluster = ServeCluster(engine, application, version)
-        await _turn_of(cluster, Estate(namespace_of(application), version, config.adoption_timeout_s))
+        estate = Estate(namespace_of(application), version, config.adoption_timeout_s)
+        await turn_of(cluster, estate)
+        self._store = SharedResponses(estate, bounds_of(limits), limits.log_format)
         self._service = Service(model, cluster, self._observer)
-        self._tasks = [asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service))]
-        self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere)
+        self._further = FurtherModels()
+        self._discovery = Discovery(application, model.name, limits, self._further)
+        self._administration = ServeAdministration(engine, config, limits, keys, threads, self._discovery)
+        await self._discovery.begin()
+        self._tasks = [
+            asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service)),
+            asyncio.create_task(self._discovery.run()),
+        ]  # fmt: skip
+        self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere, self._further)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        pages = status_routes(self._service)
+        pages = status_routes(self._service, self._further)
         pages.include_router(admin_routes(self._administration))
-        return create_app(self._service, self._limits, self._keys, pages=pages, names_responses=False)  # Serve names them
+        return create_app(
+            self._service, self._limits, self._keys, pages=pages, further=self._further, store=self._store,
+            names_responses=False,  # Serve names them
+        )  # fmt: skip
 
     async def abort_here(self, request_id: str, account: str) -> int:
         """Ends what this replica has under way by that id on that account; how many requests that were."""
-        return self._service.abort(request_id, account)
+        return sum(service.abort(request_id, account) for service in self._services())
 
     async def end_here(self) -> None:
         """The endpoint ends: so does what this replica has under way, and its clients are told."""
-        self._service.end_all()
+        for service in self._services():
+            service.end_all()
+
+    def _services(self) -> list[Service]:
+        """Of all models."""
+        return [self._service, *self._discovery.services()]
 
     async def _abort_everywhere(self, request_id: str, account: str) -> int:
         replicas = serve.get_deployment_handle("Ingress", app_name=serve.get_replica_context().app_name)
@@ -138,6 +219,7 @@ class Ingress(GrpcIngress):
         for task in self._tasks:
             if task.done():
                 await task
+        self._discovery.check()
 
     async def __del__(self) -> None:
         for task in reversed(self._tasks):  # the observer first: what it has goes out through the service
@@ -145,17 +227,18 @@ class Ingress(GrpcIngress):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await asyncio.to_thread(self._observer.close)
-
-
-async def _turn_of(cluster: ServeCluster, estate: Estate) -> None:
-    """Waits until groups of this version are up, while front ends of another one serve."""
-    while not await cluster.groups_are_up() and await asyncio.to_thread(serves_another_version, estate):
-        await asyncio.sleep(TURN_POLL_S)
+        await asyncio.to_thread(self._store.close)
 
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application from the tree that configuration files hold: `engine:` and `serve:`. Errors: ConfigError."""
     config = endpoint_config(args)
+    if config.further:
+        name = config.further[0].serve.served_model_name
+        raise ConfigError(
+            f"models: of several, Serve's file has an application each: here the first alone, and {name!r} as an application "
+            f"'manta{FURTHER}...' with import_path deploy.app:build_further (docs/deploy.md)"
+        )
     if "groups" in args.get("engine", {}):
         logger.warning(
             "engine.groups stands below args, where a change of it starts replicas anew: below deployments, as the Engine's "
@@ -165,16 +248,22 @@ def build(args: Mapping[str, Any]) -> Application:
     return application(config.engine, config.serve, keys, config.engine.threads or 1)
 
 
+def build_further(args: Mapping[str, Any]) -> Application:
+    """A model beside the first of an endpoint, of the same tree: its `engine:`, and of `serve:` what is a model's own. Errors:
+    ConfigError."""
+    reject_unknown(args.get("serve") or {}, (*MODEL_SERVE_KEYS, "served_model_name", "log_format"), "serve.")
+    config = endpoint_config(args)
+    if config.further:
+        raise ConfigError("models: names several: write an application for each of them")
+    return further_application(ModelConfig(config.engine, config.serve), config.engine.threads or 1)
+
+
 def application(
     engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None
 ) -> Application:
     """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says."""
     version = version_of(engine, limits, threads)
-    owner = serve.deployment(
-        name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
-        health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=30, logging_config=QUIET,
-        user_config={"groups": groups or engine.groups},
-    )(EngineReplica)  # fmt: skip
+    owner = _engine_deployment(groups or engine.groups, GRACE_S)
     front = serve.deployment(
         name="Ingress", num_replicas=limits.replicas, max_ongoing_requests=MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 1}, health_check_period_s=HEALTH_CHECK_S, graceful_shutdown_timeout_s=GRACE_S,
@@ -183,48 +272,33 @@ def application(
     return front.bind(owner.bind(engine, limits, threads, version), engine, limits, keys, threads, version)
 
 
+def further_application(model: ModelConfig, threads: int, groups: int | None = None) -> Application:
+    """An Engine alone, which front ends find by the name of the application. Its requests have all their time to end in."""
+    version = version_of(model.engine, model.serve, threads)
+    owner = _engine_deployment(groups or model.engine.groups, model.serve.request_timeout_s + GRACE_S)
+    return owner.bind(model.engine, model.serve, threads, version, further=True)
+
+
+def _engine_deployment(groups: int, grace_s: float) -> serve.Deployment:
+    return serve.deployment(
+        name="Engine", num_replicas=1, max_ongoing_requests=MAX_ASKING, ray_actor_options={"num_cpus": 0},
+        health_check_period_s=HEALTH_CHECK_S, health_check_timeout_s=ENGINE_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=grace_s, logging_config=QUIET, user_config={"groups": groups},
+    )(EngineReplica)  # fmt: skip
+
+
+def further_name(endpoint: str, model: str) -> str:
+    """Of the application of a model beside the first. It is in names of files, so not all of the model's is in it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", model)
+    return endpoint + FURTHER + (plain if plain == model else f"{plain}-{crc32(model.encode()):08x}")
+
+
+def deploy_further(made: Application, name: str) -> None:
+    """As `deploy`. Nobody reaches it but through front ends."""
+    serve.run_many([serve.RunTarget(target=made, name=name, route_prefix=None)], wait_for_applications_running=False)
+
+
 def deploy(made: Application, limits: ServeConfig) -> None:
     """Hands the application to Serve, in place of the one of that name if there is one. Does not wait until it runs."""
     target = serve.RunTarget(target=made, name=limits.app_name, route_prefix=limits.route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
-
-
-def check_vacant(limits: ServeConfig) -> None:
-    """Errors: ConfigError that names what runs on the cluster already where this application shall be."""
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return
-    details = client.get_serve_details()
-    for name, running in details["applications"].items():
-        if limits.app_name == name or limits.route_prefix == running["route_prefix"]:
-            raise ConfigError(
-                f"the Ray cluster runs the application {name!r} at {running['route_prefix']} already ({running['status']}): "
-                "end it (`serve shutdown` ends all), or choose another --app-name and another --route-prefix"
-            )
-    http, grpc = details["http_options"] or {}, details["grpc_options"] or {}
-    if (http.get("host"), http.get("port")) != (limits.host, limits.port):
-        raise ConfigError(
-            f"Ray Serve listens at {http.get('host')}:{http.get('port')} on this cluster, which cannot change while it runs: "
-            f"say --host {http.get('host')} --port {http.get('port')}, or end it with `serve shutdown`"
-        )
-    if limits.grpc_port is not None and (not grpc.get("grpc_servicer_functions") or grpc.get("port") != limits.grpc_port):
-        raise ConfigError(
-            "Ray Serve was started on this cluster without this gRPC port, which cannot change while it runs: leave "
-            "--grpc-port out, or end Serve with `serve shutdown`"
-        )
-
-
-def failure(app_name: str) -> str | None:
-    """Why Serve has given the application up, or that it is not there any more; None while neither is so."""
-    now = serve.status().applications.get(app_name)
-    if now is None:
-        return f"the application {app_name!r} was deleted"
-    return now.message if now.status == ApplicationStatus.DEPLOY_FAILED else None
-
-
-def start_proxies(limits: ServeConfig) -> None:
-    """Starts Serve on the Ray cluster that this process has joined; does nothing where it runs already."""
-    grpc = None
-    if limits.grpc_port is not None:
-        grpc = gRPCOptions(port=limits.grpc_port, grpc_servicer_functions=list(SERVICER_FUNCTIONS))
-    serve.start(http_options=HTTPOptions(host=limits.host, port=limits.port), grpc_options=grpc)

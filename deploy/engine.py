@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
 from cluster.config import EngineConfig
@@ -18,17 +21,30 @@ from cluster.fleet.estate import namespace_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rolling import Roll, other_versions
 from cluster.launch import plan
-from deploy.config.load import reject_unknown
-from deploy.config.serve import ServeConfig
+from deploy.config.load import ModelConfig, reject_unknown
+from deploy.config.serve import FURTHER, ServeConfig
+from deploy.doors.openai.responses.shared import end_responses
 from scheduler.logs import configure
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LIVE_KEYS = ("groups",)
 """Of the Engine's `user_config`, which Serve hands to the replica that runs; all else starts the replicas anew."""
 ASK_TIMEOUT_S = 10.0
+LOOK_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an Engine serves. threads: of each CPU rank. version: of it all."""
+
+    config: ModelConfig
+    threads: int
+    version: str
 
 
 class EngineReplica:
@@ -36,12 +52,18 @@ class EngineReplica:
     meanwhile, and are taken over by that one. The end of the application is theirs.
 
     It comes up at once and starts the fleet beside: until that is ready, `status` says how far it is.
+
+    further: of a model beside the first of an endpoint, which front ends find by what it is `told`. When its application ends,
+    it waits for those of them that have requests under way.
     """
 
-    def __init__(self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str) -> None:
+    def __init__(
+        self, engine: EngineConfig, limits: ServeConfig, threads: int, version: str, *, further: bool = False
+    ) -> None:  # fmt: skip
         configure(limits.log_format, role="engine")
         self._version = version
         self._told = engine, limits, threads
+        self._further = further
         self._failure: str | None = None
         self._autoscaler: Autoscaler | None = None
         self._application = serve.get_replica_context().app_name
@@ -54,6 +76,11 @@ class EngineReplica:
     async def version(self) -> str:
         """Of what is served from now on."""
         return self._version
+
+    async def told(self) -> "Told":
+        """What front ends have to know of what is served from now on."""
+        engine, limits, threads = self._told
+        return Told(ModelConfig(engine, limits), threads, self._version)
 
     async def wanted(self) -> int:
         """Groups that were asked for, by whatever has been deployed."""
@@ -90,17 +117,31 @@ class EngineReplica:
             logger.error("this change of user_config is refused: %s", error)
 
     async def check_health(self) -> None:
-        """Errors: RuntimeError once no group is left or the start has failed: Serve then starts another replica."""
+        """Errors: RuntimeError once no group is left, the start has failed, or nobody of its estate answers: Serve then starts
+        another replica."""
         if self._failure is not None:
             raise RuntimeError(self._failure)
+        if self._fleet.cut_off:
+            raise RuntimeError("neither the scheduler nor any rank answers this engine: it is cut off")
 
     def __del__(self) -> None:
         if not _is_wanted(self._application):
+            if self._further:
+                self._await_front_ends(self._told[1].request_timeout_s)
+            else:
+                _end_further(self._application)
             if self._autoscaler is not None:
                 self._autoscaler.close()
             if self._roll is not None:
                 self._roll.close()
             self._fleet.close()
+            end_responses(self._estate.namespace)
+
+    def _await_front_ends(self, timeout_s: float) -> None:
+        """They leave when their last request has ended."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._fleet.status().front_ends and time.monotonic() < deadline_s:
+            time.sleep(LOOK_S)
 
     def _start(self) -> None:
         try:
@@ -108,7 +149,8 @@ class EngineReplica:
             if others:
                 logger.warning("%d other version(s) serve on, and make room for %s", len(others), self._version)
                 self._roll = Roll(self._fleet, others)
-            self._fleet.start(logger.info, self._fleet.config.node_timeout_s if others else None)
+            may_wait = others or self._further  # for room that others have
+            self._fleet.start(logger.info, self._fleet.config.node_timeout_s if may_wait else None)
             self._autoscaler = Autoscaler.of(self._fleet)
         except Exception as error:
             logger.exception("the cluster could not be started")
@@ -120,15 +162,44 @@ class EngineReplica:
 
 def _is_wanted(application: str) -> bool:
     """Whether Serve, which ends a replica of it, will start another: asked from that replica."""
-    asked: Future[ApplicationStatus | None] = Future()
 
-    def ask() -> None:
+    def ask() -> bool:
+        now = serve.status().applications.get(application)
+        return now is not None and now.status != ApplicationStatus.DELETING
+
+    return _answer_of(ask) or False
+
+
+def further_applications(endpoint: str) -> set[str]:
+    """Names of those that run, or come up, beside the application of an endpoint. Errors: Ray's, Serve's."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    statuses = client.list_serve_statuses() if client is not None else []
+    gone = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
+    return {
+        each.name for each in statuses if each.name.startswith(endpoint + FURTHER) and each.app_status.status not in gone
+    }  # fmt: skip
+
+
+def _end_further(endpoint: str) -> None:
+    """The models beside the first end with their endpoint: nobody else reaches them."""
+
+    def end() -> None:
+        for name in further_applications(endpoint):
+            serve.delete(name, _blocking=False)
+
+    _answer_of(end)
+
+
+def _answer_of(ask: Callable[[], T]) -> T | None:
+    """Of Serve, from a replica that ends; None if there is none in time."""
+    asked: Future[T] = Future()
+
+    def answer() -> None:
         with contextlib.suppress(Exception):  # Serve itself has gone
-            now = serve.status().applications.get(application)
-            asked.set_result(now.status if now is not None else None)
+            asked.set_result(ask())
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=answer, daemon=True).start()
     try:
-        return asked.result(timeout=ASK_TIMEOUT_S) not in (None, ApplicationStatus.DELETING)
+        return asked.result(timeout=ASK_TIMEOUT_S)
     except TimeoutError:
-        return False
+        return None

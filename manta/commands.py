@@ -11,6 +11,7 @@ import typer
 from deploy.batch.command import batch
 from deploy.cli import commands
 from deploy.cli.exits import Termination, leave, reported_errors
+from deploy.cli.models import models
 from deploy.cli.operating import drain, roll
 from deploy.config.load import ConfigError
 from deploy.status.command import top
@@ -22,6 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 app = typer.Typer(name="manta", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (batch, drain, commands.generate, roll, commands.serve, top, commands.version):
     app.command()(command)
+app.add_typer(models, name="models")
 app.command("replay", cls=OldSpellings)(replay)
 
 

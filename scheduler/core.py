@@ -16,7 +16,8 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.messages import Commands, End, Failure, FinishReason, Moved, Report, Request
+from scheduler.protocol.leaders import Commands, End, Moved, Report
+from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
 from scheduler.running.resident import ProtocolError, ResidentGroup
@@ -92,11 +93,13 @@ class SchedulerCore:
         ports: tuple[str, ...] = (),
         standing: Iterable[Standing] = (),
         host_standing: Iterable[Standing] = (),
+        life: int | None = None,
     ) -> None:
         """A group's workers are ready, with nobody in their batch. A former epoch of it is down from now on.
 
         host_blocks: in host memory. ports: of its ranks, where others fetch blocks; none: it takes no part in transfers.
         standing: what an earlier scheduler has left in its blocks, as `BlockTable.restore` wants it; host_standing: likewise.
+        life: the epoch in which its ranks were started; None: this one. They may have served as other epochs before.
         Errors: ProtocolError for an epoch that is not newer than the last one, and for blocks that cannot stand so; the group
         is down then.
         """
@@ -111,7 +114,9 @@ class SchedulerCore:
             group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch
         )
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
+        self.groups[group].life = epoch if life is None else life
         self._regroup()
+        self._suspects.came(self.groups[group])
         self._reconsider("the pools of the groups that are up are too small", Failure.IMPOSSIBLE)
         self._admit()
 
@@ -149,6 +154,8 @@ class SchedulerCore:
             self.table.remove_group(group)
             if lost.host_blocks:
                 self.table.remove_group(host_of(group))
+        if not returning:
+            self._suspects.lost(group)
         self._reconsider(reason, Failure.UNAVAILABLE)
         self._admit()
 

@@ -1,6 +1,6 @@
 """One choice of one request, from submit to its one end. Mutated by the core alone.
 
-Imports `kvcache`, `messages` and `SamplingParams`.
+Imports `kvcache`, `leaders` and `SamplingParams`.
 """
 
 import math
@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from kvcache.hashing import hash_blocks, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
-from scheduler.protocol.messages import NO_MISSES, LeaseId, Misses
+from scheduler.protocol.leaders import LeaseId
+from scheduler.protocol.messages import NO_MISSES, Misses
 from scheduler.protocol.sampling import SamplingParams
 
 Tokens = npt.NDArray[np.int32]

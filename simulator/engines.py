@@ -12,7 +12,8 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.options import check
-from scheduler.protocol.messages import Commands, Deltas, Report
+from scheduler.protocol.leaders import Commands, Report
+from scheduler.protocol.messages import Deltas
 from scheduler.server.shell import Shell
 from simulator.groups import SimulatedGroup
 from simulator.stopwatch import Stopwatch

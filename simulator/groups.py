@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.messages import NO_TOKEN, ROW_MASK, Command, Movement, Report, Start
+from scheduler.protocol.leaders import ROW_MASK, Command, Movement, Report, Start
+from scheduler.protocol.messages import NO_TOKEN
 from simulator.time_model import TimeModel
 from workers.loop.batch import Launched, ResidentBatch
 

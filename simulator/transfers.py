@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
+from scheduler.protocol.leaders import Cut, Load, Moved, Movement, Offload, Receive, Send
 
 Channel = tuple[Literal["out", "in", "offload", "load"], GroupId]
 

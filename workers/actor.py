@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import ray
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
@@ -25,8 +25,17 @@ logger = logging.getLogger(__name__)
 REMOVAL_S = 10.0
 """For Ray to end this process with its placement group, before it ends itself."""
 
-CALLS = 6
-"""That may run at once: the long one, `phase`, `rejoin`, `hold_on`, `keep`, and `ended`."""
+CALLS = 12
+"""That may run at once: the long one, `phase`, `rejoin`, `handover`, `hold_on`, `keep` and `ended`; likewise those of an owner
+that was cut off."""
+
+
+class GroupHandover(NamedTuple):
+    """What whoever takes over a group without its scheduler must know. token: the next scheduler's as well, since ranks know
+    each other by it."""
+
+    epoch: int
+    token: str
 
 
 class WorkerActor:
@@ -52,9 +61,12 @@ class WorkerActor:
         from workers.life import RankLife
 
         self._end: Future[str] = Future()
+        self._token: str | None = None
         self._placement = get_current_placement_group()
         self._owner = OwnerWatch(estate.adoption_timeout_s, self._orphaned) if estate is not None else None
-        self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, ray.util.get_node_ip_address(), entered)
+        served = self._owner.heard if self._owner is not None else lambda: None
+        host = ray.util.get_node_ip_address()
+        self._life = RankLife(config, resolved, group, epoch, rank, timeout_s, host, entered, served)
 
     def open(self) -> "Rendezvous":
         """Rank 0 only: opens the ports at which its peers meet it."""
@@ -73,6 +85,7 @@ class WorkerActor:
         its process by itself: whoever would do that has gone, unless its owner is watched for."""
         from workers.life import ABANDONED
 
+        self._token = scheduler.token
         try:
             reason = self._life.run(scheduler)
         except BaseException as error:
@@ -89,6 +102,12 @@ class WorkerActor:
         from workers.loop.terms import Term
 
         self._life.terms.call(Term(scheduler, epoch))
+
+    def handover(self) -> GroupHandover | None:
+        """Rank 0 only. None: its loop does not run yet, or any more."""
+        if self._token is None or self._end.done():
+            return None
+        return GroupHandover(self._life.epoch, self._token)
 
     def hold_on(self) -> None:
         """Rank 0 only: if its scheduler has gone, there will be another."""

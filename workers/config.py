@@ -11,7 +11,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
 MAX_ROWS = 1 << 16
-"""A lease id keeps 16 bits for the row (`scheduler.protocol.messages.ROW_BITS`)."""
+"""A lease id keeps 16 bits for the row (`scheduler.protocol.leaders.ROW_BITS`)."""
 
 
 @dataclass(frozen=True, slots=True)

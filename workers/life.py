@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from scheduler.protocol.messages import End, Hello, Moved
+from scheduler.protocol.leaders import End, Hello, Moved
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
@@ -47,19 +47,20 @@ class Rendezvous:
 
 class RankLife:
     """host: this machine's address in the cluster. timeout_s: of meeting the other ranks. entered: called with each epoch of
-    the group after the first. `phase` and `terms` are for other threads than the one that works.
+    the group after the first. served: called from any thread whenever the group's scheduler says that it lives. `phase` and
+    `terms` are for other threads than the one that works.
     """
 
     def __init__(
         self, config: WorkerConfig, resolved: ResolvedWorker, group: int, epoch: int, rank: int, timeout_s: float, host: str,
-        entered: Callable[[int], None] = lambda _: None,
+        entered: Callable[[int], None] = lambda _: None, served: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._config, self._resolved = config, resolved
-        self._group, self._epoch = group, epoch
+        self._group, self._epoch, self._first_epoch = group, epoch, epoch
         self._rank, self._size = rank, config.tensor_parallel_size
         self._timeout_s = timeout_s
         self._host = host
-        self._entered = entered
+        self._entered, self._served = entered, served
         self.terms = Terms(config.abandoned_after_s)
         """Rank 0's: whom it serves, and whom next."""
         self._listener: socket.socket | None = None
@@ -68,6 +69,11 @@ class RankLife:
         self._rendezvous: Rendezvous | None = None
         self.phase = ("placing", 0, 0)
         """What `build` is doing: its name, how much is done, how much there is."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the group, as far as this rank knows."""
+        return self._epoch
 
     def open(self) -> Rendezvous:
         """Rank 0 only: opens the ports at which its peers meet it."""
@@ -141,9 +147,15 @@ class RankLife:
         rank, scheduler = self._built.rank, term.scheduler
         told = inventory(rank.ledger) if rank.ledger is not None else []
         hello = Hello(
-            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told)
-        )
-        link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello, told)
+            self._group, term.epoch, self._built.blocks, self._config.max_num_seqs, self._built.host_blocks, ports, len(told),
+            self._first_epoch,
+        )  # fmt: skip
+
+        def on_alive() -> None:
+            self._served()
+            feed.alive()
+
+        link = SocketLink(scheduler.host, scheduler.port, scheduler.token, hello, told, on_alive)
         self.terms.begin(term, link.close)
         gathered.send = partial(self._say_moved, link)
         heart = Heart(term.epoch, link.send, rank.pulse, feed.silence)
@@ -178,7 +190,7 @@ class RankLife:
         greeting = Greeting(self._rank, transport.address if transport is not None else "")
         inbox = SocketInbox(
             self._rendezvous.host, self._rendezvous.feed_port, scheduler.token, greeting, self._comm.abort, self._enter_epoch,
-            self._epoch,
+            self._epoch, self._served,
         )  # fmt: skip
         self._attach_mover(transport, inbox.send)
         heart = Heart(self._epoch, inbox.send)

@@ -21,7 +21,7 @@ from benchmarks.shared.report import Spread, table
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
 from scheduler.protocol.inventory import blocks_of, parts
-from scheduler.protocol.messages import ROW_BITS, Inventory, LeaseId, Start
+from scheduler.protocol.leaders import ROW_BITS, Inventory, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.ledger import Ledger

@@ -30,7 +30,7 @@ from benchmarks.shared.report import Spread, table
 from cluster.resolve import resolve
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
+from scheduler.protocol.leaders import ROW_BITS, Command, LeaseId, Load, Moved, Movement, Offload, Receive, Send, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.config import WorkerConfig

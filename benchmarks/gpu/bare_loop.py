@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.works import Work
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
-from scheduler.protocol.messages import ROW_BITS, ROW_MASK, LeaseId, Start
+from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.batch import Launched, ResidentBatch

@@ -23,7 +23,8 @@ from benchmarks.shared.report import figure, table
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import ROW_MASK, FinishReason, Grant, Moved, Remap, Report, Request, Start
+from scheduler.protocol.leaders import ROW_MASK, Grant, Moved, Remap, Report, Start
+from scheduler.protocol.messages import FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.running.leases import find_victim
 

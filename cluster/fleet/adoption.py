@@ -1,20 +1,25 @@
 """Takes over what the owner of an estate has left when it died: its scheduler and its groups, as they run. Ends the rest.
 
-Imports `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
+Imports ray, `estate`, `group` and `scheduler_keeper`. A `Fleet` keeps what it is handed from here on.
 """
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import ray
 
 from cluster.fleet.estate import Found, Owner, Remains, actor_of, end, end_group, find
 from cluster.fleet.group import GroupHandle
 from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.server.actor import Handover
 from scheduler.server.stats import ClusterStatus, GroupStats
+from workers.actor import GroupHandover
 
 logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 10.0
 
 NewHandle = Callable[[int, int], GroupHandle]
 """Group and epoch -> a handle that has not been started."""
@@ -23,7 +28,8 @@ NewHandle = Callable[[int, int], GroupHandle]
 @dataclass(slots=True)
 class Adopted:
     """next_life: of the scheduler, if none was there to be taken over; None: it lives. epochs: the next of each group.
-    groups: those that run. leaving: which of them were running empty. awaited: those that requests wait for, and nobody starts.
+    groups: those that run, also those that wait for a scheduler. leaving: which of them were running empty. awaited:
+    those that requests wait for, and nobody starts.
     """
 
     next_life: int | None = 0
@@ -34,7 +40,8 @@ class Adopted:
 
 
 def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -> Adopted:
-    """What there is of the estate goes on; but without the scheduler nothing does: only it knows what the groups are doing.
+    """What there is of the estate goes on. Only a scheduler knows what the groups are doing; without it those that run wait for
+    another one, and nobody is running empty or expected.
 
     Errors: EngineError if a scheduler that was taken over does not answer any more.
     """
@@ -43,20 +50,27 @@ def take_over(owner: Owner, scheduler: SchedulerKeeper, new_handle: NewHandle) -
     epochs = {group: epoch + 1 for group, epoch in sorted(found.groups)}
     handover = _adopt_scheduler(found, namespace, scheduler)
     if handover is None:
-        end(namespace, found)
-        return Adopted(max(found.schedulers, default=-1) + 1, epochs)
+        return _take_over_groups(found, epochs, namespace, scheduler, new_handle)
     epochs |= {group: max(epoch + 1, epochs.get(group, 0)) for group, epoch in handover.epochs.items()}
     status: ClusterStatus = scheduler.call("status")
     groups = {group.group: group for group in (status.engine.groups if status.engine is not None else ())}
     adopted = Adopted(None, epochs, awaited=[name for name, group in groups.items() if not group.up])
-    for (name, _), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
-        serving, taken = groups.get(name), any(handle.group == name for handle in adopted.groups)
-        handle = _adopt_group(serving, remains, new_handle) if serving is not None and serving.up and not taken else None
+    up = {name for name, group in groups.items() if group.up}
+    waiting = _waiting({key: remains for key, remains in found.groups.items() if key[0] not in up}, namespace)
+    for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        handle, said = None, waiting.get((name, started))
+        if any(handle.group == name for handle in adopted.groups):
+            pass  # a later epoch of it
+        elif name in up:
+            handle = _adopt_group(groups[name], remains, new_handle)
+        elif said is not None and said.token == handover.token:
+            handle = _adopted(new_handle(name, said.epoch), remains, waits=True)
         if handle is not None:
             adopted.groups.append(handle)
+            epochs[name] = max(epochs[name], handle.epoch + 1)
         else:
             end_group(namespace, remains)
-    adopted.leaving = [handle.group for handle in adopted.groups if groups[handle.group].draining]
+    adopted.leaving = [handle.group for handle in adopted.groups if handle.group in up and groups[handle.group].draining]
     return adopted
 
 
@@ -68,14 +82,53 @@ def _adopt_scheduler(found: Found, namespace: str, scheduler: SchedulerKeeper) -
     return None
 
 
+def _take_over_groups(
+    found: Found, epochs: dict[int, int], namespace: str, scheduler: SchedulerKeeper, new_handle: NewHandle
+) -> Adopted:
+    """Without a scheduler; one that does not answer ends."""
+    end(namespace, Found(found.schedulers))
+    adopted, token = Adopted(max(found.schedulers, default=-1) + 1, epochs), ""
+    waiting = _waiting(found.groups, namespace)
+    for (name, started), remains in sorted(found.groups.items(), reverse=True):  # of each group the latest epoch first
+        handle, said = None, waiting.get((name, started))
+        if said is not None and said.token == (token or said.token) and all(name != kept.group for kept in adopted.groups):
+            handle, token = _adopted(new_handle(name, said.epoch), remains, waits=True), said.token
+        if handle is not None:
+            adopted.groups.append(handle)
+            epochs[name] = max(epochs[name], handle.epoch + 1)
+        else:
+            end_group(namespace, remains)
+    if token:
+        scheduler.trust(token)
+    return adopted
+
+
+def _waiting(groups: Mapping[tuple[int, int], Remains], namespace: str) -> dict[tuple[int, int], GroupHandover]:
+    """Those of the groups that no scheduler has whose leaders answer, and whose loops run."""
+    asked = {}
+    for key, remains in groups.items():
+        with contextlib.suppress(ValueError, KeyError):  # its leader has died
+            asked[actor_of(namespace, remains.ranks[0]).handover.remote()] = key
+    answered, _ = ray.wait([*asked], num_returns=len(asked), timeout=ASK_TIMEOUT_S) if asked else ([], [])
+    told: dict[tuple[int, int], GroupHandover] = {}
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if (said := ray.get(answer)) is not None:
+                told[asked[answer]] = said
+    return told
+
+
 def _adopt_group(serving: GroupStats, remains: Remains, new_handle: NewHandle) -> GroupHandle | None:
     """None: that is another epoch of it, or not all of it is there."""
     if remains.epoch > serving.epoch:
         return None
-    handle = new_handle(serving.group, serving.epoch)
+    return _adopted(new_handle(serving.group, serving.epoch), remains)
+
+
+def _adopted(handle: GroupHandle, remains: Remains, *, waits: bool = False) -> GroupHandle | None:
     try:
-        handle.adopt(remains)
+        handle.adopt(remains, waits=waits)
     except ValueError as error:
-        logger.warning("group %d is not taken over: %s", serving.group, error)
+        logger.warning("group %d is not taken over: %s", handle.group, error)
         return None
     return handle

@@ -104,6 +104,11 @@ class Fleet:
         return self._owner.estate.version if self._owner is not None else ""
 
     @property
+    def cut_off(self) -> bool:
+        """Nobody of its estate answers, though asked: another owner would be heard."""
+        return self._owner is not None and self._owner.deaf
+
+    @property
     def waits_for_room(self) -> bool:
         """Whether a group that is coming up has found no place yet."""
         return any(keeper.waits_for_room for keeper in [*self._keepers.values()])
@@ -165,7 +170,7 @@ class Fleet:
         longer than `drain_timeout_s`: then they start again elsewhere. last: it may be the last one, and they end there."""
         if not self.scheduler.call("drain", group, last):
             return False
-        self._run_empty(group, vacates=not last)
+        self._run_empty(group, returning=last, vacates=not last)
         self._groups.remove(group)
         return True
 
@@ -216,7 +221,9 @@ class Fleet:
         self._groups.epochs |= adopted.epochs
         for handle in adopted.groups:
             self._groups.adopt(handle)
-        if adopted.next_life is None:
+        if adopted.next_life is not None and adopted.groups:
+            self._say(f"took over {len(adopted.groups)} group(s), which have lost their scheduler", progress)
+        elif adopted.next_life is None:
             self._say(f"took over the scheduler and {len(adopted.groups)} group(s)", progress)
         return adopted
 
@@ -253,28 +260,35 @@ class Fleet:
     def _leave(self, group: int, replace: bool) -> None:
         """In a thread of its own: a group runs empty in its own time."""
         try:
-            self._run_empty(group, vacates=True)
+            self._run_empty(group, returning=replace, vacates=True)
             if replace:
                 self._groups.renew(group)
             else:
                 self._groups.remove(group)
                 self.resize(self._wanted)  # whoever began this may have died, and his wish with him
             logger.warning("group %d has run empty and %s", group, "is started anew" if replace else "is gone")
-        except (EngineError, KeyError) as error:  # the scheduler is being replaced, the fleet is closing, or the group was lost
+        except (EngineError, KeyError) as error:  # the fleet is closing, or the group was lost
             logger.warning("group %d could not be drained: %s", group, error)
         finally:
             with self._lock:
                 self._leaving.discard(group)
 
-    def _run_empty(self, group: int, *, vacates: bool) -> None:
+    def _run_empty(self, group: int, *, returning: bool, vacates: bool) -> None:
+        """A scheduler that has come meanwhile, or to which the group has come back, knows nothing of it, and is told."""
         deadline = time.monotonic() + self.config.drain_timeout_s
-        while self._running(group) and not self._groups.closed:
-            if vacates and time.monotonic() > deadline:
-                self.scheduler.call("vacate", group)
+        while not self._groups.closed:
+            engine = self.status().engine
+            stats = next((stats for stats in engine.groups if stats.group == group), None) if engine is not None else None
+            if engine is not None and (stats is None or not stats.running + stats.fetching):
+                return
+            try:
+                if stats is not None and not stats.draining:
+                    self.scheduler.call("drain", group, returning)
+                elif stats is not None and vacates and time.monotonic() > deadline:
+                    self.scheduler.call("vacate", group)
+            except EngineError as error:  # the scheduler is being replaced, or the fleet is closing
+                logger.warning("group %d runs empty, but for now nobody can be told: %s", group, error)
             time.sleep(DRAIN_POLL_S)
-
-    def _running(self, group: int) -> int:
-        return sum(stats.running + stats.fetching for stats in self.groups() if stats.group == group)
 
     def _say(self, words: str, progress: Progress) -> None:
         self._words.append(words)

@@ -58,6 +58,8 @@ class GroupHandle:
         """Whether there is room for it."""
         self.adopted = False
         """It ran already when it came into these hands."""
+        self.waits = False
+        """It has been adopted, and has no scheduler."""
         self.runs: list[Any] = []
         self.phase = GroupStart(group, "placing")
 
@@ -77,6 +79,7 @@ class GroupHandle:
         `start`."""
         if self._ranks:
             return
+        self._check()
         lasting = self._owner.placement_options(self.group, self.epoch) if self._owner is not None else {}
         self._placement = placement_group([self.resources] * self.size, strategy="STRICT_PACK", **lasting)
         while not self._placement.wait(timeout_seconds=min(_left(deadline), PLACEMENT_POLL_S)):
@@ -106,8 +109,9 @@ class GroupHandle:
             if self._owner is not None:
                 self._owner.keep(self._ranks[-1])
 
-    def adopt(self, remains: Remains) -> None:
-        """Takes over a group whose loops run, instead of `start`. Errors: ValueError if a rank of it has died."""
+    def adopt(self, remains: Remains, *, waits: bool = False) -> None:
+        """Takes over a group whose loops run, instead of `start`. waits: for a scheduler. Errors: ValueError if a rank of it
+        has died."""
         assert self._owner is not None, "only what is owned outlives its owner"
         if sorted(remains.ranks) != [*range(self.size)]:
             raise ValueError(f"group {self.group} has ranks {sorted(remains.ranks)} of {self.size}")
@@ -115,7 +119,7 @@ class GroupHandle:
         self._ranks = [actor_of(self._owner.estate.namespace, name) for _, name in sorted(remains.ranks.items())]
         for rank in self._ranks:
             self._owner.keep(rank)
-        self.adopted = self.placed = True
+        self.adopted, self.placed, self.waits = True, True, waits
         self.runs = [rank.ended.remote(ENDED_S) for rank in self._ranks]
 
     def rejoin(self, scheduler: SchedulerAddress, deadline: float) -> None:
@@ -125,6 +129,7 @@ class GroupHandle:
         """
         if not self._ranks:
             raise EngineError(f"group {self.group} is not wanted any more")
+        self._check()
         self.epoch += 1
         _get(self._ranks[0].rejoin.remote(scheduler, self.epoch), deadline)
 
@@ -142,6 +147,7 @@ class GroupHandle:
         """Fences the epoch: every rank is gone for good, its resources are free, also those it still waits for. Never raises:
         what Ray cannot end now it ends with this process, and the scheduler listens to no older epoch."""
         self._killed = True
+        self._check()
         ranks, self._ranks = self._ranks, []
         placement, self._placement = self._placement, None
         ends = [partial(ray.kill, rank, no_restart=True) for rank in ranks]
@@ -152,6 +158,10 @@ class GroupHandle:
                 end()
             except Exception:
                 logger.exception("group %d, epoch %d could not be ended", self.group, self.epoch)
+
+    def _check(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
 
     def _await_all(self, references: list[Any], deadline: float) -> None:
         """All or the first error, without waiting for ranks that wait for the one that failed."""
@@ -169,14 +179,16 @@ class GroupHandle:
         """Why its loop has ended; None if it runs on, and it was only asked."""
         try:
             reason = ray.get(self.runs[rank])
-            if reason is None:
-                self.runs[rank] = self._ranks[rank].ended.remote(ENDED_S)
-                return None
-            return f"group {self.group} ended: {reason}"
+            if reason is not None:
+                return f"group {self.group} ended: {reason}"
+        except ray.exceptions.ActorUnavailableError:  # the connection to it was cut: it may live
+            logger.warning("group %d, rank %d: the connection to it was cut; it is asked anew", self.group, rank)
         except ray.exceptions.RayTaskError as error:
             return f"group {self.group}, rank {rank} failed: {error.cause}"
         except ray.exceptions.RayError:
             return f"group {self.group}, rank {rank}: its worker process died"
+        self.runs[rank] = self._ranks[rank].ended.remote(ENDED_S)
+        return None
 
 
 def rank_resources(resolved: ResolvedWorker) -> dict[str, float]:

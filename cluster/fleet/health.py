@@ -57,7 +57,7 @@ class GroupKeeper:
         self._on_gone = on_gone
         self._added = added
         self._handle = new_handle(epoch)
-        self._scheduler_epoch = -1  # of the scheduler that this life serves
+        self._scheduler_epoch = -1 if self._handle.waits else scheduler.epoch  # of the scheduler that this life serves
         self._closing = threading.Event()
         self._renewing = threading.Event()
         self._decided = threading.Event()
@@ -108,9 +108,7 @@ class GroupKeeper:
 
     def _keep(self) -> None:
         try:
-            if self._handle.adopted:
-                self._scheduler_epoch = self._scheduler.current().epoch
-            else:
+            if not self._handle.adopted:
                 if not self._added:  # the scheduler itself is only starting
                     self._handle.place(time.monotonic() + self._start_timeout_s)
                 self._bring_up(self._scheduler.expect(self.group))

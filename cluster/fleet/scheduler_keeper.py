@@ -93,6 +93,10 @@ class SchedulerKeeper:
         self._thread.start()
         return handover
 
+    def trust(self, token: str) -> None:
+        """Before `start`: groups are there already, which know each other by it."""
+        self._token = token
+
     def current(self, timeout_s: float | None = CALL_TIMEOUT_S) -> LiveScheduler:
         """The scheduler that is up, as far as is known; waits while it is being replaced. timeout_s: None, however long."""
         with self._changed:
@@ -122,6 +126,7 @@ class SchedulerKeeper:
         Errors: EngineError once `close` was called."""
         self.announce(group)
         while True:
+            self._check()
             live = self.current(timeout_s=None)
             try:
                 ray.get(live.actor.expect.remote(group), timeout=CALL_TIMEOUT_S)
@@ -142,6 +147,7 @@ class SchedulerKeeper:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Calls the actor's method and waits. Errors: EngineError if it does not answer."""
+        self._check()
         try:
             return ray.get(getattr(self.current().actor, method).remote(*arguments), timeout=CALL_TIMEOUT_S)
         except ray.exceptions.RayError as error:
@@ -216,10 +222,23 @@ class SchedulerKeeper:
         """One life after the other."""
         while not self._closing.is_set() and (live := self._live) is not None:
             reason = self._attend(live)
+            self._check()
             if not self._closing.is_set():
                 logger.error("the scheduler %s; starting another", reason)
                 self._set(None)
+                self._end(live)
                 self._replace(live.epoch + 1)
+
+    def _check(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
+
+    def _end(self, live: LiveScheduler) -> None:
+        """Front ends must not stay with one that has no groups any more, should it live after all."""
+        if self._owner is not None:
+            self._owner.release(live.actor)
+        with contextlib.suppress(Exception):  # it is dead
+            ray.kill(live.actor)
 
     def _attend(self, live: LiveScheduler) -> str:
         """Until the scheduler dies, hangs or is closed; which of these. Hears from it whom it has fenced."""
@@ -229,22 +248,36 @@ class SchedulerKeeper:
             asked = asked or live.actor.beat.remote()
             done, _ = ray.wait([end, asked], num_returns=2, timeout=0)
             if end in done:
-                return "has died"
+                if _has_ended(end):
+                    return "has died"
+                logger.warning("the connection to the scheduler was cut: it is asked anew")
+                end = live.actor.closed.remote()
             if asked in done:
                 with contextlib.suppress(ray.exceptions.RayError):
                     self._fenced |= {fenced.group: fenced for fenced in ray.get(asked)}
                     silence.heard(live.epoch, time.monotonic())
                 asked = None
             if silence.look(time.monotonic())[live.epoch] > HUNG_S:
-                ray.kill(live.actor)
                 return f"has said nothing for {HUNG_S:g} s"
         return "was closed"
 
     def _replace(self, epoch: int) -> None:
         while not self._closing.is_set():
+            self._check()
             try:
                 self._set(self._launch(epoch, CALL_TIMEOUT_S))
                 return
             except Exception:  # whatever it is: without this thread there will be no scheduler any more
                 logger.exception("the scheduler could not be started again; trying on")
                 time.sleep(RESTART_PAUSE_S)
+
+
+def _has_ended(end: Any) -> bool:
+    """Whether an actor that was waited for has died; otherwise the connection to it was cut, and it may live."""
+    try:
+        ray.get(end)
+    except ray.exceptions.ActorUnavailableError:
+        return False
+    except ray.exceptions.RayError:
+        pass
+    return True

@@ -21,19 +21,8 @@ from kvcache.ids import GroupId
 from scheduler.config import QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement import why
-from scheduler.protocol.messages import (
-    Abort,
-    Commands,
-    Deltas,
-    FromFrontEnd,
-    FromLeader,
-    Moved,
-    Request,
-    Stop,
-    Submit,
-    TalliedMetric,
-    Tally,
-)
+from scheduler.protocol.leaders import Commands, FromLeader, Moved
+from scheduler.protocol.messages import Abort, Deltas, FromFrontEnd, Request, Stop, Submit, TalliedMetric, Tally
 from scheduler.server.shell import Shell
 from scheduler.server.stats import PoolMap, pool_maps, snapshot
 from scheduler.server.tallies import Tallies

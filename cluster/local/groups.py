@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Command, End, FromLeader
+from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.build import Built, build_rank
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead

@@ -22,7 +22,7 @@ from cluster.engine import EngineError
 from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
 from scheduler.logs import configure
-from scheduler.protocol.messages import Command, FromLeader
+from scheduler.protocol.leaders import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
 from workers.build import settle
 from workers.config import ResolvedWorker, WorkerConfig

@@ -8,11 +8,12 @@ from deploy.batch.lines import BatchRequest
 
 @dataclass(frozen=True, slots=True)
 class LineAnswer:
-    """body: JSON. output_tokens: of all choices."""
+    """body: JSON. output_tokens: of all choices. warnings: what whoever asked should know beside it."""
 
     status: int
     body: bytes
     output_tokens: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -10,6 +10,7 @@ from deploy.batch.backend import LineAnswer
 from deploy.batch.lines import BatchRequest
 from deploy.config.load import ConfigError
 from deploy.doors.openai.errors import error_body
+from deploy.doors.warnings import HEADER, said
 from deploy.frontend.errors import Fault, RequestError
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _answer(response: "httpx.Response") -> LineAnswer:
     except ValueError:
         error = RequestError(Fault.INTERNAL, f"the answer is not a JSON object: {response.text[:200]!r}")
         return LineAnswer(response.status_code, error_body(error))
-    return LineAnswer(response.status_code, response.content, usage.completion_tokens if usage else 0)
+    tokens = usage.completion_tokens if usage else 0
+    return LineAnswer(response.status_code, response.content, tokens, said(response.headers.get(HEADER, "")))
 
 
 def _message(response: "httpx.Response") -> str:

@@ -47,6 +47,9 @@ READ_LINES, READ_BYTES = 1024, 1 << 20
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 
+MOST_WARNINGS = 32
+"""Different ones that the log is told."""
+
 T = TypeVar("T")
 
 
@@ -102,6 +105,7 @@ class BatchJob:
         self._window = Window(limits)
         self._done: set[bytes] = set()
         self._seen: set[bytes] = set()
+        self._warnings: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "manta-batch-writer")
 
     def catch_up(self) -> bool:
@@ -178,11 +182,19 @@ class BatchJob:
     async def _serve(self, request: BatchRequest, size_bytes: int, backend: Backend) -> None:
         try:
             answer = await self._answer(request, backend)
+            self._tell(request.custom_id, answer.warnings)
             response = Response(answer.status, request.id, msgspec.Raw(answer.body))
             await self._write(encode(Result(request.id, request.custom_id, response)))
             self._tally.count(size_bytes, failed=answer.status >= 400, output_tokens=answer.output_tokens)
         finally:
             self._window.leave(request.tokens)
+
+    def _tell(self, custom_id: str, warnings: tuple[str, ...]) -> None:
+        """A result has no place for them: the log has, once for each."""
+        for warning in warnings:
+            if warning not in self._warnings and len(self._warnings) < MOST_WARNINGS:
+                self._warnings.add(warning)
+                logger.warning("%s, to name the first: %s", custom_id, warning)
 
     async def _answer(self, request: BatchRequest, backend: Backend) -> LineAnswer:
         """Waits out a full queue for as long as it takes, an absence for `retries` times. Errors: ConfigError, EngineError."""

@@ -43,18 +43,19 @@ class ServiceBackend:
         self._chat = Chat(service, limits, grammars)
 
     async def answer(self, request: BatchRequest) -> LineAnswer:
-        """A result has no place for warnings."""
-        caller, body, untold, strict = Caller(request.id), request.body, Warnings(), self._strict
+        caller, body, warnings, strict = Caller(request.id), request.body, Warnings(), self._strict
         try:
             if request.url == CHAT_URL:
-                whole = await self._chat.whole(read(body, ChatRequest, untold, strict=strict), caller)
+                whole = await self._chat.whole(read(body, ChatRequest, warnings, strict=strict), caller, warnings)
             else:
-                whole = await self._completions.whole(read(body, CompletionRequest, untold, strict=strict), caller)
+                asked = read(body, CompletionRequest, warnings, strict=strict)
+                whole = await self._completions.whole(asked, caller, warnings)
         except RequestError as error:
             if error.fault is Fault.UNAVAILABLE:
                 _refuse_stopped(await self._cluster.status())
             raise
-        return LineAnswer(200, msgspec.json.encode(whole), whole.usage.completion_tokens if whole.usage else 0)
+        tokens = whole.usage.completion_tokens if whole.usage else 0
+        return LineAnswer(200, msgspec.json.encode(whole), tokens, tuple(warnings))
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""`manta drain` and `manta roll`: what an operator asks of a running endpoint. Imports httpx when asked."""
+"""`manta drain` and `manta roll`: what an operator asks of a running endpoint, and how. Imports httpx when asked."""
 
 import contextlib
 import time
@@ -23,11 +23,16 @@ KeyFileOption = Annotated[
 ]
 
 
+WaitOption = Annotated[bool, flag("--wait/--no-wait", help="Wait until that is done. Default: yes.")]
+ModelOption = Annotated[str | None, flag("--model", help="Name of the model, of several. Default: the first.")]
+
+
 def drain(
     group: Annotated[int, typer.Argument(help="Number of the group.", show_default=False)],
     url: UrlArgument = EXAMPLE,
     replace: Annotated[bool, flag("--replace", help="Start it anew afterwards; otherwise there is one group fewer.")] = False,
-    wait: Annotated[bool, flag("--wait/--no-wait", help="Wait until that is done. Default: yes.")] = True,
+    model: ModelOption = None,
+    wait: WaitOption = True,
     api_key_file: KeyFileOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -35,12 +40,13 @@ def drain(
 
     What runs there ends, or moves to other groups after drain_timeout_s. The API key must be an operator's.
     """
-    with reported_errors(debug), _client(url, api_key_file) as client:
-        before = _epoch(client, group)
-        _post(client, f"/admin/groups/{group}/drain", replace=replace)
+    with reported_errors(debug), admin_client(url, api_key_file) as client:
+        which = {} if model is None else {"model": model}
+        before = _epoch(client, group, which)
+        ask(client, "POST", f"/admin/groups/{group}/drain", params={"replace": replace, **which})
         typer.echo(f"group {group} runs empty")
         while wait:
-            now = _epoch(client, group)
+            now = _epoch(client, group, which)
             if now is None if not replace else now is not None and now > (before or 0):
                 typer.echo(f"group {group} {'serves again' if replace else 'is gone'}")
                 return
@@ -48,8 +54,9 @@ def drain(
 
 
 def roll(
-    model: Annotated[str, typer.Argument(help="Folder of the checkpoint, where the endpoint runs.", show_default=False)],
+    checkpoint: Annotated[str, typer.Argument(help="Its folder, where the endpoint runs.", show_default=False)],
     url: UrlArgument = EXAMPLE,
+    model: ModelOption = None,
     api_key_file: KeyFileOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -58,13 +65,14 @@ def roll(
     Groups of the new version come up beside those of the old one, which run empty one after the other. manta top shows how far
     it is. A file that Serve was given says the old model still: change it too.
     """
-    with reported_errors(debug), _client(url, api_key_file) as client:
-        _post(client, "/admin/roll", model=str(Path(model).absolute()))
-        typer.echo(f"{model} is on its way")
+    with reported_errors(debug), admin_client(url, api_key_file) as client:
+        which = {} if model is None else {"model": model}
+        ask(client, "POST", "/admin/roll", params={"checkpoint": str(Path(checkpoint).absolute()), **which})
+        typer.echo(f"{checkpoint} is on its way")
 
 
 @contextlib.contextmanager
-def _client(url: str, api_key_file: str | None) -> Iterator[Any]:
+def admin_client(url: str, api_key_file: str | None) -> Iterator[Any]:
     import httpx
 
     keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
@@ -72,26 +80,35 @@ def _client(url: str, api_key_file: str | None) -> Iterator[Any]:
         yield client
 
 
-def _epoch(client: Any, group: int) -> int | None:
+def _epoch(client: Any, group: int, which: dict[str, str]) -> int | None:
     """Of a group that is there, -1 while it comes up, or while nobody tells; None if it is not there."""
     import httpx
 
     groups: list[dict[str, Any]] = []
     with contextlib.suppress(httpx.HTTPError):
-        groups = client.get("/status.json", params={"history": False}).raise_for_status().json()["groups"]
+        groups = client.get("/status.json", params={"history": False, **which}).raise_for_status().json()["groups"]
     return next((each["epoch"] for each in groups if each["group"] == group), None if groups else -1)
 
 
-def _post(client: Any, path: str, **params: Any) -> None:
-    """Errors: ValueError with what the endpoint says, if it refuses; OSError if it cannot be asked now."""
+def ask(client: Any, method: str, path: str, **request: Any) -> Any:
+    """What the endpoint answers. Errors: ValueError with what it says, if it refuses; OSError if it cannot be asked now."""
     import httpx
 
     try:
-        answer = client.post(path, params=params)
+        answer = client.request(method, path, **request)
     except httpx.HTTPError as error:
         raise OSError(f"no answer from {client.base_url}: {error}") from error
-    if answer.status_code == 404:
-        raise ValueError(f"{client.base_url} has no {path}: only endpoints on Ray can be changed while they run")
-    if answer.is_error:
-        said = answer.json()["error"]["message"]
-        raise ValueError(said) if answer.is_client_error else OSError(said)
+    if not answer.is_error:
+        return answer
+    said = _refusal(answer)
+    if answer.is_server_error:
+        raise OSError(said or f"{client.base_url} answers with status {answer.status_code}")
+    raise ValueError(said or f"{client.base_url} has no {path}: only endpoints on Ray can be changed while they run")
+
+
+def _refusal(answer: Any) -> str | None:
+    """What an endpoint says; None if it is none, or does not know the path."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        error = answer.json()["error"]
+        return str(error["message"]) if answer.status_code != 404 or error["param"] else None
+    return None

@@ -15,7 +15,7 @@ import typer
 
 from cluster.config import EngineConfig
 from deploy.config.load import DEFAULT_MAX_TOKENS, EMBEDDED_MODEL, ConfigError
-from deploy.config.serve import ServeConfig
+from deploy.config.serve import ModelServeConfig, ServeConfig
 from scheduler.options import options
 from scheduler.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams
 
@@ -60,11 +60,12 @@ def flag(name: str, help: str, short: str = "") -> Any:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options that a command takes as keyword arguments `engine`, `serve` or `sampling`, each those given by field
-    name; the last are for `sampling_values`."""
+    """Adds the options that a command takes as keyword arguments `engine`, `serve`, `model_serve` or `sampling`, each those
+    given by field name; the last are for `sampling_values`."""
     groups: dict[str, dict[str, inspect.Parameter]] = {
         "sampling": dict(_sampling_options()),
         "serve": dict(_options(ServeConfig, "Endpoint")),
+        "model_serve": dict(_options(ModelServeConfig, "Endpoint")),
         "engine": dict(_options(EngineConfig, "Engine")),
     }
     signature = inspect.signature(command)
@@ -98,7 +99,7 @@ def _sampling_options() -> Iterator[tuple[str, inspect.Parameter]]:
         yield name, _option(name, kind, help_text, "Sampling")
 
 
-def _options(record: type[EngineConfig | ServeConfig], panel: str) -> Iterator[tuple[str, inspect.Parameter]]:
+def _options(record: type[EngineConfig | ModelServeConfig], panel: str) -> Iterator[tuple[str, inspect.Parameter]]:
     """By the names of the fields."""
     hints = get_type_hints(record)
     for f in options(record):

@@ -12,6 +12,10 @@ set and read what Ray Serve, and Manta in its processes, take from there. Import
       port: 8000
     sampling:                   # scheduler.protocol.sampling.SamplingParams, for prompts of `manta generate` that do not say
       temperature: 0.7
+    models:                     # of an endpoint of several: each by its name, the first one first
+      qwen:                     # keys of `engine:`, which has what all have in common, and the model's own of `serve:`
+        model: /models/Qwen3-8B
+        tool_parser: hermes
 """
 
 import math
@@ -26,7 +30,7 @@ import msgspec
 
 from cluster.config import EngineConfig
 from deploy.config.faults import meant, where
-from deploy.config.serve import ServeConfig
+from deploy.config.serve import ModelServeConfig, ServeConfig, for_model, model_name
 from scheduler.options import options
 from scheduler.protocol.sampling import SamplingParams
 
@@ -51,10 +55,13 @@ PROXY_PORTS = {
     "the proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", "8500"),
     "the gRPC proxy behind HAProxy": ("RAY_SERVE_FALLBACK_PROXY_GRPC_PORT", "9500"),
 }
-SECTIONS = ("engine", "serve", "sampling")
+SECTIONS = ("engine", "serve", "sampling", "models")
 ENGINE_KEYS = tuple(f.name for f in options(EngineConfig))
 SERVE_KEYS = tuple(f.name for f in options(ServeConfig))
 SAMPLING_KEYS = SamplingParams.__struct_fields__
+MODEL_SERVE_KEYS = tuple(f.name for f in options(ModelServeConfig))
+MODEL_KEYS = tuple(key for key in ENGINE_KEYS if key not in ("local", "ray_address")) + MODEL_SERVE_KEYS
+"""Of one of several models."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -72,11 +79,26 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Everything that a process of Manta is told at its start."""
+    """Everything that a process of Manta is told at its start. further: the models that an endpoint serves beside its first,
+    each with the settings of all that is the endpoint's."""
 
     engine: EngineConfig
     sampling: SamplingParams
     serve: ServeConfig
+    further: tuple["ModelConfig", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model of several. serve: the endpoint's settings, with what is this model's own and its name."""
+
+    engine: EngineConfig
+    serve: ServeConfig
+
+    @property
+    def name(self) -> str:
+        """That clients ask for."""
+        return model_name(self.serve.served_model_name, self.engine.model)
 
 
 def load_config(
@@ -98,6 +120,11 @@ def load_config(
     if (address := environ.get(RAY_VARIABLE)) and config.engine.ray_address is None and not config.engine.local:
         config = replace(config, engine=replace(config.engine, ray_address=address))
     return config
+
+
+def model_config(name: str, settings: Mapping[str, Any], endpoint: ServeConfig) -> ModelConfig:
+    """A model beside the others of an endpoint, by the keys of its entry below `models:`. Errors: ConfigError."""
+    return _model(name, settings, {}, {}, endpoint)
 
 
 def endpoint_config(tree: Mapping[Any, Any]) -> Config:
@@ -221,17 +248,43 @@ def _config(
     sampling: Mapping[str, Any] | None = None,
     serve: Mapping[str, Any] | None = None,
 ) -> Config:
-    return Config(
-        engine_config(sections["engine"] | _given(engine)),
-        sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling)),
-        _settings(sections["serve"] | _given(serve), ServeConfig),
+    engine_values, serve_values = sections["engine"] | _given(engine), sections["serve"] | _given(serve)
+    params = sampling_params({"max_tokens": DEFAULT_MAX_TOKENS} | sections["sampling"] | _given(sampling))
+    if not sections["models"]:
+        return Config(engine_config(engine_values), params, _settings(serve_values, ServeConfig))
+    for key, values in (("model", engine_values), ("served_model_name", serve_values)):
+        if key in values:
+            raise ConfigError(f"{key}={values[key]!r} goes with one model, and models names several: say it there")
+    endpoint = _settings(serve_values, ServeConfig)
+    first, *further = (
+        _model(name, _section(sections["models"], name, "models."), engine_values, serve_values, endpoint)
+        for name in sections["models"]
     )
+    return Config(first.engine, params, first.serve, tuple(further))
 
 
-def _section(tree: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+def _model(
+    name: Any, settings: Mapping[Any, Any], engine: Mapping[str, Any], serve: Mapping[str, Any], endpoint: ServeConfig
+) -> ModelConfig:
+    """engine, serve: values that all models of the endpoint have in common. Errors: ConfigError."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"models: {name!r} is no name: write what clients shall ask for, in quotes if it is a number")
+    reject_unknown(settings, MODEL_KEYS, f"models.{name}.")
+    if not settings.get("model"):
+        raise ConfigError(f"models.{name}.model is missing: name the folder of its checkpoint")
+    own = {key: settings[key] for key in MODEL_SERVE_KEYS if key in settings}
+    values = {key: value for key, value in settings.items() if key not in own}
+    try:
+        described = _settings({**serve, **own, "served_model_name": name}, ServeConfig)
+        return ModelConfig(engine_config({**engine, **values}), for_model(endpoint, described))
+    except ValueError as error:
+        raise ConfigError(f"models.{name}: {error}") from None
+
+
+def _section(tree: Mapping[Any, Any], name: Any, prefix: str = "") -> dict[Any, Any]:
     section = tree.get(name) or {}
     if not isinstance(section, dict):
-        raise ConfigError(f"{name} holds a {type(section).__name__}: write one `key: value` a line below it")
+        raise ConfigError(f"{prefix}{name} holds a {type(section).__name__}: write one `key: value` a line below it")
     return section
 
 

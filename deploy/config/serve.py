@@ -5,18 +5,21 @@ Imports the part of it that the scheduler is told.
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scheduler.config import QueueBounds
-from scheduler.options import Rule, above_0, at_least, check, one_of, option
+from scheduler.options import Rule, above_0, at_least, check, one_of, option, options
 
 LOG_FORMATS = ("text", "json")
 TOOL_PARSERS = (
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "pythonic", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31",
     "glm45", "kimi_k2", "openai",
 )  # fmt: skip
-REASONING_PARSERS = ("auto", "none", "gpt-oss", "think")
+REASONING_PARSERS = ("auto", "none", "openai", "think")
+FURTHER = ":"
+"""Stands in the name of a Serve application between that of an endpoint and that of a model beside its first."""
+
 PORTS = Rule(lambda port: 0 <= port < 1 << 16, "is outside [0, 65535]: choose a port")
 
 
@@ -35,7 +38,7 @@ class AddressConfig:
     app_name: str = option(
         "manta",
         "Name of the application on a Ray cluster that serves others, too.",
-        Rule(lambda name: name and "#" not in name, "cannot be one: choose a name without #"),
+        Rule(lambda name: name and not {"#", FURTHER} & {*name}, f"cannot be one: choose a name without # and {FURTHER}"),
     )
     route_prefix: str = option(
         "/",
@@ -56,8 +59,32 @@ class AddressConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(QueueBounds, AddressConfig):
-    """The endpoint of one model. Errors: ValueError that names the field, the value given and what is legal."""
+class ModelServeConfig(QueueBounds):
+    """What is a model's own, where an endpoint serves several."""
+
+    chat_template: str | None = option(
+        None,
+        "File with a chat template (Jinja) to use instead of the checkpoint's; each front end reads it, as it does the "
+        "checkpoint.",
+        shown="the checkpoint's",
+    )
+    tool_parser: str = option(
+        "auto",
+        f"How the model writes calls of tools: {', '.join(TOOL_PARSERS[2:])}; auto: as its chat template shows; none: calls "
+        "are left in the text.",
+        one_of(TOOL_PARSERS),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "How the model marks its thoughts: think (<think>), openai (channels of gpt-oss), or none, which leaves them in the "
+        "answer; auto goes by the chat template.",
+        one_of(REASONING_PARSERS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(ModelServeConfig, AddressConfig):
+    """The endpoint. Errors: ValueError that names the field, the value given and what is legal."""
 
     haproxy: bool = option(True, "HAProxy before the front ends, instead of Ray Serve's own proxy in Python.")
     replicas: int = option(1, "Front-end processes that tokenise, stream and detokenise.", at_least(1))
@@ -90,26 +117,15 @@ class ServeConfig(QueueBounds, AddressConfig):
     max_prompts: int = option(64, "Prompts of one completion request at most.", at_least(1))
     max_stops: int = option(16, "Stop strings and stop ids of one request at most.")
     max_logit_bias: int = option(1024, "Entries of logit_bias of one request at most.")
-    chat_template: str | None = option(
-        None,
-        "File with a chat template (Jinja) to use instead of the checkpoint's; each front end reads it, as it does the "
-        "checkpoint.",
-        shown="the checkpoint's",
+    stored_responses: int = option(
+        4096, "Answers of /v1/responses that are kept for previous_response_id, at most; 0 keeps none.", at_least(0)
     )
-    tool_parser: str = option(
-        "auto",
-        f"How the model writes calls of tools: {', '.join(TOOL_PARSERS[2:])}; auto: as its chat template shows; none: calls "
-        "are left in the text.",
-        one_of(TOOL_PARSERS),
+    stored_response_bytes: int = option(
+        256 << 20, "Bytes that they may take together, in memory.", at_least(0), shown="256MiB", size=True
     )
+    stored_response_age_s: float = option(86400.0, "Seconds for which each is kept.", above_0("use --stored-responses 0"))
     strict_fields: bool = option(
         False, "Refuse requests with fields that are not known here, which are otherwise ignored with a warning."
-    )
-    reasoning_parser: str = option(
-        "auto",
-        "How the model marks its thoughts: think (<think>), gpt-oss (channels), or none, which leaves them in the answer; auto "
-        "goes by the chat template.",
-        one_of(REASONING_PARSERS),
     )
     miss_reasons: bool = option(
         False,
@@ -133,6 +149,12 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
+
+
+def for_model(endpoint: ServeConfig, model: ServeConfig) -> ServeConfig:
+    """The settings of an endpoint for one of its models: what is the model's own is `model`'s."""
+    own = {f.name: getattr(model, f.name) for f in options(ModelServeConfig)}
+    return replace(endpoint, served_model_name=model.served_model_name, **own)
 
 
 def model_name(served: str | None, checkpoint: str) -> str:

@@ -1,1 +1,1 @@
-"""Ways in over a network: who may come in, and OpenAI's API over HTTP beside Manta's own over gRPC."""
+"""Ways in over a network: who may come in, and OpenAI's API and Anthropic's Messages over HTTP beside Manta's own over gRPC."""

@@ -39,19 +39,21 @@ class ApiKeys:
         given = _digest(key)
         return sum(hmac.compare_digest(given, known) for known in self._digests) > 0
 
-    def check(self, authorization: str | None) -> str:
-        """authorization: the header's value. Returns the key's account, "" where there are no keys.
+    def check(self, authorization: str | None, api_key: str | None = None) -> str:
+        """authorization: the header's value; api_key: of Anthropic's header, which counts where there is no other. Returns the
+        key's account, "" where there are no keys.
 
         Errors: RequestError UNAUTHENTICATED.
         """
         if not self:
             return ""
+        way = "Authorization: Bearer KEY"
+        if authorization is None and api_key is not None:
+            authorization, way = f"Bearer {api_key}", "x-api-key: KEY"
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not self.open(key.strip()):
             said = "this API key is not known here" if key else "no API key was given"
-            raise RequestError(
-                Fault.UNAUTHENTICATED, f"{said}: send one as `Authorization: Bearer KEY`", code="invalid_api_key"
-            )
+            raise RequestError(Fault.UNAUTHENTICATED, f"{said}: send one as `{way}`", code="invalid_api_key")
         return account(key.strip())
 
     def may_operate(self, account: str) -> bool:

@@ -3,7 +3,8 @@
 It is done beside the requests, and answered at once; `/status.json` shows how far it is.
 """
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request, Response
 
@@ -11,34 +12,57 @@ from deploy.frontend.errors import Fault, RequestError
 
 
 class Administration(Protocol):
-    """Whoever owns the cluster, as an operator reaches it."""
+    """Whoever owns the clusters of an endpoint, as an operator reaches it. model: by its name; None: the first one. Errors of
+    all: RequestError NOT_FOUND for a model that is not there, UNAVAILABLE if nobody can be asked."""
 
-    async def drain(self, group: int, replace: bool) -> None:
-        """Lets a group run empty, then ends it, or starts it anew. Errors: RequestError CONFLICT that says why it cannot,
-        UNAVAILABLE if nobody can be asked."""
+    async def drain(self, group: int, replace: bool, model: str | None) -> None:
+        """Lets a group run empty, then ends it, or starts it anew. Errors: RequestError CONFLICT that says why it cannot."""
         ...
 
-    async def roll(self, model: str) -> None:
-        """Serves another checkpoint in place of this one, under the same name and beside the requests. model: its folder.
+    async def roll(self, checkpoint: str, model: str | None) -> None:
+        """Serves another checkpoint in place of this one, under the same name and beside the requests. checkpoint: its folder.
         Errors: RequestError for one that cannot be served."""
         ...
 
+    async def add(self, model: str, settings: Mapping[str, Any]) -> None:
+        """Serves one more model, beside the requests of the others. settings: by the keys of an entry of `models:`. Errors:
+        RequestError for one that cannot be served, CONFLICT if there is one of this name."""
+        ...
 
-def admin_routes(cluster: Administration) -> APIRouter:
+    async def remove(self, model: str) -> None:
+        """It takes no newcomers from now on, and ends when its requests have. Errors: RequestError CONFLICT for the first."""
+        ...
+
+
+def admin_routes(endpoint: Administration) -> APIRouter:
     router = APIRouter(prefix="/admin")
 
-    @router.post("/groups/{group}/drain", status_code=202, responses={403: {}, 409: {}})
-    async def drain(request: Request, group: int, replace: bool = False) -> Response:
+    @router.post("/groups/{group}/drain", status_code=202, responses={403: {}, 404: {}, 409: {}})
+    async def drain(request: Request, group: int, replace: bool = False, model: str | None = None) -> Response:
         """Let a group run empty: it takes no more sequences. Then it ends, or, with `replace`, starts anew."""
         _check(request)
-        await cluster.drain(group, replace)
+        await endpoint.drain(group, replace, model)
         return Response(status_code=202)
 
-    @router.post("/roll", status_code=202, responses={400: {}, 403: {}})
-    async def roll(request: Request, model: str) -> Response:
+    @router.post("/roll", status_code=202, responses={400: {}, 403: {}, 404: {}})
+    async def roll(request: Request, checkpoint: str, model: str | None = None) -> Response:
         """Serve another checkpoint in place of this one, under the same name."""
         _check(request)
-        await cluster.roll(model)
+        await endpoint.roll(checkpoint, model)
+        return Response(status_code=202)
+
+    @router.put("/models/{model:path}", status_code=202, responses={400: {}, 403: {}, 409: {}})
+    async def add(request: Request, model: str, settings: dict[str, Any]) -> Response:
+        """Serve one more model, which takes requests when its groups are up."""
+        _check(request)
+        await endpoint.add(model, settings)
+        return Response(status_code=202)
+
+    @router.delete("/models/{model:path}", status_code=202, responses={403: {}, 404: {}, 409: {}})
+    async def remove(request: Request, model: str) -> Response:
+        """Let a model go: it takes no more requests, and ends when those under way have."""
+        _check(request)
+        await endpoint.remove(model)
         return Response(status_code=202)
 
     return router

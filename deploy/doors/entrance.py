@@ -15,11 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import REQUEST_ID, ApiKeys, Caller
+from deploy.doors.anthropic import errors as anthropic
 from deploy.doors.connections import too_slow
 from deploy.doors.openai.errors import error_body, error_headers
 from deploy.frontend.errors import Fault, RequestError
 
 REQUEST_ID_HEADER = "x-request-id"
+API_KEY_HEADER = "x-api-key"
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 OPEN_FOLDERS = ("/status/",)
 """What needs no key: whether the server is up, and the status page without its figures."""
@@ -50,8 +52,8 @@ class Entrance:
         told = {**scope, "path": plain(scope["path"], scope.get("root_path", ""))}
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start" and self._names_responses:
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(names_of(told, self._names_responses))
             elif message["type"] == "http.response.body" and head_only:
                 message = {**message, "body": b""}
             await send(message)
@@ -75,14 +77,14 @@ class Gatekeeper:
         try:
             scope["state"]["caller"] = self._admitted(scope)
         except RequestError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)
 
     def _admitted(self, scope: Scope) -> Caller:
         """Errors: RequestError."""
         headers = Headers(scope=scope)
-        account = "" if _is_open(scope) else self._keys.check(headers.get("authorization"))
+        account = "" if _is_open(scope) else self._keys.check(headers.get("authorization"), headers.get(API_KEY_HEADER))
         declared = headers.get("content-length", "")
         if declared.isdecimal():
             self._check_size(int(declared))
@@ -125,16 +127,36 @@ def plain(path: str, root: str = "") -> str:
     return root + (_SLASHES.sub("/", inside).removesuffix("/") or "/") if inside.startswith("/") else path
 
 
-def error_response(error: RequestError) -> Response:
-    """OpenAI's form, with what a client needs to do better next time."""
+def error_response(error: RequestError, scope: Scope) -> Response:
+    """With what a client needs to do better next time."""
     headers = error_headers(error)
     if error.fault is Fault.UNAUTHENTICATED:
         headers["www-authenticate"] = "Bearer"
     if error.fault in (Fault.TOO_LARGE, Fault.TOO_SLOW):
         headers["connection"] = "close"  # the rest of the body is not read
-    return Response(error_body(error), error.fault.status, headers, "application/json")
+    return Response(error_content(error, scope), error.fault.status, headers, "application/json")
+
+
+def error_content(error: RequestError, scope: Scope) -> bytes:
+    """JSON, in the form that clients of this path know."""
+    if anthropic.is_for(inside(scope)):
+        return anthropic.error_body(error, scope["state"]["request_id"])
+    return error_body(error)
+
+
+def names_of(scope: Scope, by_us: bool = True) -> dict[str, str]:
+    """Headers with the request's id. by_us: False where somebody else sets the usual one."""
+    name = scope["state"]["request_id"]
+    usual = {REQUEST_ID_HEADER: name} if by_us else {}
+    return usual | ({anthropic.REQUEST_ID_HEADER: name} if anthropic.is_for(inside(scope)) else {})
+
+
+def inside(scope: Scope) -> str:
+    """The path without the application's own part."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _is_open(scope: Scope) -> bool:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = inside(scope)
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)

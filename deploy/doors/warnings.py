@@ -3,6 +3,7 @@
 Imports nothing of Manta.
 """
 
+import re
 from collections.abc import Iterator
 
 HEADER = "Warning"
@@ -10,6 +11,7 @@ MAX_CHARACTERS = 400
 """Of one warning: proxies bound the head of a response."""
 
 MAX_WARNINGS = 8
+_SAID = re.compile(r'299 \S+ "([^"]*)"')
 
 
 class Warnings:
@@ -28,6 +30,11 @@ class Warnings:
         """Nothing where nothing was said."""
         shown = [f'299 manta "{_quoted(text)}"' for text in list(self._said)[:MAX_WARNINGS]]
         return {HEADER: ", ".join(shown)} if shown else {}
+
+
+def said(header: str) -> tuple[str, ...]:
+    """The texts of such a header."""
+    return tuple(_SAID.findall(header))
 
 
 def _quoted(text: str) -> str:

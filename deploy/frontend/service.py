@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from cluster.config import EngineConfig
 from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
+from deploy.config.serve import ServeConfig, model_name
 from deploy.frontend.choice import Told
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
@@ -93,6 +95,12 @@ class ServedModel:
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
         return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)
 
+    @classmethod
+    def of(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
+        """As an endpoint is told to serve it. Errors: ValueError, OSError."""
+        name = model_name(serve.served_model_name, engine.model)
+        return cls.read(name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template)
+
 
 class Service:
     """Requests of this process on one cluster. Its methods belong to the event loop on which `run` runs.
@@ -163,7 +171,7 @@ class Service:
             status = asked.result()
         finally:
             asked.cancel()
-        return None if status.ready else f"no group takes requests: {status.phase}"
+        return None if status.obstacle is None else f"no group takes requests: {status.obstacle}"
 
     # ---- requests ----
 

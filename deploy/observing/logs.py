@@ -11,11 +11,13 @@ logger = logging.getLogger(__name__)
 OUR_FAULTS = tuple(fault.name.lower() for fault in Fault if fault.status >= 500)
 
 
-def log_request(observation: Observation, trace_id: str | None) -> None:
-    """A warning where it was the server's fault. trace_id: where its spans are, if they are traced."""
+def log_request(observation: Observation, model: str, trace_id: str | None) -> None:
+    """A warning where it was the server's fault. model: its name, if it has one. trace_id: where its spans are, if they are
+    traced."""
     ours = observation.outcome in OUR_FAULTS
     said = fields(
         request_id=observation.request_id,
+        model=model or None,
         outcome=observation.outcome,
         prompt_tokens=observation.prompt_tokens,
         cached_tokens=observation.cached_tokens,

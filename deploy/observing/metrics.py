@@ -1,7 +1,9 @@
-"""The cluster in Prometheus' text format. What each metric means, in its unit, stands here and in `deploy.observing.tally`.
+"""The clusters of an endpoint's models in Prometheus' text format. What each metric means, in its unit, stands here and in
+`deploy.observing.tally`.
 
-Any replica renders the whole cluster: the engine's facts as the scheduler knows them, and the requests of all replicas as it
-has summed them up. So of several scraped replicas, take the maximum. Imports the stats, `tally` and prometheus_client.
+Any replica renders them whole: the engines' facts as the schedulers know them, and the requests of all replicas as they have
+summed them up. So of several scraped replicas, take the maximum, model by model. Imports the stats, `tally` and
+prometheus_client.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +14,6 @@ from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
-from deploy.config.serve import model_name
 from deploy.observing.tally import REQUEST_METRICS, Histogram, RequestMetric
 from scheduler.protocol.messages import TalliedMetric
 from scheduler.server.stats import ClusterStatus, EngineStats, GroupStats
@@ -138,36 +139,48 @@ STEP_SECONDS = "manta_step_seconds"
 STEP_TOKENS = "manta_step_tokens"
 
 
-def render(status: ClusterStatus) -> bytes:
-    """Everything known of the cluster at this moment, as `CONTENT_TYPE` says.
+def render(told: Mapping[str, ClusterStatus]) -> bytes:
+    """Everything known at this moment of the cluster of each model, by its name, as `CONTENT_TYPE` says. Each sample has the
+    label `model`.
 
     While no scheduler answers, counters are left out rather than shown as 0: Prometheus would take that for a restart, and
     their return for a burst.
     """
-    return generate_latest(_Rendered(status))
+    return generate_latest(_Rendered(told))
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A `prometheus_client` collector of one status."""
+    """A `prometheus_client` collector of one status for each model."""
 
-    status: ClusterStatus
+    told: Mapping[str, ClusterStatus]
 
     def collect(self) -> Iterator[Family]:
-        status = self.status
-        yield GaugeMetricFamily("manta_ready", "1 if at least one group is up and the scheduler answers.", float(status.ready))
-        info = GaugeMetricFamily("manta_info", "1: what is served, and tokens in a KV block.", labels=["model", "block_size"])
-        info.add_metric([model_name(None, status.model), str(status.block_size)], 1.0)
-        yield info
-        if status.engine is None:
-            return
-        yield from (_family(metric, [([], status)]) for metric in CLUSTER_METRICS)
-        yield from (_family(metric, [([], status.engine)]) for metric in ENGINE_METRICS)
-        groups = [([str(group.group)], group) for group in status.engine.groups]
-        yield from (_family(metric, groups, ["group"]) for metric in GROUP_METRICS)
-        yield from _steps(status.engine.groups)
-        for observed in REQUEST_METRICS:
-            yield _histogram(observed, status.tallies) if observed.bounds else _counter(observed, status.tallies)
+        """Each family once, with the samples of all models."""
+        merged: dict[str, Family] = {}
+        for model, status in self.told.items():
+            for family in _families(status):
+                samples = [sample._replace(labels=sample.labels | {"model": model}) for sample in family.samples]
+                known = merged.setdefault(family.name, family)
+                known.samples = samples if known is family else [*known.samples, *samples]
+        return iter(merged.values())
+
+
+def _families(status: ClusterStatus) -> Iterator[Family]:
+    """Of one model."""
+    yield GaugeMetricFamily("manta_ready", "1 if at least one group is up and the scheduler answers.", float(status.ready))
+    info = GaugeMetricFamily("manta_info", "1: what is served, and tokens in a KV block.", labels=["block_size"])
+    info.add_metric([str(status.block_size)], 1.0)
+    yield info
+    if status.engine is None:
+        return
+    yield from (_family(metric, [([], status)]) for metric in CLUSTER_METRICS)
+    yield from (_family(metric, [([], status.engine)]) for metric in ENGINE_METRICS)
+    groups = [([str(group.group)], group) for group in status.engine.groups]
+    yield from (_family(metric, groups, ["group"]) for metric in GROUP_METRICS)
+    yield from _steps(status.engine.groups)
+    for observed in REQUEST_METRICS:
+        yield _histogram(observed, status.tallies) if observed.bounds else _counter(observed, status.tallies)
 
 
 def _family(metric: Metric[T], sources: Iterable[tuple[list[str], T]], labels: Iterable[str] = ()) -> Family:

@@ -32,24 +32,26 @@ PUSH_S = 1.0
 class Observer:
     """The `observe` of a `Service`: called on its event loop, never waits."""
 
-    def __init__(self, request_log: RequestLog | None = None, tracer: "Tracer | None" = None) -> None:
+    def __init__(self, request_log: RequestLog | None = None, tracer: "Tracer | None" = None, model: str = "") -> None:
         self._request_log = request_log
         self._tracer = tracer
+        self._model = model
         self._pending = Tallies()
         self._dropped = 0  # requests missing from the request log that have been counted
 
     @classmethod
     def open(cls, serve: ServeConfig, model: str) -> "Observer":
-        """model: its name in traces. Errors: ConfigError for traces without opentelemetry, OSError for the request log."""
+        """model: its name in logs and traces. Errors: ConfigError for traces without opentelemetry, OSError for a log."""
         return cls(
-            RequestLog(serve.request_log) if serve.request_log is not None else None,
+            RequestLog(serve.request_log, model) if serve.request_log is not None else None,
             _open_tracer(serve.otlp_endpoint, model) if serve.otlp_endpoint is not None else None,
+            model,
         )
 
     def __call__(self, observation: Observation) -> None:
         self._pending.add(increments(observation))
         trace_id = self._tracer.record(observation) if self._tracer is not None else None
-        log_request(observation, trace_id)
+        log_request(observation, self._model, trace_id)
         if self._request_log is not None:
             self._request_log.write(observation)
 

@@ -28,7 +28,8 @@ CLOSE_TIMEOUT_S = 5.0
 class LoggedRequest(msgspec.Struct, frozen=True):
     """One sequence: each choice of each prompt is a line of its own, as the scheduler sees it.
 
-    timestamp: arrival, in milliseconds since 1970. hash_ids: chained hashes of the full blocks of `block_size` tokens.
+    timestamp: arrival, in milliseconds since 1970. hash_ids: chained hashes of the full blocks of `block_size` tokens, which
+    mean something within one model. model: its name.
     """
 
     timestamp: int
@@ -38,16 +39,17 @@ class LoggedRequest(msgspec.Struct, frozen=True):
     block_size: int
     priority: int
     outcome: str
+    model: str = ""
 
 
 class RequestLog:
-    """Appends to a file, whole lines at a time, so that processes of one host may share it. `write` never waits.
+    """Appends to a file, whole lines at a time, so that models and processes of one host may share it. `write` never waits.
 
     Errors: OSError if the file cannot be opened.
     """
 
-    def __init__(self, path: str, max_waiting: int = MAX_WAITING) -> None:
-        self._path = path
+    def __init__(self, path: str, model: str = "", max_waiting: int = MAX_WAITING) -> None:
+        self._path, self._model = path, model
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._waiting: queue.Queue[Observation | None] = queue.Queue(max_waiting)
         self._overflowed = 0  # counted by the caller of `write`
@@ -84,7 +86,7 @@ class RequestLog:
 
     def _append(self, batch: list[Observation], failing: bool) -> bool:
         """One system call, so that lines of several processes do not mix. failing: what the last one said already."""
-        lines = msgspec.json.Encoder().encode_lines(line for each in batch for line in logged(each))
+        lines = msgspec.json.Encoder().encode_lines(line for each in batch for line in logged(each, self._model))
         try:
             os.write(self._file, lines)
         except OSError as error:
@@ -95,7 +97,7 @@ class RequestLog:
         return True
 
 
-def logged(observation: Observation) -> Iterator[LoggedRequest]:
+def logged(observation: Observation, model: str) -> Iterator[LoggedRequest]:
     """The lines of one request."""
     for use in observation.prompts:
         hash_ids = np.frombuffer(use.hashes, "<u8").tolist()
@@ -108,4 +110,5 @@ def logged(observation: Observation) -> Iterator[LoggedRequest]:
                 block_size=observation.block_size,
                 priority=observation.priority,
                 outcome=observation.outcome,
+                model=model,
             )

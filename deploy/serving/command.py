@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.config import own_threads
+from cluster.config import EngineConfig, own_threads
 from cluster.ending import Ending
 from cluster.engine import EngineError
 from deploy.cli.display import StartView
 from deploy.cli.exits import end_by
 from deploy.config.load import (
     Config,
+    ConfigError,
     bound_openmp_spin,
     choose_proxy,
     keep_haproxy_private,
@@ -30,7 +31,7 @@ from deploy.config.load import (
     read_key_priorities,
     read_operators,
 )
-from deploy.config.serve import ServeConfig, model_name
+from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import ServedModel, Service
@@ -61,6 +62,8 @@ def serve(config: Config, view: StartView) -> None:
     keys = read_api_keys(config.serve)
     bound_openmp_spin()
     if config.engine.local:
+        if config.further:
+            raise ConfigError("models: --local serves one model: leave the others out, or serve them on Ray, without --local")
         end_by(asyncio.run(_serve_here(config, keys, view)))
     _serve_on_ray(config, keys, view)
 
@@ -79,7 +82,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
         limits = replace(limits, port=listener.getsockname()[1], route_prefix="/")
         if limits.grpc_port is not None:
             reserve(limits.host, limits.grpc_port, "for gRPC", "choose another with --grpc-port").close()
-        model = read_model(config)
+        model = ServedModel.of(config.engine, config.serve)
         observer = Observer.open(limits, model.name)
         service = Service(model, LocalCluster(config.engine, limits), observer)
         app = create_app(service, limits, keys, pages=status_routes(service))
@@ -157,20 +160,22 @@ async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -
 def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> None:
     engine = config.engine
     import_without_torch()
-    model = read_model(config)  # the user's mistakes, before anything is started
+    model = ServedModel.of(engine, config.serve)  # the user's mistakes, before anything is started
+    for each in config.further:
+        ServedModel.of(each.engine, each.serve)
     with _private_proxy(config):
         from cluster.join import connect_ray
+        from deploy.serving import applications
 
-        threads = own_threads(engine)
-        ranks = (engine.max_groups or engine.groups) * engine.tensor_parallel_size
         heavy = threading.Thread(target=_import_doors, name="manta-imports")
         heavy.start()  # Ray's own processes come up meanwhile, and are waited for
-        owns_ray = connect_ray(engine, ranks * threads + config.serve.replicas + SPARE_CPUS, view.say)
+        cpus = sum(map(_cpus, (engine, *(model.engine for model in config.further))))
+        owns_ray = connect_ray(engine, cpus + config.serve.replicas + SPARE_CPUS, view.say)
         ending = Ending()
         try:
             heavy.join()
             view.say("starting Ray Serve: its controller and proxies")
-            with _application(config, keys, threads if owns_ray else 1, ending) as (owner, front):
+            with _application(config, keys, owns_ray, ending) as (owner, front):
 
                 def status(timeout_s: float = CALL_TIMEOUT_S) -> ClusterStatus:
                     now: ClusterStatus = owner.status.remote().result(timeout_s=timeout_s)
@@ -183,12 +188,15 @@ def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> Non
                 with contextlib.suppress(Exception):  # from now on it knows where the front ends are, whatever dies
                     front.broadcast("check_health").results(timeout_s=CALL_TIMEOUT_S)
                 view.ready(model.name, config.serve)
+                further = applications.FurtherStarts(config.further, config.serve.app_name, view.say)
                 try:
                     while True:
                         time.sleep(1.0)
+                        further.look()
                 finally:
                     with ending:
-                        ending.give(GRACE_S, partial(let_end, partial(status, ASK_TIMEOUT_S), view.say))
+                        all_status = partial(applications.all_status, config.serve.app_name)
+                        ending.give(GRACE_S, partial(let_end, all_status, view.say))
                         ending.give(TOLD_BY_S, lambda: front.broadcast("end_here").results(return_exceptions=True))
         finally:
             with ending:
@@ -227,31 +235,38 @@ def _import_doors() -> None:
 
 
 @contextlib.contextmanager
-def _application(config: Config, keys: tuple[str, ...], threads: int, ending: Ending) -> Iterator[tuple[Any, ...]]:
-    """The application on Serve, while it starts and serves: handles of Engine and front ends. Errors: ConfigError if another is
-    there."""
+def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: Ending) -> Iterator[tuple[Any, ...]]:
+    """The application on Serve, and one for each further model, while they start and serve: handles of the first's Engine and
+    of the front ends. Errors: ConfigError if another is there."""
     from ray import serve as ray_serve
 
     from deploy import app
+    from deploy.serving import applications
+
+    def threads(engine: EngineConfig) -> int:
+        return own_threads(engine) if owns_ray else engine.threads or 1
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     limits = config.serve
     opened = ApiKeys(keys, read_key_priorities(limits), read_operators(limits))
-    app.check_vacant(limits)
-    app.start_proxies(limits)
+    applications.check_vacant(limits)
+    applications.start_proxies(limits)
     try:
-        app.deploy(app.application(config.engine, limits, opened, threads), limits)
+        app.deploy(app.application(config.engine, limits, opened, threads(config.engine)), limits)
+        for model in config.further:
+            made = app.further_application(model, threads(model.engine))
+            app.deploy_further(made, app.further_name(limits.app_name, model.name))
         yield tuple(ray_serve.get_deployment_handle(name, app_name=limits.app_name) for name in ("Engine", "Ingress"))
     finally:
         theirs = config.engine.ray_address is not None
         with ending:
-            ending.give(SERVE_BY_S, partial(ray_serve.delete, limits.app_name) if theirs else ray_serve.shutdown)
+            ending.give(SERVE_BY_S, partial(applications.end, limits.app_name) if theirs else ray_serve.shutdown)
 
 
 def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: StartView) -> None:
     """Returns when a group is up and every replica reaches the scheduler: whichever a client meets first, it answers.
     Errors: EngineError with the reason, if the start has failed."""
-    from deploy import app
+    from deploy.serving import applications
 
     look_s, waits = time.monotonic() + LOOK_S, False
     while True:
@@ -265,7 +280,7 @@ def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: Star
             return
         if time.monotonic() > look_s:
             look_s = time.monotonic() + LOOK_S
-            if (problem := app.failure(config.serve.app_name)) is not None:
+            if (problem := applications.failure(config.serve.app_name)) is not None:
                 raise EngineError(problem)
         view.show(now)
         if now.ready and not waits:
@@ -274,14 +289,10 @@ def _await_ready(status: Callable[[], ClusterStatus], config: Config, view: Star
         _pause()
 
 
+def _cpus(engine: EngineConfig) -> int:
+    """That the ranks of a model take on a cluster of our own."""
+    return (engine.max_groups or engine.groups) * engine.tensor_parallel_size * own_threads(engine)
+
+
 def _pause() -> None:
     time.sleep(POLL_S)
-
-
-def read_model(config: Config) -> ServedModel:
-    """Errors: ValueError, OSError."""
-    engine = config.engine
-    name = model_name(config.serve.served_model_name, engine.model)
-    return ServedModel.read(
-        name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, config.serve.chat_template
-    )

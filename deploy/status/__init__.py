@@ -3,16 +3,15 @@
 The page and its assets hold nothing secret and are the same for everyone; `/status.json` is what an API key protects.
 """
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Service
-from deploy.status.history import History
-from deploy.status.watch import StatusWatch
+from deploy.status.watch import Watches
 
 FOLDER = Path(__file__).parent
 ASSETS = {
@@ -34,19 +33,15 @@ PAGE_HEADERS = {
 }
 
 
-def status_routes(service: Service) -> APIRouter:
-    """Routes of the page and its data. Their lifespan keeps the history; without it, it only grows while someone looks."""
-    watch = StatusWatch(service, History())
+def status_routes(service: Service, further: FurtherModels | None = None) -> APIRouter:
+    """Routes of the page and its data. Their lifespan keeps the histories; without it, they only grow while someone looks.
+    service: of the first model, which is shown where none is named. further: those beside it."""
+    watches = Watches(service, FurtherModels() if further is None else further)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sampling = asyncio.create_task(watch.run())
-        try:
+        async with watches.running():
             yield
-        finally:
-            sampling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sampling
 
     router = APIRouter(lifespan=lifespan, include_in_schema=False)
 
@@ -55,8 +50,10 @@ def status_routes(service: Service) -> APIRouter:
         return _file("page.html", "text/html")
 
     @router.get("/status.json")
-    async def status(request: Request, history: bool = True) -> Response:
-        """history=0 leaves the past samples out: a page that polls has them."""
+    async def status(request: Request, history: bool = True, model: str | None = None) -> Response:
+        """history=0 leaves the past samples out: a page that polls has them. model: by its name."""
+        if (watch := watches.of(model)) is None:
+            raise HTTPException(404, "there is no model of this name: /v1/models lists those that there are")
         compressed = "gzip" in request.headers.get("Accept-Encoding", "")
         body = (await watch.latest()).body(history=history, compressed=compressed)
         headers = {"Cache-Control": "no-store", "Vary": "Accept-Encoding"}

@@ -11,6 +11,7 @@ const TIMEOUT_MS = 10000;
 const KEPT_SAMPLES = 1800;
 const MISSED_S = 5; // after a longer pause, what was missed comes from the server's history
 const RESTART_NOTICE_S = 30;
+const MODEL = new URLSearchParams(location.search).get("model"); // of several; without one, the first is shown
 
 const $ = (id) => document.getElementById(id);
 const now = () => Date.now() / 1e3;
@@ -32,7 +33,9 @@ let key = recall("sessionStorage", "manta-key");
 
 async function ask() {
   const missed = !newest || failing !== null || now() - received > MISSED_S;
-  const answer = await fetch(missed ? "status.json" : "status.json?history=0", {
+  const query = new URLSearchParams(missed ? {} : { history: 0 });
+  if (MODEL) query.set("model", MODEL);
+  const answer = await fetch(`status.json?${query}`, {
     headers: key ? { Authorization: `Bearer ${key}` } : {},
     signal: AbortSignal.timeout(TIMEOUT_MS),
     cache: "no-store",
@@ -127,8 +130,25 @@ function showState() {
   if ($("notice").textContent !== sentence) $("notice").textContent = sentence;
   const epoch = samples.at(-1)?.epoch ?? null;
   $("since").textContent = epoch === null ? "" : `scheduler up ${duration(newest.uptime_s)}, epoch ${epoch}: ${restarts(epoch)}`;
-  $("model").textContent = newest?.model ?? "";
+  showModels();
   document.title = `${kind === "ready" ? "" : `${word} · `}${newest ? `${newest.model} · ` : ""}Manta`;
+}
+
+/** The name of the model; of several, all of them, each a link to its own page. */
+function showModels() {
+  const names = newest?.models.length > 1 ? newest.models : [];
+  if (!names.length) $("model").textContent = newest?.model ?? "";
+  if ($("model").dataset.names === names.join("\n")) return;
+  $("model").dataset.names = names.join("\n");
+  if (!names.length) return;
+  const links = names.map((name) => {
+    const link = document.createElement("a");
+    link.href = `?${new URLSearchParams({ model: name })}`;
+    link.textContent = name;
+    if (name === newest.model) link.setAttribute("aria-current", "page");
+    return link;
+  });
+  $("model").replaceChildren(...links);
 }
 
 // ---- the API key -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ def top(
         str | None, flag("--api-key-file", help="File whose first key is sent. Default: MANTA_API_KEYS, if set.")
     ] = None,
     interval: Annotated[float, flag("--interval", help="Seconds between two looks. Default: 1.")] = 1.0,
+    model: Annotated[str | None, flag("--model", help="Name of a model, of several. Default: the first.")] = None,
     once: Annotated[bool, flag("--once", help="Look once and end. Default: only into a pipe.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -27,4 +28,4 @@ def top(
         keys = read_api_keys(ServeConfig(api_key_file=api_key_file))
         from deploy.status.top import top as watch
 
-        watch(url, keys[0] if keys else None, interval, once)
+        watch(url, keys[0] if keys else None, interval, once, model=model)

@@ -83,7 +83,7 @@ class StatusDocument(msgspec.Struct, frozen=True, kw_only=True):
     phase: as `ClusterStatus.phase`, "failed" if the start did, or "unreachable" if not even that is known. connected: this
     front end has its stream to the scheduler. starting: groups that are coming up. blocks_per_cell: what one cell of each map
     stands for. now: the newest sample. columns: names of a sample's fields, in order. history: the samples before it, oldest
-    first; left out on request.
+    first; left out on request. models: names of all that this endpoint serves, the first one first.
     """
 
     phase: str
@@ -103,3 +103,4 @@ class StatusDocument(msgspec.Struct, frozen=True, kw_only=True):
     now: Sample
     columns: tuple[str, ...] = Sample.__struct_fields__
     history: tuple[Sample, ...] = ()
+    models: tuple[str, ...] = ()

@@ -37,8 +37,11 @@ FEWEST_GROUPS = 3
 PHASES = {"ready": "green", "starting": "cyan"}
 
 
-def top(url: str, api_key: str | None, interval: float, once: bool = False, console: Console | None = None) -> None:
-    """Shows the endpoint at `url` every `interval` seconds until q or Ctrl-C; one look if `once`, or into a pipe.
+def top(
+    url: str, api_key: str | None, interval: float, once: bool = False, console: Console | None = None, model: str | None = None
+) -> None:
+    """Shows a model of the endpoint at `url`, the first one unless it is named, every `interval` seconds until q or Ctrl-C; one
+    look if `once`, or into a pipe.
 
     Errors: ValueError for a refused key, or an address that cannot be one of Manta's endpoints; OSError if the only look finds
     nobody.
@@ -46,7 +49,8 @@ def top(url: str, api_key: str | None, interval: float, once: bool = False, cons
     if not interval > 0:
         raise ValueError(f"interval={interval} is not above 0: give the seconds between two looks")
     console = console or Console()
-    with open_client(httpx.Client, url, api_key, timeout=TIMEOUT_S, follow_redirects=True) as client:
+    asked = {} if model is None else {"model": model}
+    with open_client(httpx.Client, url, api_key, timeout=TIMEOUT_S, follow_redirects=True, params=asked) as client:
         if once or not console.is_terminal:
             try:
                 document = _ask(client)
@@ -64,6 +68,8 @@ def _ask(client: httpx.Client) -> StatusDocument:
     answer = client.get("/status.json")
     if answer.status_code in (401, 403):
         raise ValueError(f"{client.base_url} asks for an API key that it knows: give --api-key-file")
+    if answer.status_code == 404 and "model" in client.params:
+        raise ValueError(f"{client.base_url} serves no model {client.params['model']!r}: /v1/models lists those that it does")
     answer.raise_for_status()
     try:
         return msgspec.json.decode(answer.content, type=StatusDocument)

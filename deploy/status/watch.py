@@ -1,17 +1,19 @@
-"""One look at the cluster a second, shared by everyone who watches.
+"""One look a second at the cluster of each model, shared by everyone who watches.
 
 The history is always kept, watched or not: a page is opened when something has just happened, and should show it. That costs
 one small status call a second. The maps, which grow with the pools, are only asked for while somebody watches.
 """
 
 import asyncio
+import contextlib
 import gzip
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
+from deploy.frontend.further import FurtherModel, FurtherModels
 from deploy.frontend.service import Service
 from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
 from deploy.status.history import History
@@ -46,12 +48,55 @@ class StatusAnswer:
         return body
 
 
-class StatusWatch:
-    """Samples the cluster of one service; its methods belong to the service's event loop."""
+class Watches:
+    """A watch for each model of an endpoint, from the moment that it is there."""
 
-    def __init__(self, service: Service, history: History) -> None:
+    def __init__(self, first: Service, further: FurtherModels) -> None:
+        self._first = StatusWatch(first, History(), self._names)
+        self._first_name = first.model.name
+        self._further = further
+
+    def of(self, model: str | None) -> "StatusWatch | None":
+        """model: its name; None: the first one. Returns None if there is no such model."""
+        if (found := self._further.get(model)) is not None:
+            return found.once(self._watch)
+        return self._first if model in (None, self._first_name) else None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Each takes a sample a second; that of a model which has come within a second, too."""
+        tasks = {self._first: asyncio.create_task(self._first.run())}
+        following = asyncio.create_task(self._follow(tasks))
+        try:
+            yield
+        finally:
+            for task in (following, *tasks.values()):
+                task.cancel()
+            await asyncio.gather(following, *tasks.values(), return_exceptions=True)
+
+    async def _follow(self, tasks: "dict[StatusWatch, asyncio.Task[None]]") -> None:
+        while True:
+            watches = {self._first, *(model.once(self._watch) for model in self._further)}
+            tasks |= {watch: asyncio.create_task(watch.run()) for watch in watches - tasks.keys()}
+            for gone in tasks.keys() - watches:
+                tasks.pop(gone).cancel()
+            await asyncio.sleep(PERIOD_S)
+
+    def _watch(self, model: FurtherModel) -> "StatusWatch":
+        return StatusWatch(model.service, History(), self._names)
+
+    def _names(self) -> tuple[str, ...]:
+        return (self._first_name, *(each.name for each in self._further))
+
+
+class StatusWatch:
+    """Samples the cluster of one service; its methods belong to the service's event loop. names: of all models of the endpoint,
+    at this moment."""
+
+    def __init__(self, service: Service, history: History, names: Callable[[], tuple[str, ...]]) -> None:
         self._service = service
         self._history = history
+        self._names = names
         self._answer: StatusAnswer | None = None
         self._wanted_s = -WATCHED_S
         self._looking = asyncio.Lock()
@@ -95,6 +140,7 @@ class StatusWatch:
             phase=status.phase,
             connected=self._service.connected,
             model=self._service.model.name,
+            models=self._names(),
             block_size=status.block_size,
             progress=status.progress,
             starting=status.starting,

@@ -10,7 +10,8 @@ from kvcache.ids import GroupId
 from kvcache.table import SequenceBlocks
 from scheduler import policy
 from scheduler.placement.routing import Newcomer, Routing, Source
-from scheduler.protocol.messages import LeaseId, Misses, Moved
+from scheduler.protocol.leaders import LeaseId, Moved
+from scheduler.protocol.messages import Misses
 from scheduler.running import leases
 from scheduler.running.prefixes import Promise
 from scheduler.running.resident import ResidentGroup

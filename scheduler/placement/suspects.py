@@ -3,11 +3,13 @@
     note      it ran in a group that died; the second time it is a suspect, and waits apart
     try_next  a group is emptied for one of them, and takes nobody else
     clear     it has come further than when the group died: it is as others are again
+    came      or the group had not died, and only the connection to it: nobody is suspected for that
     note      or that group has died as well, with it alone: it ends, and says so
 
 A trial is short, and those who make room for it find their blocks where they were. Imports `state`, `admission` and `leases`.
 """
 
+from kvcache.ids import GroupId
 from scheduler.placement.admission import Admission
 from scheduler.running import leases
 from scheduler.running.resident import ResidentGroup
@@ -25,15 +27,42 @@ class Suspects:
         self._state = state
         self._admission = admission
         self._group: ResidentGroup | None = None
+        self._noted: dict[GroupId, tuple[int, list[Sequence]]] = {}  # of each group the last life that ended, and who ran there
 
     def note(self, group: ResidentGroup, sequence: Sequence) -> str | None:
         """It ran in a group that has died, all its tokens are written back, and it has not left its row yet. Why it is not
         tried again; None if it is."""
+        life, noted = self._noted.get(group.group, (-1, []))
+        self._noted[group.group] = group.life, [*(noted if life == group.life else ()), sequence]
         sequence.deaths += 1
         sequence.proven = sequence.committed + PROVEN_TOKENS
         if group.alone is sequence:
             return f"each of {sequence.deaths} groups that ran the request has died, the last one with nothing else to do"
         return None
+
+    def came(self, group: ResidentGroup) -> None:
+        """A group is up. If its ranks are those that were taken for dead, they were not: whoever ran there is as before."""
+        life, noted = self._noted.pop(group.group, (-1, []))
+        for sequence in noted if life == group.life else ():
+            if sequence.state is not State.ENDED and sequence.deaths:
+                self._forgive(sequence)
+
+    def lost(self, group: GroupId) -> None:
+        """No rank of it comes back."""
+        self._noted.pop(group, None)
+
+    def _forgive(self, sequence: Sequence) -> None:
+        suspected, waits = sequence.suspect, sequence in self._state.waiting.apart
+        sequence.deaths -= 1
+        if sequence.suspect or not suspected:
+            return
+        for group in self._state.groups.values():
+            if group.alone is sequence:
+                group.alone = None
+        if waits:
+            self._state.waiting.apart.remove(sequence)
+            self._state.waiting.join([sequence])
+        self._state.waiting.made_room()
 
     def clear(self, group: ResidentGroup) -> bool:
         """Whether the one on trial there has come far enough: then it is as others are, and the group takes them."""

@@ -1,6 +1,6 @@
 """What stands in a group's pool, in the parts in which its leader tells a scheduler that is new to it.
 
-Imports `messages`, NumPy and `kvcache.standing`.
+Imports `leaders`, NumPy and `kvcache.standing`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from kvcache.hashing import TOKEN_DTYPE
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
-from scheduler.protocol.messages import Inventory
+from scheduler.protocol.leaders import Inventory
 
 MAX_PART_BYTES = 1 << 20
 """Of tokens in one message: neither side ever has a second copy of it all, and a beat gets through between two of them."""

@@ -1,7 +1,10 @@
 """Processes that outlive whoever started them, so that another can take them over; and that end by themselves if nobody does.
 
 An *owner* (the fleet of an `Engine`) says to each of its actors that it lives. An actor that has not heard of one for some time
-is an *orphan*. Imports `silence`; what ends a process is its actor's business.
+is an *orphan*, unless it is in use: a scheduler that has groups and front ends goes on for as long as it has, and so do ranks
+for as long as a scheduler says that it lives. Whoever owns the front ends ends all by ending them.
+
+Imports `silence`; what ends a process is its actor's business.
 """
 
 import threading
@@ -48,7 +51,7 @@ class OwnerWatch:
         threading.Thread(target=self._run, name="manta-owner-watch", daemon=True).start()
 
     def heard(self) -> None:
-        """An owner has called. From any thread."""
+        """An owner has called, or the process is in use. From any thread."""
         self._silence.heard(OWNER, self._clock())
 
     def _run(self) -> None:

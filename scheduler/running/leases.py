@@ -15,7 +15,8 @@ from operator import attrgetter
 
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.policy import VictimCost, choose_victim
-from scheduler.protocol.messages import Drop, Failure, FinishReason, Grant, Remap
+from scheduler.protocol.leaders import Drop, Grant, Remap
+from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.running.prefixes import WHOLE_PROMPT
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence, State

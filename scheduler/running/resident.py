@@ -7,7 +7,7 @@
     due          [ 513  ...]                    length at which a block fills or a grant is wanted (decoding rows)
     ring         [rows, ring]  int32            sampled tokens by position, until a block of them is written back
 
-Imports NumPy, `config`, `messages`, `policy`, `sequence` and `kvcache` ids.
+Imports NumPy, `config`, `leaders`, `messages`, `policy`, `sequence` and `kvcache` ids.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvcache.ids import BlockId, GroupId
-from scheduler.protocol.messages import NO_TOKEN, ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
+from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
+from scheduler.protocol.messages import NO_TOKEN
 from scheduler.sequence import Sequence, State, Tokens
 
 Ints = npt.NDArray[np.int64]
@@ -103,6 +104,7 @@ class ResidentGroup:
         self.backlog = 0
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self.reports = 0
+        self.life = epoch  # the epoch in which its ranks were started
         self.draining = False  # it takes no new sequences; whoever sets it touches the group
         self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up

@@ -21,7 +21,7 @@ import numpy as np
 from kvcache.ids import BlockId, GroupId, host_of, is_host
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.config import Counters
-from scheduler.protocol.messages import Cut, LeaseId, Load, Moved, Offload, Receive, Send
+from scheduler.protocol.leaders import Cut, LeaseId, Load, Moved, Offload, Receive, Send
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence
 

@@ -65,12 +65,13 @@ class SchedulerActor:
             why.show()
         self._told = Told(config, resolved, bounds, log_format)
         self._core = SchedulerCore(config, resolved, bounds)
-        self._server = SchedulerServer(self._core, token, check_invariants=config.check_invariants)
         self._closed = asyncio.Event()
         self._token = token
         self._port: int | None = None
         self._estate = estate
         self._owner = OwnerWatch(estate.adoption_timeout_s, self._orphaned) if estate is not None else None
+        used = self._owner.heard if self._owner is not None else lambda: None
+        self._server = SchedulerServer(self._core, token, check_invariants=config.check_invariants, used=used)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def listen(self) -> tuple[str, int]:

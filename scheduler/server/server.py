@@ -15,18 +15,9 @@ from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, identify_stream
 from scheduler.protocol.inventory import blocks_of
-from scheduler.protocol.messages import (
-    Beat,
-    Commands,
-    Deltas,
-    FromFrontEnd,
-    FromLeader,
-    Hello,
-    Inventory,
-    Opening,
-    Welcome,
-)
-from scheduler.protocol.silence import LOOK_S
+from scheduler.protocol.leaders import Beat, Commands, FromLeader, Hello, Inventory
+from scheduler.protocol.messages import Alive, Connect, Deltas, FromFrontEnd, Welcome
+from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from scheduler.protocol.wire import read_frame, write_frame
 from scheduler.running.resident import ProtocolError
 from scheduler.server.shell import Shell
@@ -36,16 +27,22 @@ from scheduler.server.vitals import Fenced, Vitals
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OPENING: type[Opening] = Opening  # type: ignore[assignment]  # a union is not a type to mypy
+OPENING: type[Hello | Connect] = Hello | Connect  # type: ignore[assignment]  # a union is not a type to mypy
 
 MAX_UNSENT_BYTES = 64 << 20
 """A front end that leaves so much unread is cut off: its requests end, and the others go on."""
 
+FRONT_END_PATIENCE = 5.0
+"""Times `hung_after_s`, that a front end may say nothing: somebody's own program may keep its threads from running."""
+
 
 class SchedulerServer:
-    """token: the secret that whoever connects must prove to know. check_invariants: after every event."""
+    """token: the secret that whoever connects must prove to know. check_invariants: after every event. used: called again and
+    again while it has front ends and groups."""
 
-    def __init__(self, core: SchedulerCore, token: str, *, check_invariants: bool = False) -> None:
+    def __init__(
+        self, core: SchedulerCore, token: str, *, check_invariants: bool = False, used: Callable[[], None] = lambda: None
+    ) -> None:
         self.core = core
         self._shell = Shell(core, self._tell_leader, self._tell_front_end, check_invariants=check_invariants)
         self._token = token
@@ -54,7 +51,9 @@ class SchedulerServer:
         self._front_ends: dict[int, asyncio.StreamWriter] = {}
         self._front_end_count = 0
         self._started_s = time.monotonic()
+        self._used = used
         self._vitals = Vitals(self._started_s, core.config.hung_after_s)
+        self._silence = Silence(self._started_s)  # of the front ends
         self._looking: asyncio.Task[None] | None = None
         self.fenced: dict[GroupId, Fenced] = {}
         """The last epoch of each group that was not listened to any more while its ranks might run on."""
@@ -161,14 +160,31 @@ class SchedulerServer:
 
     async def _look(self) -> None:
         """Nothing that hangs may keep what others could do."""
+        said_s = 0.0
         while True:
             await asyncio.sleep(LOOK_S)
-            for fenced in self._vitals.look(time.monotonic()):
+            now_s = time.monotonic()
+            if now_s - said_s >= BEAT_S:
+                said_s = now_s
+                for writer in [*self._leaders.values(), *self._front_ends.values()]:
+                    write_frame(writer, Alive())
+            for fenced in self._vitals.look(now_s):
                 logger.error("fencing epoch %d: %s", fenced.epoch, fenced.reason)
                 try:
                     self._fence(fenced)
                 except Exception:  # the others are looked after all the same
                     logger.exception("group %d could not be fenced", fenced.group)
+            self._leave_silent(now_s)
+            if self._front_ends and self.core.groups:
+                self._used()
+
+    def _leave_silent(self, now_s: float) -> None:
+        """Front ends that say nothing, though they may live: they ask for the same again once they can."""
+        for front_end, silent_s in self._silence.look(now_s).items():
+            writer = self._front_ends.get(front_end)
+            if silent_s > FRONT_END_PATIENCE * self.core.config.hung_after_s and writer is not None:
+                logger.error("front end %d has said nothing for %.1f s: its connection ends", front_end, silent_s)
+                writer.transport.abort()
 
     def _fence(self, fenced: Fenced) -> None:
         """What the epoch says counts no more, and its sequences go on elsewhere. Whoever has started it ends it, see
@@ -192,7 +208,7 @@ class SchedulerServer:
         """Only an epoch that the core accepts gets the group's log."""
         core.group_up(
             GroupId(hello.group), hello.epoch, hello.blocks, hello.max_num_seqs, host_blocks=hello.host_blocks,
-            ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True),
+            ports=hello.ports, standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=hello.life,
         )  # fmt: skip
         self._leaders[GroupId(hello.group)] = writer
         self._vitals.up(GroupId(hello.group), hello.epoch, time.monotonic())
@@ -201,12 +217,15 @@ class SchedulerServer:
         front_end = self._front_end_count
         self._front_end_count += 1
         self._front_ends[front_end] = writer
-        write_frame(writer, Welcome(self.core.config.block_size))
+        self._silence.heard(front_end, time.monotonic())
+        write_frame(writer, Welcome(self.core.config.block_size, self.core.config.hung_after_s))
         try:
             while (payload := await read_frame(reader)) is not None:
+                self._silence.heard(front_end, time.monotonic())
                 self._shell.front_end_says(front_end, self._requests.decode(payload))
         finally:
             del self._front_ends[front_end]
+            self._silence.forget(front_end)
             self.call(lambda core: core.front_end_down(front_end))
 
     # ---- what goes out

@@ -12,21 +12,8 @@ from typing import TypeVar
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.messages import (
-    Abort,
-    Commands,
-    Deltas,
-    Finished,
-    FinishReason,
-    FromFrontEnd,
-    FromLeader,
-    Moved,
-    Report,
-    Request,
-    Stop,
-    Submit,
-    Tally,
-)
+from scheduler.protocol.leaders import Commands, FromLeader, Moved, Report
+from scheduler.protocol.messages import Abort, Alive, Deltas, Finished, FinishReason, FromFrontEnd, Request, Stop, Submit, Tally
 from scheduler.queue.intake import streams_of
 from scheduler.queue.limits import RequestRefused
 from scheduler.server.tallies import Tallies
@@ -69,9 +56,10 @@ class Shell:
             self.busy_s += self._clock() - began_s
 
     def front_end_says(self, front_end: int, message: FromFrontEnd) -> None:
+        """What bears on the core or the tallies; that a front end lives is its shell's own."""
         if isinstance(message, Tally):
             self.tallies.add(message.metrics)
-        else:
+        elif not isinstance(message, Alive):
             self.call(lambda core: self._take(core, front_end, message))
 
     def leader_says(self, group: GroupId, message: FromLeader) -> None:

@@ -101,6 +101,14 @@ class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     def ready(self) -> bool:
         return self.engine is not None and any(group.up for group in self.engine.groups)
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why no group takes requests, in a few words; None: one does."""
+        if self.ready:
+            return None
+        placing = [start.group for start in self.starting if start.phase == "placing"]
+        return f"{self.phase}, and group {placing[0]} waits for room" if placing else self.phase
+
 
 def snapshot(core: SchedulerCore) -> EngineStats:
     """Costs time linear in the number of groups and live sequences."""

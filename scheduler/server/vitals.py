@@ -3,13 +3,13 @@
     a rank is stopped, or its host is gone    it says nothing: the leader to the scheduler, a peer to its leader, who tells
     a step does not end                       its leader says since when it is in it, and how long such a step may take
 
-A group without work is judged as well, or else it would be given some. Imports `silence` and `messages`.
+A group without work is judged as well, or else it would be given some. Imports `silence` and `leaders`.
 """
 
 from typing import NamedTuple
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Beat
+from scheduler.protocol.leaders import Beat
 from scheduler.protocol.silence import Silence
 
 

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.chaos`, its short form: no fault of a rank, and no pause of the scheduler, loses a stream or a token.
+"""`python -m benchmarks.chaos`, its short form: no fault of a rank, no pause of the scheduler, and no cut loses a stream
+or a token.
 
 What is promised of each fault: docs/reliability.md.
 """
@@ -14,7 +15,7 @@ from deploy.config.load import EMBEDDED_MODEL
 
 pytestmark = pytest.mark.ray
 
-SURVIVED = ("kill:leader", "stop:peer", "cut:peer", "pause:scheduler")
+SURVIVED = ("kill:leader", "stop:peer", "cut:peer", "pause:scheduler", "cut:scheduler", "cut:engine")
 STREAMS = 8
 
 

@@ -17,6 +17,8 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
+from benchmarks.chaos.faults import cut
+from cluster.engine import EngineError, OnDeltas, OnFailure
 from cluster.fleet.estate import end, find, latest_scheduler
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
@@ -105,10 +107,16 @@ def placements() -> list[str]:
 @contextlib.contextmanager
 def front_end(**options: int) -> Iterator[FrontEnd]:
     """Connected to the scheduler of that configuration."""
-    scheduler: Any = latest_scheduler(NAMESPACE, version(config(**options)))
-    handover = ray.get(scheduler.handover.remote(), timeout=PATIENCE_S)
-    limits = read_model_limits(TINY, None)
-    opened = FrontEnd(lambda *told: SchedulerStream(handover.host, handover.port, handover.token, *told), limits, None)
+
+    def connect(on_deltas: OnDeltas, on_failure: OnFailure) -> SchedulerStream:
+        scheduler: Any = latest_scheduler(NAMESPACE, version(config(**options)))
+        try:
+            handover = ray.get(scheduler.handover.remote(), timeout=PATIENCE_S)
+            return SchedulerStream(handover.host, handover.port, handover.token, on_deltas, on_failure)
+        except (AttributeError, ray.exceptions.RayError) as error:
+            raise EngineError("there is none, or it does not listen yet") from error
+
+    opened = FrontEnd(connect, read_model_limits(TINY, None), None)
     try:
         yield opened
     finally:
@@ -160,6 +168,61 @@ def test_what_an_owner_leaves_serves_on_and_is_taken_over(own: Callable[..., Own
         assert ranks[1] in all_named(WORKER, 2)
 
 
+def test_groups_that_an_owner_leaves_without_a_scheduler_are_taken_over(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    """They exchange blocks with the next ones as well, since the next scheduler has the same secret."""
+    first = own(FOREVER_S)
+    ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        first.kill()
+        os.kill(scheduler, signal.SIGKILL)
+        assert not any(stream.finished for stream in streams), "too short: they died after them"
+        second = own(FOREVER_S)
+        assert "took over 2 group(s), which have lost their scheduler" in second.said
+        assert tokens(streams) == expected
+        assert all_named(WORKER, 2) == ranks, "no weights were read again"
+        os.kill(ranks[0], signal.SIGKILL)
+        until("nobody looks after the group", lambda: len(set(named(WORKER)) - {*ranks}) == 1)
+        assert tokens(submit(opened)) == expected
+
+
+def test_a_group_that_is_cut_off_while_nobody_owns_it_comes_back_with_the_next_owner(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
+    first = own(FOREVER_S)
+    ranks = all_named(WORKER, 2)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        first.kill()
+        assert cut(ranks[0]) > 0
+        until("the other one does not serve", lambda: tokens(streams) == expected)
+        second = own(FOREVER_S)
+        assert "took over the scheduler and 2 group(s)" in second.said
+        assert tokens(submit(opened)) == expected
+        assert all_named(WORKER, 2) == ranks, "no weights were read again"
+
+
+def test_an_owner_that_was_stopped_ends_once_another_has_come(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    first = own(FOREVER_S)
+    ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)
+    first.process.send_signal(signal.SIGSTOP)
+    second = own(FOREVER_S)
+    assert "took over the scheduler and 2 group(s)" in second.said
+    os.kill(scheduler, signal.SIGKILL)
+    until("there is no other scheduler", lambda: named(SCHEDULER) not in ([], [scheduler]))
+    first.process.send_signal(signal.SIGCONT)
+    assert first.process.wait(PATIENCE_S) == 1
+    assert "another owner has come: this one ends its process" in first.said[-1]
+    with front_end() as opened:
+        assert tokens(submit(opened)) == expected
+    assert all_named(WORKER, 2) == ranks, "it has not touched what is another's"
+    assert len(named(SCHEDULER)) == 1
+
+
 def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> None:
     owner = own(SOON_S)
     left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
@@ -168,6 +231,33 @@ def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> Non
     owner.kill()
     assert not wait_gone(left, PATIENCE_S)
     until("a place is still taken", lambda: not placements())
+
+
+def test_what_nobody_owns_goes_on_for_as_long_as_it_is_used(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    owner = own(SOON_S)
+    left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
+    with front_end() as opened:
+        owner.kill()
+        time.sleep(2.5 * SOON_S)
+        assert alive(left) == left
+        assert tokens(submit(opened)) == expected
+    assert not wait_gone(left, PATIENCE_S), "its front end has gone"
+    until("a place is still taken", lambda: not placements())
+
+
+def test_an_owner_that_is_cut_off_owns_what_it_has(own: Callable[..., Owner], expected: list[list[int]]) -> None:
+    owner = own(FOREVER_S)
+    ranks, (scheduler,) = all_named(WORKER, 2), all_named(SCHEDULER, 1)
+    with front_end() as opened:
+        streams = submit(opened)
+        until("they do not begin", lambda: begun(streams))
+        assert cut(owner.process.pid) > 0
+        until("it has not noticed", lambda: any("was cut" in line for line in owner.said))
+        assert tokens(streams) == expected
+        assert (all_named(WORKER, 2), all_named(SCHEDULER, 1)) == (ranks, [scheduler]), "nobody was taken for dead"
+        os.kill(ranks[0], signal.SIGKILL)
+        until("nobody looks after the group", lambda: len(set(named(WORKER)) - {*ranks}) == 1)
+        assert tokens(submit(opened)) == expected
 
 
 def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(

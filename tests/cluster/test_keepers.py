@@ -13,6 +13,7 @@ from typing import ClassVar, cast
 import pytest
 import ray
 
+from benchmarks.chaos.faults import cut
 from cluster.engine import EngineError
 from cluster.fleet import health, restarts, scheduler_keeper
 from cluster.fleet.group import GroupHandle, _get
@@ -40,7 +41,7 @@ class Life:
         self.group, self.epoch = group, epoch
         self.phase = GroupStart(group, "placing")
         self.serves: set[int] = set()
-        self.killed = self.adopted = False
+        self.killed = self.adopted = self.waits = False
         self.rejoined = self.told = 0
         Life.made.append(self)
 
@@ -157,6 +158,32 @@ def test_groups_go_on_for_each_of_the_schedulers(
     assert scheduler.epoch == 3
     assert len(Life.made) == GROUPS, "none was started anew"
     assert "starts again" not in caplog.text
+
+
+@pytest.mark.usefixtures("groups")
+def test_a_scheduler_whose_connections_are_cut_is_the_same_one(
+    scheduler: SchedulerKeeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    (process,) = all_named(SCHEDULER, 1)
+    for times in (1, 2):
+        assert cut(process) > 0
+        until("nobody has noticed", lambda times=times: caplog.text.count("was cut: it is asked anew") >= times)  # type: ignore[misc]
+        assert scheduler.call("beat") == (), "it answers"
+    assert (scheduler.epoch, schedulers()) == (0, {process})
+    kill_scheduler()
+    until("its death is not noticed any more", lambda: scheduler.epoch == 1)
+    until("a group did not come back", lambda: rejoined(Life.made, 1))
+
+
+def test_a_scheduler_that_is_replaced_is_ended_though_it_lives(
+    scheduler: SchedulerKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Front ends would stay with it, and it has no groups any more."""
+    before = schedulers()
+    monkeypatch.setattr(scheduler_keeper, "_has_ended", lambda _end: True)
+    assert cut(*before) > 0
+    until("it was not replaced", lambda: scheduler.epoch == 1)
+    until("it lives on", lambda: not alive(before))
 
 
 class Deaf(Life):

@@ -1,7 +1,9 @@
 """A front end's stream to a scheduler that goes, or does not say what it should."""
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ from cluster import remote
 from cluster.engine import EngineError
 from cluster.remote import EncodedSubmit, SchedulerStream, merged
 from scheduler.protocol.handshake import identify
-from scheduler.protocol.messages import Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
+from scheduler.protocol.messages import Alive, Connect, Deltas, FromFrontEnd, Request, Stop, Submit, Welcome
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.protocol.wire import FrameSocket, listen
 
@@ -23,7 +25,7 @@ PATIENCE_S = 60.0
 class Scheduler:
     """The other end of one stream, which it opens too."""
 
-    def __init__(self) -> None:
+    def __init__(self, hung_after_s: float = math.inf) -> None:
         self.deltas: queue.SimpleQueue[Deltas] = queue.SimpleQueue()
         self.failures: queue.SimpleQueue[str] = queue.SimpleQueue()
         with listen("127.0.0.1") as listener:
@@ -33,7 +35,7 @@ class Scheduler:
             threading.Thread(target=lambda: opening.put(self._open(port)), daemon=True).start()
             self.socket = FrameSocket(listener.accept()[0])
             identify(self.socket, TOKEN, Connect)
-            self.socket.send(Welcome(16))
+            self.socket.send(Welcome(16, hung_after_s))
             self.stream = opening.get(timeout=PATIENCE_S)
 
     def _open(self, port: int) -> SchedulerStream:
@@ -59,6 +61,24 @@ def test_what_was_said_before_the_end_comes_before_it(scheduler: Scheduler) -> N
     assert scheduler.deltas.get_nowait() == said
     with pytest.raises(EngineError, match="the scheduler has gone"):
         scheduler.stream.submit([])
+
+
+def test_a_scheduler_that_says_nothing_is_left_and_one_that_says_it_lives_is_not() -> None:
+    scheduler = Scheduler(hung_after_s=2.0)
+    for _ in range(40):  # longer than that in all
+        scheduler.socket.send(Alive())
+        time.sleep(0.1)
+    assert scheduler.failures.empty()
+    reason = scheduler.failures.get(timeout=PATIENCE_S)
+    assert reason.startswith("the scheduler has said nothing for 2.")
+    with pytest.raises(EngineError, match="has said nothing"):
+        scheduler.stream.submit([])
+    scheduler.close()
+
+
+def test_a_front_end_says_that_it_lives(scheduler: Scheduler) -> None:
+    for _ in range(2):
+        assert msgspec.msgpack.decode(scheduler.socket.receive() or b"", type=Alive) == Alive()
 
 
 @pytest.mark.parametrize("nonsense", [{"hello": "world"}, 7, Welcome(16)])

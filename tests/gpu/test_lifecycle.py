@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from scheduler.protocol.messages import Copy, FinishReason
+from scheduler.protocol.leaders import Copy
+from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, REGEX, constrained, loop, mixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scheduler.protocol.messages import Copy
+from scheduler.protocol.leaders import Copy
 from scheduler.protocol.sampling import SamplingParams
 from tests.end_to_end.prompts import draw
 from tests.gpu.works import GPU, HOW, constrained, loop, mixture

@@ -21,25 +21,8 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.inventory import blocks_of
-from scheduler.protocol.messages import (
-    NO_MISSES,
-    Command,
-    Commands,
-    Cut,
-    Deltas,
-    Finished,
-    FinishReason,
-    Inventory,
-    Load,
-    Moved,
-    Offload,
-    Receive,
-    Report,
-    Request,
-    Resumption,
-    Send,
-    Started,
-)
+from scheduler.protocol.leaders import Command, Commands, Cut, Inventory, Load, Moved, Offload, Receive, Report, Send
+from scheduler.protocol.messages import NO_MISSES, Deltas, Finished, FinishReason, Request, Resumption, Started
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
@@ -117,7 +100,7 @@ class SimulatedGroup:
 
     def __init__(self, group: GroupId, epoch: int, rank: Rank, reporter: Reporter, host_blocks: int) -> None:
         self.group = group
-        self.epoch = epoch
+        self.epoch = self.life = epoch
         self.rank = rank
         self.reporter = reporter
         self.issued = 0
@@ -299,6 +282,13 @@ class Cluster:
             told += self._rejoin(before[GroupId(group)])
         return told
 
+    def cut(self, group: int) -> None:
+        """The connection to a group ends, and its ranks come back over another."""
+        before = self.groups.pop(GroupId(group))
+        self.core.group_down(before.group, LOST, returning=True)
+        self.settle()
+        self._rejoin(before)
+
     def _rejoin(self, before: SimulatedGroup) -> int:
         name, rank, epoch, blocks = before.group, before.rank, self.epochs[before.group], self.pools[before.group]
         self.epochs[name] += 1
@@ -307,10 +297,10 @@ class Cluster:
         sent = [msgspec.msgpack.encode(part) for part in inventory(rank.ledger, 40)]
         told = [msgspec.msgpack.decode(part, type=Inventory) for part in sent]
         self.groups[name] = group = SimulatedGroup(name, epoch, rank, Reporter(epoch, self.steps), self._host_blocks)
-        group.host = before.host
+        group.host, group.life = before.host, before.life
         self.core.group_up(
             name, epoch, blocks, self.max_num_seqs, host_blocks=self._host_blocks, ports=self._ports,
-            standing=blocks_of(told), host_standing=blocks_of(told, host=True),
+            standing=blocks_of(told), host_standing=blocks_of(told, host=True), life=before.life,
         )  # fmt: skip
         self.settle()
         return sum(len(part.blocks) // 4 for part in told)

@@ -332,6 +332,43 @@ class CoreMachine(RuleBasedStateMachine):
         assert not self.cluster.core.groups[group].running
         self.cluster.lose(group)
 
+    @rule(at=which, ends=st.sampled_from(["empty", "vacated", "dead", "cut"]), sure=st.integers(0, 2))
+    def renew(self, at: int, ends: str, sure: int) -> None:
+        """A group runs empty and is started anew, also the only one: requests wait for it. Or it dies, or the connection to it
+        is cut, in the midst of that."""
+        if sure or (group := self.group(at)) is None:
+            return
+        assert self.cluster.drain(group, returning=True)
+        resident = self.cluster.core.groups[group]
+        began = {sequence.stream for sequence in (*resident.running, *resident.fetching)}
+        for _ in range(50 if ends == "vacated" else 500 if ends == "empty" else 2):
+            if not resident.running and not resident.fetching:
+                break
+            if ends == "vacated":
+                self.cluster.vacate(group)
+            self.cluster.step()
+        now = {sequence.stream for sequence in (*resident.running, *resident.fetching)}
+        assert now <= began, "nobody has started there"
+        assert not now or ends in ("dead", "cut")
+        if ends == "cut":
+            self.cluster.cut(group)
+        else:
+            self.cluster.lose(group, returning=True)
+            self.cluster.bring_up(group)
+        assert not self.cluster.core.groups[group].draining, "who began it says so again"
+        self.events[f"renewed, {ends}"] += 1
+
+    @rule(at=which, sure=st.integers(0, 2))
+    def cut(self, at: int, sure: int) -> None:
+        """The connection to a group ends and it comes back over another: nobody is suspected for that."""
+        if sure or (group := self.group(at)) is None:
+            return
+        deaths = {key: sequence.deaths for key, sequence in self.cluster.core.sequences.items()}
+        self.cluster.cut(group)
+        for key, sequence in self.cluster.core.sequences.items():
+            assert sequence.deaths == deaths[key]
+        self.events["cut off"] += 1
+
     @precondition(lambda self: self.cluster.ghosts)
     @rule(at=which)
     def haunt(self, at: int) -> None:
@@ -402,6 +439,7 @@ def test_the_walks_go_where_the_bugs_are() -> None:
         "parts copied", "parts taken over", "waits for a block", "waits for a prompt's end", "shows what it fills",
         "expired", "skipped", "aged", "progressed", "refused by its deadline",
         "suspects", "resumed with tokens", "resumed from the beginning", "submitted again",
+        "renewed, empty", "renewed, vacated", "renewed, dead", "renewed, cut", "cut off",
         "lost the scheduler", "lost it in mid-sequence", "blocks told",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
@@ -477,6 +515,8 @@ def walk(seed: int, events: int, more: dict[str, float]) -> Counter[str]:
                 machine.lose(at, draw.random() < 0.5, draw.randint(0, 1))
                 machine.bring_up(at, draw.randint(0, 1))
                 machine.drain(at, draw.random() < 0.3, draw.randint(0, 2))
+                machine.renew(at, draw.choice(["empty", "vacated", "dead", "cut"]), draw.randint(0, 2))
+                machine.cut(at, draw.randint(0, 2))
                 if machine.cluster.ghosts:
                     machine.haunt(at)
     machine.teardown()

@@ -6,7 +6,8 @@ import pytest
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import FinishReason, Request, Start
+from scheduler.protocol.leaders import Start
+from scheduler.protocol.messages import FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import State

@@ -6,7 +6,7 @@ import pytest
 from kvcache.ids import BlockId, GroupId, host_of
 from kvcache.standing import Standing
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import Copy
+from scheduler.protocol.leaders import Copy
 from scheduler.running.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Cut, Load, Offload, Receive, Send
+from scheduler.protocol.leaders import Cut, Load, Offload, Receive, Send
 from simulator.transfers import LinkModel, SimulatedTransfers
 
 BLOCK = 10

@@ -16,22 +16,8 @@ import numpy as np
 
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
-from scheduler.protocol.messages import (
-    NO_TOKEN,
-    ROW_BITS,
-    ROW_MASK,
-    Command,
-    Copy,
-    Drop,
-    FinishReason,
-    Grant,
-    LeaseId,
-    Payload,
-    PromptLogprobs,
-    Remap,
-    Start,
-    TokenLogprobs,
-)
+from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Copy, Drop, Grant, LeaseId, Remap, Start
+from scheduler.protocol.messages import NO_TOKEN, FinishReason, Payload, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.rank import Rank, StepResult

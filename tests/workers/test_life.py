@@ -39,8 +39,19 @@ class Group:
         )  # fmt: skip
         config = replace(config, **options)
         self.entered: list[tuple[int, int]] = []
+        self.served = {rank: threading.Event() for rank in range(size)}
         self.ranks = [
-            RankLife(config, resolve(config, "cpu"), 0, 0, rank, PATIENCE_S, "127.0.0.1", self._entered(rank))
+            RankLife(
+                config,
+                resolve(config, "cpu"),
+                0,
+                0,
+                rank,
+                PATIENCE_S,
+                "127.0.0.1",
+                self._entered(rank),
+                self.served[rank].set,
+            )
             for rank in range(size)
         ]
         rendezvous = self.ranks[0].open()
@@ -180,6 +191,19 @@ def test_a_scheduler_that_is_gone_before_the_group_is_built_is_waited_for_as_wel
     again, end = answer(servers[1], PROMPT)
     assert again == tokens
     assert end.cached_tokens == 32
+    close(servers[1])
+    group.join()
+
+
+def test_every_rank_hears_that_its_scheduler_lives_and_of_the_next_one_as_well(servers: list[Served]) -> None:
+    group = Group(address(servers[0]), size=2)
+    for served in group.served.values():
+        assert served.wait(PATIENCE_S)
+    die(servers[0])
+    group.rejoin(servers[1], 1)
+    for served in group.served.values():
+        served.clear()
+        assert served.wait(PATIENCE_S)
     close(servers[1])
     group.join()
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import Start
+from scheduler.protocol.leaders import Start
 from workers.attention.base import PagedAttention
 from workers.execution.attend import ChunkAttend, DecodeAttend
 from workers.execution.chunks import PADDED_CHUNKS, ChunkInputs, ChunkStep

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import Start
+from scheduler.protocol.leaders import Start
 from workers.execution.inputs import build_step
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.loop.batch import Launched, ResidentBatch

@@ -8,7 +8,7 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
     computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
     block_table  [rows, blocks] int32         block ids; past a row's blocks: 0, never read
 
-Imports `scheduler.protocol.messages` and `scheduler.batching`.
+Imports `scheduler.protocol` and `scheduler.batching`.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.protocol.messages import (
-    NO_TOKEN,
-    ROW_MASK,
-    Command,
-    Copy,
-    Drop,
-    End,
-    FinishReason,
-    Grant,
-    LeaseId,
-    Movement,
-    Remap,
-    Start,
-)
+from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, End, Grant, LeaseId, Movement, Remap, Start
+from scheduler.protocol.messages import NO_TOKEN, FinishReason
 
 MEASURED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""

@@ -1,6 +1,6 @@
 """The step loop of a group: rank 0 takes commands from the scheduler, steps with its peers, and reports what was done.
 
-Imports `rank`, `reports` and `scheduler.protocol.messages`; transports come from outside.
+Imports `rank`, `reports` and `scheduler.protocol.leaders`; transports come from outside.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler.protocol.messages import Command, Moved, Report
+from scheduler.protocol.leaders import Command, Moved, Report
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 

@@ -4,7 +4,7 @@ Contents follow from what the log and the steps say anyway: `Start` brings the p
 rest, and what is copied to host memory is what stood here. A step costs an entry in a list; the list is worked off in one go,
 when a row is given up or there is enough of it.
 
-Imports NumPy, `scheduler.protocol.messages`, `batch` and `contents`.
+Imports NumPy, `scheduler.protocol.leaders`, `batch` and `contents`.
 """
 
 import queue
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kvcache.standing import Standing
 from scheduler.batching import Ints
 from scheduler.protocol.inventory import MAX_PART_BYTES, parts
-from scheduler.protocol.messages import (
+from scheduler.protocol.leaders import (
     ROW_MASK,
     Command,
     Copy,

@@ -1,7 +1,7 @@
 """The sockets of one group: its leader's stream to the scheduler, and the leader's turns to its peers.
 
 Each socket has a thread that reads it, so that a lost connection is noticed while the step loop computes or waits in a
-collective. Imports `leader`, `scheduler.protocol.wire` and `scheduler.protocol.messages`.
+collective. Imports `leader` and `scheduler.protocol`.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.protocol.handshake import Stranger, identify, meet
-from scheduler.protocol.messages import Beat, Command, Commands, Hello, Inventory, Moved, Report
+from scheduler.protocol.leaders import Beat, Command, Hello, Inventory, Moved, Report, ToLeader
+from scheduler.protocol.messages import Alive
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
 from workers.loop.leader import LinkClosed, SchedulerGone
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 OnLost = Callable[[str], None]
 OnMoved = Callable[[Moved], None]
+OnAlive = Callable[[], None]
 FROM_PEER: type[Moved | Beat] = Moved | Beat  # type: ignore[assignment]  # a union is not a type to mypy
+FROM_SCHEDULER: type[ToLeader] = ToLeader  # type: ignore[assignment]
 
 
 class Greeting(msgspec.Struct, frozen=True, array_like=True):
@@ -34,7 +37,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
     port: str
 
 
-class Turn(msgspec.Struct, frozen=True, array_like=True):
+class Turn(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """What a peer needs for its next turn. held: see `Rank.held`. epoch: of the group from this turn on."""
 
     commands: tuple[Command, ...]
@@ -42,12 +45,18 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
     epoch: int = 0
 
 
+FROM_LEADER: type[Turn | Alive] = Turn | Alive  # type: ignore[assignment]
+
+
 class SocketLink:
     """The leader's `SchedulerLink`. Commands arrive in order and without a gap, or the link counts as broken."""
 
-    def __init__(self, host: str, port: int, token: str, hello: Hello, told: Sequence[Inventory] = ()) -> None:
-        """told: what stands in the pool; `hello` says in how many parts. Errors: SchedulerGone if nobody listens there, or
-        somebody who does not know the token, or goes."""
+    def __init__(
+        self, host: str, port: int, token: str, hello: Hello, told: Sequence[Inventory] = (), on_alive: OnAlive = lambda: None
+    ) -> None:
+        """told: what stands in the pool; `hello` says in how many parts. on_alive: called from a thread whenever the scheduler
+        says that it lives. Errors: SchedulerGone if nobody listens there, or somebody who does not know the token, or goes."""
+        self._on_alive = on_alive
         try:
             self._socket = meet(host, port, token, hello)
             for part in told:
@@ -85,7 +94,10 @@ class SocketLink:
         self._socket.close()
 
     def _read(self) -> None:
-        for batch in self._socket.messages(Commands):
+        for batch in self._socket.messages(FROM_SCHEDULER):
+            if isinstance(batch, Alive):
+                self._on_alive()
+                continue
             if batch.first != self._expected:
                 break
             self._expected += len(batch.commands)
@@ -130,6 +142,12 @@ class SocketFeed:
         except OSError as error:
             raise LinkClosed(f"a peer has gone: {error}") from error
 
+    def alive(self) -> None:
+        """Tells the peers, from any thread, that the scheduler lives. One that has gone is the step loop's to notice."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.send(Alive())
+
     def close(self) -> None:
         for peer in self._peers.values():
             peer.close()
@@ -169,16 +187,16 @@ class SocketFeed:
 
 class SocketInbox:
     """A peer's `PeerInbox`. on_lost: called from a thread when the leader has gone. on_epoch: called by `receive` with each
-    epoch after `epoch`, before its first turn."""
+    epoch after `epoch`, before its first turn. on_alive: called from a thread whenever the scheduler is known to live."""
 
     def __init__(
         self, host: str, port: int, token: str, greeting: Greeting, on_lost: OnLost, on_epoch: Callable[[int], None],
-        epoch: int = 0,
+        epoch: int = 0, on_alive: OnAlive = lambda: None,
     ) -> None:  # fmt: skip
         """Errors: OSError if nobody listens there, or somebody who does not know the token."""
         self._socket = meet(host, port, token, greeting)
         self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
-        self._on_lost, self._on_epoch = on_lost, on_epoch
+        self._on_lost, self._on_epoch, self._on_alive = on_lost, on_epoch, on_alive
         self._epoch = epoch
         threading.Thread(target=self._read, name="manta-leader-link", daemon=True).start()
 
@@ -200,7 +218,10 @@ class SocketInbox:
         self._socket.close()
 
     def _read(self) -> None:
-        for turn in self._socket.messages(Turn):
-            self._turns.put(turn)
+        for turn in self._socket.messages(FROM_LEADER):
+            if isinstance(turn, Alive):
+                self._on_alive()
+            else:
+                self._turns.put(turn)
         self._turns.put(None)
         self._on_lost("the leader has gone")

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from scheduler.protocol.messages import Beat
+from scheduler.protocol.leaders import Beat
 from scheduler.protocol.silence import BEAT_S, LOOK_S, Silence
 from workers.loop.batch import Launched
 

@@ -1,7 +1,7 @@
 """One rank's part in its group: the resident batch, what executes it, and the verbs plan, execute, commit.
 
 The same object runs in the leader, in its peers and in simulations; only the executor differs.
-Imports `batch`, `ledger` and `scheduler.protocol.messages`; no torch, no ray.
+Imports `batch`, `ledger` and `scheduler.protocol`; no torch, no ray.
 """
 
 from collections import deque
@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.messages import ROW_MASK, Command, Copy, Drop, FinishReason, LeaseId, Movement, Start
+from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, LeaseId, Movement, Start
+from scheduler.protocol.messages import FinishReason
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.ledger import Ledger
 from workers.loop.pulse import Kind, Pulse, kind_of

@@ -1,6 +1,6 @@
 """From committed steps to reports: consecutive decode steps of the same leases travel together.
 
-Imports NumPy, `rank` and `scheduler.protocol.messages`.
+Imports NumPy, `rank` and `scheduler.protocol`.
 """
 
 import math
@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scheduler.protocol.messages import NO_TOKEN, Report
+from scheduler.protocol.leaders import Report
+from scheduler.protocol.messages import NO_TOKEN
 from workers.loop.rank import StepResult
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.messages import Start
+from scheduler.protocol.leaders import Start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import StepTokens, row_of
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import Cut, Load, Moved, Movement, Offload, Receive, Send
+from scheduler.protocol.leaders import Cut, Load, Moved, Movement, Offload, Receive, Send
 from workers.moving.lane import Lane, LaneAbort, TransferFailed
 from workers.moving.side import Ready, Side, copy_blocks
 

@@ -12,23 +12,39 @@ from deploy.doors.dialects.tools.formats import grammar_of
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.reading import check_model, check_numbers, sampling_params
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import FurtherModel, FurtherModels
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.text.prompts import USUAL_PARAMS, USUAL_TERMS, Conversation, Prompt, PromptError, Terms
 from scheduler.protocol.sampling import SamplingParams
 
 
+class Readers:
+    """Of all models of an endpoint: which of them a request is for."""
+
+    def __init__(self, service: Service, config: ServeConfig, further: FurtherModels) -> None:
+        """service: of the first model, which is meant where a request names none."""
+        self._first = Reader(service, config)
+        self._further = further
+
+    def of(self, name: str) -> "Reader":
+        """Errors: RequestError NOT_FOUND."""
+        if (model := self._further.get(name)) is not None:
+            return model.once(_further_reader)
+        check_model(name or None, self._first.service.model)
+        return self._first
+
+
 class Reader:
-    """Reads requests for one service."""
+    """Reads requests for the model of one service."""
 
     def __init__(self, service: Service, config: ServeConfig) -> None:
-        self._service = service
+        self.service = service
         self._config = config
         self._grammars = Grammars(service.model)
 
     async def request(self, request: pb.GenerateRequest, caller: Caller) -> Prompt:
         """Errors: RequestError."""
-        self.check_model(request.model)
         params = await self._params(request, caller.account)
         terms = caller.terms(self._config, request.cache_salt, request.priority)
         return await self.prompt(request.prompt, params, terms)
@@ -43,25 +59,14 @@ class Reader:
                 case None:
                     raise RequestError.invalid("the prompt is missing: give text, token_ids or chat", "prompt")
                 case "text":
-                    return await self._service.prompt(prompt.text, params, terms)
+                    return await self.service.prompt(prompt.text, params, terms)
                 case "token_ids":
-                    return await self._service.prompt(list(prompt.token_ids.ids), params, terms)
+                    return await self.service.prompt(list(prompt.token_ids.ids), params, terms)
                 case _:
                     messages = [{"role": message.role, "content": message.content} for message in prompt.chat.messages]
-                    return await self._service.prompt(Conversation(messages), params, terms)
+                    return await self.service.prompt(Conversation(messages), params, terms)
         except PromptError as error:
             raise RequestError.of_prompt(error, error.field or f"prompt.{kind}") from None
-
-    def check_model(self, name: str) -> None:
-        """Errors: RequestError NOT_FOUND."""
-        check_model(name or None, self._service.model)
-
-    def check_size(self, size_bytes: int) -> None:
-        """Errors: RequestError TOO_LARGE."""
-        limit = self._config.max_request_bytes
-        if size_bytes > limit:
-            said = f"the request has {size_bytes} bytes: send at most {limit}, or let the server take more (max_request_bytes)"
-            raise RequestError(Fault.TOO_LARGE, said)
 
     async def _params(self, request: pb.GenerateRequest, account: str) -> SamplingParams:
         """What the request does not set is left to the defaults of `SamplingParams`."""
@@ -81,6 +86,18 @@ class Reader:
         params = sampling_params(**given)
         await self._grammars.check(grammar, guide or "", account)
         return params
+
+
+def _further_reader(model: FurtherModel) -> Reader:
+    return Reader(model.service, model.config)
+
+
+def check_size(size_bytes: int, config: ServeConfig) -> None:
+    """Errors: RequestError TOO_LARGE."""
+    limit = config.max_request_bytes
+    if size_bytes > limit:
+        said = f"the request has {size_bytes} bytes: send at most {limit}, or let the server take more (max_request_bytes)"
+        raise RequestError(Fault.TOO_LARGE, said)
 
 
 def named(request_id: str) -> str:

@@ -21,11 +21,12 @@ from grpc_reflection.v1alpha import reflection
 from deploy.config.serve import ServeConfig, is_loopback
 from deploy.doors.access import ApiKeys, Caller
 from deploy.doors.connections import BoundedCalls
-from deploy.doors.grpc.reading import Reader, named
-from deploy.doors.grpc.writing import Writer, merged
+from deploy.doors.grpc.reading import Readers, check_size, named
+from deploy.doors.grpc.writing import Writer, card, merged
 from deploy.doors.openai.errors import error_headers
 from deploy.doors.openai.reading import at_most
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Service
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
@@ -41,7 +42,7 @@ SERVICER_FUNCTIONS = (
 """For Serve's `gRPCOptions`: the services that its proxy passes on to the ingress. It adds reflection by itself."""
 
 HEALTH_NAMES = ("", SERVICE_NAME)
-"""Services that have a health: the server as a whole, and the model. They share it."""
+"""Services that have a health: the server as a whole, and its one API. They share it."""
 
 HEALTH_PERIOD_S = 1.0
 """How often a watcher of the health looks."""
@@ -98,15 +99,18 @@ class GrpcDoor:
     """
 
     def __init__(
-        self, service: Service, config: ServeConfig, keys: ApiKeys, abort_everywhere: AbortEverywhere | None = None
-    ) -> None:
-        """abort_everywhere: None where this process has all requests."""
-        self._service = service
+        self, service: Service, config: ServeConfig, keys: ApiKeys, abort_everywhere: AbortEverywhere | None = None,
+        further: FurtherModels | None = None,
+    ) -> None:  # fmt: skip
+        """service: of the first model. abort_everywhere: None where this process has all requests. further: models beside the
+        first."""
+        self._first = service
+        self._further = FurtherModels() if further is None else further
         self._config = config
         self._keys = keys
         self._own_machine_only = config.auth and not keys  # Serve's proxy listens on all interfaces, whatever `host` says
         self._abort_everywhere = abort_everywhere
-        self._reader = Reader(service, config)
+        self._readers = Readers(service, config, self._further)
 
     # ---- manta.v1.Manta ----
 
@@ -131,9 +135,9 @@ class GrpcDoor:
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         with _reported(context):
             self._check(request, context)
-            self._reader.check_model(request.model)
-            prompt = await self._reader.prompt(request.prompt)
-            limit = self._service.model.limits.max_tokens
+            reader = self._readers.of(request.model)
+            prompt = await reader.prompt(request.prompt)
+            limit = reader.service.model.limits.max_tokens
             return pb.TokenizeResponse(token_ids=prompt.token_ids, max_model_len=limit)
         return pb.TokenizeResponse()
 
@@ -144,22 +148,20 @@ class GrpcDoor:
                 raise RequestError.invalid("request_id is missing: say which request shall end", "request_id")
             whose = request.request_id, self._account(context)
             if self._abort_everywhere is None:
-                return pb.AbortResponse(aborted=self._service.abort(*whose))
+                return pb.AbortResponse(aborted=sum(service.abort(*whose) for service in self._services()))
             return pb.AbortResponse(aborted=await self._abort_everywhere(*whose))
         return pb.AbortResponse()
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         with _reported(context):
             self._check(request, context)
-            model = self._service.model
-            card = pb.Model(name=model.name, created=model.created, max_model_len=model.limits.max_tokens)
-            return pb.ListModelsResponse(models=[card])
+            return pb.ListModelsResponse(models=[card(service.model) for service in self._services()])
         return pb.ListModelsResponse()
 
     # ---- grpc.health.v1.Health ----
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
-        """SERVING: this process reaches the scheduler, and at least one group is up. Needs no key."""
+        """SERVING: this process reaches the scheduler of a model of which at least one group is up. Needs no key."""
         status = await self._health(request.service)
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             context.set_code(grpc.StatusCode.NOT_FOUND)
@@ -186,8 +188,12 @@ class GrpcDoor:
     async def _health(self, name: str) -> Any:
         if name not in HEALTH_NAMES:
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        ready = await self._service.ready()
-        return health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        ready = await asyncio.gather(*(service.ready() for service in self._services()))
+        return health_pb2.HealthCheckResponse.SERVING if any(ready) else health_pb2.HealthCheckResponse.NOT_SERVING
+
+    def _services(self) -> list[Service]:
+        """Of all models."""
+        return [self._first, *(model.service for model in self._further)]
 
     # ---- one request ----
 
@@ -197,7 +203,7 @@ class GrpcDoor:
             said = "without API keys this server answers its own machine only: give it some (api_key_file), or say --no-auth"
             raise RequestError(Fault.UNAUTHENTICATED, said)
         self._account(context)
-        self._reader.check_size(request.ByteSize())
+        check_size(request.ByteSize(), self._config)
 
     def _account(self, context: Context) -> str:
         """That of the call's API key, "" where there are no keys. Errors: RequestError."""
@@ -206,9 +212,10 @@ class GrpcDoor:
     async def _responses(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Errors: RequestError."""
         caller = self._caller(request.request_id, context)
-        prompt = await self._reader.request(request, caller)
+        reader = self._readers.of(request.model)
+        prompt = await reader.request(request, caller)
         writer = Writer(caller.request_id, len(prompt.token_ids))
-        generated = self._service.generate([prompt], request_id=caller.request_id, traceparent=caller.traceparent)
+        generated = reader.service.generate([prompt], request_id=caller.request_id, traceparent=caller.traceparent)
         async with aclosing(generated) as deltas:
             async for _, delta in deltas:
                 yield writer.response(delta)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from deploy.frontend.outputs import ChoiceDelta, Logprob, OutputDelta
+from deploy.frontend.service import ServedModel
 from deploy.proto import manta_pb2 as pb
 
 FINISH_REASONS = {
@@ -31,6 +32,10 @@ class Writer:
             prompt_logprobs=map(_token_logprobs, delta.prompt_logprobs or ()),
             usage=self._usage if delta.finished else None,
         )
+
+
+def card(model: ServedModel) -> pb.Model:
+    return pb.Model(name=model.name, created=model.created, max_model_len=model.limits.max_tokens)
 
 
 def merged(parts: Iterable[pb.GenerateResponse]) -> pb.GenerateResponse:

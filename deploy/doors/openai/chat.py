@@ -9,6 +9,7 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.dialects.reasoning.reasoning import ReasoningFormat, Thinking
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.dialects.tools.tools import ToolDialect, Tools, read_tools
+from deploy.doors.openai import reading
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
 from deploy.doors.openai.answers.logprobs import Entry, chat_logprobs, vllm_prompt_logprobs
 from deploy.doors.openai.answers.records import (
@@ -28,7 +29,7 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service import Service
 from deploy.text.messages import for_template
-from deploy.text.prompts import Conversation, Prompt
+from deploy.text.prompts import Conversation, Prompt, PromptError
 
 NO_EFFORT = "none"
 
@@ -111,6 +112,15 @@ class Chat(Endpoint[ChatRequest]):
         super().__init__(service, config, grammars)
         self._dialect = ToolDialect.of(service.model.tokenizer, config.tool_parser)
         self._reasoning = ReasoningFormat.of(service.model.tokenizer, config.reasoning_parser)
+
+    async def prompt_ids(self, request: ChatRequest) -> list[int]:
+        """What the model would be given. Errors: RequestError."""
+        reading.check_model(request.model, self._service.model)
+        try:
+            (content,) = self._contents(request, self._tools(request))
+            return (await self._service.prompt(content)).token_ids
+        except PromptError as error:
+            raise RequestError.of_prompt(error, error.field or self.prompt_field) from None
 
     def _tools(self, request: ChatRequest) -> Tools | None:
         return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)

@@ -26,11 +26,13 @@ def body_of(request: type[msgspec.Struct]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": _json(request)}}
 
 
-def answers(response: type[msgspec.Struct], streamed: bool = False) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`. streamed: also as server-sent events."""
+def answers(
+    response: type[msgspec.Struct], streamed: bool = False, error: type[msgspec.Struct] = ErrorBody
+) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`. streamed: also as server-sent events. error: the body of what is no success."""
     content = _json(response) | ({"text/event-stream": {}} if streamed else {})
     success: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": content}}
-    return success | {status: {"description": words, "content": _json(ErrorBody)} for status, words in ERRORS.items()}
+    return success | {status: {"description": words, "content": _json(error)} for status, words in ERRORS.items()}
 
 
 def add_schemas(document: dict[str, Any], *records: type[msgspec.Struct], strict: bool) -> None:

@@ -1,8 +1,9 @@
 """A request's way to the service, and its output's way back, whole or as it comes: what completions and chat have in common.
 
-    body ──read──▶ request ──begin──▶ Telling ◀──deltas── service
-                                         └──whole──▶ a response's record,  or ──parts, chunk──▶ encoded events
+    body ──read──▶ request ──accept──▶ Accepted ──▶ Telling ◀──deltas── service
+                                                       └──whole──▶ a response's record,  or ──parts, chunk──▶ encoded events
 
+A door whose answers have another shape turns its requests into these, and tells what `accept` and `deltas` give in its own way.
 Knows nothing of HTTP: a request's record comes in, a response's record or encoded events go out.
 """
 
@@ -10,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -40,19 +41,26 @@ from deploy.text.tokenizer import Tokenizer
 R = TypeVar("R", bound=GenerationRequest)
 
 
-class Telling(ABC, Generic[R]):
-    """How the output of one request is told. heading: what every response and chunk of it says: id, created, model. tools: what
-    the model may call, to find its calls in the output; thinking: how it thinks, to find its thoughts."""
+@dataclass(frozen=True, slots=True)
+class Accepted(Generic[R]):
+    """A request as the service takes it. tools: what the model may call, to find its calls in the output; thinking: how it
+    thinks, to find its thoughts."""
 
-    def __init__(
-        self, request: R, heading: dict[str, Any], prompts: list[Prompt], tools: Tools | None, thinking: Thinking | None,
-        tokenizer: Tokenizer | None,
-    ) -> None:  # fmt: skip
-        self.request = request
+    request: R
+    prompts: list[Prompt]
+    tools: Tools | None
+    thinking: Thinking | None
+
+
+class Telling(ABC, Generic[R]):
+    """How the output of one request is told. heading: what every response and chunk of it says: id, created, model."""
+
+    def __init__(self, accepted: Accepted[R], heading: dict[str, Any], tokenizer: Tokenizer | None) -> None:
+        self.request = accepted.request
         self.heading = heading
-        self.prompts = prompts
-        self.tools = tools
-        self.thinking = thinking
+        self.prompts = accepted.prompts
+        self.tools = accepted.tools
+        self.thinking = accepted.thinking
         self.tokenizer = tokenizer
         self.names = TokenNames(tokenizer)
 
@@ -190,9 +198,9 @@ class Endpoint(ABC, Generic[R]):
         asked = digest(*map(str.encode, owner), msgspec.json.encode(request))
         return Mark(asked, int(time.time())) if last_id is None else read_mark(last_id, asked)
 
-    async def _begin(self, request: R, caller: Caller, created: int, warnings: Warnings) -> Telling[R]:
-        """Prompts one after the other, so that many of one request hold up nobody else's. created: seconds since 1970.
-        Errors: RequestError of the first that has one; the rest is not read."""
+    async def accept(self, request: R, caller: Caller, warnings: Warnings) -> Accepted[R]:
+        """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
+        that has one; the rest is not read."""
         reading.check(request, self._service.model, self._config)
         tools = self._tools(request)
         grammar, asked_by = reading.format_asked(request, warnings)
@@ -213,18 +221,27 @@ class Endpoint(ABC, Generic[R]):
             prompts = [replace(prompt, params=params) for prompt in prompts]
         for what in await self._grammars.check(grammar, asked_by, caller.account):
             warnings.add(unenforced(asked_by, what))
-        named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
-        return self.answer(request, named, prompts, tools, thinking, self._service.model.tokenizer)
+        return Accepted(request, prompts, tools, thinking)
 
-    def _meter(self, answer: Telling[R]) -> UsageMeter:
-        return UsageMeter(answer.prompts, answer.thinking, reasons=self._config.miss_reasons)
+    def deltas(
+        self, prompts: Sequence[Prompt], caller: Caller, told: Sequence[Sequence[Told]] = ()
+    ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        """What is new, with the position of its prompt, until all has been said; see `Service.generate`."""
+        return self._service.generate(prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told)
 
     def _deltas(
         self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        return self._service.generate(
-            answer.prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told
-        )
+        return self.deltas(answer.prompts, caller, told)
+
+    def _meter(self, answer: Telling[R]) -> UsageMeter:
+        return UsageMeter(answer.prompts, answer.thinking, reasons=self._config.miss_reasons)
+
+    async def _begin(self, request: R, caller: Caller, created: int, warnings: Warnings) -> Telling[R]:
+        """created: seconds since 1970. Errors: RequestError."""
+        accepted = await self.accept(request, caller, warnings)
+        named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
+        return self.answer(accepted, named, self._service.model.tokenizer)
 
     def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
         """What the model may call. Errors: RequestError."""

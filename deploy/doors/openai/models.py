@@ -1,28 +1,33 @@
-"""`/v1/models`, `/tokenize` and `/detokenize`: what the model is, and what text is to it. No HTTP."""
+"""`/v1/models`, `/tokenize` and `/detokenize`: what models there are, and what text is to one. No HTTP."""
 
-from deploy.doors.openai.answers.records import ModelCard, ModelList, Text, Tokens
+from deploy.doors.openai.answers.records import ModelCard, Text, Tokens
 from deploy.doors.openai.reading import check_model
 from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
 from deploy.frontend.errors import RequestError
-from deploy.frontend.service import Service
+from deploy.frontend.further import FurtherModels
+from deploy.frontend.service import ServedModel, Service
 from deploy.text.messages import for_template
 from deploy.text.prompts import Conversation, Prompt, PromptError
 
 
-class Models:
-    """The one model of a service."""
+def card(model: ServedModel) -> ModelCard:
+    return ModelCard(id=model.name, created=model.created, max_model_len=model.limits.max_tokens)
+
+
+def one_of(name: str, first: Service, further: FurtherModels) -> Service:
+    """Whose name that is. Errors: RequestError NOT_FOUND."""
+    if (found := further.get(name)) is not None:
+        return found.service
+    check_model(name, first.model)
+    return first
+
+
+class TokenTexts:
+    """Texts and tokens of the one model of a service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._model = service.model
-
-    def all(self) -> ModelList:
-        return ModelList(data=[self._card()])
-
-    def one(self, name: str) -> ModelCard:
-        """Errors: RequestError NOT_FOUND."""
-        check_model(name, self._model)
-        return self._card()
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
         """Errors: RequestError."""
@@ -62,7 +67,3 @@ class Models:
         except PromptError as error:
             field = error.field or ("prompt" if request.messages is None else "messages")
             raise RequestError.of_prompt(error, field) from None
-
-    def _card(self) -> ModelCard:
-        model = self._model
-        return ModelCard(id=model.name, created=model.created, max_model_len=model.limits.max_tokens)

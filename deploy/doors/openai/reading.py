@@ -3,6 +3,7 @@
 Imports the schemas and the engine's records; no HTTP.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
 from deploy.doors.dialects.tools.formats import grammar_of
-from deploy.doors.openai.schemas import GenerationRequest
+from deploy.doors.openai.schemas import GenerationRequest, SampledRequest
 from deploy.doors.openai.unknown import shortened, without_unknown
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
@@ -53,9 +54,7 @@ def read(body: bytes, kind: type[R], warnings: Warnings, *, strict: bool) -> R:
 def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -> None:
     """What holds for completions and chat alike. Errors: RequestError."""
     check_model(request.model, model)
-    for name, reason in request.REFUSED.items():
-        if getattr(request, name) not in (None, ""):
-            raise RequestError.invalid(f"{name} is not supported: {reason}", name)
+    check_refused(request)
     if request.stream_options is not None and not request.stream:
         raise RequestError.invalid("stream_options goes with stream=true: leave it out, or stream", "stream_options")
     if request.stream and request.prompt_logprobs is not None:
@@ -64,13 +63,22 @@ def check(request: GenerationRequest, model: ServedModel, config: ServeConfig) -
     check_numbers(config, request.n or 1, stops, len(request.logit_bias or ()))
 
 
+def check_refused(request: SampledRequest, nothing: Sequence[Any] = (None, "")) -> None:
+    """nothing: values that ask for nothing. Errors: RequestError."""
+    for name, reason in request.REFUSED.items():
+        if getattr(request, name) not in nothing:
+            raise RequestError.invalid(f"{name} is not supported: {reason}", name)
+
+
 def check_model(asked: str | None, model: ServedModel) -> None:
     """A request may leave the model out. Errors: RequestError NOT_FOUND."""
     if asked is not None and asked != model.name:
         raise RequestError(
-            Fault.NOT_FOUND, f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}", param="model",
+            Fault.NOT_FOUND,
+            f"the model {shortened(asked)!r} does not exist here: ask for {model.name!r}, or another that /v1/models lists",
+            param="model",
             code="model_not_found",
-        )  # fmt: skip
+        )
 
 
 def check_numbers(config: ServeConfig, choices: int, stops: int, biases: int) -> None:

@@ -28,15 +28,14 @@ class StreamOptions(Record, frozen=True, kw_only=True):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(Record, frozen=True, kw_only=True):
-    """What completions and chat have in common. `REFUSED` and `IGNORED` say why a known field is not for this server."""
+class SampledRequest(Record, frozen=True, kw_only=True):
+    """What all requests for text have in common, and call the same. `REFUSED` and `IGNORED` say why a known field is not for
+    this server."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
     IGNORED: ClassVar[frozenset[str]] = frozenset()
 
     model: str | None = None
-    n: Count | None = None
-    max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0.0)] | None = None
     top_p: Share | None = None
     presence_penalty: Penalty | None = None
@@ -45,7 +44,6 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = None
     # vLLM's
     top_k: Annotated[int, Meta(ge=-1, le=INT32)] | None = None
@@ -54,16 +52,24 @@ class GenerationRequest(Record, frozen=True, kw_only=True):
     stop_token_ids: list[AtLeastZero] | None = None
     min_tokens: AtLeastZero | None = None
     ignore_eos: bool | None = None
-    prompt_logprobs: Top | None = None
     cache_salt: str | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=INT32)] | None = None
-    response_format: dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_grammar: str | None = None
     # Manta's
     timeout: Annotated[float, Meta(gt=0.0)] | None = None
+
+
+class GenerationRequest(SampledRequest, frozen=True, kw_only=True):
+    """What completions and chat have in common."""
+
+    n: Count | None = None
+    max_tokens: Count | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Top | None = None
+    response_format: dict[str, Any] | None = None
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ ENTRIES = [
     entry("two prompts", prompt=["def a(", "def b("], temperature=0, echo=True),
     entry("other model", model="gpt"),
     entry("bad field", temprature=1),
+    *(entry(f"unknown {number}", temperature=0, reticulation="splines") for number in range(2)),
     entry("bad value", CHAT, temperature=-1),
     entry("too long", prompt="def " * 5000),
     entry("json", CHAT, temperature=0, max_tokens=40, response_format={"type": "json_schema", "json_schema": {
@@ -60,7 +61,7 @@ def without_names(body: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in ("id", "created")} | {"usage": usage}
 
 
-def test_the_service_and_the_endpoint_answer_the_same(tmp_path: Path) -> None:
+def test_the_service_and_the_endpoint_answer_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own_output, endpoint_output = tmp_path / "own.jsonl", tmp_path / "endpoint.jsonl"
     config = configured()
 
@@ -82,6 +83,8 @@ def test_the_service_and_the_endpoint_answer_the_same(tmp_path: Path) -> None:
         assert without_names(each["response"]["body"]) == without_names(mine["body"])
     assert answers["bad field"]["body"]["error"]["param"] == "temprature"
     assert answers["json"]["body"]["choices"][0]["message"]["content"].replace(" ", "") == '{"a":7}'
+    warned = [record.getMessage() for record in caplog.records if "reticulation" in record.getMessage()]
+    assert len(warned) == 2, "each job says it once, whoever answers"
     for name in ("def f0(x):", "two prompts"):
         assert answers[name]["body"]["usage"]["completion_tokens"] > 0
 

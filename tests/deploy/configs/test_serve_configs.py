@@ -9,7 +9,10 @@ from ray.serve._private.build_app import build_app
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
-from deploy.config.load import KEYS_VARIABLE, ConfigError, endpoint_config, read_api_keys
+from deploy.app import build as build_endpoint
+from deploy.app import build_further, further_name
+from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError, endpoint_config, load_config, read_api_keys
+from deploy.config.serve import ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
 from tests.deploy.configs.files import CONFIGS, REPOSITORY, SERVE_FILES, SERVICE_FILES, serve_tree
 
@@ -106,6 +109,46 @@ def test_all_have_one_structure(name: str) -> None:
     same = ("name", "route_prefix", "import_path")
     assert [application(name)[key] for key in same] == [application("serve.yaml")[key] for key in same]
     assert application(name)["args"].keys() == application("serve.yaml")["args"].keys()
+
+
+def test_several_models_are_an_application_each() -> None:
+    tree = serve_tree("serve-models.yaml")
+    assert ServeDeploySchema.model_validate(tree).model_dump(mode="json", exclude_unset=True) == tree
+    first, *further = tree["applications"]
+    assert (first["import_path"], further[0]["import_path"]) == ("deploy.app:build", "deploy.app:build_further")
+    assert all(each["name"].startswith(f"{first['name']}:") and each["route_prefix"] is None for each in further)
+    for each in tree["applications"]:
+        build: Callable[..., Any] = import_attr(each["import_path"])
+        built = build_app(build(each["args"]), name=each["name"])
+        assert {deployment["name"] for deployment in each["deployments"]} == {each.name for each in built.deployments}
+
+
+def test_several_models_of_one_command() -> None:
+    config = load_config(CONFIGS / "models.yaml", environ={})
+    assert [config.serve.served_model_name, *(each.name for each in config.further)] == ["tiny", "tiny-bf16"]
+    assert all((REPOSITORY / each.model).is_dir() for each in (config.engine, config.further[0].engine))
+
+
+def test_serve_has_an_application_for_each() -> None:
+    with pytest.raises(ConfigError, match=r"deploy\.app:build_further"):
+        build_endpoint({"models": {name: {"model": str(EMBEDDED_MODEL)} for name in ("a", "b")}})
+    with pytest.raises(ConfigError, match=r"unknown key 'serve\.port'"):
+        build_further({"serve": {"port": 1}})
+    with pytest.raises(ConfigError, match="names several"):
+        build_further({"models": {name: {"model": str(EMBEDDED_MODEL)} for name in ("a", "b")}})
+    for args in ({"engine": {"groups": 2}}, {"models": {"a": {"model": str(EMBEDDED_MODEL)}}}):
+        (engine,) = build_app(build_further(args), name="manta:a").deployments
+        assert engine.name == "Engine"
+        assert engine._deployment_config.graceful_shutdown_timeout_s > ServeConfig().request_timeout_s
+
+
+def test_an_application_is_called_after_its_endpoint_and_model() -> None:
+    assert further_name("manta", "Qwen3-8B") == "manta:Qwen3-8B"
+    alike = {further_name("manta", model) for model in ("Org/Qwen3 8B", "Org-Qwen3/8B", "Org-Qwen3-8B")}
+    assert len(alike) == 3
+    assert all(name.startswith("manta:Org-Qwen3-8B") for name in alike)
+    with pytest.raises(ValueError, match="without # and :"):
+        ServeConfig(app_name="manta:x")
 
 
 def test_every_file_is_documented() -> None:

@@ -1,7 +1,9 @@
 """A scheduler behind its real socket and a group with a real model, both in threads of this process; and both can be killed."""
 
 import asyncio
+import contextlib
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,12 +20,15 @@ from deploy.config.load import EMBEDDED_MODEL
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, QueueBounds
 from scheduler.core import SchedulerCore
-from scheduler.protocol.messages import NO_TOKEN, Deltas, Hello
+from scheduler.protocol.leaders import Hello
+from scheduler.protocol.messages import NO_TOKEN, Deltas
+from scheduler.protocol.wire import listen
 from scheduler.server.server import SchedulerServer
 from scheduler.server.stats import ClusterStatus
 from workers.build import build_rank
 from workers.loop.leader import LinkClosed, lead
 from workers.loop.link import SocketLink
+from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.moving.mover import BlockMover
 from workers.parallel.connect import Solo
@@ -48,9 +53,9 @@ def engine_config() -> EngineConfig:
 class Life:
     """One scheduler, at a port of its own, and its group. seed: of the seeds that it draws."""
 
-    def __init__(self, epoch: int, seed: int, bounds: QueueBounds | None, grouped: bool) -> None:
+    def __init__(self, epoch: int, seed: int, bounds: QueueBounds | None, grouped: bool, hung_after_s: float) -> None:
         resolved = resolve(engine_config(), "cpu", 1)
-        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, seed=seed, hung_after_s=1e9), resolved, bounds)
+        self.core = SchedulerCore(CoreConfig(block_size=BLOCK, seed=seed, hung_after_s=hung_after_s), resolved, bounds)
         self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -103,26 +108,72 @@ class Life:
             try:
                 link = SocketLink(HOST, self.port, TOKEN, Hello(0, epoch, built.blocks, ROWS))
                 built.rank.mover = BlockMover(built.pool, None, None, lambda _: None, rank=0, epoch=epoch)
+                Heart(epoch, link.send, built.rank.pulse)
                 lead(built.rank, link, LocalFeed(0), Reporter(epoch))
             except (LinkClosed, OSError):
                 pass  # it dies with its scheduler
 
 
+class Hole:
+    """A network between front ends and a scheduler, that may lose all that its connections carry from then on. to: its port."""
+
+    def __init__(self, to: Callable[[], int]) -> None:
+        self._to = to
+        self._listener = listen(HOST)
+        self.port: int = self._listener.getsockname()[1]
+        self._swallows: list[threading.Event] = []
+        self._held: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def swallow(self) -> None:
+        """Of the connections that there are; later ones are well."""
+        for each in self._swallows:
+            each.set()
+
+    def close(self) -> None:
+        for each in [self._listener, *self._held]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                near, _ = self._listener.accept()
+                far, swallows = socket.create_connection((HOST, self._to())), threading.Event()
+                self._held += [near, far]
+                self._swallows.append(swallows)
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other, swallows), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket, swallows: threading.Event) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                if not swallows.is_set():
+                    other.sendall(data)
+            if not swallows.is_set():
+                other.shutdown(socket.SHUT_RDWR)
+
+
 class MortalCluster:
     """A `Cluster`. deaths: how many tokens a front end hears until the scheduler dies, and the next one; another comes up at
-    once. cuts: only the connection does. The seeds that a scheduler draws are its own."""
+    once. cuts: only the connection does. holes: or what it carries is lost from then on, and neither side is told. The seeds
+    that a scheduler draws are its own."""
 
-    def __init__(self, deaths: tuple[int, ...] = (), *, cuts: bool = False, bounds: QueueBounds | None = None) -> None:
+    def __init__(
+        self, deaths: tuple[int, ...] = (), *, cuts: bool = False, holes: bool = False, bounds: QueueBounds | None = None
+    ) -> None:
         self._epochs = itertools.count()
         self._deaths = list(deaths)
         self._cuts, self._bounds = cuts, bounds
+        self._hole = Hole(lambda: self.life.port) if holes else None
         self.connections = 0
         self.gone = False
         self.life = self._live()
 
     def _live(self, grouped: bool = True) -> Life:
         epoch = next(self._epochs)
-        return Life(epoch, epoch, self._bounds, grouped)
+        return Life(epoch, epoch, self._bounds, grouped, 1e9 if self._hole is None else 4.0)
 
     def replace(self, *, grouped: bool = True) -> None:
         """The scheduler dies, and another comes up."""
@@ -132,12 +183,15 @@ class MortalCluster:
     def close(self) -> None:
         self.gone = True
         self.life.die()
+        if self._hole is not None:
+            self._hole.close()
 
     def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> SchedulerStream:
         if self.gone:
             raise EngineLost("the cluster is gone for good")
         try:
-            stream = SchedulerStream(HOST, self.life.port, TOKEN, self._counted(on_deltas), on_failure)
+            port = self._hole.port if self._hole is not None else self.life.port
+            stream = SchedulerStream(HOST, port, TOKEN, self._counted(on_deltas), on_failure)
         except OSError as error:
             raise EngineError("there is no scheduler") from error
         self.connections += 1
@@ -157,7 +211,9 @@ class MortalCluster:
             if self._deaths and heard >= self._deaths[0] and not dead:
                 dead = True
                 self._deaths.pop(0)
-                if self._cuts:
+                if self._hole is not None:
+                    self._hole.swallow()
+                elif self._cuts:
                     self.life.cut()
                 else:
                     threading.Thread(target=self.replace, daemon=True).start()

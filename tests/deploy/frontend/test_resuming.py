@@ -97,6 +97,17 @@ def test_a_scheduler_that_dies_is_not_noticed(
         assert (output.prompt_logprobs is None) == (expected.prompt_logprobs is None), name
 
 
+def test_a_connection_that_loses_all_that_it_carries_is_left(undisturbed: list[RequestOutput]) -> None:
+    """No kernel ever tells of it, neither here nor there."""
+    deaths = (40, 200)
+    with closing(MortalCluster(deaths, holes=True)) as cluster:
+        resumed = outputs(cluster, prompts())
+        assert cluster.connections == 1 + len(deaths)
+    for name, output, expected in zip(KINDS, resumed, undisturbed, strict=True):
+        assert output.error is None, name
+        require_equal(output, expected, name)
+
+
 def test_what_is_counted_counts_on() -> None:
     """Figures of its first start are those of the first scheduler; its tenant pays once; nobody is refused."""
     bounds = QueueBounds(max_queued_requests=1)

@@ -15,7 +15,7 @@ from scheduler.server.stats import ClusterStatus, EngineStats, GroupStats
 DASHBOARD = json.loads((Path(deploy.__file__).parent / "configs" / "grafana-dashboard.json").read_text())
 SHOWN: dict[str, set[str]] = {}
 for family in text_string_to_metric_families(
-    render(ClusterStatus(phase="ready", engine=EngineStats(groups=(GroupStats(0, True, 1, 1, 0, 0, 0),)))).decode()
+    render({"tiny": ClusterStatus(phase="ready", engine=EngineStats(groups=(GroupStats(0, True, 1, 1, 0, 0, 0),)))}).decode()
 ):
     for sample in family.samples:
         SHOWN.setdefault(sample.name, set()).update(sample.labels)
@@ -29,7 +29,7 @@ QUERIES = [variable["definition"] for variable in DASHBOARD["templating"]["list"
 def test_a_query_names_metrics_and_labels_that_exist(query: str) -> None:
     names = re.findall(r"manta_\w+", query)
     assert names
-    labels = {"job", "group"} if "label_values" in query else {"job"}  # `job` is Prometheus' own
+    labels = {"job", "group", "model"} if "label_values" in query else {"job"}  # `job` is Prometheus' own
     for name in names:
         assert name in SHOWN, f"{name} is not among the metrics"
         labels |= SHOWN[name]
@@ -77,5 +77,5 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
 def test_it_works_with_any_prometheus() -> None:
     sources = [panel["datasource"]["uid"] for panel in PANELS] + [t["datasource"]["uid"] for p in PANELS for t in p["targets"]]
     assert set(sources) == {"${datasource}"}
-    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "job", "group"}
+    assert {variable["name"] for variable in DASHBOARD["templating"]["list"]} == {"datasource", "job", "model", "group"}
     assert DASHBOARD["schemaVersion"] >= 39

@@ -33,11 +33,17 @@ READY = ClusterStatus(
 
 
 def families(status: ClusterStatus) -> dict[str, Family]:
-    return {family.name: family for family in text_string_to_metric_families(render(status).decode())}
+    return read_families({"tiny": status})
+
+
+def read_families(told: dict[str, ClusterStatus]) -> dict[str, Family]:
+    return {family.name: family for family in text_string_to_metric_families(render(told).decode())}
 
 
 def samples(status: ClusterStatus) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """By name and labels, but for that of the one model."""
     every = [sample for family in families(status).values() for sample in family.samples]
+    assert {sample.labels.pop("model") for sample in every} == {"tiny"}
     read = {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in every}
     assert len(read) == len(every), "no sample comes twice"
     return read
@@ -94,6 +100,18 @@ def test_without_a_scheduler_nothing_is_shown_that_would_look_like_a_restart() -
     assert starting["manta_ready"].samples[0].value == 0
 
 
+def test_each_model_has_its_own_samples_below_one_name() -> None:
+    other = msgspec.structs.replace(READY, engine=msgspec.structs.replace(ENGINE, waiting_tokens=1, groups=(GROUP,)))
+    starting = ClusterStatus(phase="starting")
+    shown = read_families({"tiny": READY, "other": other, "third": starting})
+    of = {name: [(s.labels["model"], s.value) for s in family.samples] for name, family in shown.items()}
+    assert of["manta_waiting_tokens"] == [("tiny", 73), ("other", 1)]
+    assert of["manta_ready"] == [("tiny", 1), ("other", 1), ("third", 0)]
+    assert of["manta_group_up"] == [("tiny", 1), ("tiny", 0), ("other", 1)]
+    buckets = [sample for sample in shown[TTFT.name].samples if sample.labels.get("le") == "+Inf"]
+    assert [sample.labels["model"] for sample in buckets] == ["tiny", "other"]
+
+
 def test_names_follow_the_rules_of_promtool() -> None:
     units = ("_s", "_ms", "_milliseconds", "_mb", "_percent", "_kilobytes")
     for family in families(READY).values():
@@ -112,7 +130,7 @@ def test_names_follow_the_rules_of_promtool() -> None:
 
 
 def test_each_metric_has_its_help_and_type_once_and_ahead_of_its_samples() -> None:
-    lines = render(READY).decode().splitlines()
+    lines = render({"tiny": READY}).decode().splitlines()
     helps = [line.split()[2] for line in lines if line.startswith("# HELP")]
     types = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert helps == types

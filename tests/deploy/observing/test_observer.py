@@ -140,11 +140,11 @@ def test_a_request_leaves_a_line_in_each_log_and_its_content_in_neither(
         asyncio.run(work())
     (line,) = [record for record in caplog.records if record.name == "deploy.observing.logs"]
     said = line.__dict__["fields"]
-    assert (said["request_id"], said["outcome"], said["error"]) == ("cmpl-7", "length", None)
+    assert (said["request_id"], said["model"], said["outcome"], said["error"]) == ("cmpl-7", "fake", "length", None)
     assert (said["prompt_tokens"], said["cached_tokens"], said["output_tokens"]) == (len(PROMPT), CACHED_TOKENS, 3)
     assert 0 < said["ttft_s"] <= said["e2e_s"]
     logged = json.loads((tmp_path / "requests.jsonl").read_text())
-    assert (logged["input_length"], logged["output_length"], len(logged["hash_ids"])) == (40, 3, 2)
+    assert (logged["model"], logged["input_length"], logged["output_length"], len(logged["hash_ids"])) == ("fake", 40, 3, 2)
     assert str(PROMPT[:3])[1:-1] not in str(said) + str(logged)
 
 
@@ -196,10 +196,12 @@ def test_the_metrics_of_a_real_engine_add_up() -> None:
             for _ in range(3):
                 await ask(service, max_tokens=5, ignore_eos=True)
             observer.push(service)
-            return render(await service.cluster.status()).decode()
+            return render({"fake": await service.cluster.status()}).decode()
 
     families = list(text_string_to_metric_families(asyncio.run(work())))
-    shown = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    every = [sample for family in families for sample in family.samples]
+    assert {sample.labels.pop("model") for sample in every} == {"fake"}
+    shown = {(s.name, *s.labels.values()): s.value for s in every}
     assert shown["manta_ready",] == 1
     assert shown["manta_requests_total", "length"] == shown["manta_time_to_first_token_seconds_count",] == 3
     assert shown["manta_output_tokens_total",] == shown["manta_request_output_tokens_sum",] == 15

@@ -20,13 +20,13 @@ def read(path: Path) -> list[dict[str, object]]:
 
 
 def test_a_line_has_the_keys_of_mooncakes_traces_and_no_content(tmp_path: Path) -> None:
-    log = RequestLog(str(tmp_path / "requests.jsonl"))
+    log = RequestLog(str(tmp_path / "requests.jsonl"), "tiny")
     log.write(observation())
     log.close()
     assert read(tmp_path / "requests.jsonl") == [
         {
             "timestamp": 1_750_000_000_250, "input_length": 300, "output_length": 11, "hash_ids": [2**63 + 1, 7],
-            "block_size": 128, "priority": 2, "outcome": "stop",
+            "block_size": 128, "priority": 2, "outcome": "stop", "model": "tiny",
         }
     ]  # fmt: skip
 

@@ -21,9 +21,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import load_file, save_file
 
-from deploy.app import check_vacant, failure, start_proxies
 from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.config.serve import ServeConfig
+from deploy.serving.applications import check_vacant, failure, start_proxies
 from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
 from tests.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
@@ -97,9 +97,9 @@ def application() -> Iterator[Application]:
 class Load(threading.Thread):
     """Requests, one after the other, until told to stop."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, complete: Callable[[], dict[str, Any]]) -> None:
         super().__init__()
-        self._application = application
+        self._complete = complete
         self._enough = threading.Event()
         self.answers: list[dict[str, Any]] = []
         self.failure: Exception | None = None
@@ -107,7 +107,7 @@ class Load(threading.Thread):
     def run(self) -> None:
         try:
             while not self._enough.is_set():
-                self.answers.append(self._application.complete())
+                self.answers.append(self._complete())
         except Exception as error:
             self.failure = error
 
@@ -124,7 +124,7 @@ class Load(threading.Thread):
 
 def test_groups_come_and_go_beside_requests(application: Application) -> None:
     (worker,) = all_named(WORKER, 1)
-    load = Load(application)
+    load = Load(application.complete)
     load.start()
     application.deploy(2)
     until("no group was added", lambda: application.groups() == ["up", "up"], application.groups)
@@ -167,7 +167,7 @@ def drain(application: Application, group: int, *options: str) -> "subprocess.Co
 
 def test_a_group_is_drained_by_command_beside_requests(application: Application) -> None:
     (worker,) = all_named(WORKER, 1)
-    load = Load(application)
+    load = Load(application.complete)
     load.start()
     refused = drain(application, 0)
     assert (refused.returncode, "the last that takes requests" in refused.stderr) == (2, True), refused.stderr
@@ -225,7 +225,7 @@ def test_a_new_version_takes_over_without_a_failed_request(application: Applicat
     until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
     until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
     old = {*all_named(WORKER, 3), *all_named(SCHEDULER, 1)}
-    loads = [Load(application) for _ in range(3)]
+    loads = [Load(application.complete) for _ in range(3)]
     for load in loads:
         load.start()
     before = application.complete()["choices"][0]["text"]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anthropic
 import grpc
 import httpx
 import openai
@@ -330,6 +331,22 @@ def test_it_answers_over_http_whole_and_streamed(whole: Endpoint, expected: list
     assert whole.http.get("/version", headers={"X-Request-Id": "mine"}).headers.get_list("X-Request-Id") == ["mine"]
     assert len(whole.http.get("/version").headers.get_list("X-Request-Id")) == 1
     until("nobody was counted", lambda: "manta_" in whole.http.get("/metrics").text)
+
+
+def test_it_answers_in_anthropics_words(whole: Endpoint) -> None:
+    """Event by event through HAProxy; Serve puts one header with the request's id on the answer, Anthropic's is ours."""
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": PROMPTS[0]}], "max_tokens": 8}
+    chat = whole.openai.chat.completions.create(**asked, temperature=0).choices[0].message.content
+    with anthropic.Anthropic(base_url=str(whole.http.base_url), api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        greedy: Any = asked | {"extra_body": {"temperature": 0}}
+        answer = client.messages.create(**greedy)
+        with client.messages.stream(**greedy) as stream:
+            said = "".join(stream.text_stream)
+        assert [block.text for block in answer.content if block.type == "text"] == [chat] == [said]
+        assert answer.id == f"msg_{answer._request_id}"
+        with pytest.raises(anthropic.NotFoundError) as refused:
+            client.messages.create(**asked | {"model": "other"})
+        assert refused.value.type == "not_found_error"
 
 
 def test_it_answers_over_grpc(whole: Endpoint, expected: list[str]) -> None:

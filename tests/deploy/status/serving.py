@@ -6,34 +6,44 @@ To look at it: `python -m tests.deploy.status.serving [groups] [blocks] [load]`.
 import asyncio
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from types import MappingProxyType
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from deploy.config.load import EMBEDDED_MODEL
+from deploy.config.serve import ServeConfig
+from deploy.frontend.further import FurtherModel, FurtherModels
 from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
 from deploy.text.prompts import read_model_limits
 from tests.deploy.status.fake_cluster import FakeCluster
 
 
-def make_app(cluster: Cluster, api_key: str | None = None) -> FastAPI:
-    """A service whose stream is kept open while the app runs. api_key: what `/status.json` then asks for."""
-    model = ServedModel("example", EMBEDDED_MODEL, 0, read_model_limits(EMBEDDED_MODEL, None, 1), None)
-    service = Service(model, cluster)
+def make_app(cluster: Cluster, api_key: str | None = None, further: Mapping[str, Cluster] = MappingProxyType({})) -> FastAPI:
+    """Services whose streams are kept open while the app runs. api_key: what `/status.json` then asks for. further: clusters of
+    models beside the first."""
+    limits = read_model_limits(EMBEDDED_MODEL, None, 1)
+    clusters = {"example": cluster, **further}
+    service, *others = (
+        Service(ServedModel(name, EMBEDDED_MODEL, 0, limits, None), each) for name, each in clusters.items()
+    )  # fmt: skip
+    models = FurtherModels()
+    for each in others:
+        models.put(FurtherModel(each, ServeConfig()))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(service.run())
+        running = [asyncio.create_task(each.run()) for each in (service, *others)]
         yield
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     app = FastAPI(lifespan=lifespan)
-    app.include_router(status_routes(service))
+    app.include_router(status_routes(service, models))
 
     @app.middleware("http")
     async def authenticate(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:

@@ -194,3 +194,17 @@ def test_a_thinned_map_names_the_block_that_it_shows(open_page: Open) -> None:
         page.keyboard.press("End")
         shown = int(shown_block(np.array([32_499]), 2)[0])
         assert slider.get_attribute("aria-valuetext") == f"block {shown:,}, free; stands for blocks 64,998 to 64,999"
+
+
+def test_of_several_models_each_has_its_page(cluster: FakeCluster, open_page: Open) -> None:
+    other = FakeCluster(groups=1, blocks=100, load=0)
+    with serving(make_app(cluster, further={"org/other": other})) as server:
+        page = open_page(server.url)
+        wait_phase(page, "Ready")
+        expect(page.locator("#model a")).to_have_text(["example", "org/other"])
+        expect(page.locator("canvas")).to_have_count(3)
+        page.get_by_role("link", name="org/other").click()
+        wait_phase(page, "Ready")
+        expect(page.locator("canvas")).to_have_count(1)
+        expect(page.locator("#model a[aria-current]")).to_have_text("org/other")
+        expect(page).to_have_title("org/other · Manta")

@@ -223,3 +223,12 @@ def test_a_terminal_until_it_is_left(key: str, cluster: FakeCluster) -> None:
         assert terminal.ended() == 0
         assert "\x1b[?1049l" in terminal.text
         assert "Traceback" not in terminal.text
+
+
+def test_of_several_models_one_is_asked_for_by_its_name(cluster: FakeCluster) -> None:
+    console = Console(file=io.StringIO(), width=100, record=True)
+    with serving(make_app(cluster, further={"org/other": FakeCluster(groups=1, blocks=100, load=0)})) as server:
+        top(server.url, None, 1.0, once=True, console=console, model="org/other")
+        assert "Manta org/other" in console.export_text()
+        with pytest.raises(ValueError, match="serves no model 'third'"):
+            top(server.url, None, 1.0, once=True, console=console, model="third")

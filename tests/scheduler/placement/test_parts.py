@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvcache.ids import GroupId
-from scheduler.protocol.messages import Copy, Start
+from scheduler.protocol.leaders import Copy, Start
 from scheduler.sequence import State
 from scheduler.server.stats import snapshot
 from tests.scheduler.cluster import Cluster, Stream, filled

@@ -94,6 +94,51 @@ def test_the_only_group_is_emptied_for_a_trial_and_filled_again() -> None:
     assert {cluster.reason(stream) for stream in [*suspects, late]} == {FinishReason.LENGTH}
 
 
+def test_a_connection_that_is_cut_makes_nobody_a_suspect() -> None:
+    cluster = Cluster((80, 80), max_num_seqs=8)
+    streams = submit(cluster, 6)
+    for _ in range(4):
+        cluster.step(times=2)
+        for group in (0, 1):
+            cluster.cut(group)
+        assert {cluster.sequence(stream).deaths for stream in streams} == {0}
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
+def test_a_cut_takes_nothing_of_what_a_death_has_said() -> None:
+    cluster = Cluster((80,), max_num_seqs=8)
+    (stream,) = submit(cluster, 1)
+    cluster.step(times=2)
+    kill_with(cluster, stream)
+    cluster.step(times=2)
+    cluster.cut(0)
+    assert cluster.sequence(stream).deaths == 1
+    cluster.step(times=2)
+    kill_with(cluster, stream)
+    assert cluster.sequence(stream).suspect
+
+
+def test_who_is_suspected_for_cuts_alone_joins_the_others_again() -> None:
+    """Both groups are cut off at once: those who came from one to the other are suspects until the first is back."""
+    cluster = Cluster((80, 80), max_num_seqs=8)
+    streams = submit(cluster, 6)
+    cluster.step(times=2)
+    cut_off = []
+    for group in (0, 1):
+        cut_off.append(cluster.groups.pop(GroupId(group)))
+        cluster.core.group_down(GroupId(group), LOST, returning=True)
+        cluster.settle()
+    assert len(cluster.core.waiting.apart) > 0
+    for before in cut_off:
+        cluster._rejoin(before)
+    assert not cluster.core.waiting.apart
+    assert not any(group.closed for group in cluster.core.groups.values())
+    assert {cluster.sequence(stream).deaths for stream in streams} == {0}
+    cluster.run()
+    assert {cluster.reason(stream) for stream in streams} == {FinishReason.LENGTH}
+
+
 def test_a_suspect_that_goes_leaves_its_group_open() -> None:
     cluster = Cluster((60,), max_num_seqs=8)
     first, second = submit(cluster, 2)

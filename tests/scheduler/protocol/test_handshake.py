@@ -13,7 +13,8 @@ from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.protocol import handshake
 from scheduler.protocol.handshake import MAX_HANDSHAKE_BYTES, Stranger, identify, introduce, meet
-from scheduler.protocol.messages import Connect, End
+from scheduler.protocol.leaders import End
+from scheduler.protocol.messages import Connect
 from scheduler.protocol.wire import FrameSocket, listen
 from scheduler.server.server import SchedulerServer
 from tests.workers.moving.movers import random_pool

@@ -7,7 +7,7 @@ import pytest
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
 from scheduler.protocol.inventory import blocks_of, parts
-from scheduler.protocol.messages import Inventory
+from scheduler.protocol.leaders import Inventory
 
 
 def content(*tokens: int) -> bytes:

@@ -7,7 +7,8 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.messages import NO_TOKEN, Drop, FinishReason, Grant, Report, Request, Start
+from scheduler.protocol.leaders import Drop, Grant, Report, Start
+from scheduler.protocol.messages import NO_TOKEN, FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.running.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled

@@ -4,7 +4,7 @@ import pytest
 
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
-from scheduler.protocol.messages import Start
+from scheduler.protocol.leaders import Start
 from scheduler.running import leases
 from scheduler.running.leases import find_victim
 from scheduler.running.resident import ResidentGroup

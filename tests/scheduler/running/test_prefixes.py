@@ -7,7 +7,8 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.messages import Remap, Report, Request
+from scheduler.protocol.leaders import Remap, Report
+from scheduler.protocol.messages import Request
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.sequence import State
 from tests.scheduler.cluster import Cluster, filled

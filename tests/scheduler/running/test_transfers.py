@@ -6,7 +6,7 @@ The cluster checks every token, and after every event that what the index names 
 import numpy as np
 
 from kvcache.ids import GroupId, host_of
-from scheduler.protocol.messages import Cut, Load, Moved, Offload, Receive, Send, Start
+from scheduler.protocol.leaders import Cut, Load, Moved, Offload, Receive, Send, Start
 from scheduler.sequence import State
 from tests.scheduler.cluster import Cluster, Stream, filled
 

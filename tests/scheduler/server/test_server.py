@@ -7,6 +7,7 @@ import asyncio
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Listing
 from typing import Any, cast
@@ -23,24 +24,17 @@ from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.protocol.handshake import Stranger, introduce
 from scheduler.protocol.inventory import parts
+from scheduler.protocol.leaders import Beat, Commands, Drop, End, Hello, LeaseId, Moved, Report, Start
 from scheduler.protocol.messages import (
-    Beat,
-    Commands,
+    Alive,
     Connect,
     Deltas,
-    Drop,
-    End,
     Failure,
     Finished,
     FinishReason,
-    Hello,
-    LeaseId,
     Misses,
-    Moved,
-    Report,
     Request,
     Resumption,
-    Start,
     Stop,
     Submit,
     TalliedMetric,
@@ -48,7 +42,7 @@ from scheduler.protocol.messages import (
     Welcome,
 )
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.protocol.wire import FrameSocket
+from scheduler.protocol.wire import MAX_FRAME_BYTES, FrameSocket
 from scheduler.running.resident import ProtocolError
 from scheduler.server.server import SchedulerServer
 
@@ -56,6 +50,18 @@ TOKEN = "secret"
 BLOCK = 16
 PATIENCE_S = 60.0
 """After which a message that was lost counts as lost."""
+
+ALIVE = msgspec.msgpack.encode(Alive())
+
+
+class Client(FrameSocket):
+    """Passes over what says no more than that the server lives."""
+
+    def receive(self, most: int = MAX_FRAME_BYTES) -> bytes | None:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (payload := super().receive(most)) == ALIVE:
+            assert time.monotonic() < deadline_s, "nothing else is said"
+        return payload
 
 
 class Served:
@@ -65,7 +71,8 @@ class Served:
         self.core = SchedulerCore(CoreConfig(block_size=BLOCK, hung_after_s=hung_after_s), Resolved(max_model_len=256))
         self.clients: list[FrameSocket] = []
         self.loop = new_loop()
-        self.server = SchedulerServer(self.core, TOKEN, check_invariants=True)
+        self.used = threading.Event()
+        self.server = SchedulerServer(self.core, TOKEN, check_invariants=True, used=self.used.set)
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.port = asyncio.run_coroutine_threadsafe(self.server.listen("127.0.0.1"), self.loop).result(30)
@@ -96,7 +103,7 @@ class Served:
 
     def connect(self, opening: Hello | Connect, token: str = TOKEN) -> FrameSocket:
         """Errors: Stranger."""
-        client = FrameSocket.connect("127.0.0.1", self.port)
+        client = Client.connect("127.0.0.1", self.port)
         introduce(client, token, opening)
         client._socket.settimeout(PATIENCE_S)
         self.clients.append(client)  # held: a forgotten socket is a closed one
@@ -483,6 +490,55 @@ def test_so_is_one_whose_leader_says_nothing() -> None:
     beating.set()
     thread.join(PATIENCE_S)
     served.close()
+
+
+def test_a_front_end_that_says_nothing_is_left_and_one_that_says_it_lives_is_not() -> None:
+    served = Served(asyncio.new_event_loop, hung_after_s=0.5)
+    leader, silent, well, ended = served.leader(), served.front_end(), served.front_end(), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.1):
+            leader.send(Beat(0))
+            well.send(Alive())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    silent.send(Submit((request(1),)))
+    well.send(Submit((request(2),)))
+    assert silent.receive() is None
+    commands: list[Any] = []
+    while not any(isinstance(command, Drop) for command in commands):
+        commands += read(leader, Commands).commands
+    assert served.ask(lambda core: [stream for _, stream in core.sequences]) == [2]
+    ended.set()
+    thread.join(PATIENCE_S)
+    served.close()
+
+
+def test_everybody_is_told_that_the_scheduler_lives(served: Served) -> None:
+    for client in (served.leader(), served.front_end()):
+        assert FrameSocket.receive(client) == ALIVE
+
+
+def test_a_scheduler_is_in_use_while_it_has_a_group_and_a_front_end(served: Served) -> None:
+    def is_used() -> bool:
+        served.used.clear()
+        return served.used.wait(2.0)
+
+    front_end = served.front_end()
+    assert not is_used()
+    leader = served.leader()
+    assert served.used.wait(PATIENCE_S)
+    front_end.close()
+    while served.ask(lambda _: served.server._front_ends):
+        time.sleep(0.01)
+    assert not is_used()
+    served.front_end()
+    assert served.used.wait(PATIENCE_S)
+    leader.close()
+    while served.ask(lambda core: core.groups):
+        time.sleep(0.01)
+    assert not is_used()
 
 
 def test_a_front_end_that_submits_what_lives_ends_alone(served: Served) -> None:

@@ -2,7 +2,7 @@
 
 from kvcache.ids import GroupId
 from scheduler.config import CoreConfig
-from scheduler.protocol.messages import Beat
+from scheduler.protocol.leaders import Beat
 from scheduler.protocol.silence import BEAT_S, LOOK_S
 from scheduler.server.vitals import Fenced, Vitals
 

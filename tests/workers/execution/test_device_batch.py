@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from scheduler.protocol.messages import Drop, Grant, Remap
+from scheduler.protocol.leaders import Drop, Grant, Remap
 from tests.workers.loop.test_batch import lease, start
 from workers.execution import device_batch
 from workers.execution.device_batch import DeviceBatch

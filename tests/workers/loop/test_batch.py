@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 
-from scheduler.protocol.messages import (
-    NO_TOKEN,
+from scheduler.protocol.leaders import (
     ROW_BITS,
     Command,
     Copy,
     Cut,
     Drop,
     End,
-    FinishReason,
     Grant,
     LeaseId,
     Load,
@@ -21,6 +19,7 @@ from scheduler.protocol.messages import (
     Send,
     Start,
 )
+from scheduler.protocol.messages import NO_TOKEN, FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
 from workers.loop.batch import MEASURED_TOKENS, Launched, Measured, ResidentBatch
 

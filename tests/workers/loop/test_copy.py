@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scheduler.protocol.messages import Copy, Drop
+from scheduler.protocol.leaders import Copy, Drop
 from tests.checkpoints import make_checkpoint
 from tests.workers.loop.test_batch import lease
 from tests.workers.parallel.real_groups import OUTPUT, PROMPT, Group, start

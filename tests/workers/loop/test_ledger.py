@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
-from scheduler.protocol.messages import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap
+from scheduler.protocol.leaders import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.ledger import MOST_STEPS, Ledger

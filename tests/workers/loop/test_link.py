@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from scheduler.protocol.handshake import Stranger, identify, introduce
-from scheduler.protocol.messages import Command, Commands, Connect, End, FromLeader, Hello, Moved, Offload, Report
+from scheduler.protocol.leaders import Command, Commands, End, FromLeader, Hello, Moved, Offload, Report
+from scheduler.protocol.messages import Connect
 from scheduler.protocol.wire import FrameSocket, listen
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, ids, random_pool
 from workers.loop.batch import ResidentBatch

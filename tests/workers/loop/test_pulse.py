@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scheduler.batching import StepPlan
-from scheduler.protocol.messages import Beat
+from scheduler.protocol.leaders import Beat
 from workers.loop.batch import Launched, Measured
 from workers.loop.pulse import FACTOR, FIRST_S, FLOOR_S, Heart, Pulse, kind_of
 

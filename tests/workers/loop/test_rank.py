@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from scheduler.protocol.messages import Command, Copy, Drop, End, FinishReason, Moved, Report, Start
+from scheduler.protocol.leaders import Command, Copy, Drop, End, Moved, Report, Start
+from scheduler.protocol.messages import FinishReason
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import follow, lead

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler.batching import StepPlan
-from scheduler.protocol.messages import NO_TOKEN, Command, End, FinishReason, Moved, Report
+from scheduler.protocol.leaders import Command, End, Moved, Report
+from scheduler.protocol.messages import NO_TOKEN, FinishReason
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.leader import lead

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scheduler.protocol.messages import Command, Copy
+from scheduler.protocol.leaders import Command, Copy
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import Moved, Movement, Receive, Send
+from scheduler.protocol.leaders import Moved, Movement, Receive, Send
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import BlockMover, Transport
 from workers.moving.pairs import PairWire

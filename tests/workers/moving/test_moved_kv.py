@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.protocol.messages import Drop, Load, Movement, Offload, Receive, Send
+from scheduler.protocol.leaders import Drop, Load, Movement, Offload, Receive, Send
 from tests.checkpoints import make_checkpoint
 from tests.workers.loop.test_batch import lease
 from tests.workers.moving.movers import TOKEN, Said, ids

@@ -10,7 +10,7 @@ import torch
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from scheduler.protocol.messages import Cut, Load, Offload, Send
+from scheduler.protocol.leaders import Cut, Load, Offload, Send
 from tests.workers.moving.movers import BLOCKS, KINDS, LAYOUT, NCCL, PATIENCE_S, Said, World, ids, random_pool
 from workers.moving import exchange, mover, side
 from workers.moving.lane import LaneAbort, TransferFailed

@@ -17,7 +17,7 @@ import torch
 
 from kvcache.layout import BlockLayout
 from scheduler.protocol.handshake import Challenge, Claim, Confirmed, challenge, claim, confirm
-from scheduler.protocol.messages import Cut, Receive
+from scheduler.protocol.leaders import Cut, Receive
 from scheduler.protocol.wire import frame
 from tests.workers.moving.movers import LAYOUT, PATIENCE_S, TOKEN, Site, World, ids, random_pool
 from workers.moving.connection import Connection, Fetch, PairOffer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scheduler.protocol.messages import Command, LeaseId, Start
+from scheduler.protocol.leaders import Command, LeaseId, Start
 from scheduler.protocol.sampling import SamplingParams
 from tests.workers.test_build import CONFIG, RESOLVED
 from workers.build import Built, build_rank

@@ -75,7 +75,7 @@ class ReasoningFormat(ABC):
 class ChannelFormat(ReasoningFormat):
     """`channels`."""
 
-    name = "gpt-oss"
+    name = "openai"
 
     @classmethod
     def shown_in(cls, template: str) -> bool:

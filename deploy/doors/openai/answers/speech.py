@@ -36,10 +36,11 @@ class Thought:
 
 class Speech:
     """Calls are looked for in the answer alone. What is said is thoughts and answers by turns, each as long as it goes on,
-    whatever borders cut it. had: so many of these turns are not told again, since the client has had them whole."""
+    whatever borders cut it. had: so many of these turns are not told again, since the client has had them whole. id_prefix: of
+    the ids of calls."""
 
-    def __init__(self, tools: Tools | None, thinking: Thinking | None, had: int = 0) -> None:
-        self._calls = None if tools is None else tools.parser(lambda: f"call_{uuid.uuid4().hex}")
+    def __init__(self, tools: Tools | None, thinking: Thinking | None, had: int = 0, id_prefix: str = "call_") -> None:
+        self._calls = None if tools is None else tools.parser(lambda: f"{id_prefix}{uuid.uuid4().hex}")
         self._sections = None if thinking is None else thinking.parser()
         self._sorter = None if thinking is None else thinking.sorter()
         self._had = had
@@ -51,7 +52,7 @@ class Speech:
         """What is new, a part for each turn. in_parts: calls are numbered, since more of them may follow. known: the client has
         it."""
         said: list[Said] = []
-        for thought, events in groupby(self._events(text, ended), lambda event: isinstance(event, Thought)):
+        for thought, events in groupby(self.events(text, ended), lambda event: isinstance(event, Thought)):
             if not (part := _sorted(events, in_parts)):
                 continue
             if thought != self._thought:
@@ -72,7 +73,8 @@ class Speech:
         called = self._calls is not None and self._calls.called
         return "tool_calls" if reason == "stop" and called else reason
 
-    def _events(self, text: str, ended: bool) -> Iterator[Thought | Event]:
+    def events(self, text: str, ended: bool) -> Iterator[Thought | Event]:
+        """What is new, in order: for doors that do not tell it in a message's parts. Not beside `told`."""
         for section in self._read(text, ended):
             if section.thought:
                 yield Thought(section.text)

@@ -136,14 +136,14 @@ def test_the_template_says_how_it_thinks(make_checkpoint: MakeCheckpoint) -> Non
     assert kind(QWEN_TEMPLATE, enable_thinking=False) is Answer
     assert kind(QWEN_TEMPLATE, enable_thinking=True) is ThinkParser
     assert (kind(QWEN_TEMPLATE, "none"), kind(plain, "think")) == (None, ThinkParser)
-    assert kind(QWEN_TEMPLATE, "gpt-oss") is ChannelParser
+    assert kind(QWEN_TEMPLATE, "openai") is ChannelParser
     assert ReasoningFormat.of(opened(make_checkpoint(None)), "auto") is None
     assert ReasoningFormat.of(None, "think") is None
 
 
 def test_the_option_names_what_there_is() -> None:
     assert set(serve_config.REASONING_PARSERS) == {"auto", "none", *REASONING_FORMATS}
-    with pytest.raises(ValueError, match="reasoning_parser='qwen' is unknown: choose one of auto, none, gpt-oss, think"):
+    with pytest.raises(ValueError, match="reasoning_parser='qwen' is unknown: choose one of auto, none, openai, think"):
         serve_config.ServeConfig(reasoning_parser="qwen")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -21,7 +22,9 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.connections import bounded_protocol
 from deploy.doors.http import create_app
+from deploy.doors.openai.responses.storing import ResponseStore
 from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import Cluster, ServedModel, Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
@@ -69,7 +72,10 @@ class Host:
         until(lambda: service.connected)
         return service
 
-    def serve(self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None) -> str:
+    def serve(
+        self, service: Service, config: ServeConfig | None = None, keys: ApiKeys | None = None,
+        further: FurtherModels | None = None, store: ResponseStore | None = None,
+    ) -> str:  # fmt: skip
         """The address of a server that runs until the host closes."""
         # Named as TCP, or asyncio leaves Nagle's algorithm on, and each event of a stream waits for the last one's receipt.
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -77,7 +83,8 @@ class Host:
 
         async def start() -> None:
             limits = config or ServeConfig()
-            app = create_app(service, limits, keys or ApiKeys(), pages=status_routes(service))
+            pages = status_routes(service, further)
+            app = create_app(service, limits, keys or ApiKeys(), pages=pages, further=further, store=store)
             bounded = bounded_protocol(limits)
             server = uvicorn.Server(uvicorn.Config(app, http=bounded, ws="none", log_level="warning"))
             self._servers.append((server, asyncio.create_task(server.serve(sockets=[listener]))))
@@ -159,6 +166,17 @@ def http(address: str) -> Iterator[httpx.Client]:
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as opened:
+        yield opened
+
+
+def messages_client(address: str, key: str = "none") -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=address, api_key=key, max_retries=0, timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def claude(address: str) -> Iterator[anthropic.Anthropic]:
+    """A client of the same endpoint, that speaks Anthropic's Messages."""
+    with messages_client(address) as opened:
         yield opened
 
 

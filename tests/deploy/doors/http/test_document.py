@@ -4,11 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import schemathesis
+from anthropic.types import ToolParam as AnthropicTool
+from anthropic.types import message_count_tokens_params, message_create_params
 from hypothesis import HealthCheck, Phase, given, settings
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 from schemathesis import CheckFunction, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.core.result import Ok
@@ -19,7 +23,16 @@ from schemathesis.specs.openapi.checks import (
 )
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from deploy.doors.anthropic.schemas import (
+    ContentBlock,
+    CountTokensRequest,
+    MessageParam,
+    MessagesRequest,
+    PromptRequest,
+    ToolParam,
+)
+from deploy.doors.openai.responses.schemas import Item, ResponseRequest
+from deploy.doors.openai.schemas import ChatRequest, CompletionRequest, GenerationRequest, SampledRequest
 from deploy.text.messages import Message
 
 HERE = Path(__file__).parent
@@ -30,19 +43,32 @@ CHECKS: list[CheckFunction] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = {"POST": 30, "GET": 10}
-"""By method: there is little that a GET can say."""
+EXAMPLES = {"POST": 30, "GET": 10, "DELETE": 5}
+"""By method: there is little that the others can say."""
 
 SHORT = 4
 """Tokens of output at most: what is generated does not matter here."""
 
 SENSIBLE: dict[str, dict[str, object]] = {
-    "/v1/completions": {"prompt": "def add(", "suffix": None, "model": None, "timeout": None},
+    "/v1/completions": {"prompt": "def add(", "suffix": None, "model": None, "timeout": None, "max_tokens": SHORT},
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "Hi."}],
         "max_completion_tokens": SHORT,
+        "max_tokens": SHORT,
         "model": None,
         "timeout": None,
+    },
+    "/v1/responses": {
+        **dict.fromkeys(ResponseRequest.REFUSED), "input": "Hi.", "max_output_tokens": SHORT, "model": None, "timeout": None,
+        "previous_response_id": None, "truncation": None, "include": None, "top_logprobs": None,
+    },
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice", "container", "mcp_servers")),
+    },
+    "/v1/messages/count_tokens": {
+        "messages": [{"role": "user", "content": "Hi."}],
+        **dict.fromkeys(("model", "tools", "tool_choice")),
     },
 }
 """So that what fits the document gets past the door, and to the model."""
@@ -51,10 +77,17 @@ SENSIBLE: dict[str, dict[str, object]] = {
 OPERATIONS = [
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/{response_id}"),
+    ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/responses/{response_id}/cancel"),
+    ("GET", "/v1/responses/{response_id}/input_items"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
@@ -73,7 +106,8 @@ def test_the_document_lists_every_operation(document: OpenApiSchema) -> None:
 
 
 PATIENCE_S = 120.0  # 10 by default, which a machine that others use may take
-MODES = [(operation, mode) for operation in OPERATIONS for mode in GenerationMode if mode.is_positive or operation[0] == "POST"]
+WITH_BODY = [operation for operation in OPERATIONS if operation[0] == "POST" and not operation[1].endswith("/cancel")]
+MODES = [(operation, mode) for operation in OPERATIONS for mode in GenerationMode if mode.is_positive or operation in WITH_BODY]
 
 
 @pytest.mark.parametrize(("operation", "mode"), MODES)
@@ -85,8 +119,8 @@ def test_no_request_breaks_the_server(document: OpenApiSchema, operation: tuple[
     @settings(max_examples=EXAMPLES[method], phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     def check(case: Any) -> None:
         if isinstance(case.body, dict) and path in SENSIBLE:
-            case.body |= SENSIBLE[path] if mode.is_positive else {}
-            case.body["max_tokens"] = SHORT
+            limits = {name: SHORT for name in SENSIBLE[path] if name.startswith("max_")}
+            case.body |= SENSIBLE[path] if mode.is_positive else limits
         case.call_and_validate(checks=CHECKS, timeout=PATIENCE_S)
 
     check()
@@ -111,19 +145,51 @@ def tables() -> dict[str, dict[str, Row]]:
     return found
 
 
+ANTHROPICS: dict[str, type[msgspec.Struct]] = {
+    "`/v1/messages`": MessagesRequest,
+    "A message of Anthropic's": MessageParam,
+    "A block": ContentBlock,
+    "A tool": ToolParam,
+}
+
+
 def test_every_field_has_its_row(tables: dict[str, dict[str, Row]]) -> None:
     both = tables["Both endpoints"]
     assert both.keys() == set(GenerationRequest.__struct_fields__)
     assert both.keys() | tables["`/v1/completions`"].keys() == set(CompletionRequest.__struct_fields__)
     assert both.keys() | tables["`/v1/chat/completions`"].keys() == set(ChatRequest.__struct_fields__)
     assert tables["A message"].keys() == set(Message.__struct_fields__)
+    own = set(ResponseRequest.__struct_fields__) - set(SampledRequest.__struct_fields__)
+    assert tables["`/v1/responses`"].keys() == own
+    assert tables["An item"].keys() == set(Item.__struct_fields__)
+    for heading, record in ANTHROPICS.items():
+        assert tables[heading].keys() == set(record.__struct_fields__)
+    assert set(PromptRequest.__struct_fields__) == set(CountTokensRequest.__struct_fields__)
 
 
 def test_the_rows_say_what_the_requests_say(tables: dict[str, dict[str, Row]]) -> None:
+    request: type[SampledRequest]
     for request, heading in ((CompletionRequest, "`/v1/completions`"), (ChatRequest, "`/v1/chat/completions`")):
         rows = tables["Both endpoints"] | tables[heading]
         stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
         assert stated == {"refused": set(request.REFUSED), "ignored": set(request.IGNORED)}
+    for heading, record in ANTHROPICS.items():
+        rows = tables[heading]
+        refused, ignored = getattr(record, "REFUSED", ()), getattr(record, "IGNORED", ())
+        stated = {word: {name for name, (state, _) in rows.items() if state == word} for word in ("refused", "ignored")}
+        assert stated == {"refused": set(refused), "ignored": set(ignored)}
+    for record, heading in ((ResponseRequest, "`/v1/responses`"), (Item, "An item")):
+        stated = {
+            word: {name for name, (state, _) in tables[heading].items() if state == word} for word in ("refused", "ignored")
+        }
+        assert stated == {"refused": set(getattr(record, "REFUSED", ())), "ignored": set(record.IGNORED)}
+
+
+def test_what_responses_share_with_chat_is_said(tables: dict[str, dict[str, Row]]) -> None:
+    """The page names the rows of both endpoints that are no fields of theirs."""
+    (said,) = (line for line in PAGE.read_text().split("\n\n") if line.startswith("Of *Both endpoints*"))
+    others = tables["Both endpoints"].keys() - set(SampledRequest.__struct_fields__)
+    assert set(re.findall(r"`(\w+)`", said.partition(" are the same")[0])) == others
 
 
 def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> None:
@@ -137,10 +203,26 @@ def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> 
     [
         (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
         (chat_create_params.CompletionCreateParamsStreaming, ChatRequest),
+        (response_create_params.ResponseCreateParamsStreaming, ResponseRequest),
     ],
 )
-def test_every_field_of_openais_is_known(openai_fields: type, request_type: type[GenerationRequest]) -> None:
+def test_every_field_of_openais_is_known(openai_fields: type, request_type: type[SampledRequest]) -> None:
     names = {name for base in openai_fields.__mro__ for name in getattr(base, "__annotations__", {})}
     names |= set(openai_fields.__annotations__)
     assert names <= set(request_type.__struct_fields__)
     assert len(names) > 10
+
+
+@pytest.mark.parametrize(
+    ("fields", "record"),
+    [
+        (message_create_params.MessageCreateParamsStreaming, MessagesRequest),
+        (message_count_tokens_params.MessageCountTokensParams, CountTokensRequest),
+        (AnthropicTool, ToolParam),
+    ],
+)
+def test_every_field_of_anthropics_is_known(fields: Any, record: type[msgspec.Struct]) -> None:
+    """And no other one but those that its package no longer has, and those of its betas."""
+    names = set(fields.__required_keys__ | fields.__optional_keys__)
+    dropped = {"temperature", "top_p", "top_k", "mcp_servers"}
+    assert names <= set(record.__struct_fields__) <= names | dropped

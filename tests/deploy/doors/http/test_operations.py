@@ -15,10 +15,13 @@ from starlette.routing import Route
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
+from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.entrance import plain
 from deploy.doors.http import create_app
-from deploy.doors.openai.routes import openai_routes
+from deploy.doors.openai.responses.storing import OwnResponses, bounds_of
+from deploy.doors.openai.routes import model_routes, openai_routes
 from deploy.frontend import service as service_module
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import ServedModel, Service
 from deploy.status import status_routes
 from deploy.text.tokenizer import Tokenizer
@@ -87,7 +90,7 @@ def test_health_ready_and_version(http: httpx.Client) -> None:
 def test_metrics(http: httpx.Client) -> None:
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=")
-    assert "manta_ready 1.0" in answer.text
+    assert 'manta_ready{model="tiny"} 1.0' in answer.text
 
 
 def test_the_status_page_is_there(http: httpx.Client) -> None:
@@ -99,7 +102,8 @@ def test_the_status_page_is_there(http: httpx.Client) -> None:
 def test_every_path_that_answers_get_is_named_here(service: Service) -> None:
     config = ServeConfig()
     pages = status_routes(service)
-    parts = (create_app(service, config, ApiKeys(), pages=pages), openai_routes(service, config), pages)
+    own = openai_routes(service, config, Grammars(service.model), OwnResponses(bounds_of(config)))
+    parts = (create_app(service, config, ApiKeys(), pages=pages), own, model_routes(service, FurtherModels()), pages)
     routes = [route for part in parts for route in part.routes if isinstance(route, APIRoute | Route)]
     known = {route.path for route in routes if "GET" in (route.methods or ())}
     assert {path.replace(MODEL, "{model:path}").replace("app.js", "{name}") for path in GET_PATHS} == known

@@ -62,7 +62,8 @@ class Thinker:
         assert tokenizer is not None
         self.tokenizer = tokenizer
         self.engine = FakeEngine([*tokenizer.encode(output), *tokenizer.encode("<|im_end|>")], steps_per_delta=steps)
-        self.address = host.serve(host.service(ScriptedCluster(self.engine), folder), config)
+        self.service = host.service(ScriptedCluster(self.engine), folder)
+        self.address = host.serve(self.service, config)
         self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
@@ -219,7 +220,7 @@ def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: i
 def test_so_does_one_on_channels(speaking: Speaking, steps: int) -> None:
     messages = [("analysis", "Hm."), ("commentary", "I see."), ("analysis", "So."), ("analysis", "Oh."), ("final", "Yes.")]
     output = "<|end|><|start|>assistant".join(f"<|channel|>{channel}<|message|>{text}" for channel, text in messages)
-    model = speaking(output, reasoning_parser="gpt-oss", steps=steps)
+    model = speaking(output, reasoning_parser="openai", steps=steps)
     assert told(chat(model.client, max_tokens=200))[:2] == ("Hm.\nSo.\nOh.", "I see.\nYes.")
     goes_on_behind_each(model)
 

@@ -1,0 +1,95 @@
+"""`manta models`: the models of a running endpoint, and one more or one less of them. Imports httpx when asked."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from deploy.cli.exits import reported_errors
+from deploy.cli.operating import LOOK_S, KeyFileOption, UrlArgument, WaitOption, admin_client, ask
+from deploy.cli.options import DebugOption, with_options
+from deploy.config.client import EXAMPLE
+from deploy.config.load import ConfigError
+
+NameArgument = Annotated[str, typer.Argument(help="What clients ask for.", show_default=False)]
+
+models = typer.Typer(no_args_is_help=True, help="List, add and remove the models of a running endpoint.")
+
+
+@models.command("list")
+def list_(url: UrlArgument = EXAMPLE, api_key_file: KeyFileOption = None, debug: DebugOption = False) -> None:
+    """Say which models an endpoint serves, the first one first, and which of them take requests."""
+    with reported_errors(debug), admin_client(url, api_key_file) as client:
+        for card in ask(client, "GET", "/v1/models").json()["data"]:
+            typer.echo(f"{card['id']}: {_obstacle(client, card['id']) or 'ready'}")
+
+
+@models.command()
+@with_options
+def add(
+    name: NameArgument,
+    url: UrlArgument = EXAMPLE,
+    wait: WaitOption = True,
+    api_key_file: KeyFileOption = None,
+    debug: DebugOption = False,
+    *,
+    engine: dict[str, Any],
+    model_serve: dict[str, Any],
+) -> None:
+    """Let a running endpoint serve one more model, beside the requests of the others.
+
+    manta models add qwen http://127.0.0.1:8000 --model /models/Qwen3-8B --tensor-parallel-size 2
+
+    Its groups wait for room. A file that Serve was given does not name it: `serve deploy` leaves it as it is.
+    """
+    with reported_errors(debug), admin_client(url, api_key_file) as client:
+        settings = {key: value for key, value in {**engine, **model_serve}.items() if value is not None}
+        if "model" not in settings:
+            raise ConfigError("--model is missing: name the folder of the checkpoint, where the endpoint runs")
+        for key in ("model", "chat_template"):
+            if key in settings:
+                settings[key] = str(Path(settings[key]).absolute())
+        ask(client, "PUT", f"/admin/models/{quote(name)}", json=settings)
+        typer.echo(f"{name} is on its way")
+        said = ""
+        while wait and (obstacle := _obstacle(client, name)) is not None:
+            if obstacle != said:
+                said = obstacle
+                typer.echo(f"{name}: {said}")
+            time.sleep(LOOK_S)
+        if wait:
+            typer.echo(f"{name} is ready")
+
+
+@models.command()
+def remove(
+    name: NameArgument,
+    url: UrlArgument = EXAMPLE,
+    wait: WaitOption = True,
+    api_key_file: KeyFileOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Let a model of a running endpoint go: it takes no more requests, and ends when those under way have.
+
+    A file that Serve was given and that names it brings it back when it is deployed once more: change it too.
+    """
+    with reported_errors(debug), admin_client(url, api_key_file) as client:
+        ask(client, "DELETE", f"/admin/models/{quote(name)}")
+        typer.echo(f"{name} takes no more requests")
+        while wait and name in [card["id"] for card in ask(client, "GET", "/v1/models").json()["data"]]:
+            time.sleep(LOOK_S)
+
+
+def _obstacle(client: Any, model: str) -> str | None:
+    """Why a model takes no requests now; None: it takes them. Errors: OSError."""
+    import httpx
+
+    try:
+        answer = client.get("/ready", params={"model": model})
+    except httpx.HTTPError as error:
+        raise OSError(f"no answer from {client.base_url}: {error}") from error
+    if answer.status_code == 404:
+        return "its engine is starting"
+    return None if answer.is_success else str(answer.json()["error"]["message"])

@@ -1,0 +1,249 @@
+"""Front ends follow which models Serve has beside the first: what is opened, exchanged, refused and let go, and when."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import serve
+
+from cluster.config import EngineConfig
+from deploy import discovery as module
+from deploy.config.load import EMBEDDED_MODEL, ModelConfig
+from deploy.config.serve import ServeConfig
+from deploy.discovery import Discovery
+from deploy.engine import Told
+from deploy.frontend.further import FurtherModels
+from deploy.text.prompts import Prompt
+from tests.deploy.doors.http.conftest import ScriptedCluster
+from tests.deploy.frontend.fake_engine import FakeEngine
+
+PATIENCE_S = 60.0
+OUTPUT = [200, 201, 202]
+
+
+def told(name: str, version: str = "1", **limits: Any) -> Told:
+    engine = EngineConfig(model=str(EMBEDDED_MODEL))
+    return Told(ModelConfig(engine, ServeConfig(served_model_name=name, **limits)), 1, version)
+
+
+class FakeServe:
+    """Applications, and what their Engines tell; None: that one does not answer. building: those that have no Engine yet. up:
+    versions of which groups are up."""
+
+    def __init__(self) -> None:
+        self.applications: dict[str, Told | None] = {}
+        self.building: set[str] = set()
+        self.up: set[str] = {"1"}
+        self.engines: dict[tuple[str, str], FakeEngine] = {}
+        self.fault: Exception | None = None
+
+    def further_applications(self, endpoint: str) -> set[str]:
+        if self.fault is not None:
+            raise self.fault
+        return {name for name in self.applications if name.startswith(endpoint + ":")}
+
+    def get_deployment_handle(self, name: str, app_name: str) -> Any:
+        if app_name in self.building:
+            raise KeyError(f"{name} of {app_name} does not exist")
+        return FakeHandle(self, app_name)
+
+    def cluster(self, _: Any, application: str, version: str) -> Any:
+        engine = self.engines.setdefault((application, version), FakeEngine(OUTPUT))
+        return FakeCluster(engine, lambda: version in self.up)
+
+
+class FakeHandle:
+    def __init__(self, serve: FakeServe, application: str) -> None:
+        self.told = self
+        self._serve, self._application = serve, application
+
+    async def remote(self) -> Told:
+        if (answer := self._serve.applications[self._application]) is None:
+            raise TimeoutError("the Engine is being replaced")
+        return answer
+
+
+class FakeCluster(ScriptedCluster):
+    def __init__(self, engine: FakeEngine, up: Callable[[], bool]) -> None:
+        super().__init__(engine, lives=9)
+        self._up = up
+
+    async def groups_are_up(self) -> bool:
+        return self._up()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
+    fake = FakeServe()
+    monkeypatch.setattr(module, "further_applications", fake.further_applications)
+    monkeypatch.setattr(serve, "get_deployment_handle", fake.get_deployment_handle)
+    monkeypatch.setattr(module, "ServeCluster", fake.cluster)
+    monkeypatch.setattr(module, "serves_another_version", lambda _: True)
+    monkeypatch.setattr(module, "LOOK_S", 0.01)
+    monkeypatch.setattr(module, "TURN_POLL_S", 0.01)
+    monkeypatch.setattr(module, "LINGER_S", 0.01)
+    return fake
+
+
+def following(work: Callable[[Discovery, FurtherModels], Awaitable[None]], limits: ServeConfig | None = None) -> None:
+    """Does the work beside a discovery for the endpoint `manta`, whose first model is `tiny`."""
+
+    async def run() -> None:
+        further = FurtherModels()
+        discovery = Discovery("manta", "tiny", limits or ServeConfig(), further)
+        await discovery.begin()
+        task = asyncio.create_task(discovery.run())
+        try:
+            await work(discovery, further)
+            discovery.check()
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def names(further: FurtherModels) -> list[str]:
+    return [model.name for model in further]
+
+
+def test_a_front_end_knows_all_models_before_it_takes_requests(fake: FakeServe) -> None:
+    fake.applications = {"manta:a": told("a"), "manta:b": told("b"), "other:c": told("c")}
+
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        assert names(further) == ["a", "b"]
+
+    following(work)
+
+
+def test_models_come_and_go(fake: FakeServe) -> None:
+    async def work(discovery: Discovery, further: FurtherModels) -> None:
+        assert names(further) == []
+        fake.applications["manta:a"] = told("a", tool_parser="none", max_choices=9)
+        await until(lambda: names(further) == ["a"])
+        model = further.get("a")
+        assert model is not None
+        assert (model.config.tool_parser, model.config.max_choices) == ("none", 3), "what is the endpoint's is not the model's"
+        assert discovery.opened("a") is not None
+        del fake.applications["manta:a"]
+        await until(lambda: names(further) == [])
+        await until(lambda: fake.engines["manta:a", "1"].closed)
+        assert discovery.opened("a") is None
+
+    following(work, ServeConfig(max_choices=3))
+
+
+def test_what_is_under_way_at_a_model_that_goes_ends_first(fake: FakeServe) -> None:
+    fake.applications["manta:a"] = told("a")
+
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        model, engine = further.get("a"), fake.engines["manta:a", "1"]
+        assert model is not None
+        engine.hold_after = 0
+        await until(lambda: model.service.connected)
+        async with output_of(model.service) as output:
+            await until(lambda: model.service.under_way)
+            del fake.applications["manta:a"]
+            await until(lambda: names(further) == [])
+            await asyncio.sleep(0.1)
+            assert not engine.closed
+            engine.hold_after = None
+            engine.released.set()
+            assert await output == OUTPUT
+        await until(lambda: engine.closed)
+
+    following(work)
+
+
+@asynccontextmanager
+async def output_of(service: Any) -> AsyncIterator["asyncio.Task[list[int]]"]:
+    """Of a request that begins now."""
+
+    async def ask() -> list[int]:
+        prompt: Prompt = await service.prompt([1, 2, 3])
+        return [
+            token async for _, delta in service.generate([prompt], request_id="r") for choice in delta.choices
+            for token in choice.token_ids
+        ]  # fmt: skip
+
+    asking = asyncio.create_task(ask())
+    yield asking
+    await asking
+
+
+def test_an_engine_or_a_serve_that_does_not_answer_changes_nothing(fake: FakeServe) -> None:
+    fake.applications["manta:a"] = told("a")
+
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        model = further.get("a")
+        fake.applications["manta:a"] = None
+        await asyncio.sleep(0.1)
+        fake.fault = RuntimeError("the controller is being replaced")
+        await asyncio.sleep(0.1)
+        fake.fault, fake.applications["manta:a"] = None, told("a")
+        await asyncio.sleep(0.1)
+        assert further.get("a") is model, "the very same, of which nothing was opened anew"
+
+    following(work)
+
+
+def test_an_application_that_is_still_being_built_is_waited_for(fake: FakeServe) -> None:
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        fake.building.add("manta:a")
+        fake.applications["manta:a"] = told("a")
+        await asyncio.sleep(0.1)
+        assert names(further) == []
+        fake.building.clear()
+        await until(lambda: names(further) == ["a"])
+
+    following(work)
+
+
+def test_newcomers_go_to_another_version_once_its_groups_are_up(fake: FakeServe) -> None:
+    fake.applications["manta:a"] = told("a")
+
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        old = further.get("a")
+        fake.applications["manta:a"] = told("a", "2")
+        await asyncio.sleep(0.1)
+        assert further.get("a") is old
+        fake.applications["manta:a"] = told("a", "3")  # deployed once more before that one is up
+        fake.up.add("3")
+        await until(lambda: further.get("a") is not old)
+        await until(lambda: fake.engines["manta:a", "1"].closed)
+        assert not fake.engines["manta:a", "3"].closed
+
+    following(work)
+
+
+def test_what_cannot_be_served_is_said_once_and_holds_up_nobody(
+    fake: FakeServe, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    broken = told("broken")
+    config = ModelConfig(replace(broken.config.engine, model=str(tmp_path)), broken.config.serve)
+    fake.applications = {"manta:broken": replace(broken, config=config), "manta:tiny": told("tiny"), "manta:a": told("a")}
+
+    async def work(_: Discovery, further: FurtherModels) -> None:
+        assert names(further) == ["a"]
+        await asyncio.sleep(0.2)
+        said = [record.getMessage() for record in caplog.records if "cannot be served" in record.getMessage()]
+        assert len(said) == 2
+        assert any("another model as 'tiny'" in words for words in said)
+        fake.applications["manta:tiny"] = told("second")
+        await until(lambda: names(further) == ["a", "second"])
+        fake.applications["manta:twice"] = told("a")
+        await asyncio.sleep(0.1)
+        assert names(further) == ["a", "second"]
+
+    following(work)
