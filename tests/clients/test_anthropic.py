@@ -21,10 +21,11 @@ def client(address: str) -> Iterator[Any]:
 
 
 def test_messages(client: Any) -> None:
-    whole = client.messages.create(model=MODEL, messages=ASKED, max_tokens=16, temperature=0)
+    greedy = {"temperature": 0}  # the package has no argument for it any more
+    whole = client.messages.create(model=MODEL, messages=ASKED, max_tokens=16, extra_body=greedy)
     assert (whole.role, whole.content[0].type, whole.stop_reason) == ("assistant", "text", "max_tokens")
     assert whole.usage.output_tokens == 16
-    with client.messages.stream(model=MODEL, messages=ASKED, max_tokens=16, temperature=0) as stream:
+    with client.messages.stream(model=MODEL, messages=ASKED, max_tokens=16, extra_body=greedy) as stream:
         deltas = [*stream.text_stream]
         end = stream.get_final_message()
     assert "".join(deltas) == end.content[0].text == whole.content[0].text
@@ -51,7 +52,7 @@ def test_a_tool_is_called_and_answers(client: Any) -> None:
 
 def test_thinking(client: Any) -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
-    answer = client.messages.create(model=MODEL, messages=ASKED, max_tokens=1040, thinking=thinking, temperature=1.0)
+    answer = client.messages.create(model=MODEL, messages=ASKED, max_tokens=1040, thinking=thinking)
     assert answer.content[0].type == "thinking"
     assert answer.content[0].thinking
     said = [*ASKED, {"role": "assistant", "content": answer.content}, *ASKED]

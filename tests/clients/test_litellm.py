@@ -8,7 +8,7 @@ import litellm
 import pytest
 
 from tests.clients.conftest import FullEndpoint
-from tests.clients.samples import ASKED, CHOICE, CITIES, MAX_TOKENS, MODEL, PATIENCE_S, THINKING, THOUGHT, TOOL, City
+from tests.clients.samples import ASKED, CHOICE, CITIES, HELLO, MAX_TOKENS, MODEL, PATIENCE_S, THINKING, THOUGHT, TOOL, City
 
 PROVIDERS = ("openai", "hosted_vllm")
 
@@ -102,8 +102,9 @@ def test_embeddings(base_url: str, provider: str) -> None:
 
 
 def test_responses(base_url: str) -> None:
-    where = {"api_base": base_url, "api_key": "none", "max_output_tokens": 16, "temperature": 0}
-    whole = litellm.responses(f"openai/{MODEL}", ASKED[0]["content"], **where)
-    events = [*litellm.responses(f"openai/{MODEL}", ASKED[0]["content"], **where, stream=True)]
+    asked = {"model": f"openai/{MODEL}", "input": HELLO, "max_output_tokens": 16, "temperature": 0}
+    where = {"api_base": base_url, "api_key": "none", "timeout": PATIENCE_S}
+    whole = litellm.responses(**asked, **where)
+    events = [*litellm.responses(**asked, **where, stream=True)]
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     assert text == whole.output_text

@@ -113,8 +113,10 @@ def test_responses(client: Any) -> None:
     assert whole.output_text
     assert whole.usage.output_tokens == 16
     with client.responses.stream(model=MODEL, input=HELLO, max_output_tokens=16, temperature=0) as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-        assert "".join(deltas) == stream.get_final_response().output_text == whole.output_text
+        *events, end = stream
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert (end.type, end.response.status) == ("response.incomplete", whole.status)
+    assert "".join(deltas) == end.response.output_text == whole.output_text
     after = client.responses.create(model=MODEL, input="Again.", previous_response_id=whole.id, max_output_tokens=4)
     assert after.previous_response_id == whole.id
     assert after.usage.input_tokens > whole.usage.input_tokens

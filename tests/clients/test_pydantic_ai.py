@@ -1,4 +1,4 @@
-"""pydantic-ai: agents with tools and typed outputs, on its models for OpenAI's and Anthropic's APIs."""
+"""pydantic-ai: agents with tools and typed outputs, on its models for both of OpenAI's APIs."""
 
 import asyncio
 from typing import Any
@@ -8,9 +8,7 @@ from pydantic_ai import Agent, ModelHTTPError, NativeOutput, RunContext, Tool, T
 from pydantic_ai.embeddings import Embedder
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
 from pydantic_ai.messages import ThinkingPart
-from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.clients import samples
@@ -105,12 +103,5 @@ def test_embeddings(base_url: str) -> None:
 
 def test_responses(base_url: str) -> None:
     model = OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=base_url, api_key="none"))
-    assert Agent(model, model_settings=SETTINGS).run_sync(HELLO).output
-    assert isinstance(Agent(model, output_type=City, model_settings=BOUND).run_sync(HELLO).output, City)
-
-
-def test_messages(address: str) -> None:
-    """Of Anthropic's API."""
-    model = AnthropicModel(MODEL, provider=AnthropicProvider(base_url=address, api_key="none"))
     assert Agent(model, model_settings=SETTINGS).run_sync(HELLO).output
     assert isinstance(Agent(model, output_type=City, model_settings=BOUND).run_sync(HELLO).output, City)
