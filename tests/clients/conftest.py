@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from tests.clients.checkpoint import ROOT, make_checkpoint
-from tests.clients.samples import MODEL, PATIENCE_S, THOUGHT, is_quiet, thinking_bias
+from tests.clients.samples import MODEL, PATIENCE_S, THOUGHT, keep_quiet, thinking_bias
 
-is_quiet()  # before any client is imported: some read the environment then
+keep_quiet()  # before any client is imported: some read the environment then
 
 MANTA = os.environ.get("MANTA", str(ROOT / ".venv" / "bin" / "manta"))
 """The command, of the environment that `make install` makes."""

@@ -54,7 +54,7 @@ def thinking_bias(token_ids: list[int]) -> dict[str, float]:
     return {str(token): 100.0 - 10.0 * place for place, token in enumerate(token_ids)}
 
 
-def is_quiet() -> None:
+def keep_quiet() -> None:
     """Clients ask nobody but the endpoint: no model lists, no traces, no proxies."""
     os.environ |= {
         "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "LANGSMITH_TRACING": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
