@@ -46,7 +46,7 @@ def test_json_without_its_schema(base_url: str) -> None:
     client = patched(base_url, instructor.Mode.JSON)
     with pytest.raises(InstructorRetryException) as failed:
         client.chat.completions.create(**GIVEN | {"max_tokens": 32, "max_retries": 2}, response_model=City)
-    assert failed.value.n_attempts >= 1
+    assert failed.value.n_attempts == 3
 
 
 def test_errors(base_url: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 from pydantic_ai import Agent, ModelHTTPError, NativeOutput, RunContext, Tool, ToolDefinition
 from pydantic_ai.embeddings import Embedder
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
@@ -91,8 +92,10 @@ def test_errors(base_url: str) -> None:
 
 
 def test_a_full_queue_is_waited_for(full: FullEndpoint) -> None:
+    client = AsyncOpenAI(base_url=full.base_url, api_key="none", max_retries=5)
+    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(openai_client=client))
     with full.until_refused():
-        assert Agent(chat_model(full.base_url), model_settings=SETTINGS).run_sync(HELLO).output
+        assert Agent(model, model_settings=SETTINGS).run_sync(HELLO).output
 
 
 def test_embeddings(base_url: str) -> None:
