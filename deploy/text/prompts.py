@@ -15,6 +15,7 @@ from typing import Any
 from deploy.text.chat_template import Message
 from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.messages import context_length
 from scheduler.protocol.sampling import SamplingParams
 
 MOST_STOP_CHARACTERS, MOST_SALT_CHARACTERS = 16384, 1024
@@ -147,7 +148,7 @@ class PromptParser:
                 text, most, lambda part: tokenizer.encode(part, around=around), lambda: tokenizer.longest_token_bytes
             )
         except TextTooLong as error:
-            raise PromptTooLong(f"{_takes(most)}, and the prompt {error}: shorten it to {most - 1} or fewer") from None
+            raise PromptTooLong(f"{context_length(most)}, and the prompt {error}: shorten it to {most - 1} or fewer") from None
         except ValueError as error:
             raise PromptError(str(error)) from error
 
@@ -157,7 +158,7 @@ class PromptParser:
             raise PromptError("the prompt is empty: give at least one token")
         most = self.limits.max_tokens
         if len(ids) >= most:
-            raise PromptTooLong(f"{_takes(most)}, and the prompt has {len(ids)}: shorten it to {most - 1} or fewer")
+            raise PromptTooLong(f"{context_length(most)}, and the prompt has {len(ids)}: shorten it to {most - 1} or fewer")
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.limits.vocab_size:
             raise PromptError(self._outside(low if low < 0 else high))
@@ -167,7 +168,7 @@ class PromptParser:
         most, asked = self.limits.max_tokens, params.max_tokens or 0
         if len(ids) + asked > most:
             raise PromptTooLong(
-                f"{_takes(most)}, and max_tokens={asked} with the {len(ids)} tokens of the prompt are above it: lower "
+                f"{context_length(most)}, and max_tokens={asked} with the {len(ids)} tokens of the prompt are above it: lower "
                 f"max_tokens to {most - len(ids)} or less, or shorten the prompt",
                 "max_tokens",
             )
@@ -180,11 +181,6 @@ class PromptParser:
         if self.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer: give prompt_token_ids instead of text or messages")
         return self.tokenizer
-
-
-def _takes(most: int) -> str:
-    """In the words of OpenAI and vLLM, by which clients that do not read codes (litellm) know what has happened."""
-    return f"this model's maximum context length is {most} tokens, output included"
 
 
 def _check_size(field: str, texts: Sequence[str], most: int) -> None:

@@ -170,7 +170,7 @@ def test_a_prompt_that_cannot_be(prompt: Any, words: str, small: LLM, answer: li
 @pytest.mark.parametrize(
     ("length", "max_tokens", "words"),
     [
-        (100, 30, "need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
+        (100, 30, "length is 129 tokens, .* need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
         (129, 1, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt, lower max_tokens"),
         (129, None, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt"),
     ],
