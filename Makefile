@@ -1,17 +1,20 @@
-# The two commands. Both make `.venv` first and reuse it until a pin changes.
-#   make run    generate from the example checkpoint on a local Ray cluster
-#   make test   ruff, mypy --strict, import contracts, pytest
+# The two commands, and a third. All make `.venv` first and reuse it until a pin changes.
+#   make run      generate from the example checkpoint on a local Ray cluster
+#   make test     ruff, mypy --strict, import contracts, pytest
+#   make clients  the clients that people use, from an environment of their own (`.venv-clients`), against `manta serve`
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
 
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE := 1
 unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, each of which would compile everything anew
 
-.PHONY: run test lint install clean
+.PHONY: run test lint clients install clean
 
 run: $(STAMP)
 	$(BIN)/manta generate --groups 2 --tensor-parallel-size 2 --input examples/prompts.jsonl --stream
@@ -25,6 +28,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+clients: $(STAMP) $(CLIENTS_STAMP)
+	MANTA=$(abspath $(BIN)/manta) $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients
+
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt setup.py deploy/proto/manta.proto
@@ -32,5 +38,10 @@ $(STAMP): pyproject.toml constraints.txt setup.py deploy/proto/manta.proto
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(CLIENTS_STAMP): tests/clients/requirements.txt tests/clients/constraints.txt
+	test -d $(CLIENTS) || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint tests/clients/constraints.txt --requirement tests/clients/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

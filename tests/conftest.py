@@ -35,6 +35,8 @@ if not Path("/dev/nvidiactl").exists():
 settings.register_profile("manta", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("manta")
 
+collect_ignore = ["clients"]  # `make clients` runs them, in an environment of their own
+
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (

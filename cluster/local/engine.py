@@ -18,7 +18,7 @@ from cluster.local.groups import EPOCH, Groups, ThreadGroups
 from cluster.local.process import ProcessGroups
 from cluster.resolve import resolve
 from kvcache.ids import GroupId
-from scheduler.config import Resolved
+from scheduler.config import QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.placement import why
 from scheduler.protocol.leaders import Commands, FromLeader, Moved
@@ -33,14 +33,16 @@ FRONT_END = 0
 T = TypeVar("T")
 
 
-def start_local(config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress) -> "LocalEngine":
-    """See `cluster.engine.StartEngine`."""
+def start_local(
+    config: EngineConfig, on_deltas: OnDeltas, on_failure: OnFailure, progress: Progress, bounds: QueueBounds | None = None
+) -> "LocalEngine":
+    """See `cluster.engine.StartEngine`. bounds: of the queue; None: it has none."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     resolved = resolve(config, device, own_threads(config))
     if config.log_decisions:
         why.show()
     make = ProcessGroups if device == "cuda" else ThreadGroups
-    engine = LocalEngine(config, resolved, make(config, resolved), on_deltas, on_failure)
+    engine = LocalEngine(config, resolved, make(config, resolved), on_deltas, on_failure, bounds)
     try:
         engine.start(progress)
     except BaseException:
@@ -62,10 +64,11 @@ class LocalEngine:
         groups: Groups,
         on_deltas: OnDeltas,
         on_failure: OnFailure,
+        bounds: QueueBounds | None = None,
     ) -> None:
         self.block_size = config.block_size
         self._config = config
-        self._core = SchedulerCore(config, resolved)
+        self._core = SchedulerCore(config, resolved, bounds)
         self._shell = Shell(
             self._core, self._tell_group, self._tell_front_end, check_invariants=config.check_invariants
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import EngineConfig
 from cluster.engine import EngineError, EngineStats, OnDeltas, OnFailure, RequestStream
+from scheduler.config import QueueBounds
 from scheduler.server.stats import ClusterStatus
 
 if TYPE_CHECKING:
@@ -21,10 +22,14 @@ ENGINE_PATIENCE_S = 1.0
 
 
 class LocalCluster:
-    """A `Cluster` in this very process: an engine starts with each connection, and ends with the next one."""
+    """A `Cluster` in this very process: an engine starts with each connection, and ends with the next one.
 
-    def __init__(self, config: EngineConfig) -> None:
+    bounds: of the queue; None: it has none.
+    """
+
+    def __init__(self, config: EngineConfig, bounds: QueueBounds | None = None) -> None:
         self._config = config
+        self._bounds = bounds
         self._engine: LocalEngine | None = None
         self._progress: list[str] = []
         self._started_s = time.monotonic()
@@ -34,7 +39,7 @@ class LocalCluster:
 
         if self._engine is not None:  # it is lost, and holds the memory of the next one
             self._engine.close()
-        self._engine = start_local(self._config, on_deltas, on_failure, self._progress.append)
+        self._engine = start_local(self._config, on_deltas, on_failure, self._progress.append, self._bounds)
         return self._engine
 
     async def status(self, maps: bool = False) -> ClusterStatus:

@@ -12,7 +12,7 @@ from scheduler.protocol.sampling import MAX_LOGPROBS
 SAID_ELSEWHERE = {"model", "groups", "max_groups", "accelerator_type", "local", "ray_address"}
 DTYPES = {"half": "float16", "float": "float32"}
 TOOLS = {name: name for name in TOOL_PARSERS[2:]} | {"qwen3_xml": "qwen3_coder"}
-REASONING = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), "think") | {"openai_gptoss": "gpt-oss", "": "none"}
+REASONING = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), "think") | {"openai_gptoss": "openai", "": "none"}
 ATTENTION = {"FLASH_ATTN": "flash", "TRITON_ATTN": "triton", "CPU_ATTN": "cpu", "TORCH_SDPA": "cpu"}
 GIB = 1 << 30
 

@@ -82,7 +82,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
             reserve(limits.host, limits.grpc_port, "for gRPC", "choose another with --grpc-port").close()
         model = ServedModel.of(config.engine, config.serve)
         observer = Observer.open(limits, model.name)
-        service = Service(model, LocalCluster(config.engine), observer)
+        service = Service(model, LocalCluster(config.engine, limits), observer)
         app = create_app(service, limits, keys, pages=status_routes(service))
         server = HttpServer(app, limits, partial(end_late, service, view.say))
         tasks = [asyncio.create_task(service.run())]

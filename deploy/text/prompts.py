@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.text.chat_template import Message
 from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Pooling
+from scheduler.protocol.messages import Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -185,9 +185,7 @@ class PromptParser:
         try:
             return encode_within(text, most, encode, lambda: tokenizer.longest_token_bytes)
         except TextTooLong as error:
-            raise PromptTooLong(
-                f"the prompt {error}, and the model takes {most} tokens, output included: shorten it to {most - 1} or fewer"
-            ) from None
+            raise PromptTooLong(f"{context_length(most)}, and the prompt {error}: shorten it to {most - 1} or fewer") from None
         except ValueError as error:
             raise PromptError(str(error)) from error
 
@@ -197,9 +195,8 @@ class PromptParser:
             raise PromptError("the prompt is empty: give at least one token")
         most = self.limits.max_tokens
         if len(ids) > most - output:
-            included = ", output included" if output else ""
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and the model takes {most}{included}: shorten it to {most - output} or fewer"
+                f"{context_length(most, output=output > 0)}, and the prompt has {len(ids)}: shorten it to {most - output} or fewer"
             )
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.limits.vocab_size:
@@ -210,7 +207,7 @@ class PromptParser:
         most, asked = self.limits.max_tokens, params.max_tokens or 0
         if len(ids) + asked > most:
             raise PromptTooLong(
-                f"max_tokens={asked} and the {len(ids)} tokens of the prompt are above the {most} that the model takes: lower "
+                f"{context_length(most)}, and max_tokens={asked} with the {len(ids)} tokens of the prompt are above it: lower "
                 f"max_tokens to {most - len(ids)} or less, or shorten the prompt",
                 "max_tokens",
             )

@@ -35,6 +35,11 @@ class Failure(IntEnum):
     TIMED_OUT = 4  # its deadline has passed
 
 
+def context_length(most: int, *, output: bool = True) -> str:
+    """In the words of OpenAI and vLLM, by which clients that do not read codes (litellm) know what has happened."""
+    return f"this model's maximum context length is {most} tokens{', output included' if output else ''}"
+
+
 class FinishReason(IntEnum):
     """Why a sequence ended. Each ends exactly once."""
 

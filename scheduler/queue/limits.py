@@ -6,7 +6,7 @@ Imports `config`, `messages` and `waiting`.
 import math
 
 from scheduler.config import QueueBounds
-from scheduler.protocol.messages import Failure, Request
+from scheduler.protocol.messages import Failure, Request, context_length
 from scheduler.queue.waiting import WaitingRoom
 
 LONGEST_RETRY_S = 60.0
@@ -58,17 +58,17 @@ def output_limit(
     least = 1 if max_tokens is None else max_tokens
     if prompt + least > max_model_len:
         raise RequestRefused(
-            f"{prompt} prompt tokens and max_tokens={least} are above the length of {max_model_len} tokens that the model "
-            "allows: shorten the prompt, lower max_tokens or raise max_model_len"
+            f"{context_length(max_model_len)}, and {prompt} prompt tokens with max_tokens={least} are above it: shorten the "
+            "prompt, lower max_tokens or raise max_model_len"
         )
     room = max_model_len - prompt
     if largest_pool is not None:
         needed = blocks_for(slots_for(prompt, least), block_size)
         if needed > largest_pool:
             raise RequestRefused(
-                f"{prompt} prompt tokens and max_tokens={least} need {needed} blocks of "
-                f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or "
-                "raise kv_memory"
+                f"{context_length(largest_pool * block_size + 1)}, for want of blocks: {prompt} prompt tokens and "
+                f"max_tokens={least} need {needed} blocks of {block_size} tokens, but the "
+                f"largest pool has {largest_pool}: shorten the prompt, lower max_tokens or raise kv_memory"
             )
         room = min(room, largest_pool * block_size + 1 - prompt)
     return room if max_tokens is None else max_tokens

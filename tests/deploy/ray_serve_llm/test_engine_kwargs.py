@@ -39,7 +39,7 @@ BECOMES: list[tuple[str, Any, dict[str, Any]]] = [
     ("enable_auto_tool_choice", False, {"tool_parser": "none"}),
     ("reasoning_parser", "qwen3", {"reasoning_parser": "think"}),
     ("reasoning_parser", "deepseek_r1", {"reasoning_parser": "think"}),
-    ("reasoning_parser", "openai_gptoss", {"reasoning_parser": "gpt-oss"}),
+    ("reasoning_parser", "openai_gptoss", {"reasoning_parser": "openai"}),
     ("reasoning_parser", "", {"reasoning_parser": "none"}),
     ("structured_outputs_config", {"reasoning_parser": "glm45"}, {"reasoning_parser": "think"}),
     ("chat_template", "/models/chat.jinja", {"chat_template": "/models/chat.jinja"}),

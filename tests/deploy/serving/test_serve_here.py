@@ -48,6 +48,19 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
     assert "Traceback" not in log.read_text()
 
 
+def test_its_queue_is_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    long = {"prompt": "def f(", "n": 16, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with served(log, "--port", "0", "--max-num-seqs", "1", "--max-queued-requests", "1") as process:
+        url = ready_at(log, process)
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=PATIENCE_S, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            next(lines)  # one of its choices runs, the others wait
+            refused = httpx.post(f"{url}/v1/completions", json={"prompt": "def g("}, timeout=PATIENCE_S, trust_env=False)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+
+
 def test_an_ignored_sigint_is_told_by_the_exit_code_too(tmp_path: Path) -> None:
     """As a shell starts what runs in its background."""
     log = tmp_path / "log"

@@ -51,7 +51,7 @@ def test_every_kind(parser: PromptParser, tokenizer: Tokenizer) -> None:
         ([3, -1], "token id -1 is outside the vocabulary of 400 entries"),
         (
             [5] * MAX_TOKENS,
-            f"the prompt has {MAX_TOKENS} tokens and the model takes {MAX_TOKENS}, output included: shorten it to 511",
+            f"length is {MAX_TOKENS} tokens, output included, and the prompt has {MAX_TOKENS}: shorten it to 511",
         ),
         (Conversation([{"role": "tool", "content": "x"}]), "chat template refuses these messages: no tools here"),
     ],
@@ -95,7 +95,7 @@ def test_parameters_are_held_against_the_model(parser: PromptParser, params: Sam
 def test_room_for_what_is_asked(parser: PromptParser) -> None:
     ids = [5] * (MAX_TOKENS - 10)
     assert parser.prompt(ids, SamplingParams(max_tokens=10)).token_ids == ids
-    with pytest.raises(PromptTooLong, match=r"^max_tokens=11 and .*: lower max_tokens to 10 or less") as caught:
+    with pytest.raises(PromptTooLong, match=r"max_tokens=11 with .*: lower max_tokens to 10 or less") as caught:
         parser.prompt(ids, SamplingParams(max_tokens=11))
     assert caught.value.field == "max_tokens"
 

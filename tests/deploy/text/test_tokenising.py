@@ -175,7 +175,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised(door: Door, slow: Slo
         async with running(slow) as service:
             code, message = await door(service, HUGE)
             assert code == CONTEXT_EXCEEDED
-            assert "bytes, and 2048 tokens hold 79872 at most, and the model takes 2048 tokens" in message
+            assert "bytes, and 2048 tokens hold 79872 at most: shorten it" in message
             assert slow.characters <= len("a"), "of the prompt before it"
             code, message = await door(service, MIXED)
             assert code == CONTEXT_EXCEEDED

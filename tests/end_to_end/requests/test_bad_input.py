@@ -149,7 +149,7 @@ def answer(small: LLM) -> list[list[list[int]]]:
         ([1, 2, VOCAB], "token id 199 is outside the vocabulary of 199 entries: use ids from 0 to 198"),
         ([1, -1], "token id -1 is outside the vocabulary"),
         ([1, 2.5], "prompt_token_ids must be a list of integers"),
-        (draw(512, seed=1), "the prompt has 512 tokens and the model takes 512, output included: shorten it to 511"),
+        (draw(512, seed=1), "length is 512 tokens, output included, and the prompt has 512: shorten it to 511"),
         ("text", "this checkpoint has no tokenizer: give prompt_token_ids"),
         ({"promt": "x"}, "unknown key 'promt': did you mean 'prompt'"),
         ({"tenant": "x"}, "give exactly one of prompt, prompt_token_ids, messages"),
@@ -170,7 +170,7 @@ def test_a_prompt_that_cannot_be(prompt: Any, words: str, small: LLM, answer: li
 @pytest.mark.parametrize(
     ("length", "max_tokens", "words"),
     [
-        (100, 30, "need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
+        (100, 30, "length is 129 tokens, .* need 9 blocks of 16 tokens, but the largest pool has 8: .* raise kv_memory"),
         (129, 1, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt, lower max_tokens"),
         (129, None, "need 9 blocks of 16 tokens, but the largest pool has 8: shorten the prompt"),
     ],
@@ -191,7 +191,7 @@ def test_a_request_that_never_fits(
 
 def test_a_length_that_the_model_does_not_have(small: LLM) -> None:
     requests = small.stats().requests
-    with pytest.raises(PromptError, match=r"max_tokens=13 and the 500 tokens of the prompt .*: lower max_tokens to 12 or"):
+    with pytest.raises(PromptError, match=r"max_tokens=13 with the 500 tokens of the prompt .*: lower max_tokens to 12 or"):
         run(small, [draw(500, seed=91)], greedy(13))
     assert small.stats().requests == requests
 

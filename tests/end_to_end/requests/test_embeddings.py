@@ -115,7 +115,7 @@ def test_a_prompt_may_fill_the_model_and_no_more(checkpoints: dict[str, Path]) -
         np.testing.assert_allclose(
             vectors(embed(llm, [full])), embeddings(checkpoints[QWEN3], [full], "last"), atol=ROUNDING
         )
-        with pytest.raises(PromptError, match="the prompt has 65 tokens and the model takes 64: shorten it to 64 or fewer"):
+        with pytest.raises(PromptError, match="length is 64 tokens, and the prompt has 65: shorten it to 64 or fewer"):
             embed(llm, [draw(65, seed=3)])
         with pytest.raises(PromptError, match="the prompt is empty"):
             embed(llm, [[]])

@@ -111,6 +111,6 @@ def test_cancelling_all_choices_of_a_prompt(llm: LLM) -> None:
 def test_errors_reach_the_stream(llm: LLM) -> None:
     with pytest.raises(PromptError, match="empty"):
         asyncio.run(collect(llm.stream([], greedy(3))))
-    with pytest.raises(PromptError, match="max_tokens=200 and the 400 tokens of the prompt are above"):
+    with pytest.raises(PromptError, match="max_tokens=200 with the 400 tokens of the prompt are above"):
         asyncio.run(collect(llm.stream(draw(400, seed=81), greedy(200))))
     wait_idle(llm)

@@ -227,6 +227,14 @@ def test_every_row_has_a_test_that_exists(tables: dict[str, dict[str, Row]]) -> 
     assert named <= tests
 
 
+def test_the_clients_of_the_page_are_those_that_are_tried() -> None:
+    """Under the versions that are installed for it."""
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|[^|]+\| `(test_\w+\.py)` \|$", PAGE.read_text(), re.MULTILINE)
+    folder = PAGE.parents[1] / "tests" / "clients"
+    assert {file for *_, file in rows} == {file.name for file in folder.glob("test_*.py")}
+    assert {f"{client}=={version}" for client, version, _ in rows} <= {*(folder / "constraints.txt").read_text().splitlines()}
+
+
 @pytest.mark.parametrize(
     ("openai_fields", "request_type"),
     [

@@ -13,6 +13,8 @@ from tests.deploy.doors.http.conftest import MODEL, Host
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 MISSING = object()
+CONTEXT_LENGTH = "this model's maximum context length is 2048 tokens"
+"""By these words litellm knows the error."""
 
 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": [1, None]}, "prompt[1]", "got null"),
         ({"prompt": [-1]}, "prompt", "outside the vocabulary of 4096"),
         ({"prompt": [10**30]}, "prompt", "outside the vocabulary"),
-        ({"prompt": "x " * 3000}, "prompt", "the model takes 2048"),
+        ({"prompt": "x " * 3000}, "prompt", "length is 2048 tokens, output included"),
         ({"prompt": ["a"] * 65}, "prompt", "65 is above the 64 that this server allows (max_prompts)"),
         ({"prompt": [[1] * 2000] * 64, "prompt_logprobs": 20}, "prompt_logprobs", "more than 524288 log-probabilities"),
         ({"n": 0}, "n", "expected int >= 1"),
@@ -47,7 +49,7 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"n": 17}, "n", "17 is above the 16 that this server allows (max_choices)"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens: 0 goes with echo=true"),
         ({"max_tokens": 10**20}, "max_tokens", "expected int <= 2147483647"),
-        ({"max_tokens": 2048}, "max_tokens", "max_tokens=2048 and the 1 tokens of the prompt are above the 2048"),
+        ({"max_tokens": 2048}, "max_tokens", "max_tokens=2048 with the 1 tokens of the prompt are above it"),
         ({"min_tokens": 20}, "min_tokens", "min_tokens=20 is above max_tokens=16"),
         ({"temperature": -0.1}, "temperature", "expected float >= 0.0"),
         ({"top_p": -0.5}, "top_p", "expected float >= 0.0"),
@@ -88,6 +90,7 @@ def test_more_output_than_the_model_takes(http: httpx.Client, field: str, stream
     asked = {"messages": [{"role": "user", "content": "a"}], field: 2048, "stream": stream}
     error = error_of(http.post("/v1/chat/completions", json=asked), 400)
     assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert error["message"].startswith(CONTEXT_LENGTH)
     assert "lower max_tokens to" in error["message"]
 
 
@@ -131,7 +134,9 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(http: httpx.Cl
         http.post("/v1/completions", json={"prompt": "x " * 3000}),
         http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x " * 3000}]}),
     ]
-    assert [error_of(answer, 400)["code"] for answer in answers] == ["context_length_exceeded"] * 2
+    errors = [error_of(answer, 400) for answer in answers]
+    assert [error["code"] for error in errors] == ["context_length_exceeded"] * 2
+    assert all(error["message"].startswith(CONTEXT_LENGTH) for error in errors)
 
 
 def test_unknown_model(http: httpx.Client) -> None:
