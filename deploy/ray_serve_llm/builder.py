@@ -9,9 +9,9 @@ import ray
 from ray.serve import Application
 from ray.serve.context import _get_global_client
 
-from deploy.app import build
+from deploy.app import build, build_further
 from deploy.config.load import ConfigError
-from deploy.config.serve import ServeConfig
+from deploy.config.serve import FURTHER, ServeConfig
 from deploy.ray_serve_llm.checkpoint import find_checkpoint
 from deploy.ray_serve_llm.deployment import INGRESS, INGRESS_CLASS
 from deploy.ray_serve_llm.llm_config import LLMConfig
@@ -39,8 +39,15 @@ def build_openai_app(llm_serving_args: LLMServingArgs | Mapping[str, Any]) -> Ap
     return build(read_args(llm_serving_args, _listens_at()))
 
 
-def read_args(given: LLMServingArgs | Mapping[str, Any], host: str) -> dict[str, Any]:
-    """Manta's own tree. host: where the endpoint listens, unless `serve` says so. Errors: ConfigError."""
+def build_further_model(llm_serving_args: LLMServingArgs | Mapping[str, Any]) -> Application:
+    """A model beside the first of an endpoint: an application of its own, named as the endpoint's, a colon and a name, with
+    `route_prefix: null`. Errors: ConfigError."""
+    return build_further(read_args(llm_serving_args, None))
+
+
+def read_args(given: LLMServingArgs | Mapping[str, Any], host: str | None) -> dict[str, Any]:
+    """Manta's own tree. host: where the endpoint listens, unless `serve` says so; None for a model beside the first. Errors:
+    ConfigError."""
     args = vars(given) if isinstance(given, LLMServingArgs) else mapping("args", given)
     config = _only_model(args)
     translation = config.translate("llm_configs[0]")
@@ -51,7 +58,8 @@ def read_args(given: LLMServingArgs | Mapping[str, Any], host: str) -> dict[str,
         "llm_configs": aside,
     }
     read(translation, "args", args, rest)
-    translation.serve.setdefault("host", host)
+    if host is not None:
+        translation.serve.setdefault("host", host)
     translation.check()
     for line in translation.idle:
         logger.info("it changes nothing: %s", line)
@@ -68,7 +76,8 @@ def _only_model(args: Mapping[str, Any]) -> LLMConfig:
     if len(models) > 1:
         raise ConfigError(
             f"llm_configs has {len(models)} models ({', '.join(model.model_id for model in models)}), and an application of "
-            "Manta's has one: write an application for each, with a name and a route_prefix of its own"
+            "Serve's has one here: leave the first alone, and write an application for each of the others, named as this one, "
+            f"{FURTHER!r} and a name, with route_prefix: null and import_path manta.serve.llm:build_further_model"
         )
     return models[0]
 

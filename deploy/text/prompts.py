@@ -196,7 +196,7 @@ class PromptParser:
         most = self.limits.max_tokens
         if len(ids) > most - output:
             raise PromptTooLong(
-                f"{context_length(most, output=output > 0)}, and the prompt has {len(ids)}: shorten it to {most - output} or fewer"
+                f"{context_length(most, output=output)}, and the prompt has {len(ids)}: shorten it to {most - output} or fewer"
             )
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.limits.vocab_size:

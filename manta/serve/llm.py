@@ -8,10 +8,10 @@ Imports ray.
 
 from typing import Any
 
-from deploy.ray_serve_llm.builder import LLMServingArgs, build_openai_app
+from deploy.ray_serve_llm.builder import LLMServingArgs, build_further_model, build_openai_app
 from deploy.ray_serve_llm.llm_config import LLMConfig, ModelLoadingConfig
 
-__all__ = ["LLMConfig", "LLMServingArgs", "ModelLoadingConfig", "build_openai_app"]
+__all__ = ["LLMConfig", "LLMServingArgs", "ModelLoadingConfig", "build_further_model", "build_openai_app"]
 
 ALONE = "the deployments of an application belong together: use build_openai_app"
 ALIKE = "every group computes prompts and outputs, and fetches prefixes from the others by itself: use build_openai_app"

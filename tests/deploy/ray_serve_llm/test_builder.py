@@ -10,7 +10,7 @@ from ray.serve._private.build_app import build_app
 
 from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError
 from deploy.ray_serve_llm.builder import read_args
-from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_openai_app
+from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_further_model, build_openai_app
 
 TINY = str(EMBEDDED_MODEL)
 HOST = "127.0.0.1"
@@ -53,6 +53,13 @@ def test_serve_runs_what_is_built() -> None:
     assert ingress.init_args[2].served_model_name == "tiny"
 
 
+def test_a_model_beside_the_first_is_an_engine_alone() -> None:
+    (engine,) = build_app(build_further_model({"llm_configs": [MODEL]}), name="llm_app:tiny").deployments
+    assert (engine.name, engine.init_args[0].max_model_len, engine.init_args[1].served_model_name) == ("Engine", 512, "tiny")
+    with pytest.raises(ConfigError, match=r"unknown key 'serve.replicas'"):
+        build_further_model({"llm_configs": [MODEL], "ingress_deployment_config": {"num_replicas": 2}})
+
+
 @pytest.mark.parametrize(
     ("args", "serve"),
     [
@@ -75,7 +82,7 @@ def test_what_belongs_to_the_front_ends(args: dict[str, Any], serve: dict[str, A
         ({"llm_configs": []}, "write a list with the configuration of a model"),
         ({}, "write a list with the configuration of a model"),
         ({"llm_configs": MODEL}, "write a list with the configuration of a model"),
-        ({"llm_configs": [MODEL, MODEL]}, r"2 models \(tiny, tiny\), and an application of Manta's has one: write"),
+        ({"llm_configs": [MODEL, MODEL]}, r"2 models \(tiny, tiny\), .* one here: .*:build_further_model"),
         ({"llm_configs": ["/nowhere.yaml"]}, r"cannot read the configuration file /nowhere\.yaml"),
         ({"llm_configs": [MODEL | {"llm_engine": "SGLang"}]}, r"llm_configs\[0\]\.llm_engine='SGLang'"),
         ({"llm_configs": [MODEL], "ingres_cls_config": {}}, "ingres_cls_config is unknown: did you mean 'ingress_cls_config'"),
@@ -163,6 +170,6 @@ def test_rays_module_has_no_name_that_is_neither_here_nor_refused() -> None:
         for node in ast.parse(source.read_text()).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
     )
-    assert set(exported) == {*ours.__all__, *ours.NOT_HERE}
+    assert {*exported, "build_further_model"} == {*ours.__all__, *ours.NOT_HERE}
     with pytest.raises(ImportError, match="cannot import name 'frobnicate'"):
         exec("from manta.serve.llm import frobnicate")
