@@ -1,13 +1,14 @@
 """Settles what the user left open, for scheduler and workers. Reads the checkpoint's config.json, nothing else.
 
-Imports torch through `workers.model.architectures`.
+Imports torch where the model is one of transformers' (`workers.model.reading`).
 """
 
 import math
 from pathlib import Path
 
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.architectures import CheckpointError, ModelConfig, read_config
+from workers.model.fields import CheckpointError
+from workers.model.reading import DecoderConfig, read_model
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
@@ -26,8 +27,8 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
 
     Errors: CheckpointError, ValueError: before anything is started.
     """
-    model = read_config(Path(config.model))
-    model.shard(0, config.tensor_parallel_size)
+    model = read_model(Path(config.model), config.model_implementation)
+    model.require(config.tensor_parallel_size)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(
@@ -41,7 +42,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     )
 
 
-def model_length(model: ModelConfig, asked: int | None) -> int:
+def model_length(model: DecoderConfig, asked: int | None) -> int:
     """Tokens of a sequence, prompt and output together. Errors: CheckpointError if the model takes fewer than asked for."""
     if asked is None:
         return min(model.max_position, MAX_MODEL_LEN_DEFAULT)

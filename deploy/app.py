@@ -75,7 +75,9 @@ class ServeAdministration:
         limits = replace(self._limits, served_model_name=model_name(self._limits.served_model_name, self._config.model))
         config = replace(self._config, model=model)
         try:
-            await asyncio.to_thread(read_model_limits, Path(model), config.max_model_len, config.tensor_parallel_size)
+            await asyncio.to_thread(
+                read_model_limits, Path(model), config.max_model_len, config.tensor_parallel_size, config.model_implementation
+            )
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )
@@ -103,8 +105,9 @@ class Ingress(GrpcIngress):
         import_without_torch()
         name = model_name(limits.served_model_name, config.model)
         model = ServedModel.read(
-            name, Path(config.model), config.max_model_len, config.tensor_parallel_size, limits.chat_template
-        )
+            name, Path(config.model), config.max_model_len, config.tensor_parallel_size, limits.chat_template,
+            config.model_implementation,
+        )  # fmt: skip
         self._limits = limits
         self._keys = keys
         self._administration = ServeAdministration(engine, config, limits, keys, threads)

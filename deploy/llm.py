@@ -75,7 +75,9 @@ class LLM:
     def _start(self, config: EngineConfig, progress: Progress) -> None:
         bound_openmp_spin()
         checkpoint = Path(config.model)
-        limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
+        limits = read_model_limits(
+            checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation
+        )
         tokenizer = Tokenizer.load(checkpoint)
         limits = limits.ending_as(tokenizer)
         self.config = config

@@ -86,9 +86,10 @@ class ServedModel:
         max_model_len: int | None,
         tensor_parallel_size: int = 1,
         chat_template: str | None = None,
+        model_implementation: str = "auto",
     ) -> "ServedModel":
         """chat_template: a file. Errors: ValueError, OSError."""
-        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
+        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size, model_implementation)
         created = int((checkpoint / "config.json").stat().st_mtime)
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
         return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer)

@@ -283,5 +283,6 @@ def read_model(config: Config) -> ServedModel:
     engine = config.engine
     name = model_name(config.serve.served_model_name, engine.model)
     return ServedModel.read(
-        name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, config.serve.chat_template
-    )
+        name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, config.serve.chat_template,
+        engine.model_implementation,
+    )  # fmt: skip

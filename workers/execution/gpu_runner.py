@@ -27,7 +27,7 @@ from workers.execution.pending import DeviceTokens, Following, measure_prompts
 from workers.execution.pinned import PinnedRing
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
-from workers.model.fused import FusedDecoder
+from workers.model.fused import PagedDecoder
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 from workers.sampling.logprobs import PromptPart
@@ -65,7 +65,7 @@ class GpuRunner:
 
     def __init__(
         self,
-        model: FusedDecoder,
+        model: PagedDecoder,
         attention: PagedAttention,
         small: PagedAttention,
         sampler: DeviceSampler,

@@ -3,28 +3,37 @@
 Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constraints`.
 """
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kvcache.pool import KVPool
 from scheduler.protocol.messages import Start
 from workers.execution.inputs import build_step
 from workers.execution.pending import DeviceTokens, Following, measure_prompts
+from workers.execution.step import StepInput
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
-from workers.model.decoder import Decoder
 from workers.sampling.constraints import Constraints
 from workers.sampling.sampler import Sampler
 
 Ints = npt.NDArray[np.int64]
 
 
+class Model(Protocol):
+    def forward(self, step: StepInput) -> Tensor:
+        """This rank's logits of the tokens at `step.sample_at`, [samples, the rank's vocabulary]."""
+        ...
+
+
 class ModelRunner:
     """The `Executor` that computes. pool: the blocks that the model's attention is bound to. max_num_seqs: rows of the
     resident batch."""
 
-    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
+    def __init__(self, model: Model, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
         self.pool = pool
         self._model = model
         self._sampler = sampler

@@ -103,6 +103,10 @@ class ModelConfig:
         """Of the weights; None: config.json leaves it to what they are stored in."""
         return None if self.dtype_name is None else torch_dtype(self.dtype_name)
 
+    def require(self, size: int) -> None:
+        """Raises CheckpointError if that many ranks cannot divide this model evenly."""
+        self.shard(0, size)
+
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
         if size < 1 or self.heads % size:
@@ -188,7 +192,7 @@ def read_config(path: str | Path) -> ModelConfig:
         qk_norm=family.qk_norm,
         tied=bool(fields.get("tie_word_embeddings", False)),
         dtype_name=_read_dtype(fields),
-        eos_ids=_read_eos_ids(fields, folder),
+        eos_ids=read_eos_ids(fields, folder, fields.integer("vocab_size")),
     )
 
 
@@ -240,7 +244,7 @@ def _read_dtype(fields: Fields) -> str | None:
     return name
 
 
-def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
+def read_eos_ids(fields: Fields, folder: Path, vocab_size: int) -> tuple[int, ...]:
     """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json. An id that is no
     token, such as the -1 of some files, ends nothing."""
     found: set[int] = set()
@@ -252,7 +256,7 @@ def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
         if not all(isinstance(token, int) for token in ids):
             raise source.error(f"eos_token_id must be an integer or a list of them, found {value!r}: repair the file")
         found.update(ids)
-    return tuple(sorted(token for token in found if 0 <= token < fields.integer("vocab_size")))
+    return tuple(sorted(token for token in found if 0 <= token < vocab_size))
 
 
 def _divisors(number: int) -> list[int]:
