@@ -20,14 +20,19 @@ def build(text: Any) -> Any:
     """The model of that configuration, in float32, for inference. Errors: CheckpointError for a class that is not served."""
     found = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type])
     _refuse(found, text)
-    with BUILDING, torch.device("meta"):
-        model = found._from_config(copy.deepcopy(text), dtype=torch.float32, attn_implementation=NAME)
-    return model.eval()
+    try:
+        with BUILDING, torch.device("meta"):
+            return found._from_config(copy.deepcopy(text), dtype=torch.float32, attn_implementation=NAME).eval()
+    except Exception as error:  # whatever a class of somebody else's may raise for fields that do not fit each other
+        raise CheckpointError(
+            f"{found.__name__} cannot be made of this config.json ({type(error).__name__}: {error}): it is damaged or of another "
+            f"version than transformers {transformers.__version__} knows"
+        ) from error
 
 
 def _refuse(found: Any, text: Any) -> None:
     """What can be said of a class before it is built."""
-    if found.config_class is not type(text):
+    if not isinstance(text, found.config_class):
         raise CheckpointError(f"{found.__name__} is not a model of text alone: {WORKS}")
     if found._is_stateful:
         raise CheckpointError(f"{found.__name__} has recurrent layers, whose state is in no KV cache: {WORKS}")

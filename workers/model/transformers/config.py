@@ -111,7 +111,7 @@ def read_transformers(folder: Path) -> TransformersConfig:
         architecture=MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type],
         text=text,
         vocab_size=vocab_size,
-        max_position=_stretched(text, _positive(fields, text, "max_position_embeddings")),
+        max_position=_positions(fields, text),
         dtype_name=dtype,
         eos_ids=_eos_ids(fields, text, folder, vocab_size),
     )
@@ -137,6 +137,8 @@ def _text_config(fields: Fields, folder: Path) -> Any:
         raise fields.error(f"{text.model_type} has layers of {', '.join(others)}, which are no attention: {WORKS}")
     if getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
+    if text.model_type not in COMPARED:
+        logger.warning("%s has not been compared with transformers' own outputs, as others have (docs/models.md)", text.model_type)
     if text is not whole:
         logger.info("%s: of %s the text part is served, as %s; it sees and hears nothing", folder, kind, text.model_type)
     return text
@@ -145,7 +147,7 @@ def _text_config(fields: Fields, folder: Path) -> Any:
 def _eos_ids(fields: Fields, text: Any, folder: Path, vocab_size: int) -> tuple[int, ...]:
     """Of the checkpoint's files, and of the class where config.json leaves it out."""
     named = read_eos_ids(fields, folder, vocab_size)
-    own = text.eos_token_id
+    own = getattr(text, "eos_token_id", None)
     ids = own if isinstance(own, list) else [own]
     return tuple(sorted({*named, *(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size)}))
 
@@ -157,8 +159,11 @@ def _positive(fields: Fields, text: Any, name: str) -> int:
     return found
 
 
-def _stretched(text: Any, positions: int) -> int:
+def _positions(fields: Fields, text: Any) -> int:
     """As many as YaRN stretches to."""
+    if getattr(text, "max_position_embeddings", None) is None:
+        raise fields.error(f"{text.model_type} has no max_position_embeddings, so its positions are told in another way: {WORKS}")
+    positions = _positive(fields, text, "max_position_embeddings")
     rope = getattr(text, "rope_parameters", None)
     for kind in [rope, *rope.values()] if isinstance(rope, dict) else []:
         if isinstance(kind, dict) and kind.get("rope_type") == "yarn" and kind.get("original_max_position_embeddings"):
