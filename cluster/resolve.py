@@ -28,11 +28,12 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     Errors: CheckpointError, ValueError: before anything is started.
     """
     model = read_model(Path(config.model), config.model_implementation)
-    model.require(config.tensor_parallel_size)
+    longest = model_length(model, config.max_model_len)
+    model.require(config.tensor_parallel_size, device, longest)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(
-        max_model_len=model_length(model, config.max_model_len),
+        max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
         device=device,
         threads=config.threads or threads,

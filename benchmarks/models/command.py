@@ -40,7 +40,7 @@ def main() -> None:
             outcomes = {setting: run(path, reference, setting, chosen.implementation) for setting in SETTINGS}
         cells = [cell(found for setting, found in outcomes.items() if setting.size == size) for size in (1, 2)]
         failed = failed or any(isinstance(found, Outcome) and found.wrong for found in outcomes.values())
-        print(f"| {kind} | {name} | {' | '.join(cells)} |", flush=True)
+        print(f"| `{kind}` | `{name}` | {' | '.join(cells)} |", flush=True)
     if failed:
         raise SystemExit(1)
 

@@ -85,8 +85,9 @@ class Reference:
     def _greedy(self, model: Any, prompt: list[int], count: int) -> list[int]:
         ids = torch.tensor([prompt])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+            pad_token_id=0,
+        )  # fmt: skip
         tokens: list[int] = out[0, len(prompt) :].tolist()
         return tokens
 
@@ -114,8 +115,7 @@ def compare(path: Path, reference: Reference, setting: Setting, implementation: 
                 expected, found = reference.answers[number], list(output.outputs[0].token_ids)
                 compared += 1
                 if found != expected:
-                    at = next((n for n, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), len(found))
-                    wrong.append(f"{setting}, prompt {number}: token {at} of {len(expected)}")
+                    wrong.append(f"{setting}, prompt {number}: {found} instead of {expected}")
             stats = llm.stats()
             if stats.cached_tokens and (stats.preemptions or not setting.small):
                 break

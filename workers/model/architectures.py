@@ -103,8 +103,9 @@ class ModelConfig:
         """Of the weights; None: config.json leaves it to what they are stored in."""
         return None if self.dtype_name is None else torch_dtype(self.dtype_name)
 
-    def require(self, size: int) -> None:
-        """Raises CheckpointError if that many ranks cannot divide this model evenly."""
+    def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:  # noqa: ARG002
+        """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device, over all
+        of its positions."""
         self.shard(0, size)
 
     def shard(self, rank: int, size: int) -> RankShape:

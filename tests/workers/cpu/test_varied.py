@@ -75,7 +75,8 @@ def test_equals_dense_attention(form: Form, shape: HeadShape, block: int) -> Non
         return torch.randn(*sizes, generator=random, dtype=torch.float64)
 
     states = [(drawn(n, shape.kv_heads, shape.key_dim), drawn(n, shape.kv_heads, shape.value_dim)) for n in CONTEXTS]
-    fill(pool, step, 1, [(k[: n - q], v[: n - q]) for (k, v), n, q in zip(states, CONTEXTS, QUERIES, strict=True)], shape, block)
+    earlier = [(k[: n - q], v[: n - q]) for (k, v), n, q in zip(states, CONTEXTS, QUERIES, strict=True)]
+    fill(pool, step, 1, earlier, shape, block)
     queries = [drawn(q, shape.heads, shape.key_dim) for q in QUERIES]
     expected = [attend_densely(q, k, v, n, form) for q, (k, v), n in zip(queries, states, CONTEXTS, strict=True)]
     key = torch.cat([k[n - q :] for (k, _), n, q in zip(states, CONTEXTS, QUERIES, strict=True)])
@@ -97,14 +98,14 @@ def test_plain_layers_of_the_pools_heads_go_to_the_usual_backend() -> None:
             calls.append(1)
             return super().attend(*args, **kwargs)  # type: ignore[arg-type]
 
-    states = [torch.randn(6, heads, 16, dtype=torch.float64) for heads in (4, 2, 2)]
+    query, key, value = (torch.randn(6, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
     outs = []
     for usual in (True, False):
         pool = KVPool(layout, blocks_of(step, 16), "cpu")
         pool.data.zero_()
         attention = VariedAttention(pool, [shape], Usual(pool, 4) if usual else None, shape)
-        for form in (FORMS["plain"], FORMS["scaled"], FORMS["window"]):
-            outs.append(attention.attend(0, *states, step, attention.plan(step), form))
+        forms = (FORMS[name] for name in ("plain", "scaled", "window"))
+        outs += [attention.attend(0, query, key, value, step, attention.plan(step), form) for form in forms]
     assert len(calls) == 2
     for ours, other in zip(outs[:3], outs[3:], strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
@@ -115,4 +116,5 @@ def test_within_drops_what_cannot_be_noticed() -> None:
     assert form.within(64) == Form(1.0)
     assert form.within(65) == Form(1.0, window=64)
     assert form.within(129) == form
-    assert form.within(64).plain and not form.within(65).plain
+    assert form.within(64).plain
+    assert not form.within(65).plain

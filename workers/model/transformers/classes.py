@@ -25,8 +25,8 @@ def build(text: Any) -> Any:
             return found._from_config(copy.deepcopy(text), dtype=torch.float32, attn_implementation=NAME).eval()
     except Exception as error:  # whatever a class of somebody else's may raise for fields that do not fit each other
         raise CheckpointError(
-            f"{found.__name__} cannot be made of this config.json ({type(error).__name__}: {error}): it is damaged or of another "
-            f"version than transformers {transformers.__version__} knows"
+            f"{found.__name__} cannot be made of this config.json ({type(error).__name__}: {error}): it is damaged, or of "
+            f"another version than transformers {transformers.__version__} knows"
         ) from error
 
 

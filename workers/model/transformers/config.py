@@ -66,11 +66,15 @@ class TransformersConfig:
             self.surveys[size] = survey(self.text, size)
         return self.surveys[size]
 
-    def require(self, size: int) -> None:
-        """Errors: CheckpointError if that many ranks cannot share this model. Where transformers was imported without torch it
-        is left to those who have it."""
+    def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:
+        """device, positions: where it is computed, over so many positions. Errors: CheckpointError if that many ranks cannot
+        share this model, or its attention is not computed there. Where transformers was imported without torch that is left to
+        those who have it."""
         if is_torch_available():
-            self.survey(size)
+            found = self.survey(size)
+            lacking = found.kernels_lack(positions) if device != "cpu" else None
+            if lacking is not None:
+                raise CheckpointError(f"{self.architecture}: {lacking}")
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. head_dim, kv_heads: of the pool, wide enough for every layer. Where each rank has all heads,
@@ -138,7 +142,7 @@ def _text_config(fields: Fields, folder: Path) -> Any:
     if getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
     if text.model_type not in COMPARED:
-        logger.warning("%s has not been compared with transformers' own outputs, as others have (docs/models.md)", text.model_type)
+        logger.warning("%s: nobody has compared its outputs with transformers' own (docs/models.md)", text.model_type)
     if text is not whole:
         logger.info("%s: of %s the text part is served, as %s; it sees and hears nothing", folder, kind, text.model_type)
     return text
@@ -162,7 +166,9 @@ def _positive(fields: Fields, text: Any, name: str) -> int:
 def _positions(fields: Fields, text: Any) -> int:
     """As many as YaRN stretches to."""
     if getattr(text, "max_position_embeddings", None) is None:
-        raise fields.error(f"{text.model_type} has no max_position_embeddings, so its positions are told in another way: {WORKS}")
+        raise fields.error(
+            f"{text.model_type} has no max_position_embeddings, so its positions are told in another way: {WORKS}"
+        )
     positions = _positive(fields, text, "max_position_embeddings")
     rope = getattr(text, "rope_parameters", None)
     for kind in [rope, *rope.values()] if isinstance(rope, dict) else []:

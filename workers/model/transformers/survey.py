@@ -35,8 +35,27 @@ class Survey:
     def pool_heads(self) -> tuple[int, int]:
         """KV heads of the pool and their size: those of all layers where they are the same, else one head as wide as the widest
         layer's."""
-        shapes = {(layer.kv_heads, max(layer.key_dim, layer.value_dim)) for layer in self.heads}
-        return shapes.pop() if len(shapes) == 1 else (1, max(layer.width for layer in self.heads))
+        sizes = self._sizes()
+        return sizes.pop() if len(sizes) == 1 else (1, max(layer.width for layer in self.heads))
+
+    def _sizes(self) -> set[tuple[int, int]]:
+        return {(layer.kv_heads, max(layer.key_dim, layer.value_dim)) for layer in self.heads}
+
+    def kernels_lack(self, positions: int) -> str | None:
+        """Why the kernels for GPUs cannot attend for these layers over so many positions, in words."""
+        for layer, (heads, form) in enumerate(zip(self.heads, self.forms, strict=True)):
+            near = form.within(positions)
+            asked = near.says()
+            if (heads.heads, heads.kv_heads) != (self.heads[0].heads, self.heads[0].kv_heads) or len(self._sizes()) > 1:
+                asked.append("heads of its own")
+            if asked:
+                reach = near.window or near.chunk
+                shorter = f", or max_model_len up to {reach}" if reach is not None and len(asked) == 1 else ""
+                return (
+                    f"layer {layer} attends with {', '.join(asked)}, which the kernels for GPUs do not compute: choose "
+                    f"device cpu{shorter}"
+                )
+        return None
 
     def costs(self) -> list[str]:
         """What the pool holds beside what some layer needs, in words."""

@@ -1,4 +1,4 @@
-"""Drives decoders of transformers' classes without the engine: all ranks as threads of this process, each over a pool of its own."""
+"""Drives decoders of transformers' classes without the engine: ranks are threads of this process, each over its own pool."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
