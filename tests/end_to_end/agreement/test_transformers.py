@@ -1,5 +1,5 @@
 """Decoders of transformers' classes in the engine: the same tokens as transformers, with one rank and two, blocks of 16 and of
-256, prefixes hit, sequences preempted. `python -m benchmarks.models` runs all model types so; here are some that differ most."""
+256, prefixes hit, sequences preempted. `python -m benchmarks.models` runs all model types so; here are some."""
 
 import re
 from pathlib import Path
