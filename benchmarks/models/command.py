@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.models.compare import SETTINGS, Outcome, Reference, Setting, compare
-from benchmarks.models.zoo import ZOO, make
+from benchmarks.models.zoo import MORE, ZOO, make
 from workers.model.reading import read_model
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| `model_type` | class | tp 1 | tp 2 |\n|---|---|---|---|", flush=True)
     failed = False
-    for kind in chosen.types or ZOO:
+    for kind in chosen.types or sorted(ZOO | MORE):
         with tempfile.TemporaryDirectory() as folder:
             path = make(kind, Path(folder) / kind)
             name = read_model(path, chosen.implementation).architecture

@@ -80,12 +80,58 @@ ZOO: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": WINDOW},
 }  # fmt: skip
-"""By model type: what departs from `SIZES`."""
+"""By model type: what departs from `SIZES`. All of it runs in the test suite."""
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}  # fmt: skip
+ROUTED = EXPERTS | {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+OLD_NAMES = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 512}
+
+MORE: dict[str, dict[str, Any]] = {
+    "afmoe": ROUTED,
+    "arcee": {},
+    "aria_text": ROUTED,
+    "axk1": ZOO["deepseek_v3"],
+    "beam": ROUTED,
+    "bitnet": {},
+    "ctrl": {},
+    "deepseek_v2": ZOO["deepseek_v3"] | {"topk_method": "greedy"},
+    "exaone_moe": ROUTED,
+    "flex_olmo": ROUTED,
+    "flint": {},
+    "glm4_moe_lite": ZOO["deepseek_v3"],
+    "gpt2": OLD_NAMES,
+    "gpt_bigcode": OLD_NAMES,
+    "gpt_neox": {},
+    "granite_swa": {},
+    "granitemoe_swa": ROUTED,
+    "granitemoeshared": ROUTED,
+    "helium": {},
+    "hunyuan_v1_moe": ROUTED,
+    "hy_v3": ROUTED,
+    "hyperclovax": {},
+    "jais2": {},
+    "kolibri1": ROUTED,
+    "laguna": ROUTED,
+    "mellum": ROUTED,
+    "mimo_v2_flash": {},
+    "minicpm3": LATENT,
+    "minimax_m3_vl_text": ROUTED,
+    "ministral": {},
+    "nanochat": {},
+    "olmo": {},
+    "persimmon": {},
+    "solar_open": ROUTED,
+    "vaultgemma": {},
+}
+"""More of them, which `python -m benchmarks.models` runs as well."""
 
 
 def make(model_type: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Writes a checkpoint folder at `path` and returns it. fields: of config.json, over the zoo's own."""
-    config = transformers.CONFIG_MAPPING[model_type](**SIZES | ZOO.get(model_type, {}) | fields)
+    config = transformers.CONFIG_MAPPING[model_type](**SIZES | (ZOO | MORE)[model_type] | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

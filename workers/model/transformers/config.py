@@ -4,7 +4,6 @@ Imports transformers, and no torch until somebody asks for the class itself: fro
 no code of a checkpoint.
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +20,21 @@ if TYPE_CHECKING:
 
     from workers.model.transformers.survey import Survey
 
-logger = logging.getLogger(__name__)
-
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 """Kinds of layers that keep nothing but keys and values."""
 
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How classes are called whose checkpoints have a head over the vocabulary."""
+
 COMPARED = (
-    "apertus", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2", "gemma3_text",
-    "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "llama4_text",
-    "minimax_m2", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2",
-    "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "starcoder2",
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "ctrl", "deepseek_v2",
+    "deepseek_v3", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
+    "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
+    "hyperclovax", "jais2", "kolibri1", "laguna", "llama", "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2",
+    "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+    "solar_open", "starcoder2", "vaultgemma",
 )  # fmt: skip
 """Model types that are held against transformers, token for token (docs/models.md); others of their kind are tried."""
 
@@ -50,6 +54,8 @@ class TransformersConfig:
     max_position: int
     dtype_name: str | None
     eos_ids: tuple[int, ...]
+    part_of: str | None
+    """The model type of the whole checkpoint, where this is its text part alone."""
     surveys: "dict[int, Survey]" = field(default_factory=dict, compare=False, repr=False)
     """By tensor parallel size, once asked for."""
 
@@ -65,6 +71,15 @@ class TransformersConfig:
 
             self.surveys[size] = survey(self.text, size)
         return self.surveys[size]
+
+    def remarks(self, size: int) -> list[str]:
+        """What whoever serves it with so many ranks should know."""
+        said = self.survey(size).costs()
+        if self.part_of is not None:
+            said.append(f"the text part of {self.part_of} is served: it sees and hears nothing")
+        if self.text.model_type not in COMPARED:
+            said.append(f"nobody has compared the outputs of {self.text.model_type} with transformers' own (docs/models.md)")
+        return said
 
     def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:
         """device, positions: where it is computed, over so many positions. Errors: CheckpointError if that many ranks cannot
@@ -118,6 +133,7 @@ def read_transformers(folder: Path) -> TransformersConfig:
         max_position=_positions(fields, text),
         dtype_name=dtype,
         eos_ids=_eos_ids(fields, text, folder, vocab_size),
+        part_of=None if text.model_type == fields.get("model_type") else str(fields.get("model_type")),
     )
 
 
@@ -133,6 +149,9 @@ def _text_config(fields: Fields, folder: Path) -> Any:
         raise fields.error(f"transformers cannot read it ({error}): repair or download the file again") from error
     if whole.is_encoder_decoder:
         raise fields.error(f"{kind} is an encoder-decoder, and only decoders are served: {WORKS}")
+    named = fields.get("architectures", [])
+    if named and not any(str(name).endswith(LANGUAGE_MODELS) for name in named):
+        raise fields.error(f"architectures={named!r} is no language model: {WORKS}")
     text = whole.get_text_config()
     if text.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise fields.error(f"transformers has no causal language model for {text.model_type} alone: {WORKS}")
@@ -141,10 +160,6 @@ def _text_config(fields: Fields, folder: Path) -> Any:
         raise fields.error(f"{text.model_type} has layers of {', '.join(others)}, which are no attention: {WORKS}")
     if getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
-    if text.model_type not in COMPARED:
-        logger.warning("%s: nobody has compared its outputs with transformers' own (docs/models.md)", text.model_type)
-    if text is not whole:
-        logger.info("%s: of %s the text part is served, as %s; it sees and hears nothing", folder, kind, text.model_type)
     return text
 
 

@@ -104,8 +104,8 @@ def load_transformers(
     """
     positions = max_model_len or config.max_position
     if comm.rank == 0:
-        for cost in config.survey(comm.size).costs():
-            logger.info("%s", cost)
+        for remark in config.remarks(comm.size):
+            logger.warning("%s: %s", config.architecture, remark)
     model = build(config.text)
     with Checkpoint(path) as checkpoint:
         load(model, checkpoint, comm, dtype, device, progress)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from workers.model.fields import CheckpointError
 from workers.model.transformers.classes import BUILDING
 from workers.model.transformers.pieces import Source, Target, parts_of
 from workers.model.transformers.sharding import Share, shares
@@ -38,7 +39,7 @@ def load(
     _allocate(model, found, ties, comm, dtype, device)
     tensors = dict(model.state_dict(keep_vars=True))
     targets = {name: Target(name, tensors[name], found[name], shapes[name]) for name in tensors if name not in ties}
-    checkpoint.load(parts_of(model, sources, targets, checkpoint, comm), progress, spare)
+    checkpoint.load(parts_of(model.config, sources, targets, checkpoint, comm), progress, spare)
     _compute_the_rest(model, tensors, device)
 
 
@@ -142,6 +143,10 @@ def _compute_the_rest(model: Any, loaded: dict[str, Tensor], device: torch.devic
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for name, buffer in list(model.named_non_persistent_buffers()):
         module, _, leaf = name.rpartition(".")
-        model.get_submodule(module)._buffers[leaf] = torch.empty_like(buffer, device=device)
+        empty = torch.full_like(buffer, torch.nan if buffer.is_floating_point() else 0, device=device)
+        model.get_submodule(module)._buffers[leaf] = empty
     with BUILDING:
         model.initialize_weights()
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise CheckpointError(f"{type(model).__name__} has {name}, which neither config.json nor the checkpoint tells")

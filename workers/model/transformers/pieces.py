@@ -85,10 +85,10 @@ class Converted:
     """What a converter makes. Its sources are read whole, into memory that is touched only then and given back at once."""
 
     def __init__(
-        self, model: Any, first: str, source: Source, targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
+        self, config: Any, first: str, source: Source, targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
     ) -> None:
-        """first: the first of the converter's targets. targets: of the whole model."""
-        self._model, self._first, self._source, self._targets, self._comm = model, first, source, targets, comm
+        """config: transformers' own. first: the first of the converter's targets. targets: of the whole model."""
+        self._config, self._first, self._source, self._targets, self._comm = config, first, source, targets, comm
         kind = targets[first].tensor.dtype
         self._read = {
             pattern: [torch.empty(checkpoint.shape(name), dtype=kind) for name in names]
@@ -108,9 +108,19 @@ class Converted:
         for pattern, tensors in self._read.items():
             converter.collected_tensors[pattern] = [partial(_itself, tensor) for tensor in tensors]
         self._read = {}
-        made = converter.convert(self._first, model=self._model, config=self._model.config)
+        made = converter.convert(self._first, model=_Whole(self._targets), config=self._config)
         for name, tensors in made.items():
             self._targets[name].keep(tensors[0] if isinstance(tensors, list) else tensors, self._comm)
+
+
+class _Whole:
+    """A model as converters look at it: what shape each whole parameter has."""
+
+    def __init__(self, targets: dict[str, Target]) -> None:
+        self._targets = targets
+
+    def get_parameter(self, name: str) -> Tensor:
+        return torch.empty(self._targets[name].shape, device="meta")
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -118,7 +128,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def parts_of(
-    model: Any, sources: dict[str, Source], targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
+    config: Any, sources: dict[str, Source], targets: dict[str, Target], checkpoint: Checkpoint, comm: Communicator
 ) -> list[ModelPart]:
     """Errors: CheckpointError for a parameter that nothing is read into."""
     parts: list[ModelPart] = []
@@ -132,7 +142,7 @@ def parts_of(
             parts.append(Plain(_expert_by_expert(target, source, comm)))
             made.add(name)
         else:
-            parts.append(Converted(model, name, source, targets, checkpoint, comm))
+            parts.append(Converted(config, name, source, targets, checkpoint, comm))
             made |= {name.replace(converter.target_patterns[0], each) for each in converter.target_patterns}
     missing = sorted(set(targets) - made)
     if missing:

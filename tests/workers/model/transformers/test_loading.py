@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+from transformers.core_model_loading import Split, Transpose, WeightConverter
 
 from benchmarks.models.zoo import SIZES, ZOO, make, sharpen
 from tests.checkpoints import generate_reference, load_reference
@@ -125,6 +125,7 @@ def test_the_text_part_of_a_checkpoint_that_also_sees(old: bool, tmp_path: Path)
         save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
     read = read_transformers(path)
     assert (read.architecture, read.vocab_size) == ("Gemma3ForCausalLM", 199)
+    assert read.remarks(1) == ["the text part of gemma3 is served: it sees and hears nothing"]
     with torch.inference_mode():
         wanted = model.eval()(torch.tensor([PROMPT])).logits[:, -1]
     for size in (1, 2):
@@ -145,8 +146,8 @@ def test_any_conversion_of_transformers(size: int, tmp_path: Path, monkeypatch: 
 
     def conversions(_: Any) -> list[WeightConverter]:
         return [
-            WeightConverter("mlp.gate_and_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)]),
-            WeightConverter("mlp.down_turned", "mlp.down_proj.weight", [Transpose(0, 1)]),
+            WeightConverter("mlp.gate_and_up", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Split(dim=0)]),
+            WeightConverter("mlp.down_turned", "mlp.down_proj.weight", [Transpose(0, 1, check_dims=True)]),
         ]
 
     monkeypatch.setattr(loading, "get_model_conversion_mapping", conversions)

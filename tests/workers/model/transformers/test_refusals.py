@@ -33,6 +33,7 @@ def written(folder: Path, model_type: str, **fields: Any) -> Path:
         ("falcon_h1", {}, "falcon_h1 has layers of hybrid"),
         ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, "lfm2 has layers of conv"),
         ("bloom", {}, "bloom has no max_position_embeddings, so its positions are told in another way"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "is no language model"),
         ("vit", {}, "transformers has no causal language model for vit alone"),
     ],
 )
@@ -125,9 +126,14 @@ def test_limits(tmp_path: Path) -> None:
 
 def test_what_the_pool_costs_beyond_need_is_said(tmp_path: Path) -> None:
     deepseek = read_transformers(make("deepseek_v3", tmp_path / "deepseek"))
-    assert deepseek.survey(1).costs() == ["keys and values differ in size: both take the room of the larger"]
+    assert deepseek.remarks(1) == ["keys and values differ in size: both take the room of the larger"]
     assert (deepseek.shard(0, 1).kv_heads, deepseek.shard(0, 1).head_dim) == (4, 24)
     gemma = read_transformers(make("gemma4_text", tmp_path / "gemma4"))
-    assert gemma.survey(1).costs() == ["layers differ in their heads: each takes the room of the widest"]
+    assert gemma.remarks(1) == ["layers differ in their heads: each takes the room of the widest"]
     assert (gemma.shard(0, 1).kv_heads, gemma.shard(0, 1).head_dim) == (1, 64)
-    assert not read_transformers(make("olmo2", tmp_path / "olmo2")).survey(1).costs()
+    assert not read_transformers(make("olmo2", tmp_path / "olmo2")).remarks(1)
+
+
+def test_a_type_that_nobody_has_compared_is_served_with_a_warning(tmp_path: Path) -> None:
+    cwm = read_transformers(written(tmp_path, "cwm", **SIZES | {"bos_token_id": 0}))
+    assert cwm.remarks(1) == ["nobody has compared the outputs of cwm with transformers' own (docs/models.md)"]
