@@ -59,7 +59,7 @@ ZOO: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": {
         "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "attention_chunk_size": 32,
-        "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2, "floor_scale": 16,
+        "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2, "floor_scale": 16, "attn_scale": 1.0,
     },
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
     "ministral3": {},
