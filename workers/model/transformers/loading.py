@@ -5,6 +5,7 @@ function. How the tensors themselves are read is in `pieces`. Imports torch, tra
 """
 
 import logging
+import math
 import re
 from copy import deepcopy
 from typing import Any
@@ -121,13 +122,12 @@ def _allocate(
     model: Any, found: dict[str, Share], ties: dict[str, str], comm: Communicator, dtype: torch.dtype, device: torch.device
 ) -> None:
     """A rank's parameters and the buffers that checkpoints have, empty."""
-    exact = model._get_dtype_plan(dtype)
+    kinds = _dtypes(model, dtype)
     for name, tensor in model.state_dict(keep_vars=True).items():
         module, _, leaf = name.rpartition(".")
         owner = model.get_submodule(module)
-        kind = dtype if tensor.is_floating_point() else tensor.dtype
-        kind = next((wide for part, wide in exact.items() if re.search(part, name)), kind)
-        empty = torch.empty(found[name].shape(tuple(tensor.shape), comm.rank, comm.size), dtype=kind, device=device)
+        held = found[name].shape(tuple(tensor.shape), comm.rank, comm.size)
+        empty = torch.empty(held, dtype=kinds[name], device=device)
         if leaf in owner._buffers:
             owner._buffers[leaf] = empty
         elif name not in ties:
@@ -135,6 +135,26 @@ def _allocate(
     for one, other in ties.items():
         module, _, leaf = one.rpartition(".")
         model.get_submodule(module)._parameters[leaf] = model.get_parameter(other)
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """What each tensor is kept in: some classes want some of theirs in float32."""
+    exact = model._get_dtype_plan(dtype)
+    kinds = {}
+    for name, tensor in model.state_dict().items():
+        usual = dtype if tensor.is_floating_point() else tensor.dtype
+        kinds[name] = next((wide for part, wide in exact.items() if re.search(part, name)), usual)
+    return kinds
+
+
+def held_bytes(model: Any, size: int, dtype: torch.dtype) -> int:
+    """Of a rank's weights, the largest of `size`; the model is on the meta device. Errors: CheckpointError."""
+    found, kinds = shares(model, size), _dtypes(model, dtype)
+    return sum(
+        math.prod(found[name].shape(tuple(tensor.shape), 0, size)) * kinds[name].itemsize
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    )
 
 
 def _compute_the_rest(model: Any, loaded: dict[str, Tensor], device: torch.device) -> None:

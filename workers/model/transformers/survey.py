@@ -16,6 +16,7 @@ from workers.model.transformers.attention import NotComputed, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.sharding import head_is_shared, share_out, shares
+from workers.parallel.silent import Silent
 
 logger = logging.getLogger(__name__)
 
@@ -65,27 +66,6 @@ class Survey:
         if len({layer.width for layer in self.heads}) > 1:
             said.append("layers differ in their heads: each takes the room of the widest")
         return said
-
-
-class Silent:
-    """A group of `size` ranks of which only the first is there: for shapes."""
-
-    rank = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return torch.stack([tensor] * self.size)
-
-    def abort(self, reason: str) -> None:
-        """Nobody waits."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def survey(config: Any, size: int) -> Survey:
