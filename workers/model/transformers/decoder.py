@@ -15,8 +15,10 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.attention.forms import Form, HeadShape
 from workers.attention.select import select_backend
+from workers.cpu.padding import padded, padded_rows
 from workers.cpu.varied import VariedAttention, VariedPlan
 from workers.execution.step import StepInput
+from workers.model.layers import can_pack
 from workers.model.transformers.attention import Attends, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
@@ -48,6 +50,7 @@ class TransformersDecoder:
         self.forms = [form.within(positions) for form in survey.forms]
         """Without what sequences of so many positions cannot notice; sinks are on the meta device."""
         self._positions = positions
+        self._pads = can_pack(dtype, device)
         self._model = model
         self._slot = Slot(model)
         self._shared_head = survey.shared_head
@@ -68,7 +71,11 @@ class TransformersDecoder:
         """
         assert self._attention is not None, "a decoder without attention holds weights alone"
         attends = _Varied(self._attention, step, self._attention.plan(step), self._positions)
-        return self.logits(step.tokens, step.positions, step.sample_at, attends)
+        if not self._pads:
+            return self.logits(step.tokens, step.positions, step.sample_at, attends)
+        width, samples = padded_rows(step.tokens.shape[0]), step.sample_at.shape[0]
+        tokens, positions = padded(step.tokens, width), padded(step.positions, width)
+        return self.logits(tokens, positions, padded(step.sample_at, padded_rows(samples)), attends)[:samples]
 
     def logits(self, tokens: Tensor, positions: Tensor, rows: Tensor, attends: Attends) -> Tensor:
         """tokens, positions [tokens] int64, rows [wanted] int64 -> [wanted, shape.vocab]."""
@@ -90,7 +97,10 @@ class _Varied:
         self._attention, self._step, self._plan, self._positions = attention, step, plan, positions
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
-        return self._attention.attend(layer, query, key, value, self._step, self._plan, form.within(self._positions))
+        tokens = self._step.tokens.shape[0]  # what lies behind them is padding, which attention does not see
+        near = form.within(self._positions)
+        out = self._attention.attend(layer, query[:tokens], key[:tokens], value[:tokens], self._step, self._plan, near)
+        return padded(out, query.shape[0])
 
 
 @torch.inference_mode()
@@ -107,8 +117,9 @@ def load_transformers(
         for remark in config.remarks(comm.size):
             logger.warning("%s: %s", config.architecture, remark)
     model = build(config.text)
+    found = shares(model, comm.size)
     with Checkpoint(path) as checkpoint:
-        load(model, checkpoint, comm, dtype, device, progress)
+        load(model, found, checkpoint, comm, dtype, device, progress)
     hold_still(model, positions)
-    share_out(model, shares(model, comm.size), comm)
+    share_out(model, found, comm)
     return TransformersDecoder(config, model, comm, dtype, device, positions)

@@ -30,10 +30,10 @@ TEXT_PARTS = (r"\blanguage_model\.model\.", "model."), (r"\blanguage_model\.", "
 
 @torch.inference_mode()
 def load(
-    model: Any, checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> None:
-    """Fills the model, which is on the meta device, with this rank's shard. Errors: CheckpointError."""
-    found = shares(model, comm.size)
+    model: Any, found: dict[str, Share], checkpoint: Checkpoint, comm: Communicator, dtype: torch.dtype, device: torch.device,
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Fills the model, which is on the meta device, with this rank's shares of its parameters. Errors: CheckpointError."""
     sources, spare = _sources(model, checkpoint)
     ties = _ties(model, checkpoint, sources, found, comm, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

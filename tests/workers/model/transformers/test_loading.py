@@ -154,6 +154,12 @@ def test_any_conversion_of_transformers(size: int, tmp_path: Path, monkeypatch: 
     torch.testing.assert_close(logits(path, size), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_odd_shares(tmp_path: Path) -> None:
+    """Two ranks with 49 of 98 columns each."""
+    path = make("olmo2", tmp_path / "olmo2", intermediate_size=98)
+    torch.testing.assert_close(logits(path, 2), expected(path), rtol=1e-4, atol=1e-4)
+
+
 def test_several_files(tmp_path: Path) -> None:
     path = make("qwen3_moe", tmp_path / "whole")
     parts = tmp_path / "parts"
