@@ -1,14 +1,15 @@
 """Settles what the user left open, for scheduler and workers. Reads the checkpoint's settings, and no weights.
 
-Imports torch through `workers.model.architectures`.
+Imports torch where the model is one of transformers' (`workers.model.reading`).
 """
 
 import math
 from pathlib import Path
 
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.architectures import CheckpointError, ModelConfig, read_config
+from workers.model.fields import CheckpointError
 from workers.model.pooling import read_uses
+from workers.model.reading import DecoderConfig, read_model
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
@@ -27,12 +28,13 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
 
     Errors: CheckpointError, ValueError: before anything is started.
     """
-    model = read_config(Path(config.model))
-    model.shard(0, config.tensor_parallel_size)
+    model = read_model(Path(config.model), config.model_implementation)
+    longest = model_length(model, config.max_model_len)
+    model.require(config.tensor_parallel_size, device, longest)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(
-        max_model_len=model_length(model, config.max_model_len),
+        max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
         device=device,
         threads=config.threads or threads,
@@ -43,7 +45,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     )
 
 
-def model_length(model: ModelConfig, asked: int | None) -> int:
+def model_length(model: DecoderConfig, asked: int | None) -> int:
     """Tokens of a sequence, prompt and output together. Errors: CheckpointError if the model takes fewer than asked for."""
     if asked is None:
         return min(model.max_position, MAX_MODEL_LEN_DEFAULT)

@@ -97,7 +97,10 @@ class ServeAdministration:
         limits = replace(self._limits, served_model_name=self._name)
         config = replace(self._config, model=checkpoint)
         with _invalid("checkpoint"):
-            await asyncio.to_thread(read_model_limits, Path(checkpoint), config.max_model_len, config.tensor_parallel_size)
+            await asyncio.to_thread(
+                read_model_limits, Path(checkpoint), config.max_model_len, config.tensor_parallel_size,
+                config.model_implementation,
+            )  # fmt: skip
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )

@@ -83,12 +83,14 @@ class LLM:
     def _start(self, config: EngineConfig, progress: Progress) -> None:
         bound_openmp_spin()
         checkpoint = Path(config.model)
-        limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size)
+        limits = read_model_limits(
+            checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation
+        )
         tokenizer = Tokenizer.load(checkpoint)
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
-        self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens)
+        self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config.model_implementation)
         start = engine_starter(config)
         engines: list[Engine] = []
 

@@ -1,7 +1,9 @@
 """The bookkeeping imports with torch and ray out of reach: it is what runs in the simulator and in the scheduler actor."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,7 @@ PURE = [
     "workers.loop.simulated",
     "workers.model.architectures",
     "workers.model.fields",
+    "workers.model.reading",
     "workers.model.rope_settings",
     "workers.model.rotary",
 ]
@@ -76,3 +79,21 @@ def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
     )
     result = run(code)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
+
+
+def test_a_front_end_of_one_of_transformers_models_needs_no_torch_either(tmp_path: Path) -> None:
+    """Its limits are config.json's; whether the class can be served is found by whoever starts the engine."""
+    fields = {"model_type": "gemma", "vocab_size": 199, "max_position_embeddings": 512, "eos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from deploy.text.without_torch import import_without_torch\n"
+        "import_without_torch()\n"
+        "from deploy.text.prompts import read_model_limits\n"
+        f"limits = read_model_limits(Path({str(tmp_path)!r}), None, 2)\n"
+        "assert (limits.vocab_size, limits.max_tokens, limits.eos_ids) == (199, 512, (7,)), limits\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr

@@ -22,9 +22,11 @@ from workers.execution.runner import ModelRunner
 from workers.execution.spec import RunnerSpec
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
-from workers.model.architectures import ModelConfig, read_config, torch_dtype
-from workers.model.decoder import load_model
+from workers.model.architectures import ModelConfig, torch_dtype
+from workers.model.decoder import Decoder
 from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose
+from workers.model.loading import load_decoder
+from workers.model.reading import DecoderConfig, read_model
 from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
@@ -80,7 +82,9 @@ def build_rank(
     """
     torch.set_num_threads(resolved.threads)
     device = torch.device(resolved.device)
-    model_config = read_config(Path(config.model))
+    model_config = read_model(Path(config.model), config.model_implementation)
+    if comm.rank == 0:
+        logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)
     dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
     layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
@@ -111,8 +115,16 @@ def settle() -> None:
     gc.freeze()
 
 
+def _whose(config: WorkerConfig, model: DecoderConfig) -> str:
+    """Whose layers compute, and why, in words."""
+    why = "as asked" if config.model_implementation != "auto" else ""
+    if isinstance(model, ModelConfig):
+        return f"Manta's own layers, {why or 'which there are for this architecture'}"
+    return f"transformers' own class with Manta's attention, {why or 'since Manta has no layers of its own for it'}"
+
+
 def _choose_dtype(
-    config: WorkerConfig, model: ModelConfig, comm: Communicator, device: torch.device, arithmetic: Arithmetic
+    config: WorkerConfig, model: DecoderConfig, comm: Communicator, device: torch.device, arithmetic: Arithmetic
 ) -> torch.dtype:
     """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
     if config.dtype != "auto":
@@ -132,8 +144,8 @@ def _choose_dtype(
 def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     """What executes on a CPU, and how many blocks it has."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
-    model = load_model(
-        config.model, spec.model, comm, spec.dtype, device, None, partial(phase, LOADING), spec.resolved.max_model_len,
+    model = load_decoder(
+        config.model, spec.model, comm, spec.dtype, device, partial(phase, LOADING), spec.resolved.max_model_len,
         spec.resolved.score_tokens,
     )  # fmt: skip
     phase(MEASURING, 0, 0)
@@ -142,7 +154,10 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks
     blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
     pool = KVPool(spec.layout, blocks, device)
-    model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+    if isinstance(model, Decoder):
+        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+    else:
+        model.attend_over(pool, config.attention)
     sampler = Sampler(
         vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, max_num_seqs=config.max_num_seqs, device=device,
         dtype=spec.dtype,

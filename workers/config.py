@@ -9,6 +9,7 @@ from scheduler.options import Rule, at_least, at_most, one_of, option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 DEVICES = ("auto", "cpu", "cuda")
+MODEL_IMPLEMENTATIONS = ("auto", "native", "transformers")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
 POOLINGS = ("auto", "last", "mean")
 MAX_ROWS = 1 << 16
@@ -77,6 +78,11 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         "auto",
         f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",
         one_of(DTYPES),
+    )
+    model_implementation: str = option(
+        "auto",
+        f"Whose layers compute: {', '.join(MODEL_IMPLEMENTATIONS)}. auto: Manta's own for the architectures that it has.",
+        one_of(MODEL_IMPLEMENTATIONS),
     )
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', at_least(1), shown="measured from free memory", size=True

@@ -91,7 +91,7 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
     name, engine = model_name(config.serve.served_model_name, status.model), config.engine
     return await asyncio.to_thread(
         ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size,
-        config.serve.chat_template, engine.pooling, engine.score_tokens,
+        config.serve.chat_template, engine.pooling, engine.score_tokens, engine.model_implementation,
     )
 
 

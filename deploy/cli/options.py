@@ -61,7 +61,7 @@ def flag(name: str, help: str, short: str = "") -> Any:
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options that a command takes as keyword arguments `engine`, `serve`, `model_serve` or `sampling`, each those
-    given by field name; the last are for `sampling_values`."""
+    given by field name; the last are for `sampling_values`. What it declares under the same name is its own."""
     groups: dict[str, dict[str, inspect.Parameter]] = {
         "sampling": dict(_sampling_options()),
         "serve": dict(_options(ServeConfig, "Endpoint")),
@@ -69,7 +69,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         "engine": dict(_options(EngineConfig, "Engine")),
     }
     signature = inspect.signature(command)
-    taken = {name: group for name, group in groups.items() if name in signature.parameters}
+    taken = {
+        name: {field: option for field, option in group.items() if option.name not in signature.parameters}
+        for name, group in groups.items()
+        if name in signature.parameters
+    }
 
     @functools.wraps(command)
     def run(**given: Any) -> None:

@@ -98,12 +98,14 @@ class ServedModel:
         chat_template: str | None = None,
         pooling: str = "auto",
         score_tokens: str | None = None,
+        model_implementation: str = "auto",
     ) -> "ServedModel":
-        """chat_template: a file. pooling, score_tokens: as the engine's settings. Errors: ValueError, OSError."""
-        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size)
+        """chat_template: a file. pooling, score_tokens, model_implementation: as the engine's settings. Errors: ValueError,
+        OSError."""
+        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size, model_implementation)
         created = int((checkpoint / "config.json").stat().st_mtime)
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
-        uses = read_model_uses(checkpoint, pooling, score_tokens)
+        uses = read_model_uses(checkpoint, pooling, score_tokens, model_implementation)
         return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer, uses)
 
     @classmethod
@@ -112,7 +114,7 @@ class ServedModel:
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
             name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template, engine.pooling,
-            engine.score_tokens,
+            engine.score_tokens, engine.model_implementation,
         )  # fmt: skip
 
 

@@ -229,19 +229,23 @@ def _check_size(field: str, texts: Sequence[str], most: int) -> None:
         raise PromptError(f"{field}: {size} characters are above the {most} that may be: shorten it", field)
 
 
-def read_model_uses(checkpoint: Path, pooling: str, score_tokens: str | None) -> "Uses":
-    """pooling, score_tokens: as the settings of those names. Errors: ValueError."""
-    from workers.model.architectures import read_config
+def read_model_uses(
+    checkpoint: Path, pooling: str, score_tokens: str | None, model_implementation: str = "auto"
+) -> "Uses":
+    """pooling, score_tokens, model_implementation: as the settings of those names. Errors: ValueError."""
     from workers.model.pooling import read_uses
+    from workers.model.reading import read_model
 
-    return read_uses(checkpoint, read_config(checkpoint), pooling, score_tokens)
+    return read_uses(checkpoint, read_model(checkpoint, model_implementation), pooling, score_tokens)
 
 
-def read_model_limits(checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1) -> ModelLimits:
+def read_model_limits(
+    checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1, model_implementation: str = "auto"
+) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
     from cluster.resolve import model_length  # brings torch
-    from workers.model.architectures import read_config
+    from workers.model.reading import read_model
 
-    model = read_config(checkpoint)
-    model.shard(0, tensor_parallel_size)
+    model = read_model(checkpoint, model_implementation)
+    model.require(tensor_parallel_size)
     return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)

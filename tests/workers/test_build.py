@@ -15,6 +15,7 @@ from workers.build import build_rank
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.runner import ModelRunner
 from workers.model.architectures import CheckpointError
+from workers.model.decoder import Decoder
 from workers.model.dtype import Arithmetic, choose
 from workers.model.layers import can_pack
 from workers.model.weights import Stored
@@ -67,6 +68,7 @@ def test_a_table_of_positions_is_as_long_as_the_limit_in_force(tmp_path: Path) -
     folder = copy_of_tiny(tmp_path, max_position_embeddings=10_485_760)
     built = build_rank(replace(CONFIG, model=str(folder), kv_memory=4 * LAYOUT.block_bytes), RESOLVED, Solo())
     assert isinstance(built.rank.executor, ModelRunner)
+    assert isinstance(built.rank.executor._model, Decoder)
     assert built.rank.executor._model.rotary.table.shape[0] == RESOLVED.max_model_len
 
 

@@ -5,6 +5,7 @@ Imports torch, Triton's kernels and the tensor side of the room.
 
 import gc
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,11 +19,15 @@ from workers.execution.graphs import chunk_ladder, ladder
 from workers.execution.spec import RunnerSpec
 from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
-from workers.model.decoder import Decoder, load_model
-from workers.model.fused import FusedDecoder
+from workers.model.decoder import Decoder
+from workers.model.fused import FusedDecoder, PagedDecoder
+from workers.model.loading import load_decoder
 from workers.model.weights import Progress
 from workers.parallel.in_process import ThreadGroup
 from workers.sampling.device import DeviceSampler
+
+if TYPE_CHECKING:
+    from workers.model.transformers.decoder import TransformersDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,7 @@ class GpuParts:
         # Ranks that are threads of one process meet on the host, in the midst of a step: nothing that a graph could hold.
         self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
         self._graphs = config.cuda_graphs and not self._threads
-        self._decoder: Decoder | None = None
+        self._decoder: Decoder | TransformersDecoder | None = None
         self._sampler = DeviceSampler(
             vocab_size=spec.model.vocab_size, comm=comm, max_num_seqs=config.max_num_seqs,
             samples=max(config.max_num_seqs, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
@@ -50,8 +55,8 @@ class GpuParts:
     def load(self, progress: Progress) -> None:
         """Errors: CheckpointError, torch's out-of-memory error."""
         spec = self._spec
-        self._decoder = load_model(
-            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, None, progress, spec.resolved.max_model_len,
+        self._decoder = load_decoder(
+            spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, progress, spec.resolved.max_model_len,
             spec.resolved.score_tokens,
         )  # fmt: skip
 
@@ -96,7 +101,6 @@ class GpuParts:
         torch.cuda.synchronize()
 
     def _make(self, blocks: int) -> GpuRunner:
-        assert self._decoder is not None, "made before it is loaded"
         config = self._spec.config
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device)
         attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
@@ -109,8 +113,16 @@ class GpuParts:
             device=self._spec.device,
             prefixes=attention.prefixes,
         )
-        model = FusedDecoder(self._decoder, pool)
+        model = self._over(pool)
         return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)
+
+    def _over(self, pool: KVPool) -> PagedDecoder:
+        if isinstance(self._decoder, Decoder):
+            return FusedDecoder(self._decoder, pool)
+        from workers.model.transformers.paged import PagedTransformers
+
+        assert self._decoder is not None, "made before it is loaded"
+        return PagedTransformers(self._decoder, pool)
 
     def _run_largest_step(self, runner: GpuRunner) -> None:
         """A prefill of as many tokens as a step may have, then `most` decodes in the scratch block."""

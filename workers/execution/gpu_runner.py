@@ -28,7 +28,7 @@ from workers.execution.pinned import PinnedRing
 from workers.execution.pooling import PooledPrompt, Pooler
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending, row_of
-from workers.model.fused import FusedDecoder
+from workers.model.fused import FusedDecoder, PagedDecoder
 from workers.sampling.constraints import Constraints
 from workers.sampling.device import DeviceSampler
 from workers.sampling.logprobs import PromptPart
@@ -68,7 +68,7 @@ class GpuRunner:
 
     def __init__(
         self,
-        model: FusedDecoder,
+        model: PagedDecoder,
         attention: PagedAttention,
         small: PagedAttention,
         sampler: DeviceSampler,
@@ -84,7 +84,8 @@ class GpuRunner:
         self._small = small
         self._sampler = sampler
         self._constraints = constraints
-        self._pooler = Pooler(model.classifier)
+        self._pools = model if isinstance(model, FusedDecoder) else None
+        self._pooler = Pooler(self._pools.classifier if self._pools is not None else None)
         self._following = Following(constraints)
         self._state = state
         self._chunk_inputs = ChunkInputs(state, device, largest)
@@ -208,23 +209,31 @@ class GpuRunner:
                 chunks = self._chunk_inputs.padded(size)
                 return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, True)
         chunks = self._chunk_inputs.build(batch, step)
-        hidden, pooled = self._prefill(chunks, self._attention), None
         if step.pooled:
-            hidden, pooled = hidden.split_with_sizes((len(hidden) - step.pooled_tokens, step.pooled_tokens))
-        logits = self._model.head(hidden)
+            logits, pooled = self._pool(chunks, step.pooled_tokens)
+        else:
+            logits, pooled = self._prefill(chunks, self._attention), None
         return StepPart(logits, samples, chunks.sampled_rows, chunks.sampled_positions, self._begun, False, pooled)
 
     def _prefill_padded(self, tokens: int) -> Tensor:
         """A padded step of chunks, sampled; device tensors alone, at addresses that stay: may be captured."""
         chunks = self._chunk_inputs.padded(tokens)
-        logits = self._model.head(self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention))
+        logits = self._prefill(chunks, self._small if tokens <= SMALL_STEP else self._attention)
         self._sample(logits, chunks.sampled_rows, chunks.sampled_positions, self._begun)
         return logits
 
     def _prefill(self, chunks: ChunkStep, attention: PagedAttention) -> Tensor:
-        """Hidden states where they, or their logits, are wanted."""
+        """Logits where they are wanted."""
         attend = ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
-        return self._model.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
+        return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
+
+    def _pool(self, chunks: ChunkStep, count: int) -> tuple[Tensor, Tensor]:
+        """Logits where they are wanted, and the hidden states of the last `count` of `chunks.wanted`."""
+        assert self._pools is not None, "a checkpoint of which nothing is pooled is refused at the door"
+        attend = ChunkAttend(self._attention, self._attention.plan_chunks(chunks.attention(self._state)))
+        hidden = self._pools.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
+        others, pooled = hidden.split_with_sizes((len(hidden) - count, count))
+        return self._pools.head(others), pooled
 
     # ---- back to the host
 

@@ -3,6 +3,8 @@
 Imports torch and the rooms' tensor side: `inputs`, `model`, `sampler`, `constraints`.
 """
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,16 +26,24 @@ from workers.sampling.sampler import Sampler
 Ints = npt.NDArray[np.int64]
 
 
+class Model(Protocol):
+    def forward(self, step: StepInput) -> Tensor:
+        """This rank's logits of the tokens at `step.sample_at`, [samples, the rank's vocabulary]."""
+        ...
+
+
 class ModelRunner:
     """The `Executor` that computes. pool: the blocks that the model's attention is bound to. max_num_seqs: rows of the
     resident batch."""
 
-    def __init__(self, model: Decoder, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
+    def __init__(self, model: Model, sampler: Sampler, constraints: Constraints, max_num_seqs: int, pool: KVPool) -> None:
         self.pool = pool
         self._model = model
         self._sampler = sampler
         self._constraints = constraints
-        self._pooler = Pooler(model.classifier.weight if model.classifier is not None else None)
+        self._pools = model if isinstance(model, Decoder) else None
+        classifier = self._pools.classifier if self._pools is not None else None
+        self._pooler = Pooler(classifier.weight if classifier is not None else None)
         self._following = Following(constraints)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=pool.device)
 
@@ -83,9 +93,10 @@ class ModelRunner:
         """Logits of what is sampled and measured, and what has been made of the prompts that are pooled."""
         if not step.pooled:
             return self._model.forward(inputs), []
-        hidden = self._model.hidden(inputs)
+        assert self._pools is not None, "a checkpoint of which nothing is pooled is refused at the door"
+        hidden = self._pools.hidden(inputs)
         others = len(hidden) - step.pooled_tokens
-        return self._model.logits(hidden[:others]), self._pooler.pool(step, hidden[others:])
+        return self._pools.logits(hidden[:others]), self._pooler.pool(step, hidden[others:])
 
 
 def _done() -> None:

@@ -6,7 +6,8 @@ import torch
 
 from kvcache.layout import BlockLayout
 from workers.config import ResolvedWorker, WorkerConfig
-from workers.model.architectures import ModelConfig, RankShape
+from workers.model.architectures import RankShape
+from workers.model.reading import DecoderConfig
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
 
@@ -17,7 +18,7 @@ class RunnerSpec:
 
     config: WorkerConfig
     resolved: ResolvedWorker
-    model: ModelConfig
+    model: DecoderConfig
     layout: BlockLayout
     comm: Communicator
     dtype: torch.dtype

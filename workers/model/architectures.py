@@ -113,6 +113,11 @@ class ModelConfig:
         """Of the weights; None: config.json leaves it to what they are stored in."""
         return None if self.dtype_name is None else torch_dtype(self.dtype_name)
 
+    def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:  # noqa: ARG002
+        """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device, over all
+        of its positions."""
+        self.shard(0, size)
+
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
         if size < 1 or self.heads % size:
@@ -200,7 +205,7 @@ def read_config(path: str | Path) -> ModelConfig:
         head=head,
         labels=_read_labels(fields) if head == "labels" else 0,
         dtype_name=_read_dtype(fields),
-        eos_ids=_read_eos_ids(fields, folder),
+        eos_ids=read_eos_ids(fields, folder, fields.integer("vocab_size")),
     )
 
 
@@ -260,7 +265,7 @@ def _read_dtype(fields: Fields) -> str | None:
     return name
 
 
-def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
+def read_eos_ids(fields: Fields, folder: Path, vocab_size: int) -> tuple[int, ...]:
     """Stop ids of both files: chat models often list their end-of-turn id only in generation_config.json. An id that is no
     token, such as the -1 of some files, ends nothing."""
     found: set[int] = set()
@@ -272,7 +277,7 @@ def _read_eos_ids(fields: Fields, folder: Path) -> tuple[int, ...]:
         if not all(isinstance(token, int) for token in ids):
             raise source.error(f"eos_token_id must be an integer or a list of them, found {value!r}: repair the file")
         found.update(ids)
-    return tuple(sorted(token for token in found if 0 <= token < fields.integer("vocab_size")))
+    return tuple(sorted(token for token in found if 0 <= token < vocab_size))
 
 
 def _divisors(number: int) -> list[int]:

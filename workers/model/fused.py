@@ -40,6 +40,16 @@ class Attend(Protocol):
         ...
 
 
+class PagedDecoder(Protocol):
+    """What a GPU's runner computes logits with: a decoder over one pool."""
+
+    pool: KVPool
+
+    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """As in `FusedDecoder`."""
+        ...
+
+
 SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
 """Products of so little, of so few tokens, begin while the one before still runs (programmatic dependent launch): a step of the
 0.6B shape takes 720 us instead of 829 at batch 1, 3% less at 8, 2% more at 16. Larger ones fill the device by themselves, and

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from workers.model.architectures import CheckpointError, ModelConfig
-from workers.model.fields import Fields, read_json
+from workers.model.architectures import ModelConfig
+from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.reading import DecoderConfig
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 MODES: dict[str, Literal["last", "mean"]] = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
@@ -37,9 +38,11 @@ class Uses:
     no_scores: str = ""
 
 
-def read_uses(folder: Path, model: ModelConfig, pooling: str = "auto", score_tokens: str | None = None) -> Uses:
+def read_uses(folder: Path, model: DecoderConfig, pooling: str = "auto", score_tokens: str | None = None) -> Uses:
     """pooling: "auto", as the checkpoint says, "last" or "mean". score_tokens: the two tokens of a judge, "no,yes".
     Errors: CheckpointError."""
+    if not isinstance(model, ModelConfig):
+        return _only_continues(score_tokens)
     modules = _modules(folder)
     tokens = _token_ids(folder, score_tokens) if score_tokens is not None else _judging_tokens(modules)
     if tokens is not None and model.head != "vocabulary":
@@ -55,6 +58,14 @@ def read_uses(folder: Path, model: ModelConfig, pooling: str = "auto", score_tok
     if tokens is not None:
         scores = "classifier"
     return Uses(model.hidden, model.head == "vocabulary", embedding, normalized, scores, tokens, why, why)
+
+
+def _only_continues(score_tokens: str | None) -> Uses:
+    """A class of transformers, of which this server asks for logits alone."""
+    if score_tokens is not None:
+        raise CheckpointError("scores are not computed through transformers' classes: leave score_tokens out")
+    why = "its layers are transformers' own, through which neither embeddings nor scores are computed (docs/models.md)"
+    return Uses(0, True, None, no_embedding=why, no_scores=why)
 
 
 def _classifier(model: ModelConfig) -> Uses:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,8 +47,8 @@ COMPARED_ROWS = 8192
 class Piece:
     """One slice of one tensor of the checkpoint, and where it goes.
 
-    shape: what the whole tensor must have. start: the first row (or column) of the slice; `dim` says which; the slice
-    is as long as `target` is there.
+    shape: what the whole tensor must have. start: where the slice begins in dimension `dim`; it is as long as `target` is
+    there.
     """
 
     target: Tensor
@@ -105,6 +105,13 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def names(self) -> list[str]:
+        """Of all tensors but such as are computed from config.json."""
+        return [name for name in self._file_of if not LEFTOVERS.search(name)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
     def stored(self) -> Stored:
         """Errors: CheckpointError if most of it is no 16-, 32- or 64-bit floats."""
         sizes: dict[str, int] = {}
@@ -129,13 +136,13 @@ class Checkpoint:
         blocks = ((at, min(at + COMPARED_ROWS, stop)) for at in range(start, stop, COMPARED_ROWS))
         return all(torch.equal(first[a:b].to(dtype), second[a:b].to(dtype)) for a, b in blocks)
 
-    def load(self, parts: Sequence[ModelPart], progress: Progress | None = None) -> None:
+    def load(self, parts: Sequence[ModelPart], progress: Progress | None = None, spare: Set[str] = frozenset()) -> None:
         """Fill `parts` one after another, so that at most one of them exists twice while it is being packed. Together they
-        read every tensor of the checkpoint, on each rank a share of it."""
+        read every tensor of the checkpoint, on each rank a share of it, but for those that are known to be `spare`."""
         plan = [part.pieces() for part in parts]
         for pieces in plan:
             self._check(pieces)
-        self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared)
+        self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared | spare)
         total = sum(piece.target.nbytes for pieces in plan for piece in pieces)
         done = 0
         while plan:
@@ -234,13 +241,14 @@ class Checkpoint:
             ) from error
 
     def _fill(self, piece: Piece) -> None:
-        view = self._slice(piece.name)
         if not piece.target.numel():
             return
+        view = self._slice(piece.name)
+        if piece.target.shape == piece.shape:
+            piece.target.copy_(view[...])
+            return
         stop = piece.start + piece.target.shape[piece.dim]
-        whole = piece.start == 0 and stop == piece.shape[piece.dim]
-        rows = slice(None) if whole else slice(piece.start, stop)
-        piece.target.copy_(view[rows] if piece.dim == 0 else view[:, rows])
+        piece.target.copy_(view[(*(slice(None),) * piece.dim, slice(piece.start, stop))])
 
 
 _QUANTIZED = "quantized weights are not supported; choose the checkpoint in bfloat16, float16 or float32"

@@ -71,8 +71,11 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Steppe
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False)
+@pytest.mark.parametrize("implementation", ["native", "transformers"])
+def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
+    implementation: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation)
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
     runner._prefills = Padded(BUDGET, runner._prefill_padded)

@@ -1,0 +1,1 @@
+"""Model types beside transformers itself: small random checkpoints, token for token."""

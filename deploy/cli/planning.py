@@ -1,0 +1,86 @@
+"""`manta plan`: whether a model fits, before anything is loaded. Imports torch when asked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deploy.cli.exits import reported_errors
+from deploy.cli.options import ConfigOption, DebugOption, flag, with_options
+from deploy.config.load import load_config, parse_size
+
+if TYPE_CHECKING:
+    from cluster.config import EngineConfig
+    from workers.model.footprint import Footprint
+
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+@with_options
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint; its config.json is enough.")],
+    memory: Annotated[
+        str | None, flag("--memory", help='What each rank has for weights and KV, "80GiB". Default: not asked.')
+    ] = None,
+    config: ConfigOption = None,
+    debug: DebugOption = False,
+    *,
+    engine: dict[str, Any],
+) -> None:
+    """Say what a model takes, weights and KV of each rank, and how long a context there is room for. Nothing is loaded.
+
+    manta plan /models/Qwen3-30B-A3B --tensor-parallel-size 2 --memory 80GiB
+    """
+    with reported_errors(debug):
+        settings = load_config(config, {**engine, "model": model}).engine
+        for line in plan_lines(settings, None if memory is None else parse_size("memory", memory)):
+            typer.echo(line)
+
+
+def plan_lines(config: "EngineConfig", memory: int | None) -> list[str]:
+    """memory: bytes of each rank; None: not known. Activations and graphs are not counted: a GPU measures them at start.
+
+    Errors: ValueError for a model that is not served so.
+    """
+    from cluster.resolve import model_length
+    from workers.model.architectures import torch_dtype
+    from workers.model.footprint import footprint
+    from workers.model.reading import read_model
+
+    found = read_model(Path(config.model), config.model_implementation)
+    size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
+    dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
+    taken = footprint(found, size, dtype, config.block_size)
+    layout = taken.layout
+    lines = [
+        f"{found.architecture}, {layout.dtype}, {size} rank(s) a group",
+        f"weights          {in_units(taken.weight_bytes)} a rank",
+        f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
+        f"{layout.block_size} tokens, a rank",
+        f"longest context  {longest:,} tokens: {in_units(layout.blocks_for(longest) * layout.block_bytes)} a rank",
+    ]
+    room = config.kv_memory
+    if memory is not None and room is None:
+        room = int(memory * config.gpu_memory_fraction) - taken.weight_bytes
+        lines.append(f"room for KV      {in_units(max(0, room))} of {in_units(memory)}, less what steps need beside weights")
+    return lines if room is None else [*lines, *_room_lines(taken, room, longest, config.max_num_seqs)]
+
+
+def _room_lines(taken: "Footprint", room: int, longest: int, rows: int) -> list[str]:
+    layout = taken.layout
+    blocks = max(0, room) // layout.block_bytes
+    if blocks == 0:
+        return ["it does not fit: raise tensor_parallel_size, or choose a smaller dtype"]
+    tokens = blocks * layout.block_size
+    if blocks < layout.blocks_for(longest):
+        return [f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that"]
+    at_once = min(rows, blocks // layout.blocks_for(longest))
+    return [f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once"]
+
+
+def in_units(number: int) -> str:
+    """Bytes, for people."""
+    amount, unit = float(number), 0
+    while amount >= 1024 and unit < len(UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:,.0f} {UNITS[unit]}" if unit == 0 else f"{amount:,.2f} {UNITS[unit]}"

@@ -1,0 +1,74 @@
+"""`manta plan` says before anything is loaded what a rank then takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.models.zoo import make
+from cluster.config import EngineConfig
+from cluster.resolve import resolve
+from deploy.cli.planning import in_units, plan_lines
+from manta.commands import app
+from workers.build import LOADING, build_rank
+from workers.model.footprint import footprint
+from workers.model.reading import read_model
+from workers.parallel.in_process import Solo
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma4_text", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path) -> None:
+    path = make(kind, tmp_path / kind)
+    config = EngineConfig(model=str(path), dtype=dtype, kv_memory=1 << 22, block_size=16, threads=1)
+    read: list[int] = []
+
+    def phase(what: str, _: int, total: int) -> None:
+        if what == LOADING:
+            read.append(total)
+
+    built = build_rank(config, resolve(config, "cpu"), Solo(), phase)
+    model = read_model(path)
+    taken = footprint(model, 1, built.pool.dtype, 16)
+    assert taken.weight_bytes == read[-1]
+    assert taken.layout == built.pool.layout
+    assert plan_lines(config, None)[-1].startswith(f"blocks           {(1 << 22) // taken.layout.block_bytes:,}")
+    built.rank.executor.close()
+
+
+def test_two_ranks_hold_half(tmp_path: Path) -> None:
+    path = make("mixtral", tmp_path / "mixtral")
+    alone, shared = (footprint(read_model(path), size, read_model(path).dtype, 16) for size in (1, 2))  # type: ignore[arg-type]
+    assert 0.5 < shared.weight_bytes / alone.weight_bytes < 0.55
+    assert 2 * shared.layout.block_bytes == alone.layout.block_bytes
+
+
+def test_the_command_reads_no_weights(tmp_path: Path) -> None:
+    path = make("gemma2", tmp_path / "gemma2")
+    (path / "model.safetensors").unlink()
+    result = CliRunner().invoke(app, ["plan", str(path), "--memory", "2MiB", "--block-size", "16", "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Gemma2ForCausalLM, float32, 1 rank(s) a group\n")
+    assert re.search(r"^KV +512 bytes a token, 8.00 KiB a block of 16 tokens, a rank$", result.output, re.MULTILINE)
+    assert re.search(r"^longest context +512 tokens: 256.00 KiB a rank$", result.output, re.MULTILINE)
+    assert re.search(r"^blocks +\d+, [\d,]+ tokens: \d sequence\(s\) of the longest context", result.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("memory", "said"), [("100KiB", "it does not fit"), ("420KiB", "lower max_model_len to that")])
+def test_what_does_not_fit(memory: str, said: str, tmp_path: Path) -> None:
+    path = make("gemma2", tmp_path / "gemma2")
+    result = CliRunner().invoke(app, ["plan", str(path), "--memory", memory, "--block-size", "16", "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert said in result.output
+
+
+def test_what_is_not_served(tmp_path: Path) -> None:
+    path = make("gpt_oss", tmp_path / "gpt_oss")
+    result = CliRunner().invoke(app, ["plan", str(path), "--tensor-parallel-size", "2"])
+    assert result.exit_code == 2
+    assert "no tensor-parallel plan" in result.output
+
+
+def test_units() -> None:
+    assert [in_units(number) for number in (0, 1023, 1536, 3 << 30)] == ["0 bytes", "1,023 bytes", "1.50 KiB", "3.00 GiB"]

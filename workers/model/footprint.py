@@ -1,0 +1,33 @@
+"""What a rank of a decoder takes, weights and KV, without a weight being read. Imports torch, on the meta device."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcache.layout import BlockLayout
+from workers.model.architectures import ModelConfig
+from workers.model.decoder import EMBEDDING, HEAD, Decoder
+from workers.model.reading import DecoderConfig
+from workers.parallel.silent import Silent
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Of the largest rank. layout: of its blocks."""
+
+    weight_bytes: int
+    layout: BlockLayout
+
+
+def footprint(config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int) -> Footprint:
+    """size: ranks of a group. Errors: CheckpointError if so many cannot share it."""
+    shape = config.shard(0, size)
+    layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+    if isinstance(config, ModelConfig):
+        tables = (EMBEDDING, EMBEDDING) if config.tied else (EMBEDDING, HEAD)
+        decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables)
+        return Footprint(sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces()), layout)
+    from workers.model.transformers.classes import build  # with its class, which takes a second
+    from workers.model.transformers.loading import held_bytes
+
+    return Footprint(held_bytes(build(config.text), size, dtype), layout)

@@ -1,0 +1,38 @@
+"""Which of the two makers of decoders a checkpoint is for, and what is known of it before its weights are read.
+
+    native         one class for four architectures, with fused kernels (`architectures`, `decoder`, `fused`)
+    transformers   transformers' own class of the architecture, with our attention (`transformers`)
+
+Imports no torch for a native one.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from workers.model.architectures import ARCHITECTURES, ModelConfig, read_config
+from workers.model.fields import CheckpointError, read_json
+
+if TYPE_CHECKING:
+    from workers.model.transformers.config import TransformersConfig
+
+
+DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
+
+
+def read_model(path: str | Path, implementation: str = "auto") -> DecoderConfig:
+    """implementation: "native", "transformers", or "auto": native where there is one. Errors: CheckpointError for what is not
+    served, by name and reason."""
+    folder = Path(path)
+    if implementation == "native" or (implementation == "auto" and is_native(folder)):
+        return read_config(folder)
+    from workers.model.transformers.config import read_transformers  # brings transformers and torch
+
+    return read_transformers(folder)
+
+
+def is_native(folder: Path) -> bool:
+    """Whether config.json names an architecture of ours. Errors: CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
+    names = read_json(folder / "config.json").get("architectures")
+    return isinstance(names, list) and any(name in ARCHITECTURES for name in names)

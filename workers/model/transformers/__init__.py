@@ -1,0 +1,1 @@
+"""Decoders as transformers defines them: its classes, our attention, our shards of the weights."""

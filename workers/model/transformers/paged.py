@@ -1,0 +1,45 @@
+"""A decoder of transformers' own class as a GPU's runner calls it. Imports torch, the interface of `fused`, and this room."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcache.pool import KVPool
+from workers.attention.forms import Form
+from workers.attention.write import TorchWriter
+from workers.model.fused import Attend
+from workers.model.transformers.decoder import TransformersDecoder
+
+
+class PagedTransformers:
+    """One rank's decoder over one pool, behind the interface of `workers.model.fused.FusedDecoder`. Everything is driven by
+    device tensors, so a step of decodes can be captured in a CUDA graph: then the class's Python costs nothing. The kernels can
+    attend for its layers (`Survey.kernels_lack`).
+    """
+
+    def __init__(self, decoder: TransformersDecoder, pool: KVPool) -> None:
+        self.pool = pool
+        self.shape = decoder.shape
+        self._decoder = decoder
+        self._writer = TorchWriter(pool)
+
+    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """As `FusedDecoder.logits`."""
+        targets = self._writer.targets(slots.long())
+        wanted = torch.arange(len(tokens), device=tokens.device) if rows is None else rows.long()
+        attends = _Paged(attend, self._writer, targets, self.shape.head_dim)
+        return self._decoder.logits(tokens.long(), positions.long(), wanted, attends)
+
+
+class _Paged:
+    """A step's attention by kernels over heads of the pool's size, whose scale is 1 / sqrt(head_dim)."""
+
+    def __init__(self, attend: Attend, writer: TorchWriter, targets: Tensor, head_dim: int) -> None:
+        self._attend, self._writer, self._targets, self._head_dim = attend, writer, targets, head_dim
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        value_dim = value.shape[-1]
+        query, key, value = (F.pad(states, (0, self._head_dim - states.shape[-1])) for states in (query, key, value))
+        self._writer.write(layer, key, value, self._targets)
+        turned = query * (form.scale * self._head_dim**0.5)
+        return self._attend(layer, turned.contiguous())[..., :value_dim]

@@ -1,0 +1,200 @@
+"""A class's own tensor-parallel plan, carried out by our communicator: which part of each parameter a rank holds, and where the
+ranks meet. Imports torch and the communicator's interface.
+
+The plan names modules and parameters, layers as `*`, with a style each, as in transformers.distributed.tensor_parallel. There
+parameters are DTensors over a mesh of torch's; here a rank's parameters are its parts, and modules that need their peers are
+wrapped. The head's logits stay apart, one share of the vocabulary on each rank.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.model.fields import CheckpointError
+from workers.parallel.communicator import Communicator
+
+WHOLE = {
+    "moe_tp_experts", "moe_identity_expert", "replicated_with_grad_allreduce", "mla_kv_a_proj", "all_reduce", "local_params",
+    "replicate",
+}  # fmt: skip
+"""Styles of modules whose own parameters every rank has whole."""
+
+COLUMNS = {"colwise", "colwise_gather_output", "colwise_rep"}
+ROWS = {"rowwise", "rowwise_split_input", "rowwise_rep"}
+KNOWN = WHOLE | COLUMNS | ROWS | {"packed_colwise", "packed_rowwise", "embedding_rowwise"}
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A rank's part of a parameter: its own of `size` parts of dimension `dim`, of each of `packed` matrices that lie one after
+    another there. dim None: all of it, or, with `first`, all of it on rank 0 and zeros elsewhere."""
+
+    dim: int | None = None
+    packed: int = 1
+    first: bool = False
+
+    def runs(self, shape: tuple[int, ...], rank: int, size: int) -> list[tuple[int, int]]:
+        """[start, stop) in dimension `dim`, one for each packed matrix. The last ranks may have less."""
+        assert self.dim is not None
+        each = shape[self.dim] // self.packed
+        part = -(-each // size)
+        start, stop = min(each, rank * part), min(each, (rank + 1) * part)
+        return [(number * each + start, number * each + stop) for number in range(self.packed)]
+
+    def shape(self, shape: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
+        if self.dim is None:
+            return shape
+        held = sum(stop - start for start, stop in self.runs(shape, rank, size))
+        return (*shape[: self.dim], held, *shape[self.dim + 1 :])
+
+
+ALL = Share()
+
+
+def shares(model: Any, size: int) -> dict[str, Share]:
+    """By name, of every parameter and buffer that checkpoints have. Errors: CheckpointError where the plan, or the sizes, do
+    not let so many ranks share the model."""
+    if size == 1:
+        return dict.fromkeys(model.state_dict(), ALL)
+    plan = dict(model.tp_plan)
+    if not any(name != "lm_head" for name in plan):
+        raise CheckpointError(
+            f"{type(model).__name__} has no tensor-parallel plan in transformers: choose tensor_parallel_size 1"
+        )
+    unknown = sorted(set(plan.values()) - KNOWN)
+    if unknown:
+        raise CheckpointError(
+            f"{type(model).__name__}'s tensor-parallel plan has {', '.join(unknown)}, which is not computed: choose "
+            f"tensor_parallel_size 1"
+        )
+    tables = {id(tensor) for module in _vocabulary(model) for tensor in module.parameters()}
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        share = _share(name, tensor, _style(name, plan))
+        if share.dim is not None and id(tensor) not in tables and tensor.shape[share.dim] % (share.packed * size):
+            raise CheckpointError(
+                f"tensor parallel size {size} does not divide the {tensor.shape[share.dim]} of {name} in "
+                f"{type(model).__name__}: choose another tensor_parallel_size"
+            )
+        found[name] = share
+    _keep_ties_whole(model, found)
+    return found
+
+
+def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
+    """Wraps the modules in which the ranks of a group meet. The parameters may still be on the meta device."""
+    if comm.size == 1:
+        return
+    plan = dict(model.tp_plan)
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        style = plan.get(_generic(name))
+        wrap = None if style is None or module is head else WRAPS.get(style)
+        if wrap is not None and (style != "embedding_rowwise" or found[f"{name}.weight"].dim is not None):
+            module.forward = wrap(module, module.forward, comm)
+
+
+def head_is_shared(model: Any, found: dict[str, Share]) -> bool:
+    """Whether each rank has its own part of the vocabulary's logits."""
+    head = model.get_output_embeddings()
+    return any(found[f"{name}.weight"].dim is not None for name, module in model.named_modules() if module is head)
+
+
+def _vocabulary(model: Any) -> list[nn.Module]:
+    """The tables whose rows are tokens: these need not divide evenly."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = model.get_output_embeddings()
+    return [*embeddings, *([head] if head is not None else [])]
+
+
+def _keep_ties_whole(model: Any, found: dict[str, Share]) -> None:
+    """Two names of one tensor that the plan divides differently, or of which it divides one: every rank has all of it."""
+    for one, other in model.all_tied_weights_keys.items():
+        if found.get(one) != found.get(other):
+            found[one] = found[other] = ALL
+
+
+def _generic(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _style(name: str, plan: dict[str, str]) -> str | None:
+    """A parameter's own, or its module's."""
+    generic = _generic(name)
+    return plan.get(generic, plan.get(generic.rpartition(".")[0]))
+
+
+def _share(name: str, tensor: Tensor, style: str | None) -> Share:
+    leaf, dims = name.rpartition(".")[2], tensor.dim()
+    if style is None or style in WHOLE:
+        return ALL
+    if style in COLUMNS:
+        return Share(max(0, dims - 2))
+    if style in ROWS:
+        return Share(first=True) if leaf == "bias" else Share(dims - 1)
+    if style == "packed_colwise":
+        return Share(max(0, dims - 2), packed=2)
+    if style == "packed_rowwise":
+        return ALL if dims == 1 else Share(dims - 1, packed=2)
+    return Share(0)  # the embedding
+
+
+# ---- where ranks meet
+
+Forward = Callable[..., Any]
+
+
+def _summed(_: nn.Module, forward: Forward, comm: Communicator) -> Forward:
+    """Of partial products; rank 0 alone has the bias."""
+    return lambda *args, **kwargs: comm.all_reduce(forward(*args, **kwargs))
+
+
+def _split_and_summed(_: nn.Module, forward: Forward, comm: Communicator) -> Forward:
+    """The input is whole on every rank, the weight has this rank's columns."""
+
+    def shared(x: Tensor) -> Tensor:
+        part = x.shape[-1] // comm.size
+        return comm.all_reduce(forward(x.narrow(-1, comm.rank * part, part)))
+
+    return shared
+
+
+def _gathered(_: nn.Module, forward: Forward, comm: Communicator) -> Forward:
+    """Every rank gets the whole output."""
+    return lambda x: torch.cat(comm.all_gather(forward(x).contiguous()).unbind(), -1)
+
+
+def _looked_up(module: nn.Module, forward: Forward, comm: Communicator) -> Forward:
+    """Each rank has some rows of the table; a token is found by one of them, and all get it."""
+    module.padding_idx = None  # type: ignore[assignment]  # says which row learns nothing; here it would have to be one of ours
+    part = -(-module.num_embeddings // comm.size)  # type: ignore[operator]
+
+    def shared(tokens: Tensor) -> Tensor:
+        local = tokens - comm.rank * part
+        elsewhere = (local < 0) | (local >= len(module.get_parameter("weight")))
+        rows = forward(local.masked_fill(elsewhere, 0))
+        return comm.all_reduce(rows.masked_fill(elsewhere[..., None], 0.0))
+
+    return shared
+
+
+def _divided(_: nn.Module, forward: Forward, comm: Communicator) -> Forward:
+    """What every rank adds whole to a sum over the ranks."""
+    return lambda x, *args, **kwargs: forward(x / comm.size, *args, **kwargs)
+
+
+WRAPS: dict[str, Callable[[nn.Module, Forward, Communicator], Forward]] = {
+    "rowwise": _summed,
+    "rowwise_rep": _split_and_summed,
+    "rowwise_split_input": _split_and_summed,
+    "colwise_rep": _gathered,
+    "colwise_gather_output": _gathered,
+    "embedding_rowwise": _looked_up,
+    "moe_tp_experts": _summed,
+    "moe_identity_expert": _divided,
+    "all_reduce": _summed,
+}

@@ -1,0 +1,150 @@
+"""What a class does with attention, found by running it on the meta device: each layer's heads and form, on a rank of so many.
+
+No field of config.json is read for it, since each family names them in its own way. Imports torch and this room.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.attention.forms import Form, HeadShape
+from workers.model.fields import CheckpointError
+from workers.model.transformers.attention import NotComputed, Slot
+from workers.model.transformers.classes import build
+from workers.model.transformers.rotary import hold_still
+from workers.model.transformers.sharding import head_is_shared, share_out, shares
+from workers.parallel.silent import Silent
+
+logger = logging.getLogger(__name__)
+
+TOKENS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """One rank's. heads, forms: of each layer; a form's sinks are on the meta device. shared_head: each rank has its own part
+    of the logits."""
+
+    heads: tuple[HeadShape, ...]
+    forms: tuple[Form, ...]
+    shared_head: bool
+
+    @property
+    def pool_heads(self) -> tuple[int, int]:
+        """KV heads of the pool and their size: those of all layers where they are the same, else one head as wide as the widest
+        layer's."""
+        sizes = self._sizes()
+        return sizes.pop() if len(sizes) == 1 else (1, max(layer.width for layer in self.heads))
+
+    def _sizes(self) -> set[tuple[int, int]]:
+        return {(layer.kv_heads, max(layer.key_dim, layer.value_dim)) for layer in self.heads}
+
+    def kernels_lack(self, positions: int) -> str | None:
+        """Why the kernels for GPUs cannot attend for these layers over so many positions, in words."""
+        for layer, (heads, form) in enumerate(zip(self.heads, self.forms, strict=True)):
+            near = form.within(positions)
+            asked = near.says()
+            if (heads.heads, heads.kv_heads) != (self.heads[0].heads, self.heads[0].kv_heads) or len(self._sizes()) > 1:
+                asked.append("heads of its own")
+            if asked:
+                reach = near.window or near.chunk
+                shorter = f", or max_model_len up to {reach}" if reach is not None and len(asked) == 1 else ""
+                return (
+                    f"layer {layer} attends with {', '.join(asked)}, which the kernels for GPUs do not compute: choose "
+                    f"device cpu{shorter}"
+                )
+        return None
+
+    def costs(self) -> list[str]:
+        """What the pool holds beside what some layer needs, in words."""
+        said = []
+        if any(layer.key_dim != layer.value_dim for layer in self.heads):
+            said.append("keys and values differ in size: both take the room of the larger")
+        if len({layer.width for layer in self.heads}) > 1:
+            said.append("layers differ in their heads: each takes the room of the widest")
+        return said
+
+
+def survey(config: Any, size: int) -> Survey:
+    """Of rank 0 of `size`; the others are the same. Errors: CheckpointError for a class that does what is not computed here, or
+    that so many ranks cannot share."""
+    whole = _run(config, 1)
+    if size == 1:
+        return whole
+    found = _run(config, size)
+    for layer, (all_heads, ours) in enumerate(zip(whole.heads, found.heads, strict=True)):
+        shared = all_heads.heads // ours.heads, all_heads.kv_heads // ours.kv_heads
+        if shared not in ((1, 1), (size, size)) or all_heads.key_dim != ours.key_dim:
+            raise CheckpointError(
+                f"tensor parallel size {size} does not divide the {all_heads.heads} query and {all_heads.kv_heads} KV heads of "
+                f"layer {layer} of {config.model_type}: choose another tensor_parallel_size"
+            )
+    return found
+
+
+def _run(config: Any, size: int) -> Survey:
+    model = build(config).to(torch.bfloat16)  # some operations have shapes for it alone
+    found = shares(model, size)
+    for name, share in found.items():
+        module, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(module)._parameters
+        if share.dim is not None and leaf in parameters:
+            part = parameters[leaf].new_empty(share.shape(tuple(parameters[leaf].shape), 0, size))
+            parameters[leaf] = torch.nn.Parameter(part, requires_grad=False)
+    share_out(model, found, Silent(size))
+    hold_still(model, None)
+    heads: dict[int, HeadShape] = {}
+    forms: dict[int, Form] = {}
+
+    def attends(layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+        if layer in heads:
+            raise NotComputed(f"layer {layer} attends twice")
+        heads[layer] = HeadShape(query.shape[1], key.shape[1], key.shape[2], value.shape[2])
+        forms[layer] = form
+        return query.new_empty(*query.shape[:2], value.shape[2])
+
+    Slot(model).attends = attends
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            step(model, torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS), torch.zeros(1, dtype=torch.int64))
+    except NotComputed as error:
+        raise CheckpointError(f"{type(model).__name__} is not served: {error}") from error
+    except Exception as error:  # whatever a class of somebody else's may raise where its parameters do not fit each other
+        shared = f" by {size} ranks" if size > 1 else ""
+        raise CheckpointError(f"{type(model).__name__} cannot be run{shared} ({type(error).__name__}: {error})") from error
+    layers = int(config.num_hidden_layers)
+    if sorted(heads) != list(range(len(heads))) or len(heads) < layers:
+        raise CheckpointError(
+            f"{type(model).__name__} is not served: of its {layers} layers {len(heads)} attend through transformers' registry, "
+            "so the others are recurrent, or keep what no KV cache has"
+        )
+    order = range(len(heads))
+    return Survey(tuple(heads[n] for n in order), tuple(forms[n] for n in order), size > 1 and head_is_shared(model, found))
+
+
+class Positions:
+    """What stands for a cache where a class counts from its length, and not by `position_ids`: a length for each token, so that
+    it gets its own position in a batch of several sequences. Keys and values are kept by attention alone."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Tensor:  # noqa: ARG002
+        """[tokens]"""
+        return self._before
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        return key, value
+
+
+def step(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """tokens, positions [tokens] int64 -> logits of `rows`, [rows, the rank's vocabulary]: all that the class does behind its
+    head is done."""
+    logits: Tensor = model(
+        input_ids=tokens[None], position_ids=positions[None], past_key_values=Positions(positions), use_cache=False,
+        logits_to_keep=rows, return_dict=True,
+    ).logits  # fmt: skip
+    return logits[0]
