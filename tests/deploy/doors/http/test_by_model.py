@@ -86,6 +86,18 @@ def test_streams_are_the_models_own(several: Several) -> None:
     assert several.ids("".join(event["choices"][0]["text"] for event in events)) == SECOND
 
 
+def test_every_door_speaks_for_the_model_that_is_named(several: Several) -> None:
+    http = several.http
+    for name, ids in (("tiny", FIRST), ("second", SECOND)):
+        asked = {"model": name, "max_tokens": 3, "messages": [{"role": "user", "content": "a"}]}
+        message = http.post("/v1/messages", json=asked).json()
+        assert (message["model"], several.ids(message["content"][0]["text"])) == (name, ids)
+        response = http.post("/v1/responses", json={"model": name, "max_output_tokens": 16, "input": "a"}).json()
+        assert (response["model"], several.ids(response["output"][-1]["content"][0]["text"])) == (name, ids)
+        kept = http.get(f"/v1/responses/{response['id']}").json()
+        assert kept == response, "one store has the responses of all models"
+
+
 def test_models_are_listed_with_their_own_lengths(several: Several) -> None:
     http = several.http
     cards = http.get("/v1/models").json()["data"]
