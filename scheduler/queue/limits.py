@@ -65,10 +65,10 @@ def output_limit(
     if largest_pool is not None:
         needed = blocks_for(slots_for(prompt, least), block_size)
         if needed > largest_pool:
+            most = context_length(largest_pool * block_size + min(least, 1), output=least > 0)
             raise RequestRefused(
-                f"{context_length(largest_pool * block_size + 1)}, for want of blocks: {prompt} prompt tokens and "
-                f"max_tokens={least} need {needed} blocks of {block_size} tokens, but the "
-                f"largest pool has {largest_pool}: shorten the prompt, lower max_tokens or raise kv_memory"
+                f"{most}, for want of blocks: {prompt} prompt tokens and max_tokens={least} need {needed} blocks of "
+                f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or raise kv_memory"
             )
         room = min(room, largest_pool * block_size + 1 - prompt)
     return room if max_tokens is None else max_tokens
