@@ -20,7 +20,7 @@ from workers.sampling import candidates, logprobs, noise
 from workers.sampling.constraints import Allowed
 from workers.sampling.logprobs import Logprobs
 from workers.sampling.penalties import LogitEdits
-from workers.sampling.settings import GREEDY_BELOW
+from workers.sampling.settings import GREEDY_BELOW, HOTTEST
 
 Ints = npt.NDArray[np.integer]
 
@@ -110,7 +110,8 @@ class Sampler:
         greedy = params.temperature < GREEDY_BELOW
         top_k = params.top_k if params.top_k < self._vocab_size else 0
         top_p = params.top_p if params.top_p < 1 else np.inf
-        self._settings[row] = (1, 1, np.inf, 0) if greedy else (params.temperature, top_k, top_p, params.min_p)
+        temperature = min(params.temperature, HOTTEST)
+        self._settings[row] = (1, 1, np.inf, 0) if greedy else (temperature, top_k, top_p, params.min_p)
         self._streams[row] = noise.stream(seed, choice)
         self._logprobs[row] = logprobs.NOT_ASKED if params.logprobs is None else params.logprobs
         edited = self._edits.admit(row, params, stop_ids, prompt, output)

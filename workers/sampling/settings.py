@@ -31,6 +31,10 @@ CONSTRAINED = 128
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM: logits / temperature would overflow."""
 
+HOTTEST = 1e4
+"""Temperatures above this are taken for it: between what is left of logits nothing can be told, and of one that float16 or
+float32 cannot hold nothing would be left but NaN, where an id is barred."""
+
 Record = npt.NDArray[np.int32]
 
 
@@ -44,7 +48,7 @@ def record(
     floats[TEMPERATURE] = 1
     if params.temperature >= GREEDY_BELOW:
         flags |= SAMPLED
-        floats[TEMPERATURE] = params.temperature
+        floats[TEMPERATURE] = min(params.temperature, HOTTEST)
         if 0 < params.top_k < vocab_size:
             flags |= HAS_TOP_K
             words[TOP_K] = params.top_k

@@ -205,6 +205,7 @@ PARAMETERS = {
     "greedy": SamplingParams(temperature=0.0),
     "temperature": SamplingParams(temperature=0.7),
     "hot": SamplingParams(temperature=20.0),
+    "as hot as can be": SamplingParams(temperature=1e308, min_tokens=4),
     "top_k": SamplingParams(top_k=5),
     "top_p": SamplingParams(top_p=0.6),
     "top_p hot": SamplingParams(top_p=0.37, temperature=3.0),
