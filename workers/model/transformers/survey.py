@@ -3,7 +3,6 @@
 No field of config.json is read for it, since each family names them in its own way. Imports torch and this room.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,6 @@ from workers.model.transformers.classes import build
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.sharding import head_is_shared, share_out, shares
 from workers.parallel.silent import Silent
-
-logger = logging.getLogger(__name__)
 
 TOKENS = 3
 
@@ -77,7 +74,8 @@ def survey(config: Any, size: int) -> Survey:
     found = _run(config, size)
     for layer, (all_heads, ours) in enumerate(zip(whole.heads, found.heads, strict=True)):
         shared = all_heads.heads // ours.heads, all_heads.kv_heads // ours.kv_heads
-        if shared not in ((1, 1), (size, size)) or all_heads.key_dim != ours.key_dim:
+        few = min(size, all_heads.kv_heads)  # ranks beyond the KV heads hold a neighbour's
+        if shared not in ((1, 1), (size, few)) or all_heads.key_dim != ours.key_dim:
             raise CheckpointError(
                 f"tensor parallel size {size} does not divide the {all_heads.heads} query and {all_heads.kv_heads} KV heads of "
                 f"layer {layer} of {config.model_type}: choose another tensor_parallel_size"

@@ -160,6 +160,17 @@ def test_odd_shares(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(path, 2), expected(path), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "kv_heads"), [("qwen3_moe", 2), ("seed_oss", 2), ("gemma2", 1)])
+def test_kv_heads_that_are_fewer_than_ranks_are_replicated(kind: str, kv_heads: int, tmp_path: Path) -> None:
+    """With their biases (seed_oss), and one for all (gemma2)."""
+    path = make(kind, tmp_path / kind, num_key_value_heads=kv_heads, moe_intermediate_size=64)
+    wanted = expected(path)
+    with Ranks(path, 4) as ranks:
+        assert [(decoder.shape.heads, decoder.shape.kv_heads) for decoder in ranks.decoders] == [(1, 1)] * 4
+        assert [decoder.shape.kv_head_start for decoder in ranks.decoders] == [rank * kv_heads // 4 for rank in range(4)]
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_several_files(tmp_path: Path) -> None:
     path = make("qwen3_moe", tmp_path / "whole")
     parts = tmp_path / "parts"
