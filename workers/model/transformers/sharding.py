@@ -27,7 +27,6 @@ COLUMNS = {"colwise", "colwise_gather_output", "colwise_rep"}
 ROWS = {"rowwise", "rowwise_split_input", "rowwise_rep"}
 KNOWN = WHOLE | COLUMNS | ROWS | {"packed_colwise", "packed_rowwise", "embedding_rowwise"}
 
-
 KEYS_AND_VALUES = re.compile(r"\.[kv]_proj\.(weight|bias)$")
 """Projections of which a rank has whole heads. Other names for them are refused where there are more ranks than heads."""
 
@@ -84,8 +83,9 @@ def shares(model: Any, size: int) -> dict[str, Share]:
     kv_heads = getattr(model.config, "num_key_value_heads", None) or size
     few = kv_heads if kv_heads < size and size % kv_heads == 0 else None
     for name, tensor in model.state_dict(keep_vars=True).items():
-        share = _share(name, tensor, _style(name, plan))
-        if few is not None and share.dim is not None and KEYS_AND_VALUES.search(name):
+        style = _style(name, plan)
+        share = _share(name, tensor, style)
+        if few is not None and style == "colwise" and KEYS_AND_VALUES.search(name):
             share = replace(share, kv_heads=few)
         parts = share.packed * (share.kv_heads or size)
         if share.dim is not None and id(tensor) not in tables and tensor.shape[share.dim] % parts:
@@ -106,7 +106,8 @@ def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         style = plan.get(_generic(name))
-        wrap = None if style is None or module is head else WRAPS.get(style)
+        apart = module is head and style in COLUMNS
+        wrap = None if style is None or apart else WRAPS.get(style)
         if wrap is not None and (style != "embedding_rowwise" or found[f"{name}.weight"].dim is not None):
             module.forward = wrap(module, module.forward, comm)
 
@@ -114,7 +115,7 @@ def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
 def head_is_shared(model: Any, found: dict[str, Share]) -> bool:
     """Whether each rank has its own part of the vocabulary's logits."""
     head = model.get_output_embeddings()
-    return any(found[f"{name}.weight"].dim is not None for name, module in model.named_modules() if module is head)
+    return any(found[f"{name}.weight"].dim == 0 for name, module in model.named_modules() if module is head)
 
 
 def _vocabulary(model: Any) -> list[nn.Module]:

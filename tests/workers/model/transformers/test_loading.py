@@ -171,6 +171,24 @@ def test_kv_heads_that_are_fewer_than_ranks_are_replicated(kind: str, kv_heads: 
         torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_heads_behind_gathered_projections_are_whole_on_every_rank(tmp_path: Path) -> None:
+    path = make("olmo2", tmp_path / "olmo2")
+    wanted = expected(path)
+    with Ranks(path, 4) as ranks:
+        assert [(decoder.shape.heads, decoder.shape.kv_heads) for decoder in ranks.decoders] == [(4, 2)] * 4
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_divided_by_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some plans have it: then every rank has all logits, and keeps its part of them."""
+    monkeypatch.setattr(transformers.Olmo2ForCausalLM, "_tp_plan", {"lm_head": "rowwise_split_input"})
+    path = make("olmo2", tmp_path / "olmo2")
+    wanted = expected(path)
+    with Ranks(path, 2) as ranks:
+        assert [local.shape for local in ranks.local_logits(STEP)] == [(1, 100), (1, 100)]
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_several_files(tmp_path: Path) -> None:
     path = make("qwen3_moe", tmp_path / "whole")
     parts = tmp_path / "parts"
