@@ -107,7 +107,7 @@ class TransformersConfig:
             heads=most,
             head_start=rank * most if divided else 0,
             kv_heads=kv_heads,
-            kv_head_start=rank * kv_heads if divided else 0,
+            kv_head_start=rank * self.survey(1).pool_heads[0] // size if divided else 0,
             intermediate=0,
             intermediate_start=0,
             vocab=vocab,

@@ -24,8 +24,8 @@ from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
 from workers.model.transformers.loading import load
 from workers.model.transformers.rotary import hold_still
+from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import share_out, shares
-from workers.model.transformers.survey import step as run
 from workers.model.weights import Checkpoint, Progress
 from workers.parallel.communicator import Communicator
 
@@ -81,7 +81,7 @@ class TransformersDecoder:
         """tokens, positions [tokens] int64, rows [wanted] int64 -> [wanted, shape.vocab]."""
         self._slot.attends = attends
         try:
-            logits = run(self._model, tokens, positions, rows)
+            logits = logits_of(self._model, hidden_of(self._model, tokens, positions, rows))
         finally:
             self._slot.attends = None
         shape = self.shape

@@ -8,7 +8,7 @@ wrapped. The head's logits stay apart, one share of the vocabulary on each rank.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,20 +27,27 @@ COLUMNS = {"colwise", "colwise_gather_output", "colwise_rep"}
 ROWS = {"rowwise", "rowwise_split_input", "rowwise_rep"}
 KNOWN = WHOLE | COLUMNS | ROWS | {"packed_colwise", "packed_rowwise", "embedding_rowwise"}
 
+KEYS_AND_VALUES = re.compile(r"\.[kv]_proj\.(weight|bias)$")
+"""Projections of which a rank has whole heads. Other names for them are refused where there are more ranks than heads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """A rank's part of a parameter: its own of `size` parts of dimension `dim`, of each of `packed` matrices that lie one after
-    another there. dim None: all of it, or, with `first`, all of it on rank 0 and zeros elsewhere."""
+    another there. dim None: all of it, or, with `first`, all of it on rank 0 and zeros elsewhere. kv_heads: there are fewer of
+    them than ranks, and neighbours hold the same one."""
 
     dim: int | None = None
     packed: int = 1
     first: bool = False
+    kv_heads: int | None = None
 
     def runs(self, shape: tuple[int, ...], rank: int, size: int) -> list[tuple[int, int]]:
         """[start, stop) in dimension `dim`, one for each packed matrix. The last ranks may have less."""
         assert self.dim is not None
         each = shape[self.dim] // self.packed
+        if self.kv_heads is not None:
+            rank, size = rank * self.kv_heads // size, self.kv_heads
         part = -(-each // size)
         start, stop = min(each, rank * part), min(each, (rank + 1) * part)
         return [(number * each + start, number * each + stop) for number in range(self.packed)]
@@ -73,9 +80,15 @@ def shares(model: Any, size: int) -> dict[str, Share]:
         )
     tables = {id(tensor) for module in _vocabulary(model) for tensor in module.parameters()}
     found = {}
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or size
+    few = kv_heads if kv_heads < size and size % kv_heads == 0 else None
     for name, tensor in model.state_dict(keep_vars=True).items():
-        share = _share(name, tensor, _style(name, plan))
-        if share.dim is not None and id(tensor) not in tables and tensor.shape[share.dim] % (share.packed * size):
+        style = _style(name, plan)
+        share = _share(name, tensor, style)
+        if few is not None and style == "colwise" and KEYS_AND_VALUES.search(name):
+            share = replace(share, kv_heads=few)
+        parts = share.packed * (share.kv_heads or size)
+        if share.dim is not None and id(tensor) not in tables and tensor.shape[share.dim] % parts:
             raise CheckpointError(
                 f"tensor parallel size {size} does not divide the {tensor.shape[share.dim]} of {name} in "
                 f"{type(model).__name__}: choose another tensor_parallel_size"
@@ -93,7 +106,8 @@ def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         style = plan.get(_generic(name))
-        wrap = None if style is None or module is head else WRAPS.get(style)
+        apart = module is head and style in COLUMNS
+        wrap = None if style is None or apart else WRAPS.get(style)
         if wrap is not None and (style != "embedding_rowwise" or found[f"{name}.weight"].dim is not None):
             module.forward = wrap(module, module.forward, comm)
 
@@ -101,7 +115,7 @@ def share_out(model: Any, found: dict[str, Share], comm: Communicator) -> None:
 def head_is_shared(model: Any, found: dict[str, Share]) -> bool:
     """Whether each rank has its own part of the vocabulary's logits."""
     head = model.get_output_embeddings()
-    return any(found[f"{name}.weight"].dim is not None for name, module in model.named_modules() if module is head)
+    return any(found[f"{name}.weight"].dim == 0 for name, module in model.named_modules() if module is head)
 
 
 def _vocabulary(model: Any) -> list[nn.Module]:

@@ -3,7 +3,6 @@
 No field of config.json is read for it, since each family names them in its own way. Imports torch and this room.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,9 @@ from workers.model.fields import CheckpointError
 from workers.model.transformers.attention import NotComputed, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.rotary import hold_still
+from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import head_is_shared, share_out, shares
 from workers.parallel.silent import Silent
-
-logger = logging.getLogger(__name__)
 
 TOKENS = 3
 
@@ -77,7 +75,8 @@ def survey(config: Any, size: int) -> Survey:
     found = _run(config, size)
     for layer, (all_heads, ours) in enumerate(zip(whole.heads, found.heads, strict=True)):
         shared = all_heads.heads // ours.heads, all_heads.kv_heads // ours.kv_heads
-        if shared not in ((1, 1), (size, size)) or all_heads.key_dim != ours.key_dim:
+        few = min(size, all_heads.kv_heads)  # ranks beyond the KV heads hold a neighbour's
+        if shared not in ((1, 1), (size, few)) or all_heads.key_dim != ours.key_dim:
             raise CheckpointError(
                 f"tensor parallel size {size} does not divide the {all_heads.heads} query and {all_heads.kv_heads} KV heads of "
                 f"layer {layer} of {config.model_type}: choose another tensor_parallel_size"
@@ -109,7 +108,8 @@ def _run(config: Any, size: int) -> Survey:
     Slot(model).attends = attends
     try:
         with torch.inference_mode(), torch.device("meta"):
-            step(model, torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS), torch.zeros(1, dtype=torch.int64))
+            tokens, positions = torch.zeros(TOKENS, dtype=torch.int64), torch.arange(TOKENS)
+            logits_of(model, hidden_of(model, tokens, positions, torch.zeros(1, dtype=torch.int64)))
     except NotComputed as error:
         raise CheckpointError(f"{type(model).__name__} is not served: {error}") from error
     except Exception as error:  # whatever a class of somebody else's may raise where its parameters do not fit each other
@@ -123,28 +123,3 @@ def _run(config: Any, size: int) -> Survey:
         )
     order = range(len(heads))
     return Survey(tuple(heads[n] for n in order), tuple(forms[n] for n in order), size > 1 and head_is_shared(model, found))
-
-
-class Positions:
-    """What stands for a cache where a class counts from its length, and not by `position_ids`: a length for each token, so that
-    it gets its own position in a batch of several sequences. Keys and values are kept by attention alone."""
-
-    def __init__(self, positions: Tensor) -> None:
-        self._before = positions - torch.arange(len(positions), device=positions.device)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Tensor:  # noqa: ARG002
-        """[tokens]"""
-        return self._before
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        return key, value
-
-
-def step(model: Any, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """tokens, positions [tokens] int64 -> logits of `rows`, [rows, the rank's vocabulary]: all that the class does behind its
-    head is done."""
-    logits: Tensor = model(
-        input_ids=tokens[None], position_ids=positions[None], past_key_values=Positions(positions), use_cache=False,
-        logits_to_keep=rows, return_dict=True,
-    ).logits  # fmt: skip
-    return logits[0]

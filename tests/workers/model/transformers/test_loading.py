@@ -160,6 +160,35 @@ def test_odd_shares(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(path, 2), expected(path), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "kv_heads"), [("qwen3_moe", 2), ("seed_oss", 2), ("gemma2", 1)])
+def test_kv_heads_that_are_fewer_than_ranks_are_replicated(kind: str, kv_heads: int, tmp_path: Path) -> None:
+    """With their biases (seed_oss), and one for all (gemma2)."""
+    path = make(kind, tmp_path / kind, num_key_value_heads=kv_heads, moe_intermediate_size=64)
+    wanted = expected(path)
+    with Ranks(path, 4) as ranks:
+        assert [(decoder.shape.heads, decoder.shape.kv_heads) for decoder in ranks.decoders] == [(1, 1)] * 4
+        assert [decoder.shape.kv_head_start for decoder in ranks.decoders] == [rank * kv_heads // 4 for rank in range(4)]
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_behind_gathered_projections_are_whole_on_every_rank(tmp_path: Path) -> None:
+    path = make("olmo2", tmp_path / "olmo2")
+    wanted = expected(path)
+    with Ranks(path, 4) as ranks:
+        assert [(decoder.shape.heads, decoder.shape.kv_heads) for decoder in ranks.decoders] == [(4, 2)] * 4
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_is_divided_by_its_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some plans have it: then every rank has all logits, and keeps its part of them."""
+    monkeypatch.setattr(transformers.Olmo2ForCausalLM, "_tp_plan", {"lm_head": "rowwise_split_input"})
+    path = make("olmo2", tmp_path / "olmo2")
+    wanted = expected(path)
+    with Ranks(path, 2) as ranks:
+        assert [local.shape for local in ranks.local_logits(STEP)] == [(1, 100), (1, 100)]
+        torch.testing.assert_close(ranks.logits(STEP), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_several_files(tmp_path: Path) -> None:
     path = make("qwen3_moe", tmp_path / "whole")
     parts = tmp_path / "parts"

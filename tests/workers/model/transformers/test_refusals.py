@@ -91,7 +91,8 @@ def test_quantized_weights(tmp_path: Path) -> None:
     ("model_type", "fields", "size", "reason"),
     [
         ("gpt_oss", {}, 2, "GptOssForCausalLM has no tensor-parallel plan in transformers: choose tensor_parallel_size 1"),
-        ("gemma", {"num_key_value_heads": 1}, 2, "GemmaForCausalLM cannot be run by 2 ranks"),
+        ("gemma", {"num_attention_heads": 6, "num_key_value_heads": 6}, 4, "GemmaForCausalLM cannot be run by 4 ranks"),
+        ("gemma", {"num_attention_heads": 6, "num_key_value_heads": 3}, 2, "GemmaForCausalLM cannot be run by 2 ranks"),
         ("gemma", {}, 3, "tensor parallel size 3 does not divide the 64 of model.layers.0.self_attn.q_proj.weight"),
     ],
 )
