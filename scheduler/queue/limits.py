@@ -68,7 +68,8 @@ def output_limit(
             most = context_length(largest_pool * block_size + min(least, 1), output=least > 0)
             raise RequestRefused(
                 f"{most}, for want of blocks: {prompt} prompt tokens and max_tokens={least} need {needed} blocks of "
-                f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or raise kv_memory"
+                f"{block_size} tokens, but the largest pool has {largest_pool}: shorten the prompt, lower max_tokens or raise "
+                "kv_memory"
             )
         room = min(room, largest_pool * block_size + 1 - prompt)
     return room if max_tokens is None else max_tokens
