@@ -1,5 +1,6 @@
 """The lease protocol: ordered logs down, numbered reports up, and the cut between them."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -8,7 +9,7 @@ from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.leaders import Drop, Grant, Report, Start
-from scheduler.protocol.messages import NO_TOKEN, FinishReason, Request
+from scheduler.protocol.messages import NO_TOKEN, FinishReason, Request, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.running.resident import ProtocolError
 from tests.scheduler.cluster import Cluster, filled
@@ -220,9 +221,10 @@ def test_log_probabilities_of_a_prompt_come_with_the_chunk_that_sampled_nothing(
 def test_log_probabilities_alone_are_told_too() -> None:
     cluster = Cluster((8,))
     sequence = cluster.sequence(cluster.submit([1], max_tokens=2)[0])
-    cluster.core.outbox.logprobs(sequence, b"part")
+    part = msgspec.msgpack.encode(TokenLogprobs(-0.5, (), ()))
+    cluster.core.outbox.logprobs(sequence, part)
     ((front_end, told),) = cluster.core.outbox.drain()
-    assert (front_end, told.streams, told.logprobs) == (sequence.front_end, b"", ((sequence.stream, b"part"),))
+    assert (front_end, told.streams, told.logprobs) == (sequence.front_end, b"", ((sequence.stream, part),))
     cluster._hear(front_end, told)
     cluster.run()
 
