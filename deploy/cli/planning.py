@@ -30,15 +30,21 @@ def plan(
     """Say what a model takes, weights and KV of each rank, and how long a context there is room for. Nothing is loaded.
 
     manta plan /models/Qwen3-30B-A3B --tensor-parallel-size 2 --memory 80GiB
+
+    Ends with 1 where there is no room for one sequence of the longest context.
     """
     with reported_errors(debug):
         settings = load_config(config, {**engine, "model": model}).engine
-        for line in plan_lines(settings, None if memory is None else parse_size("memory", memory)):
+        lines, fits = plan_lines(settings, None if memory is None else parse_size("memory", memory))
+        for line in lines:
             typer.echo(line)
+    if not fits:
+        raise typer.Exit(1)
 
 
-def plan_lines(config: "EngineConfig", memory: int | None) -> list[str]:
-    """memory: bytes of each rank; None: not known. Activations and graphs are not counted: a GPU measures them at start.
+def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], bool]:
+    """And whether there is room. memory: bytes of each rank; None: not known. Activations and graphs are not counted: a GPU
+    measures them at start.
 
     Errors: ValueError for a model that is not served so.
     """
@@ -60,22 +66,28 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> list[str]:
         f"longest context  {longest:,} tokens: {in_units(layout.blocks_for(longest) * layout.block_bytes)} a rank",
     ]
     room = config.kv_memory
-    if memory is not None and room is None:
-        room = int(memory * config.gpu_memory_fraction) - taken.weight_bytes
-        lines.append(f"room for KV      {in_units(max(0, room))} of {in_units(memory)}, less what steps need beside weights")
-    return lines if room is None else [*lines, *_room_lines(taken, room, longest, config.max_num_seqs)]
+    if memory is not None:
+        left = int(memory * config.gpu_memory_fraction) - taken.weight_bytes
+        lines.append(f"room for KV      {in_units(max(0, left))} of {in_units(memory)}, less what steps need beside weights")
+        if left < layout.block_bytes:
+            return [*lines, "it does not fit: raise tensor_parallel_size, or choose a smaller dtype"], False
+        if room is not None and room > left:
+            return [*lines, f"it does not fit: kv_memory is {in_units(room)}; lower it to what there is room for"], False
+        room = left if room is None else room
+    if room is None:
+        return lines, True
+    said, fits = _room_line(taken, room, longest, config.max_num_seqs)
+    return [*lines, said], fits
 
 
-def _room_lines(taken: "Footprint", room: int, longest: int, rows: int) -> list[str]:
+def _room_line(taken: "Footprint", room: int, longest: int, rows: int) -> tuple[str, bool]:
     layout = taken.layout
     blocks = max(0, room) // layout.block_bytes
-    if blocks == 0:
-        return ["it does not fit: raise tensor_parallel_size, or choose a smaller dtype"]
     tokens = blocks * layout.block_size
     if blocks < layout.blocks_for(longest):
-        return [f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that"]
+        return f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that", False
     at_once = min(rows, blocks // layout.blocks_for(longest))
-    return [f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once"]
+    return f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once", True
 
 
 def in_units(number: int) -> str:

@@ -18,11 +18,23 @@ OTHER_NAMES = {
     "data_parallel_size": "groups",
     "max_seq_len": "max_model_len",
     "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
     "input_ids": "prompt_token_ids",
     "user": "tenant",
 }
 """What settings and fields are called elsewhere, or were here."""
+
+OF_OTHER_DOORS = {
+    "max_tokens": ("max_output_tokens", "max_completion_tokens"),
+    "max_completion_tokens": ("max_tokens", "max_output_tokens"),
+    "max_output_tokens": ("max_tokens",),
+    "response_format": ("text", "output_config"),
+    "stop": ("stop_sequences",),
+    "stop_sequences": ("stop",),
+    "messages": ("input", "prompt"),
+    "seed": (),
+}
+"""What the same field is called by one of the APIs that are spoken here, and by the others. One that is left out in silence
+would be missed: an output without a bound, or without a form. It is no misspelling of anything."""
 
 ALIKE = 0.75
 """How alike two names must be, 0 to 1, for the one to be a misspelling of the other."""
@@ -62,6 +74,9 @@ def where(error: ValidationError) -> FieldFault:
 
 def meant(name: str, known: Collection[str]) -> str | None:
     """Which of the names was meant by one that is not among them; None if none is like it."""
-    if (other := OTHER_NAMES.get(name)) in known:
-        return other
+    for other in (OTHER_NAMES.get(name), *OF_OTHER_DOORS.get(name, ())):
+        if other in known:
+            return other
+    if name in OF_OTHER_DOORS:
+        return None
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)), None)

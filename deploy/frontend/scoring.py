@@ -72,12 +72,14 @@ def pairs_of(
 class Scoring:
     """How some pairs are scored: `contents` are pooled, all alike, and `scores` makes of them a number for each pair.
 
-    places: of each pair's parts among the contents: one that holds both texts, or one for each text.
+    places: of each pair's parts among the contents: one that holds both texts, or one for each text. origins: of each content
+    the pair, and which of its texts (0 or 1), where it stands first.
     """
 
     contents: Sequence[Content]
     pooling: Literal["last", "mean", "score"]
     places: list[tuple[int, ...]]
+    origins: list[tuple[int, int]]
 
     @classmethod
     def of(
@@ -91,10 +93,14 @@ class Scoring:
             raise PromptError("no template for pairs could be told of them: leave it out", "chat_template_kwargs")
         if together:
             contents = [_in_template(pair, template_kwargs) if has_template else Pair(*pair) for pair in pairs]
-            return cls(contents, "score", [(place,) for place in range(len(pairs))])
-        texts = {text: place for place, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
+            return cls(contents, "score", [(place,) for place in range(len(pairs))], [(pair, 1) for pair in range(len(pairs))])
+        origins: dict[str, tuple[int, int]] = {}
+        for number, pair in enumerate(pairs):
+            for side, text in enumerate(pair):
+                origins.setdefault(text, (number, side))
+        texts = {text: place for place, text in enumerate(origins)}
         places: list[tuple[int, ...]] = [(texts[first], texts[second]) for first, second in pairs]
-        return cls([*texts], need_embedding(uses), places)
+        return cls([*texts], need_embedding(uses), places, [*origins.values()])
 
     def outputs(self, pooled: Sequence[RequestOutput]) -> list[ScoringRequestOutput]:
         """Of each pair. pooled: the output of each content."""

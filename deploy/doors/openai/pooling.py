@@ -48,6 +48,21 @@ class _Pooled:
     usage: PromptUsage
 
 
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What a request calls the two sides of its pairs. one_query, one_document: a side is one text."""
+
+    query: str
+    documents: str
+    one_query: bool
+    one_document: bool
+
+    def of(self, pair: int, side: int) -> str:
+        """The text of a pair on a side, 0 or 1."""
+        name, alone = (self.documents, self.one_document) if side else (self.query, self.one_query)
+        return name if alone else f"{name}[{pair}]"
+
+
 class PoolingEndpoint:
     """The three paths of one service."""
 
@@ -64,9 +79,11 @@ class PoolingEndpoint:
         except PromptError as error:
             raise RequestError.of_prompt(error, error.field or "model") from None
         contents = reading.contents(request.input, "input")
+        reading.at_most("input", len(contents), self._config.max_inputs, "max_inputs")
         with self._service.numbers.account() as account:
             account.add(len(contents) * (dimensions or uses.hidden), "input")
-            pooled = await self._pool(request, contents, pooling, caller, "input")
+            names = [f"input[{place}]" for place in range(len(contents))] if len(contents) > 1 else ["input"]
+            pooled = await self._pool(request, contents, pooling, caller, names)
             data = [
                 Embedding(index=index, embedding=_encoded(embedding_of(vector, uses, dimensions), request.encoding_format))
                 for index, vector in enumerate(pooled.vectors)
@@ -76,8 +93,8 @@ class PoolingEndpoint:
     async def score(self, request: ScoreRequest, caller: Caller) -> Scores:
         """Errors: RequestError."""
         self._check(request)
-        pairs, field = _pairs(request)
-        scores, usage = await self._score(request, pairs, request.chat_template_kwargs, caller, field)
+        pairs, fields = _pairs(request)
+        scores, usage = await self._score(request, pairs, request.chat_template_kwargs, caller, fields)
         data = [Score(index=index, score=score) for index, score in enumerate(scores)]
         return Scores(**self._heading("score", caller), created=int(time.time()), data=data, usage=usage)
 
@@ -86,7 +103,8 @@ class PoolingEndpoint:
         self._check(request)
         texts = [document if isinstance(document, str) else document.text for document in request.documents]
         pairs = [(request.query, text) for text in texts]
-        scores, usage = await self._score(request, pairs, request.chat_template_kwargs, caller, "documents")
+        fields = Fields("query", "documents", one_query=True, one_document=False)
+        scores, usage = await self._score(request, pairs, request.chat_template_kwargs, caller, fields)
         order = sorted(range(len(texts)), key=lambda index: -scores[index])[: request.top_n or None]
         shown = request.return_documents is not False
         results = [
@@ -106,33 +124,32 @@ class PoolingEndpoint:
 
     async def _score(
         self, request: PoolingRequest, pairs: Sequence[tuple[str, str]], template_kwargs: dict[str, Any] | None, caller: Caller,
-        field: str,
+        fields: Fields,
     ) -> tuple[list[float], PromptUsage]:  # fmt: skip
-        """Of each pair. field: where they come from. Errors: RequestError."""
+        """Of each pair. fields: where they come from. Errors: RequestError."""
         model = self._service.model
-        reading.at_most(field, len(pairs), self._config.max_inputs, "max_inputs")
+        reading.at_most(fields.documents, len(pairs), self._config.max_inputs, "max_inputs")
         try:
             scoring = Scoring.of(pairs, model.uses, model.tokenizer, template_kwargs)
         except PromptError as error:
             raise RequestError.of_prompt(error, error.field or "model") from None
-        pooled = await self._pool(request, scoring.contents, scoring.pooling, caller, field)
+        names = [fields.of(*origin) for origin in scoring.origins]
+        pooled = await self._pool(request, scoring.contents, scoring.pooling, caller, names)
         return scoring.scores(pooled.vectors), pooled.usage
 
     async def _pool(
-        self, request: PoolingRequest, contents: Sequence[Content], pooling: Pooling, caller: Caller, field: str
+        self, request: PoolingRequest, contents: Sequence[Content], pooling: Pooling, caller: Caller, names: Sequence[str]
     ) -> _Pooled:
-        """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
-        that has one."""
-        reading.at_most(field, len(contents), self._config.max_inputs, "max_inputs")
+        """Prompts one after the other, so that many of one request hold up nobody else's. names: what the request calls each.
+        Errors: RequestError of the first that has one."""
         salt, priority = request.cache_salt or "", request.priority or 0
         terms = caller.terms(self._config, salt, priority, request.timeout, request.user)
         prompts: list[Prompt] = []
-        for content in contents:
+        for content, name in zip(contents, names, strict=True):
             try:
                 prompts.append(await self._service.pooled_prompt(content, pooling, terms))
             except PromptError as error:
-                at = f"{field}[{len(prompts)}]" if len(contents) > 1 else field
-                raise RequestError.of_prompt(error, error.field or at) from None
+                raise RequestError.of_prompt(error, error.field or name) from None
         vectors: dict[int, Vector] = {}
         meter = UsageMeter(prompts, None, reasons=self._config.miss_reasons)
         generated = self._service.generate(prompts, request_id=caller.request_id, traceparent=caller.traceparent)
@@ -155,8 +172,8 @@ def _encoded(vector: Vector, encoding: Literal["float", "base64"] | None) -> msg
     return msgspec.Raw(msgspec.json.encode(vector.astype(np.float64).tolist()))
 
 
-def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], str]:
-    """And the field that they are counted by. Errors: RequestError."""
+def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], Fields]:
+    """And where they come from. Errors: RequestError."""
     given = [names for names in SIDES if any(getattr(request, name) is not None for name in names)]
     if len(given) != 1 or any(getattr(request, name) is None for name in given[0]):
         raise RequestError.invalid("give text_1 and text_2, or queries and documents", given[0][0] if given else "text_1")
@@ -165,4 +182,5 @@ def _pairs(request: ScoreRequest) -> tuple[list[tuple[str, str]], str]:
         pairs = pairs_of(getattr(request, left), getattr(request, right), (left, right))
     except PromptError as error:
         raise RequestError.of_prompt(error, error.field) from None
-    return pairs, right
+    one, other = (isinstance(side, str) or len(side) == 1 for side in (getattr(request, left), getattr(request, right)))
+    return pairs, Fields(left, right, one_query=one, one_document=other)

@@ -33,7 +33,7 @@ def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path
     taken = footprint(model, 1, built.pool.dtype, 16)
     assert taken.weight_bytes == read[-1]
     assert taken.layout == built.pool.layout
-    assert plan_lines(config, None)[-1].startswith(f"blocks           {(1 << 22) // taken.layout.block_bytes:,}")
+    assert plan_lines(config, None)[0][-1].startswith(f"blocks           {(1 << 22) // taken.layout.block_bytes:,}")
     built.rank.executor.close()
 
 
@@ -59,8 +59,16 @@ def test_the_command_reads_no_weights(tmp_path: Path) -> None:
 def test_what_does_not_fit(memory: str, said: str, tmp_path: Path) -> None:
     path = make("gemma2", tmp_path / "gemma2")
     result = CliRunner().invoke(app, ["plan", str(path), "--memory", memory, "--block-size", "16", "--dtype", "float32"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     assert said in result.output
+
+
+def test_a_pool_that_is_asked_for_must_fit_too(tmp_path: Path) -> None:
+    path = make("gemma2", tmp_path / "gemma2")
+    asked = ["plan", str(path), "--memory", "2MiB", "--block-size", "16", "--dtype", "float32", "--kv-memory"]
+    fits, does_not = (CliRunner().invoke(app, [*asked, kv_memory]) for kv_memory in ("512KiB", "3MiB"))
+    assert (fits.exit_code, does_not.exit_code) == (0, 1), (fits.output, does_not.output)
+    assert "kv_memory is 3.00 MiB" in does_not.output
 
 
 def test_what_is_not_served(tmp_path: Path) -> None:

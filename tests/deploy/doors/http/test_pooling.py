@@ -177,6 +177,11 @@ def test_how_much_one_request_may_ask_for(host: Host, service: Service) -> None:
         refused = httpx.post(f"{address}{path}", json=fields, timeout=PATIENCE_S)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
         assert "max_inputs" in refused.json()["error"]["message"]
+    for path, fields in (
+        ("/v1/rerank", {"query": "x", "documents": ["y", "z"]}),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c", "d"]}),
+    ):
+        assert httpx.post(f"{address}{path}", json=fields, timeout=PATIENCE_S).status_code == 200, "by pairs, not by texts"
 
 
 def test_how_many_numbers_are_held(host: Host, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,10 +219,16 @@ def test_pairs_that_are_none_are_named(http: httpx.Client) -> None:
         ({"text_1": "x", "documents": "y"}, "text_1"),
         ({"queries": [], "documents": "y"}, "queries"),
         ({"queries": ["x", "y"], "documents": ["x", "y", "z"]}, "documents"),
-        ({"text_1": "x", "text_2": ["y", ""]}, "text_2[2]"),
+        ({"text_1": "x", "text_2": ["y", ""]}, "text_2[1]"),
+        ({"text_1": "", "text_2": ["x", "y"]}, "text_1"),
+        ({"queries": ["x", ""], "documents": ["y", "z"]}, "queries[1]"),
+        ({"queries": "x", "documents": [""]}, "documents"),
     ):
         refused = http.post("/v1/score", json=fields)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), fields
+    for query, documents, param in (("", ["x"], "query"), ("x", ["y", "x", ""], "documents[2]")):
+        refused = http.post("/v1/rerank", json={"query": query, "documents": documents})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), (query, documents)
 
 
 def test_rerank(http: httpx.Client, client: openai.OpenAI) -> None:

@@ -89,6 +89,7 @@ def test_an_answer_without_content_may_be_sent_again(http: httpx.Client) -> None
     [
         ({"temprature": 1}, "temprature", "temperature"),
         ({"max_new_tokens": 1}, "max_new_tokens", "max_tokens"),
+        ({"max_output_tokens": 1}, "max_output_tokens", "max_tokens"),
         ({"zzzzz": 1, "top_kk": 1}, "top_kk", "top_k"),
         ({"messages": [*HELLO, {"role": "user", "contnt": "x"}]}, "messages[1].contnt", "content"),
         ({"messages": [*HELLO, {"tool_calls": [{"functon": {}}]}]}, "messages[1].tool_calls[0].functon", "function"),
@@ -99,6 +100,28 @@ def test_what_is_misspelt_is_refused(http: httpx.Client, body: dict[str, Any], p
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, "unknown_parameter")
     assert f"did you mean {near!r}?" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "near"),
+    [
+        ("/v1/responses", {"input": "x", "max_tokens": 2}, "max_tokens", "max_output_tokens"),
+        ("/v1/responses", {"input": "x", "response_format": {}}, "response_format", "text"),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 2, "stop": ["x"]}, "stop", "stop_sequences"),
+    ],
+)
+def test_what_another_door_calls_so_is_not_left_out_in_silence(
+    http: httpx.Client, path: str, body: dict[str, Any], param: str, near: str
+) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    assert param in answer.json()["error"]["message"]
+    assert f"did you mean {near!r}?" in answer.json()["error"]["message"]
+
+
+def test_nor_is_it_taken_for_a_misspelling(http: httpx.Client) -> None:
+    asked = {"messages": HELLO, "max_tokens": 2, "seed": 5}
+    assert "seed is not known here" in warned(http.post("/v1/messages", json=asked))
 
 
 def test_what_is_wrong_beside_it_is_still_wrong(http: httpx.Client) -> None:
