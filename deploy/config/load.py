@@ -282,7 +282,7 @@ def _model(
 
 
 def _section(tree: Mapping[Any, Any], name: Any, prefix: str = "") -> dict[Any, Any]:
-    section = tree.get(name) or {}
+    section = {} if tree.get(name) is None else tree[name]
     if not isinstance(section, dict):
         raise ConfigError(f"{prefix}{name} holds a {type(section).__name__}: write one `key: value` a line below it")
     return section

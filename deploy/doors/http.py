@@ -66,7 +66,7 @@ def create_app(
     store = OwnResponses(bounds_of(config)) if store is None else store
     by_model = Middleware(ByModel, further=further, doors=partial(_further_app, store))
     app = FastAPI(
-        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None,
+        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,  # `Entrance` takes them off
         middleware=[*_middleware(config, keys, names_responses), by_model],
         exception_handlers=_handlers(_on_fault if names_responses else _on_unnamed_fault),
     )  # fmt: skip
@@ -89,7 +89,7 @@ def _doors(service: Service, config: ServeConfig, store: ResponseStore) -> Itera
 
 def _further_app(store: ResponseStore, model: FurtherModel) -> FastAPI:
     """Of a model beside the first, behind the same middleware."""
-    app = FastAPI(openapi_url=None, exception_handlers=_handlers(_on_unnamed_fault))
+    app = FastAPI(openapi_url=None, redirect_slashes=False, exception_handlers=_handlers(_on_unnamed_fault))
     for router in _doors(model.service, model.config, store):
         app.include_router(router)
     return app

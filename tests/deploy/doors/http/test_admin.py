@@ -205,3 +205,9 @@ def test_a_model_is_removed_by_command_and_its_end_waited_for(monkeypatch: pytes
 def test_models_are_listed_with_what_holds_them_up(monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = Endpoint().run(monkeypatch, "list")
     assert (code, said) == (0, ["tiny: ready", "q: no group takes requests: starting"])
+
+
+@pytest.mark.parametrize("path", ["/admin/models", "/admin/models/"])
+def test_what_is_not_there_leads_nowhere_else(path: str, service: Service) -> None:
+    """A slash at the end is taken off, so nobody may be sent there to find one."""
+    assert ask(service, ApiKeys(), Asked(), None, path, "GET").status_code in (404, 405)
