@@ -66,7 +66,8 @@ def create_app(
     store = OwnResponses(bounds_of(config)) if store is None else store
     by_model = Middleware(ByModel, further=further, doors=partial(_further_app, store))
     app = FastAPI(
-        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None, redirect_slashes=False,  # `Entrance` takes them off
+        title="Manta", version=SHOWN_VERSION, docs_url=None, redoc_url=None,
+        redirect_slashes=False,  # `Entrance` takes them off
         middleware=[*_middleware(config, keys, names_responses), by_model],
         exception_handlers=_handlers(_on_fault if names_responses else _on_unnamed_fault),
     )  # fmt: skip
