@@ -10,12 +10,10 @@ A model beside the first is an application with an `Engine` alone, which the `In
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from fastapi import FastAPI
 from ray import serve
@@ -45,10 +43,10 @@ from deploy.doors.grpc.server import GrpcDoor
 from deploy.doors.http import create_app
 from deploy.doors.openai.responses.shared import SharedResponses
 from deploy.doors.openai.responses.storing import bounds_of
-from deploy.engine import EngineReplica
+from deploy.engine import EngineReplica, further_name
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.further import FurtherModels
+from deploy.frontend.further import FurtherModels, ModelState
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
@@ -124,8 +122,20 @@ class ServeAdministration:
             raise RequestError(
                 Fault.CONFLICT, f"{model!r} is the endpoint's first model, which ends with it: roll it to another checkpoint"
             )
-        name, _ = await self._further(model)
-        await asyncio.to_thread(serve.delete, name, _blocking=False)
+        await asyncio.to_thread(serve.delete, await self._application_of(model), _blocking=False)
+
+    async def models(self) -> list[ModelState]:
+        return await self._discovery.states()
+
+    async def model(self, model: str) -> ModelState:
+        return replace(await self._discovery.state(await self._application_of(model)), id=model)
+
+    async def _application_of(self, model: str) -> str:
+        """Also of one that is not served yet, or cannot be. Errors: RequestError NOT_FOUND."""
+        await self._discovery.look()
+        if (found := self._discovery.application_of(model)) is None:
+            raise _not_found(model)
+        return found
 
     async def _roll_further(self, model: str, checkpoint: str) -> None:
         name, opened = await self._further(model)
@@ -142,7 +152,7 @@ class ServeAdministration:
         """Its application, and what of it is served here. Errors: RequestError NOT_FOUND."""
         await self._discovery.look()
         if (found := self._discovery.opened(model)) is None:
-            raise RequestError(Fault.NOT_FOUND, f"no model {model!r} is served here: see /v1/models", param="model")
+            raise _not_found(model)
         return found
 
     async def _asked(self, answer: Awaitable[Any]) -> Any:
@@ -152,6 +162,10 @@ class ServeAdministration:
                 return await answer
         except Exception as error:  # a dead replica, a timeout, no scheduler
             raise RequestError(Fault.UNAVAILABLE, f"the engine does not answer: {error}") from error
+
+
+def _not_found(model: str) -> RequestError:
+    return RequestError(Fault.NOT_FOUND, f"no model {model!r} is served here: see /v1/models", param="model")
 
 
 @contextlib.contextmanager
@@ -225,6 +239,8 @@ class Ingress(GrpcIngress):
         self._discovery.check()
 
     async def __del__(self) -> None:
+        if not hasattr(self, "_tasks"):
+            return  # it could not be made, and what is wrong has been said
         for task in reversed(self._tasks):  # the observer first: what it has goes out through the service
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -288,12 +304,6 @@ def _engine_deployment(groups: int, grace_s: float) -> serve.Deployment:
         health_check_period_s=HEALTH_CHECK_S, health_check_timeout_s=ENGINE_HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=grace_s, logging_config=QUIET, user_config={"groups": groups},
     )(EngineReplica)  # fmt: skip
-
-
-def further_name(endpoint: str, model: str) -> str:
-    """Of the application of a model beside the first. It is in names of files, so not all of the model's is in it."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "-", model)
-    return endpoint + FURTHER + (plain if plain == model else f"{plain}-{crc32(model.encode()):08x}")
 
 
 def deploy_further(made: Application, name: str) -> None:

@@ -17,10 +17,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.fleet.estate import namespace_of
 from cluster.fleet.rolling import serves_another_version
-from deploy.config.serve import ServeConfig, for_model
-from deploy.engine import Told, further_applications
+from deploy.config.serve import FURTHER, ServeConfig, for_model
+from deploy.engine import Told, further_applications, further_name
 from deploy.frontend.clusters import ServeCluster
-from deploy.frontend.further import FurtherModel, FurtherModels
+from deploy.frontend.further import FurtherModel, FurtherModels, ModelState
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from scheduler.protocol.orphans import Estate
@@ -72,15 +72,43 @@ class Discovery:
         self._first = first
         self._limits = limits
         self._further = further
-        self._engines: dict[str, DeploymentHandle] = {}  # by application, as all that follows
+        self._there: dict[str, str | None] = {}  # by application, as all that follows: why Serve has given it up
+        self._engines: dict[str, DeploymentHandle] = {}
         self._opened: dict[str, Opened] = {}
         self._opening: dict[str, tuple[Told, asyncio.Task[None]]] = {}
         self._leaving: dict[asyncio.Task[None], Opened] = {}
-        self._refused: dict[str, tuple[Told, float]] = {}  # and when it may be tried again
+        self._refused: dict[str, tuple[Told, float, str]] = {}  # when it may be tried again, and why it was refused
 
     def opened(self, model: str) -> tuple[str, Opened] | None:
         """The application of a model, by the name of the model."""
         return next(((name, each) for name, each in self._opened.items() if each.model.name == model), None)
+
+    def application_of(self, model: str) -> str | None:
+        """Of a model that is opened, or of one that is not, or not yet; None: there is none."""
+        if (found := self.opened(model)) is not None:
+            return found[0]
+        name = further_name(self._endpoint, model)
+        return name if name in self._there and name not in self._opened else None
+
+    async def state(self, application: str) -> ModelState:
+        """Of one that there is. One that is not opened is called as its application is: a name that `application_of` takes."""
+        given_up, opened = self._there.get(application), self._opened.get(application)
+        if opened is None:
+            name = application.removeprefix(self._endpoint + FURTHER)
+            refused = self._refused.get(application)
+            failure = given_up or (refused[2] if refused is not None else None)
+            return ModelState(name, "starting" if failure is None else "failed", failure or "its engine is starting")
+        name, status = opened.model.name, await opened.model.service.cluster.status()
+        if status.ready:
+            return ModelState(name, status.phase, None)
+        if status.phase == "failed" or given_up is not None:
+            return ModelState(name, "failed", given_up or status.progress[-1])
+        return ModelState(name, status.phase, status.obstacle)
+
+    async def states(self) -> list[ModelState]:
+        """Of all that there are, by name."""
+        states = await asyncio.gather(*map(self.state, await self.look()))
+        return sorted(states, key=lambda state: state.id)
 
     def services(self) -> list[Service]:
         """Also of models, and versions, that no newcomer finds any more."""
@@ -117,7 +145,8 @@ class Discovery:
             there = await asyncio.to_thread(further_applications, self._endpoint)
         except Exception as error:  # Serve's controller is being replaced: what is served goes on
             logger.warning("Serve does not say which models there are: %s", error)
-            return {*self._opened}
+            return {*self._there}
+        self._there = there
         for name in [name for name in self._opening if name not in there]:
             self._opening[name][1].cancel()
         for name in [name for name in self._opened if name not in there]:
@@ -126,7 +155,7 @@ class Discovery:
         self._refused = {name: refused for name, refused in self._refused.items() if name in there}
         self._engines = {name: engine for name, engine in self._engines.items() if name in there}
         await asyncio.gather(*map(self._follow, there))
-        return there
+        return {*there}
 
     async def _follow(self, application: str) -> None:
         """Opens what the application serves, if that is something else than is open."""
@@ -142,7 +171,7 @@ class Discovery:
             if opening != told:  # it was deployed once more meanwhile
                 task.cancel()
             return
-        refused, again_s = self._refused.get(application, (None, 0.0))
+        refused, again_s, _ = self._refused.get(application, (None, 0.0, ""))
         opened = self._opened.get(application)
         if (opened is not None and opened.told == told) or (refused == told and time.monotonic() < again_s):
             return
@@ -169,9 +198,9 @@ class Discovery:
                 self._further.put(opened.model)
                 self._opened[application] = opened
         except (ValueError, OSError) as error:  # a checkpoint, a template, a name
-            if self._refused.get(application, (None, 0.0))[0] != told:
+            if application not in self._refused or self._refused[application][0] != told:
                 logger.error("%s cannot be served: %s", application, error)
-            self._refused[application] = told, time.monotonic() + RETRY_S
+            self._refused[application] = told, time.monotonic() + RETRY_S, str(error)
             return
         self._refused.pop(application, None)
         logger.warning("model %s is served, version %s", opened.model.name, told.version)

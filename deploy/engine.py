@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from zlib import crc32
 
 import msgspec
 from ray import serve
+from ray.serve._private.application_state import StatusOverview
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from cluster.config import EngineConfig
 from cluster.fleet.autoscale import Autoscaler
@@ -177,14 +180,31 @@ def _is_wanted(application: str) -> bool:
     return _answer_of(ask) or False
 
 
-def further_applications(endpoint: str) -> set[str]:
-    """Names of those that run, or come up, beside the application of an endpoint. Errors: Ray's, Serve's."""
+def further_name(endpoint: str, model: str) -> str:
+    """Of the application of a model beside the first. It is in names of files, so not all of the model's is in it."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", model)
+    return endpoint + FURTHER + (plain if plain == model else f"{plain}-{crc32(model.encode()):08x}")
+
+
+def further_applications(endpoint: str) -> dict[str, str | None]:
+    """Names of those that run, or come up, beside the application of an endpoint; each with why Serve has given it up, None: it
+    has not. Errors: Ray's, Serve's."""
     client = _get_global_client(raise_if_no_controller_running=False)
     statuses = client.list_serve_statuses() if client is not None else []
     gone = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DELETING)
     return {
-        each.name for each in statuses if each.name.startswith(endpoint + FURTHER) and each.app_status.status not in gone
+        each.name: _failure_of(each)
+        for each in statuses if each.name.startswith(endpoint + FURTHER) and each.app_status.status not in gone
     }  # fmt: skip
+
+
+def _failure_of(application: StatusOverview) -> str | None:
+    """Why Serve has given it up, in a line; None: it has not."""
+    if application.app_status.status != ApplicationStatus.DEPLOY_FAILED:
+        return None
+    messages = [each.message for each in application.deployment_statuses if each.status == DeploymentStatus.DEPLOY_FAILED]
+    lines = "\n".join([application.app_status.message, *messages]).split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "Serve has given it up")  # a traceback ends with it
 
 
 def _end_further(endpoint: str) -> None:

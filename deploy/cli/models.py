@@ -1,5 +1,6 @@
 """`manta models`: the models of a running endpoint, and one more or one less of them. Imports httpx when asked."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +21,20 @@ models = typer.Typer(no_args_is_help=True, help="List, add and remove the models
 
 @models.command("list")
 def list_(url: UrlArgument = EXAMPLE, api_key_file: KeyFileOption = None, debug: DebugOption = False) -> None:
-    """Say which models an endpoint serves, the first one first, and which of them take requests."""
+    """Say which models an endpoint serves, the first one first, and which of them take requests.
+
+    With an operator's key also those that come up, or have failed, and why.
+    """
     with reported_errors(debug), admin_client(url, api_key_file) as client:
-        for card in ask(client, "GET", "/v1/models").json()["data"]:
-            typer.echo(f"{card['id']}: {_obstacle(client, card['id']) or 'ready'}")
+        served = [card["id"] for card in ask(client, "GET", "/v1/models").json()["data"]]
+        states: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(ValueError):  # not an operator's key, or an endpoint that cannot be changed
+            states = {state["id"]: state for state in ask(client, "GET", "/admin/models").json()["data"]}
+        for name in served:
+            failure = _failure(states[name]) if name in states else None
+            typer.echo(f"{name}: {failure or _obstacle(client, name) or 'ready'}")
+        for name in [name for name in states if name not in served]:
+            typer.echo(f"{name}: {_failure(states[name]) or states[name]['reason']}")
 
 
 @models.command()
@@ -42,7 +53,8 @@ def add(
 
     manta models add qwen http://127.0.0.1:8000 --model /models/Qwen3-8B --tensor-parallel-size 2
 
-    Its groups wait for room. A file that Serve was given does not name it: `serve deploy` leaves it as it is.
+    Its groups wait for room. A file that Serve was given does not name it: `serve deploy` leaves it as it is. If its engine
+    fails, the command says why and ends with 1.
     """
     with reported_errors(debug), admin_client(url, api_key_file) as client:
         settings = {key: value for key, value in {**engine, **model_serve}.items() if value is not None}
@@ -55,6 +67,8 @@ def add(
         typer.echo(f"{name} is on its way")
         said = ""
         while wait and (obstacle := _obstacle(client, name)) is not None:
+            if (failure := _failure(ask(client, "GET", f"/admin/models/{quote(name)}").json())) is not None:
+                raise RuntimeError(f"{name}: {failure} (it keeps its name: `manta models remove` takes it away)")
             if obstacle != said:
                 said = obstacle
                 typer.echo(f"{name}: {said}")
@@ -71,7 +85,8 @@ def remove(
     api_key_file: KeyFileOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Let a model of a running endpoint go: it takes no more requests, and ends when those under way have.
+    """Let a model of a running endpoint go: it takes no more requests, and ends when those under way have. Also one that comes
+    up, or has failed.
 
     A file that Serve was given and that names it brings it back when it is deployed once more: change it too.
     """
@@ -80,6 +95,11 @@ def remove(
         typer.echo(f"{name} takes no more requests")
         while wait and name in [card["id"] for card in ask(client, "GET", "/v1/models").json()["data"]]:
             time.sleep(LOOK_S)
+
+
+def _failure(state: dict[str, Any]) -> str | None:
+    """Why a model does not come up, by what `/admin/models` says of it; None: nothing has failed."""
+    return f"failed: {state['reason']}" if state["phase"] == "failed" else None
 
 
 def _obstacle(client: Any, model: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Request, Response
 
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import ModelState
 
 
 class Administration(Protocol):
@@ -30,7 +31,16 @@ class Administration(Protocol):
         ...
 
     async def remove(self, model: str) -> None:
-        """It takes no newcomers from now on, and ends when its requests have. Errors: RequestError CONFLICT for the first."""
+        """It takes no newcomers from now on, and ends when its requests have, or before it has come up. Errors: RequestError
+        CONFLICT for the first."""
+        ...
+
+    async def models(self) -> list[ModelState]:
+        """Of those beside the first, served yet or not."""
+        ...
+
+    async def model(self, model: str) -> ModelState:
+        """Of one beside the first."""
         ...
 
 
@@ -64,6 +74,18 @@ def admin_routes(endpoint: Administration) -> APIRouter:
         _check(request)
         await endpoint.remove(model)
         return Response(status_code=202)
+
+    @router.get("/models", responses={403: {}})
+    async def models(request: Request) -> dict[str, list[ModelState]]:
+        """How the models beside the first are: also those that come up, or do not."""
+        _check(request)
+        return {"data": await endpoint.models()}
+
+    @router.get("/models/{model:path}", responses={403: {}, 404: {}})
+    async def model(request: Request, model: str) -> ModelState:
+        """How a model beside the first is."""
+        _check(request)
+        return await endpoint.model(model)
 
     return router
 

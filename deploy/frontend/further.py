@@ -4,12 +4,23 @@ They come and go while requests run: whoever holds the endpoint puts them here, 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from deploy.config.serve import ServeConfig
 from deploy.frontend.service import Service
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """How a model beside the first is, served yet or not. phase: as in `ClusterStatus`; "failed": it does not come up as it is.
+    reason: why it takes no requests, in words; None: it takes them."""
+
+    id: str
+    phase: str
+    reason: str | None
 
 
 class FurtherModel:

@@ -8,14 +8,14 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus
 
-from deploy.app import further_name
 from deploy.config.load import ConfigError, ModelConfig
 from deploy.config.serve import FURTHER, ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
-from deploy.engine import further_applications
+from deploy.engine import further_applications, further_name
 from scheduler.server.stats import ClusterStatus, EngineStats
 
 ASK_TIMEOUT_S = 1.0
+READY = "is ready"
 
 
 def check_vacant(limits: ServeConfig) -> None:
@@ -70,6 +70,7 @@ class FurtherStarts:
     """Says how the models beside the first come up: each in its own time, and none holds up another."""
 
     def __init__(self, models: Sequence[ModelConfig], app_name: str, say: Callable[[str], None]) -> None:
+        self._app_name = app_name
         self._coming = {model.name: further_name(app_name, model.name) for model in models}
         self._said: dict[str, str] = {}
         self._say = say
@@ -77,13 +78,21 @@ class FurtherStarts:
     def look(self) -> None:
         for model, application in [*self._coming.items()]:
             with contextlib.suppress(Exception):  # its Engine is on its way, or it has been removed
-                now = _status_of(application)
-                words = "is ready" if now.obstacle is None else f"takes no requests yet: {now.obstacle}"
-                if now.ready:
+                words = self._words(application)
+                if words == READY:
                     del self._coming[model]
                 if self._said.get(model) != words:
                     self._said[model] = words
                     self._say(f"{model} {words}")
+
+    def _words(self, application: str) -> str:
+        """Errors: those of `_status_of`."""
+        if (given_up := further_applications(self._app_name).get(application)) is not None:
+            return f"has failed: {given_up}"
+        now = _status_of(application)
+        if now.phase == "failed":
+            return f"has failed: {now.progress[-1]}"
+        return READY if now.obstacle is None else f"takes no requests yet: {now.obstacle}"
 
 
 def _status_of(application: str) -> ClusterStatus:

@@ -240,6 +240,7 @@ def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: 
     from ray import serve as ray_serve
 
     from deploy import app
+    from deploy.engine import further_name
     from deploy.serving import applications
 
     def threads(engine: EngineConfig) -> int:
@@ -254,7 +255,7 @@ def _application(config: Config, keys: tuple[str, ...], owns_ray: bool, ending: 
         app.deploy(app.application(config.engine, limits, opened, threads(config.engine)), limits)
         for model in config.further:
             made = app.further_application(model, threads(model.engine))
-            app.deploy_further(made, app.further_name(limits.app_name, model.name))
+            app.deploy_further(made, further_name(limits.app_name, model.name))
         yield tuple(ray_serve.get_deployment_handle(name, app_name=limits.app_name) for name in ("Engine", "Ingress"))
     finally:
         theirs = config.engine.ray_address is not None

@@ -10,10 +10,11 @@ from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.app import build as build_endpoint
-from deploy.app import build_further, further_name
+from deploy.app import build_further
 from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError, endpoint_config, load_config, read_api_keys
 from deploy.config.serve import ServeConfig
 from deploy.doors.grpc.server import SERVICER_FUNCTIONS
+from deploy.engine import further_name
 from tests.deploy.configs.files import CONFIGS, REPOSITORY, SERVE_FILES, SERVICE_FILES, serve_tree
 
 FILES = (*SERVE_FILES, *SERVICE_FILES)

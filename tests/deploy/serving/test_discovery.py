@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 from ray import serve
+from ray.serve._private.application_state import ApplicationStatusInfo, StatusOverview
+from ray.serve._private.common import DeploymentStatusInfo, DeploymentStatusTrigger
+from ray.serve.schema import ApplicationStatus, DeploymentStatus
 
 from cluster.config import EngineConfig
 from deploy import discovery as module
+from deploy import engine as engine_module
+from deploy.app import ServeAdministration
 from deploy.config.load import EMBEDDED_MODEL, ModelConfig
 from deploy.config.serve import ServeConfig
 from deploy.discovery import Discovery
-from deploy.engine import Told
-from deploy.frontend.further import FurtherModels
+from deploy.doors.access import ApiKeys
+from deploy.engine import Told, further_name
+from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import FurtherModels, ModelState
 from deploy.text.prompts import Prompt
+from scheduler.server.stats import ClusterStatus
 from tests.deploy.doors.http.conftest import ScriptedCluster
 from tests.deploy.frontend.fake_engine import FakeEngine
 
@@ -32,7 +40,7 @@ def told(name: str, version: str = "1", **limits: Any) -> Told:
 
 class FakeServe:
     """Applications, and what their Engines tell; None: that one does not answer. building: those that have no Engine yet. up:
-    versions of which groups are up."""
+    versions of which groups are up. given_up: applications that Serve does not try any more, and why."""
 
     def __init__(self) -> None:
         self.applications: dict[str, Told | None] = {}
@@ -40,11 +48,17 @@ class FakeServe:
         self.up: set[str] = {"1"}
         self.engines: dict[tuple[str, str], FakeEngine] = {}
         self.fault: Exception | None = None
+        self.given_up: dict[str, str] = {}
+        self.deleted: list[str] = []
 
-    def further_applications(self, endpoint: str) -> set[str]:
+    def further_applications(self, endpoint: str) -> dict[str, str | None]:
         if self.fault is not None:
             raise self.fault
-        return {name for name in self.applications if name.startswith(endpoint + ":")}
+        return {name: self.given_up.get(name) for name in self.applications if name.startswith(endpoint + ":")}
+
+    def delete(self, name: str, _blocking: bool) -> None:
+        self.deleted.append(name)
+        del self.applications[name]
 
     def get_deployment_handle(self, name: str, app_name: str) -> Any:
         if app_name in self.building:
@@ -81,6 +95,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     fake = FakeServe()
     monkeypatch.setattr(module, "further_applications", fake.further_applications)
     monkeypatch.setattr(serve, "get_deployment_handle", fake.get_deployment_handle)
+    monkeypatch.setattr(serve, "delete", fake.delete)
     monkeypatch.setattr(module, "ServeCluster", fake.cluster)
     monkeypatch.setattr(module, "serves_another_version", lambda _: True)
     monkeypatch.setattr(module, "LOOK_S", 0.01)
@@ -247,3 +262,95 @@ def test_what_cannot_be_served_is_said_once_and_holds_up_nobody(
         assert names(further) == ["a", "second"]
 
     following(work)
+
+
+def administration(discovery: Discovery) -> ServeAdministration:
+    """Of the endpoint `manta`; nobody asks its first model's Engine."""
+    limits = ServeConfig(app_name="manta", served_model_name="tiny")
+    no_engine: Any = None
+    return ServeAdministration(no_engine, EngineConfig(model=str(EMBEDDED_MODEL)), limits, ApiKeys(), 1, discovery)
+
+
+@pytest.mark.parametrize("failure", [None, "ValueError: 3 ranks do not divide 4 heads"], ids=["coming up", "given up"])
+def test_a_model_whose_engine_is_not_up_is_told_of_and_can_be_removed(
+    failure: str | None, fake: FakeServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ASK_TIMEOUT_S", 0.1)
+    application = further_name("manta", "org/x")
+
+    async def work(discovery: Discovery, further: FurtherModels) -> None:
+        endpoint = administration(discovery)
+        fake.applications = {"manta:a": told("a"), application: None}
+        if failure is not None:
+            fake.given_up[application] = failure
+        await until(lambda: names(further) == ["a"])
+        phase, reason = ("starting", "its engine is starting") if failure is None else ("failed", failure)
+        assert await endpoint.model("org/x") == ModelState("org/x", phase, reason)
+        listed = {state.id: state for state in await endpoint.models()}
+        assert listed.keys() == {"a", application.removeprefix("manta:")}
+        assert listed[application.removeprefix("manta:")].reason == reason
+        await endpoint.remove("org/x")
+        assert fake.deleted == [application]
+        with pytest.raises(RequestError) as refusal:
+            await endpoint.remove("org/x")
+        assert refusal.value.fault is Fault.NOT_FOUND
+        assert names(further) == ["a"]
+
+    following(work)
+
+
+def test_a_model_is_removed_by_the_name_that_it_is_served_as(fake: FakeServe) -> None:
+    fake.applications = {"manta:a": told("b"), "manta:c": told("tiny")}
+
+    async def work(discovery: Discovery, _: FurtherModels) -> None:
+        endpoint = administration(discovery)
+        with pytest.raises(RequestError, match="no model 'a'"):
+            await endpoint.remove("a")  # its application is called so
+        state = await endpoint.model("c")
+        assert (state.phase, "another model as 'tiny'" in (state.reason or "")) == ("failed", True)
+        await endpoint.remove("c")
+        await endpoint.remove("b")
+        assert fake.deleted == ["manta:c", "manta:a"]
+
+    following(work)
+
+
+def test_a_model_whose_cluster_has_failed_is_told_of(fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.applications = {"manta:a": told("a")}
+    status = ClusterStatus(phase="failed", progress=("placing", "the cluster could not be started: no such GPU"))
+
+    async def work(discovery: Discovery, _: FurtherModels) -> None:
+        endpoint, opened = administration(discovery), discovery.opened("a")
+        assert opened is not None
+        assert (await endpoint.model("a")).phase != "failed"
+
+        async def failed(maps: bool = False) -> ClusterStatus:  # noqa: ARG001
+            return status
+
+        monkeypatch.setattr(opened[1].model.service.cluster, "status", failed)
+        assert await endpoint.models() == [ModelState("a", "failed", status.progress[-1])]
+
+    following(work)
+
+
+def test_why_serve_has_given_an_application_up_is_the_end_of_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = "The deployment failed to start 3 times in a row. Error:\nTraceback:\n  File ...\nValueError: no such GPU\n"
+    engine_failed = DeploymentStatusInfo("Engine", DeploymentStatus.DEPLOY_FAILED, DeploymentStatusTrigger.UNSPECIFIED, trace)
+
+    def overview(name: str, status: ApplicationStatus, *deployments: DeploymentStatusInfo) -> StatusOverview:
+        return StatusOverview(ApplicationStatusInfo(status, "Failed to update the deployments"), name, [*deployments])
+
+    class Client:
+        def list_serve_statuses(self) -> list[StatusOverview]:
+            return [
+                overview("manta", ApplicationStatus.RUNNING), overview("manta:gone", ApplicationStatus.DELETING),
+                overview("manta:up", ApplicationStatus.RUNNING), overview("manta:coming", ApplicationStatus.DEPLOYING),
+                overview("manta:x", ApplicationStatus.DEPLOY_FAILED, engine_failed),
+                overview("manta:unbuilt", ApplicationStatus.DEPLOY_FAILED),
+            ]  # fmt: skip
+
+    monkeypatch.setattr(engine_module, "_get_global_client", lambda **_: Client())
+    assert engine_module.further_applications("manta") == {
+        "manta:up": None, "manta:coming": None, "manta:x": "ValueError: no such GPU",
+        "manta:unbuilt": "Failed to update the deployments",
+    }  # fmt: skip

@@ -19,6 +19,7 @@ from deploy.doors.admin import admin_routes
 from deploy.doors.http import create_app
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
+from deploy.frontend.further import ModelState
 from deploy.frontend.service import ServedModel, Service
 from manta.commands import app
 
@@ -30,7 +31,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.drained: list[tuple[int, bool]] = []
-        self.models: dict[str, dict[str, Any]] = {}
+        self.added: dict[str, dict[str, Any]] = {}
 
     async def drain(self, group: int, replace: bool, model: str | None) -> None:
         if model is not None:
@@ -43,13 +44,21 @@ class Asked:
         raise RequestError.invalid(f"there is no checkpoint in {checkpoint} for {model}", "checkpoint")
 
     async def add(self, model: str, settings: Mapping[str, Any]) -> None:
-        if model in self.models:
+        if model in self.added:
             raise RequestError(Fault.CONFLICT, f"{model} is there")
-        self.models[model] = dict(settings)
+        self.added[model] = dict(settings)
 
     async def remove(self, model: str) -> None:
-        if self.models.pop(model, None) is None:
+        if self.added.pop(model, None) is None:
             raise RequestError(Fault.NOT_FOUND, f"no model {model!r}", param="model")
+
+    async def models(self) -> list[ModelState]:
+        return [await self.model(name) for name in self.added]
+
+    async def model(self, model: str) -> ModelState:
+        if model not in self.added:
+            raise RequestError(Fault.NOT_FOUND, f"no model {model!r}", param="model")
+        return ModelState(model, "failed", "no such GPU")
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +120,23 @@ def test_models_are_added_and_removed_with_an_operators_key_alone(service: Servi
         ("PUT", "org/q", 202, {"org/q": settings}), ("PUT", "org/q", 409, {"org/q": settings}),
         ("DELETE", "other", 404, {"org/q": settings}), ("DELETE", "org/q", 202, {}),
     ):  # fmt: skip
-        body, before = settings if method == "PUT" else None, dict(asked.models)
+        body, before = settings if method == "PUT" else None, dict(asked.added)
         assert ask(service, keys, asked, "a client's", f"/admin/models/{name}", method, body).status_code == 403
-        assert asked.models == before
+        assert asked.added == before
         answer = ask(service, keys, asked, "an operator's", f"/admin/models/{name}", method, body)
-        assert (answer.status_code, asked.models) == (status, left), answer.text
+        assert (answer.status_code, asked.added) == (status, left), answer.text
     assert ask(service, ApiKeys(), asked, None, "/admin/models/q", "PUT", [1]).status_code == 400
+
+
+def test_how_models_are_is_told_to_an_operator_alone(service: Service) -> None:
+    keys, asked = ApiKeys(["a client's", "an operator's"], operators=["an operator's"]), Asked()
+    asked.added["org/q"] = {}
+    state = {"id": "org/q", "phase": "failed", "reason": "no such GPU"}
+    for path, told in (("/admin/models", {"data": [state]}), ("/admin/models/org/q", state)):
+        assert ask(service, keys, asked, "a client's", path, "GET").status_code == 403
+        answer = ask(service, keys, asked, "an operator's", path, "GET")
+        assert (answer.status_code, answer.json()) == (200, told)
+    assert ask(service, keys, asked, "an operator's", "/admin/models/other", "GET").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -150,9 +170,12 @@ def test_a_command_says_why_it_is_refused(
 
 
 class Endpoint:
-    """What `manta models` asks: one model more, which is known at the second look and takes requests at the fourth."""
+    """What `manta models` asks: one model more, which is known at the second look and takes requests at the fourth.
 
-    def __init__(self) -> None:
+    states: what an operator is told of the models; None: the key is not an operator's."""
+
+    def __init__(self, *states: dict[str, Any], operator: bool = True) -> None:
+        self.states = states if operator else None
         self.asked: list[tuple[str, str, Any]] = []
         self.looks = 0
 
@@ -165,6 +188,14 @@ class Endpoint:
             self.looks += 1
             names = ["tiny", "q"] if self.looks < 3 else ["tiny"]
             return httpx.Response(200, json={"data": [{"id": name} for name in names]})
+        if path.startswith("/admin/models"):
+            if self.states is None:
+                return httpx.Response(403, json={"error": {"message": "not an operator's", "param": None}})
+            if path == "/admin/models":
+                return httpx.Response(200, json={"data": self.states})
+            name = path.removeprefix("/admin/models/")
+            starting = {"id": name, "phase": "starting", "reason": "its engine is starting"}
+            return httpx.Response(200, json=next((state for state in self.states if state["id"] == name), starting))
         self.looks += 1
         if self.looks < 2:
             return httpx.Response(404, json={"error": {"message": "no such model", "param": "model"}})
@@ -195,6 +226,15 @@ def test_a_model_is_added_by_command_and_waited_for(monkeypatch: pytest.MonkeyPa
     assert (code, "--model is missing" in said[-1]) == (2, True)
 
 
+def test_adding_a_model_that_fails_ends_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint({"id": "org/q", "phase": "failed", "reason": "3 ranks do not divide 4 heads"})
+    code, said = endpoint.run(monkeypatch, "add", "org/q", "--model", "q")
+    assert (code, said[0], len(said)) == (1, "org/q is on its way", 2)
+    assert "org/q: failed: 3 ranks do not divide 4 heads" in said[1]
+    assert "manta models remove" in said[1]
+    assert Endpoint(*endpoint.states or ()).run(monkeypatch, "add", "org/q", "--model", "q", "--no-wait")[0] == 0
+
+
 def test_a_model_is_removed_by_command_and_its_end_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = Endpoint()
     assert endpoint.run(monkeypatch, "remove", "q") == (0, ["q takes no more requests"])
@@ -207,7 +247,17 @@ def test_models_are_listed_with_what_holds_them_up(monkeypatch: pytest.MonkeyPat
     assert (code, said) == (0, ["tiny: ready", "q: no group takes requests: starting"])
 
 
-@pytest.mark.parametrize("path", ["/admin/models", "/admin/models/"])
+@pytest.mark.parametrize("path", ["/admin/groups", "/admin/groups/", "/admin/models/x/"])
 def test_what_is_not_there_leads_nowhere_else(path: str, service: Service) -> None:
     """A slash at the end is taken off, so nobody may be sent there to find one."""
     assert ask(service, ApiKeys(), Asked(), None, path, "GET").status_code in (404, 405)
+
+
+def test_an_operator_sees_models_that_are_not_served_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = (
+        {"id": "q", "phase": "degraded", "reason": "degraded"}, {"id": "x", "phase": "failed", "reason": "no such GPU"},
+        {"id": "y", "phase": "starting", "reason": "its engine is starting"},
+    )  # fmt: skip
+    served = ["tiny: ready", "q: no group takes requests: starting"]
+    assert Endpoint(*states).run(monkeypatch, "list") == (0, [*served, "x: failed: no such GPU", "y: its engine is starting"])
+    assert Endpoint(*states, operator=False).run(monkeypatch, "list") == (0, served)
