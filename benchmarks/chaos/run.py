@@ -119,21 +119,23 @@ class Chaos:
         ledger = Ledger(self._expected)
         whole = True
         self.result.began, self.result.ended = Held.by(endpoint), None
-        with Clients(endpoint.address, self._asks, ledger, self._streams, self._draw.randint(0, 1 << 30)):
-            _until(lambda: ledger.flowing(self._streams), self._patience_s)
-            while plan and whole:
-                time.sleep(self._draw.uniform(*MOMENTS_S))
-                whole = self._strike(endpoint, plan.pop(0), ledger, before)
-            time.sleep(MOMENTS_S[1])
-            ledger.end()
+        try:
+            with Clients(endpoint.address, self._asks, ledger, self._streams, self._draw.randint(0, 1 << 30)):
+                _until(lambda: ledger.flowing(self._streams), self._patience_s)
+                while plan and whole:
+                    time.sleep(self._draw.uniform(*MOMENTS_S))
+                    whole = self._strike(endpoint, plan.pop(0), ledger, before)
+                time.sleep(MOMENTS_S[1])
+                ledger.end()
+        finally:  # also what there is when somebody interrupts it
+            self.result.incidents += ledger.incidents
+            self.result.samples += ledger.samples
         incident = ledger.incidents[-1]
         if whole:
             self._look_what_is_held(endpoint)
         else:
             self._end(endpoint, incident)
             keep_ray_logs(log)
-        self.result.incidents += ledger.incidents
-        self.result.samples += ledger.samples
 
     def _strike(self, endpoint: Endpoint, fault: Fault, ledger: Ledger, before: dict[str, int]) -> bool:
         """Makes the fault and waits until all is as it was; False if that does not come about."""
