@@ -111,7 +111,7 @@ class ServeAdministration:
         there = await self._discovery.look()
         name = further_name(self._limits.app_name, model)
         if model == self._name or name in there or self._discovery.opened(model) is not None:
-            raise RequestError(Fault.CONFLICT, f"a model {model!r} is served already: choose another name, or roll it")
+            raise RequestError(Fault.CONFLICT, f"there is a model {model!r} already: choose another name, or roll or remove it")
         threads = config.engine.threads or self._threads
         with _invalid("settings"):
             made = await asyncio.to_thread(further_application, config, threads)

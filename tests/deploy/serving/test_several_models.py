@@ -180,7 +180,7 @@ def test_a_model_is_added_and_removed_by_command(endpoint: Endpoint) -> None:
     assert (added.returncode, added.stdout.splitlines()[-1:]) == (0, ["org/fourth is ready"]), added.stderr
     assert endpoint.text("org/fourth") not in (endpoint.text("tiny"), endpoint.text("second"))
     twice = command(endpoint, "models", "add", "org/fourth", f"--model={endpoint.checkpoints / 'third'}", *options)
-    assert (twice.returncode, "is served already" in twice.stderr) == (2, True), twice.stderr
+    assert (twice.returncode, "already: choose another name" in twice.stderr) == (2, True), twice.stderr
     listed = command(endpoint, "models", "list")
     assert listed.stdout.splitlines() == ["tiny: ready", "org/fourth: ready", "second: ready"], listed.stderr
     endpoint.deploy("second")
