@@ -34,7 +34,7 @@ def list_(url: UrlArgument = EXAMPLE, api_key_file: KeyFileOption = None, debug:
             failure = _failure(states[name]) if name in states else None
             typer.echo(f"{name}: {failure or _obstacle(client, name) or 'ready'}")
         for name in [name for name in states if name not in served]:
-            typer.echo(f"{name}: {_failure(states[name]) or states[name]['reason']}")
+            typer.echo(f"{name}: {_failure(states[name]) or states[name]['reason'] or 'ready'}")
 
 
 @models.command()
