@@ -116,7 +116,10 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in log.read_text()
 
 
-GENERATE = ["-m", "manta", "generate", "x", "--groups", "2", "--max-tokens", "1900", "--ignore-eos", "--threads", "1"]
+GENERATE = [
+    "-m", "manta", "generate", "def f(x):", "--temperature", "0", "--groups", "2", "--max-tokens", "1900", "--ignore-eos",
+    "--threads", "1",
+]  # fmt: skip
 SCRIPT = f"""
 from deploy import LLM, SamplingParams
 with LLM({str(EMBEDDED_MODEL)!r}, groups=2, threads=1) as llm:
@@ -132,7 +135,7 @@ def test_other_commands_end_without_a_gcs_and_with_a_stopped_rank(command: list[
         process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=output, start_new_session=True)
     try:
         ranks = all_named(WORKER, 2, process.pid)
-        wait_for("begun" if SCRIPT in command else "def", log)
+        wait_for("begun" if SCRIPT in command else "x -> x", log)  # what it says of that, greedily
         signal_all(ranks[:1], signal.SIGSTOP)
         afflict("gcs", signal.SIGKILL, process.pid)
     finally:
