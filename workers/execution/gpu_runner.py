@@ -224,16 +224,19 @@ class GpuRunner:
 
     def _prefill(self, chunks: ChunkStep, attention: PagedAttention) -> Tensor:
         """Logits where they are wanted."""
-        attend = ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
+        attend = self._attend(chunks, attention)
         return self._model.logits(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
 
     def _pool(self, chunks: ChunkStep, count: int) -> tuple[Tensor, Tensor]:
         """Logits where they are wanted, and the hidden states of the last `count` of `chunks.wanted`."""
         assert self._pools is not None, "a checkpoint of which nothing is pooled is refused at the door"
-        attend = ChunkAttend(self._attention, self._attention.plan_chunks(chunks.attention(self._state)))
+        attend = self._attend(chunks, self._attention)
         hidden = self._pools.hidden(chunks.tokens, chunks.positions, chunks.slots, attend, chunks.wanted)
         others, pooled = hidden.split_with_sizes((len(hidden) - count, count))
         return self._pools.head(others), pooled
+
+    def _attend(self, chunks: ChunkStep, attention: PagedAttention) -> ChunkAttend:
+        return ChunkAttend(attention, attention.plan_chunks(chunks.attention(self._state)))
 
     # ---- back to the host
 
