@@ -52,7 +52,9 @@ class CoreConfig(CacheConfig):
         30.0, "Wait, in seconds, after which a request goes before priorities and fairness.", at_least(0)
     )
     hung_after_s: float = option(
-        4.0, "Seconds after which a rank that says nothing counts as hung; it says something twice a second.", at_least(1)
+        4.0,
+        "Seconds after which a rank that says nothing, or does not end a step of a kind it knows, may count as hung.",
+        at_least(1),
     )
     log_decisions: bool = option(False, "Log why each sequence goes where it does: a line each, from the scheduler.")
     check_invariants: bool = option(False, "Check the scheduler's whole state after every event (slow; for debugging).")

@@ -18,6 +18,9 @@ from deploy.config.load import bound_openmp_spin
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # what else runs here is no reason to kill a worker
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 is too little on busy cores, and kills the proxy
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from more, and several tests run at once
 bound_openmp_spin()  # before torch is imported: for engines that are not told how many threads to take
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: what the tests start would ignore it, too

@@ -69,6 +69,7 @@ def _why(silent_s: float, beat: Beat | None, hung_after_s: float) -> str | None:
         return None
     if beat.silent_s > hung_after_s:
         return f"rank {beat.silent_rank} has said nothing for {beat.silent_s:.1f} s"
-    if beat.busy_s > beat.patience_s:
-        return f"a step has not ended after {beat.busy_s:.1f} s, and {beat.patience_s:.1f} s are more than such a step takes"
+    patience_s = max(beat.patience_s, hung_after_s)
+    if beat.busy_s > patience_s:
+        return f"a step has not ended after {beat.busy_s:.1f} s, and {patience_s:.1f} s are more than such a step takes"
     return None

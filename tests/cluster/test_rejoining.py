@@ -80,7 +80,7 @@ def fleet() -> Iterator[Fleet]:
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     config = EngineConfig(
         model=str(TINY), groups=2, tensor_parallel_size=2, dtype="float32", block_size=16, kv_memory=32 << 20,
-        check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S,
+        check_invariants=True, abandoned_after_s=ABANDONED_AFTER_S, hung_after_s=120.0,
     )  # fmt: skip
     fleet = Fleet(config, plan(config))
     try:

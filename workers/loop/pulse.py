@@ -2,7 +2,8 @@
 
 A step is judged by its own kind: by how long others of as many tokens have taken lately. What is the first of its kind may
 compile, capture or allocate, and is given time; one that is known is given ten times what its like has taken, seconds at least.
-Imports `scheduler.protocol`.
+What the thread itself has slept through (no core for this process, a machine that stands still) is left out, as whoever listens
+leaves it out of others' silence. Imports `scheduler.protocol`.
 """
 
 import threading
@@ -38,24 +39,33 @@ class Pulse:
         self._clock = clock
         self._slowest: dict[Kind, float] = {}
         self._kind: Kind | None = None
-        self._turn: tuple[float, float] | None = None  # when it began, and how long it may take
+        self._turn: tuple[float, float, float] | None = None  # when it began, how long it may take, what had been slept then
+        self._slept_s = 0.0
 
     def begin(self, kinds: Sequence[Kind | None]) -> None:
         """A turn with steps of these kinds under way, the new one included. None: one that may take any time."""
         self._kind = max((kind for kind in kinds if kind is not None), default=None)
-        self._turn = self._clock(), max(map(self._patience_s, kinds), default=FLOOR_S)
+        self._turn = self._clock(), max(map(self._patience_s, kinds), default=FLOOR_S), self._slept_s
 
     def end(self, *, committed: bool) -> None:
         """committed: the oldest of the steps was waited for, so the turn took as long as a step does."""
         if committed and self._turn is not None and self._kind is not None:
-            took_s = self._clock() - self._turn[0]
+            took_s = self._took_s(self._turn)
             self._slowest[self._kind] = max(took_s, FORGETTING * self._slowest.get(self._kind, 0.0))
         self._turn = None
 
     def busy(self) -> tuple[float, float]:
         """Seconds in the present turn, and how many it may take; (0, 0) between turns."""
         turn = self._turn
-        return (0.0, 0.0) if turn is None else (self._clock() - turn[0], turn[1])
+        return (0.0, 0.0) if turn is None else (self._took_s(turn), turn[1])
+
+    def slept(self, seconds: float) -> None:
+        """This process has not run for so long, as far as the one thread that calls this can tell."""
+        self._slept_s += seconds
+
+    def _took_s(self, turn: tuple[float, float, float]) -> float:
+        began_s, _, slept_s = turn
+        return max(0.0, self._clock() - began_s - (self._slept_s - slept_s))
 
     def _patience_s(self, kind: Kind | None) -> float:
         slowest_s = self._slowest.get(kind) if kind is not None else None
@@ -83,9 +93,12 @@ class Heart:
         self._closed.set()
 
     def _run(self) -> None:
-        said_s = -BEAT_S
+        said_s, looked_s = -BEAT_S, time.monotonic()
         while not self._closed.wait(LOOK_S):
             now_s = time.monotonic()
+            if (slept_s := now_s - looked_s - LOOK_S) > LOOK_S:
+                self._pulse.slept(slept_s)
+            looked_s = now_s
             silences = self._peers.look(now_s) if self._peers is not None else {}
             if now_s - said_s < BEAT_S:
                 continue

@@ -49,7 +49,9 @@ class Application:
         self.http = httpx.Client(base_url=f"http://{HOST}:{port}", timeout=PATIENCE_S, trust_env=False)
 
     def deploy(self, groups: int, model: Path = EMBEDDED_MODEL, **limits: Any) -> None:
-        engine = {"model": str(model), "kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}
+        engine = {
+            "model": str(model), "kv_memory": "32MiB", "dtype": "float32", "device": "cpu", "hung_after_s": 120.0,
+        }  # fmt: skip
         args = {"engine": engine, "serve": {"port": self.limits.port} | limits}
         application = {
             "name": "manta",

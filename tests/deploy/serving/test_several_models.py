@@ -30,7 +30,8 @@ from tests.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line,
 pytestmark = pytest.mark.ray
 
 LONG = 2000
-ENGINE_SETTINGS = {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu"}
+ENGINE_SETTINGS = {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu", "hung_after_s": 120.0}
+"""A rank that other processes keep from the cores is not started anew: nobody's are but those that a test is about."""
 
 
 def other_weights(folder: Path, turned: int) -> Path:

@@ -65,6 +65,15 @@ def test_a_step_is_judged_by_what_its_leader_expects_of_it() -> None:
     assert "a step has not ended after 4.5 s" in hung.reason
 
 
+def test_but_for_as_long_as_one_may_be_silent_at_least() -> None:
+    vitals = Vitals(0.0, 60.0)
+    vitals.up(HUNG, 3, 0.0)
+    vitals.heard(HUNG, 3, LOOK_S, Beat(3, busy_s=59.0, patience_s=4.0))
+    assert vitals.look(LOOK_S) == []
+    vitals.heard(HUNG, 3, 2 * LOOK_S, Beat(3, busy_s=60.5, patience_s=4.0))
+    assert [fenced.group for fenced in vitals.look(2 * LOOK_S)] == [HUNG]
+
+
 def test_a_silent_peer_is_its_leader_s_to_tell() -> None:
     (hung,) = Listening().listen(1.0, (HUNG, Beat(3, silent_rank=2, silent_s=SILENT_S + 0.1)), (WELL, Beat(3)))
     assert "rank 2 has said nothing" in hung.reason

@@ -1,6 +1,7 @@
 """How long a step may take: by its own kind, with time for what is the first of its kind."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from scheduler.batching import StepPlan
 from scheduler.protocol.leaders import Beat
 from workers.loop.batch import Launched, Measured
-from workers.loop.pulse import FACTOR, FIRST_S, FLOOR_S, Heart, Pulse, kind_of
+from workers.loop.pulse import FACTOR, FIRST_S, FLOOR_S, FORGETTING, Heart, Pulse, kind_of
 
 
 def step(decodes: int, chunk: int = 0, *, measured: bool = False) -> Launched:
@@ -52,6 +53,20 @@ def test_a_known_one_is_given_times_what_it_takes_and_seconds_at_least() -> None
     assert loop.turn(35.0, step(3, chunk=2048)) == pytest.approx(FACTOR * 40.0)
 
 
+def test_what_this_process_slept_through_is_no_time_of_a_step() -> None:
+    loop = Loop()
+    loop.turn(0.02, step(4))
+    loop.pulse.begin([kind_of(step(4))])
+    loop.now_s += 30.0
+    loop.pulse.slept(29.5)
+    assert loop.pulse.busy() == (pytest.approx(0.5), FLOOR_S)
+    loop.pulse.end(committed=True)
+    assert loop.turn(0.02, step(4)) == pytest.approx(FACTOR * 0.5), "nor does the next one have more for it"
+    loop.pulse.begin([kind_of(step(4))])
+    loop.now_s += 6.0
+    assert loop.pulse.busy() == (pytest.approx(6.0), pytest.approx(FACTOR * FORGETTING * 0.5)), "what was slept before counts"
+
+
 def test_a_slow_step_is_forgotten_in_time() -> None:
     loop = Loop()
     loop.turn(300.0, step(4))
@@ -92,3 +107,21 @@ def test_a_heart_beats_while_the_loop_is_in_a_step_and_ends_when_nobody_listens(
     assert ended.wait(60.0)
     heart._thread.join(60.0)
     assert not heart._thread.is_alive()
+
+
+def test_a_heart_that_was_kept_from_looking_leaves_that_out_of_the_step() -> None:
+    said: list[tuple[float, float]] = []
+    pulse, began_s = Pulse(), time.monotonic()
+    pulse.begin([kind_of(step(1))])
+
+    def send(beat: Beat) -> None:
+        said.append((beat.busy_s, time.monotonic() - began_s))
+        if len(said) == 2:
+            raise ConnectionError("nobody listens")
+        time.sleep(2.0)  # as if this process had no core
+
+    heart = Heart(7, send, pulse)
+    heart._thread.join(60.0)
+    (_, first_s), (busy_s, wall_s) = said
+    assert wall_s - first_s > 2.0
+    assert 0.0 < busy_s < wall_s - 1.5
