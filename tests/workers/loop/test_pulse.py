@@ -59,12 +59,12 @@ def test_what_this_process_slept_through_is_no_time_of_a_step() -> None:
     loop.pulse.begin([kind_of(step(4))])
     loop.now_s += 30.0
     loop.pulse.slept(29.5)
-    assert loop.pulse.busy() == (pytest.approx(0.5), FLOOR_S)
+    assert loop.pulse.busy() == pytest.approx((0.5, FLOOR_S))
     loop.pulse.end(committed=True)
     assert loop.turn(0.02, step(4)) == pytest.approx(FACTOR * 0.5), "nor does the next one have more for it"
     loop.pulse.begin([kind_of(step(4))])
     loop.now_s += 6.0
-    assert loop.pulse.busy() == (pytest.approx(6.0), pytest.approx(FACTOR * FORGETTING * 0.5)), "what was slept before counts"
+    assert loop.pulse.busy() == pytest.approx((6.0, FACTOR * FORGETTING * 0.5)), "what was slept before counts"
 
 
 def test_a_slow_step_is_forgotten_in_time() -> None:
