@@ -119,6 +119,10 @@ class SharedMemoryGroup:
         self._reason = self._reason or reason
         self._words[self.rank * WORDS_PER_RANK + LEFT] = ABORTED
 
+    def check(self) -> None:
+        if self._reason:
+            raise self._lost()
+
     def close(self) -> None:
         """Peers that go on without this rank are told; the memory goes when the last rank has let go of it."""
         self._reason = self._reason or "the group was closed"
@@ -161,8 +165,7 @@ class SharedMemoryGroup:
         return self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
     def _say(self, what: int) -> None:
-        if self._reason:
-            raise self._lost()
+        self.check()
         self._words[self.rank * WORDS_PER_RANK + what] = self._number
 
     def _wait(self, what: int) -> None:

@@ -114,7 +114,10 @@ class GpuParts:
             prefixes=attention.prefixes,
         )
         model = self._over(pool)
-        return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)
+        return GpuRunner(
+            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest,
+            self._spec.comm.check,
+        )  # fmt: skip
 
     def _over(self, pool: KVPool) -> PagedDecoder:
         if isinstance(self._decoder, Decoder):

@@ -63,7 +63,8 @@ class GpuRunner:
 
     model, attention: bound to one pool, whose last block is the scratch block of `state`. small: what attends in steps of few
     prefill tokens, which are captured, as are larger ones where `attention` lets them. most: decodes in one step. largest:
-    prefill tokens of a step that may be captured.
+    prefill tokens of a step that may be captured. check: called when a step has ended, before anybody reads its tokens: raises
+    if they may be wrong, which the device does not tell.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class GpuRunner:
         state: DeviceBatch,
         most: int,
         largest: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.pool: KVPool = model.pool
         device = self.pool.device
@@ -85,6 +87,7 @@ class GpuRunner:
         self._sampler = sampler
         self._constraints = constraints
         self._pools = model if isinstance(model, FusedDecoder) else None
+        self._check = check
         self._pooler = Pooler(self._pools.classifier if self._pools is not None else None)
         self._following = Following(constraints)
         self._state = state
@@ -252,4 +255,10 @@ class GpuRunner:
         if self._sampler.measures(rows):
             logits, tokens = (torch.cat(each) for each in zip(*(part.drawn() for part in parts), strict=True))
             logprobs = self._sampler.measure(logits, tokens.long(), rows)
-        return DeviceTokens(step, samples, host, logprobs, prompts, self._ring.used())
+        copied = self._ring.used()
+
+        def arrived() -> None:
+            copied()
+            self._check()
+
+        return DeviceTokens(step, samples, host, logprobs, prompts, arrived)

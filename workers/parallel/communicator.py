@@ -29,6 +29,10 @@ class Communicator(Protocol):
         """Make a blocked or later collective of this rank raise. Callable from any thread."""
         ...
 
+    def check(self) -> None:
+        """Errors: `PeerLost` once `abort` was called: what a device has computed since may be wrong, and it raises nothing."""
+        ...
+
     def close(self) -> None: ...
 
 

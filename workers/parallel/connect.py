@@ -87,6 +87,10 @@ class TorchGroup:
         if self._on_gpu:
             self._group.abort()  # what is under way on the device never ends by itself
 
+    def check(self) -> None:
+        if self._reason:
+            raise self._lost(self._reason)
+
     def close(self) -> None:
         self.abort("the group was closed")
 
@@ -98,8 +102,7 @@ class TorchGroup:
 
     def _finish(self, start: Any) -> None:
         """Run a collective. On a GPU only the stream waits; on the CPU this thread does, open to `abort`."""
-        if self._reason:
-            raise self._lost(self._reason)
+        self.check()
         try:
             work, yields = start(), 0
             while not self._on_gpu and not work.is_completed():

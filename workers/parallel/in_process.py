@@ -52,6 +52,9 @@ class Solo:
     def abort(self, reason: str) -> None:
         """Nobody can be waiting."""
 
+    def check(self) -> None:
+        """There is nobody to lose."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -89,6 +92,10 @@ class ThreadGroup:
         self._reasons.append(reason)
         self._barrier.abort()
 
+    def check(self) -> None:
+        if self._barrier.broken:
+            raise self._lost()
+
     def close(self) -> None:
         self._parts[self.rank] = None
 
@@ -101,5 +108,7 @@ class ThreadGroup:
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            reason = self._reasons[0] if self._reasons else "a rank left"
-            raise PeerLost(f"tensor-parallel group aborted: {reason}") from None
+            raise self._lost() from None
+
+    def _lost(self) -> PeerLost:
+        return PeerLost(f"tensor-parallel group aborted: {self._reasons[0] if self._reasons else 'a rank left'}")

@@ -21,5 +21,8 @@ class Silent:
     def abort(self, reason: str) -> None:
         """Nobody waits."""
 
+    def check(self) -> None:
+        """Nobody is lost."""
+
     def close(self) -> None:
         """Nothing is held."""

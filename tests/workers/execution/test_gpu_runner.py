@@ -19,6 +19,7 @@ from tests.workers.stepping import Stepped, Work
 from workers import build
 from workers.execution import chunks, gpu_runner
 from workers.execution.graphs import Launch
+from workers.parallel.in_process import PeerLost, Solo
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, tests/gpu runs on it")
@@ -97,3 +98,25 @@ def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
             assert mine.top_ids == other.top_ids
             assert (mine.logprob, *mine.top_logprobs) == pytest.approx((other.logprob, *other.top_logprobs), abs=ROUNDING)
     assert [len(lease.prompt_logprobs) for lease in leases] == [0, 0, 0, 0, 20]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_no_token_of_a_step_that_has_lost_a_rank_is_committed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device a collective that is given up ends like any other, with whatever numbers."""
+    lost: list[str] = []
+
+    def check(_: Solo) -> None:
+        if lost:
+            raise PeerLost(lost[0])
+
+    monkeypatch.setattr(Solo, "check", check)
+    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False)
+    lease = stepped.start(WORKS[1])
+    while not lease.tokens:
+        stepped.turn()
+    committed = list(lease.tokens)
+    lost.append("a peer has gone")
+    with pytest.raises(PeerLost, match="a peer has gone"):
+        stepped.turn()
+    assert lease.tokens == committed
+    stepped.close()

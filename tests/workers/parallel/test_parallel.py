@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -170,6 +170,16 @@ def test_a_rank_may_close_while_others_finish() -> None:
         assert list(threads.map(reduce_and_leave, groups)) == [3.0] * 3
     with pytest.raises(PeerLost, match="closed"):
         groups[1].all_reduce(torch.ones(1))
+
+
+@needs_shared_memory
+@pytest.mark.parametrize("make", [ThreadGroup.create, shared_threads])
+def test_one_that_was_aborted_says_so_when_it_is_asked(make: Callable[[int], Sequence[Communicator]]) -> None:
+    group, *_ = make(2)
+    group.check()
+    group.abort("a peer has gone")
+    with pytest.raises(PeerLost, match="a peer has gone"):
+        group.check()
 
 
 # ---- ranks that are processes ----------------------------------------------------------------------------------------

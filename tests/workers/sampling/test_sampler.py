@@ -60,6 +60,9 @@ class Rank:
     def abort(self, reason: str) -> None:
         raise NotImplementedError(reason)
 
+    def check(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
