@@ -111,6 +111,9 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         shown="1 on CPUs; on GPUs those of 4 ms, up to 8",
     )
     cuda_graphs: bool = option(True, "Capture decode steps on a GPU as CUDA graphs; off: launch by launch, for debugging.")
+    custom_all_reduce: bool = option(
+        False, "Sum small messages of a group's GPUs by one kernel over each other's memory, not by NCCL; they are of one host."
+    )
     abandoned_after_s: float = 60.0
     """Of nobody saying that there is a scheduler, or will be: then a group ends itself."""
 

@@ -87,7 +87,10 @@ class RankLife:
         address = f"{rendezvous.host}:{rendezvous.store_port}"
         device = torch.device("cuda", 0) if self._resolved.device == "cuda" else torch.device("cpu")
         self._rendezvous = rendezvous
-        self._comm = connect(self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s)
+        self._comm = connect(
+            self._rank, self._size, device=device, address=address, timeout_s=self._timeout_s,
+            custom_all_reduce=self._config.custom_all_reduce,
+        )  # fmt: skip
         self._built = build_rank(self._config, self._resolved, self._comm, self._enter)
         self._comm.wait_at_most(STEP_TIMEOUT_S)
         settle()

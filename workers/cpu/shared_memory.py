@@ -72,6 +72,7 @@ class SharedMemoryGroup:
     """
 
     keep: object = None
+    peers = None
 
     def __init__(
         self,

@@ -186,6 +186,7 @@ class Decoder:
         model judges nothing by a token."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
+        self.peers = comm.peers
         self.dtype, self.device = dtype, device
         self.attention = attention
         self._pads = can_pack(dtype, device)

@@ -20,10 +20,11 @@ from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
 from workers.kernels.norm import add_rms_norm, rms_norm
 from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
+from workers.kernels.reduce import sum_add_rms_norm, takes
 from workers.kernels.rope import qk_norm_rope_write
 from workers.kernels.turn import HeadTurn
 from workers.model.decoder import Decoder, Layer
-from workers.model.layers import Linear
+from workers.model.layers import Linear, RowParallelLinear
 
 
 class Attend(Protocol):
@@ -71,6 +72,7 @@ class FusedDecoder:
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
+        self._peers = decoder.peers
         self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
         # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
         ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
@@ -103,10 +105,19 @@ class FusedDecoder:
             attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
-            normed = add_rms_norm(hidden, layer.o(attended), layer.mlp_norm.weight, self._eps)
-            down = layer.mlp.down(silu_mul(layer.mlp.gate_up(normed)))
-            normed = add_rms_norm(hidden, down, self._next_norms[number], self._eps)
+            normed = self._add_norm(hidden, layer.o, attended, layer.mlp_norm.weight)
+            gated = silu_mul(layer.mlp.gate_up(normed))
+            normed = self._add_norm(hidden, layer.mlp.down, gated, self._next_norms[number])
         return normed
+
+    def _add_norm(self, hidden: Tensor, linear: RowParallelLinear, x: Tensor, norm: Tensor) -> Tensor:
+        """Adds the product of x [tokens, its width], summed over the ranks, to hidden [tokens, hidden]; the norm of that."""
+        if self._peers is None:
+            return add_rms_norm(hidden, linear(x), norm, self._eps)
+        part = linear.partial(x)
+        if takes(self._peers, part):
+            return sum_add_rms_norm(self._peers, part, hidden, norm, self._eps)
+        return add_rms_norm(hidden, linear.sum(part), norm, self._eps)
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
         hidden, _ = self._embed(tokens)

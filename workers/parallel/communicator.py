@@ -3,9 +3,12 @@
 Imports torch only.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from workers.kernels.reduce import Peers
 
 
 class Communicator(Protocol):
@@ -16,6 +19,11 @@ class Communicator(Protocol):
 
     rank: int
     size: int
+
+    @property
+    def peers(self) -> "Peers | None":
+        """By what kernels meet the other ranks themselves; None where they cannot."""
+        ...
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in rank order. May reuse `tensor`'s memory; use the returned tensor."""

@@ -5,12 +5,13 @@ Imports torch and torch.distributed, whose global default group it leaves alone:
 or gloo) for all others.
 """
 
+import logging
 import os
 import socket
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -24,28 +25,40 @@ from workers.parallel.in_process import PeerLost, Solo, ThreadGroup, sum_in_rank
 
 __all__ = ["PeerLost", "SharedMemoryGroup", "Solo", "ThreadGroup", "TorchGroup", "connect", "sum_in_rank_order"]
 
+if TYPE_CHECKING:
+    from workers.kernels.reduce import Peers
+    from workers.parallel.peer_memory import PeerMemory
+
+logger = logging.getLogger(__name__)
+
 YIELDS = 200
 NAP_S = 50e-6
 
 
 def connect(
-    rank: int, size: int, *, device: torch.device, address: str, timeout_s: float = 60.0, host: str = ""
-) -> JoinedGroup:
+    rank: int, size: int, *, device: torch.device, address: str, timeout_s: float = 60.0, host: str = "",
+    custom_all_reduce: bool = False,
+) -> JoinedGroup:  # fmt: skip
     """Join the group of `size` ranks. Every rank calls this; it returns once all have come.
 
     address: "host:port" that rank 0 opens and all can reach. host: what tells this rank's host from others; by default
-    found out. timeout_s: for the rendezvous, and for each collective until `wait_at_most`.
+    found out. timeout_s: for the rendezvous, and for each collective until `wait_at_most`. custom_all_reduce: of GPUs of one
+    host, small sums by a kernel of our own.
     Errors: PeerLost if a rank does not come in time.
     """
     if size == 1:
         return Solo()
     try:
         store = _open_store(rank, size, address, timeout_s)
-        if device.type == "cpu" and _same_host(rank, size, store, host or _host_identity()):
+        together = _same_host(rank, size, store, host or _host_identity())
+        if device.type == "cpu" and together:
             group = _share_memory(rank, size, store, timeout_s)
             if group is not None:
                 return group
-        return TorchGroup(rank, size, store, device, timeout_s)
+        joined = TorchGroup(rank, size, store, device, timeout_s)
+        if custom_all_reduce and device.type == "cuda":
+            joined.memory = _join_memory(rank, size, store, device) if together else None
+        return joined
     except PeerLost:
         raise
     except (RuntimeError, OSError) as error:
@@ -58,6 +71,9 @@ class TorchGroup:
     NCCL sums in its own fixed order; gloo's tensors are gathered and summed in rank order. Both are equal on all ranks.
     """
 
+    memory: "PeerMemory | None" = None
+    """Of GPUs of one host, where small sums need no NCCL."""
+
     def __init__(self, rank: int, size: int, store: Store, device: torch.device, timeout_s: float) -> None:
         self.rank, self.size = rank, size
         self._store = store  # rank 0 serves it, so it lives as long as the group
@@ -69,6 +85,8 @@ class TorchGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if not self._on_gpu:
             return sum_in_rank_order(self._gather(tensor), tensor)
+        if self.memory is not None and self.memory.all_reduce(tensor):
+            return tensor
         self._finish(lambda: self._group.allreduce([tensor]))
         return tensor
 
@@ -84,12 +102,18 @@ class TorchGroup:
 
     def abort(self, reason: str) -> None:
         self._reason = self._reason or reason
+        if self.memory is not None:
+            self.memory.give_up()
         if self._on_gpu:
             self._group.abort()  # what is under way on the device never ends by itself
 
     def check(self) -> None:
         if self._reason:
             raise self._lost(self._reason)
+
+    @property
+    def peers(self) -> "Peers | None":
+        return self.memory.peers if self.memory is not None else None
 
     def close(self) -> None:
         self.abort("the group was closed")
@@ -161,6 +185,21 @@ def _exchange(rank: int, size: int, store: Store, key: str, value: str) -> list[
 
 def _same_host(rank: int, size: int, store: Store, host: str) -> bool:
     return len(set(_exchange(rank, size, store, "host", host))) == 1
+
+
+def _join_memory(rank: int, size: int, store: Store, device: torch.device) -> "PeerMemory | None":
+    """The GPUs' memory, or None, on all ranks alike, if one of them does not reach it."""
+    from workers.parallel.peer_memory import PeerMemory  # brings triton
+
+    memory, reason = None, ""
+    try:
+        memory = PeerMemory(rank, size, store, device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+    missing = [why for why in _exchange(rank, size, store, "peers", reason) if why]
+    if rank == 0:
+        logger.info("small sums by %s", f"NCCL: {missing[0]}" if missing else "a kernel over the ranks' joined memory")
+    return None if missing else memory
 
 
 def _share_memory(rank: int, size: int, store: Store, timeout_s: float) -> SharedMemoryGroup | None:

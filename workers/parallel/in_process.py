@@ -39,6 +39,7 @@ class Solo:
 
     rank = 0
     size = 1
+    peers = None
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor
@@ -61,6 +62,8 @@ class Solo:
 
 class ThreadGroup:
     """Ranks that are threads of one process; `create` makes all of them. Abort one and all are aborted."""
+
+    peers = None
 
     def __init__(self, rank: int, parts: list[Tensor | None], barrier: threading.Barrier, reasons: list[str]) -> None:
         self.rank = rank

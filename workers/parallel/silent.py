@@ -8,6 +8,7 @@ class Silent:
     """Rank 0 of `size`. What it is given comes back as if every rank had given the same."""
 
     rank = 0
+    peers = None
 
     def __init__(self, size: int) -> None:
         self.size = size

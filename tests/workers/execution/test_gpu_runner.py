@@ -19,6 +19,9 @@ from tests.workers.stepping import Stepped, Work
 from workers import build
 from workers.execution import chunks, gpu_runner
 from workers.execution.graphs import Launch
+from workers.kernels import reduce
+from workers.kernels.reduce import Peers
+from workers.model import fused
 from workers.parallel.in_process import PeerLost, Solo
 
 pytest.importorskip("triton")
@@ -120,3 +123,29 @@ def test_no_token_of_a_step_that_has_lost_a_rank_is_committed(checkpoint: Path, 
         stepped.turn()
     assert lease.tokens == committed
     stepped.close()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank, which meets itself: steps of one token, which have room there, and of two, which have not."""
+    expected = build_stepped(checkpoint, 0, attention="triton", cuda_graphs=False)
+    leases = expected.generate(WORKS[:2])
+    expected.close()
+    rows, row_bytes, used = 1, 32 * 4, list[bool]()
+    parts, sums = torch.zeros(2, rows, row_bytes, dtype=torch.uint8), torch.zeros(2, rows, row_bytes, dtype=torch.uint8)
+    words, turns, given_up = (torch.zeros(size, dtype=torch.int32) for size in (2 * rows, rows, 1))
+    at_parts, at_sums, at_words = (torch.tensor([tensor.data_ptr()]) for tensor in (parts, sums, words))
+    peers = Peers(0, 1, rows, row_bytes, at_parts, at_sums, at_words, turns, given_up.data_ptr())
+
+    def takes(peers: Peers, x: torch.Tensor) -> bool:
+        used.append(reduce.takes(peers, x))
+        return used[-1]
+
+    monkeypatch.setattr(Solo, "peers", peers)
+    monkeypatch.setattr(fused, "takes", takes)
+    stepped = build_stepped(checkpoint, 0, attention="triton", cuda_graphs=False)
+    ours = stepped.generate(WORKS[:2])
+    stepped.close()
+    assert {*used} == {True, False}
+    assert turns.sum() > 0
+    assert [lease.tokens for lease in ours] == [lease.tokens for lease in leases]

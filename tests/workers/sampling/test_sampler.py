@@ -38,6 +38,8 @@ class Peers:
 class Rank:
     """A communicator over threads."""
 
+    peers = None
+
     def __init__(self, peers: Peers, rank: int) -> None:
         self._peers = peers
         self.rank = rank
