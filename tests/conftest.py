@@ -1,13 +1,14 @@
 """For all tests: one Ray client may talk to another's cluster on this machine, which Ray's tokens would forbid; Ray's files are
 in a folder of this run, so that nobody later takes its clusters for living ones; no test depends on how fast this machine is,
 or on the shell that starts it, and none takes more cores than it needs; and which tests share a process where xdist runs
-several (`make test`)."""
+several (`make test`). A test that starts Ray and fails shows what its cluster's processes complained of."""
 
 import functools
 import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from deploy.config.load import bound_openmp_spin
+from tests.ray_logs import troubles
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores
@@ -58,6 +60,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _place(file: str) -> int:
     return {"ray": 0, "ray, too": 0, END_TO_END: 1, "ray, last": 3}.get(together(file), 2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: "pytest.CallInfo[None]"
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where Ray failed in CI, its processes' logs are gone with the machine."""
+    report = yield
+    if report.failed and item.get_closest_marker("ray") is not None:
+        said = troubles(Path(os.environ["RAY_TMPDIR"]), call.start)
+        report.sections.append(("Warnings of processes on Ray", "\n".join(said)))
+    return report
 
 
 def pytest_unconfigure() -> None:
