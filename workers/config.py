@@ -30,6 +30,12 @@ class GroupsConfig:
     """What is served, and by how many."""
 
     model: str
+    revision: str | None = option(
+        None, "Branch, tag or commit, where model is an id at Hugging Face.", shown="the newest of its main branch"
+    )
+    download_dir: str | None = option(
+        None, "Folder on each node for checkpoints that are downloaded.", shown="the cache of huggingface_hub"
+    )
     tensor_parallel_size: int = option(
         1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.", at_least(1)
     )

@@ -1,0 +1,28 @@
+"""How far something long is, in bytes, and now and then in words. Imports nothing of Manta."""
+
+import time
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Called as (done_bytes, total_bytes) while a checkpoint is downloaded, or read: then bytes of this rank's share."""
+
+SAY_S = 5.0
+GB = 1e9
+
+
+def in_words(say: Callable[[str], None], what: str, every_s: float = SAY_S) -> Progress:
+    """Says what is done, with its bar: at the first call, then every so many seconds, and at the end. From one thread."""
+    due_s = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal due_s
+        if time.monotonic() >= due_s or 0 < total <= done:
+            due_s = time.monotonic() + every_s
+            say(f"{what} {bar(done, total)} {done / GB:,.2f} of {total / GB:,.2f} GB")
+
+    return tell
+
+
+def bar(done: int, total: int, width: int = 24) -> str:
+    filled = width * min(done, total) // max(1, total)
+    return "━" * filled + "╌" * (width - filled)
