@@ -107,7 +107,7 @@ def words(codes: npt.NDArray[np.int64], bits: int, order: list[int] | None = Non
 
 
 def half(scales: Matrix) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(scales.astype(np.float16)))
+    return torch.from_numpy(scales.astype(np.float16))
 
 
 def awq(group: int) -> Encoder:
@@ -129,7 +129,7 @@ def gptq(bits: int, group: int, symmetric: bool, shift: int, mixed: bool = False
             order = np.random.default_rng(weight.shape[1]).permutation(order)
         codes, zeros, scales, numbers = levels(weight, bits, group, symmetric, order)
         return {
-            "qweight": words(codes, bits).T.contiguous(), "qzeros": words(zeros.T - shift, bits),
+            "qweight": words(codes, bits).T, "qzeros": words(zeros.T - shift, bits),
             "scales": half(scales.T), "g_idx": torch.from_numpy(order.astype(np.int32)),
             "bias": torch.zeros(len(weight), dtype=torch.float16),
         }, numbers  # fmt: skip
@@ -147,7 +147,7 @@ def packed(bits: int, group: int, symmetric: bool, mixed: bool = False) -> Encod
         codes, zeros, scales, numbers = levels(weight, bits, group, symmetric, order)
         parts = {"weight_packed": words(codes, bits), "weight_scale": half(scales), "weight_shape": torch.tensor(weight.shape)}
         if not symmetric:
-            parts["weight_zero_point"] = words(zeros.T, bits).T.contiguous()
+            parts["weight_zero_point"] = words(zeros.T, bits).T
         if mixed:
             parts["weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
         return parts, numbers
@@ -159,6 +159,21 @@ def int8(weight: Matrix) -> tuple[Parts, Matrix]:
     scale = np.abs(weight).max(1, keepdims=True) / 127
     codes = np.round(weight / scale)
     return {"weight": torch.from_numpy(codes.astype(np.int8)), "weight_scale": torch.from_numpy(scale)}, codes * scale
+
+
+E2M1 = np.array([(-1 if code & 8 else 1) * [0, 0.5, 1, 1.5, 2, 3, 4, 6][code & 7] for code in range(16)], np.float32)
+
+
+def mxfp4(weight: Matrix) -> tuple[Parts, Matrix]:
+    """weight [experts, in, out], as gpt-oss has it; parts are named behind the weight's own name."""
+    experts, width, out = weight.shape
+    apart = weight.swapaxes(1, 2).reshape(experts, out, width // 32, 32)
+    exponents = np.floor(np.log2(np.abs(apart).max(-1))) - 2
+    codes = np.abs(apart[..., None] / 2.0 ** exponents[..., None, None] - E2M1).argmin(-1)
+    numbers = (E2M1[codes] * 2.0 ** exponents[..., None]).reshape(experts, out, width).swapaxes(1, 2)
+    blocks = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    parts = {"_blocks": torch.from_numpy(blocks), "_scales": torch.from_numpy((exponents + 127).astype(np.uint8))}
+    return parts, np.ascontiguousarray(numbers.astype(np.float32))
 
 
 def compressed(stored: str, weights: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -179,6 +194,9 @@ def of_floats(strategy: str, **fields: Any) -> dict[str, Any]:
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+MXFP4 = Format({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}, mxfp4)
+"""For `is_stack` alone."""
+
 GPTQ = {"quant_method": "gptq", "damp_percent": 0.01}
 FP8 = {"quant_method": "fp8"}
 
@@ -227,6 +245,11 @@ def is_quantised(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
+def is_stack(name: str) -> bool:
+    """Of experts, as gpt-oss has them."""
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
 def quantise(plain: Path, quantised: Path, chosen: Format, wanted: Callable[[str], bool] = is_quantised) -> None:
     """Writes `quantised`, and into `plain`, from which it is made, the numbers that it stands for."""
     shutil.copytree(plain, quantised)
@@ -239,7 +262,7 @@ def quantise(plain: Path, quantised: Path, chosen: Format, wanted: Callable[[str
         module = name.removesuffix(".weight")
         if f"{module}.bias" in tensors:
             parts.pop("bias", None)
-        stored |= {f"{module}.{part}": value for part, value in parts.items()}
+        stored |= {module + part if part[0] == "_" else f"{module}.{part}": value.contiguous() for part, value in parts.items()}
         tensors[name] = torch.from_numpy(numbers)
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
     save_file(stored, quantised / "model.safetensors", metadata={"format": "pt"})

@@ -61,6 +61,8 @@ def quantised(scheme: Scheme, names: Iterable[str], stored: Callable[[str], Stor
         weight = _made(form, _Parts(module, parts, stored))
         if weight is None:
             continue
+        if leaf != "weight" and f"{module}.weight" in all_names:
+            raise CheckpointError(f"{module}.weight is there twice, by itself and in {name}: take one out, or download both again")
         found.made[f"{module}.weight"] = weight
         found.parts |= {*parts.values()} | {f"{module}.{part}" for part in ACTIVATIONS if f"{module}.{part}" in all_names}
         if form.kind in ("awq", "gptq"):
