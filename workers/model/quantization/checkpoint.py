@@ -62,7 +62,7 @@ def quantised(scheme: Scheme, names: Iterable[str], stored: Callable[[str], Stor
         if weight is None:
             continue
         if leaf != "weight" and f"{module}.weight" in all_names:
-            raise CheckpointError(f"{module}.weight is there twice, by itself and in {name}: take one out, or download both again")
+            raise CheckpointError(f"{module}.weight is there twice, by itself and in {name}: download the checkpoint again")
         found.made[f"{module}.weight"] = weight
         found.parts |= {*parts.values()} | {f"{module}.{part}" for part in ACTIVATIONS if f"{module}.{part}" in all_names}
         if form.kind in ("awq", "gptq"):
