@@ -129,7 +129,7 @@ def _choose_dtype(
     """The same on all ranks: as told, or what the weakest processor and the smallest memory of the group ask for."""
     if config.dtype != "auto":
         return torch_dtype(config.dtype)
-    with Checkpoint(config.model) as checkpoint:
+    with Checkpoint(config.model, model.scheme) as checkpoint:
         stored = checkpoint.stored()
     least = partial(_least, comm, device)
     together = replace(arithmetic, bfloat16=bool(least(arithmetic.bfloat16)), float16=bool(least(arithmetic.float16)))

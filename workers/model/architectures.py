@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
+from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
 
@@ -107,6 +108,7 @@ class ModelConfig:
     labels: int  # of a classifier; 0 without one
     dtype_name: str | None  # of the weights, one of DTYPES; None: config.json leaves it to what they are stored in
     eos_ids: tuple[int, ...]
+    scheme: Scheme | None = None  # how weights are quantised, if they are
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -206,6 +208,7 @@ def read_config(path: str | Path) -> ModelConfig:
         labels=_read_labels(fields) if head == "labels" else 0,
         dtype_name=_read_dtype(fields),
         eos_ids=read_eos_ids(fields, folder, fields.integer("vocab_size")),
+        scheme=read_scheme(fields),
     )
 
 
@@ -230,8 +233,6 @@ def _refuse_what_is_not_computed(fields: Fields) -> None:
         raise fields.error("attention to later tokens is not computed: choose a checkpoint whose attention is causal")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
-    if fields.get("quantization_config") or fields.get("compression_config"):
-        raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
 
 
 def _within_window(fields: Fields, family: Architecture, max_position: int) -> int:

@@ -256,7 +256,7 @@ def load_model(
     None: as many as the model has. score_tokens: as in `Classifier`.
     """
     shape = config.shard(comm.rank, comm.size)
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(path, config.scheme) as checkpoint:
         tables = _table_names(checkpoint, config, shape, dtype)
         positions = max_model_len or config.max_position
         decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens)

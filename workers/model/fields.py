@@ -30,6 +30,10 @@ class Fields:
         """How many fields there are."""
         return len(self._raw)
 
+    def names(self) -> list[str]:
+        """Of the fields that are not left out."""
+        return [name for name, value in self._raw.items() if value is not None]
+
     def objects(self) -> list[str]:
         """Names of the fields that hold objects themselves."""
         return [name for name, value in self._raw.items() if isinstance(value, dict)]

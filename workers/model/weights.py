@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workers.model.architectures import CheckpointError
+from workers.model.quantization.checkpoint import Weights, quantised
+from workers.model.quantization.scheme import Scheme
+from workers.model.quantization.stored import Quantised
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,12 @@ class Piece:
     start: int = 0
     dim: int = 0
 
+    def index(self) -> Any:
+        """Of the slice in the whole tensor."""
+        if self.target.shape == self.shape:
+            return ...
+        return (*(slice(None),) * self.dim, slice(self.start, self.start + self.target.shape[self.dim]))
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -80,17 +89,22 @@ class Checkpoint:
     """The tensors of a folder, by name. A context manager: closing it drops the memory maps.
 
     Reads `model.safetensors`, or where there is none the files that `model.safetensors.index.json` names, as transformers
-    does. Errors: CheckpointError for a missing or truncated file, a missing tensor, one that nothing reads, a shape that
-    config.json contradicts, or numbers of fewer than 16 bits.
+    does. Weights that config.json says are quantised have the names and shapes that plain ones would have, and are made into
+    numbers as they are read. Errors: CheckpointError for a missing or truncated file, a missing tensor, one that nothing reads,
+    a shape that config.json contradicts, or numbers of fewer than 16 bits of which it does not say how they are quantised.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, scheme: Scheme | None = None) -> None:
+        """scheme: of config.json; None: its weights are plain."""
         self._folder = Path(path)
         self._open_files: dict[str, Any] = {}
         self._compared: set[str] = set()
         found = self._find_tensors()
         self._bare = not any(name.startswith(BODY) for name in found)
         self._file_of = {self._full_name(name): file for name, file in found.items()}
+        self._quantised = Weights() if scheme is None else quantised(scheme, self._file_of, self._slice_of_file)
+        kept = [name for name in self._file_of if name not in self._quantised.parts]
+        self._names = dict.fromkeys([*kept, *self._quantised.made])
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -103,24 +117,24 @@ class Checkpoint:
         self._open_files.clear()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._names
 
     def names(self) -> list[str]:
         """Of all tensors but such as are computed from config.json."""
-        return [name for name in self._file_of if not LEFTOVERS.search(name)]
+        return [name for name in self._names if not LEFTOVERS.search(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def stored(self) -> Stored:
-        """Errors: CheckpointError if most of it is no 16-, 32- or 64-bit floats."""
+        """Of what is quantised, how many numbers it stands for. Errors: CheckpointError if most of the rest is no 16-, 32- or
+        64-bit floats."""
         sizes: dict[str, int] = {}
-        for name in self._file_of:
-            if not LEFTOVERS.search(name):
-                view = self._slice(name)
-                kind = str(view.get_dtype())
-                sizes[kind] = sizes.get(kind, 0) + math.prod(view.get_shape())
-        kind = max(sizes, key=lambda name: sizes[name], default="F32")
+        for name in self.names():
+            view = self._slice(name)
+            kind = "" if name in self._quantised.made else str(view.get_dtype())
+            sizes[kind] = sizes.get(kind, 0) + math.prod(view.get_shape())
+        kind = max(filter(None, sizes), key=lambda name: sizes[name], default="F32")
         if kind not in STORED_DTYPES:
             raise CheckpointError(f"the weights in {self._folder} are stored as {kind}: {_QUANTIZED}")
         return Stored(STORED_DTYPES[kind], sum(sizes.values()))
@@ -201,7 +215,7 @@ class Checkpoint:
 
     def _check(self, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
-            if piece.name not in self._file_of:
+            if piece.name not in self._names:
                 raise CheckpointError(
                     f"tensor {piece.name} is missing from {self._folder}: config.json promises it, "
                     f"so one of the two is from another model; download both again"
@@ -217,13 +231,14 @@ class Checkpoint:
                 raise CheckpointError(f"tensor {piece.name} in {self._folder} is stored as {stored}: {_QUANTIZED}")
 
     def _refuse_unread(self, read: set[str]) -> None:
-        unread = sorted(name for name in self._file_of if name not in read and not LEFTOVERS.search(name))
+        spare = {name for name in self._quantised.biases - read if name in self._file_of and not self._slice(name)[...].any()}
+        unread = sorted(set(self.names()) - read - spare)
         if unread:
             more = f" and {len(unread) - NAMED_LEFTOVERS} more" if len(unread) > NAMED_LEFTOVERS else ""
             raise CheckpointError(
                 f"{self._folder} has tensors that the model of config.json does not read: "
                 f"{', '.join(unread[:NAMED_LEFTOVERS])}{more}. The weights may be quantized, unmerged or another model's: "
-                f"choose the checkpoint in bfloat16, float16 or float32, merged, with its own config.json"
+                f"choose the checkpoint with its own config.json, merged, or in bfloat16, float16 or float32"
             )
 
     def _full_name(self, stored: str) -> str:
@@ -231,6 +246,12 @@ class Checkpoint:
         return BODY + stored if self._bare and BARE_BODY.match(stored) else stored
 
     def _slice(self, name: str) -> Any:
+        """Of a tensor as it is asked for."""
+        made = self._quantised.made.get(name)
+        return self._slice_of_file(name) if made is None else made
+
+    def _slice_of_file(self, name: str) -> Any:
+        """Of a tensor as it is stored."""
         file = self._file_of[name]
         stored = name.removeprefix(BODY) if self._bare else name
         try:
@@ -243,12 +264,14 @@ class Checkpoint:
     def _fill(self, piece: Piece) -> None:
         if not piece.target.numel():
             return
-        view = self._slice(piece.name)
-        if piece.target.shape == piece.shape:
-            piece.target.copy_(view[...])
-            return
-        stop = piece.start + piece.target.shape[piece.dim]
-        piece.target.copy_(view[(*(slice(None),) * piece.dim, slice(piece.start, stop))])
+        view, index = self._slice(piece.name), piece.index()
+        if isinstance(view, Quantised):
+            view.copy_to(piece.target, index)
+        else:
+            piece.target.copy_(view[index])
 
 
-_QUANTIZED = "quantized weights are not supported; choose the checkpoint in bfloat16, float16 or float32"
+_QUANTIZED = (
+    "config.json does not say how such weights are quantized; choose the checkpoint with its own config.json, or in bfloat16, "
+    "float16 or float32"
+)

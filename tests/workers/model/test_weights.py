@@ -111,8 +111,8 @@ def test_malformed_config(tmp_path: Path, text: str, match: str) -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"head_dim": 15}, "head_dim=15 is odd"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights are not supported"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "quantized weights are not supported"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config.quant_method='hqq' is not supported"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compression_config.format=None is not supported"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling 'linear' has no factor"),
         ({"rope_parameters": 5}, "rope_parameters must be an object"),
@@ -328,7 +328,7 @@ def test_stored_types_that_are_no_numbers_by_themselves(folder: Path, dtype: tor
     """FP8 without a word in config.json, as some exporters write it: its scales are elsewhere, or left out."""
     name = "model.layers.1.mlp.up_proj.weight"
     edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
-    with pytest.raises(CheckpointError, match=f"tensor {name} in .* is stored as .*: quantized weights are not supported"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} in .* is stored as .*: config.json does not say how"):
         Ranks(folder)
 
 

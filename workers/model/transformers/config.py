@@ -14,6 +14,7 @@ from transformers.utils import is_torch_available
 
 from workers.model.architectures import ARCHITECTURES, DTYPES, RankShape, read_eos_ids, torch_dtype
 from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.quantization.scheme import Scheme, read_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ class TransformersConfig:
     eos_ids: tuple[int, ...]
     part_of: str | None
     """The model type of the whole checkpoint, where this is its text part alone."""
+    scheme: Scheme | None = None
+    """How weights are quantised, if they are."""
     surveys: "dict[int, Survey]" = field(default_factory=dict, compare=False, repr=False)
     """By tensor parallel size, once asked for."""
 
@@ -134,6 +137,7 @@ def read_transformers(folder: Path) -> TransformersConfig:
         dtype_name=dtype,
         eos_ids=_eos_ids(fields, text, folder, vocab_size),
         part_of=None if text.model_type == fields.get("model_type") else str(fields.get("model_type")),
+        scheme=read_scheme(fields) or read_scheme(fields.nested("text_config")),
     )
 
 
@@ -158,8 +162,6 @@ def _text_config(fields: Fields, folder: Path) -> Any:
     others = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if others:
         raise fields.error(f"{text.model_type} has layers of {', '.join(others)}, which are no attention: {WORKS}")
-    if getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None):
-        raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
     return text
 
 

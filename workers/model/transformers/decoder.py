@@ -118,7 +118,7 @@ def load_transformers(
             logger.warning("%s: %s", config.architecture, remark)
     model = build(config.text)
     found = shares(model, comm.size)
-    with Checkpoint(path) as checkpoint:
+    with Checkpoint(path, config.scheme) as checkpoint:
         load(model, found, checkpoint, comm, dtype, device, progress)
     hold_still(model, positions)
     share_out(model, found, comm)
