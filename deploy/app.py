@@ -97,7 +97,7 @@ class ServeAdministration:
         with _invalid("checkpoint"):
             await asyncio.to_thread(
                 read_model_limits, Path(checkpoint), config.max_model_len, config.tensor_parallel_size,
-                config.model_implementation,
+                config.model_implementation, config.enable_expert_parallel,
             )  # fmt: skip
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())

@@ -84,8 +84,9 @@ class LLM:
         bound_openmp_spin()
         checkpoint = Path(config.model)
         limits = read_model_limits(
-            checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation
-        )
+            checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation,
+            config.enable_expert_parallel,
+        )  # fmt: skip
         tokenizer = Tokenizer.load(checkpoint)
         limits = limits.ending_as(tokenizer)
         self.config = config

@@ -39,6 +39,9 @@ class GroupsConfig:
     tensor_parallel_size: int = option(
         1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.", at_least(1)
     )
+    enable_expert_parallel: bool = option(
+        False, "Share out whole experts of a mixture among a group's ranks; off: each rank has a part of every expert."
+    )
     groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.", at_least(1))
     max_groups: int | None = option(None, "Groups at most; load adds them, idleness removes them.", shown="as many as groups")
     pooling: str = option(

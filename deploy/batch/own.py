@@ -92,6 +92,7 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
     return await asyncio.to_thread(
         ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size,
         config.serve.chat_template, engine.pooling, engine.score_tokens, engine.model_implementation,
+        engine.enable_expert_parallel,
     )
 
 

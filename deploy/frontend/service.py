@@ -99,10 +99,13 @@ class ServedModel:
         pooling: str = "auto",
         score_tokens: str | None = None,
         model_implementation: str = "auto",
+        enable_expert_parallel: bool = False,
     ) -> "ServedModel":
-        """chat_template: a file. pooling, score_tokens, model_implementation: as the engine's settings. Errors: ValueError,
-        OSError."""
-        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size, model_implementation)
+        """chat_template: a file. pooling, score_tokens, model_implementation, enable_expert_parallel: as the engine's settings.
+        Errors: ValueError, OSError."""
+        limits = read_model_limits(
+            checkpoint, max_model_len, tensor_parallel_size, model_implementation, enable_expert_parallel
+        )
         created = int((checkpoint / "config.json").stat().st_mtime)
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
         uses = read_model_uses(checkpoint, pooling, score_tokens, model_implementation)
@@ -114,7 +117,7 @@ class ServedModel:
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
             name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template, engine.pooling,
-            engine.score_tokens, engine.model_implementation,
+            engine.score_tokens, engine.model_implementation, engine.enable_expert_parallel,
         )  # fmt: skip
 
 

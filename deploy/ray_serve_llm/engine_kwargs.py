@@ -20,7 +20,7 @@ FOLDER = "model_source names a folder, and everything is read from there: leave 
 CONFIG_JSON = "write it into the checkpoint's config.json"
 TEXT = "prompts are text: leave it out"
 LORA = "adapters are not served: merge it into the weights, and serve that checkpoint"
-EXPERTS = "experts are sharded like all other weights, by tensor_parallel_size: leave it out"
+EXPERTS = "experts stay on the ranks on which they were read, and nothing is sent to them but sums: leave it out"
 GRAPHS = "the graphs that are needed are captured; enforce_eager: true captures none"
 NOT_HERE = "Manta has nothing of the kind: leave it out"
 
@@ -165,7 +165,7 @@ MISSING: dict[str, Reading] = {
     "worker_extension_cls": refused("ranks are Manta's own: leave it out"),
     **dict.fromkeys(("revision", "code_revision", "tokenizer_revision", "hf_config_path"), refused(FOLDER)),
     **dict.fromkeys(("hf_overrides", "rope_scaling", "rope_theta"), off(CONFIG_JSON)),
-    **dict.fromkeys(("enable_expert_parallel", "enable_eplb", "eplb_config", "all2all_backend"), off(EXPERTS)),
+    **dict.fromkeys(("enable_eplb", "eplb_config", "all2all_backend"), off(EXPERTS)),
     **dict.fromkeys(
         (
             "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "lora_extra_vocab_size", "lora_modules",

@@ -240,12 +240,16 @@ def read_model_uses(
 
 
 def read_model_limits(
-    checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1, model_implementation: str = "auto"
+    checkpoint: Path,
+    max_model_len: int | None,
+    tensor_parallel_size: int = 1,
+    model_implementation: str = "auto",
+    enable_expert_parallel: bool = False,
 ) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
     from cluster.resolve import model_length  # brings torch
     from workers.model.reading import read_model
 
-    model = read_model(checkpoint, model_implementation)
+    model = read_model(checkpoint, model_implementation, enable_expert_parallel)
     model.require(tensor_parallel_size)
     return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)

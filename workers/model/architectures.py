@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
 from workers.model.quantization.scheme import Scheme, read_scheme
+from workers.model.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, MixtureFamily, MixtureShape, read_mixture
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
 
@@ -27,11 +28,13 @@ class Architecture:
     """How one family departs from the common decoder. None means: as config.json's own field says."""
 
     attention_bias: bool | None = False  # on q, k and v
+    qkv_bias: bool = False  # where there is one, `qkv_bias` may say that there is none
     o_bias: bool | None = False
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    sliding: str = ""  # which rule says whether the sliding window is in use: "", "always" or "flag"
+    sliding: str = ""  # which rule says whether the sliding window is in use: "", "always", "flag" or "switch"
     head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
+    mixture: MixtureFamily | None = None  # what stands in the place of MLPs
 
 
 FAMILIES = {
@@ -39,6 +42,9 @@ FAMILIES = {
     "Mistral": Architecture(sliding="always"),
     "Qwen2": Architecture(attention_bias=True, sliding="flag"),
     "Qwen3": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
+    "Mixtral": Architecture(sliding="always", mixture=MIXTRAL),
+    "Qwen2Moe": Architecture(attention_bias=True, qkv_bias=True, sliding="switch", mixture=QWEN2_MOE),
+    "Qwen3Moe": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="switch", mixture=QWEN3_MOE),
 }
 
 Head = Literal["vocabulary", "none", "labels"]
@@ -82,6 +88,7 @@ class RankShape:
     vocab: int  # rows of the embedding and columns of the logits, padding included
     vocab_start: int
     vocab_real: int  # how many of `vocab` are tokens; the rest is padding at the end
+    mixture: MixtureShape | None = None  # of layers with experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,7 @@ class ModelConfig:
     dtype_name: str | None  # of the weights, one of DTYPES; None: config.json leaves it to what they are stored in
     eos_ids: tuple[int, ...]
     scheme: Scheme | None = None  # how weights are quantised, if they are
+    mixture: MixtureConfig | None = None
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -132,11 +140,8 @@ class ModelConfig:
                 f"tensor parallel size {size} neither divides the model's {self.kv_heads} KV heads nor is a multiple "
                 f"of them: choose one of {self.parallel_sizes()}"
             )
-        if self.intermediate % size:
-            raise CheckpointError(
-                f"tensor parallel size {size} does not divide the intermediate size {self.intermediate}: "
-                f"choose one of {self.parallel_sizes()}"
-            )
+        if (refusal := self._mlp_refusal(size)) is not None:
+            raise CheckpointError(f"tensor parallel size {size} {refusal}: choose one of {self.parallel_sizes()}")
         vocab = -(-self.vocab_size // size)
         return RankShape(
             rank=rank,
@@ -152,14 +157,22 @@ class ModelConfig:
             vocab=vocab,
             vocab_start=rank * vocab,
             vocab_real=max(0, min(vocab, self.vocab_size - rank * vocab)),
+            mixture=self.mixture.shard(rank, size) if self.mixture is not None else None,
         )
+
+    def _mlp_refusal(self, size: int) -> str | None:
+        """Why that many ranks cannot share the MLPs, or the experts in their place."""
+        mixture = self.mixture
+        if (mixture is None or not all(mixture.sparse)) and self.intermediate % size:
+            return f"does not divide the intermediate size {self.intermediate}"
+        return mixture.refusal(size) if mixture is not None else None
 
     def parallel_sizes(self) -> list[int]:
         """Every tensor parallel size that `shard` accepts."""
         return [
             size
             for size in _divisors(self.heads)
-            if not (self.kv_heads % size and size % self.kv_heads) and not self.intermediate % size
+            if not (self.kv_heads % size and size % self.kv_heads) and self._mlp_refusal(size) is None
         ]
 
 
@@ -187,10 +200,11 @@ def read_config(path: str | Path) -> ModelConfig:
     trained = fields.integer("max_position_embeddings")
     rope = read_rope(fields, trained)
     _refuse_what_is_not_computed(fields)
+    layers = fields.integer("num_hidden_layers")
     return ModelConfig(
         architecture=name,
         hidden=hidden,
-        layers=fields.integer("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -199,7 +213,7 @@ def read_config(path: str | Path) -> ModelConfig:
         max_position=_within_window(fields, family, rope.stretched(trained)),
         rms_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
-        attention_bias=fields.switch("attention_bias", family.attention_bias),
+        attention_bias=_attention_bias(fields, family),
         o_bias=fields.switch("attention_bias", family.o_bias),
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
         qk_norm=family.qk_norm,
@@ -209,6 +223,7 @@ def read_config(path: str | Path) -> ModelConfig:
         dtype_name=_read_dtype(fields),
         eos_ids=read_eos_ids(fields, folder, fields.integer("vocab_size")),
         scheme=read_scheme(fields),
+        mixture=read_mixture(fields, family.mixture, layers) if family.mixture is not None else None,
     )
 
 
@@ -219,6 +234,10 @@ def _architecture_name(fields: Fields) -> str:
             return str(name)
     supported = ", ".join(ARCHITECTURES)
     raise fields.error(f"architectures={names!r} is not supported: choose a checkpoint of one of {supported}")
+
+
+def _attention_bias(fields: Fields, family: Architecture) -> bool:
+    return fields.switch("attention_bias", family.attention_bias) and not (family.qkv_bias and fields.get("qkv_bias") is False)
 
 
 def _read_labels(fields: Fields) -> int:
@@ -240,9 +259,9 @@ def _within_window(fields: Fields, family: Architecture, max_position: int) -> i
     window = None
     if family.sliding == "always":
         window = fields.integer("sliding_window", 4096) if not _is_null(fields, "sliding_window") else None
-    elif family.sliding == "flag" and fields.get("use_sliding_window", False):
+    elif family.sliding in ("flag", "switch") and fields.get("use_sliding_window", False):
         kinds = fields.get("layer_types")
-        slides = fields.integer("num_hidden_layers") > int(fields.get("max_window_layers", 28))
+        slides = family.sliding == "switch" or fields.integer("num_hidden_layers") > int(fields.get("max_window_layers", 28))
         if "sliding_attention" in kinds if isinstance(kinds, list) else slides:
             window = fields.integer("sliding_window", 4096)
     if window is None or window >= max_position:

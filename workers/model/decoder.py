@@ -1,4 +1,4 @@
-"""The decoder: one class for Llama, Mistral, Qwen2 and Qwen3, of which each rank holds its shard.
+"""The decoder: one class for Llama, Mistral, Qwen2 and Qwen3, dense or with experts, of which each rank holds its shard.
 
 Imports torch, the layers, the weights, and the interfaces of attention and communicator. Knows nothing of scheduling:
 a step is a ragged batch, and only the rows of `sample_at` get logits. All collectives are inside the row-parallel
@@ -17,6 +17,7 @@ from workers.cpu.padding import padded, padded_rows
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.classifier import Classifier
+from workers.model.experts import Mixture
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
@@ -28,7 +29,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Layer:
-    """One decoder layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One decoder layer: attention and MLP (or a mixture of experts), each behind a norm and added to the residual stream."""
 
     def __init__(
         self,
@@ -49,10 +50,14 @@ class Layer:
         self.qk_norm = RMSNorm((self._qk_heads, dim), config.rms_eps, dtype, device) if config.qk_norm else None
         self.o = RowParallelLinear(hidden, o_columns, dtype, device, comm, config.o_bias)
         self.mlp_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
-        self.mlp = SwiGLU(
-            Linear(2 * shape.intermediate, hidden, dtype, device, config.mlp_bias),
-            RowParallelLinear(hidden, shape.intermediate, dtype, device, comm, config.mlp_bias),
-        )
+        self.mlp: SwiGLU | Mixture
+        if config.mixture is not None and shape.mixture is not None and config.mixture.sparse[number]:
+            self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device)
+        else:
+            self.mlp = SwiGLU(
+                Linear(2 * shape.intermediate, hidden, dtype, device, config.mlp_bias),
+                RowParallelLinear(hidden, shape.intermediate, dtype, device, comm, config.mlp_bias),
+            )
 
     def forward(
         self,
@@ -80,7 +85,10 @@ class Layer:
         else:
             attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
         hidden = hidden.add_(self.o(attended))
-        return hidden.add_(self.mlp(self.mlp_norm(hidden)))
+        normed = self.mlp_norm(hidden)
+        if isinstance(self.mlp, SwiGLU):
+            return hidden.add_(self.mlp(normed))
+        return hidden.add_(self.mlp(normed, tokens if rows is None else step.sample_at.shape[0]))
 
     def head_norms(self) -> tuple[Tensor | None, Tensor | None]:
         """The norms of each query head and of each key head, [head_dim], where the model has them."""
@@ -94,11 +102,12 @@ class Layer:
             Piece(self.input_norm.weight, f"{name}.input_layernorm.weight", (self._config.hidden,)),
             Piece(self.mlp_norm.weight, f"{name}.post_attention_layernorm.weight", (self._config.hidden,)),
         ]
-        return norms + self._attention_pieces(f"{name}.self_attn") + self._mlp_pieces(f"{name}.mlp")
+        mlp = self.mlp.pieces(name) if isinstance(self.mlp, Mixture) else self._mlp_pieces(f"{name}.mlp", self.mlp)
+        return norms + self._attention_pieces(f"{name}.self_attn") + mlp
 
     def filled(self) -> None:
-        for linear in (self.qkv, self.o, self.mlp.gate_up, self.mlp.down):
-            linear.pack()
+        for part in (self.qkv, self.o, self.mlp):
+            part.pack()
         if self.qk_norm is not None:  # read into the first query and key head; all others use the same
             weight, heads = self.qk_norm.weight, self._shape.heads
             weight[:heads] = weight[0].clone()
@@ -119,16 +128,14 @@ class Layer:
             pieces.append(Piece(self.qk_norm.weight[shape.heads], f"{name}.k_norm.weight", (dim,)))
         return pieces
 
-    def _mlp_pieces(self, name: str) -> list[Piece]:
+    def _mlp_pieces(self, name: str, mlp: SwiGLU) -> list[Piece]:
         config, shape = self._config, self._shape
         pieces = []
-        targets = _split_rows(self.mlp.gate_up, (shape.intermediate, shape.intermediate))
+        targets = _split_rows(mlp.gate_up, (shape.intermediate, shape.intermediate))
         for proj, target in zip(("gate_proj", "up_proj"), targets, strict=True):
             start, total = shape.intermediate_start, config.intermediate
             pieces += _column_pieces(f"{name}.{proj}", target, start, total, config.hidden)
-        down = _row_pieces(
-            f"{name}.down_proj", self.mlp.down, shape.intermediate_start, config.intermediate, config.mlp_bias
-        )
+        down = _row_pieces(f"{name}.down_proj", mlp.down, shape.intermediate_start, config.intermediate, config.mlp_bias)
         return pieces + down
 
 
@@ -298,7 +305,7 @@ def _column_pieces(
     return pieces
 
 
-def _row_pieces(name: str, linear: RowParallelLinear, start: int, total: int, bias: bool) -> list[Piece]:
+def _row_pieces(name: str, linear: Linear, start: int, total: int, bias: bool) -> list[Piece]:
     """bias: the checkpoint has one. A rank that does not hold it has an empty share of it."""
     assert linear.weight is not None
     pieces = [Piece(linear.weight, f"{name}.weight", (linear.out_features, total), start, dim=1)]

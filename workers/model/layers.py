@@ -44,6 +44,13 @@ class Linear:
         self._packed: Tensor | None = None
         self._apply = torch.ops.mkldnn._linear_pointwise.default if can_pack(dtype, device) else None
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> "Linear":
+        """Over a filled weight, which may be part of a larger tensor."""
+        linear = cls(0, weight.shape[1], weight.dtype, weight.device)
+        linear.weight, linear.bias, linear.out_features = weight, bias, weight.shape[0]
+        return linear
+
     def pack(self, keep_plain: bool = False) -> None:
         """Reorder the filled weight for the CPU and free the plain copy, unless someone else reads its rows."""
         if self._apply is not None and self.weight is not None:
@@ -150,9 +157,14 @@ class SwiGLU:
 
     __slots__ = ("down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: RowParallelLinear) -> None:
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        """down: of several ranks a `RowParallelLinear`, unless their partial products are added up elsewhere."""
         self.gate_up = gate_up
         self.down = down
+
+    def pack(self) -> None:
+        self.gate_up.pack()
+        self.down.pack()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]"""

@@ -1,11 +1,12 @@
 """Which of the two makers of decoders a checkpoint is for, and what is known of it before its weights are read.
 
-    native         one class for four architectures, with fused kernels (`architectures`, `decoder`, `fused`)
+    native         one class for some architectures, with fused kernels (`architectures`, `decoder`, `fused`)
     transformers   transformers' own class of the architecture, with our attention (`transformers`)
 
 Imports no torch for a native one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -19,12 +20,20 @@ if TYPE_CHECKING:
 DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
 
 
-def read_model(path: str | Path, implementation: str = "auto") -> DecoderConfig:
-    """implementation: "native", "transformers", or "auto": native where there is one. Errors: CheckpointError for what is not
-    served, by name and reason."""
+def read_model(path: str | Path, implementation: str = "auto", expert_parallel: bool = False) -> DecoderConfig:
+    """implementation: "native", "transformers", or "auto": native where there is one. expert_parallel: the ranks of a group
+    share out whole experts. Errors: CheckpointError for what is not served, by name and reason."""
     folder = Path(path)
     if implementation == "native" or (implementation == "auto" and is_native(folder)):
-        return read_config(folder)
+        config = read_config(folder)
+        if expert_parallel:
+            if config.mixture is None:
+                raise CheckpointError(f"enable_expert_parallel: {config.architecture} has no experts: leave it out")
+            return replace(config, mixture=replace(config.mixture, parallel=True))
+        return config
+    if expert_parallel:
+        raise CheckpointError(f"enable_expert_parallel: {folder} is served by transformers' class, which shares out parts of "
+                              f"experts alone: leave it out")  # fmt: skip
     from workers.model.transformers.config import read_transformers  # brings transformers and torch
 
     return read_transformers(folder)

@@ -28,6 +28,7 @@ BECOMES: list[tuple[str, Any, dict[str, Any]]] = [
     ("dtype", "float", {"dtype": "float32"}),
     ("dtype", "bfloat16", {"dtype": "bfloat16"}),
     ("enable_prefix_caching", False, {"enable_prefix_caching": False}),
+    ("enable_expert_parallel", True, {"enable_expert_parallel": True}),
     ("enforce_eager", True, {"cuda_graphs": False}),
     ("enforce_eager", False, {"cuda_graphs": True}),
     ("seed", 7, {"seed": 7}),
@@ -52,7 +53,7 @@ AS_HERE: list[tuple[str, Any]] = [
     ("max_long_partial_prefills", 1), ("distributed_executor_backend", "ray"), ("enable_chunked_prefill", True),
     ("logprobs_mode", "raw_logprobs"), ("max_logprobs", 20), ("generation_config", "vllm"), ("model_impl", "vllm"),
     ("limit_mm_per_prompt", {"image": 0}), ("response_role", "assistant"), ("enable_lora", False), ("quantization", None),
-    ("cpu_offload_gb", 0), ("hf_overrides", {}), ("enable_log_requests", False), ("enable_expert_parallel", False),
+    ("cpu_offload_gb", 0), ("hf_overrides", {}), ("enable_log_requests", False),
     ("mm_processor_kwargs", None), ("enable_sleep_mode", False), ("skip_tokenizer_init", False),
     ("override_generation_config", {}),
 ]  # fmt: skip
@@ -139,8 +140,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("structured_outputs_config", {"bakend": "x"}, r"structured_outputs_config\.bakend is unknown: did you mean 'backend'"),
     *((key, "main", "names a folder") for key in ("revision", "code_revision", "tokenizer_revision", "hf_config_path")),
     *((key, {"a": 1}, r"config\.json") for key in ("hf_overrides", "rope_scaling", "rope_theta")),
-    *((key, True, "by tensor_parallel_size") for key in ("enable_expert_parallel", "enable_eplb", "eplb_config")),
-    ("all2all_backend", "pplx", "by tensor_parallel_size"),
+    *((key, True, "on which they were read") for key in ("enable_eplb", "eplb_config")),
+    ("all2all_backend", "pplx", "on which they were read"),
     *(
         (key, 8, "merge it into the weights")
         for key in (

@@ -1,0 +1,207 @@
+"""The products of all experts with their tokens, one launch each: gate and up with SwiGLU, down with the token's weight for the
+expert; and the sum over a token's experts, in the order of their scores.
+
+A program takes a tile of pairs (`route`) and some rows of its expert's matrix, so only experts that have tokens are read. Rows of
+W are the matrix unit's first dimension and tokens its second, of which 8 are enough. No sum is made by atomics: a row's result does
+not depend on which other rows there are, nor a token's on how many. Imports torch and triton.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.experts.route import WORDS_OF_TILE, Routing
+from workers.kernels.launch import enter, interpreted
+
+SUM_BLOCK = 1024
+NEIGHBOURS = tl.constexpr(8)  # tiles whose programs of the same rows run together: what one reads of W is in the L2 cache for the next
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one product is cut: rows of W that a program takes (with SwiGLU of each half), columns that it takes at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """gpt-oss's gating, `(clamp(up) + 1) * gate * sigmoid(alpha * gate)`."""
+
+    alpha: float
+    limit: float
+
+
+def tile_size(tokens: int, per_token: int, experts: int) -> int:
+    """Pairs of a tile. No expert has more than `tokens`; where these are many, twice as many as an expert has on average, so that
+    most experts are read once."""
+    mean = tokens * per_token // experts
+    for size in (8, 16, 32, 64):
+        if tokens <= size or (size > 8 and 2 * mean <= size):
+            return size
+    return 128
+
+
+def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
+    """By shape alone; never more than 96 KiB of shared memory. Not measured on a GPU yet: `python -m benchmarks.kernels --sweep`."""
+    if dtype == torch.float32:
+        return Tiling(32, 32, 4, 2)
+    if size <= 16:
+        return Tiling(32, 128, 4, 4)
+    if size <= 64:
+        return Tiling(64, 64, 4, 4)
+    return Tiling(64 if gated else 128, 64, 8, 3)
+
+
+@triton.jit
+def _weights(base, rows, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
+    """W[rows, columns], zero beyond K."""
+    at = base + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    return tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=(columns < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr, K: tl.constexpr,
+             TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+             GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
+             PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: rows of the output."""
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    within = tl.program_id(0) % (BLOCKS * NEIGHBOURS)
+    tile = tl.program_id(0) // (BLOCKS * NEIGHBOURS) * NEIGHBOURS + within % NEIGHBOURS
+    enter(PDL)
+    if tile >= tl.load(count):
+        return
+    expert = tl.load(tiles + tile * WORDS_OF_TILE).to(tl.int64)
+    first = tl.load(tiles + tile * WORDS_OF_TILE + 1)
+    place = tl.arange(0, SIZE)
+    there = place < tl.load(tiles + tile * WORDS_OF_TILE + 2)
+    place += first
+    pair = tl.load(pairs + place, mask=there, other=0)
+    row = within // NEIGHBOURS * ROWS + tl.arange(0, ROWS)
+    safe = row if N % ROWS == 0 else tl.minimum(row, N - 1)
+    HALVES: tl.constexpr = 2 if GATED else 1
+    base = weight + expert * (HALVES * N * K)
+    one = 2 * safe if IN_TURNS else safe
+    other = one + 1 if IN_TURNS else one + N
+    source = (pair // TOP if GATED else place).to(tl.int64)
+
+    column = tl.arange(0, COLUMNS)
+    sums = tl.zeros([ROWS, SIZE], tl.float32)
+    ups = sums
+    for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+        now = start + column
+        mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
+        a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
+        sums = tl.dot(_weights(base, one, now, K, COLUMNS), a, sums, input_precision=PRECISION)
+        if GATED:
+            ups = tl.dot(_weights(base, other, now, K, COLUMNS), a, ups, input_precision=PRECISION)
+
+    total = sums
+    if BIAS:
+        total += tl.load(bias + expert * (HALVES * N) + one).to(tl.float32)[:, None]
+    if GATED:
+        up = ups
+        if BIAS:
+            up += tl.load(bias + expert * (HALVES * N) + other).to(tl.float32)[:, None]
+        if CLAMPED:
+            total = tl.minimum(total, limit)
+            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
+            total = total / (1 + tl.exp(-alpha * total)) * up
+        else:
+            total = total / (1 + tl.exp(-total)) * up
+        to = place.to(tl.int64)
+    else:
+        total *= tl.load(shares + pair, mask=there, other=0.0)[None, :]
+        to = pair.to(tl.int64)
+    mask = there[None, :] & (row < N)[:, None]
+    tl.store(out + to[None, :] * N + row[:, None], total.to(out.dtype.element_ty), mask=mask)
+
+
+def gate_up(
+    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
+    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """x [tokens, K], weight [held, 2 * N, K] contiguous, bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
+    [pairs, N] in the order of `routing.pairs`; what lies behind them is undefined. in_turns: W's rows are gate, up, gate, ..."""
+    out = torch.empty(len(routing.pairs), weight.shape[1] // 2, dtype=x.dtype, device=x.device)
+    _launch(x, weight, bias, out, routing, True, in_turns, clamp, pdl, tiling)
+    return out
+
+
+def down(
+    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | None = None
+) -> Tensor:
+    """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the token's
+    weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
+    out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)
+    _launch(x, weight, bias, out, routing, False, False, None, pdl, tiling)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
+    clamp: Clamp | None, pdl: bool, tiling: Tiling | None,
+) -> None:  # fmt: skip
+    if not len(out):
+        return
+    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
+    pdl = pdl and not interpreted()
+    n = out.shape[1]
+    tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
+    _product[(tiles * triton.cdiv(n, tiling.rows),)](
+        x, weight, weight if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
+        x.stride(0), clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=x.shape[1], TOP=routing.per_token,
+        SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns, STAGES=tiling.stages, GATED=gated, IN_TURNS=in_turns,
+        CLAMPED=clamp is not None, BIAS=bias is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", PDL=pdl,
+        num_warps=tiling.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_held"])
+def _sum(parts, chosen, gates, shared, out, first_held, shared_stride, out_stride, WIDTH: tl.constexpr, TOP: tl.constexpr,
+         HELD: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: BLOCK numbers of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    enter(PDL)
+    total = tl.zeros([BLOCK], tl.float32)
+    for number in tl.static_range(TOP):
+        pair = token * TOP + number
+        held = tl.load(chosen + pair) - first_held
+        mine = tl.where((held >= 0) & (held < HELD), WIDTH, 0)
+        total += tl.load(parts + pair * WIDTH + at, mask=at < mine, other=0.0).to(tl.float32)
+    if SHARED:
+        whole = tl.load(shared + token * shared_stride + at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(gates + token) * whole
+    if RESIDUAL:
+        total += tl.load(out + token * out_stride + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * out_stride + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def add_up(
+    parts: Tensor, routing: Routing, *, held: int, first_held: int = 0, shared: Tensor | None = None,
+    residual: Tensor | None = None, pdl: bool = False,
+) -> Tensor:  # fmt: skip
+    """parts as `down` gives them -> [tokens, width]: the sum over each token's held experts, in float32 and rounded once.
+
+    shared [tokens, width]: is added times `routing.gates`. residual [tokens, width]: the sum is added to it, in place.
+    """
+    tokens, width = len(routing.chosen), parts.shape[1]
+    out = residual if residual is not None else torch.empty(tokens, width, dtype=parts.dtype, device=parts.device)
+    if tokens:
+        pdl = pdl and not interpreted()
+        of_all = parts if shared is None else shared
+        _sum[(tokens, triton.cdiv(width, SUM_BLOCK))](
+            parts, routing.chosen, routing.weights if routing.gates is None else routing.gates, of_all, out, first_held,
+            of_all.stride(0), out.stride(0), WIDTH=width, TOP=routing.per_token, HELD=held, BLOCK=SUM_BLOCK,
+            SHARED=shared is not None, RESIDUAL=residual is not None, PDL=pdl, launch_pdl=pdl,
+        )  # fmt: skip
+    return out

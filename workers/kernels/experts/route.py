@@ -1,0 +1,161 @@
+"""Which experts each token goes through, and the tokens in the order of their experts: two launches, and no wait of the host.
+
+A *pair* is a token and one of its experts: pair = token * per_token + place among the token's experts, the best first. Pairs are
+sorted by expert, and cut into *tiles* of one expert each, which are what the products' programs take. How many tiles there are the
+device alone knows: grids are made for as many as there might be. Among equal scores the first expert is chosen.
+
+Imports torch and triton.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.launch import enter, interpreted, warps_for
+
+WORDS_OF_TILE = tl.constexpr(3)
+LEAST_PAIRS, MOST_PAIRS = 128, 4096  # that a program which sorts looks at, at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Of one layer's step, on the device. chosen [tokens, per_token] int32: experts, -1 for a token that is padding. weights: of
+    the same shape, float32. gates [tokens] float32: of the shared expert; None without one. pairs [tokens * per_token] int32:
+    sorted by expert, those of this rank's experts alone, of which each begins at `tiles`' word. tiles [most, 3] int32: expert
+    among those held, its first place in `pairs`, how many. count [1] int32: tiles that there are. size: pairs of a tile at most.
+    """
+
+    chosen: Tensor
+    weights: Tensor
+    gates: Tensor | None
+    pairs: Tensor
+    tiles: Tensor
+    count: Tensor
+    size: int
+
+    @property
+    def per_token(self) -> int:
+        return self.chosen.shape[1]
+
+
+@triton.jit
+def _choose(scores, live, chosen, weights, gates, count, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+            TOP: tl.constexpr, PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr,
+            SHARED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program is one token."""
+    token = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    place = tl.arange(0, PLACES)
+    enter(PDL)
+    if token == 0:
+        tl.store(count, 0)
+    row = scores + token.to(tl.int64) * scores_stride
+    score = tl.load(row + at, mask=at < EXPERTS, other=float("-inf"))
+    bits = score.to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # as integers as the numbers are
+    left = tl.where(at < EXPERTS, (order << 32) + (BLOCK - 1 - at), -(1 << 63))
+    best = tl.full([PLACES], float("-inf"), tl.float32)
+    expert = tl.zeros([PLACES], tl.int32)
+    for number in tl.static_range(TOP):
+        largest = tl.max(left, 0)
+        found = BLOCK - 1 - (largest & 0xFFFFFFFF).to(tl.int32)
+        best = tl.where(place == number, tl.sum(tl.where(at == found, score, 0.0), 0), best)
+        expert = tl.where(place == number, found, expert)
+        left = tl.where(at == found, -(1 << 63), left)
+    top = tl.max(best, 0)
+    share = tl.where(place < TOP, tl.exp(best - top), 0.0)
+    if OF_ALL:
+        share /= tl.sum(tl.exp(score - top), 0)
+        if NORMALIZED:
+            share /= tl.sum(share, 0)
+    else:
+        share /= tl.sum(share, 0)
+    if LIVE:
+        expert = tl.where(tl.load(live + token) != 0, expert, -1)
+    to = token.to(tl.int64) * TOP + place
+    tl.store(chosen + to, expert, mask=place < TOP)
+    tl.store(weights + to, share, mask=place < TOP)
+    if SHARED:
+        gate = tl.load(row + EXPERTS)
+        tl.store(gates + token, 1 / (1 + tl.exp(-gate)))
+
+
+@triton.jit(do_not_specialize=["total", "first_held"])
+def _sort(chosen, pairs, tiles, count, load, total, first_held, HELD: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """One program is one expert of the model. Tiles lie in whatever order experts come in, which no result depends on."""
+    expert = tl.program_id(0)
+    enter(PDL)
+    before, mine = 0, 0
+    for start in range(0, total, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        whose = tl.load(chosen + at, mask=at < total, other=-1)
+        before += tl.sum(((whose >= first_held) & (whose < expert)).to(tl.int32), 0)
+        mine += tl.sum((whose == expert).to(tl.int32), 0)
+    tl.store(load + expert, tl.load(load + expert) + mine)
+    held = expert - first_held
+    if (mine > 0) & (held >= 0) & (held < HELD):
+        tile = tiles + tl.atomic_add(count, tl.cdiv(mine, SIZE), sem="relaxed") * WORDS_OF_TILE
+        for done in range(0, mine, SIZE):
+            tl.store(tile, held)
+            tl.store(tile + 1, before + done)
+            tl.store(tile + 2, tl.minimum(mine - done, SIZE))
+            tile += WORDS_OF_TILE
+        for start in range(0, total, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            hit = (tl.load(chosen + at, mask=at < total, other=-1) == expert).to(tl.int32)
+            tl.store(pairs + before + tl.cumsum(hit, 0) - 1, at, mask=hit != 0)
+            before += tl.sum(hit, 0)
+
+
+def most_tiles(pairs: int, experts: int, size: int) -> int:
+    """Tiles that so many pairs may make at most: each expert that has any leaves one partly filled."""
+    return min(pairs, (pairs + min(pairs, experts) * (size - 1)) // size)
+
+
+def route(
+    scores: Tensor,
+    load: Tensor,
+    *,
+    per_token: int,
+    of_all: bool,
+    normalized: bool,
+    held: int,
+    first_held: int = 0,
+    size: int,
+    live: Tensor | None = None,
+    pdl: bool = False,
+) -> Routing:
+    """scores [tokens, experts] float32, or a column more: the shared expert's, through a sigmoid.
+
+    load [experts] int64: gets each expert's tokens added. of_all: the softmax is over all experts, before the best are chosen, and
+    `normalized` makes what is left of it add up to one; else it is over the chosen. held, first_held: experts of this rank. live
+    [tokens] bool: those that are no padding; None: all.
+    """
+    tokens, experts, device = scores.shape[0], len(load), scores.device
+    total = tokens * per_token
+    most = most_tiles(total, held, size)
+    chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=device)
+    weights = torch.empty(tokens, per_token, dtype=torch.float32, device=device)
+    gates = torch.empty(tokens, dtype=torch.float32, device=device) if scores.shape[1] > experts else None
+    pairs = torch.empty(total, dtype=torch.int32, device=device)
+    tiles = torch.empty(most, WORDS_OF_TILE.value, dtype=torch.int32, device=device)
+    count = torch.empty(1, dtype=torch.int32, device=device)
+    if tokens:
+        pdl = pdl and not interpreted()
+        block = triton.next_power_of_2(experts)
+        _choose[(tokens,)](
+            scores, scores if live is None else live, chosen, weights, weights if gates is None else gates, count,
+            scores.stride(0), EXPERTS=experts, BLOCK=block, TOP=per_token, PLACES=triton.next_power_of_2(per_token),
+            OF_ALL=of_all, NORMALIZED=normalized, LIVE=live is not None, SHARED=gates is not None, PDL=pdl,
+            num_warps=warps_for(block), launch_pdl=pdl,
+        )  # fmt: skip
+        at_once = LEAST_PAIRS if total <= LEAST_PAIRS else min(MOST_PAIRS, 1024 if total <= 1024 else MOST_PAIRS)
+        _sort[(experts,)](
+            chosen, pairs, tiles, count, load, total, first_held, HELD=held, SIZE=size, BLOCK=at_once, PDL=pdl,
+            num_warps=warps_for(at_once), launch_pdl=pdl,
+        )  # fmt: skip
+    return Routing(chosen, weights, gates, pairs, tiles, count, size)
