@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.decode import DecodeAttention
+from workers.kernels.attention.decode_config import DecodeConfig
 from workers.kernels.attention.prefixes import SharedPrefixes
 
 LAYERS = 8

@@ -15,7 +15,8 @@ from workers.attention.base import Chunks
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.attention.chunks import ChunkAttention
-from workers.kernels.attention.decode import FEW_ROWS, SOME_ROWS, DecodeAttention
+from workers.kernels.attention.decode import DecodeAttention
+from workers.kernels.attention.decode_config import FEW_ROWS, SOME_ROWS
 from workers.kernels.attention.prefixes import SharedPrefixes
 from workers.kernels.turn import HeadTurn
 

@@ -1,12 +1,13 @@
 """Causal attention of prefill chunks over blocks: all chunks of a step, however long, in one launch a layer.
 
 FlashAttention's tiles: so many query rows (tokens x the query heads that share a KV head) against spans of keys, of which
-only those at the diagonal and at the end carry masks. The device makes the table of tiles itself; the launch geometry
-depends on the counts of tokens and sequences alone.
+only those at the diagonal, at the end and at the edge of a window carry masks; those before it are not read. The device makes
+the table of tiles itself; the launch geometry depends on the counts of tokens and sequences alone.
 
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.kernels.attention.spans import LOG2_E, span_blocks, span_kv
+from workers.kernels.attention.form import Form, plain_forms
+from workers.kernels.attention.spans import LOG2_E, capped, first_peak, fitting_keys, lowest_seen, span_blocks, span_kv
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan
@@ -36,7 +38,8 @@ def choose_config(pool: KVPool) -> ChunkConfig:
     """The best known for the pool's shape and dtype."""
     if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
-    return ChunkConfig()
+    keys, wide = fitting_keys(ChunkConfig().keys, pool.layout.head_dim), pool.layout.head_dim > 128
+    return ChunkConfig(rows=64 if pool.layout.head_dim <= 256 else 32, keys=keys, warps=8 if wide else 4)
 
 
 @triton.jit(do_not_specialize=["seqs"])
@@ -71,11 +74,19 @@ def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.con
 
 
 @triton.jit
-def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One span into the online softmax, in base 2. seen: keys that each row sees."""
+def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
+    """One span into the online softmax, in base 2. lowest, seen: each row sees the keys from the one up to the other; lowest is
+    None where rows see all that came before."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP > 0:
+        scores = capped(scores * scale, SOFTCAP)
+        scale = 1.0
     if MASKED:
-        scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
+        within = position[None, :] < seen[:, None]
+        if lowest is not None:
+            within = within & (position[None, :] >= lowest[:, None])
+        scores = tl.where(within, scores, float("-inf"))
     peak = tl.maximum(top, tl.max(scores, 1) * scale)
     p = tl.exp2(scores * scale - peak[:, None])
     factor = tl.exp2(top - peak)
@@ -85,10 +96,10 @@ def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr,
-            ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, query_stride, table_stride, out_stride,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+            SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: one tile of query rows x one KV head."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
     head = tl.program_id(0) % KV_HEADS
@@ -111,38 +122,55 @@ def _attend(query, pool, tables, tiles, contexts, out, layer, scale, query_strid
     q = tl.load(query + (index + token).to(tl.int64)[:, None] * query_stride + columns[:, None] + dims[None, :],
                 mask=real, other=0.0)  # fmt: skip
     seen = before + first + token + 1
-    top = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
+    top, weight = first_peak(sinks, head * GROUP + rows % GROUP, rows < TOKENS * GROUP)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     table = tables + seq.to(tl.int64) * table_stride
     base = layer * (2 * KV_BLOCK)
-    full = (before + first + 1) // KEYS  # spans that every row sees wholly
+    full = (before + first + 1) // KEYS  # spans that every row sees wholly, but for what lies before its window
     spans = tl.cdiv(before + first + last, KEYS)
+    begin, lowest, least = 0, None, None
     # a span's block is read one span ahead, as in a decode
-    block = span_blocks(table, 0, context, KV_BLOCK, KEYS)
-    for span in tl.range(0, full, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
-        block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
-        top, weight, acc = _fold(q, k, v, seen, seen, top, weight, acc, scale, False, PRECISION)
+    if WINDOW > 0 or CHUNK > 0:
+        lowest = lowest_seen(before + first + token, WINDOW, CHUNK)
+        least = lowest_seen(before + first, WINDOW, CHUNK)  # of the tile
+        edge = tl.minimum(tl.cdiv(lowest_seen(before + first + last - 1, WINDOW, CHUNK), KEYS), full)
+        block = span_blocks(table, least // KEYS, least, context, KV_BLOCK, KEYS)
+        for span in tl.range(least // KEYS, edge, num_stages=1):
+            k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS,
+                           True)  # fmt: skip
+            block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
+            position = span * KEYS + tl.arange(0, KEYS)
+            top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
+        begin = edge
+    else:
+        block = span_blocks(table, 0, None, context, KV_BLOCK, KEYS)
+    for span in tl.range(begin, full, num_stages=STAGES):
+        k, v = span_kv(pool, block, span, base, head, None, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
+        block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
+        top, weight, acc = _fold(q, k, v, None, seen, seen, top, weight, acc, scale, False, SOFTCAP, PRECISION)
     for span in tl.range(full, spans, num_stages=1):
-        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
-        block = span_blocks(table, tl.minimum(span + 1, spans - 1), context, KV_BLOCK, KEYS)
+        k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
+        block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         position = span * KEYS + tl.arange(0, KEYS)
-        top, weight, acc = _fold(q, k, v, seen, position, top, weight, acc, scale, True, PRECISION)
+        top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
     acc = acc / weight[:, None]
     tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
              acc.to(out.dtype.element_ty), mask=real)  # fmt: skip
 
 
 class ChunkAttention:
-    """Causal attention of chunks over one rank's pool. heads: query heads of this rank.
+    """Causal attention of chunks over one rank's pool. heads: query heads of this rank. forms: of each layer, None: plain.
 
-    Safety: block_tables name blocks of the pool for each sequence's context, whose keys and values stand there already.
+    Safety: block_tables name blocks of the pool for what is seen of each sequence's context, whose keys and values stand there
+    already.
     """
 
-    def __init__(self, pool: KVPool, heads: int, config: ChunkConfig | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None
+    ) -> None:
         layout = pool.layout
         self._pool = pool
+        self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
         self.config = config = config or choose_config(pool)
@@ -164,13 +192,19 @@ class ChunkAttention:
         )  # fmt: skip
         return table[:tiles]
 
-    def run(self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor) -> None:
-        """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same."""
-        layout, config = self._pool.layout, self.config
+    def run(
+        self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same; sinks:
+        [heads], where the layer's form has them."""
+        layout, config, form = self._pool.layout, self.config, self._forms[layer]
+        assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
         _attend[(len(tiles) * layout.kv_heads,)](
-            query, self._pool.data, block_tables, tiles, context_lens, out, layer,
-            layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0),
-            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, KV_BLOCK=layout.block_size,
+            query, self._pool.data, block_tables, tiles, context_lens, sinks, out, layer, form.scale * LOG2_E,
+            query.stride(0), block_tables.stride(0), out.stride(0),
+            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, WINDOW=form.reach.window,
+            CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip

@@ -9,6 +9,7 @@ batch alone, the work on contexts and shared prefixes alone; the width of the bl
 Imports torch, triton and the pool. Runs on CUDA, or on a CPU under Triton's interpreter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,50 +19,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kvcache.pool import KVPool
+from workers.kernels.attention.decode_config import DecodeConfig, choose_config
+from workers.kernels.attention.form import Form, Reach, plain_forms
 from workers.kernels.attention.merge import merge, merge_members, merged
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
-from workers.kernels.attention.spans import LOG2_E, fold, span_blocks, span_kv
+from workers.kernels.attention.spans import LOG2_E, first_peak, fold, lowest_seen, span_blocks, span_kv
 from workers.kernels.rope import turned_heads
 from workers.kernels.turn import HeadTurn
 
 MERGED_NUMBERS = 8192  # of partial results that the merge holds at once
 INTERPRETED_PROCESSORS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How a decode is cut and computed; no field changes what is computed beyond rounding."""
-
-    keys: int = 64  # of a span
-    stages: int = 3  # spans in flight
-    warps: int = 4
-    shares: int = 1  # pieces wanted for each multiprocessor
-    least: int = 4  # spans of a piece, at least
-    tile: int = 16  # query rows of a program, at least: heads of a KV head, times rows that share a prefix
-    atomic: bool = True  # a row's last piece merges; else a kernel of its own does
-    dependent: bool = False  # programmatic dependent launch: the grid may start before its predecessor's end
-
-
-FEW_ROWS = 8
-"""Decodes that leave most of the device idle unless their keys are cut finely, and whose launches are what they cost."""
-SOME_ROWS = 64
-"""Decodes too few for many programs on each multiprocessor: more of each one's spans are in flight instead."""
-
-
-def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
-    """The best known for the pool's dtype and a batch of so many rows.
-
-    Few: in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have it;
-    batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
-    some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
-    """
-    if pool.dtype == torch.float32:
-        return DecodeConfig(keys=32, stages=2, warps=8)  # a dot in full precision takes its operands into registers
-    hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
-    if rows <= FEW_ROWS and hopper:
-        return DecodeConfig(stages=4, least=2, atomic=False, dependent=True)
-    return DecodeConfig(stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig()
 
 
 @triton.jit
@@ -81,9 +49,9 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, out, partial,
-            lse, counters, layer, scale, eps, query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr,
-            GROUP: tl.constexpr, DIM: tl.constexpr,
+def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, sinks, out,
+            partial, lse, counters, layer, scale, eps, query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr,
+            GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
             KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
             KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
             ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -135,16 +103,21 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
             _own_kv(query + row.to(tl.int64) * query_stride, k_weight, turns, pool, table, base, head, context, dims, eps,
                     KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
             tl.debug_barrier()  # what some threads have written others read
-    top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a span without a written key weighs nothing
-    weight = tl.zeros([ROWS], tl.float32)
+    top, weight = first_peak(None, lane, rows < count * GROUP)
+    if sinks is not None:  # noqa: SIM102 (known to the compiler, the other to the program)
+        if pieces == 1:  # else the merge begins with them
+            top, weight = first_peak(sinks, head * GROUP + lane, rows < count * GROUP)
+    lowest = None
+    if WINDOW > 0 or CHUNK > 0:
+        lowest = lowest_seen(context - 1, WINDOW, CHUNK)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
-    block = span_blocks(table, low, context, KV_BLOCK, KEYS)
+    block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
     for span in tl.range(low, high, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
-                       True)  # fmt: skip
-        block = span_blocks(table, tl.minimum(span + 1, high - 1), context, KV_BLOCK, KEYS)
-        top, weight, acc = fold(q, k, v, span, context, top, weight, acc, scale, PRECISION)
+        k, v = span_kv(pool, block, span, base, head, lowest, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK,
+                       KEYS, True)  # fmt: skip
+        block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
+        top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
 
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
@@ -157,31 +130,45 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
         if ATOMIC:
             tl.debug_barrier()  # every thread's stores come before the count
             if count > 1:
-                merge_members(members + first, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
-                               KV_HEADS, GROUP, DIM, ROWS, BLOCK_DIM)  # fmt: skip
+                merge_members(members + first, count, partial, lse, sinks, row_pieces, row_entries, counters, head, out,
+                               out_stride, KV_HEADS, GROUP, DIM, ROWS, BLOCK_DIM)  # fmt: skip
             elif tl.atomic_add(counters + row * KV_HEADS + head, 1, sem="acq_rel") == pieces - 1:
                 tl.store(counters + row * KV_HEADS + head, 0)
-                result = merged(partial, lse, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM, MERGE_PIECES)
+                result = merged(partial, lse, sinks, head, entry - piece, pieces, 0, GROUP, MERGE_ROWS, DIM, BLOCK_DIM,
+                                MERGE_PIECES)  # fmt: skip
                 heads = tl.arange(0, MERGE_ROWS)
                 whole = out + row.to(tl.int64) * out_stride + head * (GROUP * DIM)
                 tl.store(whole + heads[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty),
                          mask=(heads < GROUP)[:, None] & (dims < DIM)[None, :])  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A step's work for the layers of one reach. items: [programs, FIELDS]; pieces, entries: [max_batch] of each row."""
+
+    items: Tensor
+    pieces: Tensor
+    entries: Tensor
+
+
 class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
-    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs.
-    Safety: block_tables name blocks of the pool for each row's context, and one block even where the context is 0 (whose
-    output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
+    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of each
+    layer, None: plain. Layers of one reach are planned together, and rows share prefixes in those that see all.
+    Safety: block_tables name blocks of the pool for what each row sees of its context, and one block even where the context is
+    0 (whose output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
     """
 
-    def __init__(self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None, forms: Sequence[Form] | None = None
+    ) -> None:
         layout = pool.layout
         if pool.dtype == torch.float64:
             raise ValueError("Triton's kernels serve bfloat16, float16 and float32, not float64; choose one of them")
         self._pool = pool
+        self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._heads = heads
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
@@ -204,13 +191,15 @@ class DecodeAttention:
             entries += max_batch * kv_heads + self.prefixes.rows * (self._shares + self.prefixes.sets(max_batch) * kv_heads)
         self._partial = torch.empty(entries * self._group, self._pool.layout.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(entries * self._group, dtype=torch.float32, device=device)
-        self._items = torch.zeros((self._programs(max_batch), FIELDS), dtype=torch.int32, device=device)
         self._counters = torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device)
-        self._rows = torch.zeros((2, max_batch), dtype=torch.int32, device=device)
         nothing = torch.zeros(max(max_batch, SET_FIELDS * self.prefixes.sets(max_batch)), dtype=torch.int32, device=device)
         self._alone = SharedPrefixes(nothing, nothing, nothing)
         self._planned = self._alone
         self._contexts = nothing
+        self._cuts: dict[Reach, Cut] = {}
+        for reach in {form.reach for form in self._forms}:
+            items = torch.zeros((self._programs(max_batch), FIELDS), dtype=torch.int32, device=device)
+            self._cuts[reach] = Cut(items, *torch.zeros((2, max_batch), dtype=torch.int32, device=device))
 
     def reserve(self, max_batch: int) -> None:
         """Make the buffers that grow with the batch. Outside of graphs; those captured before go on with the old buffers."""
@@ -218,7 +207,8 @@ class DecodeAttention:
         self._make_rows(max_batch)
 
     def _buffers(self) -> list[Tensor]:
-        return [self._partial, self._lse, self._items, self._counters, self._rows, self._alone.tokens]
+        cuts = [tensor for cut in self._cuts.values() for tensor in (cut.items, cut.pieces, cut.entries)]
+        return [self._partial, self._lse, self._counters, self._alone.tokens, *cuts]
 
     @property
     def memory_bytes(self) -> int:
@@ -228,38 +218,51 @@ class DecodeAttention:
         return self._shares + (batch + self.prefixes.sets(batch)) * self._pool.layout.kv_heads
 
     def plan(self, context_lens: Tensor, batch: int, shared: SharedPrefixes | None = None) -> None:
-        """Cut the step's work, once for all its layers. context_lens: [>= batch] int32, on the pool's device.
+        """Cut the step's work, once for all its layers of one reach. context_lens: [>= batch] int32, on the pool's device.
 
         Raises ValueError for a batch larger than the buffers.
         """
         if batch > self.max_batch:
             raise ValueError(f"{batch} decodes do not fit the buffers made for {self.max_batch}: reserve {batch} first")
-        self._planned = shared = shared or self._alone
+        self._planned = shared or self._alone
         self._contexts = context_lens
         units = batch + self.prefixes.sets(batch)
-        plan[(triton.cdiv(units, PLANNED_UNITS),)](
-            context_lens, shared.tokens, shared.sets, self._items, self._rows[0], self._rows[1], batch, units, self._shares,
-            self._programs(batch), KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
-            UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
-        )  # fmt: skip
+        for reach, cut in self._cuts.items():
+            common = self._shared(reach)
+            plan[(triton.cdiv(units, PLANNED_UNITS),)](
+                context_lens, common.tokens, common.sets, cut.items, cut.pieces, cut.entries, batch, units, self._shares,
+                self._programs(batch), KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
+                WINDOW=reach.window, CHUNK=reach.chunk, UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
+            )  # fmt: skip
 
-    def run(self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor, turn: HeadTurn | None = None) -> None:
+    def _shared(self, reach: Reach) -> SharedPrefixes:
+        """A row that sees a part has little in common with others, or nothing."""
+        return self._planned if reach == Reach() else self._alone
+
+    def run(
+        self, layer: int, query: Tensor, block_tables: Tensor, out: Tensor, turn: HeadTurn | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Attend over `layer` of the pool, as planned last.
 
-        query, out: [batch, heads, head_dim], rows may lie apart; block_tables: [batch, any width] int32, rows may lie apart.
-        The keys and values of this step stand in the pool already; but with `turn`, query is the projection, [batch,
-        (heads + 2 * kv_heads) * head_dim]: queries, keys, values. Then they are turned and written here.
+        query, out: [batch, heads, head_dim], rows may lie apart; block_tables: [batch, any width] int32, rows may lie apart;
+        sinks: [heads], where the layer's form has them. The keys and values of this step stand in the pool already; but with
+        `turn`, query is the projection, [batch, (heads + 2 * kv_heads) * head_dim]: queries, keys, values. Then they are turned
+        and written here.
         """
-        layout, config = self._pool.layout, self.config
+        layout, config, form = self._pool.layout, self.config, self._forms[layer]
+        assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
+        cut, members = self._cuts[form.reach], self._shared(form.reach).members
         batch = len(query)
         merge_rows = triton.next_power_of_2(self._group)
         shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
         turning = (None, None, None) if turn is None else (turn.q_weight, turn.k_weight, turn.table)
         _attend[(self._programs(batch),)](
-            query, *turning, self._contexts, self._pool.data, block_tables, self._items, self._planned.members, self._rows[0],
-            self._rows[1], out, self._partial, self._lse, self._counters, layer, layout.head_dim**-0.5 * LOG2_E,
-            0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
+            query, *turning, self._contexts, self._pool.data, block_tables, cut.items, members, cut.pieces, cut.entries, sinks,
+            out, self._partial, self._lse, self._counters, layer, form.scale * LOG2_E, 0.0 if turn is None else turn.eps,
+            query.stride(0), block_tables.stride(0), out.stride(0), **shape,
+            WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0,
             KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys,
             STAGES=config.stages, MERGE_ROWS=merge_rows,
             MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)), ATOMIC=config.atomic,
@@ -268,6 +271,6 @@ class DecodeAttention:
         )  # fmt: skip
         if not config.atomic:
             merge[(batch, self._heads)](
-                self._partial, self._lse, out, self._rows[0], self._rows[1], out.stride(0), **shape,
+                self._partial, self._lse, sinks, out, cut.pieces, cut.entries, out.stride(0), **shape,
                 PIECES=MERGED_NUMBERS // self._dim, DEPENDENT=config.dependent, num_warps=4, **launch,
             )  # fmt: skip

@@ -1,18 +1,19 @@
-"""Partial results of a row's pieces become its output, the pieces in order. Imports triton."""
+"""Partial results of a row's pieces become its output, the pieces in order, a head's sink before them. Imports triton."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.kernels.attention.spans import first_peak
+
 
 @triton.jit
-def merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+def merged(partial, lse, sinks, group, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
             BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """[ROWS, BLOCK_DIM]: query heads from `first` of a group on, its pieces from `entry` on merged in order."""
+    """[ROWS, BLOCK_DIM]: query heads from `first` of `group` on, its pieces from `entry` on merged in order."""
     head = first + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    top = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
+    top, weight = first_peak(sinks, group * GROUP + head, head < GROUP)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for start in range(0, pieces, PIECES):
         piece = start + tl.arange(0, PIECES)
@@ -32,7 +33,7 @@ def merged(partial, lse, entry, pieces, first, GROUP: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit
-def merge_members(members, count, partial, lse, row_pieces, row_entries, counters, head, out, out_stride,
+def merge_members(members, count, partial, lse, sinks, row_pieces, row_entries, counters, head, out, out_stride,
                    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
                    BLOCK_DIM: tl.constexpr):  # fmt: skip
     """Merges those of a set's rows whose last piece this one was, side by side; their pieces in order."""
@@ -48,8 +49,7 @@ def merge_members(members, count, partial, lse, row_pieces, row_entries, counter
     row = tl.load(members + member, mask=done, other=0)
     pieces = tl.where(done, tl.load(row_pieces + row), 0)
     entry = tl.load(row_entries + row) + head * pieces
-    top = tl.full([ROWS], -1e30, tl.float32)
-    weight = tl.zeros([ROWS], tl.float32)
+    top, weight = first_peak(sinks, head * GROUP + lane % GROUP, done)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for piece in range(tl.max(pieces, 0)):
         there = piece < pieces
@@ -69,7 +69,7 @@ def merge_members(members, count, partial, lse, row_pieces, row_entries, counter
 
 
 @triton.jit
-def merge(partial, lse, out, row_pieces, row_entries, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
+def merge(partial, lse, sinks, out, row_pieces, row_entries, out_stride, GROUP: tl.constexpr, DIM: tl.constexpr,
            BLOCK_DIM: tl.constexpr, PIECES: tl.constexpr, DEPENDENT: tl.constexpr):  # fmt: skip
     """One program: one query head of one row, if the row has several pieces."""
     if DEPENDENT:
@@ -82,7 +82,7 @@ def merge(partial, lse, out, row_pieces, row_entries, out_stride, GROUP: tl.cons
     entry = tl.load(row_entries + row) + head // GROUP * pieces
     if DEPENDENT:
         gdc_launch_dependents()
-    result = merged(partial, lse, entry, pieces, head % GROUP, GROUP, 1, DIM, BLOCK_DIM, PIECES)
+    result = merged(partial, lse, sinks, head // GROUP, entry, pieces, head % GROUP, GROUP, 1, DIM, BLOCK_DIM, PIECES)
     dims = tl.arange(0, BLOCK_DIM)
     at = out + row.to(tl.int64) * out_stride + head * DIM + tl.arange(0, 1)[:, None] + dims[None, :]
     tl.store(at, result.to(out.dtype.element_ty), mask=(dims < DIM)[None, :])

@@ -10,6 +10,8 @@ Imports triton. Runs on CUDA, or on a CPU under Triton's interpreter.
 import triton
 import triton.language as tl
 
+from workers.kernels.attention.spans import lowest_seen
+
 FIELDS = 8  # of an item: member, members and KV head, first and last span, keys, pieces, piece, entry
 PLANNED_UNITS = 16  # by one program
 COMPARED_UNITS = 256  # that it puts them in order with at a time
@@ -17,20 +19,31 @@ WRITTEN_ITEMS = 32  # of each unit at a time
 
 
 @triton.jit
-def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr):
-    """Of units of work: rows, without what their set does for them (at least 1: a row without a context gets zeros), then sets;
-    0 past the last."""
+def _skipped(contexts, shared, unit, batch, KEYS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """Of units of work, the spans that a row does not read: its set does that for it, or none of them is seen. Where rows see
+    a part there are no sets."""
+    skipped = tl.load(shared + unit, mask=unit < batch, other=0) // KEYS
+    if WINDOW > 0 or CHUNK > 0:
+        context = tl.load(contexts + unit, mask=unit < batch, other=0)
+        skipped += lowest_seen(tl.maximum(context, 1) - 1, WINDOW, CHUNK) // KEYS
+    return skipped
+
+
+@triton.jit
+def _spans(contexts, shared, sets, unit, batch, units, KEYS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """Of units of work: rows, without what they skip (at least 1: a row without a context gets zeros), then sets; 0 past the
+    last."""
     is_row = unit < batch
     context = tl.load(contexts + unit, mask=is_row, other=0)
-    skipped = tl.load(shared + unit, mask=is_row, other=0) // KEYS
+    skipped = _skipped(contexts, shared, unit, batch, KEYS, WINDOW, CHUNK)
     tokens = tl.load(sets + (unit - batch) * 3 + 2, mask=(unit >= batch) & (unit < units), other=0)
     return tl.where(is_row, tl.maximum(tl.cdiv(context, KEYS) - skipped, 1), tokens // KEYS)
 
 
 @triton.jit(do_not_specialize=["batch", "units", "shares", "programs"])
 def plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, shares, programs, KV_HEADS: tl.constexpr,
-         KEYS: tl.constexpr, LEAST: tl.constexpr, UNITS: tl.constexpr, COMPARED: tl.constexpr,
-         ITEMS: tl.constexpr):  # fmt: skip
+         KEYS: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, UNITS: tl.constexpr,
+         COMPARED: tl.constexpr, ITEMS: tl.constexpr):  # fmt: skip
     """Cuts every unit's spans into pieces of at most `share` spans. Each program plans UNITS units; none waits for another.
 
     Items run from the units with the longest pieces to those with the shortest, then over pieces, then KV heads, so that
@@ -39,11 +52,12 @@ def plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, s
     """
     total = 0
     for begin in range(0, units, COMPARED):
-        total += tl.sum(_spans(contexts, shared, sets, begin + tl.arange(0, COMPARED), batch, units, KEYS), 0)
+        total += tl.sum(_spans(contexts, shared, sets, begin + tl.arange(0, COMPARED), batch, units, KEYS, WINDOW,
+                               CHUNK), 0)  # fmt: skip
     share = tl.maximum(tl.cdiv(total * KV_HEADS, shares), LEAST)
 
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
-    spans = _spans(contexts, shared, sets, unit, batch, units, KEYS)
+    spans = _spans(contexts, shared, sets, unit, batch, units, KEYS, WINDOW, CHUNK)
     pieces = tl.cdiv(spans, share)
     length = tl.cdiv(spans, tl.maximum(pieces, 1))
     start = tl.zeros([UNITS], tl.int32)
@@ -51,7 +65,7 @@ def plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, s
     planned = 0
     for begin in range(0, units, COMPARED):
         rival = begin + tl.arange(0, COMPARED)
-        its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS)
+        its_spans = _spans(contexts, shared, sets, rival, batch, units, KEYS, WINDOW, CHUNK)
         its_pieces = tl.cdiv(its_spans, share)
         its_length = tl.cdiv(its_spans, tl.maximum(its_pieces, 1))
         longer = its_length[None, :] > length[:, None]
@@ -63,8 +77,8 @@ def plan(contexts, shared, sets, items, row_pieces, row_entries, batch, units, s
         planned += tl.sum(its_pieces, 0) * KV_HEADS
 
     is_row, is_set = unit < batch, (unit >= batch) & (unit < units)
-    first = tl.load(shared + unit, mask=is_row, other=0) // KEYS
-    done = tl.cdiv(first, share)
+    first = _skipped(contexts, shared, unit, batch, KEYS, WINDOW, CHUNK)
+    done = tl.cdiv(tl.load(shared + unit, mask=is_row, other=0) // KEYS, share)
     tl.store(row_pieces + unit, done + pieces, mask=is_row)
     tl.store(row_entries + unit, entry, mask=is_row)
     at_set = sets + (unit - batch) * 3

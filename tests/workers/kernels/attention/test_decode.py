@@ -13,7 +13,9 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, every_atten
 
 pytest.importorskip("triton")
 
-from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.decode import DecodeAttention
+from workers.kernels.attention.decode_config import DecodeConfig
+from workers.kernels.attention.form import Reach
 from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 
 
@@ -209,12 +211,12 @@ def test_the_plan_covers_every_key_of_every_row_once(seed: int) -> None:
     attention = DecodeAttention(pool, kv_heads * group, rows + 3, config)
     sets, contexts = random_sets(chance, attention.prefixes, rows)
     shared = tell(sets, rows, device)
-    attention._items.fill_(7)
+    attention._cuts[Reach()].items.fill_(7)
     attention.plan(torch.tensor(contexts, dtype=torch.int32, device=device), rows, shared)
-    row_pieces, row_entries = attention._rows.tolist()
+    row_pieces, row_entries = attention._cuts[Reach()].pieces.tolist(), attention._cuts[Reach()].entries.tolist()
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {(row, head): [] for row in range(rows) for head in range(kv_heads)}
     entries: list[int] = []
-    for first, packed, low, high, _, pieces, piece, entry in attention._items[: attention._programs(rows)].tolist():
+    for first, packed, low, high, _, pieces, piece, entry in attention._cuts[Reach()].items[: attention._programs(rows)].tolist():
         count, head = divmod(packed, kv_heads)
         if low >= high:
             continue

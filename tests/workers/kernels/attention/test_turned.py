@@ -11,7 +11,8 @@ from tests.workers.kernels.devices import attention_cases
 
 pytest.importorskip("triton")
 
-from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.decode import DecodeAttention
+from workers.kernels.attention.decode_config import DecodeConfig
 from workers.kernels.attention.prefixes import SharedPrefixes
 from workers.kernels.rope import qk_norm_rope_write
 from workers.kernels.turn import HeadTurn

@@ -1,0 +1,44 @@
+"""How a decode is cut and computed, by the pool and the size of the batch. Imports torch, triton and the pool."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvcache.pool import KVPool
+from workers.kernels.attention.spans import fitting_keys
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How a decode is cut and computed; no field changes what is computed beyond rounding."""
+
+    keys: int = 64  # of a span
+    stages: int = 3  # spans in flight
+    warps: int = 4
+    shares: int = 1  # pieces wanted for each multiprocessor
+    least: int = 4  # spans of a piece, at least
+    tile: int = 16  # query rows of a program, at least: heads of a KV head, times rows that share a prefix
+    atomic: bool = True  # a row's last piece merges; else a kernel of its own does
+    dependent: bool = False  # programmatic dependent launch: the grid may start before its predecessor's end
+
+
+FEW_ROWS = 8
+"""Decodes that leave most of the device idle unless their keys are cut finely, and whose launches are what they cost."""
+SOME_ROWS = 64
+"""Decodes too few for many programs on each multiprocessor: more of each one's spans are in flight instead."""
+
+
+def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
+    """The best known for the pool's dtype and a batch of so many rows.
+
+    Few: in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have it;
+    batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
+    some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
+    """
+    keys = fitting_keys(DecodeConfig().keys, pool.layout.head_dim)
+    if pool.dtype == torch.float32:
+        return DecodeConfig(keys=max(16, keys // 2), stages=2, warps=8)  # a dot in full precision takes operands into registers
+    hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
+    if rows <= FEW_ROWS and hopper:
+        return DecodeConfig(keys=keys, stages=4, least=2, atomic=False, dependent=True)
+    return DecodeConfig(keys=keys, stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig(keys=keys)
