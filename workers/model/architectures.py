@@ -230,8 +230,14 @@ def _refuse_what_is_not_computed(fields: Fields) -> None:
         raise fields.error("attention to later tokens is not computed: choose a checkpoint whose attention is causal")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
-    if fields.get("quantization_config") or fields.get("compression_config"):
+    if (fields.get("quantization_config") or fields.get("compression_config")) and not quantizes_only_kv(fields):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
+
+
+def quantizes_only_kv(fields: Fields) -> bool:
+    """Whether `quantization_config` is about keys and values, and says nothing of weights."""
+    said = fields.nested("quantization_config")
+    return said.get("kv_cache_scheme") is not None and said.get("config_groups") == {} and not fields.get("compression_config")
 
 
 def _within_window(fields: Fields, family: Architecture, max_position: int) -> int:

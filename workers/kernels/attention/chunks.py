@@ -32,9 +32,9 @@ class ChunkConfig:
     warps: int = 4
 
 
-def choose_config(pool: KVPool) -> ChunkConfig:
-    """The best known for the pool's shape and dtype."""
-    if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
+def choose_config(dtype: torch.dtype) -> ChunkConfig:
+    """The best known for queries of that dtype."""
+    if dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
     return ChunkConfig()
 
@@ -72,7 +72,8 @@ def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.con
 
 @triton.jit
 def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One span into the online softmax, in base 2. seen: keys that each row sees."""
+    """One span into the online softmax, in base 2. seen: keys that each row sees. k, v: as in a decode."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(position[None, :] < seen[:, None], scores, float("-inf"))
@@ -85,11 +86,11 @@ def _fold(q, k, v, seen, position, top, weight, acc, scale, MASKED: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, tables, tiles, contexts, out, layer, scale, query_stride, table_stride, out_stride,
+def _attend(query, pool, tables, tiles, contexts, out, layer, scale, value_scale, query_stride, table_stride, out_stride,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr,
             ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
-    """One program: one tile of query rows x one KV head."""
+    """One program: one tile of query rows x one KV head. value_scale: of a pool in FP8, None for another."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
     head = tl.program_id(0) % KV_HEADS
     seq = tl.load(at)
@@ -130,22 +131,26 @@ def _attend(query, pool, tables, tiles, contexts, out, layer, scale, query_strid
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, seen, position, top, weight, acc, scale, True, PRECISION)
     acc = acc / weight[:, None]
+    if value_scale is not None:
+        acc *= value_scale
     tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
              acc.to(out.dtype.element_ty), mask=real)  # fmt: skip
 
 
 class ChunkAttention:
-    """Causal attention of chunks over one rank's pool. heads: query heads of this rank.
+    """Causal attention of chunks over one rank's pool. heads: query heads of this rank. dtype: of queries, None: the pool's.
 
     Safety: block_tables name blocks of the pool for each sequence's context, whose keys and values stand there already.
     """
 
-    def __init__(self, pool: KVPool, heads: int, config: ChunkConfig | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         layout = pool.layout
         self._pool = pool
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        self.config = config = config or choose_config(pool)
+        self.config = config = config or choose_config(dtype or pool.dtype)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
@@ -167,9 +172,10 @@ class ChunkAttention:
     def run(self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, tiles: Tensor, out: Tensor) -> None:
         """query, out: [tokens, heads, head_dim], rows may lie apart; block_tables: [seqs, any width] int32, the same."""
         layout, config = self._pool.layout, self.config
+        key_scale, value_scale = self._pool.scales(layer) or (1.0, None)
         _attend[(len(tiles) * layout.kv_heads,)](
             query, self._pool.data, block_tables, tiles, context_lens, out, layer,
-            layout.head_dim**-0.5 * LOG2_E, query.stride(0), block_tables.stride(0), out.stride(0),
+            layout.head_dim**-0.5 * LOG2_E * key_scale, value_scale, query.stride(0), block_tables.stride(0), out.stride(0),
             KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,

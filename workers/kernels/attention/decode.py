@@ -22,6 +22,7 @@ from workers.kernels.attention.merge import merge, merge_members, merged
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E, fold, span_blocks, span_kv
+from workers.kernels.fp8 import stored
 from workers.kernels.rope import turned_heads
 from workers.kernels.turn import HeadTurn
 
@@ -49,14 +50,14 @@ SOME_ROWS = 64
 """Decodes too few for many programs on each multiprocessor: more of each one's spans are in flight instead."""
 
 
-def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
-    """The best known for the pool's dtype and a batch of so many rows.
+def choose_config(pool: KVPool, rows: int, dtype: torch.dtype) -> DecodeConfig:
+    """The best known for the pool's device, a batch of so many rows, and queries of that dtype.
 
     Few: in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have it;
     batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
     some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
     """
-    if pool.dtype == torch.float32:
+    if dtype == torch.float32:
         return DecodeConfig(keys=32, stages=2, warps=8)  # a dot in full precision takes its operands into registers
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
     if rows <= FEW_ROWS and hopper:
@@ -65,8 +66,9 @@ def choose_config(pool: KVPool, rows: int) -> DecodeConfig:
 
 
 @triton.jit
-def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, eps, HEADS: tl.constexpr,
-            KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr):  # fmt: skip
+def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, eps, key_scale, value_scale,
+            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
+            KV_BLOCK_ROWS: tl.constexpr):  # fmt: skip
     """Writes the key, turned, and the value that stand in one row of the projection to the place of the row's last token."""
     one = tl.arange(0, 1)
     position = context - 1
@@ -76,14 +78,17 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
     value = tl.load(key + KV_HEADS * DIM + one[:, None] + dims[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // KV_BLOCK).to(tl.int64)
     at = pool + ((block * KV_BLOCK_ROWS + base + position % KV_BLOCK) * KV_HEADS + head) * DIM + one[:, None] + dims[None, :]
-    tl.store(at, turned.to(pool.dtype.element_ty), mask=inside)
+    turned = turned.to(projected.dtype.element_ty)
+    if key_scale is not None:
+        turned, value = stored(turned, key_scale), stored(value, value_scale)
+    tl.store(at, turned, mask=inside)
     tl.store(at + KV_BLOCK * KV_HEADS * DIM, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, out, partial,
-            lse, counters, layer, scale, eps, query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr,
-            GROUP: tl.constexpr, DIM: tl.constexpr,
+            lse, counters, layer, scale, key_scale, value_scale, eps, query_stride, table_stride, out_stride,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
             KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
             KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
             ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -91,7 +96,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
     query heads that share one KV head.
 
     With `turns`, query [batch, (heads + 2 * KV_HEADS) * DIM] is the projection as it is: queries are turned here, and the
-    program of the row's last piece writes its key and value before it reads them.
+    program of the row's last piece writes its key and value before it reads them. key_scale, value_scale: of a pool in FP8,
+    None for another; `scale` has key_scale in it.
     """
     if DEPENDENT:
         gdc_wait()
@@ -133,7 +139,7 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
         q = turned.to(query.dtype.element_ty)
         if (count == 1) & (context > 0) & (high * KEYS >= context):
             _own_kv(query + row.to(tl.int64) * query_stride, k_weight, turns, pool, table, base, head, context, dims, eps,
-                    KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
+                    key_scale, value_scale, KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
             tl.debug_barrier()  # what some threads have written others read
     top = tl.full([ROWS], -1e30, tl.float32)  # finite, so that a span without a written key weighs nothing
     weight = tl.zeros([ROWS], tl.float32)
@@ -148,6 +154,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
 
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
+    if value_scale is not None:
+        acc *= value_scale
     if pieces == 1:
         tl.store(out + row.to(tl.int64) * out_stride + columns, acc.to(out.dtype.element_ty), mask=real)
     else:
@@ -171,21 +179,24 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
 class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
-    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs.
+    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. dtype: of
+    queries, None: the pool's.
     Safety: block_tables name blocks of the pool for each row's context, and one block even where the context is 0 (whose
     output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
     """
 
-    def __init__(self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None) -> None:
-        layout = pool.layout
-        if pool.dtype == torch.float64:
+    def __init__(
+        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        layout, dtype = pool.layout, dtype or pool.dtype
+        if dtype == torch.float64:
             raise ValueError("Triton's kernels serve bfloat16, float16 and float32, not float64; choose one of them")
         self._pool = pool
         self._heads = heads
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        config = config or choose_config(pool, max_batch)
+        config = config or choose_config(pool, max_batch, dtype)
         self.config = config
         self._tile = max(config.tile, triton.next_power_of_2(self._group))
         self.prefixes = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
@@ -256,9 +267,11 @@ class DecodeAttention:
         shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
         turning = (None, None, None) if turn is None else (turn.q_weight, turn.k_weight, turn.table)
+        scales = self._pool.scales(layer)
+        scale = layout.head_dim**-0.5 * LOG2_E * (1.0 if scales is None else scales[0])
         _attend[(self._programs(batch),)](
             query, *turning, self._contexts, self._pool.data, block_tables, self._items, self._planned.members, self._rows[0],
-            self._rows[1], out, self._partial, self._lse, self._counters, layer, layout.head_dim**-0.5 * LOG2_E,
+            self._rows[1], out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
             0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
             KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys,
             STAGES=config.stages, MERGE_ROWS=merge_rows,

@@ -49,8 +49,9 @@ def span_kv(pool, block, span, base, head, context, dims, KV_HEADS: tl.constexpr
 
 @triton.jit
 def fold(q, k, v, span, context, top, weight, acc, scale, PRECISION: tl.constexpr):
-    """One span into the online softmax, in base 2."""
+    """One span into the online softmax, in base 2. Keys and values of a pool in FP8 are exact in the query's dtype."""
     KEYS: tl.constexpr = k.shape[0]
+    k, v = k.to(q.dtype), v.to(q.dtype)
     written = span * KEYS + tl.arange(0, KEYS) < context
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     scores = tl.where(written[None, :], scores, float("-inf"))

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_torch_available
 
-from workers.model.architectures import ARCHITECTURES, DTYPES, RankShape, read_eos_ids, torch_dtype
+from workers.model.architectures import ARCHITECTURES, DTYPES, RankShape, quantizes_only_kv, read_eos_ids, torch_dtype
 from workers.model.fields import CheckpointError, Fields, read_json
 
 if TYPE_CHECKING:
@@ -158,7 +158,8 @@ def _text_config(fields: Fields, folder: Path) -> Any:
     others = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if others:
         raise fields.error(f"{text.model_type} has layers of {', '.join(others)}, which are no attention: {WORKS}")
-    if getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None):
+    told = getattr(whole, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if told and not quantizes_only_kv(fields):
         raise fields.error("quantized weights are not supported: choose the checkpoint in bfloat16, float16 or float32")
     return text
 
