@@ -6,7 +6,20 @@ Imports nothing but the standard library; never imports torch.
 import math
 from dataclasses import dataclass
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+FP8 = "float8_e4m3fn"
+DTYPE_BYTES = {FP8: 1, "bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """Of each layer, what its stored keys and its stored values are multiplied by to be read: they were divided by it."""
+
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def ones(cls, layers: int) -> "KVScales":
+        return cls((1.0,) * layers, (1.0,) * layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +37,8 @@ class BlockLayout:
     A whole block is copied, offloaded or sent in one operation. The first n tokens of a block are 2 x layers runs, since
     slots lie inside k|v. The attention kernels of one layer see [block, slot, kv_head, head_dim] with a long block stride.
 
-    kv_heads: of this rank. dtype: a key of DTYPE_BYTES. Raises ValueError for another.
+    kv_heads: of this rank. dtype: of the stored numbers, a key of DTYPE_BYTES; FP8 is narrower than what the model computes
+    in. Raises ValueError for another.
     """
 
     block_size: int
@@ -41,6 +55,11 @@ class BlockLayout:
     def shape(self) -> tuple[int, int, int, int, int]:
         """[layer, k|v, slot, kv_head, head_dim] of one block."""
         return self.layers, 2, self.block_size, self.kv_heads, self.head_dim
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a stored number is a key or a value only once it is multiplied by its layer's scale."""
+        return self.dtype == FP8
 
     @property
     def block_bytes(self) -> int:

@@ -10,9 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import FP8, BlockLayout, KVScales
 
 TORCH_DTYPES = {
+    FP8: torch.float8_e4m3fn,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -27,13 +28,19 @@ class KVPool:
     slot holds is arbitrary, NaN included. Readers must not let such slots into a sum, not even times zero. On a GPU the pool
     starts as zeros, because flash-attn 3 multiplies the unwritten slots of a block by a zero probability.
 
-    pinned: host memory that a GPU copies from and to by itself; locked at once, as long as the pool lives.
+    pinned: host memory that a GPU copies from and to by itself; locked at once, as long as the pool lives. scales: of a layout
+    that is `scaled`; None: 1 everywhere. Bytes that move between pools of one layout are taken as they are: all pools of a
+    model have the same scales.
 
     Raises torch's out-of-memory error where the device cannot hold them.
     """
 
-    def __init__(self, layout: BlockLayout, blocks: int, device: torch.device | str, *, pinned: bool = False) -> None:
+    def __init__(
+        self, layout: BlockLayout, blocks: int, device: torch.device | str, *, pinned: bool = False,
+        scales: KVScales | None = None,
+    ) -> None:  # fmt: skip
         self.layout = layout
+        self._scales = (scales or KVScales.ones(layout.layers)) if layout.scaled else None
         self.blocks = blocks
         self.dtype = TORCH_DTYPES[layout.dtype]
         allocate = torch.zeros if torch.device(device).type == "cuda" else torch.empty
@@ -50,6 +57,10 @@ class KVPool:
     def values(self, layer: int) -> Tensor:
         """[block, slot, kv_head, head_dim], a view like `keys`."""
         return self.data[:, layer, 1]
+
+    def scales(self, layer: int) -> tuple[float, float] | None:
+        """What the layer's keys and its values are multiplied by when they are read; None where they are stored as they are."""
+        return None if self._scales is None else (self._scales.keys[layer], self._scales.values[layer])
 
     @property
     def raw(self) -> Tensor:

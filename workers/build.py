@@ -24,7 +24,8 @@ from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
 from workers.model.architectures import ModelConfig, torch_dtype
 from workers.model.decoder import Decoder
-from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose
+from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose, kv_dtype_name
+from workers.model.kv_scales import read_scales
 from workers.model.loading import load_decoder
 from workers.model.reading import DecoderConfig, read_model
 from workers.model.weights import Checkpoint
@@ -87,20 +88,22 @@ def build_rank(
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)
     dtype = _choose_dtype(config, model_config, comm, device, arithmetic or Arithmetic.of(device))
-    layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+    kv_dtype = kv_dtype_name(config.kv_dtype, dtype)
+    layout = BlockLayout(config.block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype)
+    scales = read_scales(config.model, shape.layers) if layout.scaled else None
     vocabulary = shape.vocab * comm.size  # with the ids that fill it up to a multiple of the ranks
     read = partial(load_tokenizer, Path(config.model), vocabulary, model_config.eos_ids)
     threads = max(resolved.threads, min(MASK_THREADS, (os.cpu_count() or 1) // config.ranks))
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
-        runner, blocks = make(RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints), phase)
+        runner, blocks = make(RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints, scales), phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         constraints.close()
         raise
     if comm.rank == 0:
-        logger.info("KV pool: %d blocks of %d tokens, %s bytes a rank", blocks, config.block_size,
+        logger.info("KV pool: %d blocks of %d tokens in %s, %s bytes a rank", blocks, config.block_size, kv_dtype,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
     return Built(Rank(batch, runner, resolved.depth, constraints), runner.pool, host, blocks)
@@ -153,9 +156,9 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     if memory is None:
         memory = int(_available_memory() * CPU_KV_FRACTION) // config.ranks
     blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
-    pool = KVPool(spec.layout, blocks, device)
+    pool = KVPool(spec.layout, blocks, device, scales=spec.kv_scales)
     if isinstance(model, Decoder):
-        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads, dtype=spec.dtype)
     else:
         model.attend_over(pool, config.attention)
     sampler = Sampler(

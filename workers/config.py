@@ -8,6 +8,7 @@ from scheduler.config import CacheConfig, Resolved
 from scheduler.options import Rule, at_least, at_most, one_of, option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+KV_DTYPES = ("auto", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
 MODEL_IMPLEMENTATIONS = ("auto", "native", "transformers")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
@@ -87,6 +88,12 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         "auto",
         f"Type of weights and KV: {', '.join(DTYPES)}. auto: the checkpoint's, or float32 on a CPU without arithmetic for it.",
         one_of(DTYPES),
+    )
+    kv_dtype: str = option(
+        "auto",
+        f"Type of the KV cache: {', '.join(KV_DTYPES)}. auto: as dtype. fp8: a byte a number (float8_e4m3fn), scaled as the "
+        "checkpoint says.",
+        one_of(KV_DTYPES),
     )
     model_implementation: str = option(
         "auto",

@@ -56,10 +56,10 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     found = read_model(Path(config.model), config.model_implementation, config.enable_expert_parallel)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
-    taken = footprint(found, size, dtype, config.block_size)
+    taken = footprint(found, size, dtype, config.block_size, config.kv_dtype)
     layout = taken.layout
     lines = [
-        f"{found.architecture}, {layout.dtype}, {size} rank(s) a group",
+        f"{found.architecture}, {str(dtype).removeprefix('torch.')}, KV in {layout.dtype}, {size} rank(s) a group",
         f"weights          {in_units(taken.weight_bytes)} a rank",
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
         f"{layout.block_size} tokens, a rank",

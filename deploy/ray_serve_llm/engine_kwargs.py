@@ -11,6 +11,7 @@ from scheduler.protocol.sampling import MAX_LOGPROBS
 
 SAID_ELSEWHERE = {"model", "groups", "max_groups", "accelerator_type", "local", "ray_address"}
 DTYPES = {"half": "float16", "float": "float32"}
+KV_DTYPES = {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}
 TOOLS = {name: name for name in TOOL_PARSERS[2:]} | {"qwen3_xml": "qwen3_coder"}
 REASONING = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), "think") | {"openai_gptoss": "openai", "": "none"}
 ATTENTION = {"FLASH_ATTN": "flash", "TRITON_ATTN": "triton", "CPU_ATTN": "cpu", "TORCH_SDPA": "cpu"}
@@ -68,6 +69,7 @@ grammar_backend = idle("grammars and schemas are llguidance's here")
 
 TRANSLATED: dict[str, Reading] = {
     "dtype": engine("dtype", lambda value: DTYPES.get(value, value) if isinstance(value, str) else value),
+    "kv_cache_dtype": one_of(KV_DTYPES, engine, "kv_dtype", "leave it out: KV has the type of the weights"),
     "max_model_len": engine("max_model_len", _length),
     "gpu_memory_utilization": engine("gpu_memory_fraction"),
     "kv_cache_memory_bytes": engine("kv_memory"),
@@ -90,7 +92,6 @@ AS_HERE: dict[str, Reading] = {
     "task": only(("auto", "generate"), "the model generates text: docs/api.md has what its endpoint answers"),
     "runner": only(("auto", "generate"), "the model generates text: docs/api.md has what its endpoint answers"),
     "convert": only(("auto", "none"), "the model generates text: docs/api.md has what its endpoint answers"),
-    "kv_cache_dtype": only(("auto",), "KV has the type of the weights: leave it out"),
     "pipeline_parallel_size": only((1,), "a group is tensor-parallel on one node: raise tensor_parallel_size instead"),
     "decode_context_parallel_size": only((1,), NOT_HERE),
     "max_num_partial_prefills": only((1,), NOT_HERE),

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend, PagedAttention
 from workers.attention.flash import FlashAttention, load_kernels
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "flash", "triton", "cpu")
 CACHE_FOLDER = Path("~/.cache/manta")
+FP8_CAPABILITY = (8, 9)
+"""CUDA compute capability from which on Triton converts float8_e4m3fn."""
 
 
 def select_backend(
@@ -28,14 +32,16 @@ def select_backend(
     *,
     pool: KVPool,
     heads: int,
+    dtype: torch.dtype | None = None,
     native: bool | None = None,
     cache_folder: Path = CACHE_FOLDER,
 ) -> AttentionBackend:
     """Bind a backend to this rank's pool; the log says which one and why.
 
     name: "auto" takes flash-attn, else Triton, on a CUDA device and the CPU backend on a CPU. heads: query heads of this
-    rank. native: True forces the CPU backend's compiled kernels, False plain torch, None takes what works.
-    cache_folder: where compiled kernels are kept. Raises ValueError saying what to change where the choice cannot work.
+    rank. dtype: of queries, None: the pool's. native: True forces the CPU backend's compiled kernels, False plain torch, None
+    takes what works. cache_folder: where compiled kernels are kept. Raises ValueError saying what to change where the choice
+    cannot work.
     """
     layout, device = pool.layout, pool.device.type
     if name not in BACKENDS:
@@ -47,20 +53,22 @@ def select_backend(
     if name == "cpu" or (name == "auto" and device == "cpu"):
         if device != "cpu":
             raise ValueError("attention backend 'cpu' needs the pool on a CPU: choose device cpu, or backend auto")
-        return _cpu(pool, heads, native, cache_folder.expanduser())
+        return _cpu(pool, heads, dtype or pool.dtype, native, cache_folder.expanduser())
     if device != "cuda":
         raise ValueError(f"attention backend {name!r} needs a CUDA device, the pool is on {device}: choose auto or cpu")
-    return {"auto": _cuda, "flash": _flash, "triton": _triton}[name](pool, heads)
+    if name == "flash":
+        return _flash(pool, heads)
+    return _cuda(pool, heads, dtype) if name == "auto" else _triton(pool, heads, dtype)
 
 
 def select_device_backends(
-    name: str, *, pool: KVPool, heads: int, most: int
+    name: str, *, pool: KVPool, heads: int, most: int, dtype: torch.dtype | None = None
 ) -> tuple[PagedAttention, PagedAttention]:
     """What a GPU's runner attends with, and what it attends with in captured prefill steps of few tokens.
 
     name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every shape that was measured and whose cost
     does not know the width of the block table, and prefills by flash-attn where that is installed, but for small steps. most:
-    decodes in one step.
+    decodes in one step. dtype: as in `select_backend`.
 
     Raises ValueError saying what to change where the choice cannot work.
     """
@@ -68,7 +76,7 @@ def select_device_backends(
         raise ValueError(f"{heads} query heads cannot share {pool.layout.kv_heads} KV heads evenly: check the model and tp")
     if name not in ("auto", "flash", "triton"):
         raise ValueError(f"attention backend {name!r} does not run on a CUDA device: choose auto, flash or triton")
-    ours = _triton(pool, heads)
+    ours = _triton(pool, heads, dtype)
     ours.reserve(most)
     if name == "flash":
         return _flash(pool, heads), ours
@@ -81,12 +89,12 @@ def select_device_backends(
         return ours, ours
 
 
-def _cpu(pool: KVPool, heads: int, native: bool | None, cache_folder: Path) -> AttentionBackend:
+def _cpu(pool: KVPool, heads: int, dtype: torch.dtype, native: bool | None, cache_folder: Path) -> AttentionBackend:
     if native is False:
         logger.info("attention: cpu, plain torch, as asked")
         return CpuAttention(pool, heads)
     try:
-        backend = NativeAttention(pool, heads, cache_folder)
+        backend = NativeAttention(pool, heads, cache_folder, dtype)
     except NativeUnavailable as error:
         if native:
             raise ValueError(f"the compiled CPU kernels cannot be used: {error}; or do not force them") from error
@@ -96,12 +104,12 @@ def _cpu(pool: KVPool, heads: int, native: bool | None, cache_folder: Path) -> A
     return backend
 
 
-def _cuda(pool: KVPool, heads: int) -> AttentionBackend:
+def _cuda(pool: KVPool, heads: int, dtype: torch.dtype | None) -> AttentionBackend:
     try:
         return _flash(pool, heads)
     except ValueError as error:
         logger.info("attention: not flash: %s", error)
-    return _triton(pool, heads)
+    return _triton(pool, heads, dtype)
 
 
 def _flash(pool: KVPool, heads: int) -> FlashAttention:
@@ -114,11 +122,14 @@ def _flash(pool: KVPool, heads: int) -> FlashAttention:
     return backend
 
 
-def _triton(pool: KVPool, heads: int) -> "TritonAttention":
+def _triton(pool: KVPool, heads: int, dtype: torch.dtype | None) -> "TritonAttention":
+    if pool.layout.scaled and pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(pool.device)
+        raise ValueError(f"{name} does not know {pool.layout.dtype}, which came with Ada and Hopper: leave kv_dtype out")
     try:
         from workers.attention.triton import TritonAttention
     except ImportError as error:
         raise ValueError(f"attention backend triton cannot be imported ({error}): install triton or flash-attn") from error
-    backend = TritonAttention(pool, heads)
+    backend = TritonAttention(pool, heads, dtype=dtype)
     logger.info("attention: triton, paged split-KV kernels with blocks of %d tokens", pool.layout.block_size)
     return backend

@@ -18,6 +18,7 @@ from workers.kernels.attention.chunks import ChunkAttention
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import FEW_ROWS, SOME_ROWS
 from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.fp8 import stored
 from workers.kernels.turn import HeadTurn
 
 TURNED_ROWS = 32
@@ -26,16 +27,21 @@ FIRST_BATCH = 64  # rows that the decode buffers are made for at first
 
 
 @triton.jit
-def _write(key, value, keys, values, slots, key_stride, value_stride, block_stride, KV_BLOCK: tl.constexpr, ROW: tl.constexpr,
-           BLOCK: tl.constexpr):  # fmt: skip
-    """One program writes the key and the value of one token, ROW = kv_heads * head_dim numbers each."""
+def _write(key, value, keys, values, slots, key_stride, value_stride, block_stride, key_scale, value_scale,
+           KV_BLOCK: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One program writes the key and the value of one token, ROW = kv_heads * head_dim numbers each. key_scale, value_scale: of
+    a pool in FP8, None for another."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)  # int64, as everything that is multiplied by a block's stride must be
     target = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * ROW
     at = tl.arange(0, BLOCK)
     mask = at < ROW
-    tl.store(keys + target + at, tl.load(key + token * key_stride + at, mask=mask), mask=mask)
-    tl.store(values + target + at, tl.load(value + token * value_stride + at, mask=mask), mask=mask)
+    its_key = tl.load(key + token * key_stride + at, mask=mask)
+    its_value = tl.load(value + token * value_stride + at, mask=mask)
+    if key_scale is not None:
+        its_key, its_value = stored(its_key, key_scale), stored(its_value, value_scale)
+    tl.store(keys + target + at, its_key, mask=mask)
+    tl.store(values + target + at, its_value, mask=mask)
 
 
 class TritonWriter:
@@ -55,7 +61,8 @@ class TritonWriter:
         key, value = dense_rows(key), dense_rows(value)
         _write[(len(targets),)](
             key, value, pool.keys(layer), pool.values(layer), targets, key.stride(0), value.stride(0), pool.data.stride(0),
-            KV_BLOCK=pool.layout.block_size, ROW=size, BLOCK=triton.next_power_of_2(size),
+            *(pool.scales(layer) or (None, None)), KV_BLOCK=pool.layout.block_size, ROW=size,
+            BLOCK=triton.next_power_of_2(size),
         )  # fmt: skip
 
 
@@ -76,18 +83,20 @@ class TritonAttention:
     """The backend over `workers.kernels`: decodes cut into pieces on the device, causal chunks in tiles.
 
     Everything that it launches depends on counts of rows and tokens only, never on context lengths. `reserve` the largest
-    batch before graphs are captured. Raises ValueError for float64 and for a pool that is not on CUDA.
+    batch before graphs are captured. dtype: of queries, None: the pool's. Raises ValueError for float64 and for a pool that is
+    not on CUDA.
     """
 
     name = "triton"
     bounds = True
 
-    def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH) -> None:
+    def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH, dtype: torch.dtype | None = None) -> None:
         self._pool = pool
         self._heads = heads
         self._writer = TritonWriter(pool)
-        self._decode = [DecodeAttention(pool, heads, rows) for rows in (FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1))]
-        self._chunk = ChunkAttention(pool, heads)
+        sizes = FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1)
+        self._decode = [DecodeAttention(pool, heads, rows, dtype=dtype) for rows in sizes]
+        self._chunk = ChunkAttention(pool, heads, dtype=dtype)
         self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool alone
 
     @property

@@ -68,26 +68,30 @@ class CpuAttention:
     ) -> Tensor:
         self._writer.write(layer, key, value, plan.targets)
         keys, values = self._pool.keys(layer), self._pool.values(layer)
+        scale, scales = None, self._pool.scales(layer)
+        if scales is not None:
+            scale = scales[0] * query.shape[-1] ** -0.5
         out = query.new_empty(query.shape)
         for seq in plan.sequences:
-            out[seq.start : seq.stop] = self._attend(
-                query[seq.start : seq.stop], _context(keys, seq), _context(values, seq), seq.mask
-            )
-        return out
+            its_keys, its_values = (_context(cache, seq, query.dtype) for cache in (keys, values))
+            out[seq.start : seq.stop] = self._attend(query[seq.start : seq.stop], its_keys, its_values, seq.mask, scale)
+        return out if scales is None else out.mul_(scales[1])
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """query [queries, heads, head_dim], keys and values [1, kv_heads, context, head_dim] -> like query."""
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        """query [queries, heads, head_dim], keys and values [1, kv_heads, context, head_dim] -> like query. scale: of query
+        times key; None: 1/sqrt(head_dim)."""
         queries, _, dim = query.shape
         if queries == 1:
             grouped = query.reshape(1, -1, self._group, dim)
-            return F.scaled_dot_product_attention(grouped, keys, values).view(1, -1, dim)
+            return F.scaled_dot_product_attention(grouped, keys, values, scale=scale).view(1, -1, dim)
         out = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None], keys, values, mask, is_causal=mask is None, enable_gqa=self._group > 1
+            query.transpose(0, 1)[None], keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=self._group > 1
         )
         return out[0].transpose(0, 1)
 
 
-def _context(cache: Tensor, seq: SequenceSpan) -> Tensor:
-    """[block, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim]: a view of a single block, a copy of several."""
+def _context(cache: Tensor, seq: SequenceSpan, dtype: torch.dtype) -> Tensor:
+    """[block, slot, kv_head, head_dim] -> [1, kv_heads, context, head_dim] in `dtype`: a view of a single block that has it,
+    else a copy."""
     blocks = cache[seq.blocks[0]] if len(seq.blocks) == 1 else cache[seq.blocks].flatten(0, 1)
-    return blocks[: seq.context].transpose(0, 1)[None]
+    return blocks[: seq.context].to(dtype).transpose(0, 1)[None]

@@ -36,6 +36,7 @@ constexpr int64_t WIDTH = 4;      // vectors in a chunk tile's row dimension
 constexpr int64_t MAX_DIM = 256;  // as in native.py
 
 struct bf16 { uint16_t bits; };
+struct fp8 { uint8_t bits; };  // float8_e4m3fn: sign, 4 bits of exponent (bias 7), 3 of mantissa, no infinity
 
 template <class A> struct Lanes;  // vectors of the accumulator type, 64 bytes
 template <> struct Lanes<float> {
@@ -62,6 +63,30 @@ inline Vec<float> load(const bf16 *p) {
     std::memcpy(&h, p, sizeof h);
     return (Vec<float>)(__builtin_convertvector(h, full) << 16);
 #endif
+}
+typedef uint8_t Codes __attribute__((vector_size(16)));
+inline Vec<float> decode_fp8(Codes codes) {
+    typedef uint32_t full __attribute__((vector_size(64)));
+    const full code = __builtin_convertvector(codes, full), size = code & 0x7f;
+    Vec<float> x = (Vec<float>)((size << 20) + (120u << 23));  // exponent and mantissa in their places, bias 127 in place of 7
+    x = size < 8 ? (x - 0x1p-7f) * 2.0f : x;                   // a subnormal has no leading one
+    x = size == 0x7f ? x * std::numeric_limits<float>::quiet_NaN() : x;
+    return (Vec<float>)((full)x | (code & 0x80) << 24);
+}
+template <class A, class K> inline Vec<A> widen(const K *p) { return load(p); }
+template <> inline Vec<float> widen<float>(const fp8 *p) {
+    Codes codes;
+    std::memcpy(&codes, p, sizeof codes);
+    return decode_fp8(codes);
+}
+template <> inline Vec<double> widen<double>(const fp8 *p) {
+    typedef float half __attribute__((vector_size(32)));
+    Codes codes = {};
+    std::memcpy(&codes, p, N<double>);
+    const Vec<float> both = decode_fp8(codes);
+    half first;
+    std::memcpy(&first, &both, sizeof first);
+    return __builtin_convertvector(first, Vec<double>);
 }
 template <class A> inline void narrow(A *to, A x) { *to = x; }
 inline void narrow(bf16 *to, float x) {  // round to nearest even
@@ -108,11 +133,11 @@ inline Vec<float> exp(Vec<float> x) {  // for x <= 0, exactly 0 below -87; Cephe
 template <int G> struct Heads {};  // so many heads that share a KV head
 
 // scores[head][key] of four keys, heads RUN apart.
-template <int G, class T, class A> inline void dot(Heads<G>, const A *q, const T *const k[4], int64_t dim, A *scores) {
+template <int G, class K, class A> inline void dot(Heads<G>, const A *q, const K *const k[4], int64_t dim, A *scores) {
     Vec<A> acc[G][4] = {};
     for (int64_t d = 0; d < dim; d += N<A>)
         for (int i = 0; i < 4; i++) {
-            const Vec<A> key = load(k[i] + d);
+            const Vec<A> key = widen<A>(k[i] + d);
             for (int h = 0; h < G; h++) acc[h][i] += load(q + h * dim + d) * key;
         }
     for (int h = 0; h < G; h++)
@@ -120,9 +145,9 @@ template <int G, class T, class A> inline void dot(Heads<G>, const A *q, const T
 }
 
 // out[head] += the four keys' values, each times p[head][key]; heads of `out` lie dim + 2 apart.
-template <int G, class T, class A> inline void add(Heads<G>, const A *p, const T *const v[4], int64_t dim, A *out) {
+template <int G, class K, class A> inline void add(Heads<G>, const A *p, const K *const v[4], int64_t dim, A *out) {
     for (int64_t d = 0; d < dim; d += N<A>) {
-        const Vec<A> v0 = load(v[0] + d), v1 = load(v[1] + d), v2 = load(v[2] + d), v3 = load(v[3] + d);
+        const Vec<A> v0 = widen<A>(v[0] + d), v1 = widen<A>(v[1] + d), v2 = widen<A>(v[2] + d), v3 = widen<A>(v[3] + d);
         for (int h = 0; h < G; h++) {
             A *o = out + h * (dim + 2) + d;
             const A *w = p + h * RUN;
@@ -131,8 +156,9 @@ template <int G, class T, class A> inline void add(Heads<G>, const A *p, const T
     }
 }
 
-template <class T, class A>
-void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const T *keys, const T *values, A *out) {
+template <class T, class K, class A>
+void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const K *keys, const K *values, A key_scale,
+                A *out) {
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim;
     const int64_t first = run * RUN, count = std::min(RUN, g.context_lens[seq] - first);
     const int32_t *table = g.block_tables + seq * g.max_blocks;
@@ -140,19 +166,19 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
 
     // step(heads, first of them, key j, rows of keys j to j + 3) in the order of memory, and four keys ahead are fetched,
     // since hardware prefetchers stop at every 4 KiB. Past the end the last row is repeated.
-    auto for_all = [&](const T *cache, auto step) {
+    auto for_all = [&](const K *cache, auto step) {
         auto at = [&](int64_t j) {
             const int64_t key = first + std::min(j, count - 1);
             return cache + table[key / g.block_size] * g.block_stride + key % g.block_size * row;
         };
-        const T *rows[4] = {at(0), at(1), at(2), at(3)};
+        const K *rows[4] = {at(0), at(1), at(2), at(3)};
         for (int64_t j = 0; j < count; j += 4) {
-            const T *next[4] = {at(j + 4), at(j + 5), at(j + 6), at(j + 7)};
+            const K *next[4] = {at(j + 4), at(j + 5), at(j + 6), at(j + 7)};
             for (int64_t kv = 0; kv < g.kv_heads; kv++) {
-                const T *now[4];
+                const K *now[4];
                 for (int i = 0; i < 4; i++) {
                     now[i] = rows[i] + kv * dim;
-                    for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(next[i] + kv * dim + d);
+                    for (int64_t d = 0; d < dim; d += 64 / sizeof(K)) __builtin_prefetch(next[i] + kv * dim + d);
                 }
                 int64_t h = kv * group, end = h + group;
                 for (; h + 4 <= end; h += 4) step(Heads<4>{}, h, j, now);
@@ -163,7 +189,7 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
             std::copy(next, next + 4, rows);
         }
     };
-    const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    const A scale = key_scale / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
     for_all(keys, [&](auto heads, int64_t h, int64_t j, auto rows) {
         dot(heads, q + h * dim, rows, dim, p + h * RUN + j);
@@ -189,7 +215,7 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     });
 }
 
-template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, T *out) {
+template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, A value_scale, T *out) {
     const int64_t dim = g.head_dim, size = g.heads * (dim + 2);
     for (int64_t h = 0; h < g.heads; h++, out += dim) {
         const A *runs = (const A *)g.partials + g.task_starts[seq] * size + h * (dim + 2);
@@ -201,7 +227,7 @@ template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, T *o
             weight += factor * run[dim + 1];
             for (int64_t d = 0; d < dim; d++) acc[d] += factor * run[d];
         }
-        for (int64_t d = 0; d < dim; d++) narrow(out + d, acc[d] / weight);
+        for (int64_t d = 0; d < dim; d++) narrow(out + d, acc[d] / weight * value_scale);
     }
 }
 
@@ -220,16 +246,16 @@ template <class A> inline void multiply(A *c, const A *a, int64_t step_m, int64_
     for (int m = 0; m < 4; m++) for (int w = 0; w < WIDTH; w++) store(c + m * ROWS<A> + w * N<A>, acc[m][w]);
 }
 
-template <class T, class A>
-void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *query, int64_t query_stride, const T *keys,
-                const T *values, T *out) {
+template <class T, class K, class A>
+void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *query, int64_t query_stride, const K *keys,
+                const K *values, A key_scale, A value_scale, T *out) {
     constexpr int64_t R = ROWS<A>;
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim, seq = tile[0];
     const int64_t first = g.query_starts[seq] + tile[1], tokens = std::min(R / group, g.query_starts[seq + 1] - first);
     const int64_t seen = g.context_lens[seq] - (g.query_starts[seq + 1] - first) + 1;  // keys that the first token sees
     const int64_t context = seen + tokens - 1;                                         // and the last one
     const int32_t *table = g.block_tables + seq * g.max_blocks;
-    const A scale = 1 / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    const A scale = key_scale / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
     A *q = workspace<A>(2 * dim * R + RUN * (R + dim)), *acc = q + dim * R, *p = acc + dim * R, *kv_block = p + RUN * R;
     A top[R], weight[R] = {}, limit[R];
 
@@ -245,11 +271,11 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
         }
         limit[r] = A(seen + r / group);
     }
-    auto gather = [&](const T *cache, int64_t block, int64_t count) {  // keys or values of one block, the rest zero
+    auto gather = [&](const K *cache, int64_t block, int64_t count) {  // keys or values of one block, the rest zero
         for (int64_t j = 0; j < RUN; j++) {
             const int64_t at = block + std::min(j, count - 1);
-            const T *from = cache + table[at / g.block_size] * g.block_stride + at % g.block_size * row + kv * dim;
-            for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, j < count ? load(from + d) : Vec<A>{});
+            const K *from = cache + table[at / g.block_size] * g.block_stride + at % g.block_size * row + kv * dim;
+            for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, j < count ? widen<A>(from + d) : Vec<A>{});
         }
     };
     for (int64_t block = 0; block < context; block += RUN) {
@@ -281,26 +307,26 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
     }
     for (int64_t r = 0; r < tokens * group; r++) {
         T *to = out + ((first + r / group) * g.heads + kv * group + r % group) * dim;
-        for (int64_t d = 0; d < dim; d++) narrow(to + d, acc[d * R + r] / weight[r]);
+        for (int64_t d = 0; d < dim; d++) narrow(to + d, acc[d * R + r] / weight[r] * value_scale);
     }
 }
 
 // ---- one layer of one step -----------------------------------------------------------------------------------------
 
-template <class T, class A>
-void attend(const Geometry &g, const T *query, int64_t query_stride, const T *key, int64_t key_stride, const T *value,
-            int64_t value_stride, T *keys, T *values, T *out) {
+template <class T, class K, class A>
+void attend(const Geometry &g, const T *query, int64_t query_stride, const K *key, int64_t key_stride, const K *value,
+            int64_t value_stride, K *keys, K *values, A key_scale, A value_scale, T *out) {
     const int64_t row = g.kv_heads * g.head_dim, partial = g.heads * (g.head_dim + 2);
     auto write = [&](int64_t t) {
         const int64_t at = g.slots[t] / g.block_size * g.block_stride + g.slots[t] % g.block_size * row;
-        std::memcpy(keys + at, key + t * key_stride, row * sizeof(T));
-        std::memcpy(values + at, value + t * value_stride, row * sizeof(T));
+        std::memcpy(keys + at, key + t * key_stride, row * sizeof(K));
+        std::memcpy(values + at, value + t * value_stride, row * sizeof(K));
     };
     auto decode = [&](int64_t seq, int64_t task) {
-        decode_run<T, A>(g, seq, task - g.task_starts[seq], query + seq * query_stride, keys, values,
-                         (A *)g.partials + task * partial);
+        decode_run<T, K, A>(g, seq, task - g.task_starts[seq], query + seq * query_stride, keys, values, key_scale,
+                            (A *)g.partials + task * partial);
     };
-    auto merge = [&](int64_t seq) { merge_runs<T, A>(g, seq, out + seq * g.heads * g.head_dim); };
+    auto merge = [&](int64_t seq) { merge_runs<T, A>(g, seq, value_scale, out + seq * g.heads * g.head_dim); };
     const int64_t shared = g.by_sequence ? g.decodes : 0;  // tokens from here on may be read by any thread
 #pragma omp parallel num_threads(g.threads) if (g.decode_tasks + g.chunk_tasks > 1)
     {
@@ -310,7 +336,8 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const T *ke
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < g.chunk_tasks * g.kv_heads; i++)
-            chunk_tile<T, A>(g, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values, out);
+            chunk_tile<T, K, A>(g, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values, key_scale,
+                                value_scale, out);
         if (g.by_sequence) {  // the same arithmetic, without a barrier
 #pragma omp for schedule(dynamic) nowait
             for (int64_t seq = 0; seq < g.decodes; seq++) {
@@ -327,11 +354,17 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const T *ke
     }
 }
 
-#define EXPORT(NAME, T, A)                                                                                           \
-    extern "C" void NAME(const Geometry *g, const T *query, int64_t query_stride, const T *key, int64_t key_stride,  \
-                         const T *value, int64_t value_stride, T *keys, T *values, T *out) {                         \
-        attend<T, A>(*g, query, query_stride, key, key_stride, value, value_stride, keys, values, out);              \
+// T: of queries and outputs. K: of the pool, and of keys and values as they come. A: of sums.
+#define EXPORT(NAME, T, K, A)                                                                                        \
+    extern "C" void NAME(const Geometry *g, const T *query, int64_t query_stride, const K *key, int64_t key_stride,  \
+                         const K *value, int64_t value_stride, K *keys, K *values, double key_scale,                 \
+                         double value_scale, T *out) {                                                               \
+        attend<T, K, A>(*g, query, query_stride, key, key_stride, value, value_stride, keys, values, A(key_scale),   \
+                        A(value_scale), out);                                                                        \
     }
-EXPORT(attend_bfloat16, bf16, float)
-EXPORT(attend_float32, float, float)
-EXPORT(attend_float64, double, double)
+EXPORT(attend_bfloat16, bf16, bf16, float)
+EXPORT(attend_float32, float, float, float)
+EXPORT(attend_float64, double, double, double)
+EXPORT(attend_bfloat16_fp8, bf16, fp8, float)
+EXPORT(attend_float32_fp8, float, fp8, float)
+EXPORT(attend_float64_fp8, double, fp8, double)

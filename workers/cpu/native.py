@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
-from workers.attention.write import dense_rows
+from workers.attention.write import dense_rows, stored
 from workers.execution.step import StepInput
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -53,7 +53,8 @@ class NativePlan:
 
 
 class NativeAttention:
-    """The kernels of native.cpp for one pool. bf16 and float32 accumulate in float32, float64 in float64.
+    """The kernels of native.cpp for one pool. bf16 and float32 accumulate in float32, float64 in float64. A pool in FP8 is read
+    as it is, number by number; what is written to it has been rounded here. dtype: of queries, None: the pool's.
 
     Runs on as many threads as torch is set to when a step is planned, in torch's own OpenMP pool. A sequence's result
     has the same bits whatever else is in the batch and however many threads there are.
@@ -63,19 +64,23 @@ class NativeAttention:
 
     name = "cpu"
 
-    def __init__(self, pool: KVPool, heads: int, cache_folder: Path) -> None:
+    def __init__(self, pool: KVPool, heads: int, cache_folder: Path, dtype: torch.dtype | None = None) -> None:
         self._pool = pool
         self._heads = heads
         layout = pool.layout
-        if pool.dtype not in ROWS:
-            raise NativeUnavailable(f"they serve bfloat16, float32 and float64, not {layout.dtype}")
+        self._dtype = dtype = dtype or pool.dtype
+        name = str(dtype).removeprefix("torch.")
+        if dtype not in ROWS or (not layout.scaled and dtype != pool.dtype):
+            raise NativeUnavailable(f"they serve bfloat16, float32 and float64, not {name}, over KV of the same type or FP8")
         if layout.head_dim % 16 or layout.head_dim > MAX_HEAD_DIM:
             raise NativeUnavailable(f"head_dim {layout.head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}")
-        if heads // layout.kv_heads > ROWS[pool.dtype]:
-            raise NativeUnavailable(f"they serve at most {ROWS[pool.dtype]} heads per KV head")
-        function = load_library(cache_folder)[f"attend_{layout.dtype}"]
-        pointer, stride = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = [pointer, pointer, stride, pointer, stride, pointer, stride, pointer, pointer, pointer]
+        if heads // layout.kv_heads > ROWS[dtype]:
+            raise NativeUnavailable(f"they serve at most {ROWS[dtype]} heads per KV head")
+        function = load_library(cache_folder)[f"attend_{name}_fp8" if layout.scaled else f"attend_{name}"]
+        pointer, stride, scale = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+        function.argtypes = [
+            pointer, pointer, stride, pointer, stride, pointer, stride, pointer, pointer, scale, scale, pointer,
+        ]  # fmt: skip
         function.restype = None
         self._function = function
         self._keys = [pool.keys(layer).data_ptr() for layer in range(layout.layers)]
@@ -92,7 +97,7 @@ class NativeAttention:
         task_sequence = np.repeat(np.arange(decodes, dtype=np.int32), runs)
         tiles = self._tiles(queries, decodes)
         partial = self._heads * (layout.head_dim + 2)
-        accumulator = torch.float64 if self._pool.dtype == torch.float64 else torch.float32
+        accumulator = torch.float64 if self._dtype == torch.float64 else torch.float32
         partials = torch.empty(len(task_sequence) * partial, dtype=accumulator)
         slots = step.slots.contiguous()
         geometry = AttentionGeometry(
@@ -128,6 +133,9 @@ class NativeAttention:
         step: StepInput,  # noqa: ARG002
         plan: NativePlan,
     ) -> Tensor:
+        scales = self._pool.scales(layer)
+        if scales is not None:
+            key, value = stored(key, scales[0]), stored(value, scales[1])
         query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
         out = torch.empty(query.shape, dtype=query.dtype)
         self._function(
@@ -140,13 +148,14 @@ class NativeAttention:
             value.stride(0),
             self._keys[layer],
             self._values[layer],
+            *(scales or (1.0, 1.0)),
             out.data_ptr(),
         )
         return out
 
     def _tiles(self, queries: npt.NDArray[np.int32], decodes: int) -> npt.NDArray[np.int32]:
         """[tiles, 2]: sequence and first token of each tile of the chunks, the longest contexts of a chunk first."""
-        tokens = ROWS[self._pool.dtype] * self._pool.layout.kv_heads // self._heads
+        tokens = ROWS[self._dtype] * self._pool.layout.kv_heads // self._heads
         tiles = [
             (seq, first)
             for seq, count in enumerate(queries[decodes:].tolist(), start=decodes)

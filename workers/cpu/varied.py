@@ -8,7 +8,7 @@ backend of the usual kind, which is faster.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend
 from workers.attention.forms import Form, HeadShape
+from workers.attention.write import stored
 from workers.execution.step import StepInput
 
 
@@ -57,6 +58,7 @@ class VariedAttention:
         layout = pool.layout
         assert max(shape.width for shape in shapes) <= layout.kv_heads * layout.head_dim, "a layer is wider than the pool"
         self.name = "cpu"
+        self._pool = pool
         self._usual = usual
         self._block_size = layout.block_size
         self._flat = pool.data.flatten(4)
@@ -84,15 +86,18 @@ class VariedAttention:
             usual_scale = query.shape[-1] ** -0.5
             turned = query if form.scale == usual_scale else query * (form.scale / usual_scale)
             return self._usual.attend(layer, turned, key, value, step, plan.plain)
+        scales = self._pool.scales(layer)
+        if scales is not None:
+            form = replace(form, scale=form.scale * scales[0])
         for half, states in enumerate((key, value)):
             place = self._flat[:, layer, half, :, : states.shape[1] * states.shape[2]]
-            place[plan.blocks, plan.slots] = states.flatten(1)
+            place[plan.blocks, plan.slots] = (states if scales is None else stored(states, scales[half])).flatten(1)
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         for number, span in enumerate(plan.spans):
             first, mask = self._mask(plan, number, form)
             keys, values = (self._context(layer, half, span, first, states) for half, states in enumerate((key, value)))
             out[span.start : span.stop] = _attend(query[span.start : span.stop], keys, values, mask, form)
-        return out
+        return out if scales is None else out.mul_(scales[1])
 
     def _mask(self, plan: VariedPlan, number: int, form: Form) -> tuple[int, Tensor]:
         """The first position that a query of the sequence sees, at a block's border, and [queries, keys from there] bool."""
@@ -111,11 +116,12 @@ class VariedAttention:
         return plan.masks[kind]
 
     def _context(self, layer: int, half: int, span: Span, first: int, like: Tensor) -> Tensor:
-        """[kv_heads, keys from `first`, dim]. like: the step's own, [tokens, kv_heads, dim]."""
+        """[kv_heads, keys from `first`, dim], as they are stored but for the dtype. like: the step's own, [tokens, kv_heads,
+        dim]."""
         _, heads, dim = like.shape
         blocks = span.blocks[first // self._block_size : -(-span.context // self._block_size)]
         numbers = self._flat[:, layer, half, :, : heads * dim][blocks].flatten(0, 1)[: span.context - first]
-        return numbers.view(-1, heads, dim).transpose(0, 1)
+        return numbers.to(like.dtype).view(-1, heads, dim).transpose(0, 1)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, form: Form) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import BlockLayout, KVScales
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.architectures import RankShape
 from workers.model.reading import DecoderConfig
@@ -14,7 +14,7 @@ from workers.sampling.constraints import Constraints
 
 @dataclass(frozen=True, slots=True)
 class RunnerSpec:
-    """One rank's. dtype: of weights, activations and blocks. constraints: closed by who made them."""
+    """One rank's. dtype: of weights and activations. kv_scales: as in `KVPool`. constraints: closed by who made them."""
 
     config: WorkerConfig
     resolved: ResolvedWorker
@@ -23,6 +23,7 @@ class RunnerSpec:
     comm: Communicator
     dtype: torch.dtype
     constraints: Constraints
+    kv_scales: KVScales | None = None
 
     @property
     def device(self) -> torch.device:

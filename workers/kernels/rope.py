@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.fp8 import stored
 from workers.kernels.launch import enter, interpreted
 from workers.kernels.turn import HeadTurn
 
@@ -32,12 +33,13 @@ def turned_heads(heads, weight, turns, dims, real, eps, DIM: tl.constexpr):
 
 @triton.jit
 def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, values, out, qkv_stride, block_stride,
-                        slot_stride, eps, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-                        KV_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
+                        slot_stride, eps, key_scale, value_scale, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                        DIM: tl.constexpr, KV_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
                         PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS heads of one token, out of the queries', the keys' and the values' heads as they lie in `qkv`.
 
-    A head is held as its two halves, since a rotation turns number i of the first against number i of the second.
+    A head is held as its two halves, since a rotation turns number i of the first against number i of the second. key_scale,
+    value_scale: of a pool in FP8, None for another.
     """
     HALF: tl.constexpr = DIM // 2
     token = tl.program_id(0).to(tl.int64)
@@ -76,6 +78,9 @@ def _qk_norm_rope_write(qkv, q_weight, k_weight, table, positions, slots, keys, 
     query = out + (token * HEADS + head[:, None]) * DIM + at[None, :]
     tl.store(query, turned_low, mask=is_query[:, None] & inside)
     tl.store(query + HALF, turned_high, mask=is_query[:, None] & inside)
+    if key_scale is not None:
+        turned_low, turned_high = stored(turned_low, key_scale), stored(turned_high, key_scale)
+        raw_low, raw_high = stored(raw_low, value_scale), stored(raw_high, value_scale)
     slot_at = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * slot_stride
     key = keys + slot_at + (head[:, None] - HEADS) * DIM + at[None, :]
     tl.store(key, turned_low, mask=is_key[:, None] & inside)
@@ -96,13 +101,14 @@ def qk_norm_rope_write(
     kv_heads: int,
     out: Tensor,
     *,
+    scales: tuple[float, float] | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Turns the queries into `out` and writes the turned keys, and the values, to their slots of the pool.
 
     qkv [tokens, (heads + 2 * kv_heads) * head_dim]: queries, keys, values; rows may lie apart. positions, slots [tokens] int32
     or int64; a slot is block * block_size + offset. keys, values [block, slot, kv_head, head_dim]: `KVPool.keys` and `values`
-    of the layer. out [tokens, heads, head_dim], contiguous; returned.
+    of the layer. out [tokens, heads, head_dim], contiguous; returned. scales: `KVPool.scales` of the layer.
     """
     tokens, dim = qkv.shape[0], keys.shape[3]
     if not tokens:
@@ -114,7 +120,8 @@ def qk_norm_rope_write(
     table, norm = turn.table, turn.q_weight is not None
     _qk_norm_rope_write[(tokens, triton.cdiv(total, rows))](
         qkv, turn.q_weight if norm else table, turn.k_weight if norm else table, table, positions, slots, keys, values, out,
-        qkv.stride(0), keys.stride(0), keys.stride(1), turn.eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
-        KV_BLOCK=keys.shape[1], ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2, launch_pdl=pdl,
+        qkv.stride(0), keys.stride(0), keys.stride(1), turn.eps, *(scales or (None, None)), HEADS=heads, KV_HEADS=kv_heads,
+        DIM=dim, KV_BLOCK=keys.shape[1], ROWS=rows, BLOCK=block, NORM=norm, PDL=pdl, num_warps=1 if rows == 1 else 2,
+        launch_pdl=pdl,
     )  # fmt: skip
     return out

@@ -254,6 +254,12 @@ def _refuse_what_is_not_computed(fields: Fields) -> None:
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
 
 
+def quantizes_only_kv(fields: Fields) -> bool:
+    """Whether `quantization_config` is about keys and values, and says nothing of weights."""
+    said = fields.nested("quantization_config")
+    return said.get("kv_cache_scheme") is not None and said.get("config_groups") == {} and not fields.get("compression_config")
+
+
 def _within_window(fields: Fields, family: Architecture, max_position: int) -> int:
     """Within its window, sliding attention is full attention: so it is served exactly, up to the window."""
     window = None

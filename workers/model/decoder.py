@@ -18,6 +18,7 @@ from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.classifier import Classifier
 from workers.model.experts import Mixture
+from workers.model.kv_scales import scale_names
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
@@ -267,7 +268,7 @@ def load_model(
         tables = _table_names(checkpoint, config, shape, dtype)
         positions = max_model_len or config.max_position
         decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens)
-        checkpoint.load(decoder.parts(), progress)
+        checkpoint.load(decoder.parts(), progress, scale_names(checkpoint.names()))
     return decoder
 
 

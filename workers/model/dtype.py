@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvcache.layout import FP8
 from workers.model.weights import Stored
 
 WIDE_WEIGHTS_FRACTION = 0.5
@@ -44,6 +45,11 @@ class Chosen:
 
     dtype: torch.dtype
     why: str
+
+
+def kv_dtype_name(kv_dtype: str, dtype: torch.dtype) -> str:
+    """What the blocks hold, as `BlockLayout` calls it. kv_dtype: as configured. dtype: that the model computes in."""
+    return FP8 if kv_dtype == "fp8" else str(dtype).removeprefix("torch.")
 
 
 def choose(config_dtype: torch.dtype | None, stored: Stored, arithmetic: Arithmetic, max_num_seqs: int, room: int) -> Chosen:

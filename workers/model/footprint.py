@@ -7,6 +7,7 @@ import torch
 from kvcache.layout import BlockLayout
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import EMBEDDING, HEAD, Decoder
+from workers.model.dtype import kv_dtype_name
 from workers.model.reading import DecoderConfig
 from workers.parallel.silent import Silent
 
@@ -19,10 +20,10 @@ class Footprint:
     layout: BlockLayout
 
 
-def footprint(config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int) -> Footprint:
-    """size: ranks of a group. Errors: CheckpointError if so many cannot share it."""
+def footprint(config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto") -> Footprint:
+    """size: ranks of a group. kv_dtype: as configured. Errors: CheckpointError if so many cannot share it."""
     shape = config.shard(0, size)
-    layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
+    layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype_name(kv_dtype, dtype))
     if isinstance(config, ModelConfig):
         tables = (EMBEDDING, EMBEDDING) if config.tied else (EMBEDDING, HEAD)
         decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables)

@@ -186,6 +186,6 @@ class FusedDecoder:
         query = torch.empty(len(projected), shape.heads, shape.head_dim, dtype=projected.dtype, device=projected.device)
         qk_norm_rope_write(
             projected, self._turn(layer), positions, slots, self.pool.keys(number), self.pool.values(number), shape.heads,
-            shape.kv_heads, query, pdl=pdl,
+            shape.kv_heads, query, scales=self.pool.scales(number), pdl=pdl,
         )  # fmt: skip
         return query

@@ -126,6 +126,14 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
+    def whole(self, name: str) -> Tensor:
+        """A small tensor as it is stored. Errors: CheckpointError for numbers of fewer than 16 bits."""
+        view = self._slice(name)
+        if (kind := str(view.get_dtype())) not in STORED_DTYPES:
+            raise CheckpointError(f"tensor {name} in {self._folder} is stored as {kind}: {_QUANTIZED}")
+        tensor: Tensor = view[...]
+        return tensor
+
     def stored(self) -> Stored:
         """Of what is quantised, how many numbers it stands for. Errors: CheckpointError if most of the rest is no 16-, 32- or
         64-bit floats."""

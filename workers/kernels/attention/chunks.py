@@ -34,12 +34,12 @@ class ChunkConfig:
     warps: int = 4
 
 
-def choose_config(pool: KVPool) -> ChunkConfig:
-    """The best known for the pool's shape and dtype."""
-    if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
+def choose_config(dtype: torch.dtype, head_dim: int) -> ChunkConfig:
+    """The best known for queries of that dtype and size."""
+    if dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
-    keys, wide = fitting_keys(ChunkConfig().keys, pool.layout.head_dim), pool.layout.head_dim > 128
-    return ChunkConfig(rows=64 if pool.layout.head_dim <= 256 else 32, keys=keys, warps=8 if wide else 4)
+    keys, wide = fitting_keys(ChunkConfig().keys, head_dim), head_dim > 128
+    return ChunkConfig(rows=64 if head_dim <= 256 else 32, keys=keys, warps=8 if wide else 4)
 
 
 @triton.jit(do_not_specialize=["seqs"])
@@ -77,7 +77,8 @@ def _plan(starts, contexts, tiles, seqs, TOKENS: tl.constexpr, SEQUENCES: tl.con
 def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
           PRECISION: tl.constexpr):  # fmt: skip
     """One span into the online softmax, in base 2. lowest, seen: each row sees the keys from the one up to the other; lowest is
-    None where rows see all that came before."""
+    None where rows see all that came before. k, v: as in a decode."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if SOFTCAP > 0:
         scores = capped(scores * scale, SOFTCAP)
@@ -96,11 +97,11 @@ def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.c
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
-def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, query_stride, table_stride, out_stride,
+def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, value_scale, query_stride, table_stride, out_stride,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
             SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
             BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One program: one tile of query rows x one KV head."""
+    """One program: one tile of query rows x one KV head. value_scale: of a pool in FP8, None for another."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
     head = tl.program_id(0) % KV_HEADS
     seq = tl.load(at)
@@ -154,26 +155,30 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, quer
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
     acc = acc / weight[:, None]
+    if value_scale is not None:
+        acc *= value_scale
     tl.store(out + (index + token).to(tl.int64)[:, None] * out_stride + columns[:, None] + dims[None, :],
              acc.to(out.dtype.element_ty), mask=real)  # fmt: skip
 
 
 class ChunkAttention:
     """Causal attention of chunks over one rank's pool. heads: query heads of this rank. forms: of each layer, None: plain.
+    dtype: of queries, None: the pool's.
 
     Safety: block_tables name blocks of the pool for what is seen of each sequence's context, whose keys and values stand there
     already.
     """
 
     def __init__(
-        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None
+        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         layout = pool.layout
         self._pool = pool
         self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        self.config = config = config or choose_config(pool)
+        self.config = config = config or choose_config(dtype or pool.dtype, layout.head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
@@ -200,9 +205,10 @@ class ChunkAttention:
         [heads], where the layer's form has them."""
         layout, config, form = self._pool.layout, self.config, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
+        key_scale, value_scale = self._pool.scales(layer) or (1.0, None)
         _attend[(len(tiles) * layout.kv_heads,)](
-            query, self._pool.data, block_tables, tiles, context_lens, sinks, out, layer, form.scale * LOG2_E,
-            query.stride(0), block_tables.stride(0), out.stride(0),
+            query, self._pool.data, block_tables, tiles, context_lens, sinks, out, layer, form.scale * LOG2_E * key_scale,
+            value_scale, query.stride(0), block_tables.stride(0), out.stride(0),
             KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, WINDOW=form.reach.window,
             CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,

@@ -25,6 +25,7 @@ from workers.kernels.attention.merge import merge, merge_members, merged
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E, first_peak, fold, lowest_seen, span_blocks, span_kv
+from workers.kernels.fp8 import stored
 from workers.kernels.rope import turned_heads
 from workers.kernels.turn import HeadTurn
 
@@ -33,8 +34,9 @@ INTERPRETED_PROCESSORS = 4
 
 
 @triton.jit
-def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, eps, HEADS: tl.constexpr,
-            KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr):  # fmt: skip
+def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, eps, key_scale, value_scale,
+            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KV_BLOCK: tl.constexpr,
+            KV_BLOCK_ROWS: tl.constexpr):  # fmt: skip
     """Writes the key, turned, and the value that stand in one row of the projection to the place of the row's last token."""
     one = tl.arange(0, 1)
     position = context - 1
@@ -44,14 +46,18 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
     value = tl.load(key + KV_HEADS * DIM + one[:, None] + dims[None, :], mask=inside, other=0.0)
     block = tl.load(table + position // KV_BLOCK).to(tl.int64)
     at = pool + ((block * KV_BLOCK_ROWS + base + position % KV_BLOCK) * KV_HEADS + head) * DIM + one[:, None] + dims[None, :]
-    tl.store(at, turned.to(pool.dtype.element_ty), mask=inside)
+    turned = turned.to(projected.dtype.element_ty)
+    if key_scale is not None:
+        turned, value = stored(turned, key_scale), stored(value, value_scale)
+    tl.store(at, turned, mask=inside)
     tl.store(at + KV_BLOCK * KV_HEADS * DIM, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, sinks, out,
-            partial, lse, counters, layer, scale, eps, query_stride, table_stride, out_stride, KV_HEADS: tl.constexpr,
-            GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+            partial, lse, counters, layer, scale, key_scale, value_scale, eps, query_stride, table_stride, out_stride,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+            SOFTCAP: tl.constexpr,
             KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
             KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
             ATOMIC: tl.constexpr, DEPENDENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -59,7 +65,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
     query heads that share one KV head.
 
     With `turns`, query [batch, (heads + 2 * KV_HEADS) * DIM] is the projection as it is: queries are turned here, and the
-    program of the row's last piece writes its key and value before it reads them.
+    program of the row's last piece writes its key and value before it reads them. key_scale, value_scale: of a pool in FP8,
+    None for another; `scale` has key_scale in it.
     """
     if DEPENDENT:
         gdc_wait()
@@ -101,7 +108,7 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
         q = turned.to(query.dtype.element_ty)
         if (count == 1) & (context > 0) & (high * KEYS >= context):
             _own_kv(query + row.to(tl.int64) * query_stride, k_weight, turns, pool, table, base, head, context, dims, eps,
-                    KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
+                    key_scale, value_scale, KV_HEADS * GROUP, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK)  # fmt: skip
             tl.debug_barrier()  # what some threads have written others read
     top, weight = first_peak(None, lane, rows < count * GROUP)
     if sinks is not None:  # noqa: SIM102 (known to the compiler, the other to the program)
@@ -121,6 +128,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
 
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
+    if value_scale is not None:
+        acc *= value_scale
     if pieces == 1:
         tl.store(out + row.to(tl.int64) * out_stride + columns, acc.to(out.dtype.element_ty), mask=real)
     else:
@@ -155,24 +164,26 @@ class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
     heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of each
-    layer, None: plain. Layers of one reach are planned together, and rows share prefixes in those that see all.
+    layer, None: plain. dtype: of queries, None: the pool's. Layers of one reach are planned together, and rows share prefixes in
+    those that see all.
     Safety: block_tables name blocks of the pool for what each row sees of its context, and one block even where the context is
     0 (whose output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
     """
 
     def __init__(
-        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None, forms: Sequence[Form] | None = None
-    ) -> None:
-        layout = pool.layout
-        if pool.dtype == torch.float64:
+        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None, forms: Sequence[Form] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        layout, dtype = pool.layout, dtype or pool.dtype
+        if dtype == torch.float64:
             raise ValueError("Triton's kernels serve bfloat16, float16 and float32, not float64; choose one of them")
         self._pool = pool
         self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._heads = heads
         self._group = heads // layout.kv_heads
         self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        config = config or choose_config(pool, max_batch)
+        config = config or choose_config(pool, max_batch, dtype)
         self.config = config
         self._tile = max(config.tile, triton.next_power_of_2(self._group))
         self.prefixes = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
@@ -258,10 +269,12 @@ class DecodeAttention:
         shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
         turning = (None, None, None) if turn is None else (turn.q_weight, turn.k_weight, turn.table)
+        scales = self._pool.scales(layer)
+        scale = form.scale * LOG2_E * (1.0 if scales is None else scales[0])
         _attend[(self._programs(batch),)](
             query, *turning, self._contexts, self._pool.data, block_tables, cut.items, members, cut.pieces, cut.entries, sinks,
-            out, self._partial, self._lse, self._counters, layer, form.scale * LOG2_E, 0.0 if turn is None else turn.eps,
-            query.stride(0), block_tables.stride(0), out.stride(0), **shape,
+            out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
+            0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
             WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0,
             KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys,
             STAGES=config.stages, MERGE_ROWS=merge_rows,

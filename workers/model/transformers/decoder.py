@@ -60,7 +60,7 @@ class TransformersDecoder:
         """Before the first `forward`. backend: as in `select_backend`, for the layers that it can compute."""
         own = HeadShape(self.shape.heads, self.shape.kv_heads, self.shape.head_dim, self.shape.head_dim)
         plain = any(form.plain and heads == own for form, heads in zip(self.forms, self.heads, strict=True))
-        usual = select_backend(backend, pool=pool, heads=own.heads) if plain else None
+        usual = select_backend(backend, pool=pool, heads=own.heads, dtype=self.dtype) if plain else None
         self._attention = VariedAttention(pool, self.heads, usual, own)
 
     @torch.inference_mode()

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from workers.model.fields import CheckpointError
+from workers.model.kv_scales import scale_names
 from workers.model.transformers.classes import BUILDING
 from workers.model.transformers.pieces import Source, Target, parts_of
 from workers.model.transformers.sharding import Share, shares
@@ -40,6 +41,7 @@ def load(
     _allocate(model, found, ties, comm, dtype, device)
     tensors = dict(model.state_dict(keep_vars=True))
     targets = {name: Target(name, tensors[name], found[name], shapes[name]) for name in tensors if name not in ties}
+    spare |= scale_names(checkpoint.names())
     checkpoint.load(parts_of(model.config, sources, targets, checkpoint, comm), progress, spare)
     _compute_the_rest(model, tensors, device)
 
