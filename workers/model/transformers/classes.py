@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from workers.model.fields import CheckpointError
 from workers.model.transformers.attention import NAME
-from workers.model.transformers.config import WORKS
+from workers.model.transformers.compared import WORKS
 
 BUILDING = threading.Lock()
 """transformers sets torch's default dtype and patches its initialisers while it builds: of a process's ranks one at a time."""

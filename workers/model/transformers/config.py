@@ -12,9 +12,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_torch_available
 
-from workers.model.architectures import ARCHITECTURES, DTYPES, RankShape, read_eos_ids, torch_dtype
+from workers.model.architectures import DTYPES, RankShape, read_eos_ids, torch_dtype
 from workers.model.fields import CheckpointError, Fields, read_json
 from workers.model.quantization.scheme import Scheme, read_scheme
+from workers.model.transformers.compared import COMPARED, WORKS
 
 if TYPE_CHECKING:
     import torch
@@ -26,24 +27,6 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", 
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How classes are called whose checkpoints have a head over the vocabulary."""
-
-COMPARED = (
-    "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bitnet", "cohere", "cohere2", "ctrl", "deepseek_v2",
-    "deepseek_v3", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
-    "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite",
-    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3",
-    "hyperclovax", "jais2", "kolibri1", "laguna", "llama", "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2",
-    "minimax_m3_vl_text", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
-    "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
-    "solar_open", "starcoder2", "vaultgemma",
-)  # fmt: skip
-"""Model types that are held against transformers, token for token (docs/models.md); others of their kind are tried."""
-
-WORKS = (
-    f"decoders whose layers are attention and MLP or experts are served, natively {', '.join(ARCHITECTURES)}, through "
-    f"transformers among others {', '.join(COMPARED)}"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TransformersConfig:

@@ -11,7 +11,8 @@ import transformers
 from benchmarks.models.zoo import SIZES, make
 from workers.model.fields import CheckpointError
 from workers.model.reading import is_native, read_model
-from workers.model.transformers.config import COMPARED, read_transformers
+from workers.model.transformers.compared import COMPARED
+from workers.model.transformers.config import read_transformers
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 199, "num_attention_heads": 4}
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.models.zoo import MORE, VOCAB, ZOO, make
 from tests.checkpoints import generate_reference
 from tests.workers.model.transformers.ranks import Ranks
-from workers.model.transformers.config import COMPARED
+from workers.model.transformers.compared import COMPARED
 
 NO_PLAN = {"gpt_oss", "hunyuan_v1_dense"}
 """transformers says of these how to divide experts, or nothing."""
