@@ -261,12 +261,10 @@ def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(
     first = own(SOON_S)
     old = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
     first.kill()
-    for options in ({"kv_memory": 16 << 20}, {"queue_age_s": 7}):
-        owner = own(FOREVER_S, **options)
-        assert "took over" not in "".join(owner.said)
-        with front_end(**options) as opened:
-            assert tokens(submit(opened)) == expected
-        owner.kill()
+    owner = own(FOREVER_S, queue_age_s=7)
+    assert "took over" not in "".join(owner.said)
+    with front_end(queue_age_s=7) as opened:
+        assert tokens(submit(opened)) == expected
     assert not wait_gone(old, PATIENCE_S), "they were nobody's, and nobody ever used them"
 
 
