@@ -32,6 +32,7 @@ if (PROCESS := os.environ.get("PYTEST_XDIST_WORKER")) is not None:  # each has a
     os.environ["RAY_TMPDIR"] = os.path.join(os.environ["RAY_TMPDIR"], PROCESS)
     os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that most tests never use
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: another test that computes would leave them a 30th of a core
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted

@@ -22,7 +22,7 @@ Vector = npt.NDArray[np.float32]
 
 NO, YES = 7, 11
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-PROMPTS = [[5], [1, 2], list(range(1, 16)), list(range(20, 37)), [3, 9] * 20]
+PROMPTS = [[5], [1, 2], list(range(1, 16)), list(range(20, 37)), [3, 9] * 13]
 """One token, a whole block of 16, a little more, and more than a step's tokens."""
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -147,12 +147,12 @@ def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str,
 
 def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """The row is another sequence's, or the same one's again, whose sum begins anew."""
-    path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 20
+    path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 13
     stepped = Stepped(path, device="cpu", depth=1, **runner)
     try:
         for _ in range(2):
             begun = stepped.start(Work([*prompt], GREEDY, pooling="mean"))
-            for _ in range(3):
+            for _ in range(2):
                 stepped.turn()
             assert begun.finish is None
             stepped.drop(begun)
