@@ -7,8 +7,9 @@ import functools
 import os
 import shutil
 import signal
+import ssl
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ if OWN_FOLDER is not None:
 if (PROCESS := os.environ.get("PYTEST_XDIST_WORKER")) is not None:  # each has a folder of its own in that of the whole run
     os.environ["RAY_TMPDIR"] = os.path.join(os.environ["RAY_TMPDIR"], PROCESS)
     os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that most tests never use
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: another test that computes would leave them a 30th of a core
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: without a GPU kernels are interpreted
@@ -45,11 +48,16 @@ collect_ignore = ["clients"]  # `make clients` runs them, in an environment of t
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (
-    "tests/cluster/test_adoption.py", "tests/cluster/test_hung.py", "tests/cluster/test_keepers.py",
-    "tests/cluster/test_rejoining.py", "tests/cluster/test_resuming.py", "tests/deploy/serving/test_ctrl_c.py",
+    "tests/cluster/test_adoption.py", "tests/cluster/test_rejoining.py", "tests/deploy/ray_serve_llm/test_on_ray.py",
+    "tests/deploy/serving/test_ctrl_c.py", "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
 )  # fmt: skip
-LAST_LANE = ("tests/chaos/test_endpoint.py", "tests/deploy/batch/test_ray_job.py", "tests/deploy/doors/grpc/test_ray.py")
-"""Of the tests that start Ray: about half of what takes long, and as much as is left of the time when all others are done."""
+"""Of the tests that start Ray, about half of what takes long."""
+LAST = (
+    "tests/cluster/test_hung.py", "tests/cluster/test_resuming.py", "tests/cluster/test_ray.py",
+    "tests/deploy/doors/http/test_responses_ray.py", "tests/cluster/test_two_groups.py", "tests/deploy/batch/test_ray_job.py",
+    "tests/cluster/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
+)  # fmt: skip
+"""Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
 NOTES = pytest.StashKey[list[str]]()
 
 
@@ -59,7 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(file: str) -> int:
-    return {"ray": 0, "ray, too": 0, END_TO_END: 1, "ray, last": 3}.get(together(file), 2)
+    return 3 + LAST.index(file) if file in LAST else {"ray": 0, "ray, too": 0, END_TO_END: 1}.get(together(file), 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each client of HTTP would read those of the whole web, for 25 ms; thousands are made, and none leaves this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,7 +98,7 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Two processes have what starts Ray, one after the other: it waits more than it computes. One has all of `end_to_end`,
-    whose references are dear. The rest goes file by file to whoever is free, and what starts Ray last."""
+    whose references are dear. The rest goes file by file to whoever is free, some files that start Ray last."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
@@ -97,9 +113,9 @@ def together(file: str) -> str:
     """Files of one name share a process."""
     if file.startswith(END_TO_END):
         return END_TO_END
-    if "pytest.mark.ray" not in (ROOT / file).read_text():
+    if file in LAST or "pytest.mark.ray" not in (ROOT / file).read_text():
         return file
-    return "ray, last" if file in LAST_LANE else "ray, too" if file in SECOND_LANE else "ray"
+    return "ray, too" if file in SECOND_LANE else "ray"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -226,23 +226,17 @@ def test_an_owner_that_was_stopped_ends_once_another_has_come(own: Callable[...,
     assert len(named(SCHEDULER)) == 1
 
 
-def test_what_nobody_takes_over_ends_by_itself(own: Callable[..., Owner]) -> None:
+def test_what_nobody_owns_goes_on_for_as_long_as_it_is_used_and_then_ends_by_itself(
+    own: Callable[..., Owner], expected: list[list[int]]
+) -> None:
     owner = own(SOON_S)
     left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
     time.sleep(1.5 * SOON_S)
     assert alive(left) == left, "its owner lives"
-    owner.kill()
-    assert not wait_gone(left, PATIENCE_S)
-    until("a place is still taken", lambda: not placements())
-
-
-def test_what_nobody_owns_goes_on_for_as_long_as_it_is_used(own: Callable[..., Owner], expected: list[list[int]]) -> None:
-    owner = own(SOON_S)
-    left = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
     with front_end() as opened:
         owner.kill()
-        time.sleep(2.5 * SOON_S)
-        assert alive(left) == left
+        time.sleep(2.0 * SOON_S)
+        assert alive(left) == left, "it is used"
         assert tokens(submit(opened)) == expected
     assert not wait_gone(left, PATIENCE_S), "its front end has gone"
     until("a place is still taken", lambda: not placements())
@@ -267,13 +261,11 @@ def test_what_is_not_as_the_next_owner_wants_it_is_not_taken_over(
     first = own(SOON_S)
     old = {*all_named(WORKER, 2), *all_named(SCHEDULER, 1)}
     first.kill()
-    for options in ({"kv_memory": 16 << 20}, {"queue_age_s": 7}):
-        owner = own(FOREVER_S, **options)
-        assert "took over" not in "".join(owner.said)
-        with front_end(**options) as opened:
-            assert tokens(submit(opened)) == expected
-        owner.kill()
-    assert not wait_gone(old, PATIENCE_S), "they were nobody's"
+    owner = own(FOREVER_S, queue_age_s=7)
+    assert "took over" not in "".join(owner.said)
+    with front_end(queue_age_s=7) as opened:
+        assert tokens(submit(opened)) == expected
+    assert not wait_gone(old, PATIENCE_S), "they were nobody's, and nobody ever used them"
 
 
 def test_an_owner_that_wants_fewer_groups_takes_over_all_and_lets_one_run_empty(own: Callable[..., Owner]) -> None:

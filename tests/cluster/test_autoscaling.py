@@ -31,7 +31,9 @@ TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PATIENCE_S = 180.0
 TOKENS, MANY_TOKENS = 200, 240
 LONG = SamplingParams(temperature=0.8, seed=3, max_tokens=TOKENS, ignore_eos=True)
-OPTIONS: dict[str, Any] = {"max_num_seqs": 2, "kv_memory": 32 << 20, "dtype": "float32", "block_size": 16}
+OPTIONS: dict[str, Any] = {
+    "max_num_seqs": 2, "kv_memory": 32 << 20, "dtype": "float32", "block_size": 16, "hung_after_s": 10 * PATIENCE_S,
+}  # fmt: skip
 
 
 def until(what: str, true: Callable[[], bool]) -> None:
@@ -101,9 +103,7 @@ def assert_whole(llm: LLM, prompts: list[list[int]]) -> None:
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.2")
-    config = EngineConfig(
-        model=str(TINY), groups=2, check_invariants=True, device="cpu", hung_after_s=10 * PATIENCE_S, **OPTIONS
-    )  # fmt: skip
+    config = EngineConfig(model=str(TINY), groups=2, check_invariants=True, device="cpu", **OPTIONS)
     opened = Fleet(config, plan(config))
     try:
         opened.start(lambda _: None)

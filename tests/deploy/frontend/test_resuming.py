@@ -84,8 +84,7 @@ def undisturbed() -> list[RequestOutput]:
     return whole
 
 
-@pytest.mark.parametrize("deaths", [(1, 40, 90, 200), (13, 7, 300)])
-@pytest.mark.parametrize("cuts", [False, True], ids=["killed", "cut"])
+@pytest.mark.parametrize(("deaths", "cuts"), [((1, 40, 90, 200), False), ((13, 7, 300), True)], ids=["killed", "cut"])
 def test_a_scheduler_that_dies_is_not_noticed(
     undisturbed: list[RequestOutput], deaths: tuple[int, ...], cuts: bool
 ) -> None:

@@ -281,7 +281,7 @@ def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Serve's manager does without a warning, and its cluster with it."""
-    with impatient(tmp_path, monkeypatch, ALONE_S=1.0), doors(tmp_path) as (start, door):
+    with impatient(tmp_path, monkeypatch, ALONE_S=5.0), doors(tmp_path) as (start, door):
         parent = os.fork()
         if parent == 0:
             start()

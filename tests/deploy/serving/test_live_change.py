@@ -227,7 +227,7 @@ def test_a_new_version_takes_over_without_a_failed_request(application: Applicat
     until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
     until("Serve does not take it over", lambda: serve.status().applications["manta"].status == "RUNNING")
     old = {*all_named(WORKER, 3), *all_named(SCHEDULER, 1)}
-    loads = [Load(application.complete) for _ in range(3)]
+    loads = [Load(application.complete) for _ in range(2)]
     for load in loads:
         load.start()
     before = application.complete()["choices"][0]["text"]

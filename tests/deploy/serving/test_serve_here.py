@@ -37,10 +37,13 @@ def test_a_taken_port_is_named_before_the_model_is_read(tmp_path: Path) -> None:
     assert f"manta: error: port {port} on 127.0.0.1, for HTTP, cannot be had" in log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "inherited"), [(signal.SIGTERM, signal.default_int_handler), (signal.SIGINT, signal.SIG_IGN)]
+)
+def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal.Signals, inherited: Any) -> None:
+    """And a signal ends it with its exit code, even one that was ignored as a shell does for what runs in its background."""
     log = tmp_path / "log"
-    with served(log, "--port", "0") as process:
+    with sigint(inherited), served(log, "--port", "0") as process:
         url = ready_at(log, process)
         assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
         process.send_signal(number)
@@ -59,15 +62,6 @@ def test_its_queue_is_bounded(tmp_path: Path) -> None:
             refused = httpx.post(f"{url}/v1/completions", json={"prompt": "def g("}, timeout=PATIENCE_S, trust_env=False)
     assert refused.status_code == 429
     assert int(refused.headers["retry-after"]) >= 1
-
-
-def test_an_ignored_sigint_is_told_by_the_exit_code_too(tmp_path: Path) -> None:
-    """As a shell starts what runs in its background."""
-    log = tmp_path / "log"
-    with sigint(signal.SIG_IGN), served(log, "--port", "0") as process:
-        ready_at(log, process)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE_S) == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,7 @@
 """Prompts that are pooled instead of continued: what transformers makes of their hidden states, however they are cut."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ Vector = npt.NDArray[np.float32]
 
 NO, YES = 7, 11
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-PROMPTS = [[5], [1, 2], list(range(1, 16)), list(range(20, 37)), [3, 9] * 20]
+PROMPTS = [[5], [1, 2], list(range(1, 16)), list(range(20, 37)), [3, 9] * 13]
 """One token, a whole block of 16, a little more, and more than a step's tokens."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "Qwen3ForCausalLM": {},
-    "MistralModel": {},
-    "LlamaForSequenceClassification": {"num_labels": 1, "pad_token_id": 0},
-    "Qwen2ForSequenceClassification": {"num_labels": 3, "pad_token_id": 0},
+    "MistralModel": {"num_hidden_layers": 1},
+    "LlamaForSequenceClassification": {"num_labels": 1, "pad_token_id": 0, "num_hidden_layers": 1},
+    "Qwen2ForSequenceClassification": {"num_labels": 3, "pad_token_id": 0, "num_hidden_layers": 1},
 }
+"""Two layers where tests look at steps; the interpreter takes its time for each."""
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@cache
+def reference(path: Path) -> torch.nn.Module:
+    model: torch.nn.Module = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    return model
+
+
 @torch.inference_mode()
 def hidden_states(path: Path, prompt: Sequence[int]) -> torch.Tensor:
     """[tokens, hidden] behind the final norm, as transformers has them."""
-    model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-    states: torch.Tensor = model(torch.tensor([prompt])).last_hidden_state[0]
+    states: torch.Tensor = reference(path)(torch.tensor([prompt])).last_hidden_state[0]
     return states
 
 
@@ -82,8 +89,11 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
     return {**few, "attention": "triton", "cuda_graphs": False}
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    ("runner", "pooling", "depth"),
+    [("cpu", "last", 0), ("cpu", "mean", 1), ("gpu", "last", 1), ("gpu", "mean", 0)],
+    indirect=["runner"],
+)
 def test_they_are_those_of_transformers(
     pooling: Pooling, depth: int, runner: dict[str, Any], checkpoints: dict[str, Path]
 ) -> None:
@@ -137,12 +147,12 @@ def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str,
 
 def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """The row is another sequence's, or the same one's again, whose sum begins anew."""
-    path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 20
+    path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 13
     stepped = Stepped(path, device="cpu", depth=1, **runner)
     try:
         for _ in range(2):
             begun = stepped.start(Work([*prompt], GREEDY, pooling="mean"))
-            for _ in range(3):
+            for _ in range(2):
                 stepped.turn()
             assert begun.finish is None
             stepped.drop(begun)
@@ -169,7 +179,8 @@ def test_a_classifiers_labels(name: str, runner: dict[str, Any], checkpoints: di
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_token_against_the_other(tied: bool, runner: dict[str, Any], tmp_path: Path) -> None:
     """As Qwen3-Reranker judges: the log-odds of yes. sentence-transformers' files say which tokens those are."""
-    path = make_checkpoint(tmp_path / "judge", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, tied=tied)
+    few: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    path = make_checkpoint(tmp_path / "judge", tied=tied, **few)
     transformer, judge = "sentence_transformers.base.modules.transformer.Transformer", "sentence_transformers.LogitScore"
     (path / "modules.json").write_text(
         f'[{{"idx": 0, "path": "", "type": "{transformer}"}}, {{"idx": 1, "path": "1_LogitScore", "type": "{judge}"}}]'

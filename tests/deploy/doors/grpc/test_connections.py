@@ -60,7 +60,7 @@ async def end_of(call: Any) -> Code:
 
 
 def test_one_address_has_so_many_calls_under_way(answer: Answer, connect: Connect, service: Service) -> None:
-    config = ServeConfig(max_connections=1, receive_timeout_s=0.5)
+    config = ServeConfig(max_connections=1)
     stub, _ = connect(GrpcDoor(service, config, ApiKeys()), config)
 
     async def calls() -> tuple[grpc.aio.AioRpcError, Code]:

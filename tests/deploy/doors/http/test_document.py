@@ -52,8 +52,8 @@ CHECKS: list[CheckFunction] = [
     content_type_conformance,
     response_schema_conformance,
 ]
-EXAMPLES = {"POST": 30, "GET": 10, "DELETE": 5}
-"""By method: there is little that the others can say."""
+EXAMPLES = {"POST": 15, "GET": 5, "DELETE": 5}
+"""By method: there is little that the others can say. Each run draws others."""
 
 SHORT = 4
 """Tokens of output at most: what is generated does not matter here."""
