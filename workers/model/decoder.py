@@ -18,8 +18,9 @@ from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.classifier import Classifier
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
+from workers.model.progress import Progress
 from workers.model.rotary import Rotary, Turns
-from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
+from workers.model.weights import Checkpoint, ModelPart, Piece
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from workers.model.fields import CheckpointError
+from workers.model.progress import Progress
 from workers.model.transformers.classes import BUILDING
 from workers.model.transformers.pieces import Source, Target, parts_of
 from workers.model.transformers.sharding import Share, shares
-from workers.model.weights import Checkpoint, Progress
+from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
