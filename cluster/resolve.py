@@ -4,12 +4,12 @@ Imports torch where the model is one of transformers' (`workers.model.reading`).
 """
 
 import math
-from pathlib import Path
 
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.fields import CheckpointError
 from workers.model.pooling import read_uses
 from workers.model.reading import DecoderConfig, read_model
+from workers.model.sources.find import find_checkpoint
 
 MAX_MODEL_LEN_DEFAULT = 1 << 17
 """Cap on a model's own maximum length, so that block tables of long-context models stay small unless asked for."""
@@ -28,7 +28,8 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
 
     Errors: CheckpointError, ValueError: before anything is started.
     """
-    model = read_model(Path(config.model), config.model_implementation, config.enable_expert_parallel)
+    folder = find_checkpoint(config)
+    model = read_model(folder, config.model_implementation, config.enable_expert_parallel)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device, longest)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
@@ -41,7 +42,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         report_steps=steps,
         report_hold_s=hold_s,
         depth=DEPTH[device],
-        score_tokens=read_uses(Path(config.model), model, config.pooling, config.score_tokens).score_tokens,
+        score_tokens=read_uses(folder, model, config.pooling, config.score_tokens).score_tokens,
     )
 
 

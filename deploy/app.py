@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -54,6 +53,7 @@ from deploy.text.prompts import read_model_limits
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.protocol.orphans import Estate
+from workers.model.sources.find import find_checkpoint, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +88,15 @@ class ServeAdministration:
         if refusal is not None:
             raise RequestError(Fault.CONFLICT, refusal)
 
-    async def roll(self, checkpoint: str, model: str | None) -> None:
+    async def roll(self, checkpoint: str, model: str | None, revision: str | None) -> None:
         if model not in (None, self._name):
-            await self._roll_further(model or "", checkpoint)
+            await self._roll_further(model or "", checkpoint, revision)
             return
         limits = replace(self._limits, served_model_name=self._name)
-        config = replace(self._config, model=checkpoint)
         with _invalid("checkpoint"):
+            config = await asyncio.to_thread(pinned, replace(self._config, model=checkpoint, revision=revision))
             await asyncio.to_thread(
-                read_model_limits, Path(checkpoint), config.max_model_len, config.tensor_parallel_size,
+                read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size,
                 config.model_implementation, config.enable_expert_parallel,
             )  # fmt: skip
             following = await asyncio.to_thread(
@@ -107,6 +107,7 @@ class ServeAdministration:
     async def add(self, model: str, settings: Mapping[str, Any]) -> None:
         with _invalid("settings"):
             config = model_config(model, settings, self._limits)
+            config = replace(config, engine=await asyncio.to_thread(pinned, config.engine))
             await asyncio.to_thread(ServedModel.of, config.engine, config.serve)  # whatever is wrong with it is told now
         there = await self._discovery.look()
         name = further_name(self._limits.app_name, model)
@@ -137,12 +138,13 @@ class ServeAdministration:
             raise _not_found(model)
         return found
 
-    async def _roll_further(self, model: str, checkpoint: str) -> None:
+    async def _roll_further(self, model: str, checkpoint: str, revision: str | None) -> None:
         name, opened = await self._further(model)
         told = opened.told
         limits = replace(told.config.serve, served_model_name=model)
-        config = ModelConfig(replace(told.config.engine, model=checkpoint), limits)
+        engine = replace(told.config.engine, model=checkpoint, revision=revision)
         with _invalid("checkpoint"):
+            config = ModelConfig(await asyncio.to_thread(pinned, engine), limits)
             await asyncio.to_thread(ServedModel.of, config.engine, config.serve)
             groups = await self._asked(opened.engine.wanted.remote())
             following = await asyncio.to_thread(further_application, config, told.threads, groups)
@@ -281,6 +283,7 @@ def application(
     engine: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int, groups: int | None = None
 ) -> Application:
     """threads: of each CPU rank. groups: that are wanted now, if not as many as the configuration says."""
+    engine = pinned(engine)
     version = version_of(engine, limits, threads)
     owner = _engine_deployment(groups or engine.groups, GRACE_S)
     front = serve.deployment(
@@ -293,9 +296,10 @@ def application(
 
 def further_application(model: ModelConfig, threads: int, groups: int | None = None) -> Application:
     """An Engine alone, which front ends find by the name of the application. Its requests have all their time to end in."""
-    version = version_of(model.engine, model.serve, threads)
-    owner = _engine_deployment(groups or model.engine.groups, model.serve.request_timeout_s + GRACE_S)
-    return owner.bind(model.engine, model.serve, threads, version, further=True)
+    engine = pinned(model.engine)
+    version = version_of(engine, model.serve, threads)
+    owner = _engine_deployment(groups or engine.groups, model.serve.request_timeout_s + GRACE_S)
+    return owner.bind(engine, model.serve, threads, version, further=True)
 
 
 def _engine_deployment(groups: int, grace_s: float) -> serve.Deployment:

@@ -43,6 +43,7 @@ from deploy.text.sources import Source, all_or_none, as_list, listed, read_poole
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import SamplingParams
+from workers.model.sources.find import find_checkpoint, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class LLM:
 
     def _start(self, config: EngineConfig, progress: Progress) -> None:
         bound_openmp_spin()
-        checkpoint = Path(config.model)
+        config = pinned(config)
+        checkpoint = find_checkpoint(config)
         limits = read_model_limits(
             checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation,
             config.enable_expert_parallel,

@@ -72,12 +72,16 @@ class WorkerActor:
         """Rank 0 only: opens the ports at which its peers meet it."""
         return self._life.open()
 
+    def fetch(self) -> float:
+        """Brings what is missing of the checkpoint to this node; returns the seconds that it took."""
+        return self._life.fetch()
+
     def build(self, rendezvous: "Rendezvous") -> int:
         """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""
         return self._life.build(rendezvous)
 
     def phase(self) -> tuple[str, int, int]:
-        """What `build` is doing: its name, how much is done, how much there is. May be asked while it works."""
+        """What `fetch` or `build` is doing: its name, how much is done, how much there is. May be asked while it works."""
         return self._life.phase
 
     def run(self, scheduler: SchedulerAddress) -> str:

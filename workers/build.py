@@ -27,7 +27,10 @@ from workers.model.decoder import Decoder
 from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose, kv_dtype_name
 from workers.model.kv_scales import read_scales
 from workers.model.loading import load_decoder
+from workers.model.progress import DOWNLOADING
 from workers.model.reading import DecoderConfig, read_model
+from workers.model.sources.files import Need
+from workers.model.sources.find import find_checkpoint
 from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 from workers.sampling.constraints import Constraints
@@ -83,6 +86,8 @@ def build_rank(
     """
     torch.set_num_threads(resolved.threads)
     device = torch.device(resolved.device)
+    folder = find_checkpoint(config, Need.WEIGHTS, partial(phase, DOWNLOADING))
+    config = replace(config, model=str(folder), revision=None)
     model_config = read_model(Path(config.model), config.model_implementation, config.enable_expert_parallel)
     if comm.rank == 0:
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))

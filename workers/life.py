@@ -6,6 +6,7 @@ Imports `build`, `leader`, `link` and `parallel`; no ray: `actor` is its shell.
 
 import logging
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,9 @@ from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, Socket
 from workers.loop.pulse import Heart
 from workers.loop.reports import Reporter
 from workers.loop.terms import Term, Terms
+from workers.model.progress import DOWNLOADING, in_words
+from workers.model.sources.files import Need
+from workers.model.sources.find import find_checkpoint
 from workers.moving.mover import BlockMover
 from workers.moving.transport import SocketTransport, open_transport
 from workers.parallel.communicator import JoinedGroup
@@ -68,7 +72,7 @@ class RankLife:
         self._built: Built | None = None
         self._rendezvous: Rendezvous | None = None
         self.phase = ("placing", 0, 0)
-        """What `build` is doing: its name, how much is done, how much there is."""
+        """What `fetch` or `build` is doing: its name, how much is done, how much there is."""
 
     @property
     def epoch(self) -> int:
@@ -81,6 +85,19 @@ class RankLife:
         with listen(self._host) as probe:
             store_port = probe.getsockname()[1]
         return Rendezvous(self._host, store_port, self._listener.getsockname()[1])
+
+    def fetch(self) -> float:
+        """What this node lacks of the checkpoint is downloaded; returns the seconds that it took. Before `build`, where other
+        ranks wait for this one. Errors: CheckpointError."""
+        begun_s, say = time.monotonic(), in_words(logger.info, f"{DOWNLOADING} {self._config.model}")
+
+        def report(done: int, total: int) -> None:
+            self._enter(DOWNLOADING, done, total)
+            if self._rank == 0:  # the others say the same: one downloads, and all see how far it is
+                say(done, total)
+
+        find_checkpoint(self._config, Need.WEIGHTS, report)
+        return time.monotonic() - begun_s
 
     def build(self, rendezvous: Rendezvous) -> int:
         """Joins the group, loads the weights and allocates the pool; returns its blocks. All ranks at the same time."""

@@ -29,6 +29,7 @@ from scheduler.config import CoreConfig, QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.protocol.silence import Silence
 from workers.config import WorkerConfig
+from workers.model.sources.naming import folder_of, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,15 @@ def version_of(config: EngineConfig, bounds: QueueBounds, threads: int) -> str:
     names = {f.name for record in records for f in fields(record)} - {"groups", "max_groups"}
     told = [(name, getattr(config, name)) for name in sorted(names)]
     queue = [getattr(bounds, f.name) for f in fields(QueueBounds)]
-    return _digest(told, config.exchanges_blocks, queue, threads, _files(Path(config.model)), _code())
+    return _digest(told, config.exchanges_blocks, queue, threads, _files(config.model), _code())
 
 
-def _files(model: Path) -> list[tuple[str, int, int]]:
-    """What a checkpoint is made of: another one may stand at the same place tomorrow."""
-    found = [*model.glob("*.json"), *model.glob("*.safetensors")]
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """What a folder is made of: another checkpoint may stand there tomorrow. Of anything else the revision tells."""
+    if kind_of(model) != "folder":
+        return []
+    folder = folder_of(model)
+    found = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
 
 

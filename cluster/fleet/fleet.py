@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,11 +17,14 @@ from cluster.engine import EngineError, OnFailure, Progress
 from cluster.fleet.adoption import Adopted, take_over
 from cluster.fleet.estate import Owner
 from cluster.fleet.groups import Groups
+from cluster.fleet.health import GroupKeeper
 from cluster.fleet.scheduler_keeper import LiveScheduler, SchedulerKeeper
 from scheduler.config import QueueBounds
 from scheduler.protocol.orphans import Estate
 from scheduler.server.stats import ClusterStatus, GroupStats
 from workers.config import ResolvedWorker
+from workers.model.progress import DOWNLOADING, in_words
+from workers.model.progress import Progress as Report
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +81,10 @@ class Fleet:
         self._forget(adopted.awaited)
         if missing:
             self._say(f"loading {config.model}", progress)
+        say = in_words(progress, f"{DOWNLOADING} {config.model}")
         while [keeper.group for keeper in keepers if not keeper.up(POLL_S)]:
-            pass  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
+            _tell_download(keepers, say)  # in slices, and asking every one, so that Ctrl-C and any group's error are heard
+        deadline = max(deadline, time.monotonic() + timeout_s)  # downloads are not counted
         while sum(group.up for group in self.groups()) < wanted:  # the leaders have yet to greet the scheduler
             if time.monotonic() > deadline:
                 raise EngineError("the groups did not reach the scheduler in time: raise start_timeout_s")
@@ -139,6 +145,7 @@ class Fleet:
             status,
             phase=status.phase if self._ready else "starting",
             model=self.config.model,
+            revision=self.config.revision,
             progress=tuple(self._words),
             starting=tuple(start for start in starts if start is not None),
             target_groups=self.target,
@@ -293,3 +300,12 @@ class Fleet:
     def _say(self, words: str, progress: Progress) -> None:
         self._words.append(words)
         progress(words)
+
+
+def _tell_download(keepers: Sequence[GroupKeeper], say: Report) -> None:
+    """How far the first is that downloads: on one node the others wait for it."""
+    starts = (keeper.starting for keeper in keepers)
+    for start in starts:
+        if start is not None and start.phase == DOWNLOADING:
+            say(start.done, start.total)
+            return

@@ -69,9 +69,11 @@ class GroupHandle:
     def start(self, scheduler: SchedulerAddress, deadline: float) -> None:
         """Places the ranks, builds them, and sets their loops running; returns when the pools stand.
 
-        deadline: by `time.monotonic`. Errors: what a rank raised; EngineError when the time is over; `kill` is the caller's.
+        deadline: by `time.monotonic`; downloads are not counted. Errors: what a rank raised; EngineError when the time is over;
+        `kill` is the caller's.
         """
         self.place(deadline)
+        deadline += self._fetch(_left(deadline))
         rendezvous = _get(self._ranks[0].open.remote(), deadline)
         builds = [rank.build.remote(rendezvous) for rank in self._ranks]
         self._await_all(builds, deadline)
@@ -165,6 +167,25 @@ class GroupHandle:
     def _check(self) -> None:
         if self._owner is not None:
             self._owner.check()
+
+    def _fetch(self, patience_s: float) -> float:
+        """The node gets what it lacks of the checkpoint; returns the seconds that it took: as many as it takes, while it goes
+        on. Errors: EngineError when nothing has come for `patience_s`."""
+        pending, took_s = [rank.fetch.remote() for rank in self._ranks], 0.0
+        moved_s = time.monotonic()
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=PHASE_POLL_S)
+            for reference in done:
+                took_s = max(took_s, _get(reference, time.monotonic() + patience_s))
+            now = GroupStart(self.group, *_get(self._ranks[0].phase.remote(), time.monotonic() + patience_s))
+            if now != self.phase:
+                self.phase, moved_s = now, time.monotonic()
+            elif time.monotonic() - moved_s > patience_s:
+                raise EngineError(
+                    f"group {self.group}: nothing more of {self._config.model} has come to its node for {patience_s:.0f} s: "
+                    "look at the network, or raise start_timeout_s"
+                )
+        return took_s
 
     def _await_all(self, references: list[Any], deadline: float) -> None:
         """All or the first error, without waiting for ranks that wait for the one that failed."""

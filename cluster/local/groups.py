@@ -18,6 +18,9 @@ from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
+from workers.model.progress import DOWNLOADING, in_words
+from workers.model.sources.files import Need
+from workers.model.sources.find import find_checkpoint
 from workers.moving.exchange import Exchange, LocalTransport
 from workers.moving.mover import BlockMover
 from workers.parallel.connect import PeerLost
@@ -69,6 +72,7 @@ class ThreadGroups:
         self._threads: list[threading.Thread] = []
 
     def start(self, host: GroupHost, progress: Callable[[str], None]) -> None:
+        find_checkpoint(self.config, Need.WEIGHTS, in_words(progress, f"{DOWNLOADING} {self.config.model}"))
         starts = []
         for group, link in self._links.items():
             link.host = host

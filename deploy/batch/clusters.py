@@ -7,6 +7,7 @@ Imports the engine; torch and ray once a cluster is opened.
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -20,6 +21,7 @@ from deploy.frontend.service import Cluster
 from scheduler.protocol.messages import Deltas
 from scheduler.server.stats import ClusterStatus
 from workers.config import ResolvedWorker
+from workers.model.sources.find import pinned
 
 
 @contextmanager
@@ -31,10 +33,10 @@ def open_cluster(config: EngineConfig, app: str | None, progress: Progress) -> I
     if app is not None:
         yield _serve_cluster(config, app, progress)
     elif config.local:
-        with closing(HereCluster(config, progress)) as here:
+        with closing(HereCluster(pinned(config), progress)) as here:
             yield here
     else:
-        with _fleet(config, progress) as fleet:
+        with _fleet(pinned(config), progress) as fleet:
             yield fleet
 
 
@@ -44,7 +46,7 @@ class HereCluster:
     def __init__(self, config: EngineConfig, progress: Progress) -> None:
         from cluster.local.engine import start_local
 
-        self._model = config.model
+        self._config = config
         self._on_deltas: OnDeltas = _nobody_asked
         self._on_failure: OnFailure = lambda _: None
         self._lost: str | None = None
@@ -58,11 +60,14 @@ class HereCluster:
 
     async def status(self, maps: bool = False) -> ClusterStatus:  # noqa: ARG002
         if self._lost is not None:
-            return ClusterStatus(phase="stopped", model=self._model, progress=(self._lost,))
-        return ClusterStatus(phase="ready", model=self._model, engine=self._engine.stats())
+            return self._status("stopped", progress=(self._lost,))
+        return self._status("ready", engine=self._engine.stats())
 
     def close(self) -> None:
         self._engine.close()
+
+    def _status(self, phase: str, **more: Any) -> ClusterStatus:
+        return ClusterStatus(phase=phase, model=self._config.model, revision=self._config.revision, **more)
 
     def _fail(self, reason: str) -> None:
         self._lost = reason

@@ -8,7 +8,6 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 
@@ -27,6 +26,7 @@ from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Cluster, ServedModel, Service
 from scheduler.server.stats import ClusterStatus
+from workers.model.sources.find import find_checkpoint
 
 POLL_S = 0.1
 CHAT_URL = "/v1/chat/completions"
@@ -88,9 +88,11 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
     while not (status := await cluster.status()).ready:
         _refuse_stopped(status)
         await asyncio.sleep(POLL_S)
-    name, engine = model_name(config.serve.served_model_name, status.model), config.engine
+    name = model_name(config.serve.served_model_name, status.model)
+    engine = replace(config.engine, model=status.model, revision=status.revision)
+    folder = await asyncio.to_thread(find_checkpoint, engine)
     return await asyncio.to_thread(
-        ServedModel.read, name, Path(status.model), engine.max_model_len, engine.tensor_parallel_size,
+        ServedModel.read, name, folder, engine.max_model_len, engine.tensor_parallel_size,
         config.serve.chat_template, engine.pooling, engine.score_tokens, engine.model_implementation,
         engine.enable_expert_parallel,
     )

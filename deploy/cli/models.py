@@ -13,6 +13,7 @@ from deploy.cli.operating import LOOK_S, KeyFileOption, UrlArgument, WaitOption,
 from deploy.cli.options import DebugOption, with_options
 from deploy.config.client import EXAMPLE
 from deploy.config.load import ConfigError
+from workers.model.sources.naming import wherever
 
 NameArgument = Annotated[str, typer.Argument(help="What clients ask for.", show_default=False)]
 
@@ -59,8 +60,9 @@ def add(
     with reported_errors(debug), admin_client(url, api_key_file) as client:
         settings = {key: value for key, value in {**engine, **model_serve}.items() if value is not None}
         if "model" not in settings:
-            raise ConfigError("--model is missing: name the folder of the checkpoint, where the endpoint runs")
-        for key in ("model", "chat_template"):
+            raise ConfigError("--model is missing: name the checkpoint's folder, where the endpoint runs, its id or its URL")
+        settings["model"] = wherever(settings["model"])
+        for key in ("chat_template", "download_dir"):
             if key in settings:
                 settings[key] = str(Path(settings[key]).absolute())
         ask(client, "PUT", f"/admin/models/{quote(name)}", json=settings)

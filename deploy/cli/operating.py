@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from deploy.cli.options import DebugOption, flag
 from deploy.config.client import EXAMPLE, open_client
 from deploy.config.load import read_api_keys
 from deploy.config.serve import ServeConfig
+from workers.model.sources.naming import wherever
 
 TIMEOUT_S = 30.0
 LOOK_S = 0.5
@@ -54,9 +54,10 @@ def drain(
 
 
 def roll(
-    checkpoint: Annotated[str, typer.Argument(help="Its folder, where the endpoint runs.", show_default=False)],
+    checkpoint: Annotated[str, typer.Argument(help="Its folder, where the endpoint runs, its id or URL.", show_default=False)],
     url: UrlArgument = EXAMPLE,
     model: ModelOption = None,
+    revision: Annotated[str | None, flag("--revision", help="Branch, tag or commit of an id. Default: the newest.")] = None,
     api_key_file: KeyFileOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -66,8 +67,8 @@ def roll(
     it is. A file that Serve was given says the old model still: change it too.
     """
     with reported_errors(debug), admin_client(url, api_key_file) as client:
-        which = {} if model is None else {"model": model}
-        ask(client, "POST", "/admin/roll", params={"checkpoint": str(Path(checkpoint).absolute()), **which})
+        which = {name: value for name, value in {"model": model, "revision": revision}.items() if value is not None}
+        ask(client, "POST", "/admin/roll", params={"checkpoint": wherever(checkpoint), **which})
         typer.echo(f"{checkpoint} is on its way")
 
 

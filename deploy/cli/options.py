@@ -110,7 +110,10 @@ def _options(record: type[EngineConfig | ModelServeConfig], panel: str) -> Itera
         flag = ENGINE_FLAGS.get(f.name, f.name)
         if f.name == "model":
             embedded = "/".join(EMBEDDED_MODEL.parts[-2:])
-            help_text = f"Folder of a Hugging Face checkpoint. Default: {embedded}, which comes with Manta."
+            help_text = (
+                "Checkpoint in Hugging Face format: a folder, an id (org/name) or a URL (s3://, gs://, ...). "
+                f"Default: {embedded}, which comes with Manta."
+            )
             yield f.name, _option(flag, str, help_text, panel)
             continue
         kind = str if f.metadata["size"] else hints[f.name]

@@ -1,6 +1,5 @@
 """`manta plan`: whether a model fits, before anything is loaded. Imports torch when asked."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 @with_options
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint; its config.json is enough.")],
+    model: Annotated[str, typer.Argument(help="As of --model: a folder, an id or a URL. Its config.json is enough.")],
     memory: Annotated[
         str | None, flag("--memory", help='What each rank has for weights and KV, "80GiB". Default: not asked.')
     ] = None,
@@ -52,8 +51,10 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     from workers.model.architectures import torch_dtype
     from workers.model.footprint import footprint
     from workers.model.reading import read_model
+    from workers.model.sources.files import Need
+    from workers.model.sources.find import find_checkpoint
 
-    found = read_model(Path(config.model), config.model_implementation, config.enable_expert_parallel)
+    found = read_model(find_checkpoint(config, Need.CONFIG), config.model_implementation, config.enable_expert_parallel)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
     taken = footprint(found, size, dtype, config.block_size, config.kv_dtype)

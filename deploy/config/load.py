@@ -271,7 +271,7 @@ def _model(
         raise ConfigError(f"models: {name!r} is no name: write what clients shall ask for, in quotes if it is a number")
     reject_unknown(settings, MODEL_KEYS, f"models.{name}.")
     if not settings.get("model"):
-        raise ConfigError(f"models.{name}.model is missing: name the folder of its checkpoint")
+        raise ConfigError(f"models.{name}.model is missing: name the folder, the id or the URL of its checkpoint")
     own = {key: settings[key] for key in MODEL_SERVE_KEYS if key in settings}
     values = {key: value for key, value in settings.items() if key not in own}
     try:

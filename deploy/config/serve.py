@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scheduler.config import QueueBounds
 from scheduler.options import Rule, above_0, at_least, check, one_of, option, options
+from workers.model.sources.naming import folder_of, kind_of
 
 LOG_FORMATS = ("text", "json")
 TOOL_PARSERS = (
@@ -34,7 +35,7 @@ class AddressConfig:
     host: str = option("127.0.0.1", "Address to listen on. Anything but loopback needs API keys, or --no-auth.")
     port: int = option(8000, "Port of the HTTP endpoint.", PORTS)
     grpc_port: int | None = option(None, "Port of the gRPC endpoint.", PORTS, shown="no gRPC")
-    served_model_name: str | None = option(None, "Name that clients ask for.", shown="the checkpoint folder's name")
+    served_model_name: str | None = option(None, "Name that clients ask for.", shown="the id, or the folder's name")
     app_name: str = option(
         "manta",
         "Name of the application on a Ray cluster that serves others, too.",
@@ -159,5 +160,12 @@ def for_model(endpoint: ServeConfig, model: ServeConfig) -> ServeConfig:
 
 
 def model_name(served: str | None, checkpoint: str) -> str:
-    """What clients call the model: as told, else the name of the checkpoint's folder as it was given, a link's own."""
-    return served or Path(os.path.abspath(checkpoint)).name
+    """What clients call the model: as told, else its id at Hugging Face, or its folder's name as it was given, a link's own."""
+    if served:
+        return served
+    match kind_of(checkpoint):
+        case "id":
+            return checkpoint
+        case "url":
+            return checkpoint.rstrip("/").rpartition("/")[2]
+    return Path(os.path.abspath(folder_of(checkpoint))).name

@@ -20,9 +20,9 @@ class Administration(Protocol):
         """Lets a group run empty, then ends it, or starts it anew. Errors: RequestError CONFLICT that says why it cannot."""
         ...
 
-    async def roll(self, checkpoint: str, model: str | None) -> None:
-        """Serves another checkpoint in place of this one, under the same name and beside the requests. checkpoint: its folder.
-        Errors: RequestError for one that cannot be served."""
+    async def roll(self, checkpoint: str, model: str | None, revision: str | None) -> None:
+        """Serves another checkpoint in place of this one, under the same name and beside the requests. checkpoint, revision: as
+        the settings `model` and `revision`. Errors: RequestError for one that cannot be served."""
         ...
 
     async def add(self, model: str, settings: Mapping[str, Any]) -> None:
@@ -55,10 +55,12 @@ def admin_routes(endpoint: Administration) -> APIRouter:
         return Response(status_code=202)
 
     @router.post("/roll", status_code=202, responses={400: {}, 403: {}, 404: {}})
-    async def roll(request: Request, checkpoint: str, model: str | None = None) -> Response:
+    async def roll(
+        request: Request, checkpoint: str, model: str | None = None, revision: str | None = None
+    ) -> Response:  # fmt: skip
         """Serve another checkpoint in place of this one, under the same name."""
         _check(request)
-        await endpoint.roll(checkpoint, model)
+        await endpoint.roll(checkpoint, model, revision)
         return Response(status_code=202)
 
     @router.put("/models/{model:path}", status_code=202, responses={400: {}, 403: {}, 409: {}})

@@ -49,6 +49,7 @@ class LocalCluster:
         return ClusterStatus(
             phase=phase,
             model=self._config.model,
+            revision=self._config.revision,
             block_size=self._config.block_size,
             progress=tuple(self._progress),
             engine=stats,

@@ -47,6 +47,7 @@ from scheduler.protocol.messages import Pooling, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus
 from workers.model.pooling import Uses
+from workers.model.sources.find import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ class ServedModel:
         """As an endpoint is told to serve it. Errors: ValueError, OSError."""
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
-            name, Path(engine.model), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template, engine.pooling,
-            engine.score_tokens, engine.model_implementation, engine.enable_expert_parallel,
+            name, find_checkpoint(engine), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template,
+            engine.pooling, engine.score_tokens, engine.model_implementation, engine.enable_expert_parallel,
         )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from ray.serve.context import _get_global_client
 from deploy.app import build, build_further
 from deploy.config.load import ConfigError
 from deploy.config.serve import FURTHER, ServeConfig
-from deploy.ray_serve_llm.checkpoint import find_checkpoint
 from deploy.ray_serve_llm.deployment import INGRESS, INGRESS_CLASS
 from deploy.ray_serve_llm.llm_config import LLMConfig
 from deploy.ray_serve_llm.reading import aside, mapping, read, refuse
@@ -63,9 +62,7 @@ def read_args(given: LLMServingArgs | Mapping[str, Any], host: str | None) -> di
     translation.check()
     for line in translation.idle:
         logger.info("it changes nothing: %s", line)
-    source = "llm_configs[0].model_loading_config.model_source"
-    engine = {**translation.engine, "model": find_checkpoint(source, translation.model)}
-    return {"engine": engine, "serve": translation.serve}
+    return {"engine": translation.engine, "serve": translation.serve}
 
 
 def _only_model(args: Mapping[str, Any]) -> LLMConfig:

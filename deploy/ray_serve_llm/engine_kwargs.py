@@ -17,7 +17,7 @@ REASONING = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), "thi
 ATTENTION = {"FLASH_ATTN": "flash", "TRITON_ATTN": "triton", "CPU_ATTN": "cpu", "TORCH_SDPA": "cpu"}
 GIB = 1 << 30
 
-FOLDER = "model_source names a folder, and everything is read from there: leave it out"
+SOURCE = "everything is read from model_source, at its revision: leave it out"
 CONFIG_JSON = "write it into the checkpoint's config.json"
 TEXT = "prompts are text: leave it out"
 LORA = "adapters are not served: merge it into the weights, and serve that checkpoint"
@@ -37,7 +37,7 @@ def _length(value: Any) -> Any:
 
 def _tokenizer(translation: Translation, path: str, value: Any) -> None:
     if value != translation.model:
-        refuse(path, value, f"the tokenizer is the checkpoint's own: put its files into the folder {translation.model}")
+        refuse(path, value, f"the tokenizer is the checkpoint's own: put its files beside the weights, in {translation.model}")
 
 
 def _tool_choice(translation: Translation, path: str, value: Any) -> None:
@@ -55,6 +55,12 @@ def _max_logprobs(_: Translation, path: str, value: Any) -> None:
 def _api_key(_: Translation, path: str, _value: Any) -> None:
     """Says nothing of the key."""
     raise ConfigError(f"{path}: say `serve: {{api_key_file: FILE}}` beside llm_configs instead, or set MANTA_API_KEYS")
+
+
+def _hf_token(_: Translation, path: str, value: Any) -> None:
+    """Says nothing of the token. True: the one that is found where huggingface_hub looks."""
+    if value is not True:
+        raise ConfigError(f"{path}: set HF_TOKEN in the environment of every node instead, or run `hf auth login` there")
 
 
 def _images(_: Translation, path: str, value: Any) -> None:
@@ -121,8 +127,6 @@ AS_HERE: dict[str, Reading] = {
 
 CHANGES_NOTHING: dict[str, Reading] = {
     "trust_remote_code": idle("no code of a checkpoint's is ever run"),
-    "download_dir": idle("nothing is downloaded"),
-    "hf_token": idle("nothing is downloaded"),
     "use_tqdm_on_load": idle("the log and the status page say how far a group is"),
     "scheduling_policy": idle("a request's priority always counts, and equal ones go by arrival and account"),
     "async_scheduling": idle("a GPU's next step is planned while one runs"),
@@ -158,13 +162,14 @@ MISSING: dict[str, Reading] = {
     "otlp_traces_endpoint": refused("say `serve: {otlp_endpoint: ...}` beside llm_configs: OTLP over HTTP"),
     "enable_log_requests": off("say `serve: {request_log: FILE}` beside llm_configs: lengths and hashes, never content"),
     "api_key": _api_key,
+    "hf_token": _hf_token,
     "cpu_offload_gb": off("weights stay on the GPU: raise tensor_parallel_size instead"),
     "override_generation_config": off("requests say what they want: leave it out"),
     "skip_tokenizer_init": off("the doors take and give text: leave it out"),
     "scheduler_cls": refused("the scheduler is what Manta is: leave it out"),
     "worker_cls": refused("ranks are Manta's own: leave it out"),
     "worker_extension_cls": refused("ranks are Manta's own: leave it out"),
-    **dict.fromkeys(("revision", "code_revision", "tokenizer_revision", "hf_config_path"), refused(FOLDER)),
+    **dict.fromkeys(("code_revision", "tokenizer_revision", "hf_config_path"), refused(SOURCE)),
     **dict.fromkeys(("hf_overrides", "rope_scaling", "rope_theta"), off(CONFIG_JSON)),
     **dict.fromkeys(("enable_eplb", "eplb_config", "all2all_backend"), off(EXPERTS)),
     **dict.fromkeys(

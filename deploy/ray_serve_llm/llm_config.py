@@ -27,14 +27,14 @@ from deploy.ray_serve_llm.reading import (
     within,
 )
 
-NOT_NEEDED = ("VLLM_", "RAY_SERVE_LLM_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_ENABLE_HF_TRANSFER")
+NOT_NEEDED = ("VLLM_", "RAY_SERVE_LLM_", "HF_HUB_ENABLE_HF_TRANSFER")
 """How variables begin that nothing here reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLoadingConfig:
-    """model_id: what clients call the model. model_source: its folder, or its id at Hugging Face; if left out, model_id is it.
-    """
+    """model_id: what clients call the model. model_source: its folder, its id at Hugging Face, its URL, or a mapping with that
+    as bucket_uri; if left out, model_id is it."""
 
     model_id: str
     model_source: Any = None
@@ -103,7 +103,8 @@ def translate(path: str, given: Mapping[str, Any]) -> Translation:
 
 def _model_loading(translation: Translation, path: str, value: Any) -> None:
     given = vars(value) if isinstance(value, ModelLoadingConfig) else mapping(path, value)
-    translation.model = str(given.get("model_source") or given.get("model_id"))
+    source = given.get("model_source") or given.get("model_id")
+    translation.model = str(source["bucket_uri"] if isinstance(source, Mapping) and "bucket_uri" in source else source)
     if not given.get("model_id"):
         raise ConfigError(f"{path}.model_id is missing: it is what clients call the model")
     read(translation, path, given, LOADING)
@@ -111,8 +112,10 @@ def _model_loading(translation: Translation, path: str, value: Any) -> None:
 
 
 def _model_source(_: Translation, path: str, value: Any) -> None:
-    if not isinstance(value, str) or "://" in value:
-        refuse(path, value, "a model is a folder: mount the bucket on every node, or copy it there, and name the folder")
+    if isinstance(value, Mapping):
+        read(Translation(), path, value, BUCKET)
+    if not isinstance(value, str) and not (isinstance(value, Mapping) and isinstance(value.get("bucket_uri"), str)):
+        refuse(path, value, "name a folder, an id at Hugging Face, or the URL of a bucket")
 
 
 def _tokenizer_source(translation: Translation, path: str, value: Any) -> None:
@@ -130,6 +133,11 @@ def _runtime_env(translation: Translation, path: str, value: Any) -> None:
             )
         translation.idle.append(f"{path}.{key}: nothing here reads {', '.join(inside)}")
 
+
+BUCKET: dict[str, Reading] = {
+    "bucket_uri": aside,
+    "extra_files": off("a checkpoint's files are all below one URL: leave it out"),
+}
 
 LOADING: dict[str, Reading] = {
     "model_id": serve("served_model_name"),

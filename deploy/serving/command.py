@@ -42,6 +42,7 @@ from deploy.serving.ports import POLL_S, await_answer, check_free, reserve
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
 from scheduler.server.stats import ClusterStatus
+from workers.model.sources.find import pinned
 
 CALL_TIMEOUT_S = 10.0
 GRPC_GRACE_S = 5.0
@@ -59,6 +60,8 @@ def serve(config: Config, view: StartView) -> None:
     """Serves until interrupted. Errors: ConfigError, ValueError, OSError for what was asked; EngineError for the rest."""
     keys = read_api_keys(config.serve)
     bound_openmp_spin()
+    further = tuple(replace(each, engine=pinned(each.engine)) for each in config.further)
+    config = replace(config, engine=pinned(config.engine), further=further)
     if config.engine.local:
         if config.further:
             raise ConfigError("models: --local serves one model: leave the others out, or serve them on Ray, without --local")

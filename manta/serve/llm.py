@@ -23,7 +23,7 @@ NOT_HERE = {
     "build_dp_deployment": EACH,
     "build_dp_openai_app": EACH,
     "LoraConfig": "adapters are not served: merge each into the weights, and serve that checkpoint",
-    "CloudMirrorConfig": "a model is a folder: mount the bucket on every node, or copy it there, and name the folder",
+    "CloudMirrorConfig": "say the URL of the bucket itself, as model_source",
 }
 """What `ray.serve.llm` has besides, and what to do instead."""
 

@@ -77,14 +77,15 @@ class GroupStart(msgspec.Struct, frozen=True):
 class ClusterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What the endpoint knows of its cluster. phase: "starting", "ready", "degraded" (no group is up) or "stopped".
 
-    progress: what the start has said, in words, the newest last. starting: groups that are coming up. epoch: counts
-    schedulers; a restart begins anew.
+    model, revision: as the settings of those names, exactly what is served. progress: what the start has said, in words, the
+    newest last. starting: groups that are coming up. epoch: counts schedulers; a restart begins anew.
     uptime_s, busy_s: of the scheduler, and how much of it was spent inside the core. front_ends: connected ones.
     tallies: metrics that the front ends have observed, summed up.
     """
 
     phase: str
     model: str = ""
+    revision: str | None = None
     block_size: int = 0
     epoch: int = 0
     progress: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from workers.loop.batch import ResidentBatch
 from workers.model.decoder import Decoder
 from workers.model.fused import FusedDecoder, PagedDecoder
 from workers.model.loading import load_decoder
-from workers.model.weights import Progress
+from workers.model.progress import Progress
 from workers.parallel.in_process import ThreadGroup
 from workers.sampling.device import DeviceSampler
 

@@ -185,7 +185,9 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
+        raise CheckpointError(
+            f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format, an id (org/name) or a URL"
+        )
     fields = Fields(read_json(folder / "config.json"), folder / "config.json")
     name = _architecture_name(fields)
     family, head = ARCHITECTURES[name]

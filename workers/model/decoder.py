@@ -20,8 +20,9 @@ from workers.model.classifier import Classifier
 from workers.model.experts import Mixture
 from workers.model.kv_scales import scale_names
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
+from workers.model.progress import Progress
 from workers.model.rotary import Rotary, Turns
-from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
+from workers.model.weights import Checkpoint, ModelPart, Piece
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)

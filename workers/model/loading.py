@@ -6,8 +6,8 @@ import torch
 
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
+from workers.model.progress import Progress
 from workers.model.reading import DecoderConfig
-from workers.model.weights import Progress
 from workers.parallel.communicator import Communicator
 
 if TYPE_CHECKING:

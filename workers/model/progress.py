@@ -6,12 +6,15 @@ from collections.abc import Callable
 Progress = Callable[[int, int], None]
 """Called as (done_bytes, total_bytes) while a checkpoint is downloaded, or read: then bytes of this rank's share."""
 
+DOWNLOADING = "downloading"
+"""What a group's start is in then (`scheduler.server.stats.GroupStart`)."""
+
 SAY_S = 5.0
 GB = 1e9
 
 
 def in_words(say: Callable[[str], None], what: str, every_s: float = SAY_S) -> Progress:
-    """Says what is done, with its bar: at the first call, then every so many seconds, and at the end. From one thread."""
+    """Says what is done, with its bar: at the first call, then every so many seconds, and at the end."""
     due_s = 0.0
 
     def tell(done: int, total: int) -> None:

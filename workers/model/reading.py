@@ -42,6 +42,8 @@ def read_model(path: str | Path, implementation: str = "auto", expert_parallel: 
 def is_native(folder: Path) -> bool:
     """Whether config.json names an architecture of ours. Errors: CheckpointError."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format")
+        raise CheckpointError(
+            f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format, an id (org/name) or a URL"
+        )
     names = read_json(folder / "config.json").get("architectures")
     return isinstance(names, list) and any(name in ARCHITECTURES for name in names)

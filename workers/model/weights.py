@@ -1,6 +1,7 @@
 """Reads a checkpoint's safetensors straight into one rank's shard: each rank touches only the slices that it holds.
 
-Imports torch and safetensors. Never holds more than one slice beside the model. Before the first byte is read, every name,
+Imports torch and safetensors. Never holds more on the host beside the model than what its threads read at a time
+(`stretches`), or one slice. Before the first byte is read, every name,
 shape and stored type has been checked, and no tensor is left over that nothing reads: a scale, an adapter or the rest of
 another model would change what the others mean.
 """
@@ -9,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +24,12 @@ from workers.model.architectures import CheckpointError
 from workers.model.quantization.checkpoint import Weights, quantised
 from workers.model.quantization.scheme import Scheme
 from workers.model.quantization.stored import Quantised
+from workers.model.progress import Progress
+from workers.model.sources.files import INDEX_FILE, SINGLE_FILE
+from workers.model.stretches import Extent, StretchReader, Wanted, extents
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Called as (done_bytes, total_bytes) while loading: bytes of this rank's share."""
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 
 BODY, BARE_BODY = "model.", re.compile(r"(embed_tokens|layers|norm)\.")
@@ -85,6 +84,18 @@ class ModelPart(Protocol):
         ...
 
 
+class _Told:
+    """Sums up what is told as progress."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
+
+    def more(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None and count:
+            self._progress(self._done, self._total)
+
+
 class Checkpoint:
     """The tensors of a folder, by name. A context manager: closing it drops the memory maps.
 
@@ -99,6 +110,7 @@ class Checkpoint:
         self._folder = Path(path)
         self._open_files: dict[str, Any] = {}
         self._compared: set[str] = set()
+        self._extents: dict[str, dict[str, Extent]] = {}  # by file, then by name
         found = self._find_tensors()
         self._bare = not any(name.startswith(BODY) for name in found)
         self._file_of = {self._full_name(name): file for name, file in found.items()}
@@ -165,17 +177,35 @@ class Checkpoint:
         for pieces in plan:
             self._check(pieces)
         self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared | spare)
-        total = sum(piece.target.nbytes for pieces in plan for piece in pieces)
-        done = 0
-        while plan:
-            part, pieces = parts[-len(plan)], plan.pop(0)
-            for piece in pieces:
+        told = _Told(progress, sum(piece.target.nbytes for pieces in plan for piece in pieces))
+        with StretchReader() as reader:
+            while plan:
+                part, pieces = parts[-len(plan)], plan.pop(0)
+                self._read(reader, pieces, plan[0] if plan else [], told)
+                del pieces  # the last references to the plain weights, which `filled` may free
+                part.filled()
+
+    def _read(self, reader: StretchReader, pieces: list[Piece], following: list[Piece], told: "_Told") -> None:
+        """following: the pieces after these."""
+        others = [piece for piece in pieces if self._wanted(piece) is None]
+
+        def beside() -> None:
+            reader.ahead([wanted for piece in following if (wanted := self._wanted(piece)) is not None])
+            for piece in others:
                 self._fill(piece)
-                done += piece.target.nbytes
-                if progress is not None:
-                    progress(done, total)
-            del piece, pieces  # the last references to the plain weights, which `filled` may free
-            part.filled()
+                told.more(piece.target.nbytes)
+
+        reader.read([wanted for piece in pieces if (wanted := self._wanted(piece)) is not None], told.more, beside)
+
+    def _wanted(self, piece: Piece) -> Wanted | None:
+        """For those who read files as they are; None: it is made of what is read (`_slice`)."""
+        if piece.name in self._quantised.made:
+            return None
+        file = self._file_of[piece.name]
+        if file not in self._extents:
+            self._extents[file] = extents(self._folder / file, STORED_DTYPES)
+        extent = self._extents[file].get(self._stored_name(piece.name))
+        return None if extent is None else Wanted(piece.target, extent, piece.start, piece.dim)
 
     def _find_tensors(self) -> dict[str, str]:
         if (self._folder / ADAPTER_FILE).exists():
@@ -253,6 +283,9 @@ class Checkpoint:
         """The name that is asked for."""
         return BODY + stored if self._bare and BARE_BODY.match(stored) else stored
 
+    def _stored_name(self, name: str) -> str:
+        return name.removeprefix(BODY) if self._bare else name
+
     def _slice(self, name: str) -> Any:
         """Of a tensor as it is asked for."""
         made = self._quantised.made.get(name)
@@ -261,9 +294,8 @@ class Checkpoint:
     def _slice_of_file(self, name: str) -> Any:
         """Of a tensor as it is stored."""
         file = self._file_of[name]
-        stored = name.removeprefix(BODY) if self._bare else name
         try:
-            return self._file(file).get_slice(stored)
+            return self._file(file).get_slice(self._stored_name(name))
         except SafetensorError as error:
             raise CheckpointError(
                 f"tensor {name} is not in {self._folder / file}, where {INDEX_FILE} places it: download both again"

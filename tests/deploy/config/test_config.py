@@ -76,6 +76,11 @@ def test_a_model_has_the_name_that_it_was_given_by(tmp_path: Path, monkeypatch: 
     assert model_name("mine", "latest") == "mine"
     monkeypatch.chdir(tmp_path / "Qwen3-8B-rev7")
     assert model_name(None, ".") == "Qwen3-8B-rev7"
+    monkeypatch.chdir(tmp_path)
+    assert model_name(None, "Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
+    assert model_name(None, "Qwen/Qwen3-8B") == "Qwen3-8B", "a folder that is there is one"
+    assert [model_name(None, url) for url in ("s3://bucket/models/q3/", f"file://{tmp_path}/latest")] == ["q3", "latest"]
 
 
 def test_a_line_of_the_key_file_is_a_key_and_what_is_said_of_it(tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_environment_names_the_file(tmp_path: Path) -> None:
             "unknown key 'engine.tensor_parallel': did you mean 'engine.tensor_parallel_size'?",
         ),
         ("sampling: {temprature: 2}", "did you mean 'sampling.temperature'?"),
-        ("engine: {zzz: 2}", "known are model, tensor_parallel_size"),
+        ("engine: {zzz: 2}", "known are model, revision"),
         ("engine: {page_size: 16}", "did you mean 'engine.block_size'?"),
         ("engine: {gpu_memory_utilization: 0.9}", "did you mean 'engine.gpu_memory_fraction'?"),
         ("engine: {batch_size: 8}", "unknown key 'engine.batch_size': known are"),

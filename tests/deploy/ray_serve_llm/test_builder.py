@@ -11,6 +11,8 @@ from ray.serve._private.build_app import build_app
 from deploy.config.load import EMBEDDED_MODEL, KEYS_VARIABLE, ConfigError
 from deploy.ray_serve_llm.builder import read_args
 from manta.serve.llm import LLMConfig, LLMServingArgs, ModelLoadingConfig, build_further_model, build_openai_app
+from tests.hub import put_into_cache
+from workers.model.fields import CheckpointError
 
 TINY = str(EMBEDDED_MODEL)
 HOST = "127.0.0.1"
@@ -126,18 +128,24 @@ def test_what_changes_nothing_is_in_the_log(caplog: pytest.LogCaptureFixture) ->
     assert "it changes nothing: llm_configs[0].engine_kwargs.trust_remote_code: no code" in caplog.text
 
 
-def test_an_id_is_looked_up_in_the_hugging_face_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_is_what_it_is_when_the_application_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     args = {"llm_configs": [MODEL | {"model_loading_config": {"model_id": "my-qwen", "model_source": "Qwen/Qwen3-8B"}}]}
-    with pytest.raises(ConfigError, match=r"model_source='Qwen/Qwen3-8B' is neither .* `hf download Qwen/Qwen3-8B`"):
-        read_args(args, HOST)
-    held = tmp_path / "models--Qwen--Qwen3-8B"
-    (held / "snapshots" / "abc").mkdir(parents=True)
-    (held / "refs").mkdir()
-    (held / "refs" / "main").write_text("abc")
     tree = read_args(args, HOST)
-    assert tree["engine"]["model"] == str(held / "snapshots" / "abc")
+    assert tree["engine"]["model"] == "Qwen/Qwen3-8B"
     assert tree["serve"]["served_model_name"] == "my-qwen"
+    with pytest.raises(CheckpointError, match=r"model='Qwen/Qwen3-8B' is no folder .* `hf download Qwen/Qwen3-8B`"):
+        build_openai_app(args)
+    put_into_cache(tmp_path, "Qwen/Qwen3-8B", {"config.json": b"{}"})
+    engine = build_openai_app(args)._bound_deployment.init_args[1]
+    assert (engine.model, engine.revision) == ("Qwen/Qwen3-8B", "c" * 40)
+
+
+def test_a_bucket_is_named_by_its_url() -> None:
+    for source in ("s3://bucket/qwen", {"bucket_uri": "s3://bucket/qwen"}):
+        args = {"llm_configs": [MODEL | {"model_loading_config": {"model_id": "qwen", "model_source": source}}]}
+        assert read_args(args, HOST)["engine"]["model"] == "s3://bucket/qwen"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ def test_an_id_is_looked_up_in_the_hugging_face_cache(tmp_path: Path, monkeypatc
         ("build_llm_deployment", "use build_openai_app"),
         ("LLMServer", "use build_openai_app"),
         ("LoraConfig", "merge each into the weights"),
-        ("CloudMirrorConfig", "mount the bucket"),
+        ("CloudMirrorConfig", "as model_source"),
     ],
 )
 def test_what_rays_module_has_besides(name: str, words: str) -> None:

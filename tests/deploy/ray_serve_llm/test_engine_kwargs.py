@@ -32,6 +32,8 @@ BECOMES: list[tuple[str, Any, dict[str, Any]]] = [
     ("enforce_eager", True, {"cuda_graphs": False}),
     ("enforce_eager", False, {"cuda_graphs": True}),
     ("seed", 7, {"seed": 7}),
+    ("revision", "v2", {"revision": "v2"}),
+    ("download_dir", "/cache", {"download_dir": "/cache"}),
     ("attention_backend", "FLASH_ATTN", {"attention": "flash"}),
     ("attention_backend", "TRITON_ATTN", {"attention": "triton"}),
     ("host_kv_memory", "16GiB", {"host_kv_memory": "16GiB"}),  # Manta's own
@@ -55,13 +57,11 @@ AS_HERE: list[tuple[str, Any]] = [
     ("limit_mm_per_prompt", {"image": 0}), ("response_role", "assistant"), ("enable_lora", False), ("quantization", None),
     ("cpu_offload_gb", 0), ("hf_overrides", {}), ("enable_log_requests", False),
     ("mm_processor_kwargs", None), ("enable_sleep_mode", False), ("skip_tokenizer_init", False),
-    ("override_generation_config", {}),
+    ("override_generation_config", {}), ("hf_token", True),
 ]  # fmt: skip
 
 CHANGES_NOTHING: list[tuple[str, Any, str]] = [
     ("trust_remote_code", True, "no code of a checkpoint's is ever run"),
-    ("download_dir", "/cache", "nothing is downloaded"),
-    ("hf_token", "secret", "nothing is downloaded"),
     ("use_tqdm_on_load", False, "how far a group is"),
     ("scheduling_policy", "priority", "priority always counts"),
     ("async_scheduling", True, "planned while one runs"),
@@ -89,7 +89,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("served_model_name", "m", r"model_loading_config\.model_id"),
     ("groups", 2, r"deployment_config\.num_replicas"),
     ("max_groups", 2, r"autoscaling_config\.max_replicas"),
-    ("tokenizer", "other/tokenizer", "put its files into the folder"),
+    ("tokenizer", "other/tokenizer", "put its files beside the weights"),
     ("tokenizer_mode", "mistral", r"tokenizer\.json"),
     ("config_format", "mistral", "Hugging Face folder"),
     ("load_format", "runai_streamer", "safetensors"),
@@ -138,7 +138,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("reasoning_parser", "granite", "the chat template says"),
     ("structured_outputs_config", {"enable_in_reasoning": True}, "enable_in_reasoning=True: thoughts come before"),
     ("structured_outputs_config", {"bakend": "x"}, r"structured_outputs_config\.bakend is unknown: did you mean 'backend'"),
-    *((key, "main", "names a folder") for key in ("revision", "code_revision", "tokenizer_revision", "hf_config_path")),
+    *((key, "main", "read from model_source") for key in ("code_revision", "tokenizer_revision", "hf_config_path")),
+    ("hf_token", "secret", "set HF_TOKEN in the environment"),
     *((key, {"a": 1}, r"config\.json") for key in ("hf_overrides", "rope_scaling", "rope_theta")),
     *((key, True, "on which they were read") for key in ("enable_eplb", "eplb_config")),
     ("all2all_backend", "pplx", "on which they were read"),

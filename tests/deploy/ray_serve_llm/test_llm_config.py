@@ -73,7 +73,6 @@ CHANGES_NOTHING: list[tuple[dict[str, Any], str]] = [
     ({"log_engine_metrics": False}, "/metrics"),
     ({"experimental_configs": {"stream_batching_interval_ms": 50}}, "as they come"),
     ({"runtime_env": {"env_vars": {"VLLM_USE_V1": "1"}}}, "nothing here reads VLLM_USE_V1"),
-    ({"runtime_env": {"env_vars": {"HF_TOKEN": "secret"}}}, "nothing here reads HF_TOKEN"),
     ({"deployment_config": {"name": "llm"}}, "Engine and Ingress"),
     ({"deployment_config": {"max_ongoing_requests": 64}}, "max_num_seqs"),
     ({"deployment_config": {"max_queued_requests": -1}}, "always bounded"),
@@ -94,11 +93,16 @@ CHANGES_NOTHING: list[tuple[dict[str, Any], str]] = [
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_loading_config": {}}, r"model_loading_config\.model_id is missing"),
     ({"model_loading_config": {"model_id": "m", "model_sorce": "x"}}, "model_sorce is unknown: did you mean 'model_source'"),
-    ({"model_loading_config": {"model_id": "m", "model_source": "s3://bucket/m"}}, "mount the bucket on every node"),
-    ({"model_loading_config": {"model_id": "m", "model_source": {"bucket_uri": "s3://b/m"}}}, "mount the bucket on every node"),
+    ({"model_loading_config": {"model_id": "m", "model_source": ["s3://b/m"]}}, "name a folder, an id"),
+    ({"model_loading_config": {"model_id": "m", "model_source": {"bucket_url": "s3://b/m"}}}, "did you mean 'bucket_uri'"),
+    (
+        {"model_loading_config": {"model_id": "m", "model_source": {"bucket_uri": "s3://b/m", "extra_files": [{"a": "b"}]}}},
+        "below one URL",
+    ),
+    ({"runtime_env": {"env_vars": {"HF_TOKEN": "secret"}}}, r"env_vars=\['HF_TOKEN'\]: say it as the runtime_env"),
     (
         {"model_loading_config": {"model_id": "m", "model_source": FOLDER, "tokenizer_source": "other"}},
-        f"tokenizer_source='other': .* the folder {FOLDER}",
+        f"tokenizer_source='other': .* beside the weights, in {FOLDER}",
     ),
     ({"llm_engine": "SGLang"}, "say vLLM, or leave it out"),
     ({"accelerator_type": "TPU-V6E"}, "NVIDIA's GPUs and for CPUs; .* H100"),

@@ -108,12 +108,11 @@ class _Hub:
     def _snapshot(
         self, patterns: list[str], revision: str | None = None, report: Progress = lambda *_: None, **how: Any
     ) -> Path:
-        return Path(
-            snapshot_download(
-                self._model, revision=revision or self._revision, cache_dir=self._cache, allow_patterns=patterns,
-                tqdm_class=_bars(report), **how,
-            )  # fmt: skip
-        )
+        found = snapshot_download(
+            self._model, revision=revision or self._revision, cache_dir=self._cache, allow_patterns=patterns,
+            tqdm_class=_bars(report), **how,
+        )  # fmt: skip
+        return Path(found)
 
     def complaint(self, error: Exception) -> str:
         """Where was looked, and what to do."""

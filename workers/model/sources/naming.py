@@ -7,12 +7,12 @@ from typing import Literal
 Kind = Literal["folder", "id", "url"]
 
 _URL = re.compile(r"[A-Za-z][\w+.-]*://.+")
-_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LOCAL = "file://"
 
 
 def kind_of(model: str) -> Kind:
-    """A folder that is there is one, whatever it looks like; what looks like no id is a folder that is missing."""
+    """A folder that is there is one, whatever it looks like; what looks like no id (org/name) is a folder that is missing."""
     if _URL.fullmatch(model):
         return "folder" if model.startswith(_LOCAL) else "url"
     return "id" if _ID.fullmatch(model) and not Path(model).is_dir() else "folder"

@@ -19,6 +19,7 @@ from workers.cpu.padding import padded, padded_rows
 from workers.cpu.varied import VariedAttention, VariedPlan
 from workers.execution.step import StepInput
 from workers.model.layers import can_pack
+from workers.model.progress import Progress
 from workers.model.transformers.attention import Attends, Slot
 from workers.model.transformers.classes import build
 from workers.model.transformers.config import TransformersConfig
@@ -26,7 +27,7 @@ from workers.model.transformers.loading import load
 from workers.model.transformers.rotary import hold_still
 from workers.model.transformers.running import hidden_of, logits_of
 from workers.model.transformers.sharding import share_out, shares
-from workers.model.weights import Checkpoint, Progress
+from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from workers.model.fields import CheckpointError
 from workers.model.kv_scales import scale_names
+from workers.model.progress import Progress
 from workers.model.transformers.classes import BUILDING
 from workers.model.transformers.pieces import Source, Target, parts_of
 from workers.model.transformers.sharding import Share, shares
-from workers.model.weights import Checkpoint, Progress
+from workers.model.weights import Checkpoint
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)

@@ -40,8 +40,8 @@ class Asked:
             raise RequestError(Fault.CONFLICT, f"group {group} cannot go")
         self.drained.append((group, replace))
 
-    async def roll(self, checkpoint: str, model: str | None) -> None:
-        raise RequestError.invalid(f"there is no checkpoint in {checkpoint} for {model}", "checkpoint")
+    async def roll(self, checkpoint: str, model: str | None, revision: str | None) -> None:
+        raise RequestError.invalid(f"there is no checkpoint {revision} in {checkpoint} for {model}", "checkpoint")
 
     async def add(self, model: str, settings: Mapping[str, Any]) -> None:
         if model in self.added:
@@ -108,6 +108,8 @@ def test_what_cannot_be_done_is_told(service: Service) -> None:
     assert ask(service, ApiKeys(), Asked(), None, "/admin/groups/x/drain").status_code == 400
     answer = ask(service, ApiKeys(), Asked(), None, "/admin/roll?checkpoint=nowhere")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "checkpoint")
+    answer = ask(service, ApiKeys(), Asked(), None, "/admin/roll?checkpoint=org/name&revision=v2&model=q")
+    assert answer.json()["error"]["message"] == "there is no checkpoint v2 in org/name for q"
     assert ask(service, ApiKeys(["key"]), Asked(), "key", "/admin/roll?checkpoint=nowhere").status_code == 403
     assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain?model=other").status_code == 404
     assert ask(service, ApiKeys(), Asked(), None, f"/admin/groups/{ONLY}/drain", "GET").status_code == 405

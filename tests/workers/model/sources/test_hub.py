@@ -106,8 +106,9 @@ def test_an_interrupted_download_does_not_count_and_goes_on(
     assert (folder / SHARDS[1]).read_bytes() == FILES[SHARDS[1]]
 
 
+@pytest.mark.usefixtures("hub")
 def test_settings_that_were_interrupted_do_not_count(
-    hub: Hub, config: GroupsConfig, monkeypatch: pytest.MonkeyPatch
+    config: GroupsConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = pinned(config)
     (find_checkpoint(exact) / "tokenizer.json").unlink()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -27,7 +27,7 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
 
     protocol = "counted"
     cachable = False
-    read: list[str] = []
+    read: ClassVar[list[str]] = []
     fails = 0
     reachable = True
 
@@ -46,7 +46,7 @@ class Store(MemoryFileSystem):  # type: ignore[misc]
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store() -> Iterator[Store]:
     fsspec.register_implementation("memory", Store, clobber=True)
     Store.read, Store.fails, Store.reachable = [], 0, True
     fs = Store()
@@ -98,8 +98,9 @@ def test_an_interrupted_copy_does_not_count_and_goes_on(store: Store, config: Gr
     assert not SETTINGS & {*store.read}, "what was whole is not read again"
 
 
+@pytest.mark.usefixtures("store")
 def test_a_file_that_changes_while_it_is_read_does_not_count(
-    store: Store, config: GroupsConfig, monkeypatch: pytest.MonkeyPatch
+    config: GroupsConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def changing(self: Store, rpath: str, lpath: str, **options: Any) -> None:
         MemoryFileSystem.get_file(self, rpath, lpath, **options)
@@ -151,7 +152,8 @@ def test_who_waits_sees_how_far_the_other_one_is(tmp_path: Path) -> None:
     thread.join()
 
 
-def test_a_store_that_cannot_be_reached_is_as_it_was(store: Store, config: GroupsConfig) -> None:
+@pytest.mark.usefixtures("store")
+def test_a_store_that_cannot_be_reached_is_as_it_was(config: GroupsConfig) -> None:
     folder = find_checkpoint(config, Need.WEIGHTS)
     Store.reachable = False
     assert find_checkpoint(config, Need.WEIGHTS) == folder
@@ -159,7 +161,8 @@ def test_a_store_that_cannot_be_reached_is_as_it_was(store: Store, config: Group
         find_checkpoint(GroupsConfig(model=f"{URL}2", download_dir=config.download_dir))
 
 
-def test_what_cannot_be_read_says_why(store: Store, config: GroupsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("store")
+def test_what_cannot_be_read_says_why(config: GroupsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusal(model: str, revision: str | None = None) -> str:
         with pytest.raises(CheckpointError) as refused:
             find_checkpoint(GroupsConfig(model=model, revision=revision, download_dir=config.download_dir))
