@@ -28,7 +28,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
 
     Errors: CheckpointError, ValueError: before anything is started.
     """
-    model = read_model(Path(config.model), config.model_implementation)
+    model = read_model(Path(config.model), config.model_implementation, config.quantization)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device, longest)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]

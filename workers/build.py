@@ -82,7 +82,7 @@ def build_rank(
     """
     torch.set_num_threads(resolved.threads)
     device = torch.device(resolved.device)
-    model_config = read_model(Path(config.model), config.model_implementation)
+    model_config = read_model(Path(config.model), config.model_implementation, config.quantization)
     if comm.rank == 0:
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)

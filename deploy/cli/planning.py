@@ -53,7 +53,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     from workers.model.footprint import footprint
     from workers.model.reading import read_model
 
-    found = read_model(Path(config.model), config.model_implementation)
+    found = read_model(Path(config.model), config.model_implementation, config.quantization)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
     taken = footprint(found, size, dtype, config.block_size)

@@ -6,11 +6,13 @@
 Imports no torch for a native one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from workers.model.architectures import ARCHITECTURES, ModelConfig, read_config
 from workers.model.fields import CheckpointError, read_json
+from workers.model.quantization.scheme import chosen
 
 if TYPE_CHECKING:
     from workers.model.transformers.config import TransformersConfig
@@ -19,15 +21,22 @@ if TYPE_CHECKING:
 DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
 
 
-def read_model(path: str | Path, implementation: str = "auto") -> DecoderConfig:
-    """implementation: "native", "transformers", or "auto": native where there is one. Errors: CheckpointError for what is not
-    served, by name and reason."""
+def read_model(path: str | Path, implementation: str = "auto", quantization: str = "auto") -> DecoderConfig:
+    """implementation: "native", "transformers", or "auto": native where there is one. quantization: as the option says. Errors:
+    CheckpointError for what is not served, by name and reason."""
     folder = Path(path)
     if implementation == "native" or (implementation == "auto" and is_native(folder)):
-        return read_config(folder)
+        config = read_config(folder)
+        return replace(config, scheme=chosen(config.scheme, quantization))
     from workers.model.transformers.config import read_transformers  # brings transformers and torch
 
-    return read_transformers(folder)
+    found = read_transformers(folder)
+    scheme = chosen(found.scheme, quantization)
+    if scheme is not None and scheme.made:
+        raise CheckpointError(
+            f"{found.architecture} is run by transformers' own class, for which no FP8 is made: leave quantization at auto"
+        )
+    return found
 
 
 def is_native(folder: Path) -> bool:
