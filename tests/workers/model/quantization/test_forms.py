@@ -11,6 +11,10 @@ from torch import Tensor
 
 from tests.checkpoints import make_checkpoint
 from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, fp8, gptq, of_floats, of_ints, packed, quantise
+from tests.workers.decoding import SEQUENCES, make_step
+from tests.workers.model.test_fused import Fused
+from workers.kernels.products import matvec
+from workers.kernels.products.matvec import Tiling
 from workers.kernels.products.reduced import rounded_rows
 from workers.model import decoder
 from workers.model.architectures import ModelConfig
@@ -162,3 +166,34 @@ def test_a_plan_knows_the_bytes(name: str, tmp_path: Path, keeping: Callable[[bo
 
         loaded(tmp_path / "quantised", progress=progress)
         assert footprint(config, 1, torch.float32, 16, keeps).weight_bytes == read[-1]
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "awq"])
+def test_fused_steps_read_what_is_kept(
+    name: str, tmp_path: Path, keeping: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few tokens by the kernels, which widen weights as they stream; and many, whose products are the linear layer's."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU activations are rounded too: tests/gpu/test_fewer_bits.py")
+    plain = make_checkpoint(tmp_path / "plain", "LlamaForCausalLM", attention_bias=True, mlp_bias=True, **WIDE)
+    quantise(plain, tmp_path / "quantised", KEPT[name][0])
+    keeping(True)
+    kept = Fused(tmp_path / "quantised", torch.float32)
+    keeping(False)
+    expected = Fused(tmp_path / "quantised", torch.float32)
+    chosen: list[int] = []
+
+    def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
+        chosen.append(bits)
+        return matvec.choose(n, k, tokens, dtype, swiglu, bits)
+
+    monkeypatch.setattr("workers.model.fused.choose", choose)
+    kept.fused._few_tokens = SEQUENCES
+    for chunks in [[(0, 0, [9]), (1, 0, [3])], [(0, 1, [20, 21, 22])]]:
+        step = make_step(chunks)
+        decodes = len(chunks) == step.tokens.shape[0]
+        ours, theirs = (each.logits(step, all_tokens=decodes) for each in (kept, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.std()))
+    bits = KEPT[name][1]
+    assert chosen == [bits, bits, bits, bits, 16]  # of the decodes: the layer's four, and the head
