@@ -88,7 +88,9 @@ def build_rank(
     device = torch.device(resolved.device)
     folder = find_checkpoint(config, Need.WEIGHTS, partial(phase, DOWNLOADING))
     config = replace(config, model=str(folder), revision=None)
-    model_config = read_model(Path(config.model), config.model_implementation, config.enable_expert_parallel)
+    model_config = read_model(
+        Path(config.model), config.model_implementation, config.enable_expert_parallel, config.quantization
+    )
     if comm.rank == 0:
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)

@@ -12,6 +12,7 @@ KV_DTYPES = ("auto", "fp8")
 DEVICES = ("auto", "cpu", "cuda")
 MODEL_IMPLEMENTATIONS = ("auto", "native", "transformers")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
+QUANTIZATIONS = ("auto", "fp8", "compressed-tensors", "awq", "gptq", "mxfp4")
 POOLINGS = ("auto", "last", "mean")
 MAX_ROWS = 1 << 16
 """A lease id keeps 16 bits for the row (`scheduler.protocol.leaders.ROW_BITS`)."""
@@ -99,6 +100,11 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         "auto",
         f"Whose layers compute: {', '.join(MODEL_IMPLEMENTATIONS)}. auto: Manta's own for the architectures that it has.",
         one_of(MODEL_IMPLEMENTATIONS),
+    )
+    quantization: str = option(
+        "auto",
+        f"How weights are quantised: {', '.join(QUANTIZATIONS)}. auto: as the checkpoint says; fp8 is made of 16 bits too.",
+        one_of(QUANTIZATIONS),
     )
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', at_least(1), shown="measured from free memory", size=True

@@ -11,6 +11,7 @@ from deploy.config.load import load_config, parse_size
 if TYPE_CHECKING:
     from cluster.config import EngineConfig
     from workers.model.footprint import Footprint
+    from workers.model.quantization.scheme import Scheme
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -43,7 +44,7 @@ def plan(
 
 def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], bool]:
     """And whether there is room. memory: bytes of each rank; None: not known. Activations and graphs are not counted: a GPU
-    measures them at start.
+    measures them at start. Weights that a GPU keeps in fewer bits are counted so, but for device cpu.
 
     Errors: ValueError for a model that is not served so.
     """
@@ -54,13 +55,15 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     from workers.model.sources.files import Need
     from workers.model.sources.find import find_checkpoint
 
-    found = read_model(find_checkpoint(config, Need.CONFIG), config.model_implementation, config.enable_expert_parallel)
+    folder = find_checkpoint(config, Need.CONFIG)
+    found = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
-    taken = footprint(found, size, dtype, config.block_size, config.kv_dtype)
+    taken = footprint(found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu")
     layout = taken.layout
+    numbers = str(dtype).removeprefix("torch.")
     lines = [
-        f"{found.architecture}, {str(dtype).removeprefix('torch.')}, KV in {layout.dtype}, {size} rank(s) a group",
+        f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{_weights_are(found.scheme)}",
         f"weights          {in_units(taken.weight_bytes)} a rank",
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
         f"{layout.block_size} tokens, a rank",
@@ -79,6 +82,10 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         return lines, True
     said, fits = _room_line(taken, room, longest, config.max_num_seqs)
     return [*lines, said], fits
+
+
+def _weights_are(scheme: "Scheme | None") -> str:
+    return "" if scheme is None else f", weights quantised: {scheme}"
 
 
 def _room_line(taken: "Footprint", room: int, longest: int, rows: int) -> tuple[str, bool]:

@@ -12,6 +12,9 @@ from scheduler.protocol.sampling import MAX_LOGPROBS
 SAID_ELSEWHERE = {"model", "groups", "max_groups", "accelerator_type", "local", "ray_address"}
 DTYPES = {"half": "float16", "float": "float32"}
 KV_DTYPES = {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}
+KERNELS = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+"""vLLM's names for formats that have the name of a kernel in them."""
+
 TOOLS = {name: name for name in TOOL_PARSERS[2:]} | {"qwen3_xml": "qwen3_coder"}
 REASONING = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "qwen3"), "think") | {"openai_gptoss": "openai", "": "none"}
 ATTENTION = {"FLASH_ATTN": "flash", "TRITON_ATTN": "triton", "CPU_ATTN": "cpu", "TORCH_SDPA": "cpu"}
@@ -76,6 +79,7 @@ grammar_backend = idle("grammars and schemas are llguidance's here")
 TRANSLATED: dict[str, Reading] = {
     "dtype": engine("dtype", lambda value: DTYPES.get(value, value) if isinstance(value, str) else value),
     "kv_cache_dtype": one_of(KV_DTYPES, engine, "kv_dtype", "leave it out: KV has the type of the weights"),
+    "quantization": engine("quantization", lambda value: KERNELS.get(value, value) if isinstance(value, str) else value),
     "max_model_len": engine("max_model_len", _length),
     "gpu_memory_utilization": engine("gpu_memory_fraction"),
     "kv_cache_memory_bytes": engine("kv_memory"),
@@ -152,7 +156,6 @@ MISSING: dict[str, Reading] = {
     "served_model_name": refused("say model_loading_config.model_id instead"),
     "groups": refused("say deployment_config.num_replicas, or autoscaling_config, instead"),
     "max_groups": refused("say deployment_config.autoscaling_config.max_replicas instead"),
-    "quantization": refused("quantized weights are not served: choose the checkpoint in bfloat16, float16 or float32"),
     "speculative_config": refused("there is no speculative decoding: leave it out"),
     "kv_transfer_config": refused("groups fetch each other's blocks by themselves (prefix_fetch): leave it out"),
     "kv_events_config": refused("the scheduler owns every block, and nobody else needs to know: leave it out"),

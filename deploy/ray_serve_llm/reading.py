@@ -1,7 +1,7 @@
 """How a configuration that was written for something else is read: each key becomes a setting of Manta's, or is taken although
 it changes nothing here, or is refused by name with what to do instead. None is what was left out.
 
-    TABLE = {"gpu_memory_utilization": engine("gpu_memory_fraction"), "quantization": refused("choose another checkpoint")}
+    TABLE = {"gpu_memory_utilization": engine("gpu_memory_fraction"), "api_key": refused("say api_key_file")}
     read(translation, "llm_configs[0].engine_kwargs", given, TABLE)
 
 Imports the settings' names and nothing of Ray.

@@ -21,8 +21,9 @@ from workers.model.experts import Mixture
 from workers.model.kv_scales import scale_names
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.progress import Progress
+from workers.model.quantization.forms import Forms, keeps_fewer_bits
 from workers.model.rotary import Rotary, Turns
-from workers.model.weights import Checkpoint, ModelPart, Piece
+from workers.model.weights import Checkpoint, ModelPart, Piece, Target
 from workers.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
@@ -42,23 +43,29 @@ class Layer:
         comm: Communicator,
         dtype: torch.dtype,
         device: torch.device,
+        forms: Forms,
     ) -> None:
         self._number, self._config, self._shape, self._rotary = number, config, shape, rotary
         self._qk_heads = shape.heads + shape.kv_heads
         hidden, dim = config.hidden, shape.head_dim
         qkv_rows, o_columns = (shape.heads + 2 * shape.kv_heads) * dim, shape.heads * dim
         self.input_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
-        self.qkv = Linear(qkv_rows, hidden, dtype, device, config.attention_bias)
+        attention, mlp = f"model.layers.{number}.self_attn", f"model.layers.{number}.mlp"
+        qkv_form = forms.of(attention, "q_proj", "k_proj", "v_proj", columns=hidden)
+        self.qkv = Linear(qkv_rows, hidden, dtype, device, config.attention_bias, qkv_form)
         self.qk_norm = RMSNorm((self._qk_heads, dim), config.rms_eps, dtype, device) if config.qk_norm else None
-        self.o = RowParallelLinear(hidden, o_columns, dtype, device, comm, config.o_bias)
+        o_form = forms.of(attention, "o_proj", columns=o_columns)
+        self.o = RowParallelLinear(hidden, o_columns, dtype, device, comm, config.o_bias, o_form)
         self.mlp_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
         self.mlp: SwiGLU | Mixture
         if config.mixture is not None and shape.mixture is not None and config.mixture.sparse[number]:
             self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device)
         else:
+            up_form = forms.of(mlp, "gate_proj", "up_proj", columns=hidden)
+            down_form = forms.of(mlp, "down_proj", columns=shape.intermediate)
             self.mlp = SwiGLU(
-                Linear(2 * shape.intermediate, hidden, dtype, device, config.mlp_bias),
-                RowParallelLinear(hidden, shape.intermediate, dtype, device, comm, config.mlp_bias),
+                Linear(2 * shape.intermediate, hidden, dtype, device, config.mlp_bias, up_form),
+                RowParallelLinear(hidden, shape.intermediate, dtype, device, comm, config.mlp_bias, down_form),
             )
 
     def forward(
@@ -190,9 +197,10 @@ class Decoder:
         positions: int,
         tables: tuple[str, str],
         score_tokens: tuple[int, int] | None = None,
+        forms: Forms | None = None,
     ) -> None:
         """positions: a sequence has so many at most. tables: as in `Outer`. score_tokens: as in `Classifier`, None where the
-        model judges nothing by a token."""
+        model judges nothing by a token. forms: of the layers' weights, None where all are plain."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
         self.peers = comm.peers
@@ -204,7 +212,8 @@ class Decoder:
         judges = config.head == "labels" or score_tokens is not None
         self.classifier = Classifier(config, score_tokens, tables[1], dtype, device) if judges else None
         self.layers = [
-            Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
+            Layer(number, config, self.shape, self.rotary, comm, dtype, device, forms or Forms(None, keeps=False))
+            for number in range(config.layers)
         ]
 
     @torch.inference_mode()
@@ -268,7 +277,8 @@ def load_model(
     with Checkpoint(path, config.scheme) as checkpoint:
         tables = _table_names(checkpoint, config, shape, dtype)
         positions = max_model_len or config.max_position
-        decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens)
+        forms = Forms(config.scheme, keeps_fewer_bits(device), checkpoint.is_quantised)
+        decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens, forms)
         checkpoint.load(decoder.parts(), progress, scale_names(checkpoint.names()))
     return decoder
 
@@ -289,16 +299,14 @@ def _table_names(checkpoint: Checkpoint, config: ModelConfig, shape: RankShape, 
     return EMBEDDING, HEAD
 
 
-def _split_rows(linear: Linear, rows: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
+def _split_rows(linear: Linear, rows: tuple[int, ...]) -> list[tuple[Target, Tensor | None]]:
     """The shares of a merged matrix and of its bias."""
-    assert linear.weight is not None
-    weights = linear.weight.split_with_sizes(rows)
     biases = linear.bias.split_with_sizes(rows) if linear.bias is not None else [None] * len(rows)
-    return list(zip(weights, biases, strict=True))
+    return list(zip(linear.shares(*rows), biases, strict=True))
 
 
 def _column_pieces(
-    name: str, target: tuple[Tensor, Tensor | None], start: int, total: int, in_features: int
+    name: str, target: tuple[Target, Tensor | None], start: int, total: int, in_features: int
 ) -> list[Piece]:
     weight, bias = target
     pieces = [Piece(weight, f"{name}.weight", (total, in_features), start)]
@@ -309,9 +317,9 @@ def _column_pieces(
 
 def _row_pieces(name: str, linear: Linear, start: int, total: int, bias: bool) -> list[Piece]:
     """bias: the checkpoint has one. A rank that does not hold it has an empty share of it."""
-    assert linear.weight is not None
-    pieces = [Piece(linear.weight, f"{name}.weight", (linear.out_features, total), start, dim=1)]
+    (weight,) = linear.shares(linear.out_features)
+    pieces = [Piece(weight, f"{name}.weight", (linear.out_features, total), start, dim=1)]
     if bias:
-        target = linear.bias if linear.bias is not None else linear.weight.new_empty(0)
+        target = linear.bias if linear.bias is not None else torch.empty(0)
         pieces.append(Piece(target, f"{name}.bias", (linear.out_features,)))
     return pieces

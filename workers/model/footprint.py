@@ -8,6 +8,7 @@ from kvcache.layout import BlockLayout
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import EMBEDDING, HEAD, Decoder
 from workers.model.dtype import kv_dtype_name
+from workers.model.quantization.forms import Forms
 from workers.model.reading import DecoderConfig
 from workers.parallel.silent import Silent
 
@@ -20,13 +21,17 @@ class Footprint:
     layout: BlockLayout
 
 
-def footprint(config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto") -> Footprint:
-    """size: ranks of a group. kv_dtype: as configured. Errors: CheckpointError if so many cannot share it."""
+def footprint(
+    config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto", keeps: bool = False
+) -> Footprint:
+    """size: ranks of a group. kv_dtype: as configured. keeps: quantised weights stay so where a GPU's kernels take them. Errors:
+    CheckpointError if so many cannot share it."""
     shape = config.shard(0, size)
     layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype_name(kv_dtype, dtype))
     if isinstance(config, ModelConfig):
         tables = (EMBEDDING, EMBEDDING) if config.tied else (EMBEDDING, HEAD)
-        decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables)
+        forms = Forms(config.scheme, keeps)
+        decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables, forms=forms)
         return Footprint(sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces()), layout)
     from workers.model.transformers.classes import build  # with its class, which takes a second
     from workers.model.transformers.loading import held_bytes

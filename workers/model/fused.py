@@ -149,11 +149,12 @@ class FusedDecoder:
 
     def _choose(self, linear: Linear, x: Tensor, swiglu: bool = False) -> Tiling | None:
         rows = linear.out_features // 2 if swiglu else linear.out_features
-        return choose(rows, x.shape[1], len(x), x.dtype, swiglu)
+        bits = 16 if linear.reduced is None else linear.reduced.bits
+        return choose(rows, x.shape[1], len(x), x.dtype, swiglu, bits)
 
     def _product(self, x: Tensor, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
         """parts: what of `matvec` is fused with it."""
-        weight = linear.plain
+        weight = linear.operand
         pdl = self._pdl and weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
         return matvec(x, weight, bias=linear.bias, pdl=pdl, counters=self._counters, config=config, **parts)
 

@@ -4,10 +4,16 @@ Plain classes, not nn.Module: at batch 1 a module call costs as much as a small 
 filled in place by `weights`, then `pack` reorders them for the CPU. Shapes beside tensors are per rank.
 """
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.kernels.products.reduced import Reduced
+from workers.model.quantization.filling import Keeping, Rounding
+from workers.model.quantization.forms import PLAIN, LinearForm
+from workers.model.weights import Target
 from workers.parallel.communicator import Communicator
 
 
@@ -30,15 +36,37 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
             return False
 
 
-class Linear:
-    """`x @ weight.T + bias`; weight [out_features, in_features]. Column-parallel by holding a share of the rows."""
+def reduced_product(x: Tensor, weight: Reduced, bias: Tensor | None) -> Tensor:
+    """x [tokens, columns] -> [tokens, rows], of a weight that is kept in fewer bits."""
+    if x.device.type != "cuda":
+        return F.linear(x, weight.numbers(x.dtype), bias)
+    from workers.kernels.products.many import product  # Triton comes with it
 
-    __slots__ = ("_apply", "_packed", "bias", "out_features", "weight")
+    return product(x, weight, bias)
+
+
+class Linear:
+    """`x @ weight.T + bias`; weight [out_features, in_features]. Column-parallel by holding a share of the rows.
+
+    weight: None where it has been packed for a CPU, or is `reduced`: in fewer bits than the model's dtype.
+    """
+
+    __slots__ = ("_apply", "_packed", "_rounded", "bias", "out_features", "reduced", "weight")
 
     def __init__(
-        self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False
-    ) -> None:
-        self.weight: Tensor | None = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False,
+        form: LinearForm = PLAIN,
+    ) -> None:  # fmt: skip
+        """form: in which the weight is kept."""
+        self.weight: Tensor | None = None
+        self.reduced: Reduced | None = None
+        self._rounded = form.rounded
+        if form.bits == 16:
+            self.weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        else:
+            self.reduced = Reduced.empty(
+                out_features, in_features, form.bits, form.group or in_features, form.scale, device
+            )
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.out_features = out_features
         self._packed: Tensor | None = None
@@ -58,14 +86,26 @@ class Linear:
             if not keep_plain:
                 self.weight = None
 
-    @property
-    def plain(self) -> Tensor:
-        """The weight [out_features, in_features] as it was filled; not once it has been packed for a CPU."""
+    def shares(self, *rows: int) -> list[Target]:
+        """The weight, as a checkpoint fills it: so many rows in each."""
+        if self.reduced is not None:
+            ends = list(accumulate(rows))
+            return [Keeping(self.reduced.rows(end - count, end)) for end, count in zip(ends, rows, strict=True)]
         assert self.weight is not None, "packed"
-        return self.weight
+        parts = self.weight.split_with_sizes(rows)
+        return [Rounding(part) for part in parts] if self._rounded else list(parts)
+
+    @property
+    def operand(self) -> Tensor | Reduced:
+        """What the kernels read: the weight as it was filled; not once it has been packed for a CPU."""
+        found = self.weight if self.reduced is None else self.reduced
+        assert found is not None, "packed"
+        return found
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, in_features] -> [tokens, out_features]"""
+        if self.reduced is not None:
+            return reduced_product(x, self.reduced, self.bias)
         if self._packed is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
@@ -86,8 +126,9 @@ class RowParallelLinear(Linear):
         device: torch.device,
         comm: Communicator,
         bias: bool = False,
+        form: LinearForm = PLAIN,
     ) -> None:
-        super().__init__(out_features, in_features, dtype, device, bias and comm.rank == 0)
+        super().__init__(out_features, in_features, dtype, device, bias and comm.rank == 0, form)
         self._comm = comm
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from workers.model.architectures import ARCHITECTURES, ModelConfig, read_config
 from workers.model.fields import CheckpointError, read_json
+from workers.model.quantization.scheme import chosen
 
 if TYPE_CHECKING:
     from workers.model.transformers.config import TransformersConfig
@@ -20,12 +21,16 @@ if TYPE_CHECKING:
 DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
 
 
-def read_model(path: str | Path, implementation: str = "auto", expert_parallel: bool = False) -> DecoderConfig:
+def read_model(
+    path: str | Path, implementation: str = "auto", expert_parallel: bool = False, quantization: str = "auto"
+) -> DecoderConfig:
     """implementation: "native", "transformers", or "auto": native where there is one. expert_parallel: the ranks of a group
-    share out whole experts. Errors: CheckpointError for what is not served, by name and reason."""
+    share out whole experts. quantization: as the option says. Errors: CheckpointError for what is not served, by name and
+    reason."""
     folder = Path(path)
     if implementation == "native" or (implementation == "auto" and is_native(folder)):
         config = read_config(folder)
+        config = replace(config, scheme=chosen(config.scheme, quantization))
         if expert_parallel:
             if config.mixture is None:
                 raise CheckpointError(f"enable_expert_parallel: {config.architecture} has no experts: leave it out")
@@ -36,7 +41,13 @@ def read_model(path: str | Path, implementation: str = "auto", expert_parallel: 
                               f"experts alone: leave it out")  # fmt: skip
     from workers.model.transformers.config import read_transformers  # brings transformers and torch
 
-    return read_transformers(folder)
+    found = read_transformers(folder)
+    scheme = chosen(found.scheme, quantization)
+    if scheme is not None and scheme.made:
+        raise CheckpointError(
+            f"{found.architecture} is run by transformers' own class, for which no FP8 is made: leave quantization at auto"
+        )
+    return found
 
 
 def is_native(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,6 +45,22 @@ NAMED_LEFTOVERS = 5
 COMPARED_ROWS = 8192
 
 
+class Sink(Protocol):
+    """What a slice goes into that is not kept as plain numbers."""
+
+    shape: torch.Size
+    nbytes: int
+
+    def numel(self) -> int: ...
+
+    def take(self, stored: Any, index: Any) -> None:
+        """stored: the whole tensor, of which parts can be read; index: of the slice in it."""
+        ...
+
+
+Target: TypeAlias = Tensor | Sink
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One slice of one tensor of the checkpoint, and where it goes.
@@ -53,7 +69,7 @@ class Piece:
     there.
     """
 
-    target: Tensor
+    target: Target
     name: str
     shape: tuple[int, ...]
     start: int = 0
@@ -114,7 +130,7 @@ class Checkpoint:
         found = self._find_tensors()
         self._bare = not any(name.startswith(BODY) for name in found)
         self._file_of = {self._full_name(name): file for name, file in found.items()}
-        self._quantised = Weights() if scheme is None else quantised(scheme, self._file_of, self._slice_of_file)
+        self._quantised = Weights() if scheme is None or scheme.made else quantised(scheme, self._file_of, self._slice_of_file)
         kept = [name for name in self._file_of if name not in self._quantised.parts]
         self._names = dict.fromkeys([*kept, *self._quantised.made])
 
@@ -130,6 +146,10 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
+
+    def is_quantised(self, module: str) -> bool:
+        """Whether that module's weight is stored so, as config.json says how."""
+        return f"{module}.weight" in self._quantised.made
 
     def names(self) -> list[str]:
         """Of all tensors but such as are computed from config.json."""
@@ -305,7 +325,9 @@ class Checkpoint:
         if not piece.target.numel():
             return
         view, index = self._slice(piece.name), piece.index()
-        if isinstance(view, Quantised):
+        if not isinstance(piece.target, Tensor):
+            piece.target.take(view, index)
+        elif isinstance(view, Quantised):
             view.copy_to(piece.target, index)
         else:
             piece.target.copy_(view[index])

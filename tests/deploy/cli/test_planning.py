@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks.models.zoo import make
@@ -11,6 +12,7 @@ from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
+from tests.checkpoints import make_checkpoint
 from workers.build import LOADING, build_rank
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
@@ -42,6 +44,22 @@ def test_two_ranks_hold_half(tmp_path: Path) -> None:
     alone, shared = (footprint(read_model(path), size, read_model(path).dtype, 16) for size in (1, 2))  # type: ignore[arg-type]
     assert 0.5 < shared.weight_bytes / alone.weight_bytes < 0.55
     assert 2 * shared.layout.block_bytes == alone.layout.block_bytes
+
+
+def test_weights_that_a_gpu_keeps_in_fewer_bits(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "Qwen3ForCausalLM", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+
+    def says(**options: str) -> list[str]:
+        return plan_lines(EngineConfig(model=str(path), **options), None)[0][:2]  # type: ignore[arg-type]
+
+    linear = 2 * (256 * (64 + 2 * 32) + 64 * 256 + 3 * 256 * 512)
+    plain = footprint(read_model(path), 1, torch.bfloat16, 16).weight_bytes
+    scales = 2 * 4 * (64 + 2 * 32 + 256 + 2 * 512 + 256)
+    assert says() == ["Qwen3ForCausalLM, bfloat16, 1 rank(s) a group", f"weights          {in_units(plain)} a rank"]
+    heading = "Qwen3ForCausalLM, bfloat16, 1 rank(s) a group, weights quantised: FP8, made while loading"
+    fewer = in_units(plain - linear + scales)
+    assert says(quantization="fp8") == [heading, f"weights          {fewer} a rank"]
+    assert says(quantization="fp8", device="cpu") == [heading, f"weights          {in_units(plain)} a rank"]
 
 
 def test_the_command_reads_no_weights(tmp_path: Path) -> None:

@@ -212,8 +212,8 @@ def test_the_name_and_the_folder() -> None:
 
 
 def test_a_record_is_valid_from_its_birth() -> None:
-    with pytest.raises(ConfigError, match=r"LLMConfig\.engine_kwargs\.quantization='awq'"):
-        LLMConfig(model_loading_config={"model_id": "m"}, engine_kwargs={"quantization": "awq"})
+    with pytest.raises(ConfigError, match=r"LLMConfig\.engine_kwargs\.cpu_offload_gb=8"):
+        LLMConfig(model_loading_config={"model_id": "m"}, engine_kwargs={"cpu_offload_gb": 8})
     with pytest.raises(ConfigError, match="model_loading_config is missing"):
         LLMConfig.of("llm", {"accelerator_type": "L4"})
 

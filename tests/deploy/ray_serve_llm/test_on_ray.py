@@ -84,12 +84,12 @@ def test_one_changed_import_path(port: int) -> None:
     tree = msgspec.yaml.decode(CONFIGURATION)
     (model,) = tree["applications"][0]["args"]["llm_configs"]
 
-    model["engine_kwargs"]["quantization"] = "awq"
+    model["engine_kwargs"]["cpu_offload_gb"] = 8
     deploy(tree)
     until("it is not refused", lambda: status().status == "DEPLOY_FAILED", status)
-    assert "llm_configs[0].engine_kwargs.quantization='awq'" in status().message
+    assert "llm_configs[0].engine_kwargs.cpu_offload_gb=8" in status().message
 
-    del model["engine_kwargs"]["quantization"]
+    del model["engine_kwargs"]["cpu_offload_gb"]
     deploy(tree)
     until("it does not come up", lambda: status().status == "RUNNING", status)
     client = openai.OpenAI(base_url=f"http://{HOST}:{port}/v1", api_key="fake-key", timeout=PATIENCE_S, max_retries=20)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.norm import rms_norm
+from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
 
@@ -44,7 +45,7 @@ class Tiling:
 
 def matvec(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Reduced,
     *,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
@@ -57,6 +58,7 @@ def matvec(
     config: Tiling | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
+    Weights in fewer bits become numbers in registers: in float32, or in `tiles` as x's dtype has them.
 
     norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
@@ -78,7 +80,8 @@ def matvec(
     if not tokens:
         return target
     if config is None:
-        config = choose(n, k, tokens, x.dtype, swiglu) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
+        bits = 16 if isinstance(weight, Tensor) else weight.bits
+        config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
         if counters is None and config.parts > 1:
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
@@ -88,11 +91,14 @@ def matvec(
     flags = {
         "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
         "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
-        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl,
+        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl, "BITS": 16, "GROUP": 0,
     }  # fmt: skip
+    values, scales, zeros = (weight, x, x) if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.zeros)
+    if not isinstance(weight, Tensor):
+        flags |= {"BITS": weight.bits, "GROUP": 0 if weight.by_row else weight.group}
     operands = (
-        x, weight if norm_weight is None else norm_weight, weight, weight if bias is None else bias, target, tokens,
-        x.stride(0), weight.stride(0), target.stride(0), eps,
+        x, x if norm_weight is None else norm_weight, values, x if bias is None else bias, target, scales,
+        scales if zeros is None else zeros, tokens, x.stride(0), values.stride(0), target.stride(0), eps,
     )  # fmt: skip
     programs = triton.cdiv(n, config.rows)
     if tiled:
@@ -104,7 +110,7 @@ def matvec(
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         tiles[(programs * config.parts,)](
-            *operands[:5], partial, target if counters is None else counters, *operands[5:], TOKENS=padded,
+            *operands[:7], partial, target if counters is None else counters, *operands[7:], TOKENS=padded,
             PARTS=config.parts, **flags,
         )  # fmt: skip
     else:
@@ -113,11 +119,14 @@ def matvec(
     return target
 
 
-def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False) -> Tiling | None:
+def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
     """The configuration for an output of n numbers from k, by shape alone; None where the library's product is the faster.
 
-    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`).
+    The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
+    fewer bits, what these make likely.
     """
+    if bits == 4 and STREAM_TOKENS < tokens <= MAX_TOKENS and dtype != torch.float32:  # the library would need them widened
+        return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu)

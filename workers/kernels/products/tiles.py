@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
+from workers.kernels.products.widen import widened
 
 FEW_TURNS = tl.constexpr(2)
 
@@ -22,16 +23,18 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-          GATED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
-    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS.
+    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales, zeros: as
+    in `widen`.
     """
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
+    EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element of W
     block = tl.program_id(0) // PARTS
     row = tl.arange(0, ROWS)
     rows = block * ROWS + row
@@ -41,13 +44,13 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
     begin = tl.program_id(0) % PARTS * (K // PARTS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight + begin, safe, weight_stride, K // PARTS)
+        fetch_rows(weight + begin // EACH, safe, weight_stride, K // PARTS // EACH)
         if GATED:
-            fetch_rows(half + begin, safe, weight_stride, K // PARTS)
+            fetch_rows(half + begin // EACH, safe, weight_stride, K // PARTS // EACH)
         tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
-    w_at = safe[:, None] * weight_stride + column[None, :]
+    w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
     x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
     there = (token < tokens)[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -58,7 +61,7 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
     if OFTEN:
         powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
-        tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
+        tile = tl.load(weight + start // EACH + w_at, eviction_policy="evict_first")
         a = tl.load(x + start + x_at, mask=there, other=0.0)
         if NORM:
             plain = a.to(tl.float32)
@@ -67,9 +70,14 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
             else:
                 squares += tl.sum(plain * plain, 0)
             a = (plain * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(a.dtype)
+        if BITS < 16:
+            tile = widened(tile, scales, zeros, safe, begin + start, BITS, GROUP, K, ROWS, COLUMNS).to(a.dtype)
         sums = tl.dot(tile, a, sums)
         if GATED:
-            gated = tl.dot(tl.load(half + start + w_at, eviction_policy="evict_first"), a, gated)
+            other = tl.load(half + start // EACH + w_at, eviction_policy="evict_first")
+            if BITS < 16:
+                other = widened(other, scales, zeros, N + safe, begin + start, BITS, GROUP, K, ROWS, COLUMNS).to(a.dtype)
+            gated = tl.dot(other, a, gated)
     total, up = sums, gated
     if OFTEN:
         squares = tl.sum(powers, 0)
@@ -92,6 +100,10 @@ def tiles(x, norm_weight, weight, bias, out, partial, counters, tokens, x_stride
         if NORM:
             squares = _sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
 
+    if BITS < 16 and GROUP == 0:
+        total *= tl.load(scales + safe).to(tl.float32)[:, None]
+        if GATED:
+            up *= tl.load(scales + N + safe).to(tl.float32)[:, None]
     if NORM:
         total *= tl.rsqrt(squares / K + eps)[None, :]
     if BIAS:

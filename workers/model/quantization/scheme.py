@@ -40,7 +40,7 @@ class WeightForm:
     """How one weight [out, in] is stored.
 
     block: rows and columns of it that share a scale, None for all of them; where `free`, the scale's own shape says which.
-    zeros: zero points are stored. shift: what is added to these, as they are stored.
+    zeros: zero points are stored. shift: what is added to these, as they are stored. mixed: a group's columns may lie apart.
     """
 
     kind: Kind
@@ -49,6 +49,7 @@ class WeightForm:
     free: bool = False
     zeros: bool = False
     shift: int = 0
+    mixed: bool = False
 
     def __str__(self) -> str:
         return {"fp8": "FP8", "mxfp4": "MXFP4"}.get(self.kind, f"int{self.bits}")
@@ -64,11 +65,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Which weights are quantised, and how. ignored: as `Rule.targets`, or names and parts of names."""
+    """Which weights are quantised, and how. ignored: as `Rule.targets`, or names and parts of names. made: while loading, from
+    weights that are stored plain."""
 
     method: str
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    made: bool = False
 
     def form(self, module: str) -> WeightForm | None:
         """How that module's weight is stored if it is quantised, which the checkpoint's tensors say; a rule that names it comes
@@ -85,7 +88,20 @@ class Scheme:
         return self.form(module) is not None and not spared
 
     def __str__(self) -> str:
+        if self.made:
+            return "FP8, made while loading"
         return f"{self.method} ({', '.join(sorted({str(rule.form) for rule in self.rules}))})"
+
+
+def chosen(stored: Scheme | None, asked: str) -> Scheme | None:
+    """What `--quantization` asks for, of weights that are stored so. Errors: CheckpointError for what they are not."""
+    if asked == "auto" or (stored is not None and stored.method == asked):
+        return stored
+    if stored is None and asked == "fp8":
+        return FP8_MADE
+    found = "in 16 bits or more" if stored is None else f"quantised by {stored.method}"
+    makes = "fp8 is made of weights in 16 bits; " if asked == "fp8" else ""
+    raise CheckpointError(f"quantization={asked!r} was asked for, but the weights are {found}: {makes}leave it at auto")
 
 
 def read_scheme(fields: Fields) -> Scheme | None:
@@ -109,6 +125,10 @@ def read_scheme(fields: Fields) -> Scheme | None:
     if unknown:
         logger.warning("%s says %s, which is not looked at", name, ", ".join(unknown))
     return scheme
+
+
+FP8_MADE = Scheme("fp8", (Rule((LINEAR,), WeightForm("fp8", block=(1, None))),), ("lm_head",), made=True)
+"""What `--quantization fp8` makes of every linear layer of the decoder's own."""
 
 
 class _Quantization:
@@ -196,7 +216,8 @@ def _gptq(found: _Quantization) -> Scheme:
     found.one_of("pack_dtype", "int32", default="int32")
     for name in ("dynamic", "is_marlin_format"):
         found.nothing(name)
-    form = WeightForm("gptq", bits, (1, found.group("group_size")), zeros=True, shift=0 if second else 1)
+    shift, mixed = 0 if second else 1, bool(found.get("desc_act"))
+    form = WeightForm("gptq", bits, (1, found.group("group_size")), zeros=True, shift=shift, mixed=mixed)
     return Scheme("gptq", (Rule((LINEAR,), form),), found.list_of_names("modules_to_not_convert"))
 
 
@@ -233,7 +254,8 @@ def _rule(group: _Quantization, usual: str) -> Rule:
     weights.nothing("dynamic")
     symmetric = weights.one_of("symmetric", True, *((False,) if kind == "int" else ()), default=True)
     name: Kind = "packed" if packed else "fp8" if kind == "float" else "int8"
-    return Rule(group.list_of_names("targets"), WeightForm(name, bits, _shared(weights), zeros=not symmetric))
+    mixed = weights.one_of("actorder", None, True, False, "group", "dynamic", "weight", "static") in (True, "group", "dynamic")
+    return Rule(group.list_of_names("targets"), WeightForm(name, bits, _shared(weights), zeros=not symmetric, mixed=mixed))
 
 
 def _shared(weights: _Quantization) -> tuple[int | None, int | None]:

@@ -42,13 +42,13 @@ class Quantised:
     def __getitem__(self, index: Index) -> Tensor:
         """A part in float32. index: of whole slices with a step of one."""
         spans = spans_of(index, self._shape)
-        parts = [self.part(each) for each in _in_pieces(spans)]
+        parts = [self.part(each) for each in in_pieces(spans)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def copy_to(self, target: Tensor, index: Index) -> None:
         """The same into `target`, rounded to its dtype, without all of it being there in float32."""
         at = 0
-        for spans in _in_pieces(spans_of(index, self._shape)):
+        for spans in in_pieces(spans_of(index, self._shape)):
             length = spans[0][1] - spans[0][0]
             target[at : at + length].copy_(self.part(spans))
             at += length
@@ -156,7 +156,7 @@ def spans_of(index: Index, shape: tuple[int, ...]) -> tuple[Span, ...]:
     return (*found, *((0, size) for size in shape[len(found) :]))
 
 
-def _in_pieces(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
+def in_pieces(spans: tuple[Span, ...]) -> Iterator[tuple[Span, ...]]:
     """Cut in the first dimension."""
     (start, stop), others = spans[0], spans[1:]
     each = max(1, NUMBERS_AT_ONCE // max(1, math.prod(last - first for first, last in others)))

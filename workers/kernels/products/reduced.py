@@ -1,0 +1,89 @@
+"""A matrix in fewer bits than its products are computed in: FP8 or four bits, with a scale for each row or group of columns.
+
+Imports torch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_FP8 = 448.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """[rows, columns]. values: float8_e4m3fn [rows, columns], or uint8 [rows, columns / 2], of which a byte's low half is the
+    first of two neighbours. scales [rows, groups]: groups of columns of one size. zeros uint8 [rows, groups]: with four bits,
+    which code is nought. All are contiguous, and may be filled after this has been made."""
+
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, bits: int, group: int, scale: torch.dtype, device: torch.device) -> "Reduced":
+        """bits: 8, FP8, or 4. group: columns that share a scale; it divides their number."""
+        groups = columns // group
+        scales = torch.empty(rows, groups, dtype=scale, device=device)
+        if bits == 8:
+            return cls(torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device), scales)
+        values = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        return cls(values, scales, torch.empty(rows, groups, dtype=torch.uint8, device=device))
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.zeros is None else 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] * 8 // self.bits
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def by_row(self) -> bool:
+        """FP8 with one scale for each row, which can be applied to its sums."""
+        return self.bits == 8 and self.scales.shape[1] == 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+    def rows(self, start: int, stop: int) -> "Reduced":
+        """A part, of the same memory."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return Reduced(self.values[start:stop], self.scales[start:stop], zeros)
+
+    def fill(self, codes: Tensor, scales: Tensor, zeros: Tensor | None = None) -> None:
+        """codes: float8_e4m3fn, or uint8 from 0 to 15, [rows, columns]. scales and zeros: broadcast to [rows, groups]."""
+        self.scales.copy_(scales)
+        if self.zeros is None:
+            self.values.copy_(codes)
+            return
+        assert zeros is not None, "four bits have zero points"
+        self.zeros.copy_(zeros)
+        self.values.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+
+    def round(self, numbers: Tensor) -> None:
+        """The nearest of FP8 with the least scale for each row; numbers [rows, columns], of one group."""
+        values, scales = rounded_rows(numbers)
+        self.fill(values, scales)
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """What it stands for, [rows, columns]."""
+        if self.zeros is None:
+            wide = self.values.float()
+        else:
+            codes = torch.stack((self.values & 15, self.values >> 4), -1).flatten(1)
+            wide = codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
+        return wide.mul_(self.scales.float().repeat_interleave(self.group, 1)).to(dtype)
+
+
+def rounded_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, columns] -> float8_e4m3fn [rows, columns] and scales float32 [rows, 1], by which they are to be multiplied."""
+    wide = numbers.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST_FP8)
+    return wide.div(scales).clamp_(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn), scales

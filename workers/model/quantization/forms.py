@@ -1,0 +1,81 @@
+"""In what form a rank keeps each linear layer's weight: FP8 or four bits where a device has kernels for it, else plain.
+
+Imports torch.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from workers.model.quantization.scheme import Scheme, WeightForm
+
+logger = logging.getLogger(__name__)
+
+GROUPS = (32, 64, 128)
+"""Columns that share a scale, of which the kernels take tiles."""
+
+LEAST_COLUMNS = 16
+"""Of which the library's FP8 products take multiples."""
+
+LEAST_CAPABILITY = (8, 9)
+"""Of a GPU that has FP8."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearForm:
+    """bits: 16 for the model's dtype, whatever it is; 8 for FP8; 4. group: columns that share a scale, None for all of them.
+    scale: of the scales. rounded: in the model's dtype, but only numbers that FP8 has, with a scale for each row."""
+
+    bits: int = 16
+    group: int | None = None
+    scale: torch.dtype = torch.float32
+    rounded: bool = False
+
+
+PLAIN = LinearForm()
+
+
+class Forms:
+    """Of one rank's linear layers."""
+
+    def __init__(self, scheme: Scheme | None, keeps: bool, is_stored: Callable[[str], bool] | None = None) -> None:
+        """keeps: as `keeps_fewer_bits` says. is_stored: whether the checkpoint has that module quantised; None: as config.json
+        says."""
+        self._scheme, self._keeps = scheme, keeps
+        self._is_stored = is_stored or (scheme.quantises if scheme is not None else lambda _: False)
+        self.plain: set[str] = set()
+        """Formats of weights that are kept as plain numbers, in words."""
+
+    def of(self, parent: str, *names: str, columns: int) -> LinearForm:
+        """Of the matrix that holds these modules' rows, or this rank's columns of one module."""
+        scheme, modules = self._scheme, [f"{parent}.{name}" for name in names]
+        if scheme is None:
+            return PLAIN
+        if scheme.made:
+            return LinearForm(8) if self._keeps else LinearForm(rounded=True)
+        stored = {scheme.form(module) if self._is_stored(module) else None for module in modules}
+        found = stored.pop() if len(stored) == 1 else None
+        if found is None:
+            return PLAIN
+        form = kept_as(found, columns) if self._keeps else PLAIN
+        if form == PLAIN:
+            self.plain.add(str(found))
+        return form
+
+
+def keeps_fewer_bits(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
+def kept_as(stored: WeightForm, columns: int) -> LinearForm:
+    """columns: of this rank's part, which begins at a multiple of so many. Errors: none; what no kernel takes is plain."""
+    group = stored.block[1]
+    if stored.mixed or (group is not None and (group not in GROUPS or columns % group)) or columns % LEAST_COLUMNS:
+        return PLAIN
+    if stored.kind == "fp8":
+        return LinearForm(8, group)
+    if stored.bits == 4 and stored.kind in ("awq", "gptq", "packed") and group is not None:
+        return LinearForm(4, group, torch.float32 if stored.kind == "packed" else torch.float16)
+    return PLAIN
