@@ -124,7 +124,7 @@ class Experts:
         if not 0 <= number - shape.expert_start < shape.experts:
             nothing = self.down.new_empty(0)
             return [Piece(nothing, gate, wide), Piece(nothing, up, wide), Piece(nothing, down, narrow)]
-        gates, ups = self.gate_up[number - shape.expert_start].split(shape.intermediate)
+        gates, ups = self.gate_up[number - shape.expert_start].chunk(2)
         start = shape.intermediate_start
         return [
             Piece(gates, gate, wide, start), Piece(ups, up, wide, start),
@@ -191,7 +191,7 @@ class Mixture:
         pieces = [*self.router.pieces(name), *self.experts.pieces(name)]
         if self.shared is not None:
             total, start, hidden = self.config.shared_intermediate, self.shape.shared_start, self.router.weight.shape[1]
-            gate, up = self.shared.gate_up.plain.split(self.shape.shared)
+            gate, up = self.shared.gate_up.plain.chunk(2)
             prefix = f"{name}.{self.config.family.block}.shared_expert"
             pieces += [
                 Piece(gate, f"{prefix}.gate_proj.weight", (total, hidden), start),
