@@ -17,7 +17,7 @@ from workers.cpu.padding import padded, padded_rows
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.classifier import Classifier
-from workers.model.experts import Mixture
+from workers.model.experts import Mixture, count_experts
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.rotary import Rotary, Turns
 from workers.model.weights import Checkpoint, ModelPart, Piece, Progress
@@ -203,6 +203,8 @@ class Decoder:
         self.layers = [
             Layer(number, config, self.shape, self.rotary, comm, dtype, device) for number in range(config.layers)
         ]
+        mixtures = {number: layer.mlp for number, layer in enumerate(self.layers) if isinstance(layer.mlp, Mixture)}
+        self.expert_counts = count_experts(mixtures)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:

@@ -8,6 +8,9 @@ Here are the weights, and how a CPU computes with them: expert by expert, those 
 Imports torch, the layers, and what reads weights. Shapes beside tensors are per rank.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -154,7 +157,7 @@ class Experts:
 
 class Mixture:
     """Router, experts and a shared expert; the ranks' shares meet in one sum. load: [experts] int64, tokens that each expert of
-    the model has had on this rank's watch."""
+    the model has had."""
 
     def __init__(
         self, config: MixtureConfig, shape: MixtureShape, hidden: int, comm: Communicator, dtype: torch.dtype,
@@ -199,6 +202,25 @@ class Mixture:
                 Piece(self.shared.down.plain, f"{prefix}.down_proj.weight", (hidden, total), start, dim=1),
             ]
         return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """Tokens that each expert of a model has had, the same on every rank. layers: that have any. tokens [layers, experts]
+    int64."""
+
+    layers: tuple[int, ...]
+    tokens: Tensor
+
+
+def count_experts(mixtures: Mapping[int, Mixture]) -> ExpertCounts | None:
+    """By layer; None without any. They count into one tensor from here on."""
+    if not mixtures:
+        return None
+    tokens = torch.stack([mixture.load for mixture in mixtures.values()])
+    for mixture, load in zip(mixtures.values(), tokens, strict=True):
+        mixture.load = load
+    return ExpertCounts(tuple(mixtures), tokens)
 
 
 def gated(product: Tensor, gating: Gating, in_turns: bool) -> Tensor:

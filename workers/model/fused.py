@@ -71,6 +71,7 @@ class FusedDecoder:
         self.shape = decoder.shape
         self._layers = decoder.layers
         self._outer = decoder.outer
+        self.expert_counts = decoder.expert_counts
         self.classifier = decoder.classifier.weight if decoder.classifier is not None else None
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
