@@ -268,6 +268,8 @@ class SchedulerCore:
         if not 1 <= report.steps <= self.config.block_size:  # the ring holds a block and one report
             at_most = self.config.block_size
             raise ProtocolError(f"group {group_id} sent a report of {report.steps} steps, not 1 to {at_most}: fence it")
+        if report.expert_load is not None and not report.expert_load.whole:
+            raise ProtocolError(f"group {group_id} tells of its experts what cannot be: fence it")
         due, sampled, computed, audience, told, advanced = group.commit(report)
         self.counters.output_tokens += sampled
         if report.computed:

@@ -16,8 +16,10 @@ import torch
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
+from scheduler.protocol.leaders import ExpertLoad
 from workers.attention.select import select_backend
 from workers.config import ResolvedWorker, WorkerConfig
+from workers.execution.expert_counter import ExpertCounter
 from workers.execution.runner import ModelRunner
 from workers.execution.spec import RunnerSpec
 from workers.loop.batch import ResidentBatch
@@ -58,13 +60,14 @@ CPU_KV_FRACTION = 0.4
 class Built:
     """A rank that can step, and what its mover works on. host: its blocks in host memory, None without such a tier.
 
-    blocks: of the pool, that sequences may be granted.
+    blocks: of the pool, that sequences may be granted. expert_load: as in `Reporter`.
     """
 
     rank: Rank
     pool: KVPool
     host: KVPool | None
     blocks: int
+    expert_load: Callable[[], ExpertLoad | None]
 
     @property
     def host_blocks(self) -> int:
@@ -113,7 +116,9 @@ def build_rank(
         logger.info("KV pool: %d blocks of %d tokens in %s, %s bytes a rank", blocks, config.block_size, kv_dtype,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
-    return Built(Rank(batch, runner, resolved.depth, constraints), runner.pool, host, blocks)
+    counts = runner.expert_counts
+    expert_load = (lambda: None) if counts is None else ExpertCounter(counts).take
+    return Built(Rank(batch, runner, resolved.depth, constraints), runner.pool, host, blocks, expert_load)
 
 
 def settle() -> None:

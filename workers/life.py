@@ -200,7 +200,10 @@ class RankLife:
         self._entered(epoch)
 
     def _reporter(self) -> Reporter:
-        return Reporter(self._epoch, self._resolved.report_steps, hold_s=self._resolved.report_hold_s)
+        assert self._built is not None
+        return Reporter(
+            self._epoch, self._resolved.report_steps, hold_s=self._resolved.report_hold_s, expert_load=self._built.expert_load
+        )
 
     def _follow(self, scheduler: SchedulerAddress) -> str:
         assert self._built is not None

@@ -43,15 +43,18 @@ MOST_TURNS = 4
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """size: ranks. small: a pool in which sequences are preempted. budget: tokens in a step, so prompts go in chunks."""
+    """size: ranks. small: a pool in which sequences are preempted. budget: tokens in a step, so prompts go in chunks.
+    expert_parallel: ranks share out whole experts."""
 
     size: int = 1
     block: int = 16
     small: bool = False
     budget: int = 48
+    expert_parallel: bool = False
 
     def __str__(self) -> str:
-        return f"tp{self.size}-block{self.block}-{'small' if self.small else 'large'}"
+        by_expert = "-by-expert" if self.expert_parallel else ""
+        return f"tp{self.size}-block{self.block}-{'small' if self.small else 'large'}{by_expert}"
 
 
 SETTINGS = (Setting(1, 16), Setting(1, 256, small=True, budget=512), Setting(2, 16, small=True), Setting(2, 256))
@@ -109,6 +112,7 @@ def compare(path: Path, reference: Reference, setting: Setting, implementation: 
         path, local=True, check_invariants=True, seed=0, threads=1, dtype="float32", tensor_parallel_size=setting.size,
         block_size=setting.block, kv_memory=blocks * block_bytes(path, setting, implementation), max_model_len=320,
         max_num_batched_tokens=setting.budget, model_implementation=implementation,
+        enable_expert_parallel=setting.expert_parallel,
     ) as llm:  # fmt: skip
         for _ in range(MOST_TURNS):
             for number, output in enumerate(llm.generate(sources, params, progress=False)):

@@ -1,4 +1,4 @@
-"""Random Qwen3-shaped checkpoints for the benchmarks: the right shapes and sizes, no tokenizer, no download.
+"""Random checkpoints in the shape of Qwen3 and Qwen3-MoE for the benchmarks: the right sizes, no tokenizer, no download.
 
 May import torch and safetensors; never imports Manta, so that a peer can be measured on a checkpoint alone.
 Weights are written one layer at a time, so a checkpoint never has to fit in memory beside an engine.
@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes that decide a Qwen3 model's cost. tied: the embedding is also the head."""
+    """The sizes that decide a Qwen3 model's cost. tied: the embedding is also the head. experts: in each layer, `intermediate`
+    wide, of which a token goes through `per_token`; 0: a dense model."""
 
     hidden: int
     layers: int
@@ -28,9 +29,27 @@ class Shape:
     vocabulary: int
     tied: bool
     max_positions: int = 40_960
+    experts: int = 0
+    per_token: int = 0
 
     def config(self) -> dict[str, object]:
         """The `config.json` of the checkpoint, in the keys of a published Qwen3 checkpoint."""
+        return self._dense_config() | (self._experts_config() if self.experts else {})
+
+    def _experts_config(self) -> dict[str, object]:
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "intermediate_size": 3 * self.hidden,
+            "moe_intermediate_size": self.intermediate,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.per_token,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+    def _dense_config(self) -> dict[str, object]:
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -59,6 +78,7 @@ SHAPES = {
     "0.1B": Shape(768, 12, 12, 4, 64, 2048, 32_768, tied=False),
     "0.6B": Shape(1024, 28, 16, 8, 128, 3072, 151_936, tied=True),
     "8B": Shape(4096, 36, 32, 8, 128, 12_288, 151_936, tied=False),
+    "30B-A3B": Shape(2048, 48, 32, 4, 128, 768, 151_936, tied=False, experts=128, per_token=8),
 }
 
 
@@ -124,10 +144,13 @@ def _parts(shape: Shape) -> Iterator[dict[str, tuple[int, ...]]]:
         "self_attn.q_norm.weight": (shape.head_dim,),
         "self_attn.k_norm.weight": (shape.head_dim,),
         "post_attention_layernorm.weight": (shape.hidden,),
-        "mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
-        "mlp.up_proj.weight": (shape.intermediate, shape.hidden),
-        "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
     }
+    if shape.experts:
+        layer["mlp.gate.weight"] = (shape.experts, shape.hidden)
+    for block in [f"mlp.experts.{number}" for number in range(shape.experts)] or ["mlp"]:
+        layer[f"{block}.gate_proj.weight"] = (shape.intermediate, shape.hidden)
+        layer[f"{block}.up_proj.weight"] = (shape.intermediate, shape.hidden)
+        layer[f"{block}.down_proj.weight"] = (shape.hidden, shape.intermediate)
     for number in range(shape.layers):
         yield {f"model.layers.{number}.{name}": size for name, size in layer.items()}
 

@@ -16,7 +16,6 @@ from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.build import Built, build_rank
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
-from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 from workers.model.progress import DOWNLOADING, in_words
 from workers.model.sources.files import Need
@@ -174,7 +173,6 @@ class _GroupStart:
             raise self._error
 
     def _run(self, number: int) -> None:
-        loop: Callable[[Rank], str] = self._lead if number == 0 else lambda rank: follow(rank, self._feed.inboxes[number - 1])
         try:
             built = build_rank(self._groups.config, self._groups.resolved, self._comms[number])
             with contextlib.closing(built.rank):
@@ -182,7 +180,10 @@ class _GroupStart:
                 if number == 0:
                     self._host.group_up(self.group, built.blocks, built.host_blocks, self._ports())
                 self._ready[number].set()
-                loop(built.rank)
+                if number == 0:
+                    self._lead(built)
+                else:
+                    follow(built.rank, self._feed.inboxes[number - 1])
         except BaseException as error:
             self._fail(number, error)
 
@@ -197,10 +198,10 @@ class _GroupStart:
         """In one process a rank is found by its number: there is no port."""
         return tuple(f"local:{number}" for number in range(len(self._comms))) if self._groups.config.exchanges_blocks else ()
 
-    def _lead(self, rank: Rank) -> str:
+    def _lead(self, built: Built) -> str:
         resolved = self._groups.resolved
-        reporter = Reporter(EPOCH, resolved.report_steps, hold_s=resolved.report_hold_s)
-        return lead(rank, self._link, self._feed, reporter)
+        reporter = Reporter(EPOCH, resolved.report_steps, hold_s=resolved.report_hold_s, expert_load=built.expert_load)
+        return lead(built.rank, self._link, self._feed, reporter)
 
     def _fail(self, number: int, error: BaseException) -> None:
         """The first error is the cause; what the other ranks see afterwards is its consequence."""

@@ -137,6 +137,7 @@ GROUP_METRICS: tuple[Metric[GroupStats], ...] = (
 
 STEP_SECONDS = "manta_step_seconds"
 STEP_TOKENS = "manta_step_tokens"
+EXPERT_IMBALANCE = "manta_expert_imbalance"
 
 
 def render(told: Mapping[str, ClusterStatus]) -> bytes:
@@ -179,6 +180,7 @@ def _families(status: ClusterStatus) -> Iterator[Family]:
     groups = [([str(group.group)], group) for group in status.engine.groups]
     yield from (_family(metric, groups, ["group"]) for metric in GROUP_METRICS)
     yield from _steps(status.engine.groups)
+    yield _experts(status.engine.groups)
     for observed in REQUEST_METRICS:
         yield _histogram(observed, status.tallies) if observed.bounds else _counter(observed, status.tallies)
 
@@ -203,6 +205,18 @@ def _steps(groups: Iterable[GroupStats]) -> Iterator[Family]:
         tokens.add_metric([str(group.group)], group.steps, group.step_tokens)
     yield seconds
     yield tokens
+
+
+def _experts(groups: Iterable[GroupStats]) -> Family:
+    """Of models with experts alone."""
+    family = GaugeMetricFamily(
+        EXPERT_IMBALANCE, "Tokens of the layer's busiest expert over the mean of all, lately; 1 is even.",
+        labels=["group", "layer"],
+    )  # fmt: skip
+    for group in groups:
+        for layer, imbalance in zip(group.expert_layers, group.expert_imbalance, strict=False):  # the latter is told later
+            family.add_metric([str(group.group), str(layer)], imbalance)
+    return family
 
 
 def _histogram(metric: RequestMetric, tallies: Iterable[TalliedMetric]) -> Family:

@@ -197,6 +197,19 @@ class Inventory(msgspec.Struct, frozen=True, array_like=True, tag=4, gc=False):
     host: bool = False
 
 
+class ExpertLoad(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Of a model with experts: layers: those that have any. tokens: int64 [layers, experts], how many each expert has had since
+    the group came up."""
+
+    layers: tuple[int, ...]
+    tokens: bytes
+
+    @property
+    def whole(self) -> bool:
+        """As many numbers of each layer."""
+        return bool(self.layers and self.tokens) and not len(self.tokens) % (8 * len(self.layers))
+
+
 class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     """What `steps` consecutive steps with the same leases did. The only way by which tokens and KV become true.
 
@@ -204,7 +217,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     leases: int64 [n]. computed: int32 [n], tokens whose KV was written; empty means one a step for each lease.
     tokens: int32 [steps, n], sampled ids, NO_TOKEN where none. finished: leases that the leader ended, with the reason.
     logprobs: (lease, opaque payload) for the leases that asked for them, passed on to the front end unread.
-    elapsed_s: duration of the steps.
+    elapsed_s: duration of the steps. expert_load: told every few seconds, as it stood some steps ago.
     """
 
     epoch: int
@@ -217,6 +230,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
     finished: tuple[tuple[int, int], ...] = ()
     logprobs: tuple[tuple[int, bytes], ...] = ()
     elapsed_s: float = 0.0
+    expert_load: ExpertLoad | None = None
 
 
 class Moved(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from kvcache.ids import BlockId, GroupId
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Commands, Copy, LeaseId, Report, Start
 from scheduler.protocol.messages import NO_TOKEN
+from scheduler.running.experts import ExpertBalance
 from scheduler.sequence import Sequence, State, Tokens
 
 Ints = npt.NDArray[np.int64]
@@ -109,6 +110,7 @@ class ResidentGroup:
         self._alone: Sequence | None = None
         self.steps = self.step_tokens = self.starts = self.lease_waits = 0  # since it came up
         self.step_s = 0.0
+        self.experts = ExpertBalance()
         self._flat_ring = self.ring.reshape(-1)
         self._all_rows = np.arange(max_num_seqs)
         self._ring_starts = self._all_rows * self.ring.shape[1]
@@ -290,6 +292,8 @@ class ResidentGroup:
         self.steps += report.steps
         self.step_s += report.elapsed_s
         self.step_tokens += computed
+        if report.expert_load is not None:
+            self.experts.take(report.expert_load)
         told = tokens if roster.order is None else tokens.take(roster.order, axis=1)
         return due, sampled, computed, roster.audience, told, advanced
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tests.workers.attention.dense_attention import DenseAttention
 from workers.execution.step import StepInput
-from workers.model.architectures import read_config
+from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
+from workers.model.reading import read_model
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup
 
@@ -50,9 +51,12 @@ class Ranks:
     """A tensor-parallel group of decoders over one checkpoint. Close it to end its threads."""
 
     def __init__(
-        self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU
-    ) -> None:
-        self.config = read_config(path)
+        self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU,
+        expert_parallel: bool = False,
+    ) -> None:  # fmt: skip
+        config = read_model(path, "native", expert_parallel)
+        assert isinstance(config, ModelConfig)
+        self.config = config
         self._device = device
         self._threads = ThreadPoolExecutor(size)
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]

@@ -101,8 +101,8 @@ class ChunkInputs:
 
     def _send_padded(self, parts: list[Ints], tokens: int) -> None:
         """parts: as `_parts` gives them."""
-        rows = self._state.padding
-        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, 0, rows, 1)
+        rows, filling = self._state.padding, min(len(parts[0]), tokens - 1)  # a token of padding, if there is any
+        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, filling, rows, 1)
         padded = [
             np.pad(part, (0, size - len(part)), constant_values=fill)
             for part, size, fill in zip(parts, _sizes(tokens, PADDED_CHUNKS), fills, strict=True)

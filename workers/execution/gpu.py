@@ -123,7 +123,7 @@ class GpuParts:
 
     def _over(self, pool: KVPool) -> PagedDecoder:
         if isinstance(self._decoder, Decoder):
-            return FusedDecoder(self._decoder, pool)
+            return FusedDecoder(self._decoder, pool, (pool.blocks - 1) * pool.layout.block_size)
         from workers.model.transformers.paged import PagedTransformers
 
         assert self._decoder is not None, "made before it is loaded"

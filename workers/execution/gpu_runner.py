@@ -88,6 +88,7 @@ class GpuRunner:
         self._constraints = constraints
         self._pools = model if isinstance(model, FusedDecoder) else None
         self._check = check
+        self.expert_counts = self._pools.expert_counts if self._pools is not None else None
         self._pooler = Pooler(self._pools.classifier if self._pools is not None else None)
         self._following = Following(constraints)
         self._state = state

@@ -43,6 +43,7 @@ class ModelRunner:
         self._constraints = constraints
         self._pools = model if isinstance(model, Decoder) else None
         classifier = self._pools.classifier if self._pools is not None else None
+        self.expert_counts = self._pools.expert_counts if self._pools is not None else None
         self._pooler = Pooler(classifier.weight if classifier is not None else None)
         self._following = Following(constraints)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=pool.device)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from scheduler.protocol.leaders import Report
+from scheduler.protocol.leaders import ExpertLoad, Report
 from scheduler.protocol.messages import NO_TOKEN
 from workers.loop.rank import StepResult
 
@@ -17,16 +17,19 @@ from workers.loop.rank import StepResult
 class Reporter:
     """Numbers the reports of one epoch. steps: at most so many decode steps travel in one; 1 sends each at once.
 
-    hold_s: no step is kept back for longer, as far as later steps come.
+    hold_s: no step is kept back for longer, as far as later steps come. expert_load: asked at each report, for what it has to
+    tell of a model's experts.
     """
 
     def __init__(
-        self, epoch: int, steps: int = 1, clock: Callable[[], float] = time.monotonic, hold_s: float = math.inf
-    ) -> None:
+        self, epoch: int, steps: int = 1, clock: Callable[[], float] = time.monotonic, hold_s: float = math.inf,
+        expert_load: Callable[[], ExpertLoad | None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._epoch = epoch
         self._steps = steps
         self._hold_s = hold_s
         self._clock = clock
+        self._expert_load = expert_load
         self._number = 0
         self._applied = 0
         self._leases = b""
@@ -83,6 +86,7 @@ class Reporter:
                 finished=finished,
                 logprobs=tuple(self._logprobs),
                 elapsed_s=now - self._since,
+                expert_load=self._expert_load(),
             )
         )
         self._number += 1

@@ -17,7 +17,7 @@ from workers.cpu.padding import padded, padded_rows
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig, RankShape
 from workers.model.classifier import Classifier
-from workers.model.experts import Mixture
+from workers.model.experts import Mixture, count_experts
 from workers.model.kv_scales import scale_names
 from workers.model.layers import Head, Linear, RMSNorm, RowParallelLinear, SwiGLU, VocabParallelEmbedding, can_pack
 from workers.model.progress import Progress
@@ -203,7 +203,7 @@ class Decoder:
         model judges nothing by a token. forms: of the layers' weights, None where all are plain."""
         self.config = config
         self.shape = config.shard(comm.rank, comm.size)
-        self.peers = comm.peers
+        self.comm = comm
         self.dtype, self.device = dtype, device
         self.attention = attention
         self._pads = can_pack(dtype, device)
@@ -215,6 +215,8 @@ class Decoder:
             Layer(number, config, self.shape, self.rotary, comm, dtype, device, forms or Forms(None, keeps=False))
             for number in range(config.layers)
         ]
+        mixtures = {number: layer.mlp for number, layer in enumerate(self.layers) if isinstance(layer.mlp, Mixture)}
+        self.expert_counts = count_experts(mixtures)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:

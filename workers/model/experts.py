@@ -8,6 +8,9 @@ Here are the weights, and how a CPU computes with them: expert by expert, those 
 Imports torch, the layers, and what reads weights. Shapes beside tensors are per rank.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -124,7 +127,7 @@ class Experts:
         if not 0 <= number - shape.expert_start < shape.experts:
             nothing = self.down.new_empty(0)
             return [Piece(nothing, gate, wide), Piece(nothing, up, wide), Piece(nothing, down, narrow)]
-        gates, ups = self.gate_up[number - shape.expert_start].split(shape.intermediate)
+        gates, ups = self.gate_up[number - shape.expert_start].chunk(2)
         start = shape.intermediate_start
         return [
             Piece(gates, gate, wide, start), Piece(ups, up, wide, start),
@@ -154,7 +157,7 @@ class Experts:
 
 class Mixture:
     """Router, experts and a shared expert; the ranks' shares meet in one sum. load: [experts] int64, tokens that each expert of
-    the model has had on this rank's watch."""
+    the model has had."""
 
     def __init__(
         self, config: MixtureConfig, shape: MixtureShape, hidden: int, comm: Communicator, dtype: torch.dtype,
@@ -191,7 +194,7 @@ class Mixture:
         pieces = [*self.router.pieces(name), *self.experts.pieces(name)]
         if self.shared is not None:
             total, start, hidden = self.config.shared_intermediate, self.shape.shared_start, self.router.weight.shape[1]
-            gate, up = self.shared.gate_up.plain.split(self.shape.shared)
+            gate, up = self.shared.gate_up.plain.chunk(2)
             prefix = f"{name}.{self.config.family.block}.shared_expert"
             pieces += [
                 Piece(gate, f"{prefix}.gate_proj.weight", (total, hidden), start),
@@ -199,6 +202,25 @@ class Mixture:
                 Piece(self.shared.down.plain, f"{prefix}.down_proj.weight", (hidden, total), start, dim=1),
             ]
         return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """Tokens that each expert of a model has had, the same on every rank. layers: that have any. tokens [layers, experts]
+    int64."""
+
+    layers: tuple[int, ...]
+    tokens: Tensor
+
+
+def count_experts(mixtures: Mapping[int, Mixture]) -> ExpertCounts | None:
+    """By layer; None without any. They count into one tensor from here on."""
+    if not mixtures:
+        return None
+    tokens = torch.stack([mixture.load for mixture in mixtures.values()])
+    for mixture, load in zip(mixtures.values(), tokens, strict=True):
+        mixture.load = load
+    return ExpertCounts(tuple(mixtures), tokens)
 
 
 def gated(product: Tensor, gating: Gating, in_turns: bool) -> Tensor:

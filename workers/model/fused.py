@@ -2,6 +2,7 @@
 
     many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
+        (where a layer has experts, `fused_experts` stands in the place of its MLP)
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
@@ -24,7 +25,9 @@ from workers.kernels.reduce import sum_add_rms_norm, takes
 from workers.kernels.rope import qk_norm_rope_write
 from workers.kernels.turn import HeadTurn
 from workers.model.decoder import Decoder, Layer
-from workers.model.layers import Linear, RowParallelLinear
+from workers.model.experts import Mixture
+from workers.model.fused_experts import FusedMixture
+from workers.model.layers import Linear
 
 
 class Attend(Protocol):
@@ -60,24 +63,32 @@ are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
 class FusedDecoder:
     """One rank's decoder over one pool. Every rank of a group makes the same calls: they meet in the collectives.
 
-    decoder: filled. pool: where the step's keys and values are written.
+    decoder: filled. pool: where the step's keys and values are written. scratch_slot: tokens from this slot on are padding,
+    which goes through no experts; None: there is none.
     """
 
-    def __init__(self, decoder: Decoder, pool: KVPool) -> None:
+    def __init__(self, decoder: Decoder, pool: KVPool, scratch_slot: int | None = None) -> None:
         self.pool = pool
         self.shape = decoder.shape
         self._layers = decoder.layers
         self._outer = decoder.outer
+        self.expert_counts = decoder.expert_counts
         self.classifier = decoder.classifier.weight if decoder.classifier is not None else None
         self._table = decoder.rotary.table
         self._eps = decoder.config.rms_eps
         self._next_norms = [layer.input_norm.weight for layer in self._layers[1:]] + [self._outer.norm.weight]
-        self._peers = decoder.peers
+        self._comm = decoder.comm
         self._pdl = decoder.device.type == "cuda" and torch.cuda.get_device_capability(decoder.device)[0] >= 9
         # partial sums of several ranks must meet before the residual; packed weights (on a CPU) are not ours to read
         ours = decoder.shape.size == 1 and decoder.device.type == "cuda"
         self._few_tokens = (STREAM_TOKENS if decoder.dtype == torch.float32 else MAX_TOKENS) if ours else 0
         self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=decoder.device)
+        self._scratch_slot = scratch_slot
+        self._mixtures = {
+            number: FusedMixture(layer.mlp, self._counters)
+            for number, layer in enumerate(self._layers)
+            if isinstance(layer.mlp, Mixture)
+        }
 
     def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
@@ -96,6 +107,7 @@ class FusedDecoder:
     def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
         hidden, normed = self._embed(tokens)
+        live = self._live(slots)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
             projected = layer.qkv(normed)
@@ -105,29 +117,41 @@ class FusedDecoder:
             attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
-            normed = self._add_norm(hidden, layer.o, attended, layer.mlp_norm.weight)
-            gated = silu_mul(layer.mlp.gate_up(normed))
-            normed = self._add_norm(hidden, layer.mlp.down, gated, self._next_norms[number])
+                live = None if live is None else live.index_select(0, rows)
+            normed = self._add_norm(hidden, layer.o.partial(attended), layer.mlp_norm.weight)
+            normed = self._add_norm(hidden, self._mlp(number, layer, normed, live), self._next_norms[number])
         return normed
 
-    def _add_norm(self, hidden: Tensor, linear: RowParallelLinear, x: Tensor, norm: Tensor) -> Tensor:
-        """Adds the product of x [tokens, its width], summed over the ranks, to hidden [tokens, hidden]; the norm of that."""
-        if self._peers is None:
-            return add_rms_norm(hidden, linear(x), norm, self._eps)
-        part = linear.partial(x)
-        if takes(self._peers, part):
-            return sum_add_rms_norm(self._peers, part, hidden, norm, self._eps)
-        return add_rms_norm(hidden, linear.sum(part), norm, self._eps)
+    def _mlp(self, number: int, layer: Layer, normed: Tensor, live: Tensor | None) -> Tensor:
+        """This rank's part of the sum."""
+        if isinstance(layer.mlp, Mixture):
+            return self._mixtures[number](normed, live)
+        return layer.mlp.down.partial(silu_mul(layer.mlp.gate_up(normed)))
+
+    def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor) -> Tensor:
+        """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that."""
+        peers = self._comm.peers
+        if peers is not None and takes(peers, part):
+            return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
+        return add_rms_norm(hidden, self._comm.all_reduce(part), norm, self._eps)
+
+    def _live(self, slots: Tensor) -> Tensor | None:
+        """Which tokens are no padding, where that matters."""
+        return slots < self._scratch_slot if self._mixtures and self._scratch_slot is not None else None
 
     def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
         hidden, _ = self._embed(tokens)
+        live = self._live(slots)
         for number, layer in enumerate(self._layers):
             projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
             pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
             attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
             self._add(hidden, attended, layer.o)
-            gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
-            self._add(hidden, gated, layer.mlp.down)
+            if isinstance(layer.mlp, Mixture):
+                self._mixtures[number](rms_norm(hidden, layer.mlp_norm.weight, self._eps), live, hidden, pdl=pdl)
+            else:
+                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
+                self._add(hidden, gated, layer.mlp.down)
         head = self._outer.head
         return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
 

@@ -133,15 +133,11 @@ class RowParallelLinear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [tokens, this rank's in_features] -> [tokens, out_features], equal on all ranks"""
-        return self.sum(self.partial(x))
+        return self._comm.all_reduce(self.partial(x))
 
     def partial(self, x: Tensor) -> Tensor:
         """The same before the ranks have met: what this one adds to the sum."""
         return super().__call__(x)
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Of what each rank adds."""
-        return self._comm.all_reduce(part)
 
 
 class RMSNorm:

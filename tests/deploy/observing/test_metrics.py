@@ -94,6 +94,14 @@ def test_all_metrics_are_there_before_anything_happened() -> None:
     assert {metric.name.removesuffix("_total") for metric in REQUEST_METRICS} <= set(families(idle))
 
 
+def test_how_evenly_experts_were_wanted_is_shown_of_models_that_have_any() -> None:
+    told = msgspec.structs.replace(GROUP, expert_layers=(1, 3), expert_imbalance=(1.25, 2.5))
+    shown = samples(msgspec.structs.replace(READY, engine=msgspec.structs.replace(ENGINE, groups=(told,))))
+    found = {labels: value for (name, labels), value in shown.items() if name == "manta_expert_imbalance"}
+    assert found == {(("group", "3"), ("layer", "1")): 1.25, (("group", "3"), ("layer", "3")): 2.5}
+    assert not [name for name, _ in samples(READY) if name == "manta_expert_imbalance"]
+
+
 def test_without_a_scheduler_nothing_is_shown_that_would_look_like_a_restart() -> None:
     starting = families(ClusterStatus(phase="starting", model="/models/tiny"))
     assert set(starting) == {"manta_ready", "manta_info"}

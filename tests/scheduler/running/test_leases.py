@@ -8,7 +8,7 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.leaders import Drop, Grant, Report, Start
+from scheduler.protocol.leaders import Drop, ExpertLoad, Grant, Report, Start
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Request, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.running.resident import ProtocolError
@@ -75,6 +75,15 @@ def test_a_report_of_too_many_steps_is_an_error(steps: int) -> None:
     leases, tokens = np.array([lease], np.int64).tobytes(), np.zeros(steps, np.int32).tobytes()
     with pytest.raises(ProtocolError, match=f"{steps} steps"):
         cluster.core.report(HERE, Report(0, 0, 1, steps, leases, b"", tokens))
+    check(cluster.core)
+
+
+def test_a_report_that_tells_of_experts_what_cannot_be_is_an_error() -> None:
+    cluster = Cluster((8,))
+    lease = cluster.sequence(cluster.submit([1], max_tokens=20)[0]).lease
+    leases, tokens = np.array([lease], np.int64).tobytes(), np.zeros(1, np.int32).tobytes()
+    with pytest.raises(ProtocolError, match="tells of its experts what cannot be"):
+        cluster.core.report(HERE, Report(0, 0, 1, 1, leases, b"", tokens, expert_load=ExpertLoad((0, 1), bytes(24))))
     check(cluster.core)
 
 

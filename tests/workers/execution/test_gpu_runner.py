@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.models.zoo import make
 from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
 from tests.checkpoints import make_checkpoint
@@ -21,7 +22,7 @@ from workers.execution import chunks, gpu_runner
 from workers.execution.graphs import Launch
 from workers.kernels import reduce
 from workers.kernels.reduce import Peers
-from workers.model import fused
+from workers.model import experts, fused
 from workers.parallel.in_process import PeerLost, Solo
 
 pytest.importorskip("triton")
@@ -46,6 +47,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_checkpoint(
         path, vocab_size=419, eos_token_id=EOS, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=48,
+    )  # fmt: skip
+    return save(byte_level(), path)
+
+
+@pytest.fixture(scope="module")
+def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "experts"
+    make(
+        "qwen2_moe", path, vocab_size=419, eos_token_id=EOS, hidden_size=32, num_hidden_layers=2, mlp_only_layers=[1],
+        num_attention_heads=2, num_key_value_heads=1, intermediate_size=48, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
     )  # fmt: skip
     return save(byte_level(), path)
 
@@ -75,10 +87,14 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Steppe
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("kind", "implementation"), [("checkpoint", "native"), ("checkpoint", "transformers"), ("with_experts", "native")]
+)
 def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
-    implementation: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, implementation: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint = request.getfixturevalue(kind)
+    monkeypatch.setattr(experts, "can_pack", lambda *_: False)  # the kernels read the plain numbers
     stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation)
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)

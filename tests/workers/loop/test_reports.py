@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler.batching import StepPlan
-from scheduler.protocol.leaders import Command, End, Moved, Report
+from scheduler.protocol.leaders import Command, End, ExpertLoad, Moved, Report
 from scheduler.protocol.messages import NO_TOKEN, FinishReason
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import Launched, ResidentBatch
@@ -53,6 +53,12 @@ def test_one_step_a_report_numbered_from_0() -> None:
     assert [report.elapsed_s for report in reports] == [0.5, 0.25]
     assert ints(reports[0].leases, np.int64) == [8, 9]
     assert (reports[0].computed, ints(reports[0].tokens)) == (b"", [1, 2])
+
+
+def test_a_report_brings_what_is_to_be_told_of_experts() -> None:
+    told = iter([None, ExpertLoad((0, 2), bytes(32)), None])
+    reports = gather(Reporter(0, 1, expert_load=lambda: next(told)), *(result([8], [at]) for at in range(3)))
+    assert [report.expert_load for report in reports] == [None, ExpertLoad((0, 2), bytes(32)), None]
 
 
 def test_decode_steps_of_the_same_leases_travel_together() -> None:

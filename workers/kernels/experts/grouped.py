@@ -1,9 +1,9 @@
 """The products of all experts with their tokens, one launch each: gate and up with SwiGLU, down with the token's weight for the
 expert; and the sum over a token's experts, in the order of their scores.
 
-A program takes a tile of pairs (`route`) and some rows of its expert's matrix, so only experts that have tokens are read. Rows of
-W are the matrix unit's first dimension and tokens its second, of which 8 are enough. No sum is made by atomics: a row's result does
-not depend on which other rows there are, nor a token's on how many. Imports torch and triton.
+A program takes a tile of pairs (`route`) and some rows of its expert's matrix, so only experts that have tokens are read. Rows
+of W are the matrix unit's first dimension and tokens its second, of which 8 are enough. No sum is made by atomics: within one
+tiling a token's bits do not depend on which other tokens there are. Imports torch and triton.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from workers.kernels.experts.route import WORDS_OF_TILE, Routing
 from workers.kernels.launch import enter, interpreted
 
 SUM_BLOCK = 1024
-NEIGHBOURS = tl.constexpr(8)  # tiles whose programs of the same rows run together: what one reads of W is in the L2 cache for the next
+NEIGHBOURS = tl.constexpr(8)  # tiles whose programs for the same rows run together: W is in the L2 cache for an expert's others
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Clamp:
 
 
 def tile_size(tokens: int, per_token: int, experts: int) -> int:
-    """Pairs of a tile. No expert has more than `tokens`; where these are many, twice as many as an expert has on average, so that
-    most experts are read once."""
+    """Pairs of a tile. No expert has more than `tokens`; where these are many, twice as many as an expert has on average, so
+    that most experts are read once."""
     mean = tokens * per_token // experts
     for size in (8, 16, 32, 64):
         if tokens <= size or (size > 8 and 2 * mean <= size):
@@ -49,7 +49,7 @@ def tile_size(tokens: int, per_token: int, experts: int) -> int:
 
 
 def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
-    """By shape alone; never more than 96 KiB of shared memory. Not measured on a GPU yet: `python -m benchmarks.kernels --sweep`."""
+    """By shape alone; never more than 96 KiB of shared memory. Not yet the best of a sweep: nothing here has run on a GPU."""
     if dtype == torch.float32:
         return Tiling(32, 32, 4, 2)
     if size <= 16:
@@ -71,7 +71,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
              TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
              GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
              PRECISION: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: rows of the output."""
+    """One program: a tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up. N: of the output."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     within = tl.program_id(0) % (BLOCKS * NEIGHBOURS)
     tile = tl.program_id(0) // (BLOCKS * NEIGHBOURS) * NEIGHBOURS + within % NEIGHBOURS
@@ -129,7 +129,7 @@ def gate_up(
     clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, K], weight [held, 2 * N, K] contiguous, bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
-    [pairs, N] in the order of `routing.pairs`; what lies behind them is undefined. in_turns: W's rows are gate, up, gate, ..."""
+    [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
     out = torch.empty(len(routing.pairs), weight.shape[1] // 2, dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, routing, True, in_turns, clamp, pdl, tiling)
     return out
@@ -138,8 +138,8 @@ def gate_up(
 def down(
     x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | None = None
 ) -> Tensor:
-    """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the token's
-    weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
+    """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the
+    token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
     out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, routing, False, False, None, pdl, tiling)
     return out

@@ -1,8 +1,8 @@
 """Which experts each token goes through, and the tokens in the order of their experts: two launches, and no wait of the host.
 
-A *pair* is a token and one of its experts: pair = token * per_token + place among the token's experts, the best first. Pairs are
-sorted by expert, and cut into *tiles* of one expert each, which are what the products' programs take. How many tiles there are the
-device alone knows: grids are made for as many as there might be. Among equal scores the first expert is chosen.
+A *pair* is a token and one of its experts: pair = token * per_token + place among the token's experts, the best first. Pairs
+are sorted by expert, and cut into *tiles* of one expert each, which are what the products' programs take. How many tiles there
+are the device alone knows: grids are made for as many as there might be. Among equal scores the first expert is chosen.
 
 Imports torch and triton.
 """
@@ -22,10 +22,12 @@ LEAST_PAIRS, MOST_PAIRS = 128, 4096  # that a program which sorts looks at, at a
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Of one layer's step, on the device. chosen [tokens, per_token] int32: experts, -1 for a token that is padding. weights: of
-    the same shape, float32. gates [tokens] float32: of the shared expert; None without one. pairs [tokens * per_token] int32:
-    sorted by expert, those of this rank's experts alone, of which each begins at `tiles`' word. tiles [most, 3] int32: expert
-    among those held, its first place in `pairs`, how many. count [1] int32: tiles that there are. size: pairs of a tile at most.
+    """Of one layer's step, on the device.
+
+    chosen [tokens, per_token] int32: experts, -1 where the token is padding. weights: of that shape, float32. gates [tokens]
+    float32: of the shared expert; None without one. pairs [tokens * per_token] int32: those of this rank's experts, sorted by
+    expert. tiles [most, 3] int32: expert among those held, first place in `pairs`, how many places. count [1] int32: tiles that
+    there are. size: places of a tile at most.
     """
 
     chosen: Tensor
@@ -131,9 +133,9 @@ def route(
 ) -> Routing:
     """scores [tokens, experts] float32, or a column more: the shared expert's, through a sigmoid.
 
-    load [experts] int64: gets each expert's tokens added. of_all: the softmax is over all experts, before the best are chosen, and
-    `normalized` makes what is left of it add up to one; else it is over the chosen. held, first_held: experts of this rank. live
-    [tokens] bool: those that are no padding; None: all.
+    load [experts] int64: gets each expert's tokens added. of_all: the softmax is over all experts, before the best are chosen,
+    and `normalized` makes what is left of it add up to one; else it is over the chosen. held, first_held: experts of this rank.
+    live [tokens] bool: those that are no padding; None: all.
     """
     tokens, experts, device = scores.shape[0], len(load), scores.device
     total = tokens * per_token

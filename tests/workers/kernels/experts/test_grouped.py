@@ -22,8 +22,9 @@ def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int
 
 
 def _run(
-    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | None = SMALL, **more: Tensor
-) -> Tensor:
+    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | None = SMALL,
+    shared: Tensor | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """first_held: the rank has all from there on."""
     held = slice(first_held, EXPERTS)
     ups = None if weights.gate_up_bias is None else weights.gate_up_bias[held].contiguous()
@@ -32,7 +33,7 @@ def _run(
         x, weights.gate_up[held].contiguous(), routing, bias=ups, in_turns=weights.in_turns, clamp=weights.clamp, tiling=tiling
     )
     parts = down(act, weights.down[held].contiguous(), routing, bias=downs, tiling=tiling)
-    return add_up(parts, routing, held=len(weights.down[held]), first_held=first_held, **more)
+    return add_up(parts, routing, held=len(weights.down[held]), first_held=first_held, shared=shared, residual=residual)
 
 
 def _close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

@@ -77,7 +77,8 @@ def test_padding_goes_nowhere(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_padding_alone(device: str) -> None:
     routing, load = _route(torch.randn(4, 6, device=device), 6, 2, live=torch.zeros(4, dtype=torch.bool, device=device))
-    assert int(routing.count) == 0 and not load.any()
+    assert int(routing.count) == 0
+    assert not load.any()
 
 
 @pytest.mark.parametrize("device", DEVICES)

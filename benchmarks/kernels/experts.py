@@ -1,0 +1,95 @@
+"""The products of a layer's experts, from scores to the sum of a token's: what `cases` measures of mixtures of experts.
+
+A case's bytes are those of the experts that have tokens, its operations those of all pairs. May import `workers`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels.cases import DEVICE, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
+from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
+from workers.kernels.experts.route import route
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureShape:
+    """What of a layer with experts decides the kernels' work."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    experts: int
+    per_token: int
+
+    def chosen(self, tokens: int) -> int:
+        """Experts that so many tokens of random scores choose, on average."""
+        return round(self.experts * (1 - (1 - self.per_token / self.experts) ** tokens))
+
+
+SHAPES = (MixtureShape("30B-A3B", 2048, 768, 128, 8), MixtureShape("8x7B", 4096, 14336, 8, 2))
+
+
+class MixtureProblem:
+    def __init__(self, shape: MixtureShape, tokens: int) -> None:
+        self.shape, hidden, width = shape, shape.hidden, shape.intermediate
+        self.x, self.scores = normal(tokens, hidden), normal(tokens, shape.experts, dtype=torch.float32)
+        self.gate_up = normal(shape.experts, 2 * width, hidden, scale=hidden**-0.5)
+        self.down = normal(shape.experts, hidden, width, scale=width**-0.5)
+        self.load = torch.zeros(shape.experts, dtype=torch.int64, device=DEVICE)
+        self.size = tile_size(tokens, shape.per_token, shape.experts)
+
+    def ours(self, pdl: bool = False) -> Tensor:
+        shape = self.shape
+        routing = route(
+            self.scores, self.load, per_token=shape.per_token, of_all=True, normalized=True, held=shape.experts, size=self.size,
+            pdl=pdl,
+        )  # fmt: skip
+        parts = down(gate_up(self.x, self.gate_up, routing, pdl=pdl), self.down, routing, pdl=pdl)
+        return add_up(parts, routing, held=shape.experts, pdl=pdl)
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        weights, chosen = self.scores.softmax(-1).topk(self.shape.per_token, -1)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+    def library(self) -> Tensor:
+        """torch's grouped product between gathers and sums of torch's."""
+        weights, chosen = self.chosen()
+        flat = chosen.flatten()
+        order = flat.argsort(stable=True)
+        ends = (flat[:, None] <= torch.arange(self.shape.experts, device=DEVICE)).sum(0).int()
+        product = torch._grouped_mm(self.x[order // self.shape.per_token], self.gate_up.transpose(1, 2), ends)
+        gate, up = product.chunk(2, -1)
+        parts = torch._grouped_mm(F.silu(gate).mul_(up), self.down.transpose(1, 2), ends)
+        parts = torch.empty_like(parts).index_copy_(0, order, parts * weights.flatten()[order, None].to(parts.dtype))
+        return parts.view(*chosen.shape, -1).sum(1)
+
+    def error(self) -> float:
+        weights, chosen = self.chosen()
+        exact = torch.zeros(self.x.shape, dtype=torch.float64, device=DEVICE)
+        for expert in range(self.shape.experts):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = (self.x[tokens].double() @ self.gate_up[expert].double().T).chunk(2, -1)
+            part = (F.silu(gate) * up) @ self.down[expert].double().T
+            exact.index_add_(0, tokens, part * weights[tokens, places, None].double())
+        return frobenius(self.ours(), exact)
+
+
+def experts_case(shape: MixtureShape, tokens: int) -> Case:
+    def make() -> Problem:
+        problem = MixtureProblem(shape, tokens)
+        runs: Runs = {OURS: problem.ours, OURS_PDL: lambda: problem.ours(True), "torch._grouped_mm": problem.library}
+        return Problem(runs, problem.error)
+
+    numbers = 3 * shape.hidden * shape.intermediate
+    work = 2 * tokens * shape.per_token * numbers
+    return Case(f"experts {shape.name} {tokens}", make, 2 * shape.chosen(tokens) * numbers, work)
+
+
+def expert_cases() -> Iterator[Case]:
+    for shape in SHAPES:
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192):
+            yield experts_case(shape, tokens)

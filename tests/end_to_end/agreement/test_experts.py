@@ -1,0 +1,45 @@
+"""Mixtures of experts of the native decoder in the engine: the same tokens as transformers, with one rank and two, experts
+shared out by width and whole, blocks of 16 and of 256, prompts in chunks, prefixes hit, sequences preempted."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
+from benchmarks.models.zoo import make
+from tests.end_to_end.engines import greedy, open_llm, run
+from workers.execution import expert_counter
+
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True, "num_hidden_layers": 3, "decoder_sparse_step": 2, "mlp_only_layers": []},
+    "mixtral": {},
+    "qwen2_moe": {},
+}
+BY_EXPERT = tuple(replace(setting, expert_parallel=True) for setting in SETTINGS if setting.size > 1)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
+    path = make(request.param, tmp_path_factory.mktemp(request.param), **KINDS[request.param])
+    return path, Reference(path)
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, *BY_EXPERT], ids=str)
+def test_the_same_tokens(checkpoint: tuple[Path, Reference], setting: Setting) -> None:
+    path, reference = checkpoint
+    outcome = compare(path, reference, setting, "native")
+    assert outcome.wrong == ()
+    assert outcome.hits > 0
+    assert outcome.preemptions > 0 or not setting.small
+
+
+def test_how_evenly_experts_were_wanted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_counter, "INTERVAL_S", 0.0)
+    path = make("qwen3_moe", tmp_path, num_hidden_layers=3, mlp_only_layers=[1], num_local_experts=4, num_experts_per_tok=4)
+    with open_llm(path) as llm:
+        run(llm, [[3, 4, 5]], greedy(4))
+        (group,) = llm.stats().groups
+    assert group.expert_layers == (0, 2)
+    assert group.expert_imbalance == (1.0, 1.0), "every token goes through all of them"

@@ -1,0 +1,265 @@
+"""Mixtures of experts in the native decoder: what transformers says, whole and shared out by expert or by width."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.models.zoo import VOCAB, make
+from tests.checkpoints import generate_reference, load_reference
+from tests.workers.decoding import Ranks, make_step
+from workers.kernels.launch import interpreted
+from workers.model.architectures import ModelConfig, read_config
+from workers.model.decoder import load_model
+from workers.model.experts import Mixture
+from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.footprint import footprint
+from workers.model.fused_experts import FusedMixture
+from workers.model.mixtures import GPT_OSS, MixtureConfig, read_mixture
+from workers.model.reading import read_model
+from workers.model.weights import Checkpoint, Piece
+from workers.parallel.communicator import Communicator
+from workers.parallel.connect import Solo, ThreadGroup
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CPU = torch.device("cpu")
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "num_local_experts": 8, "num_experts_per_tok": 3}),
+    "qwen3_moe-some-dense": ("qwen3_moe", {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen2_moe-some-dense": ("qwen2_moe", {"mlp_only_layers": [0], "qkv_bias": False}),
+}
+PROMPT = [(7 * n + 3) % VOCAB for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_step() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind, fields = VARIANTS[request.param]
+    return make(kind, tmp_path_factory.mktemp("checkpoint"), **fields)
+
+
+@pytest.fixture
+def plain_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU experts keep their plain numbers, which the kernels read."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr("workers.model.experts.can_pack", lambda *_: False)
+
+
+# ---- whole models
+
+
+def test_greedy_tokens_equal_transformers(checkpoint: Path) -> None:
+    expected = generate_reference(checkpoint, PROMPT, 30)
+    assert len(set(expected)) > 8, "the model does not repeat itself"
+    for size, parallel in ((1, False), (2, False), (2, True)):
+        with Ranks(checkpoint, size, expert_parallel=parallel) as ranks:
+            assert ranks.generate(PROMPT, 30) == expected, f"{size} ranks"
+
+
+def test_logits_equal_transformers(checkpoint: Path) -> None:
+    expected = load_reference(checkpoint)(torch.tensor([PROMPT])).logits[0, -1]
+    for size, parallel in ((1, False), (2, True)):
+        with Ranks(checkpoint, size, expert_parallel=parallel) as ranks:
+            torch.testing.assert_close(ranks.logits(make_step([(0, 0, PROMPT)]))[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float64_does_not_depend_on_the_ranks(checkpoint: Path) -> None:
+    step = make_step([(0, 0, PROMPT)])
+    with Ranks(checkpoint, 1, torch.float64) as alone:
+        expected = alone.logits(step)
+    for size, parallel in ((2, True), (4, False)):
+        with Ranks(checkpoint, size, torch.float64, expert_parallel=parallel) as shared:
+            torch.testing.assert_close(shared.logits(step), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_old_spelling_of_the_number_of_experts(tmp_path: Path) -> None:
+    """As it is in checkpoints that are older than transformers 5."""
+    path = make("qwen3_moe", tmp_path)
+    text = (path / "config.json").read_text()
+    modern = read_config(path)
+    (path / "config.json").write_text(text.replace("num_local_experts", "num_experts"))
+    assert read_config(path) == modern
+
+
+# ---- as a GPU runs them
+
+
+@pytest.mark.usefixtures("plain_experts")
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -> None:
+    pytest.importorskip("triton")
+    decoder = load_model(checkpoint, read_config(checkpoint), Solo(), torch.float32, DEVICE, None)
+    mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
+    plain = next(layer.mlp for layer in _on_cpu(checkpoint) if isinstance(layer.mlp, Mixture))
+    x = torch.randn(tokens + 2, 64)
+    expected = plain(x[:tokens])
+    fused = FusedMixture(mixture, torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    live = torch.arange(tokens + 2, device=DEVICE) < tokens
+    got = fused(x.to(DEVICE), live)[:tokens].cpu()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
+    residual = torch.randn(tokens, 64).to(DEVICE)
+    before = residual.cpu().clone()
+    assert fused(x[:tokens].to(DEVICE), None, residual) is residual
+    torch.testing.assert_close(residual.cpu() - before, expected, rtol=0, atol=1e-4 * float(expected.std()))
+    assert torch.equal(mixture.load.cpu(), 2 * plain.load)
+    assert int(plain.load.sum()) == tokens * mixture.config.per_token
+
+
+def _on_cpu(path: Path) -> Sequence[Any]:
+    return load_model(path, read_config(path), Solo(), torch.float32, CPU, None).layers
+
+
+@pytest.mark.usefixtures("plain_experts")
+def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if not interpreted():
+        pytest.skip("ranks are threads, which have one device each")
+    path = make("qwen2_moe", tmp_path)
+    x = torch.randn(5, 64)
+    expected = next(layer.mlp for layer in _on_cpu(path) if isinstance(layer.mlp, Mixture))(x)
+    for parallel in (False, True):
+        config = read_model(path, "native", parallel)
+        assert isinstance(config, ModelConfig)
+        shares = []
+        for rank in range(2):  # one after another: the interpreter is not for several threads
+            decoder = load_model(path, config, Alone(rank, 2), torch.float32, CPU, None)
+            mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
+            shares.append(FusedMixture(mixture, torch.zeros(64, dtype=torch.int32))(x, None))
+        torch.testing.assert_close(sum(shares), expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+class Alone:
+    """A rank whose sums are its own share."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        raise AssertionError(tensor.shape)
+
+    def abort(self, reason: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ---- gpt-oss's experts, which no architecture has yet
+
+
+class OneMixture:
+    """One layer's experts as a part of a model, of which nothing else is read."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def pieces(self) -> list[Piece]:
+        return self.mixture.pieces("model.layers.0")
+
+    def filled(self) -> None:
+        self.mixture.pack()
+
+
+def load_gpt_oss(path: Path, comm: Communicator, parallel: bool, device: torch.device = CPU) -> Mixture:
+    config = replace(read_mixture(Fields(read_json(path / "config.json"), path), GPT_OSS, 2), parallel=parallel)
+    assert config.refusal(comm.size) is None
+    mixture = Mixture(config, config.shard(comm.rank, comm.size), 64, comm, torch.float32, device)
+    with Checkpoint(path) as checkpoint:
+        checkpoint.load([OneMixture(mixture)], spare=set(checkpoint.names()))
+    return mixture
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("gpt_oss", tmp_path_factory.mktemp("gpt_oss"), swiglu_limit=2.0)
+
+
+@pytest.fixture
+def gpt_oss_case(gpt_oss: Path) -> tuple[Path, Tensor, Tensor]:
+    """Inputs, some of which are beyond the limit, and what transformers makes of them."""
+    x = 2 * torch.randn(13, 64)
+    expected, _ = load_reference(gpt_oss).model.layers[0].mlp(x[None])
+    return gpt_oss, x, expected[0]
+
+
+@pytest.mark.parametrize(("size", "parallel"), [(1, False), (2, False), (2, True), (4, True)])
+def test_gpt_oss_experts_equal_transformers(
+    gpt_oss_case: tuple[Path, Tensor, Tensor], size: int, parallel: bool
+) -> None:
+    path, x, expected = gpt_oss_case
+    comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
+    with ThreadPoolExecutor(size) as threads:
+        for out in threads.map(lambda comm: load_gpt_oss(path, comm, parallel)(x), comms):
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("plain_experts")
+def test_gpt_oss_experts_fused(gpt_oss_case: tuple[Path, Tensor, Tensor]) -> None:
+    pytest.importorskip("triton")
+    path, x, expected = gpt_oss_case
+    fused = FusedMixture(load_gpt_oss(path, Solo(), False, DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    torch.testing.assert_close(fused(x.to(DEVICE), None).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- what is known before weights are read
+
+
+def test_each_rank_holds_its_share(tmp_path: Path) -> None:
+    path = make("qwen3_moe", tmp_path)
+    experts = 2 * 6 * 3 * 48 * 64 * 4  # layers, experts, matrices
+    alone = footprint(read_model(path), 1, torch.float32, 16).weight_bytes
+    for parallel in (False, True):
+        shared = footprint(read_model(path, "auto", parallel), 2, torch.float32, 16).weight_bytes
+        assert experts / 2 <= alone - shared < 0.75 * alone
+
+
+def read(tmp_path: Path, kind: str = "qwen3_moe", **fields: Any) -> MixtureConfig:
+    mixture = read_config(make(kind, tmp_path, **fields)).mixture
+    assert mixture is not None
+    return mixture
+
+
+def test_what_ranks_can_share(tmp_path: Path) -> None:
+    """By width what divides the experts' width, by expert what divides their number; a layer without experts by its own."""
+    path = make("qwen3_moe", tmp_path, num_local_experts=3, moe_intermediate_size=44, intermediate_size=7)
+    read_config(path).require(4)
+    with pytest.raises(CheckpointError, match=r"2 does not divide the model's 3 experts: choose one of \[1\]"):
+        read_model(path, "auto", expert_parallel=True).require(2)
+    path = make("qwen3_moe", tmp_path / "odd", num_local_experts=4, moe_intermediate_size=3)
+    with pytest.raises(CheckpointError, match=r"2 does not divide the experts' intermediate size 3: choose one of \[1\]"):
+        read_config(path).require(2)
+    read_model(path, "auto", expert_parallel=True).require(2)
+    path = make("qwen3_moe", tmp_path / "dense", intermediate_size=7, mlp_only_layers=[0])
+    with pytest.raises(CheckpointError, match="2 does not divide the intermediate size 7"):
+        read_config(path).require(2)
+    path = make("qwen2_moe", tmp_path / "shared", shared_expert_intermediate_size=9)
+    with pytest.raises(CheckpointError, match="2 does not divide the shared expert's intermediate size 9"):
+        read_config(path).require(2)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    path = make("qwen3_moe", tmp_path / "experts")
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 9'))
+    with pytest.raises(CheckpointError, match="num_experts_per_tok=9 is above num_local_experts=6"):
+        read_config(path)
+    (path / "config.json").write_text(text.replace('"mlp_only_layers": []', '"mlp_only_layers": 1'))
+    with pytest.raises(CheckpointError, match="mlp_only_layers must be a list, found 1"):
+        read_config(path)
+    with pytest.raises(CheckpointError, match="enable_expert_parallel: Qwen3ForCausalLM has no experts: leave it out"):
+        read_model(make("qwen3", tmp_path / "dense"), "auto", expert_parallel=True)
+    with pytest.raises(CheckpointError, match=r"enable_expert_parallel: .* is served by transformers' class"):
+        read_model(make("olmoe", tmp_path / "olmoe"), "auto", expert_parallel=True)
