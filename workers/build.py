@@ -155,7 +155,7 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
     pool = KVPool(spec.layout, blocks, device)
     if isinstance(model, Decoder):
-        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads)
+        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads, forms=model.forms)
     else:
         model.attend_over(pool, config.attention)
     sampler = Sampler(

@@ -103,7 +103,10 @@ class GpuParts:
     def _make(self, blocks: int) -> GpuRunner:
         config = self._spec.config
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device)
-        attention, small = select_device_backends(config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most)
+        assert self._decoder is not None, "made before it is loaded"
+        attention, small = select_device_backends(
+            config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=self._decoder.forms
+        )
         state = DeviceBatch(
             max_num_seqs=config.max_num_seqs,
             blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),

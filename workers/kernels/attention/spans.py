@@ -12,7 +12,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 def fitting_keys(keys: int, head_dim: int) -> int:
     """Of a span, where so many fit whose heads have 128 numbers or fewer: several spans lie in a multiprocessor at once."""
-    return max(16, keys // max(1, triton.next_power_of_2(head_dim) // 128))
+    width = int(triton.next_power_of_2(head_dim))
+    return max(16, keys // max(1, width // 128))
 
 
 @triton.jit
