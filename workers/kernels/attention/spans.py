@@ -79,7 +79,7 @@ def span_kv(pool, block, span, base, head, lowest, context, dims, KV_HEADS: tl.c
 def capped(scores, SOFTCAP: tl.constexpr):
     """Scores in base 2, through SOFTCAP * tanh(score / SOFTCAP) in base e."""
     BOUND: tl.constexpr = SOFTCAP * _LOG2_E
-    return BOUND - 2 * BOUND / (tl.exp2(scores * (2 / SOFTCAP)) + 1)
+    return BOUND - 2 * BOUND / (tl.exp2(tl.minimum(scores * (2 / SOFTCAP), 64.0)) + 1)  # 64: where it has long been BOUND
 
 
 @triton.jit

@@ -32,7 +32,7 @@ FORMS = {
     "all": Form(0.3, window=40, chunk=64, softcap=2.0, sinks=True),
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-dtype_and_device = pytest.mark.parametrize(("dtype", "device"), attention_cases("float32"))
+dtype_and_device = pytest.mark.parametrize(("dtype", "device"), [*attention_cases("float32"), *attention_cases("bfloat16")])
 SHORT = DecodeConfig(keys=32, least=1, stages=2)  # spans of two small blocks, or of half a large one; rows in several pieces
 TILES = ChunkConfig(rows=32, keys=32, stages=2)
 BLOCKS = (16, 64)

@@ -93,4 +93,4 @@ def test_what_kernels_do_not_compute(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["gemma3_text", "gemma2", "gpt_oss", "llama4_text"])
 def test_layers_of_every_form_are_served_on_a_gpu(kind: str, tmp_path: Path) -> None:
     path = make(kind, tmp_path / kind)
-    assert resolve(EngineConfig(model=str(path)), "cuda").max_model_len == 512
+    assert resolve(EngineConfig(model=str(path)), "cuda").max_model_len >= 512
