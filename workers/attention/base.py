@@ -34,7 +34,8 @@ class AttentionBackend(Protocol):
 
         query [tokens, heads, head_dim]; key, value [tokens, kv_heads, head_dim]; sinks [heads], where the form has them;
         returns [tokens, heads, head_dim]. Token i of a sequence's query sees its first context_len - query_len + i + 1 tokens,
-        or as many of the last of them as the form says; blocks before those are not read.
+        or as many of the last of them as the form says. What blocks before those hold says nothing, though flash-attn may
+        look at it: their ids are of the pool, and their numbers finite.
         """
         ...
 

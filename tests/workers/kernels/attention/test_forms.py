@@ -17,7 +17,7 @@ from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import DecodeConfig
 from workers.kernels.attention.form import Form
-from workers.kernels.attention.prefixes import SharedPrefixes
+from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
 
 PLAIN = 32**-0.5
 FORMS = {
@@ -97,11 +97,13 @@ def test_chunks(dtype: str, device: str, form: Form, block: int) -> None:
 
 
 @dtype_and_device
-@pytest.mark.parametrize("form", [FORMS["cap"], FORMS["sinks"], FORMS["window-over-blocks"]], ids=["cap", "sinks", "window"])
-def test_rows_that_share_a_prefix(dtype: str, device: str, form: Form) -> None:
-    """Their sinks count once, whoever merges; a layer with a window reads each row's own keys, whatever the sets say."""
-    contexts = [70, 130, 100, 33]
-    problem = make_problem(make_step([1] * 4, contexts, 16), layout(16, dtype), 4, device, form=form)
+@pytest.mark.parametrize(("name", "layers"), [("cap", 2), ("sinks", 2), ("window-over-blocks", 2), ("window-over-blocks", 1)])
+def test_rows_that_share_a_prefix(dtype: str, device: str, name: str, layers: int) -> None:
+    """Their sinks count once, whoever merges; a layer with a window reads each row's own keys, whatever the sets say, and where
+    there is no other none are wanted."""
+    contexts, form = [70, 130, 100, 33], FORMS[name]
+    problem = make_problem(make_step([1] * 4, contexts, 16), layout(16, dtype, layers=layers), 4, device, form=form)
+    assert (DecodeAttention(problem.pool, 4, 4, SHORT, problem.forms).prefixes == NOT_SHARED) == (layers == 1)
     tables = problem.step.block_tables
     if form.window is None:  # the rows of the set begin with the same blocks; what is expected is what they say alone
         tables[[1, 2], :4] = tables[0, :4].clone()
