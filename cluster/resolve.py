@@ -31,7 +31,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     folder = find_checkpoint(config)
     model = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
     longest = model_length(model, config.max_model_len)
-    model.require(config.tensor_parallel_size, device, longest)
+    model.require(config.tensor_parallel_size, device)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(

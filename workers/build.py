@@ -170,7 +170,9 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
     blocks = _agree_on_blocks(comm, _useful_blocks(spec, memory), device)
     pool = KVPool(spec.layout, blocks, device, scales=spec.kv_scales)
     if isinstance(model, Decoder):
-        model.attention = select_backend(config.attention, pool=pool, heads=shape.heads, dtype=spec.dtype)
+        model.attention = select_backend(
+            config.attention, pool=pool, heads=shape.heads, forms=model.forms, dtype=spec.dtype
+        )
     else:
         model.attend_over(pool, config.attention)
     sampler = Sampler(

@@ -22,7 +22,7 @@ from scheduler.protocol.messages import NO_TOKEN, FinishReason, Payload, Pooled,
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
 from workers.loop.rank import Rank, StepResult
-from workers.model.architectures import read_config
+from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
 
 OPTIONS: dict[str, Any] = {
@@ -87,7 +87,7 @@ class Stepped:
         self.pool = self.built.pool
         self.block = self.config.block_size
         self.turns = 0
-        self._ends = read_config(checkpoint).eos_ids
+        self._ends = read_model(checkpoint).eos_ids
         order = list(range(self.built.blocks))
         random.Random(1).shuffle(order)
         self.free_blocks = deque(order)

@@ -1,5 +1,6 @@
 """The interfaces of the attention backends: write this step's KV into the pool, attend over blocks.
 
+A backend is made for the layers of one model, whose forms (`workers.attention.forms.Form`) it is told; None: all are plain.
 Imports torch, `workers.execution.step` and `workers.kernels.attention.prefixes`.
 """
 
@@ -26,11 +27,15 @@ class AttentionBackend(Protocol):
         """Work shared by all layers of one step (split sizes, index tensors). Called once a step, before its layers."""
         ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: Any) -> Tensor:
-        """Write key and value to `step.slots` of `layer`, then attend causally.
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Write key and value to `step.slots` of `layer`, then attend causally, by the layer's form.
 
-        query [tokens, heads, head_dim]; key, value [tokens, kv_heads, head_dim]; returns [tokens, heads, head_dim].
-        Scale is 1/sqrt(head_dim). Token i of a sequence's query sees its first context_len - query_len + i + 1 tokens.
+        query [tokens, heads, head_dim]; key, value [tokens, kv_heads, head_dim]; sinks [heads], where the form has them;
+        returns [tokens, heads, head_dim]. Token i of a sequence's query sees its first context_len - query_len + i + 1 tokens,
+        or as many of the last of them as the form says. What blocks before those hold says nothing, though flash-attn may
+        look at it: their ids are of the pool, and their numbers finite.
         """
         ...
 
@@ -75,10 +80,11 @@ class PagedAttention(Protocol):
 
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: Any, out: Tensor | None = None,
-        turn: HeadTurn | None = None,
+        turn: HeadTurn | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """query [batch, heads, head_dim] -> the same, in `out` where it is given. With `turn` query is the projection [batch,
-        (heads + 2 * kv_heads) * head_dim], whose queries are turned, and whose keys, turned, and values are written first.
+        """query [batch, heads, head_dim] -> the same, in `out` where it is given. sinks: as in `attend`. With `turn` query is
+        the projection [batch, (heads + 2 * kv_heads) * head_dim], whose queries are turned, and whose keys, turned, and values
+        are written first.
 
         block_tables [batch, any width] int32: its width costs nothing. context_lens [batch] int32, as planned; a row that
         only pads has context 1 and a block of its own.
@@ -89,7 +95,9 @@ class PagedAttention(Protocol):
         """Work shared by all layers of a step's chunks."""
         ...
 
-    def chunks(self, layer: int, query: Tensor, plan: Any, out: Tensor | None = None) -> Tensor:
+    def chunks(
+        self, layer: int, query: Tensor, plan: Any, out: Tensor | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """All chunks of a step at once: query [tokens, heads, head_dim] -> the same, in `out` where it is given."""
         ...
 

@@ -8,18 +8,21 @@ Imports torch, the pool and the step; flash-attn only inside `load_kernels`, tri
                 names (version "2.x+fa3...")
     4           flash_attn.cute                         any           head_dim 64, 96, 128; no split KV on Hopper
 
-All of them take the pool's per-layer views, whose blocks lie far apart: strides are free but for the last dimension.
+All of them take the pool's per-layer views, whose blocks lie far apart: strides are free but for the last dimension. Scales,
+windows and soft caps they take as well, some builds sinks too; what one does not, nor chunks, is for another backend (`takes`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.base import Chunks
+from workers.attention.forms import Form, plain_forms
 from workers.attention.write import KvWriter, TorchWriter, dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.attention.prefixes import NOT_SHARED, SharedPrefixes
@@ -52,10 +55,11 @@ class FlashPlan:
     chunk: FlashChunkPlan | None
 
 
-Decode = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, DecodePlan], Tensor]
-"""query [decodes, heads, head_dim], keys, values [block, slot, kv_head, head_dim], lengths, tables, plan -> like query."""
-Chunk = Callable[[Tensor, Tensor, Tensor, FlashChunkPlan], Tensor]
-"""query [chunk tokens, heads, head_dim], keys and values as above, plan -> like query."""
+Decode = Callable[..., Tensor]
+"""query [decodes, heads, head_dim], keys, values [block, slot, kv_head, head_dim], lengths, tables, plan, and what `_told` says
+of the layer's form -> like query."""
+Chunk = Callable[..., Tensor]
+"""query [chunk tokens, heads, head_dim], keys and values as above, plan, and the same -> like query."""
 Schedule = Callable[..., Tensor]
 """Generation 3's `get_scheduler_metadata`."""
 
@@ -70,11 +74,16 @@ class FlashKernels:
     capabilities: tuple[int, ...]  # major CUDA compute capabilities
     decode: Decode
     chunk: Chunk
+    arguments: frozenset[str]  # that both calls know
     schedule: Schedule | None = None
     bounds: bool = True  # lengths that it wants to know on the host may be upper bounds, as a captured step has them
 
 
 EVERY_EIGHTH = frozenset(range(8, 257, 8))
+SINKS = ("s_aux", "learnable_sink")
+"""What builds of generation 3 and generation 4 call them."""
+PLANNED = {"softmax_scale", *SINKS}
+"""What of a form a plan made ahead does not depend on."""
 
 
 def load_kernels() -> FlashKernels:
@@ -95,23 +104,26 @@ def _load_2() -> FlashKernels:
     scheduled = "scheduler_metadata" in signature(flash_attn_with_kvcache).parameters
     schedule = getattr(flash_attn, "get_scheduler_metadata", None) if scheduled else None
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
-        more = {} if plan.metadata is None else {"scheduler_metadata": plan.metadata}
-        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True, **more)
+    def decode(
+        query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan, **told: Any
+    ) -> Tensor:
+        if plan.metadata is not None and told.keys() <= PLANNED:
+            told["scheduler_metadata"] = plan.metadata
+        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True, **told)
         return _first(out)[:, 0]
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan, **told: Any) -> Tensor:
         chunks = plan.chunks
         out: Tensor = flash_attn_varlen_func(
             query, keys, values, chunks.query_starts, plan.context_starts, chunks.max_query, chunks.max_context,
-            causal=True, block_table=chunks.block_tables,
+            causal=True, block_table=chunks.block_tables, **told,
         )  # fmt: skip
         return out
 
-    version = str(flash_attn.__version__)
+    version, known = str(flash_attn.__version__), _arguments(flash_attn_with_kvcache, flash_attn_varlen_func)
     if "fa3" in version:
-        return FlashKernels(version, 1, EVERY_EIGHTH, (9,), decode, chunk, schedule)
-    return FlashKernels(version, 256, EVERY_EIGHTH, (8, 9, 10, 11, 12), decode, chunk)
+        return FlashKernels(version, 1, EVERY_EIGHTH, (9,), decode, chunk, known, schedule)
+    return FlashKernels(version, 256, EVERY_EIGHTH, (8, 9, 10, 11, 12), decode, chunk, known)
 
 
 def _load_3() -> FlashKernels:
@@ -120,42 +132,65 @@ def _load_3() -> FlashKernels:
 
     schedule = getattr(flash_attn_interface, "get_scheduler_metadata", None)
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
-        more = {} if plan.metadata is None else {"scheduler_metadata": plan.metadata}
-        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True, **more)
+    def decode(
+        query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan, **told: Any
+    ) -> Tensor:
+        if plan.metadata is not None and told.keys() <= PLANNED:
+            told["scheduler_metadata"] = plan.metadata
+        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True, **told)
         return _first(out)[:, 0]
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan, **told: Any) -> Tensor:
         chunks = plan.chunks
         out = flash_attn_with_kvcache(
             query, keys, values, cache_seqlens=chunks.context_lens, page_table=chunks.block_tables,
-            cu_seqlens_q=chunks.query_starts, max_seqlen_q=chunks.max_query, causal=True,
+            cu_seqlens_q=chunks.query_starts, max_seqlen_q=chunks.max_query, causal=True, **told,
         )  # fmt: skip
         return _first(out)
 
-    return FlashKernels("3", 1, EVERY_EIGHTH, (9,), decode, chunk, schedule)
+    return FlashKernels("3", 1, EVERY_EIGHTH, (9,), decode, chunk, _arguments(flash_attn_with_kvcache), schedule)
 
 
 def _load_4() -> FlashKernels:
     from flash_attn.cute import flash_attn_varlen_func
 
-    def decode(query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan) -> Tensor:
+    def decode(
+        query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan, **told: Any
+    ) -> Tensor:
         return _first(
             flash_attn_varlen_func(
-                query, keys, values, cu_seqlens_q=plan.starts, max_seqlen_q=1, seqused_k=lens, page_table=tables, causal=True
+                query, keys, values, cu_seqlens_q=plan.starts, max_seqlen_q=1, seqused_k=lens, page_table=tables, causal=True,
+                **told,
             )
-        )
+        )  # fmt: skip
 
-    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan) -> Tensor:
+    def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan, **told: Any) -> Tensor:
         chunks = plan.chunks
         return _first(
             flash_attn_varlen_func(
                 query, keys, values, cu_seqlens_q=chunks.query_starts, max_seqlen_q=chunks.max_query,
-                seqused_k=chunks.context_lens, page_table=chunks.block_tables, causal=True,
+                seqused_k=chunks.context_lens, page_table=chunks.block_tables, causal=True, **told,
             )
         )  # fmt: skip
 
-    return FlashKernels("4", 1, frozenset((64, 96, 128)), (9, 10, 11), decode, chunk, bounds=False)
+    known = _arguments(flash_attn_varlen_func)
+    return FlashKernels("4", 1, frozenset((64, 96, 128)), (9, 10, 11), decode, chunk, known, bounds=False)
+
+
+def _arguments(*calls: Callable[..., Any]) -> frozenset[str]:
+    return frozenset.intersection(*(frozenset(signature(call).parameters) for call in calls))
+
+
+def _told(form: Form, sinks: Tensor | None, known: frozenset[str]) -> dict[str, Any]:
+    """A layer's form as all generations are told it; a window counts the tokens before the query's own."""
+    told: dict[str, Any] = {"softmax_scale": form.scale}
+    if form.window is not None:
+        told["window_size"] = (form.window - 1, 0)
+    if form.softcap is not None:
+        told["softcap"] = form.softcap
+    if form.sinks:
+        told[next((name for name in SINKS if name in known), SINKS[0])] = sinks
+    return told
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -164,7 +199,8 @@ def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class FlashAttention:
-    """flash-attn over one pool. Raises ValueError where the pool's shape is not what the kernels take.
+    """flash-attn over one pool, for layers of forms that it takes. Raises ValueError where the pool's shape is not what the
+    kernels take.
 
     Decodes use device tensors only and may be captured in a CUDA graph, apart from generation 4, which takes host maxima.
     """
@@ -172,7 +208,7 @@ class FlashAttention:
     name = "flash"
     prefixes = NOT_SHARED
 
-    def __init__(self, pool: KVPool, kernels: FlashKernels, heads: int) -> None:
+    def __init__(self, pool: KVPool, kernels: FlashKernels, heads: int, forms: Sequence[Form] | None = None) -> None:
         layout = pool.layout
         if pool.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"flash-attn serves bfloat16 and float16, not {layout.dtype}: choose another dtype or attention")
@@ -193,8 +229,13 @@ class FlashAttention:
         self.bounds = kernels.bounds
         self._pool = pool
         self._kernels = kernels
+        self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._heads = heads
         self._writer = _writer(pool)
+
+    def takes(self, form: Form) -> bool:
+        """Whether the generation at hand computes this."""
+        return form.chunk is None and _told(form, None, self._kernels.arguments).keys() <= self._kernels.arguments
 
     def plan(self, step: StepInput) -> FlashPlan:
         decodes = step.decodes
@@ -208,15 +249,18 @@ class FlashAttention:
         decode = self.plan_decode(step.context_lens, decodes, step.block_tables.shape[1]) if decodes else None
         return FlashPlan(self._writer.targets(step.slots), decodes, decode, chunk)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: FlashPlan,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self._writer.write(layer, key, value, plan.targets)
         rows = slice(plan.decodes)
         parts = []
         if plan.decode is not None:
             decoded = query[rows], step.block_tables[rows], step.context_lens[rows]
-            parts.append(self.decode(layer, *decoded, plan.decode))
+            parts.append(self.decode(layer, *decoded, plan.decode, sinks=sinks))
         if plan.chunk is not None:
-            parts.append(self.chunks(layer, query[plan.decodes :], plan.chunk))
+            parts.append(self.chunks(layer, query[plan.decodes :], plan.chunk, sinks=sinks))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def plan_decode(
@@ -239,18 +283,22 @@ class FlashAttention:
 
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: DecodePlan,
-        out: Tensor | None = None, turn: HeadTurn | None = None,
+        out: Tensor | None = None, turn: HeadTurn | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert turn is None, "flash-attn's kernels take queries that are turned"
         keys, values = self._pool.keys(layer), self._pool.values(layer)
-        result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan)
+        told = _told(self._forms[layer], sinks, self._kernels.arguments)
+        result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan, **told)
         return result if out is None else out.copy_(result)
 
     def plan_chunks(self, chunks: Chunks) -> FlashChunkPlan:
         return FlashChunkPlan(chunks, torch.nn.functional.pad(chunks.context_lens.cumsum(0, dtype=torch.int32), (1, 0)))
 
-    def chunks(self, layer: int, query: Tensor, plan: FlashChunkPlan, out: Tensor | None = None) -> Tensor:
-        result = self._kernels.chunk(dense_rows(query), self._pool.keys(layer), self._pool.values(layer), plan)
+    def chunks(
+        self, layer: int, query: Tensor, plan: FlashChunkPlan, out: Tensor | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        told = _told(self._forms[layer], sinks, self._kernels.arguments)
+        result = self._kernels.chunk(dense_rows(query), self._pool.keys(layer), self._pool.values(layer), plan, **told)
         return result if out is None else out.copy_(result)
 
 

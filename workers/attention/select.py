@@ -4,6 +4,7 @@ Imports torch. What a backend alone needs (triton, flash-attn, a compiler) is to
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ import torch
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend, PagedAttention
 from workers.attention.flash import FlashAttention, load_kernels
+from workers.attention.forms import Form, HeadShape, plain_forms
 from workers.attention.mixed import MixedAttention
 from workers.cpu.attention import CpuAttention
 from workers.cpu.native import NativeAttention, NativeUnavailable
+from workers.cpu.varied import VariedAttention
 
 if TYPE_CHECKING:
     from workers.attention.triton import TritonAttention
@@ -32,6 +35,7 @@ def select_backend(
     *,
     pool: KVPool,
     heads: int,
+    forms: Sequence[Form] | None = None,
     dtype: torch.dtype | None = None,
     native: bool | None = None,
     cache_folder: Path = CACHE_FOLDER,
@@ -39,7 +43,8 @@ def select_backend(
     """Bind a backend to this rank's pool; the log says which one and why.
 
     name: "auto" takes flash-attn, else Triton, on a CUDA device and the CPU backend on a CPU. heads: query heads of this
-    rank. dtype: of queries, None: the pool's. native: True forces the CPU backend's compiled kernels, False plain torch, None
+    rank. forms: of each layer, None: plain. dtype: of queries, None: the pool's. native: True forces the CPU backend's compiled
+    kernels, False plain torch, None
     takes what works. cache_folder: where compiled kernels are kept. Raises ValueError saying what to change where the choice
     cannot work.
     """
@@ -53,22 +58,23 @@ def select_backend(
     if name == "cpu" or (name == "auto" and device == "cpu"):
         if device != "cpu":
             raise ValueError("attention backend 'cpu' needs the pool on a CPU: choose device cpu, or backend auto")
-        return _cpu(pool, heads, dtype or pool.dtype, native, cache_folder.expanduser())
+        return _cpu(pool, heads, forms, dtype or pool.dtype, native, cache_folder.expanduser())
     if device != "cuda":
         raise ValueError(f"attention backend {name!r} needs a CUDA device, the pool is on {device}: choose auto or cpu")
-    if name == "flash":
-        return _flash(pool, heads)
-    return _cuda(pool, heads, dtype) if name == "auto" else _triton(pool, heads, dtype)
+    if name == "triton":
+        return _triton(pool, heads, forms, dtype)
+    return _flash_for_all(pool, heads, forms) if name == "flash" else _cuda(pool, heads, forms, dtype)
 
 
 def select_device_backends(
-    name: str, *, pool: KVPool, heads: int, most: int, dtype: torch.dtype | None = None
+    name: str, *, pool: KVPool, heads: int, most: int, forms: Sequence[Form] | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PagedAttention, PagedAttention]:
     """What a GPU's runner attends with, and what it attends with in captured prefill steps of few tokens.
 
     name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every shape that was measured and whose cost
     does not know the width of the block table, and prefills by flash-attn where that is installed, but for small steps. most:
-    decodes in one step. dtype: as in `select_backend`.
+    decodes in one step. forms: of each layer, None: plain; those that flash-attn does not take are ours. dtype: as in
+    `select_backend`.
 
     Raises ValueError saying what to change where the choice cannot work.
     """
@@ -76,53 +82,80 @@ def select_device_backends(
         raise ValueError(f"{heads} query heads cannot share {pool.layout.kv_heads} KV heads evenly: check the model and tp")
     if name not in ("auto", "flash", "triton"):
         raise ValueError(f"attention backend {name!r} does not run on a CUDA device: choose auto, flash or triton")
-    ours = _triton(pool, heads, dtype)
+    ours = _triton(pool, heads, forms, dtype)
     ours.reserve(most)
-    if name == "flash":
-        return _flash(pool, heads), ours
     if name == "triton":
         return ours, ours
     try:
-        return MixedAttention(ours, _flash(pool, heads)), ours
+        flash = _flash(pool, heads, forms)
     except ValueError as error:
+        if name == "flash":
+            raise
         logger.info("attention: prefill not by flash: %s", error)
         return ours, ours
+    told = forms or plain_forms(pool.layout.layers, pool.layout.head_dim)
+    taken: list[PagedAttention] = [flash if flash.takes(form) else ours for form in told]
+    for words in dict.fromkeys(", ".join(form.says()) for form in told if not flash.takes(form)):
+        logger.info("attention: triton for layers with %s, which this flash-attn does not take", words)
+    if name == "flash":
+        return flash if ours not in taken else MixedAttention(taken, taken), ours
+    return MixedAttention([ours] * len(taken), taken), ours
 
 
-def _cpu(pool: KVPool, heads: int, dtype: torch.dtype, native: bool | None, cache_folder: Path) -> AttentionBackend:
+def _cpu(
+    pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype, native: bool | None, cache_folder: Path
+) -> AttentionBackend:
     if native is False:
         logger.info("attention: cpu, plain torch, as asked")
-        return CpuAttention(pool, heads)
+        return _torch(pool, heads, forms)
     try:
-        backend = NativeAttention(pool, heads, cache_folder, dtype)
+        backend = NativeAttention(pool, heads, cache_folder, forms, dtype)
     except NativeUnavailable as error:
         if native:
             raise ValueError(f"the compiled CPU kernels cannot be used: {error}; or do not force them") from error
         logger.warning("attention: cpu, plain torch, since the compiled kernels cannot be used: %s", error)
-        return CpuAttention(pool, heads)
+        return _torch(pool, heads, forms)
     logger.info("attention: cpu, compiled kernels in %s", cache_folder)
     return backend
 
 
-def _cuda(pool: KVPool, heads: int, dtype: torch.dtype | None) -> AttentionBackend:
+def _torch(pool: KVPool, heads: int, forms: Sequence[Form] | None) -> AttentionBackend:
+    layout = pool.layout
+    if forms is None or all(form == Form(layout.head_dim**-0.5) for form in forms):
+        return CpuAttention(pool, heads)
+    shape = HeadShape(heads, layout.kv_heads, layout.head_dim, layout.head_dim)
+    return VariedAttention(pool, [shape] * layout.layers, forms)
+
+
+def _cuda(pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype | None) -> AttentionBackend:
     try:
-        return _flash(pool, heads)
+        return _flash_for_all(pool, heads, forms)
     except ValueError as error:
         logger.info("attention: not flash: %s", error)
-    return _triton(pool, heads, dtype)
+    return _triton(pool, heads, forms, dtype)
 
 
-def _flash(pool: KVPool, heads: int) -> FlashAttention:
+def _flash_for_all(pool: KVPool, heads: int, forms: Sequence[Form] | None) -> FlashAttention:
+    backend = _flash(pool, heads, forms)
+    left = [form for form in forms or () if not backend.takes(form)]
+    if left:
+        raise ValueError(
+            f"this flash-attn does not compute attention with {', '.join(left[0].says())}: choose attention backend triton"
+        )
+    return backend
+
+
+def _flash(pool: KVPool, heads: int, forms: Sequence[Form] | None) -> FlashAttention:
     try:
         kernels = load_kernels()
     except ImportError as error:
         raise ValueError(f"{error}: install flash-attn or choose attention backend triton") from error
-    backend = FlashAttention(pool, kernels, heads)
+    backend = FlashAttention(pool, kernels, heads, forms)
     logger.info("attention: flash, flash-attn %s with blocks of %d tokens", kernels.version, pool.layout.block_size)
     return backend
 
 
-def _triton(pool: KVPool, heads: int, dtype: torch.dtype | None) -> "TritonAttention":
+def _triton(pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype | None) -> "TritonAttention":
     if pool.layout.scaled and pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(pool.device)
         raise ValueError(f"{name} does not know {pool.layout.dtype}, which came with Ada and Hopper: leave kv_dtype out")
@@ -130,6 +163,6 @@ def _triton(pool: KVPool, heads: int, dtype: torch.dtype | None) -> "TritonAtten
         from workers.attention.triton import TritonAttention
     except ImportError as error:
         raise ValueError(f"attention backend triton cannot be imported ({error}): install triton or flash-attn") from error
-    backend = TritonAttention(pool, heads, dtype=dtype)
+    backend = TritonAttention(pool, heads, forms=forms, dtype=dtype)
     logger.info("attention: triton, paged split-KV kernels with blocks of %d tokens", pool.layout.block_size)
     return backend

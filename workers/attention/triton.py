@@ -3,6 +3,7 @@
 Runs on CUDA, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.base import Chunks
+from workers.attention.forms import Form
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.attention.chunks import ChunkAttention
@@ -80,7 +82,7 @@ class TritonPlan:
 
 
 class TritonAttention:
-    """The backend over `workers.kernels`: decodes cut into pieces on the device, causal chunks in tiles.
+    """The backend over `workers.kernels`: decodes cut into pieces on the device, causal chunks in tiles; layers of any form.
 
     Everything that it launches depends on counts of rows and tokens only, never on context lengths. `reserve` the largest
     batch before graphs are captured. dtype: of queries, None: the pool's. Raises ValueError for float64 and for a pool that is
@@ -90,13 +92,16 @@ class TritonAttention:
     name = "triton"
     bounds = True
 
-    def __init__(self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH, forms: Sequence[Form] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self._pool = pool
         self._heads = heads
         self._writer = TritonWriter(pool)
         sizes = FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1)
-        self._decode = [DecodeAttention(pool, heads, rows, dtype=dtype) for rows in sizes]
-        self._chunk = ChunkAttention(pool, heads, dtype=dtype)
+        self._decode = [DecodeAttention(pool, heads, rows, forms=forms, dtype=dtype) for rows in sizes]
+        self._chunk = ChunkAttention(pool, heads, forms=forms, dtype=dtype)
         self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool alone
 
     @property
@@ -118,15 +123,18 @@ class TritonAttention:
         tiles = self._chunk.plan(starts, contexts, len(step.tokens) - step.decodes)
         return TritonPlan(step.decodes, ChunkPlan(tiles, contexts, step.block_tables[step.decodes :]))
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: TritonPlan) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: TritonPlan,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self._writer.write(layer, key, value, step.slots)
         query = dense_rows(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if plan.chunks is not None:
-            self.chunks(layer, query, plan.chunks, out)
+            self.chunks(layer, query, plan.chunks, out, sinks)
         if plan.decodes:
             rows = slice(plan.decodes)
-            self.decode(layer, query[rows], step.block_tables[rows], step.context_lens[rows], plan, out[rows])
+            self.decode(layer, query[rows], step.block_tables[rows], step.context_lens[rows], plan, out[rows], sinks=sinks)
         return out
 
     def plan_decode(
@@ -143,12 +151,12 @@ class TritonAttention:
 
     def decode(
         self, layer: int, query: Tensor, block_tables: Tensor, context_lens: Tensor, plan: TritonPlan,  # noqa: ARG002
-        out: Tensor | None = None, turn: HeadTurn | None = None,
+        out: Tensor | None = None, turn: HeadTurn | None = None, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         query = query if turn is not None else dense_rows(query)
         if out is None:
             out = torch.empty((len(query), self._heads, self._pool.layout.head_dim), dtype=query.dtype, device=query.device)
-        self._of(len(query)).run(layer, query, block_tables, out, turn)
+        self._of(len(query)).run(layer, query, block_tables, out, turn, sinks)
         return out
 
     def _of(self, batch: int) -> DecodeAttention:
@@ -159,8 +167,10 @@ class TritonAttention:
         tiles = self._chunk.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)
         return ChunkPlan(tiles, chunks.context_lens, chunks.block_tables)
 
-    def chunks(self, layer: int, query: Tensor, plan: ChunkPlan, out: Tensor | None = None) -> Tensor:
+    def chunks(
+        self, layer: int, query: Tensor, plan: ChunkPlan, out: Tensor | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         query = dense_rows(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
-        self._chunk.run(layer, query, plan.tables, plan.contexts, plan.tiles, out)
+        self._chunk.run(layer, query, plan.tables, plan.contexts, plan.tiles, out, sinks)
         return out

@@ -32,7 +32,8 @@ class CpuPlan:
 
 
 class CpuAttention:
-    """Scaled dot-product attention, sequence by sequence. bf16 and fp16 accumulate in float32, float64 stays float64.
+    """Plain scaled dot-product attention, sequence by sequence; `varied` has other forms. bf16 and fp16 accumulate in float32,
+    float64 stays float64.
 
     A decode's query heads that share a KV head become the rows of one small matrix, so KV is read once, never repeated.
     """
@@ -65,7 +66,9 @@ class CpuAttention:
         value: Tensor,
         step: StepInput,  # noqa: ARG002
         plan: CpuPlan,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        assert sinks is None, "of plain layers"
         self._writer.write(layer, key, value, plan.targets)
         keys, values = self._pool.keys(layer), self._pool.values(layer)
         scale, scales = None, self._pool.scales(layer)

@@ -5,6 +5,7 @@
 // bits depend neither on the batch nor on the number of threads.
 // Chunks: a task is one KV head and a tile of its query rows (tokens x heads of the group). Rows lie in vector lanes, keys
 // are broadcast, softmax never reduces across lanes (online softmax as in FlashAttention).
+// What a layer's tokens do not see before them is not read. A sink is where the softmax of its head begins.
 //
 // Built by native.py with -fopenmp but linked to no OpenMP library: the symbols resolve to the one torch has loaded.
 
@@ -29,6 +30,17 @@ struct Geometry {  // mirrored by native.py, field by field
     const int32_t *tiles;          // [chunk_tasks, 2], sequence and first token of each tile
     const int64_t *slots;          // [tokens]
     void *partials;                // [decode_tasks, heads, head_dim + 2]: weighted sum, its maximum score, its weight
+};
+
+struct Form {  // of one layer, mirrored by native.py
+    double scale, softcap;  // softcap: 0 for none
+    int64_t window, chunk;  // 0: all that came before
+    const void *sinks;      // [heads] of the accumulator's type, or null
+
+    int64_t lowest(int64_t position) const {  // the first position that a token sees
+        int64_t first = window ? std::max<int64_t>(0, position - window + 1) : 0;
+        return chunk ? std::max(first, position / chunk * chunk) : first;
+    }
 };
 
 constexpr int64_t RUN = 64;       // keys of a decode task and of a chunk's inner block; native.py knows it too
@@ -128,6 +140,12 @@ inline Vec<float> exp(Vec<float> x) {  // for x <= 0, exactly 0 below -87; Cephe
     return dead ? (Vec<float>){} : y;
 }
 
+template <class A> inline Vec<A> capped(Vec<A> score, A cap) {  // cap * tanh(score / cap)
+    const Vec<A> size = score < A(0) ? -score : score, left = exp(A(-2) / cap * size);
+    const Vec<A> part = cap * (A(1) - left) / (A(1) + left);
+    return score < A(0) ? -part : part;
+}
+
 // ---- decode: one query token against one run of keys ---------------------------------------------------------------
 
 template <int G> struct Heads {};  // so many heads that share a KV head
@@ -157,10 +175,11 @@ template <int G, class K, class A> inline void add(Heads<G>, const A *p, const K
 }
 
 template <class T, class K, class A>
-void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, const K *keys, const K *values, A key_scale,
-                A *out) {
+void decode_run(const Geometry &g, const Form &form, int64_t seq, int64_t task, const T *query, const K *keys, const K *values,
+                A key_scale, A *out) {
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim;
-    const int64_t first = run * RUN, count = std::min(RUN, g.context_lens[seq] - first);
+    const int64_t lowest = form.lowest(g.context_lens[seq] - 1), begin = (lowest / RUN + task - g.task_starts[seq]) * RUN;
+    const int64_t first = std::max(begin, lowest), count = std::min<int64_t>(begin + RUN, g.context_lens[seq]) - first;
     const int32_t *table = g.block_tables + seq * g.max_blocks;
     A *p = workspace<A>(g.heads * (RUN + dim)), *q = p + g.heads * RUN;
 
@@ -189,13 +208,14 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
             std::copy(next, next + 4, rows);
         }
     };
-    const A scale = key_scale / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    const A scale = A(form.scale) * key_scale, cap = form.softcap, infinity = std::numeric_limits<A>::infinity();
     for (int64_t i = 0; i < g.heads * dim; i += N<A>) store(q + i, load(query + i) * scale);
     for_all(keys, [&](auto heads, int64_t h, int64_t j, auto rows) {
         dot(heads, q + h * dim, rows, dim, p + h * RUN + j);
     });
     for (int64_t h = 0; h < g.heads; h++) {  // weights in place of scores
         A *s = p + h * RUN, *o = out + h * (dim + 2);
+        if (cap > 0) for (int64_t j = 0; j < RUN; j += N<A>) store(s + j, capped(load(s + j), cap));
         std::fill(s + count, s + RUN, -infinity);
         Vec<A> peaks = load(s), total = {};
         for (int64_t j = N<A>; j < RUN; j += N<A>) peaks = load(s + j) > peaks ? load(s + j) : peaks;
@@ -215,13 +235,19 @@ void decode_run(const Geometry &g, int64_t seq, int64_t run, const T *query, con
     });
 }
 
-template <class T, class A> void merge_runs(const Geometry &g, int64_t seq, A value_scale, T *out) {
+template <class T, class A>
+void merge_runs(const Geometry &g, const Form &form, int64_t seq, A value_scale, T *out) {
     const int64_t dim = g.head_dim, size = g.heads * (dim + 2);
     for (int64_t h = 0; h < g.heads; h++, out += dim) {
         const A *runs = (const A *)g.partials + g.task_starts[seq] * size + h * (dim + 2);
         const int64_t count = g.task_starts[seq + 1] - g.task_starts[seq];
         A top = runs[dim], weight = 0, acc[MAX_DIM] = {};
         for (int64_t r = 1; r < count; r++) top = std::max(top, runs[r * size + dim]);
+        if (form.sinks) {
+            const A sink = ((const A *)form.sinks)[h];
+            top = std::max(top, sink);
+            weight = std::exp(sink - top);
+        }
         for (int64_t r = 0; r < count; r++) {
             const A *run = runs + r * size, factor = std::exp(run[dim] - top);
             weight += factor * run[dim + 1];
@@ -247,21 +273,23 @@ template <class A> inline void multiply(A *c, const A *a, int64_t step_m, int64_
 }
 
 template <class T, class K, class A>
-void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *query, int64_t query_stride, const K *keys,
-                const K *values, A key_scale, A value_scale, T *out) {
+void chunk_tile(const Geometry &g, const Form &form, const int32_t *tile, int64_t kv, const T *query, int64_t query_stride,
+                const K *keys, const K *values, A key_scale, A value_scale, T *out) {
     constexpr int64_t R = ROWS<A>;
     const int64_t dim = g.head_dim, group = g.heads / g.kv_heads, row = g.kv_heads * dim, seq = tile[0];
     const int64_t first = g.query_starts[seq] + tile[1], tokens = std::min(R / group, g.query_starts[seq + 1] - first);
     const int64_t seen = g.context_lens[seq] - (g.query_starts[seq + 1] - first) + 1;  // keys that the first token sees
     const int64_t context = seen + tokens - 1;                                         // and the last one
+    const int64_t lowest = form.lowest(seen - 1);  // the first key that any of them sees
     const int32_t *table = g.block_tables + seq * g.max_blocks;
-    const A scale = key_scale / std::sqrt(A(dim)), infinity = std::numeric_limits<A>::infinity();
+    const A scale = A(form.scale) * key_scale, cap = form.softcap, infinity = std::numeric_limits<A>::infinity();
     A *q = workspace<A>(2 * dim * R + RUN * (R + dim)), *acc = q + dim * R, *p = acc + dim * R, *kv_block = p + RUN * R;
-    A top[R], weight[R] = {}, limit[R];
+    A top[R], weight[R] = {}, least[R], limit[R];
 
     std::fill(q, q + dim * R, A(0));
     std::fill(acc, acc + dim * R, A(0));
-    std::fill(top, top + R, -infinity);
+    std::fill(top, top + R, A(-1e30));  // finite: a row may see nothing of a run, before its window
+    std::fill(least, least + R, A(lowest));
     std::fill(limit, limit + R, A(context));
     for (int64_t r = 0; r < tokens * group; r++) {
         const T *from = query + (first + r / group) * query_stride + (kv * group + r % group) * dim;
@@ -269,27 +297,34 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
             Vec<A> x = load(from + d) * scale;
             for (int64_t i = 0; i < N<A>; i++) q[(d + i) * R + r] = x[i];
         }
+        least[r] = A(form.lowest(seen - 1 + r / group));
         limit[r] = A(seen + r / group);
+        if (form.sinks) {
+            top[r] = ((const A *)form.sinks)[kv * group + r % group];
+            weight[r] = 1;
+        }
     }
     auto gather = [&](const K *cache, int64_t block, int64_t count) {  // keys or values of one block, the rest zero
         for (int64_t j = 0; j < RUN; j++) {
-            const int64_t at = block + std::min(j, count - 1);
+            const int64_t at = std::clamp(block + j, lowest, block + count - 1);
             const K *from = cache + table[at / g.block_size] * g.block_stride + at % g.block_size * row + kv * dim;
-            for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, j < count ? widen<A>(from + d) : Vec<A>{});
+            const bool there = at == block + j;
+            for (int64_t d = 0; d < dim; d += N<A>) store(kv_block + j * dim + d, there ? widen<A>(from + d) : Vec<A>{});
         }
     };
-    for (int64_t block = 0; block < context; block += RUN) {
+    for (int64_t block = lowest / RUN * RUN; block < context; block += RUN) {
         const int64_t count = std::min(RUN, context - block);
         gather(keys, block, count);
         std::fill(p, p + RUN * R, A(0));
         for (int64_t j = 0; j < count; j += 4) multiply<A>(p + j * R, kv_block + j * dim, dim, 1, q, dim);
         gather(values, block, count);
         for (int64_t r = 0; r < R; r += N<A>) {
-            const Vec<A> old = load(top + r), bound = load(limit + r);
+            const Vec<A> old = load(top + r), from = load(least + r), bound = load(limit + r);
             Vec<A> peak = old, total = {};
             for (int64_t j = 0; j < RUN; j++) {
                 Vec<A> s = load(p + j * R + r), position = A(block + j) + Vec<A>{};
-                s = position < bound ? s : -infinity + Vec<A>{};
+                if (cap > 0) s = capped(s, cap);
+                s = (position >= from) & (position < bound) ? s : -infinity + Vec<A>{};
                 store(p + j * R + r, s);
                 peak = s > peak ? s : peak;
             }
@@ -298,7 +333,7 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
                 store(p + j * R + r, e);
                 total += e;
             }
-            const Vec<A> factor = exp(old - peak);  // 0 at first, when `old` is -infinity
+            const Vec<A> factor = exp(old - peak);  // 0 at first, when `old` is far below
             store(top + r, peak);
             store(weight + r, load(weight + r) * factor + total);
             for (int64_t d = 0; d < dim; d++) store(acc + d * R + r, load(acc + d * R + r) * factor);
@@ -314,8 +349,8 @@ void chunk_tile(const Geometry &g, const int32_t *tile, int64_t kv, const T *que
 // ---- one layer of one step -----------------------------------------------------------------------------------------
 
 template <class T, class K, class A>
-void attend(const Geometry &g, const T *query, int64_t query_stride, const K *key, int64_t key_stride, const K *value,
-            int64_t value_stride, K *keys, K *values, A key_scale, A value_scale, T *out) {
+void attend(const Geometry &g, const Form &form, const T *query, int64_t query_stride, const K *key, int64_t key_stride,
+            const K *value, int64_t value_stride, K *keys, K *values, A key_scale, A value_scale, T *out) {
     const int64_t row = g.kv_heads * g.head_dim, partial = g.heads * (g.head_dim + 2);
     auto write = [&](int64_t t) {
         const int64_t at = g.slots[t] / g.block_size * g.block_stride + g.slots[t] % g.block_size * row;
@@ -323,10 +358,10 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const K *ke
         std::memcpy(values + at, value + t * value_stride, row * sizeof(K));
     };
     auto decode = [&](int64_t seq, int64_t task) {
-        decode_run<T, K, A>(g, seq, task - g.task_starts[seq], query + seq * query_stride, keys, values, key_scale,
+        decode_run<T, K, A>(g, form, seq, task, query + seq * query_stride, keys, values, key_scale,
                             (A *)g.partials + task * partial);
     };
-    auto merge = [&](int64_t seq) { merge_runs<T, A>(g, seq, value_scale, out + seq * g.heads * g.head_dim); };
+    auto merge = [&](int64_t seq) { merge_runs<T, A>(g, form, seq, value_scale, out + seq * g.heads * g.head_dim); };
     const int64_t shared = g.by_sequence ? g.decodes : 0;  // tokens from here on may be read by any thread
 #pragma omp parallel num_threads(g.threads) if (g.decode_tasks + g.chunk_tasks > 1)
     {
@@ -336,8 +371,8 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const K *ke
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < g.chunk_tasks * g.kv_heads; i++)
-            chunk_tile<T, K, A>(g, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values, key_scale,
-                                value_scale, out);
+            chunk_tile<T, K, A>(g, form, g.tiles + i / g.kv_heads * 2, i % g.kv_heads, query, query_stride, keys, values,
+                                key_scale, value_scale, out);
         if (g.by_sequence) {  // the same arithmetic, without a barrier
 #pragma omp for schedule(dynamic) nowait
             for (int64_t seq = 0; seq < g.decodes; seq++) {
@@ -356,11 +391,11 @@ void attend(const Geometry &g, const T *query, int64_t query_stride, const K *ke
 
 // T: of queries and outputs. K: of the pool, and of keys and values as they come. A: of sums.
 #define EXPORT(NAME, T, K, A)                                                                                        \
-    extern "C" void NAME(const Geometry *g, const T *query, int64_t query_stride, const K *key, int64_t key_stride,  \
-                         const K *value, int64_t value_stride, K *keys, K *values, double key_scale,                 \
-                         double value_scale, T *out) {                                                               \
-        attend<T, K, A>(*g, query, query_stride, key, key_stride, value, value_stride, keys, values, A(key_scale),   \
-                        A(value_scale), out);                                                                        \
+    extern "C" void NAME(const Geometry *g, const Form *form, const T *query, int64_t query_stride, const K *key,    \
+                         int64_t key_stride, const K *value, int64_t value_stride, K *keys, K *values,               \
+                         double key_scale, double value_scale, T *out) {                                             \
+        attend<T, K, A>(*g, *form, query, query_stride, key, key_stride, value, value_stride, keys, values,          \
+                        A(key_scale), A(value_scale), out);                                                          \
     }
 EXPORT(attend_bfloat16, bf16, bf16, float)
 EXPORT(attend_float32, float, float, float)

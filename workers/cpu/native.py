@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from kvcache.pool import KVPool
+from workers.attention.forms import Form, plain_forms
 from workers.attention.write import dense_rows, stored
 from workers.execution.step import StepInput
+from workers.kernels.attention.form import Reach
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fopenmp", "-fPIC")
@@ -46,15 +49,27 @@ class AttentionGeometry(ctypes.Structure):
     ]
 
 
+class AttentionForm(ctypes.Structure):
+    """The struct `Form` in native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("scale", "softcap")), *((name, ctypes.c_int64) for name in ("window", "chunk")),
+        ("sinks", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class NativePlan:
+    """A step's, for the layers of one reach."""
+
     geometry: AttentionGeometry
     kept: tuple[object, ...]  # owners of the memory that `geometry` points to
 
 
 class NativeAttention:
-    """The kernels of native.cpp for one pool. bf16 and float32 accumulate in float32, float64 in float64. A pool in FP8 is read
-    as it is, number by number; what is written to it has been rounded here. dtype: of queries, None: the pool's.
+    """The kernels of native.cpp for one pool, and layers of any form. bf16 and float32 accumulate in float32, float64 in
+    float64. A pool in FP8 is read as it is, number by number; what is written to it has been rounded here. dtype: of queries,
+    None: the pool's.
 
     Runs on as many threads as torch is set to when a step is planned, in torch's own OpenMP pool. A sequence's result
     has the same bits whatever else is in the batch and however many threads there are.
@@ -64,10 +79,14 @@ class NativeAttention:
 
     name = "cpu"
 
-    def __init__(self, pool: KVPool, heads: int, cache_folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, pool: KVPool, heads: int, cache_folder: Path, forms: Sequence[Form] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self._pool = pool
         self._heads = heads
         layout = pool.layout
+        self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._dtype = dtype = dtype or pool.dtype
         name = str(dtype).removeprefix("torch.")
         if dtype not in ROWS or (not layout.scaled and dtype != pool.dtype):
@@ -79,26 +98,28 @@ class NativeAttention:
         function = load_library(cache_folder)[f"attend_{name}_fp8" if layout.scaled else f"attend_{name}"]
         pointer, stride, scale = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
         function.argtypes = [
-            pointer, pointer, stride, pointer, stride, pointer, stride, pointer, pointer, scale, scale, pointer,
+            pointer, pointer, pointer, stride, pointer, stride, pointer, stride, pointer, pointer, scale, scale, pointer,
         ]  # fmt: skip
         function.restype = None
         self._function = function
         self._keys = [pool.keys(layer).data_ptr() for layer in range(layout.layers)]
         self._values = [pool.values(layer).data_ptr() for layer in range(layout.layers)]
 
-    def plan(self, step: StepInput) -> NativePlan:
+    def plan(self, step: StepInput) -> dict[Reach, NativePlan]:
+        return {reach: self._plan(step, reach) for reach in dict.fromkeys(form.reach for form in self._forms)}
+
+    def _plan(self, step: StepInput, reach: Reach) -> NativePlan:
         layout, decodes, threads = self._pool.layout, step.decodes, torch.get_num_threads()
         tables = np.ascontiguousarray(step.host_block_tables, np.int32)
         contexts = np.ascontiguousarray(step.host_context_lens, np.int32)
         queries = step.host_query_lens
         query_starts = _prefix_sums(queries)
-        runs = -(-contexts[:decodes] // RUN)
+        runs = -(-contexts[:decodes] // RUN) - reach.lowest(contexts[:decodes] - 1) // RUN
         task_starts = _prefix_sums(runs)
         task_sequence = np.repeat(np.arange(decodes, dtype=np.int32), runs)
         tiles = self._tiles(queries, decodes)
         partial = self._heads * (layout.head_dim + 2)
-        accumulator = torch.float64 if self._dtype == torch.float64 else torch.float32
-        partials = torch.empty(len(task_sequence) * partial, dtype=accumulator)
+        partials = torch.empty(len(task_sequence) * partial, dtype=_accumulator(self._dtype))
         slots = step.slots.contiguous()
         geometry = AttentionGeometry(
             threads=threads,
@@ -131,15 +152,21 @@ class NativeAttention:
         key: Tensor,
         value: Tensor,
         step: StepInput,  # noqa: ARG002
-        plan: NativePlan,
+        plan: dict[Reach, NativePlan],
+        sinks: Tensor | None = None,
     ) -> Tensor:
         scales = self._pool.scales(layer)
         if scales is not None:
             key, value = stored(key, scales[0]), stored(value, scales[1])
         query, key, value = dense_rows(query), dense_rows(key), dense_rows(value)
         out = torch.empty(query.shape, dtype=query.dtype)
+        form = self._forms[layer]
+        assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
+        told = None if sinks is None else sinks.to(_accumulator(query.dtype)).contiguous()
+        said = AttentionForm(form.scale, form.softcap or 0.0, *form.reach, None if told is None else told.data_ptr())
         self._function(
-            ctypes.byref(plan.geometry),
+            ctypes.byref(plan[form.reach].geometry),
+            ctypes.byref(said),
             query.data_ptr(),
             query.stride(0),
             key.data_ptr(),
@@ -162,6 +189,10 @@ class NativeAttention:
             for first in reversed(range(0, count, tokens))
         ]
         return np.array(tiles, dtype=np.int32).reshape(-1, 2)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def load_library(cache_folder: Path) -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 """Attention of any `Form`, over heads of any shape, in plain torch on a CPU: layers of one model may differ in both.
 
-Imports torch, the pool, the step and the other backends' interface. A layer that is plain and fills the pool's heads goes to a
-backend of the usual kind, which is faster.
+Imports torch, the pool, the step and the other backends' interface. A layer that fills the pool's heads goes to a backend of
+the usual kind where there is one, which is faster.
 
     a slot of the pool   ├──────── kv_heads * head_dim numbers ────────┤   as wide as the widest layer's
     a narrower layer     ├── kv_heads * key_dim ──┤ never read          │   and so for values
@@ -39,9 +39,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class VariedPlan:
-    """plain: the other backend's. slots: [tokens] int64, block and slot in it, for writing. masks: by form and sequence."""
+    """usual: the other backend's. slots: [tokens] int64, block and slot in it, for writing. masks: by form and sequence."""
 
-    plain: Any
+    usual: Any
     blocks: Tensor
     slots: Tensor
     spans: list[Span]
@@ -49,16 +49,18 @@ class VariedPlan:
 
 
 class VariedAttention:
-    """shapes: of each layer's heads. usual: the backend, if any, for plain layers of `usual_shape`, which is the pool's."""
+    """shapes, forms: of each layer. usual: the backend, if any, for layers of `usual_shape`, which is the pool's; made for the
+    same forms."""
 
     def __init__(
-        self, pool: KVPool, shapes: Sequence[HeadShape], usual: AttentionBackend | None = None,
+        self, pool: KVPool, shapes: Sequence[HeadShape], forms: Sequence[Form], usual: AttentionBackend | None = None,
         usual_shape: HeadShape | None = None,
     ) -> None:  # fmt: skip
         layout = pool.layout
         assert max(shape.width for shape in shapes) <= layout.kv_heads * layout.head_dim, "a layer is wider than the pool"
         self.name = "cpu"
         self._pool = pool
+        self._forms = forms
         self._usual = usual
         self._block_size = layout.block_size
         self._flat = pool.data.flatten(4)
@@ -73,20 +75,19 @@ class VariedAttention:
             spans.append(Span(start, start + queries, context, table))
             start += queries
         blocks = step.slots.div(self._block_size, rounding_mode="floor")
-        plain = self._usual.plan(step) if self._usual is not None and any(self._full) else None
-        return VariedPlan(plain, blocks, step.slots - blocks * self._block_size, spans)
+        usual = self._usual.plan(step) if self._usual is not None and any(self._full) else None
+        return VariedPlan(usual, blocks, step.slots - blocks * self._block_size, spans)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: VariedPlan, form: Form
-    ) -> Tensor:
-        """As in `AttentionBackend`, by `form`. query [tokens, heads, key_dim], key [tokens, kv_heads, key_dim], value [tokens,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: VariedPlan,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As in `AttentionBackend`, but query [tokens, heads, key_dim], key [tokens, kv_heads, key_dim], value [tokens,
         kv_heads, value_dim]; returns [tokens, heads, value_dim]."""
-        if self._full[layer] and form.plain:
+        if self._full[layer]:
             assert self._usual is not None
-            usual_scale = query.shape[-1] ** -0.5
-            turned = query if form.scale == usual_scale else query * (form.scale / usual_scale)
-            return self._usual.attend(layer, turned, key, value, step, plan.plain)
-        scales = self._pool.scales(layer)
+            return self._usual.attend(layer, query, key, value, step, plan.usual, sinks)
+        form, scales = self._forms[layer], self._pool.scales(layer)
         if scales is not None:
             form = replace(form, scale=form.scale * scales[0])
         for half, states in enumerate((key, value)):
@@ -96,7 +97,7 @@ class VariedAttention:
         for number, span in enumerate(plan.spans):
             first, mask = self._mask(plan, number, form)
             keys, values = (self._context(layer, half, span, first, states) for half, states in enumerate((key, value)))
-            out[span.start : span.stop] = _attend(query[span.start : span.stop], keys, values, mask, form)
+            out[span.start : span.stop] = _attend(query[span.start : span.stop], keys, values, mask, form, sinks)
         return out if scales is None else out.mul_(scales[1])
 
     def _mask(self, plan: VariedPlan, number: int, form: Form) -> tuple[int, Tensor]:
@@ -124,13 +125,13 @@ class VariedAttention:
         return numbers.to(like.dtype).view(-1, heads, dim).transpose(0, 1)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, form: Form) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, form: Form, sinks: Tensor | None) -> Tensor:
     """query [queries, heads, dim], keys and values [kv_heads, context, dim], mask [queries, context] -> [queries, heads, dim].
 
     bf16 and fp16 accumulate in float32.
     """
     queries, heads, _ = query.shape
-    if form.softcap is None and form.sinks is None:
+    if form.softcap is None and sinks is None:
         turned = query.transpose(0, 1)[None]
         grouped = heads > keys.shape[0]
         out = F.scaled_dot_product_attention(turned, keys[None], values[None], mask, scale=form.scale, enable_gqa=grouped)
@@ -141,9 +142,9 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, form: For
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
     scores = scores.masked_fill(~mask, -torch.inf)
-    if form.sinks is not None:
-        sinks = form.sinks.to(exact).view(keys.shape[0], -1, 1, 1).expand(-1, -1, queries, 1)
-        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    if sinks is not None:
+        beside = sinks.to(exact).view(keys.shape[0], -1, 1, 1).expand(-1, -1, queries, 1)
+        weights = torch.cat((scores, beside), -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     out = weights @ values.to(exact)[:, None]

@@ -19,8 +19,10 @@ class DecodeAttend:
     plan: Any
     turns: bool
 
-    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
-        return self.attention.decode(layer, query, self.tables, self.contexts, self.plan, turn=turn)
+    def __call__(
+        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        return self.attention.decode(layer, query, self.tables, self.contexts, self.plan, turn=turn, sinks=sinks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class ChunkAttend:
     plan: Any
     turns: bool = False
 
-    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         assert turn is None, "chunks attend to keys that stand in the pool"
-        return self.attention.chunks(layer, query, self.plan)
+        return self.attention.chunks(layer, query, self.plan, sinks=sinks)

@@ -103,8 +103,10 @@ class GpuParts:
     def _make(self, blocks: int) -> GpuRunner:
         config = self._spec.config
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device, scales=self._spec.kv_scales)
+        assert self._decoder is not None, "made before it is loaded"
         attention, small = select_device_backends(
-            config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, dtype=self._spec.dtype
+            config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=self._decoder.forms,
+            dtype=self._spec.dtype,
         )
         state = DeviceBatch(
             max_num_seqs=config.max_num_seqs,

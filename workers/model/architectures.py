@@ -5,11 +5,11 @@ Imports no torch before a dtype is asked for: front ends need none. One more fam
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from workers.kernels.attention.form import Form
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
 from workers.model.quantization.scheme import Scheme, read_scheme
@@ -19,8 +19,6 @@ from workers.model.rotary import Rope
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Architecture:
     o_bias: bool | None = False
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    sliding: str = ""  # which rule says whether the sliding window is in use: "", "always", "flag" or "switch"
+    sliding: str = ""  # which rule says which layers have the sliding window: "", "always", "flag" or "switch"
     head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
     mixture: MixtureFamily | None = None  # what stands in the place of MLPs
 
@@ -103,9 +101,10 @@ class ModelConfig:
     head_dim: int
     intermediate: int
     vocab_size: int
-    max_position: int  # positions that may be used: as many as YaRN stretches to, never beyond a sliding window
+    max_position: int  # positions that may be used: as many as YaRN stretches to
     rms_eps: float
     rope: Rope
+    forms: tuple[Form, ...]  # of each layer's attention
     attention_bias: bool
     o_bias: bool
     mlp_bias: bool
@@ -123,9 +122,8 @@ class ModelConfig:
         """Of the weights; None: config.json leaves it to what they are stored in."""
         return None if self.dtype_name is None else torch_dtype(self.dtype_name)
 
-    def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:  # noqa: ARG002
-        """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device, over all
-        of its positions."""
+    def require(self, size: int, device: str = "cpu") -> None:  # noqa: ARG002
+        """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device."""
         self.shard(0, size)
 
     def shard(self, rank: int, size: int) -> RankShape:
@@ -201,6 +199,7 @@ def read_config(path: str | Path) -> ModelConfig:
         raise fields.error(f"head_dim={head_dim} is odd, and rotary embeddings turn pairs")
     trained = fields.integer("max_position_embeddings")
     rope = read_rope(fields, trained)
+    windows = _read_windows(fields, family, fields.integer("num_hidden_layers"))
     _refuse_what_is_not_computed(fields)
     layers = fields.integer("num_hidden_layers")
     return ModelConfig(
@@ -212,9 +211,10 @@ def read_config(path: str | Path) -> ModelConfig:
         head_dim=head_dim,
         intermediate=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
-        max_position=_within_window(fields, family, rope.stretched(trained)),
+        max_position=rope.stretched(trained),
         rms_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
+        forms=tuple(Form(head_dim**-0.5, window) for window in windows),
         attention_bias=_attention_bias(fields, family),
         o_bias=fields.switch("attention_bias", family.o_bias),
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
@@ -262,20 +262,23 @@ def quantizes_only_kv(fields: Fields) -> bool:
     return said.get("kv_cache_scheme") is not None and said.get("config_groups") == {} and not fields.get("compression_config")
 
 
-def _within_window(fields: Fields, family: Architecture, max_position: int) -> int:
-    """Within its window, sliding attention is full attention: so it is served exactly, up to the window."""
-    window = None
+def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int | None]:
+    """The sliding window of each layer, None where it sees all. As transformers' own classes of these families read it."""
+    full: list[int | None] = [None] * layers
+    if not family.sliding or _is_null(fields, "sliding_window"):
+        return full
+    window = fields.integer("sliding_window", 4096)
     if family.sliding == "always":
-        window = fields.integer("sliding_window", 4096) if not _is_null(fields, "sliding_window") else None
-    elif family.sliding in ("flag", "switch") and fields.get("use_sliding_window", False):
-        kinds = fields.get("layer_types")
-        slides = family.sliding == "switch" or fields.integer("num_hidden_layers") > int(fields.get("max_window_layers", 28))
-        if "sliding_attention" in kinds if isinstance(kinds, list) else slides:
-            window = fields.integer("sliding_window", 4096)
-    if window is None or window >= max_position:
-        return max_position
-    logger.warning("sliding window of %d tokens: the context ends there instead of at %d", window, max_position)
-    return window
+        return [window] * layers
+    if not fields.get("use_sliding_window", False):
+        return full
+    kinds = fields.get("layer_types")
+    if kinds is None:
+        first = 0 if family.sliding == "switch" else min(layers, int(fields.get("max_window_layers", 28)))
+        return full[:first] + [window] * (layers - first)
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise fields.error(f"layer_types must name full_attention or sliding_attention for each of {layers} layers: {kinds!r}")
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _is_null(fields: Fields, name: str) -> bool:

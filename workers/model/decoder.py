@@ -207,6 +207,8 @@ class Decoder:
         self.dtype, self.device = dtype, device
         self.attention = attention
         self._pads = can_pack(dtype, device)
+        self.forms = [form.within(positions) for form in config.forms]
+        """Of each layer, without what sequences of so many positions cannot notice; its attention is made for them."""
         self.rotary = Rotary(config.rope, config.head_dim, positions, dtype, device)
         self.outer = Outer(config, self.shape, comm, dtype, device, tables)
         judges = config.head == "labels" or score_tokens is not None

@@ -38,8 +38,11 @@ class Attend(Protocol):
         """It takes the projection as it is: turns the queries and writes the step's keys and values itself."""
         ...
 
-    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
-        """query [tokens, heads, head_dim] -> the same; the step's KV of that layer has been written. Where it turns, with
+    def __call__(
+        self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query [tokens, heads, head_dim] -> the same; the step's KV of that layer has been written. sinks: [heads], of a layer
+        whose form has them. Where it turns, with
         `turn`: query is the projection [tokens, (heads + 2 * kv_heads) * head_dim], and its KV has not."""
         ...
 

@@ -3,6 +3,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,27 @@ def test_what_is_served_natively_can_be_served_so_too(tmp_path: Path) -> None:
     reference = Reference(path)
     for implementation in ("native", "transformers"):
         assert compare(path, reference, SETTINGS[0], implementation).wrong == ()
+
+
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
+}
+"""Windows in all layers, and in one of two; they begin within blocks, and are far shorter than the prompts."""
+
+
+@pytest.fixture(scope="module", params=WINDOWED)
+def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
+    path = make(request.param, tmp_path_factory.mktemp("windowed") / request.param, **WINDOWED[request.param])
+    return path, Reference(path)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_windows_natively(windowed: tuple[Path, Reference], setting: Setting) -> None:
+    outcome = compare(*windowed, setting, "native")
+    assert outcome.wrong == ()
+    assert outcome.hits > 0
+    assert outcome.preemptions > 0 or not setting.small
 
 
 def test_the_page_has_every_model_type(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Imports torch, the pool and the step; no backend.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +11,12 @@ from torch import Tensor
 
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
+from workers.attention.forms import Form
 from workers.execution.step import StepInput
 
 SPARE_BLOCKS = 3
+NO_BLOCK = 1 << 30
+"""In place of blocks that a layer does not see, whoever holds them: must not be followed."""
 
 
 def make_step(query_lens: list[int], context_lens: list[int], block_size: int, seed: int = 0) -> StepInput:
@@ -65,36 +67,59 @@ class Problem:
     value: Tensor
     layer: int
     expected: Tensor  # [tokens, heads, head_dim] float64, on the CPU
+    forms: list[Form]  # of each layer
+    sinks: Tensor | None  # [heads], where the form has them
 
 
-def make_problem(step: StepInput, layout: BlockLayout, heads: int, device: str = "cpu", seed: int = 0) -> Problem:
-    """Every slot that must not be read holds NaN, the step's own slots included until the backend writes them."""
+def make_problem(
+    step: StepInput, layout: BlockLayout, heads: int, device: str = "cpu", seed: int = 0, form: Form | None = None
+) -> Problem:
+    """Every slot that must not be read holds NaN, the step's own slots included until the backend writes them. form: of the
+    last layer, None: plain."""
+    form = form or Form(layout.head_dim**-0.5)
     pool = KVPool(layout, blocks_of(step, layout.block_size), device)
     pool.data.fill_(float("nan"))
     layer = layout.layers - 1
     generator = torch.Generator().manual_seed(seed)
+    sinks = torch.randn(heads, generator=generator).to(pool.dtype) if form.sinks else None
     queries, keys, values, expected = [], [], [], []
     sequences = zip(step.host_query_lens.tolist(), step.host_context_lens.tolist(), step.host_block_tables, strict=True)
     for new, context, table in sequences:
         query = torch.randn(new, heads, layout.head_dim, generator=generator).to(pool.dtype)
         key, value = torch.randn(2, context, layout.kv_heads, layout.head_dim, generator=generator).to(pool.dtype)
-        position = torch.arange(context - new)
+        position = torch.arange(lowest_seen(form, context - new), context - new)
         at = torch.from_numpy(table).long()[position // layout.block_size].to(device), (position % layout.block_size).to(device)
-        pool.keys(layer)[at] = key[: context - new].to(device)
-        pool.values(layer)[at] = value[: context - new].to(device)
+        pool.keys(layer)[at] = key[position].to(device)
+        pool.values(layer)[at] = value[position].to(device)
         queries.append(query)
         keys.append(key[context - new :])
         values.append(value[context - new :])
-        expected.append(dense(query.double(), key.double(), value.double()))
+        expected.append(dense(query.double(), key.double(), value.double(), form, sinks))
+        table[: lowest_seen(form, context - new) // layout.block_size] = NO_BLOCK  # the step's own, on host and device
     query, key, value = (torch.cat(parts).to(device) for parts in (queries, keys, values))
-    return Problem(to_device(step, device), pool, query, key, value, layer, torch.cat(expected))
+    forms = [*[Form(layout.head_dim**-0.5)] * layer, form]
+    told = None if sinks is None else sinks.to(device)
+    return Problem(to_device(step, device), pool, query, key, value, layer, torch.cat(expected), forms, told)
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def lowest_seen(form: Form, position: int) -> int:
+    """The first position that a token at `position` sees."""
+    lowest = 0 if form.window is None else max(0, position - form.window + 1)
+    return lowest if form.chunk is None else max(lowest, position // form.chunk * form.chunk)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None) -> Tensor:
     """query [queries, heads, dim] are the last tokens of key, value [context, kv_heads, dim]; KV is repeated per group."""
-    new, heads, dim = query.shape
+    new, heads, _ = query.shape
     context, kv_heads, _ = key.shape
     key, value = (kv.repeat_interleave(heads // kv_heads, dim=1) for kv in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(dim)
-    later = torch.arange(context) > torch.arange(context - new, context)[:, None]
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(later, float("-inf")).softmax(-1), value)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * form.scale
+    if form.softcap is not None:
+        scores = form.softcap * torch.tanh(scores / form.softcap)
+    keys, seen = torch.arange(context), torch.zeros(new, context, dtype=torch.bool)
+    for row, position in enumerate(range(context - new, context)):
+        seen[row] = (keys >= lowest_seen(form, position)) & (keys <= position)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:  # a key of their own, whose value is nothing
+        scores = torch.cat((scores, sinks.to(query)[:, None, None].expand(-1, new, 1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :context], value)

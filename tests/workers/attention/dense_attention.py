@@ -37,8 +37,10 @@ class DenseAttention:
         return slots
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: list[Tensor]
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, step: StepInput, plan: list[Tensor],
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert sinks is None
         self.cache[layer, 0, step.slots] = key
         self.cache[layer, 1, step.slots] = value
         outputs, start = [], 0

@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.attention.attention_reference import dense
+from tests.workers.attention.attention_reference import dense, lowest_seen
+from workers.attention.forms import Form
+
+Told = tuple[float | None, tuple[int, int], float, Tensor | None]
+"""Scale, window, soft cap, sinks."""
 
 
 def install(monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
@@ -47,30 +51,37 @@ class Paged:
 
     def varlen_2(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-        *, causal: bool = False, block_table: Tensor,
+        *, causal: bool = False, block_table: Tensor, softmax_scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     ) -> Tensor:  # fmt: skip
         assert cu_seqlens_k.dtype == torch.int32
         assert cu_seqlens_k[0] == 0
         lens = cu_seqlens_k.diff()
         assert lens.max() == max_seqlen_k
-        return self._attend(q, k, v, cu_seqlens_q, max_seqlen_q, lens.int(), block_table, causal)
+        told = softmax_scale, window_size, softcap, None
+        return self._attend(q, k, v, cu_seqlens_q, max_seqlen_q, lens.int(), block_table, causal, told)
 
     def kvcache_2(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, block_table: Tensor, causal: bool = False
-    ) -> Tensor:
-        return self._batched(q, k_cache, v_cache, cache_seqlens, block_table, causal)
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, block_table: Tensor, causal: bool = False,
+        softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        told = softmax_scale, window_size, softcap, None
+        return self._batched(q, k_cache, v_cache, cache_seqlens, block_table, causal, told)
 
     def kvcache_3(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, page_table: Tensor, causal: bool = False,
         cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, scheduler_metadata: Tensor | None = None,
+        softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     ) -> Tensor:  # fmt: skip
+        told = softmax_scale, window_size, softcap, None
         if cu_seqlens_q is None:
             if scheduler_metadata is not None:  # it must have been made for this very batch and this width of the table
+                assert (window_size, softcap) == ((-1, -1), 0.0), "it was made for other attention"
                 facts = [*cache_seqlens.tolist(), page_table.shape[1] * k_cache.shape[1], q.shape[2], *k_cache.shape[1:]]
                 assert scheduler_metadata.tolist() == facts
-            return self._batched(q, k_cache, v_cache, cache_seqlens, page_table, causal)
+            return self._batched(q, k_cache, v_cache, cache_seqlens, page_table, causal, told)
         assert max_seqlen_q is not None
-        return self._attend(q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, causal)
+        return self._attend(q, k_cache, v_cache, cu_seqlens_q, max_seqlen_q, cache_seqlens, page_table, causal, told)
 
     def metadata_3(
         self, *, batch_size: int, max_seqlen_q: int, max_seqlen_k: int, num_heads_q: int, num_heads_kv: int, headdim: int,
@@ -85,18 +96,24 @@ class Paged:
 
     def varlen_4(
         self, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, max_seqlen_q: int, seqused_k: Tensor,
-        page_table: Tensor, causal: bool = False,
+        page_table: Tensor, causal: bool = False, softmax_scale: float | None = None,
+        window_size: tuple[int | None, int | None] = (None, None), softcap: float = 0.0, learnable_sink: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        return self._attend(q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, page_table, causal), None
+        told = softmax_scale, (-1 if window_size[0] is None else window_size[0], 0), softcap, learnable_sink
+        return self._attend(q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, page_table, causal, told), None
 
-    def _batched(self, q: Tensor, k: Tensor, v: Tensor, lens: Tensor, table: Tensor, causal: bool) -> Tensor:
+    def _batched(self, q: Tensor, k: Tensor, v: Tensor, lens: Tensor, table: Tensor, causal: bool, told: Told) -> Tensor:
         batch, queries, heads, dim = q.shape
         starts = torch.arange(0, (batch + 1) * queries, queries, dtype=torch.int32)
-        return self._attend(q.reshape(-1, heads, dim), k, v, starts, queries, lens, table, causal).view(q.shape)
+        return self._attend(q.reshape(-1, heads, dim), k, v, starts, queries, lens, table, causal, told).view(q.shape)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_query: int, lens: Tensor, table: Tensor, causal: bool
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_query: int, lens: Tensor, table: Tensor, causal: bool,
+        told: Told,
+    ) -> Tensor:  # fmt: skip
+        scale, (left, right), softcap, sinks = told
+        form = Form(scale or q.shape[2] ** -0.5, left + 1 if left >= 0 else None, None, softcap or None, sinks is not None)
+        assert right <= 0
         blocks, block_size, kv_heads, dim = k.shape
         assert v.shape == k.shape
         assert q.dim() == 3
@@ -114,8 +131,15 @@ class Paged:
         assert causal
         out = torch.empty_like(q)
         for row, (start, stop) in enumerate(zip(starts.tolist(), starts.tolist()[1:], strict=False)):
-            used = table[row, : -(-int(lens[row]) // block_size)].long()
+            context = int(lens[row])
+            lowest = lowest_seen(form, context - (stop - start))
+            first = lowest // block_size  # what lies before it is not read
+            used = table[row, first : -(-context // block_size)].long()
             assert used.max() < blocks
-            key, value = (cache[used].flatten(0, 1)[: lens[row]].double() for cache in (k, v))
-            out[start:stop] = dense(q[start:stop].double(), key, value).to(q.dtype)
+            skipped = first * block_size
+            key, value = (cache[used].flatten(0, 1)[: context - skipped].double() for cache in (k, v))
+            before = key.new_zeros(skipped, kv_heads, dim)
+            key, value = torch.cat((before, key)), torch.cat((before, value))
+            key[:lowest], value[:lowest] = 0, 0
+            out[start:stop] = dense(q[start:stop].double(), key, value, form, sinks).to(q.dtype)
         return out

@@ -4,7 +4,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,40 +19,49 @@ from tests.workers.attention.attention_reference import Problem, make_problem, m
 from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
 from workers.attention.flash import FlashAttention, load_kernels
-from workers.attention.select import select_backend
+from workers.attention.forms import Form
+from workers.attention.mixed import MixedAttention
+from workers.attention.select import select_backend, select_device_backends
+from workers.attention.write import TorchWriter
 from workers.cpu.attention import CpuAttention
 from workers.cpu.native import FLAGS, NativeAttention, NativeUnavailable, load_library
+from workers.kernels.attention.form import Reach
 
 TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 3e-3, "bfloat16": 2e-2}
 CACHE = Path("~/.cache/manta").expanduser()
-Make = Callable[[KVPool, int], AttentionBackend]
+Forms = Sequence[Form] | None
+Make = Callable[[KVPool, int, Forms], AttentionBackend]
 
 
-def _native(pool: KVPool, heads: int) -> AttentionBackend:
+def _torch(pool: KVPool, heads: int, forms: Forms = None) -> AttentionBackend:
+    return select_backend("cpu", pool=pool, heads=heads, forms=forms, native=False)
+
+
+def _native(pool: KVPool, heads: int, forms: Forms = None) -> NativeAttention:
     try:
-        return NativeAttention(pool, heads, CACHE)
+        return NativeAttention(pool, heads, CACHE, forms)
     except NativeUnavailable as error:
         pytest.skip(f"no compiled kernels: {error}")
 
 
-def _triton(pool: KVPool, heads: int) -> AttentionBackend:
+def _triton(pool: KVPool, heads: int, forms: Forms = None) -> AttentionBackend:
     pytest.importorskip("triton")
     from workers.attention.triton import TritonAttention
 
-    return TritonAttention(pool, heads)
+    return TritonAttention(pool, heads, forms=forms)
 
 
 FINITE_GARBAGE = 3e4
 """What a GPU's pool may hold where nothing was written: flash-attn 3 multiplies it by zero, which NaN would survive."""
 
 
-def _flash(pool: KVPool, heads: int) -> AttentionBackend:
+def _flash(pool: KVPool, heads: int, forms: Forms = None) -> AttentionBackend:
     if pool.device.type == "cuda" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash-attn is not installed")
-    return FlashAttention(pool, load_kernels(), heads)
+    return FlashAttention(pool, load_kernels(), heads, forms)
 
 
-MAKE: dict[str, Make] = {"torch": CpuAttention, "native": _native, "triton": _triton, "flash": _flash}
+MAKE: dict[str, Make] = {"torch": _torch, "native": _native, "triton": _triton, "flash": _flash}
 DTYPES = {
     "torch": ("float64", "float32", "bfloat16", "float16"),
     "native": ("float64", "float32", "bfloat16"),
@@ -95,9 +104,10 @@ def two_threads() -> Iterator[None]:
 
 
 def run(make: Make, problem: Problem) -> torch.Tensor:
-    backend = make(problem.pool, problem.query.shape[1])
+    backend = make(problem.pool, problem.query.shape[1], problem.forms)
     plan = backend.plan(problem.step)
-    return backend.attend(problem.layer, problem.query, problem.key, problem.value, problem.step, plan)
+    given = problem.query, problem.key, problem.value
+    return backend.attend(problem.layer, *given, problem.step, plan, problem.sinks)
 
 
 def check(make: Make, problem: Problem) -> None:
@@ -105,6 +115,7 @@ def check(make: Make, problem: Problem) -> None:
     pool, step, layer = problem.pool, problem.step, problem.layer
     if make is _flash and pool.device.type == "cuda":
         pool.data.nan_to_num_(FINITE_GARBAGE)
+        step.block_tables.clamp_(max=pool.blocks - 1)  # its tiles may begin in the block before a window
     before = pool.data.clone()
     out = run(make, problem)
     assert out.shape == problem.query.shape
@@ -165,7 +176,7 @@ def test_views_of_a_fused_projection(backend: str, dtype: str, device: str) -> N
     problem = make_problem(make_step([1, 5], [20, 21], block), layout, heads=4, device=device)
     fused = torch.cat((problem.query, problem.key, problem.value), dim=1)
     query, key, value = fused[:, :4], fused[:, 4:6], fused[:, 6:]
-    bound = MAKE[backend](problem.pool, 4)
+    bound = MAKE[backend](problem.pool, 4, None)
     out = bound.attend(0, query, key, value, problem.step, bound.plan(problem.step))
     torch.testing.assert_close(out.cpu().double(), problem.expected, atol=TOLERANCE[dtype], rtol=0)
 
@@ -188,7 +199,7 @@ def test_attending_without_writing(backend: str, dtype: str, device: str) -> Non
     problem = make_problem(make_step([1, 1, 9, 30], [5, block + 9, 9, block + 30], block), layout, heads=4, device=device)
     if device == "cuda" and backend == "flash":
         problem.pool.data.nan_to_num_(FINITE_GARBAGE)
-    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4, None))
     run(MAKE[backend], problem)  # writes
     step, out = problem.step, torch.full_like(problem.query, float("nan"))
     tables = torch.nn.functional.pad(step.block_tables, (0, 500))
@@ -208,19 +219,59 @@ def test_more_decodes_than_reserved_make_room(backend: str, dtype: str, device: 
     layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
     problem = make_problem(make_step([1] * 5, [3, 4, 5, 6, 7], 16), layout, heads=1, device=device)
 
-    def small(pool: KVPool, heads: int) -> AttentionBackend:
+    def small(pool: KVPool, heads: int, forms: Forms) -> AttentionBackend:
         from workers.attention.triton import TritonAttention
 
-        return TritonAttention(pool, heads, max_batch=2)
+        return TritonAttention(pool, heads, max_batch=2, forms=forms)
 
     assert backend == "triton"
     check(small, problem)
 
 
+# ---- layers of other forms --------------------------------------------------------------------------------------------
+
+FORMS = {
+    "scaled": Form(0.3),
+    "window": Form(0.125, window=37),
+    "window-of-one": Form(0.125, window=1),
+    "window-beyond-all": Form(0.125, window=5000),
+    "chunk": Form(0.125, chunk=100),
+    "cap": Form(0.125, softcap=1.5),
+    "sinks": Form(0.125, sinks=True),
+    "all": Form(0.3, window=70, chunk=128, softcap=2.0, sinks=True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(("backend", "dtype", "device"), [*_cases("native"), *_cases("flash")[:1], *_cases("flash")[2:3]])
+def test_forms(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, device: str, form: Form) -> None:
+    """The last of two layers, the first is plain; what the layer does not see has no block."""
+    if device == "cpu" and backend == "flash":
+        fake_flash_attn.install(monkeypatch, "4" if form.sinks else "2")
+    block = 256 if backend == "flash" else 16
+    layout = BlockLayout(block_size=block, layers=2, kv_heads=2, head_dim=64, dtype=dtype)
+    queries, contexts = [1, 1, 1, 1, 90, 3], [1, 36, 130, 2 * block + 9, 130, 70]
+    problem = make_problem(make_step(queries, contexts, block), layout, heads=6, device=device, form=form)
+    if backend == "flash" and not cast(FlashAttention, _flash(problem.pool, 6, problem.forms)).takes(form):
+        assert form.chunk is not None
+        return
+    check(MAKE[backend], problem)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_compiled_kernels_say_what_plain_torch_says(form: Form) -> None:
+    """Plain torch reads whole blocks, which a sequence has written, from the first one that it sees."""
+    layout = BlockLayout(block_size=16, layers=1, kv_heads=2, head_dim=64, dtype="float64")
+    problem = make_problem(make_step([1, 1, 33], [200, 20, 90], 16), layout, heads=4, form=form)
+    problem.pool.data.nan_to_num_(0.0)
+    torch.testing.assert_close(run(_torch, problem), run(_native, problem), rtol=1e-12, atol=1e-12)
+    check(_torch, problem)
+
+
 def test_wide_scores_stay_finite() -> None:
     """Scores far apart and far from zero: the softmax must subtract the maximum, masked keys must weigh nothing."""
     layout = BlockLayout(block_size=16, layers=1, kv_heads=1, head_dim=64, dtype="float32")
-    for make in (CpuAttention, _native):
+    for make in (_torch, _native):
         problem = make_problem(make_step([1, 40], [200, 90], 16), layout, heads=2)
         problem.query.mul_(100)
         assert run(make, problem).isfinite().all()
@@ -235,10 +286,10 @@ def test_a_sequence_keeps_its_bits_in_any_batch_and_on_any_threads(dtype: str) -
     problem = make_problem(make_step([1] * 5 + [50], [300, 170, 64, 290, 210, 130], 16), layout, heads=4)
     backend = _native(problem.pool, 4)
     torch.set_num_threads(3)
-    assert not backend.plan(problem.step).geometry.by_sequence
+    assert not backend.plan(problem.step)[Reach()].geometry.by_sequence
     together = run(_native, problem)
     torch.set_num_threads(1)
-    assert backend.plan(problem.step).geometry.by_sequence
+    assert backend.plan(problem.step)[Reach()].geometry.by_sequence
     assert torch.equal(run(_native, problem), together)
     alone = make_step([1], [300], 16)
     table = problem.step.host_block_tables[:1]
@@ -329,6 +380,39 @@ def test_without_flash_attn_the_error_names_each_generation(monkeypatch: pytest.
         load_kernels()
 
 
+@pytest.mark.skipif(CUDA, reason="the fake computes on a CPU")
+@pytest.mark.parametrize(("generation", "taken"), [("2", {"window", "cap"}), ("4", {"window", "cap", "sinks"})])
+def test_layers_that_a_generation_does_not_take_are_tritons(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, generation: str, taken: set[str]
+) -> None:
+    """Decodes and chunks of a model whose layers differ, each by the backend that its form asks for, and all right."""
+    pytest.importorskip("triton")
+    fake_flash_attn.install(monkeypatch, generation)
+    layout = BlockLayout(block_size=256, layers=4, kv_heads=1, head_dim=64, dtype="float16")
+    names = ["window", "cap", "sinks", "chunk"]
+    for _ in names:
+        names = [*names[1:], names[0]]  # the last layer is the one that is computed
+        problem = make_problem(make_step([1, 1, 9], [5, 300, 280], 256), layout, heads=2, form=FORMS[names[-1]])
+        step, layer, forms = problem.step, problem.layer, [FORMS[name] for name in names]
+        TorchWriter(problem.pool).write(layer, problem.key, problem.value, TorchWriter(problem.pool).targets(step.slots))
+        for choice in ("auto", "flash"):
+            with caplog.at_level(logging.INFO):
+                bound, small = select_device_backends(choice, pool=problem.pool, heads=2, most=4, forms=forms)
+            assert isinstance(bound, MixedAttention)
+            assert small.name == "triton"
+            chunker = "flash" if names[-1] in taken else "triton"
+            assert bound._chunks[layer].name == chunker
+            assert bound._decodes[layer].name == ("triton" if choice == "auto" else chunker)
+            plan = bound.plan_decode(step.context_lens[:2], 2, step.block_tables.shape[1])
+            given = problem.query[:2], step.block_tables[:2], step.context_lens[:2]
+            out = [bound.decode(layer, *given, plan, sinks=problem.sinks)]
+            chunks = Chunks(step.query_starts[2:] - 2, step.context_lens[2:], step.block_tables[2:], 9, 9, 280)
+            out.append(bound.chunks(layer, problem.query[2:], bound.plan_chunks(chunks), sinks=problem.sinks))
+            torch.testing.assert_close(torch.cat(out).double(), problem.expected, atol=TOLERANCE["float16"], rtol=0)
+    assert "triton for layers with chunks" in caplog.text
+    assert ("triton for layers with attention sinks" in caplog.text) == ("sinks" not in taken)
+
+
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +452,7 @@ def test_decodes_replay_in_a_cuda_graph_as_contexts_grow_cuda(backend: str) -> N
     layout = BlockLayout(block_size=256, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
     problem = make_problem(make_step([1, 1], [300, 5], 256), layout, heads=4, device="cuda")
     problem.pool.data.nan_to_num_(FINITE_GARBAGE)
-    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4))
+    bound = cast(DeviceAttention, MAKE[backend](problem.pool, 4, None))
     step = problem.step
     run(MAKE[backend], problem)
     lens = torch.ones_like(step.context_lens)
@@ -394,7 +478,7 @@ def test_chunks_replay_in_a_cuda_graph_as_their_lengths_change_cuda() -> None:
     layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype="bfloat16")
     problem = make_problem(make_step([40, 21], [140, 21], 64), layout, heads=4, device="cuda")
     step = problem.step
-    bound = cast(DeviceAttention, MAKE["triton"](problem.pool, 4))
+    bound = cast(DeviceAttention, MAKE["triton"](problem.pool, 4, None))
     run(MAKE["triton"], problem)
     starts, lens = torch.tensor([0, 32, 64], dtype=torch.int32, device="cuda"), torch.full_like(step.context_lens, 32)
     query, out = (torch.zeros((64, 4, 64), dtype=problem.pool.dtype, device="cuda") for _ in range(2))

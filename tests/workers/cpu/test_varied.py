@@ -1,5 +1,7 @@
 """Attention of every form over heads of every shape equals dense attention in float64, written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ FORMS = {
     "window-of-one": Form(0.25, window=1),
     "chunk": Form(0.25, chunk=24),
     "cap": Form(0.25, softcap=2.0),
-    "sinks": Form(0.25, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)),
-    "all": Form(0.3, window=30, softcap=3.0, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)),
+    "sinks": Form(0.25, sinks=True),
+    "all": Form(0.3, window=30, softcap=3.0, sinks=True),
 }
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 SHAPES = {
     "usual": HeadShape(4, 2, 16, 16),
     "one-kv-head": HeadShape(4, 1, 16, 16),
@@ -45,7 +48,7 @@ def attend_densely(query: Tensor, keys: Tensor, values: Tensor, context: int, fo
             scores = keys[lowest : position + 1, head // group] @ query[number, head] * form.scale
             if form.softcap is not None:
                 scores = form.softcap * torch.tanh(scores / form.softcap)
-            sink = torch.empty(0, dtype=query.dtype) if form.sinks is None else form.sinks[head : head + 1]
+            sink = SINKS[head : head + 1] if form.sinks else torch.empty(0, dtype=query.dtype)
             weights = torch.cat((scores, sink)).softmax(0)[: len(scores)]
             out[number, head] = weights @ values[lowest : position + 1, head // group]
     return out
@@ -81,34 +84,35 @@ def test_equals_dense_attention(form: Form, shape: HeadShape, block: int) -> Non
     expected = [attend_densely(q, k, v, n, form) for q, (k, v), n in zip(queries, states, CONTEXTS, strict=True)]
     key = torch.cat([k[n - q :] for (k, _), n, q in zip(states, CONTEXTS, QUERIES, strict=True)])
     value = torch.cat([v[n - q :] for (_, v), n, q in zip(states, CONTEXTS, QUERIES, strict=True)])
-    attention = VariedAttention(pool, shapes)
-    out = attention.attend(1, torch.cat(queries), key, value, step, attention.plan(step), form)
+    attention = VariedAttention(pool, shapes, [FORMS["plain"], form])
+    sinks = SINKS if form.sinks else None
+    out = attention.attend(1, torch.cat(queries), key, value, step, attention.plan(step), sinks)
     torch.testing.assert_close(out, torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
-def test_plain_layers_of_the_pools_heads_go_to_the_usual_backend() -> None:
-    """With another scale as well; a windowed layer beside them does not."""
-    shape = SHAPES["usual"]
+def test_layers_of_the_pools_heads_go_to_the_usual_backend() -> None:
+    """A layer of other heads beside them does not."""
+    usual, other = SHAPES["usual"], SHAPES["one-kv-head"]
     step = make_step([1, 5], [40, 20], 16)
-    layout = BlockLayout(16, 1, 2, 16, "float64")
     calls = []
 
     class Usual(CpuAttention):
-        def attend(self, *args: object, **kwargs: object) -> Tensor:
-            calls.append(1)
-            return super().attend(*args, **kwargs)  # type: ignore[arg-type]
+        def attend(self, layer: int, *rest: Any) -> Tensor:
+            calls.append(layer)
+            return super().attend(layer, *rest)
 
-    query, key, value = (torch.randn(6, heads, 16, dtype=torch.float64) for heads in (4, 2, 2))
+    states = [[torch.randn(6, heads, 16, dtype=torch.float64) for heads in (4, kv, kv)] for kv in (2, 1)]
     outs = []
-    for usual in (True, False):
-        pool = KVPool(layout, blocks_of(step, 16), "cpu")
+    for beside in (True, False):
+        pool = KVPool(BlockLayout(16, 2, 2, 16, "float64"), blocks_of(step, 16), "cpu")
         pool.data.zero_()
-        attention = VariedAttention(pool, [shape], Usual(pool, 4) if usual else None, shape)
-        forms = (FORMS[name] for name in ("plain", "scaled", "window"))
-        outs += [attention.attend(0, query, key, value, step, attention.plan(step), form) for form in forms]
-    assert len(calls) == 2
-    for ours, other in zip(outs[:3], outs[3:], strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-12, atol=1e-12)
+        forms = [FORMS["plain"], FORMS["window"]]
+        attention = VariedAttention(pool, [usual, other], forms, Usual(pool, 4) if beside else None, usual)
+        plan = attention.plan(step)
+        outs += [attention.attend(layer, q, k, v, step, plan) for layer, (q, k, v) in enumerate(states)]
+    assert calls == [0]
+    for ours, theirs in zip(outs[:2], outs[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_within_drops_what_cannot_be_noticed() -> None:

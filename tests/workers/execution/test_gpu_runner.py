@@ -3,7 +3,7 @@
 There are no graphs without a GPU; but their function, called with their sizes, pads as they do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
 from tests.workers.stepping import Stepped, Work
 from workers import build
+from workers.attention.forms import Form
 from workers.execution import chunks, gpu_runner
 from workers.execution.graphs import Launch
 from workers.kernels import reduce
@@ -165,3 +166,28 @@ def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Pa
     assert {*used} == {True, False}
     assert turns.sum() > 0
     assert [lease.tokens for lease in ours] == [lease.tokens for lease in leases]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("kind", "implementation"), [("mistral", "native"), ("gpt_oss", "transformers"), ("gemma2", "transformers")]
+)
+def test_layers_of_every_form(kind: str, implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that end in the midst of blocks, in all layers and in some; sinks; soft caps and scales: prompts in chunks beside
+    decodes, some longer than a window and some shorter."""
+    path = make(kind, tmp_path / kind, sliding_window=10)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    works = [Work(list(range(40, 65)), greedy), Work([4, 5], greedy), Work(list(range(7, 20)), greedy)]
+    options: dict[str, Any] = {"model_implementation": implementation}
+    stepped = build_stepped(path, 1, attention="triton", cuda_graphs=False, **options)
+    leases = stepped.generate(works)
+    stepped.close()
+    monkeypatch.undo()
+    on_cpu = build_stepped(path, 0, attention="cpu", **options)
+    expected = on_cpu.generate(works)
+    on_cpu.close()
+    assert [lease.tokens for lease in leases] == [lease.tokens for lease in expected]
+    monkeypatch.setattr(Form, "within", lambda form, _: replace(form, window=None))
+    blind = build_stepped(path, 0, attention="cpu", **options)
+    assert [lease.tokens for lease in blind.generate(works)] != [lease.tokens for lease in expected], "windows matter here"
+    blind.close()

@@ -44,8 +44,8 @@ class Plain:
     attend: Callable[[int, Tensor], Tensor]
     turns: bool = False
 
-    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None) -> Tensor:
-        assert turn is None
+    def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None) -> Tensor:
+        assert (turn, sinks) == (None, None)
         return self.attend(layer, query)
 
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import generate_reference, make_checkpoint
@@ -189,17 +191,49 @@ def test_stop_ids_of_both_files(folder: Path) -> None:
     assert read_config(folder).eos_ids == (7, 9)
 
 
-def test_sliding_windows_cap_the_context(tmp_path: Path, folder: Path) -> None:
-    mistral = make_checkpoint(tmp_path / "mistral", "MistralForCausalLM", sliding_window=100)
-    assert read_config(mistral).max_position == 100
-    edit(mistral, sliding_window=None)
-    assert read_config(mistral).max_position == 512
-    edit(folder, sliding_window=100, max_window_layers=0, layer_types=None)
-    assert read_config(folder).max_position == 512
-    edit(folder, use_sliding_window=True)
-    assert read_config(folder).max_position == 100
-    edit(folder, max_window_layers=2)
-    assert read_config(folder).max_position == 512
+def windows(folder: Path) -> list[int | None]:
+    return [form.window for form in read_config(folder).forms]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"sliding_window": 100},
+        {"sliding_window": 100, "use_sliding_window": True},
+        {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0},
+        {"use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": 7, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+        {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 0, "layer_types": ["full_attention"] * 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"])
+def test_windows_are_those_of_transformers(architecture: str, said: dict[str, Any], tmp_path: Path) -> None:
+    """And the context is the model's own, whatever the window."""
+    path = make_checkpoint(tmp_path, architecture)
+    config = json.loads((path / "config.json").read_text())
+    for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+        config.pop(name, None)
+    (path / "config.json").write_text(json.dumps(config | said))
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    expected = []
+    for layer in model.model.layers:
+        whole = model.config.sliding_window if architecture.startswith("Mistral") else None  # it masks all layers alike
+        expected.append(getattr(layer.self_attn, "sliding_window", None) or whole)
+    assert windows(path) == expected
+    assert read_config(path).max_position == 512
+
+
+def test_windows_that_no_layer_has_a_place_for(folder: Path) -> None:
+    edit(folder, use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention"])
+    with pytest.raises(CheckpointError, match="layer_types must name full_attention or sliding_attention for each of 2 layers"):
+        read_config(folder)
+    edit(folder, layer_types=["sliding_attention", "linear_attention"])
+    with pytest.raises(CheckpointError, match="layer_types must name"):
+        read_config(folder)
 
 
 def test_no_safetensors(folder: Path) -> None:

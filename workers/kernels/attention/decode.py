@@ -23,7 +23,7 @@ from workers.kernels.attention.decode_config import DecodeConfig, choose_config
 from workers.kernels.attention.form import Form, Reach, plain_forms
 from workers.kernels.attention.merge import merge, merge_members, merged
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
-from workers.kernels.attention.prefixes import SET_FIELDS, PrefixLimits, SharedPrefixes
+from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E, first_peak, fold, lowest_seen, span_blocks, span_kv
 from workers.kernels.fp8 import stored
 from workers.kernels.rope import turned_heads
@@ -186,7 +186,9 @@ class DecodeAttention:
         config = config or choose_config(pool, max_batch, dtype)
         self.config = config
         self._tile = max(config.tile, triton.next_power_of_2(self._group))
-        self.prefixes = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
+        shares = any(form.reach == Reach() for form in self._forms)
+        limits = PrefixLimits(self._tile // self._group, max(config.keys, layout.block_size))
+        self.prefixes = limits if shares else NOT_SHARED
         processors = INTERPRETED_PROCESSORS
         if pool.device.type == "cuda":
             processors = torch.cuda.get_device_properties(pool.device).multi_processor_count

@@ -1,8 +1,14 @@
-"""What one layer's attention is, beside causal: its scale, what a token may see, what happens to its scores."""
+"""What one layer's attention is, beside causal: its scale, what a token may see, what happens to its scores.
+
+Imports NumPy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Reach(NamedTuple):
@@ -13,6 +19,13 @@ class Reach(NamedTuple):
 
     window: int = 0
     chunk: int = 0
+
+    def lowest(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """The first position that tokens at these, each, see."""
+        lowest = np.zeros_like(positions)
+        if self.window:
+            lowest = np.maximum(lowest, positions - self.window + 1)
+        return np.maximum(lowest, positions // self.chunk * self.chunk) if self.chunk else lowest
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 def fitting_keys(keys: int, head_dim: int) -> int:
     """Of a span, where so many fit whose heads have 128 numbers or fewer: several spans lie in a multiprocessor at once."""
-    return max(16, keys // max(1, triton.next_power_of_2(head_dim) // 128))
+    width = int(triton.next_power_of_2(head_dim))
+    return max(16, keys // max(1, width // 128))
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def span_kv(pool, block, span, base, head, lowest, context, dims, KV_HEADS: tl.c
 def capped(scores, SOFTCAP: tl.constexpr):
     """Scores in base 2, through SOFTCAP * tanh(score / SOFTCAP) in base e."""
     BOUND: tl.constexpr = SOFTCAP * _LOG2_E
-    return BOUND - 2 * BOUND / (tl.exp2(scores * (2 / SOFTCAP)) + 1)
+    return BOUND - 2 * BOUND / (tl.exp2(tl.minimum(scores * (2 / SOFTCAP), 64.0)) + 1)  # 64: where it has long been BOUND
 
 
 @triton.jit

@@ -27,9 +27,11 @@ class NotComputed(Exception):
 
 
 class Attends(Protocol):
-    """query, key, value [tokens, heads, dim] of one layer -> [tokens, heads, value dim]."""
+    """query, key, value [tokens, heads, dim] of one layer, sinks [heads] if its form has them -> [tokens, heads, value dim]."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor: ...
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None
+    ) -> Tensor: ...
 
 
 class Slot:
@@ -61,9 +63,9 @@ def _attention(
         raise NotComputed(f"its attention takes {', '.join(sorted(unknown))}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     window, chunk = _span(module, sliding_window)
-    form = Form(scale, window, chunk, softcap, s_aux)
+    form = Form(scale, window, chunk, softcap, s_aux is not None)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    out = slot.attends(module.layer_idx, query, key, value, form)
+    out = slot.attends(module.layer_idx, query, key, value, form, s_aux)
     return out[None], None
 
 

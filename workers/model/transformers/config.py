@@ -67,13 +67,12 @@ class TransformersConfig:
             said.append(f"nobody has compared the outputs of {self.text.model_type} with transformers' own (docs/models.md)")
         return said
 
-    def require(self, size: int, device: str = "cpu", positions: int = 1) -> None:
-        """device, positions: where it is computed, over so many positions. Errors: CheckpointError if that many ranks cannot
-        share this model, or its attention is not computed there. Where transformers was imported without torch that is left to
-        those who have it."""
+    def require(self, size: int, device: str = "cpu") -> None:
+        """device: where it is computed. Errors: CheckpointError if that many ranks cannot share this model, or its attention is
+        not computed there. Where transformers was imported without torch that is left to those who have it."""
         if is_torch_available():
             found = self.survey(size)
-            lacking = found.kernels_lack(positions) if device != "cpu" else None
+            lacking = found.kernels_lack() if device != "cpu" else None
             if lacking is not None:
                 raise CheckpointError(f"{self.architecture}: {lacking}")
 

@@ -49,8 +49,7 @@ class TransformersDecoder:
         self.dtype, self.device = dtype, device
         self.heads = survey.heads
         self.forms = [form.within(positions) for form in survey.forms]
-        """Without what sequences of so many positions cannot notice; sinks are on the meta device."""
-        self._positions = positions
+        """Of each layer, without what sequences of so many positions cannot notice."""
         self._pads = can_pack(dtype, device)
         self._model = model
         self._slot = Slot(model)
@@ -60,9 +59,10 @@ class TransformersDecoder:
     def attend_over(self, pool: KVPool, backend: str) -> None:
         """Before the first `forward`. backend: as in `select_backend`, for the layers that it can compute."""
         own = HeadShape(self.shape.heads, self.shape.kv_heads, self.shape.head_dim, self.shape.head_dim)
-        plain = any(form.plain and heads == own for form, heads in zip(self.forms, self.heads, strict=True))
-        usual = select_backend(backend, pool=pool, heads=own.heads, dtype=self.dtype) if plain else None
-        self._attention = VariedAttention(pool, self.heads, usual, own)
+        usual = None
+        if own in self.heads:
+            usual = select_backend(backend, pool=pool, heads=own.heads, forms=self.forms, dtype=self.dtype)
+        self._attention = VariedAttention(pool, self.heads, self.forms, usual, own)
 
     @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
@@ -71,7 +71,7 @@ class TransformersDecoder:
         Column i is token shape.vocab_start + i; padding is -inf. The KV of all the step's tokens has been written.
         """
         assert self._attention is not None, "a decoder without attention holds weights alone"
-        attends = _Varied(self._attention, step, self._attention.plan(step), self._positions)
+        attends = _Varied(self._attention, step, self._attention.plan(step))
         if not self._pads:
             return self.logits(step.tokens, step.positions, step.sample_at, attends)
         width, samples = padded_rows(step.tokens.shape[0]), step.sample_at.shape[0]
@@ -94,13 +94,14 @@ class TransformersDecoder:
 class _Varied:
     """A step's attention on a CPU, layer by layer."""
 
-    def __init__(self, attention: VariedAttention, step: StepInput, plan: VariedPlan, positions: int) -> None:
-        self._attention, self._step, self._plan, self._positions = attention, step, plan, positions
+    def __init__(self, attention: VariedAttention, step: StepInput, plan: VariedPlan) -> None:
+        self._attention, self._step, self._plan = attention, step, plan
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None  # noqa: ARG002
+    ) -> Tensor:
         tokens = self._step.tokens.shape[0]  # what lies behind them is padding, which attention does not see
-        near = form.within(self._positions)
-        out = self._attention.attend(layer, query[:tokens], key[:tokens], value[:tokens], self._step, self._plan, near)
+        out = self._attention.attend(layer, query[:tokens], key[:tokens], value[:tokens], self._step, self._plan, sinks)
         return padded(out, query.shape[0])
 
 

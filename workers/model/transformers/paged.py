@@ -32,14 +32,15 @@ class PagedTransformers:
 
 
 class _Paged:
-    """A step's attention by kernels over heads of the pool's size, whose scale is 1 / sqrt(head_dim)."""
+    """A step's attention by kernels over heads of the pool's size, which know the layers' forms."""
 
     def __init__(self, attend: Attend, writer: TorchWriter, targets: Tensor, head_dim: int) -> None:
         self._attend, self._writer, self._targets, self._head_dim = attend, writer, targets, head_dim
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None  # noqa: ARG002
+    ) -> Tensor:
         value_dim = value.shape[-1]
         query, key, value = (F.pad(states, (0, self._head_dim - states.shape[-1])) for states in (query, key, value))
         self._writer.write(layer, key, value, self._targets)
-        turned = query * (form.scale * self._head_dim**0.5)
-        return self._attend(layer, turned.contiguous())[..., :value_dim]
+        return self._attend(layer, query.contiguous(), sinks=sinks)[..., :value_dim]

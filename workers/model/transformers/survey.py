@@ -23,8 +23,7 @@ TOKENS = 3
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """One rank's. heads, forms: of each layer; a form's sinks are on the meta device. shared_head: each rank has its own part
-    of the logits."""
+    """One rank's. heads, forms: of each layer. shared_head: each rank has its own part of the logits."""
 
     heads: tuple[HeadShape, ...]
     forms: tuple[Form, ...]
@@ -40,19 +39,13 @@ class Survey:
     def _sizes(self) -> set[tuple[int, int]]:
         return {(layer.kv_heads, max(layer.key_dim, layer.value_dim)) for layer in self.heads}
 
-    def kernels_lack(self, positions: int) -> str | None:
-        """Why the kernels for GPUs cannot attend for these layers over so many positions, in words."""
-        for layer, (heads, form) in enumerate(zip(self.heads, self.forms, strict=True)):
-            near = form.within(positions)
-            asked = near.says()
+    def kernels_lack(self) -> str | None:
+        """Why the kernels for GPUs cannot attend for these layers, in words."""
+        for layer, heads in enumerate(self.heads):
             if (heads.heads, heads.kv_heads) != (self.heads[0].heads, self.heads[0].kv_heads) or len(self._sizes()) > 1:
-                asked.append("heads of its own")
-            if asked:
-                reach = near.window or near.chunk
-                shorter = f", or max_model_len up to {reach}" if reach is not None and len(asked) == 1 else ""
                 return (
-                    f"layer {layer} attends with {', '.join(asked)}, which the kernels for GPUs do not compute: choose "
-                    f"device cpu{shorter}"
+                    f"layer {layer} attends with heads of its own, and the kernels for GPUs have one size for all layers: "
+                    "choose device cpu"
                 )
         return None
 
@@ -98,7 +91,7 @@ def _run(config: Any, size: int) -> Survey:
     heads: dict[int, HeadShape] = {}
     forms: dict[int, Form] = {}
 
-    def attends(layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form) -> Tensor:
+    def attends(layer: int, query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor | None) -> Tensor:  # noqa: ARG001
         if layer in heads:
             raise NotComputed(f"layer {layer} attends twice")
         heads[layer] = HeadShape(query.shape[1], key.shape[1], key.shape[2], value.shape[2])

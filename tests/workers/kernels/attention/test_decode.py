@@ -216,7 +216,8 @@ def test_the_plan_covers_every_key_of_every_row_once(seed: int) -> None:
     row_pieces, row_entries = attention._cuts[Reach()].pieces.tolist(), attention._cuts[Reach()].entries.tolist()
     covered: dict[tuple[int, int], list[tuple[int, int]]] = {(row, head): [] for row in range(rows) for head in range(kv_heads)}
     entries: list[int] = []
-    for first, packed, low, high, _, pieces, piece, entry in attention._cuts[Reach()].items[: attention._programs(rows)].tolist():
+    items = attention._cuts[Reach()].items[: attention._programs(rows)]
+    for first, packed, low, high, _, pieces, piece, entry in items.tolist():
         count, head = divmod(packed, kv_heads)
         if low >= high:
             continue
