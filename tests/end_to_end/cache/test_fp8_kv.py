@@ -1,11 +1,10 @@
 """KV in FP8 is rounded once, where it is written: whoever reads it later says what the first reader said.
 
-A chunk attends to what it has just written as others will find it. So hits, cuts into chunks, blocks, ranks, preemption, copies,
-fetches and host memory change nothing, as with KV in the model's own dtype. Judged in float64, whose rounding is too small to
-push a number over to another of FP8's.
+A chunk attends to what it has just written as others will find it. So hits, cuts into chunks, blocks, ranks, preemption,
+copies, fetches and host memory change nothing, as with KV in the model's own dtype. Judged in float64, whose rounding is too
+small to push a number over to another of FP8's.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +99,9 @@ def test_what_was_evicted_comes_back_from_host_memory(scaled: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=["gemma3_text", "gemma2", "minicpm3", "gemma"])
-def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def varied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Classes of transformers: windows, a soft cap, heads whose keys and values differ, and one that is plain."""
-    path: Path = make(request.param, tmp_path_factory.mktemp(request.param))
-    yield path
+    return make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_classes_of_transformers(varied: Path) -> None:

@@ -89,8 +89,8 @@ def test_scales_of_another_kind(name: str, value: torch.Tensor | None, said: str
     "given", [{"type": "int"}, {"num_bits": 4}, {"strategy": "attn_head"}, {"dynamic": True}, {"symmetric": False}], ids=str
 )
 def test_a_scheme_of_another_kind(given: dict[str, Any], tmp_path: Path) -> None:
-    config = {"quantization_config": QUANTIZED | {"kv_cache_scheme": SCHEME | given}}
-    path = with_scales(make_checkpoint(tmp_path), PROJECTIONS, **config)
+    scheme = QUANTIZED | {"kv_cache_scheme": SCHEME | given}
+    path = with_scales(make_checkpoint(tmp_path), PROJECTIONS, quantization_config=scheme)
     (name, value), = given.items()  # fmt: skip
     with pytest.raises(CheckpointError, match=f"kv_cache_scheme has {name}={value!r}"):
         read_scales(path, 2)
