@@ -29,7 +29,10 @@ def test_how_many_groups_there_are_and_how_long_one_waits_is_none(change: dict[s
 
 @pytest.mark.parametrize(
     "change",
-    [{"block_size": 64}, {"tensor_parallel_size": 2}, {"kv_memory": 1 << 30}, {"queue_age_s": 7.0}, {"groups": 1}],
+    [
+        {"block_size": 64}, {"tensor_parallel_size": 2}, {"kv_memory": 1 << 30}, {"queue_age_s": 7.0}, {"groups": 1},
+        {"kv_dtype": "fp8"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_what_scheduler_or_ranks_are_told_is_one(change: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import RequestOutput
 from deploy.text.sources import Source
-from kvcache.layout import BlockLayout
+from kvcache.layout import FP8, BlockLayout
 from workers.model.architectures import read_config
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -27,7 +27,8 @@ def open_llm(
     path: Path, *, block: int = 16, blocks: int | None = None, dtype: str = "float32", size: int = 1, **options: Any
 ) -> LLM:
     """An engine in this process that checks the scheduler's state after every event. blocks: of each group's pool."""
-    memory = kv_memory(path, blocks or LARGE_POOL_TOKENS // block, block, dtype, size)
+    kept = FP8 if options.get("kv_dtype") == "fp8" else dtype
+    memory = kv_memory(path, blocks or LARGE_POOL_TOKENS // block, block, kept, size)
     asked: dict[str, Any] = {"local": True, "check_invariants": True, "seed": 0, "threads": 1}
     asked |= {"block_size": block, "kv_memory": memory, "dtype": dtype, "tensor_parallel_size": size}
     return LLM(path, **asked | options)

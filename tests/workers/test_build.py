@@ -37,6 +37,15 @@ def test_no_more_blocks_than_all_rows_could_fill() -> None:
     assert built.blocks == CONFIG.max_num_seqs * RESOLVED.max_model_len // CONFIG.block_size
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_in_fp8_takes_a_byte_a_number_whatever_the_model_computes_in(dtype: str) -> None:
+    told = replace(CONFIG, dtype=dtype, kv_dtype="fp8", kv_memory=5 * LAYOUT.block_bytes, host_kv_memory=2 * LAYOUT.block_bytes)
+    built = build_rank(told, RESOLVED, Solo())
+    assert built.host is not None
+    assert built.pool.layout == built.host.layout == replace(LAYOUT, dtype="float8_e4m3fn")
+    assert (built.blocks, built.host_blocks) == (20, 8)
+
+
 def test_host_memory_is_cut_into_blocks_of_the_same_size() -> None:
     config = replace(CONFIG, kv_memory=5 * LAYOUT.block_bytes)
     assert build_rank(config, RESOLVED, Solo()).host_blocks == 0

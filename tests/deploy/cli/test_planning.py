@@ -1,6 +1,7 @@
 """`manta plan` says before anything is loaded what a rank then takes."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.checkpoints import make_checkpoint
 from workers.build import LOADING, build_rank
+from workers.model.architectures import torch_dtype
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
@@ -30,13 +32,18 @@ def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path
         if what == LOADING:
             read.append(total)
 
-    built = build_rank(config, resolve(config, "cpu"), Solo(), phase)
     model = read_model(path)
-    taken = footprint(model, 1, built.pool.dtype, 16)
-    assert taken.weight_bytes == read[-1]
-    assert taken.layout == built.pool.layout
-    assert plan_lines(config, None)[0][-1].startswith(f"blocks           {(1 << 22) // taken.layout.block_bytes:,}")
-    built.rank.executor.close()
+    block_bytes = []
+    for kv_dtype in ("auto", "fp8"):
+        config = replace(config, kv_dtype=kv_dtype)
+        built = build_rank(config, resolve(config, "cpu"), Solo(), phase)
+        taken = footprint(model, 1, torch_dtype(dtype), 16, kv_dtype)
+        assert taken.weight_bytes == read[-1]
+        assert taken.layout == built.pool.layout
+        block_bytes.append(taken.layout.block_bytes)
+        assert plan_lines(config, None)[0][-1].startswith(f"blocks           {(1 << 22) // block_bytes[-1]:,}")
+        built.rank.executor.close()
+    assert block_bytes[0] == block_bytes[1] * torch_dtype(dtype).itemsize
 
 
 def test_two_ranks_hold_half(tmp_path: Path) -> None:
@@ -67,7 +74,7 @@ def test_the_command_reads_no_weights(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     result = CliRunner().invoke(app, ["plan", str(path), "--memory", "2MiB", "--block-size", "16", "--dtype", "float32"])
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("Gemma2ForCausalLM, float32, 1 rank(s) a group\n")
+    assert result.output.startswith("Gemma2ForCausalLM, float32, KV in float32, 1 rank(s) a group\n")
     assert re.search(r"^KV +512 bytes a token, 8.00 KiB a block of 16 tokens, a rank$", result.output, re.MULTILINE)
     assert re.search(r"^longest context +512 tokens: 256.00 KiB a rank$", result.output, re.MULTILINE)
     assert re.search(r"^blocks +\d+, [\d,]+ tokens: \d sequence\(s\) of the longest context", result.output, re.MULTILINE)

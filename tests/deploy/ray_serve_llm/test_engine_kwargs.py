@@ -23,6 +23,9 @@ BECOMES: list[tuple[str, Any, dict[str, Any]]] = [
     ("swap_space", 4, {"host_kv_memory": 4 << 30}),
     ("swap_space", 0, {"host_kv_memory": 0}),
     ("block_size", 16, {"block_size": 16}),
+    ("kv_cache_dtype", "auto", {"kv_dtype": "auto"}),
+    ("kv_cache_dtype", "fp8", {"kv_dtype": "fp8"}),
+    ("kv_cache_dtype", "fp8_e4m3", {"kv_dtype": "fp8"}),
     ("dtype", "auto", {"dtype": "auto"}),
     ("dtype", "half", {"dtype": "float16"}),
     ("dtype", "float", {"dtype": "float32"}),
@@ -52,7 +55,7 @@ BECOMES: list[tuple[str, Any, dict[str, Any]]] = [
 
 AS_HERE: list[tuple[str, Any]] = [
     ("tokenizer", MODEL), ("tokenizer_mode", "auto"), ("config_format", "hf"), ("load_format", "safetensors"),
-    ("task", "generate"), ("runner", "auto"), ("convert", "none"), ("kv_cache_dtype", "auto"), ("pipeline_parallel_size", 1),
+    ("task", "generate"), ("runner", "auto"), ("convert", "none"), ("pipeline_parallel_size", 1),
     ("data_parallel_size", 1), ("decode_context_parallel_size", 1), ("max_num_partial_prefills", 1),
     ("max_long_partial_prefills", 1), ("distributed_executor_backend", "ray"), ("enable_chunked_prefill", True),
     ("logprobs_mode", "raw_logprobs"), ("max_logprobs", 20), ("generation_config", "vllm"), ("model_impl", "vllm"),
@@ -100,7 +103,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("runner", "pooling", "generates text"),
     ("convert", "embed", "generates text"),
     ("dtype", "fp8", "choose one of auto, bfloat16"),
-    ("kv_cache_dtype", "fp8", "the type of the weights"),
+    ("kv_cache_dtype", "fp8_e5m2", "Manta has auto, fp8, fp8_e4m3; leave it out"),
     ("block_size", 8, "power of two from 16 up"),
     ("gpu_memory_utilization", 1.5, r"outside \(0, 1\]"),
     ("tensor_parallel_size", "two", "tensor_parallel_size: expected `int`"),

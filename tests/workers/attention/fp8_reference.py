@@ -41,6 +41,11 @@ def meaning(codes: Tensor, scale: float) -> Tensor:
     return torch.where(codes < 128, size, -size) * scale
 
 
+def rounded(numbers: Tensor, scale: float) -> Tensor:
+    """float64: the nearest that a pool with that scale can hold."""
+    return meaning(codes_of(numbers, scale), scale)
+
+
 @dataclass(frozen=True, slots=True)
 class NarrowProblem:
     """One layer of one step over a pool in FP8. expected: [tokens, heads, head_dim] float64; codes: the pool's bytes once the

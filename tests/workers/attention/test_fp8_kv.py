@@ -37,8 +37,9 @@ def _cases(*names: str) -> list[ParameterSet]:
         for name, dtype, said in pairs
         if name != "triton" or not (CUDA or dtype == torch.bfloat16)
     ]
-    on_gpu = [pytest.param(name, dtype, "cuda", id=f"{said}-cuda", marks=gpu) for name, dtype, said in pairs if name == "triton"]
-    return on_cpu + on_gpu
+    return on_cpu + [
+        pytest.param(name, dtype, "cuda", id=f"{said}-cuda", marks=gpu) for name, dtype, said in pairs if name == "triton"
+    ]
 
 
 def bound(name: str, pool: KVPool, heads: int, dtype: torch.dtype) -> AttentionBackend:

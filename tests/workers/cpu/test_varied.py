@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import FP8, BlockLayout, KVScales
 from kvcache.pool import KVPool
 from tests.workers.attention.attention_reference import blocks_of, make_step
+from tests.workers.attention.fp8_reference import SCALES, rounded
 from workers.attention.forms import Form, HeadShape
 from workers.cpu.attention import CpuAttention
 from workers.cpu.varied import VariedAttention
@@ -57,20 +58,24 @@ def attend_densely(query: Tensor, keys: Tensor, values: Tensor, context: int, fo
 def fill(pool: KVPool, step: StepInput, layer: int, states: list[tuple[Tensor, Tensor]], shape: HeadShape, block: int) -> None:
     """Earlier tokens' keys and values, in the slots of their sequences."""
     flat = pool.data.flatten(4)
+    key_scale, value_scale = pool.scales(layer) or (1.0, 1.0)
     for table, (keys, values) in zip(step.host_block_tables, states, strict=True):
         for position in range(len(keys)):
             place = flat[int(table[position // block]), layer, :, position % block]
-            place[0, : shape.kv_heads * shape.key_dim] = keys[position].flatten()
-            place[1, : shape.kv_heads * shape.value_dim] = values[position].flatten()
+            place[0, : shape.kv_heads * shape.key_dim] = keys[position].flatten() / key_scale
+            place[1, : shape.kv_heads * shape.value_dim] = values[position].flatten() / value_scale
 
 
+@pytest.mark.parametrize("kept", ["float64", FP8])
 @pytest.mark.parametrize("block", [16, 256])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_equals_dense_attention(form: Form, shape: HeadShape, block: int) -> None:
+def test_equals_dense_attention(form: Form, shape: HeadShape, block: int, kept: str) -> None:
+    """kept: what the pool holds. Of FP8 the keys and values are such as it can hold."""
     step = make_step(QUERIES, CONTEXTS, block)
     shapes = [WIDEST, shape]
-    pool = KVPool(BlockLayout(block, 2, 1, WIDEST.width, "float64"), blocks_of(step, block), "cpu")
+    layout = BlockLayout(block, 2, 1, WIDEST.width, kept)
+    pool = KVPool(layout, blocks_of(step, block), "cpu", scales=KVScales((1.0, SCALES[0]), (1.0, SCALES[1])))
     pool.data.fill_(torch.nan)
     random = torch.Generator().manual_seed(0)
 
@@ -78,6 +83,8 @@ def test_equals_dense_attention(form: Form, shape: HeadShape, block: int) -> Non
         return torch.randn(*sizes, generator=random, dtype=torch.float64)
 
     states = [(drawn(n, shape.kv_heads, shape.key_dim), drawn(n, shape.kv_heads, shape.value_dim)) for n in CONTEXTS]
+    if kept == FP8:
+        states = [(rounded(keys, SCALES[0]), rounded(values, SCALES[1])) for keys, values in states]
     earlier = [(k[: n - q], v[: n - q]) for (k, v), n, q in zip(states, CONTEXTS, QUERIES, strict=True)]
     fill(pool, step, 1, earlier, shape, block)
     queries = [drawn(q, shape.heads, shape.key_dim) for q in QUERIES]

@@ -1,6 +1,7 @@
 """KV that was moved says what computed KV says: real model, from group to group and through host memory."""
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def make(checkpoint: Path) -> Iterator[Make]:
         one.close()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("kind", ["local", "socket"])
-def test_a_prefix_from_another_group(make: Make, kind: str, depth: int, size: int) -> None:
+WAYS = [*product(["local", "socket"], [0, 1], [1, 2], ["auto"]), ("socket", 1, 2, "fp8")]
+
+
+@pytest.mark.parametrize(("kind", "depth", "size", "kv_dtype"), WAYS)
+def test_a_prefix_from_another_group(make: Make, kind: str, depth: int, size: int, kv_dtype: str) -> None:
     """Fetched while the sender decodes on, and the receiver runs something else."""
     exchange = Exchange() if kind == "local" else None
-    here, there = make(1, size, depth, exchange), make(2, size, depth, exchange)
+    here, there = (make(number, size, depth, exchange, kv_dtype=kv_dtype) for number in (1, 2))
     undisturbed = here.group.output(lease(1, 0), start(lease(1, 0), (0, 1, 2, 3, 4)))
     here.group.turn(start(lease(2, 0), (5, 6, 7, 8, 9), tokens=PROMPT[::-1]))
     there.group.turn(start(lease(1, 0), (0, 1, 2, 3, 4), tokens=PROMPT[::-1]))

@@ -23,8 +23,12 @@ BLOCKS = 12  # of 16 tokens
 class Group:
     """Ranks as threads, all of which make the same turns."""
 
-    def __init__(self, model: Path, size: int, dtype: str, depth: int, *, host_kv_memory: int = 0) -> None:
-        config = replace(CONFIG, model=str(model), dtype=dtype, kv_memory=BLOCKS << 20, host_kv_memory=host_kv_memory)
+    def __init__(
+        self, model: Path, size: int, dtype: str, depth: int, *, host_kv_memory: int = 0, kv_dtype: str = "auto"
+    ) -> None:
+        config = replace(
+            CONFIG, model=str(model), dtype=dtype, kv_memory=BLOCKS << 20, host_kv_memory=host_kv_memory, kv_dtype=kv_dtype
+        )
         resolved = replace(RESOLVED, max_model_len=96)
         self.threads = ThreadPoolExecutor(size)
         comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
