@@ -43,9 +43,9 @@ class PrefixIndex:
     only loses bits on the way down, and the last group to let a node go has let its children go before. `forget`
     asserts this. Only `remove_group`, which forgets in no order, passes through states where it does not hold.
 
-    Of a model that sees a window only (`window_blocks`) none of that is so: the beginning of a chain is given back, and evicted,
-    while its end is held. A node that nobody holds stays for the sake of those below it, tokens included, so a hit in the midst
-    of a prompt compares all tokens from the first on, as any hit does.
+    Of a model that sees a window only (`window_blocks`) none of that is so: the beginning of a chain is given back, and
+    evicted, while its end is held. A node that nobody holds stays for the sake of those below it, tokens included, so a hit in
+    the midst of a prompt compares all tokens from the first on, as any hit does.
 
     Lifetime: a node dies when no group holds it and it has no child; a root (which no group holds) with its last child.
     Ids of the dead are reused. That is safe because no id outlives its node: a sequence's nodes are those of blocks
@@ -222,7 +222,7 @@ class PrefixIndex:
         return root
 
     def hold(self, group: GroupId, node: NodeId, block: BlockId) -> None:
-        """`group` holds `node` in `block`. It holds the parent already, but where there is a window, and held `node` nowhere."""
+        """`group` holds `node` in `block`, and held it nowhere. Without a window it holds the parent already."""
         self.blocks[group][node] = block
         self.holders[node] |= 1 << group
 

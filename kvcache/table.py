@@ -145,8 +145,8 @@ class BlockTable:
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None,
         copy: Copy | None = None,
     ) -> SequenceBlocks | None:  # fmt: skip
-        """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room. Of the matched
-        ones those that are seen no more are not pinned, nor looked for.
+        """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room. Matched ones
+        that are not seen any more are neither pinned nor looked for.
 
         part: what the group has of the block after them; it is given up where there is no room to use it, so `inherited` says
         what became of it. copy: puts a copy into the group's log, at once; without it a part is only taken over. Pinning comes
@@ -330,4 +330,4 @@ class BlockTable:
         assert match.generation == self.index.generation, "a block was evicted since this match; match again"
         assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched blocks, not {depth}"
         whole = self.window_blocks is None or depth in (0, match.depth(group))
-        assert whole, f"what is seen before {depth} blocks may be gone in group {group}; it is there before {match.depth(group)}"
+        assert whole, f"what is seen before {depth} blocks may be gone in group {group}, but not before {match.depth(group)}"
