@@ -600,7 +600,7 @@ class Cluster:
         largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
         window = Window.of(core.resolved, self.block_size)
         blocks = -(-tokens // self.block_size)
-        return (blocks if window is None else min(blocks, window.most)) <= largest
+        return tokens < self.max_model_len and (blocks if window is None else min(blocks, window.most)) <= largest
 
     def held(self, group: int = 0) -> int:
         return self.core.table.pools[GroupId(group)].held

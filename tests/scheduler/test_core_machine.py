@@ -484,7 +484,7 @@ FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "mov
 
 def submit_any(machine: CoreMachine, draw: random.Random) -> None:
     machine.submit(
-        [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+        [draw.randrange(2) for _ in range(draw.randint(0, 4 if machine.cluster.window is None else 12))],
         [draw.randrange(2) for _ in range(draw.randint(0, 4))],
         draw.randrange(3),
         draw.choice([1, 1, 2]),
@@ -507,8 +507,8 @@ def walk(seed: int, events: int, more: dict[str, float], window: int | None = No
     machine = CoreMachine()
     roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
     machine.start(
-        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3,
-        seed % 2 == 0, None, 2, True, 0 if roomy else 12, window,
+        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window else 5, 16]), seed % 2,
+        1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window,
     )  # fmt: skip
     for _ in range(events):
         if not roomy or not machine.cluster.core.waiting.count:
