@@ -36,6 +36,8 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     return ResolvedWorker(
         max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
+        window=model.window(longest),
+        prefill_ahead=(DEPTH[device] + 2) * config.max_num_batched_tokens,  # under way, planned meanwhile, and the report's
         device=device,
         threads=config.threads or threads,
         report_steps=steps,

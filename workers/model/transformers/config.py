@@ -14,6 +14,7 @@ from transformers.utils import is_torch_available
 
 from workers.model.architectures import ARCHITECTURES, DTYPES, RankShape, read_eos_ids, torch_dtype
 from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.window import widest_window
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,10 @@ class TransformersConfig:
             lacking = found.kernels_lack(positions) if device != "cpu" else None
             if lacking is not None:
                 raise CheckpointError(f"{self.architecture}: {lacking}")
+
+    def window(self, positions: int) -> int | None:
+        """As of `widest_window`. Where transformers was imported without torch nobody can tell, and nothing is given back."""
+        return widest_window(self.survey(1).forms, positions) if is_torch_available() else None
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. head_dim, kv_heads: of the pool, wide enough for every layer. Where each rank has all heads,
