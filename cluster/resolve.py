@@ -37,7 +37,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
         window=model.window(longest),
-        prefill_ahead=(DEPTH[device] + 2) * config.max_num_batched_tokens,  # under way, planned meanwhile, and the report's
+        prefill_ahead=prefill_ahead(config, DEPTH[device]),
         device=device,
         threads=config.threads or threads,
         report_steps=steps,
@@ -45,6 +45,12 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         depth=DEPTH[device],
         score_tokens=read_uses(Path(config.model), model, config.pooling, config.score_tokens).score_tokens,
     )
+
+
+def prefill_ahead(config: WorkerConfig, depth: int) -> int:
+    """Tokens of a prompt for which there are blocks ahead: of the steps under way when a chunk is reported, of the one that is
+    planned before the answer comes, and of the one after it."""
+    return (depth + 2) * config.max_num_batched_tokens
 
 
 def model_length(model: DecoderConfig, asked: int | None) -> int:

@@ -76,7 +76,7 @@ class Routing:
 
     def __init__(self, state: ClusterState) -> None:
         self.explain: why.Tell | None = why.log if state.config.log_decisions else None
-        self._state = state
+        self._state, self._window = state, state.window
         self.regroup()
 
     # ---- all groups
@@ -186,7 +186,7 @@ class Routing:
 
     def _new_blocks(self, newcomer: Newcomer, depths: policy.Ints) -> policy.Ints:
         """[groups] blocks that it needs beside those of its hit."""
-        new_blocks, window = newcomer.blocks - depths, self._state.window
+        new_blocks, window = newcomer.blocks - depths, self._window
         return new_blocks if window is None else np.minimum(new_blocks, window.most - np.minimum(depths, window.seen))
 
     def _ways(self, newcomer: Newcomer, least: int, at: int) -> list[Way]:
@@ -242,7 +242,7 @@ class Routing:
             revived = table.cached_in_match(group.group, newcomer.match, depth)
         if part is not None:
             hit += part.tokens
-        free, fetching, window = len(pool.free_stack), len(group.fetching), self._state.window
+        free, fetching, window = len(pool.free_stack), len(group.fetching), self._window
         new_blocks = newcomer.blocks - depth if window is None else window.new_blocks(newcomer.blocks, depth)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
             hit, new_blocks + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
