@@ -32,11 +32,19 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     model = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device)
+    window = model.window(longest)
+    if window is not None and config.host_kv_memory:
+        raise ValueError(
+            f"host_kv_memory={config.host_kv_memory}: every layer of the model sees {window} tokens, and what is kept in host "
+            "memory begins with the first token of a prompt: leave it out"
+        )
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(
         max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
+        window=window,
+        prefill_ahead=prefill_ahead(config, DEPTH[device]),
         device=device,
         threads=config.threads or threads,
         report_steps=steps,
@@ -44,6 +52,12 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
         depth=DEPTH[device],
         score_tokens=read_uses(folder, model, config.pooling, config.score_tokens).score_tokens,
     )
+
+
+def prefill_ahead(config: WorkerConfig, depth: int) -> int:
+    """Tokens of a prompt for which there are blocks ahead: of the steps under way when a chunk is reported, of the one that is
+    planned before the answer comes, and of the one after it."""
+    return (depth + 2) * config.max_num_batched_tokens
 
 
 def model_length(model: DecoderConfig, asked: int | None) -> int:

@@ -12,7 +12,7 @@ from kvcache.blocks import BlockPool
 from kvcache.hashing import salt_seed
 from kvcache.ids import BlockId, GroupId, NodeId
 from kvcache.index import PrefixIndex
-from kvcache.table import BlockTable, SequenceBlocks
+from kvcache.table import GIVEN_BACK, BlockTable, SequenceBlocks
 
 
 def audit(table: BlockTable, sequences: Iterable[SequenceBlocks]) -> None:
@@ -45,14 +45,18 @@ def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) ->
     """One row of the table: a published prefix that is a chain of the index, then private blocks."""
     name = f"a sequence of group {seq.group} with blocks {seq.blocks}"
     _check(len(seq.nodes) <= len(seq.blocks), f"{name} has {len(seq.nodes)} nodes, more than blocks")
-    _check(len(set(seq.blocks)) == len(seq.blocks), f"{name} has a block twice")
+    _check(len(set(seq.held)) == len(seq.held), f"{name} has a block twice")
+    _check({*seq.blocks[: seq.first]} <= {GIVEN_BACK}, f"{name} names blocks before {seq.first}, which it has given back")
+    seen = len(seq.nodes) - (index.window_blocks or len(seq.nodes))
+    _check(not seq.nodes or seq.first <= max(0, seen), f"{name} has given back what it sees, up to block {seq.first}")
     parent = index.roots.get(seq.salt)
     held = index.blocks[seq.group]
-    for block, node in zip(seq.blocks, seq.nodes, strict=False):
+    for at, (block, node) in enumerate(zip(seq.blocks, seq.nodes, strict=False)):
         _check(index.parents[node] == parent, f"{name}: node {node} is not a child of node {parent}")
-        _check(held.get(node) == block, f"{name}: node {node} is in block {held.get(node)}, the sequence has {block}")
+        there = block if at < seq.first else held.get(node)
+        _check(there == block, f"{name}: node {node} is in block {held.get(node)}, the sequence has {block}")
         parent = node
-    private = seq.blocks[len(seq.nodes) :]
+    private = seq.blocks[max(seq.first, len(seq.nodes)) :]
     if seq.tail:
         _check(bool(private), f"{name} has the tail {seq.tail} but no block for it")
         tail = private.pop(0)
@@ -65,7 +69,7 @@ def _audit_sequence(index: PrefixIndex, pool: BlockPool, seq: SequenceBlocks) ->
 
 def _audit_holders(group: GroupId, pool: BlockPool, sequences: list[SequenceBlocks]) -> None:
     """Reference counts are numbers of holders, and only published blocks have several."""
-    holders = Counter(block for seq in sequences for block in seq.blocks)
+    holders = Counter(block for seq in sequences for block in seq.held)
     for block, ref in enumerate(pool.refs):
         count = holders.pop(BlockId(block), 0)
         _check(ref == count, f"group {group}: block {block} has ref {ref} but {count} holders")
@@ -106,7 +110,7 @@ def lru_order(pool: BlockPool) -> list[BlockId]:
 
 
 def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
-    """Blocks and nodes name each other; parents are held wherever children are, and evicted after them."""
+    """Blocks and nodes name each other; without a window parents are held wherever children are, and evicted after them."""
     held = index.blocks[group]
     published = {NodeId(node): BlockId(block) for block, node in enumerate(pool.nodes) if node}
     _check(len(published) == sum(map(bool, pool.nodes)), f"group {group}: two blocks are published as the same node")
@@ -115,7 +119,7 @@ def _audit_names(group: GroupId, pool: BlockPool, index: PrefixIndex) -> None:
     for node, block in held.items():
         _check(bool(index.holders[node] >> group & 1), f"group {group} holds node {node} but is not in its holder mask")
         parent = index.parents[node]
-        if not index.parents[parent]:  # a root, which no group holds
+        if index.window_blocks is not None or not index.parents[parent]:  # a root, which no group holds
             continue
         _check(parent in held, f"group {group} holds node {node} but not its parent {parent}")
         above = held[parent]
@@ -137,7 +141,8 @@ def _audit_index(index: PrefixIndex) -> None:
     for node in live:
         parent = index.parents[node]
         _check(parent in live or parent in index.salts, f"node {node} is under node {parent}, which is dead")
-        _check(masks[node] != 0, f"node {node} is alive but no group holds it")
+        needed = masks[node] != 0 or (index.window_blocks is not None and children[node] > 0)
+        _check(needed, f"node {node} is alive but no group holds it")
         _check(index.holders[node] == masks[node], f"node {node} has not the holder mask {masks[node]:b}")
         _check(index.children[node] == children[node], f"node {node} has not a count of {children[node]} children")
         if index.is_tail(node):

@@ -36,7 +36,8 @@ class BlockPool:
     releases its deepest block first. By (1) a cached parent has no held child. When the parent entered the list at
     its last release, each child that its releaser held had entered just before, by (2), and every other one earlier;
     and while the parent stays in the list no child can be revived or published, as that would pin the parent first.
-    So along the list children always precede parents.
+    So along the list children always precede parents. Where a model sees a window only, (1) is given up: the beginning of a
+    chain is cached, and evicted, while its end is held, and the index keeps what it must know of it.
 
     Held in lists of plain integers: indexing an `array` would build an int at every read, and an object per block
     would cost ten times the memory and be walked by the garbage collector.

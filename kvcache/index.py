@@ -12,7 +12,7 @@ import numpy.typing as npt
 from kvcache.hashing import TOKEN_DTYPE, block_bytes, hash_run, salt_seed
 from kvcache.heads import HeadLists
 from kvcache.ids import BlockId, GroupId, NodeId
-from kvcache.match import EVERYWHERE, Match, Part, common_prefix, groups_of
+from kvcache.match import EVERYWHERE, Match, Part, common_prefix, deepest, groups_of
 
 NO_NODE = NodeId(0)
 
@@ -43,13 +43,19 @@ class PrefixIndex:
     only loses bits on the way down, and the last group to let a node go has let its children go before. `forget`
     asserts this. Only `remove_group`, which forgets in no order, passes through states where it does not hold.
 
+    Of a model that sees a window only (`window_blocks`) none of that is so: the beginning of a chain is given back, and
+    evicted, while its end is held. A node that nobody holds stays for the sake of those below it, tokens included, so a hit in
+    the midst of a prompt compares all tokens from the first on, as any hit does.
+
     Lifetime: a node dies when no group holds it and it has no child; a root (which no group holds) with its last child.
     Ids of the dead are reused. That is safe because no id outlives its node: a sequence's nodes are those of blocks
     that it pins, which are never evicted; a block's node is cleared as it is evicted; a `Match` carries `generation`.
     """
 
-    def __init__(self, block_size: int, stride: int = 0) -> None:
-        """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match."""
+    def __init__(self, block_size: int, stride: int = 0, window_blocks: int | None = None) -> None:
+        """stride: tokens of a block by which those that begin alike are found, below block_size; 0: only whole blocks match.
+        window_blocks: before the end of a hit, of which something is seen by whoever goes on there; None: all are."""
+        self.window_blocks = window_blocks
         self.block_bytes = block_size * TOKEN_DTYPE.itemsize
         self._head_bytes = stride * TOKEN_DTYPE.itemsize
         self.stride = stride
@@ -92,16 +98,22 @@ class PrefixIndex:
                     break
                 nodes[depth] = node
             parent = node
-        return Match(nodes, self._depths(nodes), self.generation)
+        depths = self._depths(nodes)
+        if self.window_blocks is not None:
+            del nodes[max(depths.values(), default=0) :]
+        return Match(nodes, depths, self.generation)
 
     def chain(self, nodes: list[NodeId]) -> Match:
         """What each pool has of the blocks that a sequence has published: its nodes, from the first block on."""
         return Match(nodes.copy(), self._depths(nodes), self.generation)
 
     def _depths(self, nodes: list[NodeId]) -> dict[GroupId, int]:
-        """By group, how many of a chain's nodes it holds, from the first on. Groups only drop out on the way down."""
+        """By group, how many of a chain's nodes it holds, from the first on. Groups only drop out on the way down, but where
+        there is a window."""
         if not nodes:
             return {}
+        if self.window_blocks is not None:
+            return deepest(map(self.holders.__getitem__, nodes), self.window_blocks)
         holders, depths = self.holders, dict[GroupId, int]()
         alive = holders[nodes[0]]
         if holders[nodes[-1]] != alive:
@@ -126,6 +138,8 @@ class PrefixIndex:
         view, width, end = block_bytes(tokens), self.block_bytes, limit * TOKEN_DTYPE.itemsize
         for depth in {0, *match.depths.values()}:
             there = holders[chain[depth - 1]] if depth else EVERYWHERE
+            if self.window_blocks is not None:  # of those that hold the block before it, not all hold enough
+                there &= sum(1 << group for group in self.blocks if match.depth(group) == depth)
             if depth < len(chain):
                 if not heads.has_others(chain[depth]):
                     continue  # whoever has a block that begins so has matched it
@@ -208,18 +222,19 @@ class PrefixIndex:
         return root
 
     def hold(self, group: GroupId, node: NodeId, block: BlockId) -> None:
-        """`group` holds `node` in `block`. It holds the parent already, and held `node` nowhere."""
+        """`group` holds `node` in `block`, and held it nowhere. Without a window it holds the parent already."""
         self.blocks[group][node] = block
         self.holders[node] |= 1 << group
 
     def forget(self, group: GroupId, node: NodeId) -> None:
-        """`group` has evicted its block of `node`, after those of all children of `node`."""
+        """`group` has evicted its block of `node`; without a window after those of all children of `node`."""
         self.generation += 1
         del self.blocks[group][node]
         holders = self.holders[node] & ~(1 << group)
         self.holders[node] = holders
         if not holders:
-            assert not self.children[node], f"node {node} was evicted before its children"
+            windowed = self.window_blocks is not None
+            assert windowed or not self.children[node], f"node {node} was evicted before its children"
             self._bury(node)
 
     def add_group(self, group: GroupId) -> None:

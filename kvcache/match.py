@@ -3,7 +3,9 @@
 Imports NumPy and the ids.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +28,28 @@ def groups_of(mask: int) -> tuple[GroupId, ...]:
     return tuple(groups)
 
 
+def deepest(masks: Iterable[int], window_blocks: int) -> dict[GroupId, int]:
+    """By group, after how many blocks of a chain it could go on there at most: it holds the `window_blocks` before that place,
+    or all, if those are fewer. A group that could go on nowhere is absent. masks: of each block its holders.
+    """
+    depths, began, there = dict[GroupId, int](), dict[GroupId, int](), 0
+    for depth, mask in enumerate(chain(masks, (0,))):
+        if mask == there:
+            continue
+        for group in groups_of(there & ~mask):
+            if not began[group] or depth - began[group] >= window_blocks:
+                depths[group] = depth
+        began.update(dict.fromkeys(groups_of(mask & ~there), depth))
+        there = mask
+    return depths
+
+
 class Match(NamedTuple):
     """The longest chain of full blocks known anywhere in the cluster for one prompt, and how much each group has of it.
 
     nodes: the chain, from the first block on. Its length is the greatest of all depths.
     depths: by group, the blocks of the chain that it holds, contiguous from the first block; a group with none is absent.
+    Where a model sees a window only, the deepest place before which it holds all that is seen: see `deepest`.
     generation: the index's at the time of the match.
     Invariant: valid until the next mutation of the table. Node ids are reused, so a match that an eviction has
     overtaken might name other blocks; the table refuses it by its generation.
@@ -41,7 +60,7 @@ class Match(NamedTuple):
     generation: int
 
     def depth(self, group: GroupId) -> int:
-        """Full blocks of the chain that `group` holds, contiguous from the first block."""
+        """Full blocks of the chain after which `group` could go on."""
         return self.depths.get(group, 0)
 
 

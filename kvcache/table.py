@@ -20,6 +20,9 @@ from kvcache.standing import Standing, name_all
 Copy = Callable[[BlockId, BlockId, int], None]
 """(source, target, tokens): the first tokens of one block of the group go to another, before any step launched later."""
 
+GIVEN_BACK = BlockId(-1)
+"""Stands in a block table for a block that no layer sees any more."""
+
 
 @dataclass(slots=True)
 class SequenceBlocks:
@@ -31,6 +34,7 @@ class SequenceBlocks:
     tail: of blocks[len(nodes)], the block that it fills at the moment, once a part of it is published; never shared.
     inherited: tokens that the first block after the hit begins with, found in the cache at the reservation; 0 once it is full.
     copied: they were copied there from a block that others may use, at the reservation; otherwise the block was taken over.
+    first: where every layer sees a window only: what stands before this block is not held, but `GIVEN_BACK`; nodes it has.
     Invariant: len(nodes) <= len(blocks); blocks[len(nodes):] are private, but for the tail's.
     """
 
@@ -41,6 +45,12 @@ class SequenceBlocks:
     tail: NodeId = NO_NODE
     inherited: int = 0
     copied: bool = False
+    first: int = 0
+
+    @property
+    def held(self) -> list[BlockId]:
+        """The blocks that are pinned, each once."""
+        return self.blocks[self.first :]
 
 
 class BlockTable:
@@ -58,13 +68,22 @@ class BlockTable:
     published block in place of its own (`publish`). From the invariant follow, without counting children: leaves are
     evicted before their parents by release order alone (argument in `BlockPool`); reference counts and holder masks
     never grow on the way down a chain; a pinned block's ancestors are pinned, so `available` is true headroom.
+
+    Where every layer of a model sees a window only, whoever holds a block holds those between it and the window's beginning,
+    and gives back what is before (`trim`). It is cached, in the order in which it was given back, and may be evicted while what
+    follows it is held. Then the invariant and what follows from it do not hold, and nothing that is done here needs them: a hit
+    needs `window_blocks` before its end, wherever it begins. A sequence keeps its last published block, so the nodes above it
+    live on in the index.
     """
 
-    def __init__(self, block_size: int, stride: int = 0) -> None:
-        """stride: tokens in common from which a part of a block is reused, fewer than a block; 0: only whole blocks are."""
+    def __init__(self, block_size: int, stride: int = 0, window_blocks: int | None = None) -> None:
+        """stride: tokens in common from which a part of a block is reused, fewer than a block; 0: only whole blocks are.
+        window_blocks: of those before a block's end, how many are seen from the next token on, 1 at least; None: all."""
+        assert window_blocks is None or window_blocks > 0, "the last published block is kept"
         self.block_size = block_size
+        self.window_blocks = window_blocks
         self._block_bytes, self._part_bytes = block_size * TOKEN_DTYPE.itemsize, stride * TOKEN_DTYPE.itemsize
-        self.index = PrefixIndex(block_size, stride)
+        self.index = PrefixIndex(block_size, stride, window_blocks)
         self.pools: dict[GroupId, BlockPool] = {}
 
     def add_group(self, group: GroupId, blocks: int) -> None:
@@ -92,10 +111,12 @@ class BlockTable:
         self.index.remove_group(group)
 
     def evicted(self, hashes: Sequence[int]) -> int:
-        """How many of these blocks, from the first on, some group held once and none does now. Only as far as remembered."""
+        """How many of these blocks, from the first on, some group held once and none does now, or none with what is seen before
+        it. Only as far as remembered."""
         known, count = self.index.evicted, 0
+        named = {} if self.window_blocks is None else self.index.by_hash
         for hash_ in hashes:
-            if hash_ not in known:
+            if hash_ not in known and hash_ not in named:
                 break
             count += 1
         return count
@@ -112,17 +133,20 @@ class BlockTable:
 
         They count as available, but pinning them takes them out: `reserve` needs new_blocks + this many available.
         Unheld blocks are the end of the chain (reference counts never grow on the way down), so where they begin is found
-        in O(log depth).
+        in O(log depth). Where there is a window, of the blocks in it, one by one.
         """
         self._require(match, group, depth)
         held, refs = self.index.blocks[group], self.pools[group].refs
+        if self.window_blocks is not None:
+            return sum(not refs[held[node]] for node in match.nodes[self.first_seen(depth) : depth])
         return depth - bisect_left(match.nodes, True, 0, depth, key=lambda node: not refs[held[node]])
 
     def reserve(
         self, group: GroupId, match: Match, depth: int, new_blocks: int, salt: str, part: Part | None = None,
         copy: Copy | None = None,
     ) -> SequenceBlocks | None:  # fmt: skip
-        """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room.
+        """Starts a sequence on the first `depth` matched blocks, pinned, and `new_blocks` others; None if no room. Matched ones
+        that are not seen any more are neither pinned nor looked for.
 
         part: what the group has of the block after them; it is given up where there is no room to use it, so `inherited` says
         what became of it. copy: puts a copy into the group's log, at once; without it a part is only taken over. Pinning comes
@@ -130,16 +154,19 @@ class BlockTable:
         """
         pool = self.pools[group]
         self._require(match, group, depth)
-        spare = pool.available - new_blocks - depth  # at least; there is plenty as a rule, and no need to count
+        first = 0 if self.window_blocks is None else self.first_seen(depth)
+        spare = pool.available - new_blocks - depth + first  # at least; there is plenty as a rule, and no need to count
         if spare <= 0:
-            spare += depth - self.cached_in_match(group, match, depth)
+            spare += depth - first - self.cached_in_match(group, match, depth)
         if spare < 0:
             return None
         held = self.index.blocks[group]
         nodes = match.nodes[:depth]
-        blocks = [held[node] for node in nodes]
-        seq = SequenceBlocks(group, blocks, nodes, salt)
+        blocks = [held[node] for node in (nodes[first:] if first else nodes)]
         pool.pin(*blocks)
+        if first:
+            blocks[:0] = [GIVEN_BACK] * first
+        seq = SequenceBlocks(group, blocks, nodes, salt, first=first)
         if part is None or not new_blocks:
             pool.allocate_to(blocks, new_blocks)
         elif self._may_take(group, part, new_blocks):
@@ -276,14 +303,31 @@ class BlockTable:
         if seq.tail:
             self.pools[seq.group].publish(seq.blocks[at], seq.tail)
 
+    def first_seen(self, depth: int) -> int:
+        """The first block of which something is seen from the token on that follows `depth` whole blocks."""
+        return 0 if self.window_blocks is None else max(0, depth - self.window_blocks)
+
+    def trim(self, seq: SequenceBlocks, depth: int) -> int:
+        """Gives back the blocks that are not seen any more, once `depth` of them are full and, where prefixes are kept,
+        published. Published ones stay cached, the first to be evicted first. Returns how many blocks that were."""
+        first, former = self.first_seen(depth), seq.first
+        if first <= former:
+            return 0
+        self.pools[seq.group].unpin(*seq.blocks[former:first])
+        seq.blocks[former:first] = [GIVEN_BACK] * (first - former)
+        seq.first = first
+        return first - former
+
     def release(self, seq: SequenceBlocks) -> None:
         """Unpins the sequence's blocks, deepest first, and empties it. Published blocks stay cached."""
-        self.pools[seq.group].unpin(*reversed(seq.blocks))
+        self.pools[seq.group].unpin(*reversed(seq.held if seq.first else seq.blocks))
         seq.blocks.clear()
         seq.nodes.clear()
-        seq.tail = NO_NODE
+        seq.tail, seq.first = NO_NODE, 0
 
     def _require(self, match: Match, group: GroupId, depth: int) -> None:
         """A match that some eviction has overtaken, or a depth that the group does not hold, is the caller's bug."""
         assert match.generation == self.index.generation, "a block was evicted since this match; match again"
         assert 0 <= depth <= match.depth(group), f"group {group} holds {match.depth(group)} matched blocks, not {depth}"
+        whole = self.window_blocks is None or depth in (0, match.depth(group))
+        assert whole, f"what is seen before {depth} blocks may be gone in group {group}, but not before {match.depth(group)}"

@@ -74,11 +74,15 @@ class Resolved:
     """What no setting says, known once the checkpoint and the device are (`cluster.resolve`).
 
     max_model_len: prompt and output tokens of one sequence at most. grant_ahead: tokens before the end of its blocks at which a
-    lease is extended, about two report intervals.
+    lease is extended, about two report intervals. window: tokens that the layer sees that sees most, the newest included; None:
+    all of them. prefill_ahead: where there is a window, tokens of a prompt, beyond those computed, that a lease has blocks for,
+    so that no chunk waits for a grant.
     """
 
     max_model_len: int = 1 << 20
     grant_ahead: int = 4
+    window: int | None = None
+    prefill_ahead: int = 0
 
 
 class Counters(msgspec.Struct, kw_only=True):

@@ -108,11 +108,14 @@ class SchedulerCore:
         if group in self.groups:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
+        if self._state.window is not None:
+            host_blocks, ports = 0, ()  # what moves beside the steps begins with the first block (docs/architecture.md)
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(
-            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch
-        )
+            group, epoch, blocks, max_num_seqs, self.config.block_size, self.resolved.grant_ahead, self._state.watch,
+            self._state.window,
+        )  # fmt: skip
         self.groups[group].ports, self.groups[group].host_blocks = ports, host_blocks
         self.groups[group].life = epoch if life is None else life
         self._regroup()
@@ -188,7 +191,7 @@ class SchedulerCore:
         for some sequence, unless it is returning, so that requests may wait for it.
         """
         rest = [other.blocks for name, other in self.groups.items() if name != group and not other.draining]
-        needed = max((sequence.blocks_at_most for sequence in self.sequences.values()), default=0)
+        needed = max((sequence.blocks_at_once for sequence in self.sequences.values()), default=0)
         if group not in self.groups or (not returning and (not rest or max(rest) < needed)):
             return False
         self.groups[group].draining = True
@@ -307,7 +310,7 @@ class SchedulerCore:
         largest = self._state.largest
         if largest is None:
             return
-        for sequence in [s for s in self.sequences.values() if s.blocks_at_most > largest]:
+        for sequence in [s for s in self.sequences.values() if s.blocks_at_once > largest]:
             assert sequence.blocks is None, "a running sequence has a group that is large enough"
             output = sequence.committed - sequence.prompt_tokens
             room = largest * self.config.block_size + 1 - sequence.prompt_tokens
@@ -317,4 +320,4 @@ class SchedulerCore:
             elif output >= room:
                 leases.end(self._state, sequence, FinishReason.LENGTH)
             else:
-                sequence.max_tokens, sequence.blocks_at_most = room, largest
+                sequence.max_tokens, sequence.blocks_at_most, sequence.blocks_at_once = room, largest, largest

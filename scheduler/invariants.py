@@ -14,6 +14,7 @@ from scheduler.core import SchedulerCore
 from scheduler.queue.limits import blocks_for
 from scheduler.running.resident import ResidentGroup
 from scheduler.sequence import Sequence, State
+from scheduler.window import Window
 
 
 def check(core: SchedulerCore) -> None:
@@ -157,8 +158,14 @@ def _check_running(core: SchedulerCore, group: ResidentGroup, sequence: Sequence
     assert length - sequence.committed < group.ring_size, f"{name}: the ring has overrun tokens not written back"
     assert computed <= held * block_size, f"{name}: computed {computed} tokens in {held} blocks"
     assert held <= sequence.blocks_at_most, f"{name}: holds more blocks than it can ever need"
-    assert blocks_for(sequence.committed, block_size) <= held + 1, f"{name}: tokens without blocks"
     low = held < sequence.blocks_at_most and held * block_size - length < core.resolved.grant_ahead
+    if (window := Window.of(core.resolved, block_size)) is None:
+        assert blocks_for(sequence.committed, block_size) <= held + 1, f"{name}: tokens without blocks"
+        assert blocks.first == 0, f"{name}: has given back what it sees"
+    else:
+        assert blocks.first == window.first(full), f"{name}: holds blocks from {blocks.first} on, with {full} full ones"
+        assert held - blocks.first <= sequence.blocks_at_once, f"{name}: holds more than it ever should at once"
+        low = low and held < blocks.first + window.most
     assert low == (sequence in group.starved), f"{name}: low is {low} at {length} tokens in {held} blocks"
     assert low or group.due[row] > computed, f"{name}: due at {group.due[row]} already, with {length} tokens"
     assert group.due[row] <= filled, f"{name}: due at {group.due[row]}, but a block is full at {filled}"

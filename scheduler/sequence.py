@@ -71,6 +71,7 @@ class Sequence:
     number: counts arrivals. place: in the order of service, by priority (lower first), then by arrival; a restart keeps it.
     arrived_s, started_s: by the shell's clock; the first start counts.
     blocks_at_most: blocks that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
+    blocks_at_once: those of them that it holds at the same time; fewer only where the model sees a window (`Window.most`).
     buffer: prompt and output; the first `committed` are written back, the newest ones of who runs are in the group's ring.
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
     pooling: what is wanted of its prompt instead of an output; max_tokens is 0 then.
@@ -99,6 +100,7 @@ class Sequence:
     prompt_tokens: int
     max_tokens: int
     blocks_at_most: int
+    blocks_at_once: int
     hashes: list[int]
     buffer: Tokens
     committed: int

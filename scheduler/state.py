@@ -22,6 +22,7 @@ from scheduler.running.resident import ResidentGroup, Watch
 from scheduler.running.transfers import Transfers
 from scheduler.sequence import Sequence
 from scheduler.server.outbox import Outbox
+from scheduler.window import Window
 
 
 class ClusterState:
@@ -29,16 +30,18 @@ class ClusterState:
 
     now_s: when the event that is being handled happened, by the shell's clock. expected: groups that are coming up, with
     their blocks, 0 if unknown. largest_up: blocks of the largest pool that is up. largest: of the largest pool; 0 without any
-    group, None while one of unknown size is expected. computed: tokens that were computed lately. lost: why the last group
+    group, None while one of unknown size is expected. longest: blocks that bound the length of a sequence: those of the largest
+    pool, unless no sequence ever holds as many at once. computed: tokens that were computed lately. lost: why the last group
     went that is not expected; back_at_s: when that is tried again, if it is. numbers: of sequences. random: draws the seeds of
-    requests that bring none.
+    requests that bring none. window: None where some layer sees all that came before.
     """
 
     def __init__(self, config: CoreConfig, resolved: Resolved, bounds: QueueBounds | None) -> None:
         self.config, self.resolved, self.bounds = config, resolved, bounds
         self.block_size, self.stride = config.block_size, config.stride
         self.now_s = 0.0
-        self.table = BlockTable(config.block_size, config.stride)
+        self.window = Window.of(resolved, config.block_size)
+        self.table = BlockTable(config.block_size, config.stride, None if self.window is None else self.window.seen)
         self.groups: dict[GroupId, ResidentGroup] = {}
         self.expected: dict[GroupId, int] = {}
         self.sequences: dict[tuple[int, int], Sequence] = {}
@@ -60,6 +63,8 @@ class ClusterState:
         self.largest_up = max((group.blocks for group in self.groups.values()), default=0)
         expected = self.expected.values()
         self.largest = None if 0 in expected else max([self.largest_up, *expected])
+        endless = self.window is not None and self.largest is not None and self.largest >= self.window.most
+        self.longest = None if endless else self.largest
 
     def group_of(self, sequence: Sequence) -> ResidentGroup | None:
         return self.groups.get(sequence.blocks.group) if sequence.blocks is not None else None

@@ -83,6 +83,9 @@ def command(
     max_num_batched_tokens: int = _flag(
         "--max-num-batched-tokens", SHAPE.max_num_batched_tokens, "Tokens that one step of a group computes."
     ),
+    window: int | None = _flag(
+        "--window", None, "Tokens that every layer of the model sees: blocks before them are given back.", "all"
+    ),
     hash_stride: int = _flag(
         "--hash-stride", SHAPE.hash_stride, "Tokens in common from which part of a block is reused; 0: none is."
     ),
@@ -136,7 +139,7 @@ def command(
         shape = ClusterShape(
             groups=groups, blocks=blocks, block_size=block_size, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens, host_blocks=host_blocks, hash_stride=hash_stride,
-            wait_for_prefix=wait_for_prefix, links=LinkModel(fetch_rate, host_rate),
+            wait_for_prefix=wait_for_prefix, window=window, links=LinkModel(fetch_rate, host_rate),
             time=_times(calibrate, prefill_rate, decode_step, sequence_time, context_time),
         )  # fmt: skip
         outages = tuple(Outage(*_event("--fail", text)) for text in fail)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from kvcache.ids import GroupId
-from scheduler.config import CoreConfig
+from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.options import check
 from scheduler.protocol.leaders import Commands, Report
@@ -28,8 +28,10 @@ NEVER_S = float("inf")
 @dataclass(frozen=True, kw_only=True)
 class ClusterShape(BatchConfig, CoreConfig):
     """Its core's settings, its groups' batches, and what a real cluster would measure: groups, each with a pool of `blocks`
-    blocks, and so many in its host memory where the policy uses it."""
+    blocks, and so many in its host memory where the policy uses it. window: tokens that every layer of the model sees; None:
+    all."""
 
+    window: int | None = None
     groups: int = 8
     blocks: int = 8000
     host_blocks: int = 32000
@@ -41,6 +43,8 @@ class ClusterShape(BatchConfig, CoreConfig):
         for name in ("groups", "blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1: raise it")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} is below 1: raise it")
 
     def pooled(self, blocks: int) -> "ClusterShape":
         """One group with the compute of all, and `blocks` blocks."""
@@ -68,7 +72,8 @@ class SimulatedEngine:
         hear: Callable[[Deltas, bool], None],
         stopwatch: Stopwatch,
     ) -> None:
-        self.core = SchedulerCore(shape)
+        # A simulated group plans when it has reported: one chunk that it plans and one that it is granted meanwhile.
+        self.core = SchedulerCore(shape, Resolved(window=shape.window, prefill_ahead=2 * shape.max_num_batched_tokens))
         self._first_tokens = False  # whether some of what is being told may be first tokens
         shell = Shell(
             self.core, self._tell_group, lambda _, deltas: hear(deltas, self._first_tokens), clock=now, inside=stopwatch
@@ -97,7 +102,9 @@ class SimulatedEngine:
         """Workers are ready, with empty pools."""
         shape, epoch = self._shape, self._epochs[group]
         self._epochs[group] += 1
-        max_model_len = min(self.core.resolved.max_model_len, shape.blocks * shape.block_size + shape.block_size)
+        max_model_len = self.core.resolved.max_model_len
+        if shape.window is None:
+            max_model_len = min(max_model_len, shape.blocks * shape.block_size + shape.block_size)
         batch = ResidentBatch(shape.max_num_seqs, shape.block_size, shape.max_num_batched_tokens, max_model_len)
         self.groups[group] = SimulatedGroup(epoch, batch, shape.time, self.core.resolved.grant_ahead)
         self._transfers.group_up(group, epoch)

@@ -60,14 +60,14 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
     taken = footprint(found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu")
-    layout = taken.layout
+    layout, held = taken.layout, blocks_held(found.window(longest), longest, config)
     numbers = str(dtype).removeprefix("torch.")
     lines = [
         f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{_weights_are(found.scheme)}",
         f"weights          {in_units(taken.weight_bytes)} a rank",
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
         f"{layout.block_size} tokens, a rank",
-        f"longest context  {longest:,} tokens: {in_units(layout.blocks_for(longest) * layout.block_bytes)} a rank",
+        f"longest context  {longest:,} tokens: {in_units(held * layout.block_bytes)} a rank",
     ]
     room = config.kv_memory
     if memory is not None:
@@ -80,7 +80,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         room = left if room is None else room
     if room is None:
         return lines, True
-    said, fits = _room_line(taken, room, longest, config.max_num_seqs)
+    said, fits = _room_line(taken, room, held, config.max_num_seqs)
     return [*lines, said], fits
 
 
@@ -88,13 +88,26 @@ def _weights_are(scheme: "Scheme | None") -> str:
     return "" if scheme is None else f", weights quantised: {scheme}"
 
 
-def _room_line(taken: "Footprint", room: int, longest: int, rows: int) -> tuple[str, bool]:
+def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int:
+    """Blocks that the longest sequence holds at once; less than all of its own where no layer sees all of it."""
+    from cluster.resolve import DEPTH, prefill_ahead
+    from scheduler.config import Resolved
+    from scheduler.window import Window
+
+    blocks = -(-longest // config.block_size)
+    depth = max(DEPTH.values())
+    seen = Window.of(Resolved(window=window, prefill_ahead=prefill_ahead(config, depth)), config.block_size)
+    return blocks if seen is None else min(blocks, seen.most)
+
+
+def _room_line(taken: "Footprint", room: int, held: int, rows: int) -> tuple[str, bool]:
+    """held: blocks that a sequence of the longest context holds."""
     layout = taken.layout
     blocks = max(0, room) // layout.block_bytes
     tokens = blocks * layout.block_size
-    if blocks < layout.blocks_for(longest):
+    if blocks < held:
         return f"blocks           {blocks:,}: a sequence of {tokens:,} tokens at most; lower max_model_len to that", False
-    at_once = min(rows, blocks // layout.blocks_for(longest))
+    at_once = min(rows, blocks // held)
     return f"blocks           {blocks:,}, {tokens:,} tokens: {at_once} sequence(s) of the longest context at once", True
 
 

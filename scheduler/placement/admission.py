@@ -90,11 +90,16 @@ class Admission:
                     continue
                 tries -= 1
                 sequence.tried = waiting.rooms
-                sequence.needs = newcomer.blocks - len(newcomer.match.nodes)
+                sequence.needs = self._needs(newcomer)
             passed.append(sequence)
             if not waiting.may_be_passed(sequence, state.now_s, first=len(passed) == 1):
                 break
         waiting.put_back(passed, settled=tries > 0)
+
+    def _needs(self, newcomer: Newcomer) -> int:
+        """Blocks that it cannot do without, wherever it goes."""
+        window, known = self._state.window, len(newcomer.match.nodes)
+        return newcomer.blocks - known if window is None else window.new_blocks(newcomer.blocks, known)
 
     def place_in(self, group: ResidentGroup, sequence: Sequence) -> None:
         """One that waits goes to this group now, if there is room; otherwise when and where its turn comes."""
@@ -152,7 +157,8 @@ class Admission:
         if source is not None:  # pinned first: the reservation evicts, and a match is good until then
             held, part = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part), None
         depth = match.depth(group.group)
-        blocks = state.table.reserve(group.group, match, depth, newcomer.blocks - depth, sequence.salt, part, group.copy)
+        new_blocks = newcomer.blocks - depth if state.window is None else state.window.new_blocks(newcomer.blocks, depth)
+        blocks = state.table.reserve(group.group, match, depth, new_blocks, sequence.salt, part, group.copy)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         if source is not None and held is not None:
@@ -289,7 +295,7 @@ class Admission:
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()
             if other is not group and not (other.closed or other.starved) and len(other.ports) == len(group.ports) > 0
-            and other.blocks >= sequence.blocks_at_most and other.rows_left > 0
+            and other.blocks >= sequence.blocks_at_once and other.rows_left > 0
             and self._state.table.pools[other.group].available > wanted
         ]  # fmt: skip
         return min(able)[1] if able else None

@@ -76,7 +76,7 @@ class Routing:
 
     def __init__(self, state: ClusterState) -> None:
         self.explain: why.Tell | None = why.log if state.config.log_decisions else None
-        self._state = state
+        self._state, self._window = state, state.window
         self.regroup()
 
     # ---- all groups
@@ -154,10 +154,10 @@ class Routing:
 
     def _each(self, newcomer: Newcomer, only: ResidentGroup | None = None) -> list[policy.Bound]:
         """Of few groups each is looked at."""
-        at_most = newcomer.sequence.blocks_at_most
+        at_once = newcomer.sequence.blocks_at_once
         return [
             (-math.inf, 0, at) for at, group in enumerate(self.groups)
-            if group.blocks >= at_most and not (group.closed if only is None else group.draining or group is not only)
+            if group.blocks >= at_once and not (group.closed if only is None else group.draining or group is not only)
         ]  # fmt: skip
 
     def _promising(self, newcomer: Newcomer) -> Iterator[policy.Bound]:
@@ -165,14 +165,14 @@ class Routing:
         self.refresh()
         depths = self._spread(newcomer.match.depths)
         hits = depths * self._state.block_size + self._spread({pool: part.tokens for pool, part in newcomer.parts.items()})
-        fits = (newcomer.blocks - depths <= self.room) & (self.blocks >= newcomer.sequence.blocks_at_most)
+        fits = (self._new_blocks(newcomer, depths) <= self.room) & (self.blocks >= newcomer.sequence.blocks_at_once)
         return policy.cheapest_first(self._least_costs(newcomer, depths, hits), fits, self.available)
 
     def _least_costs(self, newcomer: Newcomer, depths: policy.Ints, hits: policy.Ints) -> policy.Floats:
         """[groups] what each costs at least, in the best of its ways."""
         block_size, transfers = self._state.block_size, self._state.transfers
         tokens, source = len(newcomer.tokens), newcomer.source
-        there = self.backlog, self.running, newcomer.blocks - depths - self.free, block_size
+        there = self.backlog, self.running, self._new_blocks(newcomer, depths) - self.free, block_size
         least = policy.least_costs(tokens - hits, *there)
         if source is not None:
             moving = np.maximum(0, source.blocks - depths) + self.receiving + source.sender.sending
@@ -183,6 +183,11 @@ class Routing:
             work = policy.fetch_work(transfers.load_cost, block_size, np.maximum(0, in_host - depths) + self.receiving)
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
+
+    def _new_blocks(self, newcomer: Newcomer, depths: policy.Ints) -> policy.Ints:
+        """[groups] blocks that it needs beside those of its hit."""
+        new_blocks, window = newcomer.blocks - depths, self._window
+        return new_blocks if window is None else np.minimum(new_blocks, window.most - np.minimum(depths, window.seen))
 
     def _ways(self, newcomer: Newcomer, least: int, at: int) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix. least: tokens that a
@@ -237,9 +242,10 @@ class Routing:
             revived = table.cached_in_match(group.group, newcomer.match, depth)
         if part is not None:
             hit += part.tokens
-        free, fetching = len(pool.free_stack), len(group.fetching)
+        free, fetching, window = len(pool.free_stack), len(group.fetching), self._window
+        new_blocks = newcomer.blocks - depth if window is None else window.new_blocks(newcomer.blocks, depth)
         return policy.GroupLoad(  # by position, which is quicker: hit_tokens, new_blocks, ...
-            hit, newcomer.blocks - depth + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
+            hit, new_blocks + revived, free, free + pool.cached, group.blocks, len(group.free_rows) - fetching,
             len(group.running) + fetching, group.coming if fetching else group.backlog, bool(group.starved), 0.0, revived,
         )  # fmt: skip
 

@@ -109,5 +109,5 @@ class Suspects:
         return group
 
     def _least_loaded(self, suspect: Sequence) -> ResidentGroup | None:
-        large = [g for g in self._state.groups.values() if g.blocks >= suspect.blocks_at_most and not g.draining]
+        large = [g for g in self._state.groups.values() if g.blocks >= suspect.blocks_at_once and not g.draining]
         return min(large, key=lambda g: (len(g.running) + len(g.fetching), g.group), default=None)

@@ -29,7 +29,8 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     tokens: int32 buffer, prompt and whatever was emitted before a restart. prompt_tokens: how many of them are prompt, so that
     penalties and min/max tokens count the rest as output. cached_tokens: the KV of this many leading tokens stands already in
     `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
-    block-table order. stop_ids: ids that end the output. max_tokens: output tokens in all, those before a restart included.
+    block-table order, from block `first` on: those before it are seen by no layer. stop_ids: ids that end the output.
+    max_tokens: output tokens in all, those before a restart included.
     salt: the request's, so that its leader can say what stands in the blocks (`Inventory`). pooling: as in `Request`; it ends
     once its prompt is computed, and samples nothing.
     """
@@ -46,6 +47,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     max_tokens: int
     salt: str = ""
     pooling: Pooling | None = None
+    first: int = 0
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -147,7 +149,15 @@ class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
 Movement = Send | Receive | Offload | Load | Cut
 """What runs beside the steps."""
 
-Command = Start | Grant | Remap | Drop | End | Copy | Movement
+class Trim(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """The blocks of the lease's block table before `first` are seen by no layer any more, and are full. They may be granted to
+    others once this command has been applied; their places in the table are not read again."""
+
+    lease: LeaseId
+    first: int
+
+
+Command = Start | Grant | Remap | Drop | End | Copy | Movement | Trim
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):

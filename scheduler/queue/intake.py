@@ -27,7 +27,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     prompt = np.frombuffer(request.tokens, np.int32)
     max_tokens = output_limit(
         len(prompt), params.max_tokens if request.pooling is None else 0, state.resolved.max_model_len, config.block_size,
-        state.largest, state.lost, state.back_at_s - state.now_s,
+        state.longest, state.lost, state.back_at_s - state.now_s,
     )  # fmt: skip
     if resumed is None:
         try:
@@ -38,6 +38,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
     _check_streams(state, front_end, request)
     hashes = _hashes(request, prompt, config.block_size)
     blocks = blocks_for(slots_for(len(prompt), max_tokens), config.block_size)
+    at_once = blocks if state.window is None else min(blocks, state.window.most)
     arrived_s = state.now_s - (0.0 if resumed is None else max(0.0, resumed.age_s))
     deadline_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
     seed = state.random.getrandbits(63) if params.seed is None else params.seed
@@ -50,7 +51,8 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             number=number, place=(request.priority << PRIORITY_SHIFT) + number, arrived_s=arrived_s,
             front_end=front_end, stream=stream, choice=choice, params=params, seed=seed,
             stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
-            blocks_at_most=blocks, hashes=hashes.copy() if sequences else hashes, buffer=prompt, committed=len(prompt),
+            blocks_at_most=blocks, blocks_at_once=at_once, hashes=hashes.copy() if sequences else hashes, buffer=prompt,
+            committed=len(prompt),
             tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s, pooling=request.pooling,
         )  # fmt: skip
         state.sequences[front_end, stream] = sequence

@@ -121,7 +121,7 @@ class WaitingRoom:
         """Takes out whose turn it is, None if nobody is left. Parks those that need more blocks than the largest pool has."""
         while True:
             sequence = (self._oldest() or self.fair.pop()) if self._aged_next else (self.fair.pop() or self._oldest())
-            if sequence is None or sequence.blocks_at_most <= largest_pool:
+            if sequence is None or sequence.blocks_at_once <= largest_pool:
                 self._aged_next = not self._aged_next
                 return sequence
             sequence.ticket = 0

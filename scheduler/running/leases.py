@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from kvcache.table import BlockTable, SequenceBlocks
 from scheduler.policy import VictimCost, choose_victim
-from scheduler.protocol.leaders import Drop, Grant, Remap
+from scheduler.protocol.leaders import Drop, Grant, Remap, Trim
 from scheduler.protocol.messages import Failure, FinishReason
 from scheduler.running.prefixes import WHOLE_PROMPT
 from scheduler.running.resident import ResidentGroup
@@ -58,6 +58,8 @@ def _look_after(state: ClusterState, group: ResidentGroup, sequence: Sequence) -
     if full > len(blocks.nodes):
         sequence.charge(length)
         _publish(state, group, sequence, blocks, full)
+        if state.window is not None:
+            _trim(state, group, sequence, blocks, full)
     if pending == 1 and sequence in state.prefixes.waiters:
         state.waiting.join(state.prefixes.published(sequence, WHOLE_PROMPT))
     return group.schedule(sequence, length, full)
@@ -82,6 +84,14 @@ def _publish(state: ClusterState, group: ResidentGroup, sequence: Sequence, bloc
         state.waiting.join(state.prefixes.published(sequence, full))
 
 
+def _trim(state: ClusterState, group: ResidentGroup, sequence: Sequence, blocks: SequenceBlocks, full: int) -> None:
+    """Gives back what no layer sees any more: steps under way have been launched before this, and none that follow read it."""
+    if state.table.trim(blocks, full):
+        assert sequence.lease is not None
+        group.issue(Trim(sequence.lease, blocks.first))
+        state.waiting.made_room()
+
+
 # ---- it gets more
 
 
@@ -101,8 +111,7 @@ def _grant(state: ClusterState, group: ResidentGroup, sequence: Sequence) -> Non
     assert sequence.blocks is not None
     assert sequence.lease is not None
     length = group.length.item(sequence.row)
-    needed = min(-(-(length + state.resolved.grant_ahead) // state.block_size), sequence.blocks_at_most)
-    wanted = needed - len(sequence.blocks.blocks)
+    wanted = group.wanted(sequence, length) - len(sequence.blocks.blocks)
     while (blocks := state.table.grow(sequence.blocks, wanted)) is None:
         victim = find_victim(state.table, group, sequence)
         if victim is None:
@@ -135,16 +144,19 @@ def _cost(table: BlockTable, sequence: Sequence, length: int, pending: int) -> V
     blocks = sequence.blocks
     assert blocks is not None
     shared = _shared(table, blocks)
-    kept = max(shared, _elsewhere(table, blocks))
+    kept = max(shared, _elsewhere(table, blocks)) if table.window_blocks is None else _seen_by_others(table, blocks)
     return VictimCost(
-        max(0, length - pending - kept * table.block_size), len(blocks.blocks) - shared, length - sequence.prompt_tokens,
-        sequence.place,
+        max(0, length - pending - kept * table.block_size), len(blocks.blocks) - blocks.first - shared,
+        length - sequence.prompt_tokens, sequence.place,
     )  # fmt: skip
 
 
 def _shared(table: BlockTable, blocks: SequenceBlocks) -> int:
-    """Blocks, from the first on, that others in the group hold as well. Reference counts never grow down a chain."""
+    """Blocks, from the first on, that others in the group hold as well. Reference counts never grow down a chain; where there
+    is a window they do, and are counted."""
     refs, held = table.pools[blocks.group].refs, blocks.blocks
+    if table.window_blocks is not None:
+        return sum(refs[block] > 1 for block in blocks.held)
     if not held or refs[held[0]] < 2:
         return 0
     return bisect_left(held, True, key=lambda block: refs[block] < 2)
@@ -156,6 +168,17 @@ def _elsewhere(table: BlockTable, blocks: SequenceBlocks) -> int:
     if not nodes or holders[nodes[0]] == here:
         return 0
     return bisect_left(nodes, True, key=lambda node: holders[node] == here)
+
+
+def _seen_by_others(table: BlockTable, blocks: SequenceBlocks) -> int:
+    """Blocks after which it could go on if its own were lost: all that are published, or none, if not each that it sees of them
+    is held by others here, or by one other group."""
+    refs, holders, here = table.pools[blocks.group].refs, table.index.holders, 1 << blocks.group
+    seen = list(zip(blocks.held, blocks.nodes[blocks.first :], strict=False))
+    elsewhere = ~here
+    for _, node in seen:
+        elsewhere &= holders[node]
+    return len(blocks.nodes) if elsewhere or all(refs[block] > 1 for block, _ in seen) else 0
 
 
 # ---- it gives up what it has

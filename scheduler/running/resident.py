@@ -7,7 +7,7 @@
     due          [ 513  ...]                    length at which a block fills or a grant is wanted (decoding rows)
     ring         [rows, ring]  int32            sampled tokens by position, until a block of them is written back
 
-Imports NumPy, `config`, `leaders`, `messages`, `policy`, `sequence` and `kvcache` ids.
+Imports NumPy, `config`, `leaders`, `messages`, `policy`, `sequence`, `window` and `kvcache` ids.
 """
 
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Commands, Co
 from scheduler.protocol.messages import NO_TOKEN
 from scheduler.running.experts import ExpertBalance
 from scheduler.sequence import Sequence, State, Tokens
+from scheduler.window import Window
 
 Ints = npt.NDArray[np.int64]
 
@@ -79,13 +80,15 @@ class ResidentGroup:
     """
 
     def __init__(
-        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, block_size: int, grant_ahead: int, watch: Watch
-    ) -> None:
+        self, group: GroupId, epoch: int, blocks: int, max_num_seqs: int, block_size: int, grant_ahead: int, watch: Watch,
+        window: Window | None = None,
+    ) -> None:  # fmt: skip
         self.group = group
         self.epoch = epoch
         self.blocks = blocks
         self._block_size = block_size
         self._grant_ahead = grant_ahead
+        self._window = window
         self.ring_size = 2 * block_size  # a power of two; at most a block and one report are not yet written back
         self._ring_mask = self.ring_size - 1
         self.lease = np.full(max_num_seqs, -1, np.int64)
@@ -177,7 +180,9 @@ class ResidentGroup:
 
     def seat(self, sequence: Sequence, serial: int, cached_tokens: int) -> None:
         """Starts a sequence that has its blocks, in a row and with a new lease; the KV of its first `cached_tokens` stands."""
-        assert sequence.blocks is not None
+        blocks = sequence.blocks
+        assert blocks is not None
+        held = blocks.held if blocks.first else blocks.blocks
         row = self.free_rows.pop()
         lease, pending = LeaseId(serial << ROW_BITS | row), sequence.committed - cached_tokens
         sequence.state, sequence.row, sequence.lease = State.RUNNING, row, lease
@@ -194,9 +199,10 @@ class ResidentGroup:
         self.issue(
             Start(
                 lease=lease, tokens=sequence.buffer[: sequence.committed].tobytes(), prompt_tokens=sequence.prompt_tokens,
-                cached_tokens=cached_tokens, blocks=np.array(sequence.blocks.blocks, np.int32).tobytes(),
+                cached_tokens=cached_tokens, blocks=np.array(held, np.int32).tobytes(),
                 params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
                 max_tokens=sequence.max_tokens, salt=sequence.salt, pooling=sequence.pooling,
+                first=blocks.first,
             )
         )  # fmt: skip
 
@@ -221,14 +227,21 @@ class ResidentGroup:
     def schedule(self, sequence: Sequence, length: int, full: int) -> bool:
         """Says when its row is due next: the length at which it fills a block or runs low, while it decodes.
 
-        length: its tokens. full: blocks that it has filled. Returns whether it runs low already.
+        length: its tokens. full: blocks that it has filled. Returns whether it runs low already. What is granted of a prompt
+        that is seen through a window is less than there is to compute: such a row is due with each of its chunks anyway.
         """
         assert sequence.blocks is not None
         block_size, blocks = self._block_size, len(sequence.blocks.blocks)
         filled = (full + 1) * block_size + 1
         low = blocks * block_size - self._grant_ahead + 1
         self.due[sequence.row] = filled if blocks == sequence.blocks_at_most or filled < low else low
-        return length >= low and blocks < sequence.blocks_at_most
+        return length >= low and blocks < (sequence.blocks_at_most if self._window is None else self.wanted(sequence, length))
+
+    def wanted(self, sequence: Sequence, length: int) -> int:
+        """Where the block table of a sequence with so many tokens should end."""
+        assert sequence.blocks is not None
+        wanted = min(-(-(length + self._grant_ahead) // self._block_size), sequence.blocks_at_most)
+        return wanted if self._window is None else min(wanted, sequence.blocks.first + self._window.most)
 
     def holder(self, lease: int) -> Sequence | None:
         """The sequence that still holds it, None if it has ended."""

@@ -1,12 +1,14 @@
 """What the user asked for, as scheduler and workers take it, and what is settled for them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from benchmarks.models.zoo import make
 from cluster.config import EngineConfig
 from cluster.engine import EngineError
 from cluster.fleet.group import rank_resources
@@ -41,6 +43,31 @@ def test_what_was_asked_for_is_what_is_settled() -> None:
     resolved = resolve(config, "cuda", threads=3)
     assert (resolved.threads, resolved.report_steps, resolved.report_hold_s) == (2, 5, math.inf)
     assert (resolved.max_model_len, resolved.grant_ahead) == (100, 12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "window"),
+    [
+        ("mistral", {"sliding_window": 24}, 24),
+        ("mistral", {"sliding_window": 200}, None),
+        ("mistral", {"sliding_window": None}, None),
+        ("gemma3_text", {}, None),
+        ("llama4_text", {"layer_types": ["chunked_attention"] * 2, "attention_chunk_size": 16}, 16),
+    ],
+    ids=["windows", "beyond the context", "none", "some layers", "chunks"],
+)
+def test_what_is_given_back_is_what_no_layer_sees(
+    kind: str, fields: dict[str, Any], window: int | None, tmp_path: Path
+) -> None:
+    """Read off the class, for the longest sequences that are served."""
+    path = make(kind, tmp_path / kind, **fields)
+    config = EngineConfig(model=str(path), model_implementation="transformers", max_model_len=128, max_num_batched_tokens=32)
+    resolved = resolve(config, "cpu")
+    assert resolved.window == window
+    assert resolved.prefill_ahead == 64
+    if window is not None:
+        with pytest.raises(ValueError, match=f"every layer of the model sees {window} tokens, .* leave it out"):
+            resolve(replace(config, host_kv_memory=1), "cpu")
 
 
 def test_bounds_are_checked_where_settings_are_declared() -> None:

@@ -21,7 +21,20 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
 from scheduler.protocol.inventory import blocks_of
-from scheduler.protocol.leaders import Command, Commands, Cut, Inventory, Load, Moved, Offload, Receive, Report, Send
+from scheduler.protocol.leaders import (
+    Command,
+    Commands,
+    Cut,
+    Inventory,
+    Load,
+    Moved,
+    Offload,
+    Receive,
+    Report,
+    Send,
+    Start,
+    Trim,
+)
 from scheduler.protocol.messages import (
     NO_MISSES,
     Deltas,
@@ -37,12 +50,13 @@ from scheduler.protocol.messages import (
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.queue.limits import RequestRefused
 from scheduler.sequence import Sequence
+from scheduler.window import Window
 from workers.loop.batch import ResidentBatch
 from workers.loop.leader import abandon
 from workers.loop.ledger import Ledger, inventory
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
-from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digest, pooled
+from workers.loop.simulated import UNWRITTEN, SimulatedExecutor, continuation, digests, pooled
 
 VOCABULARY = 2
 LOST = "its workers have gone"
@@ -59,6 +73,7 @@ class Stream:
     request: Request
     submitted_s: float
     expected: list[int]
+    window: int | None = None
     tokens: list[int] = field(default_factory=list)
     started: Started | None = None
     restarts: int = 0
@@ -88,7 +103,8 @@ class Stream:
     def take_pooled(self, values: bytes) -> None:
         assert self.finished is None, f"stream {self.number} was pooled after its end"
         assert self.request.pooling is not None, f"stream {self.number} was pooled unasked"
-        assert values == pooled(self.prompt, self.request.pooling), f"stream {self.number} was pooled from other states"
+        expected = pooled(self.prompt, self.request.pooling, self.window)
+        assert values == expected, f"stream {self.number} was pooled from other states"
         self.pooled = values
 
     def end(self, finished: Finished) -> None:
@@ -219,6 +235,7 @@ class Cluster:
     """block_size and pools (blocks of each group) are small, so that everything happens soon.
 
     depth and steps are those of `Rank` and `Reporter`. hash_stride: 0, whole blocks only, unless a test is about parts of them.
+    window: tokens that the simulated model sees; None: all.
     """
 
     def __init__(
@@ -241,6 +258,7 @@ class Cluster:
         queue_skip_s: float = 2.0,
         queue_age_s: float = 30.0,
         log_decisions: bool = False,
+        window: int | None = None,
     ) -> None:
         ahead = 2 * (steps + depth) if grant_ahead is None else grant_ahead
         config = CoreConfig(
@@ -253,7 +271,9 @@ class Cluster:
             queue_age_s=queue_age_s,
             log_decisions=log_decisions,
         )
-        self._new_core = partial(SchedulerCore, config, Resolved(max_model_len, ahead), bounds)
+        prefill_ahead = (depth + 2) * max_num_batched_tokens
+        self.window = window
+        self._new_core = partial(SchedulerCore, config, Resolved(max_model_len, ahead, window, prefill_ahead), bounds)
         self.core = self._new_core()
         self.block_size, self.pools = block_size, pools
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
@@ -265,6 +285,7 @@ class Cluster:
         self.streams: dict[tuple[int, int], Stream] = {}
         self.epochs = [0] * len(pools)
         self._numbers = 0
+        self.given_back = self.begun_in_the_midst = 0  # commands that say so
         for group in range(len(pools)):
             self.bring_up(group)
 
@@ -277,7 +298,7 @@ class Cluster:
         if name in self.groups:
             self.ghosts.append(self.groups.pop(name))
         batch = ResidentBatch(self.max_num_seqs, self.block_size, self.max_num_batched_tokens, self.max_model_len)
-        executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY)
+        executor = SimulatedExecutor(blocks, self.block_size, self.max_num_seqs, VOCABULARY, self.window)
         rank, reporter = Rank(batch, executor, self.depth), Reporter(epoch, self.steps)
         rank.ledger = Ledger(batch, blocks, self._host_blocks)
         self.groups[name] = SimulatedGroup(name, epoch, rank, reporter, self._host_blocks)
@@ -368,15 +389,16 @@ class Cluster:
         """Errors: RequestRefused, ProtocolError; nothing has changed then, and the invariants are checked all the same."""
         params = SamplingParams(n=n, max_tokens=max_tokens, min_tokens=min_tokens, prompt_logprobs=prompt_logprobs)
         first, self._numbers = self._numbers, self._numbers + n
-        room = max_tokens or max(self.pools) * self.block_size + 1 - len(prompt)
-        expected = continuation(prompt, max(0, room), VOCABULARY)
+        room = max_tokens or max(self.max_model_len, max(self.pools) * self.block_size + 1) - len(prompt)
+        expected = continuation(prompt, max(0, room), VOCABULARY, self.window)
         tokens = np.array(prompt, np.int32).tobytes()
         request = Request(first, tokens, b"", params, stop_ids, salt, priority, tenant, deadline_s, pooling=pooling)
         try:
             self.core.submit(front_end, request)
         finally:
             check(self.core)
-        streams = [Stream(front_end, first + choice, prompt, request, self.core.now_s, expected) for choice in range(n)]
+        now_s = self.core.now_s
+        streams = [Stream(front_end, first + choice, prompt, request, now_s, expected, self.window) for choice in range(n)]
         self.streams |= {(front_end, stream.number): stream for stream in streams}
         self.settle()
         return streams
@@ -495,6 +517,8 @@ class Cluster:
         self._check_blocks()
         for name, batch in self.core.take_logs():
             self.groups[name].take(batch)
+            self.given_back += sum(isinstance(command, Trim) for command in batch.commands)
+            self.begun_in_the_midst += sum(isinstance(command, Start) and command.first > 0 for command in batch.commands)
         assert all(group.drain() is None for group in self.core.groups.values()), "a log was not handed out"
         for front_end, deltas in self.core.outbox.drain():
             self._hear(front_end, msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=Deltas))
@@ -504,23 +528,24 @@ class Cluster:
         index = self.core.table.index
         pools = {name: group.cache for name, group in self.groups.items()}
         pools |= {host_of(name): group.host for name, group in self.groups.items()}
+        states: dict[int, list[int]] = {}
         for name, cache in pools.items():
-            states: dict[int, int] = {}
-            for node, block in sorted(index.blocks.get(name, {}).items(), key=lambda held: self._depth(held[0])):
-                state = states.get(index.parents[node], 0)
-                expected = []
-                for token in np.frombuffer(index.contents[node], np.int32).tolist():
-                    state = digest(state, token)
-                    expected.append(state)
-                states[node] = state
+            for node, block in index.blocks.get(name, {}).items():
+                expected = self._expected(node, states)
                 found = cache[block, : len(expected)].tolist()
                 assert found == expected, f"pool {name}: node {node} does not stand in block {block}"
 
-    def _depth(self, node: int) -> int:
-        parents, depth = self.core.table.index.parents, 0
-        while node:
-            node, depth = parents[node], depth + 1
-        return depth
+    def _expected(self, node: int, known: dict[int, list[int]]) -> list[int]:
+        """Digests of the tokens of a node. known: those of all tokens up to each node that has been asked for."""
+        index, chain = self.core.table.index, list[int]()
+        while node and node not in known:
+            chain.append(node)
+            node = index.parents[node]
+        for below in reversed(chain):
+            before = known.get(index.parents[below], [])
+            known[below] = before + digests(np.frombuffer(index.contents[below], np.int32).tolist(), before, self.window)
+        node = chain[0] if chain else node
+        return known[node][len(known[node]) - len(index.contents[node]) // 4 :]
 
     def _hear(self, front_end: int, deltas: Deltas) -> None:
         for started in deltas.started:
@@ -568,6 +593,14 @@ class Cluster:
     def sequence(self, stream: Stream) -> Sequence:
         """The live sequence behind a stream."""
         return self.core.sequences[stream.front_end, stream.number]
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence whose KV is so many tokens can be served by some group that is up or expected."""
+        core = self.core
+        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
+        window = Window.of(core.resolved, self.block_size)
+        blocks = -(-tokens // self.block_size)
+        return tokens < self.max_model_len and (blocks if window is None else min(blocks, window.most)) <= largest
 
     def held(self, group: int = 0) -> int:
         return self.core.table.pools[GroupId(group)].held

@@ -40,6 +40,7 @@ class CoreMachine(RuleBasedStateMachine):
         hash_stride=st.sampled_from([0, 1, 2, 2]),
         fetch=st.booleans(),
         host_blocks=st.sampled_from([0, 0, 6, 12]),
+        window=st.sampled_from([None, None, None, 3, 5, 10]),
     )
     def start(
         self,
@@ -52,6 +53,7 @@ class CoreMachine(RuleBasedStateMachine):
         hash_stride: int,
         fetch: bool,
         host_blocks: int,
+        window: int | None = None,
     ) -> None:
         self.cluster = Cluster(
             pools,
@@ -63,6 +65,7 @@ class CoreMachine(RuleBasedStateMachine):
             hash_stride=hash_stride,
             fetch=fetch,
             host_blocks=host_blocks,
+            window=window,
             max_model_len=64,
             queue_age_s=5.0,
         )
@@ -105,9 +108,8 @@ class CoreMachine(RuleBasedStateMachine):
         if pooling is not None:
             n, min_tokens, stop_ids, prompt_logprobs = 1, 0, (), None
         core = self.cluster.core
-        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
         output = 1 if pooling is not None else max_tokens or 1
-        fits = len(prompt) > 0 and -(-(len(prompt) + output - 1) // 4) <= largest
+        fits = len(prompt) > 0 and self.cluster.fits(len(prompt) + output - 1)
         try:
             self.cluster.submit(
                 prompt,
@@ -183,12 +185,10 @@ class CoreMachine(RuleBasedStateMachine):
             return
         live = [stream for (owner, _), stream in self.cluster.streams.items() if owner == front_end and stream.finished is None]
         begun = sum(len(stream.tokens) > unheard for stream in live)
-        core = self.cluster.core
         refused = self.cluster.reconnect(front_end, unheard)
-        largest = max([*core.expected.values(), *(group.blocks for group in core.groups.values())], default=0)
         for stream in refused:
             output = 1 if stream.request.pooling is not None else stream.params.max_tokens or 1
-            assert -(-(len(stream.prompt) + output - 1) // 4) > largest, "no queue is too full for it"
+            assert not self.cluster.fits(len(stream.prompt) + output - 1), "no queue is too full for it"
         self.events["resumed with tokens"] += begun
         self.events["resumed from the beginning"] += len(live) - begun
         self.events["resumed, with nothing left"] += sum(stream.finished is not None for stream in live)
@@ -415,6 +415,9 @@ class CoreMachine(RuleBasedStateMachine):
         self.events["fetched tokens"] += counters.fetched_tokens
         self.events["parts copied"] += counters.parts_copied
         self.events["parts taken over"] += counters.parts_taken
+        self.events["given back"] += self.cluster.given_back
+        self.events["begun in the midst"] += self.cluster.begun_in_the_midst
+        self.cluster.given_back = self.cluster.begun_in_the_midst = 0
 
     def teardown(self) -> None:
         """Whatever happened: everything ends, once, and all blocks come back."""
@@ -424,6 +427,8 @@ class CoreMachine(RuleBasedStateMachine):
         self.cluster.run()
         for stream in self.cluster.streams.values():
             assert stream.finished is not None
+            length = len(stream.prompt) + len(stream.tokens)
+            self.events["longer than its pool"] += length > 1 + 4 * max(self.cluster.pools)
             if stream.pooled is not None:
                 self.events["pooled"] += 1
                 self.events["pooled behind a hit"] += stream.finished.cached_tokens > 0
@@ -457,6 +462,20 @@ def test_the_walks_go_where_the_bugs_are() -> None:
     assert not {name: events[name] for name in wanted if events[name] < 2}
 
 
+def test_walks_through_a_window_go_where_the_bugs_are() -> None:
+    """The same where a model sees nine tokens: what is before them is given back, prompts are longer than pools."""
+    events: Counter[str] = Counter()
+    for seed in range(SEEDS):
+        events += walk(seed, 250, {} if seed < SEEDS // 2 else {"scheduler": 0.4}, window=9)
+    wanted = {
+        "submitted", "lost a group", "lost sequences", "preempted", "cached tokens", "aborted while prefilling",
+        "aborted while decoding", "parts copied", "parts taken over", "waits for a block", "progressed", "lost the scheduler",
+        "lost it in mid-sequence", "blocks told", "pooled", "given back", "begun in the midst", "longer than its pool",
+    }  # fmt: skip
+    assert not {name: events[name] for name in wanted if events[name] < 2}
+    assert not events["fetched tokens"] + events["offloaded_tokens"], "what moves begins with the first block"
+
+
 SEEDS = 8
 """Walks in which the scheduler lives; it is lost now and then in as many others."""
 
@@ -465,7 +484,7 @@ FREQUENCIES = {"step": 6, "deliver": 2, "turn": 2, "arrive": 2, "abort": 1, "mov
 
 def submit_any(machine: CoreMachine, draw: random.Random) -> None:
     machine.submit(
-        [draw.randrange(2) for _ in range(draw.randint(0, 4))],
+        [draw.randrange(2) for _ in range(draw.randint(0, 4 if machine.cluster.window is None else 12))],
         [draw.randrange(2) for _ in range(draw.randint(0, 4))],
         draw.randrange(3),
         draw.choice([1, 1, 2]),
@@ -481,15 +500,15 @@ def submit_any(machine: CoreMachine, draw: random.Random) -> None:
     )
 
 
-def walk(seed: int, events: int, more: dict[str, float]) -> Counter[str]:
-    """more: what happens beside `FREQUENCIES`, and how often."""
+def walk(seed: int, events: int, more: dict[str, float], window: int | None = None) -> Counter[str]:
+    """more: what happens beside `FREQUENCIES`, and how often. window: tokens that the model sees."""
     frequencies = FREQUENCIES | more
     draw = random.Random(seed)
     machine = CoreMachine()
     roomy = seed % 3 == 2  # nobody waits, as a rule, and who has to give way can go elsewhere
     machine.start(
-        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([5, 16]), seed % 2, 1 + seed % 3,
-        seed % 2 == 0, None, 2, True, 0 if roomy else 12,
+        (8, 24) if roomy else draw.choice([(8, 8), (8, 5), (8, 8, 6)]), draw.choice([3 if window else 5, 16]), seed % 2,
+        1 + seed % 3, seed % 2 == 0, None, 2, True, 0 if roomy else 12, window,
     )  # fmt: skip
     for _ in range(events):
         if not roomy or not machine.cluster.core.waiting.count:

@@ -50,6 +50,18 @@ def test_an_option_that_is_gone_is_taken_and_does_nothing(trace: str) -> None:
     assert "relieve" not in CliRunner().invoke(app, ["replay", "--help"]).stdout
 
 
+def test_a_model_that_sees_a_window_needs_less_room(trace: str) -> None:
+    """In pools that are smaller than its prompts."""
+    arguments = ["replay", trace, "--groups", "2", "--blocks", "18", "--max-num-batched-tokens", "1024", "--quiet", "--json"]
+    outcomes = []
+    for window in ((), ("--window", "2048")):
+        result = CliRunner().invoke(app, [*arguments, "--policy", "manta", *window])
+        assert result.exit_code == 0, result.output
+        outcomes.append(json.loads(result.stdout.splitlines()[-1])["manta"])
+    assert outcomes[0]["refused"] > outcomes[1]["refused"] == 0
+    assert CliRunner().invoke(app, [*arguments, "--window", "0"]).exit_code == 2
+
+
 def test_failures_and_limits(trace: str) -> None:
     arguments = [*POOLS, "--policy", "manta", "--limit", "9", "--fail", "1@2:3", "--speed-up", "2", "--json"]
     result = CliRunner().invoke(app, ["replay", trace, *arguments])

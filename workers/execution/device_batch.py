@@ -120,7 +120,8 @@ class DeviceBatch:
             yield self._order + moved, order[moved]
         if self._limits.rows > 1 and (self._remapped(batch) or not np.array_equal(rows, self._grouped)):
             self._grouped = rows.copy()
-            full = first // self._block_size  # blocks of each that are complete
+            # Blocks of each that are complete; where a beginning has been given back its ids say nothing.
+            full = np.where(batch.first[rows], 0, first // self._block_size)
             prefixes = self._find_prefixes(batch.block_table[rows, : full.max(initial=0)], full)
             changed = np.flatnonzero(prefixes != self._known_prefixes)
             self._known_prefixes = prefixes

@@ -6,7 +6,8 @@ tokens, so each plans each step by itself and nothing but the commands has to tr
     row            0      1      2  ...      the row is part of the lease, chosen by the scheduler
     known        [ 301    77     0 ...]      tokens, sampled ones included (also those still on the device)
     computed     [ 300    32     0 ...]      tokens whose KV is written once the launched steps are done
-    block_table  [rows, blocks] int32         block ids; past a row's blocks: 0, never read
+    block_table  [rows, blocks] int32         block ids; past a row's blocks, and before `first`: anything, never read
+    first        [   0     0     0 ...]      the first block that a layer still sees
 
 Imports `scheduler.protocol` and `scheduler.batching`.
 """
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, End, Grant, LeaseId, Movement, Remap, Start
+from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, End, Grant, LeaseId, Movement, Remap, Start, Trim
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Pooling
 
 MEASURED_TOKENS = 256
@@ -88,6 +89,7 @@ class ResidentBatch:
         self.granted = np.zeros(max_num_seqs, np.int64)
         self.limit = np.zeros(max_num_seqs, np.int64)
         self.blocks = np.zeros(max_num_seqs, np.int64)
+        self.first = np.zeros(max_num_seqs, np.int64)
         self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         self.tokens: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)] * max_num_seqs
         self._least = np.zeros(max_num_seqs, np.int64)  # length from which a stop id ends the sequence
@@ -115,6 +117,8 @@ class ResidentBatch:
             self.edited.append((row, command.index, command.index + 1))
         elif isinstance(command, Drop):
             self._clear(command.lease & ROW_MASK)
+        elif isinstance(command, Trim):
+            self.first[command.lease & ROW_MASK] = command.first
 
     def holds(self, lease: LeaseId) -> bool:
         """The lease has not ended on this side."""
@@ -135,6 +139,7 @@ class ResidentBatch:
             self._measured[row] = (start.prompt_tokens, start.params.prompt_logprobs)
         if start.pooling is not None:
             self._pooling[row] = start.pooling
+        self.first[row] = self.blocks[row] = start.first
         self._append(row, np.frombuffer(start.blocks, np.int32))
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
@@ -155,7 +160,7 @@ class ResidentBatch:
         if self.lease[row] != -1:
             self.vacated.append(row)
         self.lease[row] = -1
-        self.known[row] = self.computed[row] = self.granted[row] = self.blocks[row] = 0
+        self.known[row] = self.computed[row] = self.granted[row] = self.blocks[row] = self.first[row] = 0
         self._measured.pop(row, None)
         self._pooling.pop(row, None)
 

@@ -29,6 +29,7 @@ from scheduler.protocol.leaders import (
     Receive,
     Remap,
     Start,
+    Trim,
 )
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.contents import NOBODY, Blocks, Contents
@@ -60,7 +61,8 @@ class Ledger:
         self._uses = 0  # counted by ends and transfers
         rows = len(batch.lease)
         self._lease = np.full(rows, -1, np.int64)
-        self._held = np.zeros(rows, np.int64)  # blocks of the row
+        self._held = np.zeros(rows, np.int64)  # blocks of the row, those included that it has given back,
+        self._first = np.zeros(rows, np.int64)  # which stand before this one
         self._stands = np.zeros(rows, np.int64)  # its tokens whose KV is committed, as of the steps worked off
         self._late = np.full(rows, NOBODY, np.int64)  # a token that was sampled before there was a block for it
         self._steps: list[tuple[Launched, Ints, npt.NDArray[np.bool_]]] = []
@@ -81,33 +83,47 @@ class Ledger:
         elif isinstance(command, Offload | Load):
             self._settle()
             self._transfer(command, np.frombuffer(command.blocks, np.int32), np.frombuffer(command.host_blocks, np.int32))
-        elif not isinstance(command, Grant | Remap | Drop) or self._lease[command.lease & ROW_MASK] != command.lease:
+        elif not isinstance(command, Grant | Remap | Drop | Trim) or self._lease[command.lease & ROW_MASK] != command.lease:
             pass
         elif isinstance(command, Grant):
             self._grant(command.lease & ROW_MASK, np.array(command.blocks, np.int32))
         elif isinstance(command, Remap):
             self._remap(command.lease & ROW_MASK, command.index, command.block)
+        elif isinstance(command, Trim):
+            self._trim(command.lease & ROW_MASK, command.first)
         else:
             self.leave(command.lease & ROW_MASK)
 
     def _start(self, start: Start) -> None:
         row, size, here = start.lease & ROW_MASK, self._block_size, self._here
         self.leave(row)
-        tokens, blocks = np.frombuffer(start.tokens, np.int32), np.frombuffer(start.blocks, np.int32)
-        hits, whole = start.cached_tokens // size, min(len(tokens) // size, len(blocks))
+        tokens, blocks = np.frombuffer(start.tokens, np.int32)[start.first * size :], np.frombuffer(start.blocks, np.int32)
+        hits = start.cached_tokens // size - start.first
         here.renew(blocks[hits:])
         here.filled[blocks[:hits]] = size
+        self._enter(blocks, tokens)
+        self._lease[row], self._stands[row] = start.lease, start.cached_tokens
+        self._first[row], self._held[row] = start.first, start.first + len(blocks)
+        if start.first:  # the first follows what it has followed
+            here.link(int(blocks[0]), blocks[1:], start.first + 1)
+        else:
+            here.link(NOBODY, blocks, 0, start.salt)
+
+    def _enter(self, blocks: Blocks, tokens: npt.NDArray[np.int32]) -> None:
+        """What will stand in these blocks, as far as they go."""
+        size, here = self._block_size, self._here
+        whole = min(len(tokens) // size, len(blocks))
         here.tokens[blocks[:whole]] = tokens[: whole * size].reshape(whole, size)
         if whole < len(blocks):
             rest = tokens[whole * size :]
             here.tokens[blocks[whole], : len(rest)] = rest
-        self._lease[row], self._held[row], self._stands[row] = start.lease, len(blocks), start.cached_tokens
-        here.link(NOBODY, blocks, 0, start.salt)
 
     def _grant(self, row: int, blocks: Blocks) -> None:
         held, here = int(self._held[row]), self._here
         here.renew(blocks)
         here.link(int(self._batch.block_table[row, held - 1]), blocks, held)
+        if held * self._block_size < len(known := self._batch.tokens[row]):  # of its prompt not all was granted at the start
+            self._enter(blocks, known[held * self._block_size :])
         self._held[row] = held + len(blocks)
         if self._late[row] != NOBODY and len(blocks):
             here.tokens[blocks[0], 0] = self._late[row]
@@ -118,6 +134,22 @@ class Ledger:
         if index + 1 < self._held[row]:
             after = self._batch.block_table[row, index + 1]
             self._here.before[after], self._here.before_life[after] = block, self._here.life[block]
+
+    def _trim(self, row: int, first: int) -> None:
+        """Blocks that stand as they are, full, from now on."""
+        if self._stands[row] < first * self._block_size:
+            self._work_off()
+        self._give_back(row, first)
+
+    def _give_back(self, row: int, end: int) -> None:
+        """The row's blocks before that one stand as they are."""
+        first = int(self._first[row])
+        blocks = self._batch.block_table[row, first:end]
+        filled = np.clip(self._stands[row] - self._block_size * np.arange(first, end), 0, self._block_size)
+        self._here.filled[blocks] = filled
+        self._uses += 1
+        self._here.used[blocks] = self._uses
+        self._first[row] = end
 
     # ---- the steps
 
@@ -156,11 +188,7 @@ class Ledger:
         if self._lease[row] == -1:
             return
         self._work_off()
-        blocks = self._batch.block_table[row, : self._held[row]]
-        filled = np.clip(self._stands[row] - self._block_size * np.arange(len(blocks)), 0, self._block_size)
-        self._here.filled[blocks] = filled
-        self._uses += 1
-        self._here.used[blocks] = self._uses
+        self._give_back(row, int(self._held[row]))
         self._lease[row], self._late[row] = -1, NOBODY
 
     # ---- host memory

@@ -2,10 +2,12 @@
 
 What it makes of a prompt that is pooled are digests too: the last one's bytes, or those of the sum of all.
 Each slot of a block holds a digest of the sequence up to it, computed from the digest in the slot before. So a stale block, a
-wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model.
+wrong block table, a hit on what was never computed or a lost write changes the tokens, as it would with a real model. Where it
+has a window, each digest is made of all digests in that, and of none before it.
 Pure NumPy. Used by tests and replay.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -28,29 +30,36 @@ def digest(before: int, token: int) -> int:
     return mixed ^ (mixed >> 27)
 
 
+def digests(tokens: Iterable[int], seen: list[int], window: int | None = None) -> list[int]:
+    """Of each token, of those that follow others. seen: the digests of these, as many as the first token sees. window: tokens
+    that one sees, itself included; None: the one before it stands for all."""
+    reach = 1 if window is None else window - 1
+    states = list(seen)
+    for token in tokens:
+        before = states[max(0, len(states) - reach) :]
+        states.append(digest(before[-1] if before else 0, token + sum(before[:-1])))
+    return states[len(seen) :]
+
+
 def next_token(state: int, vocabulary: int) -> int:
     """What the simulated model says after the sequence with this digest."""
     return (state >> 17) % vocabulary
 
 
-def continuation(prompt: list[int], tokens: int, vocabulary: int) -> list[int]:
+def continuation(prompt: list[int], tokens: int, vocabulary: int, window: int | None = None) -> list[int]:
     """The undisturbed output: what any schedule must produce, stop ids apart."""
-    state = 0
-    for token in prompt:
-        state = digest(state, token)
-    output = []
+    states = digests(prompt, [], window)
+    output: list[int] = []
     for _ in range(tokens):
-        output.append(next_token(state, vocabulary))
-        state = digest(state, output[-1])
+        output.append(next_token(states[-1] if states else 0, vocabulary))
+        states += digests(output[-1:], states[-(window or 1) :], window)
     return output
 
 
-def pooled(prompt: list[int], pooling: Pooling) -> bytes:
+def pooled(prompt: list[int], pooling: Pooling, window: int | None = None) -> bytes:
     """What is made of an undisturbed prompt."""
-    states = [0]
-    for token in prompt:
-        states.append(digest(states[-1], token))
-    return _values(sum(states) if pooling == "mean" else states[-1])
+    states = digests(prompt, [], window)
+    return _values(sum(states) if pooling == "mean" else states[-1] if states else 0)
 
 
 def _values(state: int) -> bytes:
@@ -68,11 +77,14 @@ class Ready:
 
 
 class SimulatedExecutor:
-    """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it."""
+    """The `Executor` of a group of `blocks` blocks. vocabulary: token ids are below it. window: tokens that one sees."""
 
-    def __init__(self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int) -> None:
+    def __init__(
+        self, blocks: int, block_size: int, max_num_seqs: int, vocabulary: int, window: int | None = None
+    ) -> None:  # fmt: skip
         self.cache: npt.NDArray[np.uint64] = np.full((blocks, block_size), UNWRITTEN)
         self._vocabulary = vocabulary
+        self._window = window
         self._last = [0] * max_num_seqs
         self._sums: dict[int, int] = {}  # of rows whose mean is wanted
 
@@ -112,8 +124,8 @@ class SimulatedExecutor:
     def _write(self, table: npt.NDArray[np.int32], first: int, tokens: list[int]) -> int:
         """Writes the digests of `tokens` at positions first, first + 1, ...; returns the last one."""
         block_size = self.cache.shape[1]
-        state = int(self.cache[table[(first - 1) // block_size], (first - 1) % block_size]) if first else 0
-        for position, token in enumerate(tokens, first):
-            state = digest(state, token)
+        seen = np.arange(max(0, first - (1 if self._window is None else self._window - 1)), first)
+        states = digests(tokens, self.cache[table[seen // block_size], seen % block_size].tolist(), self._window)
+        for position, state in enumerate(states, first):
             self.cache[table[position // block_size], position % block_size] = state
-        return state
+        return states[-1]

@@ -126,6 +126,10 @@ class ModelConfig:
         """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device."""
         self.shard(0, size)
 
+    def window(self, positions: int) -> int | None:  # noqa: ARG002
+        """As of `widest_window`: here every layer sees all that came before."""
+        return None
+
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""
         if size < 1 or self.heads % size:

@@ -80,6 +80,17 @@ def test_the_command_reads_no_weights(tmp_path: Path) -> None:
     assert re.search(r"^blocks +\d+, [\d,]+ tokens: \d sequence\(s\) of the longest context", result.output, re.MULTILINE)
 
 
+def test_where_every_layer_sees_a_window_a_sequence_holds_no_more(tmp_path: Path) -> None:
+    """Two blocks that are seen, the one that is filled, and three chunks ahead, as the scheduler has it on a GPU."""
+    path = make("mistral", tmp_path / "mistral", sliding_window=24)
+    asked = ["plan", str(path), "--model-implementation", "transformers", "--block-size", "16", "--dtype", "float32"]
+    result = CliRunner().invoke(app, [*asked, "--max-num-batched-tokens", "16", "--kv-memory", "96KiB"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^KV .* 8.00 KiB a block", result.output, re.MULTILINE)
+    assert re.search(r"^longest context +512 tokens: 48.00 KiB a rank$", result.output, re.MULTILINE)
+    assert re.search(r"^blocks +12, 192 tokens: 2 sequence\(s\) of the longest context", result.output, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("memory", "said"), [("100KiB", "it does not fit"), ("420KiB", "lower max_model_len to that")])
 def test_what_does_not_fit(memory: str, said: str, tmp_path: Path) -> None:
     path = make("gemma2", tmp_path / "gemma2")

@@ -23,8 +23,9 @@ def waiting(queue: FairQueue, tenant: str, tokens: int = 10, priority: int = 0) 
     number = next(numbers)
     return Sequence(
         number=number, place=(priority << PRIORITY_SHIFT) + number, arrived_s=0.0, front_end=0, stream=number, choice=0,
-        params=SamplingParams(), seed=0, stop_ids=(), salt="", prompt_tokens=tokens, max_tokens=8, blocks_at_most=1, hashes=[],
-        buffer=np.zeros(tokens, np.int32), committed=tokens, tenant=queue.open(tenant), ticket=1 + number,
+        params=SamplingParams(), seed=0, stop_ids=(), salt="", prompt_tokens=tokens, max_tokens=8, blocks_at_most=1,
+        blocks_at_once=1, hashes=[], buffer=np.zeros(tokens, np.int32), committed=tokens, tenant=queue.open(tenant),
+        ticket=1 + number,
     )  # fmt: skip
 
 

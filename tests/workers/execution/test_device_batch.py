@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from scheduler.protocol.leaders import Drop, Grant, Remap
+from scheduler.protocol.leaders import Drop, Grant, Remap, Trim
 from tests.workers.loop.test_batch import lease, start
 from workers.execution import device_batch
 from workers.execution.device_batch import DeviceBatch
@@ -163,3 +163,15 @@ def test_prefixes_follow_who_is_in_the_step_and_which_blocks_they_have(monkeypat
     pair.host.apply(Remap(lease(1, 1), 0, 30))
     pair.step(4)
     assert pair.sets() == [], "a copy is as good, but each reads its own"
+
+
+def test_what_has_been_given_back_is_no_prefix_of_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ids may be another's by now, as those of a row that began in the midst never were its own."""
+    monkeypatch.setattr(device_batch, "LEAST_SAVED_TOKENS", 0)
+    pair = Pair()
+    for row, first in ((0, 0), (1, 0), (2, 0), (3, 2), (4, 2)):
+        blocks = (5, 6, 10 + row)[first:]
+        pair.host.apply(start(lease(1, row), 40, cached=39, blocks=blocks, first=first, max_tokens=64))
+    pair.host.apply(Trim(lease(1, 2), 1))
+    pair.step(5)
+    assert pair.sets() == [([0, 1], 32)]

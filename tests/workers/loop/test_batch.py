@@ -18,6 +18,7 @@ from scheduler.protocol.leaders import (
     Remap,
     Send,
     Start,
+    Trim,
 )
 from scheduler.protocol.messages import NO_TOKEN, FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
@@ -40,6 +41,7 @@ def start(
     stop_ids: tuple[int, ...] = (),
     grammar: Grammar | None = None,
     prompt_logprobs: int | None = None,
+    first: int = 0,
 ) -> Start:
     return Start(
         lease=name,
@@ -52,6 +54,7 @@ def start(
         choice=0,
         stop_ids=stop_ids,
         max_tokens=max_tokens,
+        first=first,
     )
 
 
@@ -113,9 +116,28 @@ def test_grants_and_remaps_change_the_block_table_of_their_lease_only() -> None:
     assert resident.granted[:2].tolist() == [16, 8]
 
 
-@pytest.mark.parametrize("late", [Grant(lease(1, 0), (8,)), Remap(lease(1, 0), 0, 8), Drop(lease(1, 0))])
+def test_a_start_in_the_midst_keeps_the_places_of_its_blocks() -> None:
+    """Those before the first that is seen have none; what is given back later keeps its place too."""
+    resident = batch()
+    resident.apply(start(lease(1, 0), 20, cached=12, blocks=(7, 5, 3), first=2))
+    assert (resident.first[0], resident.blocks[0], resident.granted[0]) == (2, 5, 20)
+    assert resident.block_table[0, 2:5].tolist() == [7, 5, 3]
+    assert resident.edited == [(0, 2, 5)]
+    launched = step(resident)
+    assert (launched.first.tolist(), launched.plan.counts.tolist()) == ([12], [8])
+    resident.apply(Grant(lease(1, 0), (9,)))
+    resident.apply(Trim(lease(1, 0), 4))
+    assert resident.block_table[0, 4:6].tolist() == [3, 9]
+    assert (resident.first[0], resident.granted[0]) == (4, 24)
+    resident.apply(Drop(lease(1, 0)))
+    assert resident.first[0] == 0
+
+
+@pytest.mark.parametrize(
+    "late", [Grant(lease(1, 0), (8,)), Remap(lease(1, 0), 0, 8), Drop(lease(1, 0)), Trim(lease(1, 0), 1)]
+)
 @pytest.mark.parametrize("reused", [False, True])
-def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop, reused: bool) -> None:
+def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop | Trim, reused: bool) -> None:
     resident = batch()
     resident.apply(start(lease(1, 0)))
     resident.apply(Drop(lease(1, 0)))
@@ -129,6 +151,7 @@ def test_a_command_for_an_ended_lease_is_a_no_op(late: Grant | Remap | Drop, reu
         resident.block_table.tolist(),
         resident.known.tolist(),
     )
+    assert not resident.first.any()
     assert resident.applied == 3 + reused
 
 

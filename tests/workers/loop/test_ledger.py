@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from kvcache.ids import BlockId
 from kvcache.standing import Standing
-from scheduler.protocol.leaders import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap
+from scheduler.protocol.leaders import Command, Drop, Grant, LeaseId, Load, Moved, Offload, Receive, Remap, Trim
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import ResidentBatch
 from workers.loop.ledger import MOST_STEPS, Ledger
@@ -124,6 +124,40 @@ def test_a_token_that_was_sampled_before_its_block_came_is_known() -> None:
     run(again, start(FIRST, 4, blocks=(1, 7)), turns=4)
     assert tokens == [np.frombuffer(each.content, np.int32).tolist() for each in told(again)]
     assert len(tokens) == 2
+
+
+def test_blocks_that_were_given_back_are_told_until_somebody_else_has_them() -> None:
+    made = rank()
+    run(made, start(FIRST, 16, blocks=(1, 2, 3, 4, 5)))
+    run(made, Trim(FIRST, 2), turns=2)
+    assert [each.block for each in told(made)] == [1, 2, 3, 4, 5]
+    made = rank()
+    run(made, start(FIRST, 16, blocks=(1, 2, 3, 4, 5)))
+    run(made, Trim(FIRST, 2), start(SECOND, 4, blocks=(2, 6)), turns=3)
+    assert summary(told(made)) == [(2, None, 4), (6, 2, 2), (1, None, 4)], "what followed it cannot be told any more"
+
+
+def test_what_a_row_has_sampled_is_not_taken_for_what_stands_in_a_block_that_it_has_given_back() -> None:
+    """Not all steps have been worked off when the block goes to somebody else."""
+    made = rank()
+    run(made, start(FIRST, 4, blocks=(1, 2, 3, 4, 5), max_tokens=40), turns=12)
+    run(made, Trim(FIRST, 3), replace(start(SECOND, 8, blocks=(2, 6)), max_tokens=1))
+    contents = {each.block: each.content for each in told(made)}
+    assert contents[BlockId(2)] == np.arange(4, dtype=np.int32).tobytes()
+
+
+def test_a_prompt_that_is_granted_piece_by_piece_is_told_whole() -> None:
+    """Also one that began in the midst: its first block follows what it has followed when it was filled."""
+    made = rank()
+    run(made, start(FIRST, 14, blocks=(1, 2)))
+    run(made, Grant(FIRST, (3, 4)), turns=2)
+    run(made, Drop(FIRST))
+    run(made, start(SECOND, 18, cached=12, blocks=(3, 5), first=2), Grant(SECOND, (6,)), turns=2)
+    contents = {each.block: np.frombuffer(each.content, np.int32).tolist() for each in told(made)}
+    assert contents[BlockId(5)] == [12, 13, 14, 15]
+    assert contents[BlockId(6)][:2] == [16, 17]
+    assert contents[BlockId(4)][:2] == [12, 13]
+    assert summary(told(made))[:5] == [(1, None, 4), (2, 1, 4), (3, 2, 4), (5, 3, 4), (6, 5, 3)]
 
 
 def test_after_a_twin_was_given_up_the_next_block_follows_the_other() -> None:

@@ -16,6 +16,7 @@ from workers.model.architectures import DTYPES, RankShape, read_eos_ids, torch_d
 from workers.model.fields import CheckpointError, Fields, read_json
 from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.transformers.compared import COMPARED, WORKS
+from workers.model.window import widest_window
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,10 @@ class TransformersConfig:
             lacking = found.kernels_lack() if device != "cpu" else None
             if lacking is not None:
                 raise CheckpointError(f"{self.architecture}: {lacking}")
+
+    def window(self, positions: int) -> int | None:
+        """As of `widest_window`. Where transformers was imported without torch nobody can tell, and nothing is given back."""
+        return widest_window(self.survey(1).forms, positions) if is_torch_available() else None
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. head_dim, kv_heads: of the pool, wide enough for every layer. Where each rank has all heads,
