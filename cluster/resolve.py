@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from workers.config import ResolvedWorker, WorkerConfig
+from workers.model.architectures import ModelConfig
 from workers.model.fields import CheckpointError
 from workers.model.pooling import read_uses
 from workers.model.reading import DecoderConfig, read_model
@@ -31,6 +32,8 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     model = read_model(Path(config.model), config.model_implementation)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device, longest)
+    if config.lora_slots and not isinstance(model, ModelConfig):
+        raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(

@@ -10,7 +10,7 @@ from typing import NewType
 
 import msgspec
 
-from scheduler.protocol.messages import Alive, Pooling
+from scheduler.protocol.messages import Adapter, Alive, Pooling
 from scheduler.protocol.sampling import SamplingParams
 
 LeaseId = NewType("LeaseId", int)
@@ -31,7 +31,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     `blocks` (less than the number of tokens: the last token is always computed). blocks: int32 buffer of block ids in
     block-table order. stop_ids: ids that end the output. max_tokens: output tokens in all, those before a restart included.
     salt: the request's, so that its leader can say what stands in the blocks (`Inventory`). pooling: as in `Request`; it ends
-    once its prompt is computed, and samples nothing.
+    once its prompt is computed, and samples nothing. adapter: as in `Request`; its rows wait where it is not resident yet.
     """
 
     lease: LeaseId
@@ -46,6 +46,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     max_tokens: int
     salt: str = ""
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -144,10 +145,18 @@ class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
     epoch: int
 
 
+class Adapted(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """Said by a leader to all ranks of its group, itself included, and no part of the log: that reading of an adapter is over
+    on every one of them. load: its number (`workers.loop.adapters`). failure: why one of them could not; "" where all could."""
+
+    load: int
+    failure: str = ""
+
+
 Movement = Send | Receive | Offload | Load | Cut
 """What runs beside the steps."""
 
-Command = Start | Grant | Remap | Drop | End | Copy | Movement
+Command = Start | Grant | Remap | Drop | End | Copy | Adapted | Movement
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
@@ -249,4 +258,12 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     silent_s: float = 0.0
 
 
-FromLeader = Report | Moved | Beat
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """These leases cannot be served, since their adapter could not be read. They hold what they hold until they are dropped."""
+
+    epoch: int
+    leases: tuple[int, ...]
+    message: str
+
+
+FromLeader = Report | Moved | Beat | Refused

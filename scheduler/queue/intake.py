@@ -52,6 +52,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             stop_ids=request.stop_ids, salt=request.salt, prompt_tokens=len(prompt), max_tokens=max_tokens,
             blocks_at_most=blocks, hashes=hashes.copy() if sequences else hashes, buffer=prompt, committed=len(prompt),
             tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s, pooling=request.pooling,
+            adapter=request.adapter,
         )  # fmt: skip
         state.sequences[front_end, stream] = sequence
         sequences.append(sequence)

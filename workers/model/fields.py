@@ -30,6 +30,10 @@ class Fields:
         """How many fields there are."""
         return len(self._raw)
 
+    def names(self) -> list[str]:
+        """Of all fields, nulls included."""
+        return list(self._raw)
+
     def objects(self) -> list[str]:
         """Names of the fields that hold objects themselves."""
         return [name for name, value in self._raw.items() if isinstance(value, dict)]

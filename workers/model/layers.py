@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.model.lora.weights import LoraWeights, StepAdapters
 from workers.parallel.communicator import Communicator
 
 
@@ -31,9 +32,12 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Linear:
-    """`x @ weight.T + bias`; weight [out_features, in_features]. Column-parallel by holding a share of the rows."""
+    """`x @ weight.T + bias`; weight [out_features, in_features]. Column-parallel by holding a share of the rows.
 
-    __slots__ = ("_apply", "_packed", "bias", "out_features", "weight")
+    lora: adapters beside it; None: none are served.
+    """
+
+    __slots__ = ("_apply", "_packed", "bias", "lora", "out_features", "weight")
 
     def __init__(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False
@@ -41,6 +45,7 @@ class Linear:
         self.weight: Tensor | None = torch.empty(out_features, in_features, dtype=dtype, device=device)
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.out_features = out_features
+        self.lora: LoraWeights | None = None
         self._packed: Tensor | None = None
         self._apply = torch.ops.mkldnn._linear_pointwise.default if can_pack(dtype, device) else None
 
@@ -57,8 +62,14 @@ class Linear:
         assert self.weight is not None, "packed"
         return self.weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [tokens, in_features] -> [tokens, out_features]"""
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        """x [tokens, in_features] -> [tokens, out_features]. adapters: of the tokens; None: no token has one."""
+        product = self._product(x)
+        if adapters is not None and self.lora is not None:
+            adapters.add(self.lora, product, x)
+        return product
+
+    def _product(self, x: Tensor) -> Tensor:
         if self._packed is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
@@ -83,9 +94,9 @@ class RowParallelLinear(Linear):
         super().__init__(out_features, in_features, dtype, device, bias and comm.rank == 0)
         self._comm = comm
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, this rank's in_features] -> [tokens, out_features], equal on all ranks"""
-        return self._comm.all_reduce(super().__call__(x))
+        return self._comm.all_reduce(super().__call__(x, adapters))
 
 
 class RMSNorm:
@@ -146,10 +157,10 @@ class SwiGLU:
         self.gate_up = gate_up
         self.down = down
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]"""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up))
+        gate, up = self.gate_up(x, adapters).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up), adapters)
 
 
 class Head:
