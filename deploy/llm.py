@@ -130,9 +130,10 @@ class LLM:
         """Completes every prompt; outputs in the order of the prompts. progress: show a bar on a terminal.
 
         lora: names of LoRA adapters, as the engine's `lora` or `load_lora` have them. tenant: on whose account; where requests
-        have to wait, each tenant gets an equal share. deadline_s: seconds from when they are submitted, within which each must have ended; one that has not fails with `fault` TIMED_OUT, and keeps what
-        it has produced; one whose turn would come later is refused at once, as OVERLOADED. priority: lower goes before all
-        that are higher. All three hold for prompts that name none of their own.
+        have to wait, each tenant gets an equal share. deadline_s: seconds from when they are submitted, within which each must
+        have ended; one that has not fails with `fault` TIMED_OUT, and keeps what it has produced; one whose turn would come
+        later is refused at once, as OVERLOADED. priority: lower goes before all that are higher. The last three hold for
+        prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
         parsed = self._parse(as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority), lora)

@@ -32,8 +32,12 @@ class Adapters:
         """From now on prompts may ask for it; those under way go on with what had the name before. Errors: ValueError for what
         cannot be served."""
         adapter = self.read(name, folder)
-        self._known[name] = adapter
+        self.put(adapter)
         return adapter
+
+    def put(self, adapter: Adapter) -> None:
+        """One that has been read."""
+        self._known[adapter.name] = adapter
 
     def read(self, name: str, folder: str | Path) -> Adapter:
         """What the folder holds, if it can be served. Errors: ValueError."""

@@ -133,7 +133,7 @@ class Residency:
         self._store.close()
 
     def _seat(self) -> None:
-        """Whoever waits and can have a slot gets one, the first first; nobody goes before one that cannot, but to the same."""
+        """Whoever waits and can have a slot gets one, the first first; nobody goes before one that cannot."""
         while self._waiting:
             adapter = next(iter(self._waiting.values()))
             number = next((number for number, slot in self._slots.items() if slot.adapter == adapter), None)
@@ -163,7 +163,8 @@ class Residency:
 
 
 class GatheredReads:
-    """The leader's: what the ranks say of each reading, one after another, becomes one `Adapted` once all have. From any thread.
+    """The leader's: what the ranks say of each reading, one after another, becomes one `Adapted` once all have. From any
+    thread.
 
     ranks: how many. wake: called when there is one to be told.
     """

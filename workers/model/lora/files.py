@@ -1,7 +1,7 @@
 """A LoRA adapter as PEFT saves it, read and held against the model before a number of it is used.
 
     adapter_config.json          what was trained, and how it scales
-    adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [rank, in], ...lora_B [out, rank]
+    adapter_model.safetensors    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [rank, in], lora_B [out, rank]
 
 What it asks for and is not served is refused by name: read as if it were not there, it would give another model. Imports no
 torch: front ends read adapters too.
@@ -200,7 +200,7 @@ def _patterned(said: Fields, name: str, module: str, usual: float) -> Any:
 def _fit(linear: AdaptedLinear, shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, file: Path) -> None:
     """Errors: CheckpointError."""
     if linear.layer >= model.layers:
-        raise CheckpointError(f"{file} adapts layer {linear.layer}, and the model has {model.layers}: it belongs to another one")
+        raise CheckpointError(f"{file} adapts layer {linear.layer}, and the model has {model.layers}: it belongs to another")
     out, width = shape_of(linear.projection, model)
     for name, shape in ((linear.a, (linear.rank, width)), (linear.b, (out, linear.rank))):
         if shapes[name] != shape:
