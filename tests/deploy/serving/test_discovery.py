@@ -22,8 +22,8 @@ from deploy.config.serve import ServeConfig
 from deploy.discovery import Discovery
 from deploy.doors.access import ApiKeys
 from deploy.engine import Told, further_name
-from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.adapters import OwnShelf
+from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModels, ModelState
 from deploy.text.prompts import Prompt
 from scheduler.server.stats import ClusterStatus
