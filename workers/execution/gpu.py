@@ -118,7 +118,9 @@ class GpuParts:
             prefixes=attention.prefixes,
         )
         model = self._over(pool)
-        return GpuRunner(model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest)
+        return GpuRunner(
+            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest, config.lora_slots
+        )
 
     def _over(self, pool: KVPool) -> PagedDecoder:
         if isinstance(self._decoder, Decoder):

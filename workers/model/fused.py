@@ -24,6 +24,7 @@ from workers.kernels.rope import qk_norm_rope_write
 from workers.kernels.turn import HeadTurn
 from workers.model.decoder import Decoder, Layer
 from workers.model.layers import Linear
+from workers.model.lora.weights import StepAdapters
 
 
 class Attend(Protocol):
@@ -45,7 +46,10 @@ class PagedDecoder(Protocol):
 
     pool: KVPool
 
-    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """As in `FusedDecoder`."""
         ...
 
@@ -77,34 +81,42 @@ class FusedDecoder:
         self._few_tokens = (STREAM_TOKENS if decoder.dtype == torch.float32 else MAX_TOKENS) if ours else 0
         self._counters = torch.zeros(MAX_TILES, dtype=torch.int32, device=decoder.device)
 
-    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32.
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
+        tokens; None: no token has one. With them products stand by themselves, since something is added behind each.
         """
-        if len(tokens) <= self._few_tokens and rows is None:
+        if len(tokens) <= self._few_tokens and rows is None and adapters is None:
             return self._few(tokens, positions, slots, attend)
-        return self.head(self.hidden(tokens, positions, slots, attend, rows))
+        return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden [wanted, hidden], as `logits` has them."""
         return self._outer.head(hidden)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
         hidden, normed = self._embed(tokens)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            projected = layer.qkv(normed)
+            projected = layer.qkv(normed, adapters)
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
                 return normed[:0]  # the last layer's KV is all that was wanted
             attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
-            normed = add_rms_norm(hidden, layer.o(attended), layer.mlp_norm.weight, self._eps)
-            down = layer.mlp.down(silu_mul(layer.mlp.gate_up(normed)))
+                adapters = adapters.at(rows) if adapters is not None else None
+            normed = add_rms_norm(hidden, layer.o(attended, adapters), layer.mlp_norm.weight, self._eps)
+            down = layer.mlp.down(silu_mul(layer.mlp.gate_up(normed, adapters)), adapters)
             normed = add_rms_norm(hidden, down, self._next_norms[number], self._eps)
         return normed
 
