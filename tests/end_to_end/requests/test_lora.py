@@ -92,11 +92,22 @@ def test_a_prefix_is_shared_with_the_same_adapter_alone(adapted: Adapted, opened
 
 @pytest.mark.parametrize("slots", [2, 1])
 def test_who_is_preempted_goes_on_with_its_adapter(adapted: Adapted, slots: int) -> None:
-    """With one place and few blocks some wait for the place and hold the blocks that its holder waits for."""
     prompts = [prompt[:20] for prompt in PROMPTS]
     with open_adapted(adapted, blocks=10, max_loras=slots) as llm:
         adapted.require(ask(llm, prompts, MIXED, 30), MIXED, prompts, 30)
         assert llm.stats().preemptions > 0
+
+
+def test_nobody_waits_for_a_place_whose_holder_waits_for_its_blocks(adapted: Adapted) -> None:
+    """The second goes first in the order of service, so the first gets none of its blocks; and the first has the only place."""
+    first, second = list(range(20)), list(range(100))
+    with open_adapted(adapted, blocks=10, max_loras=1) as llm:
+        under_way = llm.iterate([first], greedy(100), lora="all", priority=5)
+        next(under_way)
+        sources: list[Source] = [second]
+        outputs = llm.generate(sources, greedy(20), lora="some", priority=0, progress=False)
+        adapted.require(outputs, ["some"], [second], 20)
+        adapted.require([[output for _, output in under_way][-1]], ["all"], [first], 100)
 
 
 def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted, opened: LLM) -> None:
