@@ -117,11 +117,9 @@ def test_rows_of_several_adapters_and_of_none_get_the_tokens_of_a_cpu(
     stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, **room)
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
-    runner._adapted = gpu_runner.Graphs(
-        *(Padded(size, partial(launch, adapted=True)) for size, launch in (
-            (ROWS, runner._decode_and_sample), (ROWS, runner._decode), (BUDGET, runner._prefill_padded)
-        ))
-    )  # fmt: skip
+    launches = (ROWS, runner._decode_and_sample), (ROWS, runner._decode), (BUDGET, runner._prefill_padded)
+    padded: list[Any] = [Padded(size, partial(launch, adapted=True)) for size, launch in launches]
+    runner._adapted = gpu_runner.Graphs(*padded)
     leases = stepped.generate(works)
     stepped.close()
     monkeypatch.undo()

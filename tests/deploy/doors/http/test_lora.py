@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tests.deploy.doors.http.conftest import MODEL, Host, ScriptedCluster
 from tests.deploy.frontend.fake_engine import FakeEngine
 
 CHAT = [{"role": "user", "content": "hi"}]
-ASKED = {
+ASKED: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a"},
     "/v1/chat/completions": {"messages": CHAT, "max_tokens": 3},
     "/v1/responses": {"input": "hi", "max_output_tokens": 3, "store": False},
@@ -89,7 +88,7 @@ class Endpoint:
 
 
 @pytest.fixture
-def endpoint(host: Host, folder: Path) -> Iterator[Endpoint]:
+def endpoint(host: Host, folder: Path) -> Endpoint:
     return Endpoint(host, folder, OwnShelf())
 
 
