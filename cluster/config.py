@@ -59,6 +59,8 @@ class EngineConfig(ScalingConfig, CoreConfig, WorkerConfig):
         if self.accelerator_type is not None and (self.local or self.device == "cpu"):
             other = "local takes the device of this process" if self.local else "device=cpu takes none"
             raise ValueError(f"accelerator_type={self.accelerator_type} is a kind of GPU, and {other}: leave one of them out")
+        if self.lora and not self.lora_slots:
+            raise ValueError(f"max_loras=0 holds no LoRA adapter, and lora names {len(self.lora)}: leave one of them out")
         if self.local and self.ray_address is not None:
             raise ValueError("local and ray_address exclude each other: leave one of them out")
 

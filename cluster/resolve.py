@@ -6,6 +6,7 @@ Imports torch where the model is one of transformers' (`workers.model.reading`).
 import math
 
 from workers.config import ResolvedWorker, WorkerConfig
+from workers.model.architectures import ModelConfig
 from workers.model.fields import CheckpointError
 from workers.model.pooling import read_uses
 from workers.model.reading import DecoderConfig, read_model
@@ -32,6 +33,8 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     model = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device)
+    if config.lora_slots and not isinstance(model, ModelConfig):
+        raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
     window = model.window(longest)
     if window is not None and config.host_kv_memory:
         raise ValueError(

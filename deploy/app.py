@@ -22,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import EngineConfig
 from cluster.fleet.estate import namespace_of, version_of
+from cluster.fleet.shelf import AdapterShelf
 from deploy.config.load import (
     MODEL_SERVE_KEYS,
     ConfigError,
@@ -40,15 +41,18 @@ from deploy.doors.admin import admin_routes
 from deploy.doors.grpc.ingress import GrpcIngress
 from deploy.doors.grpc.server import GrpcDoor
 from deploy.doors.http import create_app
+from deploy.doors.openai.adapters import adapter_routes
 from deploy.doors.openai.responses.shared import SharedResponses
 from deploy.doors.openai.responses.storing import bounds_of
 from deploy.engine import EngineReplica, further_name
+from deploy.frontend.adapters import ServedAdapters
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModels, ModelState
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.status import status_routes
+from deploy.text.adapters import Adapters
 from deploy.text.prompts import read_model_limits
 from deploy.text.without_torch import import_without_torch
 from scheduler.logs import configure
@@ -75,9 +79,10 @@ class ServeAdministration:
 
     def __init__(
         self, engine: DeploymentHandle, config: EngineConfig, limits: ServeConfig, keys: ApiKeys, threads: int,
-        discovery: Discovery,
+        discovery: Discovery, adapters: ServedAdapters,
     ) -> None:  # fmt: skip
         self._engine = engine
+        self._adapters = adapters
         self._config, self._limits, self._keys, self._threads = config, limits, keys, threads
         self._discovery = discovery
         self._name = model_name(limits.served_model_name, config.model)
@@ -99,6 +104,7 @@ class ServeAdministration:
                 read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size,
                 config.model_implementation, config.enable_expert_parallel,
             )  # fmt: skip
+            await asyncio.to_thread(Adapters, config)  # those that are named have to fit it
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )
@@ -130,6 +136,16 @@ class ServeAdministration:
 
     async def model(self, model: str) -> ModelState:
         return replace(await self._discovery.state(await self._application_of(model)), id=model)
+
+    async def load_adapter(self, name: str, folder: str, beside: str | None, *, in_place: bool) -> None:
+        await (await self._adapters_of(beside)).load_adapter(name, folder, beside, in_place=in_place)
+
+    async def unload_adapter(self, name: str, beside: str | None) -> None:
+        await (await self._adapters_of(beside)).unload_adapter(name, beside)
+
+    async def _adapters_of(self, model: str | None) -> ServedAdapters:
+        """Errors: RequestError NOT_FOUND."""
+        return self._adapters if model in (None, self._name) else (await self._further(model or ""))[1].adapters
 
     async def _application_of(self, model: str) -> str:
         """Also of one that is not served yet, or cannot be. Errors: RequestError NOT_FOUND."""
@@ -200,17 +216,22 @@ class Ingress(GrpcIngress):
         self._service = Service(model, cluster, self._observer)
         self._further = FurtherModels()
         self._discovery = Discovery(application, model.name, limits, self._further)
-        self._administration = ServeAdministration(engine, config, limits, keys, threads, self._discovery)
+        shelf = AdapterShelf(namespace_of(application))
+        adapters = ServedAdapters(self._service, config, limits, self._further, shelf)
+        self._administration = ServeAdministration(engine, config, limits, keys, threads, self._discovery, adapters)
+        adapters.open()
         await self._discovery.begin()
+        await adapters.look()
         self._tasks = [
             asyncio.create_task(self._service.run()), asyncio.create_task(self._observer.run(self._service)),
-            asyncio.create_task(self._discovery.run()),
+            asyncio.create_task(self._discovery.run()), asyncio.create_task(adapters.run()),
         ]  # fmt: skip
         self.door = GrpcDoor(self._service, limits, keys, self._abort_everywhere, self._further)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         pages = status_routes(self._service, self._further)
         pages.include_router(admin_routes(self._administration))
+        pages.include_router(adapter_routes(self._administration, self._limits))
         return create_app(
             self._service, self._limits, self._keys, pages=pages, further=self._further, store=self._store,
             names_responses=False,  # Serve names them

@@ -17,8 +17,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.fleet.estate import namespace_of
 from cluster.fleet.rolling import serves_another_version
+from cluster.fleet.shelf import AdapterShelf
 from deploy.config.serve import FURTHER, ServeConfig, for_model
 from deploy.engine import Told, further_applications, further_name
+from deploy.frontend.adapters import ServedAdapters
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.further import FurtherModel, FurtherModels, ModelState
 from deploy.frontend.service import ServedModel, Service
@@ -48,11 +50,13 @@ async def turn_of(cluster: ServeCluster, estate: Estate) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opened:
-    """A further model that this front end serves. tasks: what runs for it, the last one first at its end."""
+    """A further model that this front end serves, with the adapters beside it. tasks: what runs for it, the last one first at
+    its end."""
 
     told: Told
     engine: DeploymentHandle
     model: FurtherModel
+    adapters: ServedAdapters
     observer: Observer
     tasks: tuple["asyncio.Task[None]", ...]
 
@@ -195,7 +199,10 @@ class Discovery:
                     estate = Estate(namespace_of(application), told.version, told.config.engine.adoption_timeout_s)
                     await turn_of(ServeCluster(engine, application, told.version), estate)
                 self._check_name(application, opened.model.name)
+                if before is not None:
+                    before.adapters.close()
                 self._further.put(opened.model)
+                opened.adapters.open()
                 self._opened[application] = opened
         except (ValueError, OSError) as error:  # a checkpoint, a template, a name
             if application not in self._refused or self._refused[application][0] != told:
@@ -214,8 +221,12 @@ class Discovery:
         model = await asyncio.to_thread(ServedModel.of, told.config.engine, limits)
         observer = Observer.open(limits, model.name)
         service = Service(model, ServeCluster(engine, application, told.version), observer)
-        tasks = asyncio.create_task(service.run()), asyncio.create_task(observer.run(service))
-        opened = Opened(told, engine, FurtherModel(service, limits), observer, tasks)
+        shelf = AdapterShelf(namespace_of(application))
+        adapters = await asyncio.to_thread(ServedAdapters, service, told.config.engine, limits, self._further, shelf)
+        tasks = (
+            asyncio.create_task(service.run()), asyncio.create_task(observer.run(service)), asyncio.create_task(adapters.run()),
+        )  # fmt: skip
+        opened = Opened(told, engine, FurtherModel(service, limits), adapters, observer, tasks)
         try:
             yield opened
         except BaseException:
@@ -224,12 +235,15 @@ class Discovery:
 
     def _check_name(self, application: str, model: str) -> None:
         """Errors: ValueError if another one has it."""
-        if model == self._first or any(each.model.name == model and name != application for name, each in self._opened.items()):
+        found = self._further.get(model)
+        taken = [each.model.name for name, each in self._opened.items() if name != application]
+        if model in (self._first, *taken) or (found is not None and found.is_adapter):
             raise ValueError(f"this endpoint serves another model as {model!r}: give it a served_model_name of its own")
 
     def _leave(self, opened: Opened) -> None:
         """No newcomer finds it any more; it closes when what is under way has ended."""
         self._further.remove(opened.model)
+        opened.adapters.close()
         leaving = asyncio.create_task(_run_empty(opened))
         self._leaving[leaving] = opened
         leaving.add_done_callback(self._leaving.pop)

@@ -23,6 +23,7 @@ from cluster.fleet.autoscale import Autoscaler
 from cluster.fleet.estate import namespace_of, version_of
 from cluster.fleet.fleet import Fleet
 from cluster.fleet.rolling import Roll, other_versions
+from cluster.fleet.shelf import AdapterShelf
 from cluster.launch import plan
 from deploy.config.load import ModelConfig, reject_unknown
 from deploy.config.serve import FURTHER, ServeConfig
@@ -135,6 +136,8 @@ class EngineReplica:
                 self._roll.close()
             self._fleet.close()
             end_responses(self._estate.namespace)
+            with contextlib.suppress(Exception):  # Ray has gone, and with it what was written down
+                AdapterShelf(self._estate.namespace).clear()
 
     def _is_over(self) -> bool:
         """Whether nobody will take over. Front ends that have requests of a further model are waited for."""

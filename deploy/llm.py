@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,7 @@ from deploy.frontend.outputs import (
     ScoringRequestOutput,
 )
 from deploy.frontend.scoring import NO_HEAD, Scoring, embedding_output, need_embedding, pairs_of
+from deploy.text.adapters import Adapters
 from deploy.text.chat_template import Message
 from deploy.text.files import writable
 from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits, read_model_uses
@@ -52,6 +54,9 @@ CTRL_C_POLL_S = 0.2
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 """One for all prompts, one for each, or the defaults."""
+
+Lora = str | Sequence[str | None] | None
+"""The name of the LoRA adapter for all prompts, or one for each; None: the model as it is."""
 
 
 class LLM:
@@ -93,6 +98,7 @@ class LLM:
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
+        self._adapters = Adapters(config)
         self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config.model_implementation)
         start = engine_starter(config)
         engines: list[Engine] = []
@@ -118,6 +124,7 @@ class LLM:
         prompts: Source | Iterable[Source],
         sampling_params: Params = None,
         *,
+        lora: Lora = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
@@ -125,13 +132,14 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes every prompt; outputs in the order of the prompts. progress: show a bar on a terminal.
 
-        tenant: on whose account; where requests have to wait, each tenant gets an equal share. deadline_s: seconds from when
-        they are submitted, within which each must have ended; one that has not fails with `fault` TIMED_OUT, and keeps what
-        it has produced; one whose turn would come later is refused at once, as OVERLOADED. priority: lower goes before all
-        that are higher. All three hold for prompts that name none of their own.
+        lora: names of LoRA adapters, as the engine's `lora` or `load_lora` have them. tenant: on whose account; where requests
+        have to wait, each tenant gets an equal share. deadline_s: seconds from when they are submitted, within which each must
+        have ended; one that has not fails with `fault` TIMED_OUT, and keeps what it has produced; one whose turn would come
+        later is refused at once, as OVERLOADED. priority: lower goes before all that are higher. The last three hold for
+        prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        parsed = self._parse(as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority))
+        parsed = self._parse(as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority), lora)
         return self._complete(all_or_none(parsed), progress)
 
     def chat(
@@ -141,6 +149,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora: Lora = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
@@ -154,7 +163,7 @@ class LLM:
         asked = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
         sources: list[Source] = [{"messages": each, **asked} for each in (given if several else [given])]
         return self.generate(
-            sources, sampling_params, tenant=tenant, deadline_s=deadline_s, priority=priority, progress=progress
+            sources, sampling_params, lora=lora, tenant=tenant, deadline_s=deadline_s, priority=priority, progress=progress
         )
 
     def iterate(
@@ -162,6 +171,7 @@ class LLM:
         prompts: Source | Iterable[Source],
         sampling_params: Params = None,
         *,
+        lora: Lora = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
@@ -169,12 +179,12 @@ class LLM:
     ) -> Iterator[tuple[int, RequestOutput]]:
         """Yields (position of the prompt, its output so far) whenever one has grown, until all have ended.
 
-        A failed request ends with `error` and `fault` set. Leaving the loop early aborts what is under way. tenant,
-        deadline_s, priority: as in `generate`. each_alone: a prompt that cannot be served fails by itself, with fault INVALID,
-        where others can. Errors: PromptError.
+        A failed request ends with `error` and `fault` set. Leaving the loop early aborts what is under way. lora,
+        tenant, deadline_s, priority: as in `generate`. each_alone: a prompt that cannot be served fails by itself, with fault
+        INVALID, where others can. Errors: PromptError.
         """
         sources = as_list(prompts)
-        parsed = self._parse(sources, sampling_params, _terms(tenant, deadline_s, priority))
+        parsed = self._parse(sources, sampling_params, _terms(tenant, deadline_s, priority), lora)
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
             return self._run(dict(enumerate(all_or_none(parsed))), each_token=True)
@@ -187,17 +197,19 @@ class LLM:
         prompts: Source | Iterable[Source],
         *,
         dimensions: int | None = None,
+        lora: Lora = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
         progress: bool = True,
     ) -> list[EmbeddingRequestOutput]:
         """The embedding of every prompt, in the order of the prompts. dimensions: its first so many numbers alone, as
-        Matryoshka embeddings are cut. tenant, deadline_s, priority, progress, errors: as in `generate`; PromptError also where
-        the checkpoint is not for embeddings."""
+        Matryoshka embeddings are cut. lora, tenant, deadline_s, priority, progress, errors: as in `generate`; PromptError also
+        where the checkpoint is not for embeddings."""
         pooling, call = need_embedding(self._uses, dimensions), _terms(tenant, deadline_s, priority)
         contents = [read_pooled(source, call) for source in as_list(prompts)]
-        return [embedding_output(output, self._uses, dimensions) for output in self._pool(contents, pooling, progress)]
+        outputs = self._pool(contents, pooling, progress, lora)
+        return [embedding_output(output, self._uses, dimensions) for output in outputs]
 
     def score(
         self,
@@ -225,6 +237,7 @@ class LLM:
         prompt: Source,
         sampling_params: SamplingParams | None = None,
         *,
+        lora: str | None = None,
         tenant: str = "",
         deadline_s: float | None = None,
         priority: int = 0,
@@ -232,9 +245,10 @@ class LLM:
         """Yields the output so far whenever it has grown, whole each time; `.outputs[i].delta` is the text that is new.
 
         Tokens that came while the caller was busy are merged into one output. Cancelling, or closing the generator,
-        aborts the request. tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it fails.
+        aborts the request. lora, tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it
+        fails.
         """
-        parsed = all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority)))
+        parsed = all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority), lora))
         loop, grown = asyncio.get_running_loop(), asyncio.Event()
         submitted_s = loop.time()
         generations = self._frontend.submit(parsed, lambda _: loop.call_soon_threadsafe(grown.set))
@@ -253,6 +267,19 @@ class LLM:
             for timer in timers:
                 timer.cancel()
             self._frontend.abort(generations)
+
+    # ---- LoRA adapters ----
+
+    def load_lora(self, name: str, folder: str | Path) -> None:
+        """From now on prompts may name it; those under way go on with what had the name before. The ranks read it when the
+        first prompt needs it. Errors: ValueError for what cannot be served."""
+        self._adapters.load(name, folder)
+
+    def unload_lora(self, name: str) -> None:
+        """No prompt may name it any more; those under way go on, and its folder must stay until they have ended. Errors:
+        KeyError if there is none."""
+        if self._adapters.forget(name) is None:
+            raise KeyError(f"there is no LoRA adapter {name!r}")
 
     # ---- the cluster ----
 
@@ -273,7 +300,9 @@ class LLM:
 
     # ---- common ----
 
-    def _parse(self, sources: Sequence[Source], params: Params, call: Terms) -> list[Prompt | PromptError]:
+    def _parse(
+        self, sources: Sequence[Source], params: Params, call: Terms, lora: Lora
+    ) -> list[Prompt | PromptError]:  # fmt: skip
         """Errors: PromptError for what is wrong with the call as a whole."""
         if not self._uses.generates:
             raise PromptError(NO_HEAD)
@@ -284,19 +313,37 @@ class LLM:
         if len(every) != len(sources):
             raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
         parsed: list[Prompt | PromptError] = []
-        for source, each in zip(sources, every, strict=True):
+        for source, each, parser in zip(sources, every, self._parsers(lora, len(sources)), strict=True):
             try:
-                parsed.append(self._parser.prompt(*read_source(source, each, call)))
+                parsed.append(parser.prompt(*read_source(source, each, call)))
             except PromptError as error:
                 parsed.append(error)
         return parsed
 
-    def _pool(self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool) -> list[RequestOutput]:
+    def _parsers(self, lora: Lora, count: int) -> list[PromptParser]:
+        """For each of so many prompts. Errors: PromptError."""
+        names = [lora] * count if lora is None or isinstance(lora, str) else list(lora)
+        if len(names) != count:
+            raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
+        return [self._parser_of(name) for name in names]
+
+    def _parser_of(self, lora: str | None) -> PromptParser:
+        """Errors: PromptError."""
+        if lora is None:
+            return self._parser
+        if (adapter := self._adapters.get(lora)) is None:
+            there = ", ".join(repr(each.name) for each in self._adapters) or "none"
+            raise PromptError(f"there is no LoRA adapter {lora!r}, but {there}: load it")
+        return replace(self._parser, adapter=adapter)
+
+    def _pool(
+        self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool, lora: Lora = None
+    ) -> list[RequestOutput]:
         """Errors: as `generate`."""
         parsed: list[Prompt | PromptError] = []
-        for content, terms in contents:
+        for (content, terms), parser in zip(contents, self._parsers(lora, len(contents)), strict=True):
             try:
-                parsed.append(self._parser.pooled(content, pooling, terms))
+                parsed.append(parser.pooled(content, pooling, terms))
             except PromptError as error:
                 parsed.append(error)
         return self._complete(all_or_none(parsed), progress)

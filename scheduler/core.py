@@ -16,7 +16,7 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.leaders import Commands, End, Moved, Report
+from scheduler.protocol.leaders import Commands, End, Moved, Refused, Report
 from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
@@ -294,6 +294,16 @@ class SchedulerCore:
         if group is None or moved.epoch != group.epoch:
             return
         self._admission.moved(group, moved)
+        self._admit()
+
+    def refuse(self, group_id: GroupId, refused: Refused) -> None:
+        """A group cannot serve these leases: their adapter could not be read there."""
+        group = self.groups.get(group_id)
+        if group is None or refused.epoch != group.epoch:
+            return
+        for lease in refused.leases:
+            if (sequence := group.holder(lease)) is not None:
+                leases.end(self._state, sequence, FinishReason.FAILED, refused.message)
         self._admit()
 
     # ---- ends ---------------------------------------------------------------------------------------------------------

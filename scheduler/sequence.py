@@ -13,7 +13,7 @@ import numpy.typing as npt
 from kvcache.hashing import hash_blocks, hash_run, salt_seed
 from kvcache.table import SequenceBlocks
 from scheduler.protocol.leaders import LeaseId
-from scheduler.protocol.messages import NO_MISSES, Misses, Pooling
+from scheduler.protocol.messages import NO_MISSES, Adapter, Misses, Pooling
 from scheduler.protocol.sampling import SamplingParams
 
 Tokens = npt.NDArray[np.int32]
@@ -74,7 +74,7 @@ class Sequence:
     blocks_at_once: those of them that it holds at the same time; fewer only where the model sees a window (`Window.most`).
     buffer: prompt and output; the first `committed` are written back, the newest ones of who runs are in the group's ring.
     hashes: chained hashes of the full blocks of `committed`, as far as they are known.
-    pooling: what is wanted of its prompt instead of an output; max_tokens is 0 then.
+    pooling: what is wanted of its prompt instead of an output; max_tokens is 0 then. adapter: as in `Request`.
     cached_tokens: what its first start found in the cache; None before that. misses: what it did not find there.
     lease: None unless RUNNING. blocks: None unless RUNNING or FETCHING.
     open_key: under which `Prefixes` finds it.
@@ -105,6 +105,7 @@ class Sequence:
     buffer: Tokens
     committed: int
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
     state: State = State.WAITING
     cached_tokens: int | None = None
     misses: Misses = NO_MISSES

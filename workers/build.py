@@ -22,13 +22,16 @@ from workers.config import ResolvedWorker, WorkerConfig
 from workers.execution.expert_counter import ExpertCounter
 from workers.execution.runner import ModelRunner
 from workers.execution.spec import RunnerSpec
+from workers.loop.adapters import Residency
 from workers.loop.batch import ResidentBatch
 from workers.loop.rank import Rank
 from workers.model.architectures import ModelConfig, torch_dtype
 from workers.model.decoder import Decoder
 from workers.model.dtype import WIDE_WEIGHTS_FRACTION, Arithmetic, choose, kv_dtype_name
 from workers.model.kv_scales import read_scales
-from workers.model.loading import load_decoder
+from workers.model.loading import adapter_slots, load_decoder
+from workers.model.lora.slots import AdapterSlots
+from workers.model.lora.store import ReadingStore
 from workers.model.progress import DOWNLOADING
 from workers.model.reading import DecoderConfig, read_model
 from workers.model.sources.files import Need
@@ -107,7 +110,8 @@ def build_rank(
     constraints = Constraints(read, vocabulary, threads)
     try:
         make = _gpu_runner if device.type == "cuda" else _cpu_runner
-        runner, blocks = make(RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints, scales), phase)
+        spec = RunnerSpec(config, resolved, model_config, layout, comm, dtype, constraints, scales)
+        runner, blocks, lora = make(spec, phase)
         host = _host_pool(config, layout, comm, device, phase) if config.host_kv_memory else None
     except BaseException:
         constraints.close()
@@ -116,9 +120,15 @@ def build_rank(
         logger.info("KV pool: %d blocks of %d tokens in %s, %s bytes a rank", blocks, config.block_size, kv_dtype,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
+    rank = Rank(batch, runner, resolved.depth, constraints)
+    if lora is not None:
+        rank.adapters = Residency(batch, config.lora_slots, ReadingStore(lora))
+        if comm.rank == 0:
+            logger.info("LoRA: room for %d adapters of rank %d, %s bytes a rank", config.lora_slots, config.max_lora_rank,
+                        f"{lora.nbytes:,}")  # fmt: skip
     counts = runner.expert_counts
     expert_load = (lambda: None) if counts is None else ExpertCounter(counts).take
-    return Built(Rank(batch, runner, resolved.depth, constraints), runner.pool, host, blocks, expert_load)
+    return Built(rank, runner.pool, host, blocks, expert_load)
 
 
 def settle() -> None:
@@ -156,13 +166,14 @@ def _choose_dtype(
     return choice.dtype
 
 
-def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
-    """What executes on a CPU, and how many blocks it has."""
+def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int, AdapterSlots | None]:
+    """What executes on a CPU, how many blocks it has, and where its adapters are."""
     config, comm, device, shape = spec.config, spec.comm, spec.device, spec.shape
     model = load_decoder(
         config.model, spec.model, comm, spec.dtype, device, partial(phase, LOADING), spec.resolved.max_model_len,
         spec.resolved.score_tokens,
     )  # fmt: skip
+    lora = adapter_slots(config, model)
     phase(MEASURING, 0, 0)
     memory = config.kv_memory
     if memory is None:
@@ -179,11 +190,11 @@ def _cpu_runner(spec: RunnerSpec, phase: Phase) -> tuple[ModelRunner, int]:
         vocab_size=spec.model.vocab_size, local_vocab=shape.vocab, comm=comm, max_num_seqs=config.max_num_seqs, device=device,
         dtype=spec.dtype,
     )  # fmt: skip
-    return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, pool), blocks
+    return ModelRunner(model, sampler, spec.constraints, config.max_num_seqs, pool), blocks, lora
 
 
-def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
-    """What executes on a GPU, and how many blocks it has for sequences: one more is where padding writes."""
+def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int, AdapterSlots | None]:
+    """The same on a GPU. The blocks are for sequences: one more is where padding writes."""
     from workers.execution.gpu import GpuParts  # Triton comes with it
 
     parts = GpuParts(spec)
@@ -192,7 +203,7 @@ def _gpu_runner(spec: RunnerSpec, phase: Phase) -> tuple["GpuRunner", int]:
     config, layout = spec.config, spec.layout
     memory = config.kv_memory if config.kv_memory is not None else parts.measure()
     blocks = _agree_on_blocks(spec.comm, _useful_blocks(spec, memory - layout.block_bytes), spec.device)
-    return parts.runner(blocks, partial(phase, CAPTURING)), blocks
+    return parts.runner(blocks, partial(phase, CAPTURING)), blocks, parts.lora
 
 
 def _host_pool(config: WorkerConfig, layout: BlockLayout, comm: Communicator, device: torch.device, phase: Phase) -> KVPool:

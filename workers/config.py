@@ -14,6 +14,10 @@ MODEL_IMPLEMENTATIONS = ("auto", "native", "transformers")
 ATTENTION_BACKENDS = ("auto", "flash", "triton", "cpu")
 QUANTIZATIONS = ("auto", "fp8", "compressed-tensors", "awq", "gptq", "mxfp4")
 POOLINGS = ("auto", "last", "mean")
+LORAS_UNASKED = 8
+"""Adapters that are resident at once where nobody says how many may be."""
+
+MAX_LORA_RANK, MOST_NAME_CHARACTERS = 128, 256
 MAX_ROWS = 1 << 16
 """A lease id keeps 16 bits for the row (`scheduler.protocol.leaders.ROW_BITS`)."""
 
@@ -56,6 +60,34 @@ class GroupsConfig:
         'Two tokens, as "no,yes", of a model that scores pairs by which of them comes next.',
         shown="as the checkpoint says",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        "NAME=FOLDER of a LoRA adapter in PEFT's format, served as a model of that name; repeatable.",
+        Rule(lambda pairs: _names_each_once(pairs), "is not NAME=FOLDER, each name once, without control characters"),
+        shown="none",
+    )
+    max_loras: int | None = option(
+        None,
+        "LoRA adapters whose weights a rank holds at once, the least used leaving for others; 0: it serves none.",
+        at_least(0),
+        shown=f"as many as are named, up to {LORAS_UNASKED}",
+    )
+    max_lora_rank: int = option(
+        16,
+        f"Largest rank of a LoRA adapter, up to {MAX_LORA_RANK}: memory is kept for it.",
+        at_least(1),
+        at_most(MAX_LORA_RANK),
+    )
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Folders of the LoRA adapters that are named from the start, by their names."""
+        return dict(_parted(pair) for pair in self.lora)
+
+    @property
+    def lora_slots(self) -> int:
+        """LoRA adapters that a rank holds at once."""
+        return min(len(self.lora), LORAS_UNASKED) if self.max_loras is None else self.max_loras
 
     @property
     def ranks(self) -> int:
@@ -156,3 +188,18 @@ class ResolvedWorker(Resolved):
     report_hold_s: float = math.inf
     depth: int = 0
     score_tokens: tuple[int, int] | None = None
+
+
+def _parted(pair: str) -> tuple[str, str]:
+    name, _, folder = pair.partition("=")
+    return name, folder
+
+
+def _names_each_once(pairs: tuple[str, ...]) -> bool:
+    names = [name for name, folder in map(_parted, pairs) if is_adapter_name(name) and folder]
+    return len(set(names)) == len(pairs)
+
+
+def is_adapter_name(name: str) -> bool:
+    """What a LoRA adapter may be called: it stands in requests, and in the salt of its prefixes."""
+    return 0 < len(name) <= MOST_NAME_CHARACTERS and name.isprintable()

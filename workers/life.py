@@ -17,6 +17,7 @@ from scheduler.protocol.leaders import End, Hello, Moved
 from scheduler.protocol.wire import listen
 from workers.build import Built, build_rank, settle
 from workers.config import ResolvedWorker, SchedulerAddress, WorkerConfig
+from workers.loop.adapters import GatheredReads, OnRead
 from workers.loop.leader import Gathered, SchedulerGone, abandon, follow, lead
 from workers.loop.ledger import Ledger, inventory
 from workers.loop.link import Greeting, OnMoved, SocketFeed, SocketInbox, SocketLink
@@ -133,16 +134,19 @@ class RankLife:
         rank, gathered, transport = self._built.rank, Gathered(self._size), self._open_transport(scheduler)
         if self._config.enable_prefix_caching:
             rank.ledger = Ledger(rank.batch, self._built.blocks, self._built.host_blocks)
+        reads = GatheredReads(self._size)
         feed = SocketFeed(
-            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch
-        )
+            self._listener, self._size - 1, scheduler.token, self._comm.abort, gathered.add, self._timeout_s, self._epoch,
+            reads.add,
+        )  # fmt: skip
         self._attach_mover(transport, gathered.add)
+        self._attach_adapters(reads.add)
         ports = (transport.address, *feed.ports) if transport is not None else ()
         term: Term | None = Term(scheduler, self._epoch)
         try:
             while term is not None:
                 try:
-                    return self._serve(term, feed, gathered, ports)
+                    return self._serve(term, feed, gathered, reads, ports)
                 except SchedulerGone as error:
                     logger.warning("%s; the group waits for the next one", error)
                 abandon(rank, feed)
@@ -161,7 +165,9 @@ class RankLife:
             self.terms.end()
             feed.close()
 
-    def _serve(self, term: Term, feed: SocketFeed, gathered: Gathered, ports: tuple[str, ...]) -> str:
+    def _serve(
+        self, term: Term, feed: SocketFeed, gathered: Gathered, reads: GatheredReads, ports: tuple[str, ...]
+    ) -> str:  # fmt: skip
         """For one scheduler, until it closes the log. Errors: SchedulerGone, LinkClosed."""
         assert self._built is not None
         rank, scheduler = self._built.rank, term.scheduler
@@ -180,7 +186,7 @@ class RankLife:
         gathered.send = partial(self._say_moved, link)
         heart = Heart(term.epoch, link.send, rank.pulse, feed.silence)
         try:
-            return lead(rank, link, feed, self._reporter())
+            return lead(rank, link, feed, self._reporter(), reads if rank.adapters is not None else None)
         finally:
             heart.close()
             link.close()
@@ -216,6 +222,7 @@ class RankLife:
             self._epoch, self._served,
         )  # fmt: skip
         self._attach_mover(transport, inbox.send)
+        self._attach_adapters(inbox.send)
         heart = Heart(self._epoch, inbox.send)
         try:
             return follow(self._built.rank, inbox)
@@ -236,6 +243,11 @@ class RankLife:
             epoch=self._epoch,
             rank=self._rank,
         )
+
+    def _attach_adapters(self, on_read: OnRead) -> None:
+        assert self._built is not None
+        if self._built.rank.adapters is not None:
+            self._built.rank.adapters.on_read = on_read
 
     def _attach_mover(self, transport: SocketTransport | None, moved: OnMoved) -> None:
         assert self._built is not None

@@ -45,13 +45,13 @@ def namespace_of(application: str) -> str:
 
 
 def version_of(config: EngineConfig, bounds: QueueBounds, threads: int) -> str:
-    """Of what scheduler and ranks are told, of the weights, and of their own code. How many groups there are, and how long is
-    waited for them, does not matter: who is told something else of that serves on."""
+    """Of what scheduler and ranks are told, of the weights, and of their own code. How many groups there are, how long is
+    waited for them, and which adapters are named, does not matter: who is told something else of that serves on."""
     records = (CoreConfig, WorkerConfig)
-    names = {f.name for record in records for f in fields(record)} - {"groups", "max_groups"}
+    names = {f.name for record in records for f in fields(record)} - {"groups", "max_groups", "lora", "max_loras"}
     told = [(name, getattr(config, name)) for name in sorted(names)]
     queue = [getattr(bounds, f.name) for f in fields(QueueBounds)]
-    return _digest(told, config.exchanges_blocks, queue, threads, _files(config.model), _code())
+    return _digest(told, config.exchanges_blocks, config.lora_slots, queue, threads, _files(config.model), _code())
 
 
 def _files(model: str) -> list[tuple[str, int, int]]:

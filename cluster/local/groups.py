@@ -15,6 +15,7 @@ from kvcache.ids import GroupId
 from scheduler.protocol.leaders import Command, End, FromLeader
 from workers.build import Built, build_rank
 from workers.config import ResolvedWorker, WorkerConfig
+from workers.loop.adapters import GatheredReads
 from workers.loop.leader import Gathered, LinkClosed, follow, lead
 from workers.loop.reports import Reporter
 from workers.model.progress import DOWNLOADING, in_words
@@ -155,6 +156,7 @@ class _GroupStart:
         self._feed = LocalFeed(size - 1)
         self._gathered = Gathered(size)
         self._gathered.send = link.send
+        self._reads = GatheredReads(size)
         self._ready = [threading.Event() for _ in range(size)]
         self._error: BaseException | None = None
 
@@ -177,6 +179,8 @@ class _GroupStart:
             built = build_rank(self._groups.config, self._groups.resolved, self._comms[number])
             with contextlib.closing(built.rank):
                 self._attach_mover(number, built)
+                if built.rank.adapters is not None:
+                    built.rank.adapters.on_read = self._reads.add
                 if number == 0:
                     self._host.group_up(self.group, built.blocks, built.host_blocks, self._ports())
                 self._ready[number].set()
@@ -201,7 +205,7 @@ class _GroupStart:
     def _lead(self, built: Built) -> str:
         resolved = self._groups.resolved
         reporter = Reporter(EPOCH, resolved.report_steps, hold_s=resolved.report_hold_s, expert_load=built.expert_load)
-        return lead(built.rank, self._link, self._feed, reporter)
+        return lead(built.rank, self._link, self._feed, reporter, self._reads if built.rank.adapters is not None else None)
 
     def _fail(self, number: int, error: BaseException) -> None:
         """The first error is the cause; what the other ranks see afterwards is its consequence."""

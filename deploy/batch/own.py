@@ -5,7 +5,7 @@ Imports the service and what stands behind the paths of the endpoint; no ray: th
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from deploy.batch.lines import BatchRequest
 from deploy.config.load import Config
 from deploy.config.serve import ServeConfig, model_name
 from deploy.doors.access import Caller
+from deploy.doors.by_model import named_in
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.openai.chat import Chat
 from deploy.doors.openai.completions import Completions
@@ -25,6 +26,8 @@ from deploy.doors.openai.schemas import ChatRequest, CompletionRequest
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import Cluster, ServedModel, Service
+from deploy.text.adapters import Adapters
+from scheduler.protocol.messages import Adapter
 from scheduler.server.stats import ClusterStatus
 from workers.model.sources.find import find_checkpoint
 
@@ -33,29 +36,41 @@ CHAT_URL = "/v1/chat/completions"
 
 
 class ServiceBackend:
-    """Requests are read, checked and answered as at the endpoint."""
+    """Requests are read, checked and answered as at the endpoint. adapters: LoRA adapters, which requests name as models."""
 
-    def __init__(self, service: Service, limits: ServeConfig) -> None:
-        grammars = Grammars(service.model)
+    def __init__(self, service: Service, limits: ServeConfig, adapters: Iterable[Adapter] = ()) -> None:
         self._strict = limits.strict_fields
         self._cluster = service.cluster
-        self._completions = Completions(service, limits, grammars)
-        self._chat = Chat(service, limits, grammars)
+        self._first = _Doors(service, limits)
+        self._adapted = {
+            adapter.name: _Doors(service.adapted(service.model.adapted(adapter, service.model.created)), limits)
+            for adapter in adapters
+        }
 
     async def answer(self, request: BatchRequest) -> LineAnswer:
         caller, body, warnings, strict = Caller(request.id), request.body, Warnings(), self._strict
+        doors = self._adapted.get(named_in(body) or "", self._first)
         try:
             if request.url == CHAT_URL:
-                whole = await self._chat.whole(read(body, ChatRequest, warnings, strict=strict), caller, warnings)
+                whole = await doors.chat.whole(read(body, ChatRequest, warnings, strict=strict), caller, warnings)
             else:
                 asked = read(body, CompletionRequest, warnings, strict=strict)
-                whole = await self._completions.whole(asked, caller, warnings)
+                whole = await doors.completions.whole(asked, caller, warnings)
         except RequestError as error:
             if error.fault is Fault.UNAVAILABLE:
                 _refuse_stopped(await self._cluster.status())
             raise
         tokens = whole.usage.completion_tokens if whole.usage else 0
         return LineAnswer(200, msgspec.json.encode(whole), tokens, tuple(warnings))
+
+
+class _Doors:
+    """Of one model."""
+
+    def __init__(self, service: Service, limits: ServeConfig) -> None:
+        grammars = Grammars(service.model)
+        self.completions = Completions(service, limits, grammars)
+        self.chat = Chat(service, limits, grammars)
 
 
 @asynccontextmanager
@@ -81,7 +96,9 @@ async def open_service(cluster: Cluster, config: Config) -> AsyncIterator[Servic
 async def open_backend(cluster: Cluster, config: Config) -> AsyncIterator[ServiceBackend]:
     """Errors: as `open_service`. Requests have the time that they need: nobody waits for one of them."""
     async with open_service(cluster, config) as service:
-        yield ServiceBackend(service, replace(config.serve, request_timeout_s=math.inf))
+        engine = replace(config.engine, model=str(service.model.checkpoint))
+        adapters = await asyncio.to_thread(Adapters, engine)
+        yield ServiceBackend(service, replace(config.serve, request_timeout_s=math.inf), adapters)
 
 
 async def _model(cluster: Cluster, config: Config) -> ServedModel:

@@ -50,7 +50,7 @@ def admin_routes(endpoint: Administration) -> APIRouter:
     @router.post("/groups/{group}/drain", status_code=202, responses={403: {}, 404: {}, 409: {}})
     async def drain(request: Request, group: int, replace: bool = False, model: str | None = None) -> Response:
         """Let a group run empty: it takes no more sequences. Then it ends, or, with `replace`, starts anew."""
-        _check(request)
+        require_operator(request)
         await endpoint.drain(group, replace, model)
         return Response(status_code=202)
 
@@ -59,40 +59,40 @@ def admin_routes(endpoint: Administration) -> APIRouter:
         request: Request, checkpoint: str, model: str | None = None, revision: str | None = None
     ) -> Response:  # fmt: skip
         """Serve another checkpoint in place of this one, under the same name."""
-        _check(request)
+        require_operator(request)
         await endpoint.roll(checkpoint, model, revision)
         return Response(status_code=202)
 
     @router.put("/models/{model:path}", status_code=202, responses={400: {}, 403: {}, 409: {}})
     async def add(request: Request, model: str, settings: dict[str, Any]) -> Response:
         """Serve one more model, which takes requests when its groups are up."""
-        _check(request)
+        require_operator(request)
         await endpoint.add(model, settings)
         return Response(status_code=202)
 
     @router.delete("/models/{model:path}", status_code=202, responses={403: {}, 404: {}, 409: {}})
     async def remove(request: Request, model: str) -> Response:
         """Let a model go: it takes no more requests, and ends when those under way have."""
-        _check(request)
+        require_operator(request)
         await endpoint.remove(model)
         return Response(status_code=202)
 
     @router.get("/models", responses={403: {}})
     async def models(request: Request) -> dict[str, list[ModelState]]:
         """How the models beside the first are: also those that come up, or do not."""
-        _check(request)
+        require_operator(request)
         return {"data": await endpoint.models()}
 
     @router.get("/models/{model:path}", responses={403: {}, 404: {}})
     async def model(request: Request, model: str) -> ModelState:
         """How a model beside the first is."""
-        _check(request)
+        require_operator(request)
         return await endpoint.model(model)
 
     return router
 
 
-def _check(request: Request) -> None:
+def require_operator(request: Request) -> None:
     """Errors: RequestError FORBIDDEN."""
     if not request.state.caller.operator:
         raise RequestError(

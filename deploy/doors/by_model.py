@@ -63,8 +63,13 @@ async def _whole(receive: Receive) -> list[Message]:
 
 def _name(messages: list[Message]) -> str | None:
     """None where it cannot be read: the door says what is wrong with the body."""
+    return named_in(b"".join(message.get("body", b"") for message in messages))
+
+
+def named_in(body: bytes) -> str | None:
+    """The model that a body names; None where it names none, or cannot be read."""
     try:
-        named = _DECODER.decode(b"".join(message.get("body", b"") for message in messages)).model
+        named = _DECODER.decode(body).model
     except (ValueError, RecursionError):  # msgspec.DecodeError, UnicodeDecodeError
         return None
     return named if isinstance(named, str) else None

@@ -33,6 +33,7 @@ from deploy.doors.entrance import (
     inside,
     names_of,
 )
+from deploy.doors.openai.adapters import RECORDS as ADAPTER_RECORDS
 from deploy.doors.openai.document import add_schemas
 from deploy.doors.openai.models import one_of
 from deploy.doors.openai.responses.storing import OwnResponses, ResponseStore, bounds_of
@@ -77,7 +78,7 @@ def create_app(
     if pages is not None:
         app.include_router(pages)
     _add_operations(app, service, further)
-    add_schemas(app.openapi(), *OPENAI_RECORDS, *ANTHROPIC_RECORDS, strict=config.strict_fields)
+    add_schemas(app.openapi(), *OPENAI_RECORDS, *ADAPTER_RECORDS, *ANTHROPIC_RECORDS, strict=config.strict_fields)
     return app
 
 

@@ -1,4 +1,5 @@
-"""The models behind an endpoint beside its first: each with a service of its own, by the name that requests give.
+"""The models behind an endpoint beside its first: each with a service of its own, by the name that requests give. LoRA adapters
+are such models as well, whichever model they are beside.
 
 They come and go while requests run: whoever holds the endpoint puts them here, and every door looks here. Imports the service.
 """
@@ -42,6 +43,11 @@ class FurtherModel:
     def name(self) -> str:
         return self.service.model.name
 
+    @property
+    def is_adapter(self) -> bool:
+        """It has the cluster of another."""
+        return self.service.model.adapter is not None
+
 
 class FurtherModels:
     """Belongs to the event loop of the services."""
@@ -53,8 +59,12 @@ class FurtherModels:
         return bool(self._models)
 
     def __iter__(self) -> Iterator[FurtherModel]:
-        """By name."""
-        return iter([self._models[name] for name in sorted(self._models)])
+        """Those with a cluster of their own, by name."""
+        return iter([model for model in self.listed() if not model.is_adapter])
+
+    def listed(self) -> list[FurtherModel]:
+        """With the adapters, by name."""
+        return [self._models[name] for name in sorted(self._models)]
 
     def get(self, name: str | None) -> FurtherModel | None:
         """None: that one is not here; the first model is not either."""

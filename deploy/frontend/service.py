@@ -14,7 +14,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from deploy.frontend.holding import HeldLogprobs, HeldNumbers, of_prompts
 from deploy.frontend.observation import Observe, RequestRecord
 from deploy.frontend.outputs import OutputDelta
 from deploy.frontend.scoring import NO_HEAD
+from deploy.text.adapters import Adapters
 from deploy.text.prompts import (
     USUAL_PARAMS,
     USUAL_TERMS,
@@ -43,7 +44,7 @@ from deploy.text.prompts import (
 )
 from deploy.text.tokenising import Tokenising, is_long
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Pooling, TalliedMetric
+from scheduler.protocol.messages import Adapter, Pooling, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus
 from workers.model.pooling import Uses
@@ -80,7 +81,8 @@ class Cluster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a door must know of the checkpoint. created: seconds since 1970. uses: what its hidden states are good for."""
+    """What a door must know of the checkpoint. created: seconds since 1970. uses: what its hidden states are good for. adapter:
+    of a model that is a LoRA adapter beside the one that is called `parent`."""
 
     name: str
     checkpoint: Path
@@ -88,6 +90,12 @@ class ServedModel:
     limits: ModelLimits
     tokenizer: Tokenizer | None
     uses: Uses = GENERATES
+    adapter: Adapter | None = None
+    parent: str | None = None
+
+    def adapted(self, adapter: Adapter, created: int) -> "ServedModel":
+        """The adapter as a model of its own name."""
+        return replace(self, name=adapter.name, created=created, adapter=adapter, parent=self.name)
 
     @classmethod
     def read(
@@ -114,7 +122,9 @@ class ServedModel:
 
     @classmethod
     def of(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
-        """As an endpoint is told to serve it. Errors: ValueError, OSError."""
+        """As an endpoint is told to serve it. Errors: ValueError, OSError; also for an adapter beside it that cannot be served.
+        """
+        Adapters(engine)
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
             name, find_checkpoint(engine), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template,
@@ -125,22 +135,34 @@ class ServedModel:
 class Service:
     """Requests of this process on one cluster. Its methods belong to the event loop on which `run` runs.
 
-    observe: told of every request that has ended.
+    observe: told of every request that has ended. beside: the service of the model beside which this one is an adapter: its
+    cluster and its connection are this one's as well, and so is the account of what is under way.
     """
 
-    def __init__(self, model: ServedModel, cluster: Cluster, observe: Observe = lambda _: None) -> None:
+    def __init__(
+        self, model: ServedModel, cluster: Cluster, observe: Observe = lambda _: None, beside: "Service | None" = None
+    ) -> None:  # fmt: skip
         self.model = model
         self.cluster = cluster
-        self.parser = PromptParser(model.limits, model.tokenizer)
-        self._tokenising = Tokenising()
+        self.parser = PromptParser(model.limits, model.tokenizer, model.adapter)
         self._observe = observe
-        self._frontend: FrontEnd | None = None
-        self._calls: dict[str, list[_Call]] = {}  # by request id
+        self._shared: _Shared = beside._shared if beside is not None else _Shared()
         self._grown: deque[_Call] = deque()
         self._waking = False
-        self.logprobs, self.numbers = HeldLogprobs(), HeldNumbers()
-        self.under_way = 0
-        """Requests that have not ended."""
+        self.logprobs, self.numbers = self._shared.logprobs, self._shared.numbers
+
+    def adapted(self, model: ServedModel) -> "Service":
+        """The same for an adapter beside this model."""
+        return Service(model, self.cluster, self._observe, self)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not ended, those of adapters included."""
+        return self._shared.under_way
+
+    @property
+    def _frontend(self) -> FrontEnd | None:
+        return self._shared.frontend
 
     # ---- the connection ----
 
@@ -150,7 +172,7 @@ class Service:
         try:
             while self._frontend is None:
                 with contextlib.suppress(EngineError, OSError):
-                    self._frontend = await asyncio.to_thread(
+                    self._shared.frontend = await asyncio.to_thread(
                         FrontEnd, self.cluster.connect, self.model.limits, self.model.tokenizer, MOST_UNREAD
                     )
                     break
@@ -201,13 +223,13 @@ class Service:
         """As `parser.prompt`; text off the event loop, where it may have to wait for others. Errors: PromptError."""
         if isinstance(content, list):
             return self.parser.prompt(content, params, terms)
-        return await self._tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
+        return await self._shared.tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
 
     async def pooled_prompt(self, content: Content, pooling: Pooling, terms: Terms = USUAL_TERMS) -> Prompt:
         """As `parser.pooled`; otherwise as `prompt`. Errors: PromptError."""
         if isinstance(content, list):
             return self.parser.pooled(content, pooling, terms)
-        return await self._tokenising.run(lambda: self.parser.pooled(content, pooling, terms), long=is_long(content))
+        return await self._shared.tokenising.run(lambda: self.parser.pooled(content, pooling, terms), long=is_long(content))
 
     async def generate(
         self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None,
@@ -227,8 +249,8 @@ class Service:
         call = _Call(prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)
         account = self.logprobs.account()
-        self.under_way += 1
-        self._calls.setdefault(request_id, []).append(call)
+        self._shared.under_way += 1
+        self._shared.calls.setdefault(request_id, []).append(call)
         try:
             account.add(of_prompts(prompts), "prompt_logprobs")
             self._submit(call, prompts, told)
@@ -241,7 +263,7 @@ class Service:
             raise log.fail(RequestError(Fault.UNAVAILABLE, str(error))) from error
         finally:
             account.close()
-            self.under_way -= 1
+            self._shared.under_way -= 1
             if deadline is not None:
                 deadline.cancel()
             self._forget(request_id, call)
@@ -251,7 +273,7 @@ class Service:
     def abort(self, request_id: str, tenant: str = "") -> int:
         """Ends the requests of this id as CANCELLED, at once. tenant: only its own; "" for everybody's. Returns how many there
         were in this process."""
-        calls = [call for call in self._calls.get(request_id, ()) if tenant in ("", call.tenant)]
+        calls = [call for call in self._shared.calls.get(request_id, ()) if tenant in ("", call.tenant)]
         for call in calls:
             call.end(RequestError(Fault.CANCELLED, f"the request {request_id!r} was aborted by its id", code="aborted"))
         return len(calls)
@@ -259,7 +281,7 @@ class Service:
     def end_all(self) -> None:
         """The endpoint ends: so does everything that is under way, at once, and is told why."""
         error = RequestError(Fault.UNAVAILABLE, "the endpoint is ending: ask again once it is back")
-        for call in [call for calls in self._calls.values() for call in calls]:
+        for call in [call for calls in self._shared.calls.values() for call in calls]:
             call.end(error)
 
     def _submit(self, call: "_Call", prompts: Sequence[Prompt], told: Sequence[Sequence[Told]]) -> None:
@@ -283,10 +305,10 @@ class Service:
         call.frontend = frontend
 
     def _forget(self, request_id: str, call: "_Call") -> None:
-        calls = self._calls[request_id]
+        calls = self._shared.calls[request_id]
         calls.remove(call)
         if not calls:
-            del self._calls[request_id]
+            del self._shared.calls[request_id]
 
     def _wake(self) -> None:
         self._waking = False
@@ -313,17 +335,30 @@ class Service:
     async def text_of(self, tokens: Sequence[int]) -> str:
         """Errors: PromptError without a tokenizer."""
         tokenizer = self._need_tokenizer()
-        return await self._tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
+        return await self._shared.tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
 
     async def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token of a text. Errors: PromptError without a tokenizer."""
         tokenizer = self._need_tokenizer()
-        return await self._tokenising.run(lambda: tokenizer.token_texts(tokens), long=is_long(tokens))
+        return await self._shared.tokenising.run(lambda: tokenizer.token_texts(tokens), long=is_long(tokens))
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.model.tokenizer is None:
             raise PromptError("this checkpoint has no tokenizer")
         return self.model.tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """What a model and the adapters beside it have in common. frontend: None before the first scheduler. calls: by request id.
+    """
+
+    frontend: FrontEnd | None = None
+    tokenising: Tokenising = field(default_factory=Tokenising)
+    calls: "dict[str, list[_Call]]" = field(default_factory=dict)
+    logprobs: HeldLogprobs = field(default_factory=HeldLogprobs)
+    numbers: HeldNumbers = field(default_factory=HeldNumbers)
+    under_way: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from deploy.text.prompts import Prompt
 from kvcache.hashing import hash_blocks
-from scheduler.protocol.messages import NO_MISSES, Failure, Finished, FinishReason, Misses, Request, Resumption, Started
+from scheduler.protocol.messages import (
+    NO_MISSES,
+    Adapter,
+    Failure,
+    Finished,
+    FinishReason,
+    Misses,
+    Request,
+    Resumption,
+    Started,
+)
 
 MOST_LOSSES = 5
 """Schedulers that a choice may lose in a row without a token in between: the request may be what ends them."""
@@ -45,18 +55,19 @@ class Submission:
         params, terms = prompt.params, prompt.terms
         bare = params.ignore_eos and params.grammar is None
         stop_ids = params.stop_token_ids if bare else (*params.stop_token_ids, *eos_ids)
-        tokens = np.array(prompt.token_ids, dtype="<i4")
+        tokens, salt = np.array(prompt.token_ids, dtype="<i4"), salt_of(terms.salt, prompt.adapter)
         self.request = Request(
             stream=stream,
             tokens=tokens.tobytes(),
-            hashes=_hashes(tokens, block_size, terms.salt),
+            hashes=_hashes(tokens, block_size, salt),
             params=params,
             stop_ids=tuple(dict.fromkeys(stop_ids)),
-            salt=terms.salt,
+            salt=salt,
             priority=terms.priority,
             tenant=terms.tenant,
             deadline_s=None if terms.deadline_s == math.inf else terms.deadline_s,
             pooling=prompt.pooling,
+            adapter=prompt.adapter,
         )
         """As it is submitted for the first time."""
         self.waits_since_s: float | None = now_s
@@ -136,3 +147,17 @@ class Submission:
 
 def _hashes(tokens: npt.NDArray[np.int32], block_size: int, salt: str) -> bytes:
     return np.array(hash_blocks(tokens, block_size, salt), dtype="<u8").tobytes()
+
+
+MARK = "\0"
+
+
+def salt_of(salt: str, adapter: Adapter | None) -> str:
+    """What isolates a prompt's prefixes: of whoever asks, and of the weights that compute them.
+
+    No two pairs have the same: an adapter's begins with one mark, and any other salt that begins with one gets another before
+    it. An adapter of the same name with other weights has another version.
+    """
+    if adapter is not None:
+        return f"{MARK}{adapter.version} {adapter.name}{MARK}{salt}"
+    return f"{MARK}{salt}" if salt.startswith(MARK) else salt

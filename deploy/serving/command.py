@@ -33,7 +33,9 @@ from deploy.config.load import (
 )
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
+from deploy.frontend.adapters import OwnShelf, ServedAdapters
 from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.further import FurtherModels
 from deploy.frontend.service import ServedModel, Service
 from deploy.observing.observer import Observer
 from deploy.serving.ending import GRACE_S, end_late, let_end
@@ -75,6 +77,7 @@ def serve(config: Config, view: StartView) -> None:
 async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -> int:
     """Returns the signal that has ended it."""
     from deploy.doors.http import create_app
+    from deploy.doors.openai.adapters import adapter_routes
     from deploy.serving.server import HttpServer
     from deploy.status import status_routes
 
@@ -85,8 +88,12 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
             reserve(limits.host, limits.grpc_port, "for gRPC", "choose another with --grpc-port").close()
         model = ServedModel.of(config.engine, config.serve)
         observer = Observer.open(limits, model.name)
-        service = Service(model, LocalCluster(config.engine, limits), observer)
-        app = create_app(service, limits, keys, pages=status_routes(service))
+        service, further = Service(model, LocalCluster(config.engine, limits), observer), FurtherModels()
+        adapters = ServedAdapters(service, config.engine, limits, further, OwnShelf())
+        adapters.open()
+        pages = status_routes(service)
+        pages.include_router(adapter_routes(adapters, limits))
+        app = create_app(service, limits, keys, pages=pages, further=further)
         server = HttpServer(app, limits, partial(end_late, service, view.say))
         tasks = [asyncio.create_task(service.run())]
         try:
@@ -94,7 +101,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
                 view.show(await service.cluster.status())
                 await _first_failure(tasks, POLL_S)
             tasks.append(asyncio.create_task(observer.run(service)))
-            async with _grpc(service, limits, keys):
+            async with _grpc(service, limits, keys, further):
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 ask = partial(await_answer, limits, model.name, next(iter(named), None), config.engine.start_timeout_s)
                 if await _answers(serving, ask):
@@ -113,14 +120,16 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
 
 
 @contextlib.asynccontextmanager
-async def _grpc(service: Service, limits: ServeConfig, keys: ApiKeys) -> AsyncIterator[None]:
+async def _grpc(
+    service: Service, limits: ServeConfig, keys: ApiKeys, further: FurtherModels
+) -> AsyncIterator[None]:  # fmt: skip
     """A gRPC server beside the HTTP one, if it was asked for."""
     if limits.grpc_port is None:
         yield
         return
     from deploy.doors.grpc.server import GrpcDoor, start_server
 
-    server, _ = await start_server(GrpcDoor(service, limits, keys), limits)
+    server, _ = await start_server(GrpcDoor(service, limits, keys, further=further), limits)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.text.chat_template import Message
 from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Pooling, context_length
+from scheduler.protocol.messages import Adapter, Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class Prompt:
     parameters that fit the model.
 
     text: as it was given. answered: the output is an answer, a text of its own, and does not continue the prompt's. pooling: no
-    output is wanted, but this of the prompt; it needs no room then, and parameters say nothing.
+    output is wanted, but this of the prompt; it needs no room then, and parameters say nothing. adapter: with whose weights
+    beside the model's.
     """
 
     token_ids: list[int]
@@ -111,14 +112,17 @@ class Prompt:
     text: str | None = None
     answered: bool = False
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PromptParser:
-    """Makes prompts for one model. tokenizer: None where the checkpoint has none; then only ids will do."""
+    """Makes prompts for one model. tokenizer: None where the checkpoint has none; then only ids will do. adapter: the model is
+    a LoRA adapter beside the checkpoint."""
 
     limits: ModelLimits
     tokenizer: Tokenizer | None
+    adapter: Adapter | None = None
 
     def prompt(self, content: Content, params: SamplingParams = USUAL_PARAMS, terms: Terms = USUAL_TERMS) -> Prompt:
         """Errors: PromptError."""
@@ -126,13 +130,13 @@ class PromptParser:
         _check_size("stop", params.stop, MOST_STOP_CHARACTERS)
         _check_size("cache_salt", (terms.salt,), MOST_SALT_CHARACTERS)
         if isinstance(content, Conversation):
-            prompt = Prompt(self._chat(content), params, terms, answered=True)
+            prompt = Prompt(self._chat(content), params, terms, answered=True, adapter=self.adapter)
         elif isinstance(content, str):
-            prompt = Prompt(self._encode(content), params, terms, content)
+            prompt = Prompt(self._encode(content), params, terms, content, adapter=self.adapter)
         elif isinstance(content, Pair):
-            prompt = Prompt(self._encode_pair(content), params, terms)
+            prompt = Prompt(self._encode_pair(content), params, terms, adapter=self.adapter)
         else:
-            prompt = Prompt(content, params, terms)
+            prompt = Prompt(content, params, terms, adapter=self.adapter)
         self._check_ids(prompt.token_ids)
         self._check_room(prompt.token_ids, params)
         return prompt
@@ -147,7 +151,7 @@ class PromptParser:
         else:
             ids = self._encode(content) if isinstance(content, str) else content
         self._check_ids(ids, output=False)
-        return Prompt(ids, terms=terms, answered=True, pooling=pooling)
+        return Prompt(ids, terms=terms, answered=True, pooling=pooling, adapter=self.adapter)
 
     def _check(self, params: SamplingParams) -> None:
         """Holds them against the model. Errors: PromptError with the field's name."""

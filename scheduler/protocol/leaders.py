@@ -10,7 +10,7 @@ from typing import NewType
 
 import msgspec
 
-from scheduler.protocol.messages import Alive, Pooling
+from scheduler.protocol.messages import Adapter, Alive, Pooling
 from scheduler.protocol.sampling import SamplingParams
 
 LeaseId = NewType("LeaseId", int)
@@ -32,7 +32,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     block-table order, from block `first` on: those before it are seen by no layer. stop_ids: ids that end the output.
     max_tokens: output tokens in all, those before a restart included.
     salt: the request's, so that its leader can say what stands in the blocks (`Inventory`). pooling: as in `Request`; it ends
-    once its prompt is computed, and samples nothing.
+    once its prompt is computed, and samples nothing. adapter: as in `Request`; its rows wait where it is not resident yet.
     """
 
     lease: LeaseId
@@ -48,6 +48,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     salt: str = ""
     pooling: Pooling | None = None
     first: int = 0
+    adapter: Adapter | None = None
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -146,10 +147,18 @@ class Cut(msgspec.Struct, frozen=True, array_like=True, tag=10, gc=False):
     epoch: int
 
 
+class Adapted(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+    """Said by a leader to all ranks of its group, itself included, and no part of the log: that reading of an adapter is over
+    on every one of them. load: its number (`workers.loop.adapters`). failure: why one of them could not; "" where all could."""
+
+    load: int
+    failure: str = ""
+
+
 Movement = Send | Receive | Offload | Load | Cut
 """What runs beside the steps."""
 
-class Trim(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
+class Trim(msgspec.Struct, frozen=True, array_like=True, tag=12, gc=False):
     """The blocks of the lease's block table before `first` are seen by no layer any more, and are full. They may be granted to
     others once this command has been applied; their places in the table are not read again."""
 
@@ -157,7 +166,7 @@ class Trim(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):
     first: int
 
 
-Command = Start | Grant | Remap | Drop | End | Copy | Movement | Trim
+Command = Start | Grant | Remap | Drop | End | Copy | Adapted | Movement | Trim
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
@@ -273,4 +282,12 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
     silent_s: float = 0.0
 
 
-FromLeader = Report | Moved | Beat
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
+    """These leases cannot be served, since their adapter could not be read. They hold what they hold until they are dropped."""
+
+    epoch: int
+    leases: tuple[int, ...]
+    message: str
+
+
+FromLeader = Report | Moved | Beat | Refused

@@ -21,6 +21,19 @@ Pooling = Literal["last", "mean", "score"]
 """What is made of a prompt's hidden states, those after the final norm: the last token's; the mean of all; or the scores that
 the checkpoint's classifier gives the last token's."""
 
+
+class Adapter(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A LoRA adapter, as every process that has to do with it is told: nobody has to remember which there are.
+
+    name: the model that clients ask for. version: a digest of its files: what it makes of a prompt is its own. folder: where
+    each rank reads them.
+    """
+
+    name: str
+    version: str
+    folder: str
+
+
 NO_TOKEN = -1
 """In a report's token matrix: this lease sampled nothing in this step (a prefill chunk, or it had finished)."""
 
@@ -111,7 +124,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     deadline_s: seconds from now within which it must have ended; None: it has the time that it needs.
     resumption: the request is for this one choice alone, under `stream`; its seed, once known, stands in `params`, and
     `deadline_s` counts from when it was first submitted. pooling: it wants no output, but this of its prompt (`Pooled`); it has
-    one choice then, and nothing to sample.
+    one choice then, and nothing to sample. adapter: with whose weights beside the model's; the salt is its own as well.
     """
 
     stream: int
@@ -125,6 +138,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True, gc=False):
     deadline_s: float | None = None
     resumption: Resumption | None = None
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=11, gc=False):

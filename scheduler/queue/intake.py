@@ -54,6 +54,7 @@ def take_in(state: ClusterState, front_end: int, request: Request) -> list[Seque
             blocks_at_most=blocks, blocks_at_once=at_once, hashes=hashes.copy() if sequences else hashes, buffer=prompt,
             committed=len(prompt),
             tenant=state.waiting.fair.open(request.tenant), deadline_s=deadline_s, pooling=request.pooling,
+            adapter=request.adapter,
         )  # fmt: skip
         state.sequences[front_end, stream] = sequence
         sequences.append(sequence)

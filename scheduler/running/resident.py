@@ -201,8 +201,8 @@ class ResidentGroup:
                 lease=lease, tokens=sequence.buffer[: sequence.committed].tobytes(), prompt_tokens=sequence.prompt_tokens,
                 cached_tokens=cached_tokens, blocks=np.array(held, np.int32).tobytes(),
                 params=sequence.params, seed=sequence.seed, choice=sequence.choice, stop_ids=sequence.stop_ids,
-                max_tokens=sequence.max_tokens, salt=sequence.salt, pooling=sequence.pooling,
-                first=blocks.first,
+                max_tokens=sequence.max_tokens, salt=sequence.salt, pooling=sequence.pooling, first=blocks.first,
+                adapter=sequence.adapter,
             )
         )  # fmt: skip
 

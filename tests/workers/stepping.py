@@ -5,6 +5,7 @@ Imports the workers and the wire types. No engine, no threads: a turn is a turn,
 
 import contextlib
 import random
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from cluster.config import EngineConfig
 from cluster.resolve import resolve
 from scheduler.protocol.leaders import ROW_BITS, ROW_MASK, Command, Copy, Drop, Grant, LeaseId, Remap, Start
-from scheduler.protocol.messages import NO_TOKEN, FinishReason, Payload, Pooled, Pooling, PromptLogprobs, TokenLogprobs
+from scheduler.protocol.messages import NO_TOKEN, Adapter, FinishReason, Payload, Pooled, Pooling, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
 from workers.build import build_rank
+from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank, StepResult
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
@@ -29,6 +31,7 @@ OPTIONS: dict[str, Any] = {
     "dtype": "float32", "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 256,
     "kv_memory": 1 << 28, "threads": 1,
 }  # fmt: skip
+PATIENCE_S = 120.0
 AHEAD = 3
 """Free slots below which a lease gets another block: a step is under way, and one follows."""
 
@@ -41,6 +44,7 @@ class Work:
     params: SamplingParams
     seed: int = 0
     pooling: Pooling | None = None
+    adapter: Adapter | None = None
 
     @property
     def most(self) -> int:
@@ -84,6 +88,11 @@ class Stepped:
         self.resolved = resolve(config, device)
         self.built = build_rank(config, self.resolved, Solo())
         self.rank = Rank(self.built.rank.batch, self.built.rank.executor, depth)
+        self.rank.adapters = self.built.rank.adapters
+        self._reads, self._read = GatheredReads(1), threading.Event()
+        self._reads.wake = self._read.set
+        if self.rank.adapters is not None:
+            self.rank.adapters.on_read = self._reads.add
         self.pool = self.built.pool
         self.block = self.config.block_size
         self.turns = 0
@@ -123,6 +132,7 @@ class Stepped:
                 stop_ids=(*params.stop_token_ids, *(() if params.ignore_eos else self._ends)),
                 max_tokens=work.most,
                 pooling=work.pooling,
+                adapter=work.adapter,
             )
         )
         return lease
@@ -155,7 +165,7 @@ class Stepped:
 
     def turn(self) -> StepResult | None:
         self._grant()
-        commands, self._commands = self._commands, []
+        commands, self._commands = [*self._commands, *self._reads.take()], []
         result = self.rank.turn(commands)
         self.turns += 1
         if result is not None:
@@ -165,8 +175,12 @@ class Stepped:
     def run(self) -> None:
         """Until there is nothing left to do."""
         while self._commands or self.leases or not self.rank.idle:
+            self._read.clear()
             self.turn()
-            assert self._commands or not (self.leases and self.rank.idle), "somebody has no block and gets none"
+            if self.leases and self.rank.idle and self.rank.batch.unready:
+                assert self._read.wait(PATIENCE_S), "an adapter is never read"
+            else:
+                assert self._commands or not (self.leases and self.rank.idle), "somebody has no block and gets none"
 
     def generate(self, works: Iterable[Work]) -> list[Lease]:
         """All of them, as many at once as there are rows."""

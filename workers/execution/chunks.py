@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.attention.base import Chunks
 from workers.execution.device_batch import IN_FLIGHT, DeviceBatch
 from workers.execution.pinned import PinnedRing
-from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
 
 Ints = npt.NDArray[np.int64]
 ALIGNED = 4
@@ -29,7 +29,7 @@ class ChunkStep:
 
     tokens, positions, slots: [tokens]. rows: [chunks] of the batch. wanted: [n] tokens whose logits are wanted: of those that
     sample, then of prompts that are measured; behind them those whose hidden states are. sampled_rows, sampled_positions:
-    [samples] rows of the batch, and the positions of their new tokens.
+    [samples] rows of the batch, and the positions of their new tokens. adapters: [tokens] slots of their LoRA adapters.
     """
 
     tokens: Tensor
@@ -41,6 +41,7 @@ class ChunkStep:
     wanted: Tensor
     sampled_rows: Tensor
     sampled_positions: Tensor
+    adapters: Tensor
     max_query: int
     max_context: int
 
@@ -97,12 +98,12 @@ class ChunkInputs:
     def clear(self, tokens: int) -> None:
         """A padded step of nothing but padding."""
         nothing = np.zeros(0, np.int64)
-        self._send_padded([*[nothing] * 3, np.zeros(1, np.int64), *[nothing] * 5], tokens)
+        self._send_padded([*[nothing] * 3, np.zeros(1, np.int64), *[nothing] * 6], tokens)
 
     def _send_padded(self, parts: list[Ints], tokens: int) -> None:
         """parts: as `_parts` gives them."""
         rows, filling = self._state.padding, min(len(parts[0]), tokens - 1)  # a token of padding, if there is any
-        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, filling, rows, 1)
+        fills = (0, 0, self._state.scratch_slot, int(parts[3][-1]), 0, rows, filling, rows, 1, NO_ADAPTER)
         padded = [
             np.pad(part, (0, size - len(part)), constant_values=fill)
             for part, size, fill in zip(parts, _sizes(tokens, PADDED_CHUNKS), fills, strict=True)
@@ -126,21 +127,21 @@ class ChunkInputs:
         wanted += [starts[part.index - decodes] + part.start + np.arange(part.count) for part in step.pooled]
         return [
             np.concatenate(tokens), positions, slots, starts, context, rows, np.concatenate(wanted), rows[samples],
-            context[samples],
+            context[samples], batch.adapter[rows[owner]].astype(np.int64),
         ]  # fmt: skip
 
 
 def _step(parts: list[Tensor], max_query: int, max_context: int) -> ChunkStep:
-    tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions = parts
+    tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters = parts
     return ChunkStep(
-        tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, int(max_query),
+        tokens, positions, slots, starts, contexts, rows, wanted, sampled_rows, sampled_positions, adapters, int(max_query),
         int(max_context),
     )  # fmt: skip
 
 
 def _sizes(tokens: int, chunks: int) -> list[int]:
     """int32s of each part of a padded step."""
-    return [_aligned(size) for size in (tokens, tokens, tokens, chunks + 1, chunks, chunks, chunks, chunks, chunks)]
+    return [_aligned(size) for size in (tokens, tokens, tokens, chunks + 1, *[chunks] * 5, tokens)]
 
 
 def _aligned(size: int) -> int:

@@ -6,6 +6,7 @@
     settings    [rows + 1, 16]    int32   how each row samples (`sampling.settings`)
     tables      [rows + 1, blocks] int32   block tables
     prefixes    [most], [sets * 3], [most] int32   which of the next decode step share a prefix (`attention.prefixes`)
+    adapters    [rows + 1]        int32   slots of their LoRA adapters
 
 All of it is one tensor, so whatever has changed on the host since the last step is one list of (place, value), one pinned copy
 and one kernel; where nothing has changed, nothing is sent. The last row is padding: its blocks are the scratch block, which no
@@ -22,7 +23,7 @@ from workers.execution.pinned import PinnedRing
 from workers.execution.prefixes import LEAST_SAVED_TOKENS, PrefixFinder
 from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.batch import gather, scatter
-from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
 from workers.sampling.settings import WORDS
 
 Int32s = npt.NDArray[np.int32]
@@ -54,18 +55,21 @@ class DeviceBatch:
         )
         self._of_prefixes = most, prefixes.sets(most) * SET_FIELDS, most
         rows = max_num_seqs + 1
-        sizes = (rows, rows, most, sum(self._of_prefixes), rows * WORDS, rows * blocks)
+        sizes = (rows, rows, most, sum(self._of_prefixes), rows, rows * WORDS, rows * blocks)
         starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        self._last_token, self._position, self._order, self._prefixes, self._settings, self._tables = starts[:-1]
+        self._last_token, self._position, self._order, self._prefixes, self._adapters = starts[:5]
+        self._settings, self._tables = starts[5:-1]
         state = np.zeros(starts[-1], np.int32)
         state[self._order : self._order + most] = self.padding
+        state[self._adapters : self._adapters + rows] = NO_ADAPTER
         state[starts[-1] - blocks :] = scratch_block
         self._state = torch.from_numpy(state).to(device)
         parts = self._state.split_with_sizes(sizes)
         self.last_token, self.position, self.order = parts[:3]
         self.prefixes = SharedPrefixes(*parts[3].split_with_sizes(self._of_prefixes))
-        self.settings = parts[4].view(rows, WORDS)
-        self.tables = parts[5].view(rows, blocks)
+        self.adapters = parts[4]
+        self.settings = parts[5].view(rows, WORDS)
+        self.tables = parts[6].view(rows, blocks)
         # the inputs of a decode step, where a graph reads them
         self.tokens, self.positions, self.contexts = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(3))
         self.slots = torch.zeros(most, dtype=torch.int64, device=device)
@@ -73,6 +77,7 @@ class DeviceBatch:
         # the host's idea of what the device holds
         self._known_order = np.full(most, self.padding, np.int32)
         self._known_position = np.zeros(max_num_seqs + 1, np.int64)
+        self._known_adapters = np.full(max_num_seqs, NO_ADAPTER, np.int32)
         self._known_prefixes = np.zeros(sum(self._of_prefixes), np.int32)
         self._grouped = np.zeros(0, np.int64)  # the decodes of which they are
         self._admitted: dict[int, tuple[int, Int32s]] = {}
@@ -126,6 +131,10 @@ class DeviceBatch:
             changed = np.flatnonzero(prefixes != self._known_prefixes)
             self._known_prefixes = prefixes
             yield self._prefixes + changed, prefixes[changed]
+        changed_rows = rows[self._known_adapters[rows] != batch.adapter[rows]]
+        if len(changed_rows):
+            self._known_adapters[changed_rows] = batch.adapter[changed_rows]
+            yield self._adapters + changed_rows, batch.adapter[changed_rows]
         stale = rows[self._known_position[rows] != first]
         if len(stale):
             yield self._position + stale, first[self._known_position[rows] != first]

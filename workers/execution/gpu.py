@@ -21,7 +21,8 @@ from workers.kernels.ahead import compiling_ahead
 from workers.loop.batch import ResidentBatch
 from workers.model.decoder import Decoder
 from workers.model.fused import FusedDecoder, PagedDecoder
-from workers.model.loading import load_decoder
+from workers.model.loading import adapter_slots, load_decoder
+from workers.model.lora.slots import AdapterSlots
 from workers.model.progress import Progress
 from workers.parallel.in_process import ThreadGroup
 from workers.sampling.device import DeviceSampler
@@ -47,6 +48,8 @@ class GpuParts:
         self._threads = comm.size > 1 and isinstance(comm, ThreadGroup)
         self._graphs = config.cuda_graphs and not self._threads
         self._decoder: Decoder | TransformersDecoder | None = None
+        self.lora: AdapterSlots | None = None
+        """Where its adapters are; None where none are served, and before `load`."""
         self._sampler = DeviceSampler(
             vocab_size=spec.model.vocab_size, comm=comm, max_num_seqs=config.max_num_seqs,
             samples=max(config.max_num_seqs, self._most, PADDED_CHUNKS), device=spec.device, dtype=spec.dtype,
@@ -59,6 +62,7 @@ class GpuParts:
             spec.config.model, spec.model, spec.comm, spec.dtype, spec.device, progress, spec.resolved.max_model_len,
             spec.resolved.score_tokens,
         )  # fmt: skip
+        self.lora = adapter_slots(spec.config, self._decoder)
 
     def measure(self) -> int:
         """Bytes that the pool may take: the share of the GPU that is ours, less what weights, the largest steps and the
@@ -119,7 +123,7 @@ class GpuParts:
         )
         model = self._over(pool)
         return GpuRunner(
-            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest,
+            model, attention, small, self._sampler, self._spec.constraints, state, self._most, self._largest, config.lora_slots,
             self._spec.comm.check,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """From a step's plan to the tensors that the model reads. Vectorised over the batch; one copy to the device.
 
-Imports torch, NumPy, `batch` and `step`.
+Imports torch, NumPy, `batch`, `step` and what rows with adapters are.
 """
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from workers.execution.step import StepInput
-from workers.loop.batch import Launched, ResidentBatch
+from workers.loop.batch import NO_ADAPTER, Launched, ResidentBatch
+from workers.model.lora.weights import Segments
 
 
 def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> StepInput:
@@ -44,7 +45,18 @@ def build_step(batch: ResidentBatch, step: Launched, last_tokens: Tensor) -> Ste
         host_query_lens=counts.astype(np.int32),
         host_context_lens=context.astype(np.int32),
         host_block_tables=tables,
+        adapters=_adapters(batch, rows, counts),
     )
+
+
+def _adapters(
+    batch: ResidentBatch, rows: "np.typing.NDArray[np.int64]", counts: "np.typing.NDArray[np.int64]"
+) -> Segments | None:  # fmt: skip
+    """Of each token; None: nobody has one."""
+    slots = batch.adapter[rows]
+    if (slots == NO_ADAPTER).all():
+        return None
+    return Segments(torch.from_numpy(np.repeat(slots, counts).astype(np.int64)))
 
 
 def _wanted(step: Launched, starts: "np.typing.NDArray[np.int64]") -> "np.typing.NDArray[np.int64]":

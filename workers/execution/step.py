@@ -1,6 +1,6 @@
 """What one step computes: the ragged batch as tensors. Built by `batch`, read by `model`, `attention` and `sampler`.
 
-Imports torch only.
+Imports torch, and what is said of adapters.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from workers.model.lora.weights import StepAdapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +31,4 @@ class StepInput:
     host_query_lens: npt.NDArray[np.int32]  # [seqs]
     host_context_lens: npt.NDArray[np.int32]  # [seqs]
     host_block_tables: npt.NDArray[np.int32]  # [seqs, max_blocks]
+    adapters: StepAdapters | None = None  # of the tokens; None: no sequence of the step has one

@@ -19,8 +19,24 @@ import numpy as np
 import numpy.typing as npt
 
 from scheduler.batching import Ints, StepPlan, plan_step
-from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, End, Grant, LeaseId, Movement, Remap, Start, Trim
+from scheduler.protocol.leaders import (
+    ROW_MASK,
+    Adapted,
+    Command,
+    Copy,
+    Drop,
+    End,
+    Grant,
+    LeaseId,
+    Movement,
+    Remap,
+    Start,
+    Trim,
+)
 from scheduler.protocol.messages import NO_TOKEN, FinishReason, Pooling
+
+NO_ADAPTER = -1
+"""In place of a slot: the row has no LoRA adapter, or none that is resident."""
 
 MEASURED_TOKENS = 256
 """Prompt tokens in a step whose log-probabilities are wanted, at most: each needs the logits of the whole vocabulary."""
@@ -96,6 +112,8 @@ class ResidentBatch:
         self._stop_ids = np.full((max_num_seqs, 1), NO_TOKEN, np.int64)  # [rows, width], padded
         self.edited: list[tuple[int, int, int]] = []  # (row, first, end) of the block table; `Rank` empties it
         self._measured: dict[int, tuple[int, int]] = {}  # row -> (prompt tokens, top entries) while the prompt is measured
+        self.adapter = np.full(max_num_seqs, NO_ADAPTER, np.int32)  # its slot; kept by `adapters`, as the next one is
+        self.unready: set[int] = set()  # rows whose adapter is not resident: they are in no step
         self._pooling: dict[int, Pooling] = {}  # of rows that have no output, until their prompt is computed
 
     # ---- the log
@@ -107,7 +125,7 @@ class ResidentBatch:
             self._start(command)
         elif isinstance(command, End):
             self.ended = command.reason
-        elif isinstance(command, Copy | Movement) or not self.holds(command.lease):
+        elif isinstance(command, Copy | Adapted | Movement) or not self.holds(command.lease):
             pass  # or the lease has ended on this side already
         elif isinstance(command, Grant):
             self._append(command.lease & ROW_MASK, np.array(command.blocks, np.int32))
@@ -169,10 +187,11 @@ class ResidentBatch:
     def plan(self, held: Sequence[int] = ()) -> StepPlan:
         """held: rows that must not sample yet; they may compute what comes before their last token."""
         granted = self._usable() if self._measured else self.granted
-        if held:
-            rows = list(held)
+        if held or self.unready:
+            rows, unready = list(held), list(self.unready)
             granted = granted.copy()
             granted[rows] = np.minimum(granted[rows], self.known[rows] - 1)
+            granted[unready] = np.minimum(granted[unready], self.computed[unready])
         plan = plan_step(self.known, self.computed, granted, self.lease, self.max_num_batched_tokens)
         return self._as_chunks(plan) if self._pooling else plan
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler.protocol.leaders import Command, Moved, Report
+from scheduler.protocol.leaders import Command, Moved, Refused, Report
+from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
 
@@ -28,7 +29,7 @@ class SchedulerLink(Protocol):
         """The commands that came in since the last call; waits for one if asked. Errors: SchedulerGone."""
         ...
 
-    def send(self, message: Report | Moved) -> None:
+    def send(self, message: Report | Moved | Refused) -> None:
         """From any thread. Errors: SchedulerGone."""
         ...
 
@@ -90,17 +91,25 @@ class Gathered:
                 self.send(whole)
 
 
-def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) -> str:
+def lead(
+    rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter, reads: GatheredReads | None = None
+) -> str:  # fmt: skip
     """Runs until the log ends; returns its reason. Never steps without being told when idle: an idle group sleeps.
 
+    reads: what the ranks say of their LoRA adapters; None where rows have none.
     Errors: SchedulerGone, between two turns; LinkClosed for a peer, and whatever the executor raises: the caller lets the group
     die then.
     """
     if rank.grammars is not None:
         rank.grammars.on_opened = link.wake
+    if reads is not None:
+        reads.wake = link.wake
+        link.wake()  # for what has been said while nobody listened
     while True:
         slept = rank.idle
         commands = link.receive(wait=slept)
+        if reads is not None:
+            commands = [*commands, *reads.take()]
         if slept:
             reporter.wake()
         rank.apply(commands)
@@ -111,6 +120,9 @@ def lead(rank: Rank, link: SchedulerLink, feed: PeerFeed, reporter: Reporter) ->
             return rank.batch.ended
         if result is not None:
             reporter.add(result, rank.batch.applied)
+        if rank.adapters is not None:
+            for leases, why in rank.adapters.refusals():
+                link.send(Refused(reporter.epoch, leases, why))
         for report in reporter.take(flush=rank.idle):
             link.send(report)
 

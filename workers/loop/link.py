@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.protocol.handshake import Stranger, identify, meet
-from scheduler.protocol.leaders import Beat, Command, Hello, Inventory, Moved, Report, ToLeader
+from scheduler.protocol.leaders import Beat, Command, Hello, Inventory, Moved, Refused, Report, ToLeader
 from scheduler.protocol.messages import Alive
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
+from workers.loop.adapters import AdapterRead, OnRead
 from workers.loop.leader import LinkClosed, SchedulerGone
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 OnLost = Callable[[str], None]
 OnMoved = Callable[[Moved], None]
 OnAlive = Callable[[], None]
-FROM_PEER: type[Moved | Beat] = Moved | Beat  # type: ignore[assignment]  # a union is not a type to mypy
+FROM_PEER: type[Moved | Beat | AdapterRead] = Moved | Beat | AdapterRead  # type: ignore[assignment]  # a union is not a type to mypy
 FROM_SCHEDULER: type[ToLeader] = ToLeader  # type: ignore[assignment]
 
 
@@ -80,7 +81,7 @@ class SocketLink:
             wait = False
         return commands
 
-    def send(self, message: Report | Moved | Beat) -> None:
+    def send(self, message: Report | Moved | Beat | Refused) -> None:
         """From any thread. Errors: SchedulerGone."""
         try:
             self._socket.send(message)
@@ -108,18 +109,18 @@ class SocketLink:
 class SocketFeed:
     """The leader's `PeerFeed`: one connection for each other rank.
 
-    on_lost: called from a thread when a peer has gone. on_moved: likewise, with what a peer says of a transfer. epoch: of the
-    group, for the peers to enter with their next turn. silence: of the peers, by rank.
+    on_lost: called from a thread when a peer has gone. on_moved, on_read: likewise, with what a peer says of a transfer, and of
+    an adapter. epoch: of the group, for the peers to enter with their next turn. silence: of the peers, by rank.
     """
 
     def __init__(
         self, listener: socket.socket, peers: int, token: str, on_lost: OnLost, on_moved: OnMoved, timeout_s: float,
-        epoch: int = 0,
+        epoch: int = 0, on_read: OnRead = lambda _: None,
     ) -> None:  # fmt: skip
         """Waits until all peers have connected, whoever else does. Errors: TimeoutError."""
         self.epoch = epoch
         self.silence = Silence(time.monotonic())
-        self._token, self._on_lost, self._on_moved = token, on_lost, on_moved
+        self._token, self._on_lost, self._on_moved, self._on_read = token, on_lost, on_moved, on_read
         self._peers: dict[int, FrameSocket] = {}
         self._ports: dict[int, str] = {}
         self._came = threading.Condition()
@@ -177,11 +178,13 @@ class SocketFeed:
         self._watch(greeting.rank, peer)
 
     def _watch(self, rank: int, peer: FrameSocket) -> None:
-        """After its greeting a peer says that it lives, and speaks of transfers; steps need no answer."""
+        """After its greeting a peer says that it lives, and speaks of transfers and adapters; steps need no answer."""
         for message in peer.messages(FROM_PEER):
             self.silence.heard(rank, time.monotonic())
             if isinstance(message, Moved):
                 self._on_moved(message)
+            elif isinstance(message, AdapterRead):
+                self._on_read(message)
         self._on_lost("a peer has gone")
 
 
@@ -209,7 +212,7 @@ class SocketInbox:
             self._on_epoch(turn.epoch)
         return turn.commands, turn.held
 
-    def send(self, message: Moved | Beat) -> None:
+    def send(self, message: Moved | Beat | AdapterRead) -> None:
         """Tells the leader, from any thread. A leader that has gone is the step loop's to notice."""
         with contextlib.suppress(OSError):
             self._socket.send(message)

@@ -12,8 +12,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scheduler.protocol.leaders import ROW_MASK, Command, Copy, Drop, LeaseId, Movement, Start
+from scheduler.protocol.leaders import ROW_MASK, Adapted, Command, Copy, Drop, LeaseId, Movement, Start
 from scheduler.protocol.messages import FinishReason
+from workers.loop.adapters import Residency
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.ledger import Ledger
 from workers.loop.pulse import Kind, Pulse, kind_of
@@ -101,8 +102,9 @@ class StepResult:
 class Rank:
     """Applies the log, plans, executes, commits. depth: steps that may be under way while the host plans the next.
 
-    grammars: None where no row has any. mover: set before the first turn; without one, movements are passed over. ledger: set
-    before the first turn, where somebody may ask what stands in the blocks. pulse: what the present turn is in, for others.
+    grammars: None where no row has any. adapters: set before the first turn, where rows may have LoRA adapters. mover: set
+    before the first turn; without one, movements are passed over. ledger: set before the first turn, where somebody may ask
+    what stands in the blocks. pulse: what the present turn is in, for others.
     Every rank of a group makes the same `turn` calls with the same commands, so all plan the same steps.
     """
 
@@ -114,6 +116,7 @@ class Rank:
         self.executor = executor
         self.mover: Mover | None = None
         self.ledger: Ledger | None = None
+        self.adapters: Residency | None = None
         self._depth = depth
         self.pulse = Pulse()
         self._under_way: deque[tuple[Launched, Pending, Kind | None]] = deque()
@@ -132,6 +135,10 @@ class Rank:
 
     def apply(self, commands: Iterable[Command]) -> None:
         for command in commands:
+            if isinstance(command, Adapted):
+                assert self.adapters is not None, "the leader tells what its own ranks have read"
+                self.adapters.read(command)
+                continue  # it is no part of the log
             if self.ledger is not None:
                 self.ledger.take(command)
             self.batch.apply(command)
@@ -165,6 +172,8 @@ class Rank:
             result = self._commit(oldest, pending)
         self.pulse.end(committed=result is not None)
         self._idle = step is None and result is None  # what was committed may be what a row has waited for
+        if self._idle and self.adapters is not None and not held:
+            self._idle = not self.adapters.give_way()
         return result
 
     def vacate(self) -> list[Command]:
@@ -176,11 +185,15 @@ class Rank:
         try:
             if self.mover is not None:
                 self.mover.close()
+            if self.adapters is not None:
+                self.adapters.close()
         finally:
             self.executor.close()
 
     def _admit(self, start: Start) -> None:
         self.executor.admit(start)
+        if start.adapter is not None and self.adapters is not None:
+            self.adapters.admit(row_of(start), start.adapter)
         if start.params.grammar is not None:
             self._unopened.add(row_of(start))
 
@@ -207,6 +220,8 @@ class Rank:
         while self.batch.vacated:
             row = self.batch.vacated.pop()
             self._unopened.discard(row)
+            if self.adapters is not None:
+                self.adapters.release(row)
             self.executor.release(row)
 
 

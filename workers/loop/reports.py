@@ -38,6 +38,10 @@ class Reporter:
         self._since = clock()
         self._ready: list[Report] = []
 
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
     def wake(self) -> None:
         """The group has slept, with nothing to report: its next step is measured from here."""
         self._since = self._clock()

@@ -81,8 +81,8 @@ class Layer:
 
         Rows beyond the step's tokens are padding, which attention does not see.
         """
-        shape, tokens = self._shape, step.tokens.shape[0]
-        qkv = self.qkv(self.input_norm(hidden)).view(hidden.shape[0], -1, shape.head_dim)
+        shape, tokens, adapters = self._shape, step.tokens.shape[0], step.adapters
+        qkv = self.qkv(self.input_norm(hidden), adapters).view(hidden.shape[0], -1, shape.head_dim)
         qk, value = qkv.split_with_sizes((self._qk_heads, shape.kv_heads), 1)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
@@ -93,10 +93,11 @@ class Layer:
             attended = padded(attended, hidden.shape[0])
         else:
             attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
-        hidden = hidden.add_(self.o(attended))
+            adapters = adapters.at(rows) if adapters is not None else None
+        hidden = hidden.add_(self.o(attended, adapters))
         normed = self.mlp_norm(hidden)
         if isinstance(self.mlp, SwiGLU):
-            return hidden.add_(self.mlp(normed))
+            return hidden.add_(self.mlp(normed, adapters))
         return hidden.add_(self.mlp(normed, tokens if rows is None else step.sample_at.shape[0]))
 
     def head_norms(self) -> tuple[Tensor | None, Tensor | None]:

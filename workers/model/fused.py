@@ -28,6 +28,7 @@ from workers.model.decoder import Decoder, Layer
 from workers.model.experts import Mixture
 from workers.model.fused_experts import FusedMixture
 from workers.model.layers import Linear
+from workers.model.lora.weights import StepAdapters
 
 
 class Attend(Protocol):
@@ -52,7 +53,10 @@ class PagedDecoder(Protocol):
 
     pool: KVPool
 
-    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """As in `FusedDecoder`."""
         ...
 
@@ -93,27 +97,34 @@ class FusedDecoder:
             if isinstance(layer.mlp, Mixture)
         }
 
-    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """This rank's logits of every token, or of `rows` alone, which the last layer then computes: [wanted, shape.vocab] in
         the model's dtype; padding is -inf.
 
-        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32.
+        tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
+        tokens; None: no token has one. With them products stand by themselves, since something is added behind each.
         """
-        if len(tokens) <= self._few_tokens and rows is None:
+        if len(tokens) <= self._few_tokens and rows is None and adapters is None:
             return self._few(tokens, positions, slots, attend)
-        return self.head(self.hidden(tokens, positions, slots, attend, rows))
+        return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden [wanted, hidden], as `logits` has them."""
         return self._outer.head(hidden)
 
-    def hidden(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
         hidden, normed = self._embed(tokens)
         live = self._live(slots)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            projected = layer.qkv(normed)
+            projected = layer.qkv(normed, adapters)
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
                 return normed[:0]  # the last layer's KV is all that was wanted
@@ -121,15 +132,18 @@ class FusedDecoder:
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
                 live = None if live is None else live.index_select(0, rows)
-            normed = self._add_norm(hidden, layer.o.partial(attended), layer.mlp_norm.weight)
-            normed = self._add_norm(hidden, self._mlp(number, layer, normed, live), self._next_norms[number])
+                adapters = adapters.at(rows) if adapters is not None else None
+            normed = self._add_norm(hidden, layer.o.partial(attended, adapters), layer.mlp_norm.weight)
+            normed = self._add_norm(hidden, self._mlp(number, layer, normed, live, adapters), self._next_norms[number])
         return normed
 
-    def _mlp(self, number: int, layer: Layer, normed: Tensor, live: Tensor | None) -> Tensor:
+    def _mlp(
+        self, number: int, layer: Layer, normed: Tensor, live: Tensor | None, adapters: StepAdapters | None
+    ) -> Tensor:  # fmt: skip
         """This rank's part of the sum."""
         if isinstance(layer.mlp, Mixture):
             return self._mixtures[number](normed, live)
-        return layer.mlp.down.partial(silu_mul(layer.mlp.gate_up(normed)))
+        return layer.mlp.down.partial(silu_mul(layer.mlp.gate_up(normed, adapters)), adapters)
 
     def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor) -> Tensor:
         """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that."""

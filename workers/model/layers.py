@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.products.reduced import Reduced
+from workers.model.lora.weights import LoraWeights, StepAdapters
 from workers.model.quantization.filling import Keeping, Rounding
 from workers.model.quantization.forms import PLAIN, LinearForm
 from workers.model.weights import Target
@@ -48,10 +49,11 @@ def reduced_product(x: Tensor, weight: Reduced, bias: Tensor | None) -> Tensor:
 class Linear:
     """`x @ weight.T + bias`; weight [out_features, in_features]. Column-parallel by holding a share of the rows.
 
-    weight: None where it has been packed for a CPU, or is `reduced`: in fewer bits than the model's dtype.
+    weight: None where it has been packed for a CPU, or is `reduced`: in fewer bits than the model's dtype. lora: adapters
+    beside it; None: none are served.
     """
 
-    __slots__ = ("_apply", "_packed", "_rounded", "bias", "out_features", "reduced", "weight")
+    __slots__ = ("_apply", "_packed", "_rounded", "bias", "lora", "out_features", "reduced", "weight")
 
     def __init__(
         self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device, bias: bool = False,
@@ -69,6 +71,7 @@ class Linear:
             )
         self.bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.out_features = out_features
+        self.lora: LoraWeights | None = None
         self._packed: Tensor | None = None
         self._apply = torch.ops.mkldnn._linear_pointwise.default if can_pack(dtype, device) else None
 
@@ -102,8 +105,18 @@ class Linear:
         assert found is not None, "packed"
         return found
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [tokens, in_features] -> [tokens, out_features]"""
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        """x [tokens, in_features] -> [tokens, out_features]. adapters: of the tokens; None: no token has one."""
+        return self.partial(x, adapters)
+
+    def partial(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+        """What this rank adds to the sum over the ranks, where there is one; else all of it."""
+        product = self._product(x)
+        if adapters is not None and self.lora is not None:
+            adapters.add(self.lora, product, x)
+        return product
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.reduced is not None:
             return reduced_product(x, self.reduced, self.bias)
         if self._packed is None:
@@ -131,13 +144,9 @@ class RowParallelLinear(Linear):
         super().__init__(out_features, in_features, dtype, device, bias and comm.rank == 0, form)
         self._comm = comm
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, this rank's in_features] -> [tokens, out_features], equal on all ranks"""
-        return self._comm.all_reduce(self.partial(x))
-
-    def partial(self, x: Tensor) -> Tensor:
-        """The same before the ranks have met: what this one adds to the sum."""
-        return super().__call__(x)
+        return self._comm.all_reduce(self.partial(x, adapters))
 
 
 class RMSNorm:
@@ -203,10 +212,10 @@ class SwiGLU:
         self.gate_up.pack()
         self.down.pack()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]"""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate).mul_(up))
+        gate, up = self.gate_up(x, adapters).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up), adapters)
 
 
 class Head:

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from workers.config import WorkerConfig
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
+from workers.model.lora.slots import AdapterSlots
 from workers.model.progress import Progress
 from workers.model.reading import DecoderConfig
 from workers.parallel.communicator import Communicator
@@ -26,3 +28,11 @@ def load_decoder(
     from workers.model.transformers.decoder import load_transformers  # with its class, which takes a second
 
     return load_transformers(path, config, comm, dtype, device, progress, longest)
+
+
+def adapter_slots(config: WorkerConfig, decoder: "Decoder | TransformersDecoder") -> AdapterSlots | None:
+    """Room for the LoRA adapters of a decoder that has been loaded; None where none are served."""
+    if not config.lora_slots:
+        return None
+    assert isinstance(decoder, Decoder), "refused before anything is started"
+    return AdapterSlots(decoder, config.lora_slots, config.max_lora_rank)

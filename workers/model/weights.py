@@ -230,8 +230,8 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, str]:
         if (self._folder / ADAPTER_FILE).exists():
             raise CheckpointError(
-                f"an adapter ({ADAPTER_FILE}) lies beside the weights in {self._folder}, and adapters are not computed: "
-                f"merge it into the weights, or take its files out of the folder"
+                f"an adapter ({ADAPTER_FILE}) lies beside the weights in {self._folder}: move its files to a folder of their "
+                f"own, and name that with --lora"
             )
         index = self._folder / INDEX_FILE
         if (self._folder / SINGLE_FILE).exists() or not index.exists():

@@ -155,7 +155,8 @@ class GrpcDoor:
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         with _reported(context):
             self._check(request, context)
-            return pb.ListModelsResponse(models=[card(service.model) for service in self._services()])
+            further = (card(each.service.model) for each in self._further.listed())
+            return pb.ListModelsResponse(models=[card(self._first.model), *further])
         return pb.ListModelsResponse()
 
     # ---- grpc.health.v1.Health ----

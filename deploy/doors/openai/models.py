@@ -1,5 +1,7 @@
 """`/v1/models`, `/tokenize` and `/detokenize`: what models there are, and what text is to one. No HTTP."""
 
+from msgspec import UNSET
+
 from deploy.doors.openai.answers.records import ModelCard, Text, Tokens
 from deploy.doors.openai.reading import check_model
 from deploy.doors.openai.schemas import DetokenizeRequest, TokenizeRequest
@@ -11,7 +13,14 @@ from deploy.text.prompts import Conversation, Prompt, PromptError
 
 
 def card(model: ServedModel) -> ModelCard:
-    return ModelCard(id=model.name, created=model.created, max_model_len=model.limits.max_tokens)
+    """Of an adapter also what it is beside, and where it was read, as vLLM says it."""
+    return ModelCard(
+        id=model.name,
+        created=model.created,
+        max_model_len=model.limits.max_tokens,
+        root=UNSET if model.adapter is None else model.adapter.folder,
+        parent=UNSET if model.parent is None else model.parent,
+    )
 
 
 def one_of(name: str, first: Service, further: FurtherModels) -> Service:

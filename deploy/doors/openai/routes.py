@@ -101,7 +101,7 @@ def model_routes(service: Service, further: FurtherModels) -> APIRouter:
     @router.get("/v1/models", responses=answers(ModelList))
     async def list_models() -> Response:
         """The models that are served here, the first one first."""
-        return json_response(ModelList(data=[card(service.model), *(card(each.service.model) for each in further)]))
+        return json_response(ModelList(data=[card(service.model), *(card(each.service.model) for each in further.listed())]))
 
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard))
     async def retrieve_model(model: str) -> Response:

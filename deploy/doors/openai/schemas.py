@@ -206,3 +206,21 @@ class DetokenizeRequest(Record, frozen=True, kw_only=True):
 
     model: str | None = None
     tokens: list[AtLeastZero]
+
+
+class LoadAdapterRequest(Record, frozen=True, kw_only=True):
+    """`/v1/load_lora_adapter`. lora_path: a folder in PEFT's format, where the endpoint and its ranks run. load_inplace: also
+    over one of the same name. base_model_name: the model that it is beside, of several."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    lora_path: Annotated[str, Meta(min_length=1)]
+    load_inplace: bool | None = None
+    base_model_name: str | None = None
+
+
+class UnloadAdapterRequest(Record, frozen=True, kw_only=True):
+    """`/v1/unload_lora_adapter`. lora_int_id is vLLM's own and says nothing here."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    lora_int_id: int | None = None
+    base_model_name: str | None = None

@@ -22,6 +22,7 @@ from deploy.config.serve import ServeConfig
 from deploy.discovery import Discovery
 from deploy.doors.access import ApiKeys
 from deploy.engine import Told, further_name
+from deploy.frontend.adapters import OwnShelf
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModels, ModelState
 from deploy.text.prompts import Prompt
@@ -97,6 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     monkeypatch.setattr(serve, "get_deployment_handle", fake.get_deployment_handle)
     monkeypatch.setattr(serve, "delete", fake.delete)
     monkeypatch.setattr(module, "ServeCluster", fake.cluster)
+    monkeypatch.setattr(module, "AdapterShelf", lambda _: OwnShelf())
     monkeypatch.setattr(module, "serves_another_version", lambda _: True)
     monkeypatch.setattr(module, "LOOK_S", 0.01)
     monkeypatch.setattr(module, "TURN_POLL_S", 0.01)
@@ -267,8 +269,8 @@ def test_what_cannot_be_served_is_said_once_and_holds_up_nobody(
 def administration(discovery: Discovery) -> ServeAdministration:
     """Of the endpoint `manta`; nobody asks its first model's Engine."""
     limits = ServeConfig(app_name="manta", served_model_name="tiny")
-    no_engine: Any = None
-    return ServeAdministration(no_engine, EngineConfig(model=str(EMBEDDED_MODEL)), limits, ApiKeys(), 1, discovery)
+    nobody: Any = None
+    return ServeAdministration(nobody, EngineConfig(model=str(EMBEDDED_MODEL)), limits, ApiKeys(), 1, discovery, nobody)
 
 
 @pytest.mark.parametrize("failure", [None, "ValueError: 3 ranks do not divide 4 heads"], ids=["coming up", "given up"])

@@ -78,12 +78,12 @@ def until(what: str, true: Callable[[], T | None], clue: Callable[[], object] = 
 class Endpoint:
     """The process, and its clients."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, options: Sequence[str] = ("--groups", "2", "--replicas", "2")) -> None:
         self.log, self.gate = folder / "serve.log", folder / "gate"
         (folder / "sitecustomize.py").write_text(GATED.format(gate=str(self.gate)))
         port, grpc_port, *own_ports = free_ports(2 + len(PROXY_PORTS))
         self.port = port
-        command = [sys.executable, "-m", "manta", "serve", "--groups", "2", "--replicas", "2", "--kv-memory", "32MiB"]
+        command = [sys.executable, "-m", "manta", "serve", *options, "--kv-memory", "32MiB"]
         command += ["--hung-after-s", "600"]  # tests stop ranks for as long as they like
         command += ["--dtype", "float32", "--port", str(port), "--grpc-port", str(grpc_port)]
         variables = [variable for variable, _ in PROXY_PORTS.values()]  # fixed ports: another endpoint may have them

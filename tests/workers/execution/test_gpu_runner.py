@@ -4,6 +4,7 @@ There are no graphs without a GPU; but their function, called with their sizes, 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from benchmarks.models.zoo import make
 from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
+from tests.adapters import make_adapter
 from tests.checkpoints import make_checkpoint
 from tests.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
@@ -24,6 +26,8 @@ from workers.execution.graphs import Launch
 from workers.kernels import reduce
 from workers.kernels.reduce import Peers
 from workers.model import experts, fused
+from workers.model.architectures import read_config
+from workers.model.lora.files import read_adapter
 from workers.parallel.in_process import PeerLost, Solo
 
 pytest.importorskip("triton")
@@ -82,7 +86,7 @@ class Padded:
         return self.size if size <= self.size else None
 
 
-def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Stepped:
+def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> Stepped:
     return Stepped(checkpoint, device="cpu", depth=depth, max_num_seqs=ROWS, max_num_batched_tokens=BUDGET, max_model_len=32,
                    **options)  # fmt: skip
 
@@ -191,3 +195,31 @@ def test_layers_of_every_form(kind: str, implementation: str, tmp_path: Path, mo
     blind = build_stepped(path, 0, attention="cpu", **options)
     assert [lease.tokens for lease in blind.generate(works)] != [lease.tokens for lease in expected], "windows matter here"
     blind.close()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_rows_of_several_adapters_and_of_none_get_the_tokens_of_a_cpu(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as there are slots, and one more: it waits until one of them is used no more."""
+    model, adapters = read_config(checkpoint), []
+    for number, rank in enumerate((3, 16, 20)):
+        folder = make_adapter(tmp_path / str(number), checkpoint, rank=rank, seed=number)
+        adapters.append(read_adapter(str(number), folder, model, 32).adapter)
+    works = [replace(work, adapter=adapter) for work, adapter in zip(WORKS, [*adapters, None, adapters[0]], strict=True)]
+    room = {"max_loras": 2, "max_lora_rank": 32}
+    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, **room)
+    runner: Any = stepped.rank.executor
+    runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
+    launches = (ROWS, runner._decode_and_sample), (ROWS, runner._decode), (BUDGET, runner._prefill_padded)
+    padded: list[Any] = [Padded(size, partial(launch, adapted=True)) for size, launch in launches]
+    runner._adapted = gpu_runner.Graphs(*padded)
+    leases = stepped.generate(works)
+    stepped.close()
+    monkeypatch.undo()
+    on_cpu = build_stepped(checkpoint, 0, attention="cpu", **room)
+    expected, plain = on_cpu.generate(works), on_cpu.generate(WORKS)
+    on_cpu.close()
+    assert [lease.tokens for lease in leases] == [lease.tokens for lease in expected]
+    same = [ours.tokens == theirs.tokens for ours, theirs in zip(expected, plain, strict=True)]
+    assert same == [False, False, False, True, False], "adapters that change nothing would show nothing"

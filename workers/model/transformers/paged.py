@@ -8,6 +8,7 @@ from kvcache.pool import KVPool
 from workers.attention.forms import Form
 from workers.attention.write import TorchWriter
 from workers.model.fused import Attend
+from workers.model.lora.weights import StepAdapters
 from workers.model.transformers.decoder import TransformersDecoder
 
 
@@ -23,8 +24,12 @@ class PagedTransformers:
         self._decoder = decoder
         self._writer = TorchWriter(pool)
 
-    def logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """As `FusedDecoder.logits`."""
+    def logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, rows: Tensor | None = None,
+        adapters: StepAdapters | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `FusedDecoder.logits`, without adapters."""
+        assert adapters is None, "refused before anything is started"
         targets = self._writer.targets(slots.long())
         wanted = torch.arange(len(tokens), device=tokens.device) if rows is None else rows.long()
         attends = _Paged(attend, self._writer, targets, self.shape.head_dim)

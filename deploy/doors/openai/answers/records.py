@@ -192,17 +192,20 @@ class ChatChunk(Answer, frozen=True, kw_only=True):
 
 
 class ModelCard(Answer, frozen=True, kw_only=True):
-    """The served model. max_model_len: tokens of prompt and output together."""
+    """A served model. max_model_len: tokens of prompt and output together. parent: of a LoRA adapter the model that it is
+    beside; root: its folder."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "manta"
     max_model_len: int
+    root: str | UnsetType = UNSET
+    parent: str | UnsetType = UNSET
 
 
 class ModelList(Answer, frozen=True, kw_only=True):
-    """Every model that this server serves: one."""
+    """Every model that this server serves."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

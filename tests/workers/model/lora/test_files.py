@@ -1,0 +1,134 @@
+"""Adapters as PEFT saves them: what they scale by, and what is refused, by name, before a number is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.adapters import make_adapter
+from tests.checkpoints import make_checkpoint
+from workers.model.architectures import ModelConfig, read_config
+from workers.model.fields import CheckpointError
+from workers.model.lora.files import CONFIG, TENSORS, read_adapter
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "base")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> ModelConfig:
+    return read_config(checkpoint)
+
+
+def say(folder: Path, **fields: Any) -> None:
+    said = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(said | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [({}, 2.0), ({"use_rslora": True}, 4.0), ({"lora_alpha": 3}, 0.75), ({"alpha_pattern": {"q_proj": 2}}, 0.5),
+     ({"alpha_pattern": {"layers.1.self_attn.q_proj": 2, "self_attn.q_proj": 6}}, 1.5),
+     ({"alpha_pattern": {"^q_proj": 2, "proj": 4, r"layers\.\d+\.self_attn\.q_proj": 1}}, 0.25)],
+)  # fmt: skip
+def test_what_b_is_multiplied_by(
+    fields: dict[str, Any], scaling: float, checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path, checkpoint, rank=4, alpha=8, targets=("q_proj",))
+    say(folder, **fields)
+    first = read_adapter("a", folder, model, 16).linears[0]
+    assert (first.layer, first.projection, first.scaling) == (0, "q_proj", scaling)
+
+
+def test_projections_may_have_ranks_of_their_own(checkpoint: Path, model: ModelConfig, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, checkpoint, rank=4, alpha=8, ranks={"down_proj": 16})
+    found = read_adapter("a", folder, model, 16)
+    ranks = {(each.projection, each.rank, each.scaling) for each in found.linears}
+    assert ranks >= {("q_proj", 4, 2.0), ("down_proj", 16, 0.5)}
+    assert found.rank == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"use_dora": True}, "use_dora"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"bias": "all"}, "bias"),
+     ({"trainable_token_indices": [1]}, "trainable_token_indices"), ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"peft_type": "IA3"}, "IA3"), ({"lora_bias": True}, "lora_bias"),
+     ({"layer_replication": [[0, 1]]}, "layer_replication"), ({"one_that_nobody_knows": 3}, "one_that_nobody_knows"),
+     ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"), ({"r": 5}, "shape"), ({"r": None}, "r must be"),
+     ({"alpha_pattern": {"(": 2}}, "regular expression")],
+)  # fmt: skip
+def test_what_is_not_served_is_refused_by_name(
+    fields: dict[str, Any], said: str, checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path, checkpoint)
+    read_adapter("a", folder, model, 16)
+    say(folder, **fields)
+    with pytest.raises(CheckpointError, match=said.replace("(", r"\(")):
+        read_adapter("a", folder, model, 16)
+
+
+@pytest.mark.parametrize("name", ["none_such", "lora_embedding", "magnitude", "half", "layer", "float8", "empty"])
+def test_tensors_that_would_be_passed_over_are_refused(
+    name: str, checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path, checkpoint, targets=("q_proj",))
+    tensors, prefix = load_file(folder / TENSORS), "base_model.model.model.layers"
+    a, b = (f"{prefix}.0.self_attn.q_proj.lora_{half}.weight" for half in "AB")
+    match name:
+        case "none_such":
+            tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+        case "lora_embedding":
+            tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.zeros(4, 199)
+        case "magnitude":
+            tensors[f"{prefix}.0.self_attn.q_proj.lora_magnitude_vector"] = torch.zeros(64)
+        case "half":
+            del tensors[b]
+        case "layer":
+            tensors |= {each.replace("layers.0", "layers.2"): tensors[each].clone() for each in (a, b)}
+        case "float8":
+            tensors[a] = tensors[a].to(torch.float8_e4m3fn)
+        case "empty":
+            tensors.clear()
+    save_file(tensors, folder / TENSORS)
+    with pytest.raises(CheckpointError, match=r"lm_head|lora_embedding|magnitude|missing|layer 2|F8|no tensor"):
+        read_adapter("a", folder, model, 16)
+
+
+def test_an_adapter_of_another_model_or_a_larger_one_is_refused(
+    checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(CheckpointError, match="another model"):
+        read_adapter("a", make_adapter(tmp_path / "a", other), model, 16)
+    with pytest.raises(CheckpointError, match="max_lora_rank"):
+        read_adapter("a", make_adapter(tmp_path / "b", checkpoint, rank=17), model, 16)
+
+
+def test_a_folder_that_is_damaged_is_refused(checkpoint: Path, model: ModelConfig, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path / "a", checkpoint)
+    whole = (folder / TENSORS).read_bytes()
+    for damaged in (whole[:-1], whole[:50], b"", b"\xff" * 100):
+        (folder / TENSORS).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=TENSORS):
+            read_adapter("a", folder, model, 16)
+    (folder / TENSORS).unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        read_adapter("a", folder, model, 16)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        read_adapter("a", tmp_path / "none", model, 16)
+
+
+def test_a_version_is_what_the_files_hold(checkpoint: Path, model: ModelConfig, tmp_path: Path) -> None:
+    def version(folder: Path) -> str:
+        return read_adapter("a", folder, model, 16).adapter.version
+
+    first, same, other = (make_adapter(tmp_path / name, checkpoint, seed=seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert version(first) == version(same) != version(other)
+    before = version(first)
+    say(first, lora_alpha=9)
+    assert version(first) != before

@@ -1,0 +1,1 @@
+"""Products with the low-rank weights of many adapters at once."""

@@ -1,0 +1,83 @@
+"""The low-rank weights of all resident adapters beside one linear layer, and what a step adds with them. Imports torch.
+
+    x ──▶ weight ─────────────▶ + ──▶      A is whole where the layer is divided by rows, B where it is divided by columns: then
+    └──▶ A[slot] ──▶ B[slot] ───┘          the ranks' sums meet behind it, as those of the weight do
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LEAST_RANK = 16
+"""What ranks are padded to, at least: tensor cores multiply no less."""
+
+
+class LoraWeights:
+    """Every slot's A [parts * rank, in] and B [out, rank], the scaling in it; zeros where an adapter has less, or nothing.
+
+    rows: of each part: a merged product has a part for each of its projections, with an A of its own.
+    """
+
+    __slots__ = ("a", "b", "rank", "rows")
+
+    def __init__(
+        self, slots: int, rank: int, in_features: int, rows: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:  # fmt: skip
+        """rank: of the largest adapter."""
+        self.rank = padded_rank(rank)
+        self.rows = rows
+        self.a = torch.zeros(slots, len(rows) * self.rank, in_features, dtype=dtype, device=device)
+        self.b = torch.zeros(slots, sum(rows), self.rank, dtype=dtype, device=device)
+
+    def part(self, number: int, slot: int) -> tuple[Tensor, Tensor]:
+        """Where one projection's A [rank, in] and B [its rows, rank] stand."""
+        first = sum(self.rows[:number])
+        return self.a[slot].narrow(0, number * self.rank, self.rank), self.b[slot].narrow(0, first, self.rows[number])
+
+    def clear(self, slot: int) -> None:
+        self.a[slot].zero_()
+        self.b[slot].zero_()
+
+
+def padded_rank(rank: int) -> int:
+    """A power of two."""
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+class StepAdapters(Protocol):
+    """Which rows of a step's matrices have which adapter."""
+
+    def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
+        """Adds each row's adapter's part, B(A(x)), to product [rows, out], in place. x: [rows, in]. Rows beyond the step's are
+        padding."""
+        ...
+
+    def at(self, rows: Tensor) -> "StepAdapters":
+        """Of these rows alone, in their order."""
+        ...
+
+
+class Segments:
+    """The plain way: for each adapter its rows are taken out, multiplied, and added back.
+
+    slots: [rows] int64 on the CPU, each row's slot; negative: none.
+    """
+
+    def __init__(self, slots: Tensor) -> None:
+        self._slots = slots
+        found = [slot for slot in torch.unique(slots).tolist() if slot >= 0]
+        self._parts = [(slot, (slots == slot).nonzero()[:, 0]) for slot in found]
+
+    def add(self, weights: LoraWeights, product: Tensor, x: Tensor) -> None:
+        rank = weights.rank
+        for slot, index in self._parts:
+            low = torch.mm(x.index_select(0, index), weights.a[slot].T)
+            high = [
+                torch.mm(low[:, part * rank : (part + 1) * rank], weights.part(part, slot)[1].T)
+                for part in range(len(weights.rows))
+            ]
+            product.index_add_(0, index, torch.cat(high, 1) if len(high) > 1 else high[0])
+
+    def at(self, rows: Tensor) -> "Segments":
+        return Segments(self._slots.index_select(0, rows))
