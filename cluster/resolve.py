@@ -30,7 +30,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     Errors: CheckpointError, ValueError: before anything is started.
     """
     folder = find_checkpoint(config)
-    model = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
+    model = read_model(folder, config)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device)
     if config.lora_slots and not isinstance(model, ModelConfig):

@@ -101,8 +101,7 @@ class ServeAdministration:
         with _invalid("checkpoint"):
             config = await asyncio.to_thread(pinned, replace(self._config, model=checkpoint, revision=revision))
             await asyncio.to_thread(
-                read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size,
-                config.model_implementation, config.enable_expert_parallel,
+                read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size, config
             )  # fmt: skip
             await asyncio.to_thread(Adapters, config)  # those that are named have to fit it
             following = await asyncio.to_thread(

@@ -90,16 +90,13 @@ class LLM:
         bound_openmp_spin()
         config = pinned(config)
         checkpoint = find_checkpoint(config)
-        limits = read_model_limits(
-            checkpoint, config.max_model_len, config.tensor_parallel_size, config.model_implementation,
-            config.enable_expert_parallel,
-        )  # fmt: skip
+        limits = read_model_limits(checkpoint, config.max_model_len, config.tensor_parallel_size, config)
         tokenizer = Tokenizer.load(checkpoint)
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
         self._adapters = Adapters(config)
-        self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config.model_implementation)
+        self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config)
         start = engine_starter(config)
         engines: list[Engine] = []
 

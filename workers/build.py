@@ -94,9 +94,7 @@ def build_rank(
     device = torch.device(resolved.device)
     folder = find_checkpoint(config, Need.WEIGHTS, partial(phase, DOWNLOADING))
     config = replace(config, model=str(folder), revision=None)
-    model_config = read_model(
-        Path(config.model), config.model_implementation, config.enable_expert_parallel, config.quantization
-    )
+    model_config = read_model(folder, config)
     if comm.rank == 0:
         logger.info("model: %s, %s", model_config.architecture, _whose(config, model_config))
     shape = model_config.shard(comm.rank, comm.size)

@@ -32,7 +32,30 @@ class SchedulerAddress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig:
+class ReadingConfig:
+    """How a checkpoint is read."""
+
+    model_implementation: str = option(
+        "auto",
+        f"Whose layers compute: {', '.join(MODEL_IMPLEMENTATIONS)}. auto: Manta's own for the architectures that it has.",
+        one_of(MODEL_IMPLEMENTATIONS),
+    )
+    quantization: str = option(
+        "auto",
+        f"How weights are quantised: {', '.join(QUANTIZATIONS)}. auto: as the checkpoint says; fp8 is made of 16 bits too.",
+        one_of(QUANTIZATIONS),
+    )
+    enable_expert_parallel: bool = option(
+        False, "Share out whole experts of a mixture among a group's ranks; off: each rank has a part of every expert."
+    )
+
+
+USUAL = ReadingConfig()
+"""Of a checkpoint of which nothing else is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsConfig(ReadingConfig):
     """What is served, and by how many."""
 
     model: str
@@ -44,9 +67,6 @@ class GroupsConfig:
     )
     tensor_parallel_size: int = option(
         1, "Ranks (GPUs or CPU workers) in each group; must divide the attention heads.", at_least(1)
-    )
-    enable_expert_parallel: bool = option(
-        False, "Share out whole experts of a mixture among a group's ranks; off: each rank has a part of every expert."
     )
     groups: int = option(1, "Tensor-parallel groups, each with a whole copy of the model.", at_least(1))
     max_groups: int | None = option(None, "Groups at most; load adds them, idleness removes them.", shown="as many as groups")
@@ -127,16 +147,6 @@ class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
         f"Type of the KV cache: {', '.join(KV_DTYPES)}. auto: as dtype. fp8: a byte a number (float8_e4m3fn), scaled as the "
         "checkpoint says.",
         one_of(KV_DTYPES),
-    )
-    model_implementation: str = option(
-        "auto",
-        f"Whose layers compute: {', '.join(MODEL_IMPLEMENTATIONS)}. auto: Manta's own for the architectures that it has.",
-        one_of(MODEL_IMPLEMENTATIONS),
-    )
-    quantization: str = option(
-        "auto",
-        f"How weights are quantised: {', '.join(QUANTIZATIONS)}. auto: as the checkpoint says; fp8 is made of 16 bits too.",
-        one_of(QUANTIZATIONS),
     )
     kv_memory: int | None = option(
         None, 'KV cache of each rank, in bytes or as "4GiB".', at_least(1), shown="measured from free memory", size=True

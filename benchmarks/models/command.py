@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.models.compare import SETTINGS, Outcome, Reference, Setting, compare
 from benchmarks.models.zoo import MORE, ZOO, make
+from workers.config import ReadingConfig
 from workers.model.reading import read_model
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     for kind in chosen.types or sorted(ZOO | MORE):
         with tempfile.TemporaryDirectory() as folder:
             path = make(kind, Path(folder) / kind)
-            name = read_model(path, chosen.implementation).architecture
+            name = read_model(path, ReadingConfig(model_implementation=chosen.implementation)).architecture
             reference = Reference(path)
             outcomes = {setting: run(path, reference, setting, chosen.implementation) for setting in SETTINGS}
         cells = [cell(found for setting, found in outcomes.items() if setting.size == size) for size in (1, 2)]

@@ -16,6 +16,7 @@ from benchmarks.models.zoo import VOCAB
 from deploy import LLM, SamplingParams
 from deploy.text.sources import Source
 from kvcache.layout import BlockLayout
+from workers.config import ReadingConfig
 from workers.model.reading import read_model
 
 
@@ -97,7 +98,7 @@ class Reference:
 
 def block_bytes(path: Path, setting: Setting, implementation: str = "auto") -> int:
     """Of a rank's pool."""
-    shape = read_model(path, implementation).shard(0, setting.size)
+    shape = read_model(path, ReadingConfig(model_implementation=implementation)).shard(0, setting.size)
     return BlockLayout(setting.block, shape.layers, shape.kv_heads, shape.head_dim, "float32").block_bytes
 
 

@@ -55,4 +55,5 @@ def _parts(weight: Tensor, group: int, symmetric: bool) -> dict[str, Tensor]:
 def _words(codes: Tensor) -> Tensor:
     """[n, m], from 0 to 15 -> [n, m / 8] int32, from the low end of each."""
     apart = codes.long().unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
-    return (apart << torch.arange(0, 32, 4)).sum(2).int()
+    packed: Tensor = (apart << torch.arange(0, 32, 4)).sum(2).int()
+    return packed

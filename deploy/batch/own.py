@@ -110,9 +110,8 @@ async def _model(cluster: Cluster, config: Config) -> ServedModel:
     folder = await asyncio.to_thread(find_checkpoint, engine)
     return await asyncio.to_thread(
         ServedModel.read, name, folder, engine.max_model_len, engine.tensor_parallel_size,
-        config.serve.chat_template, engine.pooling, engine.score_tokens, engine.model_implementation,
-        engine.enable_expert_parallel,
-    )
+        config.serve.chat_template, engine.pooling, engine.score_tokens, engine,
+    )  # fmt: skip
 
 
 def _refuse_stopped(status: ClusterStatus) -> None:

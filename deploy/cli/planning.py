@@ -55,8 +55,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     from workers.model.sources.files import Need
     from workers.model.sources.find import find_checkpoint
 
-    folder = find_checkpoint(config, Need.CONFIG)
-    found = read_model(folder, config.model_implementation, config.enable_expert_parallel, config.quantization)
+    found = read_model(find_checkpoint(config, Need.CONFIG), config)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
     taken = footprint(found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu")

@@ -47,6 +47,7 @@ from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Adapter, Pooling, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus
+from workers.config import USUAL, ReadingConfig
 from workers.model.pooling import Uses
 from workers.model.sources.find import find_checkpoint
 
@@ -107,17 +108,13 @@ class ServedModel:
         chat_template: str | None = None,
         pooling: str = "auto",
         score_tokens: str | None = None,
-        model_implementation: str = "auto",
-        enable_expert_parallel: bool = False,
+        how: ReadingConfig = USUAL,
     ) -> "ServedModel":
-        """chat_template: a file. pooling, score_tokens, model_implementation, enable_expert_parallel: as the engine's settings.
-        Errors: ValueError, OSError."""
-        limits = read_model_limits(
-            checkpoint, max_model_len, tensor_parallel_size, model_implementation, enable_expert_parallel
-        )
+        """chat_template: a file. pooling, score_tokens: as the engine's settings. Errors: ValueError, OSError."""
+        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size, how)
         created = int((checkpoint / "config.json").stat().st_mtime)
         tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
-        uses = read_model_uses(checkpoint, pooling, score_tokens, model_implementation)
+        uses = read_model_uses(checkpoint, pooling, score_tokens, how)
         return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer, uses)
 
     @classmethod
@@ -128,7 +125,7 @@ class ServedModel:
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
             name, find_checkpoint(engine), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template,
-            engine.pooling, engine.score_tokens, engine.model_implementation, engine.enable_expert_parallel,
+            engine.pooling, engine.score_tokens, engine,
         )  # fmt: skip
 
 

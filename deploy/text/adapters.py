@@ -49,7 +49,7 @@ class Adapters:
             raise ValueError(f"{name!r} is no name for an adapter: take up to {MOST_NAME_CHARACTERS} printable characters")
         if not engine.lora_slots:
             raise ValueError("this model was started without room for LoRA adapters: say how many in max_loras")
-        model = read_model(Path(engine.model), engine.model_implementation)
+        model = read_model(Path(engine.model), engine)
         return read_adapter(name, folder, model, engine.max_lora_rank).adapter
 
     def forget(self, name: str) -> Adapter | None:

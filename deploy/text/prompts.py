@@ -17,6 +17,7 @@ from deploy.text.lengths import TextTooLong, encode_within
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Adapter, Pooling, context_length
 from scheduler.protocol.sampling import SamplingParams
+from workers.config import USUAL, ReadingConfig
 
 if TYPE_CHECKING:
     from workers.model.pooling import Uses
@@ -234,26 +235,22 @@ def _check_size(field: str, texts: Sequence[str], most: int) -> None:
 
 
 def read_model_uses(
-    checkpoint: Path, pooling: str, score_tokens: str | None, model_implementation: str = "auto"
+    checkpoint: Path, pooling: str, score_tokens: str | None, how: ReadingConfig = USUAL
 ) -> "Uses":
-    """pooling, score_tokens, model_implementation: as the settings of those names. Errors: ValueError."""
+    """pooling, score_tokens: as the settings of those names. Errors: ValueError."""
     from workers.model.pooling import read_uses
     from workers.model.reading import read_model
 
-    return read_uses(checkpoint, read_model(checkpoint, model_implementation), pooling, score_tokens)
+    return read_uses(checkpoint, read_model(checkpoint, how), pooling, score_tokens)
 
 
 def read_model_limits(
-    checkpoint: Path,
-    max_model_len: int | None,
-    tensor_parallel_size: int = 1,
-    model_implementation: str = "auto",
-    enable_expert_parallel: bool = False,
+    checkpoint: Path, max_model_len: int | None, tensor_parallel_size: int = 1, how: ReadingConfig = USUAL
 ) -> ModelLimits:
     """Reads the checkpoint's settings, and refuses what could not run before anything starts. Errors: ValueError."""
     from cluster.resolve import model_length  # brings torch
     from workers.model.reading import read_model
 
-    model = read_model(checkpoint, model_implementation, enable_expert_parallel)
+    model = read_model(checkpoint, how)
     model.require(tensor_parallel_size)
     return ModelLimits(model.vocab_size, model_length(model, max_model_len), model.eos_ids)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.attention.dense_attention import DenseAttention
+from workers.config import ReadingConfig
 from workers.execution.step import StepInput
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
@@ -54,7 +55,7 @@ class Ranks:
         self, path: Path, size: int = 1, dtype: torch.dtype = torch.float32, device: torch.device = CPU,
         expert_parallel: bool = False,
     ) -> None:  # fmt: skip
-        config = read_model(path, "native", expert_parallel)
+        config = read_model(path, ReadingConfig(model_implementation="native", enable_expert_parallel=expert_parallel))
         assert isinstance(config, ModelConfig)
         self.config = config
         self._device = device

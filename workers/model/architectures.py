@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from workers.kernels.attention.form import Form
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
-from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, MixtureFamily, MixtureShape, read_mixture
+from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
+from workers.model.window import widest_window
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +127,9 @@ class ModelConfig:
         """Raises CheckpointError if that many ranks cannot divide this model evenly. It is computed on every device."""
         self.shard(0, size)
 
-    def window(self, positions: int) -> int | None:  # noqa: ARG002
-        """As of `widest_window`: here every layer sees all that came before."""
-        return None
+    def window(self, positions: int) -> int | None:
+        """As of `widest_window`."""
+        return widest_window(self.forms, positions)
 
     def shard(self, rank: int, size: int) -> RankShape:
         """Rank `rank` of `size`. Raises CheckpointError if that many ranks cannot divide this model evenly."""

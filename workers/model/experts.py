@@ -194,12 +194,13 @@ class Mixture:
         pieces = [*self.router.pieces(name), *self.experts.pieces(name)]
         if self.shared is not None:
             total, start, hidden = self.config.shared_intermediate, self.shape.shared_start, self.router.weight.shape[1]
-            gate, up = self.shared.gate_up.plain.chunk(2)
+            gate, up = self.shared.gate_up.shares(self.shape.shared, self.shape.shared)
+            (down,) = self.shared.down.shares(hidden)
             prefix = f"{name}.{self.config.family.block}.shared_expert"
             pieces += [
                 Piece(gate, f"{prefix}.gate_proj.weight", (total, hidden), start),
                 Piece(up, f"{prefix}.up_proj.weight", (total, hidden), start),
-                Piece(self.shared.down.plain, f"{prefix}.down_proj.weight", (hidden, total), start, dim=1),
+                Piece(down, f"{prefix}.down_proj.weight", (hidden, total), start, dim=1),
             ]
         return pieces
 

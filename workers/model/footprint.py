@@ -24,8 +24,8 @@ class Footprint:
 def footprint(
     config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto", keeps: bool = False
 ) -> Footprint:
-    """size: ranks of a group. kv_dtype: as configured. keeps: quantised weights stay so where a GPU's kernels take them. Errors:
-    CheckpointError if so many cannot share it."""
+    """size: ranks of a group. kv_dtype: as configured. keeps: quantised weights stay so where a GPU's kernels take them.
+    Errors: CheckpointError if so many cannot share it."""
     shape = config.shard(0, size)
     layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype_name(kv_dtype, dtype))
     if isinstance(config, ModelConfig):

@@ -43,10 +43,9 @@ class FusedMixture:
         )
         parts = down(act, experts.down, routing, bias=experts.down_bias, pdl=pdl)
         shared = None if mixture.shared is None else self._shared(mixture.shared, normed)
-        out = add_up(
+        return add_up(
             parts, routing, held=shape.experts, first_held=shape.expert_start, shared=shared, residual=residual, pdl=pdl
         )
-        return out
 
     def _scores(self, normed: Tensor, pdl: bool) -> Tensor:
         """[tokens, the router's rows] in float32, which 16-bit products are added up in."""

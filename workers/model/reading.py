@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from workers.config import USUAL, ReadingConfig
 from workers.model.architectures import ARCHITECTURES, ModelConfig, read_config
 from workers.model.fields import CheckpointError, read_json
 from workers.model.quantization.scheme import chosen
@@ -21,33 +22,33 @@ if TYPE_CHECKING:
 DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
 
 
-def read_model(
-    path: str | Path, implementation: str = "auto", expert_parallel: bool = False, quantization: str = "auto"
-) -> DecoderConfig:
-    """implementation: "native", "transformers", or "auto": native where there is one. expert_parallel: the ranks of a group
-    share out whole experts. quantization: as the option says. Errors: CheckpointError for what is not served, by name and
-    reason."""
-    folder = Path(path)
+def read_model(path: str | Path, how: ReadingConfig = USUAL) -> DecoderConfig:
+    """Errors: CheckpointError for what is not served, by name and reason."""
+    folder, implementation = Path(path), how.model_implementation
     if implementation == "native" or (implementation == "auto" and is_native(folder)):
-        config = read_config(folder)
-        config = replace(config, scheme=chosen(config.scheme, quantization))
-        if expert_parallel:
-            if config.mixture is None:
-                raise CheckpointError(f"enable_expert_parallel: {config.architecture} has no experts: leave it out")
-            return replace(config, mixture=replace(config.mixture, parallel=True))
-        return config
-    if expert_parallel:
+        return _native(folder, how)
+    if how.enable_expert_parallel:
         raise CheckpointError(f"enable_expert_parallel: {folder} is served by transformers' class, which shares out parts of "
                               f"experts alone: leave it out")  # fmt: skip
     from workers.model.transformers.config import read_transformers  # brings transformers and torch
 
     found = read_transformers(folder)
-    scheme = chosen(found.scheme, quantization)
+    scheme = chosen(found.scheme, how.quantization)
     if scheme is not None and scheme.made:
         raise CheckpointError(
             f"{found.architecture} is run by transformers' own class, for which no FP8 is made: leave quantization at auto"
         )
     return found
+
+
+def _native(folder: Path, how: ReadingConfig) -> ModelConfig:
+    config = read_config(folder)
+    config = replace(config, scheme=chosen(config.scheme, how.quantization))
+    if not how.enable_expert_parallel:
+        return config
+    if config.mixture is None:
+        raise CheckpointError(f"enable_expert_parallel: {config.architecture} has no experts: leave it out")
+    return replace(config, mixture=replace(config.mixture, parallel=True))
 
 
 def is_native(folder: Path) -> bool:

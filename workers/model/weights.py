@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from workers.model.architectures import CheckpointError
+from workers.model.progress import Progress
 from workers.model.quantization.checkpoint import Weights, quantised
 from workers.model.quantization.scheme import Scheme
 from workers.model.quantization.stored import Quantised
-from workers.model.progress import Progress
 from workers.model.sources.files import INDEX_FILE, SINGLE_FILE
 from workers.model.stretches import Extent, StretchReader, Wanted, extents
 
@@ -219,7 +219,7 @@ class Checkpoint:
 
     def _wanted(self, piece: Piece) -> Wanted | None:
         """For those who read files as they are; None: it is made of what is read (`_slice`)."""
-        if piece.name in self._quantised.made:
+        if piece.name in self._quantised.made or not isinstance(piece.target, Tensor):
             return None
         file = self._file_of[piece.name]
         if file not in self._extents:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from workers.attention.forms import Form
+    from workers.kernels.attention.form import Form
 
 
 def widest_window(forms: Iterable[Form], positions: int) -> int | None:

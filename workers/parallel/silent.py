@@ -5,13 +5,12 @@ from torch import Tensor
 
 
 class Silent:
-    """Rank 0 of `size`. What it is given comes back as if every rank had given the same."""
+    """One rank of `size`. What it is given to sum comes back, and to gather as if every rank had given the same."""
 
-    rank = 0
     peers = None
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self.size, self.rank = size, rank
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         return tensor

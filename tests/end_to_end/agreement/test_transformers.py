@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
 from benchmarks.models.zoo import MORE, ZOO, make
+from workers.config import ReadingConfig
 from workers.model.reading import read_model
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "models.md"
@@ -64,4 +65,5 @@ def test_the_page_has_every_model_type(tmp_path: Path) -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|.*\|$", DOCS.read_text(), re.MULTILINE))
     assert list(rows) == sorted(ZOO | MORE)
     for kind in KINDS:
-        assert rows[kind] == read_model(make(kind, tmp_path / kind), "transformers").architecture
+        how = ReadingConfig(model_implementation="transformers")
+        assert rows[kind] == read_model(make(kind, tmp_path / kind), how).architecture

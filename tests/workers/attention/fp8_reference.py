@@ -83,7 +83,7 @@ def narrow_problem(
             codes[block, layer, half, slot] = codes_of(kv[half], scale)
             meant.append(meaning(codes[block, layer, half, slot], scale))
         states.append((query, kv[0, -int(new) :], kv[1, -int(new) :]))
-        expected.append(dense(query.double(), *meant))
+        expected.append(dense(query.double(), meant[0], meant[1], Form(layout.head_dim**-0.5), None))
     before = codes.clone()
     owned = step.slots.div(layout.block_size, rounding_mode="floor"), step.slots % layout.block_size
     before[owned[0], layer, :, owned[1]] = NAN

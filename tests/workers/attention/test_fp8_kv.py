@@ -13,7 +13,7 @@ from tests.workers.attention.fp8_reference import SCALES, NarrowProblem, codes_o
 from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
 from workers.attention.flash import FlashAttention
-from workers.attention.forms import Form, HeadShape
+from workers.attention.forms import HeadShape
 from workers.attention.select import CACHE_FOLDER, select_backend
 from workers.attention.write import TorchWriter
 from workers.cpu.attention import CpuAttention
@@ -47,7 +47,7 @@ def bound(name: str, pool: KVPool, heads: int, dtype: torch.dtype) -> AttentionB
         return CpuAttention(pool, heads)
     if name == "native":
         try:
-            return NativeAttention(pool, heads, CACHE_FOLDER.expanduser(), dtype)
+            return NativeAttention(pool, heads, CACHE_FOLDER.expanduser(), dtype=dtype)
         except NativeUnavailable as error:
             pytest.skip(f"no compiled kernels: {error}")
     pytest.importorskip("triton")
@@ -60,9 +60,9 @@ def attended(name: str, problem: NarrowProblem) -> torch.Tensor:
     heads, layout = problem.query.shape[1], problem.pool.layout
     asked = problem.query, problem.key, problem.value, problem.step
     if name == "varied":
-        varied = VariedAttention(problem.pool, [HeadShape(heads, layout.kv_heads, layout.head_dim, layout.head_dim)] * 2)
-        form = Form(layout.head_dim**-0.5)
-        return varied.attend(problem.layer, *asked, varied.plan(problem.step), form)
+        shape = HeadShape(heads, layout.kv_heads, layout.head_dim, layout.head_dim)
+        varied = VariedAttention(problem.pool, [shape] * 2, plain_forms(2, layout.head_dim))
+        return varied.attend(problem.layer, *asked, varied.plan(problem.step))
     backend = bound(name, problem.pool, heads, problem.query.dtype)
     return backend.attend(problem.layer, *asked, backend.plan(problem.step))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.models.zoo import VOCAB, make
 from tests.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
+from workers.config import ReadingConfig
 from workers.kernels.launch import interpreted
 from workers.model.architectures import ModelConfig, read_config
 from workers.model.decoder import load_model
@@ -25,6 +26,7 @@ from workers.model.reading import read_model
 from workers.model.weights import Checkpoint, Piece
 from workers.parallel.communicator import Communicator
 from workers.parallel.connect import Solo, ThreadGroup
+from workers.parallel.silent import Silent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
@@ -130,31 +132,14 @@ def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
     x = torch.randn(5, 64)
     expected = next(layer.mlp for layer in _on_cpu(path) if isinstance(layer.mlp, Mixture))(x)
     for parallel in (False, True):
-        config = read_model(path, "native", parallel)
+        config = read_model(path, ReadingConfig(enable_expert_parallel=parallel))
         assert isinstance(config, ModelConfig)
         shares = []
         for rank in range(2):  # one after another: the interpreter is not for several threads
-            decoder = load_model(path, config, Alone(rank, 2), torch.float32, CPU, None)
+            decoder = load_model(path, config, Silent(2, rank), torch.float32, CPU, None)
             mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
             shares.append(FusedMixture(mixture, torch.zeros(64, dtype=torch.int32))(x, None))
         torch.testing.assert_close(sum(shares), expected, rtol=0, atol=1e-4 * float(expected.std()))
-
-
-class Alone:
-    """A rank whose sums are its own share."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        raise AssertionError(tensor.shape)
-
-    def abort(self, reason: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 # ---- gpt-oss's experts, which no architecture has yet
@@ -222,8 +207,11 @@ def test_each_rank_holds_its_share(tmp_path: Path) -> None:
     experts = 2 * 6 * 3 * 48 * 64 * 4  # layers, experts, matrices
     alone = footprint(read_model(path), 1, torch.float32, 16).weight_bytes
     for parallel in (False, True):
-        shared = footprint(read_model(path, "auto", parallel), 2, torch.float32, 16).weight_bytes
+        shared = footprint(read_model(path, ReadingConfig(enable_expert_parallel=parallel)), 2, torch.float32, 16).weight_bytes
         assert experts / 2 <= alone - shared < 0.75 * alone
+
+
+PARALLEL = ReadingConfig(enable_expert_parallel=True)
 
 
 def read(tmp_path: Path, kind: str = "qwen3_moe", **fields: Any) -> MixtureConfig:
@@ -237,11 +225,11 @@ def test_what_ranks_can_share(tmp_path: Path) -> None:
     path = make("qwen3_moe", tmp_path, num_local_experts=3, moe_intermediate_size=44, intermediate_size=7)
     read_config(path).require(4)
     with pytest.raises(CheckpointError, match=r"2 does not divide the model's 3 experts: choose one of \[1\]"):
-        read_model(path, "auto", expert_parallel=True).require(2)
+        read_model(path, PARALLEL).require(2)
     path = make("qwen3_moe", tmp_path / "odd", num_local_experts=4, moe_intermediate_size=3)
     with pytest.raises(CheckpointError, match=r"2 does not divide the experts' intermediate size 3: choose one of \[1\]"):
         read_config(path).require(2)
-    read_model(path, "auto", expert_parallel=True).require(2)
+    read_model(path, PARALLEL).require(2)
     path = make("qwen3_moe", tmp_path / "dense", intermediate_size=7, mlp_only_layers=[0])
     with pytest.raises(CheckpointError, match="2 does not divide the intermediate size 7"):
         read_config(path).require(2)
@@ -260,6 +248,6 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mlp_only_layers must be a list, found 1"):
         read_config(path)
     with pytest.raises(CheckpointError, match="enable_expert_parallel: Qwen3ForCausalLM has no experts: leave it out"):
-        read_model(make("qwen3", tmp_path / "dense"), "auto", expert_parallel=True)
+        read_model(make("qwen3", tmp_path / "dense"), PARALLEL)
     with pytest.raises(CheckpointError, match=r"enable_expert_parallel: .* is served by transformers' class"):
-        read_model(make("olmoe", tmp_path / "olmoe"), "auto", expert_parallel=True)
+        read_model(make("olmoe", tmp_path / "olmoe"), PARALLEL)

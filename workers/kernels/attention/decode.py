@@ -163,9 +163,9 @@ class Cut:
 class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
-    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of each
-    layer, None: plain. dtype: of queries, None: the pool's. Layers of one reach are planned together, and rows share prefixes in
-    those that see all.
+    heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of
+    each layer, None: plain. dtype: of queries, None: the pool's. Layers of one reach are planned together, and rows share
+    prefixes in those that see all.
     Safety: block_tables name blocks of the pool for what each row sees of its context, and one block even where the context is
     0 (whose output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.

@@ -84,8 +84,8 @@ def capped(scores, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """One span into the online softmax, in base 2. lowest: None where all that came before is seen. Keys and values of a pool in
-    FP8 are exact in the query's dtype."""
+    """One span into the online softmax, in base 2. lowest: None where all that came before is seen. Keys and values of a pool
+    in FP8 are exact in the query's dtype."""
     KEYS: tl.constexpr = k.shape[0]
     k, v = k.to(q.dtype), v.to(q.dtype)
     position = span * KEYS + tl.arange(0, KEYS)

@@ -13,6 +13,7 @@ from tests.checkpoints import make_checkpoint
 from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, fp8, gptq, of_floats, of_ints, packed, quantise
 from tests.workers.decoding import SEQUENCES, make_step
 from tests.workers.model.test_fused import Fused
+from workers.config import ReadingConfig
 from workers.kernels.products import matvec
 from workers.kernels.products.matvec import Tiling
 from workers.kernels.products.reduced import rounded_rows
@@ -21,10 +22,11 @@ from workers.model.architectures import ModelConfig
 from workers.model.decoder import Decoder, load_model
 from workers.model.fields import CheckpointError
 from workers.model.footprint import footprint
+from workers.model.layers import Linear, SwiGLU
+from workers.model.progress import Progress
 from workers.model.quantization.forms import PLAIN, LinearForm, kept_as
 from workers.model.quantization.scheme import WeightForm
 from workers.model.reading import read_model
-from workers.model.weights import Progress
 from workers.parallel.silent import Silent
 
 CPU = torch.device("cpu")
@@ -45,17 +47,21 @@ KEPT = {
 
 
 def loaded(path: Path, rank: int = 0, size: int = 1, quantization: str = "auto", progress: Progress | None = None) -> Decoder:
-    alone = Silent(size)
-    alone.rank = rank
-    config = read_model(path, "native", quantization)
+    config = read_model(path, ReadingConfig(model_implementation="native", quantization=quantization))
     assert isinstance(config, ModelConfig)
-    return load_model(path, config, alone, torch.float32, CPU, None, progress)
+    return load_model(path, config, Silent(size, rank), torch.float32, CPU, None, progress)
+
+
+def linears(model: Decoder) -> list[Linear]:
+    """Of the first layer: QKV, O, gate and up, down."""
+    layer = model.layers[0]
+    assert isinstance(layer.mlp, SwiGLU)
+    return [layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down]
 
 
 def numbers(model: Decoder) -> list[Tensor]:
     """Of every linear layer, whatever it is kept as."""
-    layer = model.layers[0]
-    found = [linear.operand for linear in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)]
+    found = [linear.operand for linear in linears(model)]
     return [each if isinstance(each, Tensor) else each.numbers(torch.float32) for each in found]
 
 
@@ -79,8 +85,7 @@ def test_the_same_numbers(name: str, tmp_path: Path, keeping: Callable[[bool], N
     for rank, size in ((0, 1), (1, 2)):
         keeping(True)
         kept = loaded(path, rank, size)
-        layer = kept.layers[0]
-        kinds = [linear.reduced and linear.reduced.bits for linear in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)]
+        kinds = [linear.reduced and linear.reduced.bits for linear in linears(kept)]
         divided = size == 1 or name not in ("gptq", "fp8-block")  # else a rank has half of a group's columns in the third
         assert kinds == [bits, bits if divided else None, bits, bits]
         keeping(False)
@@ -93,8 +98,7 @@ def test_a_layer_that_is_stored_plain_stays_plain(tmp_path: Path, keeping: Calla
     some = ("q_proj.weight", "down_proj.weight")
     quantise(plain, tmp_path / "quantised", FORMATS["fp8-channel"], lambda name: name.endswith(some))
     keeping(True)
-    layer = loaded(tmp_path / "quantised").layers[0]
-    whole = [linear.reduced is None for linear in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down)]
+    whole = [linear.reduced is None for linear in linears(loaded(tmp_path / "quantised"))]
     assert whole == [True, True, True, False]
 
 
@@ -104,13 +108,13 @@ def test_fp8_is_made_while_loading(tmp_path: Path, keeping: Callable[[bool], Non
     expected = torch.cat([stored[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")])
     values, scales = rounded_rows(expected)
     keeping(False)
-    rounded = loaded(path, quantization="fp8").layers[0].mlp.gate_up.weight
+    rounded = linears(loaded(path, quantization="fp8"))[2].weight
     assert rounded is not None
     assert torch.equal(rounded, values.float() * scales)
     assert 0.01 < float((rounded - expected).norm() / expected.norm()) < 0.03
     keeping(True)
     kept = loaded(path, quantization="fp8")
-    reduced = kept.layers[0].mlp.gate_up.reduced
+    reduced = linears(kept)[2].reduced
     assert reduced is not None
     assert reduced.values.dtype == torch.float8_e4m3fn
     assert torch.equal(reduced.numbers(torch.float32), rounded)
@@ -124,13 +128,13 @@ def test_what_the_weights_are_not(quantization: str, name: str | None, tmp_path:
         quantise(path, tmp_path / "quantised", FORMATS[name])
         path = tmp_path / "quantised"
     with pytest.raises(CheckpointError, match=f"quantization='{quantization}' was asked for, but the weights are .* at auto"):
-        read_model(path, "auto", quantization)
+        read_model(path, ReadingConfig(quantization=quantization))
 
 
 def test_transformers_classes_have_no_fp8_made(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "plain", "Qwen3ForCausalLM", **WIDE)
     with pytest.raises(CheckpointError, match="transformers' own class, for which no FP8 is made"):
-        read_model(path, "transformers", "fp8")
+        read_model(path, ReadingConfig(model_implementation="transformers", quantization="fp8"))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_a_plan_knows_the_bytes(name: str, tmp_path: Path, keeping: Callable[[bo
             to.append(total)
 
         loaded(tmp_path / "quantised", progress=progress)
-        assert footprint(config, 1, torch.float32, 16, keeps).weight_bytes == read[-1]
+        assert footprint(config, 1, torch.float32, 16, keeps=keeps).weight_bytes == read[-1]
 
 
 @pytest.mark.parametrize("name", ["fp8-block", "awq"])

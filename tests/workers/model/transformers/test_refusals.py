@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from benchmarks.models.zoo import SIZES, make
+from workers.config import ReadingConfig
 from workers.model.fields import CheckpointError
 from workers.model.reading import is_native, read_model
 from workers.model.transformers.compared import COMPARED
@@ -108,13 +109,17 @@ def test_ranks_that_cannot_share_it(tmp_path: Path, model_type: str, fields: dic
 def test_which_is_chosen(tmp_path: Path) -> None:
     llama, gemma = make("llama", tmp_path / "llama"), make("gemma", tmp_path / "gemma")
     assert (is_native(llama), is_native(gemma)) == (True, False)
-    chosen = {(path, how): type(read_model(path, how)).__name__ for path in (llama, gemma) for how in ("auto", "transformers")}
+    chosen = {
+        (path, how): type(read_model(path, ReadingConfig(model_implementation=how))).__name__
+        for path in (llama, gemma)
+        for how in ("auto", "transformers")
+    }
     assert chosen == {
         (llama, "auto"): "ModelConfig", (llama, "transformers"): "TransformersConfig",
         (gemma, "auto"): "TransformersConfig", (gemma, "transformers"): "TransformersConfig",
     }  # fmt: skip
     with pytest.raises(CheckpointError, match=r"architectures=\['GemmaForCausalLM'\] is not supported"):
-        read_model(gemma, "native")
+        read_model(gemma, ReadingConfig(model_implementation="native"))
 
 
 def test_limits(tmp_path: Path) -> None:
