@@ -13,7 +13,7 @@ from tests.workers.attention.fp8_reference import SCALES, NarrowProblem, codes_o
 from tests.workers.kernels.devices import CUDA, gpu
 from workers.attention.base import AttentionBackend, Chunks, DeviceAttention
 from workers.attention.flash import FlashAttention
-from workers.attention.forms import HeadShape
+from workers.attention.forms import HeadShape, plain_forms
 from workers.attention.select import CACHE_FOLDER, select_backend
 from workers.attention.write import TorchWriter
 from workers.cpu.attention import CpuAttention

@@ -16,7 +16,8 @@ from tests.workers.kernels.devices import ATTENTION_TOLERANCE, DEVICES, DTYPES, 
 
 pytest.importorskip("triton")
 
-from workers.kernels.attention.decode import DecodeAttention, DecodeConfig
+from workers.kernels.attention.decode import DecodeAttention
+from workers.kernels.attention.decode_config import DecodeConfig
 from workers.kernels.rope import qk_norm_rope_write
 from workers.kernels.turn import HeadTurn
 from workers.model.rotary import Rope, Rotary
