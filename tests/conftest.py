@@ -3,6 +3,7 @@ in a folder of this run, so that nobody later takes its clusters for living ones
 or on the shell that starts it, and none takes more cores than it needs; and which tests share a process where xdist runs
 several (`make test`). A test that starts Ray and fails shows what its cluster's processes complained of."""
 
+import contextlib
 import functools
 import os
 import shutil
@@ -85,8 +86,9 @@ def pytest_runtest_makereport(
     """Where Ray failed in CI, its processes' logs are gone with the machine."""
     report = yield
     if report.failed and item.get_closest_marker("ray") is not None:
-        said = troubles(Path(os.environ["RAY_TMPDIR"]), call.start)
-        report.sections.append(("Warnings of processes on Ray", "\n".join(said)))
+        with contextlib.suppress(OSError):  # files go while they are looked at
+            said = troubles(Path(os.environ["RAY_TMPDIR"]), call.start)
+            report.sections.append(("Warnings of processes on Ray", "\n".join(said)))
     return report
 
 

@@ -24,6 +24,7 @@ def ray_head(folder: Path, cpus: int, *options: str, **environment: str) -> Iter
     `ray.init` cannot say: where it is fixed, another cluster on this machine may have it, and take the jobs."""
     port, agent_port = free_ports(2, HOST)
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
+    command += ["--include-log-monitor=false"]  # it sends lines to drivers, of which none asks for them
     command += [f"--num-cpus={cpus}", f"--node-ip-address={HOST}", f"--dashboard-agent-listen-port={agent_port}"]
     log = (folder / "ray.log").open("w")
     process = subprocess.Popen(

@@ -70,7 +70,7 @@ class Owner:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with ray_head(tmp_path_factory.mktemp("head"), 6) as found:
+    with ray_head(tmp_path_factory.mktemp("head"), 6, "--include-dashboard=false") as found:
         ray.init(address=found, log_to_driver=False)
         try:
             yield found

@@ -162,7 +162,15 @@ def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, A
         stepped.close()
 
 
-@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "Qwen2ForSequenceClassification"])
+@pytest.mark.parametrize(
+    ("runner", "name"),
+    [
+        ("cpu", "LlamaForSequenceClassification"),
+        ("cpu", "Qwen2ForSequenceClassification"),
+        ("gpu", "Qwen2ForSequenceClassification"),
+    ],
+    indirect=["runner"],
+)
 def test_a_classifiers_labels(name: str, runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     path = checkpoints[name]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
@@ -176,7 +184,7 @@ def test_a_classifiers_labels(name: str, runner: dict[str, Any], checkpoints: di
         stepped.close()
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("runner", "tied"), [("cpu", False), ("cpu", True), ("gpu", True)], indirect=["runner"])
 def test_one_token_against_the_other(tied: bool, runner: dict[str, Any], tmp_path: Path) -> None:
     """As Qwen3-Reranker judges: the log-odds of yes. sentence-transformers' files say which tokens those are."""
     few: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -20,7 +20,8 @@ from workers.parallel.communicator import Communicator
 from workers.parallel.connect import PeerLost, SharedMemoryGroup, Solo, ThreadGroup, TorchGroup, connect, sum_in_rank_order
 
 CPU = torch.device("cpu")
-SPAWN = get_context("spawn")
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])  # or each rank would import torch anew
 SHAPES = [(1,), (3, 7), (1, 1024), (140, 1024), (0, 8)]  # the fourth is summed together and overflows a slot
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
 needs_shared_memory = pytest.mark.skipif(not is_supported(), reason="needs Linux on x86")
@@ -197,14 +198,14 @@ def _join(rank: int, size: int, address: str, hosts: list[str], job: Callable[..
 
 
 class Processes:
-    """`size` spawned ranks doing `job(comm, pipe)`, of which each sends (group type, result) or ("lost", message)."""
+    """`size` processes, ranks, doing `job(comm, pipe)`, of which each sends (group type, result) or ("lost", message)."""
 
     def __init__(self, size: int, job: Callable[..., object], hosts: list[str] | None = None) -> None:
         address, self.pipes, self.processes = free_address(), [], []
         for rank in range(size):
-            here, there = SPAWN.Pipe()
+            here, there = FORKS.Pipe()
             arguments = (rank, size, address, hosts or [""] * size, job, there)
-            process = SPAWN.Process(target=_join, args=arguments, daemon=True)
+            process = FORKS.Process(target=_join, args=arguments, daemon=True)
             process.start()
             there.close()
             self.pipes.append(here)

@@ -108,7 +108,7 @@ def test_a_stream_goes_on_behind_each_of_its_events(address: str, kind: str) -> 
     url, body = f"{address}/v1/{path}", {"max_tokens": 12} | asked
     whole = events_of(stream(url, body))
     assert len(whole) > 3
-    apart = 1 + len(whole) // 20  # of a long call not behind every token: each time all of it is computed again
+    apart = 1 + len(whole) // 40  # of a long call not behind every token: each time all of it is computed again
     for last in [*range(0, len(whole) - 1, apart), len(whole) - 1]:
         rest = events_of(stream(url, body, Last_Event_ID=whole[last][0]))
         assert told(whole[: last + 1] + rest) == told(whole), f"behind event {last}"

@@ -15,7 +15,7 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, Host, until
 
-REQUESTS = 300
+REQUESTS = 150
 UNDER_WAY = 32
 
 
