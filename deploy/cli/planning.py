@@ -76,9 +76,17 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
             return [*lines, f"it does not fit: kv_memory is {in_units(room)}; lower it to what there is room for"], False
         room = left if room is None else room
     if room is None:
-        return lines, True
+        needs = [_needs_line(taken, config.gpu_memory_fraction, longest, rows) for rows in sorted({1, config.max_num_seqs})]
+        return [*lines, *needs], True
     said, fits = _room_line(taken, room, longest, config.max_num_seqs)
     return [*lines, said], fits
+
+
+def _needs_line(taken: "Footprint", share: float, longest: int, rows: int) -> str:
+    """What a rank must have, of which `share` is used."""
+    blocks = rows * taken.layout.blocks_for(longest)
+    needs = in_units(int((taken.weight_bytes + blocks * taken.layout.block_bytes) / share))
+    return f"batch of {rows:<7} {blocks:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
 
 
 def _room_line(taken: "Footprint", room: int, longest: int, rows: int) -> tuple[str, bool]:
