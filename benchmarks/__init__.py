@@ -5,7 +5,7 @@
     chaos       an endpoint under load while its processes die, stop or are cut off
     scheduler   what the scheduler's events cost; replay makes the tables of docs/replay.md
     gpu         one GPU: bare step loop, one process, Ray; endpoint
-    models      model types beside transformers, token for token; makes the table of docs/models.md
+    models      model types beside transformers, token for token; makes the table of docs/models.md; loading
     kernels     GPU kernels against their limits; attention, sampler
     study       the KV cache study (`manta study`)
     shared      what several of them use

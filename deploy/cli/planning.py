@@ -78,7 +78,8 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
             return [*lines, f"it does not fit: kv_memory is {in_units(room)}; lower it to what there is room for"], False
         room = left if room is None else room
     if room is None:
-        return lines, True
+        needs = [_needs_line(taken, config.gpu_memory_fraction, held, rows) for rows in sorted({1, config.max_num_seqs})]
+        return [*lines, *needs], True
     said, fits = _room_line(taken, room, held, config.max_num_seqs)
     return [*lines, said], fits
 
@@ -97,6 +98,13 @@ def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int
     depth = max(DEPTH.values())
     seen = Window.of(Resolved(window=window, prefill_ahead=prefill_ahead(config, depth)), config.block_size)
     return blocks if seen is None else min(blocks, seen.most)
+
+
+def _needs_line(taken: "Footprint", share: float, held: int, rows: int) -> str:
+    """What a rank must have, of which `share` is used. held: blocks that a sequence of the longest context holds."""
+    blocks = rows * held
+    needs = in_units(int((taken.weight_bytes + blocks * taken.layout.block_bytes) / share))
+    return f"batch of {rows:<7} {blocks:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
 
 
 def _room_line(taken: "Footprint", room: int, held: int, rows: int) -> tuple[str, bool]:

@@ -14,13 +14,13 @@ GB = 1e9
 
 
 def in_words(say: Callable[[str], None], what: str, every_s: float = SAY_S) -> Progress:
-    """Says what is done, with its bar: at the first call, then every so many seconds, and at the end."""
-    due_s = 0.0
+    """Says what is done, with its bar: once the total is known, then every so many seconds, and at the end."""
+    due_s, last = 0.0, -1
 
     def tell(done: int, total: int) -> None:
-        nonlocal due_s
-        if time.monotonic() >= due_s or 0 < total <= done:
-            due_s = time.monotonic() + every_s
+        nonlocal due_s, last
+        if total > 0 and done != last and (time.monotonic() >= due_s or done >= total):
+            due_s, last = time.monotonic() + every_s, done
             say(f"{what} {bar(done, total)} {done / GB:,.2f} of {total / GB:,.2f} GB")
 
     return tell

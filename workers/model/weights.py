@@ -26,7 +26,7 @@ from workers.model.quantization.checkpoint import Weights, quantised
 from workers.model.quantization.scheme import Scheme
 from workers.model.quantization.stored import Quantised
 from workers.model.sources.files import INDEX_FILE, SINGLE_FILE
-from workers.model.stretches import Extent, StretchReader, Wanted, extents
+from workers.model.stretches import THREADS, Extent, StretchReader, Wanted, extents
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,10 @@ class Checkpoint:
         blocks = ((at, min(at + COMPARED_ROWS, stop)) for at in range(start, stop, COMPARED_ROWS))
         return all(torch.equal(first[a:b].to(dtype), second[a:b].to(dtype)) for a, b in blocks)
 
-    def load(self, parts: Sequence[ModelPart], progress: Progress | None = None, spare: Set[str] = frozenset()) -> None:
+    def load(
+        self, parts: Sequence[ModelPart], progress: Progress | None = None, spare: Set[str] = frozenset(),
+        threads: int = THREADS,
+    ) -> None:  # fmt: skip
         """Fill `parts` one after another, so that at most one of them exists twice while it is being packed. Together they
         read every tensor of the checkpoint, on each rank a share of it, but for those that are known to be `spare`."""
         plan = [part.pieces() for part in parts]
@@ -198,7 +201,7 @@ class Checkpoint:
             self._check(pieces)
         self._refuse_unread({piece.name for pieces in plan for piece in pieces} | self._compared | spare)
         told = _Told(progress, sum(piece.target.nbytes for pieces in plan for piece in pieces))
-        with StretchReader() as reader:
+        with StretchReader(threads) as reader:
             while plan:
                 part, pieces = parts[-len(plan)], plan.pop(0)
                 self._read(reader, pieces, plan[0] if plan else [], told)

@@ -46,6 +46,20 @@ def test_it_is_what_a_rank_reads_and_holds(kind: str, dtype: str, tmp_path: Path
     assert block_bytes[0] == block_bytes[1] * torch_dtype(dtype).itemsize
 
 
+def test_without_memory_it_says_what_batches_need(tmp_path: Path) -> None:
+    """No more and no less: with so much there is room for just so many sequences of the longest context."""
+    config = EngineConfig(model=str(make("qwen3", tmp_path / "qwen3")), dtype="float32", block_size=16, max_num_seqs=3)
+    taken = footprint(read_model(config.model), 1, torch.float32, 16)
+    lines, fits = plan_lines(config, None)
+    assert fits
+    for rows, line in zip((1, 3), lines[-2:], strict=True):
+        blocks = rows * taken.layout.blocks_for(512)
+        needs = int((taken.weight_bytes + blocks * taken.layout.block_bytes) / 0.9)
+        assert line.startswith(f"batch of {rows} ")
+        assert f"{blocks:,} blocks, at the longest context: {in_units(needs)} a rank" in line
+        assert f"blocks           {blocks:,}, {blocks * 16:,} tokens: {rows} sequence(s)" in plan_lines(config, needs + 1)[0][-1]
+
+
 def test_two_ranks_hold_half(tmp_path: Path) -> None:
     path = make("mixtral", tmp_path / "mixtral")
     alone, shared = (footprint(read_model(path), size, read_model(path).dtype, 16) for size in (1, 2))  # type: ignore[arg-type]
