@@ -1,10 +1,10 @@
-"""Products of many tokens with a matrix in fewer bits.
+"""Products of any number of tokens with a matrix in fewer bits.
 
     FP8, a scale for each row       x rounded token by token, the library's product (`torch._scaled_mm`)
     FP8, a scale for 128 columns    x rounded token by token in as many columns, a kernel of our own
-    four bits                       the matrix widened into memory, the library's product
+    four bits, or x in float32      the matrix widened into memory, the library's product
 
-Up to as many tokens as `matvec` takes, four bits are widened in registers instead. Imports torch and triton.
+Up to as many tokens as `matvec` takes, it computes what `choose` gives it. Imports torch and triton.
 """
 
 import torch
@@ -36,7 +36,7 @@ def product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tensor:
             values, weight.values.T, scale_a=scales, scale_b=weight.scales.T, out_dtype=x.dtype, use_fast_accum=True
         )
         return out if bias is None else out.add_(bias)
-    if weight.bits == 8:
+    if weight.bits == 8 and x.dtype != torch.float32:
         return fp8_product(x, weight, bias)
     return F.linear(x, expanded(weight, x.dtype), bias)
 
