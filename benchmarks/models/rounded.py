@@ -39,7 +39,7 @@ def write_four_bits(source: Path, target: Path, group: int, symmetric: bool) -> 
 
 def _parts(weight: Tensor, group: int, symmetric: bool) -> dict[str, Tensor]:
     """weight [out, in] float32."""
-    apart = weight.unflatten(1, (-1, group))  # type: ignore[no-untyped-call]
+    apart = weight.view(len(weight), -1, group)
     low, high = apart.amin(2).clamp(max=0), apart.amax(2).clamp(min=0)
     if symmetric:
         scale, zero = torch.maximum(-low, high) / 7.5, torch.full_like(low, 8)
@@ -54,6 +54,6 @@ def _parts(weight: Tensor, group: int, symmetric: bool) -> dict[str, Tensor]:
 
 def _words(codes: Tensor) -> Tensor:
     """[n, m], from 0 to 15 -> [n, m / 8] int32, from the low end of each."""
-    apart = codes.long().unflatten(1, (-1, 8))  # type: ignore[no-untyped-call]
+    apart = codes.long().reshape(len(codes), -1, 8)
     packed: Tensor = (apart << torch.arange(0, 32, 4)).sum(2).int()
     return packed

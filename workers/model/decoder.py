@@ -284,6 +284,8 @@ def load_model(
         positions = max_model_len or config.max_position
         forms = Forms(config.scheme, keeps_fewer_bits(device), checkpoint.is_quantised)
         decoder = Decoder(config, comm, attention, dtype, device, positions, tables, score_tokens, forms)
+        if config.scheme is not None and comm.rank == 0:
+            logger.info("quantised weights: %s, %s", config.scheme, forms.says())
         checkpoint.load(decoder.parts(), progress, scale_names(checkpoint.names()))
     return decoder
 

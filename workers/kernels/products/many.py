@@ -1,10 +1,10 @@
-"""Products of many tokens with a matrix in fewer bits.
+"""Products of any number of tokens with a matrix in fewer bits.
 
     FP8, a scale for each row       x rounded token by token, the library's product (`torch._scaled_mm`)
     FP8, a scale for 128 columns    x rounded token by token in as many columns, a kernel of our own
-    four bits                       the matrix widened into memory, the library's product
+    four bits, or x in float32      the matrix widened into memory, the library's product
 
-Up to as many tokens as `matvec` takes, four bits are widened in registers instead. Imports torch and triton.
+Up to as many tokens as `matvec` takes, it computes what `choose` gives it. Imports torch and triton.
 """
 
 import torch
@@ -21,6 +21,9 @@ from workers.kernels.products.widen import widened
 MULTIPLE_OF_LIBRARY = 16
 """Of rows and columns, for the library's products of FP8."""
 
+LEAST_OF_LIBRARY = (9, 0)
+"""Compute capability."""
+
 ROWS, TOKENS, COLUMNS = 128, 64, 128  # of a program's tile
 LEAST_SCALE = tl.constexpr(1e-30)
 
@@ -30,15 +33,21 @@ def product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tensor:
     rows, columns = weight.shape
     if len(x) <= MAX_TOKENS and choose(rows, columns, len(x), x.dtype, False, weight.bits) is not None:
         return matvec(x, weight, bias=bias)  # without counters: K is never split
-    if weight.by_row and x.dtype == torch.bfloat16 and not interpreted() and not rows % MULTIPLE_OF_LIBRARY:
+    if _library_takes(x, weight):
         values, scales = rounded(x, columns)
         out: Tensor = torch._scaled_mm(
             values, weight.values.T, scale_a=scales, scale_b=weight.scales.T, out_dtype=x.dtype, use_fast_accum=True
         )
         return out if bias is None else out.add_(bias)
-    if weight.bits == 8:
+    if weight.bits == 8 and x.dtype != torch.float32:
         return fp8_product(x, weight, bias)
     return F.linear(x, expanded(weight, x.dtype), bias)
+
+
+def _library_takes(x: Tensor, weight: Reduced) -> bool:
+    """Whether it multiplies FP8 with a scale for each token and row."""
+    fits = weight.by_row and x.dtype == torch.bfloat16 and not any(size % MULTIPLE_OF_LIBRARY for size in weight.shape)
+    return fits and not interpreted() and torch.cuda.get_device_capability(x.device) >= LEAST_OF_LIBRARY
 
 
 def rounded(x: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -125,13 +125,13 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
     fewer bits, what these make likely.
     """
-    if bits == 4 and STREAM_TOKENS < tokens <= MAX_TOKENS and dtype != torch.float32:  # the library would need them widened
-        return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu)
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
+    if bits == 4:  # the library would need them widened
+        return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
         return _tiling(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
     if tokens > MAX_TOKENS_OF_WIDE:

@@ -26,6 +26,14 @@ PARTS = {
 }
 """What a module's parts are called behind its name."""
 
+FLOATS = ("F32", "F16", "BF16", "F8_E8M0")
+KINDS: dict[str, tuple[str, ...]] = {
+    "weight": (FP8, "I8"), "weight_scale": FLOATS, "weight_scale_inv": FLOATS, "scales": FLOATS, "weight_packed": ("I32",),
+    "qweight": ("I32",), "qzeros": ("I32",), "weight_zero_point": ("I32", "I8"), "g_idx": ("I32", "I64"),
+    "weight_g_idx": ("I32", "I64"), "weight_shape": ("I64", "I32"),
+}  # fmt: skip
+"""What each part may be stored in: the same bits mean something else in another type."""
+
 MADE_BY = {"fp8": "weight", "int8": "weight", "packed": "weight_packed", "awq": "qweight", "gptq": "qweight"}
 """The part that says that the module is quantised."""
 
@@ -83,11 +91,15 @@ class _Parts:
         self._module, self._names, self._stored = module, names, stored
 
     def __getitem__(self, part: str) -> Stored:
-        """Errors: CheckpointError where it is missing."""
+        """Errors: CheckpointError where it is missing, or stored in a type that says something else."""
         if part not in self._names:
-            raise CheckpointError(f"tensor {self._module}.{part} is missing, without which its weight means nothing: "
-                                  f"download the checkpoint again")  # fmt: skip
-        return self._stored(self._names[part])
+            raise CheckpointError(
+                f"tensor {self._module}.{part} is missing, without which its weight means nothing: download the checkpoint "
+                f"again"
+            )
+        found = self._stored(self._names[part])
+        _require_kind(self._names[part], found, KINDS[part])
+        return found
 
     def get(self, part: str) -> Stored | None:
         return self[part] if part in self._names else None
@@ -103,6 +115,14 @@ class _Parts:
                 f"{self.name(part)} has shape {list(found)}, but config.json asks for {list(expected)}: one of the two is from "
                 f"another model; download both again"
             )
+
+
+def _require_kind(name: str, stored: Stored, kinds: tuple[str, ...]) -> None:
+    if stored.get_dtype() not in kinds:
+        raise CheckpointError(
+            f"tensor {name} is stored as {stored.get_dtype()}, and not as {' or '.join(kinds)}: that is another format, which "
+            f"is not supported; choose the checkpoint in one that is, or in bfloat16, float16 or float32"
+        )
 
 
 def _made(form: WeightForm, parts: _Parts) -> Quantised | None:
@@ -173,6 +193,8 @@ def _stack(found: Weights, name: str, names: set[str], stored: Callable[[str], S
     scales = f"{match[1]}_scales"
     if scales not in names:
         raise CheckpointError(f"tensor {scales} is missing, without which {name} means nothing: download the checkpoint again")
+    for part in (name, scales):
+        _require_kind(part, stored(part), ("U8",))
     shape = tuple(stored(name).get_shape())
     if len(shape) != 4 or shape[3] != 16 or tuple(stored(scales).get_shape()) != shape[:3]:
         raise CheckpointError(

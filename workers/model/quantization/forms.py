@@ -3,15 +3,12 @@
 Imports torch.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from workers.model.quantization.scheme import Scheme, WeightForm
-
-logger = logging.getLogger(__name__)
 
 GROUPS = (32, 64, 128)
 """Columns that share a scale, of which the kernels take tiles."""
@@ -45,8 +42,8 @@ class Forms:
         says."""
         self._scheme, self._keeps = scheme, keeps
         self._is_stored = is_stored or (scheme.quantises if scheme is not None else lambda _: False)
-        self.plain: set[str] = set()
-        """Formats of weights that are kept as plain numbers, in words."""
+        self._kept: set[str] = set()
+        self._plain: set[str] = set()
 
     def of(self, parent: str, *names: str, columns: int) -> LinearForm:
         """Of the matrix that holds these modules' rows, or this rank's columns of one module."""
@@ -60,9 +57,16 @@ class Forms:
         if found is None:
             return PLAIN
         form = kept_as(found, columns) if self._keeps else PLAIN
-        if form == PLAIN:
-            self.plain.add(str(found))
+        (self._plain if form == PLAIN else self._kept).add(str(found))
         return form
+
+    def says(self) -> str:
+        """What has become of the layers that were asked for, in words."""
+        if self._scheme is None or self._scheme.made:
+            return "kept as they are" if self._keeps else "kept as plain numbers"
+        said = [f"{', '.join(sorted(self._kept))} kept as they are"] if self._kept else []
+        said += [f"{', '.join(sorted(self._plain))} kept as plain numbers"] if self._plain else []
+        return "; ".join(said) or "nothing of it in the layers"
 
 
 def keeps_fewer_bits(device: torch.device) -> bool:

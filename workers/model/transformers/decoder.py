@@ -118,6 +118,8 @@ def load_transformers(
     if comm.rank == 0:
         for remark in config.remarks(comm.size):
             logger.warning("%s: %s", config.architecture, remark)
+        if config.scheme is not None:
+            logger.info("quantised weights: %s, kept as plain numbers", config.scheme)
     model = build(config.text)
     found = shares(model, comm.size)
     with Checkpoint(path, config.scheme) as checkpoint:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
 from workers.kernels.products.many import expanded, fp8_product, product, rounded
-from workers.kernels.products.matvec import Tiling, matvec
+from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
 from workers.kernels.products.reduced import Reduced, rounded_rows
 
 EPS = 1e-6
@@ -116,3 +116,11 @@ def test_any_number_of_tokens(device: str, form: str, tokens: int) -> None:
     assert result.shape == (tokens, 32)
     if tokens:
         assert float((result.double() - expected).norm() / expected.norm()) < 4 * TOLERANCE[dtype]
+
+
+def test_four_bits_of_few_tokens_are_never_widened_into_memory() -> None:
+    for rows, columns in ((4096, 4096), (28672, 4096), (4096, 14336), (6144, 4096), (1024, 1024), (512, 11008)):
+        for tokens in range(1, MAX_TOKENS + 1):
+            config = choose(rows, columns, tokens, torch.bfloat16, False, 4)
+            assert config is not None
+            assert not config.parts or columns // config.parts % config.columns == 0

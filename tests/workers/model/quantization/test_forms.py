@@ -77,11 +77,14 @@ def keeping(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_the_same_numbers(name: str, tmp_path: Path, keeping: Callable[[bool], None]) -> None:
+def test_the_same_numbers(
+    name: str, tmp_path: Path, keeping: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
     chosen, bits = KEPT[name]
     plain = make_checkpoint(tmp_path / "plain", "Qwen3ForCausalLM", **WIDE)
     path = tmp_path / "quantised"
     quantise(plain, path, chosen)
+    caplog.set_level("INFO", "workers.model.decoder")
     for rank, size in ((0, 1), (1, 2)):
         keeping(True)
         kept = loaded(path, rank, size)
@@ -91,6 +94,10 @@ def test_the_same_numbers(name: str, tmp_path: Path, keeping: Callable[[bool], N
         keeping(False)
         for ours, expected in zip(numbers(kept), numbers(loaded(path, rank, size)), strict=True):
             assert torch.equal(ours, expected)
+    method, kind = chosen.config["quant_method"], "FP8" if bits == 8 else "int4"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"quantised weights: {method} ({kind}), {kind} kept as {how}" for how in ("they are", "plain numbers")
+    ]
 
 
 def test_a_layer_that_is_stored_plain_stays_plain(tmp_path: Path, keeping: Callable[[bool], None]) -> None:

@@ -11,25 +11,27 @@ from workers.model.quantization.checkpoint import quantised
 from workers.model.quantization.scheme import LINEAR, Rule, Scheme, WeightForm
 from workers.model.quantization.stored import Quantised
 
+KINDS = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
+
 
 class InMemory:
     """A tensor as safetensors has it."""
 
-    def __init__(self, tensor: Tensor, dtype: str = "") -> None:
-        self._tensor, self._dtype = tensor, dtype
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
 
     def get_shape(self) -> list[int]:
         return list(self._tensor.shape)
 
     def get_dtype(self) -> str:
-        return self._dtype
+        return KINDS[self._tensor.dtype]
 
     def __getitem__(self, index: object) -> Tensor:
         return self._tensor[index]  # type: ignore[index]
 
 
 def made(form: WeightForm, parts: dict[str, Tensor]) -> Quantised:
-    tensors = {f"mlp.{name}": InMemory(part, "F8_E4M3" if form.kind == "fp8" else "") for name, part in parts.items()}
+    tensors = {f"mlp.{name}": InMemory(part) for name, part in parts.items()}
     return quantised(Scheme("", (Rule((LINEAR,), form),)), tensors, tensors.__getitem__).made["mlp.weight"]
 
 

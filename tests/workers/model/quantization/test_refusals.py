@@ -44,6 +44,13 @@ def cut(part: str) -> Callable[[Tensors], None]:
     return change
 
 
+def as_type(part: str, dtype: torch.dtype) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{MODULE}.{part}"] = tensors[f"{MODULE}.{part}"].to(dtype)
+
+    return change
+
+
 def widen(tensors: Tensors) -> None:
     """As if nothing was quantised, but for the scale."""
     tensors[f"{MODULE}.weight"] = tensors[f"{MODULE}.weight"].float()
@@ -65,6 +72,8 @@ def widen(tensors: Tensors) -> None:
         ("awq", lambda t: t.pop(f"{MODULE}.qzeros"), rf"{MODULE}\.qzeros is missing"),
         ("gptq-asym", cut("g_idx"), rf"{MODULE}\.g_idx has shape \[63\], .* asks for \[64\]"),
         ("gptq-asym", lambda t: t[f"{MODULE}.bias"].fill_(0.5), f"does not read: {MODULE}.bias"),
+        ("fp8-channel", as_type("weight_scale", torch.uint8), rf"{MODULE}\.weight_scale is stored as U8, and not as F32"),
+        ("awq", as_type("qweight", torch.int64), rf"{MODULE}\.qweight is stored as I64, and not as I32"),
         ("gptq-asym", lambda t: t.update({f"{MODULE}.weight": torch.ones(96, 64)}), f"{MODULE}.weight is there twice"),
     ],
 )
