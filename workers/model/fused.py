@@ -121,8 +121,9 @@ class FusedDecoder:
         return normed
 
     def _mlp(self, number: int, layer: Layer, normed: Tensor, live: Tensor | None) -> Tensor:
+        """Summed over the ranks."""
         if isinstance(layer.mlp, Mixture):
-            return self._mixtures[number](normed, live)
+            return layer.mlp.comm.all_reduce(self._mixtures[number](normed, live))
         return layer.mlp.down(silu_mul(layer.mlp.gate_up(normed)))
 
     def _live(self, slots: Tensor) -> Tensor | None:

@@ -26,7 +26,7 @@ class FusedMixture:
         self._clamp = None if gating.limit is None else Clamp(gating.alpha, gating.limit)
 
     def __call__(self, normed: Tensor, live: Tensor | None, residual: Tensor | None = None, *, pdl: bool = False) -> Tensor:
-        """normed [tokens, hidden] -> the same, equal on all ranks.
+        """normed [tokens, hidden] -> this rank's share of the same, to be summed over the ranks.
 
         live [tokens] bool: those that are no padding, which alone go through experts; None: all. residual [tokens, hidden], of
         a single rank: the result is added to it in place, and it is what is returned.
@@ -43,10 +43,9 @@ class FusedMixture:
         )
         parts = down(act, experts.down, routing, bias=experts.down_bias, pdl=pdl)
         shared = None if mixture.shared is None else self._shared(mixture.shared, normed)
-        out = add_up(
+        return add_up(
             parts, routing, held=shape.experts, first_held=shape.expert_start, shared=shared, residual=residual, pdl=pdl
         )
-        return out if residual is not None else mixture.comm.all_reduce(out)
 
     def _scores(self, normed: Tensor, pdl: bool) -> Tensor:
         """[tokens, the router's rows] in float32, which 16-bit products are added up in."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from benchmarks.models.zoo import VOCAB, make
 from tests.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
-from workers.kernels.launch import interpreted
 from workers.model.architectures import ModelConfig, read_config
 from workers.model.decoder import load_model
 from workers.model.experts import Mixture
@@ -124,8 +123,6 @@ def _on_cpu(path: Path) -> Sequence[Any]:
 @pytest.mark.usefixtures("plain_experts")
 def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    if not interpreted():
-        pytest.skip("ranks are threads, which have one device each")
     path = make("qwen2_moe", tmp_path)
     x = torch.randn(5, 64)
     expected = next(layer.mlp for layer in _on_cpu(path) if isinstance(layer.mlp, Mixture))(x)
@@ -133,28 +130,12 @@ def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
         config = read_model(path, "native", parallel)
         assert isinstance(config, ModelConfig)
         shares = []
-        for rank in range(2):  # one after another: the interpreter is not for several threads
-            decoder = load_model(path, config, Alone(rank, 2), torch.float32, CPU, None)
+        for comm in ThreadGroup.create(2):  # one after another: they meet in no sum
+            decoder = load_model(path, config, comm, torch.float32, DEVICE, None)
             mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
-            shares.append(FusedMixture(mixture, torch.zeros(64, dtype=torch.int32))(x, None))
+            counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+            shares.append(FusedMixture(mixture, counters)(x.to(DEVICE), None).cpu())
         torch.testing.assert_close(sum(shares), expected, rtol=0, atol=1e-4 * float(expected.std()))
-
-
-class Alone:
-    """A rank whose sums are its own share."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        raise AssertionError(tensor.shape)
-
-    def abort(self, reason: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 # ---- gpt-oss's experts, which no architecture has yet
