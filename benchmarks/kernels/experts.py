@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import DEVICE, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
+from benchmarks.kernels.cases import DEVICE, EPS, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
-from workers.kernels.experts.route import route
+from workers.kernels.experts.route import Rule, choose, route
+from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,22 @@ class MixtureProblem:
         self.x, self.scores = normal(tokens, hidden), normal(tokens, shape.experts, dtype=torch.float32)
         self.gate_up = normal(shape.experts, 2 * width, hidden, scale=hidden**-0.5)
         self.down = normal(shape.experts, hidden, width, scale=width**-0.5)
+        self.hidden, self.norm = self.x.clone(), normal(hidden, scale=0.02)
         self.load = torch.zeros(shape.experts, dtype=torch.int64, device=DEVICE)
         self.size = tile_size(tokens, shape.per_token, shape.experts)
 
     def ours(self, pdl: bool = False) -> Tensor:
         shape = self.shape
-        routing = route(
-            self.scores, self.load, per_token=shape.per_token, of_all=True, normalized=True, held=shape.experts, size=self.size,
-            pdl=pdl,
-        )  # fmt: skip
+        rule = Rule(shape.per_token, True, True)
+        routing = route(self.scores, self.load, rule, held=shape.experts, size=self.size, pdl=pdl)
         parts = down(gate_up(self.x, self.gate_up, routing, pdl=pdl), self.down, routing, pdl=pdl)
         return add_up(parts, routing, held=shape.experts, pdl=pdl)
+
+    def streamed(self, pdl: bool = False) -> None:
+        """As a step of few tokens does it: of the norm of x, to which the result is added."""
+        choice = choose(self.scores, self.load, Rule(self.shape.per_token, True, True), pdl=pdl)
+        act = few_up(self.hidden, self.norm, EPS, self.gate_up, choice, pdl=pdl)
+        few_down(act, self.down, choice, self.hidden, pdl=pdl)
 
     def chosen(self) -> tuple[Tensor, Tensor]:
         weights, chosen = self.scores.softmax(-1).topk(self.shape.per_token, -1)
@@ -82,6 +88,8 @@ def experts_case(shape: MixtureShape, tokens: int) -> Case:
     def make() -> Problem:
         problem = MixtureProblem(shape, tokens)
         runs: Runs = {OURS: problem.ours, OURS_PDL: lambda: problem.ours(True), "torch._grouped_mm": problem.library}
+        if tokens <= FEW_TOKENS:
+            runs |= {"streamed": problem.streamed, "streamed pdl": lambda: problem.streamed(True)}
         return Problem(runs, problem.error)
 
     numbers = 3 * shape.hidden * shape.intermediate

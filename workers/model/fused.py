@@ -165,7 +165,7 @@ class FusedDecoder:
             attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
             self._add(hidden, attended, layer.o)
             if isinstance(layer.mlp, Mixture):
-                self._mixtures[number](rms_norm(hidden, layer.mlp_norm.weight, self._eps), live, hidden, pdl=pdl)
+                self._mixtures[number].add_to(hidden, layer.mlp_norm.weight, self._eps, live, pdl=pdl)
             else:
                 gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
                 self._add(hidden, gated, layer.mlp.down)

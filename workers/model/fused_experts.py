@@ -1,7 +1,7 @@
 """A mixture of experts as a GPU runs it: router's product, choice and sort, gate/up, down, and the sum of a token's experts.
 
-Six launches a layer, and those of a shared expert; driven by device tensors alone, so steps with experts are captured as all
-others are. Imports torch, the kernels, and the weights' holders.
+Six launches a layer, four at few tokens, and those of a shared expert; driven by device tensors alone, so steps with experts
+are captured as all others are. Imports torch, the kernels, and the weights' holders.
 """
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor
 
 from workers.kernels.activation import silu_mul
 from workers.kernels.experts.grouped import Clamp, add_up, down, gate_up, tile_size
-from workers.kernels.experts.route import route
-from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
+from workers.kernels.experts.route import Rule, choose, route
+from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
+from workers.kernels.norm import rms_norm
+from workers.kernels.products.matvec import MAX_TOKENS, matvec
+from workers.kernels.products.matvec import choose as choose_tiling
 from workers.model.experts import Mixture
-from workers.model.layers import SwiGLU
 
 
 class FusedMixture:
@@ -22,8 +24,16 @@ class FusedMixture:
     def __init__(self, mixture: Mixture, counters: Tensor) -> None:
         self._mixture = mixture
         self._counters = counters
-        gating = mixture.config.gating
-        self._clamp = None if gating.limit is None else Clamp(gating.alpha, gating.limit)
+        config = mixture.config
+        self._rule = Rule(config.per_token, config.family.scoring == "all", config.normalized)
+        self._clamp = None if config.gating.limit is None else Clamp(config.gating.alpha, config.gating.limit)
+
+    def add_to(self, hidden: Tensor, norm_weight: Tensor, eps: float, live: Tensor | None, *, pdl: bool = False) -> None:
+        """Adds the experts of the norm of hidden [tokens, hidden] to it, in place, of a single rank. live: as below."""
+        if len(hidden) <= FEW_TOKENS:
+            self._add_few(hidden, norm_weight, eps, live, pdl)
+        else:
+            self(rms_norm(hidden, norm_weight, eps), live, hidden, pdl=pdl)
 
     def __call__(self, normed: Tensor, live: Tensor | None, residual: Tensor | None = None, *, pdl: bool = False) -> Tensor:
         """normed [tokens, hidden] -> this rank's part of the same, which the ranks sum.
@@ -33,25 +43,43 @@ class FusedMixture:
         """
         mixture, shape, config = self._mixture, self._mixture.shape, self._mixture.config
         experts = mixture.experts
+        size = tile_size(len(normed), config.per_token, config.experts)
         routing = route(
-            self._scores(normed, pdl), mixture.load, per_token=config.per_token, of_all=config.family.scoring == "all",
-            normalized=config.normalized, held=shape.experts, first_held=shape.expert_start,
-            size=tile_size(len(normed), config.per_token, config.experts), live=live, pdl=pdl,
+            self._scores(normed, pdl), mixture.load, self._rule, held=shape.experts, first_held=shape.expert_start, size=size,
+            live=live, pdl=pdl,
         )  # fmt: skip
         act = gate_up(
             normed, experts.gate_up, routing, bias=experts.gate_up_bias, in_turns=experts.in_turns, clamp=self._clamp, pdl=pdl
         )
         parts = down(act, experts.down, routing, bias=experts.down_bias, pdl=pdl)
-        shared = None if mixture.shared is None else self._shared(mixture.shared, normed)
+        shared = None
+        if mixture.shared is not None:
+            shared = mixture.shared.down(silu_mul(mixture.shared.gate_up(normed)))
         return add_up(
             parts, routing, held=shape.experts, first_held=shape.expert_start, shared=shared, residual=residual, pdl=pdl
         )
+
+    def _add_few(self, hidden: Tensor, norm_weight: Tensor, eps: float, live: Tensor | None, pdl: bool) -> None:
+        mixture, experts = self._mixture, self._mixture.experts
+        router = mixture.router
+        scores = torch.empty(len(hidden), len(router.weight), dtype=torch.float32, device=hidden.device)
+        matvec(hidden, router.weight, norm_weight=norm_weight, eps=eps, bias=router.bias, out=scores, pdl=pdl)
+        choice = choose(scores, mixture.load, self._rule, live=live, pdl=pdl)
+        act = few_up(
+            hidden, norm_weight, eps, experts.gate_up, choice, bias=experts.gate_up_bias, in_turns=experts.in_turns,
+            clamp=self._clamp, pdl=pdl,
+        )  # fmt: skip
+        shared = None
+        if mixture.shared is not None:
+            wide = matvec(hidden, mixture.shared.gate_up.operand, norm_weight=norm_weight, eps=eps, swiglu=True, pdl=pdl)
+            shared = matvec(wide, mixture.shared.down.operand, pdl=pdl)
+        few_down(act, experts.down, choice, hidden, bias=experts.down_bias, shared=shared, pdl=pdl)
 
     def _scores(self, normed: Tensor, pdl: bool) -> Tensor:
         """[tokens, the router's rows] in float32, which 16-bit products are added up in."""
         router, tokens = self._mixture.router, len(normed)
         rows, width = router.weight.shape
-        tiling = choose(rows, width, tokens, normed.dtype) if tokens <= MAX_TOKENS else None
+        tiling = choose_tiling(rows, width, tokens, normed.dtype) if tokens <= MAX_TOKENS else None
         if tiling is not None:
             out = torch.empty(tokens, rows, dtype=torch.float32, device=normed.device)
             return matvec(normed, router.weight, bias=router.bias, out=out, counters=self._counters, config=tiling, pdl=pdl)
@@ -59,7 +87,3 @@ class FusedMixture:
             scores = torch.mm(normed, router.weight.T, out_dtype=torch.float32)
             return scores if router.bias is None else scores.add_(router.bias)
         return F.linear(normed.to(router.weight.dtype), router.weight, router.bias)
-
-    def _shared(self, shared: SwiGLU, normed: Tensor) -> Tensor:
-        """This rank's share of the shared expert."""
-        return shared.down(silu_mul(shared.gate_up(normed)))

@@ -14,7 +14,6 @@ from benchmarks.models.zoo import VOCAB, make
 from tests.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
 from workers.config import ReadingConfig
-from workers.kernels.launch import interpreted
 from workers.model.architectures import ModelConfig, read_config
 from workers.model.decoder import load_model
 from workers.model.experts import Mixture
@@ -56,7 +55,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def plain_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU experts keep their plain numbers, which the kernels read."""
     if DEVICE.type == "cpu":
-        monkeypatch.setattr("workers.model.experts.can_pack", lambda *_: False)
+        for module in ("experts", "layers"):
+            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
 
 
 # ---- whole models
@@ -111,12 +111,28 @@ def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -
     live = torch.arange(tokens + 2, device=DEVICE) < tokens
     got = fused(x.to(DEVICE), live)[:tokens].cpu()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
-    residual = torch.randn(tokens, 64).to(DEVICE)
-    before = residual.cpu().clone()
-    assert fused(x[:tokens].to(DEVICE), None, residual) is residual
-    torch.testing.assert_close(residual.cpu() - before, expected, rtol=0, atol=1e-4 * float(expected.std()))
-    assert torch.equal(mixture.load.cpu(), 2 * plain.load)
+    assert torch.equal(mixture.load.cpu(), plain.load)
     assert int(plain.load.sum()) == tokens * mixture.config.per_token
+
+
+@pytest.mark.usefixtures("plain_experts")
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+def test_it_adds_the_experts_of_the_norm(checkpoint: Path, tokens: int) -> None:
+    """By one way up to four tokens, by another above."""
+    pytest.importorskip("triton")
+    decoder = load_model(checkpoint, read_config(checkpoint), Solo(), torch.float32, DEVICE, None)
+    mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
+    plain = next(layer for layer in _on_cpu(checkpoint) if isinstance(layer.mlp, Mixture))
+    hidden = 3 * torch.randn(tokens + 1, 64)
+    expected = plain.mlp(plain.mlp_norm(hidden[:tokens]))
+    fused = FusedMixture(mixture, torch.zeros(64, dtype=torch.int32, device=DEVICE))
+    out = hidden.clone().to(DEVICE)
+    live = torch.arange(tokens + 1, device=DEVICE) < tokens
+    fused.add_to(out, plain.mlp_norm.weight.to(DEVICE), decoder.config.rms_eps, live)
+    torch.testing.assert_close((out.cpu() - hidden)[:tokens], expected, rtol=0, atol=1e-4 * float(expected.std()))
+    if mixture.shared is None:
+        assert torch.equal(out[tokens].cpu(), hidden[tokens])
+    assert torch.equal(mixture.load.cpu(), plain.mlp.load)
 
 
 def _on_cpu(path: Path) -> Sequence[Any]:
@@ -126,8 +142,6 @@ def _on_cpu(path: Path) -> Sequence[Any]:
 @pytest.mark.usefixtures("plain_experts")
 def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    if not interpreted():
-        pytest.skip("ranks are threads, which have one device each")
     path = make("qwen2_moe", tmp_path)
     x = torch.randn(5, 64)
     expected = next(layer.mlp for layer in _on_cpu(path) if isinstance(layer.mlp, Mixture))(x)
@@ -136,9 +150,10 @@ def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
         assert isinstance(config, ModelConfig)
         shares = []
         for rank in range(2):  # one after another: the interpreter is not for several threads
-            decoder = load_model(path, config, Silent(2, rank), torch.float32, CPU, None)
+            decoder = load_model(path, config, Silent(2, rank), torch.float32, DEVICE, None)
             mixture = next(layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Mixture))
-            shares.append(FusedMixture(mixture, torch.zeros(64, dtype=torch.int32))(x, None))
+            counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+            shares.append(FusedMixture(mixture, counters)(x.to(DEVICE), None).cpu())
         torch.testing.assert_close(sum(shares), expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.experts.route import WORDS_OF_TILE, Routing
+from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
 from workers.kernels.launch import enter, interpreted
 
 SUM_BLOCK = 1024
@@ -187,7 +187,7 @@ def _sum(parts, chosen, gates, shared, out, first_held, shared_stride, out_strid
 
 
 def add_up(
-    parts: Tensor, routing: Routing, *, held: int, first_held: int = 0, shared: Tensor | None = None,
+    parts: Tensor, routing: Choice, *, held: int, first_held: int = 0, shared: Tensor | None = None,
     residual: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """parts as `down` gives them -> [tokens, width]: the sum over each token's held experts, in float32 and rounded once.

@@ -1,4 +1,4 @@
-"""Which experts each token goes through, and the tokens in the order of their experts: two launches, and no wait of the host.
+"""Which experts each token goes through, and the tokens in the order of their experts: a launch each, and no wait of the host.
 
 A *pair* is a token and one of its experts: pair = token * per_token + place among the token's experts, the best first. Pairs
 are sorted by expert, and cut into *tiles* of one expert each, which are what the products' programs take. How many tiles there
@@ -17,43 +17,46 @@ from torch import Tensor
 from workers.kernels.launch import enter, interpreted, warps_for
 
 WORDS_OF_TILE = tl.constexpr(3)
-LEAST_PAIRS, MOST_PAIRS = 128, 4096  # that a program which sorts looks at, at a time
+LEAST_PAIRS, SOME_PAIRS, MOST_PAIRS = 128, 1024, 4096  # that a program which sorts looks at, at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
-    """Of one layer's step, on the device.
-
-    chosen [tokens, per_token] int32: experts, -1 where the token is padding. weights: of that shape, float32. gates [tokens]
-    float32: of the shared expert; None without one. pairs [tokens * per_token] int32: those of this rank's experts, sorted by
-    expert. tiles [most, 3] int32: expert among those held, first place in `pairs`, how many places. count [1] int32: tiles that
-    there are. size: places of a tile at most.
-    """
+class Choice:
+    """Of one layer's step, on the device. chosen [tokens, per_token] int32: experts, -1 where the token is padding. weights: of
+    that shape, float32. gates [tokens] float32: of the shared expert; None without one."""
 
     chosen: Tensor
     weights: Tensor
     gates: Tensor | None
-    pairs: Tensor
-    tiles: Tensor
-    count: Tensor
-    size: int
 
     @property
     def per_token(self) -> int:
         return self.chosen.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Routing(Choice):
+    """And its pairs. pairs [tokens * per_token] int32: those of this rank's experts, sorted by expert. tiles [most, 3] int32:
+    expert among those held, first place in `pairs`, how many places. count [1] int32: tiles that there are. size: places of a
+    tile at most."""
+
+    pairs: Tensor
+    tiles: Tensor
+    count: Tensor
+    size: int
+
+
 @triton.jit
-def _choose(scores, live, chosen, weights, gates, count, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+def _choose(scores, live, chosen, weights, gates, count, load, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
             TOP: tl.constexpr, PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr,
-            SHARED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program is one token."""
+            SHARED: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program is one token. SORTED: `_sort` follows, which counts; it finds no tiles yet."""
     token = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     place = tl.arange(0, PLACES)
     enter(PDL)
-    if token == 0:
-        tl.store(count, 0)
+    if SORTED:
+        tl.store(count, 0, mask=token == 0)
     row = scores + token.to(tl.int64) * scores_stride
     score = tl.load(row + at, mask=at < EXPERTS, other=float("-inf"))
     bits = score.to(tl.int32, bitcast=True)
@@ -80,6 +83,8 @@ def _choose(scores, live, chosen, weights, gates, count, scores_stride, EXPERTS:
     to = token.to(tl.int64) * TOP + place
     tl.store(chosen + to, expert, mask=place < TOP)
     tl.store(weights + to, share, mask=place < TOP)
+    if not SORTED:
+        tl.atomic_add(load + expert, tl.full([PLACES], 1, tl.int64), mask=(place < TOP) & (expert >= 0), sem="relaxed")
     if SHARED:
         gate = tl.load(row + EXPERTS)
         tl.store(gates + token, 1 / (1 + tl.exp(-gate)))
@@ -118,46 +123,68 @@ def most_tiles(pairs: int, experts: int, size: int) -> int:
     return min(pairs, (pairs + min(pairs, experts) * (size - 1)) // size)
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a family chooses. of_all: the softmax is over all experts, before the best are chosen, and `normalized` makes what is
+    left of it add up to one; else it is over the chosen."""
+
+    per_token: int
+    of_all: bool
+    normalized: bool
+
+
+def choose(scores: Tensor, load: Tensor, rule: Rule, *, live: Tensor | None = None, pdl: bool = False) -> Choice:
+    """scores [tokens, experts] float32, or a column more: the shared expert's, through a sigmoid.
+
+    load [experts] int64: gets each expert's tokens added. live [tokens] bool: those that are no padding; None: all.
+    """
+    return _launch_choose(scores, load, rule, None, live, pdl)
+
+
 def route(
     scores: Tensor,
     load: Tensor,
+    rule: Rule,
     *,
-    per_token: int,
-    of_all: bool,
-    normalized: bool,
     held: int,
     first_held: int = 0,
     size: int,
     live: Tensor | None = None,
     pdl: bool = False,
 ) -> Routing:
-    """scores [tokens, experts] float32, or a column more: the shared expert's, through a sigmoid.
-
-    load [experts] int64: gets each expert's tokens added. of_all: the softmax is over all experts, before the best are chosen,
-    and `normalized` makes what is left of it add up to one; else it is over the chosen. held, first_held: experts of this rank.
-    live [tokens] bool: those that are no padding; None: all.
-    """
+    """As `choose`, and sorted. held, first_held: experts of this rank. size: places of a tile."""
     tokens, experts, device = scores.shape[0], len(load), scores.device
-    total = tokens * per_token
-    most = most_tiles(total, held, size)
-    chosen = torch.empty(tokens, per_token, dtype=torch.int32, device=device)
-    weights = torch.empty(tokens, per_token, dtype=torch.float32, device=device)
-    gates = torch.empty(tokens, dtype=torch.float32, device=device) if scores.shape[1] > experts else None
+    total = tokens * rule.per_token
     pairs = torch.empty(total, dtype=torch.int32, device=device)
-    tiles = torch.empty(most, WORDS_OF_TILE.value, dtype=torch.int32, device=device)
+    tiles = torch.empty(most_tiles(total, held, size), WORDS_OF_TILE.value, dtype=torch.int32, device=device)
     count = torch.empty(1, dtype=torch.int32, device=device)
+    choice = _launch_choose(scores, load, rule, count, live, pdl)
+    if tokens:
+        pdl = pdl and not interpreted()
+        at_once = LEAST_PAIRS if total <= LEAST_PAIRS else SOME_PAIRS if total <= SOME_PAIRS else MOST_PAIRS
+        _sort[(experts,)](
+            choice.chosen, pairs, tiles, count, load, total, first_held, HELD=held, SIZE=size, BLOCK=at_once, PDL=pdl,
+            num_warps=warps_for(at_once), launch_pdl=pdl,
+        )  # fmt: skip
+    return Routing(choice.chosen, choice.weights, choice.gates, pairs, tiles, count, size)
+
+
+def _launch_choose(
+    scores: Tensor, load: Tensor, rule: Rule, count: Tensor | None, live: Tensor | None, pdl: bool
+) -> Choice:  # fmt: skip
+    """count: of the tiles that `_sort` will make; None: it does not follow."""
+    tokens, experts, device = scores.shape[0], len(load), scores.device
+    chosen = torch.empty(tokens, rule.per_token, dtype=torch.int32, device=device)
+    weights = torch.empty(tokens, rule.per_token, dtype=torch.float32, device=device)
+    gates = torch.empty(tokens, dtype=torch.float32, device=device) if scores.shape[1] > experts else None
     if tokens:
         pdl = pdl and not interpreted()
         block = triton.next_power_of_2(experts)
         _choose[(tokens,)](
-            scores, scores if live is None else live, chosen, weights, weights if gates is None else gates, count,
-            scores.stride(0), EXPERTS=experts, BLOCK=block, TOP=per_token, PLACES=triton.next_power_of_2(per_token),
-            OF_ALL=of_all, NORMALIZED=normalized, LIVE=live is not None, SHARED=gates is not None, PDL=pdl,
-            num_warps=warps_for(block), launch_pdl=pdl,
+            scores, scores if live is None else live, chosen, weights, weights if gates is None else gates,
+            chosen if count is None else count, load, scores.stride(0), EXPERTS=experts, BLOCK=block, TOP=rule.per_token,
+            PLACES=triton.next_power_of_2(rule.per_token), OF_ALL=rule.of_all, NORMALIZED=rule.normalized,
+            LIVE=live is not None, SHARED=gates is not None, SORTED=count is not None, PDL=pdl, num_warps=warps_for(block),
+            launch_pdl=pdl,
         )  # fmt: skip
-        at_once = LEAST_PAIRS if total <= LEAST_PAIRS else min(MOST_PAIRS, 1024 if total <= 1024 else MOST_PAIRS)
-        _sort[(experts,)](
-            chosen, pairs, tiles, count, load, total, first_held, HELD=held, SIZE=size, BLOCK=at_once, PDL=pdl,
-            num_warps=warps_for(at_once), launch_pdl=pdl,
-        )  # fmt: skip
-    return Routing(chosen, weights, gates, pairs, tiles, count, size)
+    return Choice(chosen, weights, gates)

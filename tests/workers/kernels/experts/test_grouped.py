@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
 from workers.kernels.experts.grouped import Tiling, add_up, choose_tiling, down, gate_up, tile_size
-from workers.kernels.experts.route import Routing, route
+from workers.kernels.experts.route import Routing, Rule, route
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]  # the interpreter multiplies bfloat16's bits
 EXPERTS, TOP = 6, 2
@@ -16,9 +16,7 @@ SMALL = Tiling(16, 32, 4, 2)
 
 def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int = 0, live: Tensor | None = None) -> Routing:
     load = torch.zeros(EXPERTS, dtype=torch.int64, device=scores.device)
-    return route(
-        scores, load, per_token=TOP, of_all=True, normalized=True, held=held, first_held=first_held, size=size, live=live
-    )
+    return route(scores, load, Rule(TOP, True, True), held=held, first_held=first_held, size=size, live=live)
 
 
 def _run(

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import DEVICES
 from tests.workers.kernels.experts.mixtures import exact_route
-from workers.kernels.experts.route import Routing, most_tiles, route
+from workers.kernels.experts.route import Routing, Rule, choose, most_tiles, route
 
 
 def _route(scores: Tensor, experts: int, per_token: int, **asked: object) -> tuple[Routing, Tensor]:
     load = torch.zeros(experts, dtype=torch.int64, device=scores.device)
-    settings = {"of_all": True, "normalized": True, "held": experts, "size": 8} | asked
-    return route(scores, load, per_token=per_token, **settings), load  # type: ignore[arg-type]
+    rule = Rule(per_token, bool(asked.pop("of_all", True)), bool(asked.pop("normalized", True)))
+    return route(scores, load, rule, **{"held": experts, "size": 8} | asked), load  # type: ignore[arg-type]
 
 
 def _groups(routing: Routing) -> dict[int, list[int]]:
@@ -72,6 +72,18 @@ def test_padding_goes_nowhere(device: str) -> None:
     pairs = [pair for group in _groups(routing).values() for pair in group]
     assert sorted(pairs) == [2 * token + place for token in live.nonzero().flatten().tolist() for place in (0, 1)]
     assert int(load.sum()) == 2 * int(live.sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_choice_that_is_not_sorted_is_the_same_and_counted_as_well(device: str) -> None:
+    scores = torch.randn(5, 7, device=device)
+    live = torch.tensor([True, True, False, True, True], device=device)
+    routing, load = _route(scores, 7, 3, live=live)
+    counted = torch.zeros_like(load)
+    choice = choose(scores, counted, Rule(3, True, True), live=live)
+    assert torch.equal(choice.chosen, routing.chosen)
+    assert torch.equal(choice.weights, routing.weights)
+    assert torch.equal(counted, load)
 
 
 @pytest.mark.parametrize("device", DEVICES)
