@@ -34,12 +34,12 @@ class ChunkConfig:
     warps: int = 4
 
 
-def choose_config(pool: KVPool) -> ChunkConfig:
-    """The best known for the pool's shape and dtype."""
+def choose_config(pool: KVPool, head_dim: int) -> ChunkConfig:
+    """The best known for the pool's dtype; heads of more than 128 numbers are as yet unmeasured."""
     if pool.dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
-    keys, wide = fitting_keys(ChunkConfig().keys, pool.layout.head_dim), pool.layout.head_dim > 128
-    return ChunkConfig(rows=64 if pool.layout.head_dim <= 256 else 32, keys=keys, warps=8 if wide else 4)
+    keys = fitting_keys(ChunkConfig().keys, head_dim)
+    return ChunkConfig(rows=64 if head_dim <= 256 else 32, keys=keys, warps=8 if head_dim > 128 else 4)
 
 
 @triton.jit(do_not_specialize=["seqs"])
@@ -97,8 +97,8 @@ def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.c
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, query_stride, table_stride, out_stride,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-            SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
+            CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
             BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: one tile of query rows x one KV head."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
@@ -136,8 +136,7 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, quer
         edge = tl.minimum(tl.cdiv(lowest_seen(before + first + last - 1, WINDOW, CHUNK), KEYS), full)
         block = span_blocks(table, least // KEYS, least, context, KV_BLOCK, KEYS)
         for span in tl.range(least // KEYS, edge, num_stages=1):
-            k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS,
-                           True)  # fmt: skip
+            k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
             block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
             position = span * KEYS + tl.arange(0, KEYS)
             top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
@@ -145,11 +144,11 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, quer
     else:
         block = span_blocks(table, 0, None, context, KV_BLOCK, KEYS)
     for span in tl.range(begin, full, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, None, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
+        k, v = span_kv(pool, block, span, base, head, None, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         top, weight, acc = _fold(q, k, v, None, seen, seen, top, weight, acc, scale, False, SOFTCAP, PRECISION)
     for span in tl.range(full, spans, num_stages=1):
-        k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
+        k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
@@ -160,20 +159,23 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, quer
 
 class ChunkAttention:
     """Causal attention of chunks over one rank's pool. heads: query heads of this rank. forms: of each layer, None: plain.
+    kv_heads, head_dim: as in `DecodeAttention`.
 
     Safety: block_tables name blocks of the pool for what is seen of each sequence's context, whose keys and values stand there
     already.
     """
 
     def __init__(
-        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None
-    ) -> None:
+        self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None,
+        kv_heads: int | None = None, head_dim: int | None = None,
+    ) -> None:  # fmt: skip
         layout = pool.layout
         self._pool = pool
         self._forms = forms or plain_forms(layout.layers, layout.head_dim)
-        self._group = heads // layout.kv_heads
-        self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        self.config = config = config or choose_config(pool)
+        self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
+        self._group = heads // self._kv_heads
+        self._dim = max(16, triton.next_power_of_2(self._head_dim))
+        self.config = config = config or choose_config(pool, self._head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
@@ -200,11 +202,11 @@ class ChunkAttention:
         [heads], where the layer's form has them."""
         layout, config, form = self._pool.layout, self.config, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
-        _attend[(len(tiles) * layout.kv_heads,)](
+        _attend[(len(tiles) * self._kv_heads,)](
             query, self._pool.data, block_tables, tiles, context_lens, sinks, out, layer, form.scale * LOG2_E,
             query.stride(0), block_tables.stride(0), out.stride(0),
-            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, WINDOW=form.reach.window,
-            CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
+            KV_HEADS=self._kv_heads, GROUP=self._group, DIM=self._head_dim, ROW=layout.kv_heads * layout.head_dim,
+            WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip
