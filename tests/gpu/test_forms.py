@@ -17,6 +17,7 @@ pytestmark = GPU
 KINDS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64},
     "gemma3_text": {"head_dim": 256},
+    "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
     "gpt_oss": {"head_dim": 64},
     "llama4_text": {"head_dim": 64},
     "phi3": {"head_dim": None, "hidden_size": 384},

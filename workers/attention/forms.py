@@ -19,3 +19,9 @@ class HeadShape:
     def width(self) -> int:
         """Numbers of a token's keys, or of its values where these are more."""
         return self.kv_heads * max(self.key_dim, self.value_dim)
+
+    @property
+    def even(self) -> "HeadShape":
+        """The same with keys and values of one size, the larger: what the narrower are filled up to on GPUs."""
+        size = max(self.key_dim, self.value_dim)
+        return HeadShape(self.heads, self.kv_heads, size, size)

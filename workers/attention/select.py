@@ -67,13 +67,15 @@ def select_backend(
 
 
 def select_device_backends(
-    name: str, *, pool: KVPool, heads: int, most: int, forms: Sequence[Form] | None = None, dtype: torch.dtype | None = None
-) -> tuple[PagedAttention, PagedAttention]:
+    name: str, *, pool: KVPool, heads: int, most: int, forms: Sequence[Form] | None = None,
+    shapes: Sequence[HeadShape] | None = None, dtype: torch.dtype | None = None,
+) -> tuple[PagedAttention, PagedAttention]:  # fmt: skip
     """What a GPU's runner attends with, and what it attends with in captured prefill steps of few tokens.
 
     name: "auto" decodes by our Triton kernel, which is as fast as flash-attn's at every shape that was measured and whose cost
     does not know the width of the block table, and prefills by flash-attn where that is installed, but for small steps. most:
-    decodes in one step. forms: of each layer, None: plain; those that flash-attn does not take are ours. dtype: as in
+    decodes in one step. forms: of each layer, None: plain; those that flash-attn does not take are ours. shapes: of each
+    layer's heads, keys and values alike; None: all as the pool's. Where they differ all layers are ours. dtype: as in
     `select_backend`.
 
     Raises ValueError saying what to change where the choice cannot work.
@@ -82,6 +84,12 @@ def select_device_backends(
         raise ValueError(f"{heads} query heads cannot share {pool.layout.kv_heads} KV heads evenly: check the model and tp")
     if name not in ("auto", "flash", "triton"):
         raise ValueError(f"attention backend {name!r} does not run on a CUDA device: choose auto, flash or triton")
+    told = forms or plain_forms(pool.layout.layers, pool.layout.head_dim)
+    if shapes is not None and any(shape != _whole(pool, heads) for shape in shapes):
+        if name == "flash":
+            raise ValueError("layers whose heads differ are not for flash-attn: choose attention backend auto or triton")
+        by_shape = _by_shape(pool, told, shapes, most, dtype)
+        return by_shape, by_shape
     ours = _triton(pool, heads, forms, dtype)
     ours.reserve(most)
     if name == "triton":
@@ -93,13 +101,31 @@ def select_device_backends(
             raise
         logger.info("attention: prefill not by flash: %s", error)
         return ours, ours
-    told = forms or plain_forms(pool.layout.layers, pool.layout.head_dim)
     taken: list[PagedAttention] = [flash if flash.takes(form) else ours for form in told]
     for words in dict.fromkeys(", ".join(form.says()) for form in told if not flash.takes(form)):
         logger.info("attention: triton for layers with %s, which this flash-attn does not take", words)
     if name == "flash":
         return flash if ours not in taken else MixedAttention(taken, taken), ours
     return MixedAttention([ours] * len(taken), taken), ours
+
+
+def _by_shape(
+    pool: KVPool, forms: Sequence[Form], shapes: Sequence[HeadShape], most: int, dtype: torch.dtype | None
+) -> PagedAttention:
+    """One of ours for each shape of heads, which plans for its own layers' forms alone."""
+    backends: dict[HeadShape, TritonAttention] = {}
+    for shape in dict.fromkeys(shapes):
+        own = [form for form, other in zip(forms, shapes, strict=True) if other == shape]
+        told = [form if other == shape else own[0] for form, other in zip(forms, shapes, strict=True)]
+        backends[shape] = _triton(pool, shape.heads, told, dtype, shape)
+        backends[shape].reserve(most)
+    layers = [backends[shape] for shape in shapes]
+    return MixedAttention(layers, layers)
+
+
+def _whole(pool: KVPool, heads: int) -> HeadShape:
+    layout = pool.layout
+    return HeadShape(heads, layout.kv_heads, layout.head_dim, layout.head_dim)
 
 
 def _cpu(
@@ -123,8 +149,7 @@ def _torch(pool: KVPool, heads: int, forms: Sequence[Form] | None) -> AttentionB
     layout = pool.layout
     if forms is None or all(form == Form(layout.head_dim**-0.5) for form in forms):
         return CpuAttention(pool, heads)
-    shape = HeadShape(heads, layout.kv_heads, layout.head_dim, layout.head_dim)
-    return VariedAttention(pool, [shape] * layout.layers, forms)
+    return VariedAttention(pool, [_whole(pool, heads)] * layout.layers, forms)
 
 
 def _cuda(pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype | None) -> AttentionBackend:
@@ -155,7 +180,9 @@ def _flash(pool: KVPool, heads: int, forms: Sequence[Form] | None) -> FlashAtten
     return backend
 
 
-def _triton(pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype | None) -> "TritonAttention":
+def _triton(
+    pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch.dtype | None, shape: HeadShape | None = None
+) -> "TritonAttention":
     if pool.layout.scaled and pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(pool.device)
         raise ValueError(f"{name} does not know {pool.layout.dtype}, which came with Ada and Hopper: leave kv_dtype out")
@@ -163,6 +190,6 @@ def _triton(pool: KVPool, heads: int, forms: Sequence[Form] | None, dtype: torch
         from workers.attention.triton import TritonAttention
     except ImportError as error:
         raise ValueError(f"attention backend triton cannot be imported ({error}): install triton or flash-attn") from error
-    backend = TritonAttention(pool, heads, forms=forms, dtype=dtype)
+    backend = TritonAttention(pool, heads, forms=forms, shape=shape, dtype=dtype)
     logger.info("attention: triton, paged split-KV kernels with blocks of %d tokens", pool.layout.block_size)
     return backend

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcache.pool import KVPool
 from workers.attention.base import Chunks
-from workers.attention.forms import Form
+from workers.attention.forms import Form, HeadShape
 from workers.attention.write import dense_rows
 from workers.execution.step import StepInput
 from workers.kernels.attention.chunks import ChunkAttention
@@ -94,15 +94,19 @@ class TritonAttention:
 
     def __init__(
         self, pool: KVPool, heads: int, max_batch: int = FIRST_BATCH, forms: Sequence[Form] | None = None,
-        dtype: torch.dtype | None = None,
+        shape: HeadShape | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        """forms: of each layer, None: plain. shape: of the heads of the layers that it is asked for, keys and values alike;
+        None: the pool's, and only then it writes. dtype: of queries, None: the pool's."""
         self._pool = pool
         self._heads = heads
+        self._head_dim = shape.key_dim if shape is not None else pool.layout.head_dim
+        own = (None, None) if shape is None else (shape.kv_heads, shape.key_dim)
         self._writer = TritonWriter(pool)
         sizes = FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1)
-        self._decode = [DecodeAttention(pool, heads, rows, forms=forms, dtype=dtype) for rows in sizes]
-        self._chunk = ChunkAttention(pool, heads, forms=forms, dtype=dtype)
-        self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool alone
+        self._decode = [DecodeAttention(pool, heads, rows, None, forms, *own, dtype=dtype) for rows in sizes]
+        self._chunk = ChunkAttention(pool, heads, None, forms, *own, dtype=dtype)
+        self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool and the heads alone
 
     @property
     def memory_bytes(self) -> int:
@@ -155,7 +159,7 @@ class TritonAttention:
     ) -> Tensor:  # fmt: skip
         query = query if turn is not None else dense_rows(query)
         if out is None:
-            out = torch.empty((len(query), self._heads, self._pool.layout.head_dim), dtype=query.dtype, device=query.device)
+            out = torch.empty((len(query), self._heads, self._head_dim), dtype=query.dtype, device=query.device)
         self._of(len(query)).run(layer, query, block_tables, out, turn, sinks)
         return out
 

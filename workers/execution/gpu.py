@@ -108,10 +108,11 @@ class GpuParts:
         config = self._spec.config
         pool = KVPool(self._spec.layout, blocks + 1, self._spec.device, scales=self._spec.kv_scales)
         assert self._decoder is not None, "made before it is loaded"
+        shapes = None if isinstance(self._decoder, Decoder) else [heads.even for heads in self._decoder.heads]
         attention, small = select_device_backends(
             config.attention, pool=pool, heads=self._spec.shape.heads, most=self._most, forms=self._decoder.forms,
-            dtype=self._spec.dtype,
-        )
+            shapes=shapes, dtype=self._spec.dtype,
+        )  # fmt: skip
         state = DeviceBatch(
             max_num_seqs=config.max_num_seqs,
             blocks=self._spec.layout.blocks_for(self._spec.resolved.max_model_len),

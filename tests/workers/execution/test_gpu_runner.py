@@ -174,11 +174,12 @@ def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Pa
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [("mistral", "native"), ("gpt_oss", "transformers"), ("gemma2", "transformers")]
+    ("kind", "implementation"),
+    [("mistral", "native"), ("gpt_oss", "transformers"), ("gemma2", "transformers"), ("gemma4_text", "transformers")],
 )
 def test_layers_of_every_form(kind: str, implementation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows that end in the midst of blocks, in all layers and in some; sinks; soft caps and scales: prompts in chunks beside
-    decodes, some longer than a window and some shorter."""
+    """Windows that end in the midst of blocks, in all layers and in some; sinks; soft caps and scales; heads that differ from
+    layer to layer: prompts in chunks beside decodes, some longer than a window and some shorter."""
     path = make(kind, tmp_path / kind, sliding_window=10)
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     works = [Work(list(range(40, 65)), greedy), Work([4, 5], greedy), Work(list(range(7, 20)), greedy)]

@@ -35,11 +35,11 @@ class ChunkConfig:
 
 
 def choose_config(dtype: torch.dtype, head_dim: int) -> ChunkConfig:
-    """The best known for queries of that dtype and size."""
+    """The best known for queries of that dtype; heads of more than 128 numbers are as yet unmeasured."""
     if dtype == torch.float32:  # a dot in full precision takes its operands into registers
         return ChunkConfig(rows=32, keys=16, stages=2)
-    keys, wide = fitting_keys(ChunkConfig().keys, head_dim), head_dim > 128
-    return ChunkConfig(rows=64 if head_dim <= 256 else 32, keys=keys, warps=8 if wide else 4)
+    keys = fitting_keys(ChunkConfig().keys, head_dim)
+    return ChunkConfig(rows=64 if head_dim <= 256 else 32, keys=keys, warps=8 if head_dim > 128 else 4)
 
 
 @triton.jit(do_not_specialize=["seqs"])
@@ -98,8 +98,8 @@ def _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, MASKED: tl.c
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, value_scale, query_stride, table_stride, out_stride,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-            SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
+            CHUNK: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr,
             BLOCK_DIM: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One program: one tile of query rows x one KV head. value_scale: of a pool in FP8, None for another."""
     at = tiles + tl.program_id(0) // KV_HEADS * 4
@@ -137,8 +137,7 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, valu
         edge = tl.minimum(tl.cdiv(lowest_seen(before + first + last - 1, WINDOW, CHUNK), KEYS), full)
         block = span_blocks(table, least // KEYS, least, context, KV_BLOCK, KEYS)
         for span in tl.range(least // KEYS, edge, num_stages=1):
-            k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS,
-                           True)  # fmt: skip
+            k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
             block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
             position = span * KEYS + tl.arange(0, KEYS)
             top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
@@ -146,11 +145,11 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, valu
     else:
         block = span_blocks(table, 0, None, context, KV_BLOCK, KEYS)
     for span in tl.range(begin, full, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, None, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
+        k, v = span_kv(pool, block, span, base, head, None, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, False)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         top, weight, acc = _fold(q, k, v, None, seen, seen, top, weight, acc, scale, False, SOFTCAP, PRECISION)
     for span in tl.range(full, spans, num_stages=1):
-        k, v = span_kv(pool, block, span, base, head, least, context, dims, KV_HEADS, DIM, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
+        k, v = span_kv(pool, block, span, base, head, least, context, dims, DIM, ROW, KV_BLOCK, KV_BLOCK_ROWS, KEYS, True)
         block = span_blocks(table, tl.minimum(span + 1, spans - 1), least, context, KV_BLOCK, KEYS)
         position = span * KEYS + tl.arange(0, KEYS)
         top, weight, acc = _fold(q, k, v, lowest, seen, position, top, weight, acc, scale, True, SOFTCAP, PRECISION)
@@ -163,7 +162,7 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, valu
 
 class ChunkAttention:
     """Causal attention of chunks over one rank's pool. heads: query heads of this rank. forms: of each layer, None: plain.
-    dtype: of queries, None: the pool's.
+    kv_heads, head_dim: as in `DecodeAttention`. dtype: of queries, None: the pool's.
 
     Safety: block_tables name blocks of the pool for what is seen of each sequence's context, whose keys and values stand there
     already.
@@ -171,14 +170,15 @@ class ChunkAttention:
 
     def __init__(
         self, pool: KVPool, heads: int, config: ChunkConfig | None = None, forms: Sequence[Form] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        kv_heads: int | None = None, head_dim: int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         layout = pool.layout
         self._pool = pool
         self._forms = forms or plain_forms(layout.layers, layout.head_dim)
-        self._group = heads // layout.kv_heads
-        self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        self.config = config = config or choose_config(dtype or pool.dtype, layout.head_dim)
+        self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
+        self._group = heads // self._kv_heads
+        self._dim = max(16, triton.next_power_of_2(self._head_dim))
+        self.config = config = config or choose_config(dtype or pool.dtype, self._head_dim)
         self._rows = max(config.rows, triton.next_power_of_2(self._group))
 
     def plan(self, query_starts: Tensor, context_lens: Tensor, tokens: int) -> Tensor:
@@ -206,11 +206,11 @@ class ChunkAttention:
         layout, config, form = self._pool.layout, self.config, self._forms[layer]
         assert form.sinks == (sinks is not None), "sinks come with the layers that have them"
         key_scale, value_scale = self._pool.scales(layer) or (1.0, None)
-        _attend[(len(tiles) * layout.kv_heads,)](
+        _attend[(len(tiles) * self._kv_heads,)](
             query, self._pool.data, block_tables, tiles, context_lens, sinks, out, layer, form.scale * LOG2_E * key_scale,
             value_scale, query.stride(0), block_tables.stride(0), out.stride(0),
-            KV_HEADS=layout.kv_heads, GROUP=self._group, DIM=layout.head_dim, WINDOW=form.reach.window,
-            CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
+            KV_HEADS=self._kv_heads, GROUP=self._group, DIM=self._head_dim, ROW=layout.kv_heads * layout.head_dim,
+            WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0, KV_BLOCK=layout.block_size,
             LAYERS=layout.layers, ROWS=self._rows, BLOCK_DIM=self._dim, KEYS=config.keys, STAGES=config.stages,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=config.warps,
         )  # fmt: skip

@@ -56,7 +56,8 @@ def _own_kv(projected, k_weight, turns, pool, table, base, head, context, dims, 
 @triton.jit(do_not_specialize=["layer", "table_stride"])
 def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, members, row_pieces, row_entries, sinks, out,
             partial, lse, counters, layer, scale, key_scale, value_scale, eps, query_stride, table_stride, out_stride,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROW: tl.constexpr, WINDOW: tl.constexpr,
+            CHUNK: tl.constexpr,
             SOFTCAP: tl.constexpr,
             KV_BLOCK: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr,
             KEYS: tl.constexpr, STAGES: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_PIECES: tl.constexpr,
@@ -121,8 +122,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
     # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
     block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
     for span in tl.range(low, high, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, lowest, context, dims, KV_HEADS, DIM, KV_BLOCK, LAYERS * 2 * KV_BLOCK,
-                       KEYS, True)  # fmt: skip
+        k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
+                       True)  # fmt: skip
         block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
         top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
 
@@ -164,15 +165,16 @@ class DecodeAttention:
     """Attention of rows with one query token each over one rank's pool. Its buffers serve one step at a time.
 
     heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of
-    each layer, None: plain. dtype: of queries, None: the pool's. Layers of one reach are planned together, and rows share
-    prefixes in those that see all.
+    each layer, None: plain. Layers of one reach are planned together, and rows share prefixes in those that see all. kv_heads,
+    head_dim: of the layers that it is asked for, None: the pool's, whose rows may be wider. dtype: of queries, None: the pool's.
     Safety: block_tables name blocks of the pool for what each row sees of its context, and one block even where the context is
     0 (whose output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
     """
 
     def __init__(
-        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None, forms: Sequence[Form] | None = None,
+        self, pool: KVPool, heads: int, max_batch: int, config: DecodeConfig | None = None,
+        forms: Sequence[Form] | None = None, kv_heads: int | None = None, head_dim: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         layout, dtype = pool.layout, dtype or pool.dtype
@@ -181,9 +183,10 @@ class DecodeAttention:
         self._pool = pool
         self._forms = forms or plain_forms(layout.layers, layout.head_dim)
         self._heads = heads
-        self._group = heads // layout.kv_heads
-        self._dim = max(16, triton.next_power_of_2(layout.head_dim))
-        config = config or choose_config(pool, max_batch, dtype)
+        self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
+        self._group = heads // self._kv_heads
+        self._dim = max(16, triton.next_power_of_2(self._head_dim))
+        config = config or choose_config(pool, max_batch, dtype, self._head_dim)
         self.config = config
         self._tile = max(config.tile, triton.next_power_of_2(self._group))
         shares = any(form.reach == Reach() for form in self._forms)
@@ -197,12 +200,12 @@ class DecodeAttention:
         self._make_rows(max_batch)
 
     def _make_rows(self, max_batch: int) -> None:
-        device, kv_heads = self._pool.device, self._pool.layout.kv_heads
+        device, kv_heads = self._pool.device, self._kv_heads
         self.max_batch = max_batch
         entries = 2 * self._shares  # of rows that are cut: their pieces are at least half as long as those wanted
         if self.prefixes.rows > 1:  # of rows with a set: a piece of their own, and the set's for each of its members
             entries += max_batch * kv_heads + self.prefixes.rows * (self._shares + self.prefixes.sets(max_batch) * kv_heads)
-        self._partial = torch.empty(entries * self._group, self._pool.layout.head_dim, dtype=torch.float32, device=device)
+        self._partial = torch.empty(entries * self._group, self._head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(entries * self._group, dtype=torch.float32, device=device)
         self._counters = torch.zeros(max_batch * kv_heads, dtype=torch.int32, device=device)
         nothing = torch.zeros(max(max_batch, SET_FIELDS * self.prefixes.sets(max_batch)), dtype=torch.int32, device=device)
@@ -228,7 +231,7 @@ class DecodeAttention:
         return sum(tensor.nbytes for tensor in [*self._buffers(), *self._kept])
 
     def _programs(self, batch: int) -> int:
-        return self._shares + (batch + self.prefixes.sets(batch)) * self._pool.layout.kv_heads
+        return self._shares + (batch + self.prefixes.sets(batch)) * self._kv_heads
 
     def plan(self, context_lens: Tensor, batch: int, shared: SharedPrefixes | None = None) -> None:
         """Cut the step's work, once for all its layers of one reach. context_lens: [>= batch] int32, on the pool's device.
@@ -244,7 +247,7 @@ class DecodeAttention:
             common = self._shared(reach)
             plan[(triton.cdiv(units, PLANNED_UNITS),)](
                 context_lens, common.tokens, common.sets, cut.items, cut.pieces, cut.entries, batch, units, self._shares,
-                self._programs(batch), KV_HEADS=self._pool.layout.kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
+                self._programs(batch), KV_HEADS=self._kv_heads, KEYS=self.config.keys, LEAST=self.config.least,
                 WINDOW=reach.window, CHUNK=reach.chunk, UNITS=PLANNED_UNITS, COMPARED=COMPARED_UNITS, ITEMS=WRITTEN_ITEMS,
             )  # fmt: skip
 
@@ -268,8 +271,9 @@ class DecodeAttention:
         cut, members = self._cuts[form.reach], self._shared(form.reach).members
         batch = len(query)
         merge_rows = triton.next_power_of_2(self._group)
-        shape = {"GROUP": self._group, "DIM": layout.head_dim, "BLOCK_DIM": self._dim}
+        shape = {"GROUP": self._group, "DIM": self._head_dim, "BLOCK_DIM": self._dim}
         launch = {"launch_pdl": True} if config.dependent else {}
+        assert turn is None or self._kv_heads * self._head_dim == layout.kv_heads * layout.head_dim, "it writes whole rows"
         turning = (None, None, None) if turn is None else (turn.q_weight, turn.k_weight, turn.table)
         scales = self._pool.scales(layer)
         scale = form.scale * LOG2_E * (1.0 if scales is None else scales[0])
@@ -278,8 +282,8 @@ class DecodeAttention:
             out, self._partial, self._lse, self._counters, layer, scale, *(scales or (None, None)),
             0.0 if turn is None else turn.eps, query.stride(0), block_tables.stride(0), out.stride(0), **shape,
             WINDOW=form.reach.window, CHUNK=form.reach.chunk, SOFTCAP=form.softcap or 0.0,
-            KV_HEADS=layout.kv_heads, KV_BLOCK=layout.block_size, LAYERS=layout.layers, ROWS=self._tile, KEYS=config.keys,
-            STAGES=config.stages, MERGE_ROWS=merge_rows,
+            KV_HEADS=self._kv_heads, ROW=layout.kv_heads * layout.head_dim, KV_BLOCK=layout.block_size, LAYERS=layout.layers,
+            ROWS=self._tile, KEYS=config.keys, STAGES=config.stages, MERGE_ROWS=merge_rows,
             MERGE_PIECES=max(1, MERGED_NUMBERS // (merge_rows * self._dim)), ATOMIC=config.atomic,
             DEPENDENT=config.dependent, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=config.warps, **launch,

@@ -28,14 +28,15 @@ SOME_ROWS = 64
 """Decodes too few for many programs on each multiprocessor: more of each one's spans are in flight instead."""
 
 
-def choose_config(pool: KVPool, rows: int, dtype: torch.dtype) -> DecodeConfig:
-    """The best known for the pool's device, a batch of so many rows, and queries of that dtype.
+def choose_config(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) -> DecodeConfig:
+    """The best known for the pool's device, a batch of so many rows, and queries of that dtype; heads of more than 128 numbers
+    are as yet unmeasured.
 
     Few: in whole steps of the 0.6B shape on an H200, us: batch 1 with 300 keys 822 as many rows have it, 751 as few have it;
     batch 4 1,262 and 1,230; batch 32 1,507 and 1,564. Some, us a layer: 32 rows of 1,024 keys 40.7 as many have it, 35.3 as
     some have it; 32 of 128 to 1,779 40.9 and 38.9, 64 of them 67.3 and 63.8; 256 254 and 256.
     """
-    keys = fitting_keys(DecodeConfig().keys, pool.layout.head_dim)
+    keys = fitting_keys(DecodeConfig().keys, head_dim)
     if dtype == torch.float32:
         return DecodeConfig(keys=max(16, keys // 2), stages=2, warps=8)  # a dot in full precision takes operands into registers
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9

@@ -43,14 +43,15 @@ def span_blocks(table, span, lowest, context, KV_BLOCK: tl.constexpr, KEYS: tl.c
 
 
 @triton.jit
-def span_kv(pool, block, span, base, head, lowest, context, dims, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-           KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def span_kv(pool, block, span, base, head, lowest, context, dims, DIM: tl.constexpr,
+           ROW: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr, KEYS: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
     """Keys and values [KEYS, BLOCK_DIM] of one span. Values past the context, and before `lowest` where that is not None, are
     zeros where MASKED; keys are anything.
 
-    base: the layer's first row in a block, in rows of KV_HEADS * DIM numbers; its values stand KV_BLOCK rows behind its keys.
+    base: the layer's first row in a block, in rows of ROW numbers, of which its heads fill all or the beginning; its values
+    stand KV_BLOCK rows behind its keys.
     """
-    ROW: tl.constexpr = KV_HEADS * DIM
     BLOCK_DIM: tl.constexpr = dims.shape[0]
     step = tl.arange(0, KEYS)
     written = span * KEYS + step < context

@@ -20,6 +20,9 @@ from workers.parallel.silent import Silent
 
 TOKENS = 3
 
+KERNELS_HEAD_DIM = 512
+"""Of keys or values, at most: beyond that a span of keys does not fit a multiprocessor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Survey:
@@ -42,10 +45,10 @@ class Survey:
     def kernels_lack(self) -> str | None:
         """Why the kernels for GPUs cannot attend for these layers, in words."""
         for layer, heads in enumerate(self.heads):
-            if (heads.heads, heads.kv_heads) != (self.heads[0].heads, self.heads[0].kv_heads) or len(self._sizes()) > 1:
+            if heads.even.key_dim > KERNELS_HEAD_DIM:
                 return (
-                    f"layer {layer} attends with heads of its own, and the kernels for GPUs have one size for all layers: "
-                    "choose device cpu"
+                    f"layer {layer} has heads of {heads.even.key_dim} numbers, and the kernels for GPUs take up to "
+                    f"{KERNELS_HEAD_DIM}: choose device cpu"
                 )
         return None
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvcache.layout import BlockLayout
+from kvcache.pool import KVPool
 from tests.workers.attention.attention_reference import Problem, lowest_seen, make_problem, make_step
 from tests.workers.kernels.attention.test_decode import tell
 from tests.workers.kernels.devices import ATTENTION_TOLERANCE, CUDA, attention_cases, one_attention_dtype
@@ -170,4 +171,27 @@ def test_wide_heads(dtype: str, device: str, head_dim: int) -> None:
         chunks, out = ChunkAttention(problem.pool, 2), torch.full_like(problem.query, float("nan"))
         tiles = chunks.plan(step.query_starts.to(device), step.context_lens.to(device), len(problem.query))
         chunks.run(0, problem.query, problem.step.block_tables, problem.step.context_lens, tiles, out)
+        check(problem, out)
+
+
+@dtype_and_device
+def test_heads_that_fill_a_part_of_the_pools_rows(dtype: str, device: str) -> None:
+    """Two KV heads of 32 in a pool of one of 96: as in a pool of their own; what stands behind them is NaN."""
+    form = FORMS["window-over-blocks"]
+    decodes = make_problem(make_step([1, 1], [40, 90], 16), layout(16, dtype, kv_heads=2), 4, device, form=form)
+    chunks = make_problem(make_step([30, 3], [130, 3], 16), layout(16, dtype, kv_heads=2), 4, device, form=form)
+    for problem in (decodes, chunks):
+        write(problem)
+        pool = KVPool(layout(16, dtype, head_dim=96), problem.pool.blocks, device)
+        pool.data.fill_(float("nan"))
+        pool.data.flatten(4)[..., :64] = problem.pool.data.flatten(4)
+        step, out = problem.step, torch.full_like(problem.query, float("nan"))
+        if problem is decodes:
+            decode_attention = DecodeAttention(pool, 4, 2, SHORT, problem.forms, 2, 32)
+            decode_attention.plan(step.context_lens, 2)
+            decode_attention.run(1, problem.query, step.block_tables, out)
+        else:
+            chunk_attention = ChunkAttention(pool, 4, TILES, problem.forms, 2, 32)
+            tiles = chunk_attention.plan(step.query_starts, step.context_lens, len(problem.query))
+            chunk_attention.run(1, problem.query, step.block_tables, step.context_lens, tiles, out)
         check(problem, out)

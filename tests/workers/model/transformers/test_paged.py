@@ -16,7 +16,6 @@ from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from tests.workers.model.transformers.ranks import Ranks
-from workers.attention.forms import HeadShape
 from workers.cpu.varied import VariedAttention
 from workers.execution.step import StepInput
 from workers.model.fields import CheckpointError
@@ -46,10 +45,10 @@ class Attends:
         return self.attend(layer, query, sinks)
 
 
-@pytest.mark.parametrize("kind", ["llama", "granite", "deepseek_v3", "llama4_text", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "granite", "deepseek_v3", "llama4_text", "gemma2", "gpt_oss", "gemma4_text"])
 def test_it_equals_the_plain_path(kind: str, tmp_path: Path) -> None:
     """A scale of its own (granite), values narrower than keys (deepseek_v3), positions counted from the cache and chunks
-    (llama4_text), windows and caps (gemma2), sinks (gpt_oss)."""
+    (llama4_text), windows and caps (gemma2), sinks (gpt_oss), layers whose heads differ (gemma4_text)."""
     from workers.model.transformers.paged import PagedTransformers
 
     path = make(kind, tmp_path / kind)
@@ -58,16 +57,18 @@ def test_it_equals_the_plain_path(kind: str, tmp_path: Path) -> None:
     layout = BlockLayout(BLOCK_SIZE, shape.layers, shape.kv_heads, shape.head_dim, "float32")
     pool, scratch = (KVPool(layout, SEQUENCES * BLOCKS_EACH, "cpu") for _ in range(2))
     decoder = load_transformers(path, config, Solo(), torch.float32, torch.device("cpu"), None, LENGTH)
-    own = HeadShape(shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim)
-    scratch_attention = VariedAttention(scratch, [own] * shape.layers, decoder.forms)
+    shapes = [heads.even for heads in decoder.heads]
+    scratch_attention = VariedAttention(scratch, shapes, decoder.forms)
     paged = PagedTransformers(decoder, pool)
 
     def run(step: StepInput, *, all_tokens: bool) -> Tensor:
         plan = scratch_attention.plan(step)
 
         def attend(layer: int, query: Tensor, sinks: Tensor | None) -> Tensor:
-            assert query.shape[1:] == (shape.heads, shape.head_dim)
-            key, value = (view.flatten(0, 1)[step.slots] for view in (pool.keys(layer), pool.values(layer)))
+            own = shapes[layer]
+            assert query.shape[1:] == (own.heads, own.key_dim)
+            rows = (view.flatten(0, 1)[step.slots].flatten(1) for view in (pool.keys(layer), pool.values(layer)))
+            key, value = (row[:, : own.width].view(-1, own.kv_heads, own.key_dim) for row in rows)
             return scratch_attention.attend(layer, query, key, value, step, plan, sinks)
 
         tokens, positions, slots, rows = (getattr(step, name).int() for name in ("tokens", "positions", "slots", "sample_at"))
@@ -83,14 +84,14 @@ def test_it_equals_the_plain_path(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_kernels_do_not_compute(tmp_path: Path) -> None:
-    path = make("gemma4_text", tmp_path / "gemma4")
+    path = make("gemma", tmp_path / "gemma", head_dim=520)
     config = EngineConfig(model=str(path))
     resolve(config, "cpu")
-    with pytest.raises(CheckpointError, match=r"Gemma4ForCausalLM: layer 0 attends with heads of its own, .* device cpu$"):
+    with pytest.raises(CheckpointError, match=r"GemmaForCausalLM: layer 0 has heads of 520 numbers, .* up to 512: .* cpu$"):
         resolve(config, "cuda")
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "gemma2", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text", "gpt_oss", "llama4_text"])
 def test_layers_of_every_form_are_served_on_a_gpu(kind: str, tmp_path: Path) -> None:
     path = make(kind, tmp_path / kind)
     assert resolve(EngineConfig(model=str(path)), "cuda").max_model_len >= 512
