@@ -71,11 +71,15 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool) -> Steppe
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("implementation", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("implementation", "kv_dtype"), [("native", "auto"), ("transformers", "auto"), ("native", "fp8")]
+)
 def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
-    implementation: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    implementation: str, kv_dtype: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation)
+    stepped = build_stepped(
+        checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation, kv_dtype=kv_dtype
+    )
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
     runner._prefills = Padded(BUDGET, runner._prefill_padded)
@@ -84,7 +88,7 @@ def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
     stepped.close()
     require_untouched(stepped, NAN, leases)
     monkeypatch.undo()
-    on_cpu = build_stepped(checkpoint, 0, attention="cpu")
+    on_cpu = build_stepped(checkpoint, 0, attention="cpu", kv_dtype=kv_dtype)
     expected = on_cpu.generate(WORKS)
     on_cpu.close()
     assert [lease.tokens for lease in leases] == [lease.tokens for lease in expected]
