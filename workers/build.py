@@ -115,7 +115,8 @@ def build_rank(
         constraints.close()
         raise
     if comm.rank == 0:
-        logger.info("KV pool: %d blocks of %d tokens in %s, %s bytes a rank", blocks, config.block_size, kv_dtype,
+        scaled = f", scaled {'by 1' if scales is None else 'as the checkpoint says'}" if layout.scaled else ""
+        logger.info("KV pool: %d blocks of %d tokens in %s%s, %s bytes a rank", blocks, config.block_size, kv_dtype, scaled,
                     f"{blocks * layout.block_bytes:,}")  # fmt: skip
     batch = ResidentBatch(config.max_num_seqs, config.block_size, config.max_num_batched_tokens, resolved.max_model_len)
     rank = Rank(batch, runner, resolved.depth, constraints)

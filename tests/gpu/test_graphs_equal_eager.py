@@ -133,6 +133,28 @@ def test_bfloat16_parts_from_the_eager_path_at_small_margins_only(judges: dict[s
     assert all(margin < MARGIN for margin in margins)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [16, 256])
+def test_kv_in_fp8_says_with_graphs_what_it_says_without(dtype: str, block: int, judges: dict[str, Judge]) -> None:
+    """And, in float32, what a CPU says with its KV in FP8. A difference in rounding may push a number over to another of FP8's."""
+    options = {
+        "dtype": dtype, "kv_dtype": "fp8", "block_size": block, "max_num_seqs": 12, "max_num_batched_tokens": 512,
+        "max_model_len": 512,
+    }  # fmt: skip
+    works = greedy(logprobs=2)
+    with contextlib.closing(loop(judges[QWEN3].path, **options)) as rank:
+        assert rank.pool.layout.dtype == "float8_e4m3fn"
+        runs = [rank.generate(works)]
+        with rank.eager():
+            eager = rank.generate(works)
+    if dtype == "float32":
+        with contextlib.closing(Stepped(judges[QWEN3].path, device="cpu", depth=0, **options)) as on_cpu:
+            runs.append(on_cpu.generate(works))
+    for run in runs:
+        margins = [margin_where_apart(*pair) for pair in zip(run, eager, strict=True)]
+        assert all(margin is None or margin < MARGIN for margin in margins)
+
+
 def test_large_prefill_steps_are_the_same_captured_and_launched_one_by_one(tmp_path: Path) -> None:
     """Steps of some thousand prompt tokens, of several prompts and of one in parts, each padded up to the next size."""
     options = {"dtype": "bfloat16", "block_size": 256, "max_num_batched_tokens": 4096, "max_model_len": 6144}

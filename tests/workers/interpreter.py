@@ -43,16 +43,21 @@ def quick_interpreter() -> Iterator[None]:
 
 
 def _converting_fp8(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """The interpreter's own conversion of bits, but torch's from and to float8_e4m3fn."""
+    """The interpreter's own conversion of bits, but torch's from and to float8_e4m3fn. What is too large for that becomes NaN:
+    whether a cast stops at the largest number is left to each device, so kernels must not count on it."""
 
     def converted(given: Any, source: Any, target: Any, rounding: Any) -> Any:
         if "fp8e4nv" not in (source.name, target.name):
             return convert(given, source, target, rounding)
-        numbers = torch.from_numpy(np.array(given)).view(TORCH_NAMES[source.name]).to(TORCH_NAMES[target.name])
-        return numbers.view(UNSIGNED[target.primitive_bitwidth]).numpy()
+        numbers = torch.from_numpy(np.array(given)).view(TORCH_NAMES[source.name])
+        if target.name == "fp8e4nv":
+            numbers = numbers.float().masked_fill(numbers.float().abs() > TOO_LARGE, torch.nan)
+        return numbers.to(TORCH_NAMES[target.name]).view(UNSIGNED[target.primitive_bitwidth]).numpy()
 
     return converted
 
 
 TORCH_NAMES = {"fp8e4nv": torch.float8_e4m3fn, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOO_LARGE = 464.0
+"""Half a step beyond float8_e4m3fn's largest number."""
 UNSIGNED = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}

@@ -38,12 +38,14 @@ def _write(key, value, keys, values, slots, key_stride, value_stride, block_stri
     target = slot // KV_BLOCK * block_stride + slot % KV_BLOCK * ROW
     at = tl.arange(0, BLOCK)
     mask = at < ROW
-    its_key = tl.load(key + token * key_stride + at, mask=mask)
-    its_value = tl.load(value + token * value_stride + at, mask=mask)
+    kept = tl.load(key + token * key_stride + at, mask=mask)
     if key_scale is not None:
-        its_key, its_value = stored(its_key, key_scale), stored(its_value, value_scale)
-    tl.store(keys + target + at, its_key, mask=mask)
-    tl.store(values + target + at, its_value, mask=mask)
+        kept = stored(kept, key_scale)
+    tl.store(keys + target + at, kept, mask=mask)
+    kept = tl.load(value + token * value_stride + at, mask=mask)
+    if value_scale is not None:
+        kept = stored(kept, value_scale)
+    tl.store(values + target + at, kept, mask=mask)
 
 
 class TritonWriter:

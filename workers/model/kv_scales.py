@@ -5,7 +5,6 @@
 Imports the checkpoint's reader. What `quantization_config` says of weights is none of its business.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -15,8 +14,6 @@ from typing import Any
 from kvcache.layout import KVScales
 from workers.model.fields import CheckpointError, Fields, read_json
 from workers.model.weights import Checkpoint
-
-logger = logging.getLogger(__name__)
 
 SCALE = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:k_proj\.(?=k)|v_proj\.(?=v))?([kv])_scale$")
 """A scale's name: its layer, and which half of the layer it is for."""
@@ -32,8 +29,8 @@ def scale_names(names: Iterable[str]) -> set[str]:
     return {name for name in names if SCALE.search(name)}
 
 
-def read_scales(path: str | Path, layers: int) -> KVScales:
-    """Of all layers, 1 where the checkpoint brings none. Equal on all ranks.
+def read_scales(path: str | Path, layers: int) -> KVScales | None:
+    """Of all layers, None where the checkpoint brings none. Equal on all ranks.
 
     Errors: CheckpointError for scales of another kind than one number a layer, and for layers without.
     """
@@ -41,9 +38,7 @@ def read_scales(path: str | Path, layers: int) -> KVScales:
     with Checkpoint(path) as checkpoint:
         found = {_place(name): name for name in sorted(scale_names(checkpoint.names()))}
         if not found:
-            logger.info("KV in FP8: the checkpoint brings no scales, 1 is taken")
-            return KVScales.ones(layers)
-        logger.info("KV in FP8: scaled as the checkpoint says")
+            return None
         keys, values = (tuple(_scale(checkpoint, found, (layer, half)) for layer in range(layers)) for half in "kv")
     return KVScales(keys, values)
 

@@ -93,14 +93,20 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [("checkpoint", "native"), ("checkpoint", "transformers"), ("with_experts", "native")]
-)
+    ("kind", "implementation", "kv_dtype"),
+    [
+        ("checkpoint", "native", "auto"), ("checkpoint", "transformers", "auto"), ("with_experts", "native", "auto"),
+        ("checkpoint", "native", "fp8"),
+    ],
+)  # fmt: skip
 def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
-    kind: str, implementation: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str, implementation: str, kv_dtype: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = request.getfixturevalue(kind)
     monkeypatch.setattr(experts, "can_pack", lambda *_: False)  # the kernels read the plain numbers
-    stepped = build_stepped(checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation)
+    stepped = build_stepped(
+        checkpoint, 1, attention="triton", cuda_graphs=False, model_implementation=implementation, kv_dtype=kv_dtype
+    )
     runner: Any = stepped.rank.executor
     runner._whole, runner._unsampled = Padded(ROWS, runner._decode_and_sample), Padded(ROWS, runner._decode)
     runner._prefills = Padded(BUDGET, runner._prefill_padded)
@@ -109,7 +115,7 @@ def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(
     stepped.close()
     require_untouched(stepped, NAN, leases)
     monkeypatch.undo()
-    on_cpu = build_stepped(checkpoint, 0, attention="cpu")
+    on_cpu = build_stepped(checkpoint, 0, attention="cpu", kv_dtype=kv_dtype)
     expected = on_cpu.generate(WORKS)
     on_cpu.close()
     assert [lease.tokens for lease in leases] == [lease.tokens for lease in expected]

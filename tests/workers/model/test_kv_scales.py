@@ -54,7 +54,10 @@ def test_both_names(names: tuple[str, str], shape: tuple[int, ...], tmp_path: Pa
 
 
 def test_without_scales_they_are_1(tmp_path: Path) -> None:
-    assert read_scales(make_checkpoint(tmp_path), 2) == KVScales((1.0, 1.0), (1.0, 1.0))
+    assert read_scales(make_checkpoint(tmp_path), 2) is None
+    built = build_rank(replace(CONFIG, model=str(tmp_path), kv_dtype="fp8", kv_memory=1 << 20), RESOLVED, Solo())
+    assert built.pool.scales(1) == (1.0, 1.0)
+    built.rank.executor.close()
 
 
 @pytest.mark.parametrize("kind", ["native", "transformers"])
