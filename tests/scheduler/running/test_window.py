@@ -29,8 +29,8 @@ def test_without_a_window_there_is_none() -> None:
     assert Window.of(Resolved(), 16) is None
 
 
-def submit(cluster: Cluster, prompt: list[int], max_tokens: int, **more: int) -> Stream:
-    return cluster.submit(prompt, max_tokens=max_tokens, **more)[0]
+def submit(cluster: Cluster, prompt: list[int], max_tokens: int, priority: int = 0) -> Stream:
+    return cluster.submit(prompt, max_tokens=max_tokens, priority=priority)[0]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
