@@ -35,18 +35,12 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     model.require(config.tensor_parallel_size, device)
     if config.lora_slots and not isinstance(model, ModelConfig):
         raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
-    window = model.window(longest)
-    if window is not None and config.host_kv_memory:
-        raise ValueError(
-            f"host_kv_memory={config.host_kv_memory}: every layer of the model sees {window} tokens, and what is kept in host "
-            "memory begins with the first token of a prompt: leave it out"
-        )
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(
         max_model_len=longest,
         grant_ahead=2 * (steps + DEPTH[device]),
-        window=window,
+        window=model.window(longest),
         prefill_ahead=prefill_ahead(config, DEPTH[device]),
         device=device,
         threads=config.threads or threads,

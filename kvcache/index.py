@@ -177,6 +177,18 @@ class PrefixIndex:
             self.heads.add(self._head(content, parent), node)
         return node
 
+    def add_above(self, parent: NodeId, hash_: int, content: bytes) -> NodeId:
+        """The node of a block that is above what a group is about to hold, without holding it; new if there is none. The caller
+        adds a child to it at once."""
+        node = self.child(parent, hash_, content)
+        if not node:
+            node = self._new(parent, hash_, content)
+            self.children[parent] += 1
+            self._list_by_hash(node, hash_)
+            if self.stride:
+                self.heads.add(self._head(content, parent), node)
+        return node
+
     def add_tail(self, group: GroupId, block: BlockId, parent: NodeId, content: bytes) -> NodeId:
         """A new node for what is filled by `content` only so far, `stride` tokens at least; `group` holds it in `block`.
 

@@ -234,6 +234,22 @@ class BlockTable:
         if cached:
             pool.unpin(source)
 
+    def reserve_window(self, group: GroupId, depth: int, new_blocks: int, salt: str) -> SequenceBlocks | None:
+        """`new_blocks` blocks from the first on that is seen after `depth` of them: what stands there will be brought. None if
+        there is no room. Nothing is known of what is before them until `name_above`."""
+        pool, first = self.pools[group], self.first_seen(depth)
+        if new_blocks > pool.available:
+            return None
+        blocks = [GIVEN_BACK] * first
+        pool.allocate_to(blocks, new_blocks)
+        return SequenceBlocks(group, blocks, [], salt, first=first)
+
+    def name_above(self, seq: SequenceBlocks, content: bytes, hash_: int) -> None:
+        """Names the next of the blocks that a window which has been brought follows: as in `publish`, but nobody holds it here.
+        All of them, then `publish` the window's first at once: what nobody holds lives by what is below it."""
+        parent = seq.nodes[-1] if seq.nodes else self.index.root(seq.salt)
+        seq.nodes.append(self.index.add_above(parent, hash_, content))
+
     def grow(self, seq: SequenceBlocks, blocks: int) -> list[BlockId] | None:
         """Appends `blocks` private blocks to the sequence and returns them; None if there are not so many."""
         pool = self.pools[seq.group]

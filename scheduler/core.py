@@ -108,8 +108,6 @@ class SchedulerCore:
         if group in self.groups:
             self.group_down(group, "replaced by a newer epoch", returning=True)
         self._epochs[group] = epoch
-        if self._state.window is not None:
-            host_blocks, ports = 0, ()  # what moves beside the steps begins with the first block (docs/architecture.md)
         self._add_pools({group: (blocks, standing), host_of(group): (host_blocks, host_standing)})
         self.expected.pop(group, None)
         self.groups[group] = ResidentGroup(

@@ -80,6 +80,7 @@ class Sequence:
     open_key: under which `Prefixes` finds it.
     tenant: whose it is; charged: tokens that its counter has had of it, 0 before the first start.
     deadline_s: by the same clock as arrived_s.
+    brought: False once a window that was to be brought to it has not arrived: it starts without, then.
     deaths: groups that have died while it ran there, since it was last cleared; proven: length at which it is (`Suspects`).
 
     Of the present wait, kept by `waiting`: entered_s, when it began; ticket: under which it is queued, 0: it is not; aged: it
@@ -118,6 +119,7 @@ class Sequence:
     tenant: Tenant = field(default_factory=Tenant)
     charged: int = 0
     deadline_s: float = math.inf
+    brought: bool = True
     deaths: int = 0
     proven: int = 0
     entered_s: float = 0.0

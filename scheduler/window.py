@@ -35,6 +35,10 @@ class Window:
         """The first block that is held."""
         return max(0, full - self.seen)
 
+    def to_bring(self, blocks: int, depth: int) -> int:
+        """All blocks of such a sequence, if what it sees after `depth` blocks is brought to it."""
+        return min(blocks - self.first(depth), self.most)
+
     def new_blocks(self, blocks: int, depth: int) -> int:
         """Blocks beside those of a hit of `depth` blocks, of a sequence that would hold `blocks` if it saw all."""
         return min(blocks - depth, self.most - min(depth, self.seen))

@@ -156,9 +156,13 @@ class Admission:
         held, part = None, newcomer.parts.get(group.group)
         if source is not None:  # pinned first: the reservation evicts, and a match is good until then
             held, part = state.table.hold(source.pool, match, source.depth, sequence.salt, source.part), None
-        depth = match.depth(group.group)
-        new_blocks = newcomer.blocks - depth if state.window is None else state.window.new_blocks(newcomer.blocks, depth)
-        blocks = state.table.reserve(group.group, match, depth, new_blocks, sequence.salt, part, group.copy)
+        depth, window = match.depth(group.group), state.window
+        if source is not None and window is not None:
+            new_blocks = window.to_bring(newcomer.blocks, source.depth)
+            blocks = state.table.reserve_window(group.group, source.depth, new_blocks, sequence.salt)
+        else:
+            new_blocks = newcomer.blocks - depth if window is None else window.new_blocks(newcomer.blocks, depth)
+            blocks = state.table.reserve(group.group, match, depth, new_blocks, sequence.salt, part, group.copy)
         assert blocks is not None, "policy admitted a sequence that the table has no room for"
         sequence.blocks = blocks
         if source is not None and held is not None:
@@ -197,7 +201,8 @@ class Admission:
             return
         blocks = sequence.blocks
         assert blocks is not None
-        if group.closed:
+        sequence.brought = ok or not blocks.first
+        if group.closed or not sequence.brought:  # without what it sees it cannot begin there
             leases.leave(state, group, sequence)
             state.table.release(blocks)
             state.waiting.enter(sequence, state.now_s)
@@ -218,7 +223,7 @@ class Admission:
         if not sequence.charged:  # recomputing is not the tenant's doing
             sequence.tenant.served += sequence.committed - cached_tokens
             sequence.charged = sequence.committed
-        self._serials += 1
+        self._serials, sequence.brought = self._serials + 1, True
         group.seat(sequence, self._serials, cached_tokens)
         state.prefixes.turn_to(sequence, depth)
 
@@ -270,7 +275,10 @@ class Admission:
             self._follow(sequence, lease, target)
             return True
         held = table.hold(group.group, match, published, blocks.salt)
-        ahead = table.reserve(target, match, depth, published - depth, blocks.salt)
+        if self._state.window is None:
+            ahead = table.reserve(target, match, depth, published - depth, blocks.salt)
+        else:
+            ahead = table.reserve_window(target, published, published - table.first_seen(published), blocks.salt)
         assert ahead is not None, "the target was chosen for its room"
         transfers.begin(sequence, held, ahead, moves=lease)
         return True
@@ -290,7 +298,7 @@ class Admission:
     def _target(self, group: ResidentGroup, sequence: Sequence) -> GroupId | None:
         """The least loaded group that has room for it."""
         assert sequence.blocks is not None
-        wanted = len(sequence.blocks.blocks)
+        wanted = len(sequence.blocks.blocks) - sequence.blocks.first
         able = [
             (other.coming + len(other.running), other.group)
             for other in self._state.groups.values()

@@ -141,7 +141,7 @@ class Routing:
         only: look at this group alone. Of more groups than `few` only those are looked at closely that may be the cheapest:
         one, as a rule.
         """
-        newcomer.source = self._best_source(newcomer.match, newcomer.parts)
+        newcomer.source = self._best_source(newcomer.match, newcomer.parts) if newcomer.sequence.brought else None
         each = only is not None or len(self.groups) <= few
         bounds = self._each(newcomer, only) if each else self._promising(newcomer)
         least = self._state.block_size if only is None else 1  # one that moves stands still: its last part comes too
@@ -175,19 +175,32 @@ class Routing:
         there = self.backlog, self.running, self._new_blocks(newcomer, depths) - self.free, block_size
         least = policy.least_costs(tokens - hits, *there)
         if source is not None:
-            moving = np.maximum(0, source.blocks - depths) + self.receiving + source.sender.sending
+            stay = self._stay(depths, source.depth)
+            moving = np.maximum(0, source.blocks - stay) + self.receiving + source.sender.sending
             work = policy.fetch_work(transfers.fetch_cost, block_size, moving)
             least = np.minimum(least, policy.least_costs(tokens - source.tokens, *there, work))
         if hosts := {group_of(pool): depth for pool, depth in newcomer.match.depths.items() if is_host(pool)}:
             in_host = self._spread(hosts)
-            work = policy.fetch_work(transfers.load_cost, block_size, np.maximum(0, in_host - depths) + self.receiving)
+            moving = np.maximum(0, in_host - self._stay(depths, in_host)) + self.receiving
+            work = policy.fetch_work(transfers.load_cost, block_size, moving)
             least = np.minimum(least, policy.least_costs(tokens - in_host * block_size, *there, work))
         return least
 
     def _new_blocks(self, newcomer: Newcomer, depths: policy.Ints) -> policy.Ints:
-        """[groups] blocks that it needs beside those of its hit."""
+        """[groups] blocks that it needs beside those of its hit; with a window at least, as what it sees may be brought."""
         new_blocks, window = newcomer.blocks - depths, self._window
-        return new_blocks if window is None else np.minimum(new_blocks, window.most - np.minimum(depths, window.seen))
+        if window is None:
+            return new_blocks
+        beside: policy.Ints = np.minimum(new_blocks, window.most - np.minimum(depths, window.seen))
+        return beside.clip(max=window.to_bring(newcomer.blocks, len(newcomer.match.nodes)))
+
+    def _stay(self, depths: policy.Ints, sources: policy.Ints | int) -> policy.Ints:
+        """[groups] how many blocks of what sources have are not brought, from the first on: the group has them, or they are not
+        seen."""
+        if self._window is None:
+            return depths
+        unseen: policy.Ints = sources - np.full_like(depths, self._window.seen)
+        return unseen.clip(min=0)
 
     def _ways(self, newcomer: Newcomer, least: int, at: int) -> list[Way]:
         """The group as it is; and with what another, or its own host memory, has more of the prefix. least: tokens that a
@@ -195,21 +208,32 @@ class Routing:
         group, source = self.groups[at], newcomer.source
         bare = self._load(group, newcomer)
         ways: list[Way] = [(bare, None)]
-        if source is None and not group.host_blocks:
+        if source is None and not (group.host_blocks and newcomer.sequence.brought):
             return ways
         transfers = self._state.transfers
         found: list[tuple[Source, int, float]] = []  # with the blocks that go there first, and the cost of a token
         if source is not None and source.sender is not group and len(source.sender.ports) == len(group.ports):
             found.append((source, group.receiving + source.sender.sending, transfers.fetch_cost))
-        if group.host_blocks and (depth := newcomer.match.depth(host := host_of(group.group))):
+        hosts = group.host_blocks and newcomer.sequence.brought
+        if hosts and (depth := newcomer.match.depth(host := host_of(group.group))):
             tokens = depth * self._state.block_size
             found.append((Source(host, group, depth, None, tokens), group.receiving, transfers.load_cost))
         for source, queued, cost in found:
             if source.tokens - bare.hit_tokens >= least:
-                moving = source.blocks - newcomer.match.depth(group.group) + queued
-                work = policy.fetch_work(cost, self._state.block_size, moving)
-                ways.append((bare._replace(hit_tokens=source.tokens, fetch_work=work), source))
+                ways.append((self._with(bare, newcomer, group, source, queued, cost), source))
         return ways
+
+    def _with(
+        self, bare: policy.GroupLoad, newcomer: Newcomer, group: ResidentGroup, source: Source, queued: int, cost: float
+    ) -> policy.GroupLoad:  # fmt: skip
+        """The load of a group with what the source has: what the group lacks of it, or, with a window, what is seen of it."""
+        window = self._window
+        stays = newcomer.match.depth(group.group) if window is None else window.first(source.depth)
+        work = policy.fetch_work(cost, self._state.block_size, source.blocks - stays + queued)
+        if window is None:
+            return bare._replace(hit_tokens=source.tokens, fetch_work=work)
+        new_blocks = window.to_bring(newcomer.blocks, source.depth)
+        return bare._replace(hit_tokens=source.tokens, fetch_work=work, new_blocks=new_blocks, revived=0)
 
     def _best_source(self, match: Match, parts: dict[GroupId, Part]) -> Source | None:
         """The group that could send the most of the prefix, of several the one with the lowest id; None if nobody could.

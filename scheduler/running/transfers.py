@@ -107,7 +107,7 @@ class Transfers:
         moves: LeaseId | None = None,
     ) -> None:  # fmt: skip
         """Brings the blocks of `held` that `blocks` has no content for to the same places there."""
-        first, end = len(blocks.nodes), len(held.blocks)
+        first, end = max(len(blocks.nodes), blocks.first), len(held.blocks)
         number, self._numbers = self._numbers, self._numbers + 1
         self._under_way[number] = Transfer(
             number, held.group, blocks.group, author, held, blocks, first, end, part, known_blocks, moves
@@ -132,15 +132,24 @@ class Transfers:
         Not all of it where the tier is busy, and nothing where room is short, as after a preemption.
         """
         assert sequence.blocks is not None
-        match = self._table.index.chain(sequence.blocks.nodes)
-        depth = match.depth(host_of(group.group))
-        new = min(len(match.nodes) - depth, group.blocks // OFFLOADING_SHARE - group.sending)
-        if not 0 < new <= self._table.pools[group.group].available:
-            return
-        held = self._table.hold(group.group, match, depth + new, sequence.salt)
-        stored = self._table.reserve(host_of(group.group), match, depth, new, sequence.salt)
+        table, host = self._table, host_of(group.group)
+        match = table.index.chain(sequence.blocks.nodes)
+        depth, published = match.depth(host), len(match.nodes)
+        most = min(group.blocks // OFFLOADING_SHARE - group.sending, table.pools[group.group].available)
+        if table.window_blocks is None:
+            new = min(published - depth, most)
+            if new <= 0:
+                return
+            held = table.hold(group.group, match, depth + new, sequence.salt)
+            stored = table.reserve(host, match, depth, new, sequence.salt)
+        else:
+            new = published - table.first_seen(published)
+            if depth == published or new > most:
+                return  # a part of a window is good for nothing
+            held = table.hold(group.group, match, published, sequence.salt)
+            stored = table.reserve_window(host, published, new, sequence.salt)
         if stored is None:  # host memory is full of what is on its way
-            self._table.release(held)
+            table.release(held)
         else:
             self.begin(sequence, held, stored)
 
@@ -171,9 +180,12 @@ class Transfers:
         blocks, author, awaited, block_size = transfer.blocks, transfer.author, transfer.awaited, self._table.block_size
         assert blocks is not None
         self._count(transfer, ok)
-        for index in range(transfer.first, transfer.tokens_end) if ok else ():
+        for index in range(len(blocks.nodes), transfer.tokens_end) if ok else ():
             content = author.buffer[index * block_size : (index + 1) * block_size].tobytes()
-            self._table.publish(blocks, content, author.hashes[index])
+            if index < transfer.first:
+                self._table.name_above(blocks, content, author.hashes[index])
+            else:
+                self._table.publish(blocks, content, author.hashes[index])
         if not awaited:
             self._table.release(blocks)
         transfer.blocks = None

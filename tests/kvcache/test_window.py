@@ -23,7 +23,7 @@ def make_table(*sizes: int) -> BlockTable:
 
 
 def run_to(table: BlockTable, group: GroupId, *values: int, beside: tuple[SequenceBlocks, ...] = ()) -> SequenceBlocks:
-    """A sequence that has computed these blocks one after the other, in a pool that may be smaller. beside: others that live."""
+    """A sequence that has computed these blocks one after the other, in a pool that may be smaller. beside: others."""
     seq = start(table, group, values[0])
     for depth in range(len(seq.nodes), len(values)):
         publish(table, seq, *values[: depth + 1])
@@ -53,7 +53,7 @@ def test_a_chain_outlives_the_eviction_of_its_beginning() -> None:
     assert table.pools[ZERO].held == 2
     assert sorted(table.index.blocks[ZERO]) == sorted(seq.nodes[3:])
     assert match(table, *values).depths == {ZERO: 7}
-    assert match(table, *values[:6]).depths == {ZERO: 6}, "two cached ones are left that nobody holds, and one of those that are"
+    assert match(table, *values[:6]).depths == {ZERO: 6}, "of the two blocks before it one is cached, one is held"
     assert match(table, *values[:4]).depths == {}
     table.release(seq)
     audit(table, [])

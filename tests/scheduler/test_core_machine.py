@@ -471,9 +471,10 @@ def test_walks_through_a_window_go_where_the_bugs_are() -> None:
         "submitted", "lost a group", "lost sequences", "preempted", "cached tokens", "aborted while prefilling",
         "aborted while decoding", "parts copied", "parts taken over", "waits for a block", "progressed", "lost the scheduler",
         "lost it in mid-sequence", "blocks told", "pooled", "given back", "begun in the midst", "longer than its pool",
+        "fetched tokens", "offloaded_tokens", "loaded_tokens", "migrations", "failed_transfers", "lost a source",
+        "aborted while fetching",
     }  # fmt: skip
     assert not {name: events[name] for name in wanted if events[name] < 2}
-    assert not events["fetched tokens"] + events["offloaded_tokens"], "what moves begins with the first block"
 
 
 SEEDS = 8

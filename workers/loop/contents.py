@@ -50,6 +50,10 @@ class Contents:
         if before == NOBODY:
             self.salts[int(blocks[0])] = salt
 
+    def cut(self, blocks: Blocks) -> None:
+        """What they follow is not known."""
+        self.before[blocks], self.before_life[blocks] = blocks, NOBODY
+
     def follows(self, blocks: Blocks) -> npt.NDArray[np.bool_]:
         """[n] whether the block before it still is what it followed, and full, or there is none."""
         above = self.before[blocks]

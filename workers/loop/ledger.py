@@ -77,7 +77,7 @@ class Ledger:
         if isinstance(command, Start):
             self._start(command)
         elif isinstance(command, Receive):
-            self._here.renew(np.frombuffer(command.blocks, np.int32))
+            self._receive(np.frombuffer(command.blocks, np.int32))
         elif isinstance(command, Copy):
             self._here.renew(np.array([command.target], np.int32))
         elif isinstance(command, Offload | Load):
@@ -191,6 +191,11 @@ class Ledger:
         self._give_back(row, int(self._held[row]))
         self._lease[row], self._late[row] = -1, NOBODY
 
+    def _receive(self, blocks: Blocks) -> None:
+        """Something comes there, and who starts on it says what it is, but for what the first block of a window follows."""
+        self._here.renew(blocks)
+        self._here.cut(blocks)
+
     # ---- host memory
 
     def moved(self, moved: Moved) -> None:
@@ -205,7 +210,7 @@ class Ledger:
     def _transfer(self, command: Offload | Load, blocks: Blocks, host_blocks: Blocks) -> None:
         here, host = self._here, self._host
         if isinstance(command, Load):
-            here.renew(blocks)
+            self._receive(blocks)
             self._copy[:, blocks] = host_blocks, host.life[host_blocks], here.life[blocks]
             return
         host.renew(host_blocks)

@@ -9,9 +9,13 @@ from tests.scheduler.cluster import Cluster
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_many_groups_are_placed_as_few_are(seed: int) -> None:
+@pytest.mark.parametrize("window", [None, 6])
+def test_many_groups_are_placed_as_few_are(seed: int, window: int | None) -> None:
     draw = random.Random(seed)
-    cluster = Cluster((12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, host_blocks=12)
+    cluster = Cluster(
+        (12,) * (FEW_GROUPS + 2), fetch=True, hash_stride=2, host_blocks=12, window=window,
+        max_num_batched_tokens=64 if window is None else 4,
+    )  # fmt: skip
     routing, found = cluster.core.routing, 0
     for _ in range(60):
         prompt = [draw.randrange(2) for _ in range(draw.randint(1, 24))]

@@ -4,7 +4,9 @@ import pytest
 
 from kvcache.ids import GroupId
 from scheduler.config import Resolved
+from scheduler.protocol.leaders import Receive
 from scheduler.queue.limits import RequestRefused
+from scheduler.sequence import State
 from scheduler.window import Window
 from tests.scheduler.cluster import Cluster, Stream, filled
 
@@ -29,8 +31,8 @@ def test_without_a_window_there_is_none() -> None:
     assert Window.of(Resolved(), 16) is None
 
 
-def submit(cluster: Cluster, prompt: list[int], max_tokens: int, **more: int) -> Stream:
-    return cluster.submit(prompt, max_tokens=max_tokens, **more)[0]
+def submit(cluster: Cluster, prompt: list[int], max_tokens: int, priority: int = 0) -> Stream:
+    return cluster.submit(prompt, max_tokens=max_tokens, priority=priority)[0]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -142,3 +144,83 @@ def test_the_next_scheduler_is_told_what_can_be_hit_from_the_beginning() -> None
         cluster.run()
         cluster.lose_scheduler([0])
         assert next_turn(cluster, first) == hit
+
+
+def busy_source(host_blocks: int = 0) -> tuple[Cluster, Stream]:
+    """Two groups of one row each. The first has a conversation in its pool, and is busy with something else."""
+    cluster = Cluster((24, 24), window=9, max_num_seqs=1, max_num_batched_tokens=4, fetch=True, host_blocks=host_blocks)
+    talk = submit(cluster, PROMPT, 1)
+    cluster.run()
+    blocker = submit(cluster, filled(1, 1, 1), 60)
+    assert cluster.core.groups[GroupId(0)].running == {cluster.sequence(blocker)}
+    return cluster, talk
+
+
+def test_a_window_is_fetched_and_nothing_before_it() -> None:
+    cluster, talk = busy_source()
+    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 9)
+    assert cluster.sequence(second).state is State.FETCHING
+    (receive,) = [command for command in cluster.groups[GroupId(1)].down if isinstance(command, Receive)]
+    assert len(receive.blocks) // 4 == 2, "the two blocks that are seen, of twelve"
+    cluster.run()
+    assert cluster.cached_tokens(second) == len(PROMPT)
+    assert cluster.core.counters.fetched_tokens == 8
+    assert next_turn(cluster, second) >= len(PROMPT), "a window that was brought is hit as one that was computed"
+
+
+def test_a_window_that_does_not_arrive_is_computed() -> None:
+    """It is not fetched a second time, and what had been reserved for it is free."""
+    cluster, talk = busy_source()
+    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    cluster.move(transfer, ok=False)
+    cluster.arrive(0)
+    cluster.arrive(1)
+    assert cluster.sequence(second).state is State.RUNNING
+    cluster.run()
+    assert cluster.cached_tokens(second) == 0
+    assert (cluster.core.counters.failed_transfers, cluster.core.counters.fetches) == (1, 0)
+
+
+def test_the_source_of_a_window_may_go_when_it_has_sent_it() -> None:
+    """What it alone had of the prompt's beginning goes with it, and the window is named all the same."""
+    cluster, talk = busy_source()
+    second = submit(cluster, [*PROMPT, *talk.tokens, 1, 0], 3)
+    for group in (0, 1):
+        cluster.deliver(group)
+        cluster.turn(group)
+    (transfer,) = cluster.moves()
+    cluster.move(transfer)
+    cluster.arrive(0)
+    cluster.lose(0)
+    cluster.arrive(1)
+    cluster.run()
+    assert cluster.cached_tokens(second) == len(PROMPT)
+
+
+def test_a_running_sequence_moves_with_its_window() -> None:
+    cluster = Cluster((24, 24), window=9, max_num_batched_tokens=4, fetch=True)
+    stream = submit(cluster, PROMPT, 60)
+    cluster.step(times=20)
+    assert stream.tokens
+    assert cluster.migrate(stream)
+    cluster.run()
+    assert len(stream.tokens) == 60
+    assert cluster.core.counters.migrations == 1
+    assert cluster.core.counters.recomputed_tokens == 0
+    moved = cluster.core.counters.fetched_tokens
+    assert 0 < moved <= 5 * 4, "two blocks ahead, and two and a part when it has stopped"
+
+
+def test_a_window_is_kept_in_host_memory() -> None:
+    cluster = Cluster((8,), window=9, max_num_batched_tokens=4, host_blocks=40)
+    first = submit(cluster, PROMPT, 1)
+    cluster.run()
+    assert cluster.core.counters.offloaded_tokens == 8
+    cluster.submit(filled(1, 0, 1, 1, 0, 0, 1), salt="other", max_tokens=3)
+    cluster.run()
+    assert next_turn(cluster, first, 9) == len(PROMPT)
+    assert (cluster.core.counters.loads, cluster.core.counters.loaded_tokens) == (1, 8)
