@@ -148,7 +148,7 @@ def test_an_id_is_looked_up_in_the_hugging_face_cache(tmp_path: Path, monkeypatc
         ("build_dp_deployment", "num_replicas"),
         ("build_llm_deployment", "use build_openai_app"),
         ("LLMServer", "use build_openai_app"),
-        ("LoraConfig", "merge each into the weights"),
+        ("LoraConfig", "name adapters in engine_kwargs"),
         ("CloudMirrorConfig", "mount the bucket"),
     ],
 )
