@@ -41,7 +41,17 @@ from deploy.text.adapters import Adapters
 from deploy.text.chat_template import Message
 from deploy.text.files import writable
 from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits, read_model_uses
-from deploy.text.sources import Source, all_or_none, as_list, listed, read_pooled, read_source, read_terms, read_texts
+from deploy.text.sources import (
+    Source,
+    all_or_none,
+    as_list,
+    listed,
+    read_lora,
+    read_pooled,
+    read_source,
+    read_terms,
+    read_texts,
+)
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import SamplingParams
@@ -204,8 +214,10 @@ class LLM:
         Matryoshka embeddings are cut. lora, tenant, deadline_s, priority, progress, errors: as in `generate`; PromptError also
         where the checkpoint is not for embeddings."""
         pooling, call = need_embedding(self._uses, dimensions), _terms(tenant, deadline_s, priority)
-        contents = [read_pooled(source, call) for source in as_list(prompts)]
-        outputs = self._pool(contents, pooling, progress, lora)
+        sources = as_list(prompts)
+        contents = [read_pooled(source, call) for source in sources]
+        loras = [read_lora(source, name) for source, name in zip(sources, _names(lora, len(sources)), strict=True)]
+        outputs = self._pool(contents, pooling, progress, loras)
         return [embedding_output(output, self._uses, dimensions) for output in outputs]
 
     def score(
@@ -310,19 +322,13 @@ class LLM:
         if len(every) != len(sources):
             raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
         parsed: list[Prompt | PromptError] = []
-        for source, each, parser in zip(sources, every, self._parsers(lora, len(sources)), strict=True):
+        for source, each, name in zip(sources, every, _names(lora, len(sources)), strict=True):
             try:
-                parsed.append(parser.prompt(*read_source(source, each, call)))
+                content, params_of, terms = read_source(source, each, call)
+                parsed.append(self._parser_of(read_lora(source, name)).prompt(content, params_of, terms))
             except PromptError as error:
                 parsed.append(error)
         return parsed
-
-    def _parsers(self, lora: Lora, count: int) -> list[PromptParser]:
-        """For each of so many prompts. Errors: PromptError."""
-        names = [lora] * count if lora is None or isinstance(lora, str) else list(lora)
-        if len(names) != count:
-            raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
-        return [self._parser_of(name) for name in names]
 
     def _parser_of(self, lora: str | None) -> PromptParser:
         """Errors: PromptError."""
@@ -334,13 +340,13 @@ class LLM:
         return replace(self._parser, adapter=adapter)
 
     def _pool(
-        self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool, lora: Lora = None
+        self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool, loras: Sequence[str | None] = ()
     ) -> list[RequestOutput]:
-        """Errors: as `generate`."""
+        """loras: of each, where any is named. Errors: as `generate`."""
         parsed: list[Prompt | PromptError] = []
-        for (content, terms), parser in zip(contents, self._parsers(lora, len(contents)), strict=True):
+        for (content, terms), name in zip(contents, loras or [None] * len(contents), strict=True):
             try:
-                parsed.append(parser.pooled(content, pooling, terms))
+                parsed.append(self._parser_of(name).pooled(content, pooling, terms))
             except PromptError as error:
                 parsed.append(error)
         return self._complete(all_or_none(parsed), progress)
@@ -398,6 +404,14 @@ def engine_starter(config: EngineConfig) -> StartEngine:
     from cluster.launch import start_on_ray
 
     return start_on_ray
+
+
+def _names(lora: Lora, count: int) -> list[str | None]:
+    """For each of so many prompts. Errors: PromptError."""
+    names = [lora] * count if lora is None or isinstance(lora, str) else list(lora)
+    if len(names) != count:
+        raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
+    return names
 
 
 def _terms(tenant: str, deadline_s: float | None, priority: int) -> Terms:

@@ -5,6 +5,8 @@
     many       nano-vLLM's own benchmark: 256 prompts of 100-1,024 tokens, 100-1,024 out (133,966 in all), temperature 0.6:
                output tokens/s
     prefill    16 prompts of 4,096 tokens, one token out: prompt tokens/s
+    lora_32    batch_32 in an engine that has adapters (`--adapters 8`): output tokens/s with none of them asked for, with each
+               prompt asking for one of them by turns; not `bare`
     shared     64 prompts of 2,048 shared tokens and 64 of their own, 64 out, greedy: seconds cold, then with the prefix cached
 
 Random Qwen3-shaped checkpoints in bf16, token ids in, end-of-text ignored, prefix cache on, 8,192 tokens a step, 256 sequences.
@@ -27,13 +29,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.gpu import works as gpu_works
+from benchmarks.gpu.adapters import ensure_adapters
 from benchmarks.gpu.works import Work
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
 from benchmarks.shared.report import figure, table
 
 ENGINES = ("bare", "local", "ray")
-WORKS = ("batch_1", "batch_32", "many", "prefill", "shared", "beside")
+WORKS = ("batch_1", "batch_32", "many", "prefill", "shared", "beside", "lora_32")
+USUAL_WORKS = WORKS[:-1]
 WARM_UP_SEED = 1 << 20
 OPTIONS = {"max_num_batched_tokens": 8192, "max_num_seqs": 256, "max_model_len": 4352, "dtype": "bfloat16"}
 
@@ -61,13 +65,18 @@ class Whole:
         self._llm = LLM(str(checkpoint), local=not ray, device="cuda", **options)  # type: ignore[arg-type]
         self.start_s = time.perf_counter() - begun
 
-    def run(self, work: Work) -> float:
+    @property
+    def adapters(self) -> list[str]:
+        return [*self._llm.config.adapters]
+
+    def run(self, work: Work, lora: list[str | None] | None = None) -> float:
+        """lora: of each prompt."""
         params = [
             self._params(temperature=work.temperature, max_tokens=length, ignore_eos=True, seed=number)
             for number, length in enumerate(work.lengths)
         ]
         begun = time.perf_counter()
-        outputs = self._llm.generate(work.prompts, params, progress=False)
+        outputs = self._llm.generate(work.prompts, params, lora=lora, progress=False)
         seconds = time.perf_counter() - begun
         got = sum(len(output.outputs[0].token_ids) for output in outputs)
         if got != work.output_tokens:
@@ -158,6 +167,15 @@ def _beside(engine: Engine, seed: int) -> Figures:
             "beside_prompt_tokens_per_s": rate}  # fmt: skip
 
 
+def _lora_32(engine: Engine, seed: int) -> Figures:
+    if not isinstance(engine, Whole) or not engine.adapters:
+        return {}
+    plain, adapted = gpu_works.batch_32(2 * seed + (1 << 31)), gpu_works.batch_32(2 * seed + 1 + (1 << 31))
+    names: list[str | None] = [engine.adapters[number % len(engine.adapters)] for number in range(len(adapted.prompts))]
+    return {"lora_32_without_tokens_per_s": plain.output_tokens / engine.run(plain),
+            "lora_32_tokens_per_s": adapted.output_tokens / engine.run(adapted, names)}  # fmt: skip
+
+
 MEASURES: dict[str, Callable[[Engine, int], Figures]] = {
     "batch_1": _batch_1,
     "batch_32": _batch_32,
@@ -165,6 +183,7 @@ MEASURES: dict[str, Callable[[Engine, int], Figures]] = {
     "prefill": _prefill,
     "shared": _shared,
     "beside": _beside,
+    "lora_32": _lora_32,
 }
 
 
@@ -213,7 +232,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=names_of(SHAPES), default=["0.6B"], help=", ".join(SHAPES))
     parser.add_argument("--engines", type=names_of(ENGINES), default=["bare", "local"], help=", ".join(ENGINES))
-    parser.add_argument("--works", type=names_of(WORKS), default=list(WORKS), help=", ".join(WORKS))
+    parser.add_argument("--works", type=names_of(WORKS), default=list(USUAL_WORKS), help=", ".join(WORKS))
+    parser.add_argument("--adapters", type=int, default=0, help="LoRA adapters that the engines hold, for lora_32")
+    parser.add_argument("--rank", type=positive, default=16, help="of these")
     parser.add_argument("--rounds", type=positive, default=2)
     parser.add_argument("--no-warm-up", action="store_true", help="count the first run of each work too")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
@@ -236,6 +257,10 @@ def main() -> None:
     result: dict[str, dict[str, object]] = {}
     for model in asked.models:
         checkpoint = ensure_checkpoint(model, asked.cache)
+        if asked.adapters:
+            named = ensure_adapters(checkpoint, asked.adapters, asked.rank)
+            lora = tuple(f"{name}={folder}" for name, folder in named.items())
+            options |= {"lora": lora, "max_loras": asked.adapters, "max_lora_rank": asked.rank}
         for name in asked.engines:
             print(f"{model}, {name}", file=sys.stderr, flush=True)
             engine = open_engine(name, checkpoint, options)

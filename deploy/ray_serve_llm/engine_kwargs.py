@@ -23,7 +23,7 @@ GIB = 1 << 30
 SOURCE = "everything is read from model_source, at its revision: leave it out"
 CONFIG_JSON = "write it into the checkpoint's config.json"
 TEXT = "prompts are text: leave it out"
-LORA = "adapters are not served: merge it into the weights, and serve that checkpoint"
+LORA = "name adapters in lora: {NAME: FOLDER}, and how many are resident in max_loras, instead"
 EXPERTS = "experts stay on the ranks on which they were read, and nothing is sent to them but sums: leave it out"
 GRAPHS = "the graphs that are needed are captured; enforce_eager: true captures none"
 NOT_HERE = "Manta has nothing of the kind: leave it out"
@@ -177,8 +177,8 @@ MISSING: dict[str, Reading] = {
     **dict.fromkeys(("enable_eplb", "eplb_config", "all2all_backend"), off(EXPERTS)),
     **dict.fromkeys(
         (
-            "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "lora_extra_vocab_size", "lora_modules",
-            "fully_sharded_loras", "default_mm_loras",
+            "enable_lora", "max_cpu_loras", "lora_dtype", "lora_extra_vocab_size", "lora_modules", "fully_sharded_loras",
+            "default_mm_loras",
         ),
         off(LORA),
     ),

@@ -152,7 +152,7 @@ MODEL: dict[str, Reading] = {
     "llm_engine": only(("vLLM",), "engine_kwargs are read by vLLM's names: say vLLM, or leave it out"),
     "engine_kwargs": within(ENGINE_KWARGS),
     "deployment_config": within(DEPLOYMENT),
-    "lora_config": refused("adapters are not served: merge each into the weights, and serve that checkpoint"),
+    "lora_config": refused("name adapters in engine_kwargs.lora: {NAME: FOLDER}, instead"),
     "runtime_env": _runtime_env,
     "server_cls": refused("the server is Manta's: leave it out"),
     "experimental_configs": within(EXPERIMENTAL),

@@ -32,14 +32,14 @@ from scheduler.protocol.sampling import SamplingParams
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 TERM_KEYS = ("cache_salt", "tenant", "priority", "deadline_s")
-SOURCE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS, *SAMPLING_KEYS)
+SOURCE_KEYS = (*PROMPT_KEYS, *CHAT_KEYS, *TERM_KEYS, "lora", *SAMPLING_KEYS)
 
 Source = str | Sequence[int] | Mapping[str, Any]
 """A prompt as given: text, token ids, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}, the mappings
 with an optional "cache_salt" that keeps this prompt's KV from being shared with prompts of another salt, and a "tenant", a
-"deadline_s", a "priority" and sampling parameters of its own, which go before those of the call; None means the same as leaving
-the first four out. Beside messages may stand "tools", functions in OpenAI's form, and "chat_template_kwargs", what else the
-chat template can be told."""
+"deadline_s", a "priority", a "lora" (an adapter's name) and sampling parameters of its own, which go before those of the call;
+None means the same as leaving the first five out. Beside messages may stand "tools", functions in OpenAI's form, and
+"chat_template_kwargs", what else the chat template can be told."""
 
 _ITS_OWN = 'one is for all prompts of a call, and in {"prompt": ...} a prompt has its own'
 
@@ -90,6 +90,12 @@ def read_terms(given: Mapping[str, Any], call: Terms = USUAL_TERMS) -> Terms:
         call.priority if priority is None else _priority(priority),
         call.deadline_s if deadline_s is None else _deadline(deadline_s),
     )
+
+
+def read_lora(source: Source, call: str | None) -> str | None:
+    """The LoRA adapter that a prompt names, else the call's. Errors: PromptError."""
+    own = source.get("lora") if isinstance(source, Mapping) else None
+    return call if own is None else _text("lora", own)
 
 
 def read_params(params: SamplingParams, own: Mapping[str, Any] = {}) -> SamplingParams:

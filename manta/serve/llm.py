@@ -22,7 +22,7 @@ NOT_HERE = {
     "build_pd_openai_app": ALIKE,
     "build_dp_deployment": EACH,
     "build_dp_openai_app": EACH,
-    "LoraConfig": "adapters are not served: merge each into the weights, and serve that checkpoint",
+    "LoraConfig": "name adapters in engine_kwargs.lora: {NAME: FOLDER}",
     "CloudMirrorConfig": "say the URL of the bucket itself, as model_source",
 }
 """What `ray.serve.llm` has besides, and what to do instead."""

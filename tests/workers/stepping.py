@@ -201,12 +201,12 @@ class Stepped:
     def eager(self) -> Iterator[None]:
         """Inside, decodes are launched one by one, as with `cuda_graphs=False`."""
         runner: Any = self.rank.executor
-        kept = runner._whole, runner._unsampled, runner._prefills
-        runner._whole = runner._unsampled = runner._prefills = None
+        kept = runner._whole, runner._unsampled, runner._prefills, runner._adapted
+        runner._whole = runner._unsampled = runner._prefills = runner._adapted = None
         try:
             yield
         finally:
-            runner._whole, runner._unsampled, runner._prefills = kept
+            runner._whole, runner._unsampled, runner._prefills, runner._adapted = kept
 
     def close(self) -> None:
         self.rank.close()

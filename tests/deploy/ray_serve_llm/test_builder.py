@@ -156,7 +156,7 @@ def test_a_bucket_is_named_by_its_url() -> None:
         ("build_dp_deployment", "num_replicas"),
         ("build_llm_deployment", "use build_openai_app"),
         ("LLMServer", "use build_openai_app"),
-        ("LoraConfig", "merge each into the weights"),
+        ("LoraConfig", "name adapters in engine_kwargs"),
         ("CloudMirrorConfig", "as model_source"),
     ],
 )

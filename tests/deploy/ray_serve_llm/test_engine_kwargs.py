@@ -149,10 +149,10 @@ REFUSED: list[tuple[str, Any, str]] = [
     *((key, True, "on which they were read") for key in ("enable_eplb", "eplb_config")),
     ("all2all_backend", "pplx", "on which they were read"),
     *(
-        (key, 8, "merge it into the weights")
+        (key, 8, "name adapters in lora")
         for key in (
-            "enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_dtype", "lora_extra_vocab_size", "lora_modules",
-            "fully_sharded_loras", "default_mm_loras",
+            "enable_lora", "max_cpu_loras", "lora_dtype", "lora_extra_vocab_size", "lora_modules", "fully_sharded_loras",
+            "default_mm_loras",
         )
     ),
     *(

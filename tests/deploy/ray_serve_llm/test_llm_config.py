@@ -136,7 +136,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"bundle_per_worker\.CPU=2: .*engine_kwargs\.threads says threads=4",
     ),
     ({"placement_group_config": {"bundle_per_worker": CPU}, "engine_kwargs": {"device": "cuda"}}, "device='cuda': leave one"),
-    ({"lora_config": {"dynamic_lora_loading_path": "s3://b/l"}}, "merge each into the weights"),
+    ({"lora_config": {"dynamic_lora_loading_path": "s3://b/l"}}, "name adapters in engine_kwargs"),
     ({"server_cls": "my.Server"}, "the server is Manta's"),
     ({"callback_config": {"callback_class": "my.Callback"}}, "nothing is called while starting"),
     ({"runtime_env": {"pip": ["x"]}}, r"runtime_env\.pip=\['x'\]: say it as the runtime_env of the application"),

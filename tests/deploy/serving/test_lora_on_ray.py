@@ -48,8 +48,11 @@ def expected(folders: dict[str, Path]) -> Callable[[str | None, int], str]:
 
 @pytest.fixture(scope="module")
 def endpoint(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    options = ("--tensor-parallel-size", "2", "--replicas", str(REPLICAS), "--lora", f"named={folders['named']}")
-    with contextlib.closing(Endpoint(tmp_path_factory.mktemp("serve"), (*options, "--max-loras", "1"))) as opened:
+    options = (
+        "--tensor-parallel-size", "2", "--replicas", str(REPLICAS), "--lora", f"named={folders['named']}", "--max-loras", "1",
+        "--no-haproxy",
+    )  # fmt: skip
+    with contextlib.closing(Endpoint(tmp_path_factory.mktemp("serve"), options)) as opened:
         opened.gate.touch()
         until("it is not ready", lambda: _quietly(opened.ready), lambda: opened.said)
         yield opened

@@ -76,6 +76,9 @@ MIXED: list[str | None] = ["all", None, "large", "some", "all", "large", None, "
 def test_several_adapters_and_none_in_one_batch(adapted: Adapted, size: int, slots: int) -> None:
     with open_adapted(adapted, size=size, max_loras=slots) as llm:
         adapted.require(ask(llm, PROMPTS, MIXED), MIXED, PROMPTS)
+        named: list[Source] = [{"prompt_token_ids": PROMPTS[0], "lora": "all"}, {"prompt_token_ids": PROMPTS[1], "lora": None}]
+        outputs = llm.generate(named, greedy(TOKENS), lora="some", progress=False)
+        adapted.require(outputs, ["all", "some"], PROMPTS[:2])
     told = {tuple(adapted.references[name].greedy(PROMPTS[0], TOKENS)) for name in (None, *adapted.folders)}
     assert len(told) == 4, "adapters that change nothing would show nothing"
 

@@ -1,0 +1,63 @@
+"""Rows of several LoRA adapters and of none: graphs say what single launches say, and each what transformers says of weights
+into which its adapter was merged."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scheduler.protocol.messages import Adapter
+from scheduler.protocol.sampling import SamplingParams
+from tests.adapters import make_adapter, merge
+from tests.end_to_end.prompts import OUTPUTS, PROMPTS
+from tests.gpu.judge import Judge
+from tests.gpu.works import GPU, checkpoint, constrained, loop
+from tests.workers.stepping import Work
+from workers.execution.gpu_runner import GpuRunner
+from workers.model.architectures import read_config
+from workers.model.lora.files import read_adapter
+
+pytestmark = GPU
+
+RANKS = {"low": 4, "high": 64, "odd": 23}
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, tuple[Judge, Adapter | None]]:
+    """Of the checkpoint alone (None), and of each adapter."""
+    root = tmp_path_factory.mktemp("lora")
+    base = checkpoint(root / "base")
+    found: dict[str | None, tuple[Judge, Adapter | None]] = {None: (Judge(base), None)}
+    for seed, (name, rank) in enumerate(RANKS.items(), start=1):
+        folder = make_adapter(root / name, base, rank=rank, seed=seed)
+        adapter = read_adapter(name, folder, read_config(base), 64).adapter
+        found[name] = Judge(merge(root / f"{name}-merged", base, folder)), adapter
+    return found
+
+
+@pytest.mark.parametrize("slots", [3, 1])
+def test_float32_equals_transformers_with_graphs_and_without(
+    slots: int, judges: dict[str | None, tuple[Judge, Adapter | None]]
+) -> None:
+    path: Path = judges[None][0].path
+    options = {"max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
+    names = [*judges] * len(PROMPTS)
+    works = [
+        Work(prompt, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True), adapter=judges[name][1])
+        for prompt, count, name in zip(PROMPTS, OUTPUTS, names, strict=False)
+    ]
+    grammars = [replace(constrained(12, seed), adapter=judges[name][1]) for seed, name in enumerate(judges)]
+    with contextlib.closing(loop(path, **options, max_loras=slots, max_lora_rank=64)) as rank:
+        runner = rank.rank.executor
+        assert isinstance(runner, GpuRunner)
+        assert runner._adapted is not None
+        graphs, ruled = rank.generate(works), rank.generate(grammars)
+        with rank.eager():
+            eager, eager_ruled = rank.generate(works), rank.generate(grammars)
+    for lease, other, name in zip(graphs, eager, names, strict=False):
+        judges[name][0].require_best(lease, f"{name}, graphs")
+        judges[name][0].require_same(lease, other, f"{name}, graphs and single launches")
+    assert [lease.tokens for lease in ruled] == [lease.tokens for lease in eager_ruled]
+    for judge, _ in judges.values():
+        judge.require_rare()
