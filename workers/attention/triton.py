@@ -103,11 +103,11 @@ class TritonAttention:
         self._pool = pool
         self._heads = heads
         self._head_dim = shape.key_dim if shape is not None else pool.layout.head_dim
-        own = (None, None) if shape is None else (shape.kv_heads, shape.key_dim)
+        kv_heads, dim = (None, None) if shape is None else (shape.kv_heads, shape.key_dim)
         self._writer = TritonWriter(pool)
         sizes = FEW_ROWS, SOME_ROWS, max(max_batch, SOME_ROWS + 1)
-        self._decode = [DecodeAttention(pool, heads, rows, None, forms, *own, dtype=dtype) for rows in sizes]
-        self._chunk = ChunkAttention(pool, heads, None, forms, *own, dtype=dtype)
+        self._decode = [DecodeAttention(pool, heads, rows, None, forms, kv_heads, dim, dtype) for rows in sizes]
+        self._chunk = ChunkAttention(pool, heads, None, forms, kv_heads, dim, dtype)
         self.prefixes = self._decode[0].prefixes  # of all: they depend on the pool and the heads alone
 
     @property

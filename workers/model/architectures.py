@@ -272,11 +272,11 @@ def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int
     full: list[int | None] = [None] * layers
     if not family.sliding or _is_null(fields, "sliding_window"):
         return full
+    if family.sliding != "always" and not fields.get("use_sliding_window", False):
+        return full
     window = fields.integer("sliding_window", 4096)
     if family.sliding == "always":
         return [window] * layers
-    if not fields.get("use_sliding_window", False):
-        return full
     kinds = fields.get("layer_types")
     if kinds is None:
         first = 0 if family.sliding == "switch" else min(layers, int(fields.get("max_window_layers", 28)))

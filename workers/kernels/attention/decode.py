@@ -166,7 +166,8 @@ class DecodeAttention:
 
     heads: query heads of this rank. max_batch: rows of the largest step; `reserve` raises it, outside of graphs. forms: of
     each layer, None: plain. Layers of one reach are planned together, and rows share prefixes in those that see all. kv_heads,
-    head_dim: of the layers that it is asked for, None: the pool's, whose rows may be wider. dtype: of queries, None: the pool's.
+    head_dim: of the layers that it is asked for, None: the pool's, whose rows may be wider. dtype: of queries, None: the
+    pool's.
     Safety: block_tables name blocks of the pool for what each row sees of its context, and one block even where the context is
     0 (whose output is zeros). Results do not depend on the order in which programs run: pieces are merged in order.
     Raises ValueError for float64.
