@@ -102,7 +102,7 @@ def through_maps(folder: Path, parts: Sequence[ModelPart]) -> None:
         stop = piece.start + piece.target.shape[piece.dim]
         whole = piece.target.shape == piece.shape
         index = ... if whole else (*(slice(None),) * piece.dim, slice(piece.start, stop))
-        assert isinstance(piece.target, Tensor), "plain weights"
+        assert isinstance(piece.target, torch.Tensor), "plain weights"
         piece.target.copy_(view[index])
     for file in files:
         file.__exit__(None, None, None)

@@ -261,12 +261,6 @@ def _refuse_what_is_not_computed(fields: Fields) -> None:
         raise fields.error(f"hidden_act={activation!r} is not supported: only silu is computed")
 
 
-def quantizes_only_kv(fields: Fields) -> bool:
-    """Whether `quantization_config` is about keys and values, and says nothing of weights."""
-    said = fields.nested("quantization_config")
-    return said.get("kv_cache_scheme") is not None and said.get("config_groups") == {} and not fields.get("compression_config")
-
-
 def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int | None]:
     """The sliding window of each layer, None where it sees all. As transformers' own classes of these families read it."""
     full: list[int | None] = [None] * layers

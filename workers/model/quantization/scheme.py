@@ -110,7 +110,7 @@ def read_scheme(fields: Fields) -> Scheme | None:
     Errors: CheckpointError for a method, or an option inside one, that is not computed.
     """
     name = next((name for name in ("quantization_config", "compression_config") if fields.get(name)), None)
-    if name is None:
+    if name is None or _quantizes_only_kv(fields):
         return None
     found = _Quantization(fields.nested(name), name)
     method = found.get("quant_method")
@@ -129,6 +129,12 @@ def read_scheme(fields: Fields) -> Scheme | None:
 
 FP8_MADE = Scheme("fp8", (Rule((LINEAR,), WeightForm("fp8", block=(1, None))),), ("lm_head",), made=True)
 """What `--quantization fp8` makes of every linear layer of the decoder's own."""
+
+
+def _quantizes_only_kv(fields: Fields) -> bool:
+    """Whether `quantization_config` is about keys and values, and says nothing of weights."""
+    said = fields.nested("quantization_config")
+    return said.get("kv_cache_scheme") is not None and said.get("config_groups") == {} and not fields.get("compression_config")
 
 
 class _Quantization:
