@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
     "gpt_oss": {"head_dim": 64},
     "llama4_text": {"head_dim": 64},
-    "phi3": {"head_dim": None, "hidden_size": 384},
+    "phi3": {"head_dim": 96},
     "mistral": {"head_dim": 128},
     "qwen3": {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
 }

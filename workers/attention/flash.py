@@ -181,9 +181,12 @@ def _arguments(*calls: Callable[..., Any]) -> frozenset[str]:
     return frozenset.intersection(*(frozenset(signature(call).parameters) for call in calls))
 
 
-def _told(form: Form, sinks: Tensor | None, known: frozenset[str]) -> dict[str, Any]:
-    """A layer's form as all generations are told it; a window counts the tokens before the query's own."""
-    told: dict[str, Any] = {"softmax_scale": form.scale}
+def _told(form: Form, head_dim: int, sinks: Tensor | None, known: frozenset[str]) -> dict[str, Any]:
+    """A layer's form as all generations are told it, nothing of a plain one; a window counts the tokens before the query's
+    own."""
+    told: dict[str, Any] = {}
+    if form.scale != head_dim**-0.5:
+        told["softmax_scale"] = form.scale
     if form.window is not None:
         told["window_size"] = (form.window - 1, 0)
     if form.softcap is not None:
@@ -235,7 +238,10 @@ class FlashAttention:
 
     def takes(self, form: Form) -> bool:
         """Whether the generation at hand computes this."""
-        return form.chunk is None and _told(form, None, self._kernels.arguments).keys() <= self._kernels.arguments
+        return form.chunk is None and self._told(form, None).keys() <= self._kernels.arguments
+
+    def _told(self, form: Form, sinks: Tensor | None) -> dict[str, Any]:
+        return _told(form, self._pool.layout.head_dim, sinks, self._kernels.arguments)
 
     def plan(self, step: StepInput) -> FlashPlan:
         decodes = step.decodes
@@ -287,7 +293,7 @@ class FlashAttention:
     ) -> Tensor:  # fmt: skip
         assert turn is None, "flash-attn's kernels take queries that are turned"
         keys, values = self._pool.keys(layer), self._pool.values(layer)
-        told = _told(self._forms[layer], sinks, self._kernels.arguments)
+        told = self._told(self._forms[layer], sinks)
         result = self._kernels.decode(dense_rows(query), keys, values, context_lens, block_tables, plan, **told)
         return result if out is None else out.copy_(result)
 
@@ -297,7 +303,7 @@ class FlashAttention:
     def chunks(
         self, layer: int, query: Tensor, plan: FlashChunkPlan, out: Tensor | None = None, sinks: Tensor | None = None
     ) -> Tensor:
-        told = _told(self._forms[layer], sinks, self._kernels.arguments)
+        told = self._told(self._forms[layer], sinks)
         result = self._kernels.chunk(dense_rows(query), self._pool.keys(layer), self._pool.values(layer), plan, **told)
         return result if out is None else out.copy_(result)
 

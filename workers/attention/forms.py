@@ -1,4 +1,4 @@
-"""What one layer's attention is: its form, and the shape of its heads."""
+"""What one layer's attention is: its form, as the kernels know it, and the shape of its heads."""
 
 from dataclasses import dataclass
 

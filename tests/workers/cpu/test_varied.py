@@ -127,5 +127,3 @@ def test_within_drops_what_cannot_be_noticed() -> None:
     assert form.within(64) == Form(1.0)
     assert form.within(65) == Form(1.0, window=64)
     assert form.within(129) == form
-    assert form.within(64).plain
-    assert not form.within(65).plain

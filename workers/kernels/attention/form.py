@@ -53,11 +53,6 @@ class Form:
         """What decides which keys are read, so what layers must have in common to be planned together."""
         return Reach(self.window or 0, self.chunk or 0)
 
-    @property
-    def plain(self) -> bool:
-        """Scaled dot products over all that came before."""
-        return self.reach == Reach() and self.softcap is None and not self.sinks
-
     def says(self) -> list[str]:
         """What is not plain, in words."""
         parts = {
