@@ -51,6 +51,7 @@ def connect_ray(config: EngineConfig, cpus: int, progress: Progress) -> bool:
                 address=config.ray_address, runtime_env=job_environment(), log_to_driver=False, logging_level=logging.ERROR
             )
         return False
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own is 15, and whatever else computes here would starve ranks
     progress("starting Ray on this machine")
     with _own_sigterm():
         ray.init(

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from benchmarks.gpu import works as gpu_works
 from benchmarks.gpu.adapters import ensure_adapters
 from benchmarks.gpu.works import Work
+from benchmarks.models.rounded import ensure_four_bits
 from benchmarks.shared.checkpoints import SHAPES, ensure_checkpoint
 from benchmarks.shared.options import names_of, positive
 from benchmarks.shared.report import figure, table
@@ -38,6 +39,7 @@ from benchmarks.shared.report import figure, table
 ENGINES = ("bare", "local", "ray")
 WORKS = ("batch_1", "batch_32", "many", "prefill", "shared", "beside", "lora_32")
 USUAL_WORKS = WORKS[:-1]
+WEIGHTS = ("bf16", "fp8", "int4")
 WARM_UP_SEED = 1 << 20
 OPTIONS = {"max_num_batched_tokens": 8192, "max_num_seqs": 256, "max_model_len": 4352, "dtype": "bfloat16"}
 
@@ -239,6 +241,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-warm-up", action="store_true", help="count the first run of each work too")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--weights", choices=WEIGHTS, default="bf16", help="fp8: made while loading; int4: in groups of 128")
     parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="GPUs of a group, on Ray")
     parser.add_argument("--groups", type=positive, default=1, help="of as many GPUs each, on Ray")
     parser.add_argument("--profile", action="store_true", help="kernel times of the bare loop")
@@ -250,6 +253,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     asked = parse_options()
     options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager}
+    if asked.weights == "fp8":
+        options["quantization"] = "fp8"
     if asked.tensor_parallel_size * asked.groups > 1:
         if asked.engines != ["ray"]:
             sys.exit("several GPUs are used through Ray alone: give --engines ray")
@@ -257,6 +262,8 @@ def main() -> None:
     result: dict[str, dict[str, object]] = {}
     for model in asked.models:
         checkpoint = ensure_checkpoint(model, asked.cache)
+        if asked.weights == "int4":
+            checkpoint = ensure_four_bits(checkpoint)
         if asked.adapters:
             named = ensure_adapters(checkpoint, asked.adapters, asked.rank)
             lora = tuple(f"{name}={folder}" for name, folder in named.items())

@@ -1,7 +1,7 @@
 """Products of any number of tokens with a matrix in fewer bits.
 
     FP8, a scale for each row       x rounded token by token, the library's product (`torch._scaled_mm`)
-    FP8, a scale for 128 columns    x rounded token by token in as many columns, a kernel of our own
+    FP8, a scale for some columns   x rounded token by token in as many columns, a kernel of our own
     four bits, or x in float32      the matrix widened into memory, the library's product
 
 Up to as many tokens as `matvec` takes, it computes what `choose` gives it. Imports torch and triton.
@@ -86,7 +86,8 @@ def fp8_product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tenso
     if len(x):
         _multiply[(triton.cdiv(rows, ROWS), triton.cdiv(len(x), TOKENS))](
             values, scales, weight.values, weight.scales, out if bias is None else bias, out, len(x), N=rows, K=columns,
-            GROUP=group, ROWS=ROWS, TOKENS=TOKENS, COLUMNS=min(COLUMNS, group), BIAS=bias is not None, WIDE=interpreted(),
+            GROUP=group, ROWS=ROWS, TOKENS=TOKENS, COLUMNS=COLUMNS if weight.by_row else min(COLUMNS, group),
+            BIAS=bias is not None, WIDE=interpreted(),
             num_warps=8 if TOKENS * ROWS > 4096 else 4, num_stages=3,
         )  # fmt: skip
     return out

@@ -106,6 +106,13 @@ def test_fp8_of_many_tokens(device: str, form: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_fp8_of_few_columns(device: str) -> None:
+    """Fewer than a program takes at a time, and no power of two."""
+    x, weight = of_fp8(3, 96, device), made("FP8, rows", 20, 96, device)
+    close(fp8_product(x, weight), exact(x, weight, None, None, False), torch.float16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [0, 1, 9, 65])
 def test_any_number_of_tokens(device: str, form: str, tokens: int) -> None:
