@@ -160,6 +160,16 @@ def test_a_prompt_that_is_granted_piece_by_piece_is_told_whole() -> None:
     assert summary(told(made))[:5] == [(1, None, 4), (2, 1, 4), (3, 2, 4), (5, 3, 4), (6, 5, 3)]
 
 
+def test_what_a_window_that_was_brought_follows_is_not_known() -> None:
+    """Block 2 had followed block 1, which stands there still."""
+    made = rank()
+    run(made, start(FIRST, 12, blocks=(1, 2, 3)))
+    run(made, Drop(FIRST))
+    run(made, Receive(1, ids(2), 1, 0, ()))
+    run(made, start(SECOND, 10, cached=8, blocks=(2, 6), first=1))
+    assert summary(told(made)) == [(1, None, 4)]
+
+
 def test_after_a_twin_was_given_up_the_next_block_follows_the_other() -> None:
     made = rank()
     run(made, start(FIRST, 4, blocks=(1,)))
