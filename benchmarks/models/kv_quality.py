@@ -23,12 +23,12 @@ from deploy import LLM, SamplingParams
 from deploy.text.sources import Source
 from deploy.text.tokenizer import Tokenizer
 from examples.train_tiny import HELD_OUT, library_sources  # type: ignore[import-not-found]  # a folder of scripts
+from workers.config import KV_DTYPES
 from workers.model.architectures import DTYPES, torch_dtype
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
-KV_DTYPES = ("auto", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Windows:
 def held_out(seed: int = 0) -> list[str]:
     """The files that the example was not trained on."""
     sources = library_sources()
-    chosen = random.Random(seed).sample(sorted(sources), max(1, round(len(sources) * HELD_OUT)))
-    return [text for module, text in sources.items() if module in set(chosen)]
+    chosen = set(random.Random(seed).sample(sorted(sources), max(1, round(len(sources) * HELD_OUT))))
+    return [text for module, text in sources.items() if module in chosen]
 
 
 def cut(model: Path, texts: Sequence[str], tokens: int, windows: int) -> Windows:
