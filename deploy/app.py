@@ -116,7 +116,8 @@ class ServeAdministration:
             await asyncio.to_thread(ServedModel.of, config.engine, config.serve)  # whatever is wrong with it is told now
         there = await self._discovery.look()
         name = further_name(self._limits.app_name, model)
-        if model == self._name or name in there or self._discovery.opened(model) is not None:
+        discovery = self._discovery
+        if model == self._name or name in there or discovery.opened(model) is not None or discovery.is_adapter(model):
             raise RequestError(Fault.CONFLICT, f"there is a model {model!r} already: choose another name, or roll or remove it")
         threads = config.engine.threads or self._threads
         with _invalid("settings"):

@@ -87,6 +87,11 @@ class Discovery:
         """The application of a model, by the name of the model."""
         return next(((name, each) for name, each in self._opened.items() if each.model.name == model), None)
 
+    def is_adapter(self, name: str) -> bool:
+        """A LoRA adapter of this endpoint has the name."""
+        found = self._further.get(name)
+        return found is not None and found.is_adapter
+
     def application_of(self, model: str) -> str | None:
         """Of a model that is opened, or of one that is not, or not yet; None: there is none."""
         if (found := self.opened(model)) is not None:
@@ -235,9 +240,8 @@ class Discovery:
 
     def _check_name(self, application: str, model: str) -> None:
         """Errors: ValueError if another one has it."""
-        found = self._further.get(model)
         taken = [each.model.name for name, each in self._opened.items() if name != application]
-        if model in (self._first, *taken) or (found is not None and found.is_adapter):
+        if model in (self._first, *taken) or self.is_adapter(model):
             raise ValueError(f"this endpoint serves another model as {model!r}: give it a served_model_name of its own")
 
     def _leave(self, opened: Opened) -> None:

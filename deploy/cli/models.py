@@ -65,6 +65,8 @@ def add(
         for key in ("chat_template", "download_dir"):
             if key in settings:
                 settings[key] = str(Path(settings[key]).absolute())
+        if settings.get("lora"):
+            settings["lora"] = [_with_absolute_folder(pair) for pair in settings["lora"]]
         ask(client, "PUT", f"/admin/models/{quote(name)}", json=settings)
         typer.echo(f"{name} is on its way")
         said = ""
@@ -77,6 +79,12 @@ def add(
             time.sleep(LOOK_S)
         if wait:
             typer.echo(f"{name} is ready")
+
+
+def _with_absolute_folder(pair: str) -> str:
+    """NAME=FOLDER as the endpoint finds it; what is no such pair is left to the endpoint to refuse."""
+    name, mark, folder = pair.partition("=")
+    return f"{name}{mark}{Path(folder).absolute() if folder else folder}"
 
 
 @models.command()

@@ -192,7 +192,8 @@ class Rank:
 
     def _admit(self, start: Start) -> None:
         self.executor.admit(start)
-        if start.adapter is not None and self.adapters is not None:
+        if start.adapter is not None:
+            assert self.adapters is not None, "front ends take none where ranks have no room for any"
             self.adapters.admit(row_of(start), start.adapter)
         if start.params.grammar is not None:
             self._unopened.add(row_of(start))
