@@ -58,16 +58,20 @@ def main() -> None:
     make = partial(parts_of, config, chosen.tensor_parallel_size, dtype, device)
     ways: dict[str, Callable[[Sequence[ModelPart]], None]] = {"maps": partial(through_maps, folder)}
     ways |= {f"{threads} threads": partial(by_threads, folder, int(threads)) for threads in chosen.threads.split(",")}
-    took: dict[str, list[float]] = {name: [] for name in ways}
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     through_maps(folder, make())  # warms the files, and the device
     for _ in range(chosen.repeat):
         for name, way in ways.items():
             took[name].append(timed(way, make, device))
     size = sum(piece.target.nbytes for part in make() for piece in part.pieces())
     print(f"{size / 1e9:.2f} GB of weights as {chosen.dtype} on {device}: a rank of {chosen.tensor_parallel_size}, warm files")
-    for name, seconds in took.items():
+    for name, times in took.items():
+        seconds, cpu_s = ([each[which] for each in times] for which in (0, 1))
         middle = statistics.median(seconds)
-        print(f"{name:>12}  {size / middle / 1e9:6.2f} GB/s  median {middle:.3f} s, {min(seconds):.3f} to {max(seconds):.3f}")
+        print(
+            f"{name:>12}  {size / middle / 1e9:6.2f} GB/s  median {middle:.3f} s, {min(seconds):.3f} to {max(seconds):.3f}; "
+            f"of CPUs {statistics.median(cpu_s):.3f} s"
+        )
 
 
 def parts_of(config: ModelConfig, size: int, dtype: torch.dtype, device: torch.device) -> list[ModelPart]:
@@ -77,15 +81,17 @@ def parts_of(config: ModelConfig, size: int, dtype: torch.dtype, device: torch.d
 
 
 @torch.inference_mode()
-def timed(way: Callable[[Sequence[ModelPart]], None], make: Callable[[], list[ModelPart]], device: torch.device) -> float:
-    """Seconds."""
+def timed(
+    way: Callable[[Sequence[ModelPart]], None], make: Callable[[], list[ModelPart]], device: torch.device
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds, and those of all CPUs together, which tell more where others use them too."""
     gc.collect()
     parts = make()
-    begun_s = time.perf_counter()
+    begun_s, begun_cpu_s = time.perf_counter(), time.process_time()
     way(parts)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun_s
+    return time.perf_counter() - begun_s, time.process_time() - begun_cpu_s
 
 
 def by_threads(folder: Path, threads: int, parts: Sequence[ModelPart]) -> None:

@@ -12,12 +12,11 @@ from typing import Any, Literal
 from workers.model.architectures import ModelConfig
 from workers.model.fields import CheckpointError, Fields, read_json
 from workers.model.reading import DecoderConfig
+from workers.model.sources.files import MODULES_FILE
 from workers.sampling.tokenizer_files import has_tokenizer, open_tokenizer
 
 MODES: dict[str, Literal["last", "mean"]] = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
 """What of sentence-transformers' ways to pool is computed."""
-
-MODULES = "modules.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def _classifier(model: ModelConfig) -> Uses:
 
 def _modules(folder: Path) -> list[tuple[str, Path]]:
     """(kind, folder) of each of sentence-transformers' modules; none where it has not written any."""
-    path = folder / MODULES
+    path = folder / MODULES_FILE
     if not path.exists():
         return []
     try:
@@ -98,10 +97,11 @@ def _pooling(folder: Path, modules: list[tuple[str, Path]]) -> tuple[str, str]:
         return "last", ""
     others = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize", "LogitScore")]
     if others:
-        return "", f"the checkpoint has a module {others[0]!r} behind its decoder, which is not computed ({folder / MODULES})"
+        where = folder / MODULES_FILE
+        return "", f"the checkpoint has a module {others[0]!r} behind its decoder, which is not computed ({where})"
     path = next((path for kind, path in modules if kind == "Pooling"), None)
     if path is None:
-        return "", f"the checkpoint says of no way to pool ({folder / MODULES}): choose one with --pooling"
+        return "", f"the checkpoint says of no way to pool ({folder / MODULES_FILE}): choose one with --pooling"
     settings = read_json(path / "config.json")
     modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
     if len(modes) == 1 and modes[0] in MODES:

@@ -133,7 +133,7 @@ def _of_run(row: Tensor, extent: Extent, offset: int) -> Iterator[Stretch]:
 
 
 class StretchReader:
-    """A context manager: its threads and files are there until it is left. Targets are on one device."""
+    """A context manager: its threads, buffers and files are there until it is left."""
 
     def __init__(self, threads: int = THREADS) -> None:
         self._pool = ThreadPoolExecutor(min(threads, os.cpu_count() or 1), thread_name_prefix="manta-read")
@@ -184,7 +184,7 @@ class StretchReader:
         """In a thread. Bytes of the target."""
         target = stretch.target
         with torch.inference_mode():
-            if ready is None and stretch.as_it_is:
+            if target.device.type == "cpu" and stretch.as_it_is:
                 self._fill(target.view(-1).view(torch.uint8), stretch)
             else:
                 self._lane(target.device).copy(stretch, ready, self._fill)
@@ -206,16 +206,16 @@ class StretchReader:
             return self._files[path]
 
     def _lane(self, device: torch.device) -> "_Lane":
-        lane: _Lane | None = getattr(self._own, "lane", None)
-        if lane is None:
-            lane = self._own.lane = _Lane(device)
+        lanes: dict[torch.device, _Lane] = self._own.__dict__.setdefault("lanes", {})
+        if device not in lanes:
+            lanes[device] = _Lane(device)
             with self._lock:
-                self._lanes.append(lane)
-        return lane
+                self._lanes.append(lanes[device])
+        return lanes[device]
 
 
 class _Lane:
-    """A thread's buffers and, on a GPU, its stream."""
+    """A thread's buffers for one device and, for a GPU, its stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

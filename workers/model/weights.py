@@ -210,15 +210,15 @@ class Checkpoint:
 
     def _read(self, reader: StretchReader, pieces: list[Piece], following: list[Piece], told: "_Told") -> None:
         """following: the pieces after these."""
-        others = [piece for piece in pieces if self._wanted(piece) is None]
+        found = [(piece, self._wanted(piece)) for piece in pieces]
 
         def beside() -> None:
             reader.ahead([wanted for piece in following if (wanted := self._wanted(piece)) is not None])
-            for piece in others:
+            for piece in [piece for piece, wanted in found if wanted is None]:
                 self._fill(piece)
                 told.more(piece.target.nbytes)
 
-        reader.read([wanted for piece in pieces if (wanted := self._wanted(piece)) is not None], told.more, beside)
+        reader.read([wanted for _, wanted in found if wanted is not None], told.more, beside)
 
     def _wanted(self, piece: Piece) -> Wanted | None:
         """For those who read files as they are; None: it is made of what is read (`_slice`)."""

@@ -57,8 +57,8 @@ def test_without_memory_it_says_what_batches_need(tmp_path: Path) -> None:
         needs = int((taken.weight_bytes + blocks * taken.layout.block_bytes) / 0.9)
         assert line.startswith(f"batch of {rows} ")
         assert f"{blocks:,} blocks, at the longest context: {in_units(needs)} a rank" in line
-        (*_, said), _ = plan_lines(config, needs + 1)
-        assert f"blocks           {blocks:,}, {blocks * 16:,} tokens: {rows} sequence(s)" in said
+        room = plan_lines(config, needs + 1)[0][-1]
+        assert f"blocks           {blocks:,}, {blocks * 16:,} tokens: {rows} sequence(s)" in room
 
 
 def test_two_ranks_hold_half(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from workers.model import stretches as module
 from workers.model.fields import CheckpointError
 from workers.model.stretches import Extent, StretchReader, Wanted, extents, stretches
+from workers.model.weights import Checkpoint, Piece
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
 SHAPES = [(), (7,), (5, 6), (1, 9), (9, 1), (4, 3, 5), (2, 3, 4, 2), (40, 33)]
@@ -109,3 +110,37 @@ def test_what_is_advised_is_what_will_be_read(file: Path) -> None:
     with StretchReader() as reader:
         reader.ahead([Wanted(torch.empty(10, 33), extent, 3, 0)])
         reader.ahead([Wanted(torch.empty(()), Extent(file, 8, torch.float32, ()), 0, 0)])
+
+
+class Half(Checkpoint):
+    """Some of whose tensors are made of what is read."""
+
+    def _wanted(self, piece: Piece) -> Wanted | None:
+        return super()._wanted(piece) if piece.name.endswith("bfloat16") else None
+
+
+class Part:
+    def __init__(self, pieces: list[Piece]) -> None:
+        self._pieces = pieces
+        self.was_filled = False
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    def filled(self) -> None:
+        self.was_filled = True
+
+
+def test_what_is_made_of_slices_is_filled_beside_the_rest(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    targets = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
+    pieces = [Piece(target, name, tuple(target.shape)) for name, target in targets.items()]
+    parts = [Part(pieces[:7]), Part(pieces[7:])]
+    told: list[tuple[int, int]] = []
+    with Half(tmp_path) as checkpoint:
+        checkpoint.load(parts, lambda done, total: told.append((done, total)))
+    assert all(torch.equal(target, tensors[name]) for name, target in targets.items())
+    assert [part.was_filled for part in parts] == [True, True]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert told[-1] == (size, size)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)

@@ -41,8 +41,10 @@ def find_checkpoint(config: GroupsConfig, need: Need = Need.SETTINGS, report: Pr
 
 
 def pinned(config: C) -> C:
-    """The same for ever: what a branch, or a URL, is at this moment, whatever it becomes while processes start one after
-    another. A folder stays what it is. Errors: as `find_checkpoint`."""
+    """The same for ever, and for processes in whatever folder: what a branch, or a URL, is at this moment, whatever it becomes
+    while they start one after another. A folder stays what it is. Errors: as `find_checkpoint`."""
     if kind_of(config.model) == "folder":
         return config
+    if config.download_dir is not None:
+        config = replace(config, download_dir=str(Path(config.download_dir).expanduser().absolute()))
     return replace(config, revision=find_checkpoint(config).name)

@@ -3,8 +3,8 @@ where huggingface_hub always looks. Imports huggingface_hub, and tqdm, through w
 """
 
 import glob
+import io
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _bars(report: Progress) -> type[Any]:
 
     class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "file": open(os.devnull, "w"), "disable": False})  # noqa: SIM115
+            super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
             if options.get("unit") == "B":
                 bars.append(self)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,13 @@ def test_what_is_needed_is_downloaded_and_nothing_else(hub: Hub, config: GroupsC
     assert sorted(hub.read) == sorted(SETTINGS | {*SHARDS}), "and each file once"
 
 
-def test_what_is_there_is_not_asked_for_again(hub: Hub, config: GroupsConfig) -> None:
+def test_what_is_there_is_not_asked_for_again(
+    hub: Hub, config: GroupsConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = pinned(config)
     assert exact.revision == hub.commit(NAME)
+    monkeypatch.chdir(tmp_path)
+    assert pinned(replace(exact, download_dir="cache")) == exact, "for processes in other folders"
     folder = find_checkpoint(exact, Need.WEIGHTS)
     asked = len(hub.asked)
     assert find_checkpoint(exact, Need.WEIGHTS) == folder
