@@ -55,7 +55,7 @@ USUAL = ReadingConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupsConfig(ReadingConfig):
+class GroupsConfig:
     """What is served, and by how many."""
 
     model: str
@@ -126,7 +126,7 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(BatchConfig, CacheConfig, GroupsConfig):
+class WorkerConfig(ReadingConfig, BatchConfig, CacheConfig, GroupsConfig):
     """A rank's settings."""
 
     device: str = option(

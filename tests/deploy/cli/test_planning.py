@@ -77,8 +77,9 @@ def test_weights_that_a_gpu_keeps_in_fewer_bits(tmp_path: Path) -> None:
     linear = 2 * (256 * (64 + 2 * 32) + 64 * 256 + 3 * 256 * 512)
     plain = footprint(read_model(path), 1, torch.bfloat16, 16).weight_bytes
     scales = 2 * 4 * (64 + 2 * 32 + 256 + 2 * 512 + 256)
-    assert says() == ["Qwen3ForCausalLM, bfloat16, 1 rank(s) a group", f"weights          {in_units(plain)} a rank"]
-    heading = "Qwen3ForCausalLM, bfloat16, 1 rank(s) a group, weights quantised: FP8, made while loading"
+    heading = "Qwen3ForCausalLM, bfloat16, KV in bfloat16, 1 rank(s) a group"
+    assert says() == [heading, f"weights          {in_units(plain)} a rank"]
+    heading += ", weights quantised: FP8, made while loading"
     fewer = in_units(plain - linear + scales)
     assert says(quantization="fp8") == [heading, f"weights          {fewer} a rank"]
     assert says(quantization="fp8", device="cpu") == [heading, f"weights          {in_units(plain)} a rank"]
