@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 
 from workers.config import SchedulerAddress
-from workers.loop import terms as terms_module
 from workers.loop.terms import Term, Terms
 
 PATIENCE_S = 60.0
@@ -92,7 +91,7 @@ def test_a_term_that_does_not_begin_is_said(what: str) -> None:
 def test_a_leader_waits_as_long_as_it_is_told_that_there_will_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of its own: however long this machine keeps a thread from running, nobody is late."""
     now_s = [0.0]
-    monkeypatch.setattr(terms_module.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr("workers.loop.terms.time.monotonic", lambda: now_s[0])
     terms, found = Terms(PATIENCE_S), list[Term | None]()
     waiting = threading.Thread(target=lambda: found.append(terms.next()))
     waiting.start()
