@@ -31,7 +31,7 @@ class Architecture:
     o_bias: bool | None = False
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    sliding: str = ""  # which rule says which layers have the sliding window: "", "always", "flag" or "switch"
+    sliding: str = ""  # which rule says which layers have the sliding window: "", "always", "flag", "switch" or "alternate"
     head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
     mixture: MixtureFamily | None = None  # what stands in the place of MLPs
 
@@ -42,7 +42,7 @@ FAMILIES = {
     "Qwen2": Architecture(attention_bias=True, sliding="flag"),
     "Qwen3": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="flag", head_dim=128),
     "Mixtral": Architecture(sliding="always", mixture=MIXTRAL),
-    "Qwen2Moe": Architecture(attention_bias=True, qkv_bias=True, sliding="switch", mixture=QWEN2_MOE),
+    "Qwen2Moe": Architecture(attention_bias=True, qkv_bias=True, sliding="alternate", mixture=QWEN2_MOE),
     "Qwen3Moe": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="switch", mixture=QWEN3_MOE),
 }
 
@@ -273,8 +273,14 @@ def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int
         return [window] * layers
     kinds = fields.get("layer_types")
     if kinds is None:
-        first = 0 if family.sliding == "switch" else min(layers, int(fields.get("max_window_layers", 28)))
-        return full[:first] + [window] * (layers - first)
+        first = min(layers, int(fields.get("max_window_layers", 28)))
+        match family.sliding:
+            case "switch":
+                return [window] * layers
+            case "alternate":
+                return [None if layer % 2 or layer >= first else window for layer in range(layers)]
+            case _:
+                return full[:first] + [window] * (layers - first)
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
         raise fields.error(f"layer_types must name full_attention or sliding_attention for each of {layers} layers: {kinds!r}")
     return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,5 +1,6 @@
 """Mixtures of experts in the native decoder: what transformers says, whole and shared out by expert or by width."""
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from benchmarks.models.zoo import VOCAB, make
@@ -251,6 +253,22 @@ def test_what_ranks_can_share(tmp_path: Path) -> None:
     path = make("qwen2_moe", tmp_path / "shared", shared_expert_intermediate_size=9)
     with pytest.raises(CheckpointError, match="2 does not divide the shared expert's intermediate size 9"):
         read_config(path).require(2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows"), [("qwen2_moe", [7, None, None]), ("qwen3_moe", [7, 7, 7]), ("mixtral", [7, 7, 7])]
+)
+def test_windows_are_those_of_transformers(kind: str, windows: list[int | None], tmp_path: Path) -> None:
+    """Of a `config.json` that names no layers; Mixtral asks no switch."""
+    path = make(kind, tmp_path, num_hidden_layers=3)
+    said = json.loads((path / "config.json").read_text())
+    said.pop("layer_types", None)
+    slides = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+    (path / "config.json").write_text(json.dumps(said | slides))
+    assert [form.window for form in read_config(path).forms] == windows
+    config = transformers.AutoConfig.from_pretrained(path)
+    named = getattr(config, "layer_types", None) or ["sliding_attention"] * 3
+    assert [config.sliding_window if name == "sliding_attention" else None for name in named] == windows
 
 
 def test_refusals(tmp_path: Path) -> None:
