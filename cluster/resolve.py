@@ -23,6 +23,12 @@ DEPTH = {"cpu": 0, "cuda": 1}
 """Steps under way while the host plans the next: on a CPU the host is the device."""
 
 
+def check_adapters(config: WorkerConfig, model: DecoderConfig) -> None:
+    """Errors: CheckpointError where there is to be room for LoRA adapters, and the model can have none."""
+    if config.lora_slots and not isinstance(model, ModelConfig):
+        raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
+
+
 def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWorker:
     """Checks the request against the checkpoint and settles what it left open. device: "cpu" or "cuda". threads: of a rank,
     where nobody says.
@@ -33,8 +39,7 @@ def resolve(config: WorkerConfig, device: str, threads: int = 1) -> ResolvedWork
     model = read_model(folder, config)
     longest = model_length(model, config.max_model_len)
     model.require(config.tensor_parallel_size, device)
-    if config.lora_slots and not isinstance(model, ModelConfig):
-        raise CheckpointError("LoRA adapters need Manta's own layers, and the model's are transformers': serve it without them")
+    check_adapters(config, model)
     steps, hold_s = (config.report_steps, math.inf) if config.report_steps else REPORTING[device]
     steps = min(steps, config.block_size)
     return ResolvedWorker(

@@ -21,9 +21,10 @@ class AdapterShelf:
         adapters = (msgspec.json.decode(value, type=Adapter) for value in found if value is not None)
         return {adapter.name: adapter for adapter in adapters}
 
-    def put(self, adapter: Adapter) -> None:
-        """Over one of the same name."""
-        _internal_kv_put(self._key(adapter.name), msgspec.json.encode(adapter), overwrite=True, namespace=NAMESPACE)
+    def put(self, adapter: Adapter, *, over: bool) -> bool:
+        """False: one of its name is there, and stays. over: then it goes. Of several at once that do not, one succeeds."""
+        there = _internal_kv_put(self._key(adapter.name), msgspec.json.encode(adapter), overwrite=over, namespace=NAMESPACE)
+        return over or not there
 
     def remove(self, name: str) -> None:
         _internal_kv_del(self._key(name), namespace=NAMESPACE)

@@ -48,7 +48,7 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
 
     Errors: ValueError for a model that is not served so.
     """
-    from cluster.resolve import model_length
+    from cluster.resolve import check_adapters, model_length
     from workers.model.architectures import torch_dtype
     from workers.model.footprint import footprint
     from workers.model.reading import read_model
@@ -58,19 +58,24 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
     found = read_model(find_checkpoint(config, Need.CONFIG), config)
     size, longest = config.tensor_parallel_size, model_length(found, config.max_model_len)
     dtype = found.dtype or torch_dtype("bfloat16") if config.dtype == "auto" else torch_dtype(config.dtype)
-    taken = footprint(found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu")
+    check_adapters(config, found)
+    taken = footprint(
+        found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu",
+        adapters=(config.lora_slots, config.max_lora_rank),
+    )  # fmt: skip
     layout, held = taken.layout, blocks_held(found.window(longest), longest, config)
     numbers = str(dtype).removeprefix("torch.")
     lines = [
         f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{_weights_are(found.scheme)}",
         f"weights          {in_units(taken.weight_bytes)} a rank",
+        *([f"LoRA adapters    {in_units(taken.adapter_bytes)} a rank"] if taken.adapter_bytes else []),
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
         f"{layout.block_size} tokens, a rank",
         f"longest context  {longest:,} tokens: {in_units(held * layout.block_bytes)} a rank",
     ]
     room = config.kv_memory
     if memory is not None:
-        left = int(memory * config.gpu_memory_fraction) - taken.weight_bytes
+        left = int(memory * config.gpu_memory_fraction) - taken.weight_bytes - taken.adapter_bytes
         lines.append(f"room for KV      {in_units(max(0, left))} of {in_units(memory)}, less what steps need beside weights")
         if left < layout.block_bytes:
             return [*lines, "it does not fit: raise tensor_parallel_size, or choose a smaller dtype"], False
@@ -103,7 +108,7 @@ def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int
 def _needs_line(taken: "Footprint", share: float, held: int, rows: int) -> str:
     """What a rank must have, of which `share` is used. held: blocks that a sequence of the longest context holds."""
     blocks = rows * held
-    needs = in_units(int((taken.weight_bytes + blocks * taken.layout.block_bytes) / share))
+    needs = in_units(int((taken.weight_bytes + taken.adapter_bytes + blocks * taken.layout.block_bytes) / share))
     return f"batch of {rows:<7} {blocks:,} blocks, at the longest context: {needs} a rank, and what steps need beside"
 
 

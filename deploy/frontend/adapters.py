@@ -6,8 +6,9 @@ What is loaded at run time is written down on a shelf that all front ends of the
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
 
 from cluster.config import EngineConfig
 from deploy.config.serve import ServeConfig
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 
+T = TypeVar("T")
+
 
 class Shelf(Protocol):
     """The adapters of one model that were loaded at run time. Calls may wait for another process. Errors: whatever keeps it
@@ -28,7 +31,9 @@ class Shelf(Protocol):
 
     def read(self) -> dict[str, Adapter]: ...
 
-    def put(self, adapter: Adapter) -> None: ...
+    def put(self, adapter: Adapter, *, over: bool) -> bool:
+        """False: one of its name is there, and stays. over: then it goes. Of several at once that do not, one succeeds."""
+        ...
 
     def remove(self, name: str) -> None: ...
 
@@ -42,8 +47,11 @@ class OwnShelf:
     def read(self) -> dict[str, Adapter]:
         return dict(self._adapters)
 
-    def put(self, adapter: Adapter) -> None:
-        self._adapters[adapter.name] = adapter
+    def put(self, adapter: Adapter, *, over: bool) -> bool:
+        if over:
+            self._adapters[adapter.name] = adapter
+            return True
+        return self._adapters.setdefault(adapter.name, adapter) is adapter
 
     def remove(self, name: str) -> None:
         self._adapters.pop(name, None)
@@ -85,27 +93,25 @@ class ServedAdapters:
         self._check_changeable(name, beside)
         if self._is_taken(name):
             raise RequestError(Fault.CONFLICT, f"there is a model {name!r} already: choose another name", param="lora_name")
-        there = await self._ask_shelf()
-        if name in there and not in_place:
-            raise RequestError(
-                Fault.CONFLICT, f"the LoRA adapter {name!r} is loaded already: unload it first, or say load_inplace",
-                param="lora_name",
-            )  # fmt: skip
+        said = f"the LoRA adapter {name!r} is loaded already: unload it first, or say load_inplace"
+        taken = RequestError(Fault.CONFLICT, said, param="lora_name")
+        if not in_place and name in await self._ask(self._shelf.read):
+            raise taken
         try:
             adapter = await asyncio.to_thread(self._adapters.read, name, folder)
         except (ValueError, OSError) as error:
             raise RequestError.invalid(str(error), "lora_path") from error
-        await self._told_shelf(adapter)
+        if not await self._ask(partial(self._shelf.put, adapter, over=in_place)):
+            raise taken  # by another, meanwhile
         self._put(adapter)
 
     async def unload_adapter(self, name: str, beside: str | None) -> None:
         """No newcomer finds it: here at once, elsewhere after the next look. What is under way goes on, and the folder must
         stay until that has ended. Errors: RequestError."""
         self._check_changeable(name, beside)
-        there = await self._ask_shelf()
-        if name not in there:
+        if name not in await self._ask(self._shelf.read):
             raise RequestError(Fault.NOT_FOUND, f"there is no LoRA adapter {name!r} here: see /v1/models", param="lora_name")
-        await self._told_shelf(name)
+        await self._ask(partial(self._shelf.remove, name))
         self._leave(name)
 
     async def run(self) -> None:
@@ -173,19 +179,9 @@ class ServedAdapters:
                 Fault.CONFLICT, f"the LoRA adapter {name!r} is named in the configuration: change it there", param="lora_name"
             )
 
-    async def _ask_shelf(self) -> Mapping[str, Adapter]:
+    async def _ask(self, shelf: Callable[[], T]) -> T:
         """Errors: RequestError UNAVAILABLE."""
         try:
-            return await asyncio.to_thread(self._shelf.read)
+            return await asyncio.to_thread(shelf)
         except Exception as error:
-            raise RequestError(Fault.UNAVAILABLE, f"nobody says which LoRA adapters there are: {error}") from error
-
-    async def _told_shelf(self, what: Adapter | str) -> None:
-        """An adapter to be put there, or the name of one to be removed. Errors: RequestError UNAVAILABLE."""
-        try:
-            if isinstance(what, Adapter):
-                await asyncio.to_thread(self._shelf.put, what)
-            else:
-                await asyncio.to_thread(self._shelf.remove, what)
-        except Exception as error:
-            raise RequestError(Fault.UNAVAILABLE, f"the LoRA adapters cannot be written down: {error}") from error
+            raise RequestError(Fault.UNAVAILABLE, f"nobody keeps the list of LoRA adapters: {error}") from error

@@ -8,6 +8,7 @@ from kvcache.layout import BlockLayout
 from workers.model.architectures import ModelConfig
 from workers.model.decoder import EMBEDDING, HEAD, Decoder
 from workers.model.dtype import kv_dtype_name
+from workers.model.lora.slots import AdapterSlots
 from workers.model.quantization.forms import Forms
 from workers.model.reading import DecoderConfig
 from workers.parallel.silent import Silent
@@ -15,24 +16,27 @@ from workers.parallel.silent import Silent
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Of the largest rank. layout: of its blocks."""
+    """Of the largest rank. layout: of its blocks. adapter_bytes: of the room for LoRA adapters."""
 
     weight_bytes: int
     layout: BlockLayout
+    adapter_bytes: int = 0
 
 
 def footprint(
-    config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto", keeps: bool = False
-) -> Footprint:
+    config: DecoderConfig, size: int, dtype: torch.dtype, block_size: int, kv_dtype: str = "auto", keeps: bool = False,
+    adapters: tuple[int, int] = (0, 0),
+) -> Footprint:  # fmt: skip
     """size: ranks of a group. kv_dtype: as configured. keeps: quantised weights stay so where a GPU's kernels take them.
-    Errors: CheckpointError if so many cannot share it."""
+    adapters: how many LoRA adapters, of which rank. Errors: CheckpointError if so many cannot share it."""
     shape = config.shard(0, size)
     layout = BlockLayout(block_size, shape.layers, shape.kv_heads, shape.head_dim, kv_dtype_name(kv_dtype, dtype))
     if isinstance(config, ModelConfig):
         tables = (EMBEDDING, EMBEDDING) if config.tied else (EMBEDDING, HEAD)
         forms = Forms(config.scheme, keeps)
         decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables, forms=forms)
-        return Footprint(sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces()), layout)
+        weights = sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces())
+        return Footprint(weights, layout, AdapterSlots(decoder, *adapters).nbytes if adapters[0] else 0)
     from workers.model.transformers.classes import build  # with its class, which takes a second
     from workers.model.transformers.loading import held_bytes
 

@@ -16,6 +16,7 @@ from manta.commands import app
 from tests.checkpoints import make_checkpoint
 from workers.build import LOADING, build_rank
 from workers.model.architectures import torch_dtype
+from workers.model.fields import CheckpointError
 from workers.model.footprint import footprint
 from workers.model.reading import read_model
 from workers.parallel.in_process import Solo
@@ -132,3 +133,22 @@ def test_what_is_not_served(tmp_path: Path) -> None:
 
 def test_units() -> None:
     assert [in_units(number) for number in (0, 1023, 1536, 3 << 30)] == ["0 bytes", "1,023 bytes", "1.50 KiB", "3.00 GiB"]
+
+
+def test_room_for_adapters_is_counted(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "Qwen3ForCausalLM", dtype=torch.bfloat16)
+
+    def room(**options: int) -> int:
+        _, *lines = plan_lines(EngineConfig(model=str(path), **options), 1 << 30)[0]  # type: ignore[arg-type]
+        (said,) = (line for line in lines if line.startswith("blocks"))
+        return int(said.split()[1].rstrip(",").replace(",", ""))
+
+    taken = footprint(read_model(path), 1, torch.bfloat16, 256, adapters=(8, 128))
+    fewer = taken.adapter_bytes / taken.layout.block_bytes
+    assert fewer > 10
+    assert abs(room() - room(max_loras=8, max_lora_rank=128) - fewer) < 1
+
+
+def test_adapters_of_a_model_that_can_have_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="LoRA adapters need Manta's own layers"):
+        plan_lines(EngineConfig(model=str(make("gemma2", tmp_path)), max_loras=2), None)

@@ -176,12 +176,37 @@ def _linears(said: Fields, shapes: Mapping[str, tuple[int, ...]], file: Path) ->
     if not pairs:
         raise CheckpointError(f"{file} holds no tensor: it is no adapter")
     for (module, layer, projection), names in pairs.items():
+        if not _is_meant(said, module, layer):
+            raise CheckpointError(
+                f"{file} adapts {module}, which {CONFIG} leaves out: the two are not of one adapter; save or download it again"
+            )
         if len(names) != 2:
             raise CheckpointError(f"{file} has of {module} only {', '.join(names.values())}: the other half is missing")
         rank = _patterned(said, "rank_pattern", module, said.integer("r"))
         alpha = _patterned(said, "alpha_pattern", module, said.number("lora_alpha", 8))
         scaling = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
         yield AdaptedLinear(layer, projection, int(rank), scaling, names["A"], names["B"])
+
+
+def _is_meant(said: Fields, module: str, layer: int) -> bool:
+    """By the fields that say which modules are adapted, as PEFT reads them. Errors: CheckpointError."""
+    layers = said.get("layers_to_transform")
+    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+        return False
+    targets, spared = said.get("target_modules"), said.get("exclude_modules")
+    if spared and _names(said, "exclude_modules", spared, module):
+        return False
+    return not targets or targets == "all-linear" or _names(said, "target_modules", targets, module)
+
+
+def _names(said: Fields, field: str, given: Any, module: str) -> bool:
+    """given: ends of names, or one regular expression of the whole name."""
+    if isinstance(given, list):
+        return any(module == name or module.endswith(f".{name}") for name in given)
+    try:
+        return re.fullmatch(str(given), module) is not None
+    except re.error as error:
+        raise said.error(f"{field}: {given!r} is no regular expression ({error})") from error
 
 
 def _patterned(said: Fields, name: str, module: str, usual: float) -> Any:

@@ -1,5 +1,6 @@
 """LoRA adapters as models of an endpoint: listed, asked for by name at every door, loaded and unloaded while it runs."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from deploy.doors.grpc.reading import Readers
 from deploy.doors.http import create_app
 from deploy.doors.openai.adapters import adapter_routes
 from deploy.frontend.adapters import OwnShelf, ServedAdapters
-from deploy.frontend.errors import RequestError
+from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModels
 from deploy.frontend.submission import salt_of
 from deploy.text.adapters import Adapters
@@ -155,6 +156,24 @@ def test_one_is_loaded_and_unloaded_while_the_endpoint_runs(endpoint: Endpoint, 
     assert endpoint.names() == [MODEL, "named"]
     assert endpoint.post("/v1/completions", {"model": "new", "prompt": "a"}).status_code == 404
     assert endpoint.unload("new").status_code == 404
+
+
+def test_of_several_who_load_one_name_at_once_one_succeeds(endpoint: Endpoint, tmp_path: Path) -> None:
+    """All have seen that the name is free before the first of them has written it down."""
+    others = [make_adapter(tmp_path / str(seed), EMBEDDED_MODEL, seed=seed) for seed in range(4)]
+
+    async def load_all() -> Any:
+        loads = [endpoint.adapters.load_adapter("new", str(other), None, in_place=False) for other in others]
+        return await asyncio.gather(*loads, return_exceptions=True)
+
+    answers = endpoint.host.run(load_all())
+    refused = [answer for answer in answers if answer is not None]
+    assert [answer.fault for answer in refused if isinstance(answer, RequestError)] == [Fault.CONFLICT] * 3
+    (winner,) = (other for other, answer in zip(others, answers, strict=True) if answer is None)
+    endpoint.post("/v1/completions", {"model": "new", "prompt": "a"})
+    asked = endpoint.engine.requests[-1].adapter
+    assert asked is not None
+    assert asked.folder == str(winner)
 
 
 def test_what_cannot_be_done_says_why(endpoint: Endpoint, folder: Path, tmp_path: Path) -> None:

@@ -72,6 +72,24 @@ def test_what_is_not_served_is_refused_by_name(
         read_adapter("a", folder, model, 16)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"layers_to_transform": [0]}, {"layers_to_transform": 0}, {"exclude_modules": ["q_proj"]}, {"exclude_modules": ".*q_proj"},
+     {"target_modules": ["q_proj"]}, {"target_modules": r".*\.q_proj"}],
+    ids=str,
+)  # fmt: skip
+def test_tensors_of_modules_that_are_left_out_are_refused(
+    fields: dict[str, Any], checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    folder = make_adapter(tmp_path, checkpoint)
+    for same in ({"layers_to_transform": [0, 1]}, {"target_modules": "all-linear"}, {"target_modules": r".*_proj"}):
+        say(folder, **same)
+        read_adapter("a", folder, model, 16)
+    say(folder, **fields)
+    with pytest.raises(CheckpointError, match=r"adapts model\.layers\..*, which adapter_config.json leaves out"):
+        read_adapter("a", folder, model, 16)
+
+
 @pytest.mark.parametrize("name", ["none_such", "lora_embedding", "magnitude", "half", "layer", "float8", "empty"])
 def test_tensors_that_would_be_passed_over_are_refused(
     name: str, checkpoint: Path, model: ModelConfig, tmp_path: Path
