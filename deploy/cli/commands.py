@@ -6,6 +6,7 @@ transformers before a command needs them, so that --help is instant.
 
 import sys
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,6 +88,9 @@ def generate(
     with reported_errors(debug):
         settings = load_config(config, engine, sampling_values(sampling))
         sources = read_sources(prompts or [], input, format, chat, token_ids)
+        if settings.engine.lora and not any(isinstance(each, Mapping) and each.get("lora") for each in sources):
+            said = 'no prompt names an adapter, so none is used: lines of --input do, as {"prompt": ..., "lora": NAME}'
+            typer.echo(f"manta: {said}", err=True)
         with open_records(output) as record:
             shown = stream if stream is not None else output is None
             outputs = run(settings, sources, record, shown, quiet)

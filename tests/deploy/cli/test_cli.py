@@ -51,6 +51,13 @@ def test_several_prompts_are_labelled_in_order(manta: Manta) -> None:
     assert result.stderr == ""
 
 
+def test_adapters_that_no_prompt_names_are_spoken_of(manta: Manta, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.cli.commands.run", lambda *_: [])
+    assert "no prompt names an adapter" in manta("first", "--lora", "sql=/adapters/sql").stderr
+    assert "adapter" not in manta("--format", "jsonl", "--lora", "sql=/adapters/sql", stdin='{"prompt": "first", "lora": "sql"}').stderr
+    assert "adapter" not in manta("first").stderr
+
+
 def test_choices_are_labelled(manta: Manta) -> None:
     result = manta("first", "-q", "--n", "2")
     assert result.stdout == f"── 1/1, choice 1: first ──\n{ANSWER}\n── 1/1, choice 2: first ──\n{ANSWER}\n"

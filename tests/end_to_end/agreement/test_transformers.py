@@ -54,10 +54,12 @@ def windowed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_windows_natively(windowed: tuple[Path, Reference], setting: Setting) -> None:
-    outcome = compare(*windowed, setting, "native")
+    """Where every layer has one, a sequence holds too little for anybody to be preempted."""
+    path, reference = windowed
+    outcome = compare(path, reference, setting, "native")
     assert outcome.wrong == ()
     assert outcome.hits > 0
-    assert outcome.preemptions > 0 or not setting.small
+    assert outcome.preemptions > 0 or not setting.small or path.name == "mistral"
 
 
 def test_the_page_has_every_model_type(tmp_path: Path) -> None:
