@@ -54,7 +54,8 @@ def test_several_prompts_are_labelled_in_order(manta: Manta) -> None:
 def test_adapters_that_no_prompt_names_are_spoken_of(manta: Manta, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.cli.commands.run", lambda *_: [])
     assert "no prompt names an adapter" in manta("first", "--lora", "sql=/adapters/sql").stderr
-    assert "adapter" not in manta("--format", "jsonl", "--lora", "sql=/adapters/sql", stdin='{"prompt": "first", "lora": "sql"}').stderr
+    named = '{"prompt": "first", "lora": "sql"}'
+    assert "adapter" not in manta("--format", "jsonl", "--lora", "sql=/adapters/sql", stdin=named).stderr
     assert "adapter" not in manta("first").stderr
 
 
