@@ -80,9 +80,9 @@ def hub_of(repos: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch) 
                 self._say(200 if not start else 206, content[start:], headers, cut=len(content[start:]) // 2)
                 self.close_connection = True
                 return
-            self._say(200 if not start else 206, content[start:], headers)
             if self.command == "GET":
-                hub.read.append(name)
+                hub.read.append(name)  # before whoever reads it can go on
+            self._say(200 if not start else 206, content[start:], headers)
 
         def _say(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
             self.send_response(status)

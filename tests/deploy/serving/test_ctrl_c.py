@@ -40,7 +40,7 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        body = {"prompt": "x", "n": 4, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+        body = {"prompt": "x", "n": 16, "max_tokens": 1900, "ignore_eos": True, "stream": True}
         asked = httpx.stream("POST", self._url, json=body, timeout=PATIENCE_S, trust_env=False)
         with contextlib.suppress(httpx.HTTPError), asked as answer:
             for text in answer.iter_text():
