@@ -97,20 +97,26 @@ def load_kernels() -> FlashKernels:
     raise ImportError(f"no flash-attn can be imported ({'; '.join(failures)})")
 
 
-def _load_2() -> FlashKernels:
-    import flash_attn
-    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
-
-    scheduled = "scheduler_metadata" in signature(flash_attn_with_kvcache).parameters
-    schedule = getattr(flash_attn, "get_scheduler_metadata", None) if scheduled else None
+def _decoding(with_kvcache: Callable[..., Any], tables_name: str) -> Decode:
+    """tables_name: what the generation calls block tables."""
 
     def decode(
         query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan, **told: Any
     ) -> Tensor:
         if plan.metadata is not None and told.keys() <= PLANNED:
             told["scheduler_metadata"] = plan.metadata
-        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, block_table=tables, causal=True, **told)
-        return _first(out)[:, 0]
+        told[tables_name] = tables
+        return _first(with_kvcache(query[:, None], keys, values, cache_seqlens=lens, causal=True, **told))[:, 0]
+
+    return decode
+
+
+def _load_2() -> FlashKernels:
+    import flash_attn
+    from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+
+    scheduled = "scheduler_metadata" in signature(flash_attn_with_kvcache).parameters
+    schedule = getattr(flash_attn, "get_scheduler_metadata", None) if scheduled else None
 
     def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan, **told: Any) -> Tensor:
         chunks = plan.chunks
@@ -120,6 +126,7 @@ def _load_2() -> FlashKernels:
         )  # fmt: skip
         return out
 
+    decode = _decoding(flash_attn_with_kvcache, "block_table")
     version, known = str(flash_attn.__version__), _arguments(flash_attn_with_kvcache, flash_attn_varlen_func)
     if "fa3" in version:
         return FlashKernels(version, 1, EVERY_EIGHTH, (9,), decode, chunk, known, schedule)
@@ -132,14 +139,6 @@ def _load_3() -> FlashKernels:
 
     schedule = getattr(flash_attn_interface, "get_scheduler_metadata", None)
 
-    def decode(
-        query: Tensor, keys: Tensor, values: Tensor, lens: Tensor, tables: Tensor, plan: DecodePlan, **told: Any
-    ) -> Tensor:
-        if plan.metadata is not None and told.keys() <= PLANNED:
-            told["scheduler_metadata"] = plan.metadata
-        out = flash_attn_with_kvcache(query[:, None], keys, values, cache_seqlens=lens, page_table=tables, causal=True, **told)
-        return _first(out)[:, 0]
-
     def chunk(query: Tensor, keys: Tensor, values: Tensor, plan: FlashChunkPlan, **told: Any) -> Tensor:
         chunks = plan.chunks
         out = flash_attn_with_kvcache(
@@ -148,6 +147,7 @@ def _load_3() -> FlashKernels:
         )  # fmt: skip
         return _first(out)
 
+    decode = _decoding(flash_attn_with_kvcache, "page_table")
     return FlashKernels("3", 1, EVERY_EIGHTH, (9,), decode, chunk, _arguments(flash_attn_with_kvcache), schedule)
 
 

@@ -204,9 +204,9 @@ def read_config(path: str | Path) -> ModelConfig:
         raise fields.error(f"head_dim={head_dim} is odd, and rotary embeddings turn pairs")
     trained = fields.integer("max_position_embeddings")
     rope = read_rope(fields, trained)
-    windows = _read_windows(fields, family, fields.integer("num_hidden_layers"))
-    _refuse_what_is_not_computed(fields)
     layers = fields.integer("num_hidden_layers")
+    windows = _read_windows(fields, family, layers)
+    _refuse_what_is_not_computed(fields)
     return ModelConfig(
         architecture=name,
         hidden=hidden,
