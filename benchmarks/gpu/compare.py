@@ -242,6 +242,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16", help="fp8: made while loading; int4: in groups of 128")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="auto: the weights' 16 bits")
     parser.add_argument("--tensor-parallel-size", type=positive, default=1, help="GPUs of a group, on Ray")
     parser.add_argument("--groups", type=positive, default=1, help="of as many GPUs each, on Ray")
     parser.add_argument("--profile", action="store_true", help="kernel times of the bare loop")
@@ -252,7 +253,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     asked = parse_options()
-    options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager}
+    options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager, "kv_dtype": asked.kv_dtype}
     if asked.weights == "fp8":
         options["quantization"] = "fp8"
     if asked.tensor_parallel_size * asked.groups > 1:
