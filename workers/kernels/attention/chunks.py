@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.attention.form import Form, plain_forms
 from workers.kernels.attention.spans import LOG2_E, capped, first_peak, fitting_keys, lowest_seen, span_blocks, span_kv
+from workers.kernels.fp8 import query_for_fp8
 
 FIELDS = 4  # of a tile: sequence, its first token, that token's row in the query, keys before that row's sequence
 PLANNED_TILES = 64  # by one program of the plan
@@ -122,6 +123,8 @@ def _attend(query, pool, tables, tiles, contexts, sinks, out, layer, scale, valu
     columns = (head * GROUP + rows % GROUP) * DIM
     q = tl.load(query + (index + token).to(tl.int64)[:, None] * query_stride + columns[:, None] + dims[None, :],
                 mask=real, other=0.0)  # fmt: skip
+    if value_scale is not None:
+        q = query_for_fp8(q)
     seen = before + first + token + 1
     top, weight = first_peak(sinks, head * GROUP + rows % GROUP, rows < TOKENS * GROUP)
     acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)

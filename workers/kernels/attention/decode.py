@@ -22,6 +22,7 @@ from kvcache.pool import KVPool
 from workers.kernels.attention.decode_config import DecodeConfig, choose_config
 from workers.kernels.attention.form import Form, Reach, plain_forms
 from workers.kernels.attention.merge import merge, merge_members, merged
+from workers.kernels.attention.pairs import attend_pairs
 from workers.kernels.attention.plan import COMPARED_UNITS, FIELDS, PLANNED_UNITS, WRITTEN_ITEMS, plan
 from workers.kernels.attention.prefixes import NOT_SHARED, SET_FIELDS, PrefixLimits, SharedPrefixes
 from workers.kernels.attention.spans import LOG2_E, first_peak, fold, lowest_seen, span_blocks, span_kv
@@ -118,14 +119,18 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
     lowest = None
     if WINDOW > 0 or CHUNK > 0:
         lowest = lowest_seen(context - 1, WINDOW, CHUNK)
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
-    block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
-    for span in tl.range(low, high, num_stages=STAGES):
-        k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
-                       True)  # fmt: skip
-        block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
-        top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
+    if key_scale is not None and q.dtype != tl.float32:
+        top, weight, acc = attend_pairs(q, pool, table, low, high, base, head, lowest, context, top, weight, scale, DIM, ROW,
+                                        SOFTCAP, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS, STAGES)  # fmt: skip
+    else:
+        acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+        # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
+        block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
+        for span in tl.range(low, high, num_stages=STAGES):
+            k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
+                           True)  # fmt: skip
+            block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
+            top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
 
     some = tl.where(weight > 0, weight, 1.0)
     acc = acc / some[:, None]
@@ -186,7 +191,7 @@ class DecodeAttention:
         self._heads = heads
         self._kv_heads, self._head_dim = kv_heads or layout.kv_heads, head_dim or layout.head_dim
         self._group = heads // self._kv_heads
-        self._dim = max(16, triton.next_power_of_2(self._head_dim))
+        self._dim = max(32 if layout.scaled else 16, triton.next_power_of_2(self._head_dim))
         config = config or choose_config(pool, max_batch, dtype, self._head_dim)
         self.config = config
         self._tile = max(config.tile, triton.next_power_of_2(self._group))
