@@ -9,6 +9,7 @@ On a GPU it reports the paged kernels by themselves instead (`paged.py`, `paged_
 --layouts asks for the above.
 
     python3 -m benchmarks.kernels.attention --json attention.json
+    python3 -m benchmarks.kernels.attention --kernels decode --kv-dtype fp8
 
 May import `kvcache` and `workers`.
 """
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks.shared.checkpoints import SHAPES, Shape
 from benchmarks.shared.report import Spread, table
-from kvcache.layout import BlockLayout
+from kvcache.layout import FP8, BlockLayout
 from kvcache.pool import KVPool
 from workers.attention.base import AttentionBackend
 from workers.attention.select import select_backend
@@ -143,15 +144,15 @@ def measure(case: Case, shape: Shape, dtype: str, block_size: int, device: str, 
     return [Row(case.name, *name, spread.median, spread.low, spread.high) for name, spread in spreads.items()]
 
 
-def report_paged(parts: str, seconds: float, path: Path | None) -> None:
-    """parts: "decode", "chunk" or "both"; seconds for each."""
+def report_paged(parts: str, seconds: float, path: Path | None, kv: str | None) -> None:
+    """parts: "decode", "chunk" or "both"; seconds for each. kv: dtype of pools, None: that of queries."""
     from benchmarks.kernels.paged import decode_report  # these import triton, which a CPU does not need
     from benchmarks.kernels.paged_chunks import chunk_report
 
     report = {}
     for name, make in (("decode", decode_report), ("chunk", chunk_report)):
         if parts in (name, "both"):
-            report[name] = make(seconds)
+            report[name] = make(seconds, kv)
             if path:
                 path.write_text(json.dumps(report, indent=1))
 
@@ -166,11 +167,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layouts", action="store_true", help="on a GPU: compare block-first pools with pools of one layer")
     parser.add_argument("--kernels", choices=("decode", "chunk", "both"), default="both", help="on a GPU: which to report")
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="on a GPU: of pools; auto: as queries")
     parser.add_argument("--seconds", type=float, default=60, help="on a GPU: of each kind; no case begins later")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     if options.device == "cuda" and not options.layouts:
-        report_paged(options.kernels, options.seconds, options.json)
+        report_paged(options.kernels, options.seconds, options.json, FP8 if options.kv_dtype == "fp8" else None)
         return
     torch.set_num_threads(options.threads)
     rows: list[Row] = []

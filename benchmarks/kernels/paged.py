@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.layout import BlockLayout
+from kvcache.layout import FP8, BlockLayout, KVScales
 from kvcache.pool import KVPool
 from workers.kernels.attention.decode import DecodeAttention
 from workers.kernels.attention.decode_config import DecodeConfig
@@ -32,22 +32,25 @@ LAYERS = 8
 BLOCK = 256
 SPREAD_BYTES = 400e6  # several times the L2 cache
 CHECKED = (1, 255, 256, 257, 3000, 63, 7777, 64, 65, 1024)  # contexts of the rows that are compared with the reference
+SCALES = KVScales((0.9,) * LAYERS, (1.1,) * LAYERS)  # of pools in FP8
+FP8_NAN = 0x7F
 TOLERANCE = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-5}
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What the kernels are compiled for."""
+    """What the kernels are compiled for. kv: dtype of the pool, None: `dtype`."""
 
     heads: int
     kv_heads: int
     dim: int
     dtype: str = "bfloat16"
+    kv: str | None = None
 
     @property
     def name(self) -> str:
         kind = "" if self.dtype == "bfloat16" else f" {self.dtype}"
-        return f"{self.heads}/{self.kv_heads} x {self.dim}{kind}"
+        return f"{self.heads}/{self.kv_heads} x {self.dim}{kind}" + ("" if self.kv is None else f", KV {self.kv}")
 
 
 MAIN = Heads(16, 8, 128)
@@ -105,12 +108,14 @@ class World:
 
 
 def make_world(heads: Heads, contexts: list[int], sets: int | None = None) -> World:
-    layout = BlockLayout(BLOCK, LAYERS, heads.kv_heads, heads.dim, heads.dtype)
+    layout = BlockLayout(BLOCK, LAYERS, heads.kv_heads, heads.dim, heads.kv or heads.dtype)
     if sets is None:
         sets = max(1, math.ceil(SPREAD_BYTES / (sum(contexts) * layout.token_bytes)))
     needed = [-(-context // BLOCK) for context in contexts]
-    pool = KVPool(layout, sets * sum(needed) + 1, "cuda")
-    pool.data.normal_()
+    pool = KVPool(layout, sets * sum(needed) + 1, "cuda", scales=SCALES if layout.scaled else None)
+    dtype = getattr(torch, heads.dtype)
+    for part in torch.split(pool.data, 64):
+        part.copy_(torch.randn(part.shape, dtype=dtype, device="cuda"))
     order = torch.split((torch.randperm(pool.blocks - 1, device="cuda") + 1).int(), sum(needed))
     tables = []
     for blocks in order[:sets]:
@@ -118,7 +123,7 @@ def make_world(heads: Heads, contexts: list[int], sets: int | None = None) -> Wo
         for row, part in enumerate(torch.split(blocks, needed)):
             table[row, : len(part)] = part
         tables.append(table)
-    query = torch.randn((len(contexts), heads.heads, heads.dim), device="cuda").to(pool.dtype)
+    query = torch.randn((len(contexts), heads.heads, heads.dim), device="cuda").to(dtype)
     lens = torch.tensor(contexts, dtype=torch.int32, device="cuda")
     return World(pool, query, torch.empty_like(query), lens, tables)
 
@@ -128,22 +133,34 @@ def with_prefix(world: World, common: int, told: bool) -> World:
     rows, blocks = len(world.contexts), common // BLOCK
     for table in world.tables:
         table[:, :blocks] = table[0, :blocks].clone()
-    limits = DecodeAttention(world.pool, world.query.shape[1], rows).prefixes
+    limits = DecodeAttention(world.pool, world.query.shape[1], rows, dtype=world.query.dtype).prefixes
     sets = [(at, min(limits.rows, rows - at), common) for at in range(0, rows, limits.rows)]
     tensors = [[common] * rows, [number for one in sets for number in one], list(range(rows))]
     shared = SharedPrefixes(*(torch.tensor(numbers, dtype=torch.int32, device="cuda") for numbers in tensors))
     return replace(world, shared=shared if told else None)
 
 
+def exact_kv(pool: KVPool, layer: int, table: Tensor, context: int) -> Tensor:
+    """[k|v, context, kv_heads, dim] float64."""
+    blocks = torch.stack([pool.data[block, layer] for block in table[: -(-context // BLOCK)].tolist()], 1)
+    scales = torch.tensor(pool.scales(layer) or (1.0, 1.0), dtype=torch.float64, device=pool.device)
+    return blocks.double().flatten(1, 2)[:, :context] * scales[:, None, None, None]
+
+
+def spoil_unwritten(world: World) -> None:
+    """NaN behind each row's context in its last block, all layers."""
+    for context, table in zip(world.contexts.tolist(), world.tables[0].tolist(), strict=True):
+        if context % BLOCK:
+            unwritten = world.pool.data[table[context // BLOCK], :, :, context % BLOCK :]
+            unwritten.view(torch.uint8).fill_(FP8_NAN) if world.pool.layout.scaled else unwritten.fill_(math.nan)
+
+
 def reference(world: World, layer: int) -> Tensor:
     """[rows, heads, dim] float64, row by row."""
     rows = []
     group = world.query.shape[1] // world.pool.layout.kv_heads
-    for query, context, table in zip(world.query, world.contexts.tolist(), world.tables[0].long(), strict=True):
-        key, value = (
-            view[table[: -(-context // BLOCK)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
-            for view in (world.pool.keys(layer), world.pool.values(layer))
-        )
+    for query, context, table in zip(world.query, world.contexts.tolist(), world.tables[0], strict=True):
+        key, value = exact_kv(world.pool, layer, table, context).repeat_interleave(group, 2)
         scores = torch.einsum("hd,khd->hk", query.double(), key) / math.sqrt(query.shape[1])
         rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value))
     return torch.stack(rows)
@@ -155,10 +172,8 @@ def check(heads: Heads, config: DecodeConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"heads": heads.name, "config": label(config)}
     try:
         world = make_world(heads, list(CHECKED), 1)
-        for row, context in enumerate(CHECKED):
-            if context % BLOCK:
-                world.pool.data[int(world.tables[0][row, context // BLOCK]), :, :, context % BLOCK :] = float("nan")
-        attention = DecodeAttention(world.pool, heads.heads, len(CHECKED), config)
+        spoil_unwritten(world)
+        attention = DecodeAttention(world.pool, heads.heads, len(CHECKED), config, dtype=world.query.dtype)
         error = 0.0
         for layer in (0, LAYERS - 1, LAYERS - 1):
             world.out.fill_(float("nan"))
@@ -209,7 +224,7 @@ def copy_rate() -> float:
 
 
 def ours(world: World, config: DecodeConfig, tables: list[Tensor] | None = None) -> tuple[Callable[[], None], int]:
-    attention = DecodeAttention(world.pool, world.query.shape[1], len(world.query), config)
+    attention = DecodeAttention(world.pool, world.query.shape[1], len(world.query), config, dtype=world.query.dtype)
     attention.plan(world.contexts, len(world.query), world.shared)
 
     def run() -> None:
@@ -324,26 +339,28 @@ def plan_us(batch: int, context: int) -> float:
     return graph_us(run, 50)
 
 
-def shared_us(rows: int, common: int) -> tuple[float, float]:
+def shared_us(heads: Heads, rows: int, common: int) -> tuple[float, float]:
     """Of a call where each row reads the prefix, and where sets of rows do; the results are compared."""
-    world = make_world(MAIN, [common + 96] * rows)
+    world = make_world(heads, [common + 96] * rows)
     results, times = [], []
     for told in (False, True):
         run, calls = ours(with_prefix(world, common, told), BASE)
         times.append(graph_us(run, calls))
         results.append(world.out.clone())
     error = float((results[0].double() - results[1].double()).abs().max())
-    if not error < TOLERANCE[MAIN.dtype]:
+    if not error < TOLERANCE[heads.dtype]:
         raise RuntimeError(f"{rows} rows with {common} common tokens: the sets' result is {error} off")
     return times[0], times[1]
 
 
-def decode_report(seconds: float) -> dict[str, Any]:
-    """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file."""
+def decode_report(seconds: float, kv: str | None = None) -> dict[str, Any]:
+    """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file. kv: as in `Heads`."""
     begin = time.perf_counter()
+    main, others = replace(MAIN, kv=kv), [replace(heads, kv=kv) for heads in OTHERS]
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}", flush=True)
-    pairs = [(MAIN, config) for config in EVERY] + [(heads, config) for heads in OTHERS for config in FEW]
-    pairs += [(Heads(16, 8, 128, "float32"), DecodeConfig(keys=32, stages=2, warps=8)), (Heads(16, 8, 128, "float16"), BASE)]
+    pairs = [(main, config) for config in EVERY] + [(heads, config) for heads in others for config in FEW]
+    float32 = DecodeConfig(keys=32, stages=2, warps=8)
+    pairs += [(replace(main, dtype="float32"), float32), (replace(main, dtype="float16"), BASE)]
     checks = check_all(pairs)
     for row in checks:
         print(f"  {'right' if row['right'] else 'WRONG'} {row.get('error', row.get('failure'))} {row['s']} s  "
@@ -352,19 +369,19 @@ def decode_report(seconds: float) -> dict[str, Any]:
     limit = copy_rate()
     print(f"checked in {time.perf_counter() - begin:.0f} s; copy {limit:.0f} GB/s", flush=True)
     report: dict[str, Any] = {"limit_gb_s": limit, "checks": checks, "rows": []}
-    flash = flash_kernels()
-    work: list[tuple[Heads, list[int], Sequence[DecodeConfig]]] = [(MAIN, [context] * batch, EVERY) for batch, context in CASES]
-    work += [(MAIN, [128 + (row * 7919) % 1900 for row in range(rows)], FEW) for rows in RAGGED]
-    work += [(heads, [context] * batch, FEW) for heads in OTHERS for batch, context in CASES[1:]]
+    flash = {} if kv == FP8 else flash_kernels()
+    work: list[tuple[Heads, list[int], Sequence[DecodeConfig]]] = [(main, [context] * batch, EVERY) for batch, context in CASES]
+    work += [(main, [128 + (row * 7919) % 1900 for row in range(rows)], FEW) for rows in RAGGED]
+    work += [(heads, [context] * batch, FEW) for heads in others for batch, context in CASES[1:]]
     for heads, contexts, configs in work:
         if time.perf_counter() - begin > seconds:
             print("no time for the rest")
             break
         usable = [config for config in configs if (heads.name, label(config)) in right]
         rows = time_case(heads, contexts, usable, flash, limit)
-        show(rows, 8 if heads == MAIN else 3)
+        show(rows, 8 if heads == main else 3)
         report["rows"] += rows
-    report["shared_us"] = {f"{rows} x ({common} + 96)": shared_us(rows, common) for rows, common in SHARED}
+    report["shared_us"] = {f"{rows} x ({common} + 96)": shared_us(main, rows, common) for rows, common in SHARED}
     print(f"rows with a shared prefix, us, each reads it / sets read it: {report['shared_us']}", flush=True)
     report["plan_us"] = {f"{batch} x {context}": plan_us(batch, context) for batch, context in CASES}
     print(f"plan, us: {report['plan_us']}; {time.perf_counter() - begin:.0f} s in all")

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.paged import BLOCK, LAYERS, TOLERANCE, Heads, World, graph_us, make_world
+from benchmarks.kernels.paged import LAYERS, TOLERANCE, Heads, World, exact_kv, graph_us, make_world, spoil_unwritten
+from kvcache.layout import FP8
 from workers.attention.base import Chunks
 from workers.attention.flash import FlashChunkPlan, FlashKernels, load_kernels
 from workers.kernels.attention.chunks import ChunkAttention, ChunkConfig
@@ -50,7 +51,7 @@ def make_chunks(heads: Heads, sizes: list[tuple[int, int]], sets: int | None = N
     world = make_world(heads, [context for _, context in sizes], sets)
     queries = [new for new, _ in sizes]
     starts = torch.tensor([0, *queries], device="cuda").cumsum(0, dtype=torch.int32)
-    query = torch.randn((sum(queries), heads.heads, heads.dim), device="cuda").to(world.pool.dtype)
+    query = torch.randn((sum(queries), heads.heads, heads.dim), device="cuda").to(world.query.dtype)
     longest = max(queries), max(context for _, context in sizes)
     return world, query, Chunks(starts, world.contexts, world.tables[0], sum(queries), *longest)
 
@@ -59,11 +60,8 @@ def reference(world: World, query: Tensor, sizes: list[tuple[int, int]], layer: 
     """[tokens, heads, dim] float64."""
     parts, group = [], query.shape[1] // world.pool.layout.kv_heads
     queries = torch.split(query, [new for new, _ in sizes])
-    for part, (new, context), table in zip(queries, sizes, world.tables[0].long(), strict=True):
-        key, value = (
-            view[table[: -(-context // BLOCK)]].flatten(0, 1)[:context].double().repeat_interleave(group, 1)
-            for view in (world.pool.keys(layer), world.pool.values(layer))
-        )
+    for part, (new, context), table in zip(queries, sizes, world.tables[0], strict=True):
+        key, value = exact_kv(world.pool, layer, table, context).repeat_interleave(group, 2)
         scores = torch.einsum("qhd,khd->hqk", part.double(), key) / math.sqrt(query.shape[2])
         later = torch.arange(context, device="cuda") > torch.arange(context - new, context, device="cuda")[:, None]
         parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -math.inf).softmax(-1), value))
@@ -75,10 +73,8 @@ def check(heads: Heads, config: ChunkConfig) -> dict[str, Any]:
     begin = time.perf_counter()
     try:
         world, query, chunks = make_chunks(heads, CHECKED, 1)
-        for row, (_, context) in enumerate(CHECKED):
-            if context % BLOCK:
-                world.pool.data[int(world.tables[0][row, context // BLOCK]), :, :, context % BLOCK :] = float("nan")
-        attention = ChunkAttention(world.pool, heads.heads, config)
+        spoil_unwritten(world)
+        attention = ChunkAttention(world.pool, heads.heads, config, dtype=query.dtype)
         tiles = attention.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)
         out = torch.full_like(query, float("nan"))
         attention.run(LAYERS - 1, query, chunks.block_tables, chunks.context_lens, tiles, out)
@@ -90,7 +86,7 @@ def check(heads: Heads, config: ChunkConfig) -> dict[str, Any]:
 
 
 def ours(world: World, query: Tensor, chunks: Chunks, config: ChunkConfig) -> Callable[[], None]:
-    attention = ChunkAttention(world.pool, query.shape[1], config)
+    attention = ChunkAttention(world.pool, query.shape[1], config, dtype=query.dtype)
     tiles = attention.plan(chunks.query_starts, chunks.context_lens, chunks.tokens)
     out = torch.empty_like(query)
 
@@ -134,12 +130,13 @@ def time_case(
     return rows
 
 
-def chunk_report(seconds: float) -> dict[str, Any]:
-    """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file."""
+def chunk_report(seconds: float, kv: str | None = None) -> dict[str, Any]:
+    """Checks, then times, as long as `seconds` allow; prints all of it and returns it for a file. kv: as in `Heads`."""
     begin = time.perf_counter()
-    pairs = [(heads, config) for heads in (MAIN, *OTHERS) for config in EVERY]
-    pairs += [(Heads(28, 4, 128), BASE), (Heads(16, 8, 128, "float16"), BASE)]
-    pairs.append((Heads(4, 2, 128, "float32"), ChunkConfig(rows=32, keys=16, stages=2)))
+    timed = [replace(heads, kv=kv) for heads in (MAIN, *OTHERS)]
+    pairs = [(heads, config) for heads in timed for config in EVERY]
+    pairs += [(Heads(28, 4, 128, kv=kv), BASE), (Heads(16, 8, 128, "float16", kv), BASE)]
+    pairs.append((Heads(4, 2, 128, "float32", kv), ChunkConfig(rows=32, keys=16, stages=2)))
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn")) as pool:
         checks = list(pool.map(check, *zip(*pairs, strict=True)))
     for row in checks:
@@ -147,12 +144,12 @@ def chunk_report(seconds: float) -> dict[str, Any]:
               f"{row['heads']}  chunks {row['config']}", flush=True)  # fmt: skip
     right = {(row["heads"], row["config"]) for row in checks if row["right"]}
     try:
-        flash = load_kernels()
+        flash = None if kv == FP8 else load_kernels()
     except ImportError as error:
         flash = None
         print(error)
     report: dict[str, Any] = {"checks": checks, "rows": []}
-    for heads in (MAIN, *OTHERS):
+    for heads in timed:
         for name, sizes in CASES:
             if time.perf_counter() - begin > seconds:
                 print("no time for the rest")

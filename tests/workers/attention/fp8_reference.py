@@ -64,17 +64,18 @@ class NarrowProblem:
 
 def narrow_problem(
     step: StepInput, layout: BlockLayout, heads: int, dtype: torch.dtype, device: str, scales: tuple[float, float] = SCALES,
-    wide: float = 1.0,
+    wide: float = 1.0, asked: float = 1.0, form: Form | None = None, sinks: Tensor | None = None,
 ) -> NarrowProblem:  # fmt: skip
-    """Every slot that must not be read holds NaN. wide: how large keys are, and values twice as large."""
+    """Every slot that must not be read holds NaN. wide: how large keys are, and values twice as large; asked: how large queries
+    are. form, sinks: of the last layer, the one that is asked for; None: plain."""
     assert layout.dtype == FP8
-    layer = layout.layers - 1
+    layer, form = layout.layers - 1, form or Form(layout.head_dim**-0.5)
     keys, values = ((1.0,) * layer + (scale,) for scale in scales)
     pool = KVPool(layout, blocks_of(step, layout.block_size), device, scales=KVScales(keys, values))
     codes = torch.full(pool.data.shape, NAN, dtype=torch.uint8)
     states, expected = [], []
     for new, context, table in zip(step.host_query_lens, step.host_context_lens, step.host_block_tables, strict=True):
-        query = torch.randn(int(new), heads, layout.head_dim).to(dtype)
+        query = (asked * torch.randn(int(new), heads, layout.head_dim)).to(dtype)
         halves = torch.randn(2, int(context), layout.kv_heads, layout.head_dim)
         kv = (halves * torch.tensor([wide, 2 * wide])[:, None, None, None]).to(dtype)
         position = torch.arange(int(context))
@@ -84,7 +85,7 @@ def narrow_problem(
             codes[block, layer, half, slot] = codes_of(kv[half], scale)
             meant.append(meaning(codes[block, layer, half, slot], scale))
         states.append((query, kv[0, -int(new) :], kv[1, -int(new) :]))
-        expected.append(dense(query.double(), meant[0], meant[1], Form(layout.head_dim**-0.5), None))
+        expected.append(dense(query.double(), meant[0], meant[1], form, sinks))
     before = codes.clone()
     owned = step.slots.div(layout.block_size, rounding_mode="floor"), step.slots % layout.block_size
     before[owned[0], layer, :, owned[1]] = NAN

@@ -127,8 +127,8 @@ def _attend(query, q_weight, k_weight, turns, contexts, pool, tables, items, mem
         # a span's block is read one span ahead, so that the loop's loads hang on no load of the same turn and all run ahead
         block = span_blocks(table, low, lowest, context, KV_BLOCK, KEYS)
         for span in tl.range(low, high, num_stages=STAGES):
-            k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, LAYERS * 2 * KV_BLOCK, KEYS,
-                           True)  # fmt: skip
+            k, v = span_kv(pool, block, span, base, head, lowest, context, dims, DIM, ROW, KV_BLOCK, LAYERS * 2 * KV_BLOCK,
+                           KEYS, True)  # fmt: skip
             block = span_blocks(table, tl.minimum(span + 1, high - 1), lowest, context, KV_BLOCK, KEYS)
             top, weight, acc = fold(q, k, v, span, lowest, context, top, weight, acc, scale, SOFTCAP, PRECISION)
 

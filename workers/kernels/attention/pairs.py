@@ -14,8 +14,8 @@ from workers.kernels.fp8 import query_for_fp8, widened
 
 @triton.jit
 def _fold_pairs(even_q, odd_q, k, v, span, lowest, context, top, weights, even, odd, scale, SOFTCAP: tl.constexpr):
-    """As `spans.fold`. k, v: [KEYS, BLOCK_DIM / 2] uint16; weights: [ROWS, KEYS], summed by the caller at last, since warps that
-    hold different keys wait for each other in every sum."""
+    """As `spans.fold`. k, v: [KEYS, BLOCK_DIM / 2] uint16. weights: [ROWS, KEYS], summed by the caller at last, since warps
+    that hold different keys wait for each other in every sum."""
     KEYS: tl.constexpr = k.shape[0]
     position = span * KEYS + tl.arange(0, KEYS)
     seen = position < context
@@ -39,8 +39,9 @@ def _fold_pairs(even_q, odd_q, k, v, span, lowest, context, top, weights, even, 
 def attend_pairs(q, pool, table, low, high, base, head, lowest, context, top, weight, scale, DIM: tl.constexpr,
                  ROW: tl.constexpr, SOFTCAP: tl.constexpr, KV_BLOCK: tl.constexpr, KV_BLOCK_ROWS: tl.constexpr,
                  KEYS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Spans `low` to `high` of a pool in FP8 into the online softmax that begins with top and weight [ROWS]. q [ROWS, BLOCK_DIM]
-    in bfloat16 or float16. Returns top, weight and the weighted sum [ROWS, BLOCK_DIM] of values as they are stored, float32."""
+    """Spans `low` to `high` of a pool in FP8 into the online softmax that begins with top and weight [ROWS]. q: [ROWS,
+    BLOCK_DIM] in bfloat16 or float16. Returns top, weight and the weighted sum of values as they are stored, float32 [ROWS,
+    BLOCK_DIM]."""
     ROWS: tl.constexpr = q.shape[0]
     HALF: tl.constexpr = q.shape[1] // 2
     dims = tl.arange(0, HALF)
