@@ -34,7 +34,7 @@ def widened(pairs):
     """Pairs of numbers of float8_e4m3fn as uint16 of any shape -> the first of each, in its low byte, and the second, float16.
 
     Bytes of two pairs change places so that one conversion finds both first ones beside each other, another the second ones: 3
-    instructions for 4 numbers, of which the compiler makes three times as many from shifts and masks. bfloat16 would cost a slow
+    instructions for 4 numbers, where shifts and masks become three times as many. bfloat16 would cost a slow
     conversion more for each number.
     """
     if INTERPRETED:
