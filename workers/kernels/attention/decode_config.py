@@ -40,6 +40,17 @@ def choose_config(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) ->
     if dtype == torch.float32:
         return DecodeConfig(keys=max(16, keys // 2), stages=2, warps=8)  # a dot in full precision takes operands into registers
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] >= 9
+    if pool.layout.scaled and hopper:
+        return _of_fp8(keys, rows)
     if rows <= FEW_ROWS and hopper:
         return DecodeConfig(keys=keys, stages=4, least=2, atomic=False, dependent=True)
     return DecodeConfig(keys=keys, stages=4, shares=2) if rows <= SOME_ROWS and hopper else DecodeConfig(keys=keys)
+
+
+def _of_fp8(keys: int, rows: int) -> DecodeConfig:
+    """Half the bytes to a key, so twice as many keys at once where rows are few. us a layer of 8 heads of 128, two queries each,
+    with `keys` and with twice as many: one row of 32,768 keys 34.1 and 23.6, 32 rows of 1,024 24.7 and 21.3, 64 ragged rows of
+    at most 2,003 45.5 and 42.2, 256 ragged ones 137.7 and 140.0."""
+    if rows <= FEW_ROWS:
+        return DecodeConfig(keys=2 * keys, stages=4, least=1, atomic=False, dependent=True)
+    return DecodeConfig(keys=2 * keys, shares=2) if rows <= SOME_ROWS else DecodeConfig(keys=keys, stages=4)
