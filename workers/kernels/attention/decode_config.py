@@ -52,5 +52,5 @@ def _of_fp8(keys: int, rows: int) -> DecodeConfig:
     with `keys` and with twice as many: one row of 32,768 keys 34.1 and 23.6, 32 rows of 1,024 24.7 and 21.3, 64 ragged rows of
     at most 2,003 45.5 and 42.2, 256 ragged ones 137.7 and 140.0."""
     if rows <= FEW_ROWS:
-        return DecodeConfig(keys=2 * keys, stages=4, least=1, atomic=False, dependent=True)
+        return DecodeConfig(keys=2 * keys, least=1, atomic=False, dependent=True)
     return DecodeConfig(keys=2 * keys, shares=2) if rows <= SOME_ROWS else DecodeConfig(keys=keys, stages=4)
