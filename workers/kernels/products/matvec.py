@@ -1,7 +1,7 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. Two kernels: `stream` for a few tokens, `tiles` for more.
+it, a decode layer is six launches. Three kernels: `stream` for a few tokens, `nibbles` for a few and four bits, `tiles` for more.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.norm import rms_norm
+from workers.kernels.products.nibbles import nibbles
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
+from workers.kernels.products.widen import ONE
 
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
+NIBBLES_TOKENS = 2  # likewise
 MAX_TOKENS = 64
 MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
@@ -81,7 +84,7 @@ def matvec(
         return target
     if config is None:
         bits = 16 if isinstance(weight, Tensor) else weight.bits
-        config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
+        config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu, bits)
         if counters is None and config.parts > 1:
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
@@ -110,12 +113,19 @@ def matvec(
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         tiles[(programs * config.parts,)](
-            *operands[:7], partial, target if counters is None else counters, *operands[7:], TOKENS=padded,
+            *operands[:7], partial, target if counters is None else counters, *operands[7:], ONE, TOKENS=padded,
             PARTS=config.parts, **flags,
         )  # fmt: skip
+    elif flags["BITS"] == 4:
+        for name in ("BITS", "COLUMNS", "STAGES"):
+            del flags[name]
+        share = min(tokens, NIBBLES_TOKENS)
+        nibbles[(programs * triton.cdiv(tokens, share),)](
+            *operands[:9], *operands[10:], ONE, TOKENS=share, WORDS=config.columns // 8, **flags
+        )
     else:
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
-        stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
+        stream[(programs * triton.cdiv(tokens, share),)](*operands[:6], *operands[7:], TOKENS=share, **flags)
     return target
 
 
@@ -127,7 +137,7 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     """
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
-        return _stream_tiling(n, k, tokens, dtype, swiglu)
+        return _stream_tiling(n, k, tokens, dtype, swiglu, bits)
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
     if bits == 4:  # the library would need them widened
@@ -141,7 +151,10 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     return _tiling(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
 
 
-def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
+def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
+    if bits == 4:  # a thread has four words of each row at a time
+        words = max(128, min(512, k // 8 & -(k // 8)))
+        return Tiling(2 if n < 4096 or swiglu else 4, 8 * words, words // 128)
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
             return Tiling(4, 2048, 8)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.products.widen import widened
+from workers.kernels.products.widen import of_fp8
 
 
 @triton.jit
@@ -53,11 +53,9 @@ def _finish_gated(gate, up, power, token, tokens, rows, bias, out, out_stride, e
 
 
 @triton.jit
-def _tile(base, rows, start, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          BITS: tl.constexpr):  # fmt: skip
+def _tile(base, rows, start, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """W[rows, COLUMNS from `start` on] as it is stored, zero beyond its edge; no mask where there is no edge."""
-    EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
-    columns = start // EACH + tl.arange(0, COLUMNS // EACH)
+    columns = start + tl.arange(0, COLUMNS)
     at = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     if K % COLUMNS == 0:
         if N % ROWS == 0:
@@ -65,7 +63,7 @@ def _tile(base, rows, start, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS:
         else:
             tile = tl.load(at, mask=(rows < N)[:, None], other=0.0, eviction_policy="evict_first")
     else:
-        there = (rows < N)[:, None] & (columns < K // EACH)[None, :]
+        there = (rows < N)[:, None] & (columns < K)[None, :]
         tile = tl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
     return tile
 
@@ -101,12 +99,12 @@ def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, g
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
+def stream(x, norm_weight, weight, bias, out, scales, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
            K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
            PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output. BITS, GROUP,
-    scales, zeros: as in `widen`.
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output. BITS (16 or
+    8), GROUP, scales: as in `widen`.
 
     Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.
     """
@@ -119,13 +117,13 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if STAGES == 0:
-        tile = _tile(weight, safe, 0, weight_stride, N, K, ROWS, COLUMNS, BITS)
-        other = _tile(half, safe, 0, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
+        tile = _tile(weight, safe, 0, weight_stride, N, K, ROWS, COLUMNS)
+        other = _tile(half, safe, 0, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
     if PDL:
         if K > COLUMNS or STAGES > 0:
-            fetch_rows(weight, safe, weight_stride, K // 2 if BITS == 4 else K)
+            fetch_rows(weight, safe, weight_stride, K)
             if GATED:
-                fetch_rows(half, safe, weight_stride, K // 2 if BITS == 4 else K)
+                fetch_rows(half, safe, weight_stride, K)
         tl.extra.cuda.gdc_wait()
 
     SCALED: tl.constexpr = BITS < 16 and GROUP == 0
@@ -139,12 +137,12 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
             now = start + columns
             here, beside = tile, other
             if start + COLUMNS < K:
-                tile = _tile(weight, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS, BITS)
-                other = _tile(half, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
+                tile = _tile(weight, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS)
+                other = _tile(half, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
             if BITS < 16:
-                here = widened(here, scales, zeros, safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+                here = of_fp8(here, scales, safe, start, GROUP, K, ROWS, COLUMNS)
                 if GATED:
-                    beside = widened(beside, scales, zeros, N + safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+                    beside = of_fp8(beside, scales, N + safe, start, GROUP, K, ROWS, COLUMNS)
             s0, g0, p0 = _step(here, beside, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
                                COLUMNS, NORM, GATED)  # fmt: skip
             if TOKENS > 1:
@@ -158,12 +156,12 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
     else:
         for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
             now = start + columns
-            tile = _tile(weight, safe, start, weight_stride, N, K, ROWS, COLUMNS, BITS)
-            other = _tile(half, safe, start, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
+            tile = _tile(weight, safe, start, weight_stride, N, K, ROWS, COLUMNS)
+            other = _tile(half, safe, start, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
             if BITS < 16:
-                tile = widened(tile, scales, zeros, safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+                tile = of_fp8(tile, scales, safe, start, GROUP, K, ROWS, COLUMNS)
                 if GATED:
-                    other = widened(other, scales, zeros, N + safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+                    other = of_fp8(other, scales, N + safe, start, GROUP, K, ROWS, COLUMNS)
             s0, g0, p0 = _step(tile, other, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
                                COLUMNS, NORM, GATED)  # fmt: skip
             if TOKENS > 1:
