@@ -1,7 +1,7 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. Three kernels: `stream` for a few tokens, `nibbles` for a few and four bits, `tiles` for more.
+it, a decode layer is six launches. Three kernels: `stream` for a few tokens, `fewer_bits` where W has fewer, `tiles` for more.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.norm import rms_norm
-from workers.kernels.products.nibbles import nibbles
+from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
 from workers.kernels.products.widen import ONE
 
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
-NIBBLES_TOKENS = 2  # likewise
+FEWER_BITS_TOKENS = 2  # likewise
 MAX_TOKENS = 64
 MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
@@ -92,13 +92,14 @@ def matvec(
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
-        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
+        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns,
         "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
-        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl, "BITS": 16, "GROUP": 0,
+        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl,
     }  # fmt: skip
     values, scales, zeros = (weight, x, x) if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.zeros)
+    reduced = {"BITS": 16, "GROUP": 0}
     if not isinstance(weight, Tensor):
-        flags |= {"BITS": weight.bits, "GROUP": 0 if weight.by_row else weight.group}
+        reduced = {"BITS": weight.bits, "GROUP": 0 if weight.by_row else weight.group}
     operands = (
         x, x if norm_weight is None else norm_weight, values, x if bias is None else bias, target, scales,
         scales if zeros is None else zeros, tokens, x.stride(0), values.stride(0), target.stride(0), eps,
@@ -114,18 +115,18 @@ def matvec(
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         tiles[(programs * config.parts,)](
             *operands[:7], partial, target if counters is None else counters, *operands[7:], ONE, TOKENS=padded,
-            PARTS=config.parts, **flags,
+            PARTS=config.parts, STAGES=config.stages, **flags, **reduced,
         )  # fmt: skip
-    elif flags["BITS"] == 4:
-        for name in ("BITS", "COLUMNS", "STAGES"):
-            del flags[name]
-        share = min(tokens, NIBBLES_TOKENS)
-        nibbles[(programs * triton.cdiv(tokens, share),)](
-            *operands[:9], *operands[10:], ONE, TOKENS=share, WORDS=config.columns // 8, **flags
+    elif isinstance(weight, Tensor):
+        share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
+        stream[(programs * triton.cdiv(tokens, share),)](
+            *operands[:5], *operands[7:], TOKENS=share, STAGES=config.stages, **flags
         )
     else:
-        share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
-        stream[(programs * triton.cdiv(tokens, share),)](*operands[:6], *operands[7:], TOKENS=share, **flags)
+        share = min(tokens, FEWER_BITS_TOKENS)
+        fewer_bits[(programs * triton.cdiv(tokens, share),)](
+            *operands[:9], *operands[10:], ONE, TOKENS=share, **flags, **reduced
+        )
     return target
 
 
@@ -152,9 +153,10 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
-    if bits == 4:  # a thread has four words of each row at a time
-        words = max(128, min(512, k // 8 & -(k // 8)))
-        return Tiling(2 if n < 4096 or swiglu else 4, 8 * words, words // 128)
+    if bits < 16:  # a thread has sixteen bytes of each row at a time
+        of_warp = 512 if bits == 8 else 1024
+        warps = max(1, min(4, (k & -k) // of_warp))
+        return Tiling(2 if n < 4096 or swiglu else 4, of_warp * warps, warps)
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
             return Tiling(4, 2048, 8)
