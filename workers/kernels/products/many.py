@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.kernels.launch import interpreted, warps_for
 from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
 from workers.kernels.products.reduced import LARGEST_FP8, Reduced
-from workers.kernels.products.widen import widened
+from workers.kernels.products.widen import ONE, of_four_bits, of_fp8
 
 MULTIPLE_OF_LIBRARY = 16
 """Of rows and columns, for the library's products of FP8."""
@@ -72,7 +72,7 @@ def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
     tile = 4, min(1024, triton.next_power_of_2(columns))
     grid = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
     _expand[grid](
-        weight.values, weight.scales, zeros, out, N=rows, K=columns, BITS=weight.bits,
+        weight.values, weight.scales, zeros, out, ONE, N=rows, K=columns, BITS=weight.bits,
         GROUP=0 if weight.by_row else weight.group, ROWS=tile[0], COLUMNS=tile[1],
     )  # fmt: skip
     return out
@@ -107,17 +107,20 @@ def _round(x, values, scales, x_stride, largest, K: tl.constexpr, GROUP: tl.cons
 
 
 @triton.jit
-def _expand(values, scales, zeros, out, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+def _expand(values, scales, zeros, out, one, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
             ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile of [ROWS, COLUMNS]."""
-    EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
+    EACH: tl.constexpr = 8 if BITS == 4 else 1  # columns of an element
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(rows, N - 1)
     start = tl.program_id(1) * COLUMNS
     stored = start // EACH + tl.arange(0, COLUMNS // EACH)
     at = values + safe.to(tl.int64)[:, None] * (K // EACH) + stored[None, :]
     tile = tl.load(at, mask=(stored < K // EACH)[None, :], other=0.0)
-    numbers = widened(tile, scales, zeros, safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+    if BITS == 4:
+        numbers = of_four_bits(tile, scales, zeros, safe, start, one, GROUP, K, ROWS, COLUMNS)
+    else:
+        numbers = of_fp8(tile, scales, safe, start, GROUP, K, ROWS, COLUMNS)
     if GROUP == 0:
         numbers *= tl.load(scales + safe).to(tl.float32)[:, None]
     column = start + tl.arange(0, COLUMNS)

@@ -1,7 +1,7 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. Two kernels: `stream` for a few tokens, `tiles` for more.
+it, a decode layer is six launches. Three kernels: `stream` for a few tokens, `fewer_bits` where W has fewer, `tiles` for more.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from workers.kernels.launch import interpreted
 from workers.kernels.norm import rms_norm
+from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
+from workers.kernels.products.widen import ONE
 
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
+FEWER_BITS_TOKENS = 2  # likewise
 MAX_TOKENS = 64
 MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
@@ -81,7 +84,7 @@ def matvec(
         return target
     if config is None:
         bits = 16 if isinstance(weight, Tensor) else weight.bits
-        config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu)
+        config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu, bits)
         if counters is None and config.parts > 1:
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
@@ -89,13 +92,14 @@ def matvec(
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
-        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
+        "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns,
         "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
-        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl, "BITS": 16, "GROUP": 0,
+        "PDL": pdl, "num_warps": config.warps, "launch_pdl": pdl,
     }  # fmt: skip
     values, scales, zeros = (weight, x, x) if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.zeros)
+    reduced = {"BITS": 16, "GROUP": 0}
     if not isinstance(weight, Tensor):
-        flags |= {"BITS": weight.bits, "GROUP": 0 if weight.by_row else weight.group}
+        reduced = {"BITS": weight.bits, "GROUP": 0 if weight.by_row else weight.group}
     operands = (
         x, x if norm_weight is None else norm_weight, values, x if bias is None else bias, target, scales,
         scales if zeros is None else zeros, tokens, x.stride(0), values.stride(0), target.stride(0), eps,
@@ -110,12 +114,19 @@ def matvec(
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         tiles[(programs * config.parts,)](
-            *operands[:7], partial, target if counters is None else counters, *operands[7:], TOKENS=padded,
-            PARTS=config.parts, **flags,
+            *operands[:7], partial, target if counters is None else counters, *operands[7:], ONE, TOKENS=padded,
+            PARTS=config.parts, STAGES=config.stages, **flags, **reduced,
         )  # fmt: skip
-    else:
+    elif isinstance(weight, Tensor):
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
-        stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
+        stream[(programs * triton.cdiv(tokens, share),)](
+            *operands[:5], *operands[7:], TOKENS=share, STAGES=config.stages, **flags
+        )
+    else:
+        share = min(tokens, FEWER_BITS_TOKENS)
+        fewer_bits[(programs * triton.cdiv(tokens, share),)](
+            *operands[:9], *operands[10:], ONE, TOKENS=share, **flags, **reduced
+        )
     return target
 
 
@@ -127,7 +138,7 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     """
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
-        return _stream_tiling(n, k, tokens, dtype, swiglu)
+        return _stream_tiling(n, k, tokens, dtype, swiglu, bits)
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
     if bits == 4:  # the library would need them widened
@@ -141,7 +152,11 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     return _tiling(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
 
 
-def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling:
+def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
+    if bits < 16:  # a thread has sixteen bytes of each row at a time
+        of_warp = 512 if bits == 8 else 1024
+        warps = max(1, min(4, (k & -k) // of_warp))
+        return Tiling(2 if n < 4096 or swiglu else 4, of_warp * warps, warps)
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
             return Tiling(4, 2048, 8)

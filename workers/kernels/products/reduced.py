@@ -13,9 +13,10 @@ LARGEST_FP8 = 448.0
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """[rows, columns]. values: float8_e4m3fn [rows, columns], or uint8 [rows, columns / 2], of which a byte's low half is the
-    first of two neighbours. scales [rows, groups]: groups of columns of one size. zeros uint8 [rows, groups]: with four bits,
-    which code is nought. All are contiguous, and may be filled after this has been made."""
+    """[rows, columns]. values: float8_e4m3fn [rows, columns], or int32 [rows, columns / 8], eight codes of four bits each: the
+    n-th lowest bits of a group's w-th word, of `group / 8`, are that of its column `n * group / 8 + w`, so that what a thread
+    has of neighbouring words is multiplied by neighbours. scales [rows, groups]: groups of columns of one size. zeros uint8
+    [rows, groups]: with four bits, which code is nought. All are contiguous, and may be filled after this has been made."""
 
     values: Tensor
     scales: Tensor
@@ -28,7 +29,7 @@ class Reduced:
         scales = torch.empty(rows, groups, dtype=scale, device=device)
         if bits == 8:
             return cls(torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device), scales)
-        values = torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+        values = torch.empty(rows, columns // 8, dtype=torch.int32, device=device)
         return cls(values, scales, torch.empty(rows, groups, dtype=torch.uint8, device=device))
 
     @property
@@ -37,7 +38,7 @@ class Reduced:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1] * 8 // self.bits
+        return self.values.shape[0], self.values.shape[1] * (1 if self.bits == 8 else 8)
 
     @property
     def group(self) -> int:
@@ -65,7 +66,10 @@ class Reduced:
             return
         assert zeros is not None, "four bits have zero points"
         self.zeros.copy_(zeros)
-        self.values.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+        self.values.zero_()
+        words = self.values.view(len(codes), -1, self.group // 8)
+        for number, part in enumerate(codes.view(len(codes), -1, 8, self.group // 8).unbind(2)):
+            words |= part.to(words).bitwise_left_shift_(4 * number)
 
     def round(self, numbers: Tensor) -> None:
         """The nearest of FP8 with the least scale for each row; numbers [rows, columns], of one group."""
@@ -77,7 +81,8 @@ class Reduced:
         if self.zeros is None:
             wide = self.values.float()
         else:
-            codes = torch.stack((self.values & 15, self.values >> 4), -1).flatten(1)
+            words = self.values.view(len(self.values), -1, self.group // 8)
+            codes = torch.stack([words >> 4 * number & 15 for number in range(8)], 2).flatten(1)
             wide = codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
         return wide.mul_(self.scales.float().repeat_interleave(self.group, 1)).to(dtype)
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.products.widen import widened
 
 
 @triton.jit
@@ -53,11 +52,8 @@ def _finish_gated(gate, up, power, token, tokens, rows, bias, out, out_stride, e
 
 
 @triton.jit
-def _tile(base, rows, start, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-          BITS: tl.constexpr):  # fmt: skip
-    """W[rows, COLUMNS from `start` on] as it is stored, zero beyond its edge; no mask where there is no edge."""
-    EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element
-    columns = start // EACH + tl.arange(0, COLUMNS // EACH)
+def _tile(base, rows, columns, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """W[rows, columns], zero beyond its edge; no mask where there is no edge."""
     at = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     if K % COLUMNS == 0:
         if N % ROWS == 0:
@@ -65,8 +61,7 @@ def _tile(base, rows, start, row_stride, N: tl.constexpr, K: tl.constexpr, ROWS:
         else:
             tile = tl.load(at, mask=(rows < N)[:, None], other=0.0, eviction_policy="evict_first")
     else:
-        there = (rows < N)[:, None] & (columns < K // EACH)[None, :]
-        tile = tl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
+        tile = tl.load(at, mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0, eviction_policy="evict_first")
     return tile
 
 
@@ -101,12 +96,11 @@ def _step(tile, other, x, norm_weight, token, tokens, columns, x_stride, sums, g
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
+def stream(x, norm_weight, weight, bias, out, tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr,
            K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
            NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-           PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output. BITS, GROUP,
-    scales, zeros: as in `widen`.
+           PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens. N counts rows of the output.
 
     Programs of the same rows are neighbours, so that what one reads of W the next finds in the L2 cache.
     """
@@ -119,32 +113,27 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if STAGES == 0:
-        tile = _tile(weight, safe, 0, weight_stride, N, K, ROWS, COLUMNS, BITS)
-        other = _tile(half, safe, 0, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
+        tile = _tile(weight, safe, columns, weight_stride, N, K, ROWS, COLUMNS)
+        other = _tile(half, safe, columns, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
     if PDL:
         if K > COLUMNS or STAGES > 0:
-            fetch_rows(weight, safe, weight_stride, K // 2 if BITS == 4 else K)
+            fetch_rows(weight, safe, weight_stride, K)
             if GATED:
-                fetch_rows(half, safe, weight_stride, K // 2 if BITS == 4 else K)
+                fetch_rows(half, safe, weight_stride, K)
         tl.extra.cuda.gdc_wait()
 
-    SCALED: tl.constexpr = BITS < 16 and GROUP == 0
-    nought = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
+    zeros = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     none = tl.zeros([COLUMNS // 8], tl.float32)
-    s0, s1, s2, s3 = nought, nought, nought, nought
-    g0, g1, g2, g3 = nought, nought, nought, nought
+    s0, s1, s2, s3 = zeros, zeros, zeros, zeros
+    g0, g1, g2, g3 = zeros, zeros, zeros, zeros
     p0, p1, p2, p3 = none, none, none, none
     if STAGES == 0:
         for start in tl.static_range(0, K, COLUMNS):
             now = start + columns
             here, beside = tile, other
             if start + COLUMNS < K:
-                tile = _tile(weight, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS, BITS)
-                other = _tile(half, safe, start + COLUMNS, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
-            if BITS < 16:
-                here = widened(here, scales, zeros, safe, start, BITS, GROUP, K, ROWS, COLUMNS)
-                if GATED:
-                    beside = widened(beside, scales, zeros, N + safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+                tile = _tile(weight, safe, now + COLUMNS, weight_stride, N, K, ROWS, COLUMNS)
+                other = _tile(half, safe, now + COLUMNS, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
             s0, g0, p0 = _step(here, beside, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
                                COLUMNS, NORM, GATED)  # fmt: skip
             if TOKENS > 1:
@@ -158,12 +147,8 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
     else:
         for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
             now = start + columns
-            tile = _tile(weight, safe, start, weight_stride, N, K, ROWS, COLUMNS, BITS)
-            other = _tile(half, safe, start, weight_stride, N, K, ROWS, COLUMNS, BITS) if GATED else tile
-            if BITS < 16:
-                tile = widened(tile, scales, zeros, safe, start, BITS, GROUP, K, ROWS, COLUMNS)
-                if GATED:
-                    other = widened(other, scales, zeros, N + safe, start, BITS, GROUP, K, ROWS, COLUMNS)
+            tile = _tile(weight, safe, now, weight_stride, N, K, ROWS, COLUMNS)
+            other = _tile(half, safe, now, weight_stride, N, K, ROWS, COLUMNS) if GATED else tile
             s0, g0, p0 = _step(tile, other, x, norm_weight, first, tokens, now, x_stride, s0, g0, p0, K, ROWS,
                                COLUMNS, NORM, GATED)  # fmt: skip
             if TOKENS > 1:
@@ -175,30 +160,20 @@ def stream(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, w
                 s3, g3, p3 = _step(tile, other, x, norm_weight, first + 3, tokens, now, x_stride, s3, g3, p3, K, ROWS,
                                    COLUMNS, NORM, GATED)  # fmt: skip
 
-    _end(s0, g0, p0, first, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED,
-         SCALED)  # fmt: skip
+    _end(s0, g0, p0, first, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
     if TOKENS > 1:
-        _end(s1, g1, p1, first + 1, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED,
-             SCALED)  # fmt: skip
+        _end(s1, g1, p1, first + 1, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
     if TOKENS > 2:
-        _end(s2, g2, p2, first + 2, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED,
-             SCALED)  # fmt: skip
-        _end(s3, g3, p3, first + 3, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED,
-             SCALED)  # fmt: skip
+        _end(s2, g2, p2, first + 2, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
+        _end(s3, g3, p3, first + 3, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED)
 
 
 @triton.jit
-def _end(sums, gated, power, token, tokens, rows, safe, bias, scales, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
-         NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-         SCALED: tl.constexpr):  # fmt: skip
+def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+         NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     total = tl.sum(sums, 1)
     squares = tl.sum(power, 0)
-    if SCALED:
-        total *= tl.load(scales + safe).to(tl.float32)
     if GATED:
-        up = tl.sum(gated, 1)
-        if SCALED:
-            up *= tl.load(scales + N + safe).to(tl.float32)
-        _finish_gated(total, up, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
+        _finish_gated(total, tl.sum(gated, 1), squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
     else:
         _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)

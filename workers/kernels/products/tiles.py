@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.products.widen import widened
+from workers.kernels.products.widen import of_four_bits, of_fp8
 
 FEW_TURNS = tl.constexpr(2)
 
@@ -23,18 +23,18 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps, one,
           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
           GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
-    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales, zeros: as
+    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales, zeros, one: as
     in `widen`.
     """
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
-    EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element of W
+    EACH: tl.constexpr = 8 if BITS == 4 else 1  # columns of an element of W
     block = tl.program_id(0) // PARTS
     row = tl.arange(0, ROWS)
     rows = block * ROWS + row
@@ -70,13 +70,17 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, t
             else:
                 squares += tl.sum(plain * plain, 0)
             a = (plain * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(a.dtype)
-        if BITS < 16:
-            tile = widened(tile, scales, zeros, safe, begin + start, BITS, GROUP, K, ROWS, COLUMNS).to(a.dtype)
+        if BITS == 8:
+            tile = of_fp8(tile, scales, safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
+        if BITS == 4:
+            tile = of_four_bits(tile, scales, zeros, safe, begin + start, one, GROUP, K, ROWS, COLUMNS).to(a.dtype)
         sums = tl.dot(tile, a, sums)
         if GATED:
             other = tl.load(half + start // EACH + w_at, eviction_policy="evict_first")
-            if BITS < 16:
-                other = widened(other, scales, zeros, N + safe, begin + start, BITS, GROUP, K, ROWS, COLUMNS).to(a.dtype)
+            if BITS == 8:
+                other = of_fp8(other, scales, N + safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
+            if BITS == 4:
+                other = of_four_bits(other, scales, zeros, N + safe, begin + start, one, GROUP, K, ROWS, COLUMNS).to(a.dtype)
             gated = tl.dot(other, a, gated)
     total, up = sums, gated
     if OFTEN:
