@@ -153,10 +153,8 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
-    if bits < 16:  # a thread has sixteen bytes of each row at a time
-        of_warp = 512 if bits == 8 else 1024
-        warps = max(1, min(4, (k & -k) // of_warp))
-        return Tiling(2 if n < 4096 or swiglu else 4, of_warp * warps, warps)
+    if bits < 16:
+        return _fewer_bits_tiling(n, k, tokens, n * k * (2 if swiglu else 1) <= SMALL_NUMBERS, bits)
     if tokens == 1 and dtype != torch.float32 and k % 512 == 0:
         if n < 2048 and k % 2048 == 0:
             return Tiling(4, 2048, 8)
@@ -165,6 +163,13 @@ def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool
         return Tiling(4, 512, 4) if k >= 8192 else Tiling(4, 1024, 4)
     rows = 2 if n < 2048 or swiglu else 4
     return Tiling(rows, min(1024, int(triton.next_power_of_2(k))), 4)
+
+
+def _fewer_bits_tiling(n: int, k: int, tokens: int, small: bool, bits: int) -> Tiling:
+    """A thread has sixteen bytes of each row at a time."""
+    of_warp = 32 * 16 * 8 // bits
+    warps = min(1 if small else 2 if bits == 8 and n > k else 4, max(1, (k & -k) // of_warp))
+    return Tiling(2 if small else 8 if tokens == 1 else 4, of_warp * warps, warps)
 
 
 def _tiling(n: int, k: int, tile: Tiling, programs: int) -> Tiling | None:
