@@ -14,8 +14,15 @@ from workers.kernels.attention.form import Form
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
 from workers.model.mixtures import (
-    GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, MixtureFamily, MixtureShape, read_mixture,
-)  # fmt: skip
+    GPT_OSS,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    MixtureConfig,
+    MixtureFamily,
+    MixtureShape,
+    read_mixture,
+)
 from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
