@@ -125,7 +125,7 @@ def test_a_pool_that_is_asked_for_must_fit_too(tmp_path: Path) -> None:
 
 
 def test_what_is_not_served(tmp_path: Path) -> None:
-    path = make("gpt_oss", tmp_path / "gpt_oss")
+    path = make("hunyuan_v1_dense", tmp_path / "hunyuan")
     result = CliRunner().invoke(app, ["plan", str(path), "--tensor-parallel-size", "2"])
     assert result.exit_code == 2
     assert "no tensor-parallel plan" in result.output
