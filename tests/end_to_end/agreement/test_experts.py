@@ -1,6 +1,6 @@
 """Mixtures of experts of the native decoder in the engine: the same tokens as transformers, with one rank and two, experts
-shared out by width and whole, blocks of 16 and of 256, prompts in chunks, prefixes hit, sequences preempted; gpt-oss's in 4 bits
-as well."""
+shared out by width and whole, blocks of 16 and of 256, prompts in chunks, prefixes hit, sequences preempted; gpt-oss's
+in 4 bits as well."""
 
 from dataclasses import replace
 from pathlib import Path
