@@ -1,4 +1,4 @@
-"""Random checkpoints in the shape of Qwen3, Qwen3-MoE and gpt-oss for the benchmarks: the right sizes, no tokenizer, no download.
+"""Random checkpoints in the shape of Qwen3, Qwen3-MoE and gpt-oss for benchmarks: the right sizes, no tokenizer, no download.
 
 May import torch and safetensors; never imports Manta, so that a peer can be measured on a checkpoint alone.
 Weights are written one layer at a time, so a checkpoint never has to fit in memory beside an engine.
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes that decide a model's cost. tied: the embedding is also the head. experts: in each layer, `intermediate` wide, of
-    which a token goes through `per_token`; 0: a dense model. gpt_oss: one of that family, its experts in MXFP4; else Qwen3's."""
+    """The sizes that decide a model's cost. tied: the embedding is also the head. experts: in each layer, `intermediate` wide,
+    of which a token goes through `per_token`; 0: a dense model. gpt_oss: of that family, its experts in MXFP4; else Qwen3's."""
 
     hidden: int
     layers: int

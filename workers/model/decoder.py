@@ -61,6 +61,7 @@ class Layer:
         self.mlp: SwiGLU | Mixture
         if config.mixture is not None and shape.mixture is not None and config.mixture.sparse[number]:
             self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device)
+            forms.of_experts(self.mlp.experts.modules(f"model.layers.{number}"))
         else:
             up_form = forms.of(mlp, "gate_proj", "up_proj", columns=hidden)
             down_form = forms.of(mlp, "down_proj", columns=shape.intermediate)

@@ -125,6 +125,12 @@ class Experts:
             return self._packed_pieces(block)
         return [piece for number in range(self.config.experts) for piece in self._pieces_of(block, number)]
 
+    def modules(self, name: str) -> list[str]:
+        """What config.json may say is quantised, of all experts or of the first. name: of the layer."""
+        family = self.config.family
+        number = () if family.packed else ("0",)
+        return [".".join((name, family.block, "experts", *number, each)) for each in family.names]
+
     def _pieces_of(self, block: str, number: int) -> list[Piece]:
         shape, total, hidden = self.shape, self.config.intermediate, self.down.shape[1]
         gate, up, down = (f"{block}.{number}.{name}.weight" for name in self.config.family.names)

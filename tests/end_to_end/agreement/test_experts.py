@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
 from benchmarks.models.zoo import make
@@ -18,8 +19,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True, "num_hidden_layers": 3, "decoder_sparse_step": 2, "mlp_only_layers": []},
     "mixtral": {},
     "qwen2_moe": {},
-    "gpt_oss": {"num_hidden_layers": 3, "layer_types": None},
-    "gpt_oss-mxfp4": {},
+    "gpt_oss": {"num_hidden_layers": 3, "layer_types": None, "dtype": torch.bfloat16},
+    "gpt_oss-mxfp4": {"dtype": torch.bfloat16},
 }
 BY_EXPERT = tuple(replace(setting, expert_parallel=True) for setting in SETTINGS if setting.size > 1)
 
