@@ -290,4 +290,11 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     message: str
 
 
-FromLeader = Report | Moved | Beat | Refused
+class Adapts(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """These leases have had to wait for their adapter, for the first time: it is resident now, and they go on."""
+
+    epoch: int
+    leases: tuple[int, ...]
+
+
+FromLeader = Report | Moved | Beat | Refused | Adapts
