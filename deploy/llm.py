@@ -26,6 +26,7 @@ from typing import Any
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config.load import ConfigError, bound_openmp_spin, engine_config
+from deploy.config.serve import model_name
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
@@ -105,7 +106,7 @@ class LLM:
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
-        self._adapters = Adapters(config)
+        self._adapters = Adapters(config, model_name(None, config.model))
         self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config)
         start = engine_starter(config)
         engines: list[Engine] = []
@@ -279,10 +280,11 @@ class LLM:
 
     # ---- LoRA adapters ----
 
-    def load_lora(self, name: str, folder: str | Path) -> None:
-        """From now on prompts may name it; those under way go on with what had the name before. The ranks read it when the
-        first prompt needs it. Errors: ValueError for what cannot be served."""
-        self._adapters.load(name, folder)
+    def load_lora(self, name: str, folder: str | Path, *, load_inplace: bool = False) -> None:
+        """From now on prompts may name it. load_inplace: also where another one has the name; those under way go on with that.
+        The ranks read it when the first prompt needs it. Errors: ValueError for a name that is taken, also by the model, and
+        for what cannot be served."""
+        self._adapters.load(name, folder, in_place=load_inplace)
 
     def unload_lora(self, name: str) -> None:
         """No prompt may name it any more; those under way go on, and its folder must stay until they have ended. Errors:
@@ -335,8 +337,8 @@ class LLM:
         if lora is None:
             return self._parser
         if (adapter := self._adapters.get(lora)) is None:
-            there = ", ".join(repr(each.name) for each in self._adapters) or "none"
-            raise PromptError(f"there is no LoRA adapter {lora!r}, but {there}: load it")
+            there = ", ".join(repr(each.name) for each in self._adapters)
+            raise PromptError(f"there is no LoRA adapter {lora!r}{f', but {there}' if there else ''}: name it in lora at the start, or load it")
         return replace(self._parser, adapter=adapter)
 
     def _pool(

@@ -135,8 +135,11 @@ def endpoint_config(tree: Mapping[Any, Any]) -> Config:
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """Builds the engine's settings by field name; `model` left out means the checkpoint that comes with Manta. `lora` may be a
     mapping of names to folders, or a list of NAME=FOLDER."""
-    if isinstance(values.get("lora"), Mapping):
-        values = {**values, "lora": [f"{name}={folder}" for name, folder in values["lora"].items()]}
+    if isinstance(adapters := values.get("lora"), Mapping):
+        for name in adapters:
+            if not isinstance(name, str) or "=" in name:
+                raise ConfigError(f"lora: {name!r} cannot name an adapter from the start: write a string without '='")
+        values = {**values, "lora": [f"{name}={folder}" for name, folder in adapters.items()]}
     return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
 
 

@@ -170,9 +170,9 @@ async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -
 def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> None:
     engine = config.engine
     import_without_torch()
-    model = ServedModel.of(engine, config.serve)  # the user's mistakes, before anything is started
+    model = ServedModel.checked(engine, config.serve)  # the user's mistakes, before anything is started
     for each in config.further:
-        ServedModel.of(each.engine, each.serve)
+        ServedModel.checked(each.engine, each.serve)
     with _private_proxy(config):
         from cluster.join import connect_ray
 
