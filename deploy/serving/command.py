@@ -82,6 +82,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
     from deploy.status import status_routes
 
     limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
+    configure(limits.log_format)
     with reserve(limits.host, limits.port, "for HTTP", "choose another with --port") as listener:
         limits = replace(limits, port=listener.getsockname()[1], route_prefix="/")
         if limits.grpc_port is not None:
@@ -105,7 +106,6 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 ask = partial(await_answer, limits, model.name, next(iter(named), None), config.engine.start_timeout_s)
                 if await _answers(serving, ask):
-                    configure(limits.log_format)  # from here on: lines of the start would run through its view
                     view.ready(model.name, limits)
                 await serving
             if server.received is None:

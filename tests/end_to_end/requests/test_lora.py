@@ -143,7 +143,7 @@ def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted,
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_whose_files_are_not_what_they_were_fails_its_requests_and_no_others(
-    size: int, adapted: Adapted, tmp_path: Path
+    size: int, adapted: Adapted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_adapted(adapted, size=size, max_loras=1) as llm:
         llm.load_lora("gone", shutil.copytree(adapted.folders["all"], tmp_path / "gone"))
@@ -157,6 +157,9 @@ def test_one_whose_files_are_not_what_they_were_fails_its_requests_and_no_others
         assert [output.error is None for output in outputs] == [False, True, True, False, True]
         assert "'gone' cannot be read" in str(outputs[0].error)
         assert "load it again" in str(outputs[3].error)
+        said = [record for record in caplog.records if "cannot be read" in record.getMessage()]
+        assert len(said) == 2 * size
+        assert not any(record.exc_info for record in said), "what the user's files are is no fault of ours"
         fine = [1, 2, 4]
         adapted.require([outputs[at] for at in fine], [names[at] for at in fine], [PROMPTS[at] for at in fine])
         llm.load_lora("changed", shutil.copytree(adapted.folders["large"], tmp_path / "another"), load_inplace=True)
