@@ -103,7 +103,7 @@ class ServeAdministration:
             await asyncio.to_thread(
                 read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size, config
             )  # fmt: skip
-            await asyncio.to_thread(Adapters, config)  # those that are named have to fit it
+            await asyncio.to_thread(Adapters, config, self._name)  # those that are named have to fit it
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )

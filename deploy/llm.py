@@ -235,6 +235,8 @@ class LLM:
         """How well the texts of each pair go together: by the checkpoint's classifier, 0 to 1, or by the cosine of their
         embeddings. One text on the left goes with each on the right; otherwise there are as many on each side.
         chat_template_kwargs: what the checkpoint's template for pairs can be told. Otherwise as `embed`."""
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise PromptError(f"chat_template_kwargs must be a mapping, not {type(chat_template_kwargs).__name__}")
         pairs = pairs_of(read_texts("text_1", text_1), read_texts("text_2", text_2))
         scoring = Scoring.of(pairs, self._uses, self._parser.tokenizer, chat_template_kwargs)
         call = _terms(tenant, deadline_s, priority)
@@ -410,7 +412,9 @@ def engine_starter(config: EngineConfig) -> StartEngine:
 
 def _names(lora: Lora, count: int) -> list[str | None]:
     """For each of so many prompts. Errors: PromptError."""
-    names = [lora] * count if lora is None or isinstance(lora, str) else list(lora)
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    names = listed(lora, "lora must be the name of a LoRA adapter, or a list of one for each prompt")
     if len(names) != count:
         raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
     return names

@@ -212,4 +212,4 @@ def _parted(pair: str) -> tuple[str, str]:
 
 def is_adapter_name(name: str) -> bool:
     """What a LoRA adapter may be called: it stands in requests, and in the salt of its prefixes."""
-    return 0 < len(name) <= MOST_NAME_CHARACTERS and name.isprintable()
+    return isinstance(name, str) and 0 < len(name) <= MOST_NAME_CHARACTERS and name.isprintable()

@@ -140,7 +140,11 @@ def engine_config(values: Mapping[str, Any]) -> EngineConfig:
             if not isinstance(name, str) or "=" in name:
                 raise ConfigError(f"lora: {name!r} cannot name an adapter from the start: write a string without '='")
         values = {**values, "lora": [f"{name}={folder}" for name, folder in adapters.items()]}
-    return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
+    if (model := values.get("model", EMBEDDED_MODEL)) is None:
+        model = EMBEDDED_MODEL
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model={model!r} names no checkpoint: give its folder, its id or its URL, or leave it out")
+    return _settings({**values, "model": str(model)}, EngineConfig)
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
@@ -312,6 +316,9 @@ def _convert(values: Mapping[str, Any], target: type[T]) -> T:
         fault = where(error)
         said = f"{fault.said[:1].lower()}{fault.said[1:]}"
         raise ConfigError(f"{fault.path}: {said}" if fault.path else fault.said) from None
+    except UnicodeEncodeError as error:
+        name = next((name for name, value in values.items() if value == error.object), "a setting")
+        raise ConfigError(f"{name}={error.object!a} holds half of a surrogate pair: write the whole pair") from None
 
 
 def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -57,6 +57,8 @@ class Adapters:
         if not engine.lora_slots:
             raise ValueError("this model was started without room for LoRA adapters: say how many in max_loras")
         model = read_model(Path(engine.model), engine)
+        if not isinstance(folder, str | Path):
+            raise ValueError(f"folder must be a path, not {type(folder).__name__}")
         return read_adapter(name, folder, model, engine.max_lora_rank).adapter
 
     def check_name(self, name: str, loaded: Container[str] = (), models: Container[str] = ()) -> None:
@@ -71,4 +73,4 @@ class Adapters:
 
     def forget(self, name: str) -> Adapter | None:
         """No prompt finds it any more; those under way go on. None: there was none."""
-        return self._known.pop(name, None)
+        return self._known.pop(name, None) if isinstance(name, str) else None

@@ -231,7 +231,12 @@ def test_its_files_are_digested_once_by_a_front_end(host: Host, folder: Path, mo
     """They may be large, and a start waits for it."""
     digested: list[Path] = []
     digest = files._digest
-    monkeypatch.setattr(files, "_digest", lambda path: digested.append(path) or digest(path))
+
+    def counted(path: Path) -> str:
+        digested.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(files, "_digest", counted)
     config = EngineConfig(model=str(EMBEDDED_MODEL), lora=(f"named={folder}",))
     ServedModel.of(config, ServeConfig())
     Endpoint(host, folder, OwnShelf())
