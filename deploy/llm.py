@@ -340,7 +340,8 @@ class LLM:
             return self._parser
         if (adapter := self._adapters.get(lora)) is None:
             there = ", ".join(repr(each.name) for each in self._adapters)
-            raise PromptError(f"there is no LoRA adapter {lora!r}{f', but {there}' if there else ''}: name it in lora at the start, or load it")
+            said = f"there is no LoRA adapter {lora!r}{f', but {there}' if there else ''}"
+            raise PromptError(f"{said}: name it in lora at the start, or load it")
         return replace(self._parser, adapter=adapter)
 
     def _pool(

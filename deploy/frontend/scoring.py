@@ -91,7 +91,8 @@ class Scoring:
         together = need_scores(uses) == "classifier"
         has_template = together and tokenizer is not None and tokenizer.has_pair_template
         if template_kwargs and not has_template:
-            raise PromptError("no template for pairs could be told of chat_template_kwargs: leave them out", "chat_template_kwargs")
+            said = "no template for pairs could be told of chat_template_kwargs: leave them out"
+            raise PromptError(said, "chat_template_kwargs")
         if together:
             contents = [_in_template(pair, template_kwargs) if has_template else Pair(*pair) for pair in pairs]
             return cls(contents, "score", [(place,) for place in range(len(pairs))], [(pair, 1) for pair in range(len(pairs))])

@@ -17,8 +17,8 @@ class NameTaken(ValueError):
 
 
 class Adapters:
-    """Of the model that `engine` serves; those that it names are loaded at once. From any thread. model: what that one is called:
-    no adapter has its name. Errors: ValueError."""
+    """Of the model that `engine` serves; those that it names are loaded at once. From any thread. model: what that one is
+    called: no adapter has its name. Errors: ValueError."""
 
     def __init__(self, engine: EngineConfig, model: str) -> None:
         self._engine, self._model = engine, model

@@ -60,6 +60,6 @@ def is_native(folder: Path) -> bool:
             f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format, an id (org/name) or a URL"
         )
     if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} is a LoRA adapter: give the folder of its model, and this one with lora (--lora NAME=FOLDER)")
+        raise CheckpointError(f"{folder} is a LoRA adapter: give the folder of its model, and this one as lora (NAME=FOLDER)")
     names = read_json(folder / "config.json").get("architectures")
     return isinstance(names, list) and any(name in ARCHITECTURES for name in names)

@@ -51,8 +51,8 @@ class ReadingStore:
             try:
                 self._fill(asked)
             except Exception as error:  # a file, its numbers, the device: its requests fail, and the others go on
-                ours = not isinstance(error, ValueError | OSError)  # else what a file holds, or that there is none, says it all
-                logger.error("the LoRA adapter %r cannot be read: %s", asked.adapter.name, error, exc_info=error if ours else None)
+                fault = None if isinstance(error, ValueError | OSError) else error  # of a file: its words say it all
+                logger.error("the LoRA adapter %r cannot be read: %s", asked.adapter.name, error, exc_info=fault)
                 asked.read(AdapterRead(asked.load, str(error) or type(error).__name__))
             else:
                 asked.read(AdapterRead(asked.load))

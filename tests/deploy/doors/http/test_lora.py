@@ -182,7 +182,8 @@ def test_what_cannot_be_done_says_why(endpoint: Endpoint, folder: Path, tmp_path
     large = make_adapter(tmp_path / "large", EMBEDDED_MODEL, rank=17)
     for name, where, status, field, said in (
         ("new", tmp_path / "none", 400, "lora_path", "not a folder"), ("new", large, 400, "lora_path", "max_lora_rank"),
-        ("n\new", folder, 400, "lora_name", "printable"), ("new", EMBEDDED_MODEL, 400, "lora_path", "a checkpoint"), (MODEL, folder, 409, "lora_name", "another name"),
+        ("n\new", folder, 400, "lora_name", "printable"), ("new", EMBEDDED_MODEL, 400, "lora_path", "a checkpoint"),
+        (MODEL, folder, 409, "lora_name", "another name"),
         ("named", folder, 409, "lora_name", "configuration"),
     ):  # fmt: skip
         answer = endpoint.load(name, where)
