@@ -29,7 +29,7 @@ def free() -> int:
 
 @pytest.mark.parametrize("ports", [{"port": 0}, {"grpc_port": 0}])
 def test_proxies_have_to_be_told_a_port(ports: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="port 0: .*--local alone"):
+    with pytest.raises(ConfigError, match=r"port 0: .*--local alone"):
         check_free(ServeConfig(**ports))  # type: ignore[arg-type]
 
 
