@@ -3,7 +3,7 @@
 Buffers are as in `messages`. Imports that and `SamplingParams`.
 
     scheduler ──Start, Grant, Copy, Send, Receive, ..., Alive──▶ leader of a group
-    scheduler ◀──────────────Report, Moved, Beat──────────────── leader of a group
+    scheduler ◀──────Report, Moved, Beat, Refused, Adapts─────── leader of a group
 """
 
 from typing import NewType
