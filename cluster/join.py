@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -29,6 +30,8 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 
 QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 OTHERWISE = "start a cluster with `ray start --head`, or leave ray_address (--ray-address) out: Manta then starts its own"
+
+HEARD_S = 5.0
 
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray takes 127.0.0.1 for a mistake and puts the outward address in its place; the rest of the loopback range it keeps."""
@@ -130,8 +133,15 @@ def _own_sigterm() -> Iterator[None]:
     """Ray puts handlers of its own for SIGTERM, in C++ and in Python, which print a trace and end the process at once. Whoever
     has one keeps it."""
     previous = signal.getsignal(signal.SIGTERM)
+    ours = callable(previous) and threading.current_thread() is threading.main_thread()
     try:
         yield
+    except SystemExit:  # only Ray's handlers raise it
+        if ours:
+            signal.signal(signal.SIGTERM, previous)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(HEARD_S)  # for one that lets another thread end this one
+        raise
     finally:
-        if callable(previous) and threading.current_thread() is threading.main_thread():
+        if ours:
             signal.signal(signal.SIGTERM, previous)

@@ -103,7 +103,7 @@ class ServeAdministration:
             await asyncio.to_thread(
                 read_model_limits, find_checkpoint(config), config.max_model_len, config.tensor_parallel_size, config
             )  # fmt: skip
-            await asyncio.to_thread(Adapters, config)  # those that are named have to fit it
+            await asyncio.to_thread(Adapters, config, self._name)  # those that are named have to fit it
             following = await asyncio.to_thread(
                 application, config, limits, self._keys, self._threads, await self._asked(self._engine.wanted.remote())
             )
@@ -113,7 +113,7 @@ class ServeAdministration:
         with _invalid("settings"):
             config = model_config(model, settings, self._limits)
             config = replace(config, engine=await asyncio.to_thread(pinned, config.engine))
-            await asyncio.to_thread(ServedModel.of, config.engine, config.serve)  # whatever is wrong with it is told now
+            await asyncio.to_thread(ServedModel.checked, config.engine, config.serve)  # whatever is wrong with it is told now
         there = await self._discovery.look()
         name = further_name(self._limits.app_name, model)
         discovery = self._discovery
@@ -161,7 +161,7 @@ class ServeAdministration:
         engine = replace(told.config.engine, model=checkpoint, revision=revision)
         with _invalid("checkpoint"):
             config = ModelConfig(await asyncio.to_thread(pinned, engine), limits)
-            await asyncio.to_thread(ServedModel.of, config.engine, config.serve)
+            await asyncio.to_thread(ServedModel.checked, config.engine, config.serve)
             groups = await self._asked(opened.engine.wanted.remote())
             following = await asyncio.to_thread(further_application, config, told.threads, groups)
         await asyncio.to_thread(deploy_further, following, name)

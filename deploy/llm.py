@@ -26,6 +26,7 @@ from typing import Any
 from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config.load import ConfigError, bound_openmp_spin, engine_config
+from deploy.config.serve import model_name
 from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation import Generation
@@ -105,7 +106,7 @@ class LLM:
         limits = limits.ending_as(tokenizer)
         self.config = config
         self._parser = PromptParser(limits, tokenizer)
-        self._adapters = Adapters(config)
+        self._adapters = Adapters(config, model_name(None, config.model))
         self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config)
         start = engine_starter(config)
         engines: list[Engine] = []
@@ -234,6 +235,8 @@ class LLM:
         """How well the texts of each pair go together: by the checkpoint's classifier, 0 to 1, or by the cosine of their
         embeddings. One text on the left goes with each on the right; otherwise there are as many on each side.
         chat_template_kwargs: what the checkpoint's template for pairs can be told. Otherwise as `embed`."""
+        if not isinstance(chat_template_kwargs, Mapping | None):
+            raise PromptError(f"chat_template_kwargs must be a mapping, not {type(chat_template_kwargs).__name__}")
         pairs = pairs_of(read_texts("text_1", text_1), read_texts("text_2", text_2))
         scoring = Scoring.of(pairs, self._uses, self._parser.tokenizer, chat_template_kwargs)
         call = _terms(tenant, deadline_s, priority)
@@ -279,10 +282,11 @@ class LLM:
 
     # ---- LoRA adapters ----
 
-    def load_lora(self, name: str, folder: str | Path) -> None:
-        """From now on prompts may name it; those under way go on with what had the name before. The ranks read it when the
-        first prompt needs it. Errors: ValueError for what cannot be served."""
-        self._adapters.load(name, folder)
+    def load_lora(self, name: str, folder: str | Path, *, load_inplace: bool = False) -> None:
+        """From now on prompts may name it. load_inplace: also where another one has the name; those under way go on with that.
+        The ranks read it when the first prompt needs it. Errors: ValueError for a name that is taken, also by the model, and
+        for what cannot be served."""
+        self._adapters.load(name, folder, in_place=load_inplace)
 
     def unload_lora(self, name: str) -> None:
         """No prompt may name it any more; those under way go on, and its folder must stay until they have ended. Errors:
@@ -335,8 +339,9 @@ class LLM:
         if lora is None:
             return self._parser
         if (adapter := self._adapters.get(lora)) is None:
-            there = ", ".join(repr(each.name) for each in self._adapters) or "none"
-            raise PromptError(f"there is no LoRA adapter {lora!r}, but {there}: load it")
+            there = ", ".join(repr(each.name) for each in self._adapters)
+            said = f"there is no LoRA adapter {lora!r}{f', but {there}' if there else ''}"
+            raise PromptError(f"{said}: name it in lora at the start, or load it")
         return replace(self._parser, adapter=adapter)
 
     def _pool(
@@ -408,7 +413,9 @@ def engine_starter(config: EngineConfig) -> StartEngine:
 
 def _names(lora: Lora, count: int) -> list[str | None]:
     """For each of so many prompts. Errors: PromptError."""
-    names = [lora] * count if lora is None or isinstance(lora, str) else list(lora)
+    if lora is None or isinstance(lora, str):
+        return [lora] * count
+    names = listed(lora, "lora must be the name of a LoRA adapter, or a list of one for each prompt")
     if len(names) != count:
         raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
     return names

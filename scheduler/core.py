@@ -16,7 +16,7 @@ from scheduler.config import CoreConfig, QueueBounds, Resolved
 from scheduler.placement.admission import Admission
 from scheduler.placement.suspects import Suspects
 from scheduler.placement.why import Tell
-from scheduler.protocol.leaders import Commands, End, Moved, Refused, Report
+from scheduler.protocol.leaders import Adapts, Commands, End, Moved, Refused, Report
 from scheduler.protocol.messages import Failure, FinishReason, Request
 from scheduler.queue.intake import end_of, take_in
 from scheduler.running import leases
@@ -303,6 +303,17 @@ class SchedulerCore:
             if (sequence := group.holder(lease)) is not None:
                 leases.end(self._state, sequence, FinishReason.FAILED, refused.message)
         self._admit()
+
+    def adapts(self, group_id: GroupId, adapts: Adapts) -> None:
+        """A group has the adapter of these leases by now: who has not begun before has been queued until then."""
+        group = self.groups.get(group_id)
+        if group is None or adapts.epoch != group.epoch:
+            return
+        for lease in adapts.leases:
+            sequence = group.holder(lease)
+            if sequence is not None and not sequence.preemptions and not self._state.output_of(sequence):
+                sequence.started_s = self.now_s
+                self.outbox.started(sequence)
 
     # ---- ends ---------------------------------------------------------------------------------------------------------
 

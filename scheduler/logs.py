@@ -10,6 +10,7 @@ Imports logging and msgspec; each process calls `configure` once, at its start.
 
 import logging
 import re
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,11 +29,27 @@ def fields(**values: Any) -> dict[str, Any]:
 
 def configure(log_format: str, **process: Any) -> None:
     """Sends this process's lines to stderr. log_format: "text" or "json". process: what tells it from others, in every line."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter((JsonFormatter if log_format == "json" else TextFormatter)(process))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for room in ROOMS:
         logging.getLogger(room).setLevel(logging.INFO)
+
+
+def configured_format() -> str:
+    """What this process has configured, for one that it starts."""
+    return "json" if any(isinstance(each.formatter, JsonFormatter) for each in logging.root.handlers) else "text"
+
+
+class StderrHandler(logging.Handler):
+    """To what is `sys.stderr` at the time: bars on a terminal stand in for it while they are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class TextFormatter(logging.Formatter):

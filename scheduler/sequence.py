@@ -69,7 +69,7 @@ class Sequence:
     """Identity and settings never change (but an open max_tokens, when pools get smaller); the rest follows the state.
 
     number: counts arrivals. place: in the order of service, by priority (lower first), then by arrival; a restart keeps it.
-    arrived_s, started_s: by the shell's clock; the first start counts.
+    arrived_s, started_s: by the shell's clock; the first start counts, once its adapter is resident there.
     blocks_at_most: blocks that the whole life can need, prompt and max_tokens - 1 (the last token's KV is never written).
     blocks_at_once: those of them that it holds at the same time; fewer only where the model sees a window (`Window.most`).
     buffer: prompt and output; the first `committed` are written back, the newest ones of who runs are in the group's ring.

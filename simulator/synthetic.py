@@ -43,7 +43,7 @@ def parse_synthetic(text: str) -> Synthetic:
     for part in filter(None, text.removeprefix(SCHEME).split(",")):
         name, _, value = part.partition("=")
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1)
+            near = difflib.get_close_matches(name, kinds, 1, 0.75)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(kinds)}"
             raise TraceError(f"{text}: a synthetic trace has no {name!r}: {hint}")
         try:

@@ -83,7 +83,12 @@ class GroupsConfig:
     lora: tuple[str, ...] = option(
         (),
         "NAME=FOLDER of a LoRA adapter in PEFT's format, served as a model of that name; repeatable.",
-        Rule(lambda pairs: _names_each_once(pairs), "is not NAME=FOLDER, each name once, without control characters"),
+        Rule(lambda pairs: all(name and folder for name, folder in map(_parted, pairs)), "is not NAME=FOLDER"),
+        Rule(
+            lambda pairs: all(is_adapter_name(name) for name, _ in map(_parted, pairs)),
+            f"has a name that is none: take up to {MOST_NAME_CHARACTERS} printable characters",
+        ),
+        Rule(lambda pairs: len(dict(map(_parted, pairs))) == len(pairs), "has a name twice: choose another"),
         shown="none",
     )
     max_loras: int | None = option(
@@ -205,11 +210,6 @@ def _parted(pair: str) -> tuple[str, str]:
     return name, folder
 
 
-def _names_each_once(pairs: tuple[str, ...]) -> bool:
-    names = [name for name, folder in map(_parted, pairs) if is_adapter_name(name) and folder]
-    return len(set(names)) == len(pairs)
-
-
 def is_adapter_name(name: str) -> bool:
     """What a LoRA adapter may be called: it stands in requests, and in the salt of its prefixes."""
-    return 0 < len(name) <= MOST_NAME_CHARACTERS and name.isprintable()
+    return isinstance(name, str) and 0 < len(name) <= MOST_NAME_CHARACTERS and name.isprintable()

@@ -21,7 +21,7 @@ import msgspec
 from cluster.engine import EngineError
 from cluster.local.groups import CLOSE_TIMEOUT_S, GroupHost, ThreadGroups
 from kvcache.ids import GroupId
-from scheduler.logs import configure
+from scheduler.logs import configure, configured_format
 from scheduler.protocol.leaders import Command, FromLeader
 from scheduler.protocol.wire import FrameSocket
 from workers.build import settle
@@ -80,7 +80,7 @@ class ProcessGroups:
     """`ThreadGroups` behind a socket, in a child that ends with this process."""
 
     def __init__(self, config: WorkerConfig, resolved: ResolvedWorker) -> None:
-        self._asked = pickle.dumps((config, resolved))
+        self._asked = pickle.dumps((config, resolved, configured_format()))
         self._model = config.model
         self._groups = [GroupId(number) for number in range(config.groups)]
         self._child: subprocess.Popen[bytes] | None = None
@@ -176,8 +176,9 @@ def main(descriptor: int) -> None:
     asked = connection.receive()
     if asked is None:
         return
-    configure("text")
-    groups = ThreadGroups(*pickle.loads(msgspec.msgpack.decode(asked, type=bytes)))
+    config, resolved, log_format = pickle.loads(msgspec.msgpack.decode(asked, type=bytes))
+    configure(log_format)
+    groups = ThreadGroups(config, resolved)
     parent = _Parent(connection)
     threading.Thread(target=_start, args=(groups, parent, connection), name="manta-local-start", daemon=True).start()
     message: ToChild

@@ -97,7 +97,7 @@ async def open_backend(cluster: Cluster, config: Config) -> AsyncIterator[Servic
     """Errors: as `open_service`. Requests have the time that they need: nobody waits for one of them."""
     async with open_service(cluster, config) as service:
         engine = replace(config.engine, model=str(service.model.checkpoint))
-        adapters = await asyncio.to_thread(Adapters, engine)
+        adapters = await asyncio.to_thread(Adapters, engine, service.model.name)
         yield ServiceBackend(service, replace(config.serve, request_timeout_s=math.inf), adapters)
 
 

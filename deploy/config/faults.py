@@ -36,9 +36,12 @@ OF_OTHER_DOORS = {
 """What the same field is called by one of the APIs that are spoken here, and by the others. One that is left out in silence
 would be missed: an output without a bound, or without a form. It is no misspelling of anything."""
 
-ALIKE = 0.75
-"""How alike two names must be, 0 to 1, for the one to be a misspelling of the other."""
+ALIKE, SLIP, SHORT_SLIP, SHORT = 0.75, 0.8, 0.6, 4
+"""How alike two names must be, 0 to 1, for the one to be a misspelling of the other; and each word of it and one of the other,
+those of up to so many letters less. Names that share most of their letters may mean different things: `load_format` and
+`log_format`, `pipeline_parallel_size` and `tensor_parallel_size`."""
 
+_JOINT = re.compile(r"[^a-z0-9]+")
 _MESSAGE = re.compile(
     r"(?P<said>Object (?:contains|missing) (?P<kind>unknown|required) field `(?P<field>(?s:.*?))`|(?s:.*?))"
     r"(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?"
@@ -79,4 +82,16 @@ def meant(name: str, known: Collection[str]) -> str | None:
             return other
     if name in OF_OTHER_DOORS:
         return None
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)), None)
+    close = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=ALIKE)
+    return next((other for other in close if _is_slip(name, other)), None)
+
+
+def _is_slip(name: str, other: str) -> bool:
+    """Each word of the name stands in the other too, in this order, but for slips in its letters; or only joints differ."""
+    given, wanted = (_JOINT.split(each.lower()) for each in (name, other))
+    rest = iter(wanted)
+    return "".join(given) == "".join(wanted) or all(any(_alike(word, each) for each in rest) for word in given)
+
+
+def _alike(word: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, word, other).ratio() >= (SHORT_SLIP if len(word) <= SHORT else SLIP)

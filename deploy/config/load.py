@@ -135,9 +135,16 @@ def endpoint_config(tree: Mapping[Any, Any]) -> Config:
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """Builds the engine's settings by field name; `model` left out means the checkpoint that comes with Manta. `lora` may be a
     mapping of names to folders, or a list of NAME=FOLDER."""
-    if isinstance(values.get("lora"), Mapping):
-        values = {**values, "lora": [f"{name}={folder}" for name, folder in values["lora"].items()]}
-    return _settings({**values, "model": str(values.get("model") or EMBEDDED_MODEL)}, EngineConfig)
+    if isinstance(adapters := values.get("lora"), Mapping):
+        for name in adapters:
+            if not isinstance(name, str) or "=" in name:
+                raise ConfigError(f"lora: {name!r} cannot name an adapter from the start: write a string without '='")
+        values = {**values, "lora": [f"{name}={folder}" for name, folder in adapters.items()]}
+    if (model := values.get("model", EMBEDDED_MODEL)) is None:
+        model = EMBEDDED_MODEL
+    if not isinstance(model, str | Path) or not str(model):
+        raise ConfigError(f"model={model!r} names no checkpoint: give its folder, its id or its URL, or leave it out")
+    return _settings({**values, "model": str(model)}, EngineConfig)
 
 
 def sampling_params(values: Mapping[str, Any]) -> SamplingParams:
@@ -309,6 +316,9 @@ def _convert(values: Mapping[str, Any], target: type[T]) -> T:
         fault = where(error)
         said = f"{fault.said[:1].lower()}{fault.said[1:]}"
         raise ConfigError(f"{fault.path}: {said}" if fault.path else fault.said) from None
+    except UnicodeEncodeError as error:
+        name = next((name for name, value in values.items() if value == error.object), "a setting")
+        raise ConfigError(f"{name}={error.object!a} holds half of a surrogate pair: write the whole pair") from None
 
 
 def bound_openmp_spin(environ: MutableMapping[str, str] = os.environ) -> None:

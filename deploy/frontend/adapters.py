@@ -6,7 +6,7 @@ What is loaded at run time is written down on a shelf that all front ends of the
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -15,7 +15,7 @@ from deploy.config.serve import ServeConfig
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModel, FurtherModels
 from deploy.frontend.service import Service
-from deploy.text.adapters import Adapters
+from deploy.text.adapters import Adapters, NameTaken
 from scheduler.protocol.messages import Adapter
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class ServedAdapters:
         self, service: Service, engine: EngineConfig, limits: ServeConfig, further: FurtherModels, shelf: Shelf
     ) -> None:  # fmt: skip
         self._service, self._limits, self._further, self._shelf = service, limits, further, shelf
-        self._adapters = Adapters(engine)
+        self._adapters = Adapters(engine, service.model.name)
         self._named = frozenset(engine.adapters)
         self._models: dict[str, FurtherModel] = {}
         self._refused: dict[str, Adapter] = {}  # as they stand on the shelf, and cannot be served
@@ -76,8 +76,7 @@ class ServedAdapters:
     def open(self) -> None:
         """Those that are named take requests from now on. Errors: ValueError if another model has the name of one."""
         for adapter in self._adapters:
-            if self._is_taken(adapter.name):
-                raise ValueError(f"lora: {adapter.name!r} is the name of another model here: choose another")
+            self._adapters.check_name(adapter.name, models=self._others())
         for adapter in self._adapters:
             self._serve(adapter)
         self._opened.set()
@@ -91,18 +90,13 @@ class ServedAdapters:
         """For all front ends of the endpoint: here at once, elsewhere with their next look. in_place: another one of this name
         may be there; what is under way goes on with that. beside: this model, or None. Errors: RequestError."""
         self._check_changeable(name, beside)
-        if self._is_taken(name):
-            raise RequestError(Fault.CONFLICT, f"there is a model {name!r} already: choose another name", param="lora_name")
-        said = f"the LoRA adapter {name!r} is loaded already: unload it first, or say load_inplace"
-        taken = RequestError(Fault.CONFLICT, said, param="lora_name")
-        if not in_place and name in await self._ask(self._shelf.read):
-            raise taken
+        self._check_name(name, () if in_place else await self._ask(self._shelf.read))
         try:
             adapter = await asyncio.to_thread(self._adapters.read, name, folder)
         except (ValueError, OSError) as error:
             raise RequestError.invalid(str(error), "lora_path") from error
         if not await self._ask(partial(self._shelf.put, adapter, over=in_place)):
-            raise taken  # by another, meanwhile
+            self._check_name(name, (name,))  # another has taken it meanwhile
         self._put(adapter)
 
     async def unload_adapter(self, name: str, beside: str | None) -> None:
@@ -138,8 +132,7 @@ class ServedAdapters:
     async def _follow(self, adapter: Adapter) -> None:
         """Another front end has loaded it, perhaps when another checkpoint was served."""
         try:
-            if self._is_taken(adapter.name):
-                raise ValueError("another model has its name")
+            self._adapters.check_name(adapter.name, models=self._others())
             if await asyncio.to_thread(self._adapters.read, adapter.name, adapter.folder) != adapter:
                 raise ValueError(f"the files in {adapter.folder} have changed since: load it again")
         except (ValueError, OSError) as error:
@@ -165,10 +158,17 @@ class ServedAdapters:
             self._further.remove(model)
             logger.warning("the LoRA adapter %r is not served any more", name)
 
-    def _is_taken(self, name: str) -> bool:
-        """Another model has it."""
-        found = self._further.get(name)
-        return name == self._service.model.name or (found is not None and self._models.get(name) is not found)
+    def _others(self) -> set[str]:
+        """Names of other models of the endpoint, adapters beside those included."""
+        return {model.name for model in self._further.listed() if self._models.get(model.name) is not model}
+
+    def _check_name(self, name: str, loaded: Container[str]) -> None:
+        """Errors: RequestError."""
+        try:
+            self._adapters.check_name(name, loaded, self._others())
+        except ValueError as error:
+            fault = Fault.CONFLICT if isinstance(error, NameTaken) else Fault.INVALID
+            raise RequestError(fault, str(error), param="lora_name") from error
 
     def _check_changeable(self, name: str, beside: str | None) -> None:
         """Errors: RequestError."""

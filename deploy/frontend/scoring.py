@@ -5,6 +5,7 @@ Imports prompts, what the checkpoint is good for, and NumPy.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -39,8 +40,8 @@ def need_embedding(uses: Uses, dimensions: int | None = None) -> Literal["last",
     """How prompts are pooled. Errors: PromptError if they cannot be, or if the model has fewer dimensions."""
     if uses.embedding is None:
         raise PromptError(f"no embeddings here: {uses.no_embedding}")
-    if dimensions is not None and not 1 <= dimensions <= uses.hidden:
-        raise PromptError(f"dimensions={dimensions} is outside [1, {uses.hidden}], what the model has", "dimensions")
+    if dimensions is not None and not (isinstance(dimensions, Integral) and 1 <= dimensions <= uses.hidden):
+        raise PromptError(f"dimensions={dimensions!r} is outside [1, {uses.hidden}], what the model has", "dimensions")
     return uses.embedding
 
 
@@ -90,7 +91,8 @@ class Scoring:
         together = need_scores(uses) == "classifier"
         has_template = together and tokenizer is not None and tokenizer.has_pair_template
         if template_kwargs and not has_template:
-            raise PromptError("no template for pairs could be told of them: leave it out", "chat_template_kwargs")
+            said = "no template for pairs could be told of chat_template_kwargs: leave them out"
+            raise PromptError(said, "chat_template_kwargs")
         if together:
             contents = [_in_template(pair, template_kwargs) if has_template else Pair(*pair) for pair in pairs]
             return cls(contents, "score", [(place,) for place in range(len(pairs))], [(pair, 1) for pair in range(len(pairs))])

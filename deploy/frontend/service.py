@@ -119,14 +119,19 @@ class ServedModel:
 
     @classmethod
     def of(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
-        """As an endpoint is told to serve it. Errors: ValueError, OSError; also for an adapter beside it that cannot be served.
-        """
-        Adapters(engine)
+        """As an endpoint is told to serve it. Errors: ValueError, OSError."""
         name = model_name(serve.served_model_name, engine.model)
         return cls.read(
             name, find_checkpoint(engine), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template,
             engine.pooling, engine.score_tokens, engine,
         )  # fmt: skip
+
+    @classmethod
+    def checked(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
+        """The same where nobody here will read the adapters beside it. Errors: also for one that cannot be served."""
+        model = cls.of(engine, serve)
+        Adapters(engine, model.name)
+        return model
 
 
 class Service:

@@ -82,6 +82,7 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
     from deploy.status import status_routes
 
     limits, keys = config.serve, ApiKeys(named, read_key_priorities(config.serve))
+    configure(limits.log_format)
     with reserve(limits.host, limits.port, "for HTTP", "choose another with --port") as listener:
         limits = replace(limits, port=listener.getsockname()[1], route_prefix="/")
         if limits.grpc_port is not None:
@@ -105,7 +106,6 @@ async def _serve_here(config: Config, named: tuple[str, ...], view: StartView) -
                 serving = asyncio.create_task(server.serve(sockets=[listener]))
                 ask = partial(await_answer, limits, model.name, next(iter(named), None), config.engine.start_timeout_s)
                 if await _answers(serving, ask):
-                    configure(limits.log_format)  # from here on: lines of the start would run through its view
                     view.ready(model.name, limits)
                 await serving
             if server.received is None:
@@ -170,9 +170,9 @@ async def _first_failure(tasks: Sequence["asyncio.Task[None]"], wait_s: float) -
 def _serve_on_ray(config: Config, keys: tuple[str, ...], view: StartView) -> None:
     engine = config.engine
     import_without_torch()
-    model = ServedModel.of(engine, config.serve)  # the user's mistakes, before anything is started
+    model = ServedModel.checked(engine, config.serve)  # the user's mistakes, before anything is started
     for each in config.further:
-        ServedModel.of(each.engine, each.serve)
+        ServedModel.checked(each.engine, each.serve)
     with _private_proxy(config):
         from cluster.join import connect_ray
 

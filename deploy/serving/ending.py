@@ -28,7 +28,7 @@ def let_end(status: Callable[[], ClusterStatus], say: Say) -> None:
 
     def tell(count: int) -> None:
         if untold.acquire(blocking=False):
-            say(_waiting(count))
+            say(_waiting(count, "sequence(s)") if count else "ending; no request is under way")
 
     late = threading.Timer(LATE_S, tell, (UNKNOWN,))
     late.daemon = True
@@ -37,6 +37,7 @@ def let_end(status: Callable[[], ClusterStatus], say: Say) -> None:
         while count := _under_way(status):
             tell(count)
             time.sleep(POLL_S)
+        tell(0)
     finally:
         late.cancel()
 
@@ -44,17 +45,17 @@ def let_end(status: Callable[[], ClusterStatus], say: Say) -> None:
 def end_late(service: Service, say: Say) -> None:
     """From the service's event loop: what of its requests is still under way after a while ends with an error."""
     if service.under_way:
-        say(_waiting(service.under_way))
+        say(_waiting(service.under_way, "request(s)"))
         asyncio.get_running_loop().call_later(GRACE_S, service.end_all)
 
 
-def _waiting(count: int) -> str:
-    requests = f"{count} request(s)" if count > 0 else "requests"
+def _waiting(count: int, what: str) -> str:
+    requests = f"{count} {what}" if count > 0 else "requests"
     return f"ending; waiting for {requests} under way, {GRACE_S:g} s at most: Ctrl-C again ends them at once"
 
 
 def _under_way(status: Callable[[], ClusterStatus]) -> int:
-    """Or UNKNOWN."""
+    """Sequences: each choice of a request is one. Or UNKNOWN."""
     try:
         engine = status().engine
     except Exception:  # Serve raises what the engine raised, and errors of its own

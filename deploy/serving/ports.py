@@ -37,6 +37,8 @@ def reserve(host: str, port: int, what: str, cure: str) -> socket.socket:
 def check_free(serve: ServeConfig) -> None:
     """Every port that an endpoint with proxies of its own takes. Errors: ConfigError that names the first that is taken."""
     wanted = [(serve.host, serve.port, "for HTTP", "choose another with --port")]
+    if 0 in (serve.port, serve.grpc_port):
+        raise ConfigError("port 0: Ray's proxies have to be told one; the system chooses it with --local alone")
     if serve.grpc_port is not None:
         wanted.append((serve.host, serve.grpc_port, "for gRPC", "choose another with --grpc-port"))
     for what, (variable, port) in proxy_ports(serve).items():

@@ -35,12 +35,24 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
     busy: float | None = None
 
 
+class ExpertsLine(msgspec.Struct, frozen=True):
+    """How evenly a group's tokens are spread over the experts of its model, lately: tokens of a layer's busiest expert over the
+    mean of all; 1 is even. layers: that have experts. mean: over them. most: in the least even one, whose numbers `layer` and
+    `expert` are."""
+
+    layers: int
+    mean: float
+    most: float
+    layer: int
+    expert: int
+
+
 class GroupLine(msgspec.Struct, frozen=True):
     """One group; state: "up", "draining" or "down"; epoch: -1 while it is down.
 
     Its blocks are counted once each: held by one sequence, shared by several, cached by none, or free.
     step_ms, step_tokens: mean duration of a step, and tokens it computed, over the last seconds; None without a step.
-    map: the pool, see `deploy.status.maps`; None if the group is down.
+    map: the pool, see `deploy.status.maps`; None if the group is down. experts: None where there are none, or nothing ran.
     """
 
     group: int
@@ -58,6 +70,7 @@ class GroupLine(msgspec.Struct, frozen=True):
     step_tokens: float | None
     map: str | None
     epoch: int = -1
+    experts: ExpertsLine | None = None
 
 
 class Totals(msgspec.Struct, frozen=True):

@@ -48,6 +48,15 @@ const COLUMNS = [
   ["Evictions", (g) => amount(g.evictions)],
 ];
 
+const EXPERT_COLUMNS = [
+  ["Group", (g) => String(g.group)],
+  ["Layers", (g) => count(g.experts.layers), "that have experts"],
+  ["Mean", (g) => g.experts.mean.toFixed(2), "over these layers"],
+  ["Most", (g) => g.experts.most.toFixed(2), "in the least even layer"],
+  ["Layer", (g) => count(g.experts.layer), "the least even one"],
+  ["Expert", (g) => count(g.experts.expert), "the busiest one there"],
+];
+
 const part = (value, whole) => percent(whole ? value / whole : null);
 
 function element(name, properties = {}, ...children) {
@@ -83,8 +92,10 @@ export class Panel {
       $("misses").append(element("div", {}, title, element("dd", {}, value, " ", unit), tokens));
       return { field, bar, value, unit, tokens, meaning };
     });
-    const titles = COLUMNS.map(([name, , title]) => element("th", { scope: "col", title: title ?? "" }, name));
-    document.querySelector("thead").append(element("tr", {}, ...titles));
+    for (const [body, columns] of [["groups", COLUMNS], ["experts", EXPERT_COLUMNS]]) {
+      const titles = columns.map(([name, , title]) => element("th", { scope: "col", title: title ?? "" }, name));
+      $(body).previousElementSibling.append(element("tr", {}, ...titles));
+    }
   }
 
   show(answer, sample) {
@@ -97,7 +108,10 @@ export class Panel {
     if (sample.epoch === null) return; // the rest stays as it was last known
     this.showLegend(answer);
     this.showCache(answer.totals);
-    this.showGroups(answer.groups);
+    this.showRows("groups", COLUMNS, answer.groups);
+    const mixtures = answer.groups.filter((group) => group.experts);
+    this.showRows("experts", EXPERT_COLUMNS, mixtures);
+    this.$("expert-load").hidden = !mixtures.length;
     this.showTotals(answer.totals);
   }
 
@@ -116,13 +130,14 @@ export class Panel {
     }
   }
 
-  showGroups(groups) {
-    const body = this.$("groups");
+  /** A line for each group in the table whose body has this id. */
+  showRows(id, columns, groups) {
+    const body = this.$(id);
     while (body.rows.length > groups.length) body.deleteRow(-1);
     groups.forEach((group, index) => {
       const row = body.rows[index] ?? body.insertRow();
       row.dataset.state = group.state;
-      COLUMNS.forEach(([, text], column) => {
+      columns.forEach(([, text], column) => {
         if (!row.cells[column]) row.append(column ? element("td") : element("th", { scope: "row" }));
         write(row.cells[column], text(group));
       });

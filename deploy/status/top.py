@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.config.client import open_client
-from deploy.status.document import GroupLine, Sample, StatusDocument
+from deploy.status.document import ExpertsLine, GroupLine, Sample, StatusDocument
 from deploy.status.maps import CACHED, FREE, HELD, SHARED, STATE_NAMES, thin, unpack
 from deploy.status.words import NOTHING, amount, duration, latency, percent, plural, restarts, share
 
@@ -251,11 +251,13 @@ def _legend(document: StatusDocument, colour: bool) -> Text:
 
 def _groups(document: StatusDocument, width: int, height: int | None, colour: bool) -> Table:
     """A line for each group, with its pool as large as the rest of the screen lets it be."""
-    names = ("Group", "State", "Running", "In use", "Step", "Batch")
+    names = ["Group", "State", "Running", "In use", "Step", "Batch"]
+    if any(group.experts for group in document.groups):
+        names.append("Busiest expert")
     lines = len(document.groups) if height is None else max(1, height - 1)
     many = len(document.groups) > lines
     groups = document.groups[: max(1, lines - many)]  # one at least: what is too much, the screen cuts
-    cells = [_cells(group) for group in groups]
+    cells = [_cells(group)[: len(names)] for group in groups]
     taken = sum(2 + max(map(len, column)) for column in zip(names, *cells, strict=True))
     rows = 1 if height is None else max(1, min(TALLEST_MAP, lines // len(cells)))
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -274,7 +276,13 @@ def _groups(document: StatusDocument, width: int, height: int | None, colour: bo
 
 def _cells(group: GroupLine) -> tuple[str, ...]:
     used = share(group.held + group.shared, group.total)
-    return str(group.group), group.state, amount(group.running), used, latency(group.step_ms), amount(group.step_tokens)
+    step = latency(group.step_ms), amount(group.step_tokens)
+    return str(group.group), group.state, amount(group.running), used, *step, _load(group.experts)
+
+
+def _load(experts: ExpertsLine | None) -> str:
+    """Of the least even layer."""
+    return NOTHING if experts is None else f"{experts.most:.1f}x mean, {experts.expert} of layer {experts.layer}"
 
 
 def pool(group: GroupLine, blocks_per_cell: int, width: int, rows: int, colour: bool) -> Text:

@@ -15,7 +15,7 @@ import msgspec
 
 from deploy.frontend.further import FurtherModel, FurtherModels
 from deploy.frontend.service import Service
-from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
+from deploy.status.document import ExpertsLine, GroupLine, Sample, StatusDocument, Totals
 from deploy.status.history import History
 from deploy.status.maps import blocks_per_cell, pack, thin
 from scheduler.server.stats import ClusterStatus, GroupStats, PoolMap
@@ -175,4 +175,13 @@ class StatusWatch:
             step_tokens=None if step_tokens is None else round(step_tokens, 1),
             map=None if states is None else pack(thin(states, blocks)),
             epoch=group.epoch,
+            experts=_experts(group),
         )
+
+
+def _experts(group: GroupStats) -> ExpertsLine | None:
+    if not group.expert_imbalance:
+        return None
+    most, layer, expert = max(zip(group.expert_imbalance, group.expert_layers, group.expert_busiest, strict=True))
+    mean = sum(group.expert_imbalance) / len(group.expert_imbalance)
+    return ExpertsLine(len(group.expert_imbalance), round(mean, 2), round(most, 2), layer, expert)

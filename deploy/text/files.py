@@ -29,10 +29,13 @@ def refuse_halves(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"character {error.start}, {text[error.start]!a}, is half of a surrogate pair: write the whole pair, or "
-            "leave it out"
-        ) from None
+        raise ValueError(surrogate(error)) from None
+
+
+def surrogate(error: UnicodeEncodeError) -> str:
+    """What to say of a text that UTF-8 has no bytes for."""
+    found = f"character {error.start}, {error.object[error.start]!a}, is half of a surrogate pair"
+    return f"{found}: write the whole pair, or leave it out"
 
 
 def json_fault(content: bytes, error: ValueError) -> str:

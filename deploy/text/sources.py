@@ -14,7 +14,7 @@ import msgspec
 
 from deploy.config.faults import where
 from deploy.config.load import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
-from deploy.text.files import refuse_halves
+from deploy.text.files import refuse_halves, surrogate
 from deploy.text.messages import Message, for_template
 from deploy.text.prompts import (
     LEAST_URGENT,
@@ -95,7 +95,8 @@ def read_terms(given: Mapping[str, Any], call: Terms = USUAL_TERMS) -> Terms:
 def read_lora(source: Source, call: str | None) -> str | None:
     """The LoRA adapter that a prompt names, else the call's. Errors: PromptError."""
     own = source.get("lora") if isinstance(source, Mapping) else None
-    return call if own is None else _text("lora", own)
+    name = call if own is None else own
+    return None if name is None else _text("lora", name)
 
 
 def read_params(params: SamplingParams, own: Mapping[str, Any] = {}) -> SamplingParams:
@@ -204,6 +205,8 @@ def _conversation(source: Mapping[str, Any]) -> Conversation:
     except msgspec.ValidationError as error:
         fault = where(error)
         raise PromptError(fault.words(()), fault.path) from None
+    except UnicodeEncodeError as error:
+        raise PromptError(f"messages: {surrogate(error)}") from None
     return Conversation(for_template(talk.messages), talk.tools, talk.chat_template_kwargs)
 
 
@@ -248,7 +251,7 @@ def _refuse_halves(name: str, text: str) -> str:
 def _deadline(value: Any) -> float:
     """Seconds; below 0 has passed already."""
     with contextlib.suppress(TypeError, OverflowError):
-        if not isinstance(value, bool | str) and not math.isnan(seconds := float(value)):
+        if not isinstance(value, bool | str | bytes | bytearray) and not math.isnan(seconds := float(value)):
             return seconds
     raise PromptError(f"deadline_s must be a number of seconds, not {repr(value)[:60]}: {_ITS_OWN}")
 

@@ -3,7 +3,7 @@
 Buffers are as in `messages`. Imports that and `SamplingParams`.
 
     scheduler ──Start, Grant, Copy, Send, Receive, ..., Alive──▶ leader of a group
-    scheduler ◀──────────────Report, Moved, Beat──────────────── leader of a group
+    scheduler ◀──────Report, Moved, Beat, Refused, Adapts─────── leader of a group
 """
 
 from typing import NewType
@@ -290,4 +290,11 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=5, gc=False):
     message: str
 
 
-FromLeader = Report | Moved | Beat | Refused
+class Adapts(msgspec.Struct, frozen=True, array_like=True, tag=6, gc=False):
+    """These leases have had to wait for their adapter, for the first time: it is resident now, and they go on."""
+
+    epoch: int
+    leases: tuple[int, ...]
+
+
+FromLeader = Report | Moved | Beat | Refused | Adapts

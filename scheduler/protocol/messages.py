@@ -196,8 +196,9 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The one end of a stream. cached_tokens: prompt tokens that its first start found in the cache, and misses those that it
     did not. tokens: output tokens.
 
-    message, failure: why, if it FAILED. queued_s: from submit to the first start, by the scheduler's clock.
-    preemptions: how often it had to begin again, as far as this scheduler knows; resumptions count.
+    message, failure: why, if it FAILED. queued_s: from submit to the first start, by the scheduler's clock; the wait for
+    its adapter is a part of it. preemptions: how often it had to begin again, as far as this scheduler knows; resumptions
+    count.
     """
 
     stream: int
@@ -213,8 +214,8 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A stream's first start: what another scheduler must be told if this one is lost. seed: the request's, drawn if it brought
-    none. cached_tokens, queued_s, misses: as in `Finished`."""
+    """A stream's first start: what another scheduler must be told if this one is lost. Said again if it has had to wait for its
+    adapter. seed: the request's, drawn if it brought none. cached_tokens, queued_s, misses: as in `Finished`."""
 
     stream: int
     seed: int

@@ -12,7 +12,7 @@ from typing import TypeVar
 from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.leaders import Commands, FromLeader, Moved, Refused, Report
+from scheduler.protocol.leaders import Adapts, Commands, FromLeader, Moved, Refused, Report
 from scheduler.protocol.messages import Abort, Alive, Deltas, Finished, FinishReason, FromFrontEnd, Request, Stop, Submit, Tally
 from scheduler.queue.intake import streams_of
 from scheduler.queue.limits import RequestRefused
@@ -71,6 +71,8 @@ class Shell:
             self.call(lambda core: core.report(group, message))
         elif isinstance(message, Refused):
             self.call(lambda core: core.refuse(group, message))
+        elif isinstance(message, Adapts):
+            self.call(lambda core: core.adapts(group, message))
 
     def _take(self, core: SchedulerCore, front_end: int, message: Submit | Abort | Stop) -> None:
         if isinstance(message, Submit):

@@ -18,7 +18,7 @@ class GroupStats(msgspec.Struct, frozen=True):
     shared_blocks: held by more than one sequence. starved: running sequences that wait for a block. draining: takes no new
     sequences. backlog_tokens: prefill granted but not computed. Since the group came up: evictions of cached blocks; steps,
     their time and the tokens that they computed and sampled; lease_waits: times a sequence found no block to grow into.
-    expert_layers, expert_imbalance: of a model with experts, as in `ExpertBalance`.
+    expert_layers, expert_imbalance, expert_busiest: of a model with experts, as in `ExpertBalance`.
     """
 
     group: int
@@ -42,6 +42,7 @@ class GroupStats(msgspec.Struct, frozen=True):
     fetching: int = 0
     expert_layers: tuple[int, ...] = ()
     expert_imbalance: tuple[float, ...] = ()
+    expert_busiest: tuple[int, ...] = ()
 
 
 class EngineStats(Counters, frozen=True, kw_only=True):  # type: ignore[misc]  # dataclasses forbid it, msgspec does not
@@ -161,4 +162,5 @@ def _group_stats(core: SchedulerCore, group: ResidentGroup) -> GroupStats:
         fetching=len(group.fetching),
         expert_layers=group.experts.layers,
         expert_imbalance=group.experts.imbalance,
+        expert_busiest=group.experts.busiest,
     )

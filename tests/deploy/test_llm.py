@@ -459,3 +459,49 @@ def test_what_the_settings_cannot_be_is_one_kind_of_error(checkpoint: Path) -> N
     for options in wrong:
         with pytest.raises(ConfigError):
             LLM(checkpoint, local=True, **options)
+
+
+WRONG: list[Any] = [1, 1.5, True, [1], [b"x"], [{}], b"x", {"a": 1}, object(), "\ud800", math.nan, -1, []]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=ascii)
+def test_an_argument_of_a_wrong_type_is_named(open_llm: Open, value: Any) -> None:
+    """Never a TypeError from somewhere inside."""
+    llm, _ = open_llm([EOS])
+    calls: dict[str, list[Any]] = {
+        "lora": [lambda: llm.generate(["x"], lora=value), lambda: llm.chat([{"role": "user", "content": "x"}], lora=value),
+                 lambda: llm.embed(["x"], lora=value), lambda: llm.generate(["x"], lora=[value]),
+                 lambda: llm.generate([{"prompt": "x", "lora": value}])],
+        "dimensions": [lambda: llm.embed(["x"], dimensions=value)] if value not in (1, True) else [],
+        "chat_template_kwargs": [lambda: llm.score("x", "y", chat_template_kwargs=value)] if value != {"a": 1} else [],
+        "adapter": [lambda: llm.load_lora(value, "/none")],
+        "sampling parameters": [lambda: llm.generate(["x"], value), lambda: llm.generate(["x"], [value])],
+        "model": [lambda: LLM(value, local=True)] if value != "\ud800" else [],
+    }  # fmt: skip
+    for name, each in calls.items():
+        for call in each:
+            with pytest.raises(ValueError, match=name if name != "lora" else r"lora|LoRA"):
+                call()
+    with pytest.raises(KeyError):
+        llm.unload_lora(value)
+
+
+@pytest.mark.parametrize("deadline_s", [b"1", bytearray(b"1"), "1", True, math.nan, [1]])
+def test_a_deadline_of_a_wrong_type_is_named(open_llm: Open, deadline_s: Any) -> None:
+    llm, _ = open_llm([EOS])
+    with pytest.raises(PromptError, match="deadline_s must be a number"):
+        llm.generate(["x"], deadline_s=deadline_s)
+
+
+def test_halves_of_characters_are_said_to_be_some(open_llm: Open) -> None:
+    """msgspec raises an error of its own for them, where it wanted something else."""
+    llm, _ = open_llm([EOS])
+    with pytest.raises(PromptError, match=r"messages: .* half of a surrogate pair"):
+        llm.chat([{"role": "user", "content": "x"}], tools="\ud800")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"groups='\\ud800' holds half of a surrogate pair"):
+        LLM(local=True, groups="\ud800")
+
+
+def test_a_model_that_is_empty_is_not_the_one_that_comes_with_it() -> None:
+    with pytest.raises(ConfigError, match="model='' names no checkpoint"):
+        LLM("", local=True)

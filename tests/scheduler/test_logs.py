@@ -58,3 +58,14 @@ def test_our_rooms_inform_and_libraries_warn(log_format: str) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == 2, "each line once"
     assert all("from deploy.app" in line or "from workers.loop.rank" in line for line in lines)
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_line_goes_to_what_stands_in_for_stderr_and_is_told_to_children(log_format: str) -> None:
+    program = (
+        "import io, sys; from scheduler.logs import configure, configured_format; import logging;"
+        f"configure({log_format!r}); sys.stderr = io.StringIO(); logging.getLogger('deploy').info('a line');"
+        "print(configured_format(), sys.stderr.getvalue().count('a line'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{log_format} 1\n", "")

@@ -10,7 +10,7 @@ types; what reads comes from outside.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,6 +72,8 @@ class Residency:
         self._waiting: dict[int, Adapter] = {}  # rows, the longest wait first
         self._loads = 0
         self._refused: list[tuple[tuple[int, ...], str]] = []
+        self._late: set[int] = set()  # rows that have come, and wait for the first time
+        self._waited: list[int] = []
 
     def admit(self, row: int, adapter: Adapter) -> None:
         """A sequence with an adapter has entered the batch."""
@@ -79,10 +81,13 @@ class Residency:
         self._waiting[row] = adapter
         if len(self._waiting) == 1:
             self._seat()
+        if row in self._batch.unready:
+            self._late.add(row)
 
     def release(self, row: int) -> None:
         """Whoever was there has left the batch; nothing for a row without an adapter."""
         waited = self._waiting.pop(row, None) is not None
+        self._late.discard(row)
         number = int(self._batch.adapter[row])
         self._batch.adapter[row] = NO_ADAPTER
         self._batch.unready.discard(row)
@@ -97,7 +102,7 @@ class Residency:
         number, slot = next((number, slot) for number, slot in self._slots.items() if slot.load == adapted.load)
         if not adapted.failure:
             slot.ready = True
-            self._batch.unready -= slot.rows
+            self._let_go_on(slot.rows)
             self._seat()  # if nobody wants it any more, another may
             return
         rows = sorted(slot.rows)
@@ -129,8 +134,19 @@ class Residency:
         refused, self._refused = self._refused, []
         return refused
 
+    def waited(self) -> tuple[int, ...]:
+        """Leases that have had to wait since they came, and go on: each once."""
+        waited, self._waited = self._waited, []
+        return tuple(waited)
+
     def close(self) -> None:
         self._store.close()
+
+    def _let_go_on(self, rows: Iterable[int]) -> None:
+        self._batch.unready.difference_update(rows)
+        late = self._late.intersection(rows)
+        self._late -= late
+        self._waited += [int(self._batch.lease[row]) for row in sorted(late)]
 
     def _seat(self) -> None:
         """Whoever waits and can have a slot gets one, the first first; nobody goes before one that cannot."""
@@ -150,7 +166,7 @@ class Residency:
                 slot.rows.add(row)
                 self._batch.adapter[row] = number
                 if slot.ready:
-                    self._batch.unready.discard(row)
+                    self._let_go_on([row])
 
     def _vacant(self) -> int | None:
         """A slot that nobody uses: an empty one, else the least recently used. One that is being read stays until it is."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler.protocol.leaders import Command, Moved, Refused, Report
+from scheduler.protocol.leaders import Adapts, Command, Moved, Refused, Report
 from workers.loop.adapters import GatheredReads
 from workers.loop.rank import Rank
 from workers.loop.reports import Reporter
@@ -29,7 +29,7 @@ class SchedulerLink(Protocol):
         """The commands that came in since the last call; waits for one if asked. Errors: SchedulerGone."""
         ...
 
-    def send(self, message: Report | Moved | Refused) -> None:
+    def send(self, message: Report | Moved | Refused | Adapts) -> None:
         """From any thread. Errors: SchedulerGone."""
         ...
 
@@ -123,6 +123,8 @@ def lead(
         if rank.adapters is not None:
             for leases, why in rank.adapters.refusals():
                 link.send(Refused(reporter.epoch, leases, why))
+            if waited := rank.adapters.waited():
+                link.send(Adapts(reporter.epoch, waited))
         for report in reporter.take(flush=rank.idle):
             link.send(report)
 

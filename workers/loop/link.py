@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from scheduler.protocol.handshake import Stranger, identify, meet
-from scheduler.protocol.leaders import Beat, Command, Hello, Inventory, Moved, Refused, Report, ToLeader
+from scheduler.protocol.leaders import Adapts, Beat, Command, Hello, Inventory, Moved, Refused, Report, ToLeader
 from scheduler.protocol.messages import Alive
 from scheduler.protocol.silence import Silence
 from scheduler.protocol.wire import FrameSocket
@@ -81,7 +81,7 @@ class SocketLink:
             wait = False
         return commands
 
-    def send(self, message: Report | Moved | Beat | Refused) -> None:
+    def send(self, message: Report | Moved | Beat | Refused | Adapts) -> None:
         """From any thread. Errors: SchedulerGone."""
         try:
             self._socket.send(message)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from workers.model.transformers.config import TransformersConfig
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+
 DecoderConfig: TypeAlias = "ModelConfig | TransformersConfig"
 
 
@@ -57,5 +59,7 @@ def is_native(folder: Path) -> bool:
         raise CheckpointError(
             f"{folder} is not a folder: give the path of a checkpoint folder in Hugging Face format, an id (org/name) or a URL"
         )
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is a LoRA adapter: give the folder of its model, and this one as lora (NAME=FOLDER)")
     names = read_json(folder / "config.json").get("architectures")
     return isinstance(names, list) and any(name in ARCHITECTURES for name in names)

@@ -43,3 +43,17 @@ def test_sigterm_is_not_lost(work: str) -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert (process.returncode, said.strip()) == (143, "manta: terminated")
+
+
+def test_sigterm_that_ray_has_taken_for_itself_is_heard_all_the_same() -> None:
+    """As it is while Ray starts: its handlers raise SystemExit, with codes of their own."""
+    code = (
+        "import os, signal, sys, time, typer\nfrom cluster.join import _own_sigterm\n"
+        "from deploy.cli.exits import Termination, reported_errors\n"
+        "def command():\n    with reported_errors(False), _own_sigterm():\n"
+        "        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(3600)\n"
+        "Termination.install()\ntyper.run(command)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (143, "manta: terminated")

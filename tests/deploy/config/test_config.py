@@ -256,3 +256,17 @@ def test_an_application_needs_a_name_and_a_path(given: dict[str, Any], named: st
 )
 def test_where_a_client_on_this_machine_reaches_it(given: dict[str, Any], url: str) -> None:
     assert ServeConfig(**given).base_url == url
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [(["sql"], "NAME=FOLDER"), (["=/a"], "NAME=FOLDER"), (["sql="], "NAME=FOLDER"), (["s\nql=/a"], "printable"),
+     ([f"{'n' * 257}=/a"], "printable"), (["sql=/a", "sql=/b"], "a name twice"), ({"a=b": "/a"}, "without '='"),
+     ({0: "/a"}, "cannot name")],
+    ids=str,
+)  # fmt: skip
+def test_what_is_wrong_with_adapters_is_said_by_itself(lora: Any, said: str) -> None:
+    complaints = {"NAME=FOLDER", "printable", "a name twice", "without '='"}
+    with pytest.raises(ConfigError, match=said) as refused:
+        engine_config({"lora": lora})
+    assert not any(other in str(refused.value) for other in complaints - {said, "without '='"})

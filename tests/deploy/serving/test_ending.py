@@ -36,12 +36,13 @@ def test_a_cluster_that_does_not_answer_is_waited_for_and_that_is_said(monkeypat
     assert line.startswith("ending; waiting for requests under way")
 
 
-def test_what_is_under_way_is_said_once_and_nothing_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_under_way_is_said_once_also_where_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "LATE_S", PATIENCE_S)
     said: list[str] = []
     let_end(lambda: of(0), said.append)
-    assert said == []
+    assert said == ["ending; no request is under way"]
+    said.clear()
     left = iter((3, 2, 1, 0))
     let_end(lambda: of(next(left)), said.append)
     [line] = said
-    assert "waiting for 3 request(s) under way" in line
+    assert "waiting for 3 sequence(s) under way" in line

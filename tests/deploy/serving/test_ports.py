@@ -22,6 +22,17 @@ def taken() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
+def free() -> int:
+    with socket.create_server((HOST, 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("ports", [{"port": 0}, {"grpc_port": 0}])
+def test_proxies_have_to_be_told_a_port(ports: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"port 0: .*--local alone"):
+        check_free(ServeConfig(**ports))  # type: ignore[arg-type]
+
+
 def test_a_taken_port_is_named(taken: int) -> None:
     with pytest.raises(ConfigError, match=f"port {taken} on {HOST}, for HTTP, .*choose another with --port"):
         check_free(ServeConfig(port=taken, haproxy=False))
@@ -38,7 +49,7 @@ def test_a_port_of_haproxys_is_named_with_the_variable_that_moves_it(taken: int,
         monkeypatch.setenv(variable, "0")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", str(taken))
     with pytest.raises(ConfigError, match=f"port {taken} .*for HAProxy's page.*RAY_SERVE_HAPROXY_STATS_PORT"):
-        check_free(ServeConfig(port=0))
+        check_free(ServeConfig(port=free()))
 
 
 def test_a_reserved_port_refuses_clients_until_it_listens() -> None:

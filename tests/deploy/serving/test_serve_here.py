@@ -48,7 +48,10 @@ def test_when_it_says_that_it_is_ready_it_answers(tmp_path: Path, number: signal
         assert httpx.get(f"{url}/ready", trust_env=False).status_code == 200
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 128 + number
-    assert "Traceback" not in log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    for line in ("workers.build: model: ", "workers.attention.select: attention: ", "workers.build: KV pool: "):
+        assert line in said, "what the start has chosen"
 
 
 def test_its_queue_is_bounded(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class FakeCluster:
         self.phase: str | None = None
         self.progress: tuple[str, ...] = ()
         self.starting: tuple[GroupStart, ...] = ()
+        self.experts: dict[int, tuple[float, int]] = {}  # of each layer the imbalance, and the busiest
         self.status_calls = self.map_calls = 0
         self._on_failure: OnFailure = lambda _: None
         self._chance = random.Random(seed)
@@ -175,6 +176,9 @@ class FakeCluster:
             steps=pool.steps,
             step_s=pool.steps * STEP_S,
             step_tokens=pool.step_tokens,
+            expert_layers=tuple(self.experts),
+            expert_imbalance=tuple(imbalance for imbalance, _ in self.experts.values()),
+            expert_busiest=tuple(busiest for _, busiest in self.experts.values()),
         )
 
     # ---- time

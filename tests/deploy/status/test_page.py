@@ -86,6 +86,19 @@ def test_every_block_has_its_colour(cluster: FakeCluster, server: Server, open_p
         assert page.locator("#meanings", has_text=re.compile(word, re.IGNORECASE)).is_visible()
 
 
+def test_of_a_model_with_experts_their_load_is_a_table(cluster: FakeCluster, server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    wait_phase(page, "Ready")
+    expect(page.locator("#expert-load")).to_be_hidden()
+    cluster.experts = {1: (1.5, 7), 3: (4.25, 12)}
+    try:
+        expect(page.locator("#experts tr")).to_have_count(len(cluster.pools))
+        row = page.locator("#experts tr").first.locator("th, td").all_inner_texts()
+        assert row == ["0", "2", "2.88", "4.25", "3", "12"]
+    finally:
+        cluster.experts = {}
+
+
 def test_numbers_change_under_load(cluster: FakeCluster, server: Server, open_page: Open) -> None:
     page = open_page(server.url)
     wait_phase(page, "Ready")

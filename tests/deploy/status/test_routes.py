@@ -15,7 +15,7 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service import ServedModel, Service
 from deploy.status import ASSETS, FOLDER
-from deploy.status.document import StatusDocument
+from deploy.status.document import ExpertsLine, StatusDocument
 from deploy.status.history import History
 from deploy.status.maps import unpack
 from scheduler.protocol.sampling import SamplingParams
@@ -94,6 +94,19 @@ def test_the_document_is_the_cluster() -> None:
             assert line.held + line.shared == group.held_blocks
             assert line.map is not None
             assert unpack(line.map, 500).tolist() == list(pool.states())
+
+    asyncio.run(run())
+
+
+def test_the_load_of_experts_is_that_of_the_least_even_layer() -> None:
+    async def run() -> None:
+        cluster = FakeCluster(groups=2)
+        async with client_of(make_app(cluster)) as client:
+            assert [line.experts for line in (await ask(client)).groups] == [None, None]
+        cluster.experts = {1: (1.5, 7), 3: (4.25, 12), 5: (2.0, 3)}
+        cluster.pools[1].up = False
+        async with client_of(make_app(cluster)) as client:
+            assert [line.experts for line in (await ask(client)).groups] == [ExpertsLine(3, 2.58, 4.25, 3, 12), None]
 
     asyncio.run(run())
 

@@ -16,7 +16,7 @@ import pytest
 from rich.color import Color
 from rich.console import Console
 
-from deploy.status.document import GroupLine, Sample, StatusDocument, Totals
+from deploy.status.document import ExpertsLine, GroupLine, Sample, StatusDocument, Totals
 from deploy.status.maps import pack
 from deploy.status.top import COLOURS, pool, render, spark, top
 from scheduler.server.stats import GroupStart
@@ -69,6 +69,17 @@ def test_the_numbers_are_those_of_the_page() -> None:
         "2 held", "1 shared", "1 cached", "2 free", "▒▒█░··",
     ):  # fmt: skip
         assert words in text
+
+
+def test_of_a_model_with_experts_the_busiest_is_shown() -> None:
+    assert "expert" not in shown(document())
+    experts = ExpertsLine(3, 2.58, 4.25, 3, 12)
+    lines = (line([1, 0], experts=experts), line([1, 0], group=1, state="down"))
+    text = shown(document(groups=lines))
+    assert "Busiest expert" in text
+    assert "4.2x mean, 12 of layer 3" in text
+    rows = shown(document(groups=lines), 40, 50).rstrip("\n").split("\n")
+    assert max(map(len, rows)) <= 40
 
 
 def test_what_is_not_known_is_not_a_number() -> None:

@@ -132,13 +132,18 @@ def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted,
     """Those under way have what had the name when they came; nothing of it is found by those who come afterwards."""
     prompt = list(range(40))
     for name in ("all", "some"):
-        opened.load_lora("changing", adapted.folders[name])
+        opened.load_lora("changing", adapted.folders[name], load_inplace=True)
         [output] = ask(opened, [prompt], "changing")
         assert output.num_cached_tokens == 0
         adapted.require([output], [name], [prompt])
     under_way = opened.iterate([prompt], greedy(100), lora="changing")
     next(under_way)
-    opened.load_lora("changing", adapted.folders["large"])
+    for taken in ("changing", "all", adapted.base.name):
+        with pytest.raises(ValueError, match=f"'{taken}' (is loaded )?already"):
+            opened.load_lora(taken, adapted.folders["large"])
+    with pytest.raises(ValueError, match="there is a model"):
+        opened.load_lora(adapted.base.name, adapted.folders["large"], load_inplace=True)
+    opened.load_lora("changing", adapted.folders["large"], load_inplace=True)
     adapted.require(ask(opened, [prompt], "changing"), ["large"], [prompt])
     opened.unload_lora("changing")
     with pytest.raises(PromptError, match="changing"):
@@ -151,7 +156,7 @@ def test_one_is_loaded_replaced_and_unloaded_while_prompts_run(adapted: Adapted,
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_whose_files_are_not_what_they_were_fails_its_requests_and_no_others(
-    size: int, adapted: Adapted, tmp_path: Path
+    size: int, adapted: Adapted, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_adapted(adapted, size=size, max_loras=1) as llm:
         llm.load_lora("gone", shutil.copytree(adapted.folders["all"], tmp_path / "gone"))
@@ -165,9 +170,12 @@ def test_one_whose_files_are_not_what_they_were_fails_its_requests_and_no_others
         assert [output.error is None for output in outputs] == [False, True, True, False, True]
         assert "'gone' cannot be read" in str(outputs[0].error)
         assert "load it again" in str(outputs[3].error)
+        said = [record for record in caplog.records if "cannot be read" in record.getMessage()]
+        assert len(said) == 2 * size
+        assert not any(record.exc_info for record in said), "what the user's files are is no fault of ours"
         fine = [1, 2, 4]
         adapted.require([outputs[at] for at in fine], [names[at] for at in fine], [PROMPTS[at] for at in fine])
-        llm.load_lora("changed", shutil.copytree(adapted.folders["large"], tmp_path / "another"))
+        llm.load_lora("changed", shutil.copytree(adapted.folders["large"], tmp_path / "another"), load_inplace=True)
         adapted.require(ask(llm, PROMPTS[:1], "changed"), ["large"], PROMPTS[:1])
 
 
@@ -181,5 +189,10 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(adapted: Adapte
         open_llm(adapted.base, max_loras=1, model_implementation="transformers")
     with pytest.raises(ConfigError, match="not a folder"):
         open_llm(adapted.base, lora={"a": str(tmp_path / "none")})
-    with open_llm(adapted.base) as llm, pytest.raises(ValueError, match="max_loras"):
-        llm.load_lora("a", adapted.folders["all"])
+    with pytest.raises(ConfigError, match="there is a model 'base' already"):
+        open_llm(adapted.base, lora={"base": str(adapted.folders["all"])})
+    with open_llm(adapted.base) as llm:
+        with pytest.raises(ValueError, match="max_loras"):
+            llm.load_lora("a", adapted.folders["all"])
+        with pytest.raises(PromptError, match="there is no LoRA adapter 'a': name it"):
+            ask(llm, PROMPTS[:1], "a")

@@ -6,8 +6,8 @@ from kvcache.ids import GroupId
 from scheduler.config import CoreConfig, Resolved
 from scheduler.core import SchedulerCore
 from scheduler.invariants import check
-from scheduler.protocol.leaders import Command, Drop, Refused, Start
-from scheduler.protocol.messages import Adapter, Failure, FinishReason, Request, Resumption
+from scheduler.protocol.leaders import Adapts, Command, Drop, Refused, Start
+from scheduler.protocol.messages import Adapter, Failure, FinishReason, Request, Resumption, Started
 from scheduler.protocol.sampling import SamplingParams
 
 ADAPTER = Adapter("sql", "1", "/adapters/sql")
@@ -60,3 +60,19 @@ def test_who_cannot_be_served_ends_with_the_reason_and_nobody_else() -> None:
     ]
     assert [stream for _, stream in core.sequences] == [1]
     core.refuse(GROUP, Refused(1, tuple(leases), "again"))
+
+
+def test_who_waits_for_its_adapter_is_queued_until_it_is_there() -> None:
+    core = a_core()
+    core.submit(FRONT_END, request(0, ADAPTER))
+    core.submit(FRONT_END, request(1, ADAPTER, resumption=Resumption(0, b"\2\0\0\0", 1.0, 1, 0, 0.5)))
+    leases = tuple(command.lease for command in started(core) if isinstance(command, Start))
+    core.now_s = 3.0
+    core.adapts(GROUP, Adapts(0, leases))
+    core.adapts(GROUP, Adapts(1, (*leases, 99 << 16)))
+    core.now_s = 4.0
+    for stream in range(2):
+        core.end(FRONT_END, stream, 0)
+    [(_, deltas)] = core.outbox.drain()
+    assert [end.queued_s for end in deltas.finished] == [3.0, 0.5], "what another scheduler has counted stays"
+    assert Started(0, deltas.started[-1].seed, 0, 3.0, deltas.started[-1].misses) == deltas.started[-1]

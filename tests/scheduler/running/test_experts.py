@@ -17,7 +17,7 @@ def test_imbalance_is_of_what_came_since_the_last_time() -> None:
     balance.take(load([6, 2, 0, 0], [2, 2, 2, 2]))
     assert (balance.layers, balance.imbalance) == ((0, 1), (3.0, 1.0))
     balance.take(load([7, 3, 1, 1], [2, 2, 2, 6]))
-    assert balance.imbalance == (1.0, 4.0)
+    assert (balance.imbalance, balance.busiest) == ((1.0, 4.0), (0, 3))
     assert balance.tokens.tolist() == [[7, 3, 1, 1], [2, 2, 2, 6]]
 
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from scheduler.protocol.leaders import Adapted, Command, Drop, End, Grant, LeaseId, Moved, Refused, Report, Start
+from scheduler.protocol.leaders import Adapted, Adapts, Command, Drop, End, Grant, LeaseId, Moved, Refused, Report, Start
 from scheduler.protocol.messages import Adapter
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.adapters import AdapterRead, GatheredReads, OnRead, Residency
@@ -157,6 +157,26 @@ def test_an_adapter_that_cannot_be_read_is_said_of_its_leases_alone() -> None:
     assert bench.names == ["a", "b", "a"], "it is tried again"
 
 
+def test_who_has_waited_is_told_once_and_nobody_who_has_not() -> None:
+    bench = Bench(1)
+    bench.admit(0, A)
+    assert bench.residency.waited() == ()
+    bench.loaded()
+    assert bench.residency.waited() == (lease(1, 0),)
+    bench.admit(1, A)
+    assert bench.residency.waited() == (), "it was resident"
+    for row in (2, 3):
+        bench.admit(row, B)
+    bench.residency.release(3)
+    bench.residency.give_way()
+    bench.loaded()
+    assert bench.residency.waited() == (lease(1, 2),)
+    bench.residency.release(2)
+    bench.loaded()
+    assert not bench.batch.unready
+    assert bench.residency.waited() == (), "they had begun before"
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_whatever_comes_and_goes_nobody_is_forgotten(slots: int) -> None:
     for seed in range(60):
@@ -208,7 +228,7 @@ class Script:
 
     def __init__(self, *turns: list[Command]) -> None:
         self.turns = list(turns)
-        self.sent: list[Report | Moved | Refused] = []
+        self.sent: list[Report | Moved | Refused | Adapts] = []
         self.woken = 0
 
     def receive(self, *, wait: bool = True) -> list[Command]:
@@ -218,7 +238,7 @@ class Script:
         self.woken -= wait
         return []
 
-    def send(self, message: Report | Moved | Refused) -> None:
+    def send(self, message: Report | Moved | Refused | Adapts) -> None:
         self.sent.append(message)
 
     def wake(self) -> None:
@@ -271,6 +291,8 @@ def test_ranks_make_the_same_turns_while_one_reads_and_others_go_on(depth: int, 
     told = [command for commands, _ in feed.turns for command in commands if isinstance(command, Adapted)]
     assert told == [Adapted(1, failure)]
     refused = [message for message in script.sent if isinstance(message, Refused)]
+    waited = [message for message in script.sent if isinstance(message, Adapts)]
+    assert waited == ([] if failure else [Adapts(7, (lease(1, 0),))])
     reports = [message for message in script.sent if isinstance(message, Report)]
     leases = [name for report in reports for name in np.frombuffer(report.leases, np.int64).tolist()]
     assert lease(2, 1) in leases, "who has no adapter goes on meanwhile"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from scheduler.protocol.leaders import Command, Copy, Drop, End, Moved, Refused, Report, Start
+from scheduler.protocol.leaders import Adapts, Command, Copy, Drop, End, Moved, Refused, Report, Start
 from scheduler.protocol.messages import FinishReason
 from tests.workers.loop.test_batch import DIGITS, lease, start
 from workers.loop.batch import Launched, ResidentBatch
@@ -124,7 +124,7 @@ class Script:
             return []
         return self.turns.pop(0)
 
-    def send(self, message: Report | Moved | Refused) -> None:
+    def send(self, message: Report | Moved | Refused | Adapts) -> None:
         self.sent.append(message.epoch)
 
     def wake(self) -> None:

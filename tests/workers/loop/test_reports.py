@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scheduler.batching import StepPlan
-from scheduler.protocol.leaders import Command, End, ExpertLoad, Moved, Refused, Report
+from scheduler.protocol.leaders import Adapts, Command, End, ExpertLoad, Moved, Refused, Report
 from scheduler.protocol.messages import NO_TOKEN, FinishReason
 from tests.workers.loop.test_batch import lease, start
 from workers.loop.batch import Launched, ResidentBatch
@@ -153,7 +153,7 @@ class Sleeper:
         self.now_s += 100.0
         return self.commands.pop(0)
 
-    def send(self, message: Report | Moved | Refused) -> None:
+    def send(self, message: Report | Moved | Refused | Adapts) -> None:
         assert isinstance(message, Report)
         self.sent.append(message)
 

@@ -20,9 +20,9 @@ import xxhash
 from scheduler.protocol.messages import Adapter
 from workers.model.architectures import ModelConfig
 from workers.model.fields import CheckpointError, Fields, read_json
-from workers.model.reading import DecoderConfig
+from workers.model.reading import ADAPTER_CONFIG, DecoderConfig
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER_CONFIG, "adapter_model.safetensors"
 
 PROJECTIONS = {
     "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
@@ -95,6 +95,9 @@ def read_adapter(name: str, folder: str | Path, model: DecoderConfig, max_rank: 
     path = Path(folder).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give that of a LoRA adapter in PEFT's format")
+    if not (path / CONFIG).exists():
+        found = "the folder of a checkpoint" if (path / "config.json").exists() else "no LoRA adapter in PEFT's format"
+        raise CheckpointError(f"{path} has no {CONFIG}: it is {found}; give that of an adapter")
     said = Fields(read_json(path / CONFIG), path / CONFIG)
     _refuse(said)
     shapes = _shapes(path / TENSORS)

@@ -51,7 +51,8 @@ class ReadingStore:
             try:
                 self._fill(asked)
             except Exception as error:  # a file, its numbers, the device: its requests fail, and the others go on
-                logger.error("the LoRA adapter %r cannot be read", asked.adapter.name, exc_info=error)
+                fault = None if isinstance(error, ValueError | OSError) else error  # of a file: its words say it all
+                logger.error("the LoRA adapter %r cannot be read: %s", asked.adapter.name, error, exc_info=fault)
                 asked.read(AdapterRead(asked.load, str(error) or type(error).__name__))
             else:
                 asked.read(AdapterRead(asked.load))

@@ -21,12 +21,14 @@ from deploy.doors.openai.adapters import adapter_routes
 from deploy.frontend.adapters import OwnShelf, ServedAdapters
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.further import FurtherModels
+from deploy.frontend.service import ServedModel
 from deploy.frontend.submission import salt_of
 from deploy.text.adapters import Adapters
 from scheduler.protocol.messages import Adapter
 from tests.adapters import make_adapter
 from tests.deploy.doors.http.conftest import MODEL, Host, ScriptedCluster
 from tests.deploy.frontend.fake_engine import FakeEngine
+from workers.model.lora import files
 
 CHAT = [{"role": "user", "content": "hi"}]
 ASKED: dict[str, dict[str, Any]] = {
@@ -122,7 +124,7 @@ def test_grpc_and_batch_files_find_it_too(endpoint: Endpoint, folder: Path) -> N
     with pytest.raises(RequestError):
         readers.of("another")
     config = EngineConfig(model=str(EMBEDDED_MODEL), lora=(f"named={folder}",))
-    backend = ServiceBackend(endpoint.service, ServeConfig(), Adapters(config))
+    backend = ServiceBackend(endpoint.service, ServeConfig(), Adapters(config, MODEL))
     for name in ("named", MODEL):
         body = {"model": name, "prompt": "a", "max_tokens": 2}
         content = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}).encode()
@@ -180,7 +182,8 @@ def test_what_cannot_be_done_says_why(endpoint: Endpoint, folder: Path, tmp_path
     large = make_adapter(tmp_path / "large", EMBEDDED_MODEL, rank=17)
     for name, where, status, field, said in (
         ("new", tmp_path / "none", 400, "lora_path", "not a folder"), ("new", large, 400, "lora_path", "max_lora_rank"),
-        ("n\new", folder, 400, "lora_path", "printable"), (MODEL, folder, 409, "lora_name", "another name"),
+        ("n\new", folder, 400, "lora_name", "printable"), ("new", EMBEDDED_MODEL, 400, "lora_path", "a checkpoint"),
+        (MODEL, folder, 409, "lora_name", "another name"),
         ("named", folder, 409, "lora_name", "configuration"),
     ):  # fmt: skip
         answer = endpoint.load(name, where)
@@ -223,6 +226,26 @@ def test_other_front_ends_follow_what_one_of_them_was_told(host: Host, folder: P
     for each in (one, late):
         each.look()
         assert each.names() == [MODEL, "named"]
+
+
+def test_its_files_are_digested_once_by_a_front_end(host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be large, and a start waits for it."""
+    digested: list[Path] = []
+    digest = files._digest
+
+    def counted(path: Path) -> str:
+        digested.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(files, "_digest", counted)
+    config = EngineConfig(model=str(EMBEDDED_MODEL), lora=(f"named={folder}",))
+    ServedModel.of(config, ServeConfig())
+    Endpoint(host, folder, OwnShelf())
+    assert digested == [folder]
+    ServedModel.checked(config, ServeConfig())
+    assert digested == [folder, folder]
+    with pytest.raises(ValueError, match="there is a model"):
+        ServedModel.checked(config, ServeConfig(served_model_name="named"))
 
 
 def test_no_two_pairs_of_adapter_and_salt_share_a_prefix() -> None:

@@ -13,6 +13,7 @@ from tests.checkpoints import make_checkpoint
 from workers.model.architectures import ModelConfig, read_config
 from workers.model.fields import CheckpointError
 from workers.model.lora.files import CONFIG, TENSORS, read_adapter
+from workers.model.reading import read_model
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,18 @@ def test_a_folder_that_is_damaged_is_refused(checkpoint: Path, model: ModelConfi
         read_adapter("a", folder, model, 16)
     with pytest.raises(CheckpointError, match="not a folder"):
         read_adapter("a", tmp_path / "none", model, 16)
+    (folder / CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json: it is no LoRA adapter"):
+        read_adapter("a", folder, model, 16)
+
+
+def test_a_checkpoint_is_no_adapter_and_an_adapter_no_checkpoint(
+    checkpoint: Path, model: ModelConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json: it is the folder of a checkpoint"):
+        read_adapter("a", checkpoint, model, 16)
+    with pytest.raises(CheckpointError, match="is a LoRA adapter: give the folder of its model"):
+        read_model(make_adapter(tmp_path, checkpoint))
 
 
 def test_a_version_is_what_the_files_hold(checkpoint: Path, model: ModelConfig, tmp_path: Path) -> None:
