@@ -253,7 +253,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     asked = parse_options()
-    options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager, "kv_dtype": asked.kv_dtype}
+    options: dict[str, object] = {**OPTIONS, "attention": asked.attention, "cuda_graphs": not asked.eager}
+    options["kv_dtype"] = asked.kv_dtype
     if asked.weights == "fp8":
         options["quantization"] = "fp8"
     if asked.tensor_parallel_size * asked.groups > 1:

@@ -48,9 +48,9 @@ def choose_config(pool: KVPool, rows: int, dtype: torch.dtype, head_dim: int) ->
 
 
 def _of_fp8(keys: int, rows: int) -> DecodeConfig:
-    """Half the bytes to a key, so twice as many keys at once where rows are few. us a layer of 8 heads of 128, two queries each,
-    with `keys` and with twice as many: one row of 32,768 keys 34.1 and 23.6, 32 rows of 1,024 24.7 and 21.3, 64 ragged rows of
-    at most 2,003 45.5 and 42.2, 256 ragged ones 137.7 and 140.0."""
+    """Half the bytes to a key, so twice as many keys at once where rows are few. us a layer of 8 heads of 128, two queries
+    each, with `keys` and with twice as many: one row of 32,768 keys 34.1 and 23.6, 32 rows of 1,024 24.7 and 21.3, 64 ragged
+    rows of at most 2,017 45.5 and 42.2, 256 ragged ones 137.7 and 140.0."""
     if rows <= FEW_ROWS:
         return DecodeConfig(keys=2 * keys, least=1, atomic=False, dependent=True)
     return DecodeConfig(keys=2 * keys, shares=2) if rows <= SOME_ROWS else DecodeConfig(keys=keys, stages=4)

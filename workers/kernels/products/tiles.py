@@ -23,8 +23,8 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps, one,
-          N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
+          one, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
           GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.

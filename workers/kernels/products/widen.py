@@ -29,7 +29,8 @@ def _joined(words, one, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.const
     if COUNT == 1:
         found = between_one_and_two(words, one, FIRST)
     else:
-        found = tl.join(_joined(words, one, FIRST, 2 * STEP, COUNT // 2), _joined(words, one, FIRST + STEP, 2 * STEP, COUNT // 2))
+        even = _joined(words, one, FIRST, 2 * STEP, COUNT // 2)
+        found = tl.join(even, _joined(words, one, FIRST + STEP, 2 * STEP, COUNT // 2))
     return found
 
 
