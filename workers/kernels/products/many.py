@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.launch import interpreted, warps_for
+from workers.kernels.launch import interpreted
 from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
-from workers.kernels.products.reduced import LARGEST_FP8, Reduced
+from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.widen import widened
+from workers.kernels.rounding import Rounded, rounded
 
 MULTIPLE_OF_LIBRARY = 16
 """Of rows and columns, for the library's products of FP8."""
@@ -24,8 +25,8 @@ MULTIPLE_OF_LIBRARY = 16
 LEAST_OF_LIBRARY = (9, 0)
 """Compute capability."""
 
-ROWS, TOKENS, COLUMNS = 128, 64, 128  # of a program's tile
-LEAST_SCALE = tl.constexpr(1e-30)
+COLUMNS = 128  # of a program's tile at a time
+NEAR = tl.constexpr(8)  # tiles of tokens
 
 
 def product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tensor:
@@ -34,9 +35,9 @@ def product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tensor:
     if len(x) <= MAX_TOKENS and choose(rows, columns, len(x), x.dtype, False, weight.bits) is not None:
         return matvec(x, weight, bias=bias)  # without counters: K is never split
     if _library_takes(x, weight):
-        values, scales = rounded(x, columns)
+        near = rounded(x, columns)
         out: Tensor = torch._scaled_mm(
-            values, weight.values.T, scale_a=scales, scale_b=weight.scales.T, out_dtype=x.dtype, use_fast_accum=True
+            near.values, weight.values.T, scale_a=near.scales, scale_b=weight.scales.T, out_dtype=x.dtype, use_fast_accum=True
         )
         return out if bias is None else out.add_(bias)
     if weight.bits == 8 and x.dtype != torch.float32:
@@ -48,20 +49,6 @@ def _library_takes(x: Tensor, weight: Reduced) -> bool:
     """Whether it multiplies FP8 with a scale for each token and row."""
     fits = weight.by_row and x.dtype == torch.bfloat16 and not any(size % MULTIPLE_OF_LIBRARY for size in weight.shape)
     return fits and not interpreted() and torch.cuda.get_device_capability(x.device) >= LEAST_OF_LIBRARY
-
-
-def rounded(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """x [tokens, columns] -> float8_e4m3fn [tokens, columns] and float32 [tokens, columns / group], with the least scale for
-    each group of a token."""
-    tokens, columns = x.shape
-    values = torch.empty(tokens, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(tokens, columns // group, dtype=torch.float32, device=x.device)
-    if tokens:
-        width = triton.next_power_of_2(group)
-        _round[(tokens, columns // group)](
-            x, values, scales, x.stride(0), LARGEST_FP8, K=columns, GROUP=group, WIDTH=width, num_warps=warps_for(width)
-        )
-    return values, scales
 
 
 def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
@@ -78,32 +65,22 @@ def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def fp8_product(x: Tensor, weight: Reduced, bias: Tensor | None = None) -> Tensor:
+def fp8_product(
+    x: Tensor | Rounded, weight: Reduced, bias: Tensor | None = None, *, square: bool = False, dtype: torch.dtype | None = None,
+    tile: tuple[int, int, int, int] = (128, 128, 8, 3),
+) -> Tensor:  # fmt: skip
     """The same as `product`, of FP8: with scales of groups of columns, or of rows where the library cannot take the shape."""
     (rows, columns), group = weight.shape, weight.group
-    values, scales = rounded(x, group)
-    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    near = x if isinstance(x, Rounded) else rounded(x, group)
+    out = torch.empty(len(x), rows, dtype=dtype or x.dtype, device=x.device)
+    tokens, wide, warps, stages = tile
     if len(x):
-        _multiply[(triton.cdiv(rows, ROWS), triton.cdiv(len(x), TOKENS))](
-            values, scales, weight.values, weight.scales, out if bias is None else bias, out, len(x), N=rows, K=columns,
-            GROUP=group, ROWS=ROWS, TOKENS=TOKENS, COLUMNS=COLUMNS if weight.by_row else min(COLUMNS, group),
-            BIAS=bias is not None, WIDE=interpreted(),
-            num_warps=8 if TOKENS * ROWS > 4096 else 4, num_stages=3,
+        _multiply[(triton.cdiv(rows, wide) * triton.cdiv(len(x), tokens),)](
+            near.values, near.scales, weight.values, weight.scales, out if bias is None else bias, out, len(x), N=rows, K=columns,
+            GROUP=group, SQUARE=square, ROWS=wide, TOKENS=tokens, COLUMNS=COLUMNS if weight.by_row else min(COLUMNS, group),
+            BIAS=bias is not None, WIDE=interpreted(), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
-
-
-@triton.jit
-def _round(x, values, scales, x_stride, largest, K: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """One program: a group of one token."""
-    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    column = tl.arange(0, WIDTH)
-    there = column < GROUP
-    wide = tl.load(x + token * x_stride + group * GROUP + column, mask=there, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(wide), 0) / largest, LEAST_SCALE)
-    near = tl.minimum(tl.maximum(wide / scale, -largest), largest)
-    tl.store(values + token * K + group * GROUP + column, near.to(values.dtype.element_ty), mask=there)
-    tl.store(scales + token * (K // GROUP) + group, scale)
 
 
 @triton.jit
@@ -127,20 +104,28 @@ def _expand(values, scales, zeros, out, N: tl.constexpr, K: tl.constexpr, BITS: 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _multiply(x, x_scales, weight, scales, bias, out, tokens, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-              ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+              SQUARE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
               WIDE: tl.constexpr):  # fmt: skip
     """One program: [TOKENS, ROWS] of the output, a group of columns at a time, whose sums are scaled as they are added up.
 
-    COLUMNS divides GROUP, or there is one group. WIDE: multiplied in float16, which has every number of FP8.
+    COLUMNS divides GROUP, or there is one group. SQUARE: all rows of a program share their scales. WIDE: multiplied in float16,
+    which has every number of FP8.
     """
     GROUPS: tl.constexpr = K // GROUP
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    ACROSS: tl.constexpr = (N + ROWS - 1) // ROWS
+    # neighbours share what they read: so many tiles of tokens go through the rows together
+    first = tl.program_id(0) // (NEAR * ACROSS) * NEAR
+    near_tiles = tl.minimum(tl.cdiv(tokens, TOKENS) - first, NEAR)
+    inside = tl.program_id(0) % (NEAR * ACROSS)
+    row = inside // near_tiles * ROWS + tl.arange(0, ROWS)
+    token = (first + inside % near_tiles) * TOKENS + tl.arange(0, TOKENS)
     safe = tl.minimum(row, N - 1).to(tl.int64)
     near = tl.minimum(token, tokens - 1).to(tl.int64)
+    scaled = (inside // near_tiles * ROWS).to(tl.int64) if SQUARE else safe
     column = tl.arange(0, COLUMNS)
     x_at, w_at = x + near[:, None] * K + column[None, :], weight + safe[:, None] * K + column[None, :]
     sums = tl.zeros([TOKENS, ROWS], tl.float32)
+    of_x, of_w = tl.load(x_scales + near * GROUPS), tl.load(scales + scaled * GROUPS).to(tl.float32)
     for start in range(0, K, COLUMNS):
         if K % COLUMNS == 0:
             a, b = tl.load(x_at + start), tl.load(w_at + start)
@@ -149,9 +134,14 @@ def _multiply(x, x_scales, weight, scales, bias, out, tokens, N: tl.constexpr, K
             a, b = tl.load(x_at + start, mask=there, other=0.0), tl.load(w_at + start, mask=there, other=0.0)
         if WIDE:
             a, b = a.to(tl.float16), b.to(tl.float16)
-        group = start // GROUP
-        scale = tl.load(x_scales + near * GROUPS + group)[:, None] * tl.load(scales + safe * GROUPS + group)[None, :]
-        sums += tl.dot(a, tl.trans(b)) * scale
+        now_x, now_w = of_x, of_w
+        group = tl.minimum(start + COLUMNS, K - 1) // GROUP
+        of_x = tl.load(x_scales + near * GROUPS + group)
+        of_w = tl.load(scales + scaled * GROUPS + group).to(tl.float32)
+        if SQUARE:
+            sums += tl.dot(a, tl.trans(b)) * (now_x * now_w)[:, None]
+        else:
+            sums += tl.dot(a, tl.trans(b)) * (now_x[:, None] * now_w[None, :])
     if BIAS:
         sums += tl.load(bias + safe).to(tl.float32)[None, :]
     mask = (token < tokens)[:, None] & (row < N)[None, :]

@@ -17,10 +17,12 @@ import triton
 from torch import Tensor
 
 from workers.kernels.launch import interpreted
-from workers.kernels.norm import rms_norm
+from workers.kernels.norm import rms_norm, rounded_norm
+from workers.kernels.products.fp8_tiles import fp8_tiles
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
+from workers.kernels.rounding import Rounded, rounded
 
 STREAM_TOKENS = 4  # of one program of `stream`; more tokens are more programs
 MAX_TOKENS = 64
@@ -28,7 +30,7 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
+DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 400
 MAX_TILES = 1024  # of rows, where K is split among programs
 
 
@@ -41,6 +43,9 @@ class Tiling:
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
+    rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
+    square: bool = False
+    fast: bool = False
 
 
 def matvec(
@@ -86,6 +91,14 @@ def matvec(
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
     tiled = config.parts > 0
+    if config.rounded:
+        assert isinstance(weight, Reduced), "x is rounded for weights in FP8"
+        if norm_weight is None:
+            near = rounded(x, weight.group, ahead=pdl)
+        else:
+            near = rounded_norm(x, norm_weight, eps, weight.group, ahead=pdl)
+        _fp8(near, weight, bias, target, residual is not None, swiglu, pdl, counters, config)
+        return target
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
@@ -103,12 +116,7 @@ def matvec(
     programs = triton.cdiv(n, config.rows)
     if tiled:
         padded = max(LEAST_TILE_TOKENS, triton.next_power_of_2(tokens))
-        partial = target
-        if config.parts > 1:
-            sums = programs * config.parts * (2 * config.rows + 1) * padded
-            partial = torch.empty(sums, dtype=torch.float32, device=x.device)
-            if counters is None or len(counters) < programs:
-                raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
+        partial = _partial(programs, config, padded, counters) if config.parts > 1 else target
         tiles[(programs * config.parts,)](
             *operands[:7], partial, target if counters is None else counters, *operands[7:], TOKENS=padded,
             PARTS=config.parts, **flags,
@@ -117,6 +125,31 @@ def matvec(
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
         stream[(programs * triton.cdiv(tokens, share),)](*operands, TOKENS=share, **flags)
     return target
+
+
+def _fp8(
+    x: Rounded, weight: Reduced, bias: Tensor | None, out: Tensor, add: bool, swiglu: bool, pdl: bool, counters: Tensor | None,
+    config: Tiling,
+) -> None:  # fmt: skip
+    """x times weight, with the scales of both, into `out`, or added to it."""
+    n, k = out.shape[1], weight.shape[1]
+    programs, padded = triton.cdiv(n, config.rows), max(LEAST_TILE_TOKENS, triton.next_power_of_2(len(x)))
+    columns = config.columns if weight.by_row else min(config.columns, weight.group)
+    fp8_tiles[(programs * config.parts,)](
+        x.values, x.scales, weight.values, weight.scales, out if bias is None else bias, out,
+        _partial(programs, config, padded, counters) if config.parts > 1 else out, out if counters is None else counters,
+        len(x), out.stride(0), N=n, K=k, GROUP=0 if weight.by_row else weight.group, SQUARE=config.square, TOKENS=padded,
+        ROWS=config.rows, COLUMNS=columns, PARTS=config.parts, STAGES=config.stages, BIAS=bias is not None, RESIDUAL=add,
+        GATED=swiglu, PDL=pdl, WIDE=interpreted(), FAST=config.fast, num_warps=config.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def _partial(programs: int, config: Tiling, tokens: int, counters: Tensor | None) -> Tensor:
+    """Where programs among which K is split leave their sums."""
+    if counters is None or len(counters) < programs:
+        raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
+    sums = programs * config.parts * (2 * config.rows + 1) * tokens
+    return torch.empty(sums, dtype=torch.float32, device=counters.device)
 
 
 def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False, bits: int = 16) -> Tiling | None:
@@ -130,6 +163,8 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
         return _stream_tiling(n, k, tokens, dtype, swiglu)
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
+    if bits == 8 and dtype == torch.bfloat16:
+        return _tiling(n, k, Tiling(64, 128, 4, 4, rounded=True), FP8_PROGRAMS)
     if bits == 4:  # the library would need them widened
         return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle

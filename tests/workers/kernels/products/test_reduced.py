@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
-from workers.kernels.products.many import expanded, fp8_product, product, rounded
+from workers.kernels.products.many import expanded, fp8_product, product
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
 from workers.kernels.products.reduced import Reduced, rounded_rows
+from workers.kernels.rounding import rounded
 
 EPS = 1e-6
 N = 12
@@ -88,7 +89,8 @@ def of_fp8(tokens: int, columns: int, device: str) -> Tensor:
 @pytest.mark.parametrize("group", [64, 384])
 def test_rounded(device: str, group: int) -> None:
     x = apart(torch.randn(3, 384, device=device) * torch.tensor([[1.0], [1e-3], [0.0]], device=device))
-    values, scales = rounded(x, group)
+    near = rounded(x, group)
+    values, scales = near.values, near.scales
     expected, of_rows = rounded_rows(x.reshape(-1, group))
     same = (values.float().view(-1, group) == expected.float()).float().mean()
     assert float(same) > (0.999 if CUDA else 0.95)  # the interpreter loses what is carried into the exponent
