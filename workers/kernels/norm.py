@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import enter, interpreted, warps_for
-from workers.kernels.rounding import Rounded, store_rounded
+from workers.kernels.products.reduced import Rounded
+from workers.kernels.rounding import store_rounded
 
 
-@triton.jit
-def _rms_norm(x, delta, weight, out, scales, x_stride, delta_stride, out_stride, eps, WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=["padded"])
+def _rms_norm(x, delta, weight, out, scales, x_stride, delta_stride, out_stride, padded, eps, WIDTH: tl.constexpr,
               BLOCK: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program norms one row, after adding `delta` to it where ADD. GROUP: columns that share a scale of FP8; 0: plain."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,7 +31,7 @@ def _rms_norm(x, delta, weight, out, scales, x_stride, delta_stride, out_stride,
     power = tl.sum(value * value, 0) / WIDTH
     normed = value * tl.rsqrt(power + eps) * scale
     if GROUP > 0:
-        store_rounded(normed, out, scales, row, 0, WIDTH, GROUP, BLOCK)
+        store_rounded(normed, out, scales, row, padded, 0, WIDTH, GROUP, BLOCK)
     else:
         tl.store(out + row * out_stride + at, normed.to(out.dtype.element_ty), mask=inside)
 
@@ -51,18 +52,14 @@ def add_rms_norm(
     return out
 
 
-def rounded_norm(
-    x: Tensor, weight: Tensor, eps: float, group: int, delta: Tensor | None = None, *, ahead: bool = False
-) -> Rounded:
-    """The same in FP8, rounded but once, with a scale for `group` columns: all, or a power of two. delta: is added to x first.
-    ahead: as `rounded` has it."""
-    out = Rounded.empty(*x.shape, group, x.device)
-    _launch(x, delta, weight, eps, out, False, ahead)
+def rounded_norm(x: Tensor, weight: Tensor, eps: float, group: int, delta: Tensor | None = None) -> Rounded:
+    """The same in FP8, rounded but once, with a scale for `group` columns: all, or a power of two. delta is added to x."""
+    out = Rounded.empty(len(x), x.shape[1], group, x.dtype, x.device)
+    _launch(x, delta, weight, eps, out, False)
     return out
 
 
-def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | Rounded, pdl: bool,
-            ahead: bool = False) -> None:
+def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor | Rounded, pdl: bool) -> None:
     tokens, width = x.shape
     if not tokens:
         return
@@ -70,7 +67,7 @@ def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Te
     added = x if delta is None else delta
     values, scales, group = (out.values, out.scales, out.group) if isinstance(out, Rounded) else (out, out, 0)
     _rms_norm[(tokens,)](
-        x, added, weight, values, scales, x.stride(0), added.stride(0), values.stride(0), eps, WIDTH=width,
-        BLOCK=triton.next_power_of_2(width), GROUP=group, ADD=delta is not None, PDL=pdl or (ahead and not interpreted()), num_warps=warps_for(width),
+        x, added, weight, values, scales, x.stride(0), added.stride(0), values.stride(0), len(values), eps, WIDTH=width,
+        BLOCK=triton.next_power_of_2(width), GROUP=group, ADD=delta is not None, PDL=pdl, num_warps=warps_for(width),
         launch_pdl=pdl,
     )  # fmt: skip

@@ -7,14 +7,13 @@ are added in float32. Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.launch import fetch_rows
 from workers.kernels.products.tiles import sum_of_parts
 
 
 @triton.jit
-def _scale(x_scales, scales, near, rows, group, GROUPS: tl.constexpr, SQUARE: tl.constexpr):
+def _scale(x_scales, scales, near, padded, rows, group, GROUPS: tl.constexpr, SQUARE: tl.constexpr):
     """Of the sums of one group: [1, TOKENS] where the rows share a scale, else [ROWS, TOKENS]."""
-    of_x = tl.load(x_scales + near * GROUPS + group)[None, :]
+    of_x = tl.load(x_scales + group * padded + near)[None, :]
     if SQUARE:
         scale = of_x * tl.load(scales + rows * GROUPS + group).to(tl.float32)
     else:
@@ -22,15 +21,16 @@ def _scale(x_scales, scales, near, rows, group, GROUPS: tl.constexpr, SQUARE: tl
     return scale
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens, out_stride, N: tl.constexpr, K: tl.constexpr,
-              GROUP: tl.constexpr, SQUARE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-              PDL: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr = False):  # fmt: skip
+@triton.jit(do_not_specialize=["tokens", "padded"])
+def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens, padded, out_stride, N: tl.constexpr,
+              K: tl.constexpr, GROUP: tl.constexpr, SQUARE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+              GATED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
-    partial: of each program its sums [ROWS, TOKENS], and those of the other half. counters: one for each tile of rows, 0 before
-    and after. COLUMNS divides K / PARTS, and GROUP, columns that share a scale, if it is not 0: a row, and a token, do then.
+    x, x_scales: as `Rounded` has them. partial: of each program its sums [ROWS, TOKENS], and those of the other half. counters:
+    one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS, and GROUP, columns that share a scale; 0: all
+    of a row, and of a token, do.
     SQUARE: all rows of a program share theirs. WIDE: multiplied in float16, which has every number of FP8.
     """
     SIZE: tl.constexpr = 2 * ROWS * TOKENS if GATED else ROWS * TOKENS
@@ -43,12 +43,6 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
     token = tl.arange(0, TOKENS)
     near = tl.minimum(token, tokens - 1)
     begin = tl.program_id(0) % PARTS * (K // PARTS)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight + begin, safe, K, K // PARTS)
-        if GATED:
-            fetch_rows(half + begin, safe, K, K // PARTS)
-        tl.extra.cuda.gdc_wait()
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * K + column[None, :]
@@ -57,8 +51,8 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     gated = sums
     if GROUP > 0:
-        scale = _scale(x_scales, scales, near, scaled, begin // GROUP, GROUPS, SQUARE)
-        beside = _scale(x_scales, scales, near, N + scaled, begin // GROUP, GROUPS, SQUARE) if GATED else scale
+        scale = _scale(x_scales, scales, near, padded, scaled, begin // GROUP, GROUPS, SQUARE)
+        beside = _scale(x_scales, scales, near, padded, N + scaled, begin // GROUP, GROUPS, SQUARE) if GATED else scale
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         a = tl.load(x + start + x_at)
@@ -71,15 +65,11 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
         if GROUP > 0:  # the next scales are on their way while these columns are multiplied
             now, now_beside = scale, beside
             group = tl.minimum(begin + start + COLUMNS, K - 1) // GROUP
-            scale = _scale(x_scales, scales, near, scaled, group, GROUPS, SQUARE)
+            scale = _scale(x_scales, scales, near, padded, scaled, group, GROUPS, SQUARE)
             sums += tl.dot(tile, a) * now
             if GATED:
-                beside = _scale(x_scales, scales, near, N + scaled, group, GROUPS, SQUARE)
+                beside = _scale(x_scales, scales, near, padded, N + scaled, group, GROUPS, SQUARE)
                 gated += tl.dot(other, a) * now_beside
-        elif FAST:
-            sums = tl.dot(tile, a, sums)
-            if GATED:
-                gated = tl.dot(other, a, gated)
         else:
             sums += tl.dot(tile, a)
             if GATED:
