@@ -130,8 +130,8 @@ def _fp8(
     x: Rounded, weight: Reduced, bias: Tensor | None, out: Tensor, add: bool, swiglu: bool, counters: Tensor | None,
     config: Tiling,
 ) -> None:  # fmt: skip
-    """x times weight, with the scales of both, into `out`, or added to it. It never begins before x is rounded: a layer of 8B
-    shape takes 87 us then instead of 71."""
+    """x times weight, with the scales of both, into `out`, or added to it. It never begins before x is rounded: a layer of the
+    8B shape takes 87 us then instead of 71."""
     n, k = out.shape[1], weight.shape[1]
     programs, padded = triton.cdiv(n, config.rows), max(LEAST_TILE_TOKENS, triton.next_power_of_2(len(x)))
     columns = config.columns if weight.by_row else min(config.columns, weight.group)
