@@ -60,8 +60,9 @@ def test_matvec(device: str, form: str, name: str, tokens: int, norm: bool, bias
     if out is not None:
         expected += out.double()
     counters = torch.zeros(N // 16, dtype=torch.int32, device=device)
-    result = matvec(x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, residual=out, swiglu=swiglu, counters=counters,
-                    out=None if residual else poisoned(tokens, N, dtype=DTYPE, device=device), config=CONFIGS[name])  # fmt: skip
+    place = None if residual else poisoned(tokens, N, dtype=DTYPE, device=device)
+    result = matvec(x, weight, norm_weight=norm_weight, eps=EPS, bias=its_bias, residual=out, swiglu=swiglu, out=place,
+                    counters=counters, config=CONFIGS[name])  # fmt: skip
     assert not counters.any()
     close(result, expected, DTYPE)
 
@@ -85,8 +86,8 @@ def test_programs_count_themselves() -> None:
 )
 def test_programs_fill_the_device_and_have_enough_to_add_up(n: int, k: int, swiglu: bool, parts: int) -> None:
     for tokens in (5, 32, 33, MAX_TOKENS):
-        stages = 3 if swiglu and tokens > 32 else 5
-        assert choose(n, k, tokens, torch.bfloat16, swiglu, 8) == replace(CONFIGS["all of K at once"], stages=stages, parts=parts)
+        expected = replace(CONFIGS["all of K at once"], stages=3 if swiglu and tokens > 32 else 5, parts=parts)
+        assert choose(n, k, tokens, torch.bfloat16, swiglu, 8) == expected
     for dtype in (torch.float16, torch.float32):
         config = choose(n, k, 8, dtype, swiglu, 8)
         assert config is None or not config.rounded
@@ -102,7 +103,9 @@ def test_many_tokens_may_come_rounded(form: str, tokens: int, bias: bool) -> Non
         pytest.skip("not of this library")
     its_bias = torch.randn(N, device="cuda").to(DTYPE) if bias else None
     near = rounded(x, weight.group)
-    expected = F.linear(near.numbers(torch.float64), weight.numbers(torch.float64), None if its_bias is None else its_bias.double())
+    expected = near.numbers(torch.float64) @ weight.numbers(torch.float64).T
+    if its_bias is not None:
+        expected += its_bias.double()
     for operand in (x, near):
         result = product(operand, weight, its_bias)
         assert result.shape == (tokens, N)
