@@ -79,7 +79,7 @@ class Reduced:
             return self
         blocks = self.scales[::BLOCK]
         same = torch.equal(self.scales, blocks.repeat_interleave(BLOCK, 0))
-        return replace(self, blocks=blocks.float().contiguous()) if same else self
+        return replace(self, blocks=blocks.float().contiguous() if same else None)
 
     def round(self, numbers: Tensor) -> None:
         """The nearest of FP8 with the least scale for each row; numbers [rows, columns], of one group."""

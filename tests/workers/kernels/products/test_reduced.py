@@ -110,9 +110,9 @@ def test_blocks_are_found_once_they_are_filled(device: str) -> None:
     weight = Reduced.empty(256, 384, 8, 128, torch.float16, torch.device(device))
     scales = torch.rand(2, 3).half()
     weight.fill(torch.zeros(256, 384).to(torch.float8_e4m3fn), scales.repeat_interleave(128, 0))
-    blocks = weight.filled().blocks
-    assert blocks is not None
-    assert torch.equal(blocks.cpu(), scales.float())
+    weight = weight.filled()
+    assert weight.blocks is not None
+    assert torch.equal(weight.blocks.cpu(), scales.float())
     weight.scales[130, 1] += 1
     assert weight.filled().blocks is None
 
