@@ -1,6 +1,7 @@
 """Cases of `benchmarks/kernels/compare.py`: products with weights in fewer bits, beside the same with plain weights.
 
-Up to `MAX_TOKENS` what a step of few tokens launches, above it what a linear layer does. Imports the other cases.
+Up to `MAX_TOKENS` what a step of few tokens launches, above it what a linear layer does. Where x is rounded to FP8, errors are
+against the rounded x: kernels answer for what they add up, rounding for itself. Imports the other cases.
 """
 
 from collections.abc import Iterator
@@ -28,15 +29,17 @@ from benchmarks.kernels.cases import (
     normal,
     poisoned,
 )
-from workers.kernels.norm import rms_norm
+from workers.kernels.norm import rms_norm, rounded_norm
 from workers.kernels.products.many import product as many_tokens
+from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
-from workers.kernels.products.reduced import Reduced
+from workers.kernels.products.reduced import BLOCK, Reduced, Rounded
+from workers.kernels.rounding import rounded
 
 FORMS = {"FP8": (8, 0), "FP8-blocks": (8, 128), "int4": (4, 128)}
-"""bits, and columns that share a scale; 0 for a row."""
+"""bits, and columns that share a scale; 0 for a row. Of blocks 128 rows share it too."""
 
-TOKENS = (1, 4, 16, 64, 512, 4096)
+TOKENS = (1, 4, 8, 16, 32, 64, 512, 4096)
 
 
 def reduced_cases() -> Iterator[Case]:
@@ -62,20 +65,29 @@ def random_weight(rows: int, columns: int, form: str) -> Reduced:
     weight = Reduced.empty(rows, columns, bits, group or columns, scale, DEVICE)
     scales = torch.rand(weight.scales.shape, device=DEVICE).add_(0.5).mul_(columns**-0.5)
     if bits == 8:
+        scales = scales[::BLOCK].repeat_interleave(BLOCK, 0)[:rows] if group else scales
         weight.fill(torch.randn(rows, columns, device=DEVICE).to(torch.float8_e4m3fn), scales)
     else:
         codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=DEVICE)
         weight.fill(codes, scales / 4, torch.full(scales.shape, 8, device=DEVICE))
-    return weight
+    return weight.filled()
+
+
+def of_rounded(x: Rounded, weight: Reduced) -> Tensor:
+    return x.numbers(torch.float64) @ weight.numbers(torch.float64).T
 
 
 def _problem(p: Product, form: str, tokens: int) -> Problem:
     x, norm, weight = normal(tokens, p.k), normal(p.k), random_weight(p.rows, p.k, form)
     plain = weight.numbers(DTYPE)
-    few = tokens <= MAX_TOKENS and choose(p.n, p.k, tokens, DTYPE, p.swiglu, weight.bits) is not None
-    if not few:
+    config = choose(p.n, p.k, tokens, DTYPE, p.swiglu, weight.bits) if tokens <= MAX_TOKENS else None
+    if config is None:
         many: Runs = {OURS: partial(many_tokens, x, weight), "plain": partial(F.linear, x, plain)}
-        return Problem(many, lambda: frobenius(many_tokens(x, weight), x.double() @ plain.double().T))
+        if not rounds(weight, tokens, DTYPE):
+            return Problem(many, lambda: frobenius(many_tokens(x, weight), x.double() @ plain.double().T))
+        near = rounded(x, weight.group)
+        many["rounded before"] = partial(many_tokens, near, weight)
+        return Problem(many, lambda: frobenius(many_tokens(x, weight), of_rounded(near, weight)))
     out = normal(tokens, p.n) if p.residual else poisoned(tokens, p.n)
 
     def ours(operand: Reduced | Tensor = weight, pdl: bool = False) -> Tensor:
@@ -87,8 +99,14 @@ def _problem(p: Product, form: str, tokens: int) -> Problem:
     def library() -> Tensor:
         return many_tokens(rms_norm(x, norm, EPS) if p.norm else x, weight)
 
+    def exact() -> Tensor:
+        if config.rounded:
+            near = rounded_norm(x, norm, EPS, weight.group) if p.norm else rounded(x, weight.group)
+            return of_rounded(near, weight)
+        return (exact_norm(x, norm) if p.norm else x.double()) @ plain.double().T
+
     def error() -> float:
-        y = (exact_norm(x, norm) if p.norm else x.double()) @ plain.double().T
+        y = exact()
         if p.swiglu:
             gate, up = y.chunk(2, -1)
             y = F.silu(gate) * up

@@ -2,7 +2,8 @@
 
     many tokens, nine launches a layer:   QKV product · norm of heads, rotation and KV write · attention · O product ·
         residual add and norm · gate/up product · SwiGLU · down product · residual add and norm (the next layer's)
-        (where a layer has experts, `fused_experts` stands in the place of its MLP)
+        (where a layer has experts, `fused_experts` stands in the place of its MLP; of FP8 that is multiplied with FP8, norm and
+        SwiGLU give rounded numbers)
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
@@ -19,15 +20,18 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
-from workers.kernels.norm import add_rms_norm, rms_norm
+from workers.kernels.norm import add_rms_norm, rms_norm, rounded_norm
+from workers.kernels.products.many import rounds
 from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.reduced import Reduced, Rounded
 from workers.kernels.reduce import sum_add_rms_norm, takes
 from workers.kernels.rope import qk_norm_rope_write
+from workers.kernels.rounding import silu_mul_rounded
 from workers.kernels.turn import HeadTurn
 from workers.model.decoder import Decoder, Layer
 from workers.model.experts import Mixture
 from workers.model.fused_experts import FusedMixture
-from workers.model.layers import Linear
+from workers.model.layers import Linear, SwiGLU
 from workers.model.lora.weights import StepAdapters
 
 
@@ -120,6 +124,7 @@ class FusedDecoder:
         adapters: StepAdapters | None = None,
     ) -> Tensor:  # fmt: skip
         """As `logits`, but what the head is given: [wanted, hidden], behind the final norm, equal on all ranks."""
+        normed: Tensor | Rounded
         hidden, normed = self._embed(tokens)
         live = self._live(slots)
         last = len(self._layers) - 1
@@ -127,30 +132,49 @@ class FusedDecoder:
             projected = layer.qkv(normed, adapters)
             if rows is not None and number == last and not len(rows):
                 self._query(number, layer, projected, positions, slots)
-                return normed[:0]  # the last layer's KV is all that was wanted
+                return hidden[:0]  # the last layer's KV is all that was wanted
             attended = self._attended(attend, number, layer, projected, positions, slots)
             if rows is not None and number == last:
                 attended, hidden = attended.index_select(0, rows), hidden.index_select(0, rows)
                 live = None if live is None else live.index_select(0, rows)
                 adapters = adapters.at(rows) if adapters is not None else None
-            normed = self._add_norm(hidden, layer.o.partial(attended, adapters), layer.mlp_norm.weight)
-            normed = self._add_norm(hidden, self._mlp(number, layer, normed, live, adapters), self._next_norms[number])
+            mlp = layer.mlp.gate_up if isinstance(layer.mlp, SwiGLU) else None
+            normed = self._add_norm(
+                hidden, layer.o.partial(attended, adapters), layer.mlp_norm.weight, self._rounding(mlp, hidden, adapters)
+            )
+            following = self._layers[number + 1].qkv if number < last else None
+            normed = self._add_norm(
+                hidden, self._mlp(number, layer, normed, live, adapters), self._next_norms[number],
+                self._rounding(following, hidden, adapters),
+            )  # fmt: skip
+        assert isinstance(normed, Tensor), "the head's is plain"
         return normed
 
     def _mlp(
-        self, number: int, layer: Layer, normed: Tensor, live: Tensor | None, adapters: StepAdapters | None
+        self, number: int, layer: Layer, normed: Tensor | Rounded, live: Tensor | None, adapters: StepAdapters | None
     ) -> Tensor:  # fmt: skip
         """This rank's part of the sum."""
         if isinstance(layer.mlp, Mixture):
+            assert isinstance(normed, Tensor), "experts' weights are plain"
             return self._mixtures[number](normed, live)
-        return layer.mlp.down.partial(silu_mul(layer.mlp.gate_up(normed, adapters)), adapters)
+        down, gate_up = layer.mlp.down, layer.mlp.gate_up(normed, adapters)
+        weight = self._rounding(down, gate_up, adapters)
+        return down.partial(silu_mul(gate_up) if weight is None else silu_mul_rounded(gate_up, weight.group), adapters)
 
-    def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor) -> Tensor:
-        """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that."""
+    def _add_norm(self, hidden: Tensor, part: Tensor, norm: Tensor, weight: Reduced | None) -> Tensor | Rounded:
+        """Adds part [tokens, hidden], summed over the ranks, to hidden; the norm of that, rounded for `weight` if given."""
         peers = self._comm.peers
         if peers is not None and takes(peers, part):
             return sum_add_rms_norm(peers, part, hidden, norm, self._eps)
-        return add_rms_norm(hidden, self._comm.all_reduce(part), norm, self._eps)
+        part = self._comm.all_reduce(part)
+        if weight is not None:
+            return rounded_norm(hidden, norm, self._eps, weight.group, part)
+        return add_rms_norm(hidden, part, norm, self._eps)
+
+    def _rounding(self, linear: Linear | None, x: Tensor, adapters: StepAdapters | None) -> Reduced | None:
+        """The weight by which as many tokens as x has are multiplied rounded; None: they are not, or adapters read them."""
+        weight = None if linear is None or adapters is not None else linear.reduced
+        return weight if weight is not None and rounds(weight, len(x), x.dtype) else None
 
     def _live(self, slots: Tensor) -> Tensor | None:
         """Which tokens are no padding, where that matters."""

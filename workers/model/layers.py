@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.kernels.products.reduced import Reduced
+from workers.kernels.products.reduced import Reduced, Rounded
 from workers.model.lora.weights import LoraWeights, StepAdapters
 from workers.model.quantization.filling import Keeping, Rounding
 from workers.model.quantization.forms import PLAIN, LinearForm
@@ -37,10 +37,10 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
             return False
 
 
-def reduced_product(x: Tensor, weight: Reduced, bias: Tensor | None) -> Tensor:
+def reduced_product(x: Tensor | Rounded, weight: Reduced, bias: Tensor | None) -> Tensor:
     """x [tokens, columns] -> [tokens, rows], of a weight that is kept in fewer bits."""
-    if x.device.type != "cuda":
-        return F.linear(x, weight.numbers(x.dtype), bias)
+    if weight.values.device.type != "cuda":
+        return F.linear(x if isinstance(x, Tensor) else x.numbers(x.dtype), weight.numbers(x.dtype), bias)
     from workers.kernels.products.many import product  # Triton comes with it
 
     return product(x, weight, bias)
@@ -83,7 +83,10 @@ class Linear:
         return linear
 
     def pack(self, keep_plain: bool = False) -> None:
-        """Reorder the filled weight for the CPU and free the plain copy, unless someone else reads its rows."""
+        """Reorder the filled weight for the CPU and free the plain copy, unless someone else reads its rows. One in fewer bits
+        finds out what its scales are."""
+        if self.reduced is not None:
+            self.reduced = self.reduced.filled()
         if self._apply is not None and self.weight is not None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
             if not keep_plain:
@@ -105,20 +108,23 @@ class Linear:
         assert found is not None, "packed"
         return found
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
-        """x [tokens, in_features] -> [tokens, out_features]. adapters: of the tokens; None: no token has one."""
+    def __call__(self, x: Tensor | Rounded, adapters: StepAdapters | None = None) -> Tensor:
+        """x [tokens, in_features], rounded where the product would do it (`many.rounds`) and no adapters are -> [tokens,
+        out_features]. adapters: of the tokens; None: no token has one."""
         return self.partial(x, adapters)
 
-    def partial(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+    def partial(self, x: Tensor | Rounded, adapters: StepAdapters | None = None) -> Tensor:
         """What this rank adds to the sum over the ranks, where there is one; else all of it."""
         product = self._product(x)
         if adapters is not None and self.lora is not None:
+            assert isinstance(x, Tensor), "adapters are multiplied by what has not been rounded"
             adapters.add(self.lora, product, x)
         return product
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor | Rounded) -> Tensor:
         if self.reduced is not None:
             return reduced_product(x, self.reduced, self.bias)
+        assert isinstance(x, Tensor), "plain weights are multiplied by plain numbers"
         if self._packed is None:
             assert self.weight is not None
             return F.linear(x, self.weight, self.bias)
@@ -144,7 +150,7 @@ class RowParallelLinear(Linear):
         super().__init__(out_features, in_features, dtype, device, bias and comm.rank == 0, form)
         self._comm = comm
 
-    def __call__(self, x: Tensor, adapters: StepAdapters | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Rounded, adapters: StepAdapters | None = None) -> Tensor:
         """x [tokens, this rank's in_features] -> [tokens, out_features], equal on all ranks"""
         return self._comm.all_reduce(self.partial(x, adapters))
 

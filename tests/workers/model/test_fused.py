@@ -13,14 +13,18 @@ from benchmarks.models.zoo import make
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.checkpoints import make_checkpoint
+from tests.quantising import FORMATS, FP8, Format, fp8, quantise
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from workers.attention.select import select_backend
 from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
+from workers.kernels.products.reduced import Reduced, Rounded
+from workers.kernels.rounding import rounded
 from workers.kernels.turn import HeadTurn
 from workers.model.architectures import read_config
 from workers.model.decoder import Decoder, load_model
 from workers.model.fused import FusedDecoder
+from workers.model.layers import reduced_product
 from workers.parallel.connect import Solo
 
 pytest.importorskip("triton")
@@ -132,3 +136,32 @@ def test_a_step_that_wants_no_logits_writes_all_its_keys_and_values(tmp_path: Pa
         for view in (KVPool.keys, KVPool.values):
             got, expected = (view(each.pool, layer).flatten(0, 1)[written] for each in (fused, wanted))
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there the library says what it takes")
+@pytest.mark.parametrize(
+    "stored",
+    [FORMATS["fp8-channel"], Format(FP8 | {"weight_block_size": [128, 128]}, fp8((128, 128), "weight_scale_inv"))],
+    ids=["rows", "blocks"],
+)
+def test_norms_and_swiglu_round_what_products_would(stored: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_checkpoint(
+        tmp_path / "plain", "LlamaForCausalLM", attention_bias=True, mlp_bias=True, hidden_size=256, intermediate_size=512,
+        head_dim=64,
+    )  # fmt: skip
+    quantise(plain, tmp_path / "fp8", stored)
+    monkeypatch.setattr("workers.model.decoder.keeps_fewer_bits", lambda _: True)
+    came: list[bool] = []
+
+    def product(x: Tensor | Rounded, weight: Reduced, bias: Tensor | None) -> Tensor:
+        came.append(isinstance(x, Rounded))
+        return reduced_product(rounded(x, weight.group) if isinstance(x, Tensor) else x, weight, bias)
+
+    monkeypatch.setattr("workers.model.layers.reduced_product", product)
+    logits = {}
+    for whose in ("norm's", "product's"):
+        monkeypatch.setattr("workers.model.fused.rounds", lambda *_, ours=whose == "norm's": ours)
+        fused, came = Fused(tmp_path / "fp8", torch.float32), []
+        logits[whose] = torch.cat([fused.logits(make_step(chunks)) for chunks in STEPS])
+        assert came == ([False, False, True, True, True, False, True, True] if whose == "norm's" else [False] * 8) * len(STEPS)
+    torch.testing.assert_close(logits["norm's"], logits["product's"], rtol=0, atol=1e-4 * float(logits["norm's"].std()))

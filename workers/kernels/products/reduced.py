@@ -1,14 +1,17 @@
-"""A matrix in fewer bits than its products are computed in: FP8 or four bits, with a scale for each row or group of columns.
+"""What is multiplied in fewer bits than sums are made in: matrices in FP8 or four bits, with a scale for each row or group of
+columns, and activations in FP8, with a scale for each token or group of its columns.
 
 Imports torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 LARGEST_FP8 = 448.0
+BLOCK = 128  # rows and columns
+PADDING = 4  # tokens: the library takes multiples of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,13 @@ class Reduced:
     """[rows, columns]. values: float8_e4m3fn [rows, columns], or int32 [rows, columns / 8], eight codes of four bits each: the
     n-th lowest bits of a group's w-th word, of `group / 8`, are that of its column `n * group / 8 + w`, so that what a thread
     has of neighbouring words is multiplied by neighbours. scales [rows, groups]: groups of columns of one size. zeros uint8
-    [rows, groups]: with four bits, which code is nought. All are contiguous, and may be filled after this has been made."""
+    [rows, groups]: with four bits, which code is nought. All are contiguous, and may be filled after this has been made. blocks
+    float32 [rows / 128, groups], contiguous: the scales of FP8 in blocks of 128 x 128, where `filled` has found that it is."""
 
     values: Tensor
     scales: Tensor
     zeros: Tensor | None = None
+    blocks: Tensor | None = None
 
     @classmethod
     def empty(cls, rows: int, columns: int, bits: int, group: int, scale: torch.dtype, device: torch.device) -> "Reduced":
@@ -71,6 +76,15 @@ class Reduced:
         for number, part in enumerate(codes.view(len(codes), -1, 8, self.group // 8).unbind(2)):
             words |= part.to(words).bitwise_left_shift_(4 * number)
 
+    def filled(self) -> "Reduced":
+        """The same with `blocks`, where it turns out to be in such: kernels then read a scale once for 128 rows."""
+        rows, columns = self.shape
+        if self.bits == 4 or rows % BLOCK or columns % BLOCK or self.group != BLOCK:
+            return self
+        blocks = self.scales[::BLOCK]
+        same = torch.equal(self.scales, blocks.repeat_interleave(BLOCK, 0))
+        return replace(self, blocks=blocks.float().contiguous() if same else None)
+
     def round(self, numbers: Tensor) -> None:
         """The nearest of FP8 with the least scale for each row; numbers [rows, columns], of one group."""
         values, scales = rounded_rows(numbers)
@@ -85,6 +99,36 @@ class Reduced:
             codes = torch.stack([words >> 4 * number & 15 for number in range(8)], 2).flatten(1)
             wide = codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
         return wide.mul_(self.scales.float().repeat_interleave(self.group, 1)).to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """[tokens, columns] in FP8. values: float8_e4m3fn [padded, columns]; scales: float32 [groups, padded], of groups of columns
+    of one size, by which they are to be multiplied. Both are contiguous, with anything behind the tokens. dtype: of what was
+    rounded, and of its products."""
+
+    values: Tensor
+    scales: Tensor
+    tokens: int
+    dtype: torch.dtype
+
+    @classmethod
+    def empty(cls, tokens: int, columns: int, group: int, dtype: torch.dtype, device: torch.device) -> "Rounded":
+        padded = -(-tokens // PADDING) * PADDING
+        scales = torch.empty(columns // group, padded, dtype=torch.float32, device=device)
+        return cls(torch.empty(padded, columns, dtype=torch.float8_e4m3fn, device=device), scales, tokens, dtype)
+
+    @property
+    def group(self) -> int:
+        return self.values.shape[1] // len(self.scales)
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def numbers(self, dtype: torch.dtype) -> Tensor:
+        """What it stands for, [tokens, columns]."""
+        scales = self.scales[:, : self.tokens].T.repeat_interleave(self.group, 1)
+        return (self.values[: self.tokens].to(dtype) * scales).to(dtype)
 
 
 def rounded_rows(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ FEW_TURNS = tl.constexpr(2)
 
 
 @triton.jit
-def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
+def sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
     """What the programs of one tile have left at their places from `first` on, added in their order."""
     total = tl.load(partial + first * SIZE + at, cache_modifier=".cg")
     for other in tl.static_range(1, PARTS):
@@ -98,11 +98,11 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, t
         if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
             return
         tl.store(counters + block, 0)
-        total = _sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
+        total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
         if GATED:
-            up = _sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+            up = sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
         if NORM:
-            squares = _sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
+            squares = sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
 
     if BITS < 16 and GROUP == 0:
         total *= tl.load(scales + safe).to(tl.float32)[:, None]

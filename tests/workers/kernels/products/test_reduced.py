@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
-from workers.kernels.products.many import expanded, fp8_product, product, rounded
+from workers.kernels.products.many import expanded, product
 from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
-from workers.kernels.products.reduced import Reduced, rounded_rows
+from workers.kernels.products.reduced import Reduced
 
 EPS = 1e-6
 N = 12
@@ -89,34 +89,6 @@ def of_fp8(tokens: int, columns: int, device: str) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("group", [64, 384])
-def test_rounded(device: str, group: int) -> None:
-    x = apart(torch.randn(3, 384, device=device) * torch.tensor([[1.0], [1e-3], [0.0]], device=device))
-    values, scales = rounded(x, group)
-    expected, of_rows = rounded_rows(x.reshape(-1, group))
-    same = (values.float().view(-1, group) == expected.float()).float().mean()
-    assert float(same) > (0.999 if CUDA else 0.95)  # the interpreter loses what is carried into the exponent
-    torch.testing.assert_close(scales.view(-1, 1)[: 2 * 384 // group], of_rows[: 2 * 384 // group])
-    assert not values[2].float().any()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("form", ["FP8, rows", "FP8, groups"])
-@pytest.mark.parametrize("bias", [False, True])
-def test_fp8_of_many_tokens(device: str, form: str, bias: bool) -> None:
-    x, weight = of_fp8(70, 384, device), made(form, 140, 384, device)
-    its_bias = torch.randn(140, device=device) if bias else None
-    close(fp8_product(x, weight, its_bias), exact(x, weight, None, its_bias, False), torch.float16)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_fp8_of_few_columns(device: str) -> None:
-    """Fewer than a program takes at a time, and no power of two."""
-    x, weight = of_fp8(3, 96, device), made("FP8, rows", 20, 96, device)
-    close(fp8_product(x, weight), exact(x, weight, None, None, False), torch.float16)
-
-
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tokens", [0, 1, 9, 65])
 def test_any_number_of_tokens(device: str, form: str, tokens: int) -> None:
@@ -135,3 +107,22 @@ def test_four_bits_of_few_tokens_are_never_widened_into_memory() -> None:
             config = choose(rows, columns, tokens, torch.bfloat16, False, 4)
             assert config is not None
             assert not config.parts or columns // config.parts % config.columns == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_are_found_once_they_are_filled(device: str) -> None:
+    weight = Reduced.empty(256, 384, 8, 128, torch.float16, torch.device(device))
+    scales = torch.rand(2, 3).half()
+    weight.fill(torch.zeros(256, 384).to(torch.float8_e4m3fn), scales.repeat_interleave(128, 0))
+    weight = weight.filled()
+    assert weight.blocks is not None
+    assert torch.equal(weight.blocks.cpu(), scales.float())
+    weight.scales[130, 1] += 1
+    assert weight.filled().blocks is None
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(130, 256, 128), (128, 256, 64), (128, 256, 256)])
+def test_nothing_else_is_in_blocks(rows: int, columns: int, group: int) -> None:
+    weight = Reduced.empty(rows, columns, 8, group, torch.float32, torch.device("cpu"))
+    weight.scales.fill_(1)
+    assert weight.filled().blocks is None
