@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import DEVICE, EPS, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
-from workers.kernels.experts.route import Rule, choose, route
+from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
 
 
@@ -53,9 +53,9 @@ class MixtureProblem:
 
     def streamed(self, pdl: bool = False) -> None:
         """As a step of few tokens does it: of the norm of x, to which the result is added."""
-        choice = choose(self.scores, self.load, Rule(self.shape.per_token, True, True), pdl=pdl)
-        act = few_up(self.hidden, self.norm, EPS, self.gate_up, choice, pdl=pdl)
-        few_down(act, self.down, choice, self.hidden, pdl=pdl)
+        rule = Rule(self.shape.per_token, True, True)
+        act, choice = few_up(self.hidden, self.norm, EPS, self.gate_up, self.scores, self.load, rule, pdl=pdl)
+        few_down(act, self.down, choice, self.scores, self.hidden, pdl=pdl)
 
     def chosen(self) -> tuple[Tensor, Tensor]:
         weights, chosen = self.scores.softmax(-1).topk(self.shape.per_token, -1)

@@ -7,21 +7,26 @@ from torch import Tensor
 from tests.workers.kernels.devices import DEVICES, DTYPES, TOLERANCE, apart, exact_norm
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
 from workers.kernels.experts.route import Rule, choose
-from workers.kernels.experts.stream import few_down, few_up
+from workers.kernels.experts.stream import DownTiling, UpTiling, few_down, few_up
 
 EXPERTS, EPS = 6, 1e-5
 
 
 def _add(
     hidden: Tensor, norm: Tensor, weights: Weights, scores: Tensor, top: int, live: Tensor | None = None,
-    shared: Tensor | None = None,
+    shared: Tensor | None = None, up: UpTiling | None = None, down: DownTiling | None = None,
 ) -> None:  # fmt: skip
     load = torch.zeros(EXPERTS, dtype=torch.int64, device=hidden.device)
-    choice = choose(scores, load, Rule(top, True, True), live=live)
-    act = few_up(
-        hidden, norm, EPS, weights.gate_up, choice, bias=weights.gate_up_bias, in_turns=weights.in_turns, clamp=weights.clamp
-    )
-    few_down(act, weights.down, choice, hidden, bias=weights.down_bias, shared=shared)
+    act, choice = few_up(
+        hidden, norm, EPS, weights.gate_up, scores, load, Rule(top, True, True), live=live, bias=weights.gate_up_bias,
+        in_turns=weights.in_turns, clamp=weights.clamp, tiling=up,
+    )  # fmt: skip
+    few_down(act, weights.down, choice, scores, hidden, bias=weights.down_bias, shared=shared, tiling=down)
+    counted = torch.zeros_like(load)
+    alone = choose(scores, counted, Rule(top, True, True), live=live)
+    assert torch.equal(choice.chosen, alone.chosen)
+    assert torch.equal(choice.weights, alone.weights)
+    assert torch.equal(load, counted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -38,6 +43,21 @@ def test_a_mixture(
     exact = x.double() + weights.exact_mixture(exact_norm(x, norm, EPS), chosen, shares, range(EXPERTS))
     _add(x, norm, weights, scores, top)
     assert float((x.double() - exact).norm() / exact.norm()) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("up", "down"), [(UpTiling(2, 3, 4, 2), DownTiling(2, 16, 2, 1)), (UpTiling(4, 2, 2, 3), DownTiling(8, 8, 4, 3))]
+)
+def test_tilings(device: str, up: UpTiling, down: DownTiling) -> None:
+    """With rows and turns beyond the last."""
+    weights = Weights.random(EXPERTS, 20, 40, torch.float32, device, bias=True)
+    x, norm = torch.randn(2, 40, device=device), torch.ones(40, device=device)
+    scores = torch.randn(2, EXPERTS, device=device)
+    chosen, shares = exact_route(scores, 3, True, True)
+    exact = x.double() + weights.exact_mixture(exact_norm(x, norm, EPS), chosen, shares, range(EXPERTS))
+    _add(x, norm, weights, scores, 3, up=up, down=down)
+    assert float((x.double() - exact).norm() / exact.norm()) < 2 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("device", DEVICES)
