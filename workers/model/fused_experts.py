@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.activation import silu_mul
-from workers.kernels.experts.grouped import Clamp, add_up, down, gate_up, tile_size
+from workers.kernels.experts.gating import Clamp
+from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
 from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
 from workers.kernels.norm import rms_norm

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.experts.dense import DenseTiling, dense_product, takes
+from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
 from workers.kernels.launch import enter, interpreted
 
@@ -28,14 +30,6 @@ class Tiling:
     columns: int
     warps: int
     stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """gpt-oss's gating, `(clamp(up) + 1) * gate * sigmoid(alpha * gate)`."""
-
-    alpha: float
-    limit: float
 
 
 def tile_size(tokens: int, per_token: int, experts: int) -> int:
@@ -110,12 +104,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
         up = ups
         if BIAS:
             up += tl.load(bias + expert * (HALVES * N) + other).to(tl.float32)[:, None]
-        if CLAMPED:
-            total = tl.minimum(total, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-            total = total / (1 + tl.exp(-alpha * total)) * up
-        else:
-            total = total / (1 + tl.exp(-total)) * up
+        total = activated(total, up, alpha, limit, CLAMPED)
         to = place.to(tl.int64)
     else:
         total *= tl.load(shares + pair, mask=there, other=0.0)[None, :]
@@ -126,7 +115,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
 
 def gate_up(
     x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
-    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | None = None,
+    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, K], weight [held, 2 * N, K] contiguous, bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
     [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
@@ -136,7 +125,7 @@ def gate_up(
 
 
 def down(
-    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | None = None
+    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None
 ) -> Tensor:
     """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
@@ -147,12 +136,15 @@ def down(
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
-    clamp: Clamp | None, pdl: bool, tiling: Tiling | None,
+    clamp: Clamp | None, pdl: bool, tiling: Tiling | DenseTiling | None,
 ) -> None:  # fmt: skip
     if not len(out):
         return
-    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
     pdl = pdl and not interpreted()
+    if isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing, in_turns)):
+        dense_product(x, weight, bias, out, routing, gated, clamp, pdl, tiling)
+        return
+    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
     n = out.shape[1]
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](

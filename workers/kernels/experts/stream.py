@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.experts.grouped import Clamp
+from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
 
@@ -84,7 +84,7 @@ def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexp
     return in_order(score, at, EXPERTS), at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps, alpha,
         limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
@@ -140,13 +140,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
             total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
         gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
         up = tl.sum(tl.where(half == 1, total, 0.0), 0)
-        if CLAMPED:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-            gate = gate / (1 + tl.exp(-alpha * gate))
-        else:
-            gate = gate / (1 + tl.exp(-gate))
-        tl.store(out + pair.to(tl.int64) * N + row, (gate * up).to(out.dtype.element_ty), mask=row < N)
+        tl.store(out + pair.to(tl.int64) * N + row, activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty), mask=row < N)
 
 
 @triton.jit

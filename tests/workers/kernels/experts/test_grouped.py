@@ -1,11 +1,14 @@
 """Products grouped by expert and their sums, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
+from workers.kernels.experts.dense import DenseTiling
 from workers.kernels.experts.grouped import Tiling, add_up, choose_tiling, down, gate_up, tile_size
 from workers.kernels.experts.route import Routing, Rule, route
 
@@ -20,7 +23,7 @@ def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int
 
 
 def _run(
-    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | None = SMALL,
+    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | DenseTiling | None = SMALL,
     shared: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """first_held: the rank has all from there on."""
@@ -69,6 +72,20 @@ def test_the_fixed_choice(device: str) -> None:
         chosen, shares = exact_route(scores, TOP, True, True)
         routing = _routing(scores, tile_size(tokens, TOP, EXPERTS))
         _close(_run(x, weights, routing, tiling=None), weights.exact_mixture(x, chosen, shares, range(EXPERTS)), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "hidden", "programs"), [(40, 24, 40, 0), (70, 64, 128, 2)])
+def test_many_tokens_of_each_expert(
+    device: str, clamped: bool, tokens: int, width: int, hidden: int, programs: int
+) -> None:
+    dtype = torch.float16
+    weights = replace(Weights.random(EXPERTS, width, hidden, dtype, device, clamped, clamped), in_turns=False)
+    x, scores = apart(torch.randn(tokens, hidden, device=device).to(dtype)), torch.randn(tokens, EXPERTS, device=device)
+    chosen, shares = exact_route(scores, TOP, True, True)
+    got = _run(x, weights, _routing(scores, 16), tiling=DenseTiling(32, 32, 4, 3, programs))
+    _close(got, weights.exact_mixture(x, chosen, shares, range(EXPERTS)), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,107 @@
+"""The products of experts that have many tokens each, in 16 bits, as the matrix units like them best: tiles of pairs times tiles
+of W, which the device's copy engine (TMA) brings, as it brings the pairs of `down`; those of `up` are gathered, row by row.
+
+A program takes tiles one after another, as many programs as there are on the device at once, or one each. Imports torch and
+triton.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from workers.kernels.experts.gating import Clamp, activated
+from workers.kernels.experts.route import WORDS_OF_TILE, Routing
+from workers.kernels.launch import enter
+
+ALIGNED_BYTES = 16  # of a row, for the copy engine
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTiling:
+    """rows: of W that a program takes (with SwiGLU of each half). columns: that it takes at a time. programs: 0 for one each."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int = 0
+
+
+def choose_dense(size: int, gated: bool) -> DenseTiling:
+    """By shape alone; size: of a tile."""
+    return DenseTiling(128 if gated or size < 128 else 256, 64, 8, 4 if size < 128 else 3)
+
+
+def takes(x: Tensor, weight: Tensor, routing: Routing, in_turns: bool) -> bool:
+    """Whether there are enough pairs for it, and the shapes are those of the copy engine."""
+    aligned = weight.shape[2] * weight.itemsize % ALIGNED_BYTES == 0
+    return routing.size >= 64 and x.dtype != torch.float32 and aligned and not in_turns
+
+
+@triton.jit
+def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr, K: tl.constexpr,
+           TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+           GATED: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, FLAT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program: every so manieth tile's pairs times ROWS rows of its expert's W, with GATED as many of gate and of up."""
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    HEIGHT: tl.constexpr = 2 * N if GATED else N
+    enter(PDL)
+    column = tl.arange(0, COLUMNS)
+    for number in tl.range(tl.program_id(0), tl.load(count) * BLOCKS, tl.num_programs(0), flatten=FLAT):
+        tile = tiles + number // BLOCKS * WORDS_OF_TILE
+        expert, first, places = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        begin = number % BLOCKS * ROWS
+        place = tl.arange(0, SIZE)
+        there = place < places
+        near = first + tl.minimum(place, places - 1)
+        pair = tl.load(pairs + near)
+        at = x + (pair // TOP).to(tl.int64)[:, None] * x_stride + column[None, :]
+        sums = tl.zeros([SIZE, ROWS], tl.float32)
+        ups = sums
+        for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
+            if GATED:
+                if K % COLUMNS == 0:
+                    a = tl.load(at + start)
+                else:
+                    a = tl.load(at + start, mask=(start + column < K)[None, :], other=0.0)
+            else:
+                a = acts.load([first, start])
+            sums = tl.dot(a, weight.load([expert * HEIGHT + begin, start]).T, sums)
+            if GATED:
+                ups = tl.dot(a, weight.load([expert * HEIGHT + N + begin, start]).T, ups)
+        row = begin + tl.arange(0, ROWS)
+        safe = tl.minimum(row, N - 1)
+        if BIAS:
+            sums += tl.load(bias + expert.to(tl.int64) * HEIGHT + safe).to(tl.float32)[None, :]
+        if GATED:
+            if BIAS:
+                ups += tl.load(bias + expert.to(tl.int64) * HEIGHT + N + safe).to(tl.float32)[None, :]
+            sums = activated(sums, ups, alpha, limit, CLAMPED)
+            to = near.to(tl.int64)
+        else:
+            sums *= tl.load(shares + pair)[:, None]
+            to = pair.to(tl.int64)
+        tl.store(out + to[:, None] * N + row[None, :], sums.to(out.dtype.element_ty), mask=there[:, None] & (row < N)[None, :])
+
+
+def dense_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, clamp: Clamp | None,
+    pdl: bool, tiling: DenseTiling | None = None,
+) -> None:  # fmt: skip
+    """As `gate_up` or `down` of `grouped` have it, into out [pairs, N]."""
+    tiling = tiling or choose_dense(routing.size, gated)
+    n, k = out.shape[1], weight.shape[2]
+    of_weight = TensorDescriptor.from_tensor(weight.view(-1, k), [tiling.rows, tiling.columns])
+    acts = of_weight if gated else TensorDescriptor.from_tensor(x, [routing.size, tiling.columns])
+    programs = len(routing.tiles) * triton.cdiv(n, tiling.rows)
+    alpha, limit = (clamp.alpha, clamp.limit) if clamp else (0.0, 0.0)
+    _dense[(min(programs, tiling.programs or programs),)](
+        x, acts, of_weight, weight if bias is None else bias, routing.weights, out, routing.pairs, routing.tiles, routing.count,
+        x.stride(0), alpha, limit, N=n, K=k, TOP=routing.per_token, SIZE=routing.size, ROWS=tiling.rows, COLUMNS=tiling.columns,
+        STAGES=tiling.stages, GATED=gated, CLAMPED=clamp is not None, BIAS=bias is not None, FLAT=tiling.programs > 0, PDL=pdl,
+        num_warps=tiling.warps, launch_pdl=pdl,
+    )  # fmt: skip
