@@ -1,5 +1,5 @@
-"""The products of experts that have many tokens each, in 16 bits, as the matrix units like them best: tiles of pairs times tiles
-of W, which the device's copy engine (TMA) brings, as it brings the pairs of `down`; those of `up` are gathered, row by row.
+"""The products of experts that have many tokens each, in 16 bits, as matrix units like them best: tiles of pairs times tiles of
+W, which the device's copy engine (TMA) brings, as it brings the pairs of `down`; those of `up` are gathered, row by row.
 
 A program takes tiles one after another, as many programs as there are on the device at once, or one each. Imports torch and
 triton.
@@ -22,7 +22,7 @@ ALIGNED_BYTES = 16  # of a row, for the copy engine
 
 @dataclass(frozen=True, slots=True)
 class DenseTiling:
-    """rows: of W that a program takes (with SwiGLU of each half). columns: that it takes at a time. programs: 0 for one each."""
+    """rows: of W that a program takes (with SwiGLU of each half). columns: that it takes at a time. programs: 0: one each."""
 
     rows: int
     columns: int

@@ -125,8 +125,9 @@ def gate_up(
 
 
 def down(
-    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
+    tiling: Tiling | DenseTiling | None = None,
+) -> Tensor:  # fmt: skip
     """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
     out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)

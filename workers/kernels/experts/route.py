@@ -57,8 +57,8 @@ def in_order(score, at, EXPERTS: tl.constexpr):
 
 @triton.jit
 def next_best(left, at, AXIS: tl.constexpr, BLOCK: tl.constexpr):
-    """left: of `in_order`, BLOCK along AXIS -> the best along it, whose it is, the first of equals, and what is left then. In 32
-    bits: a warp that has all of them compares them by one instruction."""
+    """left: of `in_order`, BLOCK along AXIS -> the best along it, whose it is, the first of equals, and what is left then. In
+    32 bits: a warp that has all of them compares them by one instruction."""
     largest = tl.max(left, AXIS, keep_dims=True)
     found = tl.min(tl.where(left == largest, at, BLOCK), AXIS, keep_dims=True)
     return largest, found, tl.where(at == found, LEAST, left)

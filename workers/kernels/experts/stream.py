@@ -50,14 +50,13 @@ class DownTiling:
     held: int
 
 
-def choose_up(pairs: int, n: int, k: int) -> UpTiling:
-    """By shape alone: programs that all run at once, where there is one way to make them."""
-    if k < MOST_COLUMNS:
-        return UpTiling(4, 1, 4, 1)
-    return UpTiling(4, 1, 8, 1)
+def choose_up(k: int) -> UpTiling:
+    """By shape alone. k: the numbers of a row."""
+    return UpTiling(4, 1, 4 if k < MOST_COLUMNS else 8, 1)
 
 
-def choose_down(top: int, n: int, k: int) -> DownTiling:
+def choose_down(k: int) -> DownTiling:
+    """As `choose_up`."""
     columns = next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
     return DownTiling(4, columns, 4, 1)
 
@@ -85,12 +84,12 @@ def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps, alpha,
-        limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps,
+        alpha, limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
         ROWS: tl.constexpr, TURNS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
         IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: TURNS times ROWS rows of gate and as many of up, of one pair. The first `tokens` programs: a token's choice."""
+    """One program: TURNS times ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice."""
     BLOCKS: tl.constexpr = (N + ROWS * TURNS - 1) // (ROWS * TURNS)
     WHOLE: tl.constexpr = K <= COLUMNS
     enter_last(PDL)
@@ -102,7 +101,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
     pair = number // BLOCKS
     token = (pair // TOP).to(tl.int64)
     if LIVE:
-        if tl.load(live + token) == 0:
+        real = tl.load(live + token)
+        if real == 0:
             return
     column = tl.arange(0, COLUMNS)
     source = x + token * x_stride
@@ -114,7 +114,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
 
     left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
     found = tl.zeros([WARPS, 1], tl.int32)
-    for _ in range(0, pair % TOP + 1):
+    for _ in range(pair % TOP + 1):
         _, found, left = next_best(left, at, 1, BLOCK)
     expert = tl.max(tl.max(found, 1), 0).to(tl.int64)
     base = weight + expert * (2 * N * K)
@@ -140,7 +140,8 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
             total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
         gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
         up = tl.sum(tl.where(half == 1, total, 0.0), 0)
-        tl.store(out + pair.to(tl.int64) * N + row, activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty), mask=row < N)
+        act = activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty)
+        tl.store(out + pair.to(tl.int64) * N + row, act, mask=row < N)
 
 
 @triton.jit
@@ -233,12 +234,13 @@ def few_up(
     chosen = torch.empty(tokens, top, dtype=torch.int32, device=x.device)
     weights = torch.empty(tokens, top, dtype=torch.float32, device=x.device)
     gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
-    tiling = tiling or choose_up(tokens * top, n, k)
+    tiling = tiling or choose_up(k)
     pdl = pdl and not interpreted()
     _up[(tokens + tokens * top * triton.cdiv(n, tiling.rows * tiling.turns),)](
         x, norm_weight, weight, weight if bias is None else bias, scores, scores if live is None else live, chosen, weights,
-        weights if gates is None else gates, load, out, x.stride(0), scores.stride(0), tokens, eps, clamp.alpha if clamp else 0.0,
-        clamp.limit if clamp else 0.0, N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
+        weights if gates is None else gates, load, out, x.stride(0), scores.stride(0), tokens, eps,
+        clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=k, EXPERTS=experts,
+        BLOCK=triton.next_power_of_2(experts), TOP=top,
         PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all, NORMALIZED=rule.normalized, LIVE=live is not None,
         SHARED=gates is not None, ROWS=tiling.rows, TURNS=tiling.turns, COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(k)),
         STAGES=tiling.stages, WARPS=tiling.warps, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, PDL=pdl,
@@ -258,14 +260,15 @@ def few_down(
     """
     experts, n, k = weight.shape
     top = choice.per_token
-    tiling = tiling or choose_down(top, n, k)
+    tiling = tiling or choose_down(k)
+    turns = triton.cdiv(k, tiling.columns)
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
     _down[(len(residual) * triton.cdiv(n, tiling.rows),)](
         x, weight, weight if bias is None else bias, scores, choice.chosen, choice.weights,
         choice.weights if choice.gates is None else choice.gates, added, residual, scores.stride(0), added.stride(0),
         residual.stride(0), N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
-        PLACES=triton.next_power_of_2(top), ROWS=tiling.rows, COLUMNS=tiling.columns, HELD=min(tiling.held, triton.cdiv(k, tiling.columns)),
-        UNROLLED=triton.cdiv(k, tiling.columns) <= MOST_UNROLLED, WARPS=tiling.warps, BIAS=bias is not None,
+        PLACES=triton.next_power_of_2(top), ROWS=tiling.rows, COLUMNS=tiling.columns,
+        HELD=min(tiling.held, turns), UNROLLED=turns <= MOST_UNROLLED, WARPS=tiling.warps, BIAS=bias is not None,
         SHARED=shared is not None, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
     )  # fmt: skip

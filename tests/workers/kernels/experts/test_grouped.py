@@ -77,9 +77,7 @@ def test_the_fixed_choice(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("clamped", [False, True])
 @pytest.mark.parametrize(("tokens", "width", "hidden", "programs"), [(40, 24, 40, 0), (70, 64, 128, 2)])
-def test_many_tokens_of_each_expert(
-    device: str, clamped: bool, tokens: int, width: int, hidden: int, programs: int
-) -> None:
+def test_many_tokens_of_each_expert(device: str, clamped: bool, tokens: int, width: int, hidden: int, programs: int) -> None:
     dtype = torch.float16
     weights = replace(Weights.random(EXPERTS, width, hidden, dtype, device, clamped, clamped), in_turns=False)
     x, scores = apart(torch.randn(tokens, hidden, device=device).to(dtype)), torch.randn(tokens, EXPERTS, device=device)
