@@ -43,14 +43,16 @@ def tile_size(tokens: int, per_token: int, experts: int) -> int:
 
 
 def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
-    """By shape alone; never more than 96 KiB of shared memory. Not yet the best of a sweep: nothing here has run on a GPU."""
+    """By shape alone; never more than 96 KiB of shared memory."""
     if dtype == torch.float32:
         return Tiling(32, 32, 4, 2)
-    if size <= 16:
-        return Tiling(32, 128, 4, 4)
-    if size <= 64:
+    if size > 64:
+        return Tiling(64 if gated else 128, 64, 8, 3)
+    if size > 32:
         return Tiling(64, 64, 4, 4)
-    return Tiling(64 if gated else 128, 64, 8, 3)
+    if not gated:
+        return Tiling(64, 128, 4, 3)
+    return Tiling(64, 64, 4, 3) if size > 16 else Tiling(32, 128, 4, 3)
 
 
 @triton.jit
@@ -142,8 +144,8 @@ def _launch(
     if not len(out):
         return
     pdl = pdl and not interpreted()
-    if isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing, in_turns)):
-        dense_product(x, weight, bias, out, routing, gated, clamp, pdl, tiling)
+    if isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing)):
+        dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
         return
     tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
     n = out.shape[1]

@@ -18,7 +18,7 @@ from workers.kernels.launch import enter, interpreted, warps_for
 
 WORDS_OF_TILE = tl.constexpr(3)
 LEAST = tl.constexpr(-(1 << 31))
-LEAST_PAIRS, SOME_PAIRS, MOST_PAIRS = 128, 1024, 4096  # that a program which sorts looks at, at a time
+PAIRS_AT_ONCE = 128, 1024, 4096, 16384  # that a program which sorts looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +121,14 @@ def _sort(chosen, pairs, tiles, count, load, total, first_held, HELD: tl.constex
     """One program is one expert of the model. Tiles lie in whatever order experts come in, which no result depends on."""
     expert = tl.program_id(0)
     enter(PDL)
-    before, mine = 0, 0
+    befores = tl.zeros([BLOCK], tl.int32)
+    mines = befores
     for start in range(0, total, BLOCK):
         at = start + tl.arange(0, BLOCK)
         whose = tl.load(chosen + at, mask=at < total, other=-1)
-        before += tl.sum(((whose >= first_held) & (whose < expert)).to(tl.int32), 0)
-        mine += tl.sum((whose == expert).to(tl.int32), 0)
+        befores += ((whose >= first_held) & (whose < expert)).to(tl.int32)
+        mines += (whose == expert).to(tl.int32)
+    before, mine = tl.sum(befores, 0), tl.sum(mines, 0)
     tl.store(load + expert, tl.load(load + expert) + mine)
     held = expert - first_held
     if (mine > 0) & (held >= 0) & (held < HELD):
@@ -186,7 +188,7 @@ def route(
     choice = _launch_choose(scores, load, rule, count, live, pdl)
     if tokens:
         pdl = pdl and not interpreted()
-        at_once = LEAST_PAIRS if total <= LEAST_PAIRS else SOME_PAIRS if total <= SOME_PAIRS else MOST_PAIRS
+        at_once = next((size for size in PAIRS_AT_ONCE if total <= size), PAIRS_AT_ONCE[-1])
         _sort[(experts,)](
             choice.chosen, pairs, tiles, count, load, total, first_held, HELD=held, SIZE=size, BLOCK=at_once, PDL=pdl,
             num_warps=warps_for(at_once), launch_pdl=pdl,

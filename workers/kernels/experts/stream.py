@@ -5,14 +5,12 @@ token's pairs, times their weights and added up, with the residual. Every progra
 than to wait for a launch that does; some write down the choice for those who come later. Nothing is sorted, and only the chosen
 experts are read, by several tokens now and then twice.
 
-    scores ─ wait ─ up:   choice ─ rows of gate and up, in turns ─ act
+    scores ─ wait ─ up:   choice ─ rows of gate and up ─ act
                    └ down: choice ─ first rows of down ─ wait ─ act ─ the other rows ─ residual
 
 `up` waits for the scores before it lets `down` start, so that `down` may read them before it waits for `up`.
 Imports torch and triton.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,41 +22,16 @@ from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, ne
 from workers.kernels.launch import enter_last, fetch_rows, interpreted
 
 FEW_TOKENS = 4
-MOST_COLUMNS = 2048
+WARPS = tl.constexpr(4)  # of a program
+ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
+MOST_COLUMNS = 2048  # that `_up` takes at a time
+MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
 MOST_UNROLLED = 8  # turns of `_down`
 
 
-@dataclass(frozen=True, slots=True)
-class UpTiling:
-    """rows: of gate, and as many of up, that a program takes at a time. turns: how often it does. stages: of these that are in
-    shared memory; 1: none is."""
-
-    rows: int
-    turns: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class DownTiling:
-    """rows: that a program takes, of all of a token's experts. columns: that it takes of each at a time. held: how often it
-    does before it waits for `up`, into registers."""
-
-    rows: int
-    columns: int
-    warps: int
-    held: int
-
-
-def choose_up(k: int) -> UpTiling:
-    """By shape alone. k: the numbers of a row."""
-    return UpTiling(4, 1, 4 if k < MOST_COLUMNS else 8, 1)
-
-
-def choose_down(k: int) -> DownTiling:
-    """As `choose_up`."""
-    columns = next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
-    return DownTiling(4, columns, 4, 1)
+def choose_columns(k: int) -> int:
+    """That `_down` takes at a time of each of a token's experts, by shape alone. k: the numbers of a row."""
+    return next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
 
 
 @triton.jit
@@ -76,7 +49,7 @@ def _numbers(at, there, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr):
+def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     """One token's scores in their order, whole in each warp: [WARPS, BLOCK], and whose they are. Past the L1 cache."""
     at = tl.arange(0, BLOCK)[None, :] + tl.zeros([WARPS, 1], tl.int32)
     score = tl.load(scores + at, mask=at < EXPERTS, other=float("-inf"), cache_modifier=".cg")
@@ -87,10 +60,10 @@ def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexp
 def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps,
         alpha, limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
         PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
-        ROWS: tl.constexpr, TURNS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-        IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: TURNS times ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice."""
-    BLOCKS: tl.constexpr = (N + ROWS * TURNS - 1) // (ROWS * TURNS)
+        COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice."""
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
     WHOLE: tl.constexpr = K <= COLUMNS
     enter_last(PDL)
     if tl.program_id(0) < tokens:
@@ -112,7 +85,7 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
         squares += plain * plain
     whole = plain * tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
 
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
     found = tl.zeros([WARPS, 1], tl.int32)
     for _ in range(pair % TOP + 1):
         _, found, left = next_best(left, at, 1, BLOCK)
@@ -121,32 +94,30 @@ def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
 
     half = tl.arange(0, 2)[:, None]
-    for turn in tl.range(0, TURNS, num_stages=STAGES):
-        row = (number % BLOCKS * TURNS + turn) * ROWS + tl.arange(0, ROWS)
-        safe = tl.minimum(row, N - 1)[None, :]
-        rows = 2 * safe + half if IN_TURNS else safe + half * N
-        tile_at = base + rows.to(tl.int64)[:, :, None] * K
-        sums = tl.zeros([2, ROWS, COLUMNS // 8], tl.float32)
-        for start in tl.static_range(0, K, COLUMNS):
-            a = whole
-            if not WHOLE:
-                a = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
-                a *= tl.load(norm_weight + start + column, mask=start + column < K, other=0.0).to(tl.float32)
-            now = (start + column)[None, None, :]
-            tile = _numbers(tile_at + now, now < K, K % COLUMNS != 0)
-            sums += _eights(tile * a[None, None, :], 2, ROWS, COLUMNS)
-        total = tl.sum(sums, 2) * scale
-        if BIAS:
-            total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
-        gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
-        up = tl.sum(tl.where(half == 1, total, 0.0), 0)
-        act = activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty)
-        tl.store(out + pair.to(tl.int64) * N + row, act, mask=row < N)
+    row = number % BLOCKS * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(row, N - 1)[None, :]
+    rows = 2 * safe + half if IN_TURNS else safe + half * N
+    tile_at = base + rows.to(tl.int64)[:, :, None] * K
+    sums = tl.zeros([2, ROWS, COLUMNS // 8], tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        a = whole
+        if not WHOLE:
+            a = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+            a *= tl.load(norm_weight + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+        now = (start + column)[None, None, :]
+        tile = _numbers(tile_at + now, now < K, K % COLUMNS != 0)
+        sums += _eights(tile * a[None, None, :], 2, ROWS, COLUMNS)
+    total = tl.sum(sums, 2) * scale
+    if BIAS:
+        total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
+    gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
+    up = tl.sum(tl.where(half == 1, total, 0.0), 0)
+    act = activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty)
+    tl.store(out + pair.to(tl.int64) * N + row, act, mask=row < N)
 
 
 @triton.jit
-def _turn(x, tile, shares, first_pair, start, K: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):  # fmt: skip
+def _turn(x, tile, shares, first_pair, start, K: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr):
     """What COLUMNS numbers of each of a token's pairs give, times the pairs' weights: [ROWS, PLACES, COLUMNS / 8]."""
     place, column = tl.arange(0, PLACES)[:, None], start + tl.arange(0, COLUMNS)[None, :]
     a = tl.load(x + (first_pair + place) * K + column, mask=(place < TOP) & (column < K), other=0.0).to(tl.float32)
@@ -162,8 +133,8 @@ def _tile(base, start, K: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_stride, shared_stride, out_stride,
           N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
-          ROWS: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, WARPS: tl.constexpr,
-          BIAS: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores
     alone, which `_up` has waited for before this one may start."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -172,7 +143,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
     safe = tl.minimum(row, N - 1)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK, WARPS)
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
     place = tl.arange(0, PLACES)
     experts = tl.zeros([WARPS, PLACES], tl.int32)
     for number in tl.static_range(TOP):
@@ -181,8 +152,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
     expert = tl.max(experts, 0)
     rows = expert.to(tl.int64)[None, :] * N + safe[:, None]
     base = weight + rows[:, :, None] * K
-    if HELD > 0:
-        tile0 = _tile(base, 0, K, COLUMNS)
+    tile0 = _tile(base, 0, K, COLUMNS)
     if HELD > 1:
         tile1 = _tile(base, COLUMNS, K, COLUMNS)
     if HELD > 2:
@@ -195,21 +165,19 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
     if tl.load(chosen + token * TOP) < 0:
         return
     shares = tl.load(weights + token * TOP + place, mask=place < TOP, other=0.0)
-    sums = tl.zeros([ROWS, PLACES, COLUMNS // 8], tl.float32)
-    if HELD > 0:
-        sums += _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, ROWS, COLUMNS)
+    sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, COLUMNS)
     if HELD > 1:
-        sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, ROWS, COLUMNS)
+        sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, COLUMNS)
     if HELD > 2:
-        sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, ROWS, COLUMNS)
+        sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, COLUMNS)
     if UNROLLED:
         for start in tl.static_range(HELD * COLUMNS, K, COLUMNS):
             tile = _tile(base, start, K, COLUMNS)
-            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, ROWS, COLUMNS)
+            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
     else:
         for start in tl.range(HELD * COLUMNS, K, COLUMNS, num_stages=4):
             tile = _tile(base, start, K, COLUMNS)
-            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, ROWS, COLUMNS)
+            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
     total = tl.sum(tl.sum(sums, 2), 1)
     if BIAS:
         parts = tl.load(bias + rows, mask=(place < TOP)[None, :], other=0.0).to(tl.float32)
@@ -224,7 +192,7 @@ def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_s
 def few_up(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scores: Tensor, load: Tensor, rule: Rule, *,
     live: Tensor | None = None, bias: Tensor | None = None, in_turns: bool = False, clamp: Clamp | None = None,
-    pdl: bool = False, tiling: UpTiling | None = None,
+    pdl: bool = False,
 ) -> tuple[Tensor, Choice]:  # fmt: skip
     """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K] contiguous, bias [experts, 2 * N]; scores, load,
     rule, live as `choose` takes them -> SwiGLU of each pair, [tokens * per_token, N], of padding undefined, and the choice."""
@@ -234,24 +202,22 @@ def few_up(
     chosen = torch.empty(tokens, top, dtype=torch.int32, device=x.device)
     weights = torch.empty(tokens, top, dtype=torch.float32, device=x.device)
     gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
-    tiling = tiling or choose_up(k)
     pdl = pdl and not interpreted()
-    _up[(tokens + tokens * top * triton.cdiv(n, tiling.rows * tiling.turns),)](
+    _up[(tokens + tokens * top * triton.cdiv(n, ROWS.value),)](
         x, norm_weight, weight, weight if bias is None else bias, scores, scores if live is None else live, chosen, weights,
         weights if gates is None else gates, load, out, x.stride(0), scores.stride(0), tokens, eps,
         clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=k, EXPERTS=experts,
-        BLOCK=triton.next_power_of_2(experts), TOP=top,
-        PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all, NORMALIZED=rule.normalized, LIVE=live is not None,
-        SHARED=gates is not None, ROWS=tiling.rows, TURNS=tiling.turns, COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(k)),
-        STAGES=tiling.stages, WARPS=tiling.warps, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, PDL=pdl,
-        num_warps=tiling.warps, launch_pdl=pdl,
+        BLOCK=triton.next_power_of_2(experts), TOP=top, PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all,
+        NORMALIZED=rule.normalized, LIVE=live is not None, SHARED=gates is not None,
+        COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(k)), IN_TURNS=in_turns, CLAMPED=clamp is not None,
+        BIAS=bias is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
     return out, Choice(chosen, weights, gates)
 
 
 def few_down(
     x: Tensor, weight: Tensor, choice: Choice, scores: Tensor, residual: Tensor, *, bias: Tensor | None = None,
-    shared: Tensor | None = None, pdl: bool = False, tiling: DownTiling | None = None,
+    shared: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Adds each token's experts to residual [tokens, N], in float32 and rounded once; padding stays as it was.
 
@@ -260,15 +226,14 @@ def few_down(
     """
     experts, n, k = weight.shape
     top = choice.per_token
-    tiling = tiling or choose_down(k)
-    turns = triton.cdiv(k, tiling.columns)
+    columns = choose_columns(k)
+    turns = triton.cdiv(k, columns)
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
-    _down[(len(residual) * triton.cdiv(n, tiling.rows),)](
+    _down[(len(residual) * triton.cdiv(n, ROWS.value),)](
         x, weight, weight if bias is None else bias, scores, choice.chosen, choice.weights,
         choice.weights if choice.gates is None else choice.gates, added, residual, scores.stride(0), added.stride(0),
         residual.stride(0), N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
-        PLACES=triton.next_power_of_2(top), ROWS=tiling.rows, COLUMNS=tiling.columns,
-        HELD=min(tiling.held, turns), UNROLLED=turns <= MOST_UNROLLED, WARPS=tiling.warps, BIAS=bias is not None,
-        SHARED=shared is not None, PDL=pdl, num_warps=tiling.warps, launch_pdl=pdl,
+        PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns), UNROLLED=turns <= MOST_UNROLLED,
+        BIAS=bias is not None, SHARED=shared is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
