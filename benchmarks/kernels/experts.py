@@ -32,7 +32,10 @@ class MixtureShape:
         return round(self.experts * (1 - (1 - self.per_token / self.experts) ** tokens))
 
 
-SHAPES = (MixtureShape("30B-A3B", 2048, 768, 128, 8), MixtureShape("8x7B", 4096, 14336, 8, 2))
+SHAPES = (
+    MixtureShape("30B-A3B", 2048, 768, 128, 8), MixtureShape("8x7B", 4096, 14336, 8, 2),
+    MixtureShape("20B-A4B", 2880, 2880, 32, 4),
+)  # fmt: skip
 
 
 class MixtureProblem:

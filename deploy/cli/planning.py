@@ -11,7 +11,6 @@ from deploy.config.load import load_config, parse_size
 if TYPE_CHECKING:
     from cluster.config import EngineConfig
     from workers.model.footprint import Footprint
-    from workers.model.quantization.scheme import Scheme
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
@@ -63,10 +62,11 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         found, size, dtype, config.block_size, config.kv_dtype, keeps=config.device != "cpu",
         adapters=(config.lora_slots, config.max_lora_rank),
     )  # fmt: skip
+    weights_are = "" if found.scheme is None else f", weights quantised: {found.scheme}, {taken.kept}"
     layout, held = taken.layout, blocks_held(found.window(longest), longest, config)
     numbers = str(dtype).removeprefix("torch.")
     lines = [
-        f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{_weights_are(found.scheme)}",
+        f"{found.architecture}, {numbers}, KV in {layout.dtype}, {size} rank(s) a group{weights_are}",
         f"weights          {in_units(taken.weight_bytes)} a rank",
         *([f"LoRA adapters    {in_units(taken.adapter_bytes)} a rank"] if taken.adapter_bytes else []),
         f"KV               {in_units(layout.token_bytes)} a token, {in_units(layout.block_bytes)} a block of "
@@ -87,10 +87,6 @@ def plan_lines(config: "EngineConfig", memory: int | None) -> tuple[list[str], b
         return [*lines, *needs], True
     said, fits = _room_line(taken, room, held, config.max_num_seqs)
     return [*lines, said], fits
-
-
-def _weights_are(scheme: "Scheme | None") -> str:
-    return "" if scheme is None else f", weights quantised: {scheme}"
 
 
 def blocks_held(window: int | None, longest: int, config: "EngineConfig") -> int:

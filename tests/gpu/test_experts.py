@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True, "num_local_experts": 16, "num_experts_per_tok": 4},
     "qwen2_moe": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 80},
     "mixtral": {"num_local_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 4, "swiglu_limit": 2.0},
 }
 OPTIONS: dict[str, Any] = {"max_num_seqs": 12, "max_num_batched_tokens": 512, "max_model_len": 512}
 

@@ -18,13 +18,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 64},
     "gemma3_text": {"head_dim": 256},
     "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
-    "gpt_oss": {"head_dim": 64},
     "llama4_text": {"head_dim": 64},
     "phi3": {"head_dim": 96},
     "mistral": {"head_dim": 128},
     "qwen3": {"use_sliding_window": True, "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {"head_dim": 64},
 }
-"""By model type: what departs from the zoo's own sizes. The last two are served by our own layers."""
+"""By model type: what departs from the zoo's own sizes. The last three are served by our own layers."""
 
 BLOCKS = {16: 30, 256: 5}
 """Some sequences are preempted; one block is for padding."""

@@ -64,7 +64,8 @@ class Ranks:
 
         def load(comm: Communicator) -> Decoder:
             shape = self.config.shard(comm.rank, comm.size)
-            attention = DenseAttention(shape, dtype, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE, device)
+            forms = self.config.forms
+            attention = DenseAttention(shape, dtype, SEQUENCES * BLOCKS_EACH, BLOCK_SIZE, device, forms)
             return load_model(path, self.config, comm, dtype, device, attention)
 
         self.decoders = list(self._threads.map(load, comms))

@@ -5,14 +5,24 @@ Imports no torch before a dtype is asked for: front ends need none. One more fam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from workers.kernels.attention.form import Form
 from workers.model.fields import CheckpointError as CheckpointError  # other rooms know it by this one's name
 from workers.model.fields import Fields, read_json
-from workers.model.mixtures import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, MixtureFamily, MixtureShape, read_mixture
+from workers.model.mixtures import (
+    GPT_OSS,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    MixtureConfig,
+    MixtureFamily,
+    MixtureShape,
+    read_mixture,
+)
 from workers.model.quantization.scheme import Scheme, read_scheme
 from workers.model.rope_settings import read_rope
 from workers.model.rotary import Rope
@@ -31,10 +41,16 @@ class Architecture:
     o_bias: bool | None = False
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    sliding: str = ""  # which rule says which layers have the sliding window: "", "always", "flag", "switch" or "alternate"
+    sliding: str = ""  # which rule says which layers have the window: "", "always", "flag", "switch", "alternate", "even"
+    window: int = 4096  # where config.json leaves it out
+    sinks: bool = False  # of the attention, a number for each head
     head_dim: int | None = None  # where config.json leaves it out; None: hidden size / heads
     mixture: MixtureFamily | None = None  # what stands in the place of MLPs
+    usual: Mapping[str, Any] = field(default_factory=dict)  # other fields that config.json may leave out
 
+
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+GPT_OSS_USUAL = {"attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "rope_parameters": YARN}
 
 FAMILIES = {
     "Llama": Architecture(attention_bias=None, o_bias=None, mlp_bias=None),
@@ -44,7 +60,11 @@ FAMILIES = {
     "Mixtral": Architecture(sliding="always", mixture=MIXTRAL),
     "Qwen2Moe": Architecture(attention_bias=True, qkv_bias=True, sliding="alternate", mixture=QWEN2_MOE),
     "Qwen3Moe": Architecture(attention_bias=None, o_bias=None, qk_norm=True, sliding="switch", mixture=QWEN3_MOE),
-}
+    "GptOss": Architecture(
+        attention_bias=None, o_bias=None, sliding="even", window=128, sinks=True, head_dim=64, mixture=GPT_OSS,
+        usual=GPT_OSS_USUAL,
+    ),
+}  # fmt: skip
 
 Head = Literal["vocabulary", "none", "labels"]
 """What stands behind the final norm: logits of the next token, nothing (hidden states alone), or a classifier's labels."""
@@ -194,6 +214,7 @@ def read_config(path: str | Path) -> ModelConfig:
     fields = Fields(read_json(folder / "config.json"), folder / "config.json")
     name = _architecture_name(fields)
     family, head = ARCHITECTURES[name]
+    fields = fields.over(family.usual)
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
     kv_heads = fields.integer("num_key_value_heads", heads)
@@ -219,7 +240,7 @@ def read_config(path: str | Path) -> ModelConfig:
         max_position=rope.stretched(trained),
         rms_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
-        forms=tuple(Form(head_dim**-0.5, window) for window in windows),
+        forms=tuple(Form(head_dim**-0.5, window, sinks=family.sinks) for window in windows),
         attention_bias=_attention_bias(fields, family),
         o_bias=fields.switch("attention_bias", family.o_bias),
         mlp_bias=fields.switch("mlp_bias", family.mlp_bias),
@@ -266,9 +287,9 @@ def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int
     full: list[int | None] = [None] * layers
     if not family.sliding or _is_null(fields, "sliding_window"):
         return full
-    if family.sliding != "always" and not fields.get("use_sliding_window", False):
+    if family.sliding not in ("always", "even") and not fields.get("use_sliding_window", False):
         return full
-    window = fields.integer("sliding_window", 4096)
+    window = fields.integer("sliding_window", family.window)
     if family.sliding == "always":
         return [window] * layers
     kinds = fields.get("layer_types")
@@ -277,6 +298,8 @@ def _read_windows(fields: Fields, family: Architecture, layers: int) -> list[int
         match family.sliding:
             case "switch":
                 return [window] * layers
+            case "even":
+                return [None if layer % 2 else window for layer in range(layers)]
             case "alternate":
                 return [None if layer % 2 or layer >= first else window for layer in range(layers)]
             case _:

@@ -1,4 +1,4 @@
-"""The decoder: one class for Llama, Mistral, Qwen2 and Qwen3, dense or with experts, of which each rank holds its shard.
+"""The decoder: one class for all native families, dense or with experts, of which each rank holds its shard.
 
 Imports torch, the layers, the weights, and the interfaces of attention and communicator. Knows nothing of scheduling:
 a step is a ragged batch, and only the rows of `sample_at` get logits. All collectives are inside the row-parallel
@@ -54,12 +54,14 @@ class Layer:
         qkv_form = forms.of(attention, "q_proj", "k_proj", "v_proj", columns=hidden)
         self.qkv = Linear(qkv_rows, hidden, dtype, device, config.attention_bias, qkv_form)
         self.qk_norm = RMSNorm((self._qk_heads, dim), config.rms_eps, dtype, device) if config.qk_norm else None
+        self.sinks = torch.empty(shape.heads, dtype=dtype, device=device) if config.forms[number].sinks else None
         o_form = forms.of(attention, "o_proj", columns=o_columns)
         self.o = RowParallelLinear(hidden, o_columns, dtype, device, comm, config.o_bias, o_form)
         self.mlp_norm = RMSNorm((hidden,), config.rms_eps, dtype, device)
         self.mlp: SwiGLU | Mixture
         if config.mixture is not None and shape.mixture is not None and config.mixture.sparse[number]:
             self.mlp = Mixture(config.mixture, shape.mixture, hidden, comm, dtype, device)
+            forms.of_experts(self.mlp.experts.modules(f"model.layers.{number}"))
         else:
             up_form = forms.of(mlp, "gate_proj", "up_proj", columns=hidden)
             down_form = forms.of(mlp, "down_proj", columns=shape.intermediate)
@@ -88,7 +90,7 @@ class Layer:
             qk = self.qk_norm(qk)
         turned = self._rotary.turn(qk, turns)[:tokens]
         query, key = turned.split_with_sizes((shape.heads, shape.kv_heads), 1)
-        attended = attention.attend(self._number, query, key, value[:tokens], step, plan).flatten(1)
+        attended = attention.attend(self._number, query, key, value[:tokens], step, plan, self.sinks).flatten(1)
         if rows is None:
             attended = padded(attended, hidden.shape[0])
         else:
@@ -136,6 +138,8 @@ class Layer:
         if self.qk_norm is not None:
             pieces.append(Piece(self.qk_norm.weight[0], f"{name}.q_norm.weight", (dim,)))
             pieces.append(Piece(self.qk_norm.weight[shape.heads], f"{name}.k_norm.weight", (dim,)))
+        if self.sinks is not None:
+            pieces.append(Piece(self.sinks, f"{name}.sinks", (config.heads,), shape.head_start))
         return pieces
 
     def _mlp_pieces(self, name: str, mlp: SwiGLU) -> list[Piece]:

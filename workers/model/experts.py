@@ -28,9 +28,14 @@ class Router:
     def __init__(self, config: MixtureConfig, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         rows = config.experts + (config.shared_intermediate > 0)
-        wide = torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype  # a GPU's kernels add up in float32
-        self.weight = torch.empty(rows, hidden, dtype=wide, device=device)
-        self.bias = torch.empty(rows, dtype=wide, device=device) if config.family.bias else None
+        self.weight = torch.empty(rows, hidden, dtype=dtype, device=device)
+        self.bias = torch.empty(rows, dtype=dtype, device=device) if config.family.bias else None
+
+    def filled(self) -> None:
+        """On a CPU it is widened to what its scores are in; a GPU's kernels add up in float32."""
+        if self.weight.device.type == "cpu":
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self.weight, self.bias = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [tokens, hidden] -> experts [tokens, per_token] int64, their weights, and the shared expert's [tokens, 0 or 1]."""
@@ -120,6 +125,12 @@ class Experts:
             return self._packed_pieces(block)
         return [piece for number in range(self.config.experts) for piece in self._pieces_of(block, number)]
 
+    def modules(self, name: str) -> list[str]:
+        """What config.json may say is quantised, of all experts or of the first. name: of the layer."""
+        family = self.config.family
+        number = () if family.packed else ("0",)
+        return [".".join((name, family.block, "experts", *number, each)) for each in family.names]
+
     def _pieces_of(self, block: str, number: int) -> list[Piece]:
         shape, total, hidden = self.shape, self.config.intermediate, self.down.shape[1]
         gate, up, down = (f"{block}.{number}.{name}.weight" for name in self.config.family.names)
@@ -185,6 +196,7 @@ class Mixture:
         return self.comm.all_reduce(padded(out.to(x.dtype), x.shape[0]))
 
     def pack(self) -> None:
+        self.router.filled()
         self.experts.filled()
         if self.shared is not None:
             self.shared.pack()

@@ -1,6 +1,7 @@
 """A checkpoint's JSON files, read field by field. Imports nothing of Manta."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ class Fields:
 
     def has(self, name: str) -> bool:
         return name in self._raw
+
+    def over(self, usual: Mapping[str, Any]) -> "Fields":
+        """The same, with these where a field is left out."""
+        return Fields(self._raw | {name: value for name, value in usual.items() if self.get(name) is None}, self._path)
 
     @property
     def size(self) -> int:

@@ -16,11 +16,13 @@ from workers.parallel.silent import Silent
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Of the largest rank. layout: of its blocks. adapter_bytes: of the room for LoRA adapters."""
+    """Of the largest rank. layout: of its blocks. adapter_bytes: of the room for LoRA adapters. kept: in words, what quantised
+    weights are kept as."""
 
     weight_bytes: int
     layout: BlockLayout
     adapter_bytes: int = 0
+    kept: str = "kept as plain numbers"
 
 
 def footprint(
@@ -36,7 +38,7 @@ def footprint(
         forms = Forms(config.scheme, keeps)
         decoder = Decoder(config, Silent(size), None, dtype, torch.device("meta"), 1, tables, forms=forms)
         weights = sum(piece.target.nbytes for part in decoder.parts() for piece in part.pieces())
-        return Footprint(weights, layout, AdapterSlots(decoder, *adapters).nbytes if adapters[0] else 0)
+        return Footprint(weights, layout, AdapterSlots(decoder, *adapters).nbytes if adapters[0] else 0, forms.says())
     from workers.model.transformers.classes import build  # with its class, which takes a second
     from workers.model.transformers.loading import held_bytes
 

@@ -214,8 +214,8 @@ class FusedDecoder:
     ) -> Tensor:
         """[tokens, heads * head_dim]."""
         if attend.turns:
-            return attend(number, projected, self._turn(layer)).flatten(1)
-        return attend(number, self._query(number, layer, projected, positions, slots, pdl)).flatten(1)
+            return attend(number, projected, self._turn(layer), layer.sinks).flatten(1)
+        return attend(number, self._query(number, layer, projected, positions, slots, pdl), sinks=layer.sinks).flatten(1)
 
     def _turn(self, layer: Layer) -> HeadTurn:
         return HeadTurn(*layer.head_norms(), self._eps, self._table)

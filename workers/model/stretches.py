@@ -96,22 +96,17 @@ def stretches(wanted: Wanted) -> Iterator[Stretch]:
     target, extent, start, dim = wanted.target, wanted.extent, wanted.start, wanted.dim
     if not target.numel():
         return
-    shape = extent.shape or (1,)
     if target.dim() > 1 and not target.is_contiguous():
-        yield from _one_by_one(wanted)
+        yield from _of_matrix(wanted) if target.dim() == 2 else _one_by_one(wanted)
         return
+    shape = extent.shape or (1,)
     kept = target.numel() // math.prod(shape[:dim])  # of each row
     width, column = math.prod(shape[dim:]), start * math.prod(shape[dim + 1 :])
     rows = target.reshape(-1, kept)  # always a view: what is not contiguous here is a vector, one row
-    size, row_bytes = extent.dtype.itemsize, width * extent.dtype.itemsize
     if kept == width:
         yield from _of_run(rows.reshape(1, -1), extent, extent.offset)
-    elif len(rows) == 1 or kept * size >= RUN_BYTES or row_bytes > STRETCH_BYTES:
-        for number, row in enumerate(rows):
-            yield from _of_run(row[None], extent, extent.offset + number * row_bytes + column * size)
     else:
-        for at, part in enumerate(torch.split(rows, many := STRETCH_BYTES // row_bytes)):
-            yield Stretch(part, extent.file, extent.offset + at * many * row_bytes, extent.dtype, width, column)
+        yield from _of_rows(rows, extent, extent.offset, width, column)
 
 
 def _one_by_one(wanted: Wanted) -> Iterator[Stretch]:
@@ -123,6 +118,25 @@ def _one_by_one(wanted: Wanted) -> Iterator[Stretch]:
         offset = extent.offset + (first + number) * each_bytes
         one = Extent(extent.file, offset, extent.dtype, extent.shape[1:])
         yield from stretches(Wanted(target, one, wanted.start, wanted.dim - 1) if inside else Wanted(target, one, 0, 0))
+
+
+def _of_matrix(wanted: Wanted) -> Iterator[Stretch]:
+    """Of one that lies transposed, or is a part of a larger one: rows of the file, several at a time where they are short."""
+    extent, width = wanted.extent, wanted.extent.shape[1]
+    first, column = (0, wanted.start) if wanted.dim else (wanted.start, 0)
+    yield from _of_rows(wanted.target, extent, extent.offset + first * width * extent.dtype.itemsize, width, column)
+
+
+def _of_rows(rows: Tensor, extent: Extent, offset: int, width: int, column: int) -> Iterator[Stretch]:
+    """rows [rows, columns]: of each `width` numbers in the file those from `column` on. offset: of the first row's first."""
+    size, kept = extent.dtype.itemsize, rows.shape[1]
+    row_bytes = width * size
+    if len(rows) == 1 or row_bytes > STRETCH_BYTES or RUN_BYTES <= kept * size < row_bytes:
+        for number, row in enumerate(rows):
+            yield from _of_run(row[None], extent, offset + number * row_bytes + column * size)
+    else:
+        for at, part in enumerate(torch.split(rows, many := STRETCH_BYTES // row_bytes)):
+            yield Stretch(part, extent.file, offset + at * many * row_bytes, extent.dtype, width, column)
 
 
 def _of_run(row: Tensor, extent: Extent, offset: int) -> Iterator[Stretch]:

@@ -148,8 +148,8 @@ class Checkpoint:
         return name in self._names
 
     def is_quantised(self, module: str) -> bool:
-        """Whether that module's weight is stored so, as config.json says how."""
-        return f"{module}.weight" in self._quantised.made
+        """Whether that module's weight, or a stack of experts of that name, is stored so, as config.json says how."""
+        return not self._quantised.made.keys().isdisjoint((module, f"{module}.weight"))
 
     def names(self) -> list[str]:
         """Of all tensors but such as are computed from config.json."""

@@ -14,6 +14,7 @@ from cluster.resolve import resolve
 from deploy.cli.planning import in_units, plan_lines
 from manta.commands import app
 from tests.checkpoints import make_checkpoint
+from tests.quantising import MXFP4, is_stack, quantise
 from workers.build import LOADING, build_rank
 from workers.model.architectures import torch_dtype
 from workers.model.fields import CheckpointError
@@ -80,10 +81,19 @@ def test_weights_that_a_gpu_keeps_in_fewer_bits(tmp_path: Path) -> None:
     scales = 2 * 4 * (64 + 2 * 32 + 256 + 2 * 512 + 256)
     heading = "Qwen3ForCausalLM, bfloat16, KV in bfloat16, 1 rank(s) a group"
     assert says() == [heading, f"weights          {in_units(plain)} a rank"]
-    heading += ", weights quantised: FP8, made while loading"
+    heading += ", weights quantised: FP8, made while loading, kept as"
     fewer = in_units(plain - linear + scales)
-    assert says(quantization="fp8") == [heading, f"weights          {fewer} a rank"]
-    assert says(quantization="fp8", device="cpu") == [heading, f"weights          {in_units(plain)} a rank"]
+    assert says(quantization="fp8") == [f"{heading} they are", f"weights          {fewer} a rank"]
+    assert says(quantization="fp8", device="cpu") == [f"{heading} plain numbers", f"weights          {in_units(plain)} a rank"]
+
+
+def test_experts_in_mxfp4_take_the_room_of_plain_ones(tmp_path: Path) -> None:
+    plain, quantised = make("gpt_oss", tmp_path / "plain", dtype=torch.bfloat16), tmp_path / "quantised"
+    quantise(plain, quantised, MXFP4, is_stack)
+    asked = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    told = [plan_lines(EngineConfig(model=str(path), **asked), None)[0] for path in (plain, quantised)]  # type: ignore[arg-type]
+    assert told[0][1:] == told[1][1:]
+    assert told[1][0] == f"{told[0][0]}, weights quantised: mxfp4 (MXFP4), MXFP4 of experts kept as plain numbers"
 
 
 def test_the_command_reads_no_weights(tmp_path: Path) -> None:
@@ -125,7 +135,7 @@ def test_a_pool_that_is_asked_for_must_fit_too(tmp_path: Path) -> None:
 
 
 def test_what_is_not_served(tmp_path: Path) -> None:
-    path = make("gpt_oss", tmp_path / "gpt_oss")
+    path = make("hunyuan_v1_dense", tmp_path / "hunyuan")
     result = CliRunner().invoke(app, ["plan", str(path), "--tensor-parallel-size", "2"])
     assert result.exit_code == 2
     assert "no tensor-parallel plan" in result.output

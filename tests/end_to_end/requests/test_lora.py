@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models.zoo import make
 from deploy import LLM
 from deploy.config.load import ConfigError
 from deploy.frontend.outputs import GenerationError, RequestOutput
@@ -81,6 +82,18 @@ def test_several_adapters_and_none_in_one_batch(adapted: Adapted, size: int, slo
         adapted.require(outputs, ["all", "some"], PROMPTS[:2])
     told = {tuple(adapted.references[name].greedy(PROMPTS[0], TOKENS)) for name in (None, *adapted.folders)}
     assert len(told) == 4, "adapters that change nothing would show nothing"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_attention_beside_experts(size: int, tmp_path: Path) -> None:
+    """Of gpt-oss, whose projections have biases."""
+    base = make("gpt_oss", tmp_path / "base")
+    folder = make_adapter(tmp_path / "a", base, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
+    references: dict[str | None, Reference] = {None: Reference(base), "a": Reference(merge(tmp_path / "merged", base, folder))}
+    adapted, names = Adapted(base, {"a": folder}, references), [None, "a", "a", None]
+    with open_adapted(adapted, size=size, max_loras=1) as llm:
+        adapted.require(ask(llm, PROMPTS[:4], names), names, PROMPTS[:4])
+    assert references[None].greedy(PROMPTS[0], TOKENS) != references["a"].greedy(PROMPTS[0], TOKENS)
 
 
 def test_a_prefix_is_shared_with_the_same_adapter_alone(adapted: Adapted, opened: LLM) -> None:

@@ -116,7 +116,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, form: Form, sinks: Tensor |
     scores = torch.einsum("qhd,khd->hqk", query, key) * form.scale
     if form.softcap is not None:
         scores = form.softcap * torch.tanh(scores / form.softcap)
-    keys, seen = torch.arange(context), torch.zeros(new, context, dtype=torch.bool)
+    keys, seen = torch.arange(context, device=query.device), torch.zeros(new, context, dtype=torch.bool, device=query.device)
     for row, position in enumerate(range(context - new, context)):
         seen[row] = (keys >= lowest_seen(form, position)) & (keys <= position)
     scores = scores.masked_fill(~seen, float("-inf"))

@@ -67,6 +67,16 @@ def with_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(byte_level(), path)
 
 
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints") / "gpt_oss"
+    make(
+        "gpt_oss", path, vocab_size=419, eos_token_id=EOS, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, sliding_window=10,
+    )  # fmt: skip
+    return save(byte_level(), path)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks on a CPU are built as on a GPU; fewer sequences fill up a step of chunks, since each takes its time here."""
@@ -96,7 +106,7 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> 
     ("kind", "implementation", "kv_dtype"),
     [
         ("checkpoint", "native", "auto"), ("checkpoint", "transformers", "auto"), ("with_experts", "native", "auto"),
-        ("checkpoint", "native", "fp8"),
+        ("gpt_oss", "native", "auto"), ("checkpoint", "native", "fp8"),
     ],
 )  # fmt: skip
 def test_it_gives_the_tokens_of_a_cpu_and_writes_where_it_may(

@@ -2,31 +2,27 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from benchmarks.models.zoo import VOCAB, make
 from tests.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
+from workers.attention.forms import Form
 from workers.config import ReadingConfig
 from workers.model.architectures import ModelConfig, read_config
 from workers.model.decoder import load_model
 from workers.model.experts import Mixture
-from workers.model.fields import CheckpointError, Fields, read_json
+from workers.model.fields import CheckpointError
 from workers.model.footprint import footprint
 from workers.model.fused_experts import FusedMixture
-from workers.model.mixtures import GPT_OSS, MixtureConfig, read_mixture
+from workers.model.mixtures import MixtureConfig
 from workers.model.reading import read_model
-from workers.model.weights import Checkpoint, Piece
-from workers.parallel.communicator import Communicator
-from workers.parallel.connect import Solo, ThreadGroup
+from workers.parallel.connect import Solo
 from workers.parallel.silent import Silent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +33,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {}),
     "qwen2_moe-some-dense": ("qwen2_moe", {"mlp_only_layers": [0], "qkv_bias": False}),
+    "gpt_oss": ("gpt_oss", {"num_hidden_layers": 3, "layer_types": None, "swiglu_limit": 2.0}),
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 555.0}
 PROMPT = [(7 * n + 3) % VOCAB for n in range(40)]
 
 
@@ -142,9 +140,10 @@ def _on_cpu(path: Path) -> Sequence[Any]:
 
 
 @pytest.mark.usefixtures("plain_experts")
-def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["qwen2_moe", "gpt_oss"])
+def test_ranks_of_a_fused_mixture_add_up(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    path = make("qwen2_moe", tmp_path)
+    path = make(kind, tmp_path)
     x = torch.randn(5, 64)
     expected = next(layer.mlp for layer in _on_cpu(path) if isinstance(layer.mlp, Mixture))(x)
     for parallel in (False, True):
@@ -157,63 +156,6 @@ def test_ranks_of_a_fused_mixture_add_up(tmp_path: Path) -> None:
             counters = torch.zeros(64, dtype=torch.int32, device=DEVICE)
             shares.append(FusedMixture(mixture, counters)(x.to(DEVICE), None).cpu())
         torch.testing.assert_close(sum(shares), expected, rtol=0, atol=1e-4 * float(expected.std()))
-
-
-# ---- gpt-oss's experts, which no architecture has yet
-
-
-class OneMixture:
-    """One layer's experts as a part of a model, of which nothing else is read."""
-
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
-
-    def pieces(self) -> list[Piece]:
-        return self.mixture.pieces("model.layers.0")
-
-    def filled(self) -> None:
-        self.mixture.pack()
-
-
-def load_gpt_oss(path: Path, comm: Communicator, parallel: bool, device: torch.device = CPU) -> Mixture:
-    config = replace(read_mixture(Fields(read_json(path / "config.json"), path), GPT_OSS, 2), parallel=parallel)
-    assert config.refusal(comm.size) is None
-    mixture = Mixture(config, config.shard(comm.rank, comm.size), 64, comm, torch.float32, device)
-    with Checkpoint(path) as checkpoint:
-        checkpoint.load([OneMixture(mixture)], spare=set(checkpoint.names()))
-    return mixture
-
-
-@pytest.fixture(scope="module")
-def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make("gpt_oss", tmp_path_factory.mktemp("gpt_oss"), swiglu_limit=2.0)
-
-
-@pytest.fixture
-def gpt_oss_case(gpt_oss: Path) -> tuple[Path, Tensor, Tensor]:
-    """Inputs, some of which are beyond the limit, and what transformers makes of them."""
-    x = 2 * torch.randn(13, 64)
-    expected, _ = load_reference(gpt_oss).model.layers[0].mlp(x[None])
-    return gpt_oss, x, expected[0]
-
-
-@pytest.mark.parametrize(("size", "parallel"), [(1, False), (2, False), (2, True), (4, True)])
-def test_gpt_oss_experts_equal_transformers(
-    gpt_oss_case: tuple[Path, Tensor, Tensor], size: int, parallel: bool
-) -> None:
-    path, x, expected = gpt_oss_case
-    comms: Sequence[Communicator] = ThreadGroup.create(size) if size > 1 else [Solo()]
-    with ThreadPoolExecutor(size) as threads:
-        for out in threads.map(lambda comm: load_gpt_oss(path, comm, parallel)(x), comms):
-            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.usefixtures("plain_experts")
-def test_gpt_oss_experts_fused(gpt_oss_case: tuple[Path, Tensor, Tensor]) -> None:
-    pytest.importorskip("triton")
-    path, x, expected = gpt_oss_case
-    fused = FusedMixture(load_gpt_oss(path, Solo(), False, DEVICE), torch.zeros(64, dtype=torch.int32, device=DEVICE))
-    torch.testing.assert_close(fused(x.to(DEVICE), None).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- what is known before weights are read
@@ -256,11 +198,12 @@ def test_what_ranks_can_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "windows"), [("qwen2_moe", [7, None, None]), ("qwen3_moe", [7, 7, 7]), ("mixtral", [7, 7, 7])]
+    ("kind", "windows"),
+    [("qwen2_moe", [7, None, None]), ("qwen3_moe", [7, 7, 7]), ("mixtral", [7, 7, 7]), ("gpt_oss", [7, None, 7])],
 )
 def test_windows_are_those_of_transformers(kind: str, windows: list[int | None], tmp_path: Path) -> None:
-    """Of a `config.json` that names no layers; Mixtral asks no switch."""
-    path = make(kind, tmp_path, num_hidden_layers=3)
+    """Of a `config.json` that names no layers; Mixtral and gpt-oss ask no switch."""
+    path = make(kind, tmp_path, num_hidden_layers=3, layer_types=None)
     said = json.loads((path / "config.json").read_text())
     said.pop("layer_types", None)
     slides = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
@@ -269,6 +212,23 @@ def test_windows_are_those_of_transformers(kind: str, windows: list[int | None],
     config = transformers.AutoConfig.from_pretrained(path)
     named = getattr(config, "layer_types", None) or ["sliding_attention"] * 3
     assert [config.sliding_window if name == "sliding_attention" else None for name in named] == windows
+
+
+@pytest.mark.parametrize("said", [{}, {"rope_theta": 777.0}, {"rope_parameters": None}, {"rope_scaling": LINEAR}], ids=str)
+def test_what_config_json_of_gpt_oss_leaves_out(said: dict[str, Any], tmp_path: Path) -> None:
+    """Is as transformers' class has it: YaRN, biases, a window of its own."""
+    path = make("gpt_oss", tmp_path)
+    told = json.loads((path / "config.json").read_text())
+    for name in ("rope_parameters", "attention_bias", "rms_norm_eps", "sliding_window", "head_dim", "layer_types"):
+        del told[name]
+    (path / "config.json").write_text(json.dumps(told | said))
+    config, ours = transformers.AutoConfig.from_pretrained(path), read_config(path)
+    rope = config.rope_parameters
+    assert (ours.rope.kind, ours.rope.theta, ours.rope.factor) == (rope["rope_type"], rope["rope_theta"], rope["factor"])
+    assert ours.rope.truncate == rope.get("truncate", True)
+    assert (ours.attention_bias, ours.o_bias) == (config.attention_bias, config.attention_bias) == (True, True)
+    assert (ours.head_dim, ours.rms_eps) == (config.head_dim, config.rms_norm_eps)
+    assert ours.forms == (Form(ours.head_dim**-0.5, config.sliding_window, sinks=True), Form(ours.head_dim**-0.5, sinks=True))
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -53,8 +53,10 @@ def _every_slice(
     size = whole.shape[dim] if whole.dim() else 0
     start = data.draw(st.integers(0, size))
     part = whole.narrow(dim, start, data.draw(st.integers(0, size - start))) if whole.dim() else whole
-    room = torch.full((*(2 * each for each in part.shape),), torch.nan, dtype=data.draw(st.sampled_from([*DTYPES.values()])))
-    target = room
+    order = data.draw(st.permutations(range(part.dim())))  # of the dimensions in memory
+    shape = (*(2 * part.shape[each] for each in order),)
+    room = torch.full(shape, torch.nan, dtype=data.draw(st.sampled_from([*DTYPES.values()])))
+    target = torch.permute(room, [order.index(each) for each in range(part.dim())])
     for each, length in enumerate(part.shape):  # a part of something larger, or all of it
         lies = data.draw(st.sampled_from(["all", "first", "last", "stepped"]))
         target = torch.empty_like(target.narrow(each, 0, length)) if lies == "all" else target

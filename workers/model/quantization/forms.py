@@ -3,7 +3,7 @@
 Imports torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,12 @@ class Forms:
         form = kept_as(found, columns) if self._keeps else PLAIN
         (self._plain if form == PLAIN else self._kept).add(str(found))
         return form
+
+    def of_experts(self, modules: Iterable[str]) -> None:
+        """Told of experts, which are plain whatever they are stored in."""
+        if self._scheme is not None and not self._scheme.made:
+            stored = {self._scheme.form(module) for module in modules if self._is_stored(module)}
+            self._plain |= {f"{form} of experts" for form in stored}
 
     def says(self) -> str:
         """What has become of the layers that were asked for, in words."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import EllipsisType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from workers.model.fields import CheckpointError
@@ -50,12 +51,16 @@ class Quantised:
         at = 0
         for spans in in_pieces(spans_of(index, self._shape)):
             length = spans[0][1] - spans[0][0]
-            target[at : at + length].copy_(self.part(spans))
+            target[at : at + length].copy_(self.near(spans, target.device))
             at += length
 
     def part(self, spans: tuple[Span, ...]) -> Tensor:
         """In float32. spans: one for each dimension."""
         raise NotImplementedError
+
+    def near(self, spans: tuple[Span, ...], device: torch.device) -> Tensor:  # noqa: ARG002
+        """The same, on that device where it can be made there."""
+        return self.part(spans)
 
 
 class Scales:
@@ -138,16 +143,20 @@ class Mxfp4(Quantised):
         self.blocks, self.scales = blocks, scales
 
     def part(self, spans: tuple[Span, ...]) -> Tensor:
+        return self.near(spans, torch.device("cpu"))
+
+    def near(self, spans: tuple[Span, ...], device: torch.device) -> Tensor:
         experts, columns, rows = spans
         count = blocks_of(columns, FP4_BLOCK)
         index = slice(*experts), slice(*rows), slice(*count)
-        codes = self.blocks[index]
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(3)
-        numbers = torch.tensor(FP4)[codes.long()]
-        exponents = self.scales[index].int() - E8M0_BIAS
+        blocks, exponents = (stored[index].to(device).int() for stored in (self.blocks, self.scales))
+        # twice the numbers times half the scales: the largest scale by itself is no float32
+        low, high = torch.meshgrid(*(2 * torch.tensor(FP4),) * 2, indexing="xy")
+        powers = torch.ldexp(torch.ones(256), torch.arange(256) - E8M0_BIAS - 1)
+        numbers = F.embedding(blocks, torch.stack((low, high), -1).view(256, 2).to(device)).flatten(3)
+        numbers *= powers.to(device)[exponents][..., None]
         skipped = columns[0] - count[0] * FP4_BLOCK
-        wide = torch.ldexp(numbers, exponents[..., None]).flatten(2)
-        return wide[:, :, skipped : skipped + columns[1] - columns[0]].mT
+        return numbers.flatten(2)[:, :, skipped : skipped + columns[1] - columns[0]].mT
 
 
 def spans_of(index: Index, shape: tuple[int, ...]) -> tuple[Span, ...]:
