@@ -45,6 +45,12 @@ def takes(x: Tensor, weight: Tensor, routing: Routing) -> bool:
 
 
 @triton.jit
+def _near(first, places, SIZE: tl.constexpr):
+    """Where a tile's pairs are; where it has fewer than SIZE, the last one again."""
+    return first + tl.minimum(tl.arange(0, SIZE), places - 1)
+
+
+@triton.jit
 def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha, limit, N: tl.constexpr, K: tl.constexpr,
            TOP: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
            GATED: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, FLAT: tl.constexpr,
@@ -62,11 +68,9 @@ def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, al
         tile = tiles + number // BLOCKS * WORDS_OF_TILE
         expert, first, places = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
         begin = number % BLOCKS * ROWS
-        place = tl.arange(0, SIZE)
-        there = place < places
-        near = first + tl.minimum(place, places - 1)
-        pair = tl.load(pairs + near)
-        at = x + (pair // TOP).to(tl.int64)[:, None] * x_stride + column[None, :]
+        if GATED:
+            token = tl.load(pairs + _near(first, places, SIZE)) // TOP
+            at = x + token.to(tl.int64)[:, None] * x_stride + column[None, :]
         sums = tl.zeros([SIZE, ROWS], tl.float32)
         ups = sums
         for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
@@ -91,11 +95,12 @@ def _dense(x, acts, weight, bias, shares, out, pairs, tiles, count, x_stride, al
             if BIAS:
                 ups += tl.load(biases + other).to(tl.float32)[None, :]
             sums = activated(sums, ups, alpha, limit, CLAMPED)
-            to = near.to(tl.int64)
-        else:
-            sums *= tl.load(shares + pair)[:, None]
-            to = pair.to(tl.int64)
-        tl.store(out + to[:, None] * N + row[None, :], sums.to(out.dtype.element_ty), mask=there[:, None] & (row < N)[None, :])
+            to = _near(first, places, SIZE)
+        else:  # only now: what a loop of both carries along takes registers
+            to = tl.load(pairs + _near(first, places, SIZE))
+            sums *= tl.load(shares + to)[:, None]
+        mask = (tl.arange(0, SIZE) < places)[:, None] & (row < N)[None, :]
+        tl.store(out + to.to(tl.int64)[:, None] * N + row[None, :], sums.to(out.dtype.element_ty), mask=mask)
 
 
 def dense_product(
