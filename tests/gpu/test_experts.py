@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.models.zoo import make
 from scheduler.protocol.sampling import SamplingParams
@@ -13,12 +14,16 @@ from tests.end_to_end.prompts import OUTPUTS, PROMPTS
 from tests.gpu.judge import Judge
 from tests.gpu.test_graphs_equal_eager import require_padded_batches, watching
 from tests.gpu.test_sync import STEPS, prefilled, steady, warm
-from tests.gpu.works import GPU, SHAPE, VOCAB, loop, mixture
+from tests.gpu.works import DEVICE, GPU, SHAPE, VOCAB, loop, mixture
+from tests.quantising import MXFP4, is_stack, quantise
 from tests.tokenizers import EOS, byte_level, save
 from tests.workers.stepping import Stepped, Work
 from workers.execution.gpu_runner import GpuRunner
+from workers.model.architectures import read_config
+from workers.model.decoder import load_model
 from workers.model.experts import Mixture
 from workers.model.fused import FusedDecoder
+from workers.parallel.connect import Solo
 
 pytestmark = GPU
 
@@ -73,6 +78,20 @@ def test_no_step_waits_and_padding_is_counted_for_no_expert(path: Path) -> None:
         for layer, counted in zip(layers, before, strict=True):
             assert int(layer.load.sum()) - counted == 9 * STEPS * layer.config.per_token
         rank.drop_all()
+
+
+def test_stacks_are_read_onto_the_device_as_numbers_and_in_mxfp4(tmp_path: Path) -> None:
+    """They lie transposed in the file, and in MXFP4 become numbers on the device."""
+    plain, quantised = make("gpt_oss", tmp_path / "plain"), tmp_path / "quantised"
+    quantise(plain, quantised, MXFP4, is_stack)
+    expected = load_file(plain / "model.safetensors")
+    for path in (plain, quantised):
+        decoder = load_model(path, read_config(path), Solo(), torch.bfloat16, torch.device(DEVICE), None)
+        for number, layer in enumerate(decoder.layers):
+            assert isinstance(layer.mlp, Mixture)
+            for name, got in (("gate_up_proj", layer.mlp.experts.gate_up), ("down_proj", layer.mlp.experts.down)):
+                whole = expected[f"model.layers.{number}.mlp.experts.{name}"].transpose(1, 2)
+                assert torch.equal(got.cpu(), whole.bfloat16()), (path.name, number, name)
 
 
 def mixtures(rank: Stepped) -> list[Mixture]:

@@ -152,8 +152,8 @@ class RowParallelLinear(Linear):
 class RMSNorm:
     """Root mean square norm over the last `weight.shape[-1]` dimensions' elements, `weight` broadcast over the rest.
 
-    On the CPU, scaled after rounding to the model's dtype, exactly as transformers does; a GPU has one fused kernel
-    that rounds once. float64 is computed in float64.
+    On the CPU, scaled after rounding to the model's dtype, exactly as transformers does (gpt-oss's it rounds once);
+    a GPU has one fused kernel that rounds once. float64 is computed in float64.
     """
 
     __slots__ = ("_eps", "_fused", "_shape", "weight")

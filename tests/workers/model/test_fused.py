@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.models.zoo import make
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
 from tests.checkpoints import make_checkpoint
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
+from workers.attention.select import select_backend
 from workers.cpu.attention import CpuAttention
 from workers.execution.step import StepInput
 from workers.kernels.turn import HeadTurn
@@ -41,12 +43,12 @@ STEPS = [
 class Plain:
     """Attention that takes queries which are turned."""
 
-    attend: Callable[[int, Tensor], Tensor]
+    attend: Callable[[int, Tensor, Tensor | None], Tensor]
     turns: bool = False
 
     def __call__(self, layer: int, query: Tensor, turn: HeadTurn | None = None, sinks: Tensor | None = None) -> Tensor:
-        assert (turn, sinks) == (None, None)
-        return self.attend(layer, query)
+        assert turn is None
+        return self.attend(layer, query, sinks)
 
 
 class Fused:
@@ -58,16 +60,17 @@ class Fused:
         layout = BlockLayout(BLOCK_SIZE, shape.layers, shape.kv_heads, shape.head_dim, str(dtype).removeprefix("torch."))
         self.pool = KVPool(layout, SEQUENCES * BLOCKS_EACH, DEVICE)
         self.plain = KVPool(layout, SEQUENCES * BLOCKS_EACH, "cpu")
-        self.attention = CpuAttention(self.plain, shape.heads)
+        self.attention = select_backend("cpu", pool=self.plain, heads=shape.heads, forms=config.forms, native=False)
         self.decoder: Decoder = load_model(path, config, Solo(), dtype, DEVICE, None)
         self.fused = FusedDecoder(self.decoder, self.pool)
 
     def logits(self, step: StepInput, *, all_tokens: bool = False) -> Tensor:
         plan = self.attention.plan(step)
 
-        def attend(layer: int, query: Tensor) -> Tensor:
+        def attend(layer: int, query: Tensor, sinks: Tensor | None) -> Tensor:
+            sinks = sinks.cpu() if sinks is not None else None
             key, value = (view.flatten(0, 1)[step.slots].cpu() for view in (self.pool.keys(layer), self.pool.values(layer)))
-            return self.attention.attend(layer, query.cpu(), key, value, step, plan).to(DEVICE)
+            return self.attention.attend(layer, query.cpu(), key, value, step, plan, sinks).to(DEVICE)
 
         tokens, positions, slots, rows = (
             getattr(step, name).int().to(DEVICE) for name in ("tokens", "positions", "slots", "sample_at")
@@ -75,17 +78,25 @@ class Fused:
         return self.fused.logits(tokens, positions, slots, Plain(attend), None if all_tokens else rows).cpu()
 
 
-@pytest.mark.parametrize("whose", ["ours", "the library's"])
-def test_steps_of_few_tokens_choose_whose_product_each_is(whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FEW: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "gpt_oss": {"layer_types": ["sliding_attention"]},
+}
+
+
+@pytest.mark.parametrize(("family", "whose"), [("llama", "ours"), ("llama", "the library's"), ("gpt_oss", "ours")])
+def test_steps_of_few_tokens_choose_whose_product_each_is(
+    family: str, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if whose != "ours":
         monkeypatch.setattr("workers.model.fused.choose", lambda *_: None)
-    path = make_checkpoint(tmp_path, "LlamaForCausalLM", attention_bias=True, mlp_bias=True, num_hidden_layers=1, vocab_size=37)
-    few = Fused(path, torch.float32)
+    path = make(family, tmp_path, num_hidden_layers=1, vocab_size=37, hidden_size=32, intermediate_size=48, **FEW[family])
     if DEVICE.type == "cpu":
-        monkeypatch.setattr("workers.model.layers.can_pack", lambda *_: False)
-        few = Fused(path, torch.float32)
+        for module in ("layers", "experts"):
+            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
+    few, many = Fused(path, torch.float32), Fused(path, torch.float32)
+    if DEVICE.type == "cpu":
         few.fused._few_tokens = SEQUENCES
-    many = Fused(path, torch.float32)
     many.fused._few_tokens = 0
     for chunks in [[(0, 0, [9]), (1, 0, [3]), (2, 0, [1]), (3, 0, [2])], [(3, 1, [2])]]:  # all that is attended to is written
         step = make_step(chunks)
