@@ -1,4 +1,5 @@
-"""The products of a layer's experts, from scores to the sum of a token's: what `cases` measures of mixtures of experts.
+"""The products of a layer's experts, from scores to the sum of a token's, as steps of so many tokens do them: streamed pair by
+pair, tiles of pairs, or many pairs by the copy engine. `cases` measures them.
 
 A case's bytes are those of the experts that have tokens, its operations those of all pairs. May import `workers`.
 """
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import DEVICE, EPS, OURS, OURS_PDL, Case, Problem, Runs, frobenius, normal
 from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
-from workers.kernels.experts.route import Rule, choose, route
+from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
 
 
@@ -43,22 +44,25 @@ class MixtureProblem:
         self.x, self.scores = normal(tokens, hidden), normal(tokens, shape.experts, dtype=torch.float32)
         self.gate_up = normal(shape.experts, 2 * width, hidden, scale=hidden**-0.5)
         self.down = normal(shape.experts, hidden, width, scale=width**-0.5)
-        self.hidden, self.norm = self.x.clone(), normal(hidden, scale=0.02)
+        self.hidden, self.norm = self.x.clone(), normal(hidden)
         self.load = torch.zeros(shape.experts, dtype=torch.int64, device=DEVICE)
         self.size = tile_size(tokens, shape.per_token, shape.experts)
+        self.rule, self.few = Rule(shape.per_token, True, True), tokens <= FEW_TOKENS
 
     def ours(self, pdl: bool = False) -> Tensor:
+        return self.streamed(pdl) if self.few else self.grouped(pdl)
+
+    def grouped(self, pdl: bool = False) -> Tensor:
         shape = self.shape
-        rule = Rule(shape.per_token, True, True)
-        routing = route(self.scores, self.load, rule, held=shape.experts, size=self.size, pdl=pdl)
+        routing = route(self.scores, self.load, self.rule, held=shape.experts, size=self.size, pdl=pdl)
         parts = down(gate_up(self.x, self.gate_up, routing, pdl=pdl), self.down, routing, pdl=pdl)
         return add_up(parts, routing, held=shape.experts, pdl=pdl)
 
-    def streamed(self, pdl: bool = False) -> None:
-        """As a step of few tokens does it: of the norm of x, to which the result is added."""
-        choice = choose(self.scores, self.load, Rule(self.shape.per_token, True, True), pdl=pdl)
-        act = few_up(self.hidden, self.norm, EPS, self.gate_up, choice, pdl=pdl)
-        few_down(act, self.down, choice, self.hidden, pdl=pdl)
+    def streamed(self, pdl: bool = False) -> Tensor:
+        """Of the norm of `hidden`, to which the result is added."""
+        act, choice = few_up(self.hidden, self.norm, EPS, self.gate_up, self.scores, self.load, self.rule, pdl=pdl)
+        few_down(act, self.down, choice, self.scores, self.hidden, pdl=pdl)
+        return self.hidden
 
     def chosen(self) -> tuple[Tensor, Tensor]:
         weights, chosen = self.scores.softmax(-1).topk(self.shape.per_token, -1)
@@ -76,23 +80,32 @@ class MixtureProblem:
         parts = torch.empty_like(parts).index_copy_(0, order, parts * weights.flatten()[order, None].to(parts.dtype))
         return parts.view(*chosen.shape, -1).sum(1)
 
-    def error(self) -> float:
+    def exact(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] float64."""
         weights, chosen = self.chosen()
-        exact = torch.zeros(self.x.shape, dtype=torch.float64, device=DEVICE)
+        exact = torch.zeros_like(x)
         for expert in range(self.shape.experts):
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = (self.x[tokens].double() @ self.gate_up[expert].double().T).chunk(2, -1)
+            gate, up = (x[tokens] @ self.gate_up[expert].double().T).chunk(2, -1)
             part = (F.silu(gate) * up) @ self.down[expert].double().T
             exact.index_add_(0, tokens, part * weights[tokens, places, None].double())
-        return frobenius(self.ours(), exact)
+        return exact
+
+    def error(self) -> float:
+        x = self.x.double()
+        if not self.few:
+            return frobenius(self.ours(), self.exact(x))
+        self.hidden.copy_(self.x)
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.norm.double()
+        return frobenius(self.ours(), x + self.exact(normed))
 
 
 def experts_case(shape: MixtureShape, tokens: int) -> Case:
     def make() -> Problem:
         problem = MixtureProblem(shape, tokens)
         runs: Runs = {OURS: problem.ours, OURS_PDL: lambda: problem.ours(True), "torch._grouped_mm": problem.library}
-        if tokens <= FEW_TOKENS:
-            runs |= {"streamed": problem.streamed, "streamed pdl": lambda: problem.streamed(True)}
+        if problem.few:
+            runs["grouped pdl"] = lambda: problem.grouped(True)
         return Problem(runs, problem.error)
 
     numbers = 3 * shape.hidden * shape.intermediate

@@ -23,6 +23,15 @@ def enter(PDL: tl.constexpr):
 
 
 @triton.jit
+def enter_last(PDL: tl.constexpr):
+    """As `enter`, but waits first: what starts behind it may read, before it waits itself, whatever was written before this
+    one ran, if it reads past the L1 cache (`.cg`)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def fetch_rows(base, rows, row_stride, COLUMNS: tl.constexpr):
     """Asks for the first COLUMNS numbers of `rows` to be brought into the L2 cache, without waiting for them."""
     line: tl.constexpr = 128 * 8 // base.dtype.element_ty.primitive_bitwidth

@@ -1,6 +1,6 @@
 """A mixture of experts as a GPU runs it: router's product, choice and sort, gate/up, down, and the sum of a token's experts.
 
-Six launches a layer, four at few tokens, and those of a shared expert; driven by device tensors alone, so steps with experts
+Six launches a layer, three at few tokens, and those of a shared expert; driven by device tensors alone, so steps with experts
 are captured as all others are. Imports torch, the kernels, and the weights' holders.
 """
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.kernels.activation import silu_mul
-from workers.kernels.experts.grouped import Clamp, add_up, down, gate_up, tile_size
-from workers.kernels.experts.route import Rule, choose, route
+from workers.kernels.experts.gating import Clamp
+from workers.kernels.experts.grouped import add_up, down, gate_up, tile_size
+from workers.kernels.experts.route import Rule, route
 from workers.kernels.experts.stream import FEW_TOKENS, few_down, few_up
 from workers.kernels.norm import rms_norm
 from workers.kernels.products.matvec import MAX_TOKENS, matvec
@@ -64,16 +65,15 @@ class FusedMixture:
         router = mixture.router
         scores = torch.empty(len(hidden), len(router.weight), dtype=torch.float32, device=hidden.device)
         matvec(hidden, router.weight, norm_weight=norm_weight, eps=eps, bias=router.bias, out=scores, pdl=pdl)
-        choice = choose(scores, mixture.load, self._rule, live=live, pdl=pdl)
-        act = few_up(
-            hidden, norm_weight, eps, experts.gate_up, choice, bias=experts.gate_up_bias, in_turns=experts.in_turns,
-            clamp=self._clamp, pdl=pdl,
+        act, choice = few_up(
+            hidden, norm_weight, eps, experts.gate_up, scores, mixture.load, self._rule, live=live, bias=experts.gate_up_bias,
+            in_turns=experts.in_turns, clamp=self._clamp, pdl=pdl,
         )  # fmt: skip
         shared = None
         if mixture.shared is not None:
             wide = matvec(hidden, mixture.shared.gate_up.operand, norm_weight=norm_weight, eps=eps, swiglu=True, pdl=pdl)
             shared = matvec(wide, mixture.shared.down.operand, pdl=pdl)
-        few_down(act, experts.down, choice, hidden, bias=experts.down_bias, shared=shared, pdl=pdl)
+        few_down(act, experts.down, choice, scores, hidden, bias=experts.down_bias, shared=shared, pdl=pdl)
 
     def _scores(self, normed: Tensor, pdl: bool) -> Tensor:
         """[tokens, the router's rows] in float32, which 16-bit products are added up in."""

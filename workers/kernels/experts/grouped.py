@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels.experts.dense import DenseTiling, dense_product, takes
+from workers.kernels.experts.gating import Clamp, activated
 from workers.kernels.experts.route import WORDS_OF_TILE, Choice, Routing
 from workers.kernels.launch import enter, interpreted
 
@@ -30,14 +32,6 @@ class Tiling:
     stages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """gpt-oss's gating, `(clamp(up) + 1) * gate * sigmoid(alpha * gate)`."""
-
-    alpha: float
-    limit: float
-
-
 def tile_size(tokens: int, per_token: int, experts: int) -> int:
     """Pairs of a tile. No expert has more than `tokens`; where these are many, twice as many as an expert has on average, so
     that most experts are read once."""
@@ -49,14 +43,16 @@ def tile_size(tokens: int, per_token: int, experts: int) -> int:
 
 
 def choose_tiling(size: int, dtype: torch.dtype, gated: bool) -> Tiling:
-    """By shape alone; never more than 96 KiB of shared memory. Not yet the best of a sweep: nothing here has run on a GPU."""
+    """By shape alone; never more than 96 KiB of shared memory."""
     if dtype == torch.float32:
         return Tiling(32, 32, 4, 2)
-    if size <= 16:
-        return Tiling(32, 128, 4, 4)
-    if size <= 64:
+    if size > 64:
+        return Tiling(64 if gated else 128, 64, 8, 3)
+    if size > 32:
         return Tiling(64, 64, 4, 4)
-    return Tiling(64 if gated else 128, 64, 8, 3)
+    if not gated:
+        return Tiling(64, 128, 4, 3)
+    return Tiling(64, 64, 4, 3) if size > 16 else Tiling(32, 128, 4, 3)
 
 
 @triton.jit
@@ -110,12 +106,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
         up = ups
         if BIAS:
             up += tl.load(bias + expert * (HALVES * N) + other).to(tl.float32)[:, None]
-        if CLAMPED:
-            total = tl.minimum(total, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-            total = total / (1 + tl.exp(-alpha * total)) * up
-        else:
-            total = total / (1 + tl.exp(-total)) * up
+        total = activated(total, up, alpha, limit, CLAMPED)
         to = place.to(tl.int64)
     else:
         total *= tl.load(shares + pair, mask=there, other=0.0)[None, :]
@@ -126,7 +117,7 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, x_stride, alpha,
 
 def gate_up(
     x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, in_turns: bool = False,
-    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | None = None,
+    clamp: Clamp | None = None, pdl: bool = False, tiling: Tiling | DenseTiling | None = None,
 ) -> Tensor:  # fmt: skip
     """x [tokens, K], weight [held, 2 * N, K] contiguous, bias [held, 2 * N] -> SwiGLU of each pair of a held expert,
     [pairs, N] in the order of `routing.pairs`; what lies behind is undefined. in_turns: W's rows are gate, up, gate, ..."""
@@ -136,8 +127,9 @@ def gate_up(
 
 
 def down(
-    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False, tiling: Tiling | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, routing: Routing, *, bias: Tensor | None = None, pdl: bool = False,
+    tiling: Tiling | DenseTiling | None = None,
+) -> Tensor:  # fmt: skip
     """x [pairs, K] as `gate_up` gives it, weight [held, N, K] contiguous, bias [held, N] -> each pair's product times the
     token's weight for the expert, [tokens * per_token, N] by pair; what is of no held expert is undefined."""
     out = torch.empty(len(routing.pairs), weight.shape[1], dtype=x.dtype, device=x.device)
@@ -147,12 +139,15 @@ def down(
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, routing: Routing, gated: bool, in_turns: bool,
-    clamp: Clamp | None, pdl: bool, tiling: Tiling | None,
+    clamp: Clamp | None, pdl: bool, tiling: Tiling | DenseTiling | None,
 ) -> None:  # fmt: skip
     if not len(out):
         return
-    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
     pdl = pdl and not interpreted()
+    if isinstance(tiling, DenseTiling) or (tiling is None and takes(x, weight, routing)):
+        dense_product(x, weight, bias, out, routing, gated, in_turns, clamp, pdl, tiling)
+        return
+    tiling = tiling or choose_tiling(routing.size, x.dtype, gated)
     n = out.shape[1]
     tiles = triton.cdiv(len(routing.tiles), NEIGHBOURS.value) * NEIGHBOURS.value
     _product[(tiles * triton.cdiv(n, tiling.rows),)](

@@ -17,7 +17,8 @@ from torch import Tensor
 from workers.kernels.launch import enter, interpreted, warps_for
 
 WORDS_OF_TILE = tl.constexpr(3)
-LEAST_PAIRS, SOME_PAIRS, MOST_PAIRS = 128, 1024, 4096  # that a program which sorts looks at, at a time
+LEAST = tl.constexpr(-(1 << 31))
+PAIRS_AT_ONCE = 128, 1024, 4096, 16384  # that a program which sorts looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +48,40 @@ class Routing(Choice):
 
 
 @triton.jit
-def _choose(scores, live, chosen, weights, gates, count, load, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
-            TOP: tl.constexpr, PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr,
-            SHARED: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program is one token. SORTED: `_sort` follows, which counts; it finds no tiles yet."""
-    token = tl.program_id(0)
+def in_order(score, at, EXPERTS: tl.constexpr):
+    """Scores as integers that are ordered as the numbers are; LEAST, as no expert's is, beyond the last."""
+    bits = score.to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(at < EXPERTS, tl.maximum(order, LEAST + 1), LEAST)
+
+
+@triton.jit
+def next_best(left, at, AXIS: tl.constexpr, BLOCK: tl.constexpr):
+    """left: of `in_order`, BLOCK along AXIS -> the best along it, whose it is, the first of equals, and what is left then. In
+    32 bits: a warp that has all of them compares them by one instruction."""
+    largest = tl.max(left, AXIS, keep_dims=True)
+    found = tl.min(tl.where(left == largest, at, BLOCK), AXIS, keep_dims=True)
+    return largest, found, tl.where(at == found, LEAST, left)
+
+
+@triton.jit
+def choose_one(token, scores, live, chosen, weights, gates, load, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+               TOP: tl.constexpr, PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr,
+               SHARED: tl.constexpr, COUNTED: tl.constexpr):  # fmt: skip
+    """Writes one token's choice. COUNTED: its experts are added to `load`."""
     at = tl.arange(0, BLOCK)
     place = tl.arange(0, PLACES)
-    enter(PDL)
-    if SORTED:
-        tl.store(count, 0, mask=token == 0)
     row = scores + token.to(tl.int64) * scores_stride
     score = tl.load(row + at, mask=at < EXPERTS, other=float("-inf"))
-    bits = score.to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # as integers as the numbers are
-    left = tl.where(at < EXPERTS, (order << 32) + (BLOCK - 1 - at), -(1 << 63))
-    best = tl.full([PLACES], float("-inf"), tl.float32)
+    left = in_order(score, at, EXPERTS)
+    order = tl.full([PLACES], LEAST, tl.int32)
     expert = tl.zeros([PLACES], tl.int32)
     for number in tl.static_range(TOP):
-        largest = tl.max(left, 0)
-        found = BLOCK - 1 - (largest & 0xFFFFFFFF).to(tl.int32)
-        best = tl.where(place == number, tl.sum(tl.where(at == found, score, 0.0), 0), best)
+        largest, found, left = next_best(left, at, 0, BLOCK)
+        order = tl.where(place == number, largest, order)
         expert = tl.where(place == number, found, expert)
-        left = tl.where(at == found, -(1 << 63), left)
+    bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+    best = tl.where(place < TOP, bits.to(tl.float32, bitcast=True), float("-inf"))
     top = tl.max(best, 0)
     share = tl.where(place < TOP, tl.exp(best - top), 0.0)
     if OF_ALL:
@@ -83,11 +95,24 @@ def _choose(scores, live, chosen, weights, gates, count, load, scores_stride, EX
     to = token.to(tl.int64) * TOP + place
     tl.store(chosen + to, expert, mask=place < TOP)
     tl.store(weights + to, share, mask=place < TOP)
-    if not SORTED:
+    if COUNTED:
         tl.atomic_add(load + expert, tl.full([PLACES], 1, tl.int64), mask=(place < TOP) & (expert >= 0), sem="relaxed")
     if SHARED:
         gate = tl.load(row + EXPERTS)
         tl.store(gates + token, 1 / (1 + tl.exp(-gate)))
+
+
+@triton.jit
+def _choose(scores, live, chosen, weights, gates, count, load, scores_stride, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+            TOP: tl.constexpr, PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr,
+            SHARED: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program is one token. SORTED: `_sort` follows, which counts; it finds no tiles yet."""
+    token = tl.program_id(0)
+    enter(PDL)
+    if SORTED:
+        tl.store(count, 0, mask=token == 0)
+    choose_one(token, scores, live, chosen, weights, gates, load, scores_stride, EXPERTS, BLOCK, TOP, PLACES, OF_ALL,
+               NORMALIZED, LIVE, SHARED, not SORTED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["total", "first_held"])
@@ -96,12 +121,14 @@ def _sort(chosen, pairs, tiles, count, load, total, first_held, HELD: tl.constex
     """One program is one expert of the model. Tiles lie in whatever order experts come in, which no result depends on."""
     expert = tl.program_id(0)
     enter(PDL)
-    before, mine = 0, 0
+    befores = tl.zeros([BLOCK], tl.int32)
+    mines = befores
     for start in range(0, total, BLOCK):
         at = start + tl.arange(0, BLOCK)
         whose = tl.load(chosen + at, mask=at < total, other=-1)
-        before += tl.sum(((whose >= first_held) & (whose < expert)).to(tl.int32), 0)
-        mine += tl.sum((whose == expert).to(tl.int32), 0)
+        befores += ((whose >= first_held) & (whose < expert)).to(tl.int32)
+        mines += (whose == expert).to(tl.int32)
+    before, mine = tl.sum(befores, 0), tl.sum(mines, 0)
     tl.store(load + expert, tl.load(load + expert) + mine)
     held = expert - first_held
     if (mine > 0) & (held >= 0) & (held < HELD):
@@ -161,7 +188,7 @@ def route(
     choice = _launch_choose(scores, load, rule, count, live, pdl)
     if tokens:
         pdl = pdl and not interpreted()
-        at_once = LEAST_PAIRS if total <= LEAST_PAIRS else SOME_PAIRS if total <= SOME_PAIRS else MOST_PAIRS
+        at_once = next((size for size in PAIRS_AT_ONCE if total <= size), PAIRS_AT_ONCE[-1])
         _sort[(experts,)](
             choice.chosen, pairs, tiles, count, load, total, first_held, HELD=held, SIZE=size, BLOCK=at_once, PDL=pdl,
             num_warps=warps_for(at_once), launch_pdl=pdl,

@@ -1,8 +1,14 @@
 """The experts of up to 4 tokens: multiplies and adds in float32 while each pair's matrices stream through registers.
 
-Two launches: gate and up of each pair, of the norm of x, with SwiGLU; then down of a token's pairs, times their weights and
-added up in their order, with the residual. Nothing is sorted, and only the chosen experts are read, by several tokens now and
-then twice.
+Two launches, from the router's scores to the sum: gate and up of each pair, of the norm of x, with SwiGLU; then down of a
+token's pairs, times their weights and added up, with the residual. Every program finds its experts by itself, which takes less
+than to wait for a launch that does; some write down the choice for those who come later. Nothing is sorted, and only the chosen
+experts are read, by several tokens now and then twice.
+
+    scores ─ wait ─ up:   choice ─ rows of gate and up ─ act
+                   └ down: choice ─ first rows of down ─ wait ─ act ─ the other rows ─ residual
+
+`up` waits for the scores before it lets `down` start, so that `down` may read them before it waits for `up`.
 Imports torch and triton.
 """
 
@@ -11,113 +17,171 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.experts.grouped import Clamp
-from workers.kernels.experts.route import Choice
-from workers.kernels.launch import enter, interpreted
+from workers.kernels.experts.gating import Clamp, activated
+from workers.kernels.experts.route import Choice, Rule, choose_one, in_order, next_best
+from workers.kernels.launch import enter_last, fetch_rows, interpreted
 
 FEW_TOKENS = 4
-MOST_COLUMNS = 2048
-MOST_UNROLLED = 32  # turns
+WARPS = tl.constexpr(4)  # of a program
+ROWS = tl.constexpr(4)  # that a program takes: of gate, and as many of up; of down, each of all of a token's experts
+MOST_COLUMNS = 2048  # that `_up` takes at a time
+MOST_HELD = 3  # turns of `_down` whose W is in registers before it waits
+MOST_UNROLLED = 8  # turns of `_down`
+
+
+def choose_columns(k: int) -> int:
+    """That `_down` takes at a time of each of a token's experts, by shape alone. k: the numbers of a row."""
+    return next((size for size in (256, 128) if k % size == 0), min(256, int(triton.next_power_of_2(k))))
 
 
 @triton.jit
-def _eights(products, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] -> sums of eight neighbours, which one thread holds."""
-    return tl.sum(tl.reshape(products, [ROWS, COLUMNS // 8, 8]), 2)
+def _eights(products, A: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr):
+    """[A, B, COLUMNS] -> sums of eight neighbours, which one thread holds."""
+    return tl.sum(tl.reshape(products, [A, B, COLUMNS // 8, 8]), 3)
 
 
 @triton.jit
-def _rows(base, rows, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """W[rows, columns] in float32, zero beyond K."""
-    at = base + rows.to(tl.int64)[:, None] * K + columns[None, :]
-    if K % COLUMNS == 0:
-        return tl.load(at, eviction_policy="evict_first").to(tl.float32)
-    return tl.load(at, mask=(columns < K)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+def _numbers(at, there, MASKED: tl.constexpr):
+    """Of W, in float32, zero where MASKED and not there."""
+    if MASKED:
+        return tl.load(at, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return tl.load(at, eviction_policy="evict_first").to(tl.float32)
 
 
 @triton.jit
-def _up(x, norm_weight, weight, bias, chosen, out, x_stride, eps, alpha, limit, N: tl.constexpr, K: tl.constexpr,
-        TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr,
-        BIAS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of gate and as many of up, of one pair."""
+def _left(scores, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's scores in their order, whole in each warp: [WARPS, BLOCK], and whose they are. Past the L1 cache."""
+    at = tl.arange(0, BLOCK)[None, :] + tl.zeros([WARPS, 1], tl.int32)
+    score = tl.load(scores + at, mask=at < EXPERTS, other=float("-inf"), cache_modifier=".cg")
+    return in_order(score, at, EXPERTS), at
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _up(x, norm_weight, weight, bias, scores, live, chosen, weights, gates, load, out, x_stride, scores_stride, tokens, eps,
+        alpha, limit, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+        PLACES: tl.constexpr, OF_ALL: tl.constexpr, NORMALIZED: tl.constexpr, LIVE: tl.constexpr, SHARED: tl.constexpr,
+        COLUMNS: tl.constexpr, IN_TURNS: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr,
+        PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of gate and as many of up, of one pair. Each of the first: a token's choice."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
-    pair = tl.program_id(0) // BLOCKS
-    row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
-    safe = tl.minimum(row, N - 1)
-    one = 2 * safe if IN_TURNS else safe
-    other = one + 1 if IN_TURNS else one + N
-    enter(PDL)
-    expert = tl.load(chosen + pair).to(tl.int64)
-    if expert < 0:
+    WHOLE: tl.constexpr = K <= COLUMNS
+    enter_last(PDL)
+    if tl.program_id(0) < tokens:
+        choose_one(tl.program_id(0), scores, live, chosen, weights, gates, load, scores_stride, EXPERTS, BLOCK, TOP, PLACES,
+                   OF_ALL, NORMALIZED, LIVE, SHARED, True)  # fmt: skip
         return
-    base = weight + expert * (2 * N * K)
-    source = x + (pair // TOP).to(tl.int64) * x_stride
-    gates = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
-    ups = gates
+    number = tl.program_id(0) - tokens
+    pair = number // BLOCKS
+    token = (pair // TOP).to(tl.int64)
+    if LIVE:
+        real = tl.load(live + token)
+        if real == 0:
+            return
+    column = tl.arange(0, COLUMNS)
+    source = x + token * x_stride
     squares = tl.zeros([COLUMNS], tl.float32)
-    for start in tl.range(0, K, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        a = tl.load(source + column, mask=column < K, other=0.0).to(tl.float32)
-        squares += a * a
-        a *= tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
-        gates += _eights(_rows(base, one, column, K, COLUMNS) * a[None, :], ROWS, COLUMNS)
-        ups += _eights(_rows(base, other, column, K, COLUMNS) * a[None, :], ROWS, COLUMNS)
+    for start in tl.static_range(0, K, COLUMNS):
+        plain = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+        squares += plain * plain
+    whole = plain * tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
+
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    found = tl.zeros([WARPS, 1], tl.int32)
+    for _ in range(pair % TOP + 1):
+        _, found, left = next_best(left, at, 1, BLOCK)
+    expert = tl.max(tl.max(found, 1), 0).to(tl.int64)
+    base = weight + expert * (2 * N * K)
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    gate = tl.sum(gates, 1) * scale
-    up = tl.sum(ups, 1) * scale
+
+    half = tl.arange(0, 2)[:, None]
+    row = number % BLOCKS * ROWS + tl.arange(0, ROWS)
+    safe = tl.minimum(row, N - 1)[None, :]
+    rows = 2 * safe + half if IN_TURNS else safe + half * N
+    tile_at = base + rows.to(tl.int64)[:, :, None] * K
+    sums = tl.zeros([2, ROWS, COLUMNS // 8], tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        a = whole
+        if not WHOLE:
+            a = tl.load(source + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+            a *= tl.load(norm_weight + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+        now = (start + column)[None, None, :]
+        tile = _numbers(tile_at + now, now < K, K % COLUMNS != 0)
+        sums += _eights(tile * a[None, None, :], 2, ROWS, COLUMNS)
+    total = tl.sum(sums, 2) * scale
     if BIAS:
-        gate += tl.load(bias + expert * (2 * N) + one).to(tl.float32)
-        up += tl.load(bias + expert * (2 * N) + other).to(tl.float32)
-    if CLAMPED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1
-        gate = gate / (1 + tl.exp(-alpha * gate))
-    else:
-        gate = gate / (1 + tl.exp(-gate))
-    tl.store(out + pair.to(tl.int64) * N + row, (gate * up).to(out.dtype.element_ty), mask=row < N)
+        total += tl.load(bias + expert * (2 * N) + rows).to(tl.float32)
+    gate = tl.sum(tl.where(half == 0, total, 0.0), 0)
+    up = tl.sum(tl.where(half == 1, total, 0.0), 0)
+    act = activated(gate, up, alpha, limit, CLAMPED).to(out.dtype.element_ty)
+    tl.store(out + pair.to(tl.int64) * N + row, act, mask=row < N)
 
 
 @triton.jit
-def _turn(sums, x, weight, chosen, shares, pair, start, rows, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):  # fmt: skip
-    """Adds what COLUMNS numbers of one pair give to the sums, times the pair's weight; of padding nothing."""
-    expert = tl.load(chosen + pair)
-    share = tl.where(expert < 0, 0.0, tl.load(shares + pair))
-    column = start + tl.arange(0, COLUMNS)
-    real = tl.where(expert < 0, 0, K)
-    a = tl.load(x + pair * K + column, mask=column < real, other=0.0).to(tl.float32) * share
-    base = weight + tl.maximum(expert, 0).to(tl.int64) * (N * K)
-    return sums + _eights(_rows(base, rows, column, K, COLUMNS) * a[None, :], ROWS, COLUMNS)
+def _turn(x, tile, shares, first_pair, start, K: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr, COLUMNS: tl.constexpr):
+    """What COLUMNS numbers of each of a token's pairs give, times the pairs' weights: [ROWS, PLACES, COLUMNS / 8]."""
+    place, column = tl.arange(0, PLACES)[:, None], start + tl.arange(0, COLUMNS)[None, :]
+    a = tl.load(x + (first_pair + place) * K + column, mask=(place < TOP) & (column < K), other=0.0).to(tl.float32)
+    return _eights(tile * (a * shares[:, None])[None, :, :], ROWS, PLACES, COLUMNS)
 
 
 @triton.jit
-def _down(x, weight, bias, chosen, shares, gates, shared, out, shared_stride, out_stride, N: tl.constexpr, K: tl.constexpr,
-          TOP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr,
-          SHARED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program: ROWS rows of one token, over all of its experts."""
+def _tile(base, start, K: tl.constexpr, COLUMNS: tl.constexpr):
+    column = start + tl.arange(0, COLUMNS)[None, None, :]
+    return _numbers(base + column, column < K, K % COLUMNS != 0)
+
+
+@triton.jit
+def _down(x, weight, bias, scores, chosen, weights, gates, shared, out, scores_stride, shared_stride, out_stride,
+          N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, TOP: tl.constexpr, PLACES: tl.constexpr,
+          COLUMNS: tl.constexpr, HELD: tl.constexpr, UNROLLED: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
+    """One program: ROWS rows of one token, over all of its experts. What it has of W before it waits depends on the scores
+    alone, which `_up` has waited for before this one may start."""
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
-    TURNS: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
     row = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(row, N - 1)
-    enter(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    left, at = _left(scores + token * scores_stride, EXPERTS, BLOCK)
+    place = tl.arange(0, PLACES)
+    experts = tl.zeros([WARPS, PLACES], tl.int32)
+    for number in tl.static_range(TOP):
+        _, found, left = next_best(left, at, 1, BLOCK)
+        experts = tl.where(place[None, :] == number, found, experts)
+    expert = tl.max(experts, 0)
+    rows = expert.to(tl.int64)[None, :] * N + safe[:, None]
+    base = weight + rows[:, :, None] * K
+    tile0 = _tile(base, 0, K, COLUMNS)
+    if HELD > 1:
+        tile1 = _tile(base, COLUMNS, K, COLUMNS)
+    if HELD > 2:
+        tile2 = _tile(base, 2 * COLUMNS, K, COLUMNS)
+    if PDL:
+        if HELD * COLUMNS < K:
+            fetch_rows(weight + HELD * COLUMNS, tl.reshape(rows, [ROWS * PLACES]), K, K - HELD * COLUMNS)
+        tl.extra.cuda.gdc_wait()
+
     if tl.load(chosen + token * TOP) < 0:
         return
-    sums = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
+    shares = tl.load(weights + token * TOP + place, mask=place < TOP, other=0.0)
+    sums = _turn(x, tile0, shares, token * TOP, 0, K, TOP, PLACES, COLUMNS)
+    if HELD > 1:
+        sums += _turn(x, tile1, shares, token * TOP, COLUMNS, K, TOP, PLACES, COLUMNS)
+    if HELD > 2:
+        sums += _turn(x, tile2, shares, token * TOP, 2 * COLUMNS, K, TOP, PLACES, COLUMNS)
     if UNROLLED:
-        for turn in tl.static_range(TOP * TURNS):
-            sums = _turn(sums, x, weight, chosen, shares, token * TOP + turn // TURNS, turn % TURNS * COLUMNS, safe, N, K, ROWS,
-                         COLUMNS)  # fmt: skip
+        for start in tl.static_range(HELD * COLUMNS, K, COLUMNS):
+            tile = _tile(base, start, K, COLUMNS)
+            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
     else:
-        for turn in tl.range(0, TOP * TURNS, num_stages=4):
-            sums = _turn(sums, x, weight, chosen, shares, token * TOP + turn // TURNS, turn % TURNS * COLUMNS, safe, N, K, ROWS,
-                         COLUMNS)  # fmt: skip
-    total = tl.sum(sums, 1)
+        for start in tl.range(HELD * COLUMNS, K, COLUMNS, num_stages=4):
+            tile = _tile(base, start, K, COLUMNS)
+            sums += _turn(x, tile, shares, token * TOP, start, K, TOP, PLACES, COLUMNS)
+    total = tl.sum(tl.sum(sums, 2), 1)
     if BIAS:
-        for number in tl.static_range(TOP):
-            pair = token * TOP + number
-            at = bias + tl.load(chosen + pair).to(tl.int64) * N + safe
-            total += tl.load(shares + pair) * tl.load(at).to(tl.float32)
+        parts = tl.load(bias + rows, mask=(place < TOP)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(parts * shares[None, :], 1)
     if SHARED:
         total += tl.load(gates + token) * tl.load(shared + token * shared_stride + safe).to(tl.float32)
     to = out + token * out_stride + row
@@ -126,43 +190,50 @@ def _down(x, weight, bias, chosen, shares, gates, shared, out, shared_stride, ou
 
 
 def few_up(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, choice: Choice, *, bias: Tensor | None = None,
-    in_turns: bool = False, clamp: Clamp | None = None, pdl: bool = False,
-) -> Tensor:  # fmt: skip
-    """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K] contiguous, bias [experts, 2 * N] -> SwiGLU of
-    each pair, [tokens * per_token, N]; of padding undefined."""
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scores: Tensor, load: Tensor, rule: Rule, *,
+    live: Tensor | None = None, bias: Tensor | None = None, in_turns: bool = False, clamp: Clamp | None = None,
+    pdl: bool = False,
+) -> tuple[Tensor, Choice]:  # fmt: skip
+    """x [tokens, K], of which the RMSNorm is taken; weight [experts, 2 * N, K] contiguous, bias [experts, 2 * N]; scores, load,
+    rule, live as `choose` takes them -> SwiGLU of each pair, [tokens * per_token, N], of padding undefined, and the choice."""
     n, k = weight.shape[1] // 2, weight.shape[2]
-    pairs = choice.chosen.numel()
-    out = torch.empty(pairs, n, dtype=x.dtype, device=x.device)
-    columns = min(MOST_COLUMNS, triton.next_power_of_2(k))
-    rows, warps = (4, 8) if columns == MOST_COLUMNS else (4, 4)
+    tokens, experts, top = len(x), len(load), rule.per_token
+    out = torch.empty(tokens * top, n, dtype=x.dtype, device=x.device)
+    chosen = torch.empty(tokens, top, dtype=torch.int32, device=x.device)
+    weights = torch.empty(tokens, top, dtype=torch.float32, device=x.device)
+    gates = torch.empty(tokens, dtype=torch.float32, device=x.device) if scores.shape[1] > experts else None
     pdl = pdl and not interpreted()
-    _up[(pairs * triton.cdiv(n, rows),)](
-        x, norm_weight, weight, weight if bias is None else bias, choice.chosen, out, x.stride(0), eps,
-        clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=k, TOP=choice.per_token, ROWS=rows,
-        COLUMNS=columns, IN_TURNS=in_turns, CLAMPED=clamp is not None, BIAS=bias is not None, PDL=pdl, num_warps=warps,
-        launch_pdl=pdl,
+    _up[(tokens + tokens * top * triton.cdiv(n, ROWS.value),)](
+        x, norm_weight, weight, weight if bias is None else bias, scores, scores if live is None else live, chosen, weights,
+        weights if gates is None else gates, load, out, x.stride(0), scores.stride(0), tokens, eps,
+        clamp.alpha if clamp else 0.0, clamp.limit if clamp else 0.0, N=n, K=k, EXPERTS=experts,
+        BLOCK=triton.next_power_of_2(experts), TOP=top, PLACES=triton.next_power_of_2(top), OF_ALL=rule.of_all,
+        NORMALIZED=rule.normalized, LIVE=live is not None, SHARED=gates is not None,
+        COLUMNS=min(MOST_COLUMNS, triton.next_power_of_2(k)), IN_TURNS=in_turns, CLAMPED=clamp is not None,
+        BIAS=bias is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
     )  # fmt: skip
-    return out
+    return out, Choice(chosen, weights, gates)
 
 
 def few_down(
-    x: Tensor, weight: Tensor, choice: Choice, residual: Tensor, *, bias: Tensor | None = None, shared: Tensor | None = None,
-    pdl: bool = False,
+    x: Tensor, weight: Tensor, choice: Choice, scores: Tensor, residual: Tensor, *, bias: Tensor | None = None,
+    shared: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Adds each token's experts to residual [tokens, N], in float32 and rounded once; padding stays as it was.
 
-    x [tokens * per_token, K] as `few_up` gives it, weight [experts, N, K] contiguous, bias [experts, N]. shared [tokens, N]: is
-    added times `choice.gates`.
+    x [tokens * per_token, K] and the choice as `few_up` gives them, of the same scores; weight [experts, N, K] contiguous, bias
+    [experts, N]. shared [tokens, N]: is added times `choice.gates`.
     """
-    n, k = weight.shape[1:]
-    columns = next((size for size in (512, 256, 128) if k % size == 0), min(512, triton.next_power_of_2(k)))
+    experts, n, k = weight.shape
+    top = choice.per_token
+    columns = choose_columns(k)
+    turns = triton.cdiv(k, columns)
     pdl = pdl and not interpreted()
     added = residual if shared is None else shared
-    turns = choice.per_token * triton.cdiv(k, columns)
-    _down[(len(residual) * triton.cdiv(n, 4),)](
-        x, weight, weight if bias is None else bias, choice.chosen, choice.weights,
-        choice.weights if choice.gates is None else choice.gates, added, residual, added.stride(0), residual.stride(0), N=n,
-        K=k, TOP=choice.per_token, ROWS=4, COLUMNS=columns, UNROLLED=turns <= MOST_UNROLLED, BIAS=bias is not None,
-        SHARED=shared is not None, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    _down[(len(residual) * triton.cdiv(n, ROWS.value),)](
+        x, weight, weight if bias is None else bias, scores, choice.chosen, choice.weights,
+        choice.weights if choice.gates is None else choice.gates, added, residual, scores.stride(0), added.stride(0),
+        residual.stride(0), N=n, K=k, EXPERTS=experts, BLOCK=triton.next_power_of_2(experts), TOP=top,
+        PLACES=triton.next_power_of_2(top), COLUMNS=columns, HELD=min(MOST_HELD, turns), UNROLLED=turns <= MOST_UNROLLED,
+        BIAS=bias is not None, SHARED=shared is not None, PDL=pdl, num_warps=WARPS.value, launch_pdl=pdl,
     )  # fmt: skip

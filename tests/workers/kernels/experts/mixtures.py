@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.kernels.experts.grouped import Clamp
+from workers.kernels.experts.gating import Clamp
 
 
 def exact_route(scores: Tensor, per_token: int, of_all: bool, normalized: bool) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart
 from tests.workers.kernels.experts.mixtures import Weights, exact_route
+from workers.kernels.experts.dense import DenseTiling
 from workers.kernels.experts.grouped import Tiling, add_up, choose_tiling, down, gate_up, tile_size
 from workers.kernels.experts.route import Routing, Rule, route
 
@@ -20,7 +21,7 @@ def _routing(scores: Tensor, size: int = 8, held: int = EXPERTS, first_held: int
 
 
 def _run(
-    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | None = SMALL,
+    x: Tensor, weights: Weights, routing: Routing, first_held: int = 0, tiling: Tiling | DenseTiling | None = SMALL,
     shared: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """first_held: the rank has all from there on."""
@@ -64,11 +65,23 @@ def test_all_tokens_on_one_expert_in_several_tiles(device: str, dtype: torch.dty
 def test_the_fixed_choice(device: str) -> None:
     dtype = torch.float16
     weights = Weights.random(EXPERTS, 64, 128, dtype, device)
-    for tokens in (2, 30):
+    for tokens in (2, 30, 150):
         x, scores = torch.randn(tokens, 128, device=device).to(dtype), torch.randn(tokens, EXPERTS, device=device)
         chosen, shares = exact_route(scores, TOP, True, True)
         routing = _routing(scores, tile_size(tokens, TOP, EXPERTS))
         _close(_run(x, weights, routing, tiling=None), weights.exact_mixture(x, chosen, shares, range(EXPERTS)), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "hidden", "resident"), [(40, 24, 40, False), (70, 64, 128, True)])
+def test_many_tokens_of_each_expert(device: str, clamped: bool, tokens: int, width: int, hidden: int, resident: bool) -> None:
+    dtype = torch.float16
+    weights = Weights.random(EXPERTS, width, hidden, dtype, device, clamped, clamped)
+    x, scores = apart(torch.randn(tokens, hidden, device=device).to(dtype)), torch.randn(tokens, EXPERTS, device=device)
+    chosen, shares = exact_route(scores, TOP, True, True)
+    got = _run(x, weights, _routing(scores, 16), tiling=DenseTiling(32, 32, 4, 3, resident))
+    _close(got, weights.exact_mixture(x, chosen, shares, range(EXPERTS)), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

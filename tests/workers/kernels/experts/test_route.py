@@ -107,8 +107,9 @@ def test_a_rank_sorts_its_own_experts_and_counts_all(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 150])
-def test_all_tokens_on_one_expert(device: str, tokens: int) -> None:
+def test_all_tokens_on_one_expert(device: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a program looks at at a time, too: 150 tokens are 300 pairs."""
+    monkeypatch.setattr("workers.kernels.experts.route.PAIRS_AT_ONCE", (128,))
     scores = torch.full((tokens, 5), -9.0, device=device)
     scores[:, 3], scores[:, 1] = 5.0, 4.0
     routing, load = _route(scores, 5, 2)
