@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from workers.kernels.launch import interpreted
+from workers.kernels.lora.few import LowRank, shrink
 from workers.kernels.norm import rms_norm
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
@@ -43,6 +44,10 @@ class Tiling:
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
 
 
+ADAPTED_WIDE = Tiling(64, 64, 4, 4)
+"""Of products with more outputs than inputs which the library computes where there are no adapters."""
+
+
 def matvec(
     x: Tensor,
     weight: Tensor | Reduced,
@@ -56,6 +61,7 @@ def matvec(
     pdl: bool = False,
     counters: Tensor | None = None,
     config: Tiling | None = None,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
     Weights in fewer bits become numbers in registers: in float32, or in `tiles` as x's dtype has them.
@@ -64,7 +70,8 @@ def matvec(
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
     [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
     zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice
-    of `choose`.
+    of `choose`. low_rank: what adapters add to the product, before SwiGLU; it needs a configuration of `choose_adapted`, and with
+    pdl the product begins while their A is multiplied.
 
     Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
     """
@@ -86,8 +93,10 @@ def matvec(
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
     tiled = config.parts > 0
+    if low_rank is not None and not tiled:
+        raise ValueError("adapters' parts are added by the tensor cores' products: give a configuration of `choose_adapted`")
     if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
-        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
+        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl and low_rank is None), None
     flags = {
         "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
         "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
@@ -109,8 +118,17 @@ def matvec(
             partial = torch.empty(sums, dtype=torch.float32, device=x.device)
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
+        beside: tuple[Tensor, ...] = (x, x, x, x)
+        if low_rank is not None:
+            low = shrink(x, low_rank, norm_weight, padded=padded, overlap=pdl)
+            beside = low, low_rank.b, *low_rank.rows
+            first, second = (*low_rank.parts, 0)[:2]
+            flags |= {
+                "PDL": False, "OVERLAP": pdl, "RANK": low_rank.rank, "LOW": low.shape[2], "FIRST": first, "SECOND": second,
+                "PER": low_rank.together, "SHARES": low.shape[0], "AHEAD": low_rank.ahead and not interpreted(),
+            }  # fmt: skip
         tiles[(programs * config.parts,)](
-            *operands[:7], partial, target if counters is None else counters, *operands[7:], TOKENS=padded,
+            *operands[:7], partial, target if counters is None else counters, *beside, *operands[7:], TOKENS=padded,
             PARTS=config.parts, **flags,
         )  # fmt: skip
     else:
@@ -128,6 +146,24 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu)
+    return _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
+
+
+def choose_adapted(
+    n: int, k: int, tokens: int, dtype: torch.dtype, parts: tuple[int, ...], swiglu: bool = False, bits: int = 16
+) -> Tiling | None:  # fmt: skip
+    """The same for a product to which adapters' parts are added: of the tensor cores' alone. parts: of the output, each with an A
+    of its own."""
+    config = _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
+    if config is None and dtype != torch.float32 and tokens <= MAX_TOKENS:
+        config = _tiling(n, k, ADAPTED_WIDE, WIDE_PROGRAMS)
+    if config is None or (not swiglu and len(parts) > 1 and any(part % config.rows for part in parts)):
+        return None
+    return config
+
+
+def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
+    small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
     if bits == 4:  # the library would need them widened

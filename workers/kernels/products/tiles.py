@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
+from workers.kernels.lora.few import fetch_raising, raised
 from workers.kernels.products.widen import widened
 
 FEW_TURNS = tl.constexpr(2)
@@ -23,15 +24,18 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, tokens, x_stride, weight_stride, out_stride, eps,
-          N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, tokens,
+          x_stride, weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+          GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr = 0,
+          LOW: tl.constexpr = 0, FIRST: tl.constexpr = 0, SECOND: tl.constexpr = 0, PER: tl.constexpr = 1,
+          SHARES: tl.constexpr = 1, OVERLAP: tl.constexpr = False, AHEAD: tl.constexpr = False):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
     counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales, zeros: as
-    in `widen`.
+    in `widen`. RANK: of the adapters whose part is added, 0: none; `low` and what follows as in `lora.few`, where the first
+    part of the output has FIRST rows, the second SECOND; no tile lies in two. OVERLAP: what makes `low` may still run.
     """
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
     EACH: tl.constexpr = 2 if BITS == 4 else 1  # columns of an element of W
@@ -48,6 +52,11 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, t
         if GATED:
             fetch_rows(half + begin // EACH, safe, weight_stride, K // PARTS // EACH)
         tl.extra.cuda.gdc_wait()
+    OUT: tl.constexpr = 2 * N if GATED else N
+    if AHEAD:
+        fetch_raising(low_b, low_listed, block * ROWS, OUT, RANK, PER, ROWS)
+        if GATED:
+            fetch_raising(low_b, low_listed, N + block * ROWS, OUT, RANK, PER, ROWS)
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
@@ -104,6 +113,15 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, t
         total *= tl.load(scales + safe).to(tl.float32)[:, None]
         if GATED:
             up *= tl.load(scales + N + safe).to(tl.float32)[:, None]
+    if RANK > 0:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        part = 0 if GATED else (block * ROWS >= FIRST).to(tl.int32) + (block * ROWS >= FIRST + SECOND).to(tl.int32)
+        total += raised(low, low_b, low_slots, low_listed, token, tokens, safe, part, OUT, LOW, RANK, PER, SHARES, ROWS,
+                        TOKENS)  # fmt: skip
+        if GATED:
+            up += raised(low, low_b, low_slots, low_listed, token, tokens, N + safe, 1, OUT, LOW, RANK, PER, SHARES, ROWS,
+                         TOKENS)  # fmt: skip
     if NORM:
         total *= tl.rsqrt(squares / K + eps)[None, :]
     if BIAS:
