@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.kernels.devices import DEVICES, TOLERANCE, close, exact_norm, gpu
-from workers.kernels.lora.few import LowRank, ShrinkTiling, list_slots
+from workers.kernels.lora.few import NOBODYS, LowRank, ShrinkTiling, list_slots
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import group
 from workers.kernels.products.matvec import Tiling, choose_adapted, matvec
@@ -52,8 +52,9 @@ def test_low_rank_products_of_many_rows(device: str, rows: int) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("slots", MIXES)
 def test_slots_of_few_rows_are_listed(device: str, slots: list[int]) -> None:
-    count, *listed = list_slots(torch.tensor(slots, dtype=torch.int32, device=device), 4).listed.tolist()
-    assert listed[:count] == sorted({*slots} - {NOBODY})
+    few, expected = list_slots(torch.tensor(slots, dtype=torch.int32, device=device), 5), sorted({*slots} - {NOBODY})
+    assert few.count.tolist() == [len(expected)]
+    assert few.listed.tolist() == expected + [NOBODYS.value] * (8 - len(expected))
 
 
 @dataclass(frozen=True)

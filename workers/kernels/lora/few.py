@@ -2,7 +2,7 @@
 product itself (`products.tiles`).
 
     low[token]  = A[slot of token] x[token]     `shrink`: A of every adapter that is there, as rows of one matrix
-    sums[token] += B[slot of token] low[token]  `raised`, at the end of the product: B side by side, as further columns of its
+    sums[token] += B[slot of token] low[token]  `raise_by`, at the end of the product: B side by side, as further columns of its
                                                 weight; the numbers that they meet are zero where the token is another's
 
 Tensor cores multiply each adapter's weights by all tokens, which costs nothing beside the bytes. Zeros hide what is finite
@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from workers.kernels.launch import interpreted
+
 MOST_SHARES, LEAST_SHARE = 4, 1024
 """Of x, among the programs of `shrink`."""
 
-WIDEST = 64
+WIDEST, LEAST_RANK = 64, 16
 TOGETHER = 128
 """Columns of B that are multiplied at a time, of several adapters where ranks are low."""
 
@@ -33,21 +35,25 @@ LINE_BYTES = tl.constexpr(128)
 
 
 class FewRows(NamedTuple):
-    """slots: [rows] int32, each row's; negative: none. listed: [1 + count] int32: how many slots have rows, then which."""
+    """slots: [rows] int32, each row's; negative: none. listed: [slots or more] int32, those that have rows, then NOBODYS. count:
+    [1] int32, of those that have."""
 
     slots: Tensor
     listed: Tensor
+    count: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTiling:
-    """width: rows of A that a program takes, of which as many make the rank. columns: of x in a step. shares: of x."""
+    """width: rows of A that a program takes, of which as many make the rank. columns: of x in a step. shares: of x.
+    early: it is launched while what comes before still runs."""
 
     width: int
     columns: int
     shares: int
     stages: int = 4
     warps: int = 4
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class LowRank:
     """What the adapters of few rows add to a product.
 
     a: [slots, parts * rank, in], b: [slots, out, rank], finite; rank: a power of two from 16 on. parts: of `out`, up to three,
-    each with an A of its own. tiling: replaces the fixed one. ahead: B is asked for when the product begins.
+    each with an A of its own. tiling: replaces the fixed one. ahead: B is brought into the L2 cache meanwhile.
     """
 
     a: Tensor
@@ -76,38 +82,40 @@ class LowRank:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _list(slots, listed, rows, PADDED: tl.constexpr, ROWS: tl.constexpr):
+def _list(slots, listed, count, rows, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """One program. PADDED: slots, or more; ROWS: rows, or more."""
     row, slot = tl.arange(0, ROWS), tl.arange(0, PADDED)
     own = tl.load(slots + row, mask=row < rows, other=-1)
     there = tl.max((own[None, :] == slot[:, None]).to(tl.int32), 1)
-    tl.store(listed + tl.cumsum(there, 0), slot, mask=there > 0)
-    tl.store(listed, tl.sum(there, 0))
+    before, found = tl.cumsum(there, 0) - there, tl.sum(there, 0)
+    tl.store(listed + tl.where(there > 0, before, found + slot - before), tl.where(there > 0, slot, NOBODYS))
+    tl.store(count, found)
 
 
 def list_slots(slots: Tensor, count: int) -> FewRows:
     """slots: [rows] int32 of few rows; negative: it has no adapter. count: of slots that there are. No wait on the host."""
-    listed = torch.empty(count + 1, dtype=torch.int32, device=slots.device)
-    _list[(1,)](
-        slots, listed, len(slots), PADDED=triton.next_power_of_2(count), ROWS=triton.next_power_of_2(max(1, len(slots)))
-    )
-    return FewRows(slots, listed)
+    padded = max(TOGETHER // LEAST_RANK, int(triton.next_power_of_2(count)))
+    listed, found = (torch.empty(size, dtype=torch.int32, device=slots.device) for size in (padded, 1))
+    _list[(1,)](slots, listed, found, len(slots), PADDED=padded, ROWS=triton.next_power_of_2(max(1, len(slots))))
+    return FewRows(slots, listed, found)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _shrink(x, norm_weight, a, low, slots, listed, tokens, x_stride, K: tl.constexpr, LOW: tl.constexpr, TOKENS: tl.constexpr,
-            WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
+def _shrink(x, norm_weight, a, b, low, slots, listed, count, tokens, x_stride, K: tl.constexpr, OUT: tl.constexpr,
+            LOW: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+            SHARES: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, AHEAD: tl.constexpr,
             OVERLAP: tl.constexpr):  # fmt: skip
-    """One program: WIDTH rows of one adapter's A times all tokens, over a share of x. Writes its own tokens' alone."""
+    """One program: WIDTH rows of one adapter's A times all tokens, over a share of x."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     tiles: tl.constexpr = LOW // WIDTH
     place = tl.program_id(0) // tiles
-    if place >= tl.load(listed):
+    slot = tl.load(listed + place)
+    if slot < 0:
         return
-    slot = tl.load(listed + 1 + place)
-    n = tl.program_id(0) % tiles * WIDTH + tl.arange(0, WIDTH)
+    tile = tl.program_id(0) % tiles
+    n = tile * WIDTH + tl.arange(0, WIDTH)
     token = tl.arange(0, TOKENS)
     there = token < tokens
     begin = tl.program_id(1) * (K // SHARES)
@@ -121,24 +129,44 @@ def _shrink(x, norm_weight, a, low, slots, listed, tokens, x_stride, K: tl.const
         if NORM:
             part = (part.to(tl.float32) * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(part.dtype)
         sums = tl.dot(weight, part, sums)
-    own = there & (tl.load(slots + token, mask=there, other=-1) == slot)
-    at = low + (tl.program_id(1) * tokens + token).to(tl.int64)[None, :] * LOW + n[:, None]
-    tl.store(at, sums, mask=own[None, :])
+    tl.store(low + (tl.program_id(1) * LOW + n)[:, None] * TOKENS + token[None, :], sums, mask=_own(slots, slot, token, there))
+    if AHEAD:
+        _fetch(b + slot.to(tl.int64) * (OUT * RANK), tile * SHARES + tl.program_id(1), OUT * RANK, tiles * SHARES)
+
+
+@triton.jit
+def _own(slots, slot, token, there):
+    return (there & (tl.load(slots + token, mask=there, other=-1) == slot))[None, :]
+
+
+@triton.jit
+def _fetch(base, part, COUNT: tl.constexpr, PARTS: tl.constexpr):
+    """Asks for one of PARTS parts of COUNT numbers to be brought into the L2 cache, without waiting for them."""
+    line: tl.constexpr = LINE_BYTES * 8 // base.dtype.element_ty.primitive_bitwidth
+    each: tl.constexpr = (COUNT + line * PARTS - 1) // (line * PARTS)
+    STEP: tl.constexpr = 128
+    for first in range(0, each, STEP):
+        index = tl.minimum(first + tl.arange(0, STEP), each - 1)
+        at = base + tl.minimum((part * each + index) * line, COUNT - 1)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+                                  is_pure=False, pack=1)  # fmt: skip
 
 
 def shrink(
     x: Tensor, low_rank: LowRank, norm_weight: Tensor | None = None, *, padded: int, overlap: bool = False
 ) -> Tensor:  # fmt: skip
-    """x [tokens, in] -> [shares, tokens, parts * rank] float32, whose sum over the shares is A x of each token's adapter; of
+    """x [tokens, in] -> [shares, parts * rank, padded] float32, whose sum over the shares is A x of each token's adapter; of
     tokens without one, anything. norm_weight [in]: x is first multiplied by it. padded: tokens, or more. overlap: the next
     launch may begin meanwhile."""
-    (tokens, k), (slots, width) = x.shape, low_rank.a.shape[:2]
+    (tokens, k), (slots, width), out = x.shape, low_rank.a.shape[:2], low_rank.b.shape[1]
     tiling = low_rank.tiling or shrink_tiling(k, low_rank.rank)
-    low = torch.empty(tiling.shares, tokens, width, dtype=torch.float32, device=x.device)
+    low = torch.empty(tiling.shares, width, padded, dtype=torch.float32, device=x.device)
     _shrink[(min(slots, tokens) * (width // tiling.width), tiling.shares)](
-        x, x if norm_weight is None else norm_weight, low_rank.a, low, *low_rank.rows, tokens, x.stride(0), K=k, LOW=width,
-        TOKENS=padded, WIDTH=tiling.width, COLUMNS=tiling.columns, SHARES=tiling.shares, STAGES=tiling.stages,
-        NORM=norm_weight is not None, OVERLAP=overlap, num_warps=tiling.warps,
+        x, x if norm_weight is None else norm_weight, low_rank.a, low_rank.b, low, *low_rank.rows, tokens, x.stride(0), K=k,
+        OUT=out, LOW=width, RANK=low_rank.rank, TOKENS=padded, WIDTH=tiling.width, COLUMNS=tiling.columns,
+        SHARES=tiling.shares, STAGES=tiling.stages, NORM=norm_weight is not None,
+        AHEAD=low_rank.ahead and not interpreted(), OVERLAP=overlap, num_warps=tiling.warps,
+        launch_pdl=overlap and tiling.early,
     )  # fmt: skip
     return low
 
@@ -151,39 +179,32 @@ def shrink_tiling(k: int, rank: int) -> ShrinkTiling:
 
 
 @triton.jit
-def fetch_raising(b, listed, first_row, OUT: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr):
-    """Asks for ROWS rows from first_row on of every listed adapter's B to be brought into the L2 cache."""
-    size: tl.constexpr = LINE_BYTES * 8 // b.dtype.element_ty.primitive_bitwidth
-    lines: tl.constexpr = (ROWS * RANK + size - 1) // size
-    inside = tl.minimum(first_row * RANK + tl.arange(0, lines) * size, OUT * RANK - 1)
-    count = tl.load(listed)
-    for first in tl.range(0, count, PER, num_stages=1):
-        slot = tl.load(listed + 1 + tl.minimum(first + tl.arange(0, PER), count - 1))
-        at = b + slot.to(tl.int64)[:, None] * (OUT * RANK) + inside[None, :]
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-                                  is_pure=False, pack=1)  # fmt: skip
+def of_tokens(slots, listed, token, tokens, PER: tl.constexpr):
+    """The slot of each token, and the first PER that are listed."""
+    return tl.load(slots + token, mask=token < tokens, other=-1), tl.load(listed + tl.arange(0, PER))
 
 
 @triton.jit
-def raised(low, b, slots, listed, token, tokens, rows, part, OUT: tl.constexpr, LOW: tl.constexpr, RANK: tl.constexpr,
-           PER: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
-    """B low of each token's adapter, of rows [ROWS] of `out`, which are of one part: [ROWS, TOKENS] in float32."""
-    there = token < tokens
-    r = tl.arange(0, RANK)
-    at = low + token.to(tl.int64)[None, :] * LOW + (part * RANK + r)[:, None]
-    narrow = tl.zeros([RANK, TOKENS], tl.float32)
-    for share in tl.static_range(SHARES):
-        narrow += tl.load(at + share * tokens * LOW, mask=there[None, :], other=0.0, cache_modifier=".cg")
-    narrow = narrow.to(b.dtype.element_ty)
-    nought = tl.zeros([RANK, TOKENS], b.dtype.element_ty)
-    own = tl.load(slots + token, mask=there, other=-1)
-    sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    count = tl.load(listed)
-    for first in tl.range(0, count, PER, num_stages=1):
-        index = first + tl.arange(0, PER)
-        slot = tl.load(listed + 1 + index, mask=index < count, other=NOBODYS)
-        b_at = slot.to(tl.int64)[None, :, None] * (OUT * RANK) + rows.to(tl.int64)[:, None, None] * RANK + r[None, None, :]
-        weight = tl.load(b + b_at, mask=(slot >= 0)[None, :, None], other=0.0)
-        mine = tl.where(slot[:, None, None] == own[None, None, :], narrow[None, :, :], nought[None, :, :])
-        sums = tl.dot(tl.reshape(weight, [ROWS, PER * RANK]), tl.reshape(mine, [PER * RANK, TOKENS]), sums)
+def side(b, slot, rows, OUT: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr, ROWS: tl.constexpr):
+    """Rows [ROWS] of the B of the PER slots, one beside the other; zeros for slots that are none."""
+    at = slot.to(tl.int64)[None, :, None] * (OUT * RANK) + rows.to(tl.int64)[:, None, None] * RANK
+    weight = tl.load(b + at + tl.arange(0, RANK)[None, None, :], mask=(slot >= 0)[None, :, None], other=0.0)
+    return tl.reshape(weight, [ROWS, PER * RANK])
+
+
+@triton.jit
+def narrowed(low, part, LOW: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, TOKENS: tl.constexpr):
+    """What `shrink` has left of one part: [RANK, TOKENS] in float32."""
+    at = low + (part * RANK + tl.arange(0, RANK))[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    sums = tl.load(at, cache_modifier=".cg")
+    for share in tl.static_range(1, SHARES):
+        sums += tl.load(at + share * LOW * TOKENS, cache_modifier=".cg")
     return sums
+
+
+@triton.jit
+def raise_by(sums, weight, narrow, slot, own, RANK: tl.constexpr, PER: tl.constexpr, TOKENS: tl.constexpr):
+    """Adds weight [ROWS, PER * RANK] times what each token has of its own slot to sums [ROWS, TOKENS]."""
+    narrow = narrow.to(weight.dtype)
+    mine = tl.where(slot[:, None, None] == own[None, None, :], narrow[None, :, :], tl.zeros_like(narrow)[None, :, :])
+    return tl.dot(weight, tl.reshape(mine, [PER * RANK, TOKENS]), sums)

@@ -118,14 +118,14 @@ def matvec(
             partial = torch.empty(sums, dtype=torch.float32, device=x.device)
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
-        beside: tuple[Tensor, ...] = (x, x, x, x)
+        beside: tuple[Tensor, ...] = (x, x, x, x, x)
         if low_rank is not None:
             low = shrink(x, low_rank, norm_weight, padded=padded, overlap=pdl)
             beside = low, low_rank.b, *low_rank.rows
             first, second = (*low_rank.parts, 0)[:2]
             flags |= {
-                "PDL": False, "OVERLAP": pdl, "RANK": low_rank.rank, "LOW": low.shape[2], "FIRST": first, "SECOND": second,
-                "PER": low_rank.together, "SHARES": low.shape[0], "AHEAD": low_rank.ahead and not interpreted(),
+                "PDL": False, "OVERLAP": pdl, "RANK": low_rank.rank, "LOW": low.shape[1], "FIRST": first, "SECOND": second,
+                "PER": low_rank.together, "SHARES": low.shape[0],
             }  # fmt: skip
         tiles[(programs * config.parts,)](
             *operands[:7], partial, target if counters is None else counters, *beside, *operands[7:], TOKENS=padded,

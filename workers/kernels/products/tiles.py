@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.lora.few import fetch_raising, raised
+from workers.kernels.lora.few import narrowed, of_tokens, raise_by, side
 from workers.kernels.products.widen import widened
 
 FEW_TURNS = tl.constexpr(2)
@@ -24,12 +24,12 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, tokens,
-          x_stride, weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, low_count,
+          tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
           GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr = 0,
           LOW: tl.constexpr = 0, FIRST: tl.constexpr = 0, SECOND: tl.constexpr = 0, PER: tl.constexpr = 1,
-          SHARES: tl.constexpr = 1, OVERLAP: tl.constexpr = False, AHEAD: tl.constexpr = False):  # fmt: skip
+          SHARES: tl.constexpr = 1, OVERLAP: tl.constexpr = False):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
@@ -52,11 +52,9 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         if GATED:
             fetch_rows(half + begin // EACH, safe, weight_stride, K // PARTS // EACH)
         tl.extra.cuda.gdc_wait()
-    OUT: tl.constexpr = 2 * N if GATED else N
-    if AHEAD:
-        fetch_raising(low_b, low_listed, block * ROWS, OUT, RANK, PER, ROWS)
-        if GATED:
-            fetch_raising(low_b, low_listed, N + block * ROWS, OUT, RANK, PER, ROWS)
+    if RANK > 0:
+        own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
+        listed = tl.load(low_count)
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
@@ -114,14 +112,24 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         if GATED:
             up *= tl.load(scales + N + safe).to(tl.float32)[:, None]
     if RANK > 0:
+        OUT: tl.constexpr = 2 * N if GATED else N
+        b_tile = side(low_b, slot, safe, OUT, RANK, PER, ROWS)
+        if GATED:
+            b_other = side(low_b, slot, N + safe, OUT, RANK, PER, ROWS)
         if OVERLAP:
             tl.extra.cuda.gdc_wait()
         part = 0 if GATED else (block * ROWS >= FIRST).to(tl.int32) + (block * ROWS >= FIRST + SECOND).to(tl.int32)
-        total += raised(low, low_b, low_slots, low_listed, token, tokens, safe, part, OUT, LOW, RANK, PER, SHARES, ROWS,
-                        TOKENS)  # fmt: skip
+        narrow = narrowed(low, part, LOW, RANK, SHARES, TOKENS)
+        total = raise_by(total, b_tile, narrow, slot, own, RANK, PER, TOKENS)
         if GATED:
-            up += raised(low, low_b, low_slots, low_listed, token, tokens, N + safe, 1, OUT, LOW, RANK, PER, SHARES, ROWS,
-                         TOKENS)  # fmt: skip
+            narrow_up = narrowed(low, 1, LOW, RANK, SHARES, TOKENS)
+            up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
+        for first in tl.range(PER, listed, PER, num_stages=1):
+            more = tl.load(low_listed + first + tl.arange(0, PER))
+            total = raise_by(total, side(low_b, more, safe, OUT, RANK, PER, ROWS), narrow, more, own, RANK, PER, TOKENS)
+            if GATED:
+                beside = side(low_b, more, N + safe, OUT, RANK, PER, ROWS)
+                up = raise_by(up, beside, narrow_up, more, own, RANK, PER, TOKENS)
     if NORM:
         total *= tl.rsqrt(squares / K + eps)[None, :]
     if BIAS:
