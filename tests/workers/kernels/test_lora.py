@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.kernels.devices import DEVICES, TOLERANCE, close, exact_norm, gpu
-from workers.kernels.lora.few import NOBODYS, LowRank, ShrinkTiling, list_slots
+from workers.kernels.lora.few import NOBODYS, FewRows, LowRank, ShrinkTiling, list_slots
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import group
 from workers.kernels.products.matvec import Tiling, choose_adapted, matvec
@@ -53,7 +53,7 @@ def test_low_rank_products_of_many_rows(device: str, rows: int) -> None:
 @pytest.mark.parametrize("slots", MIXES)
 def test_slots_of_few_rows_are_listed(device: str, slots: list[int]) -> None:
     few, expected = list_slots(torch.tensor(slots, dtype=torch.int32, device=device), 5), sorted({*slots} - {NOBODY})
-    assert few.count.tolist() == [len(expected)]
+    assert few.present.tolist() == [len(expected)]
     assert few.listed.tolist() == expected + [NOBODYS.value] * (8 - len(expected))
 
 
@@ -127,7 +127,8 @@ def _exact(
     for row, slot in enumerate(slots):
         if slot != NOBODY:
             low = (a[slot].double() @ wide[row]).view(len(around.parts), around.rank)
-            product[row] += torch.cat([w @ v for w, v in zip(b[slot].double().split(around.parts), low, strict=True)])
+            of_parts = b[slot].double().split_with_sizes(around.parts)
+            product[row] += torch.cat([w @ v for w, v in zip(of_parts, low, strict=True)])
     if around.swiglu:
         gate, up = product.chunk(2, -1)
         product = torch.nn.functional.silu(gate) * up
@@ -135,17 +136,17 @@ def _exact(
 
 
 def test_what_products_with_adapters_are_given() -> None:
-    def rows(*shape: int, parts: tuple[int, ...], swiglu: bool = False) -> int | None:
-        config = choose_adapted(*shape, 32, torch.bfloat16, parts, swiglu)
+    def rows(n: int, k: int, parts: tuple[int, ...], swiglu: bool = False) -> int | None:
+        config = choose_adapted(n, k, 32, torch.bfloat16, parts, swiglu)
         return None if config is None else config.rows
 
     assert all(rows(n, k, parts=parts) for n, k, parts in [(6144, 4096, (4096, 1024, 1024)), (4096, 12288, (4096,))])
     assert rows(12288, 4096, parts=(12288, 12288), swiglu=True)
     assert rows(96, 4096, parts=(48, 24, 24)) is None, "a tile would lie in two parts"
     assert choose_adapted(4096, 4096, 1, torch.float32, (4096,)) is None
+    nobody = torch.full((1,), NOBODY, dtype=torch.int32)
+    low_rank = LowRank(torch.zeros(1, 16, 8), torch.zeros(1, 8, 16), (8,), FewRows(nobody, nobody, nobody))
     with pytest.raises(ValueError, match="choose_adapted"):
-        few = list_slots(torch.zeros(1, dtype=torch.int32), 1)
-        low_rank = LowRank(torch.zeros(1, 16, 8), torch.zeros(1, 8, 16), (8,), few)
         matvec(torch.zeros(1, 8), torch.zeros(8, 8), low_rank=low_rank, config=Tiling(4, 8, 4))
 
 

@@ -35,12 +35,12 @@ LINE_BYTES = tl.constexpr(128)
 
 
 class FewRows(NamedTuple):
-    """slots: [rows] int32, each row's; negative: none. listed: [slots or more] int32, those that have rows, then NOBODYS. count:
-    [1] int32, of those that have."""
+    """slots: [rows] int32, each row's; negative: none. listed: [slots or more] int32, those that have rows, then NOBODYS.
+    present: [1] int32, how many those are."""
 
     slots: Tensor
     listed: Tensor
-    count: Tensor
+    present: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +82,14 @@ class LowRank:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _list(slots, listed, count, rows, PADDED: tl.constexpr, ROWS: tl.constexpr):
+def _list(slots, listed, present, rows, PADDED: tl.constexpr, ROWS: tl.constexpr):
     """One program. PADDED: slots, or more; ROWS: rows, or more."""
     row, slot = tl.arange(0, ROWS), tl.arange(0, PADDED)
     own = tl.load(slots + row, mask=row < rows, other=-1)
     there = tl.max((own[None, :] == slot[:, None]).to(tl.int32), 1)
     before, found = tl.cumsum(there, 0) - there, tl.sum(there, 0)
     tl.store(listed + tl.where(there > 0, before, found + slot - before), tl.where(there > 0, slot, NOBODYS))
-    tl.store(count, found)
+    tl.store(present, found)
 
 
 def list_slots(slots: Tensor, count: int) -> FewRows:
@@ -101,7 +101,7 @@ def list_slots(slots: Tensor, count: int) -> FewRows:
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _shrink(x, norm_weight, a, b, low, slots, listed, count, tokens, x_stride, K: tl.constexpr, OUT: tl.constexpr,
+def _shrink(x, norm_weight, a, b, low, slots, listed, tokens, x_stride, K: tl.constexpr, OUT: tl.constexpr,
             LOW: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
             SHARES: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, AHEAD: tl.constexpr,
             OVERLAP: tl.constexpr):  # fmt: skip
@@ -162,7 +162,7 @@ def shrink(
     tiling = low_rank.tiling or shrink_tiling(k, low_rank.rank)
     low = torch.empty(tiling.shares, width, padded, dtype=torch.float32, device=x.device)
     _shrink[(min(slots, tokens) * (width // tiling.width), tiling.shares)](
-        x, x if norm_weight is None else norm_weight, low_rank.a, low_rank.b, low, *low_rank.rows, tokens, x.stride(0), K=k,
+        x, x if norm_weight is None else norm_weight, low_rank.a, low_rank.b, low, *low_rank.rows[:2], tokens, x.stride(0), K=k,
         OUT=out, LOW=width, RANK=low_rank.rank, TOKENS=padded, WIDTH=tiling.width, COLUMNS=tiling.columns,
         SHARES=tiling.shares, STAGES=tiling.stages, NORM=norm_weight is not None,
         AHEAD=low_rank.ahead and not interpreted(), OVERLAP=overlap, num_warps=tiling.warps,

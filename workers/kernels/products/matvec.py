@@ -70,8 +70,8 @@ def matvec(
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
     [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
     zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice
-    of `choose`. low_rank: what adapters add to the product, before SwiGLU; it needs a configuration of `choose_adapted`, and with
-    pdl the product begins while their A is multiplied.
+    of `choose`. low_rank: what adapters add to the product, before SwiGLU; it needs a configuration of `choose_adapted`, and
+    with pdl the product begins while their A is multiplied.
 
     Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
     """
@@ -152,8 +152,8 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
 def choose_adapted(
     n: int, k: int, tokens: int, dtype: torch.dtype, parts: tuple[int, ...], swiglu: bool = False, bits: int = 16
 ) -> Tiling | None:  # fmt: skip
-    """The same for a product to which adapters' parts are added: of the tensor cores' alone. parts: of the output, each with an A
-    of its own."""
+    """The same for a product to which adapters' parts are added: of the tensor cores' alone. parts: of the output, each with an
+    A of its own."""
     config = _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
     if config is None and dtype != torch.float32 and tokens <= MAX_TOKENS:
         config = _tiling(n, k, ADAPTED_WIDE, WIDE_PROGRAMS)

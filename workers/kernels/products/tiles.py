@@ -24,8 +24,9 @@ def _sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, low_count,
-          tokens, x_stride, weight_stride, out_stride, eps, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, low_present,
+          tokens, x_stride, weight_stride, out_stride, eps,
+          N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
           GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr = 0,
           LOW: tl.constexpr = 0, FIRST: tl.constexpr = 0, SECOND: tl.constexpr = 0, PER: tl.constexpr = 1,
@@ -54,7 +55,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         tl.extra.cuda.gdc_wait()
     if RANK > 0:
         own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
-        listed = tl.load(low_count)
+        present = tl.load(low_present)
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
@@ -124,7 +125,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         if GATED:
             narrow_up = narrowed(low, 1, LOW, RANK, SHARES, TOKENS)
             up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
-        for first in tl.range(PER, listed, PER, num_stages=1):
+        for first in tl.range(PER, present, PER, num_stages=1):
             more = tl.load(low_listed + first + tl.arange(0, PER))
             total = raise_by(total, side(low_b, more, safe, OUT, RANK, PER, ROWS), narrow, more, own, RANK, PER, TOKENS)
             if GATED:
