@@ -195,11 +195,8 @@ def side(b, slot, rows, OUT: tl.constexpr, RANK: tl.constexpr, PER: tl.constexpr
 @triton.jit
 def narrowed(low, part, LOW: tl.constexpr, RANK: tl.constexpr, SHARES: tl.constexpr, TOKENS: tl.constexpr):
     """What `shrink` has left of one part: [RANK, TOKENS] in float32."""
-    at = low + (part * RANK + tl.arange(0, RANK))[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    sums = tl.load(at, cache_modifier=".cg")
-    for share in tl.static_range(1, SHARES):
-        sums += tl.load(at + share * LOW * TOKENS, cache_modifier=".cg")
-    return sums
+    n = tl.arange(0, SHARES)[:, None] * LOW + (part * RANK + tl.arange(0, RANK))[None, :]
+    return tl.sum(tl.load(low + n[:, :, None] * TOKENS + tl.arange(0, TOKENS)[None, None, :], cache_modifier=".cg"), 0)
 
 
 @triton.jit

@@ -121,9 +121,10 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
             tl.extra.cuda.gdc_wait()
         part = 0 if GATED else (block * ROWS >= FIRST).to(tl.int32) + (block * ROWS >= FIRST + SECOND).to(tl.int32)
         narrow = narrowed(low, part, LOW, RANK, SHARES, TOKENS)
-        total = raise_by(total, b_tile, narrow, slot, own, RANK, PER, TOKENS)
         if GATED:
             narrow_up = narrowed(low, 1, LOW, RANK, SHARES, TOKENS)
+        total = raise_by(total, b_tile, narrow, slot, own, RANK, PER, TOKENS)
+        if GATED:
             up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
         for first in tl.range(PER, present, PER, num_stages=1):
             more = tl.load(low_listed + first + tl.arange(0, PER))
