@@ -6,6 +6,7 @@
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
+        (with adapters, of 16 bits: these products add their part themselves, behind one more launch each)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
