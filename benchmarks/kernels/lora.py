@@ -101,9 +101,9 @@ class Adapted:
     def ours(self, x: Tensor | None = None) -> Tensor:
         return self.fused(self.low_rank(), self.config(), pdl=True, x=x)
 
-    def low_rank(self, tiling: ShrinkTiling | None = None, ahead: bool = True) -> LowRank:
+    def low_rank(self, tiling: ShrinkTiling | None = None) -> LowRank:
         assert self.few is not None, "of few tokens"
-        return LowRank(self.a, self.b, self.parts, self.few, tiling, ahead)
+        return LowRank(self.a, self.b, self.parts, self.few, tiling)
 
     def fused(self, low_rank: LowRank | None, config: Tiling | None, pdl: bool = False, x: Tensor | None = None) -> Tensor:
         p, ops = self.product, self.plain
@@ -208,7 +208,7 @@ def layer_case(shape: Shape, mix: Mix) -> Case:
 
 def lora_cases() -> Iterator[Case]:
     for shape in SHAPES:
-        for mix in (Mix(1, 1), Mix(8, 8), Mix(32, 1, 64), Mix(32, 8), Mix(64, 8), Mix(256, 8)):
+        for mix in (Mix(1, 1), Mix(8, 8), Mix(16, 8), Mix(32, 1, 64), Mix(32, 8), Mix(64, 8), Mix(256, 8)):
             for product in shape.products()[:4]:
                 yield product_case(shape, product, mix)
             if mix.tokens <= MAX_TOKENS:

@@ -1,6 +1,6 @@
 """Low-rank products of many adapters, against float64: rows of several, of one, and of none in one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -110,11 +110,12 @@ def test_products_of_few_tokens_add_the_part_of_their_adapters(
             low_rank=low_rank, pdl=device == "cuda",
         )  # fmt: skip
 
-    plain = product(None, None if residual is None else residual.clone())
+    nobody = replace(low_rank, rows=list_slots(torch.full((tokens,), NOBODY, dtype=torch.int32, device=device), count))
+    plain = product(nobody, None if residual is None else residual.clone())
     result = product(low_rank, residual)
     close(result, exact, dtype)
     nobodys = [row for row, slot in enumerate(slots) if slot == NOBODY]
-    assert torch.equal(result[nobodys], plain[nobodys]), "rows without an adapter are what they are without any"
+    assert torch.equal(result[nobodys], plain[nobodys]), "rows without an adapter are what they are beside none"
     assert not counters.any()
 
 
@@ -143,6 +144,8 @@ def test_what_products_with_adapters_are_given() -> None:
     assert all(rows(n, k, parts=parts) for n, k, parts in [(6144, 4096, (4096, 1024, 1024)), (4096, 12288, (4096,))])
     assert rows(12288, 4096, parts=(12288, 12288), swiglu=True)
     assert rows(96, 4096, parts=(48, 24, 24)) is None, "a tile would lie in two parts"
+    assert choose_adapted(6144, 4096, 64, torch.bfloat16, (4096, 1024, 1024)) == Tiling(64, 64, 4, 4, 2)
+    assert choose_adapted(4096, 12288, 64, torch.bfloat16, (4096,)) == Tiling(64, 128, 4, 4, 2)
     assert choose_adapted(4096, 4096, 1, torch.float32, (4096,)) is None
     nobody = torch.full((1,), NOBODY, dtype=torch.int32)
     low_rank = LowRank(torch.zeros(1, 16, 8), torch.zeros(1, 8, 16), (8,), FewRows(nobody, nobody, nobody))

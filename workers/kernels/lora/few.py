@@ -6,8 +6,9 @@ product itself (`products.tiles`).
                                                 weight; the numbers that they meet are zero where the token is another's
 
 Tensor cores multiply each adapter's weights by all tokens, which costs nothing beside the bytes. Zeros hide what is finite
-alone: whoever fills the weights sees to that. With programmatic dependent launch the product begins once `shrink` has, and
-waits for its end only before it reads `low`: `shrink` lets it start when all before both has ended, so that its x is there.
+alone: whoever fills the weights sees to that. With programmatic dependent launch `shrink` starts while what comes before ends,
+the product begins once `shrink` has, and waits for its end only before it reads `low`: `shrink` lets it start when all before
+both has ended, so that its x is there.
 
 Triton; on the CPU under its interpreter.
 """
@@ -21,8 +22,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from workers.kernels.launch import interpreted
-
 MOST_SHARES, LEAST_SHARE = 4, 1024
 """Of x, among the programs of `shrink`."""
 
@@ -31,7 +30,6 @@ TOGETHER = 128
 """Columns of B that are multiplied at a time, of several adapters where ranks are low."""
 
 NOBODYS = tl.constexpr(-2)
-LINE_BYTES = tl.constexpr(128)
 
 
 class FewRows(NamedTuple):
@@ -45,15 +43,13 @@ class FewRows(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTiling:
-    """width: rows of A that a program takes, of which as many make the rank. columns: of x in a step. shares: of x.
-    early: it is launched while what comes before still runs."""
+    """width: rows of A that a program takes, of which as many make the rank. columns: of x in a step. shares: of x."""
 
     width: int
     columns: int
     shares: int
     stages: int = 4
     warps: int = 4
-    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +57,7 @@ class LowRank:
     """What the adapters of few rows add to a product.
 
     a: [slots, parts * rank, in], b: [slots, out, rank], finite; rank: a power of two from 16 on. parts: of `out`, up to three,
-    each with an A of its own. tiling: replaces the fixed one. ahead: B is brought into the L2 cache meanwhile.
+    each with an A of its own. tiling: replaces the fixed one.
     """
 
     a: Tensor
@@ -69,7 +65,6 @@ class LowRank:
     parts: tuple[int, ...]
     rows: FewRows
     tiling: ShrinkTiling | None = None
-    ahead: bool = True
 
     @property
     def rank(self) -> int:
@@ -101,10 +96,9 @@ def list_slots(slots: Tensor, count: int) -> FewRows:
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _shrink(x, norm_weight, a, b, low, slots, listed, tokens, x_stride, K: tl.constexpr, OUT: tl.constexpr,
-            LOW: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-            SHARES: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, AHEAD: tl.constexpr,
-            OVERLAP: tl.constexpr):  # fmt: skip
+def _shrink(x, norm_weight, a, low, slots, listed, tokens, x_stride, K: tl.constexpr, LOW: tl.constexpr,
+            TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr,
+            NORM: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """One program: WIDTH rows of one adapter's A times all tokens, over a share of x."""
     if OVERLAP:
         gdc_wait()
@@ -130,8 +124,6 @@ def _shrink(x, norm_weight, a, b, low, slots, listed, tokens, x_stride, K: tl.co
             part = (part.to(tl.float32) * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(part.dtype)
         sums = tl.dot(weight, part, sums)
     tl.store(low + (tl.program_id(1) * LOW + n)[:, None] * TOKENS + token[None, :], sums, mask=_own(slots, slot, token, there))
-    if AHEAD:
-        _fetch(b + slot.to(tl.int64) * (OUT * RANK), tile * SHARES + tl.program_id(1), OUT * RANK, tiles * SHARES)
 
 
 @triton.jit
@@ -139,34 +131,19 @@ def _own(slots, slot, token, there):
     return (there & (tl.load(slots + token, mask=there, other=-1) == slot))[None, :]
 
 
-@triton.jit
-def _fetch(base, part, COUNT: tl.constexpr, PARTS: tl.constexpr):
-    """Asks for one of PARTS parts of COUNT numbers to be brought into the L2 cache, without waiting for them."""
-    line: tl.constexpr = LINE_BYTES * 8 // base.dtype.element_ty.primitive_bitwidth
-    each: tl.constexpr = (COUNT + line * PARTS - 1) // (line * PARTS)
-    STEP: tl.constexpr = 128
-    for first in range(0, each, STEP):
-        index = tl.minimum(first + tl.arange(0, STEP), each - 1)
-        at = base + tl.minimum((part * each + index) * line, COUNT - 1)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // dummy $0", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
-                                  is_pure=False, pack=1)  # fmt: skip
-
-
 def shrink(
     x: Tensor, low_rank: LowRank, norm_weight: Tensor | None = None, *, padded: int, overlap: bool = False
 ) -> Tensor:  # fmt: skip
     """x [tokens, in] -> [shares, parts * rank, padded] float32, whose sum over the shares is A x of each token's adapter; of
-    tokens without one, anything. norm_weight [in]: x is first multiplied by it. padded: tokens, or more. overlap: the next
-    launch may begin meanwhile."""
-    (tokens, k), (slots, width), out = x.shape, low_rank.a.shape[:2], low_rank.b.shape[1]
+    tokens without one, anything. norm_weight [in]: x is first multiplied by it. padded: tokens, or more. overlap: it starts
+    before what came before has ended, and the next launch may begin meanwhile."""
+    (tokens, k), (slots, width) = x.shape, low_rank.a.shape[:2]
     tiling = low_rank.tiling or shrink_tiling(k, low_rank.rank)
     low = torch.empty(tiling.shares, width, padded, dtype=torch.float32, device=x.device)
     _shrink[(min(slots, tokens) * (width // tiling.width), tiling.shares)](
-        x, x if norm_weight is None else norm_weight, low_rank.a, low_rank.b, low, *low_rank.rows[:2], tokens, x.stride(0), K=k,
-        OUT=out, LOW=width, RANK=low_rank.rank, TOKENS=padded, WIDTH=tiling.width, COLUMNS=tiling.columns,
-        SHARES=tiling.shares, STAGES=tiling.stages, NORM=norm_weight is not None,
-        AHEAD=low_rank.ahead and not interpreted(), OVERLAP=overlap, num_warps=tiling.warps,
-        launch_pdl=overlap and tiling.early,
+        x, x if norm_weight is None else norm_weight, low_rank.a, low, *low_rank.rows[:2], tokens, x.stride(0), K=k, LOW=width,
+        TOKENS=padded, WIDTH=tiling.width, COLUMNS=tiling.columns, SHARES=tiling.shares, STAGES=tiling.stages,
+        NORM=norm_weight is not None, OVERLAP=overlap, num_warps=tiling.warps, launch_pdl=overlap,
     )  # fmt: skip
     return low
 

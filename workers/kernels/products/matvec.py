@@ -29,6 +29,7 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
+LEAST_ADAPTED_TOKENS = 16  # of those with adapters: at 8, QKV took twice as long beside A's product
 DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
 MAX_TILES = 1024  # of rows, where K is split among programs
 
@@ -44,8 +45,11 @@ class Tiling:
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
 
 
-ADAPTED_WIDE = Tiling(64, 64, 4, 4)
+ADAPTED_WIDE, ADAPTED_PROGRAMS = Tiling(64, 64, 4, 4), 256
 """Of products with more outputs than inputs which the library computes where there are no adapters."""
+
+ADAPTED_STAGES = 4
+"""At most: beside them a program of `shrink` has to fit into a multiprocessor's shared memory, or they wait for its end."""
 
 
 def matvec(
@@ -95,8 +99,10 @@ def matvec(
     tiled = config.parts > 0
     if low_rank is not None and not tiled:
         raise ValueError("adapters' parts are added by the tensor cores' products: give a configuration of `choose_adapted`")
-    if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
-        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl and low_rank is None), None
+    # in float16 x times the norm's weight might overflow; of many tokens each program would repeat much, in many registers
+    apart = x.dtype == torch.float16 or (low_rank is not None and tokens > MAX_TOKENS_OF_WIDE)
+    if tiled and apart and norm_weight is not None:
+        x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
         "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns, "STAGES": config.stages,
         "NORM": norm_weight is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATED": swiglu,
@@ -111,7 +117,8 @@ def matvec(
     )  # fmt: skip
     programs = triton.cdiv(n, config.rows)
     if tiled:
-        padded = max(LEAST_TILE_TOKENS, triton.next_power_of_2(tokens))
+        least = LEAST_TILE_TOKENS if low_rank is None else LEAST_ADAPTED_TOKENS
+        padded = max(least, triton.next_power_of_2(tokens))
         partial = target
         if config.parts > 1:
             sums = programs * config.parts * (2 * config.rows + 1) * padded
@@ -156,10 +163,10 @@ def choose_adapted(
     A of its own."""
     config = _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
     if config is None and dtype != torch.float32 and tokens <= MAX_TOKENS:
-        config = _tiling(n, k, ADAPTED_WIDE, WIDE_PROGRAMS)
+        config = _tiling(n, k, ADAPTED_WIDE, ADAPTED_PROGRAMS)
     if config is None or (not swiglu and len(parts) > 1 and any(part % config.rows for part in parts)):
         return None
-    return config
+    return replace(config, stages=min(config.stages, ADAPTED_STAGES))
 
 
 def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
