@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import COUNTERS, DTYPE, SHAPES, Case, Operands, Product, all_cases
 from benchmarks.kernels.experts import expert_cases
+from benchmarks.kernels.lora import lora_cases
 from benchmarks.kernels.reduced import reduced_cases
 from benchmarks.shared.report import table
 from workers.kernels.products.matvec import LEAST_TILE_TOKENS, MAX_TOKENS, STREAM_TOKENS, Tiling, matvec
@@ -276,7 +277,7 @@ def main() -> None:
 
 
 def _all(only: str, bytes_us: float, flops_us: float) -> list[Row]:
-    cases = [case for case in (*all_cases(), *expert_cases(), *reduced_cases()) if re.search(only, case.name)]
+    cases = [case for case in (*all_cases(), *expert_cases(), *lora_cases(), *reduced_cases()) if re.search(only, case.name)]
     if any(case.name.startswith(("matvec", "layer")) for case in cases):
         compile_all(products_of_cases(only))
         invariance()

@@ -29,7 +29,7 @@ class Judge:
 
     def require_best(self, lease: Lease, where: str) -> None:
         """Each token of a greedy or plainly sampled output is what the reference would choose after those before it."""
-        scores = self._scores(lease)
+        scores = self.scores(lease)
         best = scores.max(-1)
         for at, token in enumerate(lease.tokens):
             gap = float(best.values[at] - scores[at, token])
@@ -57,7 +57,7 @@ class Judge:
         print(f"{self.path.name}: {self.judged} tokens judged, {len(self.exempt)} nearly tied: {self.exempt}")
         assert len(self.exempt) <= max(1, int(MOST_EXEMPT * self.judged / 20)), "near ties are rare"
 
-    def _scores(self, lease: Lease) -> Tensor:
+    def scores(self, lease: Lease) -> Tensor:
         """[output, vocab]: logits / temperature and the noise of each position."""
         assert is_plain(lease), f"the reference knows no {lease.work.params}"
         logits = self._reference.logits(lease.work.prompt, lease.tokens).double()

@@ -7,6 +7,7 @@
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
+        (with adapters, of 16 bits: these products add their part themselves, behind one more launch each)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
@@ -20,9 +21,10 @@ from torch import Tensor
 from kvcache.pool import KVPool
 from workers.kernels.activation import silu_mul
 from workers.kernels.embed import embed_norm
+from workers.kernels.lora.few import LowRank
 from workers.kernels.norm import add_rms_norm, rms_norm, rounded_norm
 from workers.kernels.products.many import rounds
-from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, choose_adapted, matvec
 from workers.kernels.products.reduced import Reduced, Rounded
 from workers.kernels.reduce import sum_add_rms_norm, takes
 from workers.kernels.rope import qk_norm_rope_write
@@ -32,6 +34,7 @@ from workers.model.decoder import Decoder, Layer
 from workers.model.experts import Mixture
 from workers.model.fused_experts import FusedMixture
 from workers.model.layers import Linear, SwiGLU
+from workers.model.lora.device import DeviceRows
 from workers.model.lora.weights import StepAdapters
 
 
@@ -109,10 +112,10 @@ class FusedDecoder:
         the model's dtype; padding is -inf.
 
         tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
-        tokens; None: no token has one. With them products stand by themselves, since something is added behind each.
+        tokens; None: no token has one.
         """
-        if len(tokens) <= self._few_tokens and rows is None and adapters is None:
-            return self._few(tokens, positions, slots, attend)
+        if len(tokens) <= self._few_tokens and rows is None:
+            return self._few(tokens, positions, slots, attend, adapters)
         return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -180,48 +183,63 @@ class FusedDecoder:
         """Which tokens are no padding, where that matters."""
         return slots < self._scratch_slot if self._mixtures and self._scratch_slot is not None else None
 
-    def _few(self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend) -> Tensor:
+    def _few(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, attend: Attend, adapters: StepAdapters | None
+    ) -> Tensor:  # fmt: skip
         hidden, _ = self._embed(tokens)
         live = self._live(slots)
         for number, layer in enumerate(self._layers):
-            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv)
+            projected = self._of_norm(hidden, layer.input_norm.weight, layer.qkv, adapters)
             pdl = self._pdl and len(tokens) <= DEPENDENT_TOKENS
             attended = self._attended(attend, number, layer, projected, positions, slots, pdl)
-            self._add(hidden, attended, layer.o)
+            self._add(hidden, attended, layer.o, adapters)
             if isinstance(layer.mlp, Mixture):
                 self._mixtures[number].add_to(hidden, layer.mlp_norm.weight, self._eps, live, pdl=pdl)
             else:
-                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, swiglu=True)
-                self._add(hidden, gated, layer.mlp.down)
+                gated = self._of_norm(hidden, layer.mlp_norm.weight, layer.mlp.gate_up, adapters, swiglu=True)
+                self._add(hidden, gated, layer.mlp.down, adapters)
         head = self._outer.head
         return head.mask(self._of_norm(hidden, self._outer.norm.weight, head.linear))
 
-    def _of_norm(self, hidden: Tensor, norm: Tensor, linear: Linear, swiglu: bool = False) -> Tensor:
+    def _of_norm(
+        self, hidden: Tensor, norm: Tensor, linear: Linear, adapters: StepAdapters | None = None, swiglu: bool = False
+    ) -> Tensor:  # fmt: skip
         """The product of the norm of hidden [tokens, hidden], through SwiGLU if asked for."""
-        config = self._choose(linear, hidden, swiglu)
+        beside = self._beside(linear, adapters)
+        config = self._choose(linear, hidden, beside, swiglu)
         if config is not None:
-            return self._product(hidden, linear, config, norm_weight=norm, eps=self._eps, swiglu=swiglu)
-        product = linear(rms_norm(hidden, norm, self._eps))
+            return self._product(hidden, linear, config, beside, norm_weight=norm, eps=self._eps, swiglu=swiglu)
+        product = linear(rms_norm(hidden, norm, self._eps), adapters)
         return silu_mul(product) if swiglu else product
 
-    def _add(self, hidden: Tensor, x: Tensor, linear: Linear) -> None:
+    def _add(self, hidden: Tensor, x: Tensor, linear: Linear, adapters: StepAdapters | None) -> None:
         """Adds the product of x [tokens, its width] to hidden [tokens, hidden]."""
-        config = self._choose(linear, x)
+        beside = self._beside(linear, adapters)
+        config = self._choose(linear, x, beside)
         if config is not None:
-            self._product(x, linear, config, residual=hidden)
+            self._product(x, linear, config, beside, residual=hidden)
         else:
-            hidden += linear(x)
+            hidden += linear(x, adapters)
 
-    def _choose(self, linear: Linear, x: Tensor, swiglu: bool = False) -> Tiling | None:
+    def _beside(self, linear: Linear, adapters: StepAdapters | None) -> LowRank | None:
+        """What a product of ours adds of the tokens' adapters."""
+        return adapters.beside(linear.lora) if isinstance(adapters, DeviceRows) and linear.lora is not None else None
+
+    def _choose(self, linear: Linear, x: Tensor, beside: LowRank | None, swiglu: bool = False) -> Tiling | None:
         rows = linear.out_features // 2 if swiglu else linear.out_features
         bits = 16 if linear.reduced is None else linear.reduced.bits
+        if beside is not None:
+            return choose_adapted(rows, x.shape[1], len(x), x.dtype, beside.parts, swiglu, bits)
         return choose(rows, x.shape[1], len(x), x.dtype, swiglu, bits)
 
-    def _product(self, x: Tensor, linear: Linear, config: Tiling, **parts: Any) -> Tensor:
-        """parts: what of `matvec` is fused with it."""
+    def _product(self, x: Tensor, linear: Linear, config: Tiling, beside: LowRank | None, **parts: Any) -> Tensor:
+        """beside: of the tokens' adapters. parts: what else of `matvec` is fused with it."""
         weight = linear.operand
-        pdl = self._pdl and weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
-        return matvec(x, weight, bias=linear.bias, pdl=pdl, counters=self._counters, config=config, **parts)
+        small = weight.nbytes <= SMALL_WEIGHT_BYTES and len(x) <= DEPENDENT_TOKENS
+        return matvec(
+            x, weight, bias=linear.bias, pdl=self._pdl and (small or beside is not None), counters=self._counters,
+            config=config, low_rank=beside, **parts,
+        )  # fmt: skip
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and its norm for the first layer."""

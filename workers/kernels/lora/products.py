@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.kernels.lora.rows import GroupedRows, most_tiles, tile_of
 
 FEW_ROWS, SOME_ROWS = 32, 256
-"""Of a step: up to so many, x is split among more programs, and tiles are small."""
+"""Of a step: up to so many, x is split among programs, and tiles are small."""
 
 LONGEST_SHARE, MOST_SHARES = 512, 8
 WIDEST = 64
@@ -117,12 +117,10 @@ def add_low_rank(product: Tensor, x: Tensor, a: Tensor, b: Tensor, parts: tuple[
 
 
 def tilings(rows: int, width: int, rank: int) -> tuple[LoraTiling, LoraTiling]:
-    """Down to the rank, and up again: by shape alone, so that a graph keeps them. Not measured."""
-    wide = min(rank, WIDEST)
+    """Down to the rank, and up again: by shape alone, so that a graph keeps them. Up to SOME_ROWS the best on an H200."""
+    wide, shares = min(rank, WIDEST), min(MOST_SHARES, max(1, width // LONGEST_SHARE))
     if rows <= FEW_ROWS:
-        shares = min(MOST_SHARES, max(1, width // LONGEST_SHARE))
-        return LoraTiling(16, 64, wide, shares), LoraTiling(16, 0, 64, shares)
+        return LoraTiling(16, 128, wide, shares), LoraTiling(16, 0, 64, shares)
     if rows <= SOME_ROWS:
-        shares = min(MOST_SHARES // 2, max(1, width // LONGEST_SHARE))
-        return LoraTiling(32, 64, wide, shares), LoraTiling(32, 0, 64, shares)
+        return LoraTiling(32, 128, wide, shares), LoraTiling(32, 0, 64, shares)
     return LoraTiling(64, 64, wide, 1), LoraTiling(64, 0, 128 if rank <= WIDEST else 64, 1)

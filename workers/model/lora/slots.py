@@ -42,8 +42,8 @@ class AdapterSlots:
 
     @torch.inference_mode()
     def fill(self, slot: int, files: AdapterFiles) -> None:
-        """This rank's share of an adapter, over what is there. Nobody else may use the slot. Errors: OSError, SafetensorError.
-        """
+        """This rank's share of an adapter, over what is there. Nobody else may use the slot. Errors: OSError, SafetensorError;
+        ValueError for numbers that are not finite in the model's dtype."""
         for layer in self._weights:
             for weights in layer.values():
                 weights.clear(slot)
@@ -54,8 +54,13 @@ class AdapterSlots:
                 share = share_of(linear.projection, self._shape)
                 columns = slice(None) if share.rows else slice(share.start, share.start + share.length)
                 rows = slice(share.start, share.start + share.length) if share.rows else slice(None)
-                a[: linear.rank].copy_(opened.get_slice(linear.a)[:, columns])
-                b[:, : linear.rank].copy_(_scaled(linear, opened.get_slice(linear.b)[rows], b.dtype))
+                down = opened.get_slice(linear.a)[:, columns].to(a.dtype)
+                up = _scaled(linear, opened.get_slice(linear.b)[rows], b.dtype).to(b.dtype)
+                if not (down.isfinite().all() and up.isfinite().all()):  # kernels hide an adapter from others by zeros
+                    where = f"{linear.projection} of layer {linear.layer}"
+                    raise ValueError(f"{where} holds numbers that are not finite in {a.dtype}")
+                a[: linear.rank].copy_(down)
+                b[:, : linear.rank].copy_(up)
 
 
 def _scaled(linear: AdaptedLinear, b: Tensor, dtype: torch.dtype) -> Tensor:
