@@ -43,11 +43,7 @@ def _halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _piece(tile, first, second, one, PIECE: tl.constexpr, BITS: tl.constexpr):
     """Numbers in float32: between 1 and 2 for four bits."""
-    if BITS == 4:
-        numbers = between_one_and_two(tile, one, PIECE)
-    else:
-        numbers = (first if PIECE == 0 else second).to(tl.float32)
-    return numbers
+    return between_one_and_two(tile, one, PIECE) if BITS == 4 else (first if PIECE == 0 else second).to(tl.float32)
 
 
 @triton.jit

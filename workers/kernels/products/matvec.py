@@ -1,8 +1,8 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. The kernels: `stream` for a few tokens, `fewer_bits` for a few where W has fewer, `tiles` for
-more; `fp8_tiles` for more of bfloat16 where W is in FP8: they are rounded to FP8 too, in a launch before.
+it, a decode layer is six launches. The kernels: `stream` for a few tokens, `fewer_bits` for a few where W has fewer, `tiles`
+for more; `fp8_tiles` for more of bfloat16 where W is in FP8: they are rounded to FP8 too, in a launch before.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
