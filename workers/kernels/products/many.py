@@ -73,7 +73,7 @@ def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
     grid = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
     _expand[grid](
         weight.values, weight.scales, zeros, out, ONE, N=rows, K=columns, BITS=weight.bits,
-        GROUP=0 if weight.by_row else weight.group, ROWS=tile[0], COLUMNS=tile[1],
+        GROUP=0 if weight.by_row else weight.group, SPAN=weight.span if weight.bits == 4 else 0, ROWS=tile[0], COLUMNS=tile[1],
     )  # fmt: skip
     return out
 
@@ -108,22 +108,20 @@ def _round(x, values, scales, x_stride, largest, K: tl.constexpr, GROUP: tl.cons
 
 @triton.jit
 def _expand(values, scales, zeros, out, one, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+            SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """One program: a tile of [ROWS, COLUMNS]."""
-    EACH: tl.constexpr = 8 if BITS == 4 else 1  # columns of an element
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(rows, N - 1)
     start = tl.program_id(1) * COLUMNS
-    stored = start // EACH + tl.arange(0, COLUMNS // EACH)
-    at = values + safe.to(tl.int64)[:, None] * (K // EACH) + stored[None, :]
-    tile = tl.load(at, mask=(stored < K // EACH)[None, :], other=0.0)
+    column = start + tl.arange(0, COLUMNS)
     if BITS == 4:
-        numbers = of_four_bits(tile, scales, zeros, safe, start, one, GROUP, K, ROWS, COLUMNS)
+        numbers = of_four_bits(values, scales, zeros, safe, tl.minimum(column, K - 1), one, K, GROUP, SPAN)
     else:
+        at = values + safe.to(tl.int64)[:, None] * K + column[None, :]
+        tile = tl.load(at, mask=(column < K)[None, :], other=0.0)
         numbers = of_fp8(tile, scales, safe, start, GROUP, K, ROWS, COLUMNS)
     if GROUP == 0:
         numbers *= tl.load(scales + safe).to(tl.float32)[:, None]
-    column = start + tl.arange(0, COLUMNS)
     mask = (rows < N)[:, None] & (column < K)[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * K + column[None, :], numbers.to(out.dtype.element_ty), mask=mask)
 

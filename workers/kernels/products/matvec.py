@@ -1,7 +1,8 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. Three kernels: `stream` for a few tokens, `fewer_bits` where W has fewer, `tiles` for more.
+it, a decode layer is six launches. `stream` is for a few tokens, `fewer_bits` where W has fewer, `tiles` for more;
+`four_bit_tiles` for any with W in four bits, for which a norm is a launch before it.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
@@ -19,6 +20,7 @@ from torch import Tensor
 from workers.kernels.launch import interpreted
 from workers.kernels.norm import rms_norm
 from workers.kernels.products.fewer import fewer_bits
+from workers.kernels.products.four_bits import four_bit_tiles
 from workers.kernels.products.reduced import Reduced
 from workers.kernels.products.stream import stream
 from workers.kernels.products.tiles import tiles
@@ -31,7 +33,8 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
+DEEP_PROGRAMS, WIDE_PROGRAMS, FOUR_BIT_PROGRAMS = 160, 128, 400
+LEAST_OF_SPAN, MOST_OF_SPAN = 64, 512  # columns that `four_bit_tiles` takes at a time
 MAX_TILES = 1024  # of rows, where K is split among programs
 
 
@@ -40,7 +43,7 @@ class Tiling:
     """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
 
     rows: int  # of W that a program takes
-    columns: int  # of W that it takes at a time
+    columns: int  # of W that it takes at a time; of four bits, by the tensor cores, a multiple of what it takes: a span
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
@@ -89,7 +92,9 @@ def matvec(
             config = replace(config, parts=1)
     pdl = pdl and not interpreted()
     tiled = config.parts > 0
-    if tiled and x.dtype == torch.float16 and norm_weight is not None:  # x times the norm's weight might overflow
+    four_bits = tiled and isinstance(weight, Reduced) and weight.bits == 4
+    # x times the norm's weight might overflow; and few instructions fit beside four bits
+    if norm_weight is not None and tiled and (x.dtype == torch.float16 or four_bits):
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
         "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns,
@@ -113,10 +118,18 @@ def matvec(
             partial = torch.empty(sums, dtype=torch.float32, device=x.device)
             if counters is None or len(counters) < programs:
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
-        tiles[(programs * config.parts,)](
-            *operands[:7], partial, target if counters is None else counters, *operands[7:], ONE, TOKENS=padded,
-            PARTS=config.parts, STAGES=config.stages, **flags, **reduced,
-        )  # fmt: skip
+        grid, counts = (programs * config.parts,), target if counters is None else counters
+        if isinstance(weight, Reduced) and weight.bits == 4:
+            del flags["COLUMNS"], flags["NORM"]
+            four_bit_tiles[grid](
+                x, *operands[2:7], partial, counts, tokens, x.stride(0), target.stride(0), TOKENS=padded, SPAN=weight.span,
+                GROUP=weight.group, PARTS=config.parts, STAGES=config.stages, **flags,
+            )  # fmt: skip
+        else:
+            tiles[grid](
+                *operands[:6], partial, counts, *operands[7:], TOKENS=padded, PARTS=config.parts, STAGES=config.stages, **flags,
+                **reduced,
+            )  # fmt: skip
     elif isinstance(weight, Tensor):
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
         stream[(programs * triton.cdiv(tokens, share),)](
@@ -125,7 +138,7 @@ def matvec(
     else:
         share = min(tokens, FEWER_BITS_TOKENS)
         fewer_bits[(programs * triton.cdiv(tokens, share),)](
-            *operands[:9], *operands[10:], ONE, TOKENS=share, **flags, **reduced
+            *operands[:9], *operands[10:], ONE, TOKENS=share, SPAN=weight.span if weight.bits == 4 else 0, **flags, **reduced
         )
     return target
 
@@ -136,13 +149,13 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
     fewer bits, what these make likely.
     """
+    if bits == 4 and dtype != torch.float32:
+        return _four_bit_tiling(n, k, tokens, swiglu)
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu, bits)
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
-    if bits == 4:  # the library would need them widened
-        return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
         return _tiling(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
     if tokens > MAX_TOKENS_OF_WIDE:
@@ -150,6 +163,14 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     if small:
         return _tiling(n, k, Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
     return _tiling(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
+
+
+def _four_bit_tiling(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
+    """None where a span's quarter is less than the tensor cores take."""
+    columns = min(MOST_OF_SPAN, k & -k)
+    if tokens > MAX_TOKENS or columns < LEAST_OF_SPAN:
+        return None
+    return _tiling(n, k, Tiling(64, columns, 4, 3), FOUR_BIT_PROGRAMS)
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:
