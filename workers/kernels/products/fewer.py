@@ -43,7 +43,7 @@ def _halves(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _piece(tile, first, second, one, PIECE: tl.constexpr, BITS: tl.constexpr):
     """Numbers in float32: between 1 and 2 for four bits."""
-    if BITS == 4:
+    if BITS == 4:  # noqa: SIM108
         numbers = between_one_and_two(tile, one, PIECE)
     else:
         numbers = (first if PIECE == 0 else second).to(tl.float32)
@@ -90,6 +90,7 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
     ROW: tl.constexpr = K // OF_ELEMENT
     WIDTH: tl.constexpr = COLUMNS // OF_ELEMENT
     EACH: tl.constexpr = COLUMNS // PIECES  # numbers of a piece
+    ALONE: tl.constexpr = BITS == 4  # a piece has scales of its own
     STEP: tl.constexpr = SPAN // 4 if BITS == 4 else 8  # columns from a piece to the next
     shares = tl.cdiv(tokens, TOKENS)
     rows = tl.program_id(0) // shares * ROWS + tl.arange(0, ROWS)
@@ -120,7 +121,6 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
             if GATED:
                 beside0, beside1 = _halves(beside, ROWS, WIDTH)
         for piece in tl.static_range(PIECES):
-            ALONE: tl.constexpr = BITS == 4  # whose scales are its own
             if piece == 0 or ALONE:
                 a0 = tl.zeros([ROWS, EACH], tl.float32)
                 a1, b0, b1 = a0, a0, a0

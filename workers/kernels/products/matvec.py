@@ -33,8 +33,9 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-DEEP_PROGRAMS, WIDE_PROGRAMS, FOUR_BIT_PROGRAMS = 160, 128, 400
-LEAST_OF_SPAN, MOST_OF_SPAN = 64, 512  # columns that `four_bit_tiles` takes at a time
+DEEP_PROGRAMS, WIDE_PROGRAMS = 160, 128
+FOUR_BIT_WARPS = 1600  # of all programs of `four_bit_tiles`
+LEAST_OF_FOUR_BITS = 64  # columns that `four_bit_tiles` takes at a time
 MAX_TILES = 1024  # of rows, where K is split among programs
 
 
@@ -43,7 +44,7 @@ class Tiling:
     """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
 
     rows: int  # of W that a program takes
-    columns: int  # of W that it takes at a time; of four bits, by the tensor cores, a multiple of what it takes: a span
+    columns: int  # of W that it takes at a time; `four_bit_tiles`: a span of them at most
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
@@ -64,7 +65,8 @@ def matvec(
     config: Tiling | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
-    Weights in fewer bits become numbers in registers: in float32, or in `tiles` as x's dtype has them.
+    Weights in fewer bits become numbers in registers: in float32, in `tiles` as x's dtype has them, in `four_bit_tiles` as they
+    are. By the latter, and in float16 by `tiles`, f(x) is rounded to x's dtype.
 
     norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
@@ -120,10 +122,11 @@ def matvec(
                 raise ValueError(f"K is split among programs, which count themselves: give {programs} counters")
         grid, counts = (programs * config.parts,), target if counters is None else counters
         if isinstance(weight, Reduced) and weight.bits == 4:
-            del flags["COLUMNS"], flags["NORM"]
             four_bit_tiles[grid](
-                x, *operands[2:7], partial, counts, tokens, x.stride(0), target.stride(0), TOKENS=padded, SPAN=weight.span,
-                GROUP=weight.group, PARTS=config.parts, STAGES=config.stages, **flags,
+                x, *operands[2:7], partial, counts, tokens, x.stride(0), target.stride(0), N=n, K=k, TOKENS=padded,
+                ROWS=config.rows, COLUMNS=min(config.columns, weight.span), SPAN=weight.span, GROUP=weight.group,
+                PARTS=config.parts, STAGES=config.stages, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=swiglu,
+                PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
             )  # fmt: skip
         else:
             tiles[grid](
@@ -149,12 +152,12 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
     fewer bits, what these make likely.
     """
-    if bits == 4 and dtype != torch.float32:
-        return _four_bit_tiling(n, k, tokens, swiglu)
+    if bits == 4 and dtype != torch.float32 and k % LEAST_OF_FOUR_BITS == 0:
+        return _four_bit_tiling(n, k, tokens, swiglu) if tokens <= MAX_TOKENS else None
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu, bits)
-    if dtype == torch.float32 or tokens > MAX_TOKENS:
+    if dtype == torch.float32 or tokens > MAX_TOKENS or bits == 4:
         return None
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
         return _tiling(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
@@ -166,11 +169,15 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
 
 
 def _four_bit_tiling(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
-    """None where a span's quarter is less than the tensor cores take."""
-    columns = min(MOST_OF_SPAN, k & -k)
-    if tokens > MAX_TOKENS or columns < LEAST_OF_SPAN:
-        return None
-    return _tiling(n, k, Tiling(64, columns, 4, 3), FOUR_BIT_PROGRAMS)
+    if swiglu:
+        tile = Tiling(64, 256, 4, 3)
+    elif n <= 2048:
+        tile = Tiling(32, 256, 2, 4)
+    elif tokens <= LEAST_TILE_TOKENS:
+        tile = Tiling(64, 512, 4, 3)
+    else:
+        tile = Tiling(64, 256, 4, 4) if tokens <= 32 else Tiling(128, 256, 8, 3)
+    return _tiling(n, k, replace(tile, columns=min(tile.columns, k & -k)), FOUR_BIT_WARPS // tile.warps)
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:

@@ -15,10 +15,11 @@ ONE = 0x3F800000
 
 
 @triton.jit
-def between_one_and_two(elements, one, place):
+def between_one_and_two(elements, one, PLACE: tl.constexpr):
     """Elements in int16 -> 1 + n / 16 in float32, n the nibble at that place, 0 to 3: its bits are the mantissa's first, since
-    turning integers into floats takes a GPU many times as long. one: `ONE`, in a register: an instruction takes one constant."""
-    moved = elements.to(tl.int32) << 19 - 4 * place
+    turning integers into floats takes a GPU many times as long. one: `ONE`, in a register, since an instruction takes one
+    constant."""
+    moved = elements.to(tl.int32) << (19 - 4 * PLACE)
     return ((moved & 0x780000) | one).to(tl.float32, bitcast=True)
 
 
@@ -43,11 +44,11 @@ def of_fp8(tile, scales, rows, start, GROUP: tl.constexpr, K: tl.constexpr, ROWS
 
 
 @triton.jit
-def of_four_bits(values, scales, zeros, rows, columns, one, K: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
-    """W[rows, columns] in float32, columns below K. values, scales, zeros: all of W, as `Reduced` has it."""
-    QUARTER: tl.constexpr = SPAN // 4
-    first = rows.to(tl.int64)[:, None]
-    elements = tl.load(values + first * (K // 4) + (columns // SPAN * QUARTER + columns % QUARTER)[None, :])
-    at = first * (K // GROUP) + (columns // GROUP)[None, :]
+def of_four_bits(elements, scales, zeros, rows, columns, one, PLACE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                 ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Elements [ROWS, WIDTH] -> what their codes at that place stand for, in float32. rows: within the matrix; columns
+    [WIDTH / 8]: that of the first of each eight, which share a scale. Of columns beyond K: anything."""
+    at = rows.to(tl.int64)[:, None] * (K // GROUP) + tl.minimum(columns // GROUP, K // GROUP - 1)[None, :]
     scale, nought = 16 * tl.load(scales + at).to(tl.float32), 1 + tl.load(zeros + at).to(tl.float32) / 16
-    return (between_one_and_two(elements, one, (columns % SPAN // QUARTER)[None, :]) - nought) * scale
+    eights = tl.reshape(between_one_and_two(elements, one, PLACE), [ROWS, WIDTH // 8, 8])
+    return tl.reshape((eights - nought[:, :, None]) * scale[:, :, None], [ROWS, WIDTH])
