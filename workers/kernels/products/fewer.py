@@ -4,8 +4,8 @@ registers.
 A byte may cost few instructions here, or they take longer than memory does:
 
     four bits   turning integers into floats alone would be too many, so a nibble is put into the mantissa of a float between
-                1 and 2; the sum of a word's eight is scaled as a whole, and their offset is made good by the sum of what they
-                were multiplied by
+                1 and 2; the sum of eight is scaled as a whole, and their offset is made good by the sum of what they were
+                multiplied by. With x in 16 bits, `four_bits` is faster
     FP8         a thread has sixteen numbers of a row at a time, but x eight at a time: so both are taken in two pieces, or x
                 would go through shared memory
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
-from workers.kernels.products.stream import _finish, _finish_gated, _within
+from workers.kernels.products.stream import finish, finish_gated, within
 from workers.kernels.products.widen import between_one_and_two
 
 
@@ -50,45 +50,44 @@ def _piece(tile, first, second, one, PIECE: tl.constexpr, BITS: tl.constexpr):
 def _part(x, norm_weight, token, tokens, columns, x_stride, power, K: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr):
     """x[token, columns] times the norm's weight, in float32, and the squares of x added to `power`."""
     at = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + columns
-    part = _within(at, columns, K, COLUMNS)
+    part = within(at, columns, K, COLUMNS)
     if NORM:
         power += part * part
-        part *= _within(norm_weight + columns, columns, K, COLUMNS)
+        part *= within(norm_weight + columns, columns, K, COLUMNS)
     return part, power
 
 
 @triton.jit
-def _added(sums, offset, scales, zeros, rows, start, K: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
-           RUN: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """One turn's sums [ROWS, EACH], times their scales: sums of each RUN of them, which one thread holds. offset [EACH]: what
-    numbers between 1 and 2 were multiplied by."""
-    runs = tl.sum(tl.reshape(sums, [ROWS, EACH // RUN, RUN]), 2)
+def _added(sums, offset, scales, zeros, rows, columns, K: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
+           BITS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Sums [ROWS, EACH], times their scales: sums of each eight of them, which one thread holds, the first of which are of
+    `columns`. offset [EACH]: what numbers between 1 and 2 were multiplied by."""
+    eights = tl.sum(tl.reshape(sums, [ROWS, EACH // 8, 8]), 2)
     if GROUP > 0:
-        group = tl.minimum((start + tl.arange(0, EACH // RUN) * (COLUMNS // (EACH // RUN))) // GROUP, K // GROUP - 1)
-        at = rows.to(tl.int64)[:, None] * (K // GROUP) + group[None, :]
+        at = rows.to(tl.int64)[:, None] * (K // GROUP) + tl.minimum(columns // GROUP, K // GROUP - 1)[None, :]
         if BITS == 4:
-            whole = tl.sum(tl.reshape(offset, [EACH // RUN, RUN]), 1)
-            runs = 16 * runs - (16 + tl.load(zeros + at).to(tl.float32)) * whole[None, :]
-        runs *= tl.load(scales + at).to(tl.float32)
-    return runs
+            whole = tl.sum(tl.reshape(offset, [EACH // 8, 8]), 1)
+            eights = 16 * eights - (16 + tl.load(zeros + at).to(tl.float32)) * whole[None, :]
+        eights *= tl.load(scales + at).to(tl.float32)
+    return eights
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_stride, out_stride, eps, one, N: tl.constexpr,
                K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
                BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr,
-               GROUP: tl.constexpr):  # fmt: skip
+               GROUP: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, 1 or 2, COLUMNS of K at a time. N counts
-    rows of the output. weight, scales, zeros: as `Reduced` has them; GROUP: columns that share a scale, 0 for all. one:
+    rows of the output. weight, scales, zeros, SPAN: as `Reduced` has them; GROUP: columns that share a scale, 0 for all. one:
     `widen.ONE`.
     """
-    OF_ELEMENT: tl.constexpr = 8 if BITS == 4 else 1  # numbers
+    PIECES: tl.constexpr = 4 if BITS == 4 else 2
+    OF_ELEMENT: tl.constexpr = 4 if BITS == 4 else 1  # numbers
     ROW: tl.constexpr = K // OF_ELEMENT
     WIDTH: tl.constexpr = COLUMNS // OF_ELEMENT
-    PIECES: tl.constexpr = 8 if BITS == 4 else 2
     EACH: tl.constexpr = COLUMNS // PIECES  # numbers of a piece
-    RUN: tl.constexpr = 4 if BITS == 4 else 8  # of them that a thread has side by side
-    STEP: tl.constexpr = GROUP // 8 if BITS == 4 else 8  # columns from a piece to the next
+    ALONE: tl.constexpr = BITS == 4  # a piece has scales of its own
+    STEP: tl.constexpr = SPAN // 4 if BITS == 4 else 8  # columns from a piece to the next
     shares = tl.cdiv(tokens, TOKENS)
     rows = tl.program_id(0) // shares * ROWS + tl.arange(0, ROWS)
     safe = rows if N % ROWS == 0 else tl.minimum(rows, N - 1)
@@ -103,7 +102,9 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
 
     each = tl.arange(0, EACH)
     inside = each // STEP * (STEP * PIECES) + each % STEP
-    nought = tl.zeros([ROWS, EACH // RUN], tl.float32)
+    eight = 8 * tl.arange(0, EACH // 8)
+    firsts = eight // STEP * (STEP * PIECES) + eight % STEP
+    nought = tl.zeros([ROWS, EACH // 8], tl.float32)
     none = tl.zeros([EACH], tl.float32)
     s0, s1, g0, g1 = nought, nought, nought, nought
     p0, p1 = none, none
@@ -115,10 +116,11 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
             here0, here1 = _halves(here, ROWS, WIDTH)
             if GATED:
                 beside0, beside1 = _halves(beside, ROWS, WIDTH)
-        a0 = tl.zeros([ROWS, EACH], tl.float32)
-        a1, b0, b1 = a0, a0, a0
-        x0, x1 = none, none
         for piece in tl.static_range(PIECES):
+            if piece == 0 or ALONE:
+                a0 = tl.zeros([ROWS, EACH], tl.float32)
+                a1, b0, b1 = a0, a0, a0
+                x0, x1 = none, none
             columns = start + inside + piece * STEP
             mine = _piece(here, here0, here1, one, piece, BITS)
             other = _piece(beside, beside0, beside1, one, piece, BITS) if GATED else mine
@@ -133,13 +135,15 @@ def fewer_bits(x, norm_weight, weight, bias, out, scales, zeros, tokens, x_strid
                 a1 += mine * part[None, :]
                 if GATED:
                     b1 += other * part[None, :]
-        s0 += _added(a0, x0, scales, zeros, safe, start, K, ROWS, EACH, RUN, COLUMNS, BITS, GROUP)
-        if GATED:
-            g0 += _added(b0, x0, scales, zeros, N + safe, start, K, ROWS, EACH, RUN, COLUMNS, BITS, GROUP)
-        if TOKENS > 1:
-            s1 += _added(a1, x1, scales, zeros, safe, start, K, ROWS, EACH, RUN, COLUMNS, BITS, GROUP)
-            if GATED:
-                g1 += _added(b1, x1, scales, zeros, N + safe, start, K, ROWS, EACH, RUN, COLUMNS, BITS, GROUP)
+            if piece == PIECES - 1 or ALONE:
+                begun = start + firsts + (piece * STEP if ALONE else 0)
+                s0 += _added(a0, x0, scales, zeros, safe, begun, K, ROWS, EACH, BITS, GROUP)
+                if GATED:
+                    g0 += _added(b0, x0, scales, zeros, N + safe, begun, K, ROWS, EACH, BITS, GROUP)
+                if TOKENS > 1:
+                    s1 += _added(a1, x1, scales, zeros, safe, begun, K, ROWS, EACH, BITS, GROUP)
+                    if GATED:
+                        g1 += _added(b1, x1, scales, zeros, N + safe, begun, K, ROWS, EACH, BITS, GROUP)
 
     _end(s0, g0, p0, first, tokens, rows, safe, bias, scales, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL, GATED, GROUP)
     if TOKENS > 1:
@@ -157,6 +161,6 @@ def _end(sums, gated, power, token, tokens, rows, safe, bias, scales, out, out_s
         if GATED:
             up *= tl.load(scales + N + safe).to(tl.float32)
     if GATED:
-        _finish_gated(total, up, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
+        finish_gated(total, up, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
     else:
-        _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
+        finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)

@@ -7,7 +7,7 @@ are added in float32. Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.products.tiles import sum_of_parts
+from workers.kernels.products.tiles import finish_tile, sum_of_parts
 
 
 @triton.jit
@@ -95,14 +95,4 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
         total *= of_x * tl.load(scales + safe).to(tl.float32)[:, None]
         if GATED:
             up *= of_x * tl.load(scales + N + safe).to(tl.float32)[:, None]
-    if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[:, None]
-        if GATED:
-            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
-    if GATED:
-        total = total / (1 + tl.exp(-total)) * up
-    mask = (token < tokens)[None, :] & (rows < N)[:, None]
-    place = out + token.to(tl.int64)[None, :] * out_stride + rows[:, None]
-    if RESIDUAL:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+    finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)

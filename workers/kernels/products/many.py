@@ -93,28 +93,37 @@ def expanded(weight: Reduced, dtype: torch.dtype) -> Tensor:
     grid = triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])
     _expand[grid](
         weight.values, weight.scales, zeros, out, ONE, N=rows, K=columns, BITS=weight.bits,
-        GROUP=0 if weight.by_row else weight.group, ROWS=tile[0], COLUMNS=tile[1],
+        GROUP=0 if weight.by_row else weight.group, SPAN=weight.span if weight.bits == 4 else 0, ROWS=tile[0], COLUMNS=tile[1],
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _expand(values, scales, zeros, out, one, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program: a tile of [ROWS, COLUMNS]."""
-    EACH: tl.constexpr = 8 if BITS == 4 else 1  # columns of an element
+            SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One program: a tile of [ROWS, COLUMNS], or of as many columns in elements of four."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     safe = tl.minimum(rows, N - 1)
-    start = tl.program_id(1) * COLUMNS
-    stored = start // EACH + tl.arange(0, COLUMNS // EACH)
-    at = values + safe.to(tl.int64)[:, None] * (K // EACH) + stored[None, :]
-    tile = tl.load(at, mask=(stored < K // EACH)[None, :], other=0.0)
+    from_row = safe.to(tl.int64)[:, None] * K
+    into = out + rows.to(tl.int64)[:, None] * K
     if BITS == 4:
-        numbers = of_four_bits(tile, scales, zeros, safe, start, one, GROUP, K, ROWS, COLUMNS)
+        QUARTER: tl.constexpr = SPAN // 4
+        WIDTH: tl.constexpr = COLUMNS // 4
+        element = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        eight = tl.program_id(1) * WIDTH + 8 * tl.arange(0, WIDTH // 8)
+        column, firsts = element // QUARTER * SPAN + element % QUARTER, eight // QUARTER * SPAN + eight % QUARTER
+        there = (element < K // 4)[None, :]
+        tile = tl.load(values + from_row // 4 + element[None, :], mask=there, other=0)
+        for place in tl.static_range(4):
+            ahead = place * QUARTER
+            numbers = of_four_bits(tile, scales, zeros, safe, firsts + ahead, one, place, K, GROUP, ROWS, WIDTH)
+            tl.store(into + (column + ahead)[None, :], numbers.to(out.dtype.element_ty), mask=(rows < N)[:, None] & there)
     else:
+        start = tl.program_id(1) * COLUMNS
+        column = start + tl.arange(0, COLUMNS)
+        there = (column < K)[None, :]
+        tile = tl.load(values + from_row + column[None, :], mask=there, other=0.0)
         numbers = of_fp8(tile, scales, safe, start, GROUP, K, ROWS, COLUMNS)
-    if GROUP == 0:
-        numbers *= tl.load(scales + safe).to(tl.float32)[:, None]
-    column = start + tl.arange(0, COLUMNS)
-    mask = (rows < N)[:, None] & (column < K)[None, :]
-    tl.store(out + rows.to(tl.int64)[:, None] * K + column[None, :], numbers.to(out.dtype.element_ty), mask=mask)
+        if GROUP == 0:
+            numbers *= tl.load(scales + safe).to(tl.float32)[:, None]
+        tl.store(into + column[None, :], numbers.to(out.dtype.element_ty), mask=(rows < N)[:, None] & there)

@@ -1,8 +1,9 @@
 """Products of a few tokens with a large matrix, bound by the matrix's bytes, fused with what stands around them.
 
 `y = f(x) @ W.T`, where f may be an RMSNorm, and y may get a bias, become SwiGLU's product, or be added to the residual: with
-it, a decode layer is six launches. The kernels: `stream` for a few tokens, `fewer_bits` for a few where W has fewer, `tiles`
-for more; `fp8_tiles` for more of bfloat16 where W is in FP8: they are rounded to FP8 too, in a launch before.
+it, a decode layer is six launches. `stream` is for a few tokens, `fewer_bits` for a few where W has fewer, `tiles` for more;
+`fp8_tiles` for more of bfloat16 where W is in FP8: they are rounded to FP8 too, in a launch before; `four_bit_tiles` for any
+with W in four bits, for which a norm is a launch before it.
 
 No sum is added up by atomics: results do not change from run to run. A row's result depends on the kernel that took it
 and, within one kernel, not on how many rows there are. Configurations are fixed by shape; what others would give:
@@ -21,6 +22,7 @@ from workers.kernels.launch import interpreted
 from workers.kernels.lora.few import LowRank, shrink
 from workers.kernels.norm import rms_norm, rounded_norm
 from workers.kernels.products.fewer import fewer_bits
+from workers.kernels.products.four_bits import four_bit_tiles
 from workers.kernels.products.fp8_tiles import fp8_tiles
 from workers.kernels.products.reduced import BLOCK, Reduced, Rounded
 from workers.kernels.products.stream import stream
@@ -38,6 +40,8 @@ LEAST_TILE_TOKENS = 8  # of the tensor cores' products
 LEAST_ADAPTED_TOKENS = 16  # of those with adapters: at 8, QKV took twice as long beside A's product
 DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
 LEAST_OF_FP8 = 512  # columns of a program
+FOUR_BIT_WARPS = 1600  # of all programs of `four_bit_tiles`
+LEAST_OF_FOUR_BITS = 64  # columns that `four_bit_tiles` takes at a time
 MAX_TILES = 1024  # of rows, where K is split among programs
 
 
@@ -46,7 +50,7 @@ class Tiling:
     """How one product is cut. With SwiGLU, a program takes so many rows of the gate and as many of the other half."""
 
     rows: int  # of W that a program takes
-    columns: int  # of W that it takes at a time
+    columns: int  # of W that it takes at a time; `four_bit_tiles`: a span of them at most
     warps: int
     stages: int = 0  # tiles in shared memory ahead of the sums; 0: the next tile in registers
     parts: int = 0  # `tiles`: among how many programs K is split; 0: `stream`
@@ -76,8 +80,9 @@ def matvec(
     low_rank: LowRank | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
-    Weights in fewer bits become numbers in registers: in float32, or in `tiles` as x's dtype has them. Where the configuration
-    says so, f(x) is rounded to FP8 instead, token by token in the groups of columns that W has.
+    Weights in fewer bits become numbers in registers: in float32, in `tiles` as x's dtype has them, in `four_bit_tiles` as they
+    are. By the latter, and in float16 by `tiles`, f(x) is rounded to x's dtype; where the configuration says so, it is rounded
+    to FP8, token by token in the groups of columns that W has.
 
     norm_weight [K]: f is the RMSNorm with `eps`; else f(x) is x. bias [N] is added to the product. residual [tokens, N]:
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
@@ -114,9 +119,11 @@ def matvec(
         near = rounded(x, group) if norm_weight is None else rounded_norm(x, norm_weight, eps, group)
         _fp8(near, weight, bias, target, residual is not None, swiglu, counters, config)
         return target
-    # in float16 x times the norm's weight might overflow; of many tokens each program would repeat much, in many registers
-    apart = x.dtype == torch.float16 or (low_rank is not None and tokens > MAX_TOKENS_OF_WIDE)
-    if tiled and apart and norm_weight is not None:
+    four_bits = isinstance(weight, Reduced) and weight.bits == 4
+    # in float16 x times the norm's weight might overflow; few instructions fit beside four bits; and of many tokens with
+    # adapters each program would repeat much, in many registers
+    apart = x.dtype == torch.float16 or four_bits or (low_rank is not None and tokens > MAX_TOKENS_OF_WIDE)
+    if norm_weight is not None and tiled and apart:
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
         "N": n, "K": k, "ROWS": config.rows, "COLUMNS": config.columns,
@@ -136,6 +143,15 @@ def matvec(
         least = LEAST_TILE_TOKENS if low_rank is None else LEAST_ADAPTED_TOKENS
         padded = max(least, triton.next_power_of_2(tokens))
         partial = _partial(programs, config, padded, counters) if config.parts > 1 else target
+        grid, counts = (programs * config.parts,), target if counters is None else counters
+        if isinstance(weight, Reduced) and weight.bits == 4:
+            four_bit_tiles[grid](
+                x, *operands[2:7], partial, counts, tokens, x.stride(0), target.stride(0), N=n, K=k, TOKENS=padded,
+                ROWS=config.rows, COLUMNS=min(config.columns, weight.span), SPAN=weight.span, GROUP=weight.group,
+                PARTS=config.parts, STAGES=config.stages, BIAS=bias is not None, RESIDUAL=residual is not None, GATED=swiglu,
+                PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
+            )  # fmt: skip
+            return target
         beside: tuple[Tensor, ...] = (x, x, x, x, x)
         if low_rank is not None:
             low = shrink(x, low_rank, norm_weight, padded=padded, overlap=pdl)
@@ -145,9 +161,9 @@ def matvec(
                 "PDL": False, "OVERLAP": pdl, "RANK": low_rank.rank, "LOW": low.shape[1], "FIRST": first, "SECOND": second,
                 "PER": low_rank.together, "SHARES": low.shape[0],
             }  # fmt: skip
-        tiles[(programs * config.parts,)](
-            *operands[:7], partial, target if counters is None else counters, *beside, *operands[7:], ONE, TOKENS=padded,
-            PARTS=config.parts, STAGES=config.stages, **flags, **reduced,
+        tiles[grid](
+            *operands[:6], partial, counts, *beside, *operands[7:], TOKENS=padded, PARTS=config.parts, STAGES=config.stages,
+            **flags, **reduced,
         )  # fmt: skip
     elif isinstance(weight, Tensor):
         share = 1 if tokens == 1 else 2 if tokens == 2 else STREAM_TOKENS
@@ -157,7 +173,7 @@ def matvec(
     else:
         share = min(tokens, FEWER_BITS_TOKENS)
         fewer_bits[(programs * triton.cdiv(tokens, share),)](
-            *operands[:9], *operands[10:], ONE, TOKENS=share, **flags, **reduced
+            *operands[:9], *operands[10:], ONE, TOKENS=share, SPAN=weight.span if weight.bits == 4 else 0, **flags, **reduced
         )
     return target
 
@@ -195,13 +211,15 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
     The best of sweeps on an H200 over the products of the 0.6B and the 8B shape (`python -m benchmarks.kernels --sweep`); with
     fewer bits, what these make likely.
     """
+    if bits == 4 and dtype != torch.float32 and k % LEAST_OF_FOUR_BITS == 0:
+        return _four_bit_tiling(n, k, tokens, swiglu) if tokens <= MAX_TOKENS else None
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if tokens <= (STREAM_TOKENS if small or dtype == torch.float32 else FEW_OF_LARGE):
         return _stream_tiling(n, k, tokens, dtype, swiglu, bits)
     if bits == 8 and dtype == torch.bfloat16 and tokens <= MAX_TOKENS:
         tile = Tiling(64, 128, 4, 3 if swiglu and tokens > MAX_TOKENS_OF_WIDE else 5, rounded=True)
         return _tiling(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8)
-    return _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
+    return _tiles_tiling(n, k, tokens, dtype, swiglu) if bits != 4 else None
 
 
 def choose_adapted(
@@ -209,7 +227,9 @@ def choose_adapted(
 ) -> Tiling | None:  # fmt: skip
     """The same for a product to which adapters' parts are added: of the tensor cores' alone. parts: of the output, each with an
     A of its own."""
-    config = _tiles_tiling(n, k, tokens, dtype, swiglu, bits)
+    if bits == 4:
+        return None
+    config = _tiles_tiling(n, k, tokens, dtype, swiglu)
     if config is None and dtype != torch.float32 and tokens <= MAX_TOKENS:
         config = _tiling(n, k, ADAPTED_WIDE, ADAPTED_PROGRAMS)
     if config is None or (not swiglu and len(parts) > 1 and any(part % config.rows for part in parts)):
@@ -217,12 +237,10 @@ def choose_adapted(
     return replace(config, stages=min(config.stages, ADAPTED_STAGES))
 
 
-def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
+def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling | None:
     small = n * k * (2 if swiglu else 1) <= SMALL_NUMBERS
     if dtype == torch.float32 or tokens > MAX_TOKENS:
         return None
-    if bits == 4:  # the library would need them widened
-        return _tiling(n, k, Tiling(32, 128, 4, 4), DEEP_PROGRAMS)
     if n <= k:  # what is added to the residual: few rows, so the library's products leave much of the device idle
         return _tiling(n, k, Tiling(32, 128, 4, 4) if n < 4096 else Tiling(64, 128, 4, 6), DEEP_PROGRAMS)
     if tokens > MAX_TOKENS_OF_WIDE:
@@ -230,6 +248,18 @@ def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool,
     if small:
         return _tiling(n, k, Tiling(64, 64, 4, 8), WIDE_PROGRAMS)
     return _tiling(n, k, Tiling(64, 64, 4, 4), WIDE_PROGRAMS) if swiglu else None
+
+
+def _four_bit_tiling(n: int, k: int, tokens: int, swiglu: bool) -> Tiling | None:
+    if swiglu:
+        tile = Tiling(64, 256, 4, 3)
+    elif n <= 2048:
+        tile = Tiling(32, 256, 2, 4)
+    elif tokens <= LEAST_TILE_TOKENS:
+        tile = Tiling(64, 512, 4, 3)
+    else:
+        tile = Tiling(64, 256, 4, 4) if tokens <= 32 else Tiling(128, 256, 8, 3)
+    return _tiling(n, k, replace(tile, columns=min(tile.columns, k & -k)), FOUR_BIT_WARPS // tile.warps)
 
 
 def _stream_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int = 16) -> Tiling:

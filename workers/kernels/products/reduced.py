@@ -16,11 +16,12 @@ PADDING = 4  # tokens: the library takes multiples of so many
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """[rows, columns]. values: float8_e4m3fn [rows, columns], or int32 [rows, columns / 8], eight codes of four bits each: the
-    n-th lowest bits of a group's w-th word, of `group / 8`, are that of its column `n * group / 8 + w`, so that what a thread
-    has of neighbouring words is multiplied by neighbours. scales [rows, groups]: groups of columns of one size. zeros uint8
-    [rows, groups]: with four bits, which code is nought. All are contiguous, and may be filled after this has been made. blocks
-    float32 [rows / 128, groups], contiguous: the scales of FP8 in blocks of 128 x 128, where `filled` has found that it is."""
+    """[rows, columns]. values: float8_e4m3fn [rows, columns], or int16 [rows, columns / 4], four codes of four bits each: the
+    n-th lowest bits of a span's e-th element are the code of its column `n * span / 4 + e`. Elements of so many columns then
+    become their quarters, each of columns that follow one another and share a scale. scales [rows, groups]: groups of columns
+    of one size. zeros uint8 [rows, groups]: with four bits, which code is nought. All are contiguous, and may be filled after
+    this has been made. blocks float32 [rows / 128, groups], contiguous: the scales of FP8 in blocks of 128 x 128, where
+    `filled` has found that it is."""
 
     values: Tensor
     scales: Tensor
@@ -34,7 +35,7 @@ class Reduced:
         scales = torch.empty(rows, groups, dtype=scale, device=device)
         if bits == 8:
             return cls(torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device), scales)
-        values = torch.empty(rows, columns // 8, dtype=torch.int32, device=device)
+        values = torch.empty(rows, columns // 4, dtype=torch.int16, device=device)
         return cls(values, scales, torch.empty(rows, groups, dtype=torch.uint8, device=device))
 
     @property
@@ -43,11 +44,17 @@ class Reduced:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1] * (1 if self.bits == 8 else 8)
+        return self.values.shape[0], self.values.shape[1] * (1 if self.bits == 8 else 4)
 
     @property
     def group(self) -> int:
         return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def span(self) -> int:
+        """Columns of a span, with four bits: those of four groups, or as many of them as divide a row."""
+        columns = self.shape[1]
+        return min(4 * self.group, columns & -columns)
 
     @property
     def by_row(self) -> bool:
@@ -72,9 +79,9 @@ class Reduced:
         assert zeros is not None, "four bits have zero points"
         self.zeros.copy_(zeros)
         self.values.zero_()
-        words = self.values.view(len(codes), -1, self.group // 8)
-        for number, part in enumerate(codes.view(len(codes), -1, 8, self.group // 8).unbind(2)):
-            words |= part.to(words).bitwise_left_shift_(4 * number)
+        elements = self.values.view(len(codes), -1, self.span // 4)
+        for number, part in enumerate(codes.view(len(codes), -1, 4, self.span // 4).unbind(2)):
+            elements |= part.to(elements).bitwise_left_shift_(4 * number)
 
     def filled(self) -> "Reduced":
         """The same with `blocks`, where it turns out to be in such: kernels then read a scale once for 128 rows."""
@@ -95,8 +102,8 @@ class Reduced:
         if self.zeros is None:
             wide = self.values.float()
         else:
-            words = self.values.view(len(self.values), -1, self.group // 8)
-            codes = torch.stack([words >> 4 * number & 15 for number in range(8)], 2).flatten(1)
+            elements = self.values.view(len(self.values), -1, self.span // 4)
+            codes = torch.stack([elements >> 4 * number & 15 for number in range(4)], 2).flatten(1)
             wide = codes.float() - self.zeros.float().repeat_interleave(self.group, 1)
         return wide.mul_(self.scales.float().repeat_interleave(self.group, 1)).to(dtype)
 

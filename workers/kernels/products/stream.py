@@ -22,7 +22,7 @@ def _squares(x, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _finish(sums, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+def finish(sums, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
             NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):  # fmt: skip
     """One token's sums [ROWS] -> its place in `out`. `power`: the sum of its squares."""
     if NORM:
@@ -37,7 +37,7 @@ def _finish(sums, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.
 
 
 @triton.jit
-def _finish_gated(gate, up, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
+def finish_gated(gate, up, power, token, tokens, rows, bias, out, out_stride, eps, N: tl.constexpr, K: tl.constexpr,
                   NORM: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """One token's sums of the gate and of the other half [ROWS] -> silu(gate) * up in its place in `out`."""
     if NORM:
@@ -66,7 +66,7 @@ def _tile(base, rows, columns, row_stride, N: tl.constexpr, K: tl.constexpr, ROW
 
 
 @triton.jit
-def _within(at, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
+def within(at, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
     """Numbers in float32, zero beyond K; no mask where nothing is beyond."""
     return (tl.load(at) if K % COLUMNS == 0 else tl.load(at, mask=columns < K, other=0.0)).to(tl.float32)
 
@@ -75,10 +75,10 @@ def _within(at, columns, K: tl.constexpr, COLUMNS: tl.constexpr):
 def _row(x, token, tokens, columns, x_stride, norm_weight, K: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr):
     """x[token, columns] in float32, and the same times the norm's weight. Rows beyond the last repeat it."""
     at = x + tl.minimum(token, tokens - 1).to(tl.int64) * x_stride + columns
-    plain = _within(at, columns, K, COLUMNS)
+    plain = within(at, columns, K, COLUMNS)
     scaled = plain
     if NORM:
-        scaled = plain * _within(norm_weight + columns, columns, K, COLUMNS)
+        scaled = plain * within(norm_weight + columns, columns, K, COLUMNS)
     return plain, scaled
 
 
@@ -174,6 +174,6 @@ def _end(sums, gated, power, token, tokens, rows, bias, out, out_stride, eps, N:
     total = tl.sum(sums, 1)
     squares = tl.sum(power, 0)
     if GATED:
-        _finish_gated(total, tl.sum(gated, 1), squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
+        finish_gated(total, tl.sum(gated, 1), squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS)
     else:
-        _finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)
+        finish(total, squares, token, tokens, rows, bias, out, out_stride, eps, N, K, NORM, BIAS, RESIDUAL)

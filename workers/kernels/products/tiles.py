@@ -9,7 +9,7 @@ import triton.language as tl
 
 from workers.kernels.launch import fetch_rows
 from workers.kernels.lora.few import narrowed, of_tokens, raise_by, side
-from workers.kernels.products.widen import of_four_bits, of_fp8
+from workers.kernels.products.widen import of_fp8
 
 FEW_TURNS = tl.constexpr(2)
 
@@ -23,9 +23,26 @@ def sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
     return total
 
 
+@triton.jit
+def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: tl.constexpr, BIAS: tl.constexpr,
+                 RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
+    """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`."""
+    if BIAS:
+        total += tl.load(bias + safe).to(tl.float32)[:, None]
+    mask = (token < tokens)[None, :] & (rows < N)[:, None]
+    place = out + token.to(tl.int64)[None, :] * out_stride + rows[:, None]
+    if GATED:
+        if BIAS:
+            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
+        total = total / (1 + tl.exp(-total)) * up
+    if RESIDUAL:
+        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["tokens"])
-def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, low, low_b, low_slots, low_listed, low_present,
-          tokens, x_stride, weight_stride, out_stride, eps, one,
+def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low_b, low_slots, low_listed, low_present, tokens,
+          x_stride, weight_stride, out_stride, eps,
           N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           PARTS: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
           GATED: tl.constexpr, PDL: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr = 0,
@@ -34,12 +51,11 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
     """One program: ROWS rows of W (twice as many where GATED) times TOKENS tokens, over one of PARTS parts of K.
 
     partial: of each program its sums [ROWS, TOKENS], those of the other half, and the sums of squares [TOKENS].
-    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales, zeros, one: as
-    in `widen`. RANK: of the adapters whose part is added, 0: none; `low` and what follows as in `lora.few`, where the first
-    part of the output has FIRST rows, the second SECOND; no tile lies in two. OVERLAP: what makes `low` may still run.
+    counters: one for each tile of rows, 0 before and after. COLUMNS divides K / PARTS. BITS, GROUP, scales: as in `of_fp8`.
+    RANK: of the adapters whose part is added, 0: none; `low` and what follows as in `lora.few`, where the first part of the
+    output has FIRST rows, the second SECOND; no tile lies in two. OVERLAP: what makes `low` may still run.
     """
     SIZE: tl.constexpr = (2 * ROWS + 1) * TOKENS if GATED else (ROWS + 1) * TOKENS
-    EACH: tl.constexpr = 8 if BITS == 4 else 1  # columns of an element of W
     block = tl.program_id(0) // PARTS
     row = tl.arange(0, ROWS)
     rows = block * ROWS + row
@@ -49,16 +65,16 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
     begin = tl.program_id(0) % PARTS * (K // PARTS)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        fetch_rows(weight + begin // EACH, safe, weight_stride, K // PARTS // EACH)
+        fetch_rows(weight + begin, safe, weight_stride, K // PARTS)
         if GATED:
-            fetch_rows(half + begin // EACH, safe, weight_stride, K // PARTS // EACH)
+            fetch_rows(half + begin, safe, weight_stride, K // PARTS)
         tl.extra.cuda.gdc_wait()
     if RANK > 0:
         own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
         present = tl.load(low_present)
 
     column = begin + tl.arange(0, COLUMNS)
-    w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
+    w_at = safe[:, None] * weight_stride + column[None, :]
     x_at = token.to(tl.int64)[None, :] * x_stride + column[:, None]
     there = (token < tokens)[None, :]
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
@@ -69,7 +85,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
     if OFTEN:
         powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
-        tile = tl.load(weight + start // EACH + w_at, eviction_policy="evict_first")
+        tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
         a = tl.load(x + start + x_at, mask=there, other=0.0)
         if NORM:
             plain = a.to(tl.float32)
@@ -80,15 +96,11 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
             a = (plain * tl.load(norm_weight + start + column[:, None]).to(tl.float32)).to(a.dtype)
         if BITS == 8:
             tile = of_fp8(tile, scales, safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
-        if BITS == 4:
-            tile = of_four_bits(tile, scales, zeros, safe, begin + start, one, GROUP, K, ROWS, COLUMNS).to(a.dtype)
         sums = tl.dot(tile, a, sums)
         if GATED:
-            other = tl.load(half + start // EACH + w_at, eviction_policy="evict_first")
+            other = tl.load(half + start + w_at, eviction_policy="evict_first")
             if BITS == 8:
                 other = of_fp8(other, scales, N + safe, begin + start, GROUP, K, ROWS, COLUMNS).to(a.dtype)
-            if BITS == 4:
-                other = of_four_bits(other, scales, zeros, N + safe, begin + start, one, GROUP, K, ROWS, COLUMNS).to(a.dtype)
             gated = tl.dot(other, a, gated)
     total, up = sums, gated
     if OFTEN:
@@ -137,17 +149,8 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
                 beside = side(low_b, more, N + safe, OUT, RANK, PER, ROWS)
                 up = raise_by(up, beside, narrow_up, more, own, RANK, PER, TOKENS)
     if NORM:
-        total *= tl.rsqrt(squares / K + eps)[None, :]
-    if BIAS:
-        total += tl.load(bias + safe).to(tl.float32)[:, None]
-    mask = (token < tokens)[None, :] & (rows < N)[:, None]
-    place = out + token.to(tl.int64)[None, :] * out_stride + rows[:, None]
-    if GATED:
-        if NORM:
-            up *= tl.rsqrt(squares / K + eps)[None, :]
-        if BIAS:
-            up += tl.load(bias + N + safe).to(tl.float32)[:, None]
-        total = total / (1 + tl.exp(-total)) * up
-    if RESIDUAL:
-        total += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(place, total.to(out.dtype.element_ty), mask=mask)
+        scale = tl.rsqrt(squares / K + eps)[None, :]
+        total *= scale
+        if GATED:
+            up *= scale
+    finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N, BIAS, RESIDUAL, GATED)

@@ -1,7 +1,7 @@
 """Tiles of a matrix in fewer bits as numbers, in registers. Imports triton.
 
     BITS 8    FP8, each number by itself
-    BITS 4    eight in a word of 32 bits, in the order of `Reduced`
+    BITS 4    four in an element of 16 bits, in the order of `Reduced`
 
 GROUP columns, a power of two, share a scale; 0: a row does, which is applied to its sums at their end. BITS 16, of whoever
 calls this, are plain numbers, for which it is not called.
@@ -15,23 +15,12 @@ ONE = 0x3F800000
 
 
 @triton.jit
-def between_one_and_two(words, one, NUMBER: tl.constexpr):
-    """Words in int32 -> 1 + n / 16 in float32, n the nibble of that number: its bits are the mantissa's first, since turning
-    integers into floats takes a GPU many times as long. one: `ONE`, in a register: an instruction takes one constant."""
-    SHIFT: tl.constexpr = 19 - 4 * NUMBER
-    moved = words << SHIFT if SHIFT >= 0 else words >> -SHIFT
+def between_one_and_two(elements, one, PLACE: tl.constexpr):
+    """Elements in int16 -> 1 + n / 16 in float32, n the nibble at that place, 0 to 3: its bits are the mantissa's first, since
+    turning integers into floats takes a GPU many times as long. one: `ONE`, in a register, since an instruction takes one
+    constant."""
+    moved = elements.to(tl.int32) << (19 - 4 * PLACE)
     return ((moved & 0x780000) | one).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _joined(words, one, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
-    """[..., 2, 2, 2] of words [...]: bit by bit of the nibble's number, the highest first."""
-    if COUNT == 1:
-        found = between_one_and_two(words, one, FIRST)
-    else:
-        even = _joined(words, one, FIRST, 2 * STEP, COUNT // 2)
-        found = tl.join(even, _joined(words, one, FIRST + STEP, 2 * STEP, COUNT // 2))
-    return found
 
 
 @triton.jit
@@ -55,16 +44,11 @@ def of_fp8(tile, scales, rows, start, GROUP: tl.constexpr, K: tl.constexpr, ROWS
 
 
 @triton.jit
-def of_four_bits(words, scales, zeros, rows, start, one, GROUP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):  # fmt: skip
-    """Words [ROWS, COLUMNS / 8] -> [ROWS, COLUMNS] in float32; COLUMNS are a multiple of GROUP. The rest: as in `of_fp8`, but
-    what is loaded beyond K may become a number."""
-    HERE: tl.constexpr = COLUMNS // GROUP
-    GROUPS: tl.constexpr = K // GROUP
-    group = tl.minimum(start // GROUP + tl.arange(0, HERE), GROUPS - 1)
-    at = rows.to(tl.int64)[:, None] * GROUPS + group[None, :]
+def of_four_bits(elements, scales, zeros, rows, columns, one, PLACE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+                 ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Elements [ROWS, WIDTH] -> what their codes at that place stand for, in float32. rows: within the matrix; columns
+    [WIDTH / 8]: that of the first of each eight, which share a scale. Of columns beyond K: anything."""
+    at = rows.to(tl.int64)[:, None] * (K // GROUP) + tl.minimum(columns // GROUP, K // GROUP - 1)[None, :]
     scale, nought = 16 * tl.load(scales + at).to(tl.float32), 1 + tl.load(zeros + at).to(tl.float32) / 16
-    eights = _joined(tl.reshape(words, [ROWS, HERE, GROUP // 8]), one, 0, 1, 8)
-    eights = tl.reshape(eights, [ROWS, HERE, GROUP // 8, 8])
-    numbers = tl.reshape(tl.permute(eights, [0, 1, 3, 2]), [ROWS, HERE, GROUP])
-    return tl.reshape((numbers - nought[:, :, None]) * scale[:, :, None], [ROWS, COLUMNS])
+    eights = tl.reshape(between_one_and_two(elements, one, PLACE), [ROWS, WIDTH // 8, 8])
+    return tl.reshape((eights - nought[:, :, None]) * scale[:, :, None], [ROWS, WIDTH])

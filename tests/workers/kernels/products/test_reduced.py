@@ -1,7 +1,5 @@
 """Products with matrices in fewer bits, against float64 over the numbers that they stand for."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,8 +50,6 @@ def exact(x: Tensor, weight: Reduced, norm: Tensor | None, bias: Tensor | None, 
 )
 def test_matvec(device: str, form: str, name: str, tokens: int, norm: bool, bias: bool, residual: bool, swiglu: bool) -> None:
     config = CONFIGS[name]
-    if FORMS[form] == (4, 128) and config.columns < 128:  # whole groups
-        config = replace(config, columns=128, parts=3)
     dtype = torch.float16 if config.parts else torch.float32
     columns = 384
 
@@ -74,8 +70,22 @@ def test_matvec(device: str, form: str, name: str, tokens: int, norm: bool, bias
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["four bits", "four bits, large groups"])
+@pytest.mark.parametrize(("columns", "parts"), [(512, 2), (256, 4), (64, 1)])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_spans_of_four_groups(device: str, form: str, columns: int, parts: int, swiglu: bool) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float16
+    x, weight = apart(torch.randn(3, 1024, device=device).to(dtype)), made(form, 64 if swiglu else 32, 1024, device)
+    assert weight.span == 4 * weight.group
+    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    result = matvec(x, weight, swiglu=swiglu, counters=counters, config=Tiling(16, columns, 1, 2, parts))
+    assert not counters.any()
+    close(result, exact(x, weight, None, None, swiglu), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("columns", [384, 1152])
+@pytest.mark.parametrize("columns", [384, 1024, 1152])
 def test_expanded(device: str, form: str, columns: int) -> None:
     weight = made(form, 7, columns, device)
     assert torch.equal(expanded(weight, torch.float32), weight.numbers(torch.float32))
