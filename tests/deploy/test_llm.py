@@ -464,7 +464,7 @@ def test_what_the_settings_cannot_be_is_one_kind_of_error(checkpoint: Path) -> N
 WRONG: list[Any] = [1, 1.5, True, [1], [b"x"], [{}], b"x", {"a": 1}, object(), "\ud800", math.nan, -1, []]
 
 
-@pytest.mark.parametrize("value", WRONG, ids=ascii)
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: "object" if type(value) is object else ascii(value))
 def test_an_argument_of_a_wrong_type_is_named(open_llm: Open, value: Any) -> None:
     """Never a TypeError from somewhere inside."""
     llm, _ = open_llm([EOS])
