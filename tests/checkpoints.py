@@ -81,6 +81,9 @@ def _sharpen(model: torch.nn.Module) -> None:
 def load_reference(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' model of the checkpoint, eager attention, ready to generate."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
+    if model.config.model_type == "gpt_oss":
+        for layer in model.model.layers:  # before 5.19 they clamp at 7, whatever config.json says
+            layer.mlp.experts.limit = getattr(model.config, "swiglu_limit", layer.mlp.experts.limit)
     return model.eval()
 
 
