@@ -55,7 +55,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         tl.extra.cuda.gdc_wait()
     if RANK > 0:
         own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
-        present = tl.load(low_present)
+        present = tl.load(low_present, cache_modifier=".cg")
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + (begin // EACH + tl.arange(0, COLUMNS // EACH))[None, :]
@@ -70,7 +70,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start // EACH + w_at, eviction_policy="evict_first")
-        a = tl.load(x + start + x_at, mask=there, other=0.0)
+        a = tl.load(x + start + x_at, mask=there, other=0.0, cache_modifier=".cg" if OVERLAP else "")
         if NORM:
             plain = a.to(tl.float32)
             if OFTEN:
@@ -131,7 +131,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, zeros, partial, counters, l
         if GATED:
             up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
         for first in tl.range(PER, present, PER, num_stages=1):
-            more = tl.load(low_listed + first + tl.arange(0, PER))
+            more = tl.load(low_listed + first + tl.arange(0, PER), cache_modifier=".cg")
             total = raise_by(total, side(low_b, more, safe, OUT, RANK, PER, ROWS), narrow, more, own, RANK, PER, TOKENS)
             if GATED:
                 beside = side(low_b, more, N + safe, OUT, RANK, PER, ROWS)
