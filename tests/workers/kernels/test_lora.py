@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.kernels.devices import DEVICES, TOLERANCE, close, exact_norm, gpu
+from tests.workers.kernels.devices import DEVICES, TOLERANCE, close, exact_norm, gpu, rounded
 from workers.kernels.lora.few import NOBODYS, FewRows, LowRank, ShrinkTiling, list_slots
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import group
-from workers.kernels.products.matvec import Tiling, choose_adapted, matvec
+from workers.kernels.products.matvec import MAX_TOKENS_OF_WIDE, Tiling, choose_adapted, matvec
 
 NOBODY, EPS = -1, 1e-6
 MIXES = [
@@ -123,13 +123,21 @@ def _exact(
     around: Around, x: Tensor, norm: Tensor | None, weight: Tensor, residual: Tensor | None, a: Tensor, b: Tensor,
     slots: list[int],
 ) -> Tensor:  # fmt: skip
-    wide = x.double() if norm is None else exact_norm(x, norm, EPS)
+    """In float64, of the operands as the kernels round them: x times the norm's weight, and what A makes of it. Else SwiGLU of
+    few numbers in bfloat16 is 6e-3 off by these roundings alone."""
+    wide, scale = x.double(), torch.ones((), dtype=torch.float64, device=x.device)
+    if norm is not None and (x.dtype == torch.float16 or len(x) > MAX_TOKENS_OF_WIDE):
+        wide = rounded(exact_norm(x, norm, EPS).float(), x.dtype).double()  # a launch before it
+    elif norm is not None:
+        wide = rounded(x.float() * norm.float(), x.dtype).double()
+        scale = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
     product = wide @ weight.double().T
     for row, slot in enumerate(slots):
         if slot != NOBODY:
-            low = (a[slot].double() @ wide[row]).view(len(around.parts), around.rank)
+            low = rounded((a[slot].double() @ wide[row]).float(), x.dtype).double().view(len(around.parts), around.rank)
             of_parts = b[slot].double().split_with_sizes(around.parts)
             product[row] += torch.cat([w @ v for w, v in zip(of_parts, low, strict=True)])
+    product *= scale
     if around.swiglu:
         gate, up = product.chunk(2, -1)
         product = torch.nn.functional.silu(gate) * up

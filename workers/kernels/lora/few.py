@@ -157,8 +157,9 @@ def shrink_tiling(k: int, rank: int) -> ShrinkTiling:
 
 @triton.jit
 def of_tokens(slots, listed, token, tokens, PER: tl.constexpr):
-    """The slot of each token, and the first PER that are listed."""
-    return tl.load(slots + token, mask=token < tokens, other=-1), tl.load(listed + tl.arange(0, PER))
+    """The slot of each token, and the first PER that are listed; past the L1 cache, since its caller has not waited."""
+    own = tl.load(slots + token, mask=token < tokens, other=-1, cache_modifier=".cg")
+    return own, tl.load(listed + tl.arange(0, PER), cache_modifier=".cg")
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         tl.extra.cuda.gdc_wait()
     if RANK > 0:
         own, slot = of_tokens(low_slots, low_listed, token, tokens, PER)
-        present = tl.load(low_present)
+        present = tl.load(low_present, cache_modifier=".cg")
 
     column = begin + tl.arange(0, COLUMNS)
     w_at = safe[:, None] * weight_stride + column[None, :]
@@ -86,7 +86,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         powers = tl.zeros([COLUMNS, TOKENS], tl.float32)
     for start in tl.range(0, K // PARTS, COLUMNS, num_stages=STAGES):
         tile = tl.load(weight + start + w_at, eviction_policy="evict_first")
-        a = tl.load(x + start + x_at, mask=there, other=0.0)
+        a = tl.load(x + start + x_at, mask=there, other=0.0, cache_modifier=".cg" if OVERLAP else "")
         if NORM:
             plain = a.to(tl.float32)
             if OFTEN:
@@ -143,7 +143,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
         if GATED:
             up = raise_by(up, b_other, narrow_up, slot, own, RANK, PER, TOKENS)
         for first in tl.range(PER, present, PER, num_stages=1):
-            more = tl.load(low_listed + first + tl.arange(0, PER))
+            more = tl.load(low_listed + first + tl.arange(0, PER), cache_modifier=".cg")
             total = raise_by(total, side(low_b, more, safe, OUT, RANK, PER, ROWS), narrow, more, own, RANK, PER, TOKENS)
             if GATED:
                 beside = side(low_b, more, N + safe, OUT, RANK, PER, ROWS)
