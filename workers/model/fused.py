@@ -7,7 +7,8 @@
     few tokens, five to eight, products by our own kernels where these read the weights faster than the library's:   norm and
         QKV product · norm of heads, rotation and KV write · attention · O product and residual add · norm, gate/up product
         and SwiGLU · down product and residual add
-        (with adapters, of 16 bits: these products add their part themselves, behind one more launch each)
+        (with adapters the products stand by themselves, unless `ADAPTERS_BESIDE`: then they add their part themselves, behind
+        one more launch each)
 
 Everything is driven by device tensors, so a step of decodes can be captured in a CUDA graph. Imports torch, the kernels, and
 the weights' holders.
@@ -74,6 +75,11 @@ SMALL_WEIGHT_BYTES, DEPENDENT_TOKENS = 16 << 20, 8
 are disturbed: 116 instead of 103 us for the four of a layer at 8B."""
 
 
+ADAPTERS_BESIDE = False
+"""Whether products of few tokens add the part of their adapters themselves, in 16 bits: 28 us more a layer of the 8B shape
+instead of 49, but on an H200 a small model's first such step reads where it may not, for a reason that is yet to be found."""
+
+
 class FusedDecoder:
     """One rank's decoder over one pool. Every rank of a group makes the same calls: they meet in the collectives.
 
@@ -114,7 +120,7 @@ class FusedDecoder:
         tokens, positions [tokens] int32; slots [tokens], block * block_size + offset; rows [wanted] int32. adapters: of the
         tokens; None: no token has one.
         """
-        if len(tokens) <= self._few_tokens and rows is None:
+        if len(tokens) <= self._few_tokens and rows is None and (adapters is None or ADAPTERS_BESIDE):
             return self._few(tokens, positions, slots, attend, adapters)
         return self.head(self.hidden(tokens, positions, slots, attend, rows, adapters))
 

@@ -65,7 +65,8 @@ class Keeping:
                 "again"
             )
         words, groups = stored.words, blocks_of(columns, stored.group)
-        target.fill(words.codes(rows, columns).to(torch.uint8), words.scales(rows, groups), words.zeros(rows, groups))
+        codes = words.codes(rows, columns, target.values.device)  # on a CPU this would take a GPU's start minutes
+        target.fill(codes.to(torch.uint8), words.scales(rows, groups), words.zeros(rows, groups))
 
 
 def _pieces(stored: Any, index: Any) -> Iterator[tuple[Span, Span, Span]]:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 Span = tuple[int, int]
 """[start, stop) in one dimension."""
 
@@ -32,8 +34,8 @@ class Words(Protocol):
     shape: tuple[int, int]
     groups: int
 
-    def codes(self, rows: Span, columns: Span) -> Tensor:
-        """[rows, columns] int32, from 0."""
+    def codes(self, rows: Span, columns: Span, device: torch.device = CPU) -> Tensor:
+        """[rows, columns] int32, from 0, taken apart on that device."""
         ...
 
     def zeros(self, rows: Span, groups: Span) -> Tensor:
@@ -55,9 +57,9 @@ class PackedWords:
         self.shape, self.groups = shape, groups
         self._bits, self._packed, self._scale, self._zero = bits, packed, scale, zero
 
-    def codes(self, rows: Span, columns: Span) -> Tensor:
+    def codes(self, rows: Span, columns: Span, device: torch.device = CPU) -> Tensor:
         words, skipped = words_of(columns, self._bits)
-        found = unpacked(self._packed[slice(*rows), slice(*words)], self._bits)
+        found = unpacked(self._packed[slice(*rows), slice(*words)].to(device), self._bits)
         return found[:, skipped : skipped + columns[1] - columns[0]]
 
     def zeros(self, rows: Span, groups: Span) -> Tensor:
@@ -79,9 +81,9 @@ class GptqWords:
         words, out = qweight.get_shape()
         self.shape, self.groups = (out, words * (32 // bits)), scales.get_shape()[0]
 
-    def codes(self, rows: Span, columns: Span) -> Tensor:
+    def codes(self, rows: Span, columns: Span, device: torch.device = CPU) -> Tensor:
         words, skipped = words_of(columns, self._bits)
-        found = unpacked(self._qweight[slice(*words), slice(*rows)].T, self._bits)
+        found = unpacked(self._qweight[slice(*words), slice(*rows)].to(device).T, self._bits)
         return found[:, skipped : skipped + columns[1] - columns[0]]
 
     def zeros(self, rows: Span, groups: Span) -> Tensor:
@@ -103,8 +105,8 @@ class AwqWords:
         width, words = qweight.get_shape()
         self.shape, self.groups = (words * 8, width), scales.get_shape()[0]
 
-    def codes(self, rows: Span, columns: Span) -> Tensor:
-        return self._part(self._qweight, rows, columns)
+    def codes(self, rows: Span, columns: Span, device: torch.device = CPU) -> Tensor:
+        return self._part(self._qweight, rows, columns, device)
 
     def zeros(self, rows: Span, groups: Span) -> Tensor:
         return self._part(self._qzeros, rows, groups)
@@ -112,9 +114,9 @@ class AwqWords:
     def scales(self, rows: Span, groups: Span) -> Tensor:
         return self._scales[slice(*groups), slice(*rows)].T
 
-    def _part(self, stored: Stored, rows: Span, others: Span) -> Tensor:
+    def _part(self, stored: Stored, rows: Span, others: Span, device: torch.device = CPU) -> Tensor:
         words, skipped = words_of(rows, self.bits)
-        found = unpacked(stored[slice(*others), slice(*words)], self.bits)
+        found = unpacked(stored[slice(*others), slice(*words)].to(device), self.bits)
         found = found.view(len(found), -1, 8)[:, :, list(AWQ_ORDER)].flatten(1)
         return found[:, skipped : skipped + rows[1] - rows[0]].T
 
