@@ -109,7 +109,8 @@ def matvec(
         config = choose(n, k, tokens, x.dtype, swiglu, bits) or _stream_tiling(n, k, tokens, x.dtype, swiglu, bits)
         if counters is None and config.parts > 1:
             config = replace(config, parts=1)
-    pdl = pdl and not interpreted()
+    four_bits = isinstance(weight, Reduced) and weight.bits == 4
+    pdl = pdl and not interpreted() and not four_bits  # which have not been run so
     tiled = config.parts > 0
     if low_rank is not None and (not tiled or config.rounded):
         raise ValueError("adapters' parts are added by the tensor cores' products: give a configuration of `choose_adapted`")
@@ -119,7 +120,6 @@ def matvec(
         near = rounded(x, group) if norm_weight is None else rounded_norm(x, norm_weight, eps, group)
         _fp8(near, weight, bias, target, residual is not None, swiglu, counters, config)
         return target
-    four_bits = isinstance(weight, Reduced) and weight.bits == 4
     # in float16 x times the norm's weight might overflow; few instructions fit beside four bits; and of many tokens with
     # adapters each program would repeat much, in many registers
     apart = x.dtype == torch.float16 or four_bits or (low_rank is not None and tokens > MAX_TOKENS_OF_WIDE)
