@@ -213,5 +213,5 @@ def test_scores_of_embeddings_are_their_cosine(tmp_path: Path) -> None:
         np.testing.assert_allclose(scores, [*(first @ other for other in others), 1.0], atol=1e-5)
         with pytest.raises(PromptError, match="text_1 has 2 texts and text_2 3"):
             llm.score(["a", "b"], ["c", "d", "e"], progress=False)
-        with pytest.raises(PromptError, match="leave it out"):
+        with pytest.raises(PromptError, match="leave them out"):
             llm.score("a", "b", chat_template_kwargs={"instruction": "x"}, progress=False)
