@@ -113,6 +113,11 @@ class Load(threading.Thread):
         except Exception as error:
             self.failure = error
 
+    @property
+    def last(self) -> str:
+        text: str = self.answers[-1]["choices"][0]["text"]
+        return text
+
     def end(self) -> list[str]:
         """The texts, in order. Errors: whatever has befallen a request."""
         self._enough.set()
@@ -243,6 +248,7 @@ def test_a_new_version_takes_over_without_a_failed_request(application: Applicat
     os.kill(all_named(ENGINE, 1)[0], signal.SIGKILL)
     until("the first model is not back", lambda: application.complete()["choices"][0]["text"] == before)
     until("not all are up", lambda: application.groups() == ["up"] * 3, application.groups)
+    until("a front end has the other yet", lambda: all(load.failure or load.last == before for load in loads))
     for load in loads:
         texts = load.end()
         assert {*texts} == {before, after}, "none is of both"
