@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.launch import fetch_rows, interpreted
-from workers.kernels.products.tiles import finish_tile, sum_of_parts
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sum_of_parts
 
 INTERPRETED = tl.constexpr(interpreted())
 
@@ -164,12 +164,7 @@ def four_bit_tiles(x, weight, bias, out, scales, zeros, partial, counters, token
     if PARTS > 1:
         SIZE: tl.constexpr = (2 * ROWS if GATED else ROWS) * TOKENS
         at = tl.arange(0, ROWS)[:, None] * TOKENS + token[None, :]
-        here = partial + tl.program_id(0) * SIZE + at
-        tl.store(here, total)
-        if GATED:
-            tl.store(here + ROWS * TOKENS, up)
-        tl.debug_barrier()  # every thread's stores come before the count
-        if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
+        if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
         tl.store(counters + block, 0)
         total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)

@@ -7,7 +7,7 @@ are added in float32. Imports triton.
 import triton
 import triton.language as tl
 
-from workers.kernels.products.tiles import finish_tile, sum_of_parts
+from workers.kernels.products.tiles import finish_tile, is_last_of_parts, sum_of_parts
 
 
 @triton.jit
@@ -78,12 +78,7 @@ def fp8_tiles(x, x_scales, weight, scales, bias, out, partial, counters, tokens,
 
     if PARTS > 1:
         at = row[:, None] * TOKENS + token[None, :]
-        here = partial + tl.program_id(0) * SIZE
-        tl.store(here + at, total)
-        if GATED:
-            tl.store(here + ROWS * TOKENS + at, up)
-        tl.debug_barrier()  # every thread's stores come before the count
-        if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
+        if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
         tl.store(counters + block, 0)
         total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)

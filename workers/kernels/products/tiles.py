@@ -24,6 +24,19 @@ def sum_of_parts(partial, at, first, SIZE: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def is_last_of_parts(partial, at, total, up, counter, SIZE: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+                     GATED: tl.constexpr):  # fmt: skip
+    """Leaves a program's sums, and HALF numbers behind those of the other half, for whoever of its tile ends last: whether it
+    does. counter: the tile's; 0 again once the last has it."""
+    here = partial + tl.program_id(0) * SIZE + at
+    tl.store(here, total)
+    if GATED:
+        tl.store(here + HALF, up)
+    tl.debug_barrier()  # every thread's stores come before the count
+    return tl.atomic_add(counter, 1, sem="acq_rel") >= PARTS - 1
+
+
+@triton.jit
 def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: tl.constexpr, BIAS: tl.constexpr,
                  RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`."""
@@ -108,14 +121,9 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, low, low
 
     if PARTS > 1:
         at = row[:, None] * TOKENS + token[None, :]
-        here = partial + tl.program_id(0) * SIZE
-        tl.store(here + at, total)
-        if GATED:
-            tl.store(here + ROWS * TOKENS + at, up)
         if NORM:
-            tl.store(here + SIZE - TOKENS + token, squares)
-        tl.debug_barrier()  # every thread's stores come before the count
-        if tl.atomic_add(counters + block, 1, sem="acq_rel") < PARTS - 1:
+            tl.store(partial + tl.program_id(0) * SIZE + SIZE - TOKENS + token, squares)
+        if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
         tl.store(counters + block, 0)
         total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
