@@ -79,6 +79,22 @@ def certificates_read_once() -> Iterator[None]:
         yield
 
 
+class Named:
+    """Says the name of what has failed at once: a run that is ended from outside never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._config.get_terminal_writer().line(f" {report.nodeid} ({report.when}, {report.duration:.0f} s)", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if PROCESS is None:
+        config.pluginmanager.register(Named(config))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: "pytest.CallInfo[None]"
@@ -106,6 +122,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             return together(nodeid.partition("::")[0])
+
+        def remove_node(self, node: Any) -> str | None:
+            """A process has died. The test that it was in is done with, or it would take one process after the other."""
+            crashed: str | None = super().remove_node(node)
+            for scope in self.workqueue.values():
+                if crashed in scope:
+                    scope[crashed] = True
+            return crashed
 
     return ByFile(config, log)
 

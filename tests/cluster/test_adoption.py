@@ -29,7 +29,7 @@ from tests.cluster.fleet_owner import NAMESPACE, TINY, config, version
 from tests.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
 from tests.ray_heads import ray_head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 180.0
 FOREVER_S = 600.0

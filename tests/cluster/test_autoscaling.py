@@ -25,7 +25,7 @@ from scheduler.server.stats import EngineStats
 from tests.processes import WORKER, all_named, stopped_in_the_midst
 from tests.ray_heads import autoscaling_ray
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PATIENCE_S = 180.0

@@ -90,6 +90,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_groups_of_two_ranks_download_once(hub: Hub, tmp_path: Path) -> None:
     said: list[str] = []
     options: dict[str, Any] = {"dtype": "float32", "kv_memory": "32MiB", "block_size": 16}

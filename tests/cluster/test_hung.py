@@ -17,7 +17,7 @@ from deploy.frontend.outputs import RequestOutput
 from tests.cluster.test_ray import LONG, PROMPTS, open_llm, tokens, until
 from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LEADER, PEER = 0, 1
 HUNG_AFTER_S = 8.0

@@ -26,7 +26,7 @@ from scheduler.server.vitals import Fenced
 from tests.processes import SCHEDULER, alive, all_named, named
 from workers.config import SchedulerAddress
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 120.0
 GROUPS = 4

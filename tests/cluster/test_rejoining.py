@@ -25,7 +25,7 @@ from scheduler.protocol.sampling import SamplingParams
 from tests.cluster.test_ray import until
 from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 PATIENCE_S = 180.0

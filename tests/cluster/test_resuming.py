@@ -14,7 +14,7 @@ from deploy.frontend.outputs import RequestOutput
 from tests.cluster.test_ray import PROMPTS, TINY, tokens, until
 from tests.processes import SCHEDULER, all_named
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 OPTIONS: dict[str, Any] = {"dtype": "float64", "block_size": 16, "kv_memory": "32MiB", "threads": 1, "hung_after_s": 600.0}
 """In float64, so that it says the same wherever and however it is computed; what is lost is the scheduler alone."""

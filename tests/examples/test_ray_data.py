@@ -12,7 +12,7 @@ import pytest
 from manta import LLM
 from tests.ray_heads import ray_head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 ROWS: list[dict[str, Any]] = [

@@ -22,7 +22,7 @@ from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
 from tests.processes import WORKER, all_named
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT = "def add("
 CONFIGURATION = f"""

@@ -28,7 +28,7 @@ from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
 from tests.processes import ENGINE, SCHEDULER, WORKER, all_named, named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PATIENCE_S = 240.0
 TOKENS = 1500

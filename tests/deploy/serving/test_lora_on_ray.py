@@ -16,7 +16,7 @@ from tests.adapters import make_adapter
 from tests.deploy.serving.test_serve_on_ray import Endpoint, until
 from tests.processes import ENGINE, INGRESS, SCHEDULER, WORKER, all_named
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROMPT, SHORT, LONG = "def fibonacci(n):", 16, 400
 REPLICAS = 2

@@ -27,7 +27,7 @@ from tests.deploy.serving.test_ports import HOST
 from tests.ports import free_ports
 from tests.processes import INGRESS, SCHEDULER, WORKER, all_named, command_line, named, wait_gone
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = 2000
 ENGINE_SETTINGS = {"kv_memory": "32MiB", "dtype": "float32", "device": "cpu", "hung_after_s": 120.0}

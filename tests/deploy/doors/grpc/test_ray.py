@@ -21,7 +21,7 @@ from deploy.proto import manta_pb2_grpc
 from tests.deploy.doors.grpc.calls import consumed, endless, text, until
 from tests.ports import free_ports
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[4]
 KEY = [("authorization", "Bearer secret")]

@@ -22,7 +22,7 @@ from scheduler.protocol.orphans import Estate
 from tests.processes import alive, wait_gone
 from tests.ray_heads import ray_head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BOUNDS = Bounds(100, 1 << 20, 3600.0)
 TURN = Turn(b"[1]", b"[2]")
