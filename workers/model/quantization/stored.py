@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.model.fields import CheckpointError
+from workers.model.config.fields import CheckpointError
 from workers.model.quantization.words import Span, Stored, Words, blocks_of
 
 NUMBERS_AT_ONCE = 1 << 24
