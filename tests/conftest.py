@@ -55,8 +55,8 @@ SECOND_LANE = (
 """Of the tests that start Ray, about half of what takes long."""
 LAST = (
     "tests/cluster/test_hung.py", "tests/cluster/test_resuming.py", "tests/cluster/test_ray.py",
-    "tests/deploy/doors/http/test_responses_ray.py", "tests/cluster/test_two_groups.py", "tests/deploy/batch/test_ray_job.py",
-    "tests/cluster/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
+    "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/test_two_groups.py",
+    "tests/deploy/batch/test_ray_job.py", "tests/cluster/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
 )  # fmt: skip
 """Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
 NOTES = pytest.StashKey[list[str]]()

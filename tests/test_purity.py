@@ -71,7 +71,7 @@ def test_a_process_that_only_tokenises_reads_its_model_without_torch() -> None:
         "from deploy.text.without_torch import import_without_torch\n"
         "import_without_torch()\n"
         "from deploy.config.load import EMBEDDED_MODEL\n"
-        "from deploy.frontend.service import ServedModel\n"
+        "from deploy.frontend.service.service import ServedModel\n"
         "model = ServedModel.read('tiny', EMBEDDED_MODEL, None)\n"
         "assert model.tokenizer.encode(model.tokenizer.chat_text([{'role': 'user', 'content': 'hello'}]))\n"
         "assert 'torch' not in sys.modules\n"

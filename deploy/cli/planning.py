@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.cli.exits import reported_errors
-from deploy.cli.options import ConfigOption, DebugOption, flag, with_options
 from deploy.config.load import load_config, parse_size
+from deploy.terminal.exits import reported_errors
+from deploy.terminal.options import ConfigOption, DebugOption, flag, with_options
 
 if TYPE_CHECKING:
     from cluster.config import EngineConfig

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from cluster.engine import Connect, EngineError, EngineLost, RequestStream
-from deploy.frontend.choice import Told
 from deploy.frontend.connection import Connection
-from deploy.frontend.generation import Generation, Notify
+from deploy.frontend.generation.choice import Told
+from deploy.frontend.generation.generation import Generation, Notify
+from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import read_payload
-from deploy.frontend.submission import Submission
 from deploy.text.prompts import ModelLimits, Prompt
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import NO_TOKEN, Deltas, Failure, Finished, FinishReason, TalliedMetric, TokenLogprobs

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
-from deploy.frontend.further import FurtherModels
-from deploy.frontend.service import Service
+from deploy.frontend.models.further import FurtherModels
+from deploy.frontend.service.service import Service
 from deploy.status.watch import Watches
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "page"
 ASSETS = {
     "app.js": "text/javascript",
     "charts.js": "text/javascript",

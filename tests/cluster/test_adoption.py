@@ -23,7 +23,7 @@ from cluster.fleet.estate import end, find, latest_scheduler
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from tests.cluster.fleet_owner import NAMESPACE, TINY, config, version
 from tests.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone

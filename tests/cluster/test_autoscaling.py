@@ -19,7 +19,7 @@ from cluster.launch import plan
 from cluster.remote import SchedulerStream
 from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.server.stats import EngineStats
 from tests.processes import WORKER, all_named, stopped_in_the_midst

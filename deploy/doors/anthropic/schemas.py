@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from deploy.doors.openai.schemas import AtLeastZero, Count, Share
+from deploy.doors.openai.requests.schemas import AtLeastZero, Count, Share
 from deploy.text.messages import Record
 
 

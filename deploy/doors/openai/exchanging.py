@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.openai.reading import read
+from deploy.doors.openai.requests.reading import read
 from deploy.doors.openai.streams.sse import unless_gone
 from deploy.doors.warnings import Warnings
 

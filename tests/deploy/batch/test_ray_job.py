@@ -13,13 +13,13 @@ import ray
 from ray import serve
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from deploy.app import application
 from deploy.batch.job import Limits
 from deploy.batch.run import Task, run
 from deploy.batch.storage import Location
 from deploy.config.load import ConfigError, load_config
 from deploy.doors.access import ApiKeys
 from deploy.serving.applications import start_proxies
+from deploy.serving.replicas.ingress import application
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
 from tests.ports import free_ports
 from tests.processes import SCHEDULER, all_named

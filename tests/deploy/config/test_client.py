@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from rich.console import Console
 
-from deploy.batch.endpoint import open_endpoint
+from deploy.batch.backends.endpoint import open_endpoint
 from deploy.batch.lines import Line, parse
 from deploy.config.client import on_this_machine, open_client
 from deploy.config.load import ConfigError

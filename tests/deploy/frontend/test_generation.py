@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.doors.openai.answers.logprobs import TokenNames
-from deploy.frontend.choice import OutputGap, Told
-from deploy.frontend.generation import Generation
+from deploy.frontend.generation.choice import OutputGap, Told
+from deploy.frontend.generation.generation import Generation
+from deploy.frontend.generation.submission import Submission
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
-from deploy.frontend.submission import Submission
 from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Failure, Finished, FinishReason, PromptLogprobs, TokenLogprobs

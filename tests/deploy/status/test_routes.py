@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service import ServedModel, Service
+from deploy.frontend.service.service import ServedModel, Service
 from deploy.status import ASSETS, FOLDER
 from deploy.status.document import ExpertsLine, StatusDocument
 from deploy.status.history import History

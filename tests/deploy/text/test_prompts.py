@@ -7,7 +7,7 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
-from deploy.frontend.service import ServedModel
+from deploy.frontend.service.service import ServedModel
 from deploy.text.prompts import (
     Content,
     Conversation,

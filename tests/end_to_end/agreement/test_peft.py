@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from deploy.text.sources import Source
+from deploy.doors.python.sources import Source
 from tests.checkpoints import load_reference, make_checkpoint
 from tests.end_to_end.engines import greedy, open_llm
 

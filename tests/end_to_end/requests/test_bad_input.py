@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from deploy import LLM, SamplingParams
-from deploy.cli.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.frontend.outputs import GenerationError
+from deploy.terminal.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
 from deploy.text.prompts import PromptError
 from manta.commands import app
 from tests.end_to_end.engines import MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens

@@ -6,7 +6,7 @@ from llguidance import LLTokenizer
 
 from deploy.doors.dialects.tools.formats import validate
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service import ServedModel
+from deploy.frontend.service.service import ServedModel
 from scheduler.protocol.sampling import Grammar
 from workers.sampling.grammar import GrammarError, load_tokenizer
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deploy.doors.dialects.tools.families.known import TOOL_FORMATS
+from deploy.doors.python.sources import read_source
 from deploy.text.prompts import Content, Conversation, ModelLimits, PromptError, PromptParser
-from deploy.text.sources import read_source
 from deploy.text.tokenizer import CHANNEL_MARKS, THINK_MARKS, TOOL_MARKS, Detokenizer, Tokenizer
 from tests.deploy.conftest import EOS, MAX_TOKENS
 from tests.deploy.doors.dialects.conftest import LLAMA_TEMPLATE, QWEN_TEMPLATE, TOOL_TOKENS, MakeCheckpoint, opened

@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 
 from deploy.config.load import UNCOUNTED, choose_proxy, connection_bounds
 from deploy.config.serve import ServeConfig
-from deploy.frontend.service import Service
+from deploy.frontend.service.service import Service
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host
 
 SOON_S = 0.5
