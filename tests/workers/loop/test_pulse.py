@@ -50,7 +50,7 @@ def test_one_of_another_size_is_given_what_its_tokens_take_and_time_for_a_kernel
     assert loop.turn(0.1, step(64)) == RESIZED_S
     loop.turn(1.0, step(1, chunk=500))
     assert loop.turn(0.1, step(1, chunk=50)) == RESIZED_S, "fewer tokens take no longer"
-    assert loop.turn(0.1, step(1, chunk=4_000)) == pytest.approx(FACTOR * 0.1 * 2**6), "by the one of its like that promises least"
+    assert loop.turn(0.1, step(1, chunk=4_000)) == pytest.approx(64 * FACTOR * 0.1), "by who promises least"
     assert loop.turn(0.1, step(1, chunk=500, measured=True)) == FIRST_S, "and what it does was never done"
 
 
