@@ -62,9 +62,33 @@ LAST = (
 NOTES = pytest.StashKey[list[str]]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is marked slow is taken away
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray comes first: it waits more than it computes."""
     items.sort(key=lambda item: _place(item.nodeid.partition("::")[0]))
+    cases: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and {mark.name for mark in item.iter_markers()} & {"few", "gpu"} == {"few"}:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+
+    for each in cases.values():
+        _mark_all_but_few(each)
+
+
+def _mark_all_but_few(cases: list[pytest.Function]) -> None:
+    """Of one test's cases those stay that have every value of every parameter once, or as many as its mark says: first those that
+    bring most values which none before them has. A GPU is quick, so its cases all stay."""
+    mark, seen = cases[0].get_closest_marker("few"), set[tuple[str, str]]()
+    most = mark.args[0] if mark is not None and mark.args else len(cases)
+    left = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
+    while left and most > 0:
+        best = max(left, key=lambda case: len(left[case] - seen))
+        if left[best] <= seen:
+            break
+        seen |= left.pop(best)
+        most -= 1
+    for case in left:
+        case.add_marker(pytest.mark.slow)
 
 
 def _place(file: str) -> int:

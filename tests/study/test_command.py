@@ -32,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "docs"
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_with_numbers_and_its_command(made: Path) -> None:
     page = (made / "kv-study.md").read_text()
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]

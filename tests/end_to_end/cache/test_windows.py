@@ -37,6 +37,7 @@ def open_windowed(path: Path, blocks: int, **options: int) -> LLM:
     )  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("blocks", [MOST, MOST + 3, 2 * MOST, 200])
 def test_the_same_tokens_in_a_pool_far_smaller_than_the_sequences(
     blocks: int, checkpoint: Path, expected: list[list[int]]
@@ -46,6 +47,7 @@ def test_the_same_tokens_in_a_pool_far_smaller_than_the_sequences(
     assert [choice for choices in tokens(outputs) for choice in choices] == expected
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_back(checkpoint: Path, expected: list[list[int]]) -> None:
     with open_windowed(checkpoint, MOST + 3, size=2) as llm:
         outputs = run(llm, PROMPTS, greedy(OUTPUT))

@@ -311,6 +311,7 @@ def test_one_request_of_a_file_that_never_fits(checkpoints: dict[str, Path], tmp
     assert "raise kv_memory" in bad["error"]
 
 
+@pytest.mark.slow
 def test_interrupted_in_mid_generation() -> None:
     """Ctrl-C: a word, the exit code, and no process left."""
     command = [sys.executable, "-m", "manta", "generate", "--local", "--groups", "2", "--kv-memory", "64MiB"]

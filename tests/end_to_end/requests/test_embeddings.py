@@ -39,6 +39,7 @@ def vectors(outputs: Sequence[EmbeddingRequestOutput]) -> npt.NDArray[np.float64
     return np.array([output.outputs.embedding for output in outputs])
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize(("size", "block", "budget"), [(1, 256, 2048), (1, 16, 100), (2, 16, 100), (2, 256, 2048)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

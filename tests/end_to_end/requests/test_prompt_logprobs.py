@@ -90,6 +90,7 @@ def test_they_are_those_of_transformers(architecture: str, size: int, budget: in
         require_measured(output, prompt, expected)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("size", "budget", "depth", "blocks"), [(1, 2048, 1, None), (2, 100, 0, None), (1, 100, 1, 35), (1, 2048, 0, 35)]
 )

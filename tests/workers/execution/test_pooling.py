@@ -90,6 +90,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
     return {**few, "attention": "triton", "cuda_graphs": False}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("runner", "pooling", "depth"),
     [("cpu", "last", 0), ("cpu", "mean", 1), ("gpu", "last", 1), ("gpu", "mean", 0)],
@@ -108,6 +109,7 @@ def test_they_are_those_of_transformers(
         stepped.close()
 
 
+@pytest.mark.few(1)
 def test_beside_sequences_that_decode_and_are_measured(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """Neither disturbs the other, also where one token of the prompt is left to compute."""
     path = checkpoints["Qwen3ForCausalLM"]
@@ -127,6 +129,7 @@ def test_beside_sequences_that_decode_and_are_measured(runner: dict[str, Any], c
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("cached", [0, 15, 16])
 def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """What another sequence has computed stands for the rest, up to all but the last token."""
@@ -146,6 +149,7 @@ def test_the_last_token_needs_no_more_than_itself(cached: int, runner: dict[str,
         stepped.close()
 
 
+@pytest.mark.few(1)
 def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, Any], checkpoints: dict[str, Path]) -> None:
     """The row is another sequence's, or the same one's again, whose sum begins anew."""
     path, prompt = checkpoints["Qwen3ForCausalLM"], [3, 9] * 13

@@ -41,6 +41,7 @@ def exact(x: Tensor, weight: Reduced, norm: Tensor | None, bias: Tensor | None, 
     return F.silu(gate) * up
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CONFIGS)

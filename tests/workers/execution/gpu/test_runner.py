@@ -103,6 +103,7 @@ def build_stepped(checkpoint: Path, depth: int, **options: str | bool | int) -> 
                    **options)  # fmt: skip
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("kind", "implementation", "kv_dtype"),
@@ -190,6 +191,7 @@ def test_what_sums_through_the_ranks_memory_gives_the_same_tokens(checkpoint: Pa
     assert [lease.tokens for lease in ours] == [lease.tokens for lease in leases]
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("kind", "implementation"),

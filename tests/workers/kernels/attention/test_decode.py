@@ -78,6 +78,7 @@ def ragged(block: int, kv_heads: int, group: int, head_dim: int, dtype: str, dev
     return make_problem(make_step([1] * len(contexts), contexts, block), layout, heads=kv_heads * group, device=device)
 
 
+@pytest.mark.few
 @every_attention_dtype
 @pytest.mark.parametrize("block", [16, 64, 256])
 def test_ragged_rows_over_block_borders(dtype: str, device: str, block: int) -> None:
@@ -144,6 +145,7 @@ def test_a_row_keeps_its_bits_whatever_runs_beside_it(dtype: str, device: str) -
     torch.testing.assert_close(by_kernel, first, atol=2e-3, rtol=0)
 
 
+@pytest.mark.few
 @one_attention_dtype
 @pytest.mark.parametrize("group", [2, 4, 7])
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "kernel"])

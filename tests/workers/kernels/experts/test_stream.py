@@ -37,6 +37,7 @@ def _same_choice(choice: Choice, load: Tensor, scores: Tensor, rule: Rule, live:
         torch.testing.assert_close(choice.gates, alone.gates, rtol=1e-6, atol=0, equal_nan=True)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bias", "clamped"), [(False, False), (True, True)])

@@ -35,6 +35,7 @@ def made(form: str, rows: int, device: str, columns: int = K) -> Reduced:
     return weight.filled()
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", GROUPS)
 @pytest.mark.parametrize("name", CONFIGS)

@@ -28,6 +28,7 @@ def _exact(x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, 
     return F.silu(gate) * up
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)

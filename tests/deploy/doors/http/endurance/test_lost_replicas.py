@@ -80,6 +80,7 @@ def texts(events: list[dict[str, Any]]) -> dict[int, tuple[str, list[str | None]
     return told
 
 
+@pytest.mark.slow
 def test_streams_go_on_through_another_replica(cluster: MortalCluster) -> None:
     first, second = Replica(cluster.life.port), Replica(cluster.life.port)
     try:

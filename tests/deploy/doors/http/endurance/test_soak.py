@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
 from benchmarks.serving.soak import asks
 from benchmarks.shared.load import Outcome, run
 from cluster.config import EngineConfig
@@ -28,6 +30,7 @@ def soak(address: str, seed: int, requests: int) -> list[Outcome]:
     return asyncio.run(run(plan))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_requests_that_ended_or_were_given_up() -> None:
     host = Host()
     try:

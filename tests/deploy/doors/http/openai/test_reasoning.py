@@ -216,7 +216,8 @@ def test_a_stream_goes_on_behind_each_of_its_events(speaking: Speaking, steps: i
     goes_on_behind_each(speaking("<think>\nHm \u4f60.</think>\nYes.\n", steps=steps))
 
 
-@pytest.mark.parametrize("steps", [1, 500])
+@pytest.mark.few
+@pytest.mark.parametrize("steps", [500, 1])
 def test_so_does_one_on_channels(speaking: Speaking, steps: int) -> None:
     messages = [("analysis", "Hm."), ("commentary", "I see."), ("analysis", "So."), ("analysis", "Oh."), ("final", "Yes.")]
     output = "<|end|><|start|>assistant".join(f"<|channel|>{channel}<|message|>{text}" for channel, text in messages)

@@ -105,6 +105,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deploy.doors.openai.generation.endpoint.time.time", lambda: next(seconds))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_goes_on_behind_each_of_its_events(address: str, kind: str) -> None:
     path, asked = KINDS[kind]

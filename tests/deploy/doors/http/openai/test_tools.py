@@ -146,6 +146,7 @@ def test_the_parser_may_be_named(host: Host, checkpoint: Path) -> None:
             assert len(told) > 3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("parser", [name for name in TOOL_PARSERS if name not in ("auto", "none", "hermes")])
 def test_a_forced_call_in_the_syntax_of_any_family(host: Host, service: Service, parser: str) -> None:
     address = host.serve(service, ServeConfig(tool_parser=parser))
