@@ -76,8 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _mark_all_but_few(cases: list[pytest.Function]) -> None:
-    """Of one test's cases those stay that have every value of every parameter once, or as many as its mark says: first those that
-    bring most values which none before them has. A GPU is quick, so its cases all stay."""
+    """Of one test's cases those stay that have every value of every parameter once, or as many as its mark says: those first
+    that bring most values which none before them has. A GPU is quick, so its cases all stay."""
     mark, seen = cases[0].get_closest_marker("few"), set[tuple[str, str]]()
     most = mark.args[0] if mark is not None and mark.args else len(cases)
     left = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}

@@ -63,6 +63,7 @@ def test_the_page_is_drawn_again_from_saved_results(made: Path, tmp_path: Path) 
     assert (tmp_path / "kv-study" / "reuse.svg").read_text() == (made / "kv-study" / "reuse.svg").read_text()
 
 
+@pytest.mark.slow
 def test_results_of_a_gpu_stand_beside_those_of_the_cpu(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "docs")
     content = json.loads((made / "kv-study" / "results-cpu.json").read_text())

@@ -167,6 +167,7 @@ def test_a_mean_that_was_given_up_leaves_nothing_to_the_next(runner: dict[str, A
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("runner", "name"),
     [
@@ -189,6 +190,7 @@ def test_a_classifiers_labels(name: str, runner: dict[str, Any], checkpoints: di
         stepped.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("runner", "tied"), [("cpu", False), ("cpu", True), ("gpu", True)], indirect=["runner"])
 def test_one_token_against_the_other(tied: bool, runner: dict[str, Any], tmp_path: Path) -> None:
     """As Qwen3-Reranker judges: the log-odds of yes. sentence-transformers' files say which tokens those are."""

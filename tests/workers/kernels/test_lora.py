@@ -30,6 +30,7 @@ def test_rows_are_grouped_by_their_adapter(device: str, slots: list[int]) -> Non
     assert [grouped.order[begin:end].tolist() for begin, end in pairwise(starts)] == expected
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rank", "width", "parts"), SHAPES)
 @pytest.mark.parametrize("slots", MIXES)

@@ -70,6 +70,7 @@ def test_matvec(device: str, form: str, name: str, tokens: int, norm: bool, bias
     close(result, expected, dtype)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("form", ["four bits", "four bits, large groups"])
 @pytest.mark.parametrize(("columns", "parts"), [(512, 2), (256, 4), (64, 1)])

@@ -96,6 +96,7 @@ def test_heads(dtype: str, device: str, group: int, head_dim: int) -> None:
 SHORT = DecodeConfig(keys=16, least=1)  # so that rows of a few hundred tokens are cut
 
 
+@pytest.mark.few(3)
 @one_attention_dtype
 @pytest.mark.parametrize(
     "config",

@@ -54,6 +54,7 @@ def test_a_mixture(
     assert float((x.double() - exact).norm() / exact.norm()) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("of_all", "normalized"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize(("experts", "top"), [(128, 8), (60, 4)])
@@ -74,6 +75,7 @@ def test_products_choose_as_a_choice_by_itself(device: str, of_all: bool, normal
     assert float((x[live].double() - exact[live]).norm() / exact[live].norm()) < 2 * TOLERANCE[torch.float32]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unrolled", [4, 8])
 def test_turns_one_after_another_or_in_a_loop(device: str, unrolled: int) -> None:

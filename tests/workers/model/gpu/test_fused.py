@@ -88,6 +88,7 @@ FEW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "whose"), [("llama", "ours"), ("llama", "the library's"), ("gpt_oss", "ours")])
 def test_steps_of_few_tokens_choose_whose_product_each_is(
     family: str, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,6 +110,7 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("variant", "dtype"), [*((name, torch.float32) for name in VARIANTS), ("qwen3", torch.bfloat16)])
 def test_it_equals_the_plain_decoder(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     architecture, fields = VARIANTS[variant]

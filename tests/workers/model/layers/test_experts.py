@@ -62,6 +62,7 @@ def plain_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- whole models
 
 
+@pytest.mark.few(3)
 def test_greedy_tokens_equal_transformers(checkpoint: Path) -> None:
     expected = generate_reference(checkpoint, PROMPT, 30)
     assert len(set(expected)) > 8, "the model does not repeat itself"
@@ -98,6 +99,7 @@ def test_old_spelling_of_the_number_of_experts(tmp_path: Path) -> None:
 # ---- as a GPU runs them
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("plain_experts")
 @pytest.mark.parametrize("tokens", [1, 11])
 def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -> None:
@@ -115,6 +117,7 @@ def test_the_fused_mixture_equals_the_plain_one(checkpoint: Path, tokens: int) -
     assert int(plain.load.sum()) == tokens * mixture.config.per_token
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("plain_experts")
 @pytest.mark.parametrize("tokens", [1, 3, 11])
 def test_it_adds_the_experts_of_the_norm(checkpoint: Path, tokens: int) -> None:

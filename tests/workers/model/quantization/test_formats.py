@@ -44,6 +44,7 @@ def test_parts_anywhere(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
                     assert torch.equal(target, part), (each, dim, start, stop)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", FORMATS)
 def test_served_by_one_rank_and_by_two(name: str, tmp_path: Path) -> None:
     plain, quantised = both(tmp_path, name)

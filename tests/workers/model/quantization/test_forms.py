@@ -180,6 +180,7 @@ def test_a_plan_knows_the_bytes(name: str, tmp_path: Path, keeping: Callable[[bo
         assert footprint(config, 1, torch.float32, 16, keeps=keeps).weight_bytes == read[-1]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["fp8-block", "awq"])
 def test_fused_steps_read_what_is_kept(
     name: str, tmp_path: Path, keeping: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ def agents_address(host: Host, tmp_path_factory: pytest.TempPathFactory) -> str:
     return host.serve(host.service(LocalCluster(engine), model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("door", [*DOORS])
 def test_each_turn_finds_all_of_the_one_before(agents_address: str, door: str) -> None:
     report = measure(agents_address, door, TURNS, CONTEXT, BLOCKS, agents=2)
