@@ -49,14 +49,14 @@ collect_ignore = ["clients"]  # `make clients` runs them, in an environment of t
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (
-    "tests/cluster/test_adoption.py", "tests/cluster/test_rejoining.py", "tests/deploy/ray_serve_llm/test_on_ray.py",
+    "tests/cluster/fleet/test_adoption.py", "tests/cluster/losses/test_rejoining.py", "tests/deploy/ray_serve_llm/test_on_ray.py",
     "tests/deploy/serving/test_ctrl_c.py", "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
 )  # fmt: skip
 """Of the tests that start Ray, about half of what takes long."""
 LAST = (
-    "tests/cluster/test_hung.py", "tests/cluster/test_resuming.py", "tests/cluster/test_ray.py",
+    "tests/cluster/losses/test_hung.py", "tests/cluster/losses/test_resuming.py", "tests/cluster/test_ray.py",
     "tests/deploy/doors/http/responses/test_responses_ray.py", "tests/cluster/test_two_groups.py",
-    "tests/deploy/batch/test_ray_job.py", "tests/cluster/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
+    "tests/deploy/batch/test_ray_job.py", "tests/cluster/fleet/test_keepers.py", "tests/deploy/doors/grpc/test_ray.py",
 )  # fmt: skip
 """Those that whoever is free takes, each by itself, when all others are done: a minute each, so that all end together."""
 NOTES = pytest.StashKey[list[str]]()

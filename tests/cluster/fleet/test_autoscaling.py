@@ -27,7 +27,7 @@ from tests.ray_heads import autoscaling_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 PATIENCE_S = 180.0
 TOKENS, MANY_TOKENS = 200, 240
 LONG = SamplingParams(temperature=0.8, seed=3, max_tokens=TOKENS, ignore_eos=True)

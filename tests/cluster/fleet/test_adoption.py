@@ -25,7 +25,7 @@ from deploy import LLM, SamplingParams
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
-from tests.cluster.fleet_owner import NAMESPACE, TINY, config, version
+from tests.cluster.fleet.fleet_owner import NAMESPACE, TINY, config, version
 from tests.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
 from tests.ray_heads import ray_head
 
@@ -51,11 +51,11 @@ class Owner:
     """Of the fleet, until it is killed."""
 
     def __init__(self, address: str, log: Path, timeout_s: float, **options: int) -> None:
-        command = [sys.executable, "-m", "tests.cluster.fleet_owner", address, str(timeout_s)]
+        command = [sys.executable, "-m", "tests.cluster.fleet.fleet_owner", address, str(timeout_s)]
         command += [f"{name}={value}" for name, value in options.items()]
         self._log = log
         with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[2])
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, cwd=Path(__file__).parents[3])
         until("it is not ready", lambda: "ready" in self.said or self.process.poll() is not None)
         assert "ready" in self.said, self.said
 

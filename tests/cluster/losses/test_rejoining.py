@@ -27,7 +27,7 @@ from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 PATIENCE_S = 180.0
 PREFIX = list(range(300, 396))
 """Six blocks."""

@@ -15,7 +15,7 @@ from tests.hub import Hub, hub_of
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.sources.progress import DOWNLOADING
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 NAME = "org/tiny"
 TOOK_S = 1000.0
 

@@ -16,7 +16,7 @@ from kvcache.ids import GroupId
 from scheduler.core import SchedulerCore
 from scheduler.server.stats import ClusterStatus, snapshot
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 CONFIG = EngineConfig(model=str(TINY), device="cpu", groups=2, block_size=16, kv_memory=1 << 24, threads=1)
 
 

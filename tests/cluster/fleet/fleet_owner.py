@@ -1,6 +1,6 @@
 """A process that owns a fleet with an estate, on a Ray cluster that is there: for tests that end it without a warning.
 
-    python -m tests.cluster.fleet_owner ADDRESS ADOPTION_TIMEOUT_S [OPTION=INTEGER ...]       says "ready" once all groups are
+    python -m tests.cluster.fleet.fleet_owner ADDRESS ADOPTION_TIMEOUT_S [OPTION=INTEGER ...]       says "ready" once all groups are
 """
 
 import sys
@@ -18,7 +18,7 @@ from scheduler.config import QueueBounds
 from scheduler.protocol.orphans import Estate
 
 NAMESPACE = "manta-test"
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 
 
 def config(**options: Any) -> EngineConfig:

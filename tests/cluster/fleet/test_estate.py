@@ -13,7 +13,7 @@ from cluster.fleet import estate
 from cluster.fleet.estate import version_of
 from scheduler.config import QueueBounds
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
 BASE = EngineConfig(model=str(TINY), groups=2)
 VERSION = version_of(BASE, QueueBounds(), 1)
 
