@@ -49,8 +49,9 @@ collect_ignore = ["clients"]  # `make clients` runs them, in an environment of t
 ROOT = Path(__file__).parents[1]
 END_TO_END = "tests/end_to_end/"
 SECOND_LANE = (
-    "tests/cluster/fleet/test_adoption.py", "tests/cluster/losses/test_rejoining.py", "tests/deploy/ray_serve_llm/test_on_ray.py",
-    "tests/deploy/serving/test_ctrl_c.py", "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
+    "tests/cluster/fleet/test_adoption.py", "tests/cluster/losses/test_rejoining.py",
+    "tests/deploy/ray_serve_llm/test_on_ray.py", "tests/deploy/serving/test_ctrl_c.py",
+    "tests/deploy/serving/test_serve_on_ray.py", "tests/examples/test_ray_data.py",
 )  # fmt: skip
 """Of the tests that start Ray, about half of what takes long."""
 LAST = (

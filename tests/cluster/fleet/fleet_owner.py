@@ -1,6 +1,8 @@
 """A process that owns a fleet with an estate, on a Ray cluster that is there: for tests that end it without a warning.
 
-    python -m tests.cluster.fleet.fleet_owner ADDRESS ADOPTION_TIMEOUT_S [OPTION=INTEGER ...]       says "ready" once all groups are
+    python -m tests.cluster.fleet.fleet_owner ADDRESS ADOPTION_TIMEOUT_S [OPTION=INTEGER ...]
+
+It says "ready" once all groups are.
 """
 
 import sys
