@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 
 from workers.kernels.launch import interpreted
-from workers.kernels.lora.few import LowRank, shrink
 from workers.kernels.products.fewer import fewer_bits
 from workers.kernels.products.four_bits import four_bit_tiles
 from workers.kernels.products.fp8_tiles import fp8_tiles
@@ -37,7 +36,6 @@ MAX_TOKENS_OF_WIDE = 32  # of products with more outputs than inputs
 FEW_OF_LARGE = 2  # tokens that `stream` takes where W is large
 SMALL_NUMBERS = 8 << 20  # of W
 LEAST_TILE_TOKENS = 8  # of the tensor cores' products
-LEAST_ADAPTED_TOKENS = 16  # of those with adapters: at 8, QKV took twice as long beside A's product
 DEEP_PROGRAMS, WIDE_PROGRAMS, FP8_PROGRAMS = 160, 128, 256
 LEAST_OF_FP8 = 512  # columns of a program
 FOUR_BIT_WARPS = 1600  # of all programs of `four_bit_tiles`
@@ -57,13 +55,6 @@ class Tiling:
     rounded: bool = False  # `fp8_tiles`: x is rounded to FP8 too
 
 
-ADAPTED_WIDE, ADAPTED_PROGRAMS = Tiling(64, 64, 4, 4), 256
-"""Of products with more outputs than inputs which the library computes where there are no adapters."""
-
-ADAPTED_STAGES = 4
-"""At most: beside them a program of `shrink` has to fit into a multiprocessor's shared memory, or they wait for its end."""
-
-
 def matvec(
     x: Tensor,
     weight: Tensor | Reduced,
@@ -77,7 +68,6 @@ def matvec(
     pdl: bool = False,
     counters: Tensor | None = None,
     config: Tiling | None = None,
-    low_rank: LowRank | None = None,
 ) -> Tensor:
     """x [tokens, K], up to MAX_TOKENS rows that may lie apart; weight [N, K], contiguous -> f(x) @ weight.T [tokens, N].
     Weights in fewer bits become numbers in registers: in float32, in `tiles` as x's dtype has them, in `four_bit_tiles` as they
@@ -88,8 +78,7 @@ def matvec(
     the result is added to it in place, in float32 and rounded once, and it is what is returned. swiglu: `weight` is
     [2 * I, K], the gate first, and the result silu(gate) * up [tokens, I]. counters: [N / config.rows] int32 zeros, which stay
     zeros, for calls that follow one another; None where K is never split among programs. `config` replaces the fixed choice
-    of `choose`. low_rank: what adapters add to the product, before SwiGLU; it needs a configuration of `choose_adapted`, and
-    with pdl the product begins while their A is multiplied.
+    of `choose`.
 
     Raises ValueError for more tokens, for too few counters, and for what `out` or `residual` and `swiglu` cannot be at once.
     """
@@ -112,17 +101,14 @@ def matvec(
     four_bits = isinstance(weight, Reduced) and weight.bits == 4
     pdl = pdl and not interpreted() and not four_bits  # which have not been run so
     tiled = config.parts > 0
-    if low_rank is not None and (not tiled or config.rounded):
-        raise ValueError("adapters' parts are added by the tensor cores' products: give a configuration of `choose_adapted`")
     if config.rounded:
         assert isinstance(weight, Reduced), "x is rounded for weights in FP8"
         group = weight.group
         near = rounded(x, group) if norm_weight is None else rounded_norm(x, norm_weight, eps, group)
         _fp8(near, weight, bias, target, residual is not None, swiglu, counters, config)
         return target
-    # in float16 x times the norm's weight might overflow; few instructions fit beside four bits; and of many tokens with
-    # adapters each program would repeat much, in many registers
-    apart = x.dtype == torch.float16 or four_bits or (low_rank is not None and tokens > MAX_TOKENS_OF_WIDE)
+    # in float16 x times the norm's weight might overflow, and few instructions fit beside four bits
+    apart = x.dtype == torch.float16 or four_bits
     if norm_weight is not None and tiled and apart:
         x, norm_weight = rms_norm(x, norm_weight, eps, pdl=pdl), None
     flags = {
@@ -140,8 +126,7 @@ def matvec(
     )  # fmt: skip
     programs = triton.cdiv(n, config.rows)
     if tiled:
-        least = LEAST_TILE_TOKENS if low_rank is None else LEAST_ADAPTED_TOKENS
-        padded = max(least, triton.next_power_of_2(tokens))
+        padded = max(LEAST_TILE_TOKENS, triton.next_power_of_2(tokens))
         partial = _partial(programs, config, padded, counters) if config.parts > 1 else target
         grid, counts = (programs * config.parts,), target if counters is None else counters
         if isinstance(weight, Reduced) and weight.bits == 4:
@@ -152,17 +137,8 @@ def matvec(
                 PDL=pdl, num_warps=config.warps, launch_pdl=pdl,
             )  # fmt: skip
             return target
-        beside: tuple[Tensor, ...] = (x, x, x, x, x)
-        if low_rank is not None:
-            low = shrink(x, low_rank, norm_weight, padded=padded, overlap=pdl)
-            beside = low, low_rank.b, *low_rank.rows
-            first, second = (*low_rank.parts, 0)[:2]
-            flags |= {
-                "PDL": False, "OVERLAP": pdl, "RANK": low_rank.rank, "LOW": low.shape[1], "FIRST": first, "SECOND": second,
-                "PER": low_rank.together, "SHARES": low.shape[0],
-            }  # fmt: skip
         tiles[grid](
-            *operands[:6], partial, counts, *beside, *operands[7:], TOKENS=padded, PARTS=config.parts, STAGES=config.stages,
+            *operands[:6], partial, counts, *operands[7:], TOKENS=padded, PARTS=config.parts, STAGES=config.stages,
             **flags, **reduced,
         )  # fmt: skip
     elif isinstance(weight, Tensor):
@@ -220,21 +196,6 @@ def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool = False
         tile = Tiling(64, 128, 4, 3 if swiglu and tokens > MAX_TOKENS_OF_WIDE else 5, rounded=True)
         return _tiling(n, k, tile, FP8_PROGRAMS, LEAST_OF_FP8)
     return _tiles_tiling(n, k, tokens, dtype, swiglu) if bits != 4 else None
-
-
-def choose_adapted(
-    n: int, k: int, tokens: int, dtype: torch.dtype, parts: tuple[int, ...], swiglu: bool = False, bits: int = 16
-) -> Tiling | None:  # fmt: skip
-    """The same for a product to which adapters' parts are added: of the tensor cores' alone. parts: of the output, each with an
-    A of its own."""
-    if bits == 4:
-        return None
-    config = _tiles_tiling(n, k, tokens, dtype, swiglu)
-    if config is None and dtype != torch.float32 and tokens <= MAX_TOKENS:
-        config = _tiling(n, k, ADAPTED_WIDE, ADAPTED_PROGRAMS)
-    if config is None or (not swiglu and len(parts) > 1 and any(part % config.rows for part in parts)):
-        return None
-    return replace(config, stages=min(config.stages, ADAPTED_STAGES))
 
 
 def _tiles_tiling(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool) -> Tiling | None:
