@@ -27,7 +27,8 @@ from benchmarks.kernels.cases import (
 )
 from workers.kernels.lora.products import add_low_rank
 from workers.kernels.lora.rows import GroupedRows, group
-from workers.kernels.products.matvec import MAX_TOKENS, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, choose
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.norm import add_rms_norm, rms_norm
 

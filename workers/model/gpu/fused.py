@@ -22,7 +22,8 @@ from workers.kernels.heads.rope import qk_norm_rope_write
 from workers.kernels.heads.turn import HeadTurn
 from workers.kernels.lora.weights import StepAdapters
 from workers.kernels.products.many import rounds
-from workers.kernels.products.matvec import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TILES, MAX_TOKENS, STREAM_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced, Rounded
 from workers.kernels.rows.activation import silu_mul
 from workers.kernels.rows.embed import embed_norm
