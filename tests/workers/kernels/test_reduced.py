@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tests.workers.kernels.devices import CUDA, DEVICES, TOLERANCE, apart, close, exact_norm
 from workers.kernels.products.many import expanded, product
-from workers.kernels.products.matvec import MAX_TOKENS, Tiling, choose, matvec
+from workers.kernels.products.matvec import matvec
+from workers.kernels.products.tilings import MAX_TOKENS, Tiling, choose
 from workers.kernels.reduced import Reduced
 
 EPS = 1e-6

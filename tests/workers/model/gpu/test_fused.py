@@ -97,8 +97,8 @@ def test_steps_of_few_tokens_choose_whose_product_each_is(
         monkeypatch.setattr("workers.model.gpu.fused.choose", lambda *_: None)
     path = make(family, tmp_path, num_hidden_layers=1, vocab_size=37, hidden_size=32, intermediate_size=48, **FEW[family])
     if DEVICE.type == "cpu":
-        for module in ("layers", "experts"):
-            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
+        for module in ("linear", "experts"):
+            monkeypatch.setattr(f"workers.model.layers.{module}.can_pack", lambda *_: False)
     few, many = Fused(path, torch.float32), Fused(path, torch.float32)
     if DEVICE.type == "cpu":
         few.fused._few_tokens = SEQUENCES

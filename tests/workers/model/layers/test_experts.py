@@ -55,8 +55,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def plain_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU experts keep their plain numbers, which the kernels read."""
     if DEVICE.type == "cpu":
-        for module in ("experts", "layers"):
-            monkeypatch.setattr(f"workers.model.{module}.can_pack", lambda *_: False)
+        for module in ("experts", "linear"):
+            monkeypatch.setattr(f"workers.model.layers.{module}.can_pack", lambda *_: False)
 
 
 # ---- whole models

@@ -1,4 +1,4 @@
-"""What a rank keeps of adapters: numbers that are not finite are refused, since zeros hide one adapter from another's rows."""
+"""What a rank keeps of adapters: numbers that are not finite are refused."""
 
 from pathlib import Path
 

@@ -14,8 +14,8 @@ from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, f
 from tests.workers.decoding import SEQUENCES, make_step
 from tests.workers.model.gpu.test_fused import Fused
 from workers.config import ReadingConfig
-from workers.kernels.products import matvec
-from workers.kernels.products.matvec import Tiling
+from workers.kernels.products import tilings
+from workers.kernels.products.tilings import Tiling
 from workers.kernels.reduced import rounded_rows
 from workers.model import decoder
 from workers.model.config.architectures import ModelConfig
@@ -199,7 +199,7 @@ def test_fused_steps_read_what_is_kept(
 
     def choose(n: int, k: int, tokens: int, dtype: torch.dtype, swiglu: bool, bits: int) -> Tiling | None:
         chosen.append(bits)
-        return matvec.choose(n, k, tokens, dtype, swiglu, bits)
+        return tilings.choose(n, k, tokens, dtype, swiglu, bits)
 
     monkeypatch.setattr("workers.model.gpu.fused.choose", choose)
     kept.fused._few_tokens = SEQUENCES
