@@ -80,17 +80,17 @@ class FrontEnd:
             stream = self._next_stream
             self._next_stream += sum(prompt.params.n for prompt in prompts)
         now_s, block_size = time.monotonic(), self.engine.block_size
-        generations = []
+        generations: list[Generation] = []
+        live: dict[int, Generation] = {}
         for number, prompt in enumerate(prompts):
             submission = Submission(stream, prompt, self._limits.eos_ids, block_size, now_s)
             had = told[number] if told else ()
             generations.append(Generation(submission, prompt, self._tokenizer, notify, each_token, had))
-            stream += prompt.params.n
+            live |= dict.fromkeys(range(stream, stream := stream + prompt.params.n), generations[-1])
         with self._lock:
             if self._lost is not None:
                 raise EngineError(self._lost)
-            for generation in generations:
-                self._live.update(dict.fromkeys(generation.streams, generation))
+            self._live.update(live)
             if self._up:  # else `_resume` submits them
                 self._send(generations)
         return generations

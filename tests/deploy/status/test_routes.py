@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from cluster.config import EngineConfig
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import ASSETS, FOLDER
 from deploy.status.document import ExpertsLine, StatusDocument
 from deploy.status.history import History
