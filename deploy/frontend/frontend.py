@@ -91,8 +91,11 @@ class FrontEnd:
             if self._lost is not None:
                 raise EngineError(self._lost)
             self._live.update(live)
-            if self._up:  # else `_resume` submits them
+            if self._up:
                 self._send(generations)
+            else:  # `_resume` submits them
+                for generation in generations:
+                    generation.submission.wait()
         return generations
 
     def abort(self, generations: Iterable[Generation]) -> None:
@@ -120,8 +123,6 @@ class FrontEnd:
     def _send(self, generations: Sequence[Generation]) -> None:
         """For the first time. The lock is held, so that nobody resumes them meanwhile. Errors: as the engine's, and they are
         forgotten; none if it was lost just now, which the thread is told next."""
-        for generation in generations:
-            generation.submission.sent()
         try:
             self.engine.submit([generation.submission.request for generation in generations])
         except EngineError:

@@ -175,9 +175,9 @@ class Service:
             account.add(of_prompts(prompts), "prompt_logprobs")
             self._submit(call, prompts, told)
             async for position, delta in self._follow(call):
+                log.take(position, delta)
                 if gathered:
                     kept.add(delta.logprobs, "logprobs")
-                log.take(position, delta)
                 yield position, delta
         except RequestError as error:
             raise log.fail(error) from None
