@@ -19,7 +19,7 @@ from deploy.frontend.outputs import (  # noqa: E402
     RequestOutput,
     ScoringRequestOutput,
 )
-from deploy.text.prompts import PromptError  # noqa: E402
+from deploy.text.content import PromptError  # noqa: E402
 from scheduler.protocol.sampling import Grammar, SamplingParams  # noqa: E402
 
 __all__ = [

@@ -20,8 +20,8 @@ from deploy.doors.python.sources import Source, as_chat, as_token_ids, label, re
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.terminal.exits import interrupts_held, reported_errors
 from deploy.terminal.options import ConfigOption, DebugOption, flag, sampling_values, with_options
+from deploy.text.content import PromptError
 from deploy.text.files import decode, split_lines
-from deploy.text.prompts import PromptError
 
 
 class InputFormat(StrEnum):

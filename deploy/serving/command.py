@@ -34,7 +34,8 @@ from deploy.doors.access import ApiKeys
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.models.adapters import OwnShelf, ServedAdapters
 from deploy.frontend.models.further import FurtherModels
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.serving.ending import GRACE_S, end_late, let_end
 from deploy.serving.haproxy import write_program

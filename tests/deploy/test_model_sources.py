@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from deploy.config.load import EMBEDDED_MODEL, ConfigError, endpoint_config
 from deploy.doors.python.llm import LLM
-from deploy.frontend.service.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from manta.commands import app
 from scheduler.protocol.sampling import SamplingParams
 from tests.hub import Hub, hub_of

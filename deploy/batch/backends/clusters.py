@@ -15,8 +15,7 @@ from cluster.config import EngineConfig, own_threads
 from cluster.engine import Engine, EngineLost, OnDeltas, OnFailure, Progress, RequestStream
 from cluster.remote import SchedulerStream
 from deploy.config.load import ConfigError
-from deploy.frontend.clusters import ServeCluster
-from deploy.frontend.service.service import Cluster
+from deploy.frontend.clusters import Cluster, ServeCluster
 from deploy.terminal.exits import interrupts_held
 from scheduler.protocol.messages import Deltas
 from scheduler.server.stats import ClusterStatus

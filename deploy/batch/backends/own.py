@@ -24,8 +24,10 @@ from deploy.doors.openai.generation.completions import Completions
 from deploy.doors.openai.requests.reading import read
 from deploy.doors.openai.requests.schemas import ChatRequest, CompletionRequest
 from deploy.doors.warnings import Warnings
+from deploy.frontend.clusters import Cluster
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service.service import Cluster, ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.text.adapters import Adapters
 from scheduler.protocol.messages import Adapter
 from scheduler.server.stats import ClusterStatus

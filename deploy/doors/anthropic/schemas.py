@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from deploy.doors.openai.requests.schemas import AtLeastZero, Count, Share
-from deploy.text.messages import Record
+from deploy.text.content import Record
 
 
 class ContentBlock(Record, frozen=True, kw_only=True):

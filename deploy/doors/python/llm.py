@@ -7,18 +7,11 @@
 Imports no torch and no ray by itself: the engine comes in with the first LLM, and with `local=True` Ray never does.
 """
 
-import asyncio
 import atexit
-import contextlib
 import logging
-import math
-import queue
-import time
 import weakref
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from operator import itemgetter
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +20,7 @@ from cluster.config import EngineConfig
 from cluster.engine import Engine, EngineStats, OnDeltas, OnFailure, Progress, StartEngine
 from deploy.config.load import ConfigError, bound_openmp_spin, engine_config
 from deploy.config.serve import model_name
+from deploy.doors.python.calls import CallReader, Lora, Params, names_of, refusal, terms_of
 from deploy.doors.python.sources import (
     Source,
     all_or_none,
@@ -34,40 +28,26 @@ from deploy.doors.python.sources import (
     listed,
     read_lora,
     read_pooled,
-    read_source,
-    read_terms,
     read_texts,
 )
-from deploy.frontend.errors import Fault
+from deploy.doors.python.waiting import iterated, streamed
 from deploy.frontend.frontend import FrontEnd
-from deploy.frontend.generation.generation import Generation
 from deploy.frontend.outputs import (
-    CompletionOutput,
     EmbeddingRequestOutput,
     GenerationError,
     RequestOutput,
     ScoringRequestOutput,
 )
-from deploy.frontend.scoring import NO_HEAD, Scoring, embedding_output, need_embedding, pairs_of
+from deploy.frontend.scoring import Scoring, embedding_output, need_embedding, pairs_of
 from deploy.text.adapters import Adapters
 from deploy.text.chat_template import Message
-from deploy.text.files import writable
-from deploy.text.prompts import Content, Prompt, PromptError, PromptParser, Terms, read_model_limits, read_model_uses
+from deploy.text.content import PromptError
+from deploy.text.prompts import Prompt, PromptParser, read_model_limits, read_model_uses
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Pooling
 from scheduler.protocol.sampling import SamplingParams
 from workers.model.sources.find import find_checkpoint, pinned
 
 logger = logging.getLogger(__name__)
-
-CTRL_C_POLL_S = 0.2
-"""A signal that comes just before a wait begins does not end it; so no wait is longer than this."""
-
-Params = SamplingParams | Iterable[SamplingParams] | None
-"""One for all prompts, one for each, or the defaults."""
-
-Lora = str | Sequence[str | None] | None
-"""The name of the LoRA adapter for all prompts, or one for each; None: the model as it is."""
 
 
 class LLM:
@@ -105,9 +85,9 @@ class LLM:
         tokenizer = Tokenizer.load(checkpoint)
         limits = limits.ending_as(tokenizer)
         self.config = config
-        self._parser = PromptParser(limits, tokenizer)
         self._adapters = Adapters(config, model_name(None, config.model))
         self._uses = read_model_uses(checkpoint, config.pooling, config.score_tokens, config)
+        self._calls = CallReader(PromptParser(limits, tokenizer), self._adapters, self._uses)
         start = engine_starter(config)
         engines: list[Engine] = []
 
@@ -147,7 +127,7 @@ class LLM:
         prompts that name none of their own.
         Errors: PromptError before anything is submitted; GenerationError once all have ended, if any failed.
         """
-        parsed = self._parse(as_list(prompts), sampling_params, _terms(tenant, deadline_s, priority), lora)
+        parsed = self._calls.prompts(as_list(prompts), sampling_params, terms_of(tenant, deadline_s, priority), lora)
         return self._complete(all_or_none(parsed), progress)
 
     def chat(
@@ -192,13 +172,13 @@ class LLM:
         INVALID, where others can. Errors: PromptError.
         """
         sources = as_list(prompts)
-        parsed = self._parse(sources, sampling_params, _terms(tenant, deadline_s, priority), lora)
+        parsed = self._calls.prompts(sources, sampling_params, terms_of(tenant, deadline_s, priority), lora)
         refused = {position: each for position, each in enumerate(parsed) if isinstance(each, PromptError)}
         if not each_alone or len(refused) in (0, len(parsed)):
-            return self._run(dict(enumerate(all_or_none(parsed))), each_token=True)
+            return iterated(self._frontend, dict(enumerate(all_or_none(parsed))), each_token=True)
         valid = {position: each for position, each in enumerate(parsed) if isinstance(each, Prompt)}
-        refusals = [(position, _refusal(sources[position], error)) for position, error in refused.items()]
-        return self._run(valid, each_token=True, refusals=refusals)
+        refusals = [(position, refusal(sources[position], error)) for position, error in refused.items()]
+        return iterated(self._frontend, valid, each_token=True, refusals=refusals)
 
     def embed(
         self,
@@ -214,11 +194,11 @@ class LLM:
         """The embedding of every prompt, in the order of the prompts. dimensions: its first so many numbers alone, as
         Matryoshka embeddings are cut. lora, tenant, deadline_s, priority, progress, errors: as in `generate`; PromptError also
         where the checkpoint is not for embeddings."""
-        pooling, call = need_embedding(self._uses, dimensions), _terms(tenant, deadline_s, priority)
+        pooling, call = need_embedding(self._uses, dimensions), terms_of(tenant, deadline_s, priority)
         sources = as_list(prompts)
         contents = [read_pooled(source, call) for source in sources]
-        loras = [read_lora(source, name) for source, name in zip(sources, _names(lora, len(sources)), strict=True)]
-        outputs = self._pool(contents, pooling, progress, loras)
+        loras = [read_lora(source, name) for source, name in zip(sources, names_of(lora, len(sources)), strict=True)]
+        outputs = self._complete(self._calls.pooled(contents, pooling, loras), progress)
         return [embedding_output(output, self._uses, dimensions) for output in outputs]
 
     def score(
@@ -238,9 +218,10 @@ class LLM:
         if not isinstance(chat_template_kwargs, Mapping | None):
             raise PromptError(f"chat_template_kwargs must be a mapping, not {type(chat_template_kwargs).__name__}")
         pairs = pairs_of(read_texts("text_1", text_1), read_texts("text_2", text_2))
-        scoring = Scoring.of(pairs, self._uses, self._parser.tokenizer, chat_template_kwargs)
-        call = _terms(tenant, deadline_s, priority)
-        return scoring.outputs(self._pool([(content, call) for content in scoring.contents], scoring.pooling, progress))
+        scoring = Scoring.of(pairs, self._uses, self._calls.parser.tokenizer, chat_template_kwargs)
+        call = terms_of(tenant, deadline_s, priority)
+        contents = [(content, call) for content in scoring.contents]
+        return scoring.outputs(self._complete(self._calls.pooled(contents, scoring.pooling), progress))
 
     # ---- asyncio ----
 
@@ -260,25 +241,10 @@ class LLM:
         aborts the request. lora, tenant, deadline_s, priority: as in `generate`. Errors: PromptError; GenerationError if it
         fails.
         """
-        parsed = all_or_none(self._parse([prompt], sampling_params, _terms(tenant, deadline_s, priority), lora))
-        loop, grown = asyncio.get_running_loop(), asyncio.Event()
-        submitted_s = loop.time()
-        generations = self._frontend.submit(parsed, lambda _: loop.call_soon_threadsafe(grown.set))
-        timers = [loop.call_at(due_s, self._frontend.expire, late) for due_s, late in _by_deadline(generations, submitted_s)]
-        try:
-            while True:
-                await grown.wait()
-                grown.clear()
-                output = generations[0].take()
-                if output.error:
-                    raise GenerationError.of([output])
+        parsed = all_or_none(self._calls.prompts([prompt], sampling_params, terms_of(tenant, deadline_s, priority), lora))
+        async with aclosing(streamed(self._frontend, parsed)) as outputs:
+            async for output in outputs:
                 yield output
-                if output.finished:
-                    return
-        finally:
-            for timer in timers:
-                timer.cancel()
-            self._frontend.abort(generations)
 
     # ---- LoRA adapters ----
 
@@ -311,94 +277,18 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.shutdown()
 
-    # ---- common ----
-
-    def _parse(
-        self, sources: Sequence[Source], params: Params, call: Terms, lora: Lora
-    ) -> list[Prompt | PromptError]:  # fmt: skip
-        """Errors: PromptError for what is wrong with the call as a whole."""
-        if not self._uses.generates:
-            raise PromptError(NO_HEAD)
-        if params is None or isinstance(params, SamplingParams):
-            every = [params or SamplingParams()] * len(sources)
-        else:
-            every = listed(params, "sampling parameters must be SamplingParams(...), or a list of them, one for each prompt")
-        if len(every) != len(sources):
-            raise PromptError(f"{len(sources)} prompts and {len(every)} sampling parameters: give one for each, or one for all")
-        parsed: list[Prompt | PromptError] = []
-        for source, each, name in zip(sources, every, _names(lora, len(sources)), strict=True):
-            try:
-                content, params_of, terms = read_source(source, each, call)
-                parsed.append(self._parser_of(read_lora(source, name)).prompt(content, params_of, terms))
-            except PromptError as error:
-                parsed.append(error)
-        return parsed
-
-    def _parser_of(self, lora: str | None) -> PromptParser:
-        """Errors: PromptError."""
-        if lora is None:
-            return self._parser
-        if (adapter := self._adapters.get(lora)) is None:
-            there = ", ".join(repr(each.name) for each in self._adapters)
-            said = f"there is no LoRA adapter {lora!r}{f', but {there}' if there else ''}"
-            raise PromptError(f"{said}: name it in lora at the start, or load it")
-        return replace(self._parser, adapter=adapter)
-
-    def _pool(
-        self, contents: Sequence[tuple[Content, Terms]], pooling: Pooling, progress: bool, loras: Sequence[str | None] = ()
-    ) -> list[RequestOutput]:
-        """loras: of each, where any is named. Errors: as `generate`."""
-        parsed: list[Prompt | PromptError] = []
-        for (content, terms), name in zip(contents, loras or [None] * len(contents), strict=True):
-            try:
-                parsed.append(self._parser_of(name).pooled(content, pooling, terms))
-            except PromptError as error:
-                parsed.append(error)
-        return self._complete(all_or_none(parsed), progress)
-
     def _complete(self, prompts: list[Prompt], progress: bool) -> list[RequestOutput]:
         from deploy.terminal.display import request_bar
 
         outputs: dict[int, RequestOutput] = {}
         with request_bar(len(prompts), shown=progress) as advance:
-            for position, output in self._run(dict(enumerate(prompts)), each_token=False):
+            for position, output in iterated(self._frontend, dict(enumerate(prompts)), each_token=False):
                 outputs[position] = output
                 advance(output)
         ordered = [outputs[position] for position in range(len(prompts))]
         if any(output.error for output in ordered):
             raise GenerationError.of(ordered)
         return ordered
-
-    def _run(
-        self, prompts: Mapping[int, Prompt], each_token: bool, refusals: Iterable[tuple[int, RequestOutput]] = ()
-    ) -> Iterator[tuple[int, RequestOutput]]:
-        """prompts: by their positions. refusals: of others; they are told first."""
-        yield from refusals
-        grown: queue.SimpleQueue[Generation] = queue.SimpleQueue()
-        submitted_s = time.monotonic()
-        generations = self._frontend.submit([*prompts.values()], grown.put, each_token) if prompts else []
-        positions = {generation.stream: position for position, generation in zip(prompts, generations, strict=True)}
-        due = deque(_by_deadline(generations, submitted_s))
-        try:
-            left = len(generations)
-            while left:
-                generation = self._next(grown, due)
-                output = generation.take()
-                left -= output.finished
-                yield positions[generation.stream], output
-        finally:  # also when the caller leaves the loop, or Ctrl-C interrupts the wait
-            self._frontend.abort(generations)
-
-    def _next(self, grown: "queue.SimpleQueue[Generation]", due: deque[tuple[float, Generation]]) -> Generation:
-        """Those whose deadline passes in the meantime have grown too: by their end. The scheduler looks at deadlines when
-        something happens, so a door keeps the time itself."""
-        while True:
-            while due and due[0][0] <= time.monotonic():
-                self._frontend.expire(due.popleft()[1])
-            wait_s = min(CTRL_C_POLL_S, due[0][0] - time.monotonic()) if due else CTRL_C_POLL_S
-            with contextlib.suppress(queue.Empty):
-                return grown.get(timeout=max(0.0, wait_s))
-
 
 def engine_starter(config: EngineConfig) -> StartEngine:
     """The one place where Ray comes in, or does not."""
@@ -409,32 +299,3 @@ def engine_starter(config: EngineConfig) -> StartEngine:
     from cluster.launch import start_on_ray
 
     return start_on_ray
-
-
-def _names(lora: Lora, count: int) -> list[str | None]:
-    """For each of so many prompts. Errors: PromptError."""
-    if lora is None or isinstance(lora, str):
-        return [lora] * count
-    names = listed(lora, "lora must be the name of a LoRA adapter, or a list of one for each prompt")
-    if len(names) != count:
-        raise PromptError(f"{count} prompts and {len(names)} names of LoRA adapters: give one for each, or one for all")
-    return names
-
-
-def _terms(tenant: str, deadline_s: float | None, priority: int) -> Terms:
-    """Of a call. Errors: PromptError."""
-    return read_terms({"tenant": tenant, "deadline_s": deadline_s, "priority": priority})
-
-
-def _by_deadline(generations: Sequence[Generation], submitted_s: float) -> list[tuple[float, Generation]]:
-    """(when it must have ended, the generation) of those with a deadline, the earliest first."""
-    timed = [(submitted_s + generation.prompt.terms.deadline_s, generation) for generation in generations]
-    return sorted((each for each in timed if each[0] < math.inf), key=itemgetter(0))
-
-
-def _refusal(source: Source, error: PromptError) -> RequestOutput:
-    """The output of a prompt that was never submitted."""
-    text = source.get("prompt") if isinstance(source, Mapping) else source
-    prompt = writable(text) if isinstance(text, str) else None
-    failed = CompletionOutput(0, "", [], finish_reason="error")
-    return RequestOutput("", prompt, [], None, [failed], finished=True, error=str(error), fault=Fault.INVALID)

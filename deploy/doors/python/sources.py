@@ -14,19 +14,9 @@ import msgspec
 
 from deploy.config.faults import where
 from deploy.config.load import SAMPLING_KEYS, ConfigError, reject_unknown, sampling_params
+from deploy.text.content import Content, Conversation, Message, PromptError, for_template
 from deploy.text.files import refuse_halves, surrogate, writable
-from deploy.text.messages import Message, for_template
-from deploy.text.prompts import (
-    LEAST_URGENT,
-    MOST_URGENT,
-    USUAL_PARAMS,
-    USUAL_TERMS,
-    Content,
-    Conversation,
-    Prompt,
-    PromptError,
-    Terms,
-)
+from deploy.text.prompts import LEAST_URGENT, MOST_URGENT, USUAL_PARAMS, USUAL_TERMS, Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 
 LABEL_CHARACTERS = 60

@@ -70,14 +70,18 @@ class Submission:
             adapter=prompt.adapter,
         )
         """As it is submitted for the first time."""
-        self.waits_since_s: float | None = now_s
-        """Since when no scheduler has it; None: one has."""
+        self.waits_since_s: float | None = None
+        """Since when no scheduler has it; None: one has, or will at once."""
         self._block_size = block_size
         self._begun_s = now_s
-        self._sent = False
+        self._sent = True
         self.seed = params.seed
         """Once it is known: a request that brings none has one drawn by the scheduler."""
         self._standings = [_Standing() for _ in range(params.n)]
+
+    def wait(self) -> None:
+        """There is no scheduler that could have it yet."""
+        self._sent, self.waits_since_s = False, self._begun_s
 
     def sent(self) -> None:
         """A scheduler has it, or had it just now."""

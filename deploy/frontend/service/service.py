@@ -14,13 +14,11 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, field
+from functools import partial
 
-from cluster.config import EngineConfig
-from cluster.engine import EngineError, OnDeltas, OnFailure, RequestStream
-from deploy.config.serve import ServeConfig, model_name
+from cluster.engine import EngineError
+from deploy.frontend.clusters import Cluster
 from deploy.frontend.errors import DEADLINE_EXCEEDED, Fault, RequestError
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.choice import Told
@@ -28,28 +26,20 @@ from deploy.frontend.generation.generation import Generation
 from deploy.frontend.outputs import OutputDelta
 from deploy.frontend.scoring import NO_HEAD
 from deploy.frontend.service.holding import HeldLogprobs, HeldNumbers, of_prompts
+from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.observation import Observe, RequestRecord
-from deploy.text.adapters import Adapters
+from deploy.text.content import Content, PromptError
 from deploy.text.prompts import (
     USUAL_PARAMS,
     USUAL_TERMS,
-    Content,
-    ModelLimits,
     Prompt,
-    PromptError,
     PromptParser,
     Terms,
-    read_model_limits,
-    read_model_uses,
 )
 from deploy.text.tokenising import Tokenising, is_long
 from deploy.text.tokenizer import Tokenizer
-from scheduler.protocol.messages import Adapter, Pooling, TalliedMetric
+from scheduler.protocol.messages import Pooling, TalliedMetric
 from scheduler.protocol.sampling import SamplingParams
-from scheduler.server.stats import ClusterStatus
-from workers.config import USUAL, ReadingConfig
-from workers.model.pooling import Uses
-from workers.model.sources.find import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,78 +50,6 @@ MOST_WAITING = 4096
 
 MOST_UNREAD = 4096
 """Tokens of a choice that wait for a client to read them: minutes of it at a reader's pace, some ten kilobytes of text."""
-
-
-GENERATES = Uses(hidden=1, generates=True, embedding=None, no_embedding="nobody has said how", no_scores="nobody has said how")
-"""Of a model of which no more is known."""
-
-
-class Cluster(Protocol):
-    """The scheduler as a replica reaches it."""
-
-    def connect(self, on_deltas: OnDeltas, on_failure: OnFailure) -> RequestStream:
-        """A new stream to the scheduler that is up now; called from a thread. Errors: EngineError, OSError while there
-        is none."""
-        ...
-
-    async def status(self, maps: bool = False) -> ClusterStatus:
-        """The whole cluster at this moment; maps: with the state of every block. Never raises: what cannot be reached
-        is reported as not ready."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What a door must know of the checkpoint. created: seconds since 1970. uses: what its hidden states are good for. adapter:
-    of a model that is a LoRA adapter beside the one that is called `parent`."""
-
-    name: str
-    checkpoint: Path
-    created: int
-    limits: ModelLimits
-    tokenizer: Tokenizer | None
-    uses: Uses = GENERATES
-    adapter: Adapter | None = None
-    parent: str | None = None
-
-    def adapted(self, adapter: Adapter, created: int) -> "ServedModel":
-        """The adapter as a model of its own name."""
-        return replace(self, name=adapter.name, created=created, adapter=adapter, parent=self.name)
-
-    @classmethod
-    def read(
-        cls,
-        name: str,
-        checkpoint: Path,
-        max_model_len: int | None,
-        tensor_parallel_size: int = 1,
-        chat_template: str | None = None,
-        pooling: str = "auto",
-        score_tokens: str | None = None,
-        how: ReadingConfig = USUAL,
-    ) -> "ServedModel":
-        """chat_template: a file. pooling, score_tokens: as the engine's settings. Errors: ValueError, OSError."""
-        limits = read_model_limits(checkpoint, max_model_len, tensor_parallel_size, how)
-        created = int((checkpoint / "config.json").stat().st_mtime)
-        tokenizer = Tokenizer.load(checkpoint, None if chat_template is None else Path(chat_template))
-        uses = read_model_uses(checkpoint, pooling, score_tokens, how)
-        return cls(name, checkpoint, created, limits.ending_as(tokenizer), tokenizer, uses)
-
-    @classmethod
-    def of(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
-        """As an endpoint is told to serve it. Errors: ValueError, OSError."""
-        name = model_name(serve.served_model_name, engine.model)
-        return cls.read(
-            name, find_checkpoint(engine), engine.max_model_len, engine.tensor_parallel_size, serve.chat_template,
-            engine.pooling, engine.score_tokens, engine,
-        )  # fmt: skip
-
-    @classmethod
-    def checked(cls, engine: EngineConfig, serve: ServeConfig) -> "ServedModel":
-        """The same where nobody here will read the adapters beside it. Errors: also for one that cannot be served."""
-        model = cls.of(engine, serve)
-        Adapters(engine, model.name)
-        return model
 
 
 class Service:
@@ -225,24 +143,24 @@ class Service:
         """As `parser.prompt`; text off the event loop, where it may have to wait for others. Errors: PromptError."""
         if isinstance(content, list):
             return self.parser.prompt(content, params, terms)
-        return await self._shared.tokenising.run(lambda: self.parser.prompt(content, params, terms), long=is_long(content))
+        return await self._shared.tokenising.run(partial(self.parser.prompt, content, params, terms), long=is_long(content))
 
     async def pooled_prompt(self, content: Content, pooling: Pooling, terms: Terms = USUAL_TERMS) -> Prompt:
         """As `parser.pooled`; otherwise as `prompt`. Errors: PromptError."""
         if isinstance(content, list):
             return self.parser.pooled(content, pooling, terms)
-        return await self._shared.tokenising.run(lambda: self.parser.pooled(content, pooling, terms), long=is_long(content))
+        return await self._shared.tokenising.run(partial(self.parser.pooled, content, pooling, terms), long=is_long(content))
 
     async def generate(
         self, prompts: Sequence[Prompt], *, request_id: str, traceparent: str | None = None,
-        told: Sequence[Sequence[Told]] = (),
+        told: Sequence[Sequence[Told]] = (), gathered: bool = False,
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:  # fmt: skip
         """Yields (position of the prompt, what is new of it) until every choice has ended.
 
         Tokens that came while the caller was busy are merged. Closing the iterator or cancelling aborts what is under way.
         prompts: of one request, hence on the same terms. told: what the caller has of each choice of each prompt, from an
-        earlier run with the same seeds. The scheduler knows of the deadline too, so that a request is refused early if its turn
-        would come too late.
+        earlier run with the same seeds. gathered: the caller keeps the log-probabilities until the end.
+        The scheduler knows of the deadline too, so that a request is refused early if its turn would come too late.
         Errors: RequestError, once and for the whole request, the first fault of any choice.
         """
         if not self.model.uses.generates and any(prompt.pooling is None for prompt in prompts):
@@ -250,7 +168,7 @@ class Service:
         log = RequestRecord(request_id, traceparent, prompts)
         call = _Call(prompts[0].terms.tenant)
         deadline = call.end_after(prompts[0].terms.deadline_s)
-        account = self.logprobs.account()
+        account, kept = self.logprobs.account(), self.logprobs.account()
         self._shared.under_way += 1
         self._shared.calls.setdefault(request_id, []).append(call)
         try:
@@ -258,6 +176,8 @@ class Service:
             self._submit(call, prompts, told)
             async for position, delta in self._follow(call):
                 log.take(position, delta)
+                if gathered:
+                    kept.add(delta.logprobs, "logprobs")
                 yield position, delta
         except RequestError as error:
             raise log.fail(error) from None
@@ -265,6 +185,7 @@ class Service:
             raise log.fail(RequestError(Fault.UNAVAILABLE, str(error))) from error
         finally:
             account.close()
+            kept.close()
             self._shared.under_way -= 1
             if deadline is not None:
                 deadline.cancel()
@@ -337,12 +258,12 @@ class Service:
     async def text_of(self, tokens: Sequence[int]) -> str:
         """Errors: PromptError without a tokenizer."""
         tokenizer = self._need_tokenizer()
-        return await self._shared.tokenising.run(lambda: tokenizer.decode(tokens), long=is_long(tokens))
+        return await self._shared.tokenising.run(partial(tokenizer.decode, tokens), long=is_long(tokens))
 
     async def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token of a text. Errors: PromptError without a tokenizer."""
         tokenizer = self._need_tokenizer()
-        return await self._shared.tokenising.run(lambda: tokenizer.token_texts(tokens), long=is_long(tokens))
+        return await self._shared.tokenising.run(partial(tokenizer.token_texts, tokens), long=is_long(tokens))
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.model.tokenizer is None:
@@ -388,7 +309,7 @@ class _Call:
 
     def end_after(self, timeout_s: float) -> asyncio.TimerHandle | None:
         """None: no deadline."""
-        if timeout_s == math.inf:
-            return None
-        error = RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code=DEADLINE_EXCEEDED)
-        return asyncio.get_running_loop().call_later(timeout_s, self.end, error)
+        return None if timeout_s == math.inf else asyncio.get_running_loop().call_later(timeout_s, self._expire, timeout_s)
+
+    def _expire(self, timeout_s: float) -> None:
+        self.end(RequestError(Fault.TIMED_OUT, f"the request did not end within {timeout_s:g} s", code=DEADLINE_EXCEEDED))

@@ -17,7 +17,7 @@ from deploy.doors.access import ApiKeys
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.models.adapters import ServedAdapters
 from deploy.frontend.models.further import ModelState
-from deploy.frontend.service.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.serving.replicas.deploying import deploy, deploy_further, further_application
 from deploy.serving.replicas.discovery import Discovery, Opened
 from deploy.serving.replicas.engine import further_name

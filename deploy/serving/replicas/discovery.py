@@ -22,7 +22,8 @@ from deploy.config.serve import FURTHER, ServeConfig, for_model
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.models.adapters import ServedAdapters
 from deploy.frontend.models.further import FurtherModel, FurtherModels, ModelState
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.serving.replicas.engine import Told, further_applications, further_name
 from scheduler.protocol.orphans import Estate

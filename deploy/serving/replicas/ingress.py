@@ -26,7 +26,8 @@ from deploy.doors.openai.responses.store.storing import bounds_of
 from deploy.frontend.clusters import ServeCluster
 from deploy.frontend.models.adapters import ServedAdapters
 from deploy.frontend.models.further import FurtherModels
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.observing.observer import Observer
 from deploy.serving.replicas.administration import ServeAdministration
 from deploy.serving.replicas.deploying import GRACE_S, HEALTH_CHECK_S, engine_deployment

@@ -18,7 +18,7 @@ from deploy.frontend.errors import Fault
 from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.frontend.outputs import OutputDelta, RequestOutput
-from deploy.frontend.service.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.text.prompts import Prompt, Terms
 from scheduler.config import QueueBounds
 from scheduler.protocol.messages import Pooling

@@ -13,8 +13,9 @@ from deploy.frontend import frontend as frontend_module
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.service import service as service_module
+from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.observation import Observation
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.service import Service
 from deploy.text.prompts import Prompt, Terms
 from scheduler.protocol.sampling import SamplingParams
 from scheduler.server.stats import ClusterStatus

@@ -40,7 +40,7 @@ def expected(folders: dict[str, Path]) -> Callable[[str | None, int], str]:
                                progress=False)  # fmt: skip
         texts = dict(zip(names, (output.outputs[0].token_ids for output in outputs), strict=True))
         assert len({tuple(ids) for ids in texts.values()}) == 3
-        tokenizer = llm._parser.tokenizer
+        tokenizer = llm._calls.parser.tokenizer
         assert tokenizer is not None
         decode = tokenizer.decode
     return lambda name, count: decode(texts[name][:count])

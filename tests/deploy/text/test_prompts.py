@@ -7,18 +7,9 @@ import pytest
 
 from cluster.config import EngineConfig
 from cluster.resolve import MAX_MODEL_LEN_DEFAULT, resolve
-from deploy.frontend.service.service import ServedModel
-from deploy.text.prompts import (
-    Content,
-    Conversation,
-    ModelLimits,
-    Prompt,
-    PromptError,
-    PromptParser,
-    PromptTooLong,
-    Terms,
-    read_model_limits,
-)
+from deploy.frontend.service.model import ServedModel
+from deploy.text.content import Content, Conversation, PromptError, PromptTooLong
+from deploy.text.prompts import ModelLimits, Prompt, PromptParser, Terms, read_model_limits
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER

@@ -17,7 +17,7 @@ from deploy import LLM, SamplingParams
 from deploy.config.load import EMBEDDED_MODEL, ConfigError
 from deploy.frontend.outputs import GenerationError
 from deploy.terminal.exits import BAD_INPUT, DONE, FAILED, INTERRUPTED
-from deploy.text.prompts import PromptError
+from deploy.text.content import PromptError
 from manta.commands import app
 from tests.end_to_end.engines import MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw

@@ -15,7 +15,7 @@ import transformers
 from deploy import LLM, SamplingParams
 from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import EmbeddingRequestOutput
-from deploy.text.prompts import PromptError
+from deploy.text.content import PromptError
 from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN3, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw

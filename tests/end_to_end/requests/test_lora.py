@@ -12,7 +12,7 @@ from deploy import LLM
 from deploy.config.load import ConfigError
 from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import GenerationError, RequestOutput
-from deploy.text.prompts import PromptError
+from deploy.text.content import PromptError
 from tests.adapters import make_adapter, merge
 from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import QWEN2, QWEN3, greedy, open_llm

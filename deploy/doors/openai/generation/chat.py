@@ -1,12 +1,14 @@
 """`/v1/chat/completions`: a conversation in, the assistant's answer out. Knows nothing of HTTP."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
 from deploy.config.serve import ServeConfig
-from deploy.doors.dialects.reasoning.reasoning import ReasoningFormat, Thinking
+from deploy.doors.access import Caller
+from deploy.doors.dialects.reasoning.reasoning import ReasoningFormat
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.dialects.tools.tools import ToolDialect, Tools, read_tools
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
@@ -22,25 +24,24 @@ from deploy.doors.openai.answers.records import (
     Usage,
 )
 from deploy.doors.openai.answers.speech import Said, Speech
-from deploy.doors.openai.generation.endpoint import Endpoint, Telling
+from deploy.doors.openai.generation.endpoint import Asked, Endpoint, Telling
 from deploy.doors.openai.requests import reading
 from deploy.doors.openai.requests.schemas import ChatRequest
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service.service import Service
-from deploy.text.messages import for_template
-from deploy.text.prompts import Conversation, Prompt, PromptError
+from deploy.text.content import Conversation, PromptError, for_template
 
 NO_EFFORT = "none"
 
 
+@dataclass(eq=False)
 class _ChatTelling(Telling[ChatRequest]):
     """One conversation's. A choice's first chunk says whose words they are."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._speeches: dict[int, Speech] = {}
-        self._had: dict[int, int] = {}
+    _speeches: dict[int, Speech] = field(default_factory=dict)
+    _had: dict[int, int] = field(default_factory=dict)
 
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> ChatCompletion:
         (output,), asked = outputs, self.request.prompt_logprobs is not None
@@ -117,34 +118,43 @@ class Chat(Endpoint[ChatRequest]):
         """What the model would be given. Errors: RequestError."""
         reading.check_model(request.model, self._service.model)
         try:
-            (content,) = self._contents(request, self._tools(request))
-            return (await self._service.prompt(content)).token_ids
+            return (await self._service.prompt(_conversation(request, self._tools(request)))).token_ids
         except PromptError as error:
             raise RequestError.of_prompt(error, error.field or self.prompt_field) from None
 
-    def _tools(self, request: ChatRequest) -> Tools | None:
-        return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)
+    def _read(self, request: ChatRequest, caller: Caller, warnings: Warnings) -> Asked:
+        reading.check(request, self._service.model, self._config)
+        tools = self._tools(request)
+        grammar, field = reading.format_asked(request, warnings)
+        if tools is not None:
+            grammar, field = tools.grammar(grammar, warnings), "tools"
+        if request.top_logprobs and not request.logprobs:
+            raise RequestError.invalid("top_logprobs goes with logprobs=true: set it", "top_logprobs")
+        params = reading.sampling(
+            request,
+            grammar=grammar,
+            n=request.n or 1,
+            max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        terms = reading.terms(request, caller, self._config)
+        return Asked([_conversation(request, tools)], params, terms, tools, field)
 
-    def _thinking(self, prompts: Sequence[Prompt]) -> Thinking | None:
-        (prompt,) = prompts
-        return None if self._reasoning is None else self._reasoning.thinking(prompt.token_ids)
+    def _tools(self, request: ChatRequest) -> Tools | None:
+        """What the model may call. Errors: RequestError."""
+        if request.tools is None and request.tool_choice is None:
+            return None
+        return read_tools(request.tools, request.tool_choice, request.parallel_tool_calls, self._dialect)
 
     def _called(self, request: ChatRequest, field: str) -> str:
         return "max_completion_tokens" if field == "max_tokens" and request.max_completion_tokens is not None else field
 
-    def _fields(self, request: ChatRequest) -> dict[str, Any]:
-        if request.top_logprobs and not request.logprobs:
-            raise RequestError.invalid("top_logprobs goes with logprobs=true: set it", "top_logprobs")
-        return {
-            "n": request.n or 1,
-            "max_tokens": request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-            "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
-            "prompt_logprobs": request.prompt_logprobs,
-        }
 
-    def _contents(self, request: ChatRequest, tools: Tools | None) -> list[Conversation]:
-        specs = None if tools is None else tools.specs
-        return [Conversation(for_template(request.messages), specs, _template_kwargs(request))]
+def _conversation(request: ChatRequest, tools: Tools | None) -> Conversation:
+    """Errors: PromptError."""
+    specs = None if tools is None else tools.specs
+    return Conversation(for_template(request.messages), specs, _template_kwargs(request))
 
 
 def _template_kwargs(request: ChatRequest) -> dict[str, Any] | None:

@@ -2,20 +2,19 @@
 
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
 
 from msgspec import UNSET, UnsetType
 
 from deploy.doors.access import Caller
-from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai.answers.gathering import WholeChoice, WholePrompt
 from deploy.doors.openai.answers.logprobs import CompletionTable, Entry, of_prompt, sampled, vllm_prompt_logprobs
 from deploy.doors.openai.answers.records import Completion, CompletionChoice, Usage
-from deploy.doors.openai.generation.endpoint import Endpoint, Telling
+from deploy.doors.openai.generation.endpoint import Asked, Endpoint, Telling
 from deploy.doors.openai.requests import reading
 from deploy.doors.openai.requests.schemas import CompletionRequest
+from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import RequestError
 from deploy.frontend.generation.choice import Told
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
@@ -23,13 +22,12 @@ from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 DEFAULT_MAX_TOKENS = 16
 
 
+@dataclass(eq=False)
 class _CompletionTelling(Telling[CompletionRequest]):
     """A choice's first part says what is said once: the echo, and log-probabilities of the prompt."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._tables: dict[int, CompletionTable] = {}
-        self._prompt_logprobs: dict[int, list[Entry | None]] = {}
+    _tables: dict[int, CompletionTable] = field(default_factory=dict)
+    _prompt_logprobs: dict[int, list[Entry | None]] = field(default_factory=dict)
 
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion:
         choices = [
@@ -75,8 +73,10 @@ class Completions(Endpoint[CompletionRequest]):
 
     id_prefix, prompt_field, answer = "cmpl", "prompt", _CompletionTelling
 
-    def _fields(self, request: CompletionRequest) -> dict[str, Any]:
+    def _read(self, request: CompletionRequest, caller: Caller, warnings: Warnings) -> Asked:
         """An echo shows the prompt's log-probabilities too. best_of needs some to choose by."""
+        reading.check(request, self._service.model, self._config)
+        grammar, field = reading.format_asked(request, warnings)
         logprobs, prompt_logprobs = request.logprobs, request.prompt_logprobs
         if request.max_tokens == 0 and not request.echo:
             raise RequestError.invalid("max_tokens: 0 goes with echo=true: set it, or ask for a token", "max_tokens")
@@ -85,18 +85,26 @@ class Completions(Endpoint[CompletionRequest]):
         if request.best_of is not None:
             self._check_best_of(request.best_of, request)
             logprobs = logprobs or 0
-        return {
-            "n": request.best_of or request.n or 1,
-            "max_tokens": DEFAULT_MAX_TOKENS if request.max_tokens is None else max(1, request.max_tokens),
-            "logprobs": logprobs,
-            "prompt_logprobs": prompt_logprobs,
-        }
+        params = reading.sampling(
+            request,
+            grammar=grammar,
+            n=request.best_of or request.n or 1,
+            max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else max(1, request.max_tokens),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        terms = reading.terms(request, caller, self._config)
+        contents = reading.contents(request.prompt, "prompt")
+        reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
+        if request.echo and self._service.model.tokenizer is None:
+            raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
+        return Asked(contents, params, terms, None, field)
 
     async def _deltas(
-        self, answer: Telling[CompletionRequest], caller: Caller, told: Sequence[Sequence[Told]] = ()
+        self, answer: Telling[CompletionRequest], caller: Caller, told: Sequence[Sequence[Told]] = (), *, gathered: bool = False
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Whoever asks for no output gets none of the one token that the end of a prompt yields in any case."""
-        async with aclosing(super()._deltas(answer, caller, told)) as deltas:
+        async with aclosing(super()._deltas(answer, caller, told, gathered=gathered)) as deltas:
             async for position, delta in deltas:
                 bare = answer.request.max_tokens == 0
                 yield position, replace(delta, choices=list(map(_without_output, delta.choices))) if bare else delta
@@ -107,13 +115,6 @@ class Completions(Endpoint[CompletionRequest]):
             raise RequestError.invalid("best_of chooses among whole outputs: leave stream out", "best_of")
         if best_of < (request.n or 1):
             raise RequestError.invalid(f"best_of={best_of} is below n={request.n}: raise it", "best_of")
-
-    def _contents(self, request: CompletionRequest, tools: Tools | None) -> list[str | list[int]]:  # noqa: ARG002
-        contents = reading.contents(request.prompt, "prompt")
-        reading.at_most("prompt", len(contents), self._config.max_prompts, "max_prompts")
-        if request.echo and self._service.model.tokenizer is None:
-            raise RequestError.invalid("echo needs text, and this checkpoint has no tokenizer: leave it out", "echo")
-        return contents
 
 
 def _without_output(new: ChoiceDelta) -> ChoiceDelta:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -19,14 +20,13 @@ from msgspec import UnsetType
 
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import Caller
-from deploy.doors.dialects.reasoning.reasoning import Thinking
+from deploy.doors.dialects.reasoning.reasoning import ReasoningFormat, Thinking
 from deploy.doors.dialects.tools.formats import unenforced
 from deploy.doors.dialects.tools.grammars import Grammars
 from deploy.doors.dialects.tools.tools import Tools
 from deploy.doors.openai.answers.gathering import UsageMeter, WholePrompt
 from deploy.doors.openai.answers.logprobs import TokenNames
 from deploy.doors.openai.answers.records import ChatChunk, ChatCompletion, Completion, Usage
-from deploy.doors.openai.requests import reading
 from deploy.doors.openai.requests.schemas import GenerationRequest, StreamOptions
 from deploy.doors.openai.streams.marks import MOST_CHOICES, Mark, check_known, digest, read_mark
 from deploy.doors.openai.streams.sse import event
@@ -35,10 +35,24 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.generation.choice import NOTHING_TOLD, Told
 from deploy.frontend.outputs import ChoiceDelta, OutputDelta
 from deploy.frontend.service.service import Service
-from deploy.text.prompts import Content, Prompt, PromptError
+from deploy.text.content import Content, PromptError
+from deploy.text.prompts import Prompt, Terms
 from deploy.text.tokenizer import Tokenizer
+from scheduler.protocol.sampling import SamplingParams
 
 R = TypeVar("R", bound=GenerationRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request comes to, read from top to bottom by its path. tools: what the model may call; field: of the request, that
+    asks for the grammar in `params`."""
+
+    contents: Sequence[Content]
+    params: SamplingParams
+    terms: Terms
+    tools: Tools | None
+    field: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +66,21 @@ class Accepted(Generic[R]):
     thinking: Thinking | None
 
 
+@dataclass(eq=False)
 class Telling(ABC, Generic[R]):
-    """How the output of one request is told. heading: what every response and chunk of it says: id, created, model."""
+    """How the output of one request is told, of which it has what `Accepted` has. heading: what every response and chunk of it
+    says: id, created, model."""
 
-    def __init__(self, accepted: Accepted[R], heading: dict[str, Any], tokenizer: Tokenizer | None) -> None:
-        self.request = accepted.request
-        self.heading = heading
-        self.prompts = accepted.prompts
-        self.tools = accepted.tools
-        self.thinking = accepted.thinking
-        self.tokenizer = tokenizer
-        self.names = TokenNames(tokenizer)
+    request: R
+    prompts: list[Prompt]
+    tools: Tools | None
+    thinking: Thinking | None
+    heading: dict[str, Any]
+    tokenizer: Tokenizer | None
+
+    @cached_property
+    def names(self) -> TokenNames:
+        return TokenNames(self.tokenizer)
 
     @abstractmethod
     def whole(self, outputs: Sequence[WholePrompt], usage: Usage) -> Completion | ChatCompletion:
@@ -155,18 +173,18 @@ class Endpoint(ABC, Generic[R]):
         self._service = service
         self._config = config
         self._grammars = grammars
+        self._reasoning: ReasoningFormat | None = None
+        """How outputs may begin with thoughts."""
 
     async def whole(self, request: R, caller: Caller, warnings: Warnings | None = None) -> Completion | ChatCompletion:
         """warnings: are told what the client should know beside the answer. Errors: RequestError."""
         answer = await self._begin(request, caller, int(time.time()), warnings or Warnings())
         meter = self._meter(answer)
         outputs = [WholePrompt(prompt.params.n) for prompt in answer.prompts]
-        with self._service.logprobs.account() as account:
-            async with aclosing(self._deltas(answer, caller)) as deltas:
-                async for position, delta in deltas:
-                    meter.take(delta)
-                    outputs[position].take(delta)
-                    account.add(delta.logprobs, "logprobs")
+        async with aclosing(self._deltas(answer, caller, gathered=True)) as deltas:
+            async for position, delta in deltas:
+                meter.take(delta)
+                outputs[position].take(delta)
         return answer.whole(outputs, meter.usage())
 
     async def events(
@@ -201,64 +219,49 @@ class Endpoint(ABC, Generic[R]):
     async def accept(self, request: R, caller: Caller, warnings: Warnings) -> Accepted[R]:
         """Prompts one after the other, so that many of one request hold up nobody else's. Errors: RequestError of the first
         that has one; the rest is not read."""
-        reading.check(request, self._service.model, self._config)
-        tools = self._tools(request)
-        grammar, asked_by = reading.format_asked(request, warnings)
-        if tools is not None:
-            grammar, asked_by = tools.grammar(grammar, warnings), "tools"
-        params = reading.sampling(request, grammar=grammar, **self._fields(request))
-        terms = caller.terms(self._config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
         try:
-            contents = self._contents(request, tools)
-            prompts = [await self._service.prompt(content, params, terms) for content in contents]
+            asked = self._read(request, caller, warnings)
+            prompts = [await self._service.prompt(content, asked.params, asked.terms) for content in asked.contents]
         except PromptError as error:
             field = error.field and self._called(request, error.field)
             raise RequestError.of_prompt(error, field or self.prompt_field) from None
-        thinking = self._thinking(prompts)
-        if grammar is not None and thinking is not None:
-            grammar = msgspec.structs.replace(grammar, preamble=thinking.preamble if tools is None else thinking.call_preamble)
-            params = msgspec.structs.replace(params, grammar=grammar)
-            prompts = [replace(prompt, params=params) for prompt in prompts]
-        for what in await self._grammars.check(grammar, asked_by, caller.account):
-            warnings.add(unenforced(asked_by, what))
-        return Accepted(request, prompts, tools, thinking)
+        thinking = None if self._reasoning is None else self._reasoning.thinking(prompts[0].token_ids)
+        if (grammar := asked.params.grammar) is not None:
+            if thinking is not None:
+                preamble = thinking.preamble if asked.tools is None else thinking.call_preamble
+                grammar = msgspec.structs.replace(grammar, preamble=preamble)
+                params = msgspec.structs.replace(asked.params, grammar=grammar)
+                prompts = [replace(prompt, params=params) for prompt in prompts]
+            for what in await self._grammars.check(grammar, asked.field, caller.account):
+                warnings.add(unenforced(asked.field, what))
+        return Accepted(request, prompts, asked.tools, thinking)
 
     def deltas(
-        self, prompts: Sequence[Prompt], caller: Caller, told: Sequence[Sequence[Told]] = ()
+        self, prompts: Sequence[Prompt], caller: Caller, told: Sequence[Sequence[Told]] = (), *, gathered: bool = False
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """What is new, with the position of its prompt, until all has been said; see `Service.generate`."""
-        return self._service.generate(prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told)
+        return self._service.generate(
+            prompts, request_id=caller.request_id, traceparent=caller.traceparent, told=told, gathered=gathered
+        )
 
     def _deltas(
-        self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = ()
+        self, answer: Telling[R], caller: Caller, told: Sequence[Sequence[Told]] = (), *, gathered: bool = False
     ) -> AsyncGenerator[tuple[int, OutputDelta], None]:
-        return self.deltas(answer.prompts, caller, told)
+        return self.deltas(answer.prompts, caller, told, gathered=gathered)
 
     def _meter(self, answer: Telling[R]) -> UsageMeter:
         return UsageMeter(answer.prompts, answer.thinking, reasons=self._config.miss_reasons)
 
     async def _begin(self, request: R, caller: Caller, created: int, warnings: Warnings) -> Telling[R]:
         """created: seconds since 1970. Errors: RequestError."""
-        accepted = await self.accept(request, caller, warnings)
+        took = await self.accept(request, caller, warnings)
         named = {"id": f"{self.id_prefix}-{caller.request_id}", "created": created, "model": self._service.model.name}
-        return self.answer(accepted, named, self._service.model.tokenizer)
-
-    def _tools(self, request: R) -> Tools | None:  # noqa: ARG002
-        """What the model may call. Errors: RequestError."""
-        return None
-
-    def _thinking(self, prompts: Sequence[Prompt]) -> Thinking | None:  # noqa: ARG002
-        """How the outputs may begin with thoughts."""
-        return None
+        return self.answer(took.request, took.prompts, took.tools, took.thinking, named, self._service.model.tokenizer)
 
     def _called(self, request: R, field: str) -> str:  # noqa: ARG002
         """What the request calls a sampling parameter."""
         return field
 
     @abstractmethod
-    def _fields(self, request: R) -> dict[str, Any]:
-        """Sampling parameters that not all requests call the same. Errors: RequestError."""
-
-    @abstractmethod
-    def _contents(self, request: R, tools: Tools | None) -> Sequence[Content]:
-        """Of each prompt. Errors: RequestError, PromptError."""
+    def _read(self, request: R, caller: Caller, warnings: Warnings) -> Asked:
+        """Errors: RequestError, PromptError."""

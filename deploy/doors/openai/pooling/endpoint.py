@@ -33,7 +33,8 @@ from deploy.frontend.errors import RequestError
 from deploy.frontend.outputs import Vector
 from deploy.frontend.scoring import Scoring, embedding_of, need_embedding, pairs_of
 from deploy.frontend.service.service import Service
-from deploy.text.prompts import Content, Prompt, PromptError
+from deploy.text.content import Content, PromptError
+from deploy.text.prompts import Prompt
 from scheduler.protocol.messages import Pooling
 
 SIDES = (("text_1", "text_2"), ("queries", "documents"))
@@ -142,8 +143,7 @@ class PoolingEndpoint:
     ) -> _Pooled:
         """Prompts one after the other, so that many of one request hold up nobody else's. names: what the request calls each.
         Errors: RequestError of the first that has one."""
-        salt, priority = request.cache_salt or "", request.priority or 0
-        terms = caller.terms(self._config, salt, priority, request.timeout, request.user)
+        terms = reading.terms(request, caller, self._config)
         prompts: list[Prompt] = []
         for content, name in zip(contents, names, strict=True):
             try:

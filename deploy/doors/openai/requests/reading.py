@@ -10,13 +10,15 @@ import msgspec
 
 from deploy.config.faults import FieldFault, where
 from deploy.config.serve import ServeConfig
+from deploy.doors.access import Caller
 from deploy.doors.dialects.tools.formats import grammar_of
 from deploy.doors.openai.requests.schemas import GenerationRequest, PoolingRequest, SampledRequest
 from deploy.doors.openai.requests.unknown import shortened, without_unknown
 from deploy.doors.warnings import Warnings
 from deploy.frontend.errors import Fault, RequestError
-from deploy.frontend.service.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.text.files import json_fault
+from deploy.text.prompts import Terms
 from scheduler.protocol.sampling import Grammar, InvalidField, SamplingParams
 
 AS_THEY_ARE = (
@@ -116,6 +118,11 @@ def sampling_params(**fields: Any) -> SamplingParams:
         raise RequestError.invalid(str(error), error.field) from None
 
 
+def terms(request: GenerationRequest | PoolingRequest, caller: Caller, config: ServeConfig) -> Terms:
+    """Errors: RequestError."""
+    return caller.terms(config, request.cache_salt or "", request.priority or 0, request.timeout, request.user)
+
+
 def contents(given: str | list[str | int | list[int]], field: str) -> list[str | list[int]]:
     """One prompt or several: a list of integers is one. Errors: RequestError."""
     if isinstance(given, str):
@@ -136,7 +143,7 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
 def format_asked(request: GenerationRequest, warnings: Warnings) -> tuple[Grammar | None, str]:
     """The grammar of `response_format` or of one of the `guided_` fields, and that field's name. Errors: RequestError."""
     asked = {name: value for name in FORMAT_FIELDS if (value := getattr(request, name)) is not None}
-    return grammar_of(**asked, warnings=warnings), next(iter(asked), "")
+    return (grammar_of(**asked, warnings=warnings), next(iter(asked))) if asked else (None, "")
 
 
 def _refusal(fault: FieldFault, kind: type[msgspec.Struct]) -> RequestError:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from deploy.text.messages import Message, Record
+from deploy.text.content import Message, Record
 from scheduler.protocol.sampling import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 
 INT32 = 2**31 - 1

@@ -88,11 +88,9 @@ class Responses:
     async def told(self, begun: Begun, caller: Caller) -> AsyncGenerator[list[Event], None]:
         """What is new, until the output has ended. Log-probabilities are held to the end, which the last events repeat. Errors:
         RequestError."""
-        with self._service.logprobs.account() as account:
-            async with aclosing(self._chat.deltas(begun.accepted.prompts, caller)) as deltas:
-                async for _, delta in deltas:
-                    account.add(delta.logprobs, "logprobs")
-                    yield begun.telling.push(delta)
+        async with aclosing(self._chat.deltas(begun.accepted.prompts, caller, gathered=True)) as deltas:
+            async for _, delta in deltas:
+                yield begun.telling.push(delta)
 
     async def kept(self, request: ResponseRequest, begun: Begun, caller: Caller) -> Response:
         """The whole response, which is kept if it shall be, and can."""

@@ -12,7 +12,8 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.grpc.server import GrpcDoor
 from deploy.frontend.models.further import FurtherModel, FurtherModels
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.proto import manta_pb2 as pb
 from tests.deploy.doors.grpc.calls import until
 from tests.deploy.doors.grpc.conftest import Connect

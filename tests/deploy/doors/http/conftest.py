@@ -23,9 +23,10 @@ from deploy.doors.access import ApiKeys
 from deploy.doors.connections import bounded_protocol
 from deploy.doors.http.app import create_app
 from deploy.doors.openai.responses.store.storing import ResponseStore
-from deploy.frontend.clusters import LocalCluster
+from deploy.frontend.clusters import Cluster, LocalCluster
 from deploy.frontend.models.further import FurtherModels
-from deploy.frontend.service.service import Cluster, ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import status_routes
 from scheduler.server.stats import ClusterStatus, EngineStats
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE

@@ -20,7 +20,8 @@ from deploy.doors.http.app import create_app
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.models.further import ModelState
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from manta.commands import app
 
 ONLY = 7

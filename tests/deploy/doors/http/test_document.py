@@ -42,7 +42,7 @@ from deploy.doors.openai.requests.schemas import (
     ScoreRequest,
 )
 from deploy.doors.openai.responses.asking.schemas import Item, ResponseRequest
-from deploy.text.messages import Message
+from deploy.text.content import Message
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[3] / "docs" / "api.md"

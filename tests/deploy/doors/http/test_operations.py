@@ -22,7 +22,8 @@ from deploy.doors.openai.responses.store.storing import OwnResponses, bounds_of
 from deploy.doors.openai.routes import model_routes, openai_routes
 from deploy.frontend.models.further import FurtherModels
 from deploy.frontend.service import service as service_module
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.status import status_routes
 from deploy.text.tokenizer import Tokenizer
 from scheduler.server.stats import ClusterStatus

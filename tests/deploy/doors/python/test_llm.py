@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 
 import deploy.doors.python.llm
+import deploy.doors.python.waiting
 from cluster.engine import EngineError
 from deploy.config.load import ConfigError
 from deploy.doors.python.llm import LLM
 from deploy.doors.python.sources import Source
 from deploy.frontend.errors import Fault
 from deploy.frontend.outputs import GenerationError, Logprob
-from deploy.text.prompts import PromptError
+from deploy.text.chat_template import ChatTemplate
+from deploy.text.content import PromptError
 from deploy.text.tokenizer import Tokenizer
 from kvcache.hashing import hash_blocks
 from scheduler.protocol.messages import Failure
@@ -332,7 +334,7 @@ def test_a_stream_ends_by_its_deadline(open_llm: Open, deadline_s: float) -> Non
 def test_a_deadline_spares_what_has_ended_and_what_was_produced(open_llm: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of the test's: it stands still until one prompt has ended and the other is in the midst."""
     clock = SimpleNamespace(now_s=100.0)
-    monkeypatch.setattr(deploy.doors.python.llm, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+    monkeypatch.setattr(deploy.doors.python.waiting, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     llm, engine = open_llm(lambda prompt, _: [prompt[0]] * (1 if prompt[0] == 5 else 9), hold_after=3)
     latest = {}
     for position, output in llm.iterate([[5], [6]], LONG, deadline_s=2.0):
@@ -444,11 +446,11 @@ def test_a_template_is_told_of_tools_and_more(open_llm: Open, monkeypatch: pytes
     llm, _ = open_llm([7, EOS])
     told: list[Any] = []
 
-    def chat_text(_: Tokenizer, *given: Any) -> str:
+    def rendered(_: ChatTemplate, *given: Any) -> str:
         told.append(given)
         return "x"
 
-    monkeypatch.setattr(Tokenizer, "chat_text", chat_text)
+    monkeypatch.setattr(ChatTemplate, "rendered", rendered)
     tool = {"type": "function", "function": {"name": "get"}}
     llm.chat([{"role": "user", "content": "x"}], tools=[tool], chat_template_kwargs={"a": 1}, progress=False)
     assert told == [([{"role": "user", "content": "x"}], [tool], {"a": 1})]

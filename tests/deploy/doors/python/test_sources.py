@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from deploy.doors.python.sources import Source, as_chat, as_token_ids, read_jsonl, read_params, read_source
-from deploy.text.prompts import Conversation, PromptError, Terms
+from deploy.text.content import Conversation, PromptError
+from deploy.text.prompts import Terms
 from scheduler.protocol.sampling import SamplingParams
 
 CALL = Terms(tenant="of the call", deadline_s=5.0, priority=1)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from deploy.doors.openai.requests.unknown import shortened
 from deploy.doors.openai.responses.asking.schemas import Item, Part
 from deploy.frontend.errors import Fault, RequestError
-from deploy.text.messages import FunctionCall, Message, ToolCall
+from deploy.text.content import FunctionCall, Message, ToolCall
 
 MESSAGE = "message"
 TEXTS = frozenset({"input_text", "output_text", "text", "reasoning_text", "summary_text"})

@@ -6,7 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from deploy.doors.openai.requests.schemas import Count, SampledRequest, Top
-from deploy.text.messages import Record
+from deploy.text.content import Record
 
 Role = Literal["user", "assistant", "system", "developer"]
 

@@ -12,7 +12,8 @@ from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.http.app import create_app
 from deploy.frontend.clusters import LocalCluster
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from scheduler.protocol.messages import Failure
 from tests.deploy.doors.http.anthropic.messages import ask, asked, streamed
 from tests.deploy.doors.http.conftest import MODEL, Host, Scripted, messages_client

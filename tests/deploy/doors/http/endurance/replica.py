@@ -15,7 +15,8 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.doors.access import ApiKeys
 from deploy.doors.http.app import create_app
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.frontend.mortal_cluster import HOST, MOST_TOKENS, TOKEN
 

@@ -8,8 +8,10 @@ import httpx
 import pytest
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.frontend.service.service import ServedModel, Service
-from deploy.text.prompts import Content, Prompt
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
+from deploy.text.content import Content
+from deploy.text.prompts import Prompt
 from deploy.text.tokenising import LONG_AT_ONCE, is_long
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, ScriptedCluster, until

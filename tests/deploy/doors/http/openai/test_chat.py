@@ -8,7 +8,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from deploy.config.load import EMBEDDED_MODEL
-from deploy.text.messages import FunctionCall, Message, ToolCall, for_template
+from deploy.text.content import FunctionCall, Message, ToolCall, for_template
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.http.conftest import MODEL
 from tests.deploy.doors.http.openai.test_completions import UNUSUAL, forced
@@ -56,7 +56,7 @@ def test_messages_go_through_the_chat_template(client: openai.OpenAI, http: http
     messages = [{"role": "system", "content": "Be brief."}, *HELLO]
     tokenizer = Tokenizer.load(EMBEDDED_MODEL)
     assert tokenizer is not None
-    asked = tokenizer.encode(tokenizer.chat_text(messages), around=False)
+    asked = tokenizer.encode(tokenizer.template.rendered(messages), around=False)
     assert prompt_of(http, messages) == asked
     usage = chat(client, messages).usage
     assert usage is not None

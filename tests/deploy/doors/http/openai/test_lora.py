@@ -22,7 +22,7 @@ from deploy.frontend.errors import Fault, RequestError
 from deploy.frontend.generation.submission import salt_of
 from deploy.frontend.models.adapters import OwnShelf, ServedAdapters
 from deploy.frontend.models.further import FurtherModels
-from deploy.frontend.service.service import ServedModel
+from deploy.frontend.service.model import ServedModel
 from deploy.text.adapters import Adapters
 from scheduler.protocol.messages import Adapter
 from tests.adapters import make_adapter

@@ -18,7 +18,8 @@ from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import ServeConfig
 from deploy.frontend.clusters import LocalCluster
 from deploy.frontend.service.holding import HeldNumbers
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.text.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host
@@ -322,7 +323,7 @@ def test_the_template_for_qwen3_reranker(tmp_path: Path) -> None:
     assert tokenizer is not None
     assert tokenizer.has_pair_template
     pair = [{"role": "query", "content": "What is café?"}, {"role": "document", "content": "A drink."}]
-    assert tokenizer.chat_text(pair, None, {"instruction": "Find it"}) == (
+    assert tokenizer.template.rendered(pair, None, {"instruction": "Find it"}) == (
         "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
         'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: Find it\n'
         "<Query>: What is café?\n<Document>: A drink.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"

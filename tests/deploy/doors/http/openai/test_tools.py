@@ -11,7 +11,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCall
 
 from deploy.config.load import EMBEDDED_MODEL
 from deploy.config.serve import TOOL_PARSERS, ServeConfig
-from deploy.frontend.service.service import ServedModel, Service
+from deploy.frontend.service.model import ServedModel
+from deploy.frontend.service.service import Service
 from deploy.text.tokenizer import Tokenizer
 from tests.deploy.doors.dialects.conftest import QWEN_TEMPLATE
 from tests.deploy.doors.http.conftest import MODEL, PATIENCE_S, Host, Scripted, ScriptedCluster

@@ -1,12 +1,52 @@
-"""Messages of a conversation as every door reads them, and as a chat template does. Imports msgspec."""
+"""What a prompt is made of: text, token ids, a pair of texts, or a conversation; and the messages of one, as every door reads
+them and as a chat template does. Imports msgspec."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from deploy.text.prompts import PromptError
+
+class PromptError(ValueError):
+    """A prompt that cannot be served; the message says why and what to change. field: what is at fault, where it is a sampling
+    parameter or a part of a conversation."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PromptTooLong(PromptError):
+    """It leaves the model no room for the output that is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt that the checkpoint's chat template writes. messages: as templates read them, content as text and a call's
+    arguments as an object. tools: what the model may call, in OpenAI's form, for the template to show. template_kwargs: what
+    else this template can be told. Errors: PromptError for one without messages."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise PromptError('messages must be a list of {"role": ..., "content": ...} with at least one entry')
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two texts that a classifier sees together, joined as the checkpoint's tokenizer joins pairs."""
+
+    first: str
+    second: str
+
+
+Content = str | list[int] | Conversation | Pair
+"""Text, token ids, a conversation, or two texts."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
