@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from deploy.config.load import bound_openmp_spin
-from tests.ray_logs import troubles
+from tests.shared.ray_logs import troubles
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read once, when Ray first connects
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")  # 30 is too little where other processes have the cores

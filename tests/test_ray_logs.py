@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import pytest_runtest_makereport
-from tests.ray_logs import MOST_LINES, RECENT_S, troubles
+from tests.shared.ray_logs import MOST_LINES, RECENT_S, troubles
 
 WORKER = """\
 :job_id:01000000

@@ -73,7 +73,7 @@ def command(
             )  # fmt: skip
             for question in wanted:
                 _say(f"question {question}: {MODULES[question]}")
-                result = _experiments(MODULES[question]).run(options)
+                result = _experiments(f"questions.{MODULES[question]}").run(options)
                 page.store(output, device, {question: result})
         _say(f"wrote {page.render(output)}")
 

@@ -16,7 +16,7 @@ import ray
 from cluster.engine import EngineError
 from deploy import LLM, SamplingParams
 from deploy.frontend.outputs import GenerationError, RequestOutput
-from tests.processes import WORKER, alive, all_named, descendants, named, wait_gone
+from tests.shared.processes import WORKER, alive, all_named, descendants, named, wait_gone
 
 pytestmark = pytest.mark.ray
 

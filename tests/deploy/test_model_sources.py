@@ -13,7 +13,7 @@ from deploy.doors.python.llm import LLM
 from deploy.frontend.service.model import ServedModel
 from manta.commands import app
 from scheduler.protocol.sampling import SamplingParams
-from tests.hub import Hub, hub_of
+from tests.shared.hub import Hub, hub_of
 
 NAME = "org/tiny"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from manta import LLM
-from tests.ray_heads import ray_head
+from tests.shared.ray_heads import ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

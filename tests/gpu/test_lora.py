@@ -9,10 +9,10 @@ import pytest
 
 from scheduler.protocol.messages import Adapter
 from scheduler.protocol.sampling import SamplingParams
-from tests.adapters import make_adapter, merge
 from tests.end_to_end.prompts import OUTPUTS, PROMPTS
 from tests.gpu.judge import Judge
 from tests.gpu.works import GPU, checkpoint, constrained, loop
+from tests.shared.adapters import make_adapter, merge
 from tests.workers.stepping import Work
 from workers.execution.gpu.runner import GpuRunner
 from workers.model.config.architectures import read_config

@@ -26,8 +26,8 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from tests.cluster.fleet.fleet_owner import NAMESPACE, TINY, config, version
-from tests.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
-from tests.ray_heads import ray_head
+from tests.shared.processes import SCHEDULER, WORKER, alive, all_named, named, wait_gone
+from tests.shared.ray_heads import ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

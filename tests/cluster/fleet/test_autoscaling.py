@@ -22,8 +22,8 @@ from deploy.frontend.frontend import FrontEnd
 from deploy.frontend.generation.generation import Generation
 from deploy.text.prompts import Prompt, read_model_limits
 from scheduler.server.stats import EngineStats
-from tests.processes import WORKER, all_named, stopped_in_the_midst
-from tests.ray_heads import autoscaling_ray
+from tests.shared.processes import WORKER, all_named, stopped_in_the_midst
+from tests.shared.ray_heads import autoscaling_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from cluster.engine import EngineError
 from cluster.fleet.group import GroupHandle
 from deploy import LLM, SamplingParams
-from tests.hub import Hub, hub_of
+from tests.shared.hub import Hub, hub_of
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.model.sources.progress import DOWNLOADING
 

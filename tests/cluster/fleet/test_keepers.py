@@ -23,7 +23,7 @@ from cluster.fleet.scheduler_keeper import SchedulerKeeper
 from scheduler.config import CoreConfig, Resolved
 from scheduler.server.stats import GroupStart
 from scheduler.server.vitals import Fenced
-from tests.processes import SCHEDULER, alive, all_named, named
+from tests.shared.processes import SCHEDULER, alive, all_named, named
 from workers.config import SchedulerAddress
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

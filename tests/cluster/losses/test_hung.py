@@ -15,7 +15,7 @@ import ray
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
 from tests.cluster.test_ray import LONG, PROMPTS, open_llm, tokens, until
-from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
+from tests.shared.processes import SCHEDULER, WORKER, all_named, wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

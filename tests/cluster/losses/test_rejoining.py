@@ -23,7 +23,7 @@ from cluster.remote import SchedulerStream
 from scheduler.protocol.messages import Deltas, Finished, FinishReason, Request
 from scheduler.protocol.sampling import SamplingParams
 from tests.cluster.test_ray import until
-from tests.processes import SCHEDULER, WORKER, all_named, wait_gone
+from tests.shared.processes import SCHEDULER, WORKER, all_named, wait_gone
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -26,7 +26,7 @@ from deploy.frontend.errors import RETRY_AFTER_S, Fault, RequestError
 from scheduler.server.stats import ClusterStatus
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, journal_at, read
 from tests.deploy.frontend.fake_engine import FakeEngine
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 ENTRIES = [
     *(entry(f"def f{number}(x):", temperature=0, logprobs=2) for number in range(8)),

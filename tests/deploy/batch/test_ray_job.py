@@ -21,9 +21,9 @@ from deploy.doors.access import ApiKeys
 from deploy.serving.applications import start_proxies
 from deploy.serving.replicas.ingress import application
 from tests.deploy.batch.jobs import CHAT, as_lines, custom_ids, entry, read
-from tests.ports import free_ports
-from tests.processes import SCHEDULER, all_named
-from tests.ray_heads import ray_head
+from tests.shared.ports import free_ports
+from tests.shared.processes import SCHEDULER, all_named
+from tests.shared.ray_heads import ray_head
 
 pytestmark = pytest.mark.ray
 

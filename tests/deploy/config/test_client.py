@@ -16,7 +16,7 @@ from deploy.config.load import ConfigError
 from deploy.observing.tracing import Tracer
 from deploy.status.top import top
 from tests.deploy.batch.jobs import as_lines, entry
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 NOWHERE = "127.0.0.1:9"
 PROXIES = [

@@ -17,7 +17,7 @@ from deploy.text.prompts import Prompt
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.messages import Failure, Finished, FinishReason, PromptLogprobs, TokenLogprobs
 from scheduler.protocol.sampling import SamplingParams
-from tests.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
+from tests.shared.tokenizers import BOS, EOS, KINDS, SPECIAL, TURN_END, save, sentencepiece_bpe
 
 STREAM = 40
 PROMPT = Prompt([5, 6, 7])

@@ -19,7 +19,7 @@ import pytest
 from benchmarks.chaos.roles import holders
 from benchmarks.shared.endpoint import Endpoint, end, serving
 from deploy.config.load import EMBEDDED_MODEL
-from tests.processes import WORKER, all_named, named, signal_all
+from tests.shared.processes import WORKER, all_named, named, signal_all
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

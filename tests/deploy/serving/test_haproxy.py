@@ -20,9 +20,9 @@ from deploy.config.load import HAPROXY_FILES, keep_haproxy_private
 from deploy.config.serve import ServeConfig
 from deploy.serving import haproxy
 from deploy.serving.haproxy import USUAL_BOUNDS, bounded, narrowed, write_program
-from tests.ports import free_ports
-from tests.processes import alive, running_by, wait_gone
-from tests.servers import QuietHandler, answering
+from tests.shared.ports import free_ports
+from tests.shared.processes import alive, running_by, wait_gone
+from tests.shared.servers import QuietHandler, answering
 
 PATIENCE_S = 60.0
 

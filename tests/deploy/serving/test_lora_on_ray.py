@@ -12,9 +12,9 @@ import pytest
 
 from deploy import LLM, SamplingParams
 from deploy.config.load import EMBEDDED_MODEL
-from tests.adapters import make_adapter
 from tests.deploy.serving.test_serve_on_ray import Endpoint, until
-from tests.processes import ENGINE, INGRESS, SCHEDULER, WORKER, all_named
+from tests.shared.adapters import make_adapter
+from tests.shared.processes import ENGINE, INGRESS, SCHEDULER, WORKER, all_named
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -27,8 +27,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.config.load import PROXY_PORTS
 from deploy.proto import manta_pb2 as pb
 from deploy.proto import manta_pb2_grpc
-from tests.ports import free_ports
-from tests.processes import (
+from tests.shared.ports import free_ports
+from tests.shared.processes import (
     ENGINE,
     INGRESS,
     SCHEDULER,

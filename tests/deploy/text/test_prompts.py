@@ -13,8 +13,8 @@ from deploy.text.prompts import ModelLimits, Prompt, PromptParser, Terms, read_m
 from deploy.text.tokenizer import Tokenizer
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, MAX_TOKENS, USER
-from tests.tokenizers import CHATML, TURN_END, byte_level, save
-from tests.tokenizers import EOS as TOKENIZER_EOS
+from tests.shared.tokenizers import CHATML, TURN_END, byte_level, save
+from tests.shared.tokenizers import EOS as TOKENIZER_EOS
 
 LIMITS = ModelLimits(vocab_size=400, max_tokens=MAX_TOKENS, eos_ids=(EOS,))
 HELLO = {"role": "user", "content": "hello"}

@@ -12,7 +12,7 @@ import torch
 from benchmarks.models.compare import SETTINGS, Reference, Setting, compare
 from benchmarks.models.zoo import make
 from tests.end_to_end.engines import greedy, open_llm, run
-from tests.quantising import MXFP4, is_stack, quantise
+from tests.shared.quantising import MXFP4, is_stack, quantise
 from workers.execution import expert_counter
 
 KINDS: dict[str, dict[str, Any]] = {

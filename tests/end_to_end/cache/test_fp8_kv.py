@@ -14,13 +14,13 @@ from benchmarks.models.zoo import make
 from deploy import LLM
 from deploy.frontend.outputs import RequestOutput
 from kvcache.layout import FP8
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.agreement.settings import Setting, open_setting
 from tests.end_to_end.agreement.turns import turns
 from tests.end_to_end.engines import LLAMA, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SAMPLING, draw
 from tests.end_to_end.same import require_equal
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.model.checkpoint.test_kv_scales import PROJECTIONS, with_scales
 
 NARROW: dict[str, Any] = {"dtype": "float64", "kv_dtype": "fp8"}

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from deploy import LLM
-from tests.checkpoints import generate_reference, make_checkpoint
 from tests.end_to_end.engines import MISTRAL, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import draw
 from tests.end_to_end.waiting import nothing_left_behind, wait_idle
+from tests.shared.checkpoints import generate_reference, make_checkpoint
 
 BLOCK, WINDOW, CHUNK = 16, 40, 32
 MOST = 3 + 1 + 2 * CHUNK // BLOCK

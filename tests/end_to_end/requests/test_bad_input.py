@@ -22,7 +22,7 @@ from manta.commands import app
 from tests.end_to_end.engines import MISTRAL, QWEN2, QWEN3, greedy, kv_memory, open_llm, run, tokens
 from tests.end_to_end.prompts import VOCAB, draw
 from tests.end_to_end.waiting import PATIENCE_S, nothing_left_behind, wait_idle
-from tests.processes import descendants, wait_gone
+from tests.shared.processes import descendants, wait_gone
 
 BLOCK = 16
 BLOCKS = 8

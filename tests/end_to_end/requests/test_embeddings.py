@@ -16,12 +16,12 @@ from deploy import LLM, SamplingParams
 from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import EmbeddingRequestOutput
 from deploy.text.content import PromptError
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import ARCHITECTURES, LLAMA, QWEN3, open_llm, run, tokens
 from tests.end_to_end.prompts import PROMPTS, SHARED, draw
 from tests.end_to_end.reference import embeddings
 from tests.end_to_end.waiting import wait_idle
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 
 ROUNDING = 2e-5
 TEXTS = [SHARED, [*SHARED[:256], *draw(5, seed=30)], draw(257, seed=31), draw(16, seed=32), draw(1, seed=33), SHARED[:33]]

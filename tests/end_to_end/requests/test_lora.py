@@ -13,10 +13,10 @@ from deploy.config.load import ConfigError
 from deploy.doors.python.sources import Source
 from deploy.frontend.outputs import GenerationError, RequestOutput
 from deploy.text.content import PromptError
-from tests.adapters import make_adapter, merge
-from tests.checkpoints import make_checkpoint
 from tests.end_to_end.engines import QWEN2, QWEN3, greedy, open_llm
 from tests.end_to_end.reference import Reference
+from tests.shared.adapters import make_adapter, merge
+from tests.shared.checkpoints import make_checkpoint
 
 TOKENS = 10
 PROMPTS = [list(range(first, first + 20 + first)) for first in range(1, 9)]

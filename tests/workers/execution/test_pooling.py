@@ -13,7 +13,7 @@ import transformers
 
 from scheduler.protocol.messages import FinishReason, Pooling
 from scheduler.protocol.sampling import SamplingParams
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from tests.workers.stepping import Lease, Stepped, Work
 from workers.execution.gpu import chunks
 from workers.execution.gpu import runner as gpu_runner

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import LLAMA3_ROPE, generate_reference, load_reference, make_checkpoint
+from tests.shared.checkpoints import LLAMA3_ROPE, generate_reference, load_reference, make_checkpoint
 from tests.workers.decoding import Ranks, make_step
 
 YARN_ROPE = {

@@ -30,8 +30,8 @@ from scheduler.protocol.messages import Failure
 from scheduler.protocol.sampling import SamplingParams
 from tests.deploy.conftest import EOS, Open
 from tests.deploy.frontend.fake_engine import CACHED_TOKENS, FakeEngine
-from tests.tokenizers import EOS as TOKENIZER_EOS
-from tests.tokenizers import TURN_END, byte_level, save
+from tests.shared.tokenizers import EOS as TOKENIZER_EOS
+from tests.shared.tokenizers import TURN_END, byte_level, save
 
 LONG = SamplingParams(max_tokens=None)
 TEXT = " return a + b 你好 🙂 and so on"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvcache.layout import BlockLayout
-from tests.checkpoints import make_checkpoint
+from tests.shared.checkpoints import make_checkpoint
 from workers.config import ResolvedWorker, WorkerConfig
 from workers.loop.batch import Launched, ResidentBatch
 from workers.loop.rank import Pending

@@ -14,9 +14,9 @@ import torch
 from benchmarks.models.zoo import make
 from scheduler.protocol.messages import FinishReason
 from scheduler.protocol.sampling import Grammar, SamplingParams
-from tests.adapters import make_adapter
-from tests.checkpoints import make_checkpoint
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.adapters import make_adapter
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 from tests.workers.pattern import NAN, fill, require_untouched
 from tests.workers.stepping import Stepped, Work
 from workers.attention.forms import Form

@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.models.zoo import make
 from kvcache.layout import BlockLayout
 from kvcache.pool import KVPool
-from tests.checkpoints import make_checkpoint
-from tests.quantising import FORMATS, FP8, Format, fp8, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import FORMATS, FP8, Format, fp8, quantise
 from tests.workers.decoding import BLOCK_SIZE, BLOCKS_EACH, SEQUENCES, make_step
 from workers.attention.cpu.plain import CpuAttention
 from workers.attention.select import select_backend

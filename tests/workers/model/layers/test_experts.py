@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from benchmarks.models.zoo import VOCAB, make
-from tests.checkpoints import generate_reference, load_reference
+from tests.shared.checkpoints import generate_reference, load_reference
 from tests.workers.decoding import Ranks, make_step
 from workers.attention.forms import Form
 from workers.config import ReadingConfig

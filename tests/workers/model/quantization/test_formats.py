@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.checkpoints import generate_reference, make_checkpoint
-from tests.quantising import FORMATS, is_quantised, quantise
+from tests.shared.checkpoints import generate_reference, make_checkpoint
+from tests.shared.quantising import FORMATS, is_quantised, quantise
 from tests.workers.decoding import Ranks
 from workers.model.checkpoint import weights
 from workers.model.checkpoint.weights import Checkpoint, Piece

@@ -9,8 +9,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints import make_checkpoint
-from tests.quantising import AWQ, FORMATS, FP8, GPTQ, Format, awq, compressed, fp8, gptq, of_floats, of_ints, packed, quantise
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.quantising import (
+    AWQ,
+    FORMATS,
+    FP8,
+    GPTQ,
+    Format,
+    awq,
+    compressed,
+    fp8,
+    gptq,
+    of_floats,
+    of_ints,
+    packed,
+    quantise,
+)
 from tests.workers.decoding import SEQUENCES, make_step
 from tests.workers.model.gpu.test_fused import Fused
 from workers.config import ReadingConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models.zoo import MORE, VOCAB, ZOO, make
-from tests.checkpoints import generate_reference
+from tests.shared.checkpoints import generate_reference
 from tests.workers.model.transformers.ranks import Ranks
 from workers.model.transformers.compared import COMPARED
 

@@ -25,9 +25,9 @@ from deploy.frontend.models.further import FurtherModels
 from deploy.frontend.service.model import ServedModel
 from deploy.text.adapters import Adapters
 from scheduler.protocol.messages import Adapter
-from tests.adapters import make_adapter
 from tests.deploy.doors.http.conftest import MODEL, Host, ScriptedCluster
 from tests.deploy.frontend.fake_engine import FakeEngine
+from tests.shared.adapters import make_adapter
 from workers.model.lora import files
 
 CHAT = [{"role": "user", "content": "hi"}]

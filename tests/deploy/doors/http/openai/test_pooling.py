@@ -21,9 +21,9 @@ from deploy.frontend.service.holding import HeldNumbers
 from deploy.frontend.service.model import ServedModel
 from deploy.frontend.service.service import Service
 from deploy.text.tokenizer import Tokenizer
-from tests.checkpoints import make_checkpoint
 from tests.deploy.doors.http.conftest import KV_MEMORY_BYTES, MODEL, PATIENCE_S, Host
-from tests.tokenizers import EOS, byte_level, save
+from tests.shared.checkpoints import make_checkpoint
+from tests.shared.tokenizers import EOS, byte_level, save
 
 TEXTS = ["def add(a, b):\n    return a + b\n", "class A:", "x"]
 HIDDEN = 256

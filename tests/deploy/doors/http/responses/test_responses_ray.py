@@ -19,8 +19,8 @@ from deploy.doors.openai.responses.store.shared import NAME, SharedResponses, en
 from deploy.doors.openai.responses.store.storing import Bounds, Turn
 from deploy.frontend.errors import Fault, RequestError
 from scheduler.protocol.orphans import Estate
-from tests.processes import alive, wait_gone
-from tests.ray_heads import ray_head
+from tests.shared.processes import alive, wait_gone
+from tests.shared.ray_heads import ray_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.study.streams import Workload
+from benchmarks.study.models.streams import Workload
 from simulator.traces import Names
 
 STEP = np.uint64(0x9E3779B97F4A7C15)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.block_cache import BlockStory, tell
+from benchmarks.study.models.block_cache import BlockStory, tell
+from benchmarks.study.models.streams import Workload, workloads
 from benchmarks.study.options import Options, Result, machine, run_alone
-from benchmarks.study.streams import Workload, workloads
 from simulator.engines import ClusterShape
 from simulator.run import Scenario, replay
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.study.prefixes import block_keys
-from benchmarks.study.streams import StudyRequest, Workload
+from benchmarks.study.models.prefixes import block_keys
+from benchmarks.study.models.streams import StudyRequest, Workload
 
 GRANT_AHEAD = 4
 """Slots that Manta grants before they are needed: `Resolved.grant_ahead`."""

@@ -6,11 +6,11 @@ Exact arithmetic over the lengths and the tokens of the workloads. Pure Python a
 
 from typing import Any, Literal
 
-from benchmarks.study.allocators import blocks_for, paged_steps, power_of_two
+from benchmarks.study.models.allocators import blocks_for, paged_steps, power_of_two
+from benchmarks.study.models.prefixes import hit_tokens, longest_prefixes
+from benchmarks.study.models.streams import Workload, workloads
 from benchmarks.study.options import Options, Result, machine, run_alone
-from benchmarks.study.prefixes import hit_tokens, longest_prefixes
-from benchmarks.study.reuse import production
-from benchmarks.study.streams import Workload, workloads
+from benchmarks.study.questions.reuse import production
 
 Reserve = Literal["max", "power of two", "exact"]
 BLOCKS = (16, 32, 64, 128, 256)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.ports import free_ports
-from tests.processes import descendants, wait_gone
+from tests.shared.ports import free_ports
+from tests.shared.processes import descendants, wait_gone
 
 HOST = "127.0.0.2"  # loopback, which Ray keeps only if it is not 127.0.0.1
 PATIENCE_S = 180.0

@@ -6,9 +6,9 @@ Imports the replay and the models beside it.
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.study.block_cache import tell
+from benchmarks.study.models.block_cache import tell
+from benchmarks.study.models.streams import Workload, chat, from_trace
 from benchmarks.study.options import Options
-from benchmarks.study.streams import Workload, chat, from_trace
 from scheduler.queue.limits import blocks_for
 from simulator.engines import ClusterShape
 from simulator.run import POLICIES, Scenario, replay

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scheduler.events import FEWEST_STEPS, time_steps
-from benchmarks.study.allocators import Contiguous, FullServer, Memory, Paged, power_of_two
+from benchmarks.study.models.allocators import Contiguous, FullServer, Memory, Paged, power_of_two
+from benchmarks.study.models.streams import Workload, workloads
 from benchmarks.study.options import Options, Result, machine, run_alone
-from benchmarks.study.streams import Workload, workloads
 from kvcache.hashing import hash_blocks
 from kvcache.ids import GroupId
 from kvcache.table import BlockTable
@@ -32,7 +32,7 @@ ROWS = 1 << 20
 PROMPT, LAPS, ROUNDS = 4096, 200, 5
 POOLS, BATCHES, BLOCKS = (1024, 8192, 65536), (64, 256, 1024), (256, 16)
 QUICK_POOLS, QUICK_BATCHES = (1024, 4096), (64,)
-PEER = Path(__file__).with_name("peer_vllm.py")
+PEER = Path(__file__).parents[1] / "measured" / "peer_vllm.py"
 PEER_PATIENCE_S = 900
 
 NANO_VLLM = {

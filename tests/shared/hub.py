@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 from huggingface_hub import constants
 
-from tests.servers import QuietHandler, answering
+from tests.shared.servers import QuietHandler, answering
 
 
 @dataclass

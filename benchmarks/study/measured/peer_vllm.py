@@ -1,6 +1,6 @@
 r"""vLLM's own KV bookkeeping (`KVCacheManager`), timed in vLLM's interpreter: the same laps as `paging.table_laps`.
 
-    VLLM_VENV/bin/python benchmarks/study/peer_vllm.py \
+    VLLM_VENV/bin/python benchmarks/study/measured/peer_vllm.py \
         '{"block": 256, "pools": [1024], "tokens": 4096, "laps": 20, "batches": [64], "steps": 128}'
 
 Imports the standard library and vLLM; nothing of Manta. Prints one JSON object as the last line.

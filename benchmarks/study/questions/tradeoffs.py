@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.study.measured.replays import moves, pool_sweep, second_tier
+from benchmarks.study.measured.token_costs import bookkeeping_ns, copy_us
 from benchmarks.study.options import Options, Result, in_turns, machine, run_alone, spread
-from benchmarks.study.replays import moves, pool_sweep, second_tier
-from benchmarks.study.token_costs import bookkeeping_ns, copy_us
 
 if TYPE_CHECKING:
     from benchmarks.kernels.attention import Case
@@ -95,7 +95,7 @@ def run(options: Options) -> Result:
     result |= {"copy_us": copy_us(options), "kernel_shape": KERNEL_SHAPE, "threads": options.threads}
     result["kernels"] = kernels(options)
     if options.device == "cpu":
-        from benchmarks.study.engine_runs import engine_runs
+        from benchmarks.study.measured.engine_runs import engine_runs
 
         result["engine"] = engine_runs(options)
     return result

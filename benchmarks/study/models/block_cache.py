@@ -7,8 +7,8 @@ prefixes and the streams.
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
-from benchmarks.study.prefixes import block_keys
-from benchmarks.study.streams import UNKNOWN, StudyRequest, Workload
+from benchmarks.study.models.prefixes import block_keys
+from benchmarks.study.models.streams import UNKNOWN, StudyRequest, Workload
 
 
 @dataclass(slots=True)
