@@ -36,6 +36,17 @@ def is_last_of_parts(partial, at, total, up, counter, SIZE: tl.constexpr, HALF: 
 
 
 @triton.jit
+def sums_of_parts(partial, at, up, counter, first, SIZE: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
+                  GATED: tl.constexpr):  # fmt: skip
+    """A tile's sums and, where GATED, those of the other half, for the last of its programs."""
+    tl.store(counter, 0)
+    total = sum_of_parts(partial, at, first, SIZE, PARTS)
+    if GATED:
+        up = sum_of_parts(partial, HALF + at, first, SIZE, PARTS)
+    return total, up
+
+
+@triton.jit
 def finish_tile(total, up, rows, safe, token, tokens, bias, out, out_stride, N: tl.constexpr, BIAS: tl.constexpr,
                  RESIDUAL: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """A tile's sums [ROWS, TOKENS], and those of the other half, to their places in `out`."""
@@ -116,10 +127,7 @@ def tiles(x, norm_weight, weight, bias, out, scales, partial, counters, tokens, 
             tl.store(partial + tl.program_id(0) * SIZE + SIZE - TOKENS + token, squares)
         if not is_last_of_parts(partial, at, total, up, counters + block, SIZE, ROWS * TOKENS, PARTS, GATED):
             return
-        tl.store(counters + block, 0)
-        total = sum_of_parts(partial, at, block * PARTS, SIZE, PARTS)
-        if GATED:
-            up = sum_of_parts(partial, ROWS * TOKENS + at, block * PARTS, SIZE, PARTS)
+        total, up = sums_of_parts(partial, at, up, counters + block, block * PARTS, SIZE, ROWS * TOKENS, PARTS, GATED)
         if NORM:
             squares = sum_of_parts(partial, SIZE - TOKENS + token, block * PARTS, SIZE, PARTS)
 
