@@ -47,6 +47,7 @@ def test_every_question_is_answered_with_numbers_and_its_command(made: Path) -> 
     assert "Made with `--quick`" in page
 
 
+@pytest.mark.slow
 def test_every_plot_is_a_drawing_that_the_page_shows(made: Path) -> None:
     page = (made / "kv-study.md").read_text()
     for name in PLOTS:

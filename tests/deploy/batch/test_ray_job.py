@@ -106,6 +106,7 @@ def test_a_job_outlives_its_scheduler_and_its_output_outlives_the_job(client: Jo
     assert f", 0 failed, {before} done before" in client.get_job_logs(second)
 
 
+@pytest.mark.slow
 def test_the_groups_of_an_application_answer_too(client: JobSubmissionClient, tmp_path: Path) -> None:  # noqa: ARG001
     """Through Serve's handle, and through its endpoint."""
     source = tmp_path / "in.jsonl"

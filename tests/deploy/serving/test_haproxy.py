@@ -291,6 +291,7 @@ def test_both_end_when_whoever_started_the_first_has_died_and_nobody_else_comes(
         until("they serve on", lambda: not running_by(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_guard_that_is_slow_to_take_over_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends since the next guard has it is not started anew by the one before."""
     slow = ["note = haproxy._note", "def slowly(file, process):", "    haproxy.time.sleep(2.0 * (file.name == 'second.pid'))"]

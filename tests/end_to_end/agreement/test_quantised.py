@@ -12,6 +12,7 @@ from tests.shared.checkpoints import make_checkpoint
 from tests.shared.quantising import FORMATS, quantise
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "size"), [("fp8-block", 2), ("compressed-w4-order", 1)])
 def test_tokens(name: str, size: int, tmp_path: Path) -> None:
     plain = make_checkpoint(tmp_path / "plain", QWEN3)

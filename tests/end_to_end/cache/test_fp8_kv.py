@@ -119,6 +119,7 @@ def test_classes_of_transformers(varied: Path) -> None:
     assert outputs(2, block_size=16, max_num_batched_tokens=16) == 2 * expected
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN3])
 def test_in_float32_greedily(architecture: str, checkpoints: dict[str, Path]) -> None:
     """Through the compiled kernels of that dtype, where there are some."""

@@ -40,6 +40,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), architecture, **fields)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("size", [1, 2])
 def test_greedy_tokens_equal_transformers(checkpoint: Path, size: int) -> None:
     with Ranks(checkpoint, size) as ranks:

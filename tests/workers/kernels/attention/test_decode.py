@@ -114,6 +114,7 @@ def test_every_way_to_cut_and_compute(dtype: str, device: str, config: DecodeCon
         check(problem, decode(problem, config, width=5, padding=4))
 
 
+@pytest.mark.few(1)
 @one_attention_dtype
 def test_one_long_row_beside_short_ones_and_padding(dtype: str, device: str) -> None:
     layout = BlockLayout(block_size=64, layers=1, kv_heads=2, head_dim=64, dtype=dtype)

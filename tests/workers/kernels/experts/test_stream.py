@@ -75,7 +75,7 @@ def test_products_choose_as_a_choice_by_itself(device: str, of_all: bool, normal
     assert float((x[live].double() - exact[live]).norm() / exact[live].norm()) < 2 * TOLERANCE[torch.float32]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("unrolled", [4, 8])
 def test_turns_one_after_another_or_in_a_loop(device: str, unrolled: int) -> None:

@@ -140,6 +140,7 @@ def test_a_step_that_wants_no_logits_writes_all_its_keys_and_values(tmp_path: Pa
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there the library says what it takes")
 @pytest.mark.parametrize(
     "stored",
