@@ -135,7 +135,9 @@ class ServeCluster:
         return ClusterStatus(phase="starting", progress=(f"the engine does not answer: {why}",))
 
     async def _of_engine(self, maps: bool) -> ClusterStatus:
-        status: ClusterStatus = await self._engine.status.remote(maps, self._version)
+        status: ClusterStatus | None = await self._engine.status.remote(maps, self._version)
+        if status is None:
+            raise EngineError(f"the engine does not serve version {self._version}")
         return status
 
     async def groups_are_up(self) -> bool:

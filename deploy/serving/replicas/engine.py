@@ -90,11 +90,12 @@ class EngineReplica:
         """Groups that were asked for, by whatever has been deployed."""
         return self._fleet.wanted
 
-    async def status(self, maps: bool = False, version: str | None = None) -> ClusterStatus:
-        """version: of the front end that asks. Errors: KeyError for one that is not served from here."""
+    async def status(self, maps: bool = False, version: str | None = None) -> ClusterStatus | None:
+        """version: of the front end that asks. None for one that is not served from here, or not any more."""
         if version not in (None, self._version):
             others = {fleet.version: fleet for fleet in (self._roll.old if self._roll is not None else ())}
-            return await asyncio.to_thread(others[version or ""].status, maps)
+            fleet = others.get(version or "")
+            return await asyncio.to_thread(fleet.status, maps) if fleet is not None else None
         status = await asyncio.to_thread(self._fleet.status, maps)
         if self._failure is None:
             return status
