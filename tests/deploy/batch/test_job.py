@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import random
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,23 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "FIRST_BACKOFF_S", 0.0)
+
+
+@pytest.fixture
+def no_sleep(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The event loops of this thread sleep no more, but say for how long they would. Those of others do."""
+    sleep, here = asyncio.sleep, threading.get_ident()
+
+    def told(say: Callable[[float], object] = lambda _: None) -> None:
+        async def instead(delay_s: float, result: object = None) -> object:
+            if threading.get_ident() != here:
+                return await sleep(delay_s, result)
+            say(delay_s)
+            return await sleep(0, result)
+
+        monkeypatch.setattr(asyncio, "sleep", instead)
+
+    return told
 
 
 def test_every_request_has_its_answer(output: Path) -> None:
@@ -167,9 +186,8 @@ def test_a_bug_fails_its_request_only(output: Path) -> None:
     assert sorted(each["response"]["status_code"] for each in read(output)) == [200, 200, 500]
 
 
-def test_a_full_queue_is_waited_out_for_as_long_as_it_takes(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sleep = asyncio.sleep
-    monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))  # however long: the next test has how long
+def test_a_full_queue_is_waited_out_for_as_long_as_it_takes(output: Path, no_sleep: Callable[..., None]) -> None:
+    no_sleep()  # however long: the next test has how long
 
     def refuse(_: BatchRequest, before: int) -> None:
         if before < 50:
@@ -181,20 +199,17 @@ def test_a_full_queue_is_waited_out_for_as_long_as_it_takes(output: Path, monkey
     assert len(backend.asked) == 52
 
 
-def test_the_pause_is_what_was_asked_for_at_least(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pause_is_what_was_asked_for_at_least(
+    output: Path, monkeypatch: pytest.MonkeyPatch, no_sleep: Callable[..., None]
+) -> None:
     pauses: list[float] = []
-    sleep = asyncio.sleep
-
-    async def note(delay_s: float) -> None:
-        pauses.append(delay_s)
-        await sleep(0)
 
     def refuse(_: BatchRequest, before: int) -> None:
         if before < 12:
             raise RequestError(Fault.OVERLOADED, "full", retry_after_s=7.0 if before == 11 else 0.0)
 
     monkeypatch.setattr(jobs, "FIRST_BACKOFF_S", 0.5)
-    monkeypatch.setattr(asyncio, "sleep", note)
+    no_sleep(pauses.append)
     run_job(as_lines([entry("a")]), output, FakeBackend(refuse))
     waits = [pause for pause in pauses if pause]
     assert len(waits) == 12
