@@ -2,7 +2,8 @@
 
 Blocks: none is held. Processes: as many as before, with as many threads and file descriptors, and as much memory, give or take
 a bound. With `--fault-every` ranks are killed and stopped meanwhile (`benchmarks.chaos`), of which no client may notice more
-than that it is told to come again. Linux only; never imports an engine. Exits with 1 if anything was lost or has grown.
+than that it is told to come again. SIGINT ends it early; what was done until then is counted. Linux only; never imports an
+engine. Exits with 1 if anything was lost or has grown.
 
     python -m benchmarks.serving.soak --requests 10000 --replicas 2 --json
     python -m benchmarks.serving.soak --requests 100000 --fault-every 60
@@ -11,6 +12,7 @@ than that it is told to come again. Linux only; never imports an engine. Exits w
 import argparse
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -74,6 +76,12 @@ class Soak:
     outcomes: list[Outcome] = field(default_factory=list)
     refused: int = 0
     """Requests that were told to come again, and did."""
+    enough: bool = False
+    """Whether it has been interrupted."""
+
+    def end(self, *_: object) -> None:
+        """After the batch that is under way: a handler of a signal."""
+        self.enough = True
 
     def run(self, requests: int, seed: int) -> tuple[dict[str, object], list[str]]:
         """What was done, and every way in which something was lost or has grown."""
@@ -82,16 +90,17 @@ class Soak:
         self.clients.run(self.endpoint, widths(), limit=1)
         if self.striking is not None:
             self.striking.start()
-        while len(self.outcomes) < requests:
+        while len(self.outcomes) < requests and not self.enough:
             self._ask(asks(draw, min(BATCH, requests - len(self.outcomes))))
             if not warm and len(self.outcomes) >= min(WARM_UP, requests // 2):
                 self.endpoint.idle_blocks()
                 warm = self.endpoint.processes()
-            print(f"{len(self.outcomes)} of {requests} requests", file=sys.stderr, flush=True)
+            print(f"{len(self.outcomes)} of {requests} requests, {len(self._failed())} failed", file=sys.stderr, flush=True)
+        requests = len(self.outcomes)
         if self.striking is not None:
             self.striking.settle()
         end, late = self.endpoint.idle_blocks(), self.endpoint.processes()
-        failed = [outcome for outcome in self.outcomes if not (outcome.complete or outcome.left)]
+        failed = self._failed()
         faults = [f"{len(failed)} requests failed, the first: {failed[0]}"] if failed else []
         if sum(end.values()) != sum(start.values()):
             faults.append(f"blocks at the start {start}, at the end {end}")
@@ -106,6 +115,9 @@ class Soak:
             "requests": requests, "left": left, "failed": len(failed), "blocks": end, "seconds": seconds,
             "made": dict(made), "refused": self.refused,
         }, faults  # fmt: skip
+
+    def _failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if not (outcome.complete or outcome.left)]
 
     def _ask(self, asked: list[Ask]) -> None:
         """Until each has been answered, given up or lost: who is told to come again does."""
@@ -179,7 +191,9 @@ def main() -> None:
             striking = None
             if options.fault_every:
                 striking = Striking(endpoint, shape, options.faults, options.fault_every, options.seed)
-            result, faults = Soak(endpoint, clients, striking).run(options.requests, options.seed)
+            soak = Soak(endpoint, clients, striking)
+            signal.signal(signal.SIGINT, soak.end)
+            result, faults = soak.run(options.requests, options.seed)
     except ServingError as error:
         sys.exit(f"error: {error}")
     if options.json:
