@@ -121,11 +121,11 @@ def _product(x, weight, bias, shares, out, pairs, tiles, count, scales, zeros, x
             now = start + column
             mask = there[None, :] if K % COLUMNS == 0 else there[None, :] & (now < K)[:, None]
             a = tl.load(x + source[None, :] * x_stride + now[:, None], mask=mask, other=0.0)
-            tile = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-            sums = tl.dot(tile, a, sums, input_precision=PRECISION)
+            mine = _weights(weight, scales, rows, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
+            sums = tl.dot(mine, a, sums, input_precision=PRECISION)
             if GATED:
-                tile = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
-                ups = tl.dot(tile, a, ups, input_precision=PRECISION)
+                beside = _weights(weight, scales, others, start, K, ROWS, COLUMNS, KIND, GROUP, DTYPE)
+                ups = tl.dot(beside, a, ups, input_precision=PRECISION)
 
     total = sums
     if KIND == "fp8" and GROUP == 0:
